@@ -1,0 +1,364 @@
+"""The whole configuration: one frozen dataclass per stage, and the only place with defaults.
+
+Each command has one root dataclass here (`ConvertConfig`, `PrepareConfig`, `TrainConfig`); `parse` turns a YAML file and
+command-line overrides into it. Checks of one field stand in `__post_init__`; checks across fields and against the
+outside world (files, head counts, number of ranks) stand in `validate_*` functions and run before anything loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot work; the message names the field, the rule and the fix."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+# --------------------------------------------------------------------------------------------------- convert
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input."""
+
+    input: str
+    """Folder to read: a Hugging Face checkpoint (config.json + safetensors), or a Megatron one (convert's or train's output)."""
+    output: str
+    """Folder to write; it must not exist yet, or be empty."""
+    vocab_multiple: int = 128
+    """The Megatron checkpoint's vocabulary is padded to a multiple of this; any tensor-parallel size dividing it can load it."""
+    max_shard_gib: float = 4.0
+    """Largest safetensors file written on the way out, in GiB; also about the peak memory of the conversion."""
+
+    def __post_init__(self) -> None:
+        require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
+        require(self.max_shard_gib > 0, f"max_shard_gib = {self.max_shard_gib}; it must be positive; try 4.")
+
+
+# --------------------------------------------------------------------------------------------------- prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """`mpo prepare`: prompts with K responses and rewards → tokenized groups in Arrow."""
+
+    input: str
+    """A .jsonl / .json / .parquet file, a folder of them, a folder written by `datasets`, or a dataset's hub name."""
+    output: str
+    """Folder to write the groups to; it must not exist yet, or be empty."""
+    tokenizer: str
+    """Folder with the tokenizer: a Hugging Face or Megatron checkpoint, or a SentencePiece .model file."""
+    format: Literal["auto", "groups", "ultrafeedback", "nectar", "pairs", "ratings"] = "auto"
+    """What a row looks like; `auto` decides from the columns. See docs/data.md."""
+    split: str = "train"
+    """Split to read when the input is a dataset with splits."""
+    subset: str | None = None
+    """Configuration name of a hub dataset."""
+    rating: str | None = None
+    """Field(s) that hold the reward, joined by `+` to average several (ratings, ultrafeedback); by default the format's own."""
+    system_prompt: str | None = None
+    """System message put before prompts that have none of their own; one that is there is never doubled."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template, for example `enable_thinking: false` for Qwen3."""
+    max_prompt_tokens: int = 2048
+    """A group whose rendered prompt is longer is rejected: a truncated prompt would be another question."""
+    max_response_tokens: int = 2048
+    """Longest response, its end token included."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What happens to a longer response: it leaves its group, or is cut (and then has no end token). Either is counted."""
+    max_rows: int | None = None
+    """Read only this many rows, for a trial."""
+    held_out: int = 0
+    """This many groups, chosen by a hash of their prompt, go to a second folder `<output>-eval`."""
+    num_workers: int = 1
+    """Processes that tokenize; the result does not depend on it."""
+
+    def __post_init__(self) -> None:
+        require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")
+        require(self.max_response_tokens >= 1, f"max_response_tokens = {self.max_response_tokens}; it must be at least 1.")
+        require(self.num_workers >= 1, f"num_workers = {self.num_workers}; it must be at least 1.")
+        require(self.held_out >= 0, f"held_out = {self.held_out}; it must be 0 or more.")
+        require(self.max_rows is None or self.max_rows >= 1, f"max_rows = {self.max_rows}; it must be at least 1, or absent.")
+
+
+# --------------------------------------------------------------------------------------------------- train
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The policy, and how its layers compute."""
+
+    checkpoint: str
+    """Megatron checkpoint folder written by `mpo convert`."""
+    reference: str | None = None
+    """Checkpoint of the reference policy π_ref; by default the one training starts from."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute precision; optimizer states and master weights are float32 in both."""
+    backend: Literal["auto", "transformer_engine", "local"] = "auto"
+    """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
+    attention: Literal["auto", "sdpa", "flex"] = "auto"
+    """Attention back end; `auto` takes `flex` on a GPU and `sdpa` elsewhere."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
+    logprob_chunk: int = 1024
+    """Response tokens whose vocabulary logits exist at one time."""
+
+    def __post_init__(self) -> None:
+        require(self.logprob_chunk >= 1, f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which groups a step sees, and how they are laid out in rows."""
+
+    train: str
+    """Folder with prepared groups (`mpo prepare`)."""
+    eval: str | None = None
+    """Folder with held-out prepared groups."""
+    groups_per_step: int = 128
+    """Global batch: groups (prompts) per optimizer step, over all data-parallel ranks."""
+    row_tokens: int = 8192
+    """Token budget of one packed row, which is one micro-batch."""
+    layout: Literal["shared", "unshared"] = "shared"
+    """`shared`: a group's prompt is computed once; `unshared`: once per response (the baseline)."""
+    shuffle: bool = True
+    """Draw a new order every epoch, from `seed`."""
+
+    def __post_init__(self) -> None:
+        require(self.groups_per_step >= 1, f"data.groups_per_step = {self.groups_per_step}; it must be at least 1.")
+        require(self.row_tokens >= 2, f"data.row_tokens = {self.row_tokens}; a row holds at least two tokens.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How the model is cut over ranks; what is left of the world size is data parallelism."""
+
+    tensor: int = 1
+    """Tensor-parallel ranks: each holds a slice of every weight matrix."""
+    pipeline: int = 1
+    """Pipeline stages: each holds a run of layers."""
+    sequence: bool | None = None
+    """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
+    timeout_minutes: float = 30.0
+    """A collective that hangs longer than this ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline"):
+            require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
+        require(
+            not (self.sequence and self.tensor == 1),
+            "parallel.sequence = true needs parallel.tensor > 1; leave it out, or raise parallel.tensor.",
+        )
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether sequence parallelism is on."""
+        return self.tensor > 1 if self.sequence is None else self.sequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Which loss over a group, with its hyper-parameters; `mpo losses` lists them."""
+
+    name: str = "mpo"
+    """Name of the loss."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters that differ from the paper's defaults, for example `beta: 0.1`."""
+    step: Literal["auto", "fused", "two_phase"] = "auto"
+    """`fused`: loss and backward in one pass; `two_phase`: all log-probs first, then backward with the loss's coefficients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW through Megatron's distributed optimizer, and the learning-rate schedule."""
+
+    lr: float = 5e-7
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the schedule."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    warmup_fraction: float = 0.1
+    """Share of the run's steps in which the learning rate rises from 0 to `lr`."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; biases and norms have none."""
+    beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+    beta2: float = 0.95
+    """AdamW's decay of the gradient's square."""
+    eps: float = 1e-8
+    """AdamW's ε."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 clips nothing."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
+        require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr = {self.min_lr}; it must lie between 0 and optimizer.lr.")
+        require(
+            0 <= self.warmup_fraction < 1,
+            f"optimizer.warmup_fraction = {self.warmup_fraction}; it must be at least 0 and below 1.",
+        )
+        require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}; it must be 0 or more.")
+        require(self.clip_grad >= 0, f"optimizer.clip_grad = {self.clip_grad}; it must be 0 (off) or positive.")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)}; it must be in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the run is saved, and what is kept."""
+
+    every: int = 100
+    """Save after this many steps, and always at the end; 0 saves only at the end."""
+    keep: int = 2
+    """Number of newest checkpoints kept."""
+    resume: bool = True
+    """Continue from the newest checkpoint in `output`, if there is one."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every = {self.every}; it must be 0 or more.")
+        require(self.keep >= 1, f"checkpoint.keep = {self.keep}; at least the newest checkpoint is kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Where metrics go, besides the progress bar and `metrics.jsonl`."""
+
+    tensorboard: bool = False
+    """Also write TensorBoard event files to `<output>/tensorboard`."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project."""
+    wandb_run: str | None = None
+    """Name of the Weights & Biases run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """`mpo train`: train a policy on groups."""
+
+    output: str
+    """The run's folder: checkpoints, metrics, final configuration."""
+    model: ModelConfig
+    data: DataConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    epochs: float = 1.0
+    """Passes over the training groups."""
+    max_steps: int | None = None
+    """Number of optimizer steps; replaces `epochs`."""
+    eval_every: int = 50
+    """Evaluate on the held-out groups after this many steps, before the first and after the last; 0: only these two."""
+    seed: int = 1234
+    """Seed of data order, sampling and initialisation."""
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"epochs = {self.epochs}; it must be positive.")
+        require(self.max_steps is None or self.max_steps >= 1, f"max_steps = {self.max_steps}; it must be at least 1.")
+        require(self.eval_every >= 0, f"eval_every = {self.eval_every}; it must be 0 or more.")
+
+
+def validate_train(config: TrainConfig, world_size: int) -> None:
+    """Checks across fields and against the file system that need no model: run them before anything loads.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    require(
+        world_size % model_ranks == 0,
+        f"parallel.tensor × parallel.pipeline = {config.parallel.tensor} × {config.parallel.pipeline} = {model_ranks} does not "
+        f"divide the number of ranks, {world_size}; start a multiple of {model_ranks} ranks (torchrun --nproc-per-node).",
+    )
+    for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
+        if folder is None:
+            continue
+        require(Path(folder).is_dir(), f"{name} = {folder}; no such folder; write it with `mpo convert`.")
+        require(
+            (Path(folder) / "megatron").is_dir(),
+            f"{name} = {folder} holds no Megatron checkpoint; convert it first: "
+            f"`mpo convert --input {folder} --output {folder.rstrip('/')}-megatron`.",
+        )
+    for name, folder in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if folder is not None:
+            require(
+                (Path(folder) / "prepare.json").is_file(),
+                f"{name} = {folder}; no prepared groups there; write them with `mpo prepare`.",
+            )
+    check_writable(Path(config.output), "output")
+
+
+def check_writable(folder: Path, name: str) -> None:
+    """Raise `ConfigError` if `folder` (or its nearest existing parent) cannot be written to."""
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    require(parent.is_dir(), f"{name} = {folder}; {parent} is a file, not a folder; choose another path.")
+    require(os.access(parent, os.W_OK), f"{name} = {folder}; no permission to write in {parent}; choose another path.")
+
+
+# --------------------------------------------------------------------------------------------------- parsing
+
+C = TypeVar("C")
+
+
+def build_parser(kind: type[Any], program: str) -> ArgumentParser:
+    """A parser for one root dataclass: `--config FILE`, `--field.subfield value`, `--print_config`, `--help`."""
+    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=True)
+    parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
+    parser.add_class_arguments(kind, as_positional=False)
+    return parser
+
+
+def instantiate(parser: ArgumentParser, kind: type[C], namespace: Namespace) -> C:
+    """The dataclass that a parsed namespace describes; nested dataclasses are built by the parser."""
+    built = parser.instantiate(namespace)
+    return kind(**{item.name: built[item.name] for item in dataclasses.fields(kind)})  # type: ignore[arg-type]
+
+
+def parse(kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo") -> C:
+    """Parse command-line arguments (default: sys.argv) into `kind`.
+
+    Raises:
+        ConfigError: a value breaks a rule. An unknown option or a missing required one ends the program with usage.
+    """
+    parser = build_parser(kind, program)
+    return instantiate(parser, kind, parser.parse_args(arguments))
+
+
+def load_yaml(kind: type[C], path: str | Path) -> C:
+    """The configuration saved in a YAML file, checked like one from the command line.
+
+    Raises:
+        ConfigError: the file is missing, has an unknown key, or a value breaks a rule.
+    """
+    parser = build_parser(kind, "mpo")
+    parser.exit_on_error = False
+    try:
+        return instantiate(parser, kind, parser.parse_path(str(path)))
+    except (ArgumentError, TypeError, OSError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain dictionaries."""
+    return dataclasses.asdict(config)

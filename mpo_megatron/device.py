@@ -1,0 +1,182 @@
+"""GPU or CPU: the one module that knows.
+
+Megatron-Core hard-codes CUDA (device "cuda", `torch.cuda.current_device()`, streams, RNG state, tensor type names). On a
+machine without a GPU, `prepare()` puts stand-ins in place of exactly those names, so that the same model, schedules,
+optimizer and checkpoints run on the CPU over gloo. With a GPU it does nothing. Call it before importing `megatron.core`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
+    "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
+)  # fmt: skip
+"""Functions of `torch` that Megatron-Core calls with device="cuda" or pin_memory=True."""
+
+_CPU = torch.device("cpu")
+_prepared = False
+
+
+def has_gpu() -> bool:
+    """Whether this process computes on a GPU."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device tensors of this process live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
+
+
+def distributed_backend() -> str:
+    """Back end of `torch.distributed` for this device."""
+    return "nccl" if has_gpu() else "gloo"
+
+
+def select(local_rank: int) -> None:
+    """Bind this process to its GPU; nothing to do on a CPU."""
+    if has_gpu():
+        torch.cuda.set_device(local_rank)
+
+
+def synchronize() -> None:
+    """Wait for queued kernels, so that a clock read afterwards is honest."""
+    if has_gpu():
+        torch.cuda.synchronize()
+
+
+def peak_memory_gib() -> float:
+    """Peak memory of this process: allocated on the GPU, or resident on the CPU, in GiB."""
+    if has_gpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+
+
+def prepare() -> None:
+    """Make Megatron-Core importable and runnable on this machine; safe to call again."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    # Megatron-Core tells at import what optional packages are missing; a user can do nothing about it.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    if has_gpu():
+        return
+    for name, stand_in in cuda_stand_ins().items():
+        _replace(torch.cuda, name, stand_in)
+    for name in FACTORIES:
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    for owner in (torch.Tensor, torch.nn.Module):
+        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign,assignment]
+    _prepare_megatron()
+
+
+def cuda_stand_ins() -> dict[str, Any]:
+    """Names below `torch.cuda` that Megatron-Core uses on every path, with what stands for each on a CPU."""
+    nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
+    return {
+        "current_device": lambda: _CPU,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "random.get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+        "random.set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": nothing,  # torch.manual_seed calls this one
+        "Stream": _NullStream,
+        "Event": _NullStream,
+        "current_stream": lambda *args, **kwargs: _NullStream(),
+        "default_stream": lambda *args, **kwargs: _NullStream(),
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "nvtx.range_push": nothing,
+        "nvtx.range_pop": nothing,
+    }
+
+
+class _NullStream:
+    """Stands for a CUDA stream or event: everything is already done."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __enter__(self) -> _NullStream:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end: object) -> float:
+        return 0.0
+
+
+def _replace(owner: Any, dotted: str, value: Any) -> None:
+    *path, name = dotted.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    if not hasattr(owner, name):
+        raise AttributeError(f"torch.cuda.{dotted} no longer exists; mpo_megatron.device must follow this version of torch")
+    setattr(owner, name, value)
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(factory)
+    def on_cpu(*args: Any, **kwargs: Any) -> torch.Tensor:
+        where = kwargs.get("device")
+        if isinstance(where, (str, torch.device)) and torch.device(where).type == "cuda":
+            kwargs["device"] = _CPU
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return factory(*args, **kwargs)
+
+    return on_cpu
+
+
+def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is not None:
+            return original(self, dtype, *args, **kwargs)
+        # The distributed optimizer sorts parameters by 'torch.cuda.FloatTensor' and the like.
+        return original(self).replace("torch.", "torch.cuda.", 1)
+
+    return type_name
+
+
+def _prepare_megatron() -> None:
+    with _quiet_imports():
+        from megatron.core import jit
+        from megatron.core.tensor_parallel import random
+    jit.disable_jit_fuser()  # compiling tiny fused operations costs a CPU run more than it gains
+    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
+        if not hasattr(random, name):
+            raise AttributeError(f"megatron.core.tensor_parallel.random.{name} no longer exists; mpo_megatron.device must follow")
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _quiet_imports() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
