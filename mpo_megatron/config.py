@@ -113,8 +113,6 @@ class ModelConfig:
     """Compute precision; optimizer states and master weights are float32 in both."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
-    attention: Literal["auto", "sdpa", "flex"] = "auto"
-    """Attention back end; `auto` takes `flex` on a GPU and `sdpa` elsewhere."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
     logprob_chunk: int = 1024

@@ -83,26 +83,29 @@ def prepare() -> None:
 
 def cuda_stand_ins() -> dict[str, Any]:
     """Names below `torch.cuda` that Megatron-Core uses on every path, with what stands for each on a CPU."""
-    nothing: Callable[..., None] = lambda *args, **kwargs: None  # noqa: E731
+
+    def nothing() -> Callable[..., None]:
+        return lambda *args, **kwargs: None  # a new one each time: torch.compile wants distinct functions
+
     return {
         "current_device": lambda: _CPU,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
-        "ipc_collect": nothing,
+        "set_device": nothing(),
+        "synchronize": nothing(),
+        "empty_cache": nothing(),
+        "ipc_collect": nothing(),
         "get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "random.get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
         "random.set_rng_state": lambda state, *args, **kwargs: torch.set_rng_state(state),
         "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
-        "manual_seed_all": nothing,  # torch.manual_seed calls this one
+        "manual_seed_all": nothing(),  # torch.manual_seed calls this one
         "Stream": _NullStream,
         "Event": _NullStream,
         "current_stream": lambda *args, **kwargs: _NullStream(),
         "default_stream": lambda *args, **kwargs: _NullStream(),
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),
-        "nvtx.range_push": nothing,
-        "nvtx.range_pop": nothing,
+        "nvtx.range_push": nothing(),
+        "nvtx.range_pop": nothing(),
     }
 
 

@@ -1,0 +1,228 @@
+"""From a Hugging Face config to Megatron-Core's: transformer config, layer spec, and what cannot be represented.
+
+Supported: Qwen2 / Qwen2.5 (`qwen2`: bias on q, k, v) and Qwen3 dense (`qwen3`: RMS norm on q and k).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from mpo_megatron import device
+from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, require
+from mpo_megatron.model.attention import GroupAttention
+
+SUPPORTED = ("qwen2", "qwen3")
+"""`model_type` of the Hugging Face configs that can be represented."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Compute dtype of each `model.precision`."""
+
+
+def load_hf_config(folder: str | Path) -> PretrainedConfig:
+    """The Hugging Face config in `folder`, checked by `check_supported`.
+
+    Raises:
+        ConfigError: no config.json there, one that does not parse, or a model that cannot be represented.
+    """
+    path = Path(folder) / "config.json"
+    require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
+    try:
+        model_type = json.loads(path.read_text()).get("model_type")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
+    require(
+        model_type in SUPPORTED,
+        f"{path}: model_type = {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}.",
+    )
+    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    check_supported(hf_config)
+    return hf_config
+
+
+def check_supported(hf_config: PretrainedConfig) -> None:
+    """Refuse what this implementation would compute differently from `transformers`; nothing is ignored silently.
+
+    Raises:
+        ConfigError: naming the field of config.json and the rule.
+    """
+    require(
+        hf_config.model_type in SUPPORTED,
+        f"model_type = {hf_config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}.",
+    )
+    layer_types = set(getattr(hf_config, "layer_types", None) or ())
+    require(
+        not getattr(hf_config, "use_sliding_window", False) and layer_types <= {"full_attention"},
+        "config.json: use_sliding_window = true (or layer_types with sliding_attention): only full attention is implemented; "
+        "set use_sliding_window to false if no training or generation row is longer than the window.",
+    )
+    rope = rope_parameters(hf_config)
+    require(
+        rope.get("rope_type", "default") == "default",
+        f"config.json: rope_type = {rope.get('rope_type')!r}: only default rotary embeddings are implemented; remove the rope "
+        "scaling if no row is longer than the context the model was trained with.",
+    )
+    require(hf_config.hidden_act == "silu", f"config.json: hidden_act = {hf_config.hidden_act!r}; only silu is implemented.")
+    require(
+        not getattr(hf_config, "attention_bias", False),
+        "config.json: attention_bias = true puts a bias on the output projection; that is not implemented.",
+    )
+    require(
+        getattr(hf_config, "attention_dropout", 0.0) == 0.0,
+        f"config.json: attention_dropout = {hf_config.attention_dropout}; policy and reference must be deterministic, set it to 0.",
+    )
+
+
+def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
+    """Rotary settings with `rope_theta` and `rope_type`, wherever this version of transformers keeps them."""
+    rope = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
+    if "rope_theta" not in rope:  # transformers 4 kept it beside the other fields
+        rope["rope_theta"] = hf_config.rope_theta
+    rope.setdefault("rope_type", rope.pop("type", "default"))
+    return rope
+
+
+def head_dim(hf_config: PretrainedConfig) -> int:
+    """Channels of one attention head; Qwen3 sets it apart from hidden_size / num_attention_heads."""
+    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """`vocab_size` rounded up to a multiple of `multiple`, so that it can be cut over tensor-parallel ranks."""
+    return -(-vocab_size // multiple) * multiple
+
+
+def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padded_vocab: int) -> None:
+    """Check that the model can be cut as `parallel` asks.
+
+    Raises:
+        ConfigError: naming the field, the number it must divide, and the values that do.
+    """
+    tensor = parallel.tensor
+    for name, size in (
+        ("num_attention_heads", hf_config.num_attention_heads),
+        ("num_key_value_heads", hf_config.num_key_value_heads),
+        ("intermediate_size", hf_config.intermediate_size),
+        ("padded vocabulary", padded_vocab),
+    ):
+        _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
+    _require_divides("parallel.pipeline", parallel.pipeline, "the model's num_hidden_layers", hf_config.num_hidden_layers)
+
+
+def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
+    choices = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
+    require(size % divisor == 0, f"{name} = {divisor} does not divide {what} = {size}; choose one of {choices}.")
+
+
+def use_transformer_engine(model: ModelConfig) -> bool:
+    """Whether layers come from Transformer Engine.
+
+    Raises:
+        ConfigError: it is asked for but is not installed, or there is no GPU.
+    """
+    if model.backend == "local":
+        return False
+    missing = _missing_for_transformer_engine()
+    require(
+        model.backend == "auto" or missing is None,
+        f"model.backend = transformer_engine, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with a GPU, "
+        "or set model.backend to local.",
+    )
+    return missing is None
+
+
+def _missing_for_transformer_engine() -> str | None:
+    if not device.has_gpu():
+        return "this machine has no GPU"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        return f"transformer_engine does not import ({error})"
+    return None
+
+
+def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+    """Megatron-Core's TransformerConfig for this model, precision and layout."""
+    dtype = DTYPES[model.precision]
+    recompute: dict[str, Any] = {}
+    if model.recompute == "full":
+        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return TransformerConfig(
+        num_layers=hf_config.num_hidden_layers,
+        hidden_size=hf_config.hidden_size,
+        ffn_hidden_size=hf_config.intermediate_size,
+        num_attention_heads=hf_config.num_attention_heads,
+        num_query_groups=hf_config.num_key_value_heads,
+        kv_channels=head_dim(hf_config),
+        normalization="RMSNorm",
+        layernorm_epsilon=hf_config.rms_norm_eps,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=hf_config.model_type == "qwen2",
+        qk_layernorm=hf_config.model_type == "qwen3",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        sequence_parallel=parallel.sequence_parallel,
+        # Rows differ in length, so pipeline stages tell each other the shape of what they send.
+        variable_seq_lengths=parallel.pipeline > 1,
+        # Losses are scaled by the global number of groups before backward, so Megatron must sum gradients over data-parallel
+        # ranks and micro-batches, not average them: with this flag DDP's gradient_scaling_factor is 1 (see train/step.py).
+        calculate_per_token_loss=True,
+        # Every weight is loaded from a checkpoint.
+        perform_initialization=False,
+        bias_activation_fusion=device.has_gpu(),
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=use_transformer_engine(model),
+        **recompute,
+    )
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMS norm for the local layer spec that, unlike Megatron-Core's own wrapper, takes part in sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
+        # Each rank sees a part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+def build_block_spec(config: TransformerConfig, transformer_engine: bool, pipeline_rank: int) -> TransformerBlockSubmodules:
+    """The layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core in both."""
+    norm: Callable[..., torch.nn.Module]
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        norm = TENorm
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+        norm = RMSNorm
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if config.qk_layernorm:
+            attention = layer.submodules.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    layer.submodules.self_attention.submodules.core_attention = GroupAttention
+    num_layers = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -1,0 +1,113 @@
+"""Attention over a packed row in which the responses of a group share their prompt.
+
+A row is a run of segments. A prompt is a segment with nothing before it; a response is a segment whose context is its
+group's prompt. A token attends to its segment's context and, causally, to its segment: never to a sibling response or to
+another group. Legend: T tokens of the row, A attention heads of this rank, Q key/value heads of this rank, D channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+
+class Segment(NamedTuple):
+    """Tokens [start, end) of a row, whose context is the tokens [context_start, context_end)."""
+
+    start: int
+    end: int
+    context_start: int
+    context_end: int
+
+
+@dataclass
+class RowLayout(PackedSeqParams):
+    """The segments of one packed row. A PackedSeqParams, since that is what Megatron-Core hands down to the attention core."""
+
+    qkv_format: str = "sbhd"
+    """Keeps Megatron-Core on its [sequence, batch, head, channel] path, where rotary angles are taken token by token."""
+    segments: tuple[Segment, ...] = ()
+    """Segments in row order; together they cover the row."""
+
+
+def row_layout(segments: Iterable[tuple[int, int, int, int]]) -> RowLayout:
+    """A RowLayout from (start, end, context_start, context_end) rows."""
+    return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments))
+
+
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Iterable[Segment]) -> Tensor:
+    """Exact attention, one segment at a time: softmax(q·kᵀ/√D)·v over each segment's context and causal past.
+
+    What a segment yields depends on nothing outside it and its context. Work and memory are those of the attended pairs.
+
+    Args:
+        query: [T, A, D]
+        key, value: [T, Q, D], A a multiple of Q
+    Returns:
+        [T, A, D]
+    """
+    outputs = []
+    for segment in segments:
+        own, context = slice(segment.start, segment.end), slice(segment.context_start, segment.context_end)
+        has_context = segment.context_end > segment.context_start
+        keys = torch.cat((key[context], key[own])) if has_context else key[own]
+        values = torch.cat((value[context], value[own])) if has_context else value[own]
+        # scaled_dot_product_attention wants [batch, head, token, channel].
+        heads_first = [part.transpose(0, 1).unsqueeze(0) for part in (query[own], keys, values)]
+        mask = causal_lower_right(segment.end - segment.start, len(keys)) if has_context else None
+        output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=not has_context, enable_gqa=True)
+        outputs.append(output.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+class GroupAttention(torch.nn.Module):
+    """Attention core of Megatron-Core's SelfAttention for packed rows of groups; it has no weights."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
+            raise ValueError("GroupAttention computes causal self-attention with the default scale only.")
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: None = None,
+        packed_seq_params: RowLayout | None = None,
+    ) -> Tensor:
+        """Attend within the row.
+
+        Args:
+            query: [T, 1, A, D]
+            key, value: [T, 1, Q, D]
+            packed_seq_params: the row's layout
+        Returns:
+            [T, 1, A·D]
+        """
+        if packed_seq_params is None:
+            raise ValueError("GroupAttention needs the row's layout in packed_seq_params.")
+        context = segment_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.segments)
+        return context.reshape(context.shape[0], 1, -1)

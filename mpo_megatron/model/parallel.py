@@ -1,0 +1,98 @@
+"""Process groups and seeds: the one module that touches `torch.distributed` set-up and Megatron's `parallel_state`."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch.distributed import ProcessGroup
+
+from mpo_megatron import device
+from mpo_megatron.config import ParallelConfig
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands in the layout, and the groups it communicates in."""
+
+    groups: ProcessGroupCollection
+    """Megatron-Core's collection, as its modules want it."""
+
+    @property
+    def tensor(self) -> ProcessGroup:
+        """Ranks that hold slices of the same matrices."""
+        return self.groups.tp
+
+    @property
+    def pipeline(self) -> ProcessGroup:
+        """Ranks that hold the stages of one model replica."""
+        return self.groups.pp
+
+    @property
+    def data(self) -> ProcessGroup:
+        """Ranks that hold the same weights and see other rows."""
+        return self.groups.dp
+
+    @property
+    def data_rank(self) -> int:
+        """Index of this rank's model replica."""
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        """Number of model replicas."""
+        return self.groups.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds the output layer, and so the log-probs."""
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes logs and side files: exactly one does."""
+        return torch.distributed.get_rank() == 0
+
+
+@contextlib.contextmanager
+def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
+    """Start `torch.distributed` from torchrun's environment, cut the world into Megatron's groups, seed them; undo it at the end.
+
+    A process started without torchrun is a world of its own.
+    """
+    device.select(int(os.environ.get("LOCAL_RANK", "0")))
+    started = not torch.distributed.is_initialized()
+    if started:
+        in_torchrun = "RANK" in os.environ
+        torch.distributed.init_process_group(
+            device.distributed_backend(),
+            init_method="env://" if in_torchrun else "tcp://127.0.0.1:0",
+            timeout=datetime.timedelta(minutes=config.timeout_minutes),
+            **({} if in_torchrun else {"rank": 0, "world_size": 1}),
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.tensor,
+        pipeline_model_parallel_size=config.pipeline,
+        distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
+        # Extra gloo groups serve a checkpoint format we do not use; without a GPU every group is gloo already.
+        create_gloo_process_groups=False,
+    )
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield Ranks(ProcessGroupCollection.use_mpu_process_groups())
+    finally:
+        parallel_state.destroy_model_parallel()
+        if started:
+            torch.distributed.destroy_process_group()

@@ -1,0 +1,124 @@
+"""The policy: Megatron-Core's GPTModel that reads packed rows of groups and yields log-probs of response tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.module import Float16Module
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from mpo_megatron import device
+from mpo_megatron.config import ModelConfig, ParallelConfig
+from mpo_megatron.model.architecture import (
+    build_block_spec,
+    build_transformer_config,
+    rope_parameters,
+    use_transformer_engine,
+    validate_layout,
+)
+from mpo_megatron.model.attention import RowLayout
+from mpo_megatron.model.logprobs import vocab_parallel_logps
+from mpo_megatron.model.parallel import Ranks
+
+
+class Policy(GPTModel):
+    """One pipeline stage of the policy (the whole model without pipeline parallelism).
+
+    Two things differ from GPTModel: rotary angles follow explicit position ids, since positions restart after a shared
+    prompt; and the last stage returns log-probs of the scored tokens, since all logits of a row would not fit.
+    """
+
+    def __init__(self, *, real_vocab_size: int, logprob_chunk: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.real_vocab_size = real_vocab_size
+        self.logprob_chunk = logprob_chunk
+
+    def forward(  # type: ignore[override]
+        self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor, targets: Tensor
+    ) -> Tensor:
+        """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
+
+        Args:
+            tokens: [1, T] token ids of one packed row
+            position_ids: [1, T] positions, restarting after each shared prompt
+            layout: the row's segments
+            sources: [S] index in the row of the token that predicts each scored token
+            targets: [S] ids of the scored tokens
+        Returns:
+            [S] log-probs in nats, float32; or [T (over tensor ranks with sequence parallelism), 1, H] before the last stage
+        """
+        hidden = self.hidden_states(tokens, position_ids, layout)
+        if not self.post_process:
+            return hidden
+        return vocab_parallel_logps(
+            self.gather_sequence(hidden).squeeze(1)[sources],
+            self.output_weight(),
+            targets,
+            vocab_size=self.real_vocab_size,
+            chunk=self.logprob_chunk,
+            tp_group=self.pg_collection.tp,
+        )
+
+    def hidden_states(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout) -> Tensor:
+        """Output of this stage's last layer (and the final norm on the last stage): [T (/ tensor ranks), 1, H]."""
+        embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        return self.decoder(
+            hidden_states=embedded,
+            attention_mask=None,
+            rotary_pos_emb=self.rotary_angles(position_ids),
+            packed_seq_params=layout,
+        )
+
+    def rotary_angles(self, position_ids: Tensor) -> Tensor:
+        """Rotary angle of every token and channel: [T, 1, 1, D], float32."""
+        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq.to(position_ids.device))
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+    def gather_sequence(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the whole row on every tensor-parallel rank: [T, 1, H].
+
+        Backward sums the ranks' gradients: each rank's vocabulary shard contributes a part.
+        """
+        if self.config.sequence_parallel:
+            return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
+        return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
+
+    def output_weight(self) -> Tensor:
+        """This rank's rows [V, H] of the output projection: the embedding's when they are tied."""
+        if self.share_embeddings_and_output_weights:
+            return self.shared_embedding_or_output_weight()
+        return self.output_layer.weight
+
+
+def build_policy(
+    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, padded_vocab_size: int
+) -> torch.nn.Module:
+    """This rank's part of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
+
+    Raises:
+        ConfigError: the layout does not divide the model, or Transformer Engine is asked for and missing.
+    """
+    validate_layout(hf_config, parallel, padded_vocab_size)
+    config = build_transformer_config(hf_config, model, parallel)
+    policy = Policy(
+        real_vocab_size=hf_config.vocab_size,
+        logprob_chunk=model.logprob_chunk,
+        config=config,
+        transformer_layer_spec=build_block_spec(config, use_transformer_engine(model), ranks.pipeline.rank()),
+        vocab_size=padded_vocab_size,
+        max_sequence_length=hf_config.max_position_embeddings,
+        pre_process=ranks.is_first_stage,
+        post_process=ranks.is_last_stage,
+        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+        position_embedding_type="rope",
+        rotary_base=rope_parameters(hf_config)["rope_theta"],
+        pg_collection=ranks.groups,
+    ).to(device.device())
+    return Float16Module(config, policy) if config.bf16 else policy
