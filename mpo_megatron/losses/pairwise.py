@@ -1,0 +1,281 @@
+"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a group.
+
+s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum) over the
+group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers (both K).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
+from mpo_megatron.losses.hyperparameters import (
+    check_label_smoothing,
+    check_non_negative,
+    check_positive,
+    check_unused,
+)
+from mpo_megatron.losses.numerics import logistic_loss
+from mpo_megatron.losses.pairing import (
+    PairParams,
+    compute_margins,
+    find_paired,
+    needs_reference_pairs,
+    reduce_pairs,
+)
+from mpo_megatron.losses.registry import Needs, register
+from mpo_megatron.losses.supervised import Normalization, compute_negative_log_likelihood
+
+
+@dataclass(frozen=True, kw_only=True)
+class DpoParams(PairParams):
+    """Hyper-parameters of `dpo`."""
+
+    beta: float = 0.1
+    """Scale of the log-ratios."""
+    label_smoothing: float = 0.0
+    """Assumed share of flipped preferences, in [0, 0.5): conservative DPO."""
+    sft_weight: float = 0.0
+    """Weight of the winner's negative log-likelihood, added to the loss."""
+    sft_normalization: Normalization = "token"
+    """That likelihood per token (nats per token) or per sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+        check_label_smoothing(self)
+        check_non_negative(self, "sft_weight")
+        if self.sft_weight == 0:
+            check_unused(self, "sft_weight > 0", "sft_normalization")
+
+
+def add_supervised(batch: GroupBatch, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
+    """Pair losses [G, W, L] + weight · NLL of the winner."""
+    if weight == 0:
+        return pair_losses
+    return pair_losses + weight * compute_negative_log_likelihood(batch, normalization).unsqueeze(-1)
+
+
+def needs_dpo(params: DpoParams) -> Needs:
+    """Lengths only for a supervised term per token."""
+    lengths = params.sft_weight > 0 and params.sft_normalization == "token"
+    return replace(needs_reference_pairs(params), lengths=lengths)
+
+
+@register(
+    "dpo", params=DpoParams, scored=find_paired, needs=needs_dpo, source="DPO (Rafailov et al. 2023), Eq. 7"
+)
+def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
+    """−log σ(β (s_w − s_l)), with label smoothing ε: −(1 − ε) log σ(m) − ε log σ(−m); optional supervised term.
+
+    Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3.
+    """
+    losses = logistic_loss(compute_margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
+    return reduce_pairs(
+        batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RpoParams(DpoParams):
+    """Hyper-parameters of `rpo`: DPO's, with the supervised term on."""
+
+    beta: float = 0.01
+    """Scale of the log-ratios (mc-po App. B.2)."""
+    sft_weight: float = 0.1
+    """λ of the supervised term (mc-po App. B.2)."""
+
+
+@register(
+    "rpo",
+    params=RpoParams,
+    scored=find_paired,
+    needs=needs_dpo,
+    source="RPO (Liu et al. 2024), Eq. 4.1; MC-PO, Table 5",
+)
+def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
+    """DPO plus λ times the winner's negative log-likelihood.
+
+    Deviation: MC-PO's Table 5 writes the term as −λ s_w; its gradient is the one of sft_normalization = sequence. The
+    default is the mean per token, what TRL (which both papers build on) computes.
+    Source: RPO (Liu et al. 2024, "Provably mitigating overoptimization in RLHF"); MC-PO, Table 5.
+    """
+    return compute_dpo(batch, params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IpoParams(PairParams):
+    """Hyper-parameters of `ipo`."""
+
+    beta: float = 0.1
+    """τ of the paper: the target margin is 1 / (2β)."""
+    reading: Literal["length_normalized", "summed"] = "length_normalized"
+    """s per token, as in TRL and LLaMA-Factory (confirmed by the authors as the form of their results), or summed over the
+    response, as the paper writes and NeMo-Aligner and OpenRLHF compute."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+
+
+def needs_ipo(params: IpoParams) -> Needs:
+    """Lengths only for the length-normalised reading."""
+    return replace(needs_reference_pairs(params), lengths=params.reading == "length_normalized")
+
+
+@register(
+    "ipo", params=IpoParams, scored=find_paired, needs=needs_ipo, source="IPO (Azar et al. 2023), Eq. 17"
+)
+def compute_ipo(batch: GroupBatch, params: IpoParams) -> Tensor:
+    """(s_w − s_l − 1/(2β))², s summed or divided by |y|; nats squared.
+
+    Source: IPO (Azar et al. 2023), Eq. 17.
+    """
+    log_ratios = compute_log_ratios(batch)
+    if params.reading == "length_normalized":
+        log_ratios = log_ratios / get_divisors(batch, log_ratios)
+    return reduce_pairs(batch, params, (compute_margins(log_ratios) - 1.0 / (2.0 * params.beta)) ** 2)
+
+
+def get_divisors(batch: GroupBatch, like: Tensor) -> Tensor:
+    """Scored tokens per response [G, K] in the dtype of `like`, 1 at padding."""
+    if batch.lengths is None:
+        raise ValueError("lengths = None; this loss uses the number of scored tokens; pass lengths [G, K].")
+    return torch.where(batch.valid, batch.lengths, 1).to(like.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExoParams(PairParams):
+    """Hyper-parameters of `exo`."""
+
+    beta: float = 0.1
+    """Scale of the log-ratios."""
+    label_smoothing: float = 1e-3
+    """ε: the target puts 1 − ε on the winner; must be positive, or the divergence is infinite."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta", "label_smoothing")
+        check_label_smoothing(self)
+
+
+@register(
+    "exo",
+    params=ExoParams,
+    scored=find_paired,
+    needs=needs_reference_pairs,
+    source="EXO (Ji et al. 2024), Eq. 16",
+)
+def compute_exo(batch: GroupBatch, params: ExoParams) -> Tensor:
+    """KL( softmax(β s) ‖ (1 − ε, ε) ) over winner and loser: the reverse divergence, mode-seeking.
+
+    Source: EXO (Ji et al. 2024), Eq. 16 (EXO-pref), as in TRL's `exo_pair`.
+    """
+    margins = compute_margins(params.beta * compute_log_ratios(batch))
+    winner = torch.sigmoid(margins) * (F.logsigmoid(margins) - math.log1p(-params.label_smoothing))
+    loser = torch.sigmoid(-margins) * (F.logsigmoid(-margins) - math.log(params.label_smoothing))
+    return reduce_pairs(batch, params, winner + loser)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RdpoParams(PairParams):
+    """Hyper-parameters of `rdpo`."""
+
+    beta: float = 0.1
+    """Scale of the log-ratios."""
+    alpha: float = 0.01
+    """Weight of the length difference, per token."""
+    label_smoothing: float = 0.0
+    """As in `dpo`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+        check_non_negative(self, "alpha")
+        check_label_smoothing(self)
+
+
+def needs_rdpo(params: RdpoParams) -> Needs:
+    """Lengths and a reference policy."""
+    return replace(needs_reference_pairs(params), lengths=True)
+
+
+@register(
+    "rdpo", params=RdpoParams, scored=find_paired, needs=needs_rdpo, source="R-DPO (Park et al. 2024), Eq. 9"
+)
+def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
+    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt less.
+
+    The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the opposite one).
+    Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
+    """
+    log_ratios = compute_log_ratios(batch)
+    rewards = params.beta * log_ratios + params.alpha * get_divisors(batch, log_ratios)
+    return reduce_pairs(batch, params, logistic_loss(compute_margins(rewards), params.label_smoothing))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApoZeroParams(PairParams):
+    """Hyper-parameters of `apo_zero`."""
+
+    beta: float = 0.1
+    """Scale of the log-ratios."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+
+
+@register(
+    "apo_zero",
+    params=ApoZeroParams,
+    scored=find_paired,
+    needs=needs_reference_pairs,
+    source="APO (D'Oosterlinck et al. 2024), Eq. 7",
+)
+def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
+    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not nats.
+
+    Source: APO (D'Oosterlinck et al. 2024), Eq. 7, as in TRL's `apo_zero`.
+    """
+    rewards = params.beta * compute_log_ratios(batch)
+    losses = torch.sigmoid(-rewards).unsqueeze(-1) + torch.sigmoid(rewards).unsqueeze(-2)
+    return reduce_pairs(batch, params, losses)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SppoParams(PairParams):
+    """Hyper-parameters of `sppo`."""
+
+    beta: float = 0.001
+    """1/η of the paper (η = 1e3): the targets are ± 1/(2β)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+
+
+@register(
+    "sppo",
+    params=SppoParams,
+    scored=find_paired,
+    needs=needs_reference_pairs,
+    source="SPPO (Wu et al. 2024), Eq. 4.7",
+)
+def compute_sppo(batch: GroupBatch, params: SppoParams) -> Tensor:
+    """(s_w − 1/(2β))² + (s_l + 1/(2β))²; nats squared.
+
+    Deviation: hard preferences (P = 1 for the winner, 0 for the loser), as in TRL's `sppo_hard`; the paper estimates P
+    with a preference model.
+    Source: SPPO (Wu et al. 2024), Eq. 4.7.
+    """
+    log_ratios = compute_log_ratios(batch)
+    target = 1.0 / (2.0 * params.beta)
+    losses = ((log_ratios - target) ** 2).unsqueeze(-1) + ((log_ratios + target) ** 2).unsqueeze(-2)
+    return reduce_pairs(batch, params, losses)

@@ -1,0 +1,153 @@
+"""The table of methods: name → loss function, hyper-parameters, what it needs and where it comes from.
+
+To add a method, write its hyper-parameters and its formula, and import the file in `losses/__init__.py`:
+
+    @dataclass(frozen=True, kw_only=True)
+    class MarginParams(PairParams):
+        margin: float = 1.0
+        \"\"\"Wanted difference of the log-ratios, in nats.\"\"\"
+
+    @register("margin", params=MarginParams, scored=find_paired, needs=needs_pairs, source="Someone 2030, Eq. 1")
+    def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
+        \"\"\"max(0, margin − (s_w − s_l)), averaged over the group's pairs; nats.\"\"\"
+        margins = compute_margins(compute_log_ratios(batch))
+        return reduce_pairs(batch, params, torch.relu(params.margin - margins))
+
+The function may return any finite number for a group that does not contribute: the registry replaces it by 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mpo_megatron.losses.batch import GroupBatch
+
+Params = TypeVar("Params")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What a loss reads besides `policy_logps` and `valid`, and how it must be run."""
+
+    reference: bool = False
+    """`reference_logps`."""
+    rewards: bool = False
+    """`rewards`."""
+    labels: bool = False
+    """`labels`."""
+    preferences: bool = False
+    """`rewards`, or `labels` where there are none: any order of the responses will do."""
+    lengths: bool = False
+    """`lengths`."""
+    tokens: bool = False
+    """`token_logps` and, with `reference`, `reference_token_logps`; the gradient goes to these, not to `policy_logps`."""
+    batch_statistics: bool = False
+    """A mean over the batch enters the loss, so that `compute` must see the whole global batch at once."""
+    policy_samples: bool = False
+    """Responses drawn from the current policy."""
+    sampled: bool = False
+    """`compute` draws from `generator`; two calls differ."""
+    contrast: bool = True
+    """At least two responses per group; False only for purely supervised losses."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One method. `compute` and `scored` are pure and never wait for the device."""
+
+    name: str
+    """What the configuration calls it."""
+    params: type[Any]
+    """Frozen dataclass of its hyper-parameters, with the paper's defaults."""
+    function: Callable[[GroupBatch, Any], Tensor]
+    """The formula: [G] per-group loss; arbitrary but finite where the group does not contribute."""
+    scored: Callable[[GroupBatch, Any], Tensor]
+    """[G, K] bool: responses whose log-probability the loss may depend on, before any sampling; from rewards, labels
+    and `valid` alone. A group with none does not contribute."""
+    needs: Callable[[Any], Needs]
+    """What it reads, given its hyper-parameters."""
+    source: str
+    """Paper and equation."""
+
+    @property
+    def summary(self) -> str:
+        """First line of the formula's docstring."""
+        return (self.function.__doc__ or "").strip().splitlines()[0]
+
+    def contributes(self, batch: GroupBatch, params: Any) -> Tensor:
+        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before any forward."""
+        return self.scored(batch, params).any(dim=-1)
+
+    def compute(self, batch: GroupBatch, params: Any) -> Tensor:
+        """[G] loss per group in nats, float32 (float64 for float64 input); exactly 0, with zero gradient, where the group
+        does not contribute. The training loss is Σ compute / Σ contributes over the global batch."""
+        return torch.where(self.contributes(batch, params), self.function(batch, params), 0.0)
+
+
+_LOSSES: dict[str, Loss] = {}
+
+
+def register(
+    name: str,
+    *,
+    params: type[Params],
+    scored: Callable[[GroupBatch, Params], Tensor],
+    needs: Needs | Callable[[Params], Needs],
+    source: str,
+) -> Callable[[Callable[[GroupBatch, Params], Tensor]], Callable[[GroupBatch, Params], Tensor]]:
+    """Decorator: enter a loss function in the table under `name`."""
+    find_needs: Callable[[Params], Needs] = (lambda _: needs) if isinstance(needs, Needs) else needs
+
+    def enter(function: Callable[[GroupBatch, Params], Tensor]) -> Callable[[GroupBatch, Params], Tensor]:
+        if name in _LOSSES:
+            raise ValueError(f"loss = {name!r}; it is registered already; choose another name.")
+        _LOSSES[name] = Loss(name, params, function, scored, find_needs, source)
+        return function
+
+    return enter
+
+
+def get_loss(name: str) -> Loss:
+    """The method called `name`.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name in _LOSSES:
+        return _LOSSES[name]
+    nearest = difflib.get_close_matches(str(name), _LOSSES, n=3, cutoff=0.4)
+    fix = (
+        f"did you mean {' or '.join(nearest)}?" if nearest else f"choose one of {', '.join(sorted(_LOSSES))}."
+    )
+    raise ValueError(f"loss = {name!r}; there is no such method; {fix}")
+
+
+def list_losses() -> list[Loss]:
+    """Every method, sorted by name."""
+    return [_LOSSES[name] for name in sorted(_LOSSES)]
+
+
+def build_params(name: str, hyperparameters: dict[str, Any]) -> Any:
+    """The hyper-parameters of the method `name`: `hyperparameters` over the paper's defaults, checked.
+
+    Raises:
+        ValueError: an unknown name, a hyper-parameter the method does not have, a wrong type or value.
+    """
+    loss = get_loss(name)
+    valid = [field.name for field in dataclasses.fields(loss.params)]
+    unknown = sorted(set(hyperparameters) - set(valid))
+    if unknown:
+        raise ValueError(
+            f"{name}.{unknown[0]}; {name} has no such hyper-parameter; it has {', '.join(valid)}."
+        )
+    try:
+        return loss.params(**hyperparameters)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from None

@@ -1,0 +1,114 @@
+"""Losses that fit the policy's log-ratios to the distribution of rewards: InfoNCA, NCA and its pairwise form.
+
+Shapes: G groups, K responses. Units: nats per group.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
+from mpo_megatron.losses.hyperparameters import check_positive, check_types
+from mpo_megatron.losses.numerics import masked_mean
+from mpo_megatron.losses.pairing import PairParams, find_paired, needs_reference_pairs, reduce_pairs
+from mpo_megatron.losses.registry import Needs, register
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcaParams:
+    """Hyper-parameters of `infonca` and `nca`."""
+
+    alpha: float = 0.01
+    """Temperature of the rewards: the target is softmax(S / α)."""
+    beta: float = 0.01
+    """Scale of the log-ratios."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "alpha", "beta")
+
+
+def find_several(batch: GroupBatch, params: NcaParams) -> Tensor:
+    """[G, K] bool: all responses of groups that have at least two. Equal rewards count: their target is uniform."""
+    return batch.valid & (batch.valid.sum(dim=-1, keepdim=True) >= 2)
+
+
+def compute_reward_distribution(batch: GroupBatch, alpha: float) -> Tensor:
+    """softmax(S / α) over each group's valid responses [G, K], float64 (S / α may be large); 0 at padding."""
+    if batch.rewards is None:
+        raise ValueError("rewards = None; the target is a softmax of rewards; pass rewards [G, K].")
+    rewards = torch.where(batch.valid, batch.rewards.double(), 0.0)
+    # Relative to the highest: S / α overflows later, and an all-padding row stays finite.
+    highest = torch.where(batch.valid, rewards, -torch.inf).amax(dim=-1, keepdim=True)
+    weights = torch.where(batch.valid, torch.exp((rewards - highest) / alpha), 0.0)
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1.0)  # the highest alone contributes 1
+
+
+@register(
+    "infonca",
+    params=NcaParams,
+    scored=find_several,
+    needs=Needs(reference=True, rewards=True),
+    source="NCA, Eq. 6",
+)
+def compute_infonca(batch: GroupBatch, params: NcaParams) -> Tensor:
+    """InfoNCA: cross-entropy −Σ_i t_i log softmax(β s)_i from the target t = softmax(S / α).
+
+    Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"), Eq. 6.
+    """
+    logits = params.beta * compute_log_ratios(batch)
+    # −1e30 and not −∞: a row of padding alone would be NaN; e^(−1e30) is 0 all the same.
+    log_model = torch.log_softmax(torch.where(batch.valid, logits, -1e30), dim=-1)
+    target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
+    return -torch.where(batch.valid, target * log_model, 0.0).sum(dim=-1)
+
+
+@register(
+    "nca",
+    params=NcaParams,
+    scored=find_several,
+    needs=Needs(reference=True, rewards=True),
+    source="NCA, Eq. 11",
+)
+def compute_nca(batch: GroupBatch, params: NcaParams) -> Tensor:
+    """NCA: −Σ_i t_i log σ(β s_i) − (1/K) Σ_i log σ(−β s_i), t = softmax(S / α), K the group's own count.
+
+    Source: NCA (Chen et al. 2024), Eq. 11.
+    """
+    logits = params.beta * compute_log_ratios(batch)
+    target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
+    return -(target * F.logsigmoid(logits)).sum(dim=-1) - masked_mean(F.logsigmoid(-logits), batch.valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NcaPairParams(PairParams):
+    """Hyper-parameters of `nca_pair`."""
+
+    beta: float = 0.01
+    """Scale of the log-ratios."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "beta")
+
+
+@register(
+    "nca_pair",
+    params=NcaPairParams,
+    scored=find_paired,
+    needs=needs_reference_pairs,
+    source="NCA, §4.3 and its listing",
+)
+def compute_nca_pair(batch: GroupBatch, params: NcaPairParams) -> Tensor:
+    """Pairwise NCA: −log σ(β s_w) − ½ log σ(−β s_w) − ½ log σ(−β s_l).
+
+    Source: NCA (Chen et al. 2024), listing of the pairwise loss; Eq. 11 with K = 2, α → 0.
+    """
+    logits = params.beta * compute_log_ratios(batch)
+    winner = -F.logsigmoid(logits) - 0.5 * F.logsigmoid(-logits)
+    loser = -0.5 * F.logsigmoid(-logits)
+    return reduce_pairs(batch, params, winner.unsqueeze(-1) + loser.unsqueeze(-2))

@@ -1,0 +1,66 @@
+"""The supervised term, alone (`sft`) and as an addition to preference losses. Units: nats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from mpo_megatron.losses.batch import GroupBatch, compute_mean_token_logps, compute_policy_logps
+from mpo_megatron.losses.hyperparameters import check_types
+from mpo_megatron.losses.numerics import masked_mean
+from mpo_megatron.losses.pairing import find_best
+from mpo_megatron.losses.registry import Needs, register
+
+Normalization = Literal["token", "sequence"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftParams:
+    """Hyper-parameters of `sft`."""
+
+    normalization: Normalization = "token"
+    """−log π(y) divided by |y| (nats per token), or not (nats per response)."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+def compute_negative_log_likelihood(batch: GroupBatch, normalization: str) -> Tensor:
+    """−log π_θ(y | x) [G, K], per token or per sequence; 0 at padding."""
+    if normalization == "token":
+        return -compute_mean_token_logps(batch)
+    return -compute_policy_logps(batch)
+
+
+def find_target(batch: GroupBatch, params: SftParams) -> Tensor:
+    """[G, K] bool: the group's best response; the first valid one if there are neither rewards nor labels."""
+    if batch.rewards is None and batch.labels is None:
+        return batch.valid & (batch.valid.cumsum(dim=-1) == 1)
+    best = find_best(batch)
+    # With labels only, a group may have no chosen response: a rejected one is no target.
+    return best if batch.rewards is not None or batch.labels is None else best & (batch.labels == 1)
+
+
+def needs_sft(params: SftParams) -> Needs:
+    """Works on single responses; lengths only for the mean per token."""
+    return Needs(lengths=params.normalization == "token", contrast=False)
+
+
+@register(
+    "sft",
+    params=SftParams,
+    scored=find_target,
+    needs=needs_sft,
+    source="maximum likelihood; MPO, App. J (first stage)",
+)
+def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
+    """Negative log-likelihood of each group's best response, per token or per sequence.
+
+    Deviation from the usual language-model loss with normalization = token: the mean is over a response's tokens first,
+    then over groups, so that a long response weighs as much as a short one.
+    """
+    return masked_mean(
+        compute_negative_log_likelihood(batch, params.normalization), find_target(batch, params)
+    )
