@@ -1,0 +1,509 @@
+"""The record that travels through the project, a *group* (one prompt, K responses, K rewards), and its store on disk.
+
+A prepared folder holds
+
+    groups.arrow     one row per group (Arrow IPC file, uncompressed, memory-mapped on load)
+    prepare.json     what `PreparedInfo` says: digests, counts, statistics, the configuration
+    rejected.jsonl   what was refused, and why (written by `mpo prepare`)
+
+A folder appears under its name in one step (write beside it, fsync, rename), so one that exists is complete. Lengths are
+columns of their own: the trainer plans a whole epoch of packed rows without reading a token.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+FORMAT_VERSION = 1
+GROUPS_FILE = "groups.arrow"
+INFO_FILE = "prepare.json"
+BATCH_GROUPS = 256
+"""Groups in one Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
+
+RewardKind = Literal["scores", "ranks", "labels"]
+Message = dict[str, str]
+"""One chat message: {"role": ..., "content": ...}."""
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Int8 = npt.NDArray[np.int8]
+Float64 = npt.NDArray[np.float64]
+
+SCHEMA = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("num_responses", pa.int32(), nullable=False),
+        pa.field("response_lengths", pa.list_(pa.int32()), nullable=False),
+        pa.field("rewards", pa.list_(pa.float64())),
+        pa.field("labels", pa.list_(pa.int8())),
+        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_texts", pa.list_(pa.string()), nullable=False),
+        pa.field("where", pa.string(), nullable=False),
+    ]
+)
+
+
+class DataError(ValueError):
+    """Data that cannot be used; the message names the file or folder, what is wrong, and the fix."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """One prompt with K responses, as text."""
+
+    group_id: str
+    prompt: tuple[Message, ...]
+    """Chat messages; the last one is not the assistant's."""
+    responses: tuple[str, ...]
+    rewards: tuple[float, ...] | None = None
+    """K rewards, higher is better; None if the data only has labels."""
+    labels: tuple[int, ...] | None = None
+    """K labels, 1 chosen and 0 rejected; None if the data has none."""
+    where: str = ""
+    """Where the group was read: `file:line`, lines counted from 1."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenizedGroup:
+    """One prompt with K responses, as token ids."""
+
+    group_id: str
+    prompt_tokens: Int32
+    """[P]: all the model sees before it answers, template included."""
+    response_tokens: tuple[Int32, ...]
+    """K arrays [R_k]: what the model would generate, end token included (unless the response was truncated)."""
+    rewards: Float64 | None = None
+    """[K], higher is better."""
+    labels: Int8 | None = None
+    """[K], 1 chosen and 0 rejected."""
+    prompt_text: str = ""
+    """The rendered prompt, for reports."""
+    response_texts: tuple[str, ...] = ()
+    """The K responses as they were read, for reports."""
+    where: str = ""
+    """Where the group was read: `file:line`."""
+
+    @property
+    def num_responses(self) -> int:
+        """K."""
+        return len(self.response_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedInfo:
+    """What a prepared folder says of itself (`prepare.json`)."""
+
+    format_version: int = FORMAT_VERSION
+    data_digest: str
+    """sha256 over ids, tokens, rewards and labels in order; the same input and options give the same digest."""
+    tokenizer_digest: str
+    """`Tokenizer.digest()` of the tokenizer the groups were made with."""
+    vocab_size: int
+    """Entries of the tokenizer; every token id is below it."""
+    end_token_ids: tuple[int, ...]
+    """Token ids that end a response, in the order they are appended."""
+    reward_kind: RewardKind
+    """`scores`: rewards are comparable magnitudes; `ranks`: rewards are −rank; `labels`: there are only labels."""
+    has_labels: bool
+    num_groups: int
+    num_responses: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    max_prompt_tokens: int
+    """Longest prompt, in tokens."""
+    max_response_tokens: int
+    """Longest response, in tokens."""
+    max_group_tokens: int
+    """Longest group, in tokens: its prompt once, and its responses."""
+    max_responses: int
+    """Largest K."""
+    arrow_bytes: int
+    """Size of groups.arrow; another size means a damaged copy."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """Histograms, spreads and counts, see docs/data.md."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The configuration that wrote the folder."""
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into a `DataError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot write: {error.strerror or error}; nothing was left there; free some space, or choose "
+            "another output."
+        ) from error
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be written there: nothing exists, or an empty folder does."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+@final
+class AtomicFolder:
+    """A folder that appears under its name complete, or not at all.
+
+    Files are written to `self.path`, a hidden sibling; `commit` forces them to disk and renames. Leaving the `with` block
+    without a commit removes the sibling; only a killed process leaves it behind.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        if not is_free(target):
+            raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
+        with writing(target):
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+            self.path.chmod(0o777 & ~_umask())
+
+    def commit(self) -> None:
+        """Force everything to disk, then rename the folder to its final name."""
+        with writing(self.target):
+            for path in [*sorted(self.path.rglob("*")), self.path]:
+                _fsync(path)
+            os.rename(self.path, self.target)  # atomic; replaces an empty folder
+            _fsync(self.target.absolute().parent)
+
+    def __enter__(self) -> AtomicFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
+    """Groups as one Arrow record batch of `SCHEMA`."""
+
+    def lists(values: Iterable[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.ListArray:
+        arrays = list(values)
+        ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
+        if ends[-1] > np.iinfo(np.int32).max:
+            raise DataError(f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit.")
+        present = [item for item in arrays if item is not None]
+        flat = np.concatenate(present) if present else np.zeros(0)
+        offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
+        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind.to_pandas_dtype()), kind))
+
+    lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
+    columns = [
+        pa.array([group.group_id for group in groups], pa.string()),
+        pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
+        pa.array([group.num_responses for group in groups], pa.int32()),
+        lists(lengths, pa.int32()),
+        lists((group.rewards for group in groups), pa.float64()),
+        lists((group.labels for group in groups), pa.int8()),
+        lists((group.prompt_tokens for group in groups), pa.int32()),
+        lists((np.concatenate(group.response_tokens) for group in groups), pa.int32()),
+        pa.array([group.prompt_text for group in groups], pa.string()),
+        pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
+        pa.array([group.where for group in groups], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+class ArrowWriter:
+    """Appends groups to an Arrow file in batches, and keeps the digest and the counts."""
+
+    def __init__(self, path: Path) -> None:
+        self._sink = pa.OSFile(str(path), "wb")
+        self._file = pa.ipc.new_file(self._sink, SCHEMA)
+        self._pending: list[TokenizedGroup] = []
+        self._digest = hashlib.sha256()
+        self._absent = (False, False)
+        self.num_groups = self.num_responses = self.num_prompt_tokens = self.num_response_tokens = 0
+        self.max_prompt_tokens = self.max_response_tokens = self.max_group_tokens = self.max_responses = 0
+
+    def add(self, group: TokenizedGroup) -> None:
+        """Append one group."""
+        prompt, lengths = len(group.prompt_tokens), [len(tokens) for tokens in group.response_tokens]
+        if self.num_groups and (group.rewards is None, group.labels is None) != self._absent:
+            raise DataError(
+                f"{group.where}: group {group.group_id}: rewards and labels are given by all groups or by none."
+            )
+        self._absent = (group.rewards is None, group.labels is None)
+        _update_digest(self._digest, group)
+        self.num_groups += 1
+        self.num_responses += len(lengths)
+        self.num_prompt_tokens += prompt
+        self.num_response_tokens += sum(lengths)
+        self.max_prompt_tokens = max(self.max_prompt_tokens, prompt)
+        self.max_response_tokens = max(self.max_response_tokens, *lengths)
+        self.max_group_tokens = max(self.max_group_tokens, prompt + sum(lengths))
+        self.max_responses = max(self.max_responses, len(lengths))
+        self._pending.append(group)
+        if len(self._pending) == BATCH_GROUPS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._file.write_batch(to_batch(self._pending))
+            self._pending.clear()
+
+    def close(self) -> dict[str, Any]:
+        """Finish the file; the counts, as fields of `PreparedInfo`."""
+        self._flush()
+        self._file.close()
+        self._sink.close()
+        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        return counts | {"data_digest": self._digest.hexdigest(), "has_labels": not self._absent[1]}
+
+
+def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
+    """Feed one group: every part is preceded by its length, so that no two different stores feed the same bytes."""
+    parts: list[bytes | None] = [group.group_id.encode(), group.prompt_tokens.astype("<i4").tobytes()]
+    parts += [tokens.astype("<i4").tobytes() for tokens in group.response_tokens]
+    parts.append(None if group.rewards is None else group.rewards.astype("<f8").tobytes())
+    parts.append(None if group.labels is None else group.labels.tobytes())
+    digest.update(len(parts).to_bytes(8, "little"))
+    for part in parts:
+        digest.update((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
+        digest.update(part or b"")
+
+
+def write_info(folder: Path, info: PreparedInfo) -> None:
+    """Write `prepare.json`."""
+    text = json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False, sort_keys=False)
+    (folder / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def write_groups(
+    folder: str | Path,
+    groups: Iterable[TokenizedGroup],
+    *,
+    tokenizer_digest: str,
+    vocab_size: int,
+    end_token_ids: Sequence[int],
+    reward_kind: RewardKind,
+    statistics: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> PreparedInfo:
+    """Write a prepared folder in one step; it must not exist yet, or be empty.
+
+    Raises:
+        DataError: the folder is not empty, cannot be written, or there are no groups.
+    """
+    target = Path(folder)
+    with AtomicFolder(target) as output:
+        with writing(target):
+            writer = ArrowWriter(output.path / GROUPS_FILE)
+            for group in groups:
+                writer.add(group)
+            counts = writer.close()
+        if not writer.num_groups:
+            raise DataError(f"{target}: no groups to write.")
+        info = PreparedInfo(
+            tokenizer_digest=tokenizer_digest,
+            vocab_size=vocab_size,
+            end_token_ids=tuple(end_token_ids),
+            reward_kind=reward_kind,
+            arrow_bytes=(output.path / GROUPS_FILE).stat().st_size,
+            statistics=statistics or {},
+            config=config or {},
+            **counts,
+        )
+        with writing(target):
+            write_info(output.path, info)
+        output.commit()
+    return info
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class PreparedGroups:
+    """Random access to prepared groups; memory-mapped, so opening is instant and forked readers share the pages."""
+
+    def __init__(self, path: Path, info: PreparedInfo) -> None:
+        self.path = path
+        self.info = info
+        self._open()
+
+    def _open(self) -> None:
+        reader = pa.ipc.open_file(pa.memory_map(str(self.path / GROUPS_FILE)))
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
+        return (PreparedGroups, (self.path, self.info))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        batch = bisect.bisect_right(self._starts, index) - 1
+        return self._batches[batch], index - self._starts[batch]
+
+    def _row(self, index: int, name: str) -> Any:
+        """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
+        batch, row = self._locate(index)
+        values = batch[name][row].values
+        return None if values is None else values.to_numpy()
+
+    def __getitem__(self, index: int) -> TokenizedGroup:
+        """One group; the arrays are read-only views of the mapped file."""
+        batch, row = self._locate(index)
+        prompt_text, response_texts = self.text(index)
+        ends = np.cumsum(self._row(index, "response_lengths"))
+        return TokenizedGroup(
+            group_id=batch["group_id"][row].as_py(),
+            prompt_tokens=self._row(index, "prompt_tokens"),
+            response_tokens=tuple(np.split(self._row(index, "response_tokens"), ends[:-1])),
+            rewards=self.rewards(index),
+            labels=self.labels(index),
+            prompt_text=prompt_text,
+            response_texts=response_texts,
+            where=batch["where"][row].as_py(),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedGroup]:
+        return (self[index] for index in range(len(self)))
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        parts = [batch[name].to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts)
+
+    def _flat(self, name: str) -> npt.NDArray[Any]:
+        parts = [batch[name].flatten().to_numpy(zero_copy_only=False) for batch in self._batches]
+        return np.concatenate(parts)
+
+    def group_ids(self) -> list[str]:
+        """[G] the groups' ids."""
+        return [group_id for batch in self._batches for group_id in batch["group_id"].to_pylist()]
+
+    def prompt_lengths(self) -> Int64:
+        """[G] tokens of every prompt."""
+        return self._column("prompt_length").astype(np.int64)
+
+    def num_responses(self) -> Int64:
+        """[G] K of every group."""
+        return self._column("num_responses").astype(np.int64)
+
+    def response_offsets(self) -> Int64:
+        """[G + 1] group g's responses are numbers offsets[g] to offsets[g + 1] − 1 of all responses."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.num_responses())])
+
+    def all_response_lengths(self) -> Int64:
+        """[ΣK] tokens of every response, group by group; cut it with `response_offsets`."""
+        return self._flat("response_lengths").astype(np.int64)
+
+    def response_lengths(self, index: int) -> Int64:
+        """[K] tokens of one group's responses."""
+        lengths: Int32 = self._row(index, "response_lengths")
+        return lengths.astype(np.int64)
+
+    def all_rewards(self) -> Float64 | None:
+        """[ΣK] every reward, group by group; None if the data has only labels."""
+        return None if self.info.reward_kind == "labels" else self._flat("rewards")
+
+    def rewards(self, index: int) -> Float64 | None:
+        """[K] one group's rewards."""
+        rewards: Float64 | None = self._row(index, "rewards")
+        return rewards
+
+    def labels(self, index: int) -> Int8 | None:
+        """[K] one group's labels, 1 chosen and 0 rejected."""
+        labels: Int8 | None = self._row(index, "labels")
+        return labels
+
+    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """The rendered prompt and the response texts of one group, for reports."""
+        batch, row = self._locate(index)
+        return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
+
+    def compute_digest(self) -> str:
+        """The digest of what is stored; equal to `info.data_digest` unless the file was changed. Reads everything."""
+        digest = hashlib.sha256()
+        for group in self:
+            _update_digest(digest, group)
+        return digest.hexdigest()
+
+
+def read_info(folder: str | Path) -> PreparedInfo:
+    """What `prepare.json` of a prepared folder says.
+
+    Raises:
+        DataError: the file is missing, damaged, or of another version.
+    """
+    path = Path(folder) / INFO_FILE
+    if not path.is_file():
+        raise DataError(f"{folder}: no prepared groups there ({INFO_FILE} is missing); write them with `mpo prepare`.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again."
+            )
+        return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged ({error}); prepare it again.") from error
+
+
+def load_groups(folder: str | Path) -> PreparedGroups:
+    """Open a prepared folder.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    path, info = Path(folder), read_info(folder)
+    arrow = path / GROUPS_FILE
+    if not arrow.is_file():
+        raise DataError(f"{arrow}: missing, although {INFO_FILE} is there; copy it too, or prepare it again.")
+    size = arrow.stat().st_size
+    if size != info.arrow_bytes:
+        raise DataError(
+            f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again."
+        )
+    try:
+        groups = PreparedGroups(path, info)
+    except pa.ArrowException as error:
+        raise DataError(f"{arrow}: damaged ({error}); copy it again, or prepare it again.") from error
+    if len(groups) != info.num_groups:
+        raise DataError(f"{arrow}: {len(groups)} groups, {INFO_FILE} says {info.num_groups}; prepare it again.")
+    return groups
