@@ -1,0 +1,361 @@
+"""`mpo convert`: a Hugging Face checkpoint to a Megatron one, and back, a few rows at a time.
+
+A Megatron checkpoint folder holds
+    megatron/          torch_dist checkpoint: what GPTModel.sharded_state_dict() names, loadable at any TP × PP
+    hf/                everything of the Hugging Face folder but the weights
+    conversion.json    what export and training must know (`Conversion`)
+Everything is checked before anything is written; the output appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpo_megatron.config import ConvertConfig, check_writable, require
+from mpo_megatron.model.architecture import load_hf_config, padded_vocab_size
+from mpo_megatron.model.convert_folder import (
+    Conversion,
+    copy_side_files,
+    find_megatron_checkpoint,
+    load_conversion,
+    progress,
+    set_config_dtype,
+    staged,
+)
+from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.model.safetensors_io import (
+    DTYPE_NAMES,
+    CheckpointError,
+    PlannedTensor,
+    RowReader,
+    StoredTensor,
+    WeightsDigest,
+    list_tensors,
+    plan_shards,
+    write_shards,
+)
+from mpo_megatron.model.weight_map import EMBEDDING, OUTPUT, Placement, Slice, build_weight_map, extra_state_keys
+
+__all__ = [
+    "CheckpointError",
+    "Conversion",
+    "convert",
+    "export_to_hf",
+    "find_megatron_checkpoint",
+    "import_from_hf",
+    "load_conversion",
+]
+
+MAX_CHUNK_BYTES = 256 * 2**20
+"""Largest piece of a tensor that is read, written or stored at once; the conversion's memory is a small multiple of it."""
+
+
+def convert(config: ConvertConfig) -> None:
+    """Convert `config.input` to `config.output`; the direction follows from what the input folder holds.
+
+    Raises:
+        ConfigError: the input cannot be converted, or the output cannot be written; nothing is left behind.
+    """
+    source, output = Path(config.input), Path(config.output)
+    require(source.is_dir(), f"input = {source}; no such folder.")
+    require(
+        not output.exists() or (output.is_dir() and not any(output.iterdir())),
+        f"output = {output} is not empty; choose a new folder, or remove it.",
+    )
+    require(
+        not output.resolve().is_relative_to(source.resolve()),
+        f"output = {output} lies inside input = {source}; choose a folder beside it.",
+    )
+    check_writable(output, "output")
+    megatron = find_megatron_checkpoint(source)
+    if megatron is not None:
+        export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
+        return
+    require(
+        (source / "config.json").is_file(),
+        f"input = {source} is neither a Hugging Face checkpoint (no config.json) nor a Megatron one (no megatron/, no "
+        "checkpoints/step_*).",
+    )
+    import_from_hf(source, output, vocab_multiple=config.vocab_multiple)
+
+
+# --------------------------------------------------------------------------------------------------- in
+
+
+def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> None:
+    """Write the Megatron checkpoint folder `output` from the Hugging Face checkpoint `source`.
+
+    Args:
+        source: folder with config.json and safetensors
+        output: folder to create; may exist empty
+        vocab_multiple: the vocabulary is padded, with zero rows, to a multiple of this
+        max_chunk_bytes: largest box that is stored, and held in memory, as a whole
+    Raises:
+        ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
+    """
+    hf_config = load_hf_config(source)
+    require(
+        getattr(hf_config, "quantization_config", None) is None,
+        f"{source / 'config.json'}: quantization_config is set; a quantized checkpoint cannot be trained: convert the original one.",
+    )
+    padded_vocab = padded_vocab_size(hf_config.vocab_size, vocab_multiple)
+    slices = build_weight_map(hf_config, padded_vocab)
+    tensors = list_tensors(source)
+    tied_output = tensors.pop(OUTPUT, None) if hf_config.tie_word_embeddings else None
+    _check_hf_tensors(tensors, slices, source)
+    dtypes = _dtype_of_keys(tensors, slices)
+    homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
+    total = sum(chunk.num_bytes for chunk in homes)
+    digest = WeightsDigest()
+
+    with staged(output, total) as folder, RowReader() as reader, progress("Hugging Face → Megatron", total) as advance:
+        if tied_output is not None:
+            _check_tied_output(reader, tensors[EMBEDDING], tied_output, max_chunk_bytes)
+
+        def resolve(chunk: Chunk) -> Tensor:
+            advance(chunk.num_bytes)
+            return _gather_rows(chunk, homes[chunk], tensors, reader, digest)
+
+        write_checkpoint(folder / "megatron", list(homes), extra_state_keys(hf_config.num_hidden_layers), resolve)
+        copy_side_files(source, folder / "hf")
+        conversion = Conversion(
+            architecture=(hf_config.architectures or [""])[0],
+            model_type=hf_config.model_type,
+            vocab_size=hf_config.vocab_size,
+            padded_vocab_size=padded_vocab,
+            dtype=_main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors.values()),
+            digest=digest.hexdigest(),
+            tied_output_stored=tied_output is not None,
+            versions={name: version(name) for name in ("megatron-core", "torch", "transformers")},
+        )
+        (folder / "conversion.json").write_text(
+            json.dumps(dataclasses.asdict(conversion), indent=2) + "\n", encoding="utf-8"
+        )
+
+
+def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], source: Path) -> None:
+    expected = {placement.name: placement for item in slices for placement in item.placements}
+    missing = [name for name in expected if name not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{source}: {len(missing)} of {len(expected)} weights that config.json implies are missing: {_some(missing)}. Copy the "
+            "checkpoint again; without lm_head.weight, tie_word_embeddings must be true."
+        )
+    unknown = [name for name in tensors if name not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"{source}: {len(unknown)} weights have no place in the Megatron model that config.json describes: {_some(unknown)}. "
+            "Is config.json the one of these weights?"
+        )
+    for name, placement in expected.items():
+        if tensors[name].shape != placement.shape:
+            raise CheckpointError(
+                f"{name} is {list(tensors[name].shape)} in {tensors[name].file}, but {list(placement.shape)} by config.json. "
+                "Is config.json the one of these weights?"
+            )
+
+
+def _dtype_of_keys(tensors: dict[str, StoredTensor], slices: list[Slice]) -> dict[str, torch.dtype]:
+    """The dtype of every Megatron tensor; the Hugging Face tensors that become one (in all layers) must agree."""
+    first: dict[str, StoredTensor] = {}
+    for item in slices:
+        for placement in item.placements:
+            tensor = tensors[placement.name]
+            other = first.setdefault(item.key, tensor)
+            if other.dtype != tensor.dtype:
+                raise CheckpointError(
+                    f"{tensor.name} is {DTYPE_NAMES[tensor.dtype]}, {other.name} is {DTYPE_NAMES[other.dtype]}; in Megatron they are "
+                    f"one tensor, {item.key}: save the checkpoint with one dtype for both."
+                )
+    return {key: tensor.dtype for key, tensor in first.items()}
+
+
+def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[Chunk]:
+    """Boxes of at most `max_bytes` that cover the slice, cut between rows, and where a contiguous part begins."""
+    starts = [0]
+    if all(len(placement.runs) == 1 for placement in item.placements):
+        starts = [placement.runs[0].megatron_row for placement in item.placements]
+    row_shape = item.shape[1:]
+    max_rows = max(1, max_bytes // (math.prod(row_shape) * dtype.itemsize))
+    for start, stop in zip(starts, [*starts[1:], item.shape[0]], strict=True):
+        number = -(-(stop - start) // max_rows)
+        rows = -(-(stop - start) // number)
+        for first in range(start, stop, rows):
+            box = (min(rows, stop - first), *row_shape)
+            offsets = (first, *(0 for _ in row_shape))
+            if item.layer is not None:
+                box, offsets = (1, *box), (item.layer, *offsets)
+            yield Chunk(item.key, dtype, item.global_shape, offsets, box)
+
+
+def _gather_rows(
+    chunk: Chunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest
+) -> Tensor:
+    """The chunk's data: rows of Hugging Face tensors, read right where they belong, and zeros for padding."""
+    data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
+    rows = data if item.layer is None else data[0]
+    axis = 0 if item.layer is None else 1
+    chunk_start, chunk_stop = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
+    for placement in item.placements:
+        tensor = tensors[placement.name]
+        for run in placement.runs:
+            start, stop = max(run.megatron_row, chunk_start), min(run.megatron_row + run.num_rows, chunk_stop)
+            if start < stop:
+                into = rows[start - chunk_start : stop - chunk_start]
+                reader.read(tensor, run.hf_row + start - run.megatron_row, into)
+                digest.update(tensor, into)
+    return data
+
+
+def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: StoredTensor, max_bytes: int) -> None:
+    """Raise `CheckpointError` unless a stored lm_head.weight equals the embedding that config.json ties it to."""
+    same = (embedding.dtype, embedding.shape) == (output.dtype, output.shape)
+    if same:
+        step = max(1, max_bytes // (2 * embedding.row_bytes))
+        for first in range(0, embedding.shape[0], step):
+            rows = [
+                torch.empty((min(step, embedding.shape[0] - first), *embedding.shape[1:]), dtype=embedding.dtype)
+                for _ in "ab"
+            ]
+            reader.read(embedding, first, rows[0])
+            reader.read(output, first, rows[1])
+            same = same and torch.equal(rows[0].view(torch.uint8), rows[1].view(torch.uint8))
+    if not same:
+        raise CheckpointError(
+            f"{output.file} holds an {OUTPUT} that differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to "
+            "false to keep both, or remove it."
+        )
+
+
+# --------------------------------------------------------------------------------------------------- out
+
+
+def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
+    """Write the Hugging Face checkpoint `output` from the Megatron checkpoint folder `source`.
+
+    Args:
+        source: folder with megatron/, hf/ and conversion.json; other keys of a training checkpoint are ignored
+        output: folder to create; may exist empty
+        max_shard_bytes: largest safetensors file, unless one tensor alone is larger
+    Raises:
+        ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
+    """
+    conversion = load_conversion(source)
+    hf_config = load_hf_config(source / "hf")
+    slices = build_weight_map(hf_config, conversion.padded_vocab_size)
+    checkpoint = CheckpointReader(source / "megatron")
+    _check_megatron_tensors(checkpoint, slices)
+    homes: dict[str, tuple[Slice, Placement]] = {p.name: (item, p) for item in slices for p in item.placements}
+    if conversion.tied_output_stored:
+        homes[OUTPUT] = homes[EMBEDDING]
+    planned = [
+        PlannedTensor(name, checkpoint.tensors[item.key].properties.dtype, placement.shape)
+        for name, (item, placement) in homes.items()
+    ]
+    total = sum(tensor.num_bytes for tensor in planned)
+    read_slice = _LastSlice(checkpoint)
+
+    with staged(output, total) as folder, progress("Megatron → Hugging Face", total) as advance:
+
+        def rows_of(tensor: PlannedTensor) -> Iterator[Tensor]:
+            item, placement = homes[tensor.name]
+            for rows in _scatter_rows(checkpoint, read_slice, item, placement):
+                yield rows
+                advance(rows.numel() * rows.dtype.itemsize)
+
+        write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)
+        copy_side_files(source / "hf", folder)
+        dtype = _main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in planned)
+        if (
+            dtype != conversion.dtype
+        ):  # training in another precision; otherwise config.json stays as it was, byte for byte
+            set_config_dtype(folder / "config.json", dtype)
+
+
+def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -> None:
+    expected = {item.key: item.global_shape for item in slices}
+    folder = checkpoint.folder
+    missing = [key for key in expected if key not in checkpoint.tensors]
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} of {len(expected)} weights of the model are missing: {_some(missing)}."
+        )
+    model_keys = ("embedding.", "decoder.", "output_layer.")
+    unknown = [key for key in checkpoint.tensors if key.startswith(model_keys) and key not in expected]
+    if unknown:
+        raise CheckpointError(
+            f"{folder}: {len(unknown)} weights have no place in the Hugging Face model that hf/config.json describes: {_some(unknown)}."
+        )
+    for key, shape in expected.items():
+        entry = checkpoint.tensors[key]
+        if tuple(entry.size) != shape:
+            raise CheckpointError(
+                f"{key} is {list(entry.size)} in {folder}, but {list(shape)} by hf/config.json and conversion.json."
+            )
+        if entry.properties.dtype not in DTYPE_NAMES:
+            raise CheckpointError(
+                f"{key} in {folder} is {entry.properties.dtype}; weights must be float32, float16 or bfloat16."
+            )
+    checkpoint.check_files(set(expected))
+
+
+class _LastSlice:
+    """Reads whole slices and keeps the last: q, k and v, written one after the other, come out of the same one."""
+
+    def __init__(self, checkpoint: CheckpointReader) -> None:
+        self._checkpoint = checkpoint
+        self._item: Slice | None = None
+        self._rows = torch.empty(0)
+
+    def __call__(self, item: Slice) -> Tensor:
+        if item != self._item:
+            self._rows = _read_rows(self._checkpoint, item, 0, item.shape[0])
+            self._item = item
+        return self._rows
+
+
+def _scatter_rows(
+    checkpoint: CheckpointReader, read_slice: Callable[[Slice], Tensor], item: Slice, placement: Placement
+) -> Iterator[Tensor]:
+    """The rows of one Hugging Face tensor, in order, in pieces that are stored together."""
+    if len(placement.runs) > 1:
+        slice_rows = read_slice(item)
+        for run in placement.runs:
+            yield slice_rows[run.megatron_row : run.megatron_row + run.num_rows]
+        return
+    [run] = placement.runs
+    start, stop = run.megatron_row, run.megatron_row + run.num_rows
+    cuts = [start, *(row for row in checkpoint.row_starts(item.key, item.layer) if start < row < stop), stop]
+    for first, last in itertools.pairwise(cuts):
+        yield _read_rows(checkpoint, item, first, last)
+
+
+def _read_rows(checkpoint: CheckpointReader, item: Slice, first: int, last: int) -> Tensor:
+    offsets, sizes = [first, *(0 for _ in item.shape[1:])], [last - first, *item.shape[1:]]
+    if item.layer is None:
+        return checkpoint.read(item.key, offsets, sizes)
+    return checkpoint.read(item.key, [item.layer, *offsets], [1, *sizes])[0]
+
+
+# --------------------------------------------------------------------------------------------------- both ways
+
+
+def _main_dtype(tensors: Iterator[tuple[torch.dtype, int]]) -> str:
+    count: Counter[torch.dtype] = Counter()
+    for dtype, elements in tensors:
+        count[dtype] += elements
+    return str(count.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

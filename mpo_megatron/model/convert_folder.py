@@ -1,0 +1,146 @@
+"""What surrounds the weights of a conversion: the Megatron checkpoint folder, its conversion.json, staging, progress."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.model.safetensors_io import CheckpointError
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
+"""Files of a Hugging Face folder that are weights, in whatever format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """conversion.json: what was converted."""
+
+    architecture: str
+    """`architectures[0]` of the Hugging Face config."""
+    model_type: str
+    """`model_type` of the Hugging Face config."""
+    vocab_size: int
+    """Rows of the Hugging Face embedding."""
+    padded_vocab_size: int
+    """Rows of the Megatron embedding; those from `vocab_size` on are zero padding."""
+    dtype: str
+    """The dtype that most weights have, as torch names it: bfloat16, float16 or float32."""
+    digest: str
+    """SHA-256 of the Hugging Face weights' names, dtypes, shapes and bytes."""
+    tied_output_stored: bool = False
+    """Whether the source held a copy of its tied embedding as lm_head.weight; export then writes it again."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """Versions of the packages that converted."""
+
+
+def load_conversion(folder: str | Path) -> Conversion:
+    """Read conversion.json of a Megatron checkpoint folder.
+
+    Raises:
+        CheckpointError: it is missing or not what this version writes.
+    """
+    path = Path(folder) / "conversion.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again."
+        )
+    try:
+        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
+
+
+def find_megatron_checkpoint(source: Path) -> Path | None:
+    """The Megatron checkpoint folder that `source` is, or, for a training run, its newest complete one; None if neither.
+
+    Raises:
+        CheckpointError: a training run without any complete checkpoint.
+    """
+    if (source / "megatron").is_dir():
+        return source
+    if not (source / "checkpoints").is_dir():
+        return None
+    steps = sorted((source / "checkpoints").glob("step_*"), key=lambda path: path.name, reverse=True)
+    for step in steps:
+        # Megatron-Core writes metadata.json when everything else of the checkpoint is on disk.
+        if all((step / name).is_file() for name in ("megatron/metadata.json", "hf/config.json", "conversion.json")):
+            return step
+    raise CheckpointError(f"input = {source}: none of its {len(steps)} checkpoints/step_* is complete.")
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy everything but weights and hidden folders (version control, caches)."""
+    target.mkdir(exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
+        if path.is_file() and not is_weight and not any(part.startswith(".") for part in name.parts[:-1]):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target / name)
+
+
+def set_config_dtype(path: Path, dtype: str) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    name = "torch_dtype" if "torch_dtype" in settings else "dtype"
+    settings[name] = dtype
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside `output` that takes its name on success and disappears on failure.
+
+    Raises:
+        ConfigError: the disk has, or turns out to have, too little space.
+    """
+    parent = output.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(parent).free
+    need = f"{needed_bytes / 2**30:,.2f} GiB of weights"
+    require(
+        free > needed_bytes,
+        f"output = {output}: {need}, but only {free / 2**30:,.2f} GiB are free on its disk; make room.",
+    )
+    folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+    folder.mkdir()
+    try:
+        yield folder
+        os.rename(folder, output)  # atomic; replaces an empty folder
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise ConfigError(
+                f"output = {output}: {error.strerror} while writing {need}; make room and run again."
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes, and one line with rate and peak memory at the end; both to stderr."""
+    console = Console(stderr=True)
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
+    start = time.perf_counter()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    console.print(
+        f"{title}: {total / 2**30:,.2f} GiB in {seconds:,.1f} s ({total / 2**20 / seconds:,.0f} MiB/s), peak memory {peak / 2**30:,.2f} GiB",
+        highlight=False,
+    )

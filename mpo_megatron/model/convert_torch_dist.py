@@ -1,0 +1,206 @@
+"""Megatron's torch_dist checkpoints, a chunk at a time, in one process and without a process group.
+
+Reads and writes go through torch.distributed.checkpoint's own file reader and writer, so the files are what
+`megatron.core.dist_checkpointing` expects. What differs is only where tensors come from: the planner asks for one chunk when
+its turn to be written comes, and a read touches only the stored chunks that overlap the rows asked for.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from mpo_megatron.model.safetensors_io import CheckpointError
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of one checkpoint tensor that is written (and later read) as a whole."""
+
+    key: str
+    dtype: torch.dtype
+    global_shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.sizes) * self.dtype.itemsize
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def write_checkpoint(
+    folder: Path, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]
+) -> None:
+    """Write a torch_dist checkpoint that `megatron.core.dist_checkpointing.load` reads at any layout.
+
+    Args:
+        folder: created here
+        chunks: boxes that cover every tensor exactly once, in the order they are to be written
+        extra_states: keys of empty `_extra_state` objects
+        resolve: the data of one chunk, shaped like its `sizes`; called once for each, right before it is written
+    """
+    folder.mkdir(parents=True)
+    planner = _LazySavePlanner(chunks, extra_states, resolve)
+    writer = FileSystemWriter(folder, thread_count=1)  # one thread: one chunk in memory
+    # What torch.distributed.checkpoint.save does with one process; its own wrapper would hide the exceptions of `resolve`.
+    writer.set_up_storage_writer(is_coordinator=True)
+    plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
+    [plan] = writer.prepare_global_plan(plans)
+    results = writer.write_data(planner.finish_plan(plan), planner).value()
+    writer.finish(metadata, [results])
+    torch.save({}, folder / "common.pt")  # what is not a tensor of the model: nothing
+    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
+
+
+class _LazySavePlanner(DefaultSavePlanner):
+    def __init__(
+        self, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]
+    ) -> None:
+        super().__init__(flatten_state_dict=False)
+        self._resolve = resolve
+        self._chunks = {MetadataIndex(chunk.key, torch.Size(chunk.offsets)): chunk for chunk in chunks}
+        self._extra_states = extra_states
+
+    def create_local_plan(self) -> SavePlan:
+        items = [
+            WriteItem(index, WriteItemType.SHARD, tensor_data=_write_data(chunk))
+            for index, chunk in self._chunks.items()
+        ]
+        items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._extra_states]
+        self.plan = SavePlan(items)
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
+        if write_item.type is WriteItemType.BYTE_IO:
+            stream = io.BytesIO()
+            torch.save([None], stream)  # what Megatron-Core writes for a module without FP8 state
+            return stream
+        return self._resolve(self._chunks[write_item.index])
+
+
+def _write_data(chunk: Chunk) -> TensorWriteData:
+    return TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
+        properties=TensorProperties(dtype=chunk.dtype),
+        size=torch.Size(chunk.global_shape),
+    )
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class CheckpointReader:
+    """Random access to the tensors of a torch_dist checkpoint."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the checkpoint; reads its metadata only.
+
+        Raises:
+            CheckpointError: not a whole torch_dist checkpoint.
+        """
+        self.folder = folder
+        for name in ("metadata.json", ".metadata"):
+            if not (folder / name).is_file():
+                raise CheckpointError(
+                    f"{folder / name}: no such file; the checkpoint is incomplete: copy it again, or take an older one."
+                )
+        self._reader = FileSystemReader(folder)
+        try:
+            self._metadata = self._reader.read_metadata()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
+            raise CheckpointError(f"{folder / '.metadata'}: damaged ({error!r}); copy the checkpoint again.") from error
+        self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
+        entries = self._metadata.state_dict_metadata
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)
+        }
+
+    def check_files(self, keys: set[str]) -> None:
+        """Raise `CheckpointError` if a file that holds any of these tensors is missing or too short."""
+        needed: dict[str, int] = {}
+        for index, where in self._metadata.storage_data.items():
+            if index.fqn in keys:
+                needed[where.relative_path] = max(needed.get(where.relative_path, 0), where.offset + where.length)
+        for name, size in sorted(needed.items()):
+            path = self.folder / name
+            if not path.is_file():
+                raise CheckpointError(
+                    f"{path}: no such file, but the checkpoint has weights in it; copy the checkpoint again."
+                )
+            if path.stat().st_size < size:
+                raise CheckpointError(
+                    f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy the checkpoint again."
+                )
+
+    def row_starts(self, key: str, layer: int | None) -> list[int]:
+        """Rows at which stored chunks of this tensor (of this layer) begin: reading between them reads nothing twice."""
+        axis = 0 if layer is None else 1
+        return sorted(
+            {
+                chunk.offsets[axis]
+                for chunk in self.tensors[key].chunks
+                if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+            }
+        )
+
+    def read(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """The box of tensor `key` at `offsets`, of the stored dtype.
+
+        Raises:
+            CheckpointError: the stored data does not parse or does not cover the box.
+        """
+        entry = self.tensors[key]
+        box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+        items = create_read_items_for_chunk_list(key, entry, [box])
+        covered = sum(math.prod(item.lengths) for item in items)
+        if covered != math.prod(sizes):
+            raise CheckpointError(
+                f"{self.folder}: stores {covered:,} of {math.prod(sizes):,} elements of {key} at {list(offsets)}."
+            )
+        target = torch.empty(torch.Size(sizes), dtype=entry.properties.dtype)
+        try:
+            self._reader.read_data(LoadPlan(items), _BoxLoadPlanner(target))
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            raise CheckpointError(
+                f"{self.folder}: the data of {key} is damaged ({error}); copy the checkpoint again."
+            ) from error
+        return target
+
+
+class _BoxLoadPlanner(DefaultLoadPlanner):
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        box = tuple(
+            slice(start, start + length)
+            for start, length in zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        )
+        return self._target[box]
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
+        pass  # resolve_tensor gave a view of the target: the data is there
