@@ -7,7 +7,18 @@
 Imports PyTorch and nothing else. `registry.py` shows how to add a method.
 """
 
-from mpo_megatron.losses import pairwise, reward, setwise, supervised  # noqa: F401  (importing registers the methods)
+from mpo_megatron.losses import (  # noqa: F401  (importing a file registers its methods)
+    listwise,
+    montecarlo,
+    offline_rl,
+    pairwise,
+    reference_free,
+    reward,
+    setwise,
+    soft,
+    supervised,
+    unpaired,
+)
 from mpo_megatron.losses.batch import GroupBatch
 from mpo_megatron.losses.checked import group_loss
 from mpo_megatron.losses.partition import PartitionParams, compute_partition

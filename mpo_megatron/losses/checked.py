@@ -116,7 +116,7 @@ def check_present(name: str, batch: GroupBatch, needs: Needs) -> None:
     def refuse(field: str, reason: str, fix: str) -> None:
         raise ValueError(f"{field} = None; {name} {reason}; {fix}.")
 
-    if needs.reference and batch.reference_logps is None:
+    if needs.reference and not needs.tokens and batch.reference_logps is None:
         refuse(
             "reference_logps",
             "compares with the reference policy",

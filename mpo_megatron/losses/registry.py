@@ -37,7 +37,7 @@ class Needs:
     """What a loss reads besides `policy_logps` and `valid`, and how it must be run."""
 
     reference: bool = False
-    """`reference_logps`."""
+    """`reference_logps`; with `tokens`, `reference_token_logps` instead."""
     rewards: bool = False
     """`rewards`."""
     labels: bool = False
@@ -47,7 +47,7 @@ class Needs:
     lengths: bool = False
     """`lengths`."""
     tokens: bool = False
-    """`token_logps` and, with `reference`, `reference_token_logps`; the gradient goes to these, not to `policy_logps`."""
+    """`token_logps`; the gradient goes there, not to `policy_logps`."""
     batch_statistics: bool = False
     """A mean over the batch enters the loss, so that `compute` must see the whole global batch at once."""
     policy_samples: bool = False
