@@ -66,8 +66,10 @@ def prepare() -> None:
     if _prepared:
         return
     _prepared = True
-    # Megatron-Core tells at import what optional packages are missing; a user can do nothing about it.
+    # Megatron-Core tells at import what optional packages are missing, and torch that Megatron-Core uses names it is about
+    # to rename; a user can do nothing about either.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     if has_gpu():
         return
     for name, stand_in in cuda_stand_ins().items():

@@ -1,0 +1,90 @@
+"""`mpo <command>`: one function per stage, thin over the package."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+from mpo_megatron.config import ConfigError, ConvertConfig, PrepareConfig, TrainConfig, parse
+
+
+def convert(arguments: Sequence[str]) -> int:
+    """Hugging Face checkpoint to Megatron checkpoint, or back."""
+    config = parse(ConvertConfig, arguments, "mpo convert")
+    from mpo_megatron.model.convert import convert as run
+
+    run(config)
+    return 0
+
+
+def prepare(arguments: Sequence[str]) -> int:
+    """Prompts with K responses and rewards to tokenized groups."""
+    config = parse(PrepareConfig, arguments, "mpo prepare")
+    from mpo_megatron.data.prepare import prepare as run
+
+    run(config)
+    return 0
+
+
+def train(arguments: Sequence[str]) -> int:
+    """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
+    launcher = argparse.ArgumentParser(prog="mpo train", add_help=False)
+    launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
+    options, own = launcher.parse_known_args(arguments)
+    parallel = parse(TrainConfig, own, "mpo train").parallel
+    num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    return subprocess.run([*command, "-m", "mpo_megatron.train", *own], env=environment, check=False).returncode
+
+
+def losses(arguments: Sequence[str]) -> int:
+    """List every loss with its hyper-parameters, needs and source."""
+    from mpo_megatron.losses.table import print_losses
+
+    print_losses(arguments)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "convert": convert,
+    "prepare": prepare,
+    "train": train,
+    "losses": losses,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command named by the first argument; a message instead of a traceback for what a user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"mpo: there is no command {name!r}.\n{_usage()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name](rest)
+    except (ConfigError, ValueError) as error:
+        print(f"mpo {name}: {error}", file=sys.stderr)
+        return 2
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "usage: mpo <command> [--config FILE] [--field value …]\n\n" + "\n".join(lines) + "\n\n`mpo <command> --help` lists its options."
+
+
+def _num_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Steps of training data: deterministic, sharded over replicas, prefetched, and a function of the step number alone.
+
+Every rank knows the whole step (which groups, their rewards and lengths) and builds only its own replica's rows. The
+content of a step depends on the seed, the step and the global batch: not on the number of ranks, so a run that resumes,
+even on another layout, sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
+from mpo_megatron.data.packing import Layout, Plan, Row, build_row, plan_rows
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupTable:
+    """The step's groups as padded matrices, the same on every rank. G groups, K the largest number of responses."""
+
+    indices: Ints
+    """[G] index of each group in the dataset."""
+    group_ids: tuple[str, ...]
+    """[G] the groups' ids."""
+    valid: Bools
+    """[G, K] False where a group has fewer responses than K."""
+    rewards: Floats | None
+    """[G, K] rewards, 0 where not valid; None if the data has labels only."""
+    labels: npt.NDArray[np.int8] | None
+    """[G, K] 1 chosen, 0 rejected, −1 neither or not valid; None if the data has none."""
+    lengths: Ints
+    """[G, K] tokens of each response, its end token included."""
+    prompt_lengths: Ints
+    """[G] tokens of each prompt."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBatch:
+    """What one optimizer step, or one evaluation step, works on."""
+
+    step: int
+    groups: tuple[TokenizedGroup, ...]
+    """[G] the groups' tokens."""
+    table: GroupTable
+    contributes: Bools
+    """[G] groups that carry a contrast; the others are skipped and counted."""
+    in_rows: Bools
+    """[G, K] responses that lie in a row of some replica."""
+    plan: Plan
+    rows: tuple[Row, ...]
+    """This replica's rows: its micro-batches."""
+
+
+Selection = Callable[[GroupTable], tuple[Bools, Bools]]
+"""From a step's table to (contributes [G], scored [G, K]): which groups and responses the loss needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowShape:
+    """How rows are cut and spread; the same on every rank but for `replica`."""
+
+    row_tokens: int
+    layout: Layout
+    multiple: int
+    """A row's length is a multiple of this."""
+    num_replicas: int
+    replica: int
+    """The replica whose rows this rank builds."""
+    pair_weight: float
+    """Cost of an attending pair relative to a token, for balancing replicas."""
+    rows_multiple: int = 1
+
+
+def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
+    """Optimizer steps in one pass over the data; the last one may have fewer groups."""
+    return math.ceil(num_groups / groups_per_step)
+
+
+def step_indices(step: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Ints:
+    """Dataset indices of the groups of a step, counted from 0 over all epochs."""
+    epoch, position = divmod(step, steps_per_epoch(num_groups, groups_per_step))
+    order = np.random.default_rng((seed, epoch)).permutation(num_groups) if shuffle else np.arange(num_groups)
+    return order[position * groups_per_step : (position + 1) * groups_per_step]
+
+
+def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
+    """The groups' rewards, labels and lengths as padded matrices."""
+    width = max(len(group.response_tokens) for group in groups)
+    shape = (len(groups), width)
+    valid, lengths = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+    rewards = np.zeros(shape) if groups[0].rewards is not None else None
+    labels = np.full(shape, -1, dtype=np.int8) if groups[0].labels is not None else None
+    for slot, group in enumerate(groups):
+        size = len(group.response_tokens)
+        valid[slot, :size] = True
+        lengths[slot, :size] = [len(tokens) for tokens in group.response_tokens]
+        if rewards is not None:
+            rewards[slot, :size] = group.rewards
+        if labels is not None:
+            labels[slot, :size] = group.labels
+    return GroupTable(
+        indices=indices,
+        group_ids=tuple(group.group_id for group in groups),
+        valid=valid,
+        rewards=rewards,
+        labels=labels,
+        lengths=lengths,
+        prompt_lengths=np.array([len(group.prompt_tokens) for group in groups], dtype=np.int64),
+    )
+
+
+def build_step(step: int, data: PreparedGroups, indices: Ints, select: Selection, shape: RowShape) -> StepBatch:
+    """Read the step's groups, plan the rows of all replicas, and build this replica's.
+
+    Raises:
+        PackingError: a prompt with a single response is longer than a row.
+    """
+    groups = tuple(data[int(index)] for index in indices)
+    table = group_table(groups, indices)
+    contributes, scored = select(table)
+    in_rows = scored & contributes[:, None]
+    plan, rows = pack(table, groups, in_rows, shape)
+    return StepBatch(step=step, groups=groups, table=table, contributes=contributes, in_rows=in_rows, plan=plan, rows=rows)
+
+
+def pack(table: GroupTable, groups: Sequence[TokenizedGroup], scored: Bools, shape: RowShape) -> tuple[Plan, tuple[Row, ...]]:
+    """Plan the rows of all replicas for the `scored` responses and build this replica's."""
+    plan = plan_rows(
+        table.prompt_lengths.tolist(),
+        [row[:size].tolist() for row, size in zip(table.lengths, table.valid.sum(axis=1), strict=True)],
+        scored,
+        row_tokens=shape.row_tokens,
+        num_replicas=shape.num_replicas,
+        layout=shape.layout,
+        pair_weight=shape.pair_weight,
+        rows_multiple=shape.rows_multiple,
+        names=table.group_ids,
+    )
+    own = plan.rows[shape.replica]
+    return plan, tuple(build_row(pieces, groups, layout=shape.layout, multiple=shape.multiple) for pieces in own)
+
+
+def iterate_steps(
+    steps: Sequence[int],
+    data: PreparedGroups,
+    select: Selection,
+    shape: RowShape,
+    *,
+    groups_per_step: int,
+    seed: int,
+    shuffle: bool,
+) -> Iterator[StepBatch]:
+    """The given steps in order; the next one is built in a thread while the current one trains."""
+
+    def build(step: int) -> StepBatch:
+        indices = step_indices(step, len(data), groups_per_step, seed=seed, shuffle=shuffle)
+        return build_step(step, data, indices, select, shape)
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
+        pending = executor.submit(build, steps[0]) if steps else None
+        for following in [*steps[1:], None]:
+            assert pending is not None
+            batch = pending.result()
+            pending = executor.submit(build, following) if following is not None else None
+            yield batch

@@ -1,0 +1,273 @@
+"""Groups to packed rows: which responses go in which row of which replica, and what a row looks like.
+
+A row is one micro-batch of up to `row_tokens` tokens. In the shared layout a group lies in it as `[prompt | y_1 | … | y_K]`:
+positions restart after the prompt for every response, and `segments` tells attention who sees whom. The last token of a
+response predicts nothing that is scored, so it is a target but never an input.
+
+Legend: T tokens of a row, S scored tokens of a row, R responses of a row, G groups of a step, K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Layout = Literal["shared", "unshared"]
+Ints = npt.NDArray[np.int64]
+
+
+class PackingError(ValueError):
+    """A response that fits no row; the message names the group, its length and the fix."""
+
+
+class Tokens(Protocol):
+    """What packing reads of a group."""
+
+    @property
+    def group_id(self) -> str: ...
+    @property
+    def prompt_tokens(self) -> npt.NDArray[np.int32]: ...
+    @property
+    def response_tokens(self) -> Sequence[npt.NDArray[np.int32]]: ...
+
+
+class Piece(NamedTuple):
+    """Responses of one group that lie in one row: the whole group, or a part of one that is longer than a row."""
+
+    slot: int
+    """The group's place in the step, 0 … G−1."""
+    responses: tuple[int, ...]
+    """Which of its responses, 0 … K−1."""
+    num_tokens: int
+    """Tokens it takes in the row."""
+    num_pairs: int
+    """Pairs of tokens that attend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One packed row."""
+
+    tokens: Ints
+    """[T] input ids, padding included."""
+    position_ids: Ints
+    """[T] positions, restarting after each prompt."""
+    segments: Ints
+    """[segments, 4]: start, end, context_start, context_end; they cover the row."""
+    sources: Ints
+    """[S] index in the row of the token that predicts each scored token."""
+    targets: Ints
+    """[S] ids of the scored tokens."""
+    response_of: Ints
+    """[S] which of the row's responses each scored token belongs to."""
+    responses: Ints
+    """[R, 2]: slot of the group in the step, and which of its responses."""
+    num_tokens: int
+    """Tokens without padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which pieces lie in which row of each replica; every replica has the same number of rows."""
+
+    rows: tuple[tuple[tuple[Piece, ...], ...], ...]
+    """[replica][row][piece]; a row without pieces is a filler."""
+    split_groups: frozenset[int]
+    """Slots of the groups that lie in more than one row."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all rows of all replicas, without padding."""
+        return sum(piece.num_tokens for rows in self.rows for row in rows for piece in row)
+
+
+def plan_rows(
+    prompt_lengths: Sequence[int],
+    response_lengths: Sequence[Sequence[int]],
+    scored: npt.NDArray[np.bool_],
+    *,
+    row_tokens: int,
+    num_replicas: int,
+    layout: Layout,
+    pair_weight: float = 0.0,
+    rows_multiple: int = 1,
+    names: Sequence[str] | None = None,
+) -> Plan:
+    """Cut groups into pieces, pack the pieces into rows first-fit-decreasing, and spread the rows over replicas by work.
+
+    Deterministic, and the same on every rank. Responses that are not `scored` are left out.
+
+    Args:
+        prompt_lengths: [G] tokens of each prompt
+        response_lengths: [G][K] tokens of each response
+        scored: [G, K] responses whose log-probs the loss needs
+        row_tokens: token budget of a row
+        pair_weight: cost of an attending pair of tokens relative to that of a token in the linear layers
+        rows_multiple: the number of rows per replica is a multiple of this
+        names: [G] group ids for messages
+    Raises:
+        PackingError: a prompt with a single response is longer than a row.
+    """
+    pieces: list[Piece] = []
+    split: set[int] = set()
+    for slot, (prompt, lengths) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
+        wanted = [k for k in range(len(lengths)) if scored[slot, k]]
+        parts = _cut_group(slot, prompt, lengths, wanted, row_tokens, layout, names)
+        pieces += parts
+        if len(parts) > 1:
+            split.add(slot)
+    rows = _first_fit_decreasing(pieces, row_tokens)
+    return Plan(rows=_spread(rows, num_replicas, pair_weight, rows_multiple), split_groups=frozenset(split))
+
+
+def _cut_group(
+    slot: int,
+    prompt: int,
+    lengths: Sequence[int],
+    wanted: Sequence[int],
+    row_tokens: int,
+    layout: Layout,
+    names: Sequence[str] | None,
+) -> list[Piece]:
+    """The group as one piece if it fits a row, else as few pieces as a greedy cut needs, the prompt repeated in each."""
+    parts: list[Piece] = []
+    current: list[int] = []
+    for k in wanted:
+        if current and _measure(slot, prompt, lengths, [*current, k], layout).num_tokens > row_tokens:
+            parts.append(_measure(slot, prompt, lengths, current, layout))
+            current = []
+        current.append(k)
+    if current:
+        parts.append(_measure(slot, prompt, lengths, current, layout))
+    for part in parts:
+        if part.num_tokens > row_tokens:
+            name = names[slot] if names is not None else f"#{slot}"
+            raise PackingError(
+                f"group {name}: its prompt and response {part.responses[0]} take {part.num_tokens} tokens, "
+                f"data.row_tokens = {row_tokens}; raise data.row_tokens, or prepare the data with smaller limits."
+            )
+    return parts
+
+
+def _measure(slot: int, prompt: int, lengths: Sequence[int], responses: Sequence[int], layout: Layout) -> Piece:
+    """Tokens and attending pairs of one prompt with these responses."""
+    inputs = [lengths[k] - 1 for k in responses]
+    within = sum(n * (n + 1) // 2 + n * prompt for n in inputs)
+    copies = 1 if layout == "shared" else len(responses)
+    return Piece(slot, tuple(responses), copies * prompt + sum(inputs), copies * prompt * (prompt + 1) // 2 + within)
+
+
+def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tuple[Piece, ...]]:
+    rows: list[list[Piece]] = []
+    free: list[int] = []
+    for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.slot, piece.responses)):
+        for index, room in enumerate(free):
+            if piece.num_tokens <= room:
+                break
+        else:
+            index = len(rows)
+            rows.append([])
+            free.append(row_tokens)
+        rows[index].append(piece)
+        free[index] -= piece.num_tokens
+    return [tuple(sorted(row)) for row in rows]
+
+
+def _spread(
+    rows: Sequence[tuple[Piece, ...]], num_replicas: int, pair_weight: float, rows_multiple: int
+) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
+    """Longest-processing-time assignment: the heaviest row goes to the least loaded replica that still has a place."""
+
+    def work(row: tuple[Piece, ...]) -> float:
+        return sum(piece.num_tokens + pair_weight * piece.num_pairs for piece in row)
+
+    per_replica = max(1, -(-len(rows) // num_replicas))
+    per_replica = -(-per_replica // rows_multiple) * rows_multiple
+    assigned: list[list[tuple[Piece, ...]]] = [[] for _ in range(num_replicas)]
+    load = [0.0] * num_replicas
+    for row in sorted(rows, key=lambda row: (-work(row), row)):
+        replica = min((r for r in range(num_replicas) if len(assigned[r]) < per_replica), key=lambda r: (load[r], r))
+        assigned[replica].append(row)
+        load[replica] += work(row)
+    return tuple(tuple(own) + ((),) * (per_replica - len(own)) for own in assigned)
+
+
+def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layout, multiple: int = 1) -> Row:
+    """Lay pieces out as one row, padded to a multiple of `multiple` tokens (at least one multiple).
+
+    Padding is a segment of its own: nothing attends to it and nothing of it is scored.
+
+    Args:
+        groups: [G] the step's groups, indexed by a piece's slot
+    """
+    row = _RowBuilder()
+    for piece in pieces:
+        group = groups[piece.slot]
+        prompt = group.prompt_tokens
+        context = row.add_segment(prompt, first_position=0) if layout == "shared" else None
+        for k in piece.responses:
+            response = group.response_tokens[k]
+            if context is None:
+                start, _ = row.add_segment(np.concatenate((prompt, response[:-1])), first_position=0)
+                sources = start + len(prompt) - 1 + np.arange(len(response))
+            else:
+                start, _ = row.add_segment(response[:-1], first_position=len(prompt), context=context)
+                sources = np.concatenate(([context[1] - 1], start + np.arange(len(response) - 1)))
+            row.score(piece.slot, k, sources, response)
+    return row.finish(multiple)
+
+
+class _RowBuilder:
+    """The row as it grows."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.tokens: list[npt.NDArray[np.int32]] = []
+        self.positions: list[Ints] = []
+        self.segments: list[tuple[int, int, int, int]] = []
+        self.sources: list[Ints] = []
+        self.targets: list[npt.NDArray[np.int32]] = []
+        self.responses: list[tuple[int, int]] = []
+
+    def add_segment(
+        self, tokens: npt.NDArray[np.int32], first_position: int, context: tuple[int, int] | None = None
+    ) -> tuple[int, int]:
+        """Append tokens that see `context` and their own past; returns their [start, end)."""
+        start, end = self.length, self.length + len(tokens)
+        if end > start:
+            self.segments.append((start, end, *(context or (start, start))))
+        self.tokens.append(tokens)
+        self.positions.append(first_position + np.arange(len(tokens)))
+        self.length = end
+        return start, end
+
+    def score(self, slot: int, k: int, sources: Ints, targets: npt.NDArray[np.int32]) -> None:
+        """Score `targets`, each predicted by the token at `sources`."""
+        self.sources.append(sources)
+        self.targets.append(targets)
+        self.responses.append((slot, k))
+
+    def finish(self, multiple: int) -> Row:
+        """Pad and freeze."""
+        num_tokens = self.length
+        padding = max(multiple, -(-num_tokens // multiple) * multiple) - num_tokens
+        self.add_segment(np.zeros(padding, dtype=np.int32), first_position=0)
+        lengths = [len(targets) for targets in self.targets]
+        return Row(
+            tokens=_join(self.tokens),
+            position_ids=_join(self.positions),
+            segments=np.array(self.segments, dtype=np.int64).reshape(-1, 4),
+            sources=_join(self.sources),
+            targets=_join(self.targets),
+            response_of=np.repeat(np.arange(len(lengths)), lengths),
+            responses=np.array(self.responses, dtype=np.int64).reshape(-1, 2),
+            num_tokens=num_tokens,
+        )
+
+
+def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
+    return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)

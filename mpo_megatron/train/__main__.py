@@ -1,0 +1,33 @@
+"""`torchrun … -m mpo_megatron.train --config FILE --key value`: one rank of a training run."""
+
+import os
+import sys
+
+# Megatron's checkpoint writer starts helper processes that import this module again: keep it light and guarded.
+
+
+def main() -> int:
+    """Parse the command line and train; a message instead of a traceback for what a user can mend."""
+    from mpo_megatron.config import ConfigError, TrainConfig, parse
+
+    try:
+        config = parse(TrainConfig, program="mpo train")
+        from mpo_megatron.train.loop import TrainingError, train
+
+        try:
+            train(config)
+        except TrainingError as error:
+            return _fail(error)
+    except ConfigError as error:
+        return _fail(error)
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"mpo train: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,367 @@
+"""A training run, from configuration to the last checkpoint: it reads top to bottom."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PretrainedConfig
+
+from mpo_megatron import device
+from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict, validate_train
+from mpo_megatron.data.group import PreparedGroups, load_groups
+from mpo_megatron.data.loader import RowShape, StepBatch, build_step, iterate_steps, steps_per_epoch
+from mpo_megatron.data.packing import PackingError
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
+from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.model.flops import FlopModel, build_flop_model
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train.metrics import Mean, combine, compute_metrics
+from mpo_megatron.train.objective import Logps, Objective, build_objective, check_data, group_batch
+from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
+from mpo_megatron.train.step import (
+    forward_step,
+    fused_step,
+    prepare_schedules,
+    two_phase_step,
+)
+from mpo_megatron.train.tracking import Tracker, build_trackers
+
+TOKEN_MULTIPLE = 16
+"""Rows are padded to a multiple of this per tensor-parallel rank: sequence parallelism and FP8 GEMMs need even parts."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and what to look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads, checked before any weight is loaded."""
+
+    hf_config: PretrainedConfig
+    padded_vocab_size: int
+    model_digest: str
+    reference_digest: str
+    train: PreparedGroups
+    held_out: PreparedGroups | None
+    objective: Objective
+    total_steps: int
+
+
+def train(config: TrainConfig) -> None:
+    """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
+
+    Raises:
+        ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
+        TrainingError: a step's loss is not finite; the weights are those before that step.
+    """
+    inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with model_parallel(config.parallel, config.seed) as ranks:
+        flops = build_flop_model(inputs.hf_config)
+        shape = RowShape(
+            row_tokens=config.data.row_tokens,
+            layout=config.data.layout,
+            multiple=TOKEN_MULTIPLE * config.parallel.tensor,
+            num_replicas=ranks.data_size,
+            replica=ranks.data_rank,
+            pair_weight=flops.pair_weight,
+        )
+        policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+        references = compute_references(config, inputs, policy, ranks, shape)
+        checkpoint.load_weights([policy], config.model.checkpoint, ranks)
+        model = [optimizer.wrap_data_parallel(policy, ranks)]
+        prepare_schedules(model)
+        run = Run(config=config, inputs=inputs, references=references, ranks=ranks, shape=shape, flops=flops, model=model)
+        run.train()
+
+
+def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Open what the run reads and check that it all fits together.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    validate_train(config, world_size)
+    objective = build_objective(config.loss)
+    folder = Path(config.model.checkpoint)
+    hf_config = load_hf_config(folder / "hf")
+    conversion = load_conversion(folder)
+    validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
+    use_transformer_engine(config.model)
+    reference = load_conversion(Path(config.model.reference)) if config.model.reference is not None else conversion
+    tokenizer = load_tokenizer(folder)
+    opened = {}
+    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is None:
+            continue
+        data = opened[name] = load_groups(path)
+        require(
+            data.info.tokenizer_digest == tokenizer.digest() or data.info.vocab_size == tokenizer.vocab_size,
+            f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
+            f"prepare it again: mpo prepare --tokenizer {folder} …",
+        )
+        require(
+            data.info.vocab_size <= hf_config.vocab_size,
+            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {hf_config.vocab_size} embeddings; "
+            f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
+        )
+        check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
+    num_groups = len(opened["data.train"])
+    epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
+    return Inputs(
+        hf_config=hf_config,
+        padded_vocab_size=conversion.padded_vocab_size,
+        model_digest=conversion.digest,
+        reference_digest=reference.digest,
+        train=opened["data.train"],
+        held_out=opened.get("data.eval"),
+        objective=objective,
+        total_steps=config.max_steps or max(1, round(config.epochs * epoch_steps)),
+    )
+
+
+def compute_references(
+    config: TrainConfig, inputs: Inputs, policy: torch.nn.Module, ranks: Ranks, shape: RowShape
+) -> dict[Path, ReferenceLogps]:
+    """Reference log-probs of the training and held-out groups, by folder; the policy lends its memory to the reference model."""
+    if not inputs.objective.needs.reference:
+        return {}
+    loaded = False
+
+    def load_reference() -> list[torch.nn.Module]:
+        nonlocal loaded
+        if not loaded:
+            checkpoint.load_weights([policy], config.model.reference or config.model.checkpoint, ranks)
+            loaded = True
+        return [policy]
+
+    references = {}
+    for data in (inputs.train, inputs.held_out):
+        if data is not None:
+            key = cache_key(
+                inputs.reference_digest, data, config.model, transformer_engine=use_transformer_engine(config.model)
+            )
+            references[data.path] = reference_logps(
+                data,
+                data.path / "reference" / key,
+                load_reference,
+                ranks,
+                shape,
+                groups_per_part=config.data.groups_per_step,
+                tokens=inputs.objective.needs.tokens,
+            )
+    return references
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything one run works with."""
+
+    config: TrainConfig
+    inputs: Inputs
+    references: dict[Path, ReferenceLogps]
+    ranks: Ranks
+    shape: RowShape
+    flops: FlopModel
+    model: list[Any]
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output)
+
+    def train(self) -> None:
+        """Resume or start, then step, evaluate and save until the last step."""
+        config, total_steps = self.config, self.inputs.total_steps
+        adam = optimizer.build_optimizer(config.optimizer, self.model, self.ranks)
+        done = self.resume(adam)
+        scheduler = optimizer.build_scheduler(config.optimizer, adam, total_steps=total_steps, start_step=done)
+        trackers = self.start_tracking(done)
+        try:
+            if done == 0:
+                self.evaluate(0, trackers)
+            for batch in self.steps(range(done, total_steps)):
+                metrics = self.step(batch, adam)
+                scheduler.step(1)
+                done = batch.step + 1
+                for tracker in trackers:
+                    tracker.log(done, metrics)
+                if done == total_steps or (config.eval_every and done % config.eval_every == 0):
+                    self.evaluate(done, trackers)
+                if done == total_steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                    self.save(done, adam)
+        finally:
+            for tracker in trackers:
+                tracker.close()
+
+    def step(self, batch: StepBatch, adam: Any) -> dict[str, float]:
+        """One optimizer step and its metrics."""
+        started = time.perf_counter()
+        optimizer.zero_gradients(self.model, adam)
+        learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
+        objective, reference = self.inputs.objective, self.reference(self.inputs.train, batch)
+        if batch.contributes.any():
+            if self.two_phase(batch):
+                policy, backward_share = two_phase_step(
+                    self.model, batch, reference, objective, self.ranks, self.shape, self.generator(batch.step)
+                )
+            else:
+                policy = fused_step(self.model, batch, reference, objective, self.ranks)
+            learned = self.metrics(batch, policy, reference)
+            _, norm = optimizer.update(self.model, adam)
+        else:  # nothing to learn from: the weights stay as they are
+            learned = {}
+        device.synchronize()
+        seconds = time.perf_counter() - started
+        return {
+            **{name: mean.value for name, mean in learned.items()},
+            "grad_norm": norm,
+            "lr": learning_rate,
+            "epoch": (batch.step + 1) / steps_per_epoch(len(self.inputs.train), self.config.data.groups_per_step),
+            "skipped_groups": int((~batch.contributes).sum()),
+            **({"backward_share": backward_share} if backward_share < 1 else {}),
+            **self.throughput(batch, seconds),
+            "peak_memory_gib": device.peak_memory_gib(),
+        }
+
+    def two_phase(self, batch: StepBatch) -> bool:
+        """Whether this step needs the two-phase way.
+
+        Raises:
+            ConfigError: it does, but the configuration asks for fused steps.
+        """
+        if self.config.loss.step == "fused" and batch.plan.split_groups:
+            group = batch.table.group_ids[min(batch.plan.split_groups)]
+            raise ConfigError(
+                f"loss.step = fused, but group {group} is longer than data.row_tokens = {self.config.data.row_tokens}; "
+                "raise data.row_tokens, or set loss.step to auto."
+            )
+        return self.config.loss.step == "two_phase" or self.inputs.objective.needs_whole_batch or bool(batch.plan.split_groups)
+
+    def metrics(self, batch: StepBatch, policy: Logps, reference: Logps | None) -> dict[str, Mean]:
+        """Metrics of a step from the log-probs of all its responses; the same on every rank.
+
+        Raises:
+            TrainingError: a group's loss is not finite.
+        """
+        groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
+        losses = self.inputs.objective.compute(groups).detach()
+        broken = (~losses.isfinite()).nonzero().flatten().tolist()
+        if broken:
+            names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
+            raise TrainingError(
+                f"step {batch.step + 1}: the loss of {len(broken)} groups is not finite (groups {names}); the weights are those "
+                "before this step; look at these groups with their rewards, or lower optimizer.lr."
+            )
+        contributes = torch.from_numpy(batch.contributes).to(losses.device)
+        computed = torch.from_numpy(batch.in_rows).to(losses.device)
+        return compute_metrics(groups, losses, contributes, computed, self.inputs.objective.params)
+
+    def evaluate(self, step: int, trackers: list[Tracker]) -> None:
+        """Metrics over all held-out groups."""
+        data = self.inputs.held_out
+        if data is None:
+            return
+        parts = []
+        size = self.config.data.groups_per_step
+        for start in range(0, len(data), size):
+            indices = torch.arange(start, min(start + size, len(data))).numpy()
+            batch = build_step(0, data, indices, self.inputs.objective.select, self.shape)
+            if batch.contributes.any():
+                policy = forward_step(self.model, batch, self.inputs.objective, self.ranks)
+                parts.append(self.metrics(batch, policy, self.reference(data, batch)))
+        if not parts:
+            raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
+        for tracker in trackers:
+            tracker.log(step, {f"eval/{name}": value for name, value in combine(parts).items()})
+
+    def throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
+        """Rates of a step over all ranks; FLOPs are the model's own, without recomputation."""
+        pieces = [piece for rows in batch.plan.rows for row in rows for piece in row]
+        scored = int(batch.table.lengths[batch.in_rows].sum())
+        pairs = sum(piece.num_pairs for piece in pieces)
+        work = self.flops.train_step(tokens=batch.plan.num_tokens, pairs=pairs, scored=scored)
+        return {
+            "tokens_per_second": batch.plan.num_tokens / seconds,
+            "groups_per_second": len(batch.groups) / seconds,
+            "tflops_per_rank": work / seconds / torch.distributed.get_world_size() / 1e12,
+            "seconds": seconds,
+        }
+
+    def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps | None:
+        """Reference log-probs of a batch; None for losses without a reference."""
+        logps = self.references.get(data.path)
+        return None if logps is None else logps.select(batch.table)
+
+    def generator(self, step: int) -> torch.Generator:
+        """Generator of what a loss draws at a step; the same on every rank."""
+        return torch.Generator().manual_seed(self.config.seed + 1_000_003 * step)
+
+    def steps(self, steps: range) -> Iterator[StepBatch]:
+        """The run's batches.
+
+        Raises:
+            ConfigError: a response does not fit a row.
+        """
+        config = self.config
+        try:
+            yield from iterate_steps(
+                steps,
+                self.inputs.train,
+                self.inputs.objective.select,
+                self.shape,
+                groups_per_step=config.data.groups_per_step,
+                seed=config.seed,
+                shuffle=config.data.shuffle,
+            )
+        except PackingError as error:
+            raise ConfigError(str(error)) from error
+
+    def state(self, step: int) -> checkpoint.RunState:
+        """Where the run stands after `step` steps."""
+        return checkpoint.RunState(
+            step=step,
+            seed=self.config.seed,
+            groups_per_step=self.config.data.groups_per_step,
+            total_steps=self.inputs.total_steps,
+            data_digest=self.inputs.train.info.data_digest,
+            loss=json.dumps([self.inputs.objective.loss.name, dataclasses.asdict(self.inputs.objective.params)]),
+        )
+
+    def resume(self, adam: Any) -> int:
+        """Restore the newest checkpoint, if there is one and it is wanted; the number of steps done."""
+        folder = checkpoint.newest(self.folder) if self.config.checkpoint.resume else None
+        if folder is None:
+            return 0
+        saved = checkpoint.read_state(folder)
+        checkpoint.check_same_run(saved, self.state(saved.step), folder)
+        checkpoint.load(folder, self.model, adam, self.ranks)
+        return saved.step
+
+    def save(self, step: int, adam: Any) -> None:
+        """Write a checkpoint and delete old ones."""
+        checkpoint.save(self.folder, self.state(step), self.model, adam, self.ranks, Path(self.config.model.checkpoint))
+        if self.ranks.is_main:
+            checkpoint.remove_old(self.folder, self.config.checkpoint.keep)
+
+    def start_tracking(self, done: int) -> list[Tracker]:
+        """Save the final configuration and open the trackers, on the main process only."""
+        if not self.ranks.is_main:
+            return []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        return build_trackers(
+            self.config.logging, self.folder, to_dict(self.config), start_step=done, total_steps=self.inputs.total_steps
+        )

@@ -1,0 +1,93 @@
+"""What a step tells about learning, as sums and counts, so that averages do not depend on how data was cut.
+
+Legend: G groups of a step, K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean in the making."""
+
+    total: float
+    count: float
+
+    @property
+    def value(self) -> float:
+        """total / count, NaN of nothing."""
+        return self.total / self.count if self.count else float("nan")
+
+
+def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, computed: Tensor, params: object) -> dict[str, Mean]:
+    """Learning metrics of a step, over its contributing groups.
+
+    With s = log π_θ − log π_ref of a response (without a reference: its mean log-prob per token), and Y+, Y− by the loss's
+    own partition (else by the mean reward, or the labels):
+
+    - `loss`: nats, mean over groups
+    - `margin`: mean of s over Y+ minus mean of s over Y−, mean over groups; nats
+    - `accuracy`: share of pairs Y+ × Y− with s of the preferred one larger; a tie counts half
+    - `chosen_log_ratio`, `rejected_log_ratio`: mean of s over Y+ and over Y−, mean over groups; nats
+    - `kl`: mean of −s over all responses, an estimate of KL(π_ref ‖ π_θ) as far as responses are samples of π_ref; nats
+
+    Args:
+        losses: [G]
+        contributes: [G] groups that carry a contrast
+        computed: [G, K] responses whose log-probs were computed
+        params: hyper-parameters of the loss
+    """
+    ratio = _log_ratio(batch)
+    positive, negative = _partition(batch, params)
+    use = contributes[:, None] & computed
+    positive, negative = positive & use, negative & use
+    both = positive.any(dim=1) & negative.any(dim=1)
+    chosen, rejected = _masked_mean(ratio, positive)[both], _masked_mean(ratio, negative)[both]
+    pairs = positive[:, :, None] & negative[:, None, :]
+    difference = ratio[:, :, None] - ratio[:, None, :]
+    ordered = (difference > 0).double() + 0.5 * (difference == 0).double()
+    return {
+        "loss": Mean(float(losses.sum()), int(contributes.sum())),
+        "margin": Mean(float((chosen - rejected).sum()), int(both.sum())),
+        "accuracy": Mean(float(ordered[pairs].sum()), int(pairs.sum())),
+        "chosen_log_ratio": Mean(float(chosen.sum()), int(both.sum())),
+        "rejected_log_ratio": Mean(float(rejected.sum()), int(both.sum())),
+        "kl": Mean(float(-ratio[use].sum()), int(use.sum())),
+    }
+
+
+def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:
+    """Averages over several steps."""
+    totals: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+    for part in parts:
+        for name, mean in part.items():
+            total, count = totals[name]
+            totals[name] = (total + mean.total, count + mean.count)
+    return {name: Mean(*total).value for name, total in totals.items()}
+
+
+def _log_ratio(batch: GroupBatch) -> Tensor:
+    logps = batch.policy_logps.detach().double()
+    if batch.reference_logps is not None:
+        return logps - batch.reference_logps.double()
+    assert batch.lengths is not None
+    return logps / batch.lengths.clamp(min=1)
+
+
+def _partition(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:
+    if isinstance(params, PartitionParams):
+        return compute_partition(batch, params)
+    return compute_partition(batch, PartitionParams(partition="labels" if batch.rewards is None else "mean"))
+
+
+def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0.0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)

@@ -1,0 +1,123 @@
+"""The loss of a run, bound once to its hyper-parameters, and fed from a step's table.
+
+Legend: G groups of a step, K responses of a group, T scored tokens of the longest response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_megatron.config import ConfigError, LossConfig
+from mpo_megatron.data.loader import Bools, GroupTable
+from mpo_megatron.losses import GroupBatch, build_params, get_loss
+from mpo_megatron.losses.registry import Loss, Needs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Logps:
+    """Log-probs of a step's responses, the same on every rank; 0 where a response was not computed."""
+
+    response: Tensor
+    """[G, K] log π(y | x) in nats, float64."""
+    token: Tensor | None = None
+    """[G, K, T] log π of each scored token, for losses that work on tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """A loss with its hyper-parameters."""
+
+    loss: Loss
+    params: Any
+    needs: Needs
+
+    def select(self, table: GroupTable) -> tuple[Bools, Bools]:
+        """(contributes [G], scored [G, K]): which groups and responses the loss needs; from rewards and labels alone."""
+        batch = group_batch(table, Logps(response=torch.zeros(table.valid.shape)), None)
+        return self.loss.contributes(batch, self.params).numpy(), self.loss.scored(batch, self.params).numpy()
+
+    def compute(self, batch: GroupBatch) -> Tensor:
+        """[G] loss of each group in nats; 0 where a group carries no contrast."""
+        return self.loss.compute(batch, self.params)
+
+    @property
+    def needs_whole_batch(self) -> bool:
+        """Whether the loss must see all groups of a step at once, so that it cannot be computed row by row."""
+        return self.needs.batch_statistics or self.needs.sampled
+
+
+def build_objective(config: LossConfig) -> Objective:
+    """The run's loss.
+
+    Raises:
+        ConfigError: an unknown loss, a hyper-parameter it does not have, or a step that it cannot run with.
+    """
+    try:
+        loss = get_loss(config.name)
+        params = build_params(config.name, config.params)
+    except ValueError as error:
+        raise ConfigError(f"loss.{error}") from error
+    objective = Objective(loss=loss, params=params, needs=loss.needs(params))
+    if config.step == "fused" and objective.needs_whole_batch:
+        raise ConfigError(
+            f"loss.step = fused; {config.name} needs the whole global batch at once; set loss.step to auto or two_phase."
+        )
+    return objective
+
+
+def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, where: str) -> None:
+    """Refuse data that lacks what the loss reads.
+
+    Raises:
+        ConfigError: naming the loss, what is missing and the fix.
+    """
+    name, needs = objective.loss.name, objective.needs
+    if needs.rewards and not has_rewards:
+        raise ConfigError(
+            f"loss.name = {name} reads rewards, but {where} has chosen / rejected labels only; prepare data with rewards, or use "
+            "partition: labels or a pairwise loss."
+        )
+    if needs.labels and not has_labels:
+        raise ConfigError(
+            f"loss.name = {name} with {objective.params} reads chosen / rejected labels, but {where} has none; choose another partition."
+        )
+
+
+def group_batch(
+    table: GroupTable,
+    policy: Logps,
+    reference: Logps | None,
+    *,
+    slots: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> GroupBatch:
+    """The table as the losses read it, on the device of `policy`.
+
+    Args:
+        slots: [g] take only these groups of the table and the reference; `policy` has only these already
+    """
+    device = policy.response.device
+
+    def take(values: Any, dtype: torch.dtype) -> Tensor | None:
+        if values is None:
+            return None
+        tensor = torch.as_tensor(values)
+        return (tensor if slots is None else tensor[slots.to(tensor.device)]).to(device=device, dtype=dtype)
+
+    valid = take(table.valid, torch.bool)
+    assert valid is not None
+    return GroupBatch(
+        policy_logps=policy.response,
+        reference_logps=None if reference is None else take(reference.response, torch.float64),
+        rewards=take(table.rewards, torch.float64),
+        labels=take(table.labels, torch.int8),
+        valid=valid,
+        lengths=take(table.lengths, torch.int64),
+        token_logps=policy.token,
+        reference_token_logps=None if reference is None else take(reference.token, torch.float32),
+        generator=generator,
+    )

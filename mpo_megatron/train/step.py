@@ -1,0 +1,250 @@
+"""One step: rows through the model, log-probs into the loss, gradients into the optimizer's buffers.
+
+Two ways that give the same loss and gradients to rounding. *fused*: every group lies in one row, the last pipeline stage
+computes the loss of the row's groups and backpropagates. *two-phase*: a forward pass collects all log-probs, the loss of the
+whole global batch gives each response (or token) its coefficient ∂L/∂logp, and a second pass backpropagates Σ coefficient·logp.
+
+Scale of the loss. Every row's loss is divided by the number of contributing groups of the *global* batch before backward, and
+Megatron sums gradients over rows and replicas: with `calculate_per_token_loss` a loss function that returns three values is
+not divided by the number of micro-batches (schedules.forward_step_calc_loss), DDP's gradient_scaling_factor is 1, and
+`finalize_gradients` passes no token count, so nothing is divided afterwards.
+
+Legend: T tokens of a row, S its scored tokens, R its responses, G groups of a step, K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor
+from torch.distributed import all_reduce, broadcast
+
+from mpo_megatron import device
+from mpo_megatron.data.loader import RowShape, StepBatch, pack
+from mpo_megatron.data.packing import Row
+from mpo_megatron.model.attention import RowLayout, row_layout
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.objective import Logps, Objective, group_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowTensors:
+    """A row on this rank's device."""
+
+    tokens: Tensor
+    """[1, T]"""
+    position_ids: Tensor
+    """[1, T]"""
+    layout: RowLayout
+    sources: Tensor
+    """[S] index of the token that predicts each scored token."""
+    targets: Tensor
+    """[S]"""
+    response_of: Tensor
+    """[S] which response of the row a scored token belongs to."""
+    responses: Tensor
+    """[R, 2] slot of the group in the step, index of the response in the group."""
+
+
+RowLoss = Callable[[RowTensors, Tensor], Tensor]
+"""From a row and the log-probs [S] of its scored tokens to the scalar to backpropagate."""
+
+
+def to_device(row: Row) -> RowTensors:
+    """Move a row to this rank's device."""
+
+    def move(values: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(values).to(device.device(), non_blocking=True)
+
+    return RowTensors(
+        tokens=move(row.tokens)[None],
+        position_ids=move(row.position_ids)[None],
+        layout=row_layout(row.segments),
+        sources=move(row.sources),
+        targets=move(row.targets),
+        response_of=move(row.response_of),
+        responses=move(row.responses),
+    )
+
+
+def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
+    """[R] log-probs of the row's responses: segment sums of [S], in float64 so that long responses lose nothing."""
+    zeros = token_logps.new_zeros(len(row.responses), dtype=torch.float64)
+    return zeros.index_add(0, row.response_of, token_logps.double())
+
+
+def token_index(row: RowTensors) -> tuple[Tensor, Tensor, Tensor]:
+    """(slot, k, t) of each scored token of the row: where it stands in a [G, K, T] tensor."""
+    lengths = torch.bincount(row.response_of, minlength=len(row.responses))
+    starts = lengths.cumsum(0) - lengths
+    position = torch.arange(len(row.response_of), device=row.response_of.device) - starts[row.response_of]
+    slot, k = row.responses[row.response_of].unbind(dim=1)
+    return slot, k, position
+
+
+def run_rows(
+    model: list[torch.nn.Module], rows: Sequence[Row], ranks: Ranks, row_loss: RowLoss | None
+) -> list[tuple[RowTensors, Tensor]]:
+    """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or forward only without one.
+
+    Returns:
+        On the last pipeline stage the rows with the detached log-probs [S] of their scored tokens; on the others nothing.
+    """
+    forward_only = row_loss is None
+
+    def forward(iterator: Any, part: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
+        row = to_device(next(iterator))
+        output = part(row.tokens, row.position_ids, row.layout, row.sources, row.targets)
+
+        def loss(token_logps: Tensor) -> tuple[Tensor, Tensor, Any]:
+            scalar = token_logps.sum() if row_loss is None else row_loss(row, token_logps)
+            return scalar, torch.ones((), dtype=torch.int), (row, token_logps.detach())
+
+        return output, loss
+
+    for part in model:
+        part.train(not forward_only)
+    with torch.set_grad_enabled(not forward_only):
+        outputs: list[tuple[RowTensors, Tensor]] = get_forward_backward_func()(
+            forward_step_func=forward,
+            data_iterator=iter(rows),
+            model=model,
+            num_microbatches=len(rows),
+            seq_length=max(len(row.tokens) for row in rows),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+    return outputs if ranks.is_last_stage else []
+
+
+def finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
+    """Megatron's gradient reduction without its division by tokens: the loss is scaled already (see the module's text)."""
+    finalize_model_grads(model, None, **groups)
+
+
+def collect_logps(
+    outputs: Sequence[tuple[RowTensors, Tensor]], shape: tuple[int, ...], ranks: Ranks, num_tokens: int | None = None
+) -> Logps:
+    """Log-probs of all rows of all replicas, on every rank.
+
+    Sums over replicas (each response lies in one replica's rows), then copies from the last pipeline stage to the others.
+
+    Args:
+        shape: (G, K)
+        num_tokens: T, to collect per-token log-probs too
+    """
+    response = torch.zeros(shape, dtype=torch.float64, device=device.device())
+    token = torch.zeros((*shape, num_tokens), device=device.device()) if num_tokens is not None else None
+    for row, token_logps in outputs:
+        slot, k = row.responses.unbind(dim=1)
+        response[slot, k] = sum_responses(row, token_logps)
+        if token is not None:
+            token[token_index(row)] = token_logps.float()
+    for tensor in (response, token):
+        if tensor is not None:
+            all_reduce(tensor, group=ranks.data)
+            if ranks.pipeline.size() > 1:
+                broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
+    return Logps(response=response, token=token)
+
+
+def forward_step(model: list[torch.nn.Module], batch: StepBatch, objective: Objective | None, ranks: Ranks) -> Logps:
+    """Log-probs of the batch's scored responses, without gradients; per token too if the objective works on tokens."""
+    outputs = run_rows(model, batch.rows, ranks, row_loss=None)
+    return collect_logps(outputs, batch.table.valid.shape, ranks, _token_width(batch, objective))
+
+
+def fused_step(
+    model: list[torch.nn.Module], batch: StepBatch, reference: Logps | None, objective: Objective, ranks: Ranks
+) -> Logps:
+    """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
+
+    Returns:
+        The policy's log-probs before the update.
+    """
+    num_contributing = int(batch.contributes.sum())
+    width = _token_width(batch, objective)
+
+    def row_loss(row: RowTensors, token_logps: Tensor) -> Tensor:
+        if len(row.responses) == 0:  # a filler row; its zero keeps the schedule's backward pass alive
+            return token_logps.sum()
+        slots, group_of = row.responses[:, 0].unique(return_inverse=True)
+        shape = (len(slots), batch.table.valid.shape[1])
+        zeros = token_logps.new_zeros(shape, dtype=torch.float64)
+        response = zeros.index_put((group_of, row.responses[:, 1]), sum_responses(row, token_logps))
+        token = None
+        if width is not None:
+            _, k, position = token_index(row)
+            zeros = token_logps.new_zeros((*shape, width), dtype=torch.float32)
+            token = zeros.index_put((group_of[row.response_of], k, position), token_logps)
+        groups = group_batch(batch.table, Logps(response=response, token=token), reference, slots=slots)
+        return objective.compute(groups).sum() / num_contributing
+
+    outputs = run_rows(model, batch.rows, ranks, row_loss)
+    return collect_logps(outputs, batch.table.valid.shape, ranks, width)
+
+
+def two_phase_step(
+    model: list[torch.nn.Module],
+    batch: StepBatch,
+    reference: Logps | None,
+    objective: Objective,
+    ranks: Ranks,
+    shape: RowShape,
+    generator: torch.Generator,
+) -> tuple[Logps, float]:
+    """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
+
+    Responses whose coefficient is zero (negatives that MC-PO did not draw) are left out of the backward pass.
+
+    Returns:
+        The policy's log-probs before the update, and the share of the forward pass's tokens that was backpropagated.
+    """
+    policy = forward_step(model, batch, objective, ranks)
+    coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+    needed = (coefficients if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)).cpu().numpy() != 0
+    plan, rows = (batch.plan, batch.rows)
+    if (needed != batch.in_rows).any():
+        plan, rows = pack(batch.table, batch.groups, needed, shape)
+
+    def row_loss(row: RowTensors, token_logps: Tensor) -> Tensor:
+        if len(row.responses) == 0:
+            return token_logps.sum()
+        if coefficients.dim() == 2:
+            slot, k = row.responses.unbind(dim=1)
+            return (coefficients[slot, k] * sum_responses(row, token_logps)).sum()
+        return (coefficients[token_index(row)] * token_logps).sum()
+
+    run_rows(model, rows, ranks, row_loss)
+    return policy, plan.num_tokens / max(1, batch.plan.num_tokens)
+
+
+def loss_coefficients(
+    batch: StepBatch, policy: Logps, reference: Logps | None, objective: Objective, generator: torch.Generator
+) -> Tensor:
+    """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens; L the mean loss."""
+    by_token = policy.token is not None
+    leaf = (policy.token if policy.token is not None else policy.response).detach().requires_grad_()
+    logps = Logps(response=policy.response, token=leaf) if by_token else Logps(response=leaf)
+    losses = objective.compute(group_batch(batch.table, logps, reference, generator=generator))
+    (coefficients,) = torch.autograd.grad(losses.sum() / int(batch.contributes.sum()), leaf)
+    return coefficients
+
+
+def prepare_schedules(model: list[torch.nn.Module]) -> None:
+    """Tell Megatron's schedules how gradients are finished; call once after the model is wrapped."""
+    for part in model:
+        get_model_config(part).finalize_model_grads_func = finalize_gradients
+
+
+def _token_width(batch: StepBatch, objective: Objective | None) -> int | None:
+    if objective is None or not objective.needs.tokens:
+        return None
+    return int(batch.table.lengths.max())
