@@ -1,4 +1,5 @@
-"""Losses over groups of responses: every method by one name, as a pure function of a [groups, responses] matrix.
+"""Losses over groups of responses: every method by one name, as a pure function of a [groups, responses]
+matrix.
 
     from mpo_megatron.losses import group_loss
     losses = group_loss("mpo", policy_logps, reference_logps, rewards, beta=0.01)   # [groups], nats

@@ -15,7 +15,8 @@ from torch import Tensor
 class GroupBatch:
     """Log-probabilities (nats, summed over a response's scored tokens) and preference data of G groups.
 
-    Entries where `valid` is False are padding: their values are never read, and may be anything, NaN included.
+    Entries where `valid` is False are padding: their values are never read, and may be anything, NaN
+    included.
     """
 
     policy_logps: Tensor
@@ -39,7 +40,8 @@ class GroupBatch:
 
 
 def upcast(values: Tensor) -> Tensor:
-    """`values` in float32, or unchanged if float64: half precision has too few digits for a sum of log-probabilities."""
+    """`values` in float32, or unchanged if float64: half precision has too few digits for a sum of
+    log-probabilities."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -75,7 +77,8 @@ def compute_mean_token_logps(batch: GroupBatch) -> Tensor:
 
 
 def draw_uniform(batch: GroupBatch) -> Tensor:
-    """Uniform(0, 1) noise [G, K] in float64 from `batch.generator`, drawn on the CPU: the same on every rank and device."""
+    """Uniform(0, 1) noise [G, K] in float64 from `batch.generator`, drawn on the CPU: the same on every rank
+    and device."""
     if batch.generator is None:
         raise ValueError("generator = None; this loss draws at random; pass a seeded torch.Generator (CPU).")
     noise = torch.rand(batch.valid.shape, generator=batch.generator, dtype=torch.float64)

@@ -28,7 +28,8 @@ def group_loss(
     generator: torch.Generator | None = None,
     **hyperparameters: Any,
 ) -> Tensor:
-    """The loss of each group, [G], in the method's units (nats unless it says otherwise), differentiable in `policy_logps`.
+    """The loss of each group, [G], in the method's units (nats unless it says otherwise), differentiable in
+    `policy_logps`.
 
     Args:
         name: a method of `list_losses()`.
@@ -43,11 +44,12 @@ def group_loss(
         hyperparameters: the method's own; defaults are its paper's.
 
     Returns:
-        [G] float32 (float64 for float64 input). 0 with zero gradient for groups without contrast; the training loss is
-        the sum divided by the number of the others.
+        [G] float32 (float64 for float64 input). 0 with zero gradient for groups without contrast; the
+        training loss is the sum divided by the number of the others.
 
     Raises:
-        ValueError: an unknown method or hyper-parameter; shapes that differ; an input the method needs and did not get;
+        ValueError: an unknown method or hyper-parameter; shapes that differ; an input the method needs and
+        did not get;
             NaN or infinity in a valid entry; no group with contrast.
     """
     loss = get_loss(name)

@@ -1,4 +1,5 @@
-"""Checks that every hyper-parameter dataclass runs in `__post_init__`, and their wording: value; rule; fix."""
+"""Checks that every hyper-parameter dataclass runs in `__post_init__`, and their wording: value; rule;
+fix."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_types(params: Any) -> None:
-    """Raise `ValueError` unless every field of the dataclass `params` has its declared type (a float may be an int)."""
+    """Raise `ValueError` unless every field of the dataclass `params` has its declared type (a float may be
+    an int)."""
     hints = get_type_hints(type(params))
     for field in dataclasses.fields(params):
         check_type(field.name, getattr(params, field.name), hints[field.name], field.default)
@@ -64,7 +66,8 @@ def check_label_smoothing(params: Any) -> None:
 
 
 def check_unused(params: Any, condition: str, *names: str) -> None:
-    """Raise `ValueError` if a named field, which has an effect only under `condition`, was changed from its default."""
+    """Raise `ValueError` if a named field, which has an effect only under `condition`, was changed from its
+    default."""
     for name in names:
         value, default = getattr(params, name), get_default(params, name)
         require(

@@ -1,4 +1,5 @@
-"""Listwise losses: the whole ranking of a group (Plackett–Luce), and the best response against the set of the others.
+"""Listwise losses: the whole ranking of a group (Plackett–Luce), and the best response against the set of the
+others.
 
 Shapes: G groups, K responses. Units: nats per group.
 """
@@ -33,7 +34,8 @@ def find_worse_than_best(batch: GroupBatch) -> Tensor:
 
 
 def sort_by_preference(batch: GroupBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`values` [G, K] from the best response to the worst (equals by index), and which places are filled, [G, K] bool."""
+    """`values` [G, K] from the best response to the worst (equals by index), and which places are filled, [G,
+    K] bool."""
     scores, usable = compute_preferences(batch)
     order = compute_rank(scores, usable).argsort(dim=-1)
     return values.gather(-1, order), usable.gather(-1, order)
@@ -46,8 +48,9 @@ def mask_suffixes(filled: Tensor, first: int) -> Tensor:
 
 
 def compute_choice_terms(ordered: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
-    """Plackett–Luce: −log( e^{z_k} / Σ_{j ≥ k} e^{z_j} ) for each place k, and the places that have such a choice (a filled
-    place below them), both [G, K]. Computed as −log σ(z_k − log Σ_{j > k} e^{z_j}), which keeps small losses' digits."""
+    """Plackett–Luce: −log( e^{z_k} / Σ_{j ≥ k} e^{z_j} ) for each place k, and the places that have such a
+    choice (a filled place below them), both [G, K]. Computed as −log σ(z_k − log Σ_{j > k} e^{z_j}), which
+    keeps small losses' digits."""
     rest = mask_suffixes(filled, first=1)
     rest_logsumexp = masked_logsumexp(ordered.unsqueeze(-2), rest)
     return -F.logsigmoid(ordered - rest_logsumexp), rest.any(dim=-1) & filled
@@ -76,7 +79,8 @@ RANKING_NEEDS = Needs(reference=True, preferences=True)
     source="DPO, App. A.3; MPO, App. I",
 )
 def compute_plackett_luce(batch: GroupBatch, params: ListwiseParams) -> Tensor:
-    """Ranking DPO: −Σ_k [β s_(k) − log Σ_{j ≥ k} e^{β s_(j)}], (k) the k-th best response; summed over the places.
+    """Ranking DPO: −Σ_k [β s_(k) − log Σ_{j ≥ k} e^{β s_(j)}], (k) the k-th best response; summed over the
+    places.
 
     Equal rewards are ordered by index.
     Source: DPO (Rafailov et al. 2023), App. A.3; MPO, App. I.

@@ -1,7 +1,9 @@
-"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a group.
+"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a
+group.
 
-s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum) over the
-group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers (both K).
+s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum)
+over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L
+losers (both K).
 """
 
 from __future__ import annotations
@@ -72,9 +74,11 @@ def needs_dpo(params: DpoParams) -> Needs:
     "dpo", params=DpoParams, scored=find_paired, needs=needs_dpo, source="DPO (Rafailov et al. 2023), Eq. 7"
 )
 def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
-    """−log σ(β (s_w − s_l)), with label smoothing ε: −(1 − ε) log σ(m) − ε log σ(−m); optional supervised term.
+    """−log σ(β (s_w − s_l)), with label smoothing ε: −(1 − ε) log σ(m) − ε log σ(−m); optional supervised
+    term.
 
-    Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy preferences", Eq. 3.
+    Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy
+    preferences", Eq. 3.
     """
     losses = logistic_loss(compute_margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
     return reduce_pairs(
@@ -102,8 +106,8 @@ class RpoParams(DpoParams):
 def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
     """DPO plus λ times the winner's negative log-likelihood.
 
-    Deviation: MC-PO's Table 5 writes the term as −λ s_w; its gradient is the one of sft_normalization = sequence. The
-    default is the mean per token, what TRL (which both papers build on) computes.
+    Deviation: MC-PO's Table 5 writes the term as −λ s_w; its gradient is the one of sft_normalization =
+    sequence. The default is the mean per token, what TRL (which both papers build on) computes.
     Source: RPO (Liu et al. 2024, "Provably mitigating overoptimization in RLHF"); MC-PO, Table 5.
     """
     return compute_dpo(batch, params)
@@ -116,8 +120,8 @@ class IpoParams(PairParams):
     beta: float = 0.1
     """τ of the paper: the target margin is 1 / (2β)."""
     reading: Literal["length_normalized", "summed"] = "length_normalized"
-    """s per token, as in TRL and LLaMA-Factory (confirmed by the authors as the form of their results), or summed over the
-    response, as the paper writes and NeMo-Aligner and OpenRLHF compute."""
+    """s per token, as in TRL and LLaMA-Factory (confirmed by the authors as the form of their results), or
+    summed over the response, as the paper writes and NeMo-Aligner and OpenRLHF compute."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -210,9 +214,11 @@ def needs_rdpo(params: RdpoParams) -> Needs:
     "rdpo", params=RdpoParams, scored=find_paired, needs=needs_rdpo, source="R-DPO (Park et al. 2024), Eq. 9"
 )
 def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
-    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt less.
+    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt
+    less.
 
-    The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the opposite one).
+    The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the
+    opposite one).
     Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
     """
     log_ratios = compute_log_ratios(batch)
@@ -240,7 +246,8 @@ class ApoZeroParams(PairParams):
     source="APO (D'Oosterlinck et al. 2024), Eq. 7",
 )
 def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
-    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not nats.
+    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not
+    nats.
 
     Source: APO (D'Oosterlinck et al. 2024), Eq. 7, as in TRL's `apo_zero`.
     """
@@ -271,8 +278,8 @@ class SppoParams(PairParams):
 def compute_sppo(batch: GroupBatch, params: SppoParams) -> Tensor:
     """(s_w − 1/(2β))² + (s_l + 1/(2β))²; nats squared.
 
-    Deviation: hard preferences (P = 1 for the winner, 0 for the loser), as in TRL's `sppo_hard`; the paper estimates P
-    with a preference model.
+    Deviation: hard preferences (P = 1 for the winner, 0 for the loser), as in TRL's `sppo_hard`; the paper
+    estimates P with a preference model.
     Source: SPPO (Wu et al. 2024), Eq. 4.7.
     """
     log_ratios = compute_log_ratios(batch)

@@ -21,8 +21,8 @@ class PartitionParams:
     """Hyper-parameters of every loss that splits a group in two sets."""
 
     partition: PartitionName = "mean"
-    """How a group is split: above its mean | median | 10 %-trimmed mean, the num_top best against the num_bottom worst,
-    the best against the rest, or as the data's labels say."""
+    """How a group is split: above its mean | median | 10 %-trimmed mean, the num_top best against the
+    num_bottom worst, the best against the rest, or as the data's labels say."""
     num_top: int = 2
     """Size of Y+ with partition = top_bottom (mpo §6: 2 of 5)."""
     num_bottom: int = 2
@@ -36,12 +36,12 @@ class PartitionParams:
 
 
 def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tensor, Tensor]:
-    """Masks (Y+, Y−), each [G, K] bool, disjoint; both all False for a group without contrast (either set empty, or all
-    rewards equal).
+    """Masks (Y+, Y−), each [G, K] bool, disjoint; both all False for a group without contrast (either set
+    empty, or all rewards equal).
 
-    Ties: thresholds compare each reward with one number, so equal rewards share a set, in any order of the responses.
-    `top_bottom` and `one_vs_rest` cut between equal rewards by index, lower index first. A group with fewer than
-    num_top + num_bottom responses has no contrast under `top_bottom`.
+    Ties: thresholds compare each reward with one number, so equal rewards share a set, in any order of the
+    responses. `top_bottom` and `one_vs_rest` cut between equal rewards by index, lower index first. A group
+    with fewer than num_top + num_bottom responses has no contrast under `top_bottom`.
 
     Source: mpo §4.1, §4.4, §6, A.3, App. I; swepo Eq. 3–4.
     """
@@ -80,10 +80,11 @@ def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams) -> 
 
 
 def compute_threshold(rewards: Tensor, valid: Tensor, statistic: str) -> Tensor:
-    """Mean, median (of an even count: midway between the middle two) or 10 %-trimmed mean of each group's rewards, [G].
+    """Mean, median (of an even count: midway between the middle two) or 10 %-trimmed mean of each group's
+    rewards, [G].
 
-    Rewards are sorted and added up one after the other in float64, so that the order of the responses and the padding
-    do not change the sum: a reward equal to the mean stays on the same side.
+    Rewards are sorted and added up one after the other in float64, so that the order of the responses and the
+    padding do not change the sum: a reward equal to the mean stays on the same side.
     """
     ordered = torch.where(valid, rewards, torch.inf).sort(dim=-1).values  # padding last
     count = valid.sum(dim=-1, keepdim=True)

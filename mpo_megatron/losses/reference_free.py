@@ -1,6 +1,8 @@
-"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` picks from a group.
+"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` picks
+from a group.
 
-w is the pair's winner, l its loser; each function returns the mean (or sum) over the group's pairs. Units: nats.
+w is the pair's winner, l its loser; each function returns the mean (or sum) over the group's pairs. Units:
+nats.
 """
 
 from __future__ import annotations
@@ -144,7 +146,8 @@ class OrpoParams(PairParams):
     source="ORPO (Hong et al. 2024), Eq. 6–7",
 )
 def compute_orpo(batch: GroupBatch, params: OrpoParams) -> Tensor:
-    """−log p_w − λ log σ( log odds(y_w) − log odds(y_l) ), odds = p / (1 − p), p = π(y)^{1/|y|}; nats per token.
+    """−log p_w − λ log σ( log odds(y_w) − log odds(y_l) ), odds = p / (1 − p), p = π(y)^{1/|y|}; nats per
+    token.
 
     Source: ORPO (Hong et al. 2024), Eq. 3, 6, 7.
     """
@@ -183,10 +186,13 @@ def needs_slic(params: SlicParams) -> Needs:
     source="SLiC-HF (Zhao et al. 2023), Eq. 1",
 )
 def compute_slic(batch: GroupBatch, params: SlicParams) -> Tensor:
-    """max(0, δ − β (log π(y_w) − log π(y_l))), optionally of log-ratios, plus a supervised term on the winner.
+    """max(0, δ − β (log π(y_w) − log π(y_l))), optionally of log-ratios, plus a supervised term on the
+    winner.
 
-    Deviation: the paper's supervised target is the reference answer of the supervised data set; here it is the winner.
-    Source: SLiC-HF (Zhao et al. 2023), Eq. 1; the normalised form: RSO (Liu et al. 2023), as in TRL's `hinge`.
+    Deviation: the paper's supervised target is the reference answer of the supervised data set; here it is
+    the winner.
+    Source: SLiC-HF (Zhao et al. 2023), Eq. 1; the normalised form: RSO (Liu et al. 2023), as in TRL's
+    `hinge`.
     """
     scores = compute_log_ratios(batch) if params.normalized else compute_policy_logps(batch)
     losses = torch.relu(params.margin - params.beta * compute_margins(scores))

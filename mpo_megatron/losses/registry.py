@@ -7,8 +7,8 @@ To add a method, write its hyper-parameters and its formula, and import the file
         margin: float = 1.0
         \"\"\"Wanted difference of the log-ratios, in nats.\"\"\"
 
-    @register("margin", params=MarginParams, scored=find_paired, needs=needs_pairs, source="Someone 2030, Eq. 1")
-    def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
+    @register("margin", params=MarginParams, scored=find_paired, needs=needs_pairs, source="Someone 2030, Eq.
+    1") def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
         \"\"\"max(0, margin − (s_w − s_l)), averaged over the group's pairs; nats.\"\"\"
         margins = compute_margins(compute_log_ratios(batch))
         return reduce_pairs(batch, params, torch.relu(params.margin - margins))
@@ -69,8 +69,8 @@ class Loss:
     function: Callable[[GroupBatch, Any], Tensor]
     """The formula: [G] per-group loss; arbitrary but finite where the group does not contribute."""
     scored: Callable[[GroupBatch, Any], Tensor]
-    """[G, K] bool: responses whose log-probability the loss may depend on, before any sampling; from rewards, labels
-    and `valid` alone. A group with none does not contribute."""
+    """[G, K] bool: responses whose log-probability the loss may depend on, before any sampling; from rewards,
+    labels and `valid` alone. A group with none does not contribute."""
     needs: Callable[[Any], Needs]
     """What it reads, given its hyper-parameters."""
     source: str
@@ -78,16 +78,19 @@ class Loss:
 
     @property
     def summary(self) -> str:
-        """First line of the formula's docstring."""
-        return (self.function.__doc__ or "").strip().splitlines()[0]
+        """First paragraph of the formula's docstring, on one line."""
+        paragraph = (self.function.__doc__ or "").strip().split("\n\n")[0]
+        return " ".join(paragraph.split())
 
     def contributes(self, batch: GroupBatch, params: Any) -> Tensor:
-        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before any forward."""
+        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before
+        any forward."""
         return self.scored(batch, params).any(dim=-1)
 
     def compute(self, batch: GroupBatch, params: Any) -> Tensor:
-        """[G] loss per group in nats, float32 (float64 for float64 input); exactly 0, with zero gradient, where the group
-        does not contribute. The training loss is Σ compute / Σ contributes over the global batch."""
+        """[G] loss per group in nats, float32 (float64 for float64 input); exactly 0, with zero gradient,
+        where the group does not contribute. The training loss is Σ compute / Σ contributes over the global
+        batch."""
         return torch.where(self.contributes(batch, params), self.function(batch, params), 0.0)
 
 

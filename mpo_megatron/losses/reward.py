@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
 from mpo_megatron.losses.hyperparameters import check_positive, check_types
-from mpo_megatron.losses.numerics import masked_mean
+from mpo_megatron.losses.numerics import masked_logsumexp, masked_mean
 from mpo_megatron.losses.pairing import PairParams, find_paired, needs_reference_pairs, reduce_pairs
 from mpo_megatron.losses.registry import Needs, register
 
@@ -33,7 +33,8 @@ class NcaParams:
 
 
 def find_several(batch: GroupBatch, params: NcaParams) -> Tensor:
-    """[G, K] bool: all responses of groups that have at least two. Equal rewards count: their target is uniform."""
+    """[G, K] bool: all responses of groups that have at least two. Equal rewards count: their target is
+    uniform."""
     return batch.valid & (batch.valid.sum(dim=-1, keepdim=True) >= 2)
 
 
@@ -58,13 +59,17 @@ def compute_reward_distribution(batch: GroupBatch, alpha: float) -> Tensor:
 def compute_infonca(batch: GroupBatch, params: NcaParams) -> Tensor:
     """InfoNCA: cross-entropy −Σ_i t_i log softmax(β s)_i from the target t = softmax(S / α).
 
-    Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"), Eq. 6.
+    Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"),
+    Eq. 6.
     """
     logits = params.beta * compute_log_ratios(batch)
-    # −1e30 and not −∞: a row of padding alone would be NaN; e^(−1e30) is 0 all the same.
-    log_model = torch.log_softmax(torch.where(batch.valid, logits, -1e30), dim=-1)
+    # log softmax(z)_i = log σ(z_i − log Σ_{j ≠ i} e^{z_j}): keeps the digits of a loss near 0, which log_softmax loses.
+    num_responses = logits.shape[-1]
+    is_other = ~torch.eye(num_responses, dtype=torch.bool, device=logits.device)
+    others = masked_logsumexp(logits.unsqueeze(-2), batch.valid.unsqueeze(-2) & is_other)
+    log_model = F.logsigmoid(logits - others)
     target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
-    return -torch.where(batch.valid, target * log_model, 0.0).sum(dim=-1)
+    return -(target * log_model).sum(dim=-1)
 
 
 @register(

@@ -1,8 +1,8 @@
 """KTO and BCO: each response is good or bad on its own, against a baseline taken over the batch.
 
-Y+ and Y− come from `partition`. A group's loss is the mean over its Y+ plus the mean over its Y−: for one chosen and one
-rejected response, the sum of the two terms (MC-PO, Table 5). Baselines carry no gradient, and run over the responses in
-Y+ ∪ Y− of the whole batch that `compute` gets. Shapes: G groups, K responses.
+Y+ and Y− come from `partition`. A group's loss is the mean over its Y+ plus the mean over its Y−: for one
+chosen and one rejected response, the sum of the two terms (MC-PO, Table 5). Baselines carry no gradient, and
+run over the responses in Y+ ∪ Y− of the whole batch that `compute` gets. Shapes: G groups, K responses.
 """
 
 from __future__ import annotations
@@ -56,10 +56,12 @@ def needs_baseline(params: PartitionParams) -> Needs:
     source="KTO (Ethayarajh et al. 2024), Eq. 7–8",
 )
 def compute_kto(batch: GroupBatch, params: KtoParams) -> Tensor:
-    """λ_D (1 − σ(β (s − z))) on Y+, λ_U (1 − σ(β (z − s))) on Y−, z = max(0, mean of s over the batch); not nats.
+    """λ_D (1 − σ(β (s − z))) on Y+, λ_U (1 − σ(β (z − s))) on Y−, z = max(0, mean of s over the batch); not
+    nats.
 
-    Deviation: z, an estimate of KL(π_θ ‖ π_ref), is the mean over the batch's own responses; the paper and TRL score
-    responses paired with other prompts, which costs a forward pass each. TRL averages over single responses.
+    Deviation: z, an estimate of KL(π_θ ‖ π_ref), is the mean over the batch's own responses; the paper and
+    TRL score responses paired with other prompts, which costs a forward pass each. TRL averages over single
+    responses.
     Source: KTO (Ethayarajh et al. 2024), Eq. 7–8.
     """
     positive, negative = compute_partition(batch, params)
@@ -99,8 +101,8 @@ def needs_bco(params: BcoParams) -> Needs:
 def compute_bco(batch: GroupBatch, params: BcoParams) -> Tensor:
     """−log σ(β s − δ) on Y+, −log σ(−(β s − δ)) on Y−: a binary classifier with the shift δ; nats.
 
-    Deviation: δ is the batch's, not a moving average over steps; the importance weights of the paper's second part (for
-    data whose good and bad prompts differ) have no place where both come from the same prompt.
+    Deviation: δ is the batch's, not a moving average over steps; the importance weights of the paper's second
+    part (for data whose good and bad prompts differ) have no place where both come from the same prompt.
     Source: BCO (Jung et al. 2024, "Binary classifier optimization for large language model alignment").
     """
     positive, negative = compute_partition(batch, params)
