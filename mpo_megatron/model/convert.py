@@ -57,7 +57,7 @@ __all__ = [
 ]
 
 MAX_CHUNK_BYTES = 256 * 2**20
-"""Largest piece of a tensor that is read, written or stored at once; the conversion's memory is a small multiple of it."""
+"""Largest piece of a tensor that is read, written or stored at once; memory use is a small multiple of it."""
 
 
 def convert(config: ConvertConfig) -> None:
@@ -106,7 +106,8 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
     hf_config = load_hf_config(source)
     require(
         getattr(hf_config, "quantization_config", None) is None,
-        f"{source / 'config.json'}: quantization_config is set; a quantized checkpoint cannot be trained: convert the original one.",
+        f"{source / 'config.json'}: quantization_config is set; a quantized checkpoint cannot be trained: convert the "
+        "original one.",
     )
     padded_vocab = padded_vocab_size(hf_config.vocab_size, vocab_multiple)
     slices = build_weight_map(hf_config, padded_vocab)
@@ -148,20 +149,20 @@ def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], sou
     missing = [name for name in expected if name not in tensors]
     if missing:
         raise CheckpointError(
-            f"{source}: {len(missing)} of {len(expected)} weights that config.json implies are missing: {_some(missing)}. Copy the "
-            "checkpoint again; without lm_head.weight, tie_word_embeddings must be true."
+            f"{source}: {len(missing)} of {len(expected)} weights that config.json implies are missing: "
+            f"{_some(missing)}. Copy the checkpoint again; without lm_head.weight, tie_word_embeddings must be true."
         )
     unknown = [name for name in tensors if name not in expected]
     if unknown:
         raise CheckpointError(
-            f"{source}: {len(unknown)} weights have no place in the Megatron model that config.json describes: {_some(unknown)}. "
-            "Is config.json the one of these weights?"
+            f"{source}: {len(unknown)} weights have no place in the Megatron model that config.json describes: "
+            f"{_some(unknown)}. Is config.json the one of these weights?"
         )
     for name, placement in expected.items():
         if tensors[name].shape != placement.shape:
             raise CheckpointError(
-                f"{name} is {list(tensors[name].shape)} in {tensors[name].file}, but {list(placement.shape)} by config.json. "
-                "Is config.json the one of these weights?"
+                f"{name} is {list(tensors[name].shape)} in {tensors[name].file}, but {list(placement.shape)} by "
+                "config.json. Is config.json the one of these weights?"
             )
 
 
@@ -174,8 +175,8 @@ def _dtype_of_keys(tensors: dict[str, StoredTensor], slices: list[Slice]) -> dic
             other = first.setdefault(item.key, tensor)
             if other.dtype != tensor.dtype:
                 raise CheckpointError(
-                    f"{tensor.name} is {DTYPE_NAMES[tensor.dtype]}, {other.name} is {DTYPE_NAMES[other.dtype]}; in Megatron they are "
-                    f"one tensor, {item.key}: save the checkpoint with one dtype for both."
+                    f"{tensor.name} is {DTYPE_NAMES[tensor.dtype]}, {other.name} is {DTYPE_NAMES[other.dtype]}; "
+                    f"in Megatron they are one tensor, {item.key}: save the checkpoint with one dtype for both."
                 )
     return {key: tensor.dtype for key, tensor in first.items()}
 
@@ -232,8 +233,8 @@ def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: Store
             same = same and torch.equal(rows[0].view(torch.uint8), rows[1].view(torch.uint8))
     if not same:
         raise CheckpointError(
-            f"{output.file} holds an {OUTPUT} that differs from {EMBEDDING}, but config.json ties them; set tie_word_embeddings to "
-            "false to keep both, or remove it."
+            f"{output.file} holds an {OUTPUT} that differs from {EMBEDDING}, but config.json ties them; set "
+            "tie_word_embeddings to false to keep both, or remove it."
         )
 
 
@@ -294,7 +295,8 @@ def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -
     unknown = [key for key in checkpoint.tensors if key.startswith(model_keys) and key not in expected]
     if unknown:
         raise CheckpointError(
-            f"{folder}: {len(unknown)} weights have no place in the Hugging Face model that hf/config.json describes: {_some(unknown)}."
+            f"{folder}: {len(unknown)} weights have no place in the Hugging Face model that hf/config.json "
+            f"describes: {_some(unknown)}."
         )
     for key, shape in expected.items():
         entry = checkpoint.tensors[key]

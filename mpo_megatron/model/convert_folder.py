@@ -1,4 +1,4 @@
-"""What surrounds the weights of a conversion: the Megatron checkpoint folder, its conversion.json, staging, progress."""
+"""What surrounds the weights of a conversion: folders, conversion.json, staging, progress."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_conversion(folder: str | Path) -> Conversion:
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:
-    """The Megatron checkpoint folder that `source` is, or, for a training run, its newest complete one; None if neither.
+    """The Megatron checkpoint folder that `source` is, or a training run's newest complete one; None if neither.
 
     Raises:
         CheckpointError: a training run without any complete checkpoint.
@@ -73,7 +73,8 @@ def find_megatron_checkpoint(source: Path) -> Path | None:
         return source
     if not (source / "checkpoints").is_dir():
         return None
-    steps = sorted((source / "checkpoints").glob("step_*"), key=lambda path: path.name, reverse=True)
+    # A save in progress, or one that was killed, is named step_*.partial.
+    steps = sorted((path for path in (source / "checkpoints").glob("step_*") if path.suffix != ".partial"), reverse=True)
     for step in steps:
         # Megatron-Core writes metadata.json when everything else of the checkpoint is on disk.
         if all((step / name).is_file() for name in ("megatron/metadata.json", "hf/config.json", "conversion.json")):
@@ -141,6 +142,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(
-        f"{title}: {total / 2**30:,.2f} GiB in {seconds:,.1f} s ({total / 2**20 / seconds:,.0f} MiB/s), peak memory {peak / 2**30:,.2f} GiB",
+        f"{title}: {total / 2**30:,.2f} GiB in {seconds:,.1f} s ({total / 2**20 / seconds:,.0f} MiB/s), "
+        f"peak memory {peak / 2**30:,.2f} GiB",
         highlight=False,
     )

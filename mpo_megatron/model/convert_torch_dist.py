@@ -1,8 +1,8 @@
 """Megatron's torch_dist checkpoints, a chunk at a time, in one process and without a process group.
 
 Reads and writes go through torch.distributed.checkpoint's own file reader and writer, so the files are what
-`megatron.core.dist_checkpointing` expects. What differs is only where tensors come from: the planner asks for one chunk when
-its turn to be written comes, and a read touches only the stored chunks that overlap the rows asked for.
+`megatron.core.dist_checkpointing` expects. What differs is only where tensors come from: the planner asks for one chunk
+when its turn to be written comes, and a read touches only the stored chunks that overlap the rows asked for.
 """
 
 from __future__ import annotations
@@ -65,11 +65,17 @@ def write_checkpoint(
     folder.mkdir(parents=True)
     planner = _LazySavePlanner(chunks, extra_states, resolve)
     writer = FileSystemWriter(folder, thread_count=1)  # one thread: one chunk in memory
-    # What torch.distributed.checkpoint.save does with one process; its own wrapper would hide the exceptions of `resolve`.
+    # As torch.distributed.checkpoint.save with one process, whose wrapper would hide the exceptions of `resolve`.
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
     [plan] = writer.prepare_global_plan(plans)
-    results = writer.write_data(planner.finish_plan(plan), planner).value()
+    try:
+        results = writer.write_data(planner.finish_plan(plan), planner).value()
+    except RuntimeError as error:
+        # When the disk is full, torch.save fails once more as it closes its archive, and hides the first error.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
     writer.finish(metadata, [results])
     torch.save({}, folder / "common.pt")  # what is not a tensor of the model: nothing
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
@@ -152,11 +158,12 @@ class CheckpointReader:
                 )
             if path.stat().st_size < size:
                 raise CheckpointError(
-                    f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy the checkpoint again."
+                    f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy "
+                    "the checkpoint again."
                 )
 
     def row_starts(self, key: str, layer: int | None) -> list[int]:
-        """Rows at which stored chunks of this tensor (of this layer) begin: reading between them reads nothing twice."""
+        """Rows at which stored chunks of this tensor (and layer) begin: reading between them reads nothing twice."""
         axis = 0 if layer is None else 1
         return sorted(
             {

@@ -1,8 +1,8 @@
 """Safetensors files, a few rows at a time.
 
-The `safetensors` library maps whole files into memory and writes from a dictionary of tensors; both grow with the shard.
-The format is simple enough (8 bytes of header length, a JSON header, then the tensors back to back) to read and write any
-run of rows directly, so that memory stays at one buffer. The tests hold this module against the library.
+The `safetensors` library maps whole files into memory and writes from a dictionary of tensors; both grow with the
+shard. The format is simple enough (8 bytes of header length, a JSON header, then the tensors back to back) to read and
+write any run of rows directly, so that memory stays at one buffer. The tests hold this module against the library.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         if not path.is_file():
             names = [name for name, where in index.items() if where == file]
             raise CheckpointError(
-                f"{path}: no such file, but {INDEX} puts {len(names)} tensors there ({names[0]}, …); copy or download it again."
+                f"{path}: no such file, but {INDEX} puts {len(names)} tensors there ({names[0]}, …); "
+                "copy or download it again."
             )
         for name, tensor in read_header(path).items():
             if name in tensors:
@@ -113,8 +114,9 @@ def _why_no_weights(folder: Path) -> str:
     pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder} has its weights only as pickles ({pickles[0]}), which can run code when read; save them as safetensors first: "
-            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER) in transformers."
+            f"{folder} has its weights only as pickles ({pickles[0]}), which can run code when read; "
+            "save them as safetensors first, in transformers: "
+            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)."
         )
     if any(folder.glob("*.safetensors")):
         return f"{folder} has neither {SINGLE} nor {INDEX}; copy the index of its shards too."
@@ -151,7 +153,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     )
     if size != end:
         raise CheckpointError(
-            f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download it again."
+            f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download "
+            "it again."
         )
     return tensors
 
@@ -159,8 +162,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def _parse_entry(path: Path, data_start: int, name: str, entry: dict[str, Any]) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise CheckpointError(
-            f"{name} in {path} has dtype {entry['dtype']}; weights must be {', '.join(DTYPES)}. A quantized checkpoint cannot be "
-            "trained: convert the original one."
+            f"{name} in {path} has dtype {entry['dtype']}; weights must be {', '.join(DTYPES)}. "
+            "A quantized checkpoint cannot be trained: convert the original one."
         )
     start, end = entry["data_offsets"]
     tensor = StoredTensor(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + start)

@@ -1,8 +1,9 @@
 """Where every Hugging Face weight lies in a Megatron checkpoint: one table of rules, read in both directions.
 
-Both sides store a matrix as rows, and conversion only ever moves whole rows: Megatron stacks gate on up, and interleaves
-q, k and v by query group. So a rule says which rows of which Hugging Face tensors make up one Megatron tensor, and no
-rule needs code for either direction. The tests hold the table against Megatron-Core's and transformers' own models.
+Both sides store a matrix as rows, and conversion only ever moves whole rows: Megatron stacks gate on up, and
+interleaves q, k and v by query group. So a rule says which rows of which Hugging Face tensors make up one Megatron
+tensor, and no rule needs code for either direction. The tests hold the table against the models of Megatron-Core and
+transformers.
 
 A new architecture is a new function like `qwen_rules` and an entry in `RULES`; see docs/conversion.md.
 """
@@ -129,8 +130,8 @@ EXTRA_STATE_MODULES = (
     "decoder.layers.mlp.linear_fc2",
     "decoder.final_layernorm",
 )
-"""Modules for which some layer implementation asks the checkpoint for an FP8 `_extra_state`. A converted checkpoint holds an
-empty one for each: loading ignores the ones it does not ask for, and fails on the ones it misses."""
+"""Modules for which some layer implementation asks the checkpoint for an FP8 `_extra_state`. A converted checkpoint
+holds an empty one for each: loading ignores the ones it does not ask for, and fails on the ones it misses."""
 
 
 def build_weight_map(hf_config: Any, padded_vocab: int) -> list[Slice]:
