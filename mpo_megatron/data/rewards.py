@@ -1,0 +1,115 @@
+"""Options that act on a group's rewards or choose among its responses; all seeded, none depends on the order of the data.
+
+Each draw comes from a generator of its own, keyed by the seed, a purpose and the group's id. So another order of the
+input, another number of workers or another `fraction` leaves a group's noise and its chosen responses as they were.
+
+Legend: K responses of a group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from mpo_megatron.data.group import Float64, Int64
+
+Normalization = Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"]
+
+
+def hash_unit(seed: int, purpose: str, key: str) -> float:
+    """A number in [0, 1) that depends on nothing but the arguments."""
+    return int.from_bytes(_key(seed, purpose, key)[:8], "little") / 2**64
+
+
+def _key(seed: int, purpose: str, key: str) -> bytes:
+    return hashlib.sha256(f"{seed}\0{purpose}\0{key}".encode()).digest()
+
+
+def _generator(seed: int, purpose: str, group_id: str) -> np.random.Generator:
+    return np.random.default_rng(np.frombuffer(_key(seed, purpose, group_id), np.uint32).tolist())
+
+
+def in_fraction(group_id: str, fraction: float, *, seed: int) -> bool:
+    """Whether a group belongs to the chosen share of the data. Nested: a larger fraction keeps all a smaller one keeps.
+
+    Source: MPO figure 5 (share of the training data).
+    """
+    return hash_unit(seed, "fraction", group_id) < fraction
+
+
+def add_noise(rewards: Float64, sigma: float, group_id: str, *, seed: int) -> Float64:
+    """Rewards [K] plus independent N(0, σ²) noise. Another σ scales the same draw.
+
+    Source: MPO appendix A.4 (noise added to the rewards that select Y+ and Y−).
+    """
+    return rewards + sigma * _generator(seed, "reward_noise", group_id).standard_normal(len(rewards))
+
+
+def choose_responses(num_responses: int, keep: int | None, group_id: str, *, seed: int) -> Int64:
+    """Indices, ascending, of `keep` of K responses drawn at random (all if `keep` is None or K is smaller).
+
+    Nested: with a larger `keep`, the chosen ones stay chosen. Source: MPO figure 4 and table 7 (responses per prompt).
+    """
+    if keep is None or keep >= num_responses:
+        return np.arange(num_responses, dtype=np.int64)
+    order = _generator(seed, "responses_per_prompt", group_id).permutation(num_responses)
+    return np.sort(order[:keep]).astype(np.int64)
+
+
+class RewardScale(NamedTuple):
+    """Statistics of all rewards of a data set, for the dataset-wide normalisations."""
+
+    mean: float
+    std: float
+    """Population standard deviation."""
+    low: float
+    high: float
+
+
+def measure_scale(rewards: Float64) -> RewardScale:
+    """Mean, standard deviation and range of rewards [N]."""
+    return RewardScale(float(rewards.mean()), float(rewards.std()), float(rewards.min()), float(rewards.max()))
+
+
+def normalize(rewards: Float64, kind: Normalization, scale: RewardScale | None = None) -> Float64:
+    """Rewards [K] shifted and scaled: by the group's own statistics, or by the data set's (`scale`).
+
+    `zscore`: (S − mean) / std with the population std; `minmax`: (S − min) / (max − min). A constant group, or data set,
+    becomes zeros: there is nothing to scale.
+    """
+    if kind == "none":
+        return rewards
+    own = measure_scale(rewards) if kind in ("zscore", "minmax") else scale
+    if own is None:
+        raise ValueError(f"normalize(kind={kind!r}) needs the data set's scale")
+    shift, width = (own.mean, own.std) if kind.endswith("zscore") else (own.low, own.high - own.low)
+    if own.low == own.high:
+        return np.zeros_like(rewards)
+    return (rewards - shift) / width
+
+
+def spacing(rewards: Float64) -> Float64:
+    """Gaps [K − 1] between neighbours of the sorted rewards; 0 for a tie.
+
+    Source: MPO appendix A.5 (mean gap Δ, which falls about as 1/K) and Theorem 2.
+    """
+    return np.diff(np.sort(rewards))
+
+
+def summarize_spacing(groups: Sequence[Float64]) -> dict[str, Any]:
+    """Statistics of the gaps over groups: mean and median gap, smallest gap of a group, share of ties, mean gap by K."""
+    gaps = [spacing(rewards) for rewards in groups]
+    every, smallest = np.concatenate(gaps), np.array([gap.min() for gap in gaps])
+    by_size: dict[int, list[float]] = {}
+    for gap in gaps:
+        by_size.setdefault(len(gap) + 1, []).append(float(gap.mean()))
+    return {
+        "mean": float(every.mean()),
+        "median": float(np.median(every)),
+        "median_smallest": float(np.median(smallest)),
+        "tied_share": float((every == 0).mean()),
+        "mean_by_num_responses": {str(size): float(np.mean(means)) for size, means in sorted(by_size.items())},
+    }

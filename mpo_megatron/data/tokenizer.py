@@ -1,0 +1,259 @@
+"""Tokenizers behind one small interface: Hugging Face's through `AutoTokenizer`, SentencePiece's through `sentencepiece`.
+
+A bare SentencePiece model is read by `sentencepiece` itself and not converted: `transformers` disagrees with it on texts
+with leading or double spaces, and `sentencepiece` is what such models were trained with. Code that comes with a
+checkpoint is never run.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data.group import Message
+
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% elif message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] + eos_token + '\\n' }}"
+    "{% else %}{{ 'User: ' + message['content'] + '\\n' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+"""Chat template of a SentencePiece model that comes without one."""
+_PROBE = "Naïve café, 東京  (2 spaces)\n\n\tx = 10_000;  don't <b>UPPER</b> 🙂\r\n end "
+"""Text whose ids enter the digest: white space, digits, contractions, several scripts, an emoji."""
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Every id is below this."""
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text, if the tokenizer names one."""
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Control tokens: begin, end, turn markers."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text. Special tokens written out in it are recognised; none are added."""
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """Text of ids."""
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        """The chat template's text for a conversation. Raises `jinja2.TemplateError` if the template refuses it."""
+
+    def digest(self) -> str:
+        """sha256 of the vocabulary and of how a probe text is cut: the same wherever the tokenizer is loaded from."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write the tokenizer, chat template included, so that `load_tokenizer(folder)` gives it back."""
+
+
+def _digest(vocabulary: Mapping[str, int], probe: Sequence[int]) -> str:
+    text = json.dumps([sorted(vocabulary.items(), key=lambda item: (item[1], item[0])), list(probe)])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer of `transformers`."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.backend = tokenizer
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return int(max(self.backend.get_vocab().values())) + 1
+
+    @property
+    def eos_id(self) -> int | None:
+        eos: int | None = self.backend.eos_token_id
+        return eos
+
+    @functools.cached_property
+    def special_ids(self) -> frozenset[int]:
+        added = self.backend.added_tokens_decoder.items()
+        return frozenset(self.backend.all_special_ids) | {index for index, token in added if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
+        return text
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        text: str = self.backend.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
+        return text
+
+    def digest(self) -> str:
+        return _digest(self.backend.get_vocab(), self.encode(_PROBE))
+
+    def save(self, folder: str | Path) -> None:
+        self.backend.save_pretrained(str(folder))
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Its control pieces (<s>, </s>), and tokens added beside it, are recognised in a text."""
+
+    def __init__(self, model: Path, template: str, added: Mapping[str, int] | None = None) -> None:
+        import sentencepiece  # optional: only SentencePiece models need it
+
+        self.model, self.template = model, template
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        size = self.processor.vocab_size()
+        control = {
+            self.processor.id_to_piece(index): index for index in range(size) if self.processor.is_control(index)
+        }
+        self.added = dict(added or {})
+        self.markers = control | self.added
+        longest_first = sorted(self.markers, key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if self.markers else None
+        self.vocab_size = max([size - 1, *self.markers.values()]) + 1
+        self.special_ids = frozenset(self.markers.values())
+
+    @property
+    def eos_id(self) -> int | None:
+        index = int(self.processor.eos_id())
+        return None if index < 0 else index
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        parts: list[str] = self._split.split(text) if self._split else [text]
+        for part in parts:
+            if part in self.markers:
+                ids.append(self.markers[part])
+            elif part:
+                ids.extend(self.processor.encode(part))
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        names = {index: name for name, index in self.markers.items()}
+        parts: list[str] = []
+        run: list[int] = []
+        for index in [*(int(item) for item in ids), -1]:
+            if index >= 0 and index not in names:
+                run.append(index)
+                continue
+            if run:
+                parts.append(self.processor.decode(run))
+                run = []
+            if index >= 0 and not skip_special:
+                parts.append(names[index])
+        return "".join(parts)
+
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with
+
+        eos, bos = self.processor.eos_id(), self.processor.bos_id()
+        special = {
+            "bos_token": self.processor.id_to_piece(bos) if bos >= 0 else "",
+            "eos_token": self.processor.id_to_piece(eos) if eos >= 0 else "",
+        }
+        rendered = render_jinja_template(
+            conversations=[list(messages)],
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            **special | dict(variables),
+        )
+        return str(rendered[0][0])
+
+    def digest(self) -> str:
+        pieces = {self.processor.id_to_piece(index): index for index in range(self.processor.vocab_size())}
+        return _digest(pieces | self.added, self.encode(_PROBE))
+
+    def save(self, folder: str | Path) -> None:
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(self.model, target / "tokenizer.model")
+        added = {str(index): {"content": name, "special": True} for name, index in self.added.items()}
+        settings = {"chat_template": self.template, "added_tokens_decoder": added}
+        (target / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8"
+        )
+
+
+def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
+    """Load a tokenizer: a Hugging Face folder, a Megatron checkpoint (its `hf` folder), or a SentencePiece `.model` file.
+
+    `chat_template` is a file with a Jinja template that replaces the tokenizer's own. A SentencePiece model without a
+    template gets `PLAIN_TEMPLATE`; any other tokenizer without one is refused, for inference would have none either.
+
+    Raises:
+        ConfigError: nothing loadable there, or no chat template.
+    """
+    source = Path(path)
+    template = None if chat_template is None else _read_template(Path(chat_template))
+    if source.is_file():
+        require(
+            source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder."
+        )
+        return _load_sentencepiece(source, template)
+    require(
+        source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file."
+    )
+    folder = source / "hf" if (source / "hf").is_dir() else source
+    model = folder / "tokenizer.model"
+    if model.is_file() and not (folder / "tokenizer.json").is_file():
+        return _load_sentencepiece(model, template)
+    return _load_hugging_face(folder, template)
+
+
+def _read_template(path: Path) -> str:
+    require(path.is_file(), f"chat_template = {path}; no such file; give a file with a Jinja template.")
+    return path.read_text(encoding="utf-8")
+
+
+def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokenizer:
+    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+    require(
+        any((folder / name).is_file() for name in names),
+        f"tokenizer = {folder}; it holds none of {', '.join(names)}, tokenizer.model; copy the tokenizer's files there.",
+    )
+    from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is wanted
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it: {error}") from error
+    if template is not None:
+        tokenizer.chat_template = template
+    require(
+        tokenizer.chat_template is not None,
+        f"tokenizer = {folder}; it has no chat template; give one with chat_template = FILE (docs/data.md shows a plain one).",
+    )
+    return HuggingFaceTokenizer(tokenizer)
+
+
+def _load_sentencepiece(model: Path, template: str | None) -> SentencePieceTokenizer:
+    settings_file, template_file = model.with_name("tokenizer_config.json"), model.with_name("chat_template.jinja")
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    if template is None and template_file.is_file():
+        template = template_file.read_text(encoding="utf-8")
+    template = template or settings.get("chat_template") or PLAIN_TEMPLATE
+    added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    try:
+        return SentencePieceTokenizer(model, template, added)
+    except ImportError as error:
+        raise ConfigError(
+            f"tokenizer = {model}; install sentencepiece to read it: pip install sentencepiece."
+        ) from error
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"tokenizer = {model}; sentencepiece cannot read it: {error}") from error
