@@ -86,7 +86,17 @@ class PrepareConfig:
     max_rows: int | None = None
     """Read only this many rows, for a trial."""
     held_out: int = 0
-    """This many groups, chosen by a hash of their prompt, go to a second folder `<output>-eval`."""
+    """This many groups, chosen by a hash of their prompt, go to a second folder `<output>-eval`; no prompt is in both."""
+    fraction: float = 1.0
+    """Share of the training groups kept, drawn by id: a larger share keeps all that a smaller one keeps."""
+    responses_per_prompt: int | None = None
+    """Keep this many responses of each training group, drawn at random; larger numbers keep what smaller ones keep."""
+    reward_noise: float = 0.0
+    """Standard deviation σ of Gaussian noise added to the training groups' rewards, before anything else is done to them."""
+    reward_normalization: Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"] = "none"
+    """Shift and scale rewards by their group's mean and std (zscore) or range (minmax), or by the whole data set's."""
+    seed: int = 1234
+    """Seed of `held_out`, `fraction`, `responses_per_prompt` and `reward_noise`."""
     num_workers: int = 1
     """Processes that tokenize; the result does not depend on it."""
 
@@ -96,6 +106,15 @@ class PrepareConfig:
         require(self.num_workers >= 1, f"num_workers = {self.num_workers}; it must be at least 1.")
         require(self.held_out >= 0, f"held_out = {self.held_out}; it must be 0 or more.")
         require(self.max_rows is None or self.max_rows >= 1, f"max_rows = {self.max_rows}; it must be at least 1, or absent.")
+        require(0 < self.fraction <= 1, f"fraction = {self.fraction}; it must be above 0 and at most 1.")
+        require(
+            self.responses_per_prompt is None or self.responses_per_prompt >= 2,
+            f"responses_per_prompt = {self.responses_per_prompt}; a group needs at least 2 responses.",
+        )
+        require(
+            0 <= self.reward_noise < float("inf"),
+            f"reward_noise = {self.reward_noise}; it is a standard deviation: 0 (off) or positive.",
+        )
 
 
 # --------------------------------------------------------------------------------------------------- train

@@ -48,9 +48,7 @@ class Chat:
             what = "a system message" if system_prompt is not None else "a question and an answer"
             raise ConfigError(f"chat_template: the template refuses {what}: {error}") from error
         if whole.count(_ANSWER) != 1:
-            raise ConfigError(
-                f"chat_template: the template does not show an assistant's message once; it gives {whole!r}."
-            )
+            raise ConfigError(f"chat_template: the template does not show an assistant's message once; it gives {whole!r}.")
         before, after = whole.split(_ANSWER)
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
@@ -64,9 +62,7 @@ class Chat:
             if token in self.tokenizer.special_ids:
                 return token
         if self.tokenizer.eos_id is None:
-            raise ConfigError(
-                "tokenizer: neither its template nor its settings (eos_token) say which token ends a response."
-            )
+            raise ConfigError("tokenizer: neither its template nor its settings (eos_token) say which token ends a response.")
         return self.tokenizer.eos_id
 
     def _read_lead(self, prompt: str, whole: str) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from mpo_megatron.data.group import DataError, Group, Message, RewardKind
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import Group, Message, RewardKind
 
 Row = Mapping[str, Any]
 
@@ -161,9 +162,7 @@ def read_messages(value: Any, field: str, *, last_assistant: bool = False) -> tu
             raise RowError(place, f"is a {type(item).__name__}, not a message")
         role = _ROLES.get(str(item.get("role", item.get("from"))))
         if role is None:
-            raise RowError(
-                f"{place}.role", f"is {item.get('role', item.get('from'))!r}; use system, user, assistant or tool"
-            )
+            raise RowError(f"{place}.role", f"is {item.get('role', item.get('from'))!r}; use system, user, assistant or tool")
         if role == "system" and index:
             raise RowError(f"{place}.role", "is system; only the first message can be")
         content = item.get("content", item.get("value"))
@@ -171,11 +170,7 @@ def read_messages(value: Any, field: str, *, last_assistant: bool = False) -> tu
             content = "".join(str(part.get("text", "")) for part in content)
         messages.append({"role": role, "content": read_text(content, f"{place}.content")})
     if (messages[-1]["role"] == "assistant") != last_assistant:
-        wanted = (
-            "must end with the assistant's message"
-            if last_assistant
-            else "ends with an assistant message, not a question"
-        )
+        wanted = "must end with the assistant's message" if last_assistant else "ends with an assistant message, not a question"
         raise RowError(field, wanted)
     if messages[-1]["role"] == "system":
         raise RowError(field, "has a system message and no question")
@@ -242,9 +237,7 @@ def _parse_groups(row: Row, layout: Layout) -> Parsed:
     return Parsed(prompt=read_prompt(row), responses=responses, rewards=rewards, labels=labels, group_id=_read_id(row))
 
 
-def _column(
-    row: Row, items: Sequence[Any], field: str, inner: Sequence[str], outer: Sequence[str], read: Any
-) -> list[Any]:
+def _column(row: Row, items: Sequence[Any], field: str, inner: Sequence[str], outer: Sequence[str], read: Any) -> list[Any]:
     """One value per response: from the row's own list, or from inside the responses."""
     name = next((name for name in outer if row.get(name) is not None), None)
     if name is not None:
@@ -295,9 +288,7 @@ def _parse_pairs(row: Row, layout: Layout) -> Parsed:
     sides = [_read_side(row, side) for side in ("chosen", "rejected")]
     prompts = {json.dumps(prompt, sort_keys=True): prompt for prompt, _ in sides}
     if len(prompts) != 1:
-        raise RowError(
-            "rejected", "answers another conversation than chosen: their messages differ before the last one"
-        )
+        raise RowError("rejected", "answers another conversation than chosen: their messages differ before the last one")
     prompt = next(iter(prompts.values()))
     if len(prompt) == 0:
         raise RowError("prompt", "is missing, and chosen and rejected hold an answer only")
@@ -324,9 +315,7 @@ def _read_side(row: Row, side: str) -> tuple[tuple[Message, ...], str]:
 
 
 def _score_field(row: Row, side: str, names: Sequence[str]) -> str:
-    candidates = [
-        form for name in names or _SCORE_NAMES for form in (f"{side}_{name}", f"{side}-{name}", f"{name}_{side}")
-    ]
+    candidates = [form for name in names or _SCORE_NAMES for form in (f"{side}_{name}", f"{side}-{name}", f"{name}_{side}")]
     return next((name for name in candidates if name in row), candidates[0])
 
 
@@ -410,9 +399,7 @@ def detect(sample: Sequence[Row], format_name: str, rating: str | None) -> Layou
         return Layout("ultrafeedback", "scores", False, ratings or (("overall_score",) if scored else _ASPECTS))
     if format_name == "nectar":
         if ratings:
-            raise DataError(
-                f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; leave it out."
-            )
+            raise DataError(f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; leave it out.")
         return Layout("nectar", "ranks", False, ())
     if format_name == "pairs":
         if len(ratings) > 1:

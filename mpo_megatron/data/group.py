@@ -13,22 +13,20 @@ columns of their own: the trainer plans a whole epoch of packed rows without rea
 from __future__ import annotations
 
 import bisect
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import AtomicFolder, writing
 
 FORMAT_VERSION = 1
 GROUPS_FILE = "groups.arrow"
@@ -59,10 +57,6 @@ SCHEMA = pa.schema(
         pa.field("where", pa.string(), nullable=False),
     ]
 )
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or folder, what is wrong, and the fix."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,73 +140,6 @@ class PreparedInfo:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failed write (disk full, no permission) into a `DataError` that names the folder."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot write: {error.strerror or error}; nothing was left there; free some space, or choose "
-            "another output."
-        ) from error
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder can be written there: nothing exists, or an empty folder does."""
-    if not folder.exists():
-        return True
-    return folder.is_dir() and not any(folder.iterdir())
-
-
-@final
-class AtomicFolder:
-    """A folder that appears under its name complete, or not at all.
-
-    Files are written to `self.path`, a hidden sibling; `commit` forces them to disk and renames. Leaving the `with` block
-    without a commit removes the sibling; only a killed process leaves it behind.
-    """
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        if not is_free(target):
-            raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
-        with writing(target):
-            target.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
-            self.path.chmod(0o777 & ~_umask())
-
-    def commit(self) -> None:
-        """Force everything to disk, then rename the folder to its final name."""
-        with writing(self.target):
-            for path in [*sorted(self.path.rglob("*")), self.path]:
-                _fsync(path)
-            os.rename(self.path, self.target)  # atomic; replaces an empty folder
-            _fsync(self.target.absolute().parent)
-
-    def __enter__(self) -> AtomicFolder:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
     """Groups as one Arrow record batch of `SCHEMA`."""
 
@@ -259,9 +186,7 @@ class ArrowWriter:
         """Append one group."""
         prompt, lengths = len(group.prompt_tokens), [len(tokens) for tokens in group.response_tokens]
         if self.num_groups and (group.rewards is None, group.labels is None) != self._absent:
-            raise DataError(
-                f"{group.where}: group {group.group_id}: rewards and labels are given by all groups or by none."
-            )
+            raise DataError(f"{group.where}: group {group.group_id}: rewards and labels are given by all groups or by none.")
         self._absent = (group.rewards is None, group.labels is None)
         _update_digest(self._digest, group)
         self.num_groups += 1
@@ -352,21 +277,17 @@ def write_groups(
 # --------------------------------------------------------------------------------------------------- reading
 
 
-class PreparedGroups:
-    """Random access to prepared groups; memory-mapped, so opening is instant and forked readers share the pages."""
+class StoredGroups:
+    """Random access to groups in an Arrow file; memory-mapped, so opening is instant and all processes share the pages."""
 
-    def __init__(self, path: Path, info: PreparedInfo) -> None:
-        self.path = path
-        self.info = info
-        self._open()
-
-    def _open(self) -> None:
-        reader = pa.ipc.open_file(pa.memory_map(str(self.path / GROUPS_FILE)))
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
         self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
-        return (PreparedGroups, (self.path, self.info))
+        return (StoredGroups, (self.file,))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -410,6 +331,9 @@ class PreparedGroups:
         parts = [batch[name].flatten().to_numpy(zero_copy_only=False) for batch in self._batches]
         return np.concatenate(parts)
 
+    def _has(self, name: str) -> bool:
+        return len(self) > 0 and self._batches[0][name].null_count == 0
+
     def group_ids(self) -> list[str]:
         """[G] the groups' ids."""
         return [group_id for batch in self._batches for group_id in batch["group_id"].to_pylist()]
@@ -436,8 +360,12 @@ class PreparedGroups:
         return lengths.astype(np.int64)
 
     def all_rewards(self) -> Float64 | None:
-        """[ΣK] every reward, group by group; None if the data has only labels."""
-        return None if self.info.reward_kind == "labels" else self._flat("rewards")
+        """[ΣK] every reward, group by group; None if the groups have only labels."""
+        return self._flat("rewards") if self._has("rewards") else None
+
+    def all_labels(self) -> Int8 | None:
+        """[ΣK] every label, group by group; None if the groups have none."""
+        return self._flat("labels") if self._has("labels") else None
 
     def rewards(self, index: int) -> Float64 | None:
         """[K] one group's rewards."""
@@ -455,11 +383,22 @@ class PreparedGroups:
         return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
 
     def compute_digest(self) -> str:
-        """The digest of what is stored; equal to `info.data_digest` unless the file was changed. Reads everything."""
+        """The digest of what is stored; equal to `PreparedInfo.data_digest` unless the file changed. Reads everything."""
         digest = hashlib.sha256()
         for group in self:
             _update_digest(digest, group)
         return digest.hexdigest()
+
+
+class PreparedGroups(StoredGroups):
+    """The groups of a prepared folder (`path`), with what the folder says of itself (`info`)."""
+
+    def __init__(self, path: Path, info: PreparedInfo) -> None:
+        super().__init__(path / GROUPS_FILE)
+        self.path, self.info = path, info
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (PreparedGroups, (self.path, self.info))
 
 
 def read_info(folder: str | Path) -> PreparedInfo:
@@ -475,9 +414,7 @@ def read_info(folder: str | Path) -> PreparedInfo:
         fields = json.loads(path.read_text(encoding="utf-8"))
         version = fields["format_version"]
         if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again."
-            )
+            raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again.")
         return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
@@ -497,9 +434,7 @@ def load_groups(folder: str | Path) -> PreparedGroups:
         raise DataError(f"{arrow}: missing, although {INFO_FILE} is there; copy it too, or prepare it again.")
     size = arrow.stat().st_size
     if size != info.arrow_bytes:
-        raise DataError(
-            f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again."
-        )
+        raise DataError(f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again.")
     try:
         groups = PreparedGroups(path, info)
     except pa.ArrowException as error:

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_megatron.data import DataError
 from mpo_megatron.data.formats import Layout, Parsed, RowError, build_group, detect, parse
-from mpo_megatron.data.group import DataError, Group
+from mpo_megatron.data.group import Group
 
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLITS = {
@@ -161,9 +162,7 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
     path = Path(source)
     if path.is_file():
         if path.suffix not in _READERS:
-            raise DataError(
-                f"input = {source}; the suffix must be one of {', '.join(_SUFFIXES)}; rename or convert it."
-            )
+            raise DataError(f"input = {source}; the suffix must be one of {', '.join(_SUFFIXES)}; rename or convert it.")
         return _READERS[path.suffix](path)
     if path.is_dir():
         return _open_folder(path, split, subset)
@@ -187,9 +186,7 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
         return _load_dataset(str(folder), split, subset)
     files = _files_of_split(files, split)
     if len({path.suffix for path in files}) > 1:
-        raise DataError(
-            f"input = {folder}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one."
-        )
+        raise DataError(f"input = {folder}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one.")
     sources = [_READERS[path.suffix](path) for path in files]
     return Source(sum(item.total for item in sources), itertools.chain.from_iterable(item.rows for item in sources))
 
@@ -218,9 +215,7 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Source:
     try:
         dataset = load_dataset(name, subset, split=split)
     except (DatasetsError, ValueError, OSError) as error:
-        raise DataError(
-            f"input = {name}, subset = {subset}, split = {split}; datasets cannot load it: {error}"
-        ) from error
+        raise DataError(f"input = {name}, subset = {subset}, split = {split}; datasets cannot load it: {error}") from error
     return _read_dataset(dataset, f"{name}[{split}]")
 
 

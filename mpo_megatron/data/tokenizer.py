@@ -119,9 +119,7 @@ class SentencePieceTokenizer:
         self.model, self.template = model, template
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         size = self.processor.vocab_size()
-        control = {
-            self.processor.id_to_piece(index): index for index in range(size) if self.processor.is_control(index)
-        }
+        control = {self.processor.id_to_piece(index): index for index in range(size) if self.processor.is_control(index)}
         self.added = dict(added or {})
         self.markers = control | self.added
         longest_first = sorted(self.markers, key=len, reverse=True)
@@ -185,9 +183,7 @@ class SentencePieceTokenizer:
         shutil.copyfile(self.model, target / "tokenizer.model")
         added = {str(index): {"content": name, "special": True} for name, index in self.added.items()}
         settings = {"chat_template": self.template, "added_tokens_decoder": added}
-        (target / "tokenizer_config.json").write_text(
-            json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8"
-        )
+        (target / "tokenizer_config.json").write_text(json.dumps(settings, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
@@ -202,13 +198,9 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     source = Path(path)
     template = None if chat_template is None else _read_template(Path(chat_template))
     if source.is_file():
-        require(
-            source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder."
-        )
+        require(source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder.")
         return _load_sentencepiece(source, template)
-    require(
-        source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file."
-    )
+    require(source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file.")
     folder = source / "hf" if (source / "hf").is_dir() else source
     model = folder / "tokenizer.model"
     if model.is_file() and not (folder / "tokenizer.json").is_file():
@@ -252,8 +244,6 @@ def _load_sentencepiece(model: Path, template: str | None) -> SentencePieceToken
     try:
         return SentencePieceTokenizer(model, template, added)
     except ImportError as error:
-        raise ConfigError(
-            f"tokenizer = {model}; install sentencepiece to read it: pip install sentencepiece."
-        ) from error
+        raise ConfigError(f"tokenizer = {model}; install sentencepiece to read it: pip install sentencepiece.") from error
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"tokenizer = {model}; sentencepiece cannot read it: {error}") from error

@@ -1,0 +1,79 @@
+"""A folder that appears complete or not at all, and writes that fail with a message."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import final
+
+from mpo_megatron.data import DataError
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failed write (disk full, no permission) into a `DataError` that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot write: {error.strerror or error}; nothing was left there; free some space, or choose "
+            "another output."
+        ) from error
+
+
+def is_free(folder: Path) -> bool:
+    """Whether a folder can be written there: nothing exists, or an empty folder does."""
+    if not folder.exists():
+        return True
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+@final
+class AtomicFolder:
+    """A folder that appears under its name complete, or not at all.
+
+    Files are written to `self.path`, a hidden sibling; `commit` forces them to disk and renames. Leaving the `with` block
+    without a commit removes the sibling; only a killed process leaves it behind.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        if not is_free(target):
+            raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
+        with writing(target):
+            target.absolute().parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+            self.path.chmod(0o777 & ~_umask())
+
+    def commit(self) -> None:
+        """Force everything to disk, then rename the folder to its final name."""
+        with writing(self.target):
+            for path in [*sorted(self.path.rglob("*")), self.path]:
+                _fsync(path)
+            os.rename(self.path, self.target)  # atomic; replaces an empty folder
+            _fsync(self.target.absolute().parent)
+
+    def __enter__(self) -> AtomicFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
