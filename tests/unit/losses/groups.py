@@ -10,8 +10,8 @@ from mpo_megatron.losses import GroupBatch
 
 torch.set_num_threads(1)
 
-# Every method, and every branch of every method's hyper-parameters. Sampled methods draw all candidates (M ≥ K), which
-# makes their value deterministic; test_sampling.py has the draws themselves.
+# Every method, and every branch of every method's hyper-parameters. Sampled methods draw all candidates (M ≥
+# K), which makes their value deterministic; test_sampling.py has the draws themselves.
 CASES: list[tuple[str, dict[str, object]]] = [
     ("mpo", {}),
     ("mpo", {"partition": "median", "beta": 0.1}),
@@ -156,7 +156,10 @@ def as_lists(batch: GroupBatch) -> list[dict[str, list]]:
         "ref_tokens": batch.reference_token_logps,
     }
     return [
-        {key: None if values is None else values[g][batch.valid[g]].tolist() for key, values in fields.items()}
+        {
+            key: None if values is None else values[g][batch.valid[g]].tolist()
+            for key, values in fields.items()
+        }
         for g in range(batch.valid.shape[0])
     ]
 

@@ -1,8 +1,8 @@
 """Every loss once more, from the papers' formulas: plain loops over responses, in 120-digit arithmetic.
 
-Nothing here calls the package. A group is a dict of lists over its responses (padding left out): logp, ref, S, label,
-length, tokens, ref_tokens. `evaluate(name, groups, p)` gives one number per group, or None for a group that carries no
-contrast; `p` is any object with the hyper-parameters as attributes.
+Nothing here calls the package. A group is a dict of lists over its responses (padding left out): logp, ref,
+S, label, length, tokens, ref_tokens. `evaluate(name, groups, p)` gives one number per group, or None for a
+group that carries no contrast; `p` is any object with the hyper-parameters as attributes.
 """
 
 from fractions import Fraction
@@ -37,7 +37,8 @@ def tangent_exp(x):
     return exp(x) if x <= 20 else exp(mpf(20)) * (1 + x - 20)
 
 
-# ------------------------------------------------------------------------------------------ sets, pairs, rankings
+# ------------------------------------------------------------------------------------------ sets, pairs,
+# rankings
 
 
 def preference(g):
@@ -177,7 +178,8 @@ def mpo_reference_free(g, p, _):
     return sets_ratio(sets, logits)
 
 
-# ------------------------------------------------------------------------------------------------------ reward
+# ------------------------------------------------------------------------------------------------------
+# reward
 
 
 def target_distribution(g, alpha):
@@ -189,7 +191,9 @@ def infonca(g, p, _):
     if len(g["logp"]) < 2:
         return None
     powers = [exp(p.beta * s) for s in log_ratios(g)]
-    return -sum(t * log(q / sum(powers)) for t, q in zip(target_distribution(g, p.alpha), powers, strict=True))
+    return -sum(
+        t * log(q / sum(powers)) for t, q in zip(target_distribution(g, p.alpha), powers, strict=True)
+    )
 
 
 def nca(g, p, _):
@@ -202,12 +206,11 @@ def nca(g, p, _):
 
 def nca_pair(g, p, _):
     r = [p.beta * s for s in log_ratios(g)]
-    return over_pairs(
-        g, p, lambda w, m: -log_sigma(r[w]) - log_sigma(-r[w]) / 2 - log_sigma(-r[m]) / 2
-    )
+    return over_pairs(g, p, lambda w, m: -log_sigma(r[w]) - log_sigma(-r[w]) / 2 - log_sigma(-r[m]) / 2)
 
 
-# ---------------------------------------------------------------------------------------------------- pairwise
+# ----------------------------------------------------------------------------------------------------
+# pairwise
 
 
 def smoothed(margin, epsilon):
@@ -300,11 +303,14 @@ def slic(g, p, _):
     return over_pairs(g, p, loss)
 
 
-# ---------------------------------------------------------------------------------- unpaired, with batch baselines
+# ---------------------------------------------------------------------------------- unpaired, with batch
+# baselines
 
 
 def kto(g, p, groups):
-    everything = [log_ratios(h)[i] for h in groups if partition(h, p) for part in partition(h, p) for i in part]
+    everything = [
+        log_ratios(h)[i] for h in groups if partition(h, p) for part in partition(h, p) for i in part
+    ]
     baseline = max(mpf(0), mean(everything))
     sets = partition(g, p)
     if sets is None:
@@ -328,7 +334,8 @@ def bco(g, p, groups):
     return -mean([log_sigma(r[i]) for i in sets[0]]) - mean([log_sigma(-r[i]) for i in sets[1]])
 
 
-# ---------------------------------------------------------------------------------------------------- listwise
+# ----------------------------------------------------------------------------------------------------
+# listwise
 
 
 def plackett_luce(g, p, _):
@@ -362,7 +369,8 @@ def mcpo(g, p, _):
 rnce = mcpo
 
 
-# -------------------------------------------------------------------------------------------------------- soft
+# --------------------------------------------------------------------------------------------------------
+# soft
 
 
 def soft_weight(logps, gamma, everything):
@@ -413,7 +421,8 @@ def spo(g, p, groups):
     return total + soft_regularizer(g, p, order)
 
 
-# ------------------------------------------------------------------------------------- token level, supervised
+# ------------------------------------------------------------------------------------- token level,
+# supervised
 
 
 def grpo_offline(g, p, _):

@@ -110,7 +110,8 @@ def test_gradient_is_difference_of_softmaxes(name, hyperparameters):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_zero_gradient_where_nothing_counts(case):
-    """Exactly zero, never NaN: at padding (which holds NaN), at unscored responses, in groups without contrast."""
+    """Exactly zero, never NaN: at padding (which holds NaN), at unscored responses, in groups without
+    contrast."""
     name, hyperparameters = case
     batch = make_batch(seed=16)
     loss, params = get_loss(name), build_params(name, hyperparameters)
@@ -170,7 +171,8 @@ def test_orpo_at_probability_one(loser):
 
 
 def test_exploding_ratios_stay_finite():
-    """Policy far above the reference: e^s is no float; the tangent keeps value and gradient finite and alive."""
+    """Policy far above the reference: e^s is no float; the tangent keeps value and gradient finite and
+    alive."""
     rewards = torch.tensor([[1.0, 0.0]])
     policy = torch.tensor([[-5.0, -6.0]], requires_grad=True)
     reference = torch.full((1, 2), -5000.0)

@@ -109,9 +109,7 @@ def test_policy_equal_to_reference():
             continue
         assert math.isclose(compute("dpo", batch)[g], math.log(2), rel_tol=1e-12)
         assert math.isclose(compute("mpo", batch)[g], math.log(count / int(positive[g])), rel_tol=1e-12)
-        assert math.isclose(
-            compute("plackett_luce", batch)[g], math.lgamma(count + 1), rel_tol=1e-12
-        )
+        assert math.isclose(compute("plackett_luce", batch)[g], math.lgamma(count + 1), rel_tol=1e-12)
 
 
 def test_sum_over_pairs_is_mean_times_count():

@@ -1,4 +1,5 @@
-"""The order of the responses, the padding and the company of other groups must not matter. Nor what a method ignores."""
+"""The order of the responses, the padding and the company of other groups must not matter. Nor what a method
+ignores."""
 
 import dataclasses
 
@@ -48,7 +49,9 @@ def test_padding(case):
         padded,
         valid=padded.valid & ~extra,
         **{
-            name: getattr(padded, name).masked_fill(extra if getattr(padded, name).dim() == 2 else extra[:, None], torch.nan)
+            name: getattr(padded, name).masked_fill(
+                extra if getattr(padded, name).dim() == 2 else extra[:, None], torch.nan
+            )
             for name in ("policy_logps", "reference_logps", "rewards", "token_logps", "reference_token_logps")
         },
     )

@@ -32,7 +32,8 @@ def test_cases_cover_every_method():
 @pytest.mark.parametrize("rewards", ["ties", "spread"])
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_formula_float64(case, rewards):
-    # 1e-9, beyond the required 1e-6: only float64 rounding (1e-16) times the conditioning of the formulas separates them.
+    # 1e-9, beyond the required 1e-6: only float64 rounding (1e-16) times the conditioning of the formulas
+    # separates them.
     compare(*case, make_batch(seed=1, rewards=rewards), relative=1e-9)
 
 
@@ -50,7 +51,8 @@ def test_formula_group_sizes(name, num_responses):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_formula_float32(case):
-    # The oracle reads the same float32 numbers. 1e-5: a hundred roundings (6e-8) in the sums of 15 pairs or 48 tokens.
+    # The oracle reads the same float32 numbers. 1e-5: a hundred roundings (6e-8) in the sums of 15 pairs or
+    # 48 tokens.
     batch = make_batch(seed=4, logps="near", dtype=torch.float32)
     compare(*case, batch, relative=1e-5)
 
