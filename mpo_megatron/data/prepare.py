@@ -306,6 +306,7 @@ def _tokenize(config: PrepareConfig, items: Iterable[Group | Rejection], total: 
         max_response_tokens=config.max_response_tokens,
         truncate=config.overlong == "truncate",
     )
+    output = Path(config.output)
     prompt_keys: list[str] = []
     with contextlib.ExitStack() as stack:
         with writing(output):
