@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import resource
 import warnings
 from collections.abc import Callable, Iterator
@@ -176,6 +177,8 @@ def _prepare_megatron() -> None:
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         if not hasattr(random, name):
             raise AttributeError(f"megatron.core.tensor_parallel.random.{name} no longer exists; mpo_megatron.device must follow")
+    # Its check that forked GPU randomness leaves the CPU's alone cannot hold where the CPU stands for the GPU.
+    logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 

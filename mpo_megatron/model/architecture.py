@@ -185,11 +185,15 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         sequence_parallel=parallel.sequence_parallel,
         # Rows differ in length, so pipeline stages tell each other the shape of what they send.
         variable_seq_lengths=parallel.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",  # unused here; Megatron refuses variable lengths with the default one
         # Losses are scaled by the global number of groups before backward, so Megatron must sum gradients over data-parallel
         # ranks and micro-batches, not average them: with this flag DDP's gradient_scaling_factor is 1 (see train/step.py).
         calculate_per_token_loss=True,
-        # Every weight is loaded from a checkpoint.
-        perform_initialization=False,
+        # Weights are loaded from a checkpoint. Still, it is the initialisation that marks them as tensor-parallel, and without
+        # the mark the gradient norm counts the shards of one rank only: so it runs, and does nothing.
+        perform_initialization=True,
+        init_method=_leave_uninitialized,
+        output_layer_init_method=_leave_uninitialized,
         bias_activation_fusion=device.has_gpu(),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
@@ -197,6 +201,10 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         apply_rope_fusion=use_transformer_engine(model),
         **recompute,
     )
+
+
+def _leave_uninitialized(weight: torch.Tensor) -> torch.Tensor:
+    return weight
 
 
 class RMSNorm(torch.nn.RMSNorm):

@@ -12,13 +12,13 @@ def main() -> int:
 
     try:
         config = parse(TrainConfig, program="mpo train")
+        from mpo_megatron.data.group import DataError
         from mpo_megatron.train.loop import TrainingError, train
-
-        try:
-            train(config)
-        except TrainingError as error:
-            return _fail(error)
     except ConfigError as error:
+        return _fail(error)
+    try:
+        train(config)
+    except (ConfigError, DataError, TrainingError) as error:
         return _fail(error)
     return 0
 

@@ -107,7 +107,7 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
     loaded = _load(states, folder, ranks)
     for name, part in zip(_model_states(model), model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
-    optimizer.load_state_dict(loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"])
 
 
 def newest(run: Path) -> Path | None:
@@ -190,6 +190,23 @@ def _fill_optimizer_state(optimizer: Any) -> None:
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if not single.optimizer.state:
             single._init_optimizer_states_with_dummy_values()
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+    """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
+
+    Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
+    count up once per parameter.
+    """
+    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    moments = loaded.pop("param_state")
+    single.load_state_dict(loaded)
+    states = single.optimizer.state.values()
+    counts = [state.pop("step", None) for state in states]
+    single.load_parameter_state_from_fully_reshardable(moments)
+    for state, count in zip(states, counts, strict=True):
+        if count is not None:
+            state["step"] = count.clone()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -15,6 +15,10 @@ from torch import Tensor
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 
 
+ROUNDING = 1e-6
+"""Relative rounding of a response's log-prob; float32 has 6e-8, and a few tens of tokens add up."""
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean in the making."""
@@ -54,7 +58,10 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     chosen, rejected = _masked_mean(ratio, positive)[both], _masked_mean(ratio, negative)[both]
     pairs = positive[:, :, None] & negative[:, None, :]
     difference = ratio[:, :, None] - ratio[:, None, :]
-    ordered = (difference > 0).double() + 0.5 * (difference == 0).double()
+    # Where policy and reference agree, the difference is rounding of two sums of float32 log-probs: a tie, not an order.
+    magnitude = batch.policy_logps.detach().double().abs()
+    tied = difference.abs() <= ROUNDING * (magnitude[:, :, None] + magnitude[:, None, :])
+    ordered = torch.where(tied, 0.5, (difference > 0).double())
     return {
         "loss": Mean(float(losses.sum()), int(contributes.sum())),
         "margin": Mean(float((chosen - rejected).sum()), int(both.sum())),
