@@ -47,9 +47,9 @@ class Chat:
         except TemplateError as error:
             what = "a system message" if system_prompt is not None else "a question and an answer"
             raise ConfigError(f"chat_template: the template refuses {what}: {error}") from error
-        if whole.count(_ANSWER) != 1:
-            raise ConfigError(f"chat_template: the template does not show an assistant's message once; it gives {whole!r}.")
-        before, after = whole.split(_ANSWER)
+        before, found, after = whole.rpartition(_ANSWER)
+        if not found:
+            raise ConfigError(f"chat_template: the template does not show an assistant's message; it gives {whole!r}.")
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
         """What the template writes between the generation prompt and the assistant's words; "" in most templates."""

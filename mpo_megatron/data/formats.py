@@ -190,7 +190,7 @@ def _split_turns(text: str, pattern: re.Pattern[str], first_role: str | None) ->
 
 def _transcript(text: str) -> list[Message]:
     """Messages of "\\n\\nHuman: …\\n\\nAssistant: …" text; empty if it is not written so."""
-    return _split_turns(text, _HUMAN_TURNS, None) if text.startswith(("\n\nHuman:", "Human:")) else []
+    return _split_turns(text, _HUMAN_TURNS, None) if text.startswith("\n\nHuman:") else []
 
 
 def read_prompt(row: Row, *, required: bool = True) -> tuple[Message, ...]:
@@ -215,6 +215,8 @@ def read_prompt(row: Row, *, required: bool = True) -> tuple[Message, ...]:
 
 
 def _response_text(item: Any, field: str) -> str:
+    if isinstance(item, list) and len(item) == 1:  # a list of one message
+        item, field = item[0], f"{field}[0]"
     if isinstance(item, dict):
         name = next((name for name in ("text", "response", "content", "answer") if name in item), "text")
         return read_text(item.get(name), f"{field}.{name}")

@@ -143,7 +143,7 @@ class PreparedInfo:
 def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
     """Groups as one Arrow record batch of `SCHEMA`."""
 
-    def lists(values: Iterable[npt.NDArray[Any] | None], kind: pa.DataType) -> pa.ListArray:
+    def lists(values: Iterable[npt.NDArray[Any] | None], kind: type[np.generic]) -> pa.ListArray:
         arrays = list(values)
         ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
         if ends[-1] > np.iinfo(np.int32).max:
@@ -151,18 +151,18 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
         present = [item for item in arrays if item is not None]
         flat = np.concatenate(present) if present else np.zeros(0)
         offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
-        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind.to_pandas_dtype()), kind))
+        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind)))
 
     lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
     columns = [
         pa.array([group.group_id for group in groups], pa.string()),
         pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
         pa.array([group.num_responses for group in groups], pa.int32()),
-        lists(lengths, pa.int32()),
-        lists((group.rewards for group in groups), pa.float64()),
-        lists((group.labels for group in groups), pa.int8()),
-        lists((group.prompt_tokens for group in groups), pa.int32()),
-        lists((np.concatenate(group.response_tokens) for group in groups), pa.int32()),
+        lists(lengths, np.int32),
+        lists((group.rewards for group in groups), np.float64),
+        lists((group.labels for group in groups), np.int8),
+        lists((group.prompt_tokens for group in groups), np.int32),
+        lists((np.concatenate(group.response_tokens) for group in groups), np.int32),
         pa.array([group.prompt_text for group in groups], pa.string()),
         pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
         pa.array([group.where for group in groups], pa.string()),

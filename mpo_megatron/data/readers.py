@@ -131,10 +131,13 @@ def _read_parquet(path: Path) -> Source:
 
     def rows() -> Iterator[RawRow]:
         number = 0
-        for batch in file.iter_batches(batch_size=_BATCH):
-            for value in batch.to_pylist():
-                number += 1
-                yield RawRow(str(path), number, value)
+        try:
+            for batch in file.iter_batches(batch_size=_BATCH):
+                for value in batch.to_pylist():
+                    number += 1
+                    yield RawRow(str(path), number, value)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: damaged after row {number}: {error}") from error
 
     return Source(file.metadata.num_rows, rows())
 
@@ -163,7 +166,10 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
     if path.is_file():
         if path.suffix not in _READERS:
             raise DataError(f"input = {source}; the suffix must be one of {', '.join(_SUFFIXES)}; rename or convert it.")
-        return _READERS[path.suffix](path)
+        try:
+            return _READERS[path.suffix](path)
+        except OSError as error:
+            raise DataError(f"input = {source}; cannot be read: {error.strerror or error}.") from error
     if path.is_dir():
         return _open_folder(path, split, subset)
     if path.suffix in _SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
