@@ -15,8 +15,7 @@ from torch import Tensor
 class GroupBatch:
     """Log-probabilities (nats, summed over a response's scored tokens) and preference data of G groups.
 
-    Entries where `valid` is False are padding: their values are never read, and may be anything, NaN
-    included.
+    Entries where `valid` is False are padding: their values are never read, and may be anything, NaN included.
     """
 
     policy_logps: Tensor
@@ -40,8 +39,7 @@ class GroupBatch:
 
 
 def upcast(values: Tensor) -> Tensor:
-    """`values` in float32, or unchanged if float64: half precision has too few digits for a sum of
-    log-probabilities."""
+    """`values` in float32, or unchanged if float64: half precision has too few digits for a sum of log-probabilities."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -58,27 +56,20 @@ def compute_policy_logps(batch: GroupBatch) -> Tensor:
 def compute_log_ratios(batch: GroupBatch) -> Tensor:
     """s = log π_θ(y | x) − log π_ref(y | x) [G, K] in nats, 0 at padding; gradient through π_θ only."""
     if batch.reference_logps is None:
-        raise ValueError(
-            "reference_logps = None; this loss compares with the reference policy; pass its log-probs."
-        )
-    return mask_padding(batch.policy_logps, batch.valid) - mask_padding(
-        batch.reference_logps.detach(), batch.valid
-    )
+        raise ValueError("reference_logps = None; this loss compares with the reference policy; pass its log-probs.")
+    return mask_padding(batch.policy_logps, batch.valid) - mask_padding(batch.reference_logps.detach(), batch.valid)
 
 
 def compute_mean_token_logps(batch: GroupBatch) -> Tensor:
     """log π_θ(y | x) / |y| [G, K] in nats per token, 0 at padding."""
     if batch.lengths is None:
-        raise ValueError(
-            "lengths = None; this loss divides by the number of scored tokens; pass lengths [G, K]."
-        )
+        raise ValueError("lengths = None; this loss divides by the number of scored tokens; pass lengths [G, K].")
     logps = compute_policy_logps(batch)
     return logps / torch.where(batch.valid, batch.lengths, 1).to(logps.dtype)
 
 
 def draw_uniform(batch: GroupBatch) -> Tensor:
-    """Uniform(0, 1) noise [G, K] in float64 from `batch.generator`, drawn on the CPU: the same on every rank
-    and device."""
+    """Uniform(0, 1) noise [G, K] in float64 from `batch.generator`, drawn on the CPU: the same on every rank and device."""
     if batch.generator is None:
         raise ValueError("generator = None; this loss draws at random; pass a seeded torch.Generator (CPU).")
     noise = torch.rand(batch.valid.shape, generator=batch.generator, dtype=torch.float64)

@@ -28,8 +28,7 @@ def group_loss(
     generator: torch.Generator | None = None,
     **hyperparameters: Any,
 ) -> Tensor:
-    """The loss of each group, [G], in the method's units (nats unless it says otherwise), differentiable in
-    `policy_logps`.
+    """The loss of each group, [G], in the method's units (nats unless it says otherwise), differentiable in `policy_logps`.
 
     Args:
         name: a method of `list_losses()`.
@@ -48,8 +47,7 @@ def group_loss(
         training loss is the sum divided by the number of the others.
 
     Raises:
-        ValueError: an unknown method or hyper-parameter; shapes that differ; an input the method needs and
-        did not get;
+        ValueError: an unknown method or hyper-parameter; shapes that differ; an input the method needs and did not get;
             NaN or infinity in a valid entry; no group with contrast.
     """
     loss = get_loss(name)
@@ -79,9 +77,7 @@ def group_loss(
 def check_matrix(name: str, values: Tensor) -> None:
     """Refuse anything but a floating-point [G, K]."""
     if values.dim() != 2:
-        raise ValueError(
-            f"{name}.shape = {tuple(values.shape)}; it must be [groups, responses]; add the missing dimension."
-        )
+        raise ValueError(f"{name}.shape = {tuple(values.shape)}; it must be [groups, responses]; add the missing dimension.")
     if not values.is_floating_point():
         raise ValueError(f"{name}.dtype = {values.dtype}; log-probabilities are floating-point; convert it.")
 
@@ -101,9 +97,7 @@ def check_shapes(batch: GroupBatch) -> None:
     for name in ("token_logps", "reference_token_logps"):
         values = getattr(batch, name)
         if values is not None and (values.dim() != 3 or tuple(values.shape[:2]) != expected):
-            raise ValueError(
-                f"{name}.shape = {tuple(values.shape)}; it must be [*{expected}, tokens]; pad the tokens."
-            )
+            raise ValueError(f"{name}.shape = {tuple(values.shape)}; it must be [*{expected}, tokens]; pad the tokens.")
     policy, reference = batch.token_logps, batch.reference_token_logps
     if policy is not None and reference is not None and policy.shape != reference.shape:
         raise ValueError(
@@ -176,9 +170,7 @@ def check_values(batch: GroupBatch) -> None:
         values = getattr(batch, name)
         if values is not None:
             if int(torch.where(batch.valid, batch.lengths, 0).max()) > values.shape[-1]:
-                raise ValueError(
-                    f"{name}.shape = {tuple(values.shape)}; lengths go beyond its last dimension; pass all tokens."
-                )
+                raise ValueError(f"{name}.shape = {tuple(values.shape)}; lengths go beyond its last dimension; pass all tokens.")
             inside = torch.arange(values.shape[-1], device=values.device) < batch.lengths.unsqueeze(-1)
             bad = (inside & ~torch.isfinite(values)).any(dim=-1)
             refuse_first(name, values, batch.valid & bad, "it must be finite", "drop it, or mark it invalid")

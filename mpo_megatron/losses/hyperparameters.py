@@ -1,5 +1,4 @@
-"""Checks that every hyper-parameter dataclass runs in `__post_init__`, and their wording: value; rule;
-fix."""
+"""Checks that every hyper-parameter dataclass runs in `__post_init__`, and their wording: value; rule; fix."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_types(params: Any) -> None:
-    """Raise `ValueError` unless every field of the dataclass `params` has its declared type (a float may be
-    an int)."""
+    """Raise `ValueError` unless every field of the dataclass `params` has its declared type (a float may be an int)."""
     hints = get_type_hints(type(params))
     for field in dataclasses.fields(params):
         check_type(field.name, getattr(params, field.name), hints[field.name], field.default)
@@ -27,9 +25,7 @@ def check_type(name: str, value: Any, hint: Any, default: Any) -> None:
     if get_origin(hint) is Literal:
         choices = get_args(hint)
         known = any(type(value) is type(choice) and value == choice for choice in choices)
-        require(
-            known, f"{name} = {value!r}; it must be one of {', '.join(map(str, choices))}; try {default}."
-        )
+        require(known, f"{name} = {value!r}; it must be one of {', '.join(map(str, choices))}; try {default}.")
     elif hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         require(
@@ -37,9 +33,7 @@ def check_type(name: str, value: Any, hint: Any, default: Any) -> None:
             f"{name} = {value!r}; it must be a finite number; try {default}.",
         )
     else:
-        require(
-            type(value) is hint, f"{name} = {value!r}; it must be of type {hint.__name__}; try {default}."
-        )
+        require(type(value) is hint, f"{name} = {value!r}; it must be of type {hint.__name__}; try {default}.")
 
 
 def check_positive(params: Any, *names: str) -> None:
@@ -66,8 +60,7 @@ def check_label_smoothing(params: Any) -> None:
 
 
 def check_unused(params: Any, condition: str, *names: str) -> None:
-    """Raise `ValueError` if a named field, which has an effect only under `condition`, was changed from its
-    default."""
+    """Raise `ValueError` if a named field, which has an effect only under `condition`, was changed from its default."""
     for name in names:
         value, default = getattr(params, name), get_default(params, name)
         require(

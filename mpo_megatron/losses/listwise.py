@@ -1,5 +1,4 @@
-"""Listwise losses: the whole ranking of a group (Plackett–Luce), and the best response against the set of the
-others.
+"""Listwise losses: the whole ranking of a group (Plackett–Luce), and the best response against the set of the others.
 
 Shapes: G groups, K responses. Units: nats per group.
 """
@@ -34,8 +33,7 @@ def find_worse_than_best(batch: GroupBatch) -> Tensor:
 
 
 def sort_by_preference(batch: GroupBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`values` [G, K] from the best response to the worst (equals by index), and which places are filled, [G,
-    K] bool."""
+    """`values` [G, K] from the best response to the worst (equals by index), and which places are filled, [G, K] bool."""
     scores, usable = compute_preferences(batch)
     order = compute_rank(scores, usable).argsort(dim=-1)
     return values.gather(-1, order), usable.gather(-1, order)
@@ -79,8 +77,7 @@ RANKING_NEEDS = Needs(reference=True, preferences=True)
     source="DPO, App. A.3; MPO, App. I",
 )
 def compute_plackett_luce(batch: GroupBatch, params: ListwiseParams) -> Tensor:
-    """Ranking DPO: −Σ_k [β s_(k) − log Σ_{j ≥ k} e^{β s_(j)}], (k) the k-th best response; summed over the
-    places.
+    """Ranking DPO: −Σ_k [β s_(k) − log Σ_{j ≥ k} e^{β s_(j)}], (k) the k-th best response; summed over the places.
 
     Equal rewards are ordered by index.
     Source: DPO (Rafailov et al. 2023), App. A.3; MPO, App. I.
@@ -112,13 +109,11 @@ def find_best_and_worse(batch: GroupBatch, params: Any) -> Tensor:
     params=SdpoParams,
     scored=find_best_and_worse,
     needs=RANKING_NEEDS,
-    source="S-DPO (Chen et al. 2024), Eq. 11",
+    source="S-DPO (Chen et al. 2024)",
 )
 def compute_sdpo(batch: GroupBatch, params: SdpoParams) -> Tensor:
     """S-DPO: −log σ( −log Σ_l e^{β (s_l − s_w)} ), w the best response, l every strictly worse one.
 
     Source: S-DPO (Chen et al. 2024, "On softmax direct preference optimization for recommendation").
     """
-    return contrast_sets(
-        params.beta * compute_log_ratios(batch), find_best(batch), find_worse_than_best(batch)
-    )
+    return contrast_sets(params.beta * compute_log_ratios(batch), find_best(batch), find_worse_than_best(batch))

@@ -32,11 +32,9 @@ class McpoParams:
     """Candidates drawn with probability ∝ e^{β s} under the current policy (Algorithm 1) | uniformly (RNCE);
     or those of highest | lowest weight, without sampling (mc-po §5)."""
     chain_steps: int = 1
-    """Steps of the kernel; each redraws from the group's candidates, so that more than one matters only with
-    include_current."""
+    """Steps of the kernel; each redraws from the group's candidates, so that more than one matters only with include_current."""
     include_current: bool = False
-    """Keep the chain's state y_0 among the categories, as Algorithm 1 writes it: it may then be drawn as its
-    own negative."""
+    """Keep the chain's state y_0 among the categories, as Algorithm 1 writes it: it may then be drawn as its own negative."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -95,11 +93,9 @@ def needs_mcpo(params: McpoParams) -> Needs:
     source="MC-PO, Eq. 7, Table 5, Algorithm 1",
 )
 def compute_mcpo(batch: GroupBatch, params: McpoParams) -> Tensor:
-    """MC-PO: −β s_0 + log Σ_{i=0..M} e^{β s_i}, y_0 the best response, y_1..y_M negatives drawn by the
-    kernel; M = 1 is DPO.
+    """MC-PO: −β s_0 + log Σ_{i=0..M} e^{β s_i}, y_0 the best response, y_1..y_M negatives drawn by the kernel; M = 1 is DPO.
 
-    The gradient reaches y_0 and the drawn negatives; it is exactly zero for all others, which so need no
-    backward pass.
+    The gradient reaches y_0 and the drawn negatives; it is exactly zero for all others, which so need no backward pass.
     Deviation: candidates are the group's strictly worse responses, fixed over the chain's steps (Algorithm 1
     proposes new ones at each). Drawn with include_current, y_0 counts twice in the sum.
     Source: MC-PO, Algorithm 1, Eq. 7, Table 5.

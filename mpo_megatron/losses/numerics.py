@@ -1,5 +1,4 @@
-"""Masked reductions and stable functions that the losses share. Everything is finite, and so is every
-gradient."""
+"""Masked reductions and stable functions that the losses share. Everything is finite, and so is every gradient."""
 
 from __future__ import annotations
 
@@ -10,15 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EXP_KNEE = 20.0
-"""Log-ratio above which `exp_with_linear_tail` continues along the tangent: e^20 ≈ 5e8, far beyond any useful
-ratio."""
+"""Log-ratio above which `exp_with_linear_tail` continues along the tangent: e^20 ≈ 5e8, far beyond any useful ratio."""
 
 
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     """log Σ e^values over the last dimension where `mask` is True.
 
-    An empty mask gives a finite constant with zero gradient (the callers discard it), not −inf, whose
-    gradient is NaN.
+    An empty mask gives a finite constant with zero gradient (the callers discard it), not −inf: the difference of two empty sets would be NaN.
     """
     nonempty = mask.any(dim=-1, keepdim=True)
     filled = torch.where(mask, values, -math.inf)
@@ -43,8 +40,7 @@ def logistic_loss(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − e^x) for x ≤ 0, accurate at both ends (Mächler 2012).
 
-    x = 0 (a probability that rounds to one) is moved to the smallest negative normal number: the result is
-    finite.
+    x = 0 (a probability that rounds to one) is moved to the smallest negative normal number: the result is finite.
     """
     x = torch.where(x < 0, x, -torch.finfo(x.dtype).tiny)
     near_zero = x > -math.log(2.0)
@@ -55,7 +51,6 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def exp_with_linear_tail(x: Tensor) -> Tensor:
-    """e^x up to x = `EXP_KNEE`, its tangent line beyond: finite for every x, and the gradient never
-    vanishes."""
+    """e^x up to x = `EXP_KNEE`, its tangent line beyond: finite for every x, and the gradient never vanishes."""
     excess = (x - EXP_KNEE).clamp(min=0.0)
     return torch.exp(x.clamp(max=EXP_KNEE)) + math.exp(EXP_KNEE) * excess

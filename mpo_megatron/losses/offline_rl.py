@@ -44,8 +44,7 @@ def find_advantaged(batch: GroupBatch, params: GrpoParams) -> Tensor:
 
 
 def compute_advantages(batch: GroupBatch) -> Tensor:
-    """A = (S − S̄) / std(S) [G, K] in float64; std with n − 1, as in TRL and verl, and no constant added to
-    it."""
+    """A = (S − S̄) / std(S) [G, K] in float64; std with n − 1, as in TRL and verl, and no constant added to it."""
     deviations = compute_deviations(batch)
     count = batch.valid.sum(dim=-1, keepdim=True)
     # Scaled by the largest deviation first: the square of a huge one would overflow, of a tiny one vanish.
@@ -63,24 +62,18 @@ def compute_advantages(batch: GroupBatch) -> Tensor:
     source="GRPO (Shao et al. 2024), Eq. 3–4; MPO, App. I",
 )
 def compute_grpo_offline(batch: GroupBatch, params: GrpoParams) -> Tensor:
-    """−mean over tokens of [min(ρ A, clip(ρ) A) − β (e^d − d − 1)], ρ = π_θ/π_ref per token, d = log π_ref −
-    log π_θ.
+    """−mean over tokens of [min(ρ A, clip(ρ) A) − β (e^d − d − 1)], ρ = π_θ/π_ref per token, d = log π_ref − log π_θ.
 
     Mean over a response's tokens, then over the group's responses. The reference is the behaviour policy of
-    the ratio as well as the anchor of the penalty (the k3 estimator of KL(π_θ ‖ π_ref)); gradients go to
-    `token_logps`.
+    the ratio as well as the anchor of the penalty (the k3 estimator of KL(π_θ ‖ π_ref)); gradients go to `token_logps`.
     Deviation: e^x continues along its tangent above x = 20, so that no token's ratio overflows.
     Source: GRPO (Shao et al. 2024, DeepSeekMath), Eq. 3–4, run offline as in MPO, App. I.
     """
     if batch.token_logps is None or batch.reference_token_logps is None or batch.lengths is None:
-        raise ValueError(
-            "token_logps = None; grpo_offline works token by token; pass both token_logps and lengths."
-        )
+        raise ValueError("token_logps = None; grpo_offline works token by token; pass both token_logps and lengths.")
     position = torch.arange(batch.token_logps.shape[-1], device=batch.token_logps.device)
     scored = batch.valid.unsqueeze(-1) & (position < batch.lengths.unsqueeze(-1))
-    log_ratios = mask_padding(batch.token_logps, scored) - mask_padding(
-        batch.reference_token_logps.detach(), scored
-    )
+    log_ratios = mask_padding(batch.token_logps, scored) - mask_padding(batch.reference_token_logps.detach(), scored)
     advantages = compute_advantages(batch).to(log_ratios.dtype).unsqueeze(-1)
     ratios = exp_with_linear_tail(log_ratios)
     clipped = ratios.clamp(1.0 - params.epsilon, 1.0 + params.epsilon)

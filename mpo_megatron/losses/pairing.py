@@ -1,8 +1,7 @@
 """Pairs (winner, loser) inside a group, for the pairwise losses.
 
 Pairs are a mask [G, W, L] over winner index W and loser index L (both run over the K responses): a pairwise
-loss is a formula in broadcast tensors [G, K, 1] and [G, 1, K], reduced over that mask. Equal rewards never
-form a pair.
+loss is a formula in broadcast tensors [G, K, 1] and [G, 1, K], reduced over that mask. Equal rewards never form a pair.
 """
 
 from __future__ import annotations
@@ -25,8 +24,7 @@ class PairParams(PartitionParams):
     """Hyper-parameters of every pairwise loss. `partition` counts only with pairing = cross_pairs."""
 
     pairing: Literal["best_worst", "best_random", "best_vs_each", "all_pairs", "cross_pairs"] = "best_worst"
-    """Best against worst | a random worse one | each worse one (DPO×(K−1)); every ordered pair (DPO×C(K,2));
-    Y+ × Y−."""
+    """Best against worst | a random worse one | each worse one (DPO×(K−1)); every ordered pair (DPO×C(K,2)); Y+ × Y−."""
     reduction: Literal["mean", "sum"] = "mean"
     """Over a group's pairs: the mean weighs groups alike, the sum weighs pairs alike."""
 
@@ -43,9 +41,7 @@ def compute_preferences(batch: GroupBatch) -> tuple[Tensor, Tensor]:
         return batch.rewards.double(), batch.valid
     if batch.labels is not None:
         return batch.labels.double(), batch.valid & (batch.labels >= 0)
-    raise ValueError(
-        "rewards = None, labels = None; this loss orders responses; pass rewards or labels [G, K]."
-    )
+    raise ValueError("rewards = None, labels = None; this loss orders responses; pass rewards or labels [G, K].")
 
 
 def compute_better(batch: GroupBatch) -> Tensor:
@@ -84,8 +80,7 @@ def compute_candidate_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
 
 
 def compute_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, W, L] bool: the pairs that enter the loss; best_random draws one loser per group, uniformly, from
-    the generator."""
+    """[G, W, L] bool: the pairs that enter the loss; best_random draws one loser per group, uniformly, from the generator."""
     pairs = compute_candidate_pairs(batch, params)
     if params.pairing != "best_random":
         return pairs

@@ -1,9 +1,7 @@
-"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a
-group.
+"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a group.
 
 s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum)
-over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L
-losers (both K).
+over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers (both K).
 """
 
 from __future__ import annotations
@@ -70,20 +68,14 @@ def needs_dpo(params: DpoParams) -> Needs:
     return replace(needs_reference_pairs(params), lengths=lengths)
 
 
-@register(
-    "dpo", params=DpoParams, scored=find_paired, needs=needs_dpo, source="DPO (Rafailov et al. 2023), Eq. 7"
-)
+@register("dpo", params=DpoParams, scored=find_paired, needs=needs_dpo, source="DPO (Rafailov et al. 2023), Eq. 7")
 def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
-    """−log σ(β (s_w − s_l)), with label smoothing ε: −(1 − ε) log σ(m) − ε log σ(−m); optional supervised
-    term.
+    """−log σ(β (s_w − s_l)), with label smoothing ε: −(1 − ε) log σ(m) − ε log σ(−m); optional supervised term.
 
-    Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy
-    preferences", Eq. 3.
+    Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
     losses = logistic_loss(compute_margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
-    return reduce_pairs(
-        batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization)
-    )
+    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +93,7 @@ class RpoParams(DpoParams):
     params=RpoParams,
     scored=find_paired,
     needs=needs_dpo,
-    source="RPO (Liu et al. 2024), Eq. 4.1; MC-PO, Table 5",
+    source="RPO (Liu et al. 2024); MC-PO, Table 5",
 )
 def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
     """DPO plus λ times the winner's negative log-likelihood.
@@ -133,9 +125,7 @@ def needs_ipo(params: IpoParams) -> Needs:
     return replace(needs_reference_pairs(params), lengths=params.reading == "length_normalized")
 
 
-@register(
-    "ipo", params=IpoParams, scored=find_paired, needs=needs_ipo, source="IPO (Azar et al. 2023), Eq. 17"
-)
+@register("ipo", params=IpoParams, scored=find_paired, needs=needs_ipo, source="IPO (Azar et al. 2023), Eq. 17")
 def compute_ipo(batch: GroupBatch, params: IpoParams) -> Tensor:
     """(s_w − s_l − 1/(2β))², s summed or divided by |y|; nats squared.
 
@@ -210,15 +200,11 @@ def needs_rdpo(params: RdpoParams) -> Needs:
     return replace(needs_reference_pairs(params), lengths=True)
 
 
-@register(
-    "rdpo", params=RdpoParams, scored=find_paired, needs=needs_rdpo, source="R-DPO (Park et al. 2024), Eq. 9"
-)
+@register("rdpo", params=RdpoParams, scored=find_paired, needs=needs_rdpo, source="R-DPO (Park et al. 2024)")
 def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
-    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt
-    less.
+    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt less.
 
-    The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the
-    opposite one).
+    The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the opposite one).
     Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
     """
     log_ratios = compute_log_ratios(batch)
@@ -246,8 +232,7 @@ class ApoZeroParams(PairParams):
     source="APO (D'Oosterlinck et al. 2024), Eq. 7",
 )
 def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
-    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not
-    nats.
+    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not nats.
 
     Source: APO (D'Oosterlinck et al. 2024), Eq. 7, as in TRL's `apo_zero`.
     """

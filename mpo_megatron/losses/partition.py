@@ -47,9 +47,7 @@ def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tenso
     """
     if params.partition == "labels":
         if batch.labels is None:
-            raise ValueError(
-                "labels = None; partition = labels reads the sets from the data; pass labels [G, K]."
-            )
+            raise ValueError("labels = None; partition = labels reads the sets from the data; pass labels [G, K].")
         positive = batch.valid & (batch.labels == 1)
         negative = batch.valid & (batch.labels == 0)
     else:
@@ -80,8 +78,7 @@ def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams) -> 
 
 
 def compute_threshold(rewards: Tensor, valid: Tensor, statistic: str) -> Tensor:
-    """Mean, median (of an even count: midway between the middle two) or 10 %-trimmed mean of each group's
-    rewards, [G].
+    """Mean, median (of an even count: midway between the middle two) or 10 %-trimmed mean of each group's rewards, [G].
 
     Rewards are sorted and added up one after the other in float64, so that the order of the responses and the
     padding do not change the sum: a reward equal to the mean stays on the same side.
@@ -115,13 +112,9 @@ def has_distinct_rewards(rewards: Tensor, valid: Tensor) -> Tensor:
 def compute_deviations(batch: GroupBatch) -> Tensor:
     """S_i − S̄ [G, K] in float64, S̄ the mean over the group's valid responses; 0 at padding."""
     if batch.rewards is None:
-        raise ValueError(
-            "rewards = None; this loss weighs responses by their reward's deviation; pass rewards [G, K]."
-        )
+        raise ValueError("rewards = None; this loss weighs responses by their reward's deviation; pass rewards [G, K].")
     rewards = batch.rewards.double()
-    return torch.where(
-        batch.valid, rewards - compute_threshold(rewards, batch.valid, "mean").unsqueeze(-1), 0.0
-    )
+    return torch.where(batch.valid, rewards - compute_threshold(rewards, batch.valid, "mean").unsqueeze(-1), 0.0)
 
 
 def find_partitioned(batch: GroupBatch, params: PartitionParams) -> Tensor:

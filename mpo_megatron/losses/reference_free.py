@@ -1,8 +1,6 @@
-"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` picks
-from a group.
+"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` picks from a group.
 
-w is the pair's winner, l its loser; each function returns the mean (or sum) over the group's pairs. Units:
-nats.
+w is the pair's winner, l its loser; each function returns the mean (or sum) over the group's pairs. Units: nats.
 """
 
 from __future__ import annotations
@@ -89,9 +87,7 @@ def compute_simpo(batch: GroupBatch, params: SimpoParams) -> Tensor:
     """
     margins = compute_margins(params.beta * compute_mean_token_logps(batch)) - params.gamma
     losses = logistic_loss(margins, params.label_smoothing)
-    return reduce_pairs(
-        batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization)
-    )
+    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +109,15 @@ class CpoParams(SupervisedPairParams):
     params=CpoParams,
     scored=find_paired,
     needs=needs_supervised,
-    source="CPO (Xu et al. 2024), Eq. 3–5",
+    source="CPO (Xu et al. 2024), Eq. 3",
 )
 def compute_cpo(batch: GroupBatch, params: CpoParams) -> Tensor:
     """−log σ( β log π(y_w) − β log π(y_l) ) − weight · log π(y_w), the second term per token by default.
 
-    Source: CPO (Xu et al. 2024), Eq. 3–5, the supervised term as in TRL's `cpo_alpha`.
+    Source: CPO (Xu et al. 2024), Eq. 3, the supervised term as in TRL's `cpo_alpha`.
     """
     losses = logistic_loss(compute_margins(params.beta * compute_policy_logps(batch)), params.label_smoothing)
-    return reduce_pairs(
-        batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization)
-    )
+    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,13 +137,12 @@ class OrpoParams(PairParams):
     params=OrpoParams,
     scored=find_paired,
     needs=needs_lengths,
-    source="ORPO (Hong et al. 2024), Eq. 6–7",
+    source="ORPO (Hong et al. 2024), Eq. 4, 7",
 )
 def compute_orpo(batch: GroupBatch, params: OrpoParams) -> Tensor:
-    """−log p_w − λ log σ( log odds(y_w) − log odds(y_l) ), odds = p / (1 − p), p = π(y)^{1/|y|}; nats per
-    token.
+    """−log p_w − λ log σ( log odds(y_w) − log odds(y_l) ), odds = p / (1 − p), p = π(y)^{1/|y|}; nats per token.
 
-    Source: ORPO (Hong et al. 2024), Eq. 3, 6, 7.
+    Source: ORPO (Hong et al. 2024), Eq. 4, 7.
     """
     mean_logps = compute_mean_token_logps(batch)
     losses = params.beta * logistic_loss(compute_margins(mean_logps - log1mexp(mean_logps)))
@@ -183,19 +176,14 @@ def needs_slic(params: SlicParams) -> Needs:
     params=SlicParams,
     scored=find_paired,
     needs=needs_slic,
-    source="SLiC-HF (Zhao et al. 2023), Eq. 1",
+    source="SLiC-HF (Zhao et al. 2023); RSO (Liu et al. 2023)",
 )
 def compute_slic(batch: GroupBatch, params: SlicParams) -> Tensor:
-    """max(0, δ − β (log π(y_w) − log π(y_l))), optionally of log-ratios, plus a supervised term on the
-    winner.
+    """max(0, δ − β (log π(y_w) − log π(y_l))), optionally of log-ratios, plus a supervised term on the winner.
 
-    Deviation: the paper's supervised target is the reference answer of the supervised data set; here it is
-    the winner.
-    Source: SLiC-HF (Zhao et al. 2023), Eq. 1; the normalised form: RSO (Liu et al. 2023), as in TRL's
-    `hinge`.
+    Deviation: the paper's supervised target is the reference answer of the supervised data set; here it is the winner.
+    Source: SLiC-HF (Zhao et al. 2023); the normalised form: RSO (Liu et al. 2023), as in TRL's `hinge`.
     """
     scores = compute_log_ratios(batch) if params.normalized else compute_policy_logps(batch)
     losses = torch.relu(params.margin - params.beta * compute_margins(scores))
-    return reduce_pairs(
-        batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization)
-    )
+    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))

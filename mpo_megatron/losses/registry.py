@@ -83,14 +83,12 @@ class Loss:
         return " ".join(paragraph.split())
 
     def contributes(self, batch: GroupBatch, params: Any) -> Tensor:
-        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before
-        any forward."""
+        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before any forward."""
         return self.scored(batch, params).any(dim=-1)
 
     def compute(self, batch: GroupBatch, params: Any) -> Tensor:
         """[G] loss per group in nats, float32 (float64 for float64 input); exactly 0, with zero gradient,
-        where the group does not contribute. The training loss is Σ compute / Σ contributes over the global
-        batch."""
+        where the group does not contribute. The training loss is Σ compute / Σ contributes over the global batch."""
         return torch.where(self.contributes(batch, params), self.function(batch, params), 0.0)
 
 
@@ -126,9 +124,7 @@ def get_loss(name: str) -> Loss:
     if name in _LOSSES:
         return _LOSSES[name]
     nearest = difflib.get_close_matches(str(name), _LOSSES, n=3, cutoff=0.4)
-    fix = (
-        f"did you mean {' or '.join(nearest)}?" if nearest else f"choose one of {', '.join(sorted(_LOSSES))}."
-    )
+    fix = f"did you mean {' or '.join(nearest)}?" if nearest else f"choose one of {', '.join(sorted(_LOSSES))}."
     raise ValueError(f"loss = {name!r}; there is no such method; {fix}")
 
 
@@ -147,9 +143,7 @@ def build_params(name: str, hyperparameters: dict[str, Any]) -> Any:
     valid = [field.name for field in dataclasses.fields(loss.params)]
     unknown = sorted(set(hyperparameters) - set(valid))
     if unknown:
-        raise ValueError(
-            f"{name}.{unknown[0]}; {name} has no such hyper-parameter; it has {', '.join(valid)}."
-        )
+        raise ValueError(f"{name}.{unknown[0]}; {name} has no such hyper-parameter; it has {', '.join(valid)}.")
     try:
         return loss.params(**hyperparameters)
     except ValueError as error:

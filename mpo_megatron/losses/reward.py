@@ -33,8 +33,7 @@ class NcaParams:
 
 
 def find_several(batch: GroupBatch, params: NcaParams) -> Tensor:
-    """[G, K] bool: all responses of groups that have at least two. Equal rewards count: their target is
-    uniform."""
+    """[G, K] bool: all responses of groups that have at least two. Equal rewards count: their target is uniform."""
     return batch.valid & (batch.valid.sum(dim=-1, keepdim=True) >= 2)
 
 
@@ -59,8 +58,7 @@ def compute_reward_distribution(batch: GroupBatch, alpha: float) -> Tensor:
 def compute_infonca(batch: GroupBatch, params: NcaParams) -> Tensor:
     """InfoNCA: cross-entropy −Σ_i t_i log softmax(β s)_i from the target t = softmax(S / α).
 
-    Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"),
-    Eq. 6.
+    Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"), Eq. 6.
     """
     logits = params.beta * compute_log_ratios(batch)
     # log softmax(z)_i = log σ(z_i − log Σ_{j ≠ i} e^{z_j}): keeps the digits of a loss near 0, which log_softmax loses.
@@ -106,7 +104,7 @@ class NcaPairParams(PairParams):
     params=NcaPairParams,
     scored=find_paired,
     needs=needs_reference_pairs,
-    source="NCA, §4.3 and its listing",
+    source="NCA, App. B (listing); Eq. 11 with K = 2",
 )
 def compute_nca_pair(batch: GroupBatch, params: NcaPairParams) -> Tensor:
     """Pairwise NCA: −log σ(β s_w) − ½ log σ(−β s_w) − ½ log σ(−β s_l).

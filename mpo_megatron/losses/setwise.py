@@ -65,8 +65,7 @@ class SwepoParams(PartitionParams):
     beta: float = 1.0
     """Scale of the log-ratios; the paper's equations have 1, its listing has β."""
     alpha: float = 1.0
-    """Scale of the deviations: a factor with weighting = exp, a divisor of the rewards with weighting =
-    listing."""
+    """Scale of the deviations: a factor with weighting = exp, a divisor of the rewards with weighting = listing."""
     p: Literal[0, 1, 2] = 1
     """Power of the deviations; 0 weighs all responses alike."""
     weighting: Literal["exp", "power", "listing"] = "exp"
@@ -95,8 +94,7 @@ class ReferenceFreeMpoParams(PartitionParams):
 
 
 def contrast_sets(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """−log( Σ_{Y+} e^z / Σ_{Y+ ∪ Y−} e^z ) [G] for logits z [G, K]; meaningless but finite where a set is
-    empty."""
+    """−log( Σ_{Y+} e^z / Σ_{Y+ ∪ Y−} e^z ) [G] for logits z [G, K]; meaningless but finite where a set is empty."""
     return -F.logsigmoid(masked_logsumexp(logits, positive) - masked_logsumexp(logits, negative))
 
 
@@ -122,8 +120,7 @@ def needs_weighted(params: PartitionParams) -> Needs:
     source="MPO, Eq. 6–8, App. D",
 )
 def compute_weighted_mpo(batch: GroupBatch, params: WeightedMpoParams) -> Tensor:
-    """W-MPO: MPO with logits β s + α |S − S̄| (or signed, S − S̄), S̄ the mean over all of the group's valid
-    rewards.
+    """W-MPO: MPO with logits β s + α |S − S̄| (or signed, S − S̄), S̄ the mean over all of the group's valid rewards.
 
     Source: MPO, Eq. 6–8 and App. K's listing (absolute); App. D, Eq. 14–16 (signed).
     """
@@ -143,8 +140,7 @@ def find_weighted(batch: GroupBatch, params: SwepoParams) -> Tensor:
 
 
 def drop_weightless(batch: GroupBatch, params: SwepoParams) -> tuple[Tensor, Tensor]:
-    """(Y+, Y−) without responses of weight |Δ|^p = 0 (weighting = power, p > 0): log 0 = −∞ takes no part in
-    the sums."""
+    """(Y+, Y−) without responses of weight |Δ|^p = 0 (weighting = power, p > 0): log 0 = −∞ takes no part in the sums."""
     positive, negative = compute_partition(batch, params)
     if params.weighting != "power" or params.p == 0:
         return positive, negative
@@ -165,8 +161,7 @@ def compute_swepo(batch: GroupBatch, params: SwepoParams) -> Tensor:
     """SWEPO: MPO with weights w inside both sums, w = exp(α |Δ|^p) or |Δ|^p, Δ = S − S̄; p = 0 is `mpo`.
 
     Deviations: the paper writes β = 1; `beta` scales the log-ratios. A weight of zero (power, p > 0, S = S̄)
-    takes the response out of both sums. With weighting = listing the logits are β (s + β |Δ/α|^p), as the
-    paper's code has them.
+    takes the response out of both sums. With weighting = listing the logits are β (s + β |Δ/α|^p), as the paper's code has them.
     Source: SWEPO (Simultaneous Weighted Preference Optimization), Eq. 5–6, 10, 15–16; App. E for the listing.
     """
     log_ratios = compute_log_ratios(batch)
@@ -195,8 +190,7 @@ def needs_reference_free(params: PartitionParams) -> Needs:
     source="MPO, App. A.2; SimPO, Eq. 6",
 )
 def compute_reference_free_mpo(batch: GroupBatch, params: ReferenceFreeMpoParams) -> Tensor:
-    """MPO without a reference: logits β log π(y) / |y|, less the margin γ for Y+; with one against one it is
-    SimPO.
+    """MPO without a reference: logits β log π(y) / |y|, less the margin γ for Y+; with one against one it is SimPO.
 
     Source: MPO, App. A.2, after SimPO (Meng et al. 2024), Eq. 6.
     """

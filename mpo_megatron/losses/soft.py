@@ -40,8 +40,7 @@ class SpoParams(PairParams):
     gamma: float = 0.01
     """Exponent of the weight μ (§7); 0 gives μ = 1, SPO-basic."""
     eta: float = 1.0
-    """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 leaves the best's
-    term alone."""
+    """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 leaves the best's term alone."""
     regularizer: Literal["none", "log_prob", "importance"] = "none"
     """In-dataset regulariser (Table 4): −log π(y_w), or e^s · s averaged over the group's responses."""
     regularizer_weight: float = 0.1
@@ -70,8 +69,7 @@ def needs_spo(params: SpoParams) -> Needs:
 
 
 def compute_weights(log_mass: Tensor, present: Tensor, gamma: float, dim: int | tuple[int, ...]) -> Tensor:
-    """μ = 2 σ( m^γ − mean of m^γ over the batch ), m = e^{log_mass} the responses' total probability; no
-    gradient.
+    """μ = 2 σ( m^γ − mean of m^γ over the batch ), m = e^{log_mass} the responses' total probability; no gradient.
 
     `dim`: the dimensions that the mean runs over, where `present` is True. Source: SPO, Eq. 13.
     """
@@ -81,8 +79,7 @@ def compute_weights(log_mass: Tensor, present: Tensor, gamma: float, dim: int | 
 
 
 def compute_choice_losses(ordered: Tensor, filled: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """−(1/α) log( π_k^α / Σ_{j ≥ k} π_j^α ) for each place k of the ranking and which places have it, both
-    [G, K].
+    """−(1/α) log( π_k^α / Σ_{j ≥ k} π_j^α ) for each place k of the ranking and which places have it, both [G, K].
 
     α = 0: −(log π_k − mean_{j ≥ k} log π_j), the limit of its gradient: Eq. 10 for two responses, which the
     paper gives, and the same limit for more.
@@ -97,14 +94,11 @@ def compute_choice_losses(ordered: Tensor, filled: Tensor, alpha: float) -> tupl
 
 @register("spo", params=SpoParams, scored=find_soft, needs=needs_spo, source="SPO, Eq. 9–14, 16, 17, Table 4")
 def compute_spo(batch: GroupBatch, params: SpoParams) -> Tensor:
-    """SPO: −(μ/α) log( π_w^α / (π_w^α + π_l^α) ), or its best-of-n and ranked forms, with the weight μ and a
-    regulariser.
+    """SPO: −(μ/α) log( π_w^α / (π_w^α + π_l^α) ), or its best-of-n and ranked forms, with the weight μ and a regulariser.
 
     The weight of place k in the ranked form is μ_k η^k with k from 0, so that η = 0 is best-of-n; the paper's
-    η^k with k from 1 differs by the factor η. μ_k's batch mean is taken per place, over the groups that have
-    it.
-    Source: SPO (Sharifnassab et al. 2024), Eq. 9–14 (pairs), 16 (best-of-n), 17 (ranked), Table 4
-    (regularisers).
+    η^k with k from 1 differs by the factor η. μ_k's batch mean is taken per place, over the groups that have it.
+    Source: SPO (Sharifnassab et al. 2024), Eq. 9–14 (pairs), 16 (best-of-n), 17 (ranked), Table 4 (regularisers).
     """
     logps = compute_policy_logps(batch)
     if params.form == "pairs":
@@ -137,9 +131,7 @@ def compute_pair_form(batch: GroupBatch, params: SpoParams, logps: Tensor) -> Te
     if params.regularizer == "log_prob":
         losses = losses - params.regularizer_weight * logps.unsqueeze(-1)
     losses = torch.where(pairs, losses, 0.0)
-    total = (
-        losses.sum(dim=(-2, -1)) if params.reduction == "sum" else masked_mean(losses, pairs, dim=(-2, -1))
-    )
+    total = losses.sum(dim=(-2, -1)) if params.reduction == "sum" else masked_mean(losses, pairs, dim=(-2, -1))
     return total + compute_importance_term(batch, params)
 
 

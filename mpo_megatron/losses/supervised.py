@@ -61,6 +61,4 @@ def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
     Deviation from the usual language-model loss with normalization = token: the mean is over a response's
     tokens first, then over groups, so that a long response weighs as much as a short one.
     """
-    return masked_mean(
-        compute_negative_log_likelihood(batch, params.normalization), find_target(batch, params)
-    )
+    return masked_mean(compute_negative_log_likelihood(batch, params.normalization), find_target(batch, params))

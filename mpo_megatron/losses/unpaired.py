@@ -53,16 +53,14 @@ def needs_baseline(params: PartitionParams) -> Needs:
     params=KtoParams,
     scored=find_partitioned,
     needs=needs_baseline,
-    source="KTO (Ethayarajh et al. 2024), Eq. 7–8",
+    source="KTO (Ethayarajh et al. 2024), Eq. 7",
 )
 def compute_kto(batch: GroupBatch, params: KtoParams) -> Tensor:
-    """λ_D (1 − σ(β (s − z))) on Y+, λ_U (1 − σ(β (z − s))) on Y−, z = max(0, mean of s over the batch); not
-    nats.
+    """λ_D (1 − σ(β (s − z))) on Y+, λ_U (1 − σ(β (z − s))) on Y−, z = max(0, mean of s over the batch); not nats.
 
     Deviation: z, an estimate of KL(π_θ ‖ π_ref), is the mean over the batch's own responses; the paper and
-    TRL score responses paired with other prompts, which costs a forward pass each. TRL averages over single
-    responses.
-    Source: KTO (Ethayarajh et al. 2024), Eq. 7–8.
+    TRL score responses paired with other prompts, which costs a forward pass each. TRL averages over single responses.
+    Source: KTO (Ethayarajh et al. 2024), Eq. 7.
     """
     positive, negative = compute_partition(batch, params)
     log_ratios = compute_log_ratios(batch)
@@ -96,7 +94,7 @@ def needs_bco(params: BcoParams) -> Needs:
     params=BcoParams,
     scored=find_partitioned,
     needs=needs_bco,
-    source="BCO (Jung et al. 2024), Eq. 11–12",
+    source="BCO (Jung et al. 2024)",
 )
 def compute_bco(batch: GroupBatch, params: BcoParams) -> Tensor:
     """−log σ(β s − δ) on Y+, −log σ(−(β s − δ)) on Y−: a binary classifier with the shift δ; nats.

@@ -156,10 +156,7 @@ def as_lists(batch: GroupBatch) -> list[dict[str, list]]:
         "ref_tokens": batch.reference_token_logps,
     }
     return [
-        {
-            key: None if values is None else values[g][batch.valid[g]].tolist()
-            for key, values in fields.items()
-        }
+        {key: None if values is None else values[g][batch.valid[g]].tolist() for key, values in fields.items()}
         for g in range(batch.valid.shape[0])
     ]
 

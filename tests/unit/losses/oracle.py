@@ -191,9 +191,7 @@ def infonca(g, p, _):
     if len(g["logp"]) < 2:
         return None
     powers = [exp(p.beta * s) for s in log_ratios(g)]
-    return -sum(
-        t * log(q / sum(powers)) for t, q in zip(target_distribution(g, p.alpha), powers, strict=True)
-    )
+    return -sum(t * log(q / sum(powers)) for t, q in zip(target_distribution(g, p.alpha), powers, strict=True))
 
 
 def nca(g, p, _):
@@ -251,9 +249,7 @@ def exo(g, p, _):
 
 def rdpo(g, p, _):
     s, n = log_ratios(g), g["length"]
-    return over_pairs(
-        g, p, lambda w, m: smoothed(p.beta * (s[w] - s[m]) + mpf(p.alpha) * (n[w] - n[m]), p.label_smoothing)
-    )
+    return over_pairs(g, p, lambda w, m: smoothed(p.beta * (s[w] - s[m]) + mpf(p.alpha) * (n[w] - n[m]), p.label_smoothing))
 
 
 def apo_zero(g, p, _):
@@ -308,9 +304,7 @@ def slic(g, p, _):
 
 
 def kto(g, p, groups):
-    everything = [
-        log_ratios(h)[i] for h in groups if partition(h, p) for part in partition(h, p) for i in part
-    ]
+    everything = [log_ratios(h)[i] for h in groups if partition(h, p) for part in partition(h, p) for i in part]
     baseline = max(mpf(0), mean(everything))
     sets = partition(g, p)
     if sets is None:

@@ -24,14 +24,12 @@ def put(tensor, value, group=1, response=2):
     [("mpoo", "mpo"), ("infonce", "infonca"), ("placket_luce", "plackett_luce"), ("mc-po", "mcpo")],
 )
 def test_unknown_name(name, nearest):
-    with pytest.raises(
-        ValueError, match=f"loss = '{name}'; there is no such method; did you mean .*{nearest}"
-    ):
+    with pytest.raises(ValueError, match=f"loss = '{name}'; there is no such method; did you mean .*{nearest}"):
         get_loss(name)
 
 
 def test_unknown_name_far_from_all():
-    with pytest.raises(ValueError, match="choose one of apo_zero, bco, .*wmpo"):
+    with pytest.raises(ValueError, match=r"choose one of apo_zero, bco, .*wmpo"):
         get_loss("zzz")
 
 
@@ -140,9 +138,7 @@ def test_not_finite(field, value):
     with pytest.raises(ValueError, match=rf"{field}\[group 1, response 2\] = {value:g}; it must be finite"):
         group_loss("mpo", **inputs)
     valid = put(torch.ones(2, 3, dtype=torch.bool), False)
-    assert (
-        group_loss("mpo", **inputs, valid=valid).isfinite().all()
-    )  # the same in padding is nobody's business
+    assert group_loss("mpo", **inputs, valid=valid).isfinite().all()  # the same in padding is nobody's business
 
 
 def test_token_values():
@@ -154,7 +150,7 @@ def test_token_values():
     short = arguments | {"lengths": put(LENGTHS, 3, 0, 1)}
     assert group_loss("grpo_offline", POLICY, None, REWARDS, token_logps=bad, **short).isfinite().all()
     long = arguments | {"lengths": put(LENGTHS, 5)}
-    with pytest.raises(ValueError, match="token_logps.shape .* lengths go beyond its last dimension"):
+    with pytest.raises(ValueError, match=r"token_logps.shape .* lengths go beyond its last dimension"):
         group_loss("grpo_offline", POLICY, None, REWARDS, token_logps=TOKENS, **long)
 
 
@@ -193,9 +189,7 @@ def test_shapes(inputs, message):
 
 @pytest.mark.parametrize("name", ["mpo", "infonca", "dpo", "sdpo", "spo"])
 def test_one_response(name):
-    with pytest.raises(
-        ValueError, match=rf"shape = \(2, 1\); {name} compares responses, and no group has two"
-    ):
+    with pytest.raises(ValueError, match=rf"shape = \(2, 1\); {name} compares responses, and no group has two"):
         group_loss(name, POLICY[:, :1], REFERENCE[:, :1], REWARDS[:, :1])
     valid = torch.tensor([[True, False, False], [False, True, False]])
     with pytest.raises(ValueError, match="no group has two valid ones"):

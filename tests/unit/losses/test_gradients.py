@@ -31,9 +31,7 @@ def test_gradcheck(case):
     loss, params = get_loss(name), build_params(name, hyperparameters)
     field = get_input(batch, name)
     source = torch.nan_to_num(getattr(batch, field)).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda values: loss.compute(dataclasses.replace(batch, **{field: values}), params), (source,)
-    )
+    assert torch.autograd.gradcheck(lambda values: loss.compute(dataclasses.replace(batch, **{field: values}), params), (source,))
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if has_detached_statistic(*c)], ids=name_case)
@@ -42,9 +40,7 @@ def test_batch_statistics_carry_no_gradient(case):
     name, hyperparameters = case
     batch = make_batch(seed=12, logps="near")
     source = batch.policy_logps.clone().requires_grad_()
-    values = get_loss(name).compute(
-        dataclasses.replace(batch, policy_logps=source), build_params(name, hyperparameters)
-    )
+    values = get_loss(name).compute(dataclasses.replace(batch, policy_logps=source), build_params(name, hyperparameters))
     (gradient,) = torch.autograd.grad(values[0], source)
     assert gradient[0].abs().sum() > 0
     assert gradient[1:].abs().sum() == 0
@@ -110,8 +106,7 @@ def test_gradient_is_difference_of_softmaxes(name, hyperparameters):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_zero_gradient_where_nothing_counts(case):
-    """Exactly zero, never NaN: at padding (which holds NaN), at unscored responses, in groups without
-    contrast."""
+    """Exactly zero, never NaN: at padding (which holds NaN), at unscored responses, in groups without contrast."""
     name, hyperparameters = case
     batch = make_batch(seed=16)
     loss, params = get_loss(name), build_params(name, hyperparameters)
@@ -171,19 +166,19 @@ def test_orpo_at_probability_one(loser):
 
 
 def test_exploding_ratios_stay_finite():
-    """Policy far above the reference: e^s is no float; the tangent keeps value and gradient finite and
-    alive."""
+    """Policy far above the reference: e^s is no float; the tangent keeps value and gradient finite and alive."""
     rewards = torch.tensor([[1.0, 0.0]])
     policy = torch.tensor([[-5.0, -6.0]], requires_grad=True)
     reference = torch.full((1, 2), -5000.0)
     value = group_loss("spo", policy, reference, rewards, regularizer="importance")
     value.sum().backward()
-    assert value.isfinite().all() and policy.grad.isfinite().all() and (policy.grad > 0).all()
+    assert value.isfinite().all()
+    assert policy.grad.isfinite().all()
+    assert (policy.grad > 0).all()
     tokens = torch.tensor([[[-1.0], [-1.0]]], requires_grad=True)
     far = torch.tensor([[[-900.0], [-900.0]]])
     ones = torch.ones(1, 2, dtype=torch.int64)
-    value = group_loss(
-        "grpo_offline", policy, None, rewards, lengths=ones, token_logps=tokens, reference_token_logps=far
-    )
+    value = group_loss("grpo_offline", policy, None, rewards, lengths=ones, token_logps=tokens, reference_token_logps=far)
     value.sum().backward()
-    assert value.isfinite().all() and tokens.grad.isfinite().all()
+    assert value.isfinite().all()
+    assert tokens.grad.isfinite().all()

@@ -44,9 +44,7 @@ PAIR_IDENTITIES = [
 def test_two_responses(left, right):
     batch = make_pairs(seed=21, logps="near")
     infonca = 1e-6 if "alpha" in left[1] and left[1]["alpha"] == 1e-9 else 1e-12  # α → 0, not = 0
-    torch.testing.assert_close(
-        compute(left[0], batch, **left[1]), compute(right[0], batch, **right[1]), rtol=infonca, atol=0
-    )
+    torch.testing.assert_close(compute(left[0], batch, **left[1]), compute(right[0], batch, **right[1]), rtol=infonca, atol=0)
 
 
 GROUP_IDENTITIES = [
@@ -66,9 +64,7 @@ GROUP_IDENTITIES = [
 @pytest.mark.parametrize(("left", "right"), GROUP_IDENTITIES, ids=lambda side: side[0])
 def test_any_number_of_responses(left, right):
     batch = make_batch(seed=22, rewards="distinct", logps="near")
-    torch.testing.assert_close(
-        compute(left[0], batch, **left[1]), compute(right[0], batch, **right[1]), rtol=1e-12, atol=1e-14
-    )
+    torch.testing.assert_close(compute(left[0], batch, **left[1]), compute(right[0], batch, **right[1]), rtol=1e-12, atol=1e-14)
 
 
 def test_rnce_with_one_negative_is_dpo_best_vs_random():

@@ -1,5 +1,4 @@
-"""The order of the responses, the padding and the company of other groups must not matter. Nor what a method
-ignores."""
+"""The order of the responses, the padding and the company of other groups must not matter. Nor what a method ignores."""
 
 import dataclasses
 
@@ -49,9 +48,7 @@ def test_padding(case):
         padded,
         valid=padded.valid & ~extra,
         **{
-            name: getattr(padded, name).masked_fill(
-                extra if getattr(padded, name).dim() == 2 else extra[:, None], torch.nan
-            )
+            name: getattr(padded, name).masked_fill(extra if getattr(padded, name).dim() == 2 else extra[:, None], torch.nan)
             for name in ("policy_logps", "reference_logps", "rewards", "token_logps", "reference_token_logps")
         },
     )
@@ -122,3 +119,18 @@ def test_scored_without_log_probabilities(case):
     )
     assert torch.equal(loss.scored(blind, params), loss.scored(batch, params))
     assert torch.equal(loss.contributes(blind, params), loss.scored(batch, params).any(-1))
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_case)
+def test_unscored_responses_need_no_log_probabilities(case):
+    """What a trainer leaves out of the forward pass may hold any number."""
+    loss, params = get_loss(case[0]), build_params(*case)
+    batch = make_batch(seed=36)
+    scored = loss.scored(batch, params)
+    filled = dataclasses.replace(
+        batch,
+        policy_logps=torch.where(scored, batch.policy_logps, -77.0),
+        reference_logps=torch.where(scored, batch.reference_logps, 0.0),
+        token_logps=torch.where(scored.unsqueeze(-1), batch.token_logps, -7.0),
+    )
+    torch.testing.assert_close(compute(case, filled), compute(case, batch), rtol=0, atol=0)

@@ -74,8 +74,6 @@ def test_reward_at_the_mean_stays_on_its_side_in_every_order():
             for order in itertools.permutations(range(len(rewards))):
                 marks = split([rewards[i] for i in order], dtype=dtype)
                 sides.add("".join(marks[order.index(i)] for i in range(len(rewards))))
-                padded = split(
-                    [0.0, *(rewards[i] for i in order)], valid=[False] + [True] * len(order), dtype=dtype
-                )
+                padded = split([0.0, *(rewards[i] for i in order)], valid=[False] + [True] * len(order), dtype=dtype)
                 assert padded[1:] == marks
             assert len(sides) == 1

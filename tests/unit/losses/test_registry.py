@@ -43,17 +43,18 @@ def test_package_imports_torch_and_the_standard_library_only():
 
 
 def test_issue_list_is_complete():
-    wanted = """mpo wmpo swepo mpo_reference_free infonca nca nca_pair spo mcpo rnce dpo plackett_luce sdpo
-    ipo kto bco rpo
+    wanted = """mpo wmpo swepo mpo_reference_free infonca nca nca_pair spo mcpo rnce dpo plackett_luce sdpo ipo kto bco rpo
         exo simpo cpo orpo rdpo slic apo_zero sppo grpo_offline sft"""
     assert {loss.name for loss in list_losses()} == set(wanted.split())
 
 
 @pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)
 def test_every_method_is_documented(loss):
-    assert loss.source and loss.summary and "\n" not in loss.summary
+    assert loss.source
+    assert loss.summary
+    assert "\n" not in loss.summary
     params = loss.params()  # the defaults are valid
-    assert dataclasses.is_dataclass(params) and params.__dataclass_params__.frozen
+    assert params.__dataclass_params__.frozen
     assert all(field.kw_only for field in dataclasses.fields(params))
 
 
@@ -85,15 +86,11 @@ def test_adding_a_method_takes_a_few_lines(monkeypatch):
     )
     def compute_margin(batch: GroupBatch, params: MarginParams) -> torch.Tensor:
         """max(0, margin − (s_w − s_l))."""
-        return reduce_pairs(
-            batch, params, torch.relu(params.margin - compute_margins(compute_log_ratios(batch)))
-        )
+        return reduce_pairs(batch, params, torch.relu(params.margin - compute_margins(compute_log_ratios(batch))))
 
     policy, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.2]])
     value = group_loss("margin", policy, reference, torch.tensor([[1.0, 0.0]]), margin=2.0)
     assert torch.allclose(value, torch.tensor([1.7]))
     assert get_loss("margin").summary == "max(0, margin − (s_w − s_l))."
     with pytest.raises(ValueError, match="loss = 'margin'; it is registered already"):
-        register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="")(
-            compute_margin
-        )
+        register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="")(compute_margin)

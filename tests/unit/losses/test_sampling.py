@@ -1,5 +1,4 @@
-"""Random pairs and negatives: the right distribution, the same for the same generator, gradient only where
-drawn."""
+"""Random pairs and negatives: the right distribution, the same for the same generator, gradient only where drawn."""
 
 import dataclasses
 import math
@@ -13,8 +12,7 @@ RATIOS = torch.tensor([0.3, -1.0, 0.5, 1.2], dtype=torch.float64)  # log-ratios;
 
 
 def make_copies(seed=0):
-    """The same four responses in many groups: frequencies over groups estimate the probabilities of one
-    draw."""
+    """The same four responses in many groups: frequencies over groups estimate the probabilities of one draw."""
     policy = (RATIOS - 10.0).repeat(NUM_GROUPS, 1).requires_grad_()
     return GroupBatch(
         policy_logps=policy,
@@ -78,8 +76,7 @@ def test_more_negatives_than_candidates_takes_all():
 
 
 def test_current_state_may_be_its_own_negative():
-    """Algorithm 1 to the letter: with probability w_0 the chain stays at y_0; the loss is ln 2, with no
-    gradient."""
+    """Algorithm 1 to the letter: with probability w_0 the chain stays at y_0; the loss is ln 2, with no gradient."""
     stay = torch.softmax(RATIOS, dim=0)[0].item()
     for steps in (1, 2):
         values, drawn = draw("mcpo", beta=1.0, include_current=True, chain_steps=steps)
@@ -91,7 +88,8 @@ def test_current_state_may_be_its_own_negative():
 def test_max_and_min_take_the_extreme_weights():
     for sampling, expected in (("max", 3), ("min", 1)):
         _, drawn = draw("mcpo", beta=1.0, sampling=sampling)
-        assert drawn[:, expected].all() and drawn.sum() == 2 * NUM_GROUPS
+        assert drawn[:, expected].all()
+        assert drawn.sum() == 2 * NUM_GROUPS
 
 
 def test_same_generator_state_same_draw():

@@ -1,5 +1,4 @@
-"""The pairwise methods against TRL's own trainers, run on a stand-in for the model that returns given
-log-probabilities."""
+"""The pairwise methods against TRL's own trainers, run on a stand-in for the model that returns given log-probabilities."""
 
 import collections
 from types import SimpleNamespace
@@ -46,8 +45,7 @@ class Model:
 
 
 def make_tokens(seed=0):
-    """Token log-probs of policy and reference [2, pairs, tokens] (chosen, rejected), zero beyond their
-    lengths."""
+    """Token log-probs of policy and reference [2, pairs, tokens] (chosen, rejected), zero beyond their lengths."""
     generator = torch.Generator().manual_seed(seed)
     policy = -3 * torch.rand(2, PAIRS, TOKENS, generator=generator, dtype=torch.float64)
     reference = -3 * torch.rand(2, PAIRS, TOKENS, generator=generator, dtype=torch.float64)
@@ -60,9 +58,7 @@ def ours(name, seed=0, **hyperparameters):
     """Mean of our loss over the pairs as groups of two, the chosen one first."""
     policy, reference, lengths, _ = make_tokens(seed)
     rewards = torch.tensor([1.0, 0.0]).repeat(PAIRS, 1)
-    return group_loss(
-        name, policy.sum(-1).T, reference.sum(-1).T, rewards, lengths=lengths.T, **hyperparameters
-    ).mean()
+    return group_loss(name, policy.sum(-1).T, reference.sum(-1).T, rewards, lengths=lengths.T, **hyperparameters).mean()
 
 
 def build_trainer(kind, **attributes):
@@ -126,8 +122,7 @@ def test_dpo_trainer(loss_type, name, hyperparameters):
 
 
 def test_supervised_term():
-    """TRL's `sft` averages over all tokens of the batch, ours over each response first: equal for one
-    pair."""
+    """TRL's `sft` averages over all tokens of the batch, ours over each response first: equal for one pair."""
     policy, reference, lengths, mask = make_tokens()
     theirs = -policy[0, :1][mask[0, :1]].mean()
     rewards = torch.tensor([[1.0, 0.0]])
@@ -176,8 +171,7 @@ def test_orpo_trainer():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_kto_trainer(seed):
-    """With TRL's mismatched-pair estimate of the KL replaced by the batch's own responses, our documented
-    deviation."""
+    """With TRL's mismatched-pair estimate of the KL replaced by the batch's own responses, our documented deviation."""
     policy, reference, _, mask = make_tokens(seed)
     model = Model(policy.flatten(0, 1))
     ratios = (policy - reference).flatten(0, 1).sum(-1)
