@@ -15,7 +15,8 @@ EXP_KNEE = 20.0
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     """log Σ e^values over the last dimension where `mask` is True.
 
-    An empty mask gives a finite constant with zero gradient (the callers discard it), not −inf: the difference of two empty sets would be NaN.
+    An empty mask gives a finite constant with zero gradient, which the callers discard, not −inf: the difference
+    of two empty sets would be NaN.
     """
     nonempty = mask.any(dim=-1, keepdim=True)
     filled = torch.where(mask, values, -math.inf)

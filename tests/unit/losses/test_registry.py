@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import mpo_megatron.losses
-from mpo_megatron.losses import GroupBatch, get_loss, group_loss, list_losses, register, registry
+from mpo_megatron.losses import GroupBatch, build_params, get_loss, group_loss, list_losses, register, registry
 from mpo_megatron.losses.batch import compute_log_ratios
 from mpo_megatron.losses.pairing import (
     PairParams,
@@ -20,6 +20,8 @@ from mpo_megatron.losses.pairing import (
     needs_reference_pairs,
     reduce_pairs,
 )
+
+from .groups import CASES, make_batch, name_case
 
 PACKAGE = Path(mpo_megatron.losses.__file__).parent
 
@@ -94,3 +96,17 @@ def test_adding_a_method_takes_a_few_lines(monkeypatch):
     assert get_loss("margin").summary == "max(0, margin − (s_w − s_l))."
     with pytest.raises(ValueError, match="loss = 'margin'; it is registered already"):
         register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="")(compute_margin)
+
+
+@pytest.mark.parametrize("case", CASES, ids=name_case)
+def test_never_waits_for_the_device(case):
+    """On the meta device, tensors have no values: anything that reads one back (and so would stall a GPU) raises."""
+    loss, params = get_loss(case[0]), build_params(*case)
+    batch = make_batch(seed=41)
+    moved = {
+        field.name: getattr(batch, field.name).to("meta")
+        for field in dataclasses.fields(batch)
+        if isinstance(getattr(batch, field.name), torch.Tensor)
+    }
+    batch = dataclasses.replace(batch, **moved)
+    assert loss.compute(batch, params).shape == loss.contributes(batch, params).shape == (8,)
