@@ -83,7 +83,7 @@ def read_text(value: Any, field: str) -> str:
     if value is None:
         raise RowError(field, "is missing")
     if not isinstance(value, str):
-        raise RowError(field, f"is a {type(value).__name__}, not a string")
+        raise RowError(field, f"is of type {type(value).__name__}, not a string")
     if not value.strip():
         raise RowError(field, "is empty")
     try:
@@ -103,7 +103,7 @@ def read_number(value: Any, field: str, *, from_text: bool = False) -> float:
         except ValueError:
             raise RowError(field, f"is {value!r}, not a number") from None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(field, f"is a {type(value).__name__}, not a number")
+        raise RowError(field, f"is of type {type(value).__name__}, not a number")
     try:
         number = float(value)
     except OverflowError:
@@ -122,7 +122,7 @@ def read_list(value: Any, field: str) -> list[Any]:
             raise RowError(field, "holds lists of different lengths")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list | tuple):
-        raise RowError(field, f"is a {type(value).__name__}, not a list")
+        raise RowError(field, f"is of type {type(value).__name__}, not a list")
     if not value:
         raise RowError(field, "is empty")
     return list(value)
@@ -159,7 +159,7 @@ def read_messages(value: Any, field: str, *, last_assistant: bool = False) -> tu
     for index, item in enumerate(read_list(value, field)):
         place = f"{field}[{index}]"
         if not isinstance(item, dict):
-            raise RowError(place, f"is a {type(item).__name__}, not a message")
+            raise RowError(place, f"is of type {type(item).__name__}, not a message")
         role = _ROLES.get(str(item.get("role", item.get("from"))))
         if role is None:
             raise RowError(f"{place}.role", f"is {item.get('role', item.get('from'))!r}; use system, user, assistant or tool")
@@ -261,7 +261,7 @@ def _parse_ultrafeedback(row: Row, layout: Layout) -> Parsed:
     items = read_list(row.get("completions"), "completions")
     for index, item in enumerate(items):
         if not isinstance(item, dict):
-            raise RowError(f"completions[{index}]", f"is a {type(item).__name__}, not a record")
+            raise RowError(f"completions[{index}]", f"is of type {type(item).__name__}, not a record")
     return Parsed(
         prompt=read_prompt(row),
         responses=tuple(_response_text(item, f"completions[{index}]") for index, item in enumerate(items)),
@@ -280,7 +280,7 @@ def _parse_nectar(row: Row, layout: Layout) -> Parsed:
     responses, rewards = [], []
     for index, item in enumerate(items):
         if not isinstance(item, dict):
-            raise RowError(f"answers[{index}]", f"is a {type(item).__name__}, not a record")
+            raise RowError(f"answers[{index}]", f"is of type {type(item).__name__}, not a record")
         responses.append(read_text(item.get("answer"), f"answers[{index}].answer"))
         rewards.append(-read_number(item.get("rank"), f"answers[{index}].rank"))
     return Parsed(prompt=prompt, responses=tuple(responses), rewards=tuple(rewards), group_id=_read_id(row))
@@ -345,7 +345,7 @@ def parse(row: Any, layout: Layout) -> Parsed:
         RowError: what is wrong, and in which field.
     """
     if not isinstance(row, dict):
-        raise RowError("row", f"is a {type(row).__name__}, not an object with fields")
+        raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     return _PARSERS[layout.format](row, layout)
 
 

@@ -92,7 +92,7 @@ def _read_jsonl(path: Path) -> Source:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield RawRow(str(path), number, _decode(line))
+                    yield RawRow(str(path), number, _decode(line.strip()))
 
     return Source(total, rows())
 
@@ -119,7 +119,7 @@ def _read_json(path: Path) -> Source:
             "objects; if it holds one object a line, name it .jsonl."
         ) from error
     if not isinstance(rows, list):
-        raise DataError(f"{path}: holds a {type(rows).__name__}; a .json file holds one list of objects.")
+        raise DataError(f"{path}: holds one {type(rows).__name__}; a .json file holds one list of objects.")
     return Source(len(rows), (RawRow(str(path), number, row) for number, row in enumerate(rows, start=1)))
 
 
@@ -260,7 +260,7 @@ def read_groups(
 
 
 def _describe(value: Any) -> str:
-    return str(value) if isinstance(value, RowError) else f"a {type(value).__name__}"
+    return str(value) if isinstance(value, RowError) else f"it is of type {type(value).__name__}"
 
 
 def _parse_rows(rows: Iterable[RawRow], layout: Layout) -> Iterator[tuple[RawRow, Parsed | RowError]]:

@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.formats import Layout, RowError, build_group, detect, parse
+from mpo_megatron.data.group import Group
+
+
+def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[Layout, Group]:
+    layout = detect([row], format_name, rating)
+    return layout, build_group(parse(row, layout), "rows.jsonl:1")
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+# ------------------------------------------------------------------------------------------ one test per format
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "responses": [{"text": "A", "reward": 1}, {"text": "B", "reward": -0.5}]},
+        {"prompt": "Q", "responses": ["A", "B"], "rewards": [1, -0.5]},
+        {"messages": [user("Q")], "responses": ["A", "B"], "scores": [1, -0.5]},
+        {"prompt": [{"from": "human", "value": "Q"}], "responses": ["A", "B"], "rewards": [1, -0.5]},
+        {"prompt": "Q", "responses": [[assistant("A")], [assistant("B")]], "rewards": [1, -0.5]},
+        {
+            "prompt": "Q",
+            "all_generated_responses": ["A", "B"],
+            "all_rm_scores": [1, -0.5],
+            "chosen": [user("Q"), assistant("A")],
+            "rejected": [user("Q"), assistant("B")],
+        },
+        {"prompt": "Q", "responses": {"text": ["A", "B"], "reward": [1, -0.5]}},  # as Arrow stores a sequence of records
+    ],
+)
+def test_groups(row: dict[str, Any]) -> None:
+    layout, group = read(row)
+    assert (layout.format, layout.reward_kind) == ("groups", "scores")
+    assert group.prompt == (user("Q"),)
+    assert group.responses == ("A", "B")
+    assert group.rewards == (1.0, -0.5)
+
+
+def test_groups_with_labels_with_or_without_rewards() -> None:
+    layout, group = read({"prompt": "Q", "responses": ["A", "B"], "labels": [True, 0]})
+    assert layout.reward_kind == "labels"
+    assert (group.rewards, group.labels) == (None, (1, 0))
+    items = [{"text": "A", "reward": 2.0, "label": 1}, {"text": "B", "reward": 1.0, "label": 0}]
+    layout, group = read({"prompt": "Q", "responses": items})
+    assert layout.reward_kind == "scores"
+    assert (group.rewards, group.labels) == ((2.0, 1.0), (1, 0))
+
+
+def test_groups_with_a_rating_of_choice() -> None:
+    items = [{"text": "A", "helpful": 1, "safe": 4}, {"text": "B", "helpful": 2, "safe": 0}]
+    assert read({"prompt": "Q", "responses": items}, rating="helpful+safe")[1].rewards == (2.5, 1.0)
+
+
+def test_multi_turn_prompt_with_system_message() -> None:
+    turns = [user("Q1"), assistant("A1"), {"role": "user", "content": [{"type": "text", "text": "Q2"}]}]
+    row = {"system": "Be brief.", "prompt": turns, "responses": ["A", "B"], "rewards": [0, 1]}
+    _, group = read(row)
+    assert group.prompt == ({"role": "system", "content": "Be brief."}, user("Q1"), assistant("A1"), user("Q2"))
+
+
+def ultrafeedback(overall: Any = 7.5, honesty: str = "4") -> dict[str, Any]:
+    def completion(text: str, score: Any, ratings: list[str]) -> dict[str, Any]:
+        names = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+        aspects = {name: {"Rating": rating, "Rationale": "…"} for name, rating in zip(names, ratings, strict=True)}
+        return {"model": "m", "response": text, "annotations": aspects} | ({} if score is None else {"overall_score": score})
+
+    items = [
+        completion("A", overall, ["5", honesty, "5", "4"]),
+        completion("B", None if overall is None else 3, ["1", "2", "3", "4"]),
+    ]
+    return {"source": "s", "instruction": "Q", "completions": items}
+
+
+def test_ultrafeedback() -> None:
+    layout, group = read(ultrafeedback())
+    assert (layout.format, layout.reward_kind) == ("ultrafeedback", "scores")
+    assert (group.prompt, group.responses, group.rewards) == ((user("Q"),), ("A", "B"), (7.5, 3.0))
+    assert read(ultrafeedback(overall=None))[1].rewards == (4.5, 2.5)  # no overall score: mean of the four aspects
+    assert read(ultrafeedback(), rating="honesty")[1].rewards == (4.0, 2.0)
+    assert read(ultrafeedback(), rating="honesty+helpfulness")[1].rewards == (4.0, 3.0)
+    with pytest.raises(RowError, match=r"completions\[0\].annotations.honesty.Rating is 'N/A', not a number"):
+        read(ultrafeedback(honesty="N/A"), rating="honesty")
+
+
+def test_nectar() -> None:
+    prompt = "\n\nHuman: Q1\n\nAssistant: A1\n\nHuman: Q2\n\nAssistant: "
+    answers = [{"answer": "A", "model": "m", "rank": 2.0}, {"answer": "B", "model": "n", "rank": 1.0}]
+    layout, group = read({"prompt": prompt, "answers": answers})
+    assert (layout.format, layout.reward_kind) == ("nectar", "ranks")
+    assert group.prompt == (user("Q1"), assistant("A1"), user("Q2"))
+    assert group.rewards == (-2.0, -1.0)
+    with pytest.raises(DataError, match="no effect on format nectar"):
+        read({"prompt": prompt, "answers": answers}, rating="rank")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Q", "chosen": "A", "rejected": "B"},
+        {"question": "Q", "chosen": "A", "rejected": "B"},
+        {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+        {"prompt": "Q", "chosen": [user("Q"), assistant("A")], "rejected": [user("Q"), assistant("B")]},
+        {"prompt": [user("Q")], "chosen": [assistant("A")], "rejected": [assistant("B")]},
+        {"chosen": "\n\nHuman: Q\n\nAssistant: A", "rejected": "\n\nHuman: Q\n\nAssistant: B"},
+    ],
+)
+def test_pairs(row: dict[str, Any]) -> None:
+    layout, group = read(row)
+    assert (layout.format, layout.reward_kind) == ("pairs", "labels")
+    assert (group.prompt, group.responses) == ((user("Q"),), ("A", "B"))
+    assert (group.rewards, group.labels) == (None, (1, 0))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("chosen_score", "rejected_score"),
+        ("score_chosen", "score_rejected"),
+        ("chosen-rating", "rejected-rating"),
+        ("chosen_reward", "rejected_reward"),
+    ],
+)
+def test_pairs_with_scores(names: tuple[str, str]) -> None:
+    layout, group = read({"prompt": "Q", "chosen": "A", "rejected": "B", names[0]: 8, names[1]: 5.5})
+    assert layout.reward_kind == "scores"
+    assert (group.rewards, group.labels) == ((8.0, 5.5), (1, 0))
+
+
+def test_ratings() -> None:
+    row = {"prompt": "Q", "response": "A", "helpfulness": 3, "correctness": 4, "verbosity": 1}
+    layout = detect([row], "auto", None)
+    assert (layout.format, layout.ratings) == ("ratings", ("helpfulness",))
+    assert parse(row, layout).rewards == (3.0,)
+    assert parse(row, detect([row], "auto", "helpfulness+correctness")).rewards == (3.5,)
+    assert detect([{"prompt": "Q", "response": "A", "quality": 1.5}], "auto", None).ratings == ("quality",)
+
+
+def test_ratings_of_a_conversation_written_in_one_string() -> None:
+    text = "Q1\n\n<extra_id_1>Assistant\nA1\n\n<extra_id_1>User\nQ2\n"
+    row = {"prompt": text, "response": "A", "helpfulness": 3}
+    assert parse(row, detect([row], "auto", None)).prompt == (user("Q1"), assistant("A1"), user("Q2"))
+
+
+# ------------------------------------------------------------------------------------------ detection
+
+
+def test_an_unknown_format_lists_the_columns() -> None:
+    with pytest.raises(DataError, match=r"the columns \['text', 'url'\] fit no known format \(groups: prompt and responses"):
+        detect([{"text": "…", "url": "…"}], "auto", None)
+
+
+def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
+    row = {"prompt": "Q", "response": "A", "clarity": 3, "depth": 4, "id": 9}
+    with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['clarity', 'depth'\]"):
+        detect([row], "auto", None)
+    with pytest.raises(DataError, match=r"no column width; numeric columns are \['clarity', 'depth'\]"):
+        detect([row], "auto", "clarity+width")
+    with pytest.raises(DataError, match="no column chosen_stars or rejected_stars"):
+        detect([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "auto", "stars")
+
+
+# ------------------------------------------------------------------------------------------ bad rows
+
+GOOD: dict[str, Any] = {"prompt": "Q", "responses": [{"text": "A", "reward": 1.0}, {"text": "B", "reward": 0.0}]}
+
+
+def with_first(**changes: Any) -> dict[str, Any]:
+    return GOOD | {"responses": [GOOD["responses"][0] | changes, GOOD["responses"][1]]}
+
+
+BAD = [
+    (["a", "list"], "row", "is of type list, not an object with fields"),
+    ({"responses": GOOD["responses"]}, "prompt", "is missing"),
+    (GOOD | {"prompt": None}, "prompt", "is missing"),
+    (GOOD | {"prompt": " \n"}, "prompt", "is empty"),
+    (GOOD | {"prompt": 3}, "prompt", "is of type int, not a list"),
+    (GOOD | {"prompt": []}, "prompt", "is empty"),
+    (GOOD | {"prompt": ["Q"]}, "prompt[0]", "is of type str, not a message"),
+    (GOOD | {"prompt": [{"role": "robot", "content": "Q"}]}, "prompt[0].role", "is 'robot'; use system, user, assistant or tool"),
+    (GOOD | {"prompt": [{"content": "Q"}]}, "prompt[0].role", "is None; use system, user, assistant or tool"),
+    (GOOD | {"prompt": [user("")]}, "prompt[0].content", "is empty"),
+    (GOOD | {"prompt": [{"role": "user"}]}, "prompt[0].content", "is missing"),
+    (GOOD | {"prompt": [user("Q"), assistant("A")]}, "prompt", "ends with an assistant message, not a question"),
+    (GOOD | {"prompt": [{"role": "system", "content": "S"}]}, "prompt", "has a system message and no question"),
+    (
+        GOOD | {"prompt": [user("Q"), {"role": "system", "content": "S"}, user("Q")]},
+        "prompt[1].role",
+        "is system; only the first message can be",
+    ),
+    (GOOD | {"responses": None}, "responses", "is missing"),
+    (GOOD | {"responses": []}, "responses", "is empty"),
+    (GOOD | {"responses": "A"}, "responses", "is of type str, not a list"),
+    (GOOD | {"responses": GOOD["responses"][:1]}, "responses", "has K = 1 response; a group needs at least two"),
+    (with_first(text=""), "responses[0].text", "is empty"),
+    (with_first(text=None), "responses[0].text", "is missing"),
+    (with_first(text=5), "responses[0].text", "is of type int, not a string"),
+    (with_first(text="half \ud83d pair"), "responses[0].text", "has half a surrogate pair at character 5"),
+    (with_first(reward=None), "responses[0].reward", "is missing"),
+    (with_first(reward="high"), "responses[0].reward", "is of type str, not a number"),
+    (with_first(reward=True), "responses[0].reward", "is of type bool, not a number"),
+    (with_first(reward=float("nan")), "responses[0].reward", "is nan; a reward must be finite"),
+    (with_first(reward=float("-inf")), "responses[0].reward", "is -inf; a reward must be finite"),
+    (with_first(reward=10**400), "responses[0].reward", "is inf; a reward must be finite"),
+    (GOOD | {"responses": ["A", "B"]}, "rewards", "is missing"),
+    (GOOD | {"responses": ["A", "B"], "rewards": [1]}, "rewards", "has 1 values for 2 responses"),
+    (GOOD | {"responses": ["A", "B"], "rewards": 1}, "rewards", "is of type int, not a list"),
+    (GOOD | {"id": True}, "id", "is True; use a non-empty string or an integer"),
+]
+
+
+@pytest.mark.parametrize(("row", "field", "reason"), BAD, ids=[f"{field}: {reason[:40]}" for _, field, reason in BAD])
+def test_each_fault_has_its_message(row: Any, field: str, reason: str) -> None:
+    layout = detect([GOOD], "auto", None)
+    with pytest.raises(RowError) as caught:
+        build_group(parse(row, layout), "rows.jsonl:1")
+    assert (caught.value.field, caught.value.reason) == (field, reason)
+
+
+PAIR: dict[str, Any] = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+BAD_PAIRS = [
+    (PAIR | {"rejected": ""}, "rejected", "is empty"),
+    (PAIR | {"rejected": None}, "rejected", "is missing"),
+    ({"chosen": "A", "rejected": "B"}, "prompt", "is missing, and chosen and rejected hold an answer only"),
+    (
+        {"chosen": [user("Q"), assistant("A")], "rejected": [user("P"), assistant("B")]},
+        "rejected",
+        "answers another conversation than chosen: their messages differ before the last one",
+    ),
+    (
+        {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q")]},
+        "rejected",
+        "must end with the assistant's message",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "field", "reason"), BAD_PAIRS)
+def test_each_fault_of_a_pair_has_its_message(row: Any, field: str, reason: str) -> None:
+    with pytest.raises(RowError) as caught:
+        build_group(parse(row, detect([PAIR], "auto", None)), "rows.jsonl:1")
+    assert (caught.value.field, caught.value.reason) == (field, reason)
+
+
+def test_a_missing_score_of_a_pair_is_named() -> None:
+    layout = detect([PAIR | {"chosen_score": 2, "rejected_score": 1}], "auto", None)
+    with pytest.raises(RowError, match="rejected_score is missing"):
+        parse(PAIR | {"chosen_score": 2}, layout)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ([{"answer": "A", "rank": 1}, {"answer": "B"}], r"answers\[1\].rank is missing"),
+        ([{"answer": "A", "rank": 1}, {"rank": 2}], r"answers\[1\].answer is missing"),
+        ([{"answer": "A", "rank": 1}, "B"], r"answers\[1\] is of type str, not a record"),
+    ],
+)
+def test_each_fault_of_a_ranking_has_its_message(answers: list[Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        read({"prompt": "\n\nHuman: Q\n\nAssistant: ", "answers": answers})
+
+
+def test_ids_come_from_the_row_or_from_its_content() -> None:
+    assert read(GOOD | {"id": 17})[1].group_id == "17"
+    assert read(GOOD | {"group_id": "g", "id": 17})[1].group_id == "g"
+    first, again, other = read(GOOD)[1], read(GOOD | {"note": "x"})[1], read(with_first(reward=2.0))[1]
+    assert first.group_id == again.group_id != other.group_id

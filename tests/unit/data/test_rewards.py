@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpo_megatron.data.rewards import (
+    add_noise,
+    choose_responses,
+    in_fraction,
+    measure_scale,
+    normalize,
+    spacing,
+    summarize_spacing,
+)
+
+IDS = [f"group-{index}" for index in range(4000)]
+
+
+def test_noise_has_the_asked_spread_and_depends_on_the_id_only() -> None:
+    zeros = np.zeros(4)
+    draws = np.concatenate([add_noise(zeros, 0.5, name, seed=1) for name in IDS])
+    # 16,000 draws: the mean's standard error is 0.5 / √16000 ≈ 0.004, the std's ≈ 0.0028; five of each.
+    assert abs(draws.mean()) < 0.02
+    assert abs(draws.std() - 0.5) < 0.014
+    np.testing.assert_array_equal(add_noise(zeros, 0.5, "a", seed=1), add_noise(zeros, 0.5, "a", seed=1))
+    np.testing.assert_allclose(add_noise(zeros, 1.0, "a", seed=1), 2 * add_noise(zeros, 0.5, "a", seed=1), rtol=1e-15)
+    assert not np.array_equal(add_noise(zeros, 0.5, "a", seed=1), add_noise(zeros, 0.5, "a", seed=2))
+    assert not np.array_equal(add_noise(zeros, 0.5, "a", seed=1), add_noise(zeros, 0.5, "b", seed=1))
+
+
+def test_chosen_responses_are_nested_and_uniform() -> None:
+    counts = np.zeros(8)
+    for name in IDS:
+        chosen = [set(choose_responses(8, keep, name, seed=3).tolist()) for keep in (2, 4, 6)]
+        assert [len(item) for item in chosen] == [2, 4, 6]
+        assert chosen[0] < chosen[1] < chosen[2]
+        counts[list(chosen[1])] += 1
+    # Each of 8 is among 4 with probability 1/2: 2000 of 4000, standard deviation √(4000/4) ≈ 32; five of these.
+    assert abs(counts - 2000).max() < 160
+    assert choose_responses(3, None, "a", seed=3).tolist() == [0, 1, 2]
+    assert choose_responses(3, 8, "a", seed=3).tolist() == [0, 1, 2]
+
+
+def test_fractions_are_nested() -> None:
+    kept = [{name for name in IDS if in_fraction(name, share, seed=5)} for share in (0.1, 0.5, 1.0)]
+    assert kept[0] < kept[1] < kept[2] == set(IDS)
+    assert abs(len(kept[1]) - 2000) < 160
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("none", [1.0, 2.0, 6.0]),
+        ("zscore", [-2 / np.sqrt(14 / 3), -1 / np.sqrt(14 / 3), 3 / np.sqrt(14 / 3)]),
+        ("minmax", [0.0, 0.2, 1.0]),
+        ("dataset_zscore", [-1.0, -0.5, 1.5]),
+        ("dataset_minmax", [0.25, 0.375, 0.875]),
+    ],
+)
+def test_normalisations_by_hand(kind: str, wanted: list[float]) -> None:
+    scale = measure_scale(np.array([-1.0, 7.0]))._replace(mean=3.0, std=2.0)
+    np.testing.assert_allclose(normalize(np.array([1.0, 2.0, 6.0]), kind, scale), wanted, rtol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "minmax"])
+def test_a_constant_group_becomes_zeros(kind: str) -> None:
+    assert normalize(np.full(3, 0.1), kind).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_dataset_normalisation_needs_the_scale() -> None:
+    with pytest.raises(ValueError, match="needs the data set's scale"):
+        normalize(np.ones(2), "dataset_zscore")
+
+
+def test_spacing_by_hand() -> None:
+    assert spacing(np.array([3.0, 1.0, 1.0, 7.0])).tolist() == [0.0, 2.0, 4.0]
+    stats = summarize_spacing([np.array([3.0, 1.0, 1.0, 7.0]), np.array([0.0, 1.0])])
+    assert stats["mean"] == 7 / 4
+    assert stats["median"] == 1.5
+    assert stats["median_smallest"] == 0.5
+    assert stats["tied_share"] == 0.25
+    assert stats["mean_by_num_responses"] == {"2": 1.0, "4": 2.0}
