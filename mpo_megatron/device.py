@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
@@ -75,6 +76,9 @@ def prepare() -> None:
         return
     for name, stand_in in cuda_stand_ins().items():
         _replace(torch.cuda, name, stand_in)
+    # `with torch.device(…)` knows factories by identity, from a table it makes once: let it see the originals, or it would no
+    # longer act on them (and transformers' from_pretrained, which builds on the meta device, would lose its buffers).
+    _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):
