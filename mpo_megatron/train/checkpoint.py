@@ -59,7 +59,7 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
     Raises:
         ConfigError: files are missing or damaged, or they belong to another model.
     """
-    states = _model_states(model)
+    states = _model_states(model, ranks)
     loaded = _load(states, Path(folder), ranks)
     for name, part in zip(states, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
@@ -77,8 +77,8 @@ def save(run: Path, state: RunState, model: list[torch.nn.Module], optimizer: Me
         shutil.rmtree(partial, ignore_errors=True)
         (partial / "megatron").mkdir(parents=True)
     torch.distributed.barrier()
-    states: dict[str, Any] = _model_states(model)
-    states["optimizer"] = optimizer.sharded_state_dict(states["model"], metadata=CONTENT | {"dp_cp_group": ranks.groups.dp_cp})
+    states: dict[str, Any] = _model_states(model, ranks)
+    states["optimizer"] = optimizer.sharded_state_dict(states["model"], metadata=_content(ranks))
     dist_checkpointing.save(
         states,
         str(partial / "megatron"),
@@ -99,13 +99,13 @@ def save(run: Path, state: RunState, model: list[torch.nn.Module], optimizer: Me
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
     """Restore weights and optimizer states from a step's folder, on any layout."""
-    states: dict[str, Any] = _model_states(model)
+    states: dict[str, Any] = _model_states(model, ranks)
     _fill_optimizer_state(optimizer)
     states["optimizer"] = optimizer.sharded_state_dict(
-        states["model"], is_loading=True, metadata=CONTENT | {"dp_cp_group": ranks.groups.dp_cp}
+        states["model"], is_loading=True, metadata=_content(ranks)
     )
     loaded = _load(states, folder, ranks)
-    for name, part in zip(_model_states(model), model, strict=True):
+    for name, part in zip(_model_states(model, ranks), model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
     _load_optimizer(optimizer, loaded["optimizer"])
 
@@ -159,14 +159,19 @@ def copy_side_files(source: Path, target: Path) -> None:
             shutil.copy2(source / name, target / name)
 
 
-def _model_states(model: list[torch.nn.Module]) -> dict[str, Any]:
+def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
     """Sharded state dicts of the model's parts, without Transformer Engine's extra states, which hold no weights."""
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
     states = {}
     for name, part in zip(names, model, strict=True):
-        state = _unwrap(part).sharded_state_dict(metadata=CONTENT)
+        state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
         states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
     return states
+
+
+def _content(ranks: Ranks) -> dict[str, Any]:
+    """How to save, and which ranks hold copies of the same shard."""
+    return CONTENT | {"dp_cp_group": ranks.groups.dp_cp}
 
 
 def _load(states: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def save_gradients(policy: torch.nn.Module, target: Path, source: Path, ranks: R
         (target / "megatron").mkdir(parents=True)
         checkpoint.copy_side_files(source, target)
     dist.barrier()
-    state = policy.sharded_state_dict()
+    state = policy.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
     dist_checkpointing.save({key: value for key, value in state.items() if not key.endswith("_extra_state")}, str(target / "megatron"))
 
 
