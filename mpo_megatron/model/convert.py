@@ -56,7 +56,7 @@ __all__ = [
     "load_conversion",
 ]
 
-MAX_CHUNK_BYTES = 256 * 2**20
+MAX_CHUNK_BYTES = 128 * 2**20
 """Largest piece of a tensor that is read, written or stored at once; memory use is a small multiple of it."""
 
 
@@ -139,9 +139,7 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
             tied_output_stored=tied_output is not None,
             versions={name: version(name) for name in ("megatron-core", "torch", "transformers")},
         )
-        (folder / "conversion.json").write_text(
-            json.dumps(dataclasses.asdict(conversion), indent=2) + "\n", encoding="utf-8"
-        )
+        (folder / "conversion.json").write_text(json.dumps(dataclasses.asdict(conversion), indent=2) + "\n", encoding="utf-8")
 
 
 def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], source: Path) -> None:
@@ -199,9 +197,7 @@ def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[Chunk]:
             yield Chunk(item.key, dtype, item.global_shape, offsets, box)
 
 
-def _gather_rows(
-    chunk: Chunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest
-) -> Tensor:
+def _gather_rows(chunk: Chunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest) -> Tensor:
     """The chunk's data: rows of Hugging Face tensors, read right where they belong, and zeros for padding."""
     data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
     rows = data if item.layer is None else data[0]
@@ -225,8 +221,7 @@ def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: Store
         step = max(1, max_bytes // (2 * embedding.row_bytes))
         for first in range(0, embedding.shape[0], step):
             rows = [
-                torch.empty((min(step, embedding.shape[0] - first), *embedding.shape[1:]), dtype=embedding.dtype)
-                for _ in "ab"
+                torch.empty((min(step, embedding.shape[0] - first), *embedding.shape[1:]), dtype=embedding.dtype) for _ in "ab"
             ]
             reader.read(embedding, first, rows[0])
             reader.read(output, first, rows[1])
@@ -277,9 +272,7 @@ def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
         write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)
         copy_side_files(source / "hf", folder)
         dtype = _main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in planned)
-        if (
-            dtype != conversion.dtype
-        ):  # training in another precision; otherwise config.json stays as it was, byte for byte
+        if dtype != conversion.dtype:  # training in another precision; otherwise config.json stays as it was, byte for byte
             set_config_dtype(folder / "config.json", dtype)
 
 
@@ -288,9 +281,7 @@ def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -
     folder = checkpoint.folder
     missing = [key for key in expected if key not in checkpoint.tensors]
     if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} of {len(expected)} weights of the model are missing: {_some(missing)}."
-        )
+        raise CheckpointError(f"{folder}: {len(missing)} of {len(expected)} weights of the model are missing: {_some(missing)}.")
     model_keys = ("embedding.", "decoder.", "output_layer.")
     unknown = [key for key in checkpoint.tensors if key.startswith(model_keys) and key not in expected]
     if unknown:
@@ -305,9 +296,7 @@ def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -
                 f"{key} is {list(entry.size)} in {folder}, but {list(shape)} by hf/config.json and conversion.json."
             )
         if entry.properties.dtype not in DTYPE_NAMES:
-            raise CheckpointError(
-                f"{key} in {folder} is {entry.properties.dtype}; weights must be float32, float16 or bfloat16."
-            )
+            raise CheckpointError(f"{key} in {folder} is {entry.properties.dtype}; weights must be float32, float16 or bfloat16.")
     checkpoint.check_files(set(expected))
 
 

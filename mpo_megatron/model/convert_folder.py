@@ -54,9 +54,7 @@ def load_conversion(folder: str | Path) -> Conversion:
     """
     path = Path(folder) / "conversion.json"
     if not path.is_file():
-        raise CheckpointError(
-            f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again."
-        )
+        raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
     try:
         return Conversion(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -94,6 +92,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def set_config_dtype(path: Path, dtype: str) -> None:
+    """Change the dtype that a config.json declares, under the name it has there."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     name = "torch_dtype" if "torch_dtype" in settings else "dtype"
     settings[name] = dtype
@@ -122,9 +121,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
         os.rename(folder, output)  # atomic; replaces an empty folder
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ConfigError(
-                f"output = {output}: {error.strerror} while writing {need}; make room and run again."
-            ) from error
+            raise ConfigError(f"output = {output}: {error.strerror} while writing {need}; make room and run again.") from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -140,9 +137,17 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     console.print(
         f"{title}: {total / 2**30:,.2f} GiB in {seconds:,.1f} s ({total / 2**20 / seconds:,.0f} MiB/s), "
-        f"peak memory {peak / 2**30:,.2f} GiB",
+        f"peak memory {_peak_memory() / 2**30:,.2f} GiB",
         highlight=False,
     )
+
+
+def _peak_memory() -> int:
+    """Largest resident size of this process, in bytes."""
+    with contextlib.suppress(OSError):  # Linux; getrusage would also count the process that started this one
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

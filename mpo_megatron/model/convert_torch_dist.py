@@ -82,19 +82,14 @@ def write_checkpoint(
 
 
 class _LazySavePlanner(DefaultSavePlanner):
-    def __init__(
-        self, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]
-    ) -> None:
+    def __init__(self, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]) -> None:
         super().__init__(flatten_state_dict=False)
         self._resolve = resolve
         self._chunks = {MetadataIndex(chunk.key, torch.Size(chunk.offsets)): chunk for chunk in chunks}
         self._extra_states = extra_states
 
     def create_local_plan(self) -> SavePlan:
-        items = [
-            WriteItem(index, WriteItemType.SHARD, tensor_data=_write_data(chunk))
-            for index, chunk in self._chunks.items()
-        ]
+        items = [WriteItem(index, WriteItemType.SHARD, tensor_data=_write_data(chunk)) for index, chunk in self._chunks.items()]
         items += [WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self._extra_states]
         self.plan = SavePlan(items)
         return self.plan
@@ -153,13 +148,10 @@ class CheckpointReader:
         for name, size in sorted(needed.items()):
             path = self.folder / name
             if not path.is_file():
-                raise CheckpointError(
-                    f"{path}: no such file, but the checkpoint has weights in it; copy the checkpoint again."
-                )
+                raise CheckpointError(f"{path}: no such file, but the checkpoint has weights in it; copy the checkpoint again.")
             if path.stat().st_size < size:
                 raise CheckpointError(
-                    f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy "
-                    "the checkpoint again."
+                    f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy the checkpoint again."
                 )
 
     def row_starts(self, key: str, layer: int | None) -> list[int]:
@@ -191,9 +183,7 @@ class CheckpointReader:
         try:
             self._reader.read_data(LoadPlan(items), _BoxLoadPlanner(target))
         except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            raise CheckpointError(
-                f"{self.folder}: the data of {key} is damaged ({error}); copy the checkpoint again."
-            ) from error
+            raise CheckpointError(f"{self.folder}: the data of {key} is damaged ({error}); copy the checkpoint again.") from error
         return target
 
 
@@ -203,10 +193,7 @@ class _BoxLoadPlanner(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        box = tuple(
-            slice(start, start + length)
-            for start, length in zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        )
+        box = tuple(slice(start, start + length) for start, length in zip(read_item.dest_offsets, read_item.lengths, strict=True))
         return self._target[box]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:

@@ -73,22 +73,17 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
         if not path.is_file():
             names = [name for name, where in index.items() if where == file]
             raise CheckpointError(
-                f"{path}: no such file, but {INDEX} puts {len(names)} tensors there ({names[0]}, …); "
-                "copy or download it again."
+                f"{path}: no such file, but {INDEX} puts {len(names)} tensors there ({names[0]}, …); copy or download it again."
             )
         for name, tensor in read_header(path).items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in {tensors[name].file.name} and in {file}; keep one of them.")
             if index.get(name, file) != file:
-                raise CheckpointError(
-                    f"{path} holds {name}, but {INDEX} puts it in {index[name]}; copy the checkpoint again."
-                )
+                raise CheckpointError(f"{path} holds {name}, but {INDEX} puts it in {index[name]}; copy the checkpoint again.")
             tensors[name] = tensor
     for name, file in index.items():
         if name and name not in tensors:
-            raise CheckpointError(
-                f"{folder / INDEX} puts {name} in {file}, but it is not there; copy the checkpoint again."
-            )
+            raise CheckpointError(f"{folder / INDEX} puts {name} in {file}, but it is not there; copy the checkpoint again.")
     return tensors
 
 
@@ -137,9 +132,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         try:
             entries = json.loads(file.read(length))
             tensors = {
-                name: _parse_entry(path, 8 + length, name, entry)
-                for name, entry in entries.items()
-                if name != "__metadata__"
+                name: _parse_entry(path, 8 + length, name, entry) for name, entry in entries.items() if name != "__metadata__"
             }
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, CheckpointError):
@@ -153,8 +146,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     )
     if size != end:
         raise CheckpointError(
-            f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download "
-            "it again."
+            f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download it again."
         )
     return tensors
 
@@ -181,7 +173,7 @@ class RowReader:
         self._path: Path | None = None
         self._file: BinaryIO | None = None
 
-    def __enter__(self) -> RowReader:  # noqa: PYI034 (Self needs Python 3.11)
+    def __enter__(self) -> RowReader:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -251,9 +243,7 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: float) -> list[list
     return shards
 
 
-def write_shards(
-    folder: Path, shards: list[list[PlannedTensor]], rows_of: Callable[[PlannedTensor], Iterator[Tensor]]
-) -> None:
+def write_shards(folder: Path, shards: list[list[PlannedTensor]], rows_of: Callable[[PlannedTensor], Iterator[Tensor]]) -> None:
     """Write the files and, if there are several, their index; `rows_of` yields a tensor's rows in order."""
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):

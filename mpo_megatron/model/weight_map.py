@@ -102,13 +102,9 @@ def qwen_rules(hf_config: Any, padded_vocab: int) -> list[Rule]:
                 )
             )
     rules += [
-        Rule(
-            "decoder.layers.self_attention.linear_proj.weight", {attention + "o_proj.weight": hidden}, heads * channels
-        ),
+        Rule("decoder.layers.self_attention.linear_proj.weight", {attention + "o_proj.weight": hidden}, heads * channels),
         Rule("decoder.layers.mlp.linear_fc1.layer_norm_weight", {layer + "post_attention_layernorm.weight": hidden}),
-        Rule(
-            "decoder.layers.mlp.linear_fc1.weight", {mlp + "gate_proj.weight": ffn, mlp + "up_proj.weight": ffn}, hidden
-        ),
+        Rule("decoder.layers.mlp.linear_fc1.weight", {mlp + "gate_proj.weight": ffn, mlp + "up_proj.weight": ffn}, hidden),
         Rule("decoder.layers.mlp.linear_fc2.weight", {mlp + "down_proj.weight": hidden}, ffn),
         Rule("decoder.final_layernorm.weight", {"model.norm.weight": hidden}),
     ]

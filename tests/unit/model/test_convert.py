@@ -141,13 +141,14 @@ def test_padded_rows_are_zero_and_stay_inside(hf: Path, tmp_path: Path) -> None:
     for key in "embedding.word_embeddings.weight", "output_layer.weight":
         assert tuple(reader.tensors[key].size) == (1056, 64)
         rows = reader.read(key, [0, 0], [1056, 64])
-        assert not rows[1003:].any() and rows[:1003].any(dim=1).all()
+        assert not rows[1003:].any()
+        assert rows[:1003].any(dim=1).all()
     back = convert_folder(megatron, tmp_path / "back")
     assert read_hf(back)["lm_head.weight"].shape == (1003, 64)
 
 
 def test_tensors_keep_their_own_dtypes(hf: Path, tmp_path: Path) -> None:
-    """Norms in float32 beside bf16 matrices: each Megatron tensor has one dtype, so each kind of weight may have its own."""
+    """Norms in float32 beside bf16 matrices: every kind of weight may have a dtype of its own."""
     for file in hf.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({k: v.float() if "norm" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
@@ -276,14 +277,23 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: first_shard(folder).unlink(),
         r"model-00001-of-\d+.safetensors: no such file, but model.safetensors.index.json puts \d+ tensors there \(",
     ),
-    "truncated shard": (lambda folder: truncate(first_shard(folder)), r"model-00001.*: truncated or damaged: [\d,]+ bytes"),
-    "empty shard": (lambda folder: first_shard(folder).write_bytes(b""), r"model-00001.*: not a whole safetensors file"),
+    "truncated shard": (
+        lambda folder: truncate(first_shard(folder)),
+        r"model-00001.*: truncated or damaged: [\d,]+ bytes",
+    ),
+    "empty shard": (
+        lambda folder: first_shard(folder).write_bytes(b""),
+        r"model-00001.*: not a whole safetensors file",
+    ),
     "garbage header": (
         lambda folder: first_shard(folder).write_bytes((20).to_bytes(8, "little") + b"{not json" + b" " * 50),
         r"model-00001.*: its safetensors header does not parse",
     ),
     "garbage index": (lambda folder: (folder / INDEX).write_text("[]"), r"index.json: not a safetensors index"),
-    "index names no file": (lambda folder: (folder / INDEX).unlink(), r"has neither model.safetensors nor model.saf.*index"),
+    "index names no file": (
+        lambda folder: (folder / INDEX).unlink(),
+        r"has neither model.safetensors nor model.saf.*index",
+    ),
     "index leaves the folder": (
         lambda folder: bad_index(folder, UP, "../secret.safetensors"),
         r"'../secret.safetensors' is not a file name in this folder",
@@ -323,7 +333,10 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "pickles": (pickle_only, r"only as pickles \(pytorch_model.bin\).*save_pretrained\(NEW_FOLDER\)"),
     "sliding window": (lambda folder: edit_config(folder, use_sliding_window=True), r"use_sliding_window"),
     "architecture": (lambda folder: edit_config(folder, model_type="llama"), r"model_type = 'llama' is not supported"),
-    "no config": (lambda folder: (folder / "config.json").unlink(), r"neither a Hugging Face checkpoint \(no config.json\)"),
+    "no config": (
+        lambda folder: (folder / "config.json").unlink(),
+        r"neither a Hugging Face checkpoint \(no config.json\)",
+    ),
 }
 
 
@@ -342,10 +355,22 @@ def edit_record(folder: Path, **fields: object) -> None:
 
 
 BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
-    "missing file": (lambda folder: (folder / "megatron/__0_0.distcp").unlink(), r"__0_0.distcp: no such file, but the check"),
-    "truncated file": (lambda folder: truncate_half(folder / "megatron/__0_0.distcp"), r"__0_0.distcp: truncated: [\d,]+ bytes"),
-    "missing metadata": (lambda folder: (folder / "megatron/.metadata").unlink(), r".metadata: no such file; .* incomplete"),
-    "interrupted save": (lambda folder: (folder / "megatron/metadata.json").unlink(), r"metadata.json: no such file; .* incomplete"),
+    "missing file": (
+        lambda folder: (folder / "megatron/__0_0.distcp").unlink(),
+        r"__0_0.distcp: no such file, but the check",
+    ),
+    "truncated file": (
+        lambda folder: truncate_half(folder / "megatron/__0_0.distcp"),
+        r"__0_0.distcp: truncated: [\d,]+ bytes",
+    ),
+    "missing metadata": (
+        lambda folder: (folder / "megatron/.metadata").unlink(),
+        r".metadata: no such file; .* incomplete",
+    ),
+    "interrupted save": (
+        lambda folder: (folder / "megatron/metadata.json").unlink(),
+        r"metadata.json: no such file; .* incomplete",
+    ),
     "damaged metadata": (lambda folder: truncate(folder / "megatron/.metadata"), r".metadata: damaged"),
     "damaged data": (lambda folder: overwrite(folder / "megatron/__0_0.distcp"), r"the data of .* is damaged"),
     "no record": (lambda folder: (folder / "conversion.json").unlink(), r"conversion.json: no such file"),
@@ -353,7 +378,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     "no side files": (lambda folder: (folder / "hf/config.json").unlink(), r"hf/config.json: no such file"),
     "other vocabulary": (
         lambda folder: edit_record(folder, padded_vocab_size=2048),
-        r"embedding.word_embeddings.weight is \[1024, 64\] in .*, but \[2048, 64\] by hf/config.json and conversion.json",
+        r"embedding.word_embeddings.weight is \[1024, 64\] in .*, but \[2048, 64\] by hf/config.json and conv",
     ),
     "other model": (
         lambda folder: edit_config(folder / "hf", num_hidden_layers=5, layer_types=["full_attention"] * 5),
@@ -435,6 +460,7 @@ def test_disk_that_is_too_small_is_seen_before_writing(hf: Path, tmp_path: Path,
 # --------------------------------------------------------------------------------------------------- tools
 
 
+@pytest.mark.slow
 def test_tools_convert_without_the_command(qwen3: Path, tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -451,6 +477,5 @@ def test_tools_convert_without_the_command(qwen3: Path, tmp_path: Path) -> None:
     assert_identical(read_hf(qwen3), read_hf(tmp_path / "back"))
     wrong = run("convert_megatron_to_hf.py", "--input", qwen3, "--output", tmp_path / "wrong")
     assert wrong.returncode == 1
-    assert "no megatron/" in wrong.stderr and "Traceback" not in wrong.stderr
-
-
+    assert "no megatron/" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
