@@ -64,7 +64,8 @@ def write_checkpoint(
     """
     folder.mkdir(parents=True)
     planner = _LazySavePlanner(chunks, extra_states, resolve)
-    writer = FileSystemWriter(folder, thread_count=1)  # one thread: one chunk in memory
+    # One thread and no copying ahead: one chunk in memory, and chunks in their order, with a GPU too.
+    writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
     # As torch.distributed.checkpoint.save with one process, whose wrapper would hide the exceptions of `resolve`.
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
