@@ -57,19 +57,26 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
 
 
 def random_groups(
-    num_groups: int, *, seed: int = 0, vocab_size: int = 250, max_responses: int = 6, tied_share: float = 0.2
+    num_groups: int,
+    *,
+    seed: int = 0,
+    vocab_size: int = 250,
+    max_responses: int = 6,
+    prompt_tokens: tuple[int, int] = (1, 29),
+    response_tokens: tuple[int, int] = (1, 20),
+    tied_share: float = 0.2,
 ) -> list[TokenizedGroup]:
-    """Groups of random tokens with 2 … max_responses responses of 1 … 20 tokens, some with all rewards equal."""
+    """Groups of random tokens with 2 … max_responses responses, lengths between the given limits, some with all rewards equal."""
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(num_groups):
         size = int(rng.integers(2, max_responses + 1))
-        lengths = rng.integers(1, 21, size)
+        lengths = rng.integers(*response_tokens, size, endpoint=True)
         rewards = np.ones(size) if rng.random() < tied_share else rng.normal(size=size)
         groups.append(
             TokenizedGroup(
                 group_id=f"group-{index}",
-                prompt_tokens=rng.integers(0, vocab_size, int(rng.integers(1, 30))).astype(np.int32),
+                prompt_tokens=rng.integers(0, vocab_size, int(rng.integers(*prompt_tokens, endpoint=True))).astype(np.int32),
                 response_tokens=tuple(rng.integers(0, vocab_size, length).astype(np.int32) for length in lengths),
                 rewards=rewards,
             )

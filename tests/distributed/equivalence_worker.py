@@ -1,0 +1,135 @@
+"""One rank of the equivalence tests: the gradients of a fused and of two-phase steps, for every loss, in several layouts.
+
+`python -m tests.distributed.equivalence_worker SPEC.json` writes, per layout and loss, the largest difference between the two
+ways, relative to the largest gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from mpo_megatron.config import LossConfig, ModelConfig, ParallelConfig
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.model.architecture import load_hf_config
+from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.objective import build_objective
+from mpo_megatron.train.step import forward_step, fused_step, loss_coefficients, prepare_schedules, run_rows, two_phase_step
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.utils import get_model_config  # isort: skip
+
+SPLIT_ROW_TOKENS = 50
+"""Short rows, so that groups lie in several rows and, with several replicas, on several ranks."""
+
+
+def main(spec_path: str) -> None:
+    spec = json.loads(Path(spec_path).read_text())
+    dist.init_process_group("gloo")
+    results = [run_layout(layout, spec["losses"], Path(spec["folder"])) for layout in spec["layouts"]]
+    if dist.get_rank() == 0:
+        Path(spec["results"]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    parallel = ParallelConfig(**layout)
+    model_config = ModelConfig(checkpoint=str(folder / "policy"), precision="fp32")
+    with model_parallel(parallel, seed=1) as ranks:
+        conversion = load_conversion(folder / "policy")
+        policy = build_policy(load_hf_config(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size)
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
+        model = [DistributedDataParallel(get_model_config(policy), settings, policy, pg_collection=ranks.groups)]
+        prepare_schedules(model)
+        return [compare(case, model, parallel, ranks, folder) for case in losses]
+
+
+def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    objective = build_objective(LossConfig(name=case["name"], params=case["params"]))
+    data = load_groups(folder / "groups")
+    whole = RowShape(
+        row_tokens=512,
+        layout="shared",
+        multiple=16 * parallel.tensor,
+        num_replicas=ranks.data_size,
+        replica=ranks.data_rank,
+        pair_weight=1e-3,
+    )
+    split = dataclasses.replace(whole, row_tokens=SPLIT_ROW_TOKENS)
+    batch = build_step(0, data, np.arange(len(data)), objective.select, whole)
+    split_batch = build_step(0, data, np.arange(len(data)), objective.select, split)
+    reference = None
+    if objective.needs.reference:
+        checkpoint.load_weights(model, folder / "reference", ranks)
+        reference = forward_step(model, batch, objective, ranks)
+    checkpoint.load_weights(model, folder / "policy", ranks)
+
+    def generator() -> torch.Generator:
+        return torch.Generator().manual_seed(3)
+
+    model[0].zero_grad_buffer()
+    if objective.needs_whole_batch:
+        everything_at_once(model, batch, reference, objective, ranks, generator())
+    else:
+        fused_step(model, batch, reference, objective, ranks)
+    expected = gradients(model)
+    model[0].zero_grad_buffer()
+    two_phase_step(model, batch, reference, objective, ranks, whole, generator())
+    two_phase = gradients(model)
+    model[0].zero_grad_buffer()
+    _, share = two_phase_step(model, split_batch, reference, objective, ranks, split, generator())
+    in_parts = gradients(model)
+    largest = max_over_ranks(max(gradient.abs().max().item() for gradient in expected))
+    return {
+        "loss": case,
+        "layout": dataclasses.asdict(parallel),
+        "largest": largest,
+        "two_phase": max_over_ranks(difference(expected, two_phase)) / largest,
+        "split": max_over_ranks(difference(expected, in_parts)) / largest,
+        "split_groups": len(split_batch.plan.split_groups),
+        "backward_share": share,
+    }
+
+
+def everything_at_once(
+    model: list[Any], batch: Any, reference: Any, objective: Any, ranks: Ranks, generator: torch.Generator
+) -> None:
+    """Gradients of a loss that needs the whole batch, without the code under test dropping anything from the second pass."""
+    policy = forward_step(model, batch, objective, ranks)
+    coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+
+    def row_loss(row: Any, token_logps: torch.Tensor) -> torch.Tensor:
+        slot, k = row.responses.unbind(dim=1)
+        weights = coefficients[slot, k].float()[row.response_of] if len(slot) else token_logps.detach()
+        return (weights * token_logps).sum()
+
+    run_rows(model, batch.rows, ranks, row_loss)
+
+
+def gradients(model: list[Any]) -> list[torch.Tensor]:
+    return [parameter.main_grad.clone() for parameter in model[0].parameters()]
+
+
+def difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    return max((a - b).abs().max().item() for a, b in zip(left, right, strict=True))
+
+
+def max_over_ranks(value: float) -> float:
+    tensor = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,61 @@
+"""For every loss: a two-phase step has the fused step's gradients, also when groups lie in several rows and replicas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_megatron.config import ConvertConfig
+from mpo_megatron.losses import list_losses
+from mpo_megatron.model.convert import convert
+from tests.distributed.launch import run_ranks
+from tests.tiny import random_groups, save_groups, save_model
+
+pytestmark = pytest.mark.distributed
+
+# Of the largest gradient: the same float32 products in another order.
+TOLERANCE = 1e-6
+# Other hyper-parameters than the defaults where those would leave a path untried.
+CHANGES: dict[str, list[dict[str, Any]]] = {
+    "mpo": [{"beta": 0.1}, {"beta": 0.1, "partition": "top_bottom", "num_top": 1, "num_bottom": 1}],
+    "mcpo": [{"beta": 0.1, "num_negatives": 1}, {"beta": 0.1, "num_negatives": 2, "sampling": "random"}],
+    "dpo": [{"pairing": "best_worst"}, {"pairing": "cross_pairs"}, {"pairing": "best_random"}],
+    "spo": [{"alpha": 0.1, "gamma": 0.01}, {"alpha": 0.1, "gamma": 0.0, "form": "ranked"}],
+    "infonca": [{"alpha": 1.0, "beta": 0.1}],
+    "nca": [{"alpha": 1.0, "beta": 0.1}],
+}
+
+
+def all_losses() -> list[dict[str, Any]]:
+    return [{"name": loss.name, "params": params} for loss in list_losses() for params in CHANGES.get(loss.name, [{}])]
+
+
+def run_layouts(folder: Path, num_ranks: int, layouts: list[dict[str, Any]], losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for role, seed in (("policy", 1), ("reference", 2)):
+        hf = save_model(folder / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32)
+        convert(ConvertConfig(input=str(hf), output=str(folder / role)))
+    save_groups(folder / "groups", random_groups(5, seed=7, prompt_tokens=(5, 12), response_tokens=(22, 30)), folder / "policy-hf")
+    spec = {"folder": str(folder), "layouts": layouts, "losses": losses, "results": str(folder / "results.json")}
+    (folder / "spec.json").write_text(json.dumps(spec))
+    run_ranks(num_ranks, "tests.distributed.equivalence_worker", [str(folder / "spec.json")])
+    return [result for layout in json.loads((folder / "results.json").read_text()) for result in layout]
+
+
+def check(results: list[dict[str, Any]]) -> None:
+    assert results
+    for result in results:
+        assert result["largest"] > 0, result  # a loss without a gradient would agree with anything
+        assert result["split_groups"] > 0 or result["loss"]["name"] == "sft", result  # sft scores one response a group
+        assert result["two_phase"] <= TOLERANCE, result
+        assert result["split"] <= TOLERANCE, result
+
+
+def test_every_loss_on_two_ranks(tmp_path: Path) -> None:
+    results = run_layouts(tmp_path, 2, [{"tensor": 2}, {"pipeline": 2}, {}], all_losses())
+    check(results)
+    shares = {json.dumps(result["loss"]): result["backward_share"] for result in results}
+    # MC-PO pays for the backward pass of the chosen and of the drawn negatives only.
+    assert all(share < 1 for loss, share in shares.items() if json.loads(loss)["name"] == "mcpo")
