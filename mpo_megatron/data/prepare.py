@@ -9,7 +9,6 @@ depends on the number of workers: chunks come back in the order they left.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -308,19 +307,19 @@ def _tokenize(config: PrepareConfig, items: Iterable[Group | Rejection], total: 
     )
     output = Path(config.output)
     prompt_keys: list[str] = []
-    with contextlib.ExitStack() as stack:
-        with writing(output):
-            sink = stack.enter_context(pa.OSFile(str(spool), "wb"))
-            writer = stack.enter_context(pa.ipc.new_file(sink, SCHEMA))
-            rejected = stack.enter_context(spool.with_name(REJECTED_FILE).open("w", encoding="utf-8"))
-        progress = stack.enter_context(_progress())
+    with (
+        writing(output),  # around the others: closing a file writes too; readers turn their own failures into DataError
+        pa.OSFile(str(spool), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA) as writer,
+        spool.with_name(REJECTED_FILE).open("w", encoding="utf-8") as rejected,
+        _progress() as progress,
+    ):
         task = progress.add_task("tokenizing", total=total)
         tokenize = functools.partial(tokenize_chunk, job)
         for chunk in map_in_order(tokenize, _chunks(items, _CHUNK), config.num_workers):
-            with writing(output):
-                if chunk.batch is not None:
-                    writer.write_batch(chunk.batch)
-                rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections)
+            if chunk.batch is not None:
+                writer.write_batch(chunk.batch)
+            rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections)
             prompt_keys += chunk.prompt_keys
             _count(tally, chunk)
             progress.update(task, completed=tally.rows, total=max(total, tally.rows))

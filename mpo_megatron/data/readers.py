@@ -89,10 +89,14 @@ def _read_jsonl(path: Path) -> Source:
         total = sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
 
     def rows() -> Iterator[RawRow]:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield RawRow(str(path), number, _decode(line.strip()))
+        number = 0
+        try:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield RawRow(str(path), number, _decode(line.strip()))
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read after line {number}: {error.strerror or error}.") from error
 
     return Source(total, rows())
 

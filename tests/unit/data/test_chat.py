@@ -1,0 +1,294 @@
+from __future__ import annotations
+
+import json
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+
+QWEN2_5 = """{%- if messages[0]['role'] == 'system' %}
+    {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
+{%- else %}
+    {{- '<|im_start|>system\\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != 'system' or not loop.first %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""How Qwen2.5's template treats plain conversations: a system message of its own where there is none."""
+QWEN3 = """{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+"""How Qwen3's template treats plain conversations: an empty thinking block before the last answer."""
+ZEPHYR = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+QUESTION = [{"role": "user", "content": "What is 2 + 2?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+AWKWARD = ["\nstarts with a newline", "\n\ntwo", " leading space", "  two", "tab\t", "ends \n", "ﬁ é 東京 🙂", "x" * 300]
+
+
+def template_file(folder: Path, text: str) -> Path:
+    (folder / "template.jinja").write_text(text)
+    return folder / "template.jinja"
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_folder: Path) -> HuggingFaceTokenizer:
+    tokenizer = load_tokenizer(qwen_folder)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bpe(bpe_folder: Path) -> HuggingFaceTokenizer:
+    tokenizer = load_tokenizer(bpe_folder)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer
+
+
+@pytest.fixture(params=["bpe", "qwen"])
+def tokenizer(request: pytest.FixtureRequest) -> HuggingFaceTokenizer:
+    found: HuggingFaceTokenizer = request.getfixturevalue(request.param)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ what inference sees
+
+
+@pytest.mark.parametrize("template", [None, QWEN2_5, QWEN3])
+@pytest.mark.parametrize("messages", [QUESTION, [SYSTEM, *QUESTION]])
+def test_prompt_ids_are_those_of_apply_chat_template(
+    tokenizer: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch, template: str | None, messages: list[Any]
+) -> None:
+    monkeypatch.setattr(tokenizer.backend, "chat_template", template or tokenizer.backend.chat_template)
+    for variables in ({}, {"enable_thinking": False}):
+        wanted = tokenizer.backend.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **variables)
+        text, ids = Chat(tokenizer, variables=variables).prompt(messages)
+        assert ids.tolist() == wanted
+        assert tokenizer.decode(ids.tolist()) == text
+
+
+def test_the_system_prompt_is_never_doubled(bpe_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, QWEN2_5))
+    plain, own = Chat(tokenizer), Chat(tokenizer, system_prompt="Answer in verse.")
+    texts = [chat.prompt(messages)[0] for chat in (plain, own) for messages in (QUESTION, [SYSTEM, *QUESTION])]
+    assert [text.count("<|im_start|>system") for text in texts] == [1, 1, 1, 1]
+    assert "You are Qwen" in texts[0]  # the template's own, as at inference
+    assert "You are Qwen" not in texts[2]
+    assert "Answer in verse." in texts[2]
+    assert "Answer in verse." not in texts[3]
+    assert "Be brief." in texts[3]
+
+
+def test_no_double_begin_of_text(bpe_folder: Path, tmp_path: Path) -> None:
+    """The template writes the token, and the tokenizer would add it to plain text: once is right."""
+    from tokenizers import processors
+
+    target = tmp_path / "with_bos"
+    shutil.copytree(bpe_folder, target)
+    settings = json.loads((target / "tokenizer_config.json").read_text())
+    template = "{{ bos_token }}" + settings["chat_template"]
+    settings |= {"bos_token": "<|endoftext|>", "chat_template": template, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (target / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load_tokenizer(target)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    backend = tokenizer.backend.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    assert tokenizer.backend.encode("a")[0] == 0  # it does add one
+    chat = Chat(tokenizer)
+    assert chat.prompt(QUESTION)[1].tolist().count(0) == 1
+    assert chat.prompt(QUESTION)[1][0] == 0
+    assert 0 not in chat.response("An answer.")
+
+
+# ------------------------------------------------------------------------------------------ responses
+
+
+def test_response_ids_are_the_text_and_the_end_of_turn(tokenizer: HuggingFaceTokenizer) -> None:
+    chat = Chat(tokenizer)
+    end = tokenizer.encode("<|im_end|>")
+    assert [chat.end_token_id] == end
+    for text in AWKWARD:
+        ids = chat.response(text).tolist()
+        assert ids[-1:] == end
+        assert tokenizer.decode(ids[:-1]) == unicodedata.normalize("NFC", text)
+    assert chat.response("already ended<|im_end|>").tolist() == chat.response("already ended").tolist()
+
+
+def test_a_response_that_starts_with_a_newline_does_not_merge_with_the_template(qwen: HuggingFaceTokenizer) -> None:
+    chat = Chat(qwen)
+    prompt, prompt_ids = chat.prompt(QUESTION)
+    together = qwen.encode(prompt + "\nFour.")
+    assert (prompt_ids[-1], together[len(prompt_ids) - 1]) == (198, 271)  # "\n" became "\n\n": not what generation sees
+    assert chat.response("\nFour.")[0] == 198
+
+
+def test_ids_at_the_boundary_on_real_data(qwen: HuggingFaceTokenizer, real_data: Path) -> None:
+    chat = Chat(qwen)
+    with (real_data / "alpaca_eval_k8.jsonl").open() as file:
+        rows = [json.loads(line) for _, line in zip(range(40), file, strict=False)]
+    for row in rows:
+        text, ids = chat.prompt([{"role": "user", "content": row["prompt"]}])
+        for response in row["responses"]:
+            whole = qwen.decode([*ids.tolist(), *chat.response(response["text"]).tolist()])
+            assert whole == unicodedata.normalize("NFC", text + response["text"] + "<|im_end|>")
+
+
+def test_qwen3_without_thinking(qwen: HuggingFaceTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qwen.backend, "chat_template", QWEN3)
+    off, on = Chat(qwen, variables={"enable_thinking": False}), Chat(qwen)
+    assert off.prompt(QUESTION)[0].endswith("<think>\n\n</think>\n\n")
+    assert off.lead == ""
+    assert on.lead == "<think>\n\n</think>\n\n"  # the caller is warned; a response is taken as it stands
+    assert off.response("Four.").tolist() == on.response("Four.").tolist() == qwen.encode("Four.<|im_end|>")
+
+
+def test_the_end_token_falls_back_to_the_end_of_text(bpe_folder: Path, tmp_path: Path) -> None:
+    plain = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, plain))
+    assert Chat(tokenizer).end_token_id == tokenizer.eos_id
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    tokenizer.backend.eos_token = None
+    with pytest.raises(ConfigError, match="which token ends a response"):
+        Chat(tokenizer)
+
+
+def test_white_space_that_the_template_puts_before_an_answer_is_scored(bpe_folder: Path, tmp_path: Path) -> None:
+    llama2 = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, llama2))
+    chat = Chat(tokenizer)
+    assert chat.lead == " "
+    assert tokenizer.decode(chat.response("Blue.").tolist()) == " Blue.<|im_end|>"
+
+
+def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> None:
+    gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + ZEPHYR
+    tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, gemma))
+    Chat(tokenizer)
+    with pytest.raises(ConfigError, match="the template refuses a system message: System role not supported"):
+        Chat(tokenizer, system_prompt="Be brief.")
+    tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, "{{ 'nothing of the conversation' }}"))
+    with pytest.raises(ConfigError, match="does not show an assistant's message"):
+        Chat(tokenizer)
+
+
+# ------------------------------------------------------------------------------------------ SentencePiece
+
+
+def test_sentencepiece_is_read_by_sentencepiece(sentencepiece_model: Path) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_model))
+    tokenizer = load_tokenizer(sentencepiece_model)
+    assert tokenizer.vocab_size == reference.vocab_size()
+    for text in AWKWARD:
+        assert tokenizer.encode(text) == reference.encode(text)
+        assert tokenizer.decode(reference.encode(text)) == reference.decode(reference.encode(text))
+
+
+def test_sentencepiece_with_the_plain_template(sentencepiece_model: Path) -> None:
+    tokenizer = load_tokenizer(sentencepiece_model)
+    chat = Chat(tokenizer, system_prompt="Be brief.")
+    text, ids = chat.prompt(QUESTION)
+    assert text == "<s>Be brief.\n\nUser: What is 2 + 2?\nAssistant:"
+    assert (ids.tolist().count(1), ids[0]) == (1, 1)
+    assert chat.end_token_id == tokenizer.eos_id == 2
+    # In this template a space stands before the answer, and so it does in the tokenizer's own reading of a conversation.
+    whole = tokenizer.encode(
+        tokenizer.render([*QUESTION, {"role": "assistant", "content": "Four."}], add_generation_prompt=False, variables={})
+    )
+    prompt = Chat(tokenizer).prompt(QUESTION)[1].tolist()
+    response = chat.response("Four.").tolist()
+    assert whole[: len(prompt) + len(response)] == prompt + response
+
+
+@pytest.mark.parametrize("text", ["Four.", "\nFour.", "\n\nFour.", " Four."])
+def test_no_space_sneaks_in_before_a_response(sentencepiece_model: Path, tmp_path: Path, text: str) -> None:
+    """SentencePiece puts a space before a text; behind a template's newline there is none."""
+    tokenizer = load_tokenizer(sentencepiece_model, template_file(tmp_path, ZEPHYR))
+    chat = Chat(tokenizer)
+    prompt, ids = chat.prompt(QUESTION)
+    response = chat.response(text).tolist()
+    assert tokenizer.decode(ids.tolist() + response) == tokenizer.decode(tokenizer.encode(prompt)) + text + "</s>"
+    assert tokenizer.encode("Four.") != chat.response("Four.").tolist()[:-1]
+
+
+# ------------------------------------------------------------------------------------------ loading, saving
+
+
+def test_the_digest_says_which_tokenizer(bpe_folder: Path, sentencepiece_model: Path, tmp_path: Path) -> None:
+    bpe, pieces = load_tokenizer(bpe_folder), load_tokenizer(sentencepiece_model)
+    assert bpe.digest() != pieces.digest()
+    for name, tokenizer in (("bpe", bpe), ("pieces", pieces)):
+        tokenizer.save(tmp_path / name / "hf")  # where a Megatron checkpoint keeps it
+        again: Tokenizer = load_tokenizer(tmp_path / name)
+        assert type(again) is type(tokenizer)
+        assert again.digest() == tokenizer.digest()
+        assert Chat(again).prompt(QUESTION)[1].tolist() == Chat(tokenizer).prompt(QUESTION)[1].tolist()
+
+
+def test_tokens_added_beside_a_sentencepiece_model(sentencepiece_model: Path, tmp_path: Path) -> None:
+    shutil.copyfile(sentencepiece_model, tmp_path / "tokenizer.model")
+    size = load_tokenizer(sentencepiece_model).vocab_size
+    added = {str(size): {"content": "<|end|>", "special": True}}
+    template = ZEPHYR.replace("eos_token", "'<|end|>'")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": added, "chat_template": template}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert isinstance(tokenizer, SentencePieceTokenizer)
+    assert tokenizer.vocab_size == size + 1
+    assert Chat(tokenizer).end_token_id == size
+    assert tokenizer.decode(tokenizer.encode("a<|end|>b"), skip_special=True) == "ab"
+
+
+def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tokenizer = nowhere; no such folder or file"):
+        load_tokenizer("nowhere")
+    with pytest.raises(ConfigError, match=r"it holds none of tokenizer.json, .*, tokenizer.model"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ConfigError, match=r"a file must be a SentencePiece .model"):
+        load_tokenizer(bpe_folder / "tokenizer.json")
+    with pytest.raises(ConfigError, match=r"chat_template = none.jinja; no such file"):
+        load_tokenizer(bpe_folder, "none.jinja")
+    (tmp_path / "bad.model").write_bytes(b"not a model")
+    pytest.importorskip("sentencepiece")
+    with pytest.raises(ConfigError, match="sentencepiece cannot read it"):
+        load_tokenizer(tmp_path / "bad.model")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="transformers cannot load it"):
+        load_tokenizer(tmp_path)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copyfile(bpe_folder / "tokenizer.json", bare / "tokenizer.json")
+    settings = json.loads((bpe_folder / "tokenizer_config.json").read_text())
+    del settings["chat_template"]
+    (bare / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match="it has no chat template; give one with chat_template = FILE"):
+        load_tokenizer(bare)
