@@ -1,0 +1,72 @@
+"""Packaging. `pip install -e .` installs the package and the command `mpo`; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.6,<3",  # 2.6 is what megatron-core asks for
+    "megatron-core>=0.16.1,<0.17",  # device.py and the layer specs answer to names of this minor version
+    "transformers>=5,<6",  # version 5 names of its config: rope_parameters, dtype
+    "tokenizers>=0.22",
+    "datasets>=4,<6",
+    "sentencepiece>=0.2",
+    "safetensors>=0.5",
+    "pyarrow>=18",
+    "numpy>=1.26",
+    "einops>=0.8",  # megatron-core imports it without declaring it
+    "psutil>=5.9",  # so does its checkpoint writer
+    "jsonargparse[signatures]>=4.49,<5",
+    "PyYAML>=6",
+    "jinja2>=3.1",
+    "rich>=13.7",
+    "matplotlib>=3.8",
+]
+
+EXTRAS = {
+    # The range that megatron-core 0.16's own development extra pins.
+    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
+    "dev": [
+        "pytest>=8",
+        "pytest-xdist>=3.6",
+        "pytest-timeout>=2.3",
+        "ruff>=0.17,<0.18",  # its formatter's output is part of the checks, and changes between minor versions
+        "mypy>=1.18,<3",
+        "types-PyYAML>=6",
+        "codespell>=2.4",
+        "pre-commit>=4",
+        "tensorboard>=2.16",
+        # Oracles of the tests: independent losses, and tokenizers that packages carry along.
+        "trl>=0.24,<2",
+        "tiktoken>=0.9",
+        "dashscope>=1.24",
+        "mistral-common>=1.8",
+    ],
+}
+
+setup(
+    name="mpo-megatron",
+    version="0.1.0",
+    description="Multi-Preference Optimization (losses over K responses to a prompt) for large language models on Megatron-Core",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
+    package_data={"mpo_megatron": ["py.typed"]},
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["mpo = mpo_megatron.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
