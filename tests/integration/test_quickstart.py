@@ -1,0 +1,108 @@
+"""The quickstart, smaller: every command of the pipeline, one after the other, as a newcomer runs them."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from examples.quickstart.task import WORDS, build_groups, compute_reward
+
+ROOT = Path(__file__).parents[2]
+DATA = Path(os.environ.get("MPO_DATA", ROOT.parent / "shared" / "data"))
+
+
+def run_quickstart(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "examples.quickstart.run", "--output", str(output), *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def check_success(result: subprocess.CompletedProcess[str]) -> None:
+    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Output folder of a run on the procedural task."""
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    check_success(run_quickstart(output, "--steps", "30", "--groups", "600", "--held-out", "60"))
+    return output
+
+
+@pytest.mark.slow
+def test_policy_learned(finished: Path) -> None:
+    result = json.loads((finished / "quickstart.json").read_text())
+    assert result["num_groups"] >= 50
+    assert result["ratio_accuracy"] > 0.8
+    assert result["margin"] > 2.0
+    # Random weights know nothing of the task; 60 groups × 16 pairs leave a few percent of chance.
+    assert abs(result["plain_accuracy_before"] - 0.5) < 0.1
+    assert result["plain_accuracy_after"] > 0.8
+    assert (finished / "curves.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_export_loads_in_transformers(finished: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(finished / "aligned")
+    model, loading = AutoModelForCausalLM.from_pretrained(finished / "aligned", output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    start = AutoModelForCausalLM.from_pretrained(finished / "start")
+    assert model.config.to_dict() == start.config.to_dict() | {"_name_or_path": model.config._name_or_path}
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])]
+    assert len(moved) > len(model.state_dict()) / 2
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Name 2 fruits for a quiz."}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
+
+
+@pytest.mark.slow
+def test_training_skips_groups_without_contrast(tmp_path: Path) -> None:
+    source = DATA / "gsm8k_k4.jsonl"
+    if not source.is_file():
+        pytest.skip("no real data; set MPO_DATA to the folder that holds gsm8k_k4.jsonl")
+    excerpt, output = tmp_path / "excerpt.jsonl", tmp_path / "out"
+    with source.open(encoding="utf-8") as lines:
+        excerpt.write_text("".join(itertools.islice(lines, 40)), encoding="utf-8")
+    check_success(run_quickstart(output, "--data", str(excerpt), "--steps", "2", "--held-out", "8"))
+    metrics = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(row.get("skipped_groups", 0) for row in metrics) > 0
+    groups = [json.loads(line) for line in excerpt.read_text(encoding="utf-8").splitlines()]
+    without = sum(len({response["reward"] for response in group["responses"]}) == 1 for group in groups)
+    infos = [json.loads((output / name / "prepare.json").read_text()) for name in ("groups", "groups-eval")]
+    assert sum(info["statistics"]["without_contrast"] for info in infos) == without > 0
+
+
+def test_foreign_folder_is_not_cleared(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    result = run_quickstart(tmp_path)
+    assert result.returncode != 0
+    assert "choose another" in result.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_rewards_are_verifiable() -> None:
+    assert compute_reward("fruits", "apple, hammer, plum, violin") == 0.5
+    groups = build_groups(200, seed=1)
+    assert len({group["prompt"] for group in groups}) == 200
+    for group in groups:
+        (kind,) = [name for name in WORDS if f" {name}" in group["prompt"]]
+        for response in group["responses"]:
+            assert response["reward"] == compute_reward(kind, response["text"])
+
+
+def test_no_word_belongs_to_two_kinds() -> None:
+    words = [word for kind in WORDS.values() for word in kind]
+    assert len(words) == len(set(words))

@@ -1,0 +1,118 @@
+"""Who may import whom: dependencies point one way, heavy ones are confined, and every example's configuration parses."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpo_megatron.config import ConvertConfig, PrepareConfig, TrainConfig, load_yaml
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "mpo_megatron"
+FILES = sorted(PACKAGE.rglob("*.py"))
+EXAMPLE_CONFIGS = sorted((ROOT / "examples").rglob("*.yaml"))
+
+MAY_IMPORT = {
+    "config": set(),
+    "losses": set(),
+    "data": {"config"},
+    "device": {"config"},
+    "model": {"config", "device", "data", "losses"},
+    "train": {"config", "device", "data", "losses", "model"},
+    "rollout": {"config", "device", "data", "losses", "model", "train"},
+    "evaluate": {"config", "device", "data", "losses", "model", "train", "rollout"},
+    "cli": {"config", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+}
+"""What each part of the package may import of the package, besides itself."""
+
+
+def part_of(path: Path) -> str:
+    """The part of the package that a file belongs to: its folder, or its own name."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_names(path: Path) -> set[str]:
+    """Full names of all that a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = ["mpo_megatron", *path.relative_to(PACKAGE).parts][: -node.level] if node.level else []
+            module = ".".join([*package, *([node.module] if node.module else [])])
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def within(name: str, *modules: str) -> bool:
+    """Whether a full name is one of these modules or lies in one."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def attributes(path: Path) -> set[str]:
+    """Dotted names written in a file, such as `torch.distributed.init_process_group`."""
+    return {
+        ast.unparse(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    }
+
+
+by_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+
+
+@by_file
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    if part == "__init__":
+        assert not any(within(name, "mpo_megatron") for name in imported_names(path))
+        return
+    own = {name.split(".")[1] for name in imported_names(path) if name.startswith("mpo_megatron.")}
+    assert own <= MAY_IMPORT[part] | {part}
+
+
+@by_file
+def test_megatron_is_confined(path: Path) -> None:
+    names = imported_names(path)
+    assert not any(within(name, "megatron.training", "megatron.legacy") for name in names)
+    if part_of(path) not in ("model", "train", "device", "rollout", "evaluate"):
+        assert not any(within(name, "megatron", "transformer_engine") for name in names)
+
+
+@by_file
+def test_one_module_sets_up_ranks(path: Path) -> None:
+    if path == PACKAGE / "model" / "parallel.py":
+        return
+    assert not any(within(name, "megatron.core.parallel_state", "megatron.core.mpu") for name in imported_names(path))
+    assert not any(name.endswith("init_process_group") for name in imported_names(path) | attributes(path))
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "losses"], ids=lambda path: path.name)
+def test_losses_need_only_torch(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported_names(path)}
+    assert roots <= sys.stdlib_module_names | {"torch", "mpo_megatron"}
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "data"], ids=lambda path: path.name)
+def test_data_needs_no_gpu_stack(path: Path) -> None:
+    assert not any(within(name, "torch.distributed", "torch.nn", "torch.cuda") for name in imported_names(path))
+
+
+def test_megatron_may_be_absent() -> None:
+    program = (
+        "import sys; sys.modules['megatron'] = sys.modules['transformer_engine'] = None\n"
+        "import mpo_megatron.cli, mpo_megatron.config, mpo_megatron.data.prepare, mpo_megatron.losses"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_there_are_example_configs() -> None:
+    assert EXAMPLE_CONFIGS
+
+
+@pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_example_configs_parse(path: Path) -> None:
+    kinds = {"convert": ConvertConfig, "prepare": PrepareConfig}
+    load_yaml(next((kind for prefix, kind in kinds.items() if path.name.startswith(prefix)), TrainConfig), path)
