@@ -54,7 +54,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
-    package_data={"mpo_megatron": ["py.typed"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mpo = mpo_megatron.cli:main"]},
@@ -67,6 +66,5 @@ setup(
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        "Typing :: Typed",
     ],
 )
