@@ -34,8 +34,11 @@ def train(arguments: Sequence[str]) -> int:
     launcher = argparse.ArgumentParser(prog="mpo train", add_help=False)
     launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
     options, own = launcher.parse_known_args(arguments)
-    parallel = parse(TrainConfig, own, "mpo train").parallel
-    num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline)
+    config = parse(TrainConfig, own, "mpo train")
+    from mpo_megatron.train.loop import check_inputs
+
+    num_ranks = options.nproc or max(_num_gpus(), config.parallel.tensor * config.parallel.pipeline)
+    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))

@@ -8,7 +8,7 @@ outside world (files, head counts, number of ranks) stand in `validate_*` functi
 from __future__ import annotations
 
 import dataclasses
-import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -330,7 +330,10 @@ def check_writable(folder: Path, name: str) -> None:
     while not parent.exists():
         parent = parent.parent
     require(parent.is_dir(), f"{name} = {folder}; {parent} is a file, not a folder; choose another path.")
-    require(os.access(parent, os.W_OK), f"{name} = {folder}; no permission to write in {parent}; choose another path.")
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(f"{name} = {folder}; cannot write in {parent} ({error.strerror}); choose another path.") from error
 
 
 # --------------------------------------------------------------------------------------------------- parsing

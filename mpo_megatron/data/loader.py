@@ -166,9 +166,11 @@ def iterate_steps(
         return build_step(step, data, indices, select, shape)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
-        pending = executor.submit(build, steps[0]) if steps else None
+        pending = [executor.submit(build, step) for step in steps[:1]]
         for following in [*steps[1:], None]:
-            assert pending is not None
-            batch = pending.result()
-            pending = executor.submit(build, following) if following is not None else None
+            if not pending:
+                return
+            batch = pending.pop().result()
+            if following is not None:
+                pending.append(executor.submit(build, following))
             yield batch

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from transformers import PretrainedConfig
@@ -117,6 +118,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {hf_config.vocab_size} embeddings; "
             f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
         )
+        check_lengths(data, config.data.row_tokens, name)
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
     num_groups = len(opened["data.train"])
     epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
@@ -129,6 +131,22 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         held_out=opened.get("data.eval"),
         objective=objective,
         total_steps=config.max_steps or max(1, round(config.epochs * epoch_steps)),
+    )
+
+
+def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:
+    """Check that every prompt fits a row together with any one of its responses.
+
+    Raises:
+        ConfigError: naming the longest offender.
+    """
+    longest = np.maximum.reduceat(data.all_response_lengths(), data.response_offsets()[:-1])
+    tokens = data.prompt_lengths() + longest - 1  # a response's last token is never an input
+    worst = int(tokens.argmax())
+    require(
+        tokens[worst] <= row_tokens,
+        f"data.row_tokens = {row_tokens} is too short for {name} = {data.path}: group {data[worst].group_id} has a prompt and response "
+        f"of {tokens[worst]} tokens; raise data.row_tokens, or prepare the data with smaller limits.",
     )
 
 
@@ -277,7 +295,7 @@ class Run:
         parts = []
         size = self.config.data.groups_per_step
         for start in range(0, len(data), size):
-            indices = torch.arange(start, min(start + size, len(data))).numpy()
+            indices = np.arange(start, min(start + size, len(data)))
             batch = build_step(0, data, indices, self.inputs.objective.select, self.shape)
             if batch.contributes.any():
                 policy = forward_step(self.model, batch, self.inputs.objective, self.ranks)
