@@ -1,0 +1,176 @@
+"""Rows: every scored token once, predicted by the token before it, in its own context; deterministic, balanced, within budget."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from mpo_megatron.data.loader import RowShape, group_table, iterate_steps, pack, step_indices, steps_per_epoch
+from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, plan_rows
+from tests.tiny import random_groups, save_groups, save_model
+
+BUDGET = 128
+
+
+def make_plan(groups, scored=None, **options) -> Plan:
+    table = group_table(groups, np.arange(len(groups)))
+    lengths = [[len(tokens) for tokens in group.response_tokens] for group in groups]
+    settings = {"row_tokens": BUDGET, "num_replicas": 2, "layout": "shared"} | options
+    return plan_rows(table.prompt_lengths.tolist(), lengths, table.valid if scored is None else scored, **settings)
+
+
+def build_rows(groups, plan, layout="shared", multiple=16) -> list[Row]:
+    return [build_row(pieces, groups, layout=layout, multiple=multiple) for rows in plan.rows for pieces in rows]
+
+
+def contexts(row: Row) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each response of the row: the tokens the predictor of each scored token sees, spelled out from the segments."""
+    seen = {}
+    for index, (slot, k) in enumerate(row.responses):
+        own = row.response_of == index
+        visible, positions = [], []
+        for source in row.sources[own]:
+            (segment,) = [segment for segment in row.segments if segment[0] <= source < segment[1]]
+            start, _, context_start, context_end = segment
+            where = np.concatenate((np.arange(context_start, context_end), np.arange(start, source + 1)))
+            visible.append(row.tokens[where])
+            positions.append(row.position_ids[where])
+        seen[int(slot), int(k)] = (visible, positions, row.targets[own])
+    return seen
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+@pytest.mark.parametrize("row_tokens", [64, 128, 1024])
+def test_every_token_is_predicted_from_its_own_context(layout, row_tokens) -> None:
+    groups = random_groups(20, seed=3)
+    plan = make_plan(groups, layout=layout, row_tokens=row_tokens)
+    found = {}
+    for row in build_rows(groups, plan, layout):
+        found |= contexts(row)
+    assert set(found) == {(slot, k) for slot, group in enumerate(groups) for k in range(group.num_responses)}
+    for (slot, k), (visible, positions, targets) in found.items():
+        prompt, response = groups[slot].prompt_tokens, groups[slot].response_tokens[k]
+        assert np.array_equal(targets, response)
+        for t in range(len(response)):
+            assert np.array_equal(visible[t], np.concatenate((prompt, response[:t])))
+            assert np.array_equal(positions[t], np.arange(len(prompt) + t))
+
+
+def test_segments_cover_the_row_and_padding_is_apart() -> None:
+    groups = random_groups(10, seed=5)
+    for row in build_rows(groups, make_plan(groups)):
+        edges = row.segments[:, :2].ravel()
+        assert edges[0] == 0 and edges[-1] == len(row.tokens) and np.array_equal(edges[1:-1:2], edges[2::2])
+        assert len(row.tokens) % 16 == 0 and row.num_tokens <= BUDGET
+        padding = np.arange(row.num_tokens, len(row.tokens))
+        assert not np.isin(row.sources, padding).any()
+
+
+def test_plan_counts_tokens_and_pairs() -> None:
+    groups = random_groups(8, seed=6)
+    for layout in ("shared", "unshared"):
+        plan = make_plan(groups, layout=layout)
+        rows = build_rows(groups, plan, layout)
+        assert plan.num_tokens == sum(row.num_tokens for row in rows)
+        pairs = sum(
+            (end - start) * (end - start + 1) // 2 + (end - start) * (context_end - context_start)
+            for row in rows
+            for start, end, context_start, context_end in row.segments
+            if start < row.num_tokens
+        )
+        assert pairs == sum(piece.num_pairs for replica in plan.rows for row in replica for piece in row)
+
+
+def test_shared_prompts_are_computed_once() -> None:
+    groups = random_groups(8, seed=6)
+    shared, unshared = make_plan(groups, row_tokens=1024), make_plan(groups, row_tokens=1024, layout="unshared")
+    repeated = sum(len(group.prompt_tokens) * (group.num_responses - 1) for group in groups)
+    assert unshared.num_tokens - shared.num_tokens == repeated
+
+
+def test_replicas_get_as_many_rows_and_like_work() -> None:
+    groups = random_groups(64, seed=8)
+    for replicas in (1, 2, 3, 8):
+        plan = make_plan(groups, num_replicas=replicas, pair_weight=0.01)
+        assert len({len(rows) for rows in plan.rows}) == 1
+    work = [sum(piece.num_tokens for row in rows for piece in row) for rows in make_plan(groups, num_replicas=4).rows]
+    assert max(work) <= 1.2 * min(work)
+    assert {len(rows) % 4 for rows in make_plan(groups, num_replicas=2, rows_multiple=4).rows} == {0}
+
+
+def test_rows_are_full() -> None:
+    groups = random_groups(200, seed=9)
+    plan = make_plan(groups, num_replicas=1, row_tokens=1024)
+    rows = [row for row in plan.rows[0] if row]
+    assert plan.num_tokens / (1024 * len(rows)) >= 0.95
+
+
+def test_unscored_responses_take_no_place() -> None:
+    groups = random_groups(6, seed=10)
+    table = group_table(groups, np.arange(6))
+    scored = table.valid.copy()
+    scored[:, 0] = False
+    scored[2] = False
+    rows = build_rows(groups, make_plan(groups, scored=scored))
+    found = {(int(slot), int(k)) for row in rows for slot, k in row.responses}
+    assert found == {(slot, k) for slot, k in np.argwhere(scored).tolist()}
+
+
+def test_split_groups_are_named_and_too_long_responses_refused() -> None:
+    groups = random_groups(6, seed=11, prompt_tokens=(20, 20), response_tokens=(30, 30), max_responses=6)
+    plan = make_plan(groups, row_tokens=60)
+    assert plan.split_groups == frozenset(slot for slot, group in enumerate(groups) if group.num_responses >= 2)
+    with pytest.raises(PackingError, match=r"group group-0: .* take 49 tokens.*raise data.row_tokens"):
+        make_plan(groups, row_tokens=48, names=[group.group_id for group in groups])
+
+
+def test_filler_rows_score_nothing() -> None:
+    row = build_row((), [], layout="shared", multiple=16)
+    assert len(row.tokens) == 16 and len(row.targets) == len(row.responses) == row.num_tokens == 0
+
+
+def test_steps_cover_each_epoch_once_and_depend_on_the_seed() -> None:
+    steps = steps_per_epoch(23, 5)
+    assert steps == 5
+    for epoch in range(2):
+        seen = np.concatenate([step_indices(epoch * steps + i, 23, 5, seed=1, shuffle=True) for i in range(steps)])
+        assert sorted(seen) == list(range(23))
+    first = [step_indices(0, 23, 5, seed=seed, shuffle=True).tolist() for seed in (1, 1, 2)]
+    assert first[0] == first[1] != first[2]
+    assert step_indices(0, 23, 5, seed=1, shuffle=True).tolist() != step_indices(5, 23, 5, seed=1, shuffle=True).tolist()
+    assert step_indices(1, 23, 5, seed=1, shuffle=False).tolist() == [5, 6, 7, 8, 9]
+
+
+def test_steps_do_not_depend_on_replicas_or_where_they_start(tmp_path) -> None:
+    data = save_groups(tmp_path / "groups", random_groups(20, seed=12), save_model(tmp_path / "hf"))
+
+    def select(table):
+        return table.valid.any(axis=1), table.valid
+
+    def steps(start, replicas):
+        parts = []
+        for replica in range(replicas):
+            shape = RowShape(
+                row_tokens=BUDGET, layout="shared", multiple=16, num_replicas=replicas, replica=replica, pair_weight=0.0
+            )
+            parts.append(
+                list(iterate_steps(range(start, 6), data, select, shape, groups_per_step=8, seed=7, shuffle=True))
+            )
+        return [
+            sorted((int(batch.table.indices[slot]), int(k)) for part in step for row in part.rows for slot, k in row.responses)
+            for step in zip(*parts, strict=True)
+            for batch in step[:1]
+        ]
+
+    whole = steps(0, 1)
+    assert steps(0, 3) == whole and steps(2, 2) == whole[2:] and steps(6, 1) == []
+
+
+def test_repacking_keeps_only_what_is_asked() -> None:
+    groups = random_groups(6, seed=13)
+    table = group_table(groups, np.arange(6))
+    shape = RowShape(row_tokens=BUDGET, layout="shared", multiple=16, num_replicas=1, replica=0, pair_weight=0.0)
+    wanted = np.zeros_like(table.valid)
+    wanted[1, 0] = wanted[4, 1] = True
+    _, rows = pack(table, groups, wanted, shape)
+    assert sorted((int(slot), int(k)) for row in rows for slot, k in row.responses) == [(1, 0), (4, 1)]

@@ -1,0 +1,110 @@
+"""The stand-ins for torch.cuda on a machine without a GPU, name by name: an upgrade that moves one fails here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpo_megatron import device
+
+device.prepare()
+
+needs_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="stand-ins are for machines without a GPU")
+
+
+def find(dotted: str) -> object:
+    owner: object = torch.cuda
+    for part in dotted.split("."):
+        owner = getattr(owner, part)
+    return owner
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", sorted(device.cuda_stand_ins()))
+def test_stand_in_is_installed_and_callable(name: str) -> None:
+    stand_in = find(name)
+    assert callable(stand_in)
+    module = getattr(stand_in, "__module__", "")
+    assert module == device.__name__, f"torch.cuda.{name} is still torch's own"
+
+
+@needs_cpu
+@pytest.mark.parametrize("name", device.FACTORIES)
+def test_factories_put_cuda_tensors_on_the_cpu(name: str) -> None:
+    arguments = {
+        "arange": (3,),
+        "as_tensor": ([1.0],),
+        "empty": (3,),
+        "full": ((3,), 1.0),
+        "ones": (3,),
+        "rand": (3,),
+        "randint": (0, 5, (3,)),
+        "randn": (3,),
+        "tensor": ([1.0],),
+        "zeros": (3,),
+        "empty_like": (torch.zeros(3),),
+        "full_like": (torch.zeros(3), 1.0),
+        "ones_like": (torch.zeros(3),),
+        "zeros_like": (torch.zeros(3),),
+    }[name]
+    for where in ("cuda", "cuda:0", torch.device("cuda")):
+        assert getattr(torch, name)(*arguments, device=where).device.type == "cpu"
+
+
+@needs_cpu
+def test_tensors_answer_as_on_a_gpu() -> None:
+    tensor = torch.zeros(2)
+    assert tensor.cuda() is tensor and tensor.pin_memory() is tensor
+    assert tensor.type() == "torch.cuda.FloatTensor" and tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert tensor.type(torch.float64).dtype == torch.float64
+    assert torch.cuda.current_device() == torch.device("cpu")
+    state = torch.cuda.get_rng_state()
+    first = torch.rand(3)
+    torch.cuda.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+
+
+@needs_cpu
+def test_gpu_is_not_claimed() -> None:
+    assert not torch.cuda.is_available() and not device.has_gpu()
+    assert device.distributed_backend() == "gloo"
+    assert 0 < device.peak_memory_gib() < 1024
+
+
+def test_device_contexts_still_act_on_factories() -> None:
+    with torch.device("meta"):
+        assert torch.arange(3).is_meta and torch.empty(3).is_meta and torch.tensor([1.0]).is_meta
+
+
+def test_transformers_in_the_same_process_keeps_its_buffers(tmp_path: Path) -> None:
+    """from_pretrained builds on the meta device; rotary frequencies are made, not loaded."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.tiny import save_model
+
+    model = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "hf"))
+    frequencies = model.model.rotary_emb.inv_freq
+    assert torch.allclose(frequencies, 10000.0 ** -(torch.arange(0, 32, 2) / 32))
+
+
+def test_a_second_call_changes_nothing() -> None:
+    before = {name: getattr(torch, name) for name in device.FACTORIES}
+    device.prepare()
+    assert before == {name: getattr(torch, name) for name in device.FACTORIES}
+
+
+def test_names_that_torch_dropped_fail_loudly() -> None:
+    with pytest.raises(AttributeError, match="no longer exists"):
+        device._replace(torch.cuda, "no_such_name", None)
+
+
+def test_config_data_losses_import_without_megatron() -> None:
+    code = (
+        "import sys; sys.modules['megatron'] = None\n"
+        "import mpo_megatron.config, mpo_megatron.losses, mpo_megatron.data.packing, mpo_megatron.data.loader, mpo_megatron.train.metrics"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
