@@ -40,7 +40,7 @@ def find_target(batch: GroupBatch, params: SftParams) -> Tensor:
         return batch.valid & (batch.valid.cumsum(dim=-1) == 1)
     best = find_best(batch)
     # With labels only, a group may have no chosen response: a rejected one is no target.
-    return best if batch.rewards is not None or batch.labels is None else best & (batch.labels == 1)
+    return best if batch.rewards is not None else best & (batch.labels == 1)
 
 
 def needs_sft(params: SftParams) -> Needs:

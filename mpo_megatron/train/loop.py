@@ -109,7 +109,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
             continue
         data = opened[name] = load_groups(path)
         require(
-            data.info.tokenizer_digest == tokenizer.digest() or data.info.vocab_size == tokenizer.vocab_size,
+            data.info.tokenizer_digest == tokenizer.digest(),
             f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
             f"prepare it again: mpo prepare --tokenizer {folder} …",
         )

@@ -213,3 +213,11 @@ def test_labels_without_rewards_work_where_an_order_is_enough():
     margin = 0.1 * 0.1 * (POLICY[0, 0] - POLICY[0, 1])  # s = 0.1 log π + 0.5; the label −1 takes no part
     assert torch.allclose(values[0], -torch.nn.functional.logsigmoid(margin))
     assert group_loss("mpo", POLICY, REFERENCE, labels=LABELS, partition="labels").isfinite().all()
+
+
+def test_supervised_target_is_never_a_rejected_response() -> None:
+    """With labels only, a group without a chosen response has no target."""
+    logps = torch.tensor([[-1.0, -2.0], [-3.0, -4.0]])
+    labels = torch.tensor([[0, 0], [0, 1]], dtype=torch.int8)
+    losses = group_loss("sft", logps, labels=labels, normalization="sequence")
+    assert losses.tolist() == [0.0, 4.0]
