@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mpo_megatron.config import ConfigError, ConvertConfig, PrepareConfig, TrainConfig, parse
+from mpo_megatron.data import DataError
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -73,14 +74,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         return COMMANDS[name](rest)
-    except (ConfigError, ValueError) as error:
+    except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2
 
 
 def _usage() -> str:
     lines = [f"  {name:<10} {(command.__doc__ or '').strip().splitlines()[0]}" for name, command in COMMANDS.items()]
-    return "usage: mpo <command> [--config FILE] [--field value …]\n\n" + "\n".join(lines) + "\n\n`mpo <command> --help` lists its options."
+    return (
+        "usage: mpo <command> [--config FILE] [--field value …]\n\n"
+        + "\n".join(lines)
+        + "\n\n`mpo <command> --help` lists its options."
+    )
 
 
 def _num_gpus() -> int:

@@ -82,9 +82,9 @@ def prepare() -> None:
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     for owner in (torch.Tensor, torch.nn.Module):
-        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+        owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign,assignment]
+    torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
     _prepare_megatron()
 
 

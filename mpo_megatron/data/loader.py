@@ -105,7 +105,7 @@ def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
         lengths[slot, :size] = [len(tokens) for tokens in group.response_tokens]
         if rewards is not None:
             rewards[slot, :size] = group.rewards
-        if labels is not None:
+        if labels is not None and group.labels is not None:
             labels[slot, :size] = group.labels
     return GroupTable(
         indices=indices,

@@ -165,11 +165,8 @@ def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tupl
     rows: list[list[Piece]] = []
     free: list[int] = []
     for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.slot, piece.responses)):
-        for index, room in enumerate(free):
-            if piece.num_tokens <= room:
-                break
-        else:
-            index = len(rows)
+        index = next((index for index, room in enumerate(free) if piece.num_tokens <= room), len(rows))
+        if index == len(rows):
             rows.append([])
             free.append(row_tokens)
         rows[index].append(piece)

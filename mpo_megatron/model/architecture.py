@@ -81,7 +81,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     )
     require(
         getattr(hf_config, "attention_dropout", 0.0) == 0.0,
-        f"config.json: attention_dropout = {hf_config.attention_dropout}; policy and reference must be deterministic, set it to 0.",
+        f"config.json: attention_dropout = {hf_config.attention_dropout}; policy and reference must be deterministic; set 0.",
     )
 
 
@@ -137,8 +137,8 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     missing = _missing_for_transformer_engine()
     require(
         model.backend == "auto" or missing is None,
-        f"model.backend = transformer_engine, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with a GPU, "
-        "or set model.backend to local.",
+        f"model.backend = transformer_engine, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with "
+        "a GPU, or set model.backend to local.",
     )
     return missing is None
 

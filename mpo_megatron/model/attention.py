@@ -62,12 +62,22 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Itera
         has_context = segment.context_end > segment.context_start
         keys = torch.cat((key[context], key[own])) if has_context else key[own]
         values = torch.cat((value[context], value[own])) if has_context else value[own]
-        # scaled_dot_product_attention wants [batch, head, token, channel].
-        heads_first = [part.transpose(0, 1).unsqueeze(0) for part in (query[own], keys, values)]
         mask = causal_lower_right(segment.end - segment.start, len(keys)) if has_context else None
-        output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, is_causal=not has_context, enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            _heads_first(query[own]),
+            _heads_first(keys),
+            _heads_first(values),
+            attn_mask=mask,
+            is_causal=not has_context,
+            enable_gqa=True,
+        )
         outputs.append(output.squeeze(0).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _heads_first(tensor: Tensor) -> Tensor:
+    """[T, heads, D] as scaled_dot_product_attention wants it: [1, heads, T, D]."""
+    return tensor.transpose(0, 1).unsqueeze(0)
 
 
 class GroupAttention(torch.nn.Module):

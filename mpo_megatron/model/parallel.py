@@ -80,7 +80,8 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             device.distributed_backend(),
             init_method="env://" if in_torchrun else "tcp://127.0.0.1:0",
             timeout=datetime.timedelta(minutes=config.timeout_minutes),
-            **({} if in_torchrun else {"rank": 0, "world_size": 1}),
+            rank=-1 if in_torchrun else 0,  # −1: as the environment says
+            world_size=-1 if in_torchrun else 1,
         )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,

@@ -40,9 +40,7 @@ class Policy(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.logprob_chunk = logprob_chunk
 
-    def forward(  # type: ignore[override]
-        self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor, targets: Tensor
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
 
         Args:

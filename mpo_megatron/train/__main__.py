@@ -12,7 +12,7 @@ def main() -> int:
 
     try:
         config = parse(TrainConfig, program="mpo train")
-        from mpo_megatron.data.group import DataError
+        from mpo_megatron.data import DataError
         from mpo_megatron.train.loop import TrainingError, train
     except ConfigError as error:
         return _fail(error)

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -29,8 +30,10 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistSaveShardedStrategy,
 )
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -53,6 +56,19 @@ class RunState:
     loss: str
 
 
+def verify(folder: Path) -> None:
+    """Check that a checkpoint folder is whole, reading only its metadata and the sizes of its files.
+
+    Raises:
+        ConfigError: a file is missing or truncated.
+    """
+    require(
+        (folder / "megatron" / "common.pt").is_file(), f"{folder}/megatron/common.pt: no such file; copy the checkpoint again."
+    )
+    reader = CheckpointReader(folder / "megatron")
+    reader.check_files(set(reader.tensors))
+
+
 def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks) -> None:
     """Load the weights of a Megatron checkpoint folder (from `mpo convert` or a run's step) into the model, on any layout.
 
@@ -65,7 +81,9 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
         _unwrap(part).load_state_dict(loaded[name], strict=False)
 
 
-def save(run: Path, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks, source: Path) -> Path:
+def save(
+    run: Path, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks, source: Path
+) -> Path:
     """Write the checkpoint of `state.step`; all ranks call it. Returns its folder.
 
     Args:
@@ -101,9 +119,7 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
     """Restore weights and optimizer states from a step's folder, on any layout."""
     states: dict[str, Any] = _model_states(model, ranks)
     _fill_optimizer_state(optimizer)
-    states["optimizer"] = optimizer.sharded_state_dict(
-        states["model"], is_loading=True, metadata=_content(ranks)
-    )
+    states["optimizer"] = optimizer.sharded_state_dict(states["model"], is_loading=True, metadata=_content(ranks))
     loaded = _load(states, folder, ranks)
     for name, part in zip(_model_states(model, ranks), model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
@@ -178,9 +194,13 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
     strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), ranks.groups.dp_cp)
     try:
         loaded: dict[str, Any] = dist_checkpointing.load(states, str(folder / "megatron"), strategy)
-    except Exception as error:
-        # Megatron and torch raise many types here; all mean that this folder does not hold what the model needs.
-        raise ConfigError(f"{folder}: cannot be loaded into this model ({error}); check model.checkpoint, or convert it again.") from error
+    except CheckpointException as error:  # torch's own, which is no Exception
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise ConfigError(
+            f"{folder}: rank {rank} cannot load it ({cause}); copy the checkpoint again, or convert again."
+        ) from error
+    except CheckpointingException as error:
+        raise ConfigError(f"{folder}: does not fit this model ({error}); is it of the same architecture?") from error
     return loaded
 
 

@@ -23,7 +23,7 @@ from mpo_megatron.data.loader import RowShape, StepBatch, build_step, iterate_st
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
-from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.model.convert import Conversion, load_conversion
 from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -97,11 +97,12 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     validate_train(config, world_size)
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
+    checkpoint.verify(folder)
     hf_config = load_hf_config(folder / "hf")
     conversion = load_conversion(folder)
     validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
     use_transformer_engine(config.model)
-    reference = load_conversion(Path(config.model.reference)) if config.model.reference is not None else conversion
+    reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)
     opened = {}
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -134,6 +135,27 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     )
 
 
+def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
+    """Check that another reference model has the policy's architecture: it is loaded in the policy's place.
+
+    Raises:
+        ConfigError: naming a field of config.json that differs.
+    """
+    checkpoint.verify(folder)
+    reference = load_hf_config(folder / "hf")
+    for name in (
+        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("intermediate_size", "vocab_size", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"),
+    ):
+        ours, theirs = getattr(policy, name, None), getattr(reference, name, None)
+        require(
+            ours == theirs,
+            f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; the reference must have the policy's "
+            "architecture.",
+        )
+    return load_conversion(folder)
+
+
 def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:
     """Check that every prompt fits a row together with any one of its responses.
 
@@ -145,17 +167,18 @@ def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:
     worst = int(tokens.argmax())
     require(
         tokens[worst] <= row_tokens,
-        f"data.row_tokens = {row_tokens} is too short for {name} = {data.path}: group {data[worst].group_id} has a prompt and response "
-        f"of {tokens[worst]} tokens; raise data.row_tokens, or prepare the data with smaller limits.",
+        f"data.row_tokens = {row_tokens} is too short for {name} = {data.path}: group {data[worst].group_id} has a prompt and "
+        f"response of {tokens[worst]} tokens; raise data.row_tokens, or prepare the data with smaller limits.",
     )
 
 
 def compute_references(
     config: TrainConfig, inputs: Inputs, policy: torch.nn.Module, ranks: Ranks, shape: RowShape
 ) -> dict[Path, ReferenceLogps]:
-    """Reference log-probs of the training and held-out groups, by folder; the policy lends its memory to the reference model."""
-    if not inputs.objective.needs.reference:
-        return {}
+    """Reference log-probs of the training and held-out groups, by folder; the policy lends its memory to the reference model.
+
+    Losses without a reference get them too: margins, log-ratios and KL mean the same for every method then.
+    """
     loaded = False
 
     def load_reference() -> list[torch.nn.Module]:
@@ -168,9 +191,7 @@ def compute_references(
     references = {}
     for data in (inputs.train, inputs.held_out):
         if data is not None:
-            key = cache_key(
-                inputs.reference_digest, data, config.model, transformer_engine=use_transformer_engine(config.model)
-            )
+            key = cache_key(inputs.reference_digest, data, config.model, transformer_engine=use_transformer_engine(config.model))
             references[data.path] = reference_logps(
                 data,
                 data.path / "reference" / key,
@@ -268,7 +289,7 @@ class Run:
             )
         return self.config.loss.step == "two_phase" or self.inputs.objective.needs_whole_batch or bool(batch.plan.split_groups)
 
-    def metrics(self, batch: StepBatch, policy: Logps, reference: Logps | None) -> dict[str, Mean]:
+    def metrics(self, batch: StepBatch, policy: Logps, reference: Logps) -> dict[str, Mean]:
         """Metrics of a step from the log-probs of all its responses; the same on every rank.
 
         Raises:
@@ -318,10 +339,9 @@ class Run:
             "seconds": seconds,
         }
 
-    def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps | None:
-        """Reference log-probs of a batch; None for losses without a reference."""
-        logps = self.references.get(data.path)
-        return None if logps is None else logps.select(batch.table)
+    def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps:
+        """Reference log-probs of a batch."""
+        return self.references[data.path].select(batch.table)
 
     def generator(self, step: int) -> torch.Generator:
         """Generator of what a loss draws at a step; the same on every rank."""
@@ -363,6 +383,7 @@ class Run:
         folder = checkpoint.newest(self.folder) if self.config.checkpoint.resume else None
         if folder is None:
             return 0
+        checkpoint.verify(folder)
         saved = checkpoint.read_state(folder)
         checkpoint.check_same_run(saved, self.state(saved.step), folder)
         checkpoint.load(folder, self.model, adam, self.ranks)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 
-
 ROUNDING = 1e-6
 """Relative rounding of a response's log-prob; float32 has 6e-8, and a few tens of tokens add up."""
 
@@ -35,8 +34,7 @@ class Mean:
 def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, computed: Tensor, params: object) -> dict[str, Mean]:
     """Learning metrics of a step, over its contributing groups.
 
-    With s = log π_θ − log π_ref of a response (without a reference: its mean log-prob per token), and Y+, Y− by the loss's
-    own partition (else by the mean reward, or the labels):
+    With s = log π_θ − log π_ref of a response, and Y+, Y− by the loss's own partition (else by the mean reward, or the labels):
 
     - `loss`: nats, mean over groups
     - `margin`: mean of s over Y+ minus mean of s over Y−, mean over groups; nats
@@ -50,7 +48,8 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
         computed: [G, K] responses whose log-probs were computed
         params: hyper-parameters of the loss
     """
-    ratio = _log_ratio(batch)
+    assert batch.reference_logps is not None
+    ratio = batch.policy_logps.detach().double() - batch.reference_logps.double()
     positive, negative = _partition(batch, params)
     use = contributes[:, None] & computed
     positive, negative = positive & use, negative & use
@@ -80,14 +79,6 @@ def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:
             total, count = totals[name]
             totals[name] = (total + mean.total, count + mean.count)
     return {name: Mean(*total).value for name, total in totals.items()}
-
-
-def _log_ratio(batch: GroupBatch) -> Tensor:
-    logps = batch.policy_logps.detach().double()
-    if batch.reference_logps is not None:
-        return logps - batch.reference_logps.double()
-    assert batch.lengths is not None
-    return logps / batch.lengths.clamp(min=1)
 
 
 def _partition(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:

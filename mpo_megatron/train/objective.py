@@ -83,7 +83,8 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
         )
     if needs.labels and not has_labels:
         raise ConfigError(
-            f"loss.name = {name} with {objective.params} reads chosen / rejected labels, but {where} has none; choose another partition."
+            f"loss.name = {name} with {objective.params} reads chosen / rejected labels, but {where} has none; "
+            "choose another partition."
         )
 
 

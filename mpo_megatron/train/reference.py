@@ -24,7 +24,8 @@ from rich.progress import track
 from torch.distributed import broadcast_object_list
 
 from mpo_megatron.config import ModelConfig
-from mpo_megatron.data.group import PreparedGroups, writing
+from mpo_megatron.data.atomic import writing
+from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, build_step
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.objective import Logps
@@ -104,7 +105,12 @@ def reference_logps(
 
 
 def _compute_part(
-    data: PreparedGroups, indices: npt.NDArray[np.int64], model: list[torch.nn.Module], ranks: Ranks, shape: RowShape, tokens: bool
+    data: PreparedGroups,
+    indices: npt.NDArray[np.int64],
+    model: list[torch.nn.Module],
+    ranks: Ranks,
+    shape: RowShape,
+    tokens: bool,
 ) -> pa.Table:
     batch = build_step(0, data, indices, select_all, shape)
     width = int(batch.table.lengths.max()) if tokens else None
@@ -122,7 +128,7 @@ def _compute_part(
 
 def select_all(table: GroupTable) -> tuple[Bools, Bools]:
     """Every response of every group: the cache serves any loss."""
-    return table.valid.any(axis=1), table.valid
+    return np.ones(len(table.valid), dtype=bool), table.valid
 
 
 def _part_path(folder: Path, start: int, tokens: bool) -> Path:

@@ -161,9 +161,7 @@ def forward_step(model: list[torch.nn.Module], batch: StepBatch, objective: Obje
     return collect_logps(outputs, batch.table.valid.shape, ranks, _token_width(batch, objective))
 
 
-def fused_step(
-    model: list[torch.nn.Module], batch: StepBatch, reference: Logps | None, objective: Objective, ranks: Ranks
-) -> Logps:
+def fused_step(model: list[torch.nn.Module], batch: StepBatch, reference: Logps, objective: Objective, ranks: Ranks) -> Logps:
     """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
 
     Returns:
@@ -194,7 +192,7 @@ def fused_step(
 def two_phase_step(
     model: list[torch.nn.Module],
     batch: StepBatch,
-    reference: Logps | None,
+    reference: Logps,
     objective: Objective,
     ranks: Ranks,
     shape: RowShape,
@@ -227,7 +225,7 @@ def two_phase_step(
 
 
 def loss_coefficients(
-    batch: StepBatch, policy: Logps, reference: Logps | None, objective: Objective, generator: torch.Generator
+    batch: StepBatch, policy: Logps, reference: Logps, objective: Objective, generator: torch.Generator
 ) -> Tensor:
     """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens; L the mean loss."""
     by_token = policy.token is not None

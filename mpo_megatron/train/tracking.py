@@ -89,7 +89,13 @@ class ProgressLine:
     def __init__(self, total_steps: int, start_step: int) -> None:
         self.console = Console(highlight=False)
         self.total_steps = total_steps
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+        )
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.task = self.progress.add_task("train", total=total_steps, completed=start_step, text="")
         self.progress.start()

@@ -48,7 +48,9 @@ def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Pat
     model_config = ModelConfig(checkpoint=str(folder / "policy"), precision="fp32")
     with model_parallel(parallel, seed=1) as ranks:
         conversion = load_conversion(folder / "policy")
-        policy = build_policy(load_hf_config(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size)
+        policy = build_policy(
+            load_hf_config(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size
+        )
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
         model = [DistributedDataParallel(get_model_config(policy), settings, policy, pg_collection=ranks.groups)]
         prepare_schedules(model)

@@ -90,7 +90,9 @@ def save_gradients(policy: torch.nn.Module, target: Path, source: Path, ranks: R
         checkpoint.copy_side_files(source, target)
     dist.barrier()
     state = policy.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
-    dist_checkpointing.save({key: value for key, value in state.items() if not key.endswith("_extra_state")}, str(target / "megatron"))
+    dist_checkpointing.save(
+        {key: value for key, value in state.items() if not key.endswith("_extra_state")}, str(target / "megatron")
+    )
 
 
 if __name__ == "__main__":

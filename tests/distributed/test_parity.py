@@ -72,7 +72,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             hf = save_model(folder / f"{name}-{role}-hf", seed=seed, **options)
             convert(ConvertConfig(input=str(hf), output=str(folder / f"{name}-{role}")))
         policy, reference = (
-            AutoModelForCausalLM.from_pretrained(folder / f"{name}-{role}-hf", dtype=torch.float32) for role in ("policy", "reference")
+            AutoModelForCausalLM.from_pretrained(folder / f"{name}-{role}-hf", dtype=torch.float32)
+            for role in ("policy", "reference")
         )
         loss = mpo_oracle(policy, reference, groups)
         loss.backward()
@@ -86,7 +87,12 @@ def run_cases(world: dict[str, Any], num_ranks: int, cases: list[dict[str, Any]]
     folder: Path = world["folder"]
     for index, case in enumerate(cases):
         name = case.pop("name")
-        case |= {"model": f"{name}-policy", "reference": f"{name}-reference", "gradients": f"gradients-{tag}-{index}", "oracle": name}
+        case |= {
+            "model": f"{name}-policy",
+            "reference": f"{name}-reference",
+            "gradients": f"gradients-{tag}-{index}",
+            "oracle": name,
+        }
     spec = {"folder": str(folder), "cases": cases, "results": str(folder / f"results-{tag}.json")}
     (folder / f"spec-{tag}.json").write_text(json.dumps(spec))
     run_ranks(num_ranks, "tests.distributed.parity_worker", [str(folder / f"spec-{tag}.json")])

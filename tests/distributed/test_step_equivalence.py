@@ -33,11 +33,15 @@ def all_losses() -> list[dict[str, Any]]:
     return [{"name": loss.name, "params": params} for loss in list_losses() for params in CHANGES.get(loss.name, [{}])]
 
 
-def run_layouts(folder: Path, num_ranks: int, layouts: list[dict[str, Any]], losses: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def run_layouts(
+    folder: Path, num_ranks: int, layouts: list[dict[str, Any]], losses: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
     for role, seed in (("policy", 1), ("reference", 2)):
         hf = save_model(folder / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32)
         convert(ConvertConfig(input=str(hf), output=str(folder / role)))
-    save_groups(folder / "groups", random_groups(5, seed=7, prompt_tokens=(5, 12), response_tokens=(22, 30)), folder / "policy-hf")
+    save_groups(
+        folder / "groups", random_groups(5, seed=7, prompt_tokens=(5, 12), response_tokens=(22, 30)), folder / "policy-hf"
+    )
     spec = {"folder": str(folder), "layouts": layouts, "losses": losses, "results": str(folder / "results.json")}
     (folder / "spec.json").write_text(json.dumps(spec))
     run_ranks(num_ranks, "tests.distributed.equivalence_worker", [str(folder / "spec.json")])

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.data.group import PreparedGroups
+from mpo_megatron.data.group import PreparedGroups, write_groups
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import ROOT
 from tests.tiny import random_groups, save_groups, save_model
@@ -43,7 +44,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(inputs: Path, output: Path, *options: str) -> list[str]:
     return [
         *(sys.executable, "-m", "mpo_megatron.cli", "train", "--output", str(output)),
-        *("--model.checkpoint", str(inputs / "model"), "--data.train", str(inputs / "train"), "--data.eval", str(inputs / "eval")),
+        *(
+            "--model.checkpoint",
+            str(inputs / "model"),
+            "--data.train",
+            str(inputs / "train"),
+            "--data.eval",
+            str(inputs / "eval"),
+        ),
         *("--data.groups_per_step", "8", "--data.row_tokens", "256", "--epochs", "2", "--eval_every", "3"),
         *("--optimizer.lr", "1e-3", "--loss.params.beta", "0.1", "--model.precision", "fp32", "--checkpoint.every", "1"),
         *("--checkpoint.keep", "10"),
@@ -113,7 +121,8 @@ def test_first_loss_and_metrics(inputs: Path, undisturbed: Path) -> None:
     indices = step_indices(0, len(data), 8, seed=1234, shuffle=True)
     assert steps[0]["loss"] == pytest.approx(first_loss(data, indices), abs=1e-5)
     assert held_out[0]["eval/loss"] == pytest.approx(first_loss(load_groups(inputs / "eval"), np.arange(6)), abs=1e-5)
-    assert held_out[0]["eval/accuracy"] == 0.5 and held_out[0]["eval/margin"] == pytest.approx(0, abs=1e-4)
+    assert held_out[0]["eval/accuracy"] == 0.5
+    assert held_out[0]["eval/margin"] == pytest.approx(0, abs=1e-4)
     assert sum(line["skipped_groups"] for line in steps) > 0  # the data has groups with all rewards equal
     # The last epoch has seen every group before: the loss is below ln 2-like chance, the margin above 0.
     assert np.mean([line["loss"] for line in steps[3:]]) < np.mean([line["loss"] for line in steps[:3]])
@@ -126,7 +135,8 @@ def test_killed_run_resumes_bit_for_bit(inputs: Path, undisturbed: Path, tmp_pat
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while not (output / "checkpoints" / "step_00000003").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     for member in family:
@@ -162,9 +172,12 @@ def test_bf16_on_two_replicas(inputs: Path, undisturbed: Path, tmp_path: Path) -
 
 
 def test_other_losses_train(inputs: Path, tmp_path: Path) -> None:
-    lines = train(inputs, tmp_path / "run", "--loss.name", "mcpo", "--loss.params", '{"beta": 0.1, "num_negatives": 1}', "--max_steps", "2")
+    lines = train(
+        inputs, tmp_path / "run", "--loss.name", "mcpo", "--loss.params", '{"beta": 0.1, "num_negatives": 1}', "--max_steps", "2"
+    )
     shares = [line["backward_share"] for line in lines if "backward_share" in line]
-    assert shares and all(0 < share < 1 for share in shares)
+    assert shares
+    assert all(0 < share < 1 for share in shares)
 
 
 @pytest.mark.parametrize(
@@ -189,3 +202,36 @@ def test_refused_configurations(
     assert main(command(inputs, tmp_path / "run", *options)[3:]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: next(folder.glob("*.distcp")).unlink(), "no such file"),
+        (lambda folder: os.truncate(next(folder.glob("*.distcp")), 1000), "truncated: 1,000 bytes"),
+        (lambda folder: os.truncate(folder / ".metadata", 100), "damaged"),
+        (lambda folder: (folder / "common.pt").unlink(), "common.pt: no such file"),
+    ],
+)
+def test_damaged_checkpoints_are_named(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None], message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(inputs / "model", model)
+    damage(model / "megatron")
+    assert main(command(inputs, tmp_path / "run", "--model.checkpoint", str(model))[3:]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_groups_of_another_tokenizer_are_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_groups(
+        tmp_path / "other", random_groups(4), tokenizer_digest="other", vocab_size=250, end_token_ids=[], reward_kind="scores"
+    )
+    assert main(command(inputs, tmp_path / "run", "--data.train", str(tmp_path / "other"))[3:]) == 2
+    assert "prepared with another tokenizer" in capsys.readouterr().err
+
+
+def test_a_reference_of_another_architecture_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert(ConvertConfig(input=str(save_model(tmp_path / "hf", num_hidden_layers=2)), output=str(tmp_path / "model")))
+    assert main(command(inputs, tmp_path / "run", "--model.reference", str(tmp_path / "model"))[3:]) == 2
+    assert "num_hidden_layers = 2, model.checkpoint has 4" in capsys.readouterr().err

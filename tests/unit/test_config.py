@@ -18,8 +18,10 @@ def test_command_line_overrides_yaml_and_the_result_loads_again(tmp_path: Path) 
     file = tmp_path / "config.yaml"
     file.write_text("optimizer: {lr: 1e-6}\nloss: {name: wmpo, params: {beta: 0.05}}\n")
     config = parse(TrainConfig, ["--config", str(file), *REQUIRED, "--loss.params.alpha", "2", "--parallel.tensor", "4"])
-    assert config.optimizer.lr == 1e-6 and config.loss.params == {"beta": 0.05, "alpha": 2}
-    assert config.parallel.sequence_parallel and not ParallelConfig().sequence_parallel
+    assert config.optimizer.lr == 1e-6
+    assert config.loss.params == {"beta": 0.05, "alpha": 2}
+    assert config.parallel.sequence_parallel
+    assert not ParallelConfig().sequence_parallel
     saved = tmp_path / "saved.yaml"
     saved.write_text(yaml.safe_dump(to_dict(config)))
     assert load_yaml(TrainConfig, saved) == config
@@ -46,7 +48,10 @@ def test_each_rule_names_field_and_value(options: list[str], message: str) -> No
 
 
 def test_unknown_options_and_missing_ones_end_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (([*REQUIRED, "--optimizer.rate", "1"], "optimizer.rate"), (["--output", "run"], "model.checkpoint")):
+    for arguments, message in (
+        ([*REQUIRED, "--optimizer.rate", "1"], "optimizer.rate"),
+        (["--output", "run"], "model.checkpoint"),
+    ):
         with pytest.raises(SystemExit):
             parse(TrainConfig, arguments)
         assert message in capsys.readouterr().err
@@ -67,7 +72,8 @@ def test_command_line_help_and_unknown_command(capsys: pytest.CaptureFixture[str
     assert "there is no command 'trian'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
-    assert stop.value.code == 0 and "Peak learning rate" in capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "Peak learning rate" in capsys.readouterr().out
 
 
 def qwen(**changes: object) -> SimpleNamespace:
@@ -110,7 +116,10 @@ def test_what_cannot_be_computed_is_refused(changes: dict[str, object], message:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"tensor": 3}, "parallel.tensor = 3 does not divide the model's num_attention_heads = 40; choose one of 1, 2, 4, 5, 8, 10, 20, 40"),
+        (
+            {"tensor": 3},
+            "parallel.tensor = 3 does not divide the model's num_attention_heads = 40; choose one of 1, 2, 4, 5, 8, 10, 20, 40",
+        ),
         ({"tensor": 10}, "parallel.tensor = 10 does not divide the model's num_key_value_heads = 8; choose one of 1, 2, 4, 8"),
         ({"pipeline": 5}, "parallel.pipeline = 5 does not divide the model's num_hidden_layers = 48"),
     ],

@@ -58,8 +58,10 @@ def test_factories_put_cuda_tensors_on_the_cpu(name: str) -> None:
 @needs_cpu
 def test_tensors_answer_as_on_a_gpu() -> None:
     tensor = torch.zeros(2)
-    assert tensor.cuda() is tensor and tensor.pin_memory() is tensor
-    assert tensor.type() == "torch.cuda.FloatTensor" and tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
+    assert tensor.cuda() is tensor
+    assert tensor.pin_memory() is tensor
+    assert tensor.type() == "torch.cuda.FloatTensor"
+    assert tensor.bfloat16().type() == "torch.cuda.BFloat16Tensor"
     assert tensor.type(torch.float64).dtype == torch.float64
     assert torch.cuda.current_device() == torch.device("cpu")
     state = torch.cuda.get_rng_state()
@@ -70,14 +72,17 @@ def test_tensors_answer_as_on_a_gpu() -> None:
 
 @needs_cpu
 def test_gpu_is_not_claimed() -> None:
-    assert not torch.cuda.is_available() and not device.has_gpu()
+    assert not torch.cuda.is_available()
+    assert not device.has_gpu()
     assert device.distributed_backend() == "gloo"
     assert 0 < device.peak_memory_gib() < 1024
 
 
 def test_device_contexts_still_act_on_factories() -> None:
     with torch.device("meta"):
-        assert torch.arange(3).is_meta and torch.empty(3).is_meta and torch.tensor([1.0]).is_meta
+        assert torch.arange(3).is_meta
+        assert torch.empty(3).is_meta
+        assert torch.tensor([1.0]).is_meta
 
 
 def test_transformers_in_the_same_process_keeps_its_buffers(tmp_path: Path) -> None:
@@ -105,6 +110,7 @@ def test_names_that_torch_dropped_fail_loudly() -> None:
 def test_config_data_losses_import_without_megatron() -> None:
     code = (
         "import sys; sys.modules['megatron'] = None\n"
-        "import mpo_megatron.config, mpo_megatron.losses, mpo_megatron.data.packing, mpo_megatron.data.loader, mpo_megatron.train.metrics"
+        "import mpo_megatron.config, mpo_megatron.losses\n"
+        "import mpo_megatron.data.packing, mpo_megatron.data.loader, mpo_megatron.train.metrics"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

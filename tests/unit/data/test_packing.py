@@ -60,8 +60,11 @@ def test_segments_cover_the_row_and_padding_is_apart() -> None:
     groups = random_groups(10, seed=5)
     for row in build_rows(groups, make_plan(groups)):
         edges = row.segments[:, :2].ravel()
-        assert edges[0] == 0 and edges[-1] == len(row.tokens) and np.array_equal(edges[1:-1:2], edges[2::2])
-        assert len(row.tokens) % 16 == 0 and row.num_tokens <= BUDGET
+        assert edges[0] == 0
+        assert edges[-1] == len(row.tokens)
+        assert np.array_equal(edges[1:-1:2], edges[2::2])
+        assert len(row.tokens) % 16 == 0
+        assert row.num_tokens <= BUDGET
         padding = np.arange(row.num_tokens, len(row.tokens))
         assert not np.isin(row.sources, padding).any()
 
@@ -126,7 +129,8 @@ def test_split_groups_are_named_and_too_long_responses_refused() -> None:
 
 def test_filler_rows_score_nothing() -> None:
     row = build_row((), [], layout="shared", multiple=16)
-    assert len(row.tokens) == 16 and len(row.targets) == len(row.responses) == row.num_tokens == 0
+    assert len(row.tokens) == 16
+    assert len(row.targets) == len(row.responses) == row.num_tokens == 0
 
 
 def test_steps_cover_each_epoch_once_and_depend_on_the_seed() -> None:
@@ -153,9 +157,7 @@ def test_steps_do_not_depend_on_replicas_or_where_they_start(tmp_path) -> None:
             shape = RowShape(
                 row_tokens=BUDGET, layout="shared", multiple=16, num_replicas=replicas, replica=replica, pair_weight=0.0
             )
-            parts.append(
-                list(iterate_steps(range(start, 6), data, select, shape, groups_per_step=8, seed=7, shuffle=True))
-            )
+            parts.append(list(iterate_steps(range(start, 6), data, select, shape, groups_per_step=8, seed=7, shuffle=True)))
         return [
             sorted((int(batch.table.indices[slot]), int(k)) for part in step for row in part.rows for slot, k in row.responses)
             for step in zip(*parts, strict=True)
@@ -163,7 +165,9 @@ def test_steps_do_not_depend_on_replicas_or_where_they_start(tmp_path) -> None:
         ]
 
     whole = steps(0, 1)
-    assert steps(0, 3) == whole and steps(2, 2) == whole[2:] and steps(6, 1) == []
+    assert steps(0, 3) == whole
+    assert steps(2, 2) == whole[2:]
+    assert steps(6, 1) == []
 
 
 def test_repacking_keeps_only_what_is_asked() -> None:

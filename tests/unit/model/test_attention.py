@@ -58,7 +58,9 @@ def test_equals_dense_attention(seed: int, heads: int, groups: int) -> None:
     ours, dense = segment_attention(*inputs, segments), dense_attention(*inputs, segments)
     torch.testing.assert_close(ours, dense)
     weights = torch.randn_like(dense)
-    for left, right in zip(torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((dense * weights).sum(), inputs), strict=True):
+    for left, right in zip(
+        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((dense * weights).sum(), inputs), strict=True
+    ):
         torch.testing.assert_close(left, right)
 
 
@@ -71,7 +73,8 @@ def test_siblings_and_neighbours_do_not_matter() -> None:
         part[5:9] += 1
         part[12:] += 1
     after = segment_attention(*changed, segments)
-    assert torch.equal(before[:5], after[:5]) and torch.equal(before[9:12], after[9:12])
+    assert torch.equal(before[:5], after[:5])
+    assert torch.equal(before[9:12], after[9:12])
     assert not torch.equal(before[5:9], after[5:9])
 
 

@@ -66,7 +66,8 @@ def test_bf16_is_reduced_in_float32(ranks: Ranks) -> None:
     largest = (hidden.double() @ weight.double().T).abs().max().item()
     assert (ours.double() - exact).abs().max().item() <= 2 * largest * 2**-9
     gradient = torch.autograd.grad(ours.sum(), weight)[0]
-    assert gradient.dtype == torch.bfloat16 and gradient[37:].abs().max() == 0
+    assert gradient.dtype == torch.bfloat16
+    assert gradient[37:].abs().max() == 0
 
 
 def test_padding_of_the_vocabulary_counts_nothing(ranks: Ranks) -> None:
@@ -82,4 +83,6 @@ def test_no_scored_tokens(ranks: Ranks) -> None:
     hidden, weight, targets = inputs(0, torch.float64)
     logps = vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=3, tp_group=ranks.tensor)
     logps.sum().backward()
-    assert logps.shape == (0,) and weight.grad is not None and weight.grad.abs().max() == 0
+    assert logps.shape == (0,)
+    assert weight.grad is not None
+    assert weight.grad.abs().max() == 0

@@ -14,14 +14,13 @@ from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.tracking import JsonlTracker
 
 
-def batch(policy: list[list[float]], reference: list[list[float]] | None, rewards: list[list[float]]) -> GroupBatch:
+def batch(policy: list[list[float]], reference: list[list[float]], rewards: list[list[float]]) -> GroupBatch:
     policy_logps = torch.tensor(policy, dtype=torch.float64)
     return GroupBatch(
         policy_logps=policy_logps,
-        reference_logps=None if reference is None else torch.tensor(reference, dtype=torch.float64),
+        reference_logps=torch.tensor(reference, dtype=torch.float64),
         rewards=torch.tensor(rewards, dtype=torch.float64),
         valid=torch.ones_like(policy_logps, dtype=torch.bool),
-        lengths=torch.full(policy_logps.shape, 2),
     )
 
 
@@ -29,7 +28,8 @@ def values(groups: GroupBatch, contributes: list[bool], computed: torch.Tensor |
     losses = torch.arange(1.0, len(contributes) + 1) * torch.tensor(contributes)
     everything = torch.ones_like(groups.valid) if computed is None else computed
     return {
-        name: mean.value for name, mean in compute_metrics(groups, losses, torch.tensor(contributes), everything, object()).items()
+        name: mean.value
+        for name, mean in compute_metrics(groups, losses, torch.tensor(contributes), everything, object()).items()
     }
 
 
@@ -56,12 +56,8 @@ def test_rounding_is_a_tie() -> None:
 def test_responses_that_were_not_computed_do_not_count() -> None:
     groups = batch([[2, 0, 99]], [[0, 0, 0]], [[2, 1, 0]])
     result = values(groups, [True], torch.tensor([[True, True, False]]))
-    assert result["margin"] == pytest.approx(2.0) and result["kl"] == pytest.approx(-1.0)
-
-
-def test_without_a_reference_log_probs_per_token_count() -> None:
-    groups = batch([[-2, -6]], None, [[1, 0]])
-    assert values(groups, [True])["margin"] == pytest.approx(2.0)
+    assert result["margin"] == pytest.approx(2.0)
+    assert result["kl"] == pytest.approx(-1.0)
 
 
 def test_combined_averages_weigh_by_count() -> None:
