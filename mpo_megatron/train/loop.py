@@ -150,8 +150,8 @@ def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
         ours, theirs = getattr(policy, name, None), getattr(reference, name, None)
         require(
             ours == theirs,
-            f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; the reference must have the policy's "
-            "architecture.",
+            f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; its reference must have "
+            "the same architecture.",
         )
     return load_conversion(folder)
 
