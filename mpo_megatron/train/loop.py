@@ -37,7 +37,7 @@ from mpo_megatron.train.step import (
     prepare_schedules,
     two_phase_step,
 )
-from mpo_megatron.train.tracking import Tracker, build_trackers
+from mpo_megatron.train.tracking import Tracker, build_trackers, check_installed
 
 TOKEN_MULTIPLE = 16
 """Rows are padded to a multiple of this per tensor-parallel rank: sequence parallelism and FP8 GEMMs need even parts."""
@@ -102,6 +102,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     conversion = load_conversion(folder)
     validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
     use_transformer_engine(config.model)
+    check_installed(config.logging)
     reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)
     opened = {}
@@ -383,6 +384,8 @@ class Run:
         folder = checkpoint.newest(self.folder) if self.config.checkpoint.resume else None
         if folder is None:
             return 0
+        if self.ranks.is_main:
+            print(f"resuming from {folder}", flush=True)
         checkpoint.verify(folder)
         saved = checkpoint.read_state(folder)
         checkpoint.check_same_run(saved, self.state(saved.step), folder)
@@ -391,16 +394,19 @@ class Run:
 
     def save(self, step: int, adam: Any) -> None:
         """Write a checkpoint and delete old ones."""
-        checkpoint.save(self.folder, self.state(step), self.model, adam, self.ranks, Path(self.config.model.checkpoint))
+        folder = checkpoint.save(self.folder, self.state(step), self.model, adam, self.ranks, Path(self.config.model.checkpoint))
         if self.ranks.is_main:
             checkpoint.remove_old(self.folder, self.config.checkpoint.keep)
+            print(f"saved {folder}", flush=True)
 
     def start_tracking(self, done: int) -> list[Tracker]:
         """Save the final configuration and open the trackers, on the main process only."""
         if not self.ranks.is_main:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
+        (self.folder / "config.yaml").write_text(text)
+        print(f"# {self.folder / 'config.yaml'}\n{text}", flush=True)
         return build_trackers(
             self.config.logging, self.folder, to_dict(self.config), start_step=done, total_steps=self.inputs.total_steps
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -47,10 +48,8 @@ class TensorBoardTracker:
     """Event files for TensorBoard."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ConfigError("logging.tensorboard = true, but tensorboard is not installed: pip install tensorboard.") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -65,16 +64,18 @@ class WandbTracker:
     """A Weights & Biases run; a resumed run continues its curves."""
 
     def __init__(self, run_folder: Path, logging: LoggingConfig, config: dict[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ConfigError("logging.wandb_project is set, but wandb is not installed: pip install wandb.") from error
+        import wandb
+
         name_file = run_folder / "wandb_run_id"
-        run_id = name_file.read_text().strip() if name_file.is_file() else wandb.util.generate_id()
-        name_file.write_text(run_id + "\n")
         self.run = wandb.init(
-            project=logging.wandb_project, name=logging.wandb_run, id=run_id, resume="allow", dir=str(run_folder), config=config
+            project=logging.wandb_project,
+            name=logging.wandb_run,
+            id=name_file.read_text().strip() if name_file.is_file() else None,
+            resume="allow",
+            dir=str(run_folder),
+            config=config,
         )
+        name_file.write_text(f"{self.run.id}\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics), step=step)
@@ -115,6 +116,16 @@ class ProgressLine:
 
     def close(self) -> None:
         self.progress.stop()
+
+
+def check_installed(logging: LoggingConfig) -> None:
+    """Raise `ConfigError` if a tracker is asked for whose package is missing."""
+    for field, wanted, package in (
+        ("logging.tensorboard", logging.tensorboard, "tensorboard"),
+        ("logging.wandb_project", logging.wandb_project is not None, "wandb"),
+    ):
+        if wanted and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{field} is set, but {package} is not installed: pip install {package}, or leave {field} out.")
 
 
 def build_trackers(

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpo_megatron.config import ConfigError, LoggingConfig
 from mpo_megatron.losses import GroupBatch
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
-from mpo_megatron.train.tracking import JsonlTracker
+from mpo_megatron.train.tracking import JsonlTracker, build_trackers, check_installed
 
 
 def batch(policy: list[list[float]], reference: list[list[float]], rewards: list[list[float]]) -> GroupBatch:
@@ -79,3 +80,30 @@ def test_resumed_metrics_file_drops_later_and_broken_lines(tmp_path: Path) -> No
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert lines[0]["margin"] is None
+
+
+def test_tensorboard_and_wandb_keep_and_continue_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    logging = LoggingConfig(tensorboard=True, wandb_project="test")
+    ids = []
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+        trackers = build_trackers(logging, tmp_path, {"seed": 1}, start_step=start, total_steps=4)
+        for tracker in trackers[:3]:
+            for step in steps:
+                tracker.log(step, {"loss": 10.0 * start + step})
+        for tracker in trackers:
+            tracker.close()
+        ids.append((tmp_path / "wandb_run_id").read_text())
+    assert ids[0] == ids[1]
+    accumulator = events.EventAccumulator(str(tmp_path / "tensorboard"))
+    accumulator.Reload()
+    assert [(event.step, event.value) for event in accumulator.Scalars("loss")] == [(1, 1), (2, 2), (3, 23), (4, 24)]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed(LoggingConfig())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"logging\.wandb_project is set, but wandb is not installed"):
+        check_installed(LoggingConfig(wandb_project="test"))
