@@ -72,7 +72,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--data", type=Path, help="groups to train on instead of the procedural task's")
     output_help = "folder for everything; cleared if an earlier run wrote it"
     parser.add_argument("--output", type=Path, default=Path("quickstart-out"), help=output_help)
-    parser.add_argument("--steps", type=int, help="optimizer steps (task: 40, data: 20)")
+    parser.add_argument("--steps", type=int, help="optimizer steps (task: 60, data: 20)")
     parser.add_argument("--groups", type=int, help="groups made by the task (1000), or most rows read from the data (1500)")
     parser.add_argument("--held-out", type=int, help="groups kept for evaluation (task: 100, data: a tenth, at most 50)")
     return parser.parse_args(arguments)
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     clear_output(output)
     num_groups = options.groups or (1500 if options.data else 1000)
     held_out = options.held_out or (min(50, max(1, num_groups // 10)) if options.data else 100)
-    steps = options.steps or (20 if options.data else 40)
+    steps = options.steps or (20 if options.data else 60)
 
     say("A small random Qwen3 model in Hugging Face format, with a tokenizer trained on the data")
     source = options.data or output / "task.jsonl"

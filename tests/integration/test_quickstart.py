@@ -30,7 +30,7 @@ def check_success(result: subprocess.CompletedProcess[str]) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run on the procedural task."""
     output = tmp_path_factory.mktemp("quickstart") / "out"
-    check_success(run_quickstart(output, "--steps", "30", "--groups", "600", "--held-out", "60"))
+    check_success(run_quickstart(output, "--steps", "40", "--groups", "600", "--held-out", "60"))
     return output
 
 
