@@ -102,17 +102,19 @@ class ProgressLine:
         self.progress.start()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "eval/loss" in metrics:
+            shown = "  ".join(f"{name} {metrics[f'eval/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
+            self.console.print(f"step {step}/{self.total_steps}  held-out: {shown}", soft_wrap=True)
+            return
+        text = f"skipped: none of its {metrics['skipped_groups']:.0f} groups carries a contrast"
         if "loss" in metrics:
             text = (
                 f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.3f}  margin {metrics['margin']:+.3f}  "
                 f"lr {metrics['lr']:.2e}  grad {metrics['grad_norm']:.3f}  {metrics['tokens_per_second']:.0f} tok/s"
             )
-            self.progress.update(self.task, completed=step, text=text)
-            if not self.console.is_terminal:
-                self.console.print(f"step {step}/{self.total_steps}  {text}", soft_wrap=True)
-        else:
-            shown = "  ".join(f"{name} {metrics[f'eval/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
-            self.console.print(f"step {step}/{self.total_steps}  held-out: {shown}", soft_wrap=True)
+        self.progress.update(self.task, completed=step, text=text)
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.total_steps}  {text}", soft_wrap=True)
 
     def close(self) -> None:
         self.progress.stop()

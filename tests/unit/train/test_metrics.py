@@ -12,7 +12,7 @@ import torch
 from mpo_megatron.config import ConfigError, LoggingConfig
 from mpo_megatron.losses import GroupBatch
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
-from mpo_megatron.train.tracking import JsonlTracker, build_trackers, check_installed
+from mpo_megatron.train.tracking import JsonlTracker, ProgressLine, build_trackers, check_installed
 
 
 def batch(policy: list[list[float]], reference: list[list[float]], rewards: list[list[float]]) -> GroupBatch:
@@ -107,3 +107,16 @@ def test_a_tracker_that_is_not_installed_is_refused_early(monkeypatch: pytest.Mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"logging\.wandb_project is set, but wandb is not installed"):
         check_installed(LoggingConfig(wandb_project="test"))
+
+
+def test_progress_shows_steps_evaluations_and_skipped_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    line = ProgressLine(total_steps=3, start_step=0)
+    learned = {"loss": 0.5, "accuracy": 0.75, "margin": 1.0, "lr": 1e-6, "grad_norm": 2.0, "tokens_per_second": 100.0}
+    line.log(1, learned | {"skipped_groups": 2})
+    line.log(2, {"lr": 1e-6, "grad_norm": 0.0, "tokens_per_second": 0.0, "skipped_groups": 8})
+    line.log(2, {"eval/loss": 0.25, "eval/accuracy": 0.9, "eval/margin": 3.0})
+    line.close()
+    shown = capsys.readouterr().out
+    assert "step 1/3  loss 0.5000  accuracy 0.750" in shown
+    assert "step 2/3  skipped: none of its 8 groups carries a contrast" in shown
+    assert "step 2/3  held-out: loss 0.2500  accuracy 0.9000" in shown
