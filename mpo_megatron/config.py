@@ -8,6 +8,7 @@ outside world (files, head counts, number of ranks) stand in `validate_*` functi
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -171,13 +172,15 @@ class ParallelConfig:
     """Tensor-parallel ranks: each holds a slice of every weight matrix."""
     pipeline: int = 1
     """Pipeline stages: each holds a run of layers."""
+    context: int = 1
+    """Context-parallel ranks: each computes a part of every row's tokens, and a part of the heads in attention."""
     sequence: bool | None = None
     """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
     timeout_minutes: float = 30.0
     """A collective that hangs longer than this ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline"):
+        for name in ("tensor", "pipeline", "context"):
             require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
         require(
             not (self.sequence and self.tensor == 1),
@@ -188,6 +191,11 @@ class ParallelConfig:
     def sequence_parallel(self) -> bool:
         """Whether sequence parallelism is on."""
         return self.tensor > 1 if self.sequence is None else self.sequence
+
+    @property
+    def row_parts(self) -> int:
+        """Equal parts that a row's tokens are cut into, at most: a row's length is a multiple of it."""
+        return self.tensor * self.context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,10 +308,11 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
     Raises:
         ConfigError: naming the field, the rule and the fix.
     """
-    model_ranks = config.parallel.tensor * config.parallel.pipeline
+    sizes = (config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
+    model_ranks = math.prod(sizes)
     require(
         world_size % model_ranks == 0,
-        f"parallel.tensor × parallel.pipeline = {config.parallel.tensor} × {config.parallel.pipeline} = {model_ranks} does not "
+        f"parallel.tensor × parallel.pipeline × parallel.context = {' × '.join(map(str, sizes))} = {model_ranks} does not "
         f"divide the number of ranks, {world_size}; start a multiple of {model_ranks} ranks (torchrun --nproc-per-node).",
     )
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):

@@ -119,6 +119,14 @@ def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padde
     ):
         _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
     _require_divides("parallel.pipeline", parallel.pipeline, "the model's num_hidden_layers", hf_config.num_hidden_layers)
+    heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
+    # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
+    choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+    require(
+        parallel.context in choices,
+        f"parallel.context = {parallel.context} cannot share out the {heads} attention heads and {groups} key/value heads that "
+        f"each tensor-parallel rank has; choose one of {', '.join(map(str, choices))}, or another parallel.tensor.",
+    )
 
 
 def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
@@ -182,6 +190,7 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         # Rows differ in length, so pipeline stages tell each other the shape of what they send.
         variable_seq_lengths=parallel.pipeline > 1,

@@ -20,6 +20,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
+from mpo_megatron.model.context_parallel import heads_to_tokens, tokens_to_heads
+
 
 class Segment(NamedTuple):
     """Tokens [start, end) of a row, whose context is the tokens [context_start, context_end)."""
@@ -97,6 +99,7 @@ class GroupAttention(torch.nn.Module):
         super().__init__()
         if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
             raise ValueError("GroupAttention computes causal self-attention with the default scale only.")
+        self.context_group = pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
 
     def forward(
         self,
@@ -108,16 +111,21 @@ class GroupAttention(torch.nn.Module):
         attention_bias: None = None,
         packed_seq_params: RowLayout | None = None,
     ) -> Tensor:
-        """Attend within the row.
+        """Attend within the row; with context parallelism the inputs and the result are those of this rank's tokens.
 
         Args:
             query: [T, 1, A, D]
             key, value: [T, 1, Q, D]
-            packed_seq_params: the row's layout
+            packed_seq_params: the whole row's layout
         Returns:
             [T, 1, A·D]
         """
         if packed_seq_params is None:
             raise ValueError("GroupAttention needs the row's layout in packed_seq_params.")
-        context = segment_attention(query.squeeze(1), key.squeeze(1), value.squeeze(1), packed_seq_params.segments)
-        return context.reshape(context.shape[0], 1, -1)
+        query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if self.context_group is not None:
+            query, key, value = tokens_to_heads(query, key, value, self.context_group)
+        output = segment_attention(query, key, value, packed_seq_params.segments)
+        if self.context_group is not None:
+            output = heads_to_tokens(output, self.context_group)
+        return output.reshape(output.shape[0], 1, -1)

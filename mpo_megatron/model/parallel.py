@@ -36,6 +36,11 @@ class Ranks:
         return self.groups.pp
 
     @property
+    def context(self) -> ProcessGroup:
+        """Ranks that hold the same weights and see other tokens of the same rows."""
+        return self.groups.cp
+
+    @property
     def data(self) -> ProcessGroup:
         """Ranks that hold the same weights and see other rows."""
         return self.groups.dp
@@ -86,6 +91,7 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        context_parallel_size=config.context,
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
         # Extra gloo groups serve a checkpoint format we do not use; without a GPU every group is gloo already.
         create_gloo_process_groups=False,

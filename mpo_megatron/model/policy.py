@@ -24,6 +24,7 @@ from mpo_megatron.model.architecture import (
     validate_layout,
 )
 from mpo_megatron.model.attention import RowLayout
+from mpo_megatron.model.context_parallel import sum_parts, take_part
 from mpo_megatron.model.logprobs import vocab_parallel_logps
 from mpo_megatron.model.parallel import Ranks
 
@@ -43,6 +44,9 @@ class Policy(GPTModel):
     def forward(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor, targets: Tensor) -> Tensor:
         """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
 
+        All arguments describe the whole row, and with context parallelism every rank returns all log-probs; a gradient that
+        comes back to them goes on to this rank's tokens only.
+
         Args:
             tokens: [1, T] token ids of one packed row
             position_ids: [1, T] positions, restarting after each shared prompt
@@ -50,13 +54,24 @@ class Policy(GPTModel):
             sources: [S] index in the row of the token that predicts each scored token
             targets: [S] ids of the scored tokens
         Returns:
-            [S] log-probs in nats, float32; or [T (over tensor ranks with sequence parallelism), 1, H] before the last stage
+            [S] log-probs in nats, float32; before the last stage [T, 1, H], T divided over context-parallel ranks and, with
+            sequence parallelism, over tensor-parallel ones
         """
         hidden = self.hidden_states(tokens, position_ids, layout)
         if not self.post_process:
             return hidden
+        hidden = self.gather_sequence(hidden).squeeze(1)
+        context = self.pg_collection.cp
+        if context.size() == 1:
+            return self.token_logps(hidden[sources], targets)
+        own = (sources % context.size() == context.rank()).nonzero().squeeze(1)
+        logps = self.token_logps(hidden[sources[own] // context.size()], targets[own])
+        return sum_parts(logps.new_zeros(len(sources)).index_put((own,), logps), context)
+
+    def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probs [S] of `targets` from the hidden states [S, H] that predict them."""
         return vocab_parallel_logps(
-            self.gather_sequence(hidden).squeeze(1)[sources],
+            hidden,
             self.output_weight(),
             targets,
             vocab_size=self.real_vocab_size,
@@ -65,7 +80,11 @@ class Policy(GPTModel):
         )
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout) -> Tensor:
-        """Output of this stage's last layer (and the final norm on the last stage): [T (/ tensor ranks), 1, H]."""
+        """Output of this stage's last layer (and the final norm on the last stage) for this rank's tokens of the row.
+
+        [T, 1, H], T divided over context-parallel ranks and, with sequence parallelism, over tensor-parallel ones.
+        """
+        tokens, position_ids = (take_part(part, self.pg_collection.cp) for part in (tokens, position_ids))
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         return self.decoder(
             hidden_states=embedded,
@@ -80,7 +99,7 @@ class Policy(GPTModel):
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the whole row on every tensor-parallel rank: [T, 1, H].
+        """Hidden states of all tokens of this context-parallel rank on every tensor-parallel rank: [T (/ context), 1, H].
 
         Backward sums the ranks' gradients: each rank's vocabulary shard contributes a part.
         """

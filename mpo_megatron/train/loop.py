@@ -40,7 +40,7 @@ from mpo_megatron.train.step import (
 from mpo_megatron.train.tracking import Tracker, build_trackers, check_installed
 
 TOKEN_MULTIPLE = 16
-"""Rows are padded to a multiple of this per tensor-parallel rank: sequence parallelism and FP8 GEMMs need even parts."""
+"""Rows are padded to a multiple of this per part of a row (`row_parts`): sequence parallelism and FP8 GEMMs need even parts."""
 
 
 class TrainingError(RuntimeError):
@@ -74,7 +74,7 @@ def train(config: TrainConfig) -> None:
         shape = RowShape(
             row_tokens=config.data.row_tokens,
             layout=config.data.layout,
-            multiple=TOKEN_MULTIPLE * config.parallel.tensor,
+            multiple=TOKEN_MULTIPLE * config.parallel.row_parts,
             num_replicas=ranks.data_size,
             replica=ranks.data_rank,
             pair_weight=flops.pair_weight,

@@ -51,7 +51,7 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         shape = RowShape(
             row_tokens=case.get("row_tokens", 256),
             layout=case.get("layout", "shared"),
-            multiple=16 * parallel.tensor,
+            multiple=16 * parallel.row_parts,
             num_replicas=ranks.data_size,
             replica=ranks.data_rank,
             pair_weight=1e-3,

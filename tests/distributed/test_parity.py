@@ -132,19 +132,34 @@ def test_one_rank(world: dict[str, Any]) -> None:
 
 
 def test_two_ranks(world: dict[str, Any]) -> None:
-    layouts: list[dict[str, Any]] = [{"tensor": 2}, {"tensor": 2, "sequence": False}, {"pipeline": 2}, {}]
+    layouts: list[dict[str, Any]] = [{"tensor": 2}, {"tensor": 2, "sequence": False}, {"pipeline": 2}, {"context": 2}, {}]
     cases = [{"name": name, "parallel": layout} for layout in layouts for name in ("qwen3", "qwen2-tied")]
     cases += [
         {"name": "qwen3-tied", "parallel": {"tensor": 2}, "layout": "unshared"},
         {"name": "qwen3", "parallel": {"tensor": 2}, "model_options": {"recompute": "full"}},
+        {"name": "qwen3", "parallel": {"context": 2}, "layout": "unshared"},
+        {"name": "qwen2", "parallel": {"context": 2}, "model_options": {"recompute": "full", "logprob_chunk": 7}},
         {"name": "qwen3", "parallel": {}, "two_phase": True, "row_tokens": 64},  # groups split over replicas
         {"name": "qwen2", "parallel": {"pipeline": 2}, "two_phase": True, "row_tokens": 64},
+        {"name": "qwen3-tied", "parallel": {"context": 2}, "two_phase": True, "row_tokens": 64},
     ]
     results = check_cases(world, 2, cases, "two")
-    assert results[-2]["split"] > 0
+    assert all(result["split"] > 0 for result in results[-3:])
 
 
 def test_four_ranks(world: dict[str, Any]) -> None:
     layouts: list[dict[str, Any]] = [{"tensor": 2, "pipeline": 2}, {"pipeline": 4}, {"tensor": 2}, {"pipeline": 2}]
+    layouts += [
+        {"context": 2, "tensor": 2},  # each tensor-parallel rank has one key/value head, which both context ranks need
+        {"context": 2, "tensor": 2, "sequence": False},
+        {"context": 2, "pipeline": 2},
+        {"context": 2},  # two replicas of two ranks
+        {"context": 4},
+    ]
     cases = [{"name": name, "parallel": layout} for layout in layouts for name in ("qwen3", "qwen2-tied")]
-    check_cases(world, 4, cases, "four")
+    cases += [
+        {"name": "qwen3", "parallel": {"context": 2, "tensor": 2}, "two_phase": True, "row_tokens": 64},
+        {"name": "qwen2", "parallel": {"context": 2}, "two_phase": True, "row_tokens": 64},
+    ]
+    results = check_cases(world, 4, cases, "four")
+    assert all(result["split"] > 0 for result in results[-2:])

@@ -1,0 +1,65 @@
+"""Context parallelism: a row's tokens are dealt over ranks, and attention trades tokens for heads.
+
+Every rank of the group gets each `size`-th token of the row, starting at its own rank, so that prompts, responses and with them
+the work of the output layer are spread evenly. For attention an all-to-all hands each rank all tokens of a part of the heads, in
+row order, and a second one hands the result back: attention itself sees whole rows, so any mask and any back end will do.
+
+Legend: T tokens of the row, N = T / size tokens of one rank, A attention heads of this tensor-parallel rank, Q its key/value
+heads, D channels, S scored tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from megatron.core.tensor_parallel import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import all_to_all
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def take_part(row: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's tokens [1, N] of a row [1, T]; T is a multiple of the group's size."""
+    if row.shape[1] % group.size():
+        raise ValueError(f"a row of {row.shape[1]} tokens cannot be dealt over {group.size()} context-parallel ranks")
+    return row[:, group.rank() :: group.size()]
+
+
+def tokens_to_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """From all heads of some tokens to some heads of all tokens, in one all-to-all (backward: the reverse one).
+
+    With fewer key/value heads than ranks, each is sent to all ranks that have query heads of it; backward sums their gradients.
+
+    Args:
+        query: [N, A, D]
+        key, value: [N, Q, D]
+    Returns:
+        [T, A / size, D] and twice [T, max(1, Q / size), D]
+    """
+    size = group.size()
+    if key.shape[1] < size:
+        key, value = (part.repeat_interleave(size // part.shape[1], dim=1) for part in (key, value))
+    heads = [part.unflatten(1, (size, -1)) for part in (query, key, value)]
+    mixed = _exchange(torch.cat(heads, dim=2).transpose(0, 1), group)  # [size, N, heads, D]
+    mixed = mixed.transpose(0, 1).flatten(0, 1)  # token i·size + r came from rank r
+    query, key, value = mixed.split([part.shape[2] for part in heads], dim=1)
+    return query, key, value
+
+
+def heads_to_tokens(output: Tensor, group: ProcessGroup) -> Tensor:
+    """Back from some heads of all tokens, [T, A / size, D], to all heads of this rank's tokens, [N, A, D]."""
+    dealt = output.unflatten(0, (-1, group.size())).transpose(0, 1)  # [size, N, A / size, D]
+    return _exchange(dealt, group).transpose(0, 1).flatten(1, 2)
+
+
+def sum_parts(parts: Tensor, group: ProcessGroup) -> Tensor:
+    """Sum over ranks in forward; the gradient goes to every rank as it is.
+
+    The loss is computed alike on all ranks, and each rank's part of the model hears of its own tokens only: the sum over ranks
+    of the weights' gradients is then that of one rank without context parallelism.
+    """
+    return reduce_from_tensor_model_parallel_region(parts, group=group)
+
+
+def _exchange(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Send slice r of the first dimension to rank r; slice r of the result came from rank r."""
+    return all_to_all(group, tensor.contiguous())
