@@ -138,6 +138,7 @@ def measure_run(run: Path, held_out: HeldOut, max_response_tokens: int) -> dict[
         # The median: the first step, which allocates, and disturbances by other programs stay out.
         "seconds_per_step": statistics.median(row["seconds"] for row in steps),
         "training_seconds": sum(row["seconds"] for row in steps),
+        "tokens_per_step": statistics.fmean(row["tokens_per_second"] * row["seconds"] for row in steps),
         "backward_share": statistics.fmean(row.get("backward_share", 1.0) for row in steps),
         "skipped_groups": sum(row["skipped_groups"] for row in steps),
     }

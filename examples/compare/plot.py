@@ -9,6 +9,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # draws to files, with no display
 import matplotlib.pyplot as plt
+from PIL import Image
 
 COLOURS = ("#1f6fb4", "#2a9150", "#8452a8", "#e07b1a", "#c23b3b", "#8a6d3b", "#4d4d4d")
 """One per family, in the order in which families appear."""
@@ -21,7 +22,7 @@ def plot_comparison(comparison: dict[str, Any], picture: Path) -> None:
     methods = comparison["methods"]
     styles = _choose_styles(methods)
     height = 0.27 * len(methods) + 1.4
-    figure, panels = plt.subplots(2, 2, figsize=(13, 4.6 + height), height_ratios=(4.6, height), constrained_layout=True)
+    figure, panels = plt.subplots(2, 2, figsize=(13, 4.2 + height), height_ratios=(4.2, height), constrained_layout=True)
     _draw_curves(panels[0, 0], methods, styles)
     _draw_drift(panels[0, 1], methods, styles)
     _draw_log_ratios(panels[1, 0], methods, styles)
@@ -36,6 +37,8 @@ def plot_comparison(comparison: dict[str, Any], picture: Path) -> None:
     title = f"The quickstart's task, {comparison['steps']} steps, {runs}; one learning rate and one β, nothing tuned per method"
     figure.suptitle(title, fontsize=11)
     figure.savefig(picture, dpi=90)
+    with Image.open(picture) as image:  # 128 colours: half the size, so that it can be committed
+        image.convert("RGB").quantize(colors=128).save(picture, optimize=True)
     plt.close(figure)
 
 
@@ -58,7 +61,7 @@ def _draw_curves(panel: Any, methods: list[dict[str, Any]], styles: dict[str, di
         steps = [point["step"] for point in method["curve"]]
         accuracy = [100 * point["accuracy"] for point in method["curve"]]
         panel.plot(steps, accuracy, label=method["name"], markersize=5, linewidth=1.2, alpha=0.85, **styles[method["name"]])
-    panel.set_title("held-out accuracy of log π/π_ref (% of pairs Y+ × Y−)", fontsize=10)
+    panel.set_title("held-out accuracy of log π/π_ref (% of pairs)", fontsize=10)
     panel.set_xlabel("step")
 
 
@@ -77,8 +80,8 @@ def _draw_drift(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dic
             **styles[method["name"]],
         )
     panel.axvline(0, color="black", linewidth=0.6)
-    panel.set_title("accuracy (%) and drift of the preferred responses, at the end", fontsize=10)
-    panel.set_xlabel("mean log π/π_ref over Y+ (nats); left of 0: less likely than at the start")
+    panel.set_title("held-out accuracy (%) against drift of the preferred", fontsize=10)
+    panel.set_xlabel("mean log π/π_ref over Y+ (nats); below 0: less likely than before")
 
 
 def _draw_log_ratios(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
@@ -93,19 +96,22 @@ def _draw_log_ratios(panel: Any, methods: list[dict[str, Any]], styles: dict[str
         )
     panel.axvline(0, color="black", linewidth=0.6)
     panel.margins(x=0.1)
-    panel.set_title("mean log π/π_ref (nats): ● preferred, ○ others; the number is the margin", fontsize=10)
+    panel.set_title("mean log π/π_ref (nats): ● preferred, ○ others; margin", fontsize=10)
     _name_rows(panel, methods, styles)
 
 
 def _draw_time(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     for row, method in enumerate(methods):
-        seconds, share = (method["final"][name]["mean"] for name in ("seconds_per_step", "backward_share"))
+        seconds, tokens, share = (
+            method["final"][name]["mean"] for name in ("seconds_per_step", "tokens_per_step", "backward_share")
+        )
         panel.barh(row, seconds, color=styles[method["name"]]["color"], alpha=0.8, height=0.65)
-        note = f" {seconds:.2f}" + (f", {share:.0%} of the tokens in backward" if share < 1 else "")
+        note = f" {seconds:.2f}, {tokens:,.0f} tokens" + (f", {share:.0%} of them in backward" if share < 1 else "")
         panel.annotate(note, (seconds, row), va="center", fontsize=8)
-    panel.margins(x=0.35)
-    panel.set_title("time of a step (s)", fontsize=10)
-    _name_rows(panel, methods, styles)
+    panel.margins(x=0.5)
+    panel.set_title("time of a step (s), and what it computes", fontsize=10)
+    panel.set_yticks(range(len(methods)), [])  # the names stand left of it
+    panel.invert_yaxis()
 
 
 def _name_rows(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from examples.compare.measure import compute_ranking_accuracy
 from examples.compare.report import build_comparison
 from examples.compare.run import Method, load_methods, parse_arguments, read_result
-from mpo_megatron.losses import build_params
+from mpo_megatron.losses import build_params, list_losses
 
 ROOT = Path(__file__).parents[2]
 METHODS = ("mpo", "simpo")  # a loss of log-ratios, and one without a reference
@@ -94,6 +94,16 @@ def test_methods_are_valid(method: Method) -> None:
         assert method.params["beta"] == 0.1
 
 
+def test_guide_lists_every_loss() -> None:
+    guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    listed = [
+        line.split("`")[1]
+        for line in guide.partition("## All methods")[2].partition("\n## ")[0].splitlines()
+        if line.startswith("| `")
+    ]
+    assert sorted(listed[1:]) == [loss.name for loss in list_losses()]
+
+
 def test_unknown_method_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_arguments(["mpo"], ["--methods", "mpoo"])
@@ -121,7 +131,11 @@ def test_mean_and_spread_over_seeds() -> None:
     def result(accuracy: float) -> dict[str, object]:
         point = dict.fromkeys(("ranking_accuracy", "plain_accuracy", "margin", "chosen", "rejected", "kl"), 0.0)
         curve = [{"step": 2, "accuracy": accuracy, "accuracy_error": 0.1, **point}]
-        return {"curve": curve, "seconds_per_step": 1.0, "training_seconds": 2.0, "backward_share": 1.0}
+        return {
+            "curve": curve,
+            "seconds_per_step": 1.0,
+            **dict.fromkeys(("training_seconds", "tokens_per_step", "backward_share"), 1.0),
+        }
 
     (method,) = build_comparison([load_methods()["mpo"]], {"mpo": {0: result(0.6), 1: result(0.8)}}, steps=2)["methods"]
     assert method["final"]["accuracy"] == {"mean": pytest.approx(0.7), "spread": pytest.approx(0.1 * 2**0.5)}
