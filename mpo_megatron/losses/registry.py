@@ -7,7 +7,7 @@ To add a method, write its hyper-parameters and its formula, and import the file
         margin: float = 1.0
         \"\"\"Wanted difference of the log-ratios, in nats.\"\"\"
 
-    @register("margin", params=MarginParams, scored=find_paired, needs=needs_pairs, source="Someone 2030")
+    @register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="Someone 2030")
     def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
         \"\"\"max(0, margin − (s_w − s_l)), averaged over the group's pairs; nats.\"\"\"
         margins = compute_margins(compute_log_ratios(batch))
