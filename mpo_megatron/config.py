@@ -133,6 +133,8 @@ class ModelConfig:
     """Compute precision; optimizer states and master weights are float32 in both."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
+    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
+    """Attention kernel: `sdpa` is exact and runs anywhere; `flex` and `varlen` (flash attention) need a GPU; `auto` chooses."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
     logprob_chunk: int = 1024

@@ -5,6 +5,7 @@ Supported: Qwen2 / Qwen2.5 (`qwen2`: bias on q, k, v) and Qwen3 dense (`qwen3`: 
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, require
-from mpo_megatron.model.attention import GroupAttention
+from mpo_megatron.model.attention import GroupAttention, RowAttention
 
 SUPPORTED = ("qwen2", "qwen3")
 """`model_type` of the Hugging Face configs that can be represented."""
@@ -225,7 +226,9 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def build_block_spec(config: TransformerConfig, transformer_engine: bool, pipeline_rank: int) -> TransformerBlockSubmodules:
+def build_block_spec(
+    config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, attend: RowAttention
+) -> TransformerBlockSubmodules:
     """The layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core in both."""
     norm: Callable[..., torch.nn.Module]
     if transformer_engine:
@@ -240,6 +243,6 @@ def build_block_spec(config: TransformerConfig, transformer_engine: bool, pipeli
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = GroupAttention
+    layer.submodules.self_attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend)
     num_layers = get_num_layers_to_build(config, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

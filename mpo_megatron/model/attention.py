@@ -2,14 +2,17 @@
 
 A row is a run of segments. A prompt is a segment with nothing before it; a response is a segment whose context is its
 group's prompt. A token attends to its segment's context and, causally, to its segment: never to a sibling response or to
-another group. Legend: T tokens of the row, A attention heads of this rank, Q key/value heads of this rank, D channels.
+another group. This module has the exact back end, `sdpa`, which the others (attention_flex, attention_varlen) are held against,
+and the module that Megatron-Core calls.
+
+Legend: T tokens of the row, A attention heads of this rank, Q key/value heads of this rank, D channels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +35,9 @@ class Segment(NamedTuple):
     context_end: int
 
 
+Index = TypeVar("Index")
+
+
 @dataclass
 class RowLayout(PackedSeqParams):
     """The segments of one packed row. A PackedSeqParams, since that is what Megatron-Core hands down to the attention core."""
@@ -40,11 +46,29 @@ class RowLayout(PackedSeqParams):
     """Keeps Megatron-Core on its [sequence, batch, head, channel] path, where rotary angles are taken token by token."""
     segments: tuple[Segment, ...] = ()
     """Segments in row order; together they cover the row."""
+    indices: dict[Callable[..., Any], Any] = field(default_factory=dict)
+    """What back ends made of the segments, by the function that made it."""
+
+    def index(self, build: Callable[[tuple[Segment, ...]], Index]) -> Index:
+        """`build(segments)`, made once per row and shared by all layers."""
+        if build not in self.indices:
+            self.indices[build] = build(self.segments)
+        result: Index = self.indices[build]
+        return result
+
+
+RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout], Tensor]
+"""A back end: query [T, A, D], key and value [T, Q, D] and the row's layout to [T, A, D]."""
 
 
 def row_layout(segments: Iterable[tuple[int, int, int, int]]) -> RowLayout:
     """A RowLayout from (start, end, context_start, context_end) rows."""
     return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments))
+
+
+def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+    """`segment_attention` over a row's segments."""
+    return segment_attention(query, key, value, layout.segments)
 
 
 def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Iterable[Segment]) -> Tensor:
@@ -66,9 +90,9 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Itera
         values = torch.cat((value[context], value[own])) if has_context else value[own]
         mask = causal_lower_right(segment.end - segment.start, len(keys)) if has_context else None
         output = F.scaled_dot_product_attention(
-            _heads_first(query[own]),
-            _heads_first(keys),
-            _heads_first(values),
+            heads_first(query[own]),
+            heads_first(keys),
+            heads_first(values),
             attn_mask=mask,
             is_causal=not has_context,
             enable_gqa=True,
@@ -77,7 +101,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Itera
     return torch.cat(outputs)
 
 
-def _heads_first(tensor: Tensor) -> Tensor:
+def heads_first(tensor: Tensor) -> Tensor:
     """[T, heads, D] as scaled_dot_product_attention wants it: [1, heads, T, D]."""
     return tensor.transpose(0, 1).unsqueeze(0)
 
@@ -95,10 +119,12 @@ class GroupAttention(torch.nn.Module):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        attend: RowAttention = sdpa_row_attention,
     ) -> None:
         super().__init__()
         if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
             raise ValueError("GroupAttention computes causal self-attention with the default scale only.")
+        self.attend = attend
         self.context_group = pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
 
     def forward(
@@ -125,7 +151,7 @@ class GroupAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context_group is not None:
             query, key, value = tokens_to_heads(query, key, value, self.context_group)
-        output = segment_attention(query, key, value, packed_seq_params.segments)
+        output = self.attend(query, key, value, packed_seq_params)
         if self.context_group is not None:
             output = heads_to_tokens(output, self.context_group)
         return output.reshape(output.shape[0], 1, -1)

@@ -24,6 +24,7 @@ from mpo_megatron.model.architecture import (
     validate_layout,
 )
 from mpo_megatron.model.attention import RowLayout
+from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part
 from mpo_megatron.model.logprobs import vocab_parallel_logps
 from mpo_megatron.model.parallel import Ranks
@@ -120,7 +121,8 @@ def build_policy(
     """This rank's part of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
 
     Raises:
-        ConfigError: the layout does not divide the model, or Transformer Engine is asked for and missing.
+        ConfigError: the layout does not divide the model, or something is asked for that is missing: Transformer Engine, or an
+            attention back end.
     """
     validate_layout(hf_config, parallel, padded_vocab_size)
     config = build_transformer_config(hf_config, model, parallel)
@@ -128,7 +130,9 @@ def build_policy(
         real_vocab_size=hf_config.vocab_size,
         logprob_chunk=model.logprob_chunk,
         config=config,
-        transformer_layer_spec=build_block_spec(config, use_transformer_engine(model), ranks.pipeline.rank()),
+        transformer_layer_spec=build_block_spec(
+            config, use_transformer_engine(model), ranks.pipeline.rank(), attention_function(choose_attention(model))
+        ),
         vocab_size=padded_vocab_size,
         max_sequence_length=hf_config.max_position_embeddings,
         pre_process=ranks.is_first_stage,

@@ -23,6 +23,7 @@ from mpo_megatron.data.loader import RowShape, StepBatch, build_step, iterate_st
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
+from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.convert import Conversion, load_conversion
 from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
@@ -102,6 +103,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     conversion = load_conversion(folder)
     validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
     use_transformer_engine(config.model)
+    choose_attention(config.model)
     check_installed(config.logging)
     reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)

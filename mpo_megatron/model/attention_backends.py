@@ -1,0 +1,57 @@
+"""Which attention back end a run uses: what the configuration asks for, as far as this machine has it."""
+
+from __future__ import annotations
+
+from mpo_megatron import device
+from mpo_megatron.config import ModelConfig, require
+from mpo_megatron.model.attention import RowAttention, sdpa_row_attention
+
+
+def choose_attention(model: ModelConfig) -> str:
+    """The back end for this machine: `sdpa`, `flex` or `varlen`.
+
+    `auto` is `sdpa` without a GPU and in float32, where exactness is asked for; with bf16 on a GPU it is `varlen` if a kernel is
+    installed, else `flex`.
+
+    Raises:
+        ConfigError: a back end is asked for that does not work here, with the reason.
+    """
+    if model.attention != "auto":
+        missing = _missing(model)
+        require(
+            missing is None,
+            f"model.attention = {model.attention}, but {missing}; set model.attention to auto or sdpa.",
+        )
+        return model.attention
+    if not device.has_gpu() or model.precision == "fp32":
+        return "sdpa"
+    from mpo_megatron.model.attention_varlen import find_kernel
+
+    return "flex" if find_kernel() is None else "varlen"
+
+
+def _missing(model: ModelConfig) -> str | None:
+    """Why the back end that the configuration names cannot be used here; None if it can."""
+    if model.attention in ("flex", "varlen") and not device.has_gpu():
+        return "this machine has no GPU, and its backward pass needs one"
+    if model.attention == "varlen":
+        from mpo_megatron.model.attention_varlen import NO_KERNEL, find_kernel
+
+        if model.precision == "fp32":
+            return "its kernels take no float32 (model.precision)"
+        if find_kernel() is None:
+            return NO_KERNEL
+    return None
+
+
+def attention_function(name: str) -> RowAttention:
+    """The function of a back end; its imports happen here, so that only the one in use is needed."""
+    if name == "flex":
+        from mpo_megatron.model.attention_flex import flex_row_attention
+
+        return flex_row_attention
+    if name == "varlen":
+        from mpo_megatron.model.attention_varlen import varlen_row_attention
+
+        return varlen_row_attention
+    return sdpa_row_attention

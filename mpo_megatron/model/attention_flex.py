@@ -1,0 +1,74 @@
+"""`flex`: PyTorch's compiled flex attention, which skips blocks of the score matrix that no token of the row needs.
+
+What is kept per row is a list of blocks, (T / 128)² small integers, and three integers a token: never a mask of T² entries.
+Legend as in attention.py; B tokens of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from mpo_megatron import device
+from mpo_megatron.model.attention import RowLayout, Segment, heads_first
+
+BLOCK = 128
+"""B: tokens of a block, the unit in which the kernel skips."""
+
+
+def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+    """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout."""
+    mask = layout.index(build_block_mask)
+    output = _compiled()(heads_first(query), heads_first(key), heads_first(value), block_mask=mask, enable_gqa=True)
+    return output.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    # Rows differ in length: after the second one the compiled kernel takes any.
+    return torch.compile(flex_attention)
+
+
+def build_block_mask(segments: Sequence[Segment]) -> BlockMask:
+    """Which blocks of the row's scores are computed, and which of them need no mask inside.
+
+    torch's own `create_block_mask` would spell out all T² entries first; counting intervals gives the same.
+    """
+    edges = torch.tensor(segments, dtype=torch.int32)
+    per_token = edges.repeat_interleave(edges[:, 1] - edges[:, 0], dim=0).to(device.device())
+    start, _, context_start, context_end = (column.contiguous() for column in per_token.unbind(dim=1))
+    num_tokens = len(start)
+    token = torch.arange(num_tokens, dtype=torch.int32, device=start.device)
+    first = torch.arange(0, num_tokens, BLOCK, dtype=torch.int32, device=start.device)  # of each block of keys
+
+    def overlap(low: Tensor, high: Tensor) -> Tensor:
+        """[T, T / B] keys of each block that lie in [low, high)."""
+        return (torch.minimum(high[:, None], first + BLOCK) - torch.maximum(low[:, None], first)).clamp_(min=0)
+
+    visible = overlap(context_start, context_end) + overlap(start, token + 1)
+    # A last block that is not full of tokens counts as one whose missing tokens see nothing.
+    visible = torch.nn.functional.pad(visible, (0, 0, 0, -num_tokens % BLOCK)).unflatten(0, (-1, BLOCK))
+    some, whole = visible.amax(dim=1) > 0, visible.amin(dim=1) == BLOCK
+
+    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_context = (key >= context_start[query]) & (key < context_end[query])
+        return in_context | ((key >= start[query]) & (key <= query))
+
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~whole),
+        *_listed(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=mask,
+        seq_lengths=(num_tokens, num_tokens),
+    )
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """From [T / B, T / B] flags to how many are set in each row, and their columns, those set first."""
+    count = blocks.sum(dim=1, dtype=torch.int32)
+    order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return count[None, None], order[None, None]

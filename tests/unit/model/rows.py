@@ -1,0 +1,48 @@
+"""Random packed rows for tests of attention."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpo_megatron.model.attention import Segment
+
+
+def random_groups_row(seed: int, *, max_groups: int = 4, max_responses: int = 16, max_tokens: int = 30) -> list[Segment]:
+    """Groups of up to `max_responses` responses, many of one token, then padding; prompts and responses up to `max_tokens`."""
+    rng = np.random.default_rng(seed)
+    segments: list[Segment] = []
+    end = 0
+    for _ in range(rng.integers(1, max_groups, endpoint=True)):
+        prompt = (end, end + int(rng.integers(1, max_tokens, endpoint=True)))
+        segments.append(Segment(*prompt, prompt[0], prompt[0]))
+        end = prompt[1]
+        for _ in range(rng.integers(0, max_responses, endpoint=True)):
+            length = 1 if rng.random() < 0.3 else int(rng.integers(1, max_tokens, endpoint=True))
+            segments.append(Segment(end, end + length, *prompt))
+            end += length
+    padding = -end % 16
+    if padding:
+        segments.append(Segment(end, end + padding, end, end))
+    return segments
+
+
+def visible_pairs(segments: list[Segment]) -> Tensor:
+    """[T, T] which key each query sees, spelled out."""
+    visible = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.bool)
+    for segment in segments:
+        for token in range(segment.start, segment.end):
+            visible[token, segment.context_start : segment.context_end] = True
+            visible[token, segment.start : token + 1] = True
+    return visible
+
+
+def random_qkv(
+    num_tokens: int, heads: int, groups: int, *, channels: int = 8, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> list[Tensor]:
+    """Query [T, heads, channels], key and value [T, groups, channels], all requiring gradients."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(num_tokens, heads, channels), (num_tokens, groups, channels), (num_tokens, groups, channels)]
+    drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]

@@ -1,0 +1,125 @@
+"""`varlen` and `flex` see what `sdpa` sees: their index tensors and masks are checked here without their GPU kernels."""
+
+from __future__ import annotations
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, create_mask
+
+from mpo_megatron import device
+from mpo_megatron.config import ConfigError, ModelConfig
+from mpo_megatron.model.attention import row_layout, segment_attention
+from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
+from mpo_megatron.model.attention_varlen import VarlenIndex, build_varlen_index, varlen_row_attention
+from tests.unit.model.rows import random_groups_row, random_qkv, visible_pairs
+
+
+def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    outputs = []
+    for number in range(len(index.query_ends) - 1):
+        queries = slice(int(index.query_ends[number]), int(index.query_ends[number + 1]))
+        keys = slice(int(index.key_ends[number]), int(index.key_ends[number + 1]))
+        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        assert 0 < num_queries <= index.max_queries
+        assert 0 < num_keys <= index.max_keys
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+        scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) / math.sqrt(query.shape[2])
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), value[keys]))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
+def test_varlen_equals_sdpa(seed: int, heads: int, groups: int) -> None:
+    segments = random_groups_row(seed, max_tokens=9)
+    inputs = random_qkv(segments[-1].end, heads, groups)
+    varlen = varlen_row_attention(*inputs, row_layout(segments), kernel=plain_varlen_kernel)
+    sdpa = segment_attention(*inputs, segments)
+    torch.testing.assert_close(varlen, sdpa)
+    weights = torch.randn_like(sdpa)
+    for left, right in zip(
+        torch.autograd.grad((varlen * weights).sum(), inputs), torch.autograd.grad((sdpa * weights).sum(), inputs), strict=True
+    ):
+        torch.testing.assert_close(left, right)
+
+
+def test_varlen_gathers_nothing_without_shared_prompts() -> None:
+    index = build_varlen_index(row_layout([(0, 5, 0, 0), (5, 9, 5, 5)]).segments)
+    assert index.key_index is None
+    assert torch.equal(index.query_ends, index.key_ends)
+
+
+def test_gathered_keys_sum_their_gradients_in_float32() -> None:
+    """2049 equal gradients on a prompt's only key: bf16 would stop counting at 256."""
+    layout = row_layout([(0, 1, 0, 0), *((token, token + 1, 0, 1) for token in range(1, 2049))])
+    query, key, value = random_qkv(2049, 1, 1, dtype=torch.bfloat16)
+
+    def sum_of_values(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+        return value
+
+    varlen_row_attention(query, key, value, layout, kernel=sum_of_values).sum().backward()
+    assert value.grad is not None
+    assert value.grad[0].eq(2048).all()  # 2049 rounded to bf16
+
+
+def test_index_is_made_once_per_row() -> None:
+    layout = row_layout([(0, 3, 0, 0), (3, 5, 0, 3)])
+    assert layout.index(build_varlen_index) is layout.index(build_varlen_index)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_flex_mask_is_exact(seed: int) -> None:
+    segments = random_groups_row(seed, max_tokens=90, max_responses=6)
+    num_tokens = segments[-1].end
+    visible = visible_pairs(segments)
+    ours = build_block_mask(segments)
+    assert torch.equal(create_mask(ours.mask_mod, 1, 1, num_tokens, num_tokens, device="cpu")[0, 0], visible)
+    theirs = create_block_mask(lambda b, h, q, k: visible[q, k], 1, 1, num_tokens, num_tokens, device="cpu", BLOCK_SIZE=BLOCK)
+    for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    assert ours.seq_lengths == theirs.seq_lengths
+
+
+def test_flex_mask_has_full_blocks_and_skips() -> None:
+    prompt = (0, 4 * BLOCK)
+    segments = [(*prompt, 0, 0), *((start, start + BLOCK, *prompt) for start in range(prompt[1], 8 * BLOCK, BLOCK))]
+    mask = build_block_mask(row_layout(segments).segments)
+    assert mask.full_kv_num_blocks is not None
+    assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]  # a response sees the whole prompt
+    assert mask.kv_num_blocks[0, 0].tolist() == [1] * 8  # and needs the mask on its own diagonal only
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None and not torch.cuda.is_available(), reason="torch.compile needs a C++ compiler")
+def test_flex_forward_equals_sdpa() -> None:
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    segments = random_groups_row(2)
+    assert segments[-1].end > 2 * BLOCK
+    drawn = random_qkv(segments[-1].end, 4, 2, channels=16, dtype=torch.float32, device=where)
+    query, key, value = (tensor.detach() for tensor in drawn)  # flex has no backward pass on a CPU
+    flex = flex_row_attention(query, key, value, row_layout(segments))
+    torch.testing.assert_close(flex, segment_attention(query, key, value, segments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_choice_by_machine(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    monkeypatch.setattr("mpo_megatron.model.attention_varlen.find_kernel", lambda: None)
+    assert choose_attention(ModelConfig(checkpoint="", precision="bf16")) == ("flex" if gpu else "sdpa")
+    assert choose_attention(ModelConfig(checkpoint="", precision="fp32")) == "sdpa"
+    with pytest.raises(ConfigError, match=r"model.attention = varlen, but"):
+        choose_attention(ModelConfig(checkpoint="", attention="varlen"))
+    if not gpu:
+        with pytest.raises(ConfigError, match=r"model.attention = flex, but this machine has no GPU"):
+            choose_attention(ModelConfig(checkpoint="", attention="flex"))
+    monkeypatch.setattr("mpo_megatron.model.attention_varlen.find_kernel", lambda: plain_varlen_kernel)
+    assert choose_attention(ModelConfig(checkpoint="", precision="bf16")) == ("varlen" if gpu else "sdpa")
+    with pytest.raises(ConfigError, match="float32" if gpu else "GPU"):
+        choose_attention(ModelConfig(checkpoint="", attention="varlen", precision="fp32"))
