@@ -30,20 +30,14 @@ def prepare(arguments: Sequence[str]) -> int:
     return 0
 
 
+def reference(arguments: Sequence[str]) -> int:
+    """Reference log-probs of prepared groups, once for all runs; takes the configuration of `mpo train`."""
+    return _launch("reference", "mpo_megatron.train.reference_main", arguments)
+
+
 def train(arguments: Sequence[str]) -> int:
     """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
-    launcher = argparse.ArgumentParser(prog="mpo train", add_help=False)
-    launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
-    options, own = launcher.parse_known_args(arguments)
-    config = parse(TrainConfig, own, "mpo train")
-    from mpo_megatron.train.loop import check_inputs
-
-    num_ranks = options.nproc or max(_num_gpus(), config.parallel.tensor * config.parallel.pipeline)
-    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.run([*command, "-m", "mpo_megatron.train", *own], env=environment, check=False).returncode
+    return _launch("train", "mpo_megatron.train", arguments)
 
 
 def losses(arguments: Sequence[str]) -> int:
@@ -57,6 +51,7 @@ def losses(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "prepare": prepare,
+    "reference": reference,
     "train": train,
     "losses": losses,
 }
@@ -77,6 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2
+
+
+def _launch(name: str, module: str, arguments: Sequence[str]) -> int:
+    """Check a training configuration, then start this machine's ranks of `module` through torchrun."""
+    launcher = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False)
+    launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
+    options, own = launcher.parse_known_args(arguments)
+    config = parse(TrainConfig, own, f"mpo {name}")
+    from mpo_megatron.train.loop import check_inputs
+
+    parallel = config.parallel
+    num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)
+    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    return subprocess.run([*command, "-m", module, *own], env=environment, check=False).returncode
 
 
 def _usage() -> str:

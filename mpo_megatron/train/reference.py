@@ -1,8 +1,10 @@
 """Reference log-probs: computed once per model and data, kept on disk beside the groups, resumed when killed.
 
-    <prepared data>/reference/<key>/part-00000000.parquet   group index, log-probs of its responses (and of their tokens)
+    <prepared data>/reference/<key>/part-00000000-00000127.parquet     index of each group in the data, log-probs of its responses
+    <prepared data>/reference/<key>/tokens-00000000-00000127.parquet   the same, and the log-probs of their tokens
 
-The key is a digest of everything the numbers depend on, so a stale cache is never read: it has another name.
+The key is a digest of everything the numbers depend on, so a stale cache is never read: it has another name. Parts say
+which groups they hold, so any later run can use them, whatever its batch size and its layout over ranks.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,39 +24,86 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.progress import track
-from torch.distributed import broadcast_object_list
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch.distributed import broadcast, broadcast_object_list
 
+from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
-from mpo_megatron.data.atomic import writing
+from mpo_megatron.data import DataError
 from mpo_megatron.data.group import PreparedGroups
-from mpo_megatron.data.loader import Bools, GroupTable, RowShape, build_step
+from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_step
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import collect_logps, run_rows
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+SECONDS_BETWEEN_LINES = 10.0
+"""Where output is no terminal, progress is a line at most this often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogps:
     """log π_ref of every response of a dataset, in nats."""
 
-    response: Sequence[Floats]
-    """One [K] per group."""
-    token: Sequence[npt.NDArray[np.float32]] | None
-    """One array per group: the tokens of all its responses, one after the other; None unless asked for."""
+    response: Floats
+    """[ΣK] group by group."""
+    token: npt.NDArray[np.float32] | None
+    """[ΣR] the tokens of every response, one after the other; None unless asked for."""
+    groups: Ints
+    """[groups + 1] where each group begins in `response`."""
+    responses: Ints
+    """[ΣK + 1] where each response begins in `token`."""
+
+    @classmethod
+    def empty(cls, data: PreparedGroups, *, tokens: bool) -> ReferenceLogps:
+        """Nothing computed yet: NaN everywhere."""
+        responses = np.concatenate([np.zeros(1, np.int64), np.cumsum(data.all_response_lengths())])
+        return cls(
+            response=np.full(len(responses) - 1, np.nan),
+            token=np.full(responses[-1], np.nan, dtype=np.float32) if tokens else None,
+            groups=data.response_offsets(),
+            responses=responses,
+        )
+
+    def of_group(self, index: int) -> slice:
+        """Where a group lies in `response`."""
+        return slice(self.groups[index], self.groups[index + 1])
+
+    def tokens_of_group(self, index: int) -> slice:
+        """Where a group lies in `token`."""
+        return slice(self.responses[self.groups[index]], self.responses[self.groups[index + 1]])
+
+    def missing(self) -> Ints:
+        """Indices of the groups that are not computed."""
+        return np.flatnonzero(np.isnan(self.response[self.groups[:-1]]))
+
+    def fill(self, part: pa.Table) -> None:
+        """Take over what a part holds."""
+        for index, logps in zip(part["index"].to_pylist(), _split(part["logps"]), strict=True):
+            self.response[self.of_group(index)] = logps
+        if self.token is not None:
+            for index, logps in zip(part["index"].to_pylist(), _split(part["token_logps"]), strict=True):
+                self.token[self.tokens_of_group(index)] = logps
 
     def select(self, table: GroupTable) -> Logps:
         """The reference log-probs of a step's groups, padded as its table is."""
         response = np.zeros(table.valid.shape)
         token = np.zeros((*table.valid.shape, int(table.lengths.max())), dtype=np.float32) if self.token is not None else None
         for slot, index in enumerate(table.indices):
-            response[slot, table.valid[slot]] = self.response[index]
+            response[slot, table.valid[slot]] = self.response[self.of_group(index)]
             if token is not None and self.token is not None:
-                flat = self.token[index]
-                token[slot][np.arange(token.shape[2]) < table.lengths[slot, :, None]] = flat
+                scored = np.arange(token.shape[2]) < table.lengths[slot, :, None]
+                token[slot][scored] = self.token[self.tokens_of_group(index)]
         return Logps(response=torch.from_numpy(response), token=None if token is None else torch.from_numpy(token))
+
+
+def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
+    """The lists of an Arrow column as arrays, without a Python object per number."""
+    lists = column.combine_chunks()
+    return [values.values.to_numpy() for values in lists]
 
 
 def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, transformer_engine: bool) -> str:
@@ -77,48 +128,110 @@ def reference_logps(
     groups_per_part: int,
     tokens: bool,
 ) -> ReferenceLogps:
-    """Read the cache in `folder`, computing and writing the parts it lacks; all ranks call it and get the same.
+    """Read the cache in `folder`, computing and writing the groups it lacks; all ranks call it and get the same.
 
     Args:
         load_model: gives the reference model; called only if something is missing
         groups_per_part: groups computed between two writes
         tokens: per-token log-probs are needed, too
+    Raises:
+        DataError: the cache cannot be written, or a log-prob is not finite; on all ranks.
     """
-    starts = range(0, len(data), groups_per_part)
-    parts = [_read_part(_part_path(folder, start, tokens), ranks) for start in starts]
-    missing = [index for index, part in enumerate(parts) if part is None]
-    if missing:
-        model = load_model()
-        if ranks.is_main:
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-        for index in track(missing, description="reference log-probs", disable=not ranks.is_main, transient=True):
-            indices = np.arange(starts[index], min(starts[index] + groups_per_part, len(data)))
-            parts[index] = _compute_part(data, indices, model, ranks, shape, tokens)
-            if ranks.is_main:
-                _write_part(parts[index], _part_path(folder, starts[index], tokens))
-    table = pa.concat_tables(parts)
-    return ReferenceLogps(
-        response=[np.array(row) for row in table["logps"].to_pylist()],
-        token=[np.array(row, dtype=np.float32) for row in table["token_logps"].to_pylist()] if tokens else None,
-    )
+    logps = read_cache(folder, data, ranks, tokens=tokens)
+    missing = logps.missing()
+    if not len(missing):
+        return logps
+    _on_main(ranks, folder, lambda: _prepare_folder(folder))
+    model = load_model()
+    chunks = [missing[start : start + groups_per_part] for start in range(0, len(missing), groups_per_part)]
+    with _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
+        for indices, batch in _build_ahead(data, chunks, shape):
+            part = _compute_part(data, indices, batch, model, ranks, tokens)
+            path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}.parquet"
+            _on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
+            logps.fill(part)
+            progress.add(len(indices), batch.plan.num_tokens)
+    return logps
+
+
+def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool) -> ReferenceLogps:
+    """What is in a cache, NaN where nothing is; read by the main process for all, since other nodes may not see its disk."""
+    logps = ReferenceLogps.empty(data, tokens=tokens)
+    if ranks.is_main:
+        kinds = [_prefix(True)] if tokens else [_prefix(False), _prefix(True)]
+        for path in sorted(path for kind in kinds for path in folder.glob(f"{kind}-*-*.parquet")):
+            try:
+                logps.fill(pq.read_table(path))
+            except (pa.ArrowException, OSError) as error:
+                print(f"{path}: damaged ({error}); its groups are computed again.", flush=True)
+    for array in (logps.response, logps.token):
+        if array is not None and torch.distributed.get_world_size() > 1:
+            tensor = torch.from_numpy(array).to(device.device())  # on a CPU the same memory
+            broadcast(tensor, src=0)
+            array[:] = tensor.cpu().numpy()
+    return logps
+
+
+def _prefix(tokens: bool) -> str:
+    return "tokens" if tokens else "part"
+
+
+def _prepare_folder(folder: Path) -> None:
+    """Make the folder, and find out before anything is computed whether it can be written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
+
+
+def _on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> None:
+    """Let the main process touch the disk; a failure is raised on all ranks, so that none waits for the others.
+
+    Raises:
+        DataError: the disk is full, or must not be written.
+    """
+    failure: list[str | None] = [None]
+    if ranks.is_main:
+        try:
+            action()
+        except OSError as error:
+            failure[0] = error.strerror or str(error)
+    if torch.distributed.get_world_size() > 1:
+        broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise DataError(
+            f"{folder}: cannot write reference log-probs: {failure[0]}; parts that were finished are kept; make the folder "
+            "writable or free some space, and start again."
+        )
+
+
+def _build_ahead(data: PreparedGroups, chunks: Sequence[Ints], shape: RowShape) -> Iterator[tuple[Ints, StepBatch]]:
+    """The chunks with their rows; the next ones are built in a thread while the current ones run."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
+        pending = executor.submit(build_step, 0, data, chunks[0], select_all, shape)
+        for indices, following in zip(chunks, [*chunks[1:], None], strict=True):
+            batch = pending.result()
+            if following is not None:
+                pending = executor.submit(build_step, 0, data, following, select_all, shape)
+            yield indices, batch
 
 
 def _compute_part(
-    data: PreparedGroups,
-    indices: npt.NDArray[np.int64],
-    model: list[torch.nn.Module],
-    ranks: Ranks,
-    shape: RowShape,
-    tokens: bool,
+    data: PreparedGroups, indices: Ints, batch: StepBatch, model: list[torch.nn.Module], ranks: Ranks, tokens: bool
 ) -> pa.Table:
-    batch = build_step(0, data, indices, select_all, shape)
     width = int(batch.table.lengths.max()) if tokens else None
     logps = collect_logps(run_rows(model, batch.rows, ranks, row_loss=None), batch.table.valid.shape, ranks, width)
     response = logps.response.cpu().numpy()
+    broken = np.flatnonzero(~np.isfinite(response).all(axis=1))
+    if len(broken):
+        raise DataError(
+            f"{data.path}: the reference log-prob of group {batch.table.group_ids[broken[0]]} is not finite; the reference "
+            "model computes nonsense there; look at its checkpoint, or train in another model.precision."
+        )
     columns: dict[str, Any] = {
+        "index": indices,
         "group_id": list(batch.table.group_ids),
-        "logps": [row[valid].tolist() for row, valid in zip(response, batch.table.valid, strict=True)],
+        "logps": [row[valid] for row, valid in zip(response, batch.table.valid, strict=True)],
     }
     if logps.token is not None:
         scored = np.arange(logps.token.shape[2]) < batch.table.lengths[:, :, None]
@@ -131,20 +244,48 @@ def select_all(table: GroupTable) -> tuple[Bools, Bools]:
     return np.ones(len(table.valid), dtype=bool), table.valid
 
 
-def _part_path(folder: Path, start: int, tokens: bool) -> Path:
-    return folder / f"{'tokens' if tokens else 'part'}-{start:08d}.parquet"
-
-
-def _read_part(path: Path, ranks: Ranks) -> pa.Table | None:
-    """A written part, read by the main process for all: other nodes may not see its disk."""
-    part = [pq.read_table(path) if ranks.is_main and path.is_file() else None]
-    if torch.distributed.get_world_size() > 1:
-        broadcast_object_list(part, src=0)
-    return part[0]
-
-
 def _write_part(part: pa.Table, path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
-    with writing(path.parent):
+    try:
         pq.write_table(part, partial)
         os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+class _Progress:
+    """Groups done, rate and time left: a live bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, data: PreparedGroups, done: int, *, enabled: bool) -> None:
+        self.name, self.total, self.done, self.enabled = data.path.name, len(data), done, enabled
+        self.groups = self.tokens = 0
+        self.started = self.last_line = time.monotonic()
+        self.console = Console(highlight=False, stderr=False)
+        columns = (TextColumn("reference log-probs"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
+        live = enabled and self.console.is_terminal
+        self.bar = Progress(*columns, console=self.console, disable=not live, transient=True)
+        self.task = self.bar.add_task("reference", total=self.total, completed=done, text="")
+
+    def __enter__(self) -> _Progress:
+        self.bar.start()
+        if self.enabled and self.done:
+            self.console.print(f"reference log-probs of {self.name}: {self.done:,} of {self.total:,} groups are there")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def add(self, groups: int, tokens: int) -> None:
+        """Count a finished part; tokens of all ranks, without padding."""
+        self.groups += groups
+        self.tokens += tokens
+        now = time.monotonic()
+        rate = self.groups / (now - self.started)
+        done = self.done + self.groups
+        left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / rate))
+        text = f"{rate:.2f} groups/s  {self.tokens / (now - self.started):,.0f} tok/s  {left} left"
+        self.bar.update(self.task, completed=done, text=text)
+        if self.enabled and not self.console.is_terminal and (done == self.total or now - self.last_line > SECONDS_BETWEEN_LINES):
+            self.last_line = now
+            line = f"reference log-probs of {self.name}: {done:,}/{self.total:,} groups  {text}"
+            self.console.print(line, soft_wrap=True)

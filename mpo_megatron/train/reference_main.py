@@ -1,0 +1,55 @@
+"""`torchrun … -m mpo_megatron.train.reference_main --config FILE --key value`: one rank of `mpo reference`."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from mpo_megatron.config import ConfigError, TrainConfig, parse
+from mpo_megatron.data import DataError
+from mpo_megatron.data.loader import RowShape
+from mpo_megatron.data.packing import PackingError
+from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.model.parallel import model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.loop import TOKEN_MULTIPLE, check_inputs, compute_references
+
+
+def main() -> int:
+    """Parse the command line and compute; a message instead of a traceback for what a user can mend."""
+    try:
+        compute(parse(TrainConfig, program="mpo reference"))
+    except (ConfigError, DataError, PackingError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mpo reference: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def compute(config: TrainConfig) -> None:
+    """Compute the reference log-probs that `mpo train` with this configuration will look for, and write them beside the groups.
+
+    Raises:
+        ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
+        DataError: the cache cannot be written.
+    """
+    inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    with model_parallel(config.parallel, config.seed) as ranks:
+        # The rows of training: the same padding, the same layout, the same balance over replicas.
+        shape = RowShape(
+            row_tokens=config.data.row_tokens,
+            layout=config.data.layout,
+            multiple=TOKEN_MULTIPLE * config.parallel.row_parts,
+            num_replicas=ranks.data_size,
+            replica=ranks.data_rank,
+            pair_weight=build_flop_model(inputs.hf_config).pair_weight,
+        )
+        policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+        references = compute_references(config, inputs, policy, ranks, shape)
+        if ranks.is_main:
+            for path, logps in references.items():
+                print(f"{path}: reference log-probs of {len(logps.groups) - 1:,} groups, {len(logps.response):,} responses")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

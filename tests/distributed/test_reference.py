@@ -1,0 +1,242 @@
+"""`mpo reference`: computed once, resumed when killed, found by `mpo train`, never taken for another model's or data's."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from mpo_megatron.config import ConvertConfig, TrainConfig, parse
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.loader import group_table
+from mpo_megatron.model.convert import convert
+from mpo_megatron.train.reference import ReferenceLogps
+from mpo_megatron.train.reference_main import compute
+from tests.distributed.test_train import ROOT, environment, metrics, run
+from tests.tiny import random_groups, save_groups, save_model
+
+pytestmark = pytest.mark.distributed
+
+NUM_GROUPS = 48
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two models (model, other), groups (train) and other groups (eval)."""
+    folder = tmp_path_factory.mktemp("reference")
+    for name, seed in (("model", 0), ("other", 1)):
+        convert(ConvertConfig(input=str(save_model(folder / f"{name}-hf", seed=seed)), output=str(folder / name)))
+    save_groups(folder / "train", random_groups(NUM_GROUPS, seed=1), folder / "model-hf")
+    save_groups(folder / "eval", random_groups(6, seed=2), folder / "model-hf")
+    return folder
+
+
+@pytest.fixture
+def data(inputs: Path, tmp_path: Path) -> Path:
+    """A copy of the groups without a cache."""
+    for name in ("train", "eval"):
+        shutil.copytree(inputs / name, tmp_path / name, ignore=shutil.ignore_patterns("reference"))
+    return tmp_path
+
+
+def command(stage: str, inputs: Path, data: Path, *options: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "mpo_megatron.cli", stage, "--output", str(data / "run")),
+        *("--model.checkpoint", str(inputs / "model"), "--data.train", str(data / "train"), "--data.eval", str(data / "eval")),
+        *("--data.groups_per_step", "8", "--data.row_tokens", "256", "--max_steps", "1", "--model.precision", "fp32"),
+        *options,
+    ]
+
+
+def caches(data: Path) -> list[Path]:
+    return sorted((data / "reference").iterdir()) if (data / "reference").exists() else []
+
+
+def read(cache: Path) -> dict[int, np.ndarray]:
+    tables = [pq.read_table(path) for path in sorted(cache.glob("*.parquet"))]
+    rows = [row for table in tables for row in zip(table["index"].to_pylist(), table["logps"].to_pylist(), strict=True)]
+    assert len(rows) == len(dict(rows))  # no group twice
+    return {index: np.array(logps) for index, logps in rows}
+
+
+def files(cache: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+def compute_here(inputs: Path, data: Path, *options: str) -> None:
+    """`mpo reference` on one rank, which is this process."""
+    compute(parse(TrainConfig, command("reference", inputs, data, *options)[4:]))
+
+
+@pytest.fixture(scope="module")
+def computed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups with the cache that an undisturbed rank computes; only to be copied."""
+    data = tmp_path_factory.mktemp("computed")
+    for name in ("train", "eval"):
+        shutil.copytree(inputs / name, data / name)
+    compute_here(inputs, data)
+    return data
+
+
+@pytest.fixture(scope="module")
+def expected(computed: Path) -> dict[int, np.ndarray]:
+    (cache,) = caches(computed / "train")
+    return read(cache)
+
+
+@pytest.fixture
+def cached(computed: Path, tmp_path: Path) -> Path:
+    """A copy of the groups with the whole cache."""
+    for name in ("train", "eval"):
+        shutil.copytree(computed / name, tmp_path / name)
+    return tmp_path
+
+
+def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected: dict[int, np.ndarray]) -> None:
+    arguments = command("reference", inputs, data, "--data.groups_per_step", "1", "--data.row_tokens", "128")
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while len(list((data / "train").glob("reference/*/part-*"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    (cache,) = caches(data / "train")
+    finished = {name: when for name, when in files(cache).items() if name.endswith(".parquet")}
+    assert 0 < len(finished) < NUM_GROUPS
+
+    result = run(command("reference", inputs, data, "--parallel.tensor", "2", "--data.groups_per_step", "5"))
+    assert result.returncode == 0, result.stderr
+    assert f"{len(finished)} of {NUM_GROUPS} groups are there" in result.stdout
+    assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
+    assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
+    assert files(cache).items() >= finished.items()  # what was there was not computed again
+    resumed = read(cache)
+    assert resumed.keys() == expected.keys()
+    for index, logps in expected.items():
+        np.testing.assert_allclose(resumed[index], logps, rtol=1e-5)
+
+
+def test_train_computes_nothing_after_it(inputs: Path, cached: Path) -> None:
+    before = {name: files(cache) for name in ("train", "eval") for cache in caches(cached / name)}
+    result = run(command("train", inputs, cached, "--nproc", "2", "--data.groups_per_step", "12"))
+    assert result.returncode == 0, result.stderr
+    assert "reference log-probs of" not in result.stdout  # no progress line: nothing was computed
+    assert {name: files(cache) for name in ("train", "eval") for cache in caches(cached / name)} == before
+    (start, *_) = [line for line in metrics(cached / "run") if "eval/margin" in line]
+    assert start["eval/margin"] == pytest.approx(0, abs=1e-4)  # they are the model's own
+
+
+@pytest.mark.parametrize("options", [("--model.reference", "other"), ("--model.precision", "bf16")])
+def test_another_model_or_precision_gets_a_cache_of_its_own(
+    inputs: Path, cached: Path, expected: dict[int, np.ndarray], options: tuple[str, str]
+) -> None:
+    (first,) = caches(cached / "train")
+    before = files(first)
+    name, value = options
+    compute_here(inputs, cached, name, str(inputs / value) if value == "other" else value)
+    (second,) = set(caches(cached / "train")) - {first}
+    assert files(first) == before
+    assert read(second).keys() == expected.keys()
+    assert np.abs(read(second)[0] - expected[0]).max() > 1e-3
+
+
+def test_other_data_gets_a_cache_of_its_own(inputs: Path, cached: Path) -> None:
+    shutil.move(cached / "train" / "reference", cached / "kept")
+    shutil.rmtree(cached / "train")
+    save_groups(cached / "train", random_groups(NUM_GROUPS, seed=3), inputs / "model-hf")
+    shutil.move(cached / "kept", cached / "train" / "reference")  # as if the folder had been prepared again in place
+    (first,) = caches(cached / "train")
+    compute_here(inputs, cached)
+    assert len(caches(cached / "train")) == 2
+    assert first in caches(cached / "train")
+
+
+def test_tokens_serve_both_kinds(inputs: Path, data: Path, expected: dict[int, np.ndarray]) -> None:
+    compute_here(inputs, data, "--loss.name", "grpo_offline")
+    (cache,) = caches(data / "train")
+    before = files(cache)
+    assert all(name.startswith("tokens-") for name in before)
+    for index, logps in read(cache).items():
+        np.testing.assert_allclose(logps, expected[index], rtol=1e-5)
+    compute_here(inputs, data)  # a loss that reads no tokens
+    compute_here(inputs, data, "--loss.name", "grpo_offline")
+    assert files(cache) == before
+
+
+def test_select_pads_as_the_step_does(inputs: Path, data: Path) -> None:
+    groups = load_groups(data / "train")
+    logps = ReferenceLogps.empty(groups, tokens=True)
+    assert logps.token is not None
+    logps.response[:] = np.arange(len(logps.response))
+    logps.token[:] = np.arange(len(logps.token))
+    indices = np.array([7, 2])
+    table = group_table([groups[int(index)] for index in indices], indices)
+    selected = logps.select(table)
+    assert selected.token is not None
+    for slot, index in enumerate(indices):
+        lengths = groups.response_lengths(int(index))
+        first_response = int(groups.num_responses()[:index].sum())
+        first_token = int(groups.all_response_lengths()[:first_response].sum())
+        for k, length in enumerate(lengths):
+            assert selected.response[slot, k] == first_response + k
+            tokens = selected.token[slot, k].numpy()
+            np.testing.assert_array_equal(tokens[:length], first_token + np.arange(length))
+            assert not tokens[length:].any()
+            first_token += length
+        assert not selected.response[slot, len(lengths) :].any()
+
+
+def test_damaged_part_is_computed_again(
+    inputs: Path, cached: Path, expected: dict[int, np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (cache,) = caches(cached / "train")
+    damaged = sorted(cache.iterdir())[1]
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    compute_here(inputs, cached)
+    assert f"{damaged}: damaged" in capsys.readouterr().out
+    repaired = read(cache)
+    assert repaired.keys() == expected.keys()
+    for index, logps in expected.items():
+        np.testing.assert_allclose(repaired[index], logps, rtol=1e-6)
+
+
+def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = pq.write_table, []
+
+    def full_after_two(table: object, path: Path) -> None:
+        if len(written) == 2:
+            path.write_bytes(b"half a file")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written.append(path)
+        write(table, path)
+
+    monkeypatch.setattr(pq, "write_table", full_after_two)
+    with pytest.raises(DataError, match="cannot write reference log-probs: No space left on device; parts that were finished"):
+        compute_here(inputs, data)
+    (cache,) = caches(data / "train")
+    assert sorted(files(cache)) == ["part-00000000-00000007.parquet", "part-00000008-00000015.parquet"]
+    monkeypatch.undo()
+    compute_here(inputs, data)
+    assert len(read(cache)) == NUM_GROUPS
+
+
+def test_unwritable_folder_is_named_by_all_ranks_together(inputs: Path, data: Path) -> None:
+    (data / "train" / "reference").write_text("a file where the folder should be")
+    result = run(command("reference", inputs, data, "--nproc", "2"))
+    assert result.returncode != 0
+    assert f"mpo reference: {data / 'train' / 'reference'}" in result.stderr
+    assert "cannot write reference log-probs: Not a directory" in result.stderr
