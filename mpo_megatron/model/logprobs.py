@@ -1,77 +1,37 @@
-"""Log-probabilities of given tokens from hidden states, without ever holding all logits.
+"""Log-probabilities, entropy and KL divergence of next-token distributions from hidden states, without ever holding all logits.
 
-Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk.
+Logits exist for one chunk of tokens at a time, and again in backward, where they are recomputed. From each rank's part of the
+vocabulary only a few scalars a token cross the tensor-parallel group.
+
+Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk; z logits,
+p = softmax(z) the policy's distribution, q the reference's, δ the target's one-hot vector.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
+from mpo_megatron import device
 
-class _VocabParallelLogps(torch.autograd.Function):
-    """log softmax(hidden · weightᵀ)[target], the vocabulary cut over `tp_group`; logits live one chunk at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, chunk: int, tp_group: ProcessGroup
-    ) -> Tensor:
-        first = tp_group.rank() * weight.shape[0]
-        local = targets - first
-        owned = (local >= 0) & (local < weight.shape[0])
-        local = local.clamp(0, weight.shape[0] - 1)
-        log_normalizer = hidden.new_empty(len(targets), dtype=_accumulation_dtype(hidden))
-        target_logit = torch.empty_like(log_normalizer)
-        for start in range(0, len(targets), chunk):
-            part = slice(start, start + chunk)
-            logits = _chunk_logits(hidden[part], weight, vocab_size - first)  # [C, V]
-            log_normalizer[part] = logits.logsumexp(dim=-1)
-            target_logit[part] = logits.gather(1, local[part, None]).squeeze(1)
-        target_logit.masked_fill_(~owned, 0.0)
-        if tp_group.size() > 1:
-            # Three scalars a token cross the tensor-parallel group: the largest local log-normalizer, then the sum of the
-            # rescaled normalizers and the target's logit (zero on the ranks that do not own it).
-            largest = log_normalizer.clone()
-            all_reduce(largest, ReduceOp.MAX, group=tp_group)
-            sums = torch.stack(((log_normalizer - largest).exp(), target_logit))
-            all_reduce(sums, ReduceOp.SUM, group=tp_group)
-            log_normalizer, target_logit = largest + sums[0].log(), sums[1]
-        ctx.save_for_backward(hidden, weight, local, owned, log_normalizer)
-        ctx.local_vocab, ctx.chunk = vocab_size - first, chunk
-        return target_logit - log_normalizer
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, owned, log_normalizer = ctx.saved_tensors
-        grad_logps = grad_outputs[0].to(log_normalizer.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        # Chunks are summed in float32: in bf16 a long row's many small contributions would be rounded away.
-        grad_weight = torch.zeros_like(weight, dtype=log_normalizer.dtype)
-        for start in range(0, len(local), ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            # d logp / d logits = onehot(target) − softmax
-            grad_logits = _chunk_logits(hidden[part], weight, ctx.local_vocab)
-            grad_logits = grad_logits.sub_(log_normalizer[part, None]).exp_().neg_()
-            grad_logits.scatter_add_(1, local[part, None], owned[part, None].to(grad_logits.dtype))
-            grad_logits = grad_logits.mul_(grad_logps[part, None]).to(hidden.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[part]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+PADDING_LOGIT = -1e30
+"""Logit of vocabulary rows that only pad: its probability is exactly 0, and finite, so that 0 · log 0 is 0."""
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, local_vocab: int) -> Tensor:
-    """Logits [C, V] in float32 or better; rows of the weight past the real vocabulary are padding and get −inf."""
-    logits = (hidden @ weight.T).to(_accumulation_dtype(hidden))
-    if local_vocab < weight.shape[0]:
-        logits[:, max(local_vocab, 0) :] = float("-inf")
-    return logits
+class TokenStatistics(NamedTuple):
+    """What is known of each scored token's distribution, in nats; float32 (float64 for float64 input)."""
 
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
+    logps: Tensor
+    """[S] log p(target)"""
+    entropy: Tensor | None
+    """[S] −Σ p log p over the whole vocabulary"""
+    kl: Tensor | None
+    """[S] KL(p ‖ q) = Σ p (log p − log q) over the whole vocabulary"""
 
 
 def vocab_parallel_logps(
@@ -79,7 +39,7 @@ def vocab_parallel_logps(
 ) -> Tensor:
     """log π(target | hidden) of each scored token, in nats.
 
-    Peak extra memory is O(chunk × V): logits exist for one chunk at a time, and again in backward, where they are recomputed.
+    Peak extra memory is O(chunk × V), whatever S is, and that of the weight's gradient.
     The gradient with respect to `hidden` is this rank's part: the caller's layout must sum it over `tp_group`
     (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
 
@@ -92,4 +52,231 @@ def vocab_parallel_logps(
     Returns:
         [S], float32 (float64 for float64 input)
     """
-    return _VocabParallelLogps.apply(hidden, weight, targets, vocab_size, chunk, tp_group)
+    return vocab_parallel_statistics(hidden, weight, targets, vocab_size=vocab_size, chunk=chunk, tp_group=tp_group).logps
+
+
+def vocab_parallel_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    chunk: int,
+    tp_group: ProcessGroup,
+    entropy: bool = False,
+    reference: tuple[Tensor, Tensor] | None = None,
+) -> TokenStatistics:
+    """Log-probs of the scored tokens and, on demand, entropy and KL divergence from a reference, all from the same chunks.
+
+    Gradients are exact, and go to `hidden` and `weight` only; arguments and the rest as in `vocab_parallel_logps`.
+
+    Args:
+        entropy: compute it
+        reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
+    """
+    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy)
+    reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)
+    logps, entropies, kl = _VocabParallelStatistics.apply(hidden, weight, targets, reference_hidden, reference_weight, shape)
+    return TokenStatistics(logps, entropies if entropy else None, None if reference is None else kl)
+
+
+class _Shape(NamedTuple):
+    """What the function below needs besides tensors."""
+
+    local_vocab: int
+    """Rows of the weight from here on are padding; may be beyond V, or below 0."""
+    chunk: int
+    tp_group: ProcessGroup
+    entropy: bool
+
+
+class _VocabParallelStatistics(torch.autograd.Function):
+    """logps, entropy, KL [S] each; those not asked for are empty."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        reference_hidden: Tensor | None,
+        reference_weight: Tensor | None,
+        shape: _Shape,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        first = shape.tp_group.rank() * weight.shape[0]
+        owned = (targets >= first) & (targets < first + weight.shape[0])
+        local = (targets - first).clamp(0, weight.shape[0] - 1)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        sums = hidden.new_zeros((len(_Sums._fields), len(targets)), dtype=dtype)
+        for part in _chunks(len(targets), shape.chunk):
+            other = None if reference_hidden is None else reference_hidden[part] @ reference_weight.T  # type: ignore[union-attr]
+            sums[:, part] = _fused(reduce_logits)(
+                hidden[part] @ weight.T, other, local[part], shape.local_vocab, shape.entropy, dtype
+            )
+        extras = shape.entropy or reference_hidden is not None
+        totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
+        ctx.save_for_backward(hidden, weight, local, owned, reference_hidden, reference_weight, *totals)
+        ctx.shape = shape
+        return (
+            totals.target - totals.log_normalizer,
+            totals.entropy if shape.entropy else totals.entropy[:0],
+            totals.kl if reference_hidden is not None else totals.kl[:0],
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, local, owned, reference_hidden, reference_weight, *saved = ctx.saved_tensors
+        totals = _Sums(*saved)
+        grad_logps, grad_entropy, grad_kl = (grad.to(totals.target.dtype) for grad in grad_outputs)
+        grad_hidden = torch.empty_like(hidden)
+        # Chunks are summed in float32: in bf16 a long row's many small contributions would be rounded away.
+        grad_weight = torch.zeros_like(weight, dtype=totals.target.dtype)
+        for part in _chunks(len(local), ctx.shape.chunk):
+            extras = _Extras(
+                (grad_entropy[part], totals.entropy[part]) if ctx.shape.entropy else None,
+                None
+                if reference_hidden is None
+                else (grad_kl[part], totals.kl[part], reference_hidden[part] @ reference_weight.T, totals.reference[part]),
+            )
+            grad_logits = _fused(differentiate_logits)(
+                hidden[part] @ weight.T,
+                (local[part], owned[part]),
+                totals.log_normalizer[part],
+                grad_logps[part],
+                extras,
+                ctx.shape.local_vocab,
+            )
+            grad_hidden[part] = grad_logits @ weight
+            _add_product(grad_weight, grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+class _Sums(NamedTuple):
+    """Per token [S], over this rank's part of the vocabulary or over all of it."""
+
+    log_normalizer: Tensor
+    """log Σ exp z"""
+    target: Tensor
+    """the target's logit; of another rank's target, any"""
+    entropy: Tensor
+    """of the distribution that is normalized over this part"""
+    reference: Tensor
+    """log-normalizer of the reference"""
+    kl: Tensor
+    """between the distributions that are normalized over this part"""
+
+
+def reduce_logits(
+    logits: Tensor, reference: Tensor | None, targets: Tensor, local_vocab: int, entropy: bool, dtype: torch.dtype
+) -> Tensor:
+    """`_Sums` [5, C] of one chunk of logits [C, V]; zeros for what is not asked for.
+
+    Elementwise work and reductions only, so that on a GPU it compiles to one or two kernels that read each logit once or twice.
+    """
+    logits = _widen(logits, local_vocab, dtype)
+    log_normalizer = logits.logsumexp(dim=-1)
+    target = logits.gather(1, targets[:, None]).squeeze(1)
+    entropies = reference_normalizer = kl = torch.zeros_like(target)
+    if entropy or reference is not None:
+        logps = logits - log_normalizer[:, None]
+        probabilities = logps.exp()
+        if entropy:
+            entropies = -(probabilities * logps).sum(dim=-1)
+        if reference is not None:
+            reference = _widen(reference, local_vocab, dtype)
+            reference_normalizer = reference.logsumexp(dim=-1)
+            kl = (probabilities * (logps - (reference - reference_normalizer[:, None]))).sum(dim=-1)
+    return torch.stack((log_normalizer, target, entropies, reference_normalizer, kl))
+
+
+def _sum_over_vocabulary(local: _Sums, owned: Tensor, tp_group: ProcessGroup, *, extras: bool) -> _Sums:
+    """From sums over each rank's part of the vocabulary to those over all of it.
+
+    A part r has the share π_r = exp(L_r − L) of the probability, L the log-normalizer of all. In it log p = log p_r + log π_r,
+    so entropy = Σ π_r (entropy_r − log π_r) and KL = Σ π_r (KL_r + log π_r − log κ_r), κ_r the reference's share.
+    """
+    if tp_group.size() == 1:
+        return local
+    largest = torch.stack((local.log_normalizer, local.reference))
+    all_reduce(largest, ReduceOp.MAX, group=tp_group)  # so that nothing overflows
+    sums = torch.stack(
+        (
+            (local.log_normalizer - largest[0]).exp(),
+            local.target.masked_fill(~owned, 0.0),  # zero on the ranks that do not own the target
+            (local.reference - largest[1]).exp(),
+        )
+    )
+    all_reduce(sums, ReduceOp.SUM, group=tp_group)
+    log_normalizer, reference = largest[0] + sums[0].log(), largest[1] + sums[2].log()
+    if not extras:
+        return local._replace(log_normalizer=log_normalizer, target=sums[1])
+    log_share, reference_log_share = local.log_normalizer - log_normalizer, local.reference - reference
+    share = log_share.exp()
+    parts = torch.stack((share * (local.entropy - log_share), share * (local.kl + log_share - reference_log_share)))
+    all_reduce(parts, ReduceOp.SUM, group=tp_group)
+    return _Sums(log_normalizer, sums[1], parts[0], reference, parts[1])
+
+
+class _Extras(NamedTuple):
+    """What the gradients of entropy and KL need, if asked for; [C] but for the logits [C, V]."""
+
+    entropy: tuple[Tensor, Tensor] | None
+    """its gradient, its value"""
+    kl: tuple[Tensor, Tensor, Tensor, Tensor] | None
+    """its gradient, its value, the reference's logits, their log-normalizer"""
+
+
+def differentiate_logits(
+    logits: Tensor,
+    targets: tuple[Tensor, Tensor],
+    log_normalizer: Tensor,
+    grad_logps: Tensor,
+    extras: _Extras,
+    local_vocab: int,
+) -> Tensor:
+    """Gradient [C, V] with respect to one chunk of logits, in their dtype.
+
+    ∂ log p(target) / ∂z = δ − p;   ∂ entropy / ∂z = −p (log p + entropy);   ∂ KL / ∂z = p (log p − log q − KL).
+    """
+    local, owned = targets
+    logps = _widen(logits, local_vocab, log_normalizer.dtype) - log_normalizer[:, None]
+    slope = -grad_logps[:, None]
+    if extras.entropy is not None:
+        gradient, entropy = (part[:, None] for part in extras.entropy)
+        slope = slope - gradient * (logps + entropy)
+    if extras.kl is not None:
+        gradient, kl, reference, reference_normalizer = extras.kl
+        reference_logps = _widen(reference, local_vocab, log_normalizer.dtype) - reference_normalizer[:, None]
+        slope = slope + gradient[:, None] * (logps - reference_logps - kl[:, None])
+    grad_logits = logps.exp_().mul_(slope)
+    grad_logits.scatter_add_(1, local[:, None], (owned * grad_logps)[:, None])
+    return grad_logits.to(logits.dtype)
+
+
+def _widen(logits: Tensor, local_vocab: int, dtype: torch.dtype) -> Tensor:
+    """Logits in `dtype`, those of padding rows so low that they count nothing."""
+    logits = logits.to(dtype)
+    if local_vocab >= logits.shape[1]:
+        return logits
+    padding = torch.arange(logits.shape[1], device=logits.device) >= local_vocab
+    return logits.masked_fill(padding, PADDING_LOGIT)
+
+
+def _chunks(length: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, `total` in float32 or better; inside the GEMM where it can, since `total` is large."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
+
+
+@functools.cache
+def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """On a GPU the function compiled, or its many elementwise steps would each read and write all logits of the chunk."""
+    return torch.compile(function, dynamic=True) if device.has_gpu() else function

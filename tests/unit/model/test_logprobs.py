@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import vocab_parallel_logps
+from mpo_megatron.model.logprobs import vocab_parallel_logps, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
+from tests.distributed.launch import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +88,67 @@ def test_no_scored_tokens(ranks: Ranks) -> None:
     assert logps.shape == (0,)
     assert weight.grad is not None
     assert weight.grad.abs().max() == 0
+
+
+def plain_statistics(hidden: Tensor, weight: Tensor, reference: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Entropy, and KL divergence from the reference."""
+    logps = (hidden @ weight[:37].T).log_softmax(dim=-1)
+    other = (reference[0] @ reference[1][:37].T).log_softmax(dim=-1)
+    return -(logps.exp() * logps).sum(-1), (logps.exp() * (logps - other)).sum(-1)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_entropy_and_kl(ranks: Ranks, chunk: int) -> None:
+    hidden, weight, targets = inputs(23, torch.float64)
+    other = [part.detach().roll(1, 0).requires_grad_() for part in (hidden, weight)]  # padding in another place, which is ignored
+    ours = vocab_parallel_statistics(
+        *(hidden, weight, targets),
+        **{"vocab_size": 37, "chunk": chunk, "tp_group": ranks.tensor, "entropy": True, "reference": (other[0], other[1])},
+    )
+    assert ours.entropy is not None
+    assert ours.kl is not None
+    entropy, kl = plain_statistics(hidden, weight, (other[0].detach(), other[1].detach()))
+    torch.testing.assert_close(ours.entropy, entropy)
+    torch.testing.assert_close(ours.kl, kl)
+    plain = (plain_logps(hidden, weight, targets), entropy, kl)
+    coefficients = torch.randn(3, 23, dtype=torch.float64)
+    pairs = [
+        torch.autograd.grad(sum((c * part).sum() for c, part in zip(coefficients, parts, strict=True)), (hidden, weight))
+        for parts in (ours, plain)
+    ]
+    for left, right in zip(*pairs, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+def test_kl_from_itself_is_zero_and_the_reference_learns_nothing(ranks: Ranks) -> None:
+    hidden, weight, targets = inputs(7, torch.float64)
+    other = [part.detach().clone().requires_grad_() for part in (hidden, weight)]
+    kl = vocab_parallel_statistics(
+        *(hidden, weight, targets), vocab_size=37, chunk=3, tp_group=ranks.tensor, reference=(other[0], other[1])
+    ).kl
+    assert kl is not None
+    assert kl.abs().max() < 1e-14
+    kl.sum().backward()
+    assert all(part.grad is None for part in other)
+    assert hidden.grad is not None
+    assert hidden.grad.abs().max() < 1e-14
+
+
+def test_entropy_of_a_uniform_and_of_a_certain_token(ranks: Ranks) -> None:
+    hidden, weight, targets = inputs(2, torch.float32)
+    with torch.no_grad():
+        hidden[0], weight[:] = 0.0, 0.0
+        hidden[1], weight[5] = 10.0, 10.0  # one logit of 1600, the others 0
+    entropy = vocab_parallel_statistics(
+        hidden, weight, targets, vocab_size=37, chunk=3, tp_group=ranks.tensor, entropy=True
+    ).entropy
+    assert entropy is not None
+    assert entropy.tolist() == pytest.approx([math.log(37), 0.0])
+    entropy.sum().backward()
+    assert hidden.grad is not None
+    assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.distributed
+def test_vocabulary_over_two_ranks() -> None:
+    run_ranks(2, "tests.unit.model.logprobs_worker", [])

@@ -1,0 +1,65 @@
+"""One of two ranks that share a vocabulary: values and gradients equal those of plain torch over the whole of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed import all_reduce
+
+from mpo_megatron.config import ParallelConfig
+from mpo_megatron.model.logprobs import vocab_parallel_statistics
+from mpo_megatron.model.parallel import Ranks, model_parallel
+
+PADDED = 48
+
+
+def main() -> None:
+    with model_parallel(ParallelConfig(tensor=2), seed=1) as ranks:
+        for vocab in (48, 37, 24, 20):  # no padding, uneven parts, one rank that has only padding, and one partly
+            for chunk in (4, 100):
+                check(vocab, chunk, ranks)
+
+
+def check(vocab: int, chunk: int, ranks: Ranks) -> None:
+    generator = torch.Generator().manual_seed(vocab)
+    hidden, other_hidden = (torch.randn(23, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    weight, other_weight = (torch.randn(PADDED, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    targets = torch.randint(0, vocab, (23,), generator=generator)
+    coefficients = torch.randn(3, 23, generator=generator, dtype=torch.float64)
+    own = slice(ranks.tensor.rank() * PADDED // 2, (ranks.tensor.rank() + 1) * PADDED // 2)
+
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    logps = (hidden @ weight[:vocab].T).log_softmax(dim=-1)
+    other = (other_hidden @ other_weight[:vocab].T).log_softmax(dim=-1)
+    plain = (
+        logps.gather(1, targets[:, None]).squeeze(1),
+        -(logps.exp() * logps).sum(-1),
+        (logps.exp() * (logps - other)).sum(-1),
+    )
+    expected = torch.autograd.grad(weighted(plain, coefficients), (hidden, weight))
+
+    shard = weight[own].detach().requires_grad_()
+    ours = vocab_parallel_statistics(
+        *(hidden, shard, targets),
+        vocab_size=vocab,
+        chunk=chunk,
+        tp_group=ranks.tensor,
+        entropy=True,
+        reference=(other_hidden, other_weight[own]),
+    )
+    for left, right in zip(ours, plain, strict=True):
+        assert left is not None
+        torch.testing.assert_close(left, right)
+    grad_hidden, grad_shard = torch.autograd.grad(weighted(ours, coefficients), (hidden, shard))
+    all_reduce(grad_hidden, group=ranks.tensor)  # each rank has its vocabulary's part
+    torch.testing.assert_close(grad_hidden, expected[0])
+    torch.testing.assert_close(grad_shard, expected[1][own])
+
+
+def weighted(parts: tuple[Tensor | None, ...], coefficients: Tensor) -> Tensor:
+    return torch.stack([part for part in parts if part is not None]).mul(coefficients).sum()
+
+
+if __name__ == "__main__":
+    main()
