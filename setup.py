@@ -26,6 +26,8 @@ REQUIRED = [
 EXTRAS = {
     # The range that megatron-core 0.16's own development extra pins.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    # Engines that generate the responses of on-policy rounds; nothing in the package needs them yet.
+    "rollout": ["vllm>=0.11", "openai>=2"],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "dev": [
         "pytest>=8",
