@@ -5,6 +5,7 @@ The oracle knows nothing of ours: it runs each response on its own after its own
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,7 +66,13 @@ def mpo_oracle(policy: Any, reference: Any, groups: Sequence[TokenizedGroup]) ->
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Models in both formats, groups, and the oracle's loss and gradients for each model."""
     folder = tmp_path_factory.mktemp("parity")
-    groups = random_groups(7, seed=4)
+    groups = [
+        *random_groups(5, seed=4),
+        *random_groups(1, seed=7, max_responses=16, response_tokens=(1, 8), tied_share=0.0),
+        *random_groups(2, seed=8, response_tokens=(1, 1), tied_share=0.0),  # an end token and nothing else
+    ]
+    groups = [dataclasses.replace(group, group_id=f"group-{index}") for index, group in enumerate(groups)]
+    assert max(len(group.response_tokens) for group in groups) == 16
     oracles = {}
     for name, options in MODELS.items():
         for role, seed in (("policy", 1), ("reference", 2)):
@@ -121,7 +128,7 @@ def check_cases(world: dict[str, Any], num_ranks: int, cases: list[dict[str, Any
 def test_one_rank(world: dict[str, Any]) -> None:
     cases = [{"name": name} for name in MODELS]
     cases += [
-        {"name": "qwen3", "layout": "unshared"},
+        {"name": "qwen3", "layout": "unshared", "row_tokens": 512},
         {"name": "qwen3", "two_phase": True},
         {"name": "qwen3", "two_phase": True, "row_tokens": 64},  # groups split over rows
         {"name": "qwen2-tied", "model_options": {"recompute": "full"}},
@@ -135,9 +142,9 @@ def test_two_ranks(world: dict[str, Any]) -> None:
     layouts: list[dict[str, Any]] = [{"tensor": 2}, {"tensor": 2, "sequence": False}, {"pipeline": 2}, {"context": 2}, {}]
     cases = [{"name": name, "parallel": layout} for layout in layouts for name in ("qwen3", "qwen2-tied")]
     cases += [
-        {"name": "qwen3-tied", "parallel": {"tensor": 2}, "layout": "unshared"},
+        {"name": "qwen3-tied", "parallel": {"tensor": 2}, "layout": "unshared", "row_tokens": 512},
         {"name": "qwen3", "parallel": {"tensor": 2}, "model_options": {"recompute": "full"}},
-        {"name": "qwen3", "parallel": {"context": 2}, "layout": "unshared"},
+        {"name": "qwen3", "parallel": {"context": 2}, "layout": "unshared", "row_tokens": 512},
         {"name": "qwen2", "parallel": {"context": 2}, "model_options": {"recompute": "full", "logprob_chunk": 7}},
         {"name": "qwen3", "parallel": {}, "two_phase": True, "row_tokens": 64},  # groups split over replicas
         {"name": "qwen2", "parallel": {"pipeline": 2}, "two_phase": True, "row_tokens": 64},
