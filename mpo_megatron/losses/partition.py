@@ -55,15 +55,25 @@ def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tenso
             raise ValueError(
                 f"rewards = None; partition = {params.partition} compares rewards; pass rewards, or set partition = labels."
             )
-        positive, negative = split_by_reward(batch.rewards.double(), batch.valid, params)
+        # Half-precision rewards are taken at their word: allowing for their rounding would blur real differences.
+        precision = torch.finfo(torch.float64 if batch.rewards.dtype == torch.float64 else torch.float32).eps
+        positive, negative = split_by_reward(batch.rewards.double(), batch.valid, params, precision)
     contrast = positive.any(dim=-1, keepdim=True) & negative.any(dim=-1, keepdim=True)
     return positive & contrast, negative & contrast
 
 
-def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams) -> tuple[Tensor, Tensor]:
-    """(Y+, Y−) from rewards [G, K] in float64, before groups without contrast are taken out."""
+def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams, precision: float) -> tuple[Tensor, Tensor]:
+    """(Y+, Y−) from rewards [G, K] in float64, before groups without contrast are taken out.
+
+    Args:
+        precision: relative rounding of a single reward
+    """
     if params.partition in ("mean", "median", "trimmed_mean"):
-        positive = rewards > compute_threshold(rewards, valid, params.partition).unsqueeze(-1)
+        # A reward that equals the threshold on paper, such as 0.4 among 1, 0.4 (five times), 0.2 and 0, must not exceed it by
+        # the rounding of a sum of K terms.
+        largest = torch.where(valid, rewards.abs(), 0.0).amax(dim=-1, keepdim=True)
+        rounding = 2 * rewards.shape[-1] * precision * largest
+        positive = rewards - compute_threshold(rewards, valid, params.partition).unsqueeze(-1) > rounding
         return valid & positive, valid & ~positive
     rank = compute_rank(rewards, valid)
     count = valid.sum(dim=-1, keepdim=True)

@@ -77,3 +77,11 @@ def test_reward_at_the_mean_stays_on_its_side_in_every_order():
                 padded = split([0.0, *(rewards[i] for i in order)], valid=[False] + [True] * len(order), dtype=dtype)
                 assert padded[1:] == marks
             assert len(sides) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 1e-6, 1e9])
+def test_reward_equal_to_the_mean_on_paper_is_not_above_it(dtype, scale):
+    rewards = [scale * reward for reward in (1.0, 0.4, 0.4, 0.0, 0.4, 0.4, 0.2, 0.4)]  # mean 0.4, and no 0.4 is exact
+    assert split(rewards, dtype=dtype) == "+-------"
+    assert split([scale * reward for reward in (0.4, 0.4001, 0.3999)], dtype=dtype) == "-+-"
