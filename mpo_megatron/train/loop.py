@@ -194,7 +194,13 @@ def compute_references(
     references = {}
     for data in (inputs.train, inputs.held_out):
         if data is not None:
-            key = cache_key(inputs.reference_digest, data, config.model, transformer_engine=use_transformer_engine(config.model))
+            key = cache_key(
+                inputs.reference_digest,
+                data,
+                config.model,
+                transformer_engine=use_transformer_engine(config.model),
+                attention=choose_attention(config.model),
+            )
             references[data.path] = reference_logps(
                 data,
                 data.path / "reference" / key,

@@ -106,7 +106,7 @@ def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
     return [values.values.to_numpy() for values in lists]
 
 
-def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, transformer_engine: bool) -> str:
+def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, transformer_engine: bool, attention: str) -> str:
     """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only."""
     parts = {
         "model": model_digest,
@@ -114,6 +114,7 @@ def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, tr
         "tokenizer": data.info.tokenizer_digest,
         "precision": model.precision,
         "transformer_engine": transformer_engine,
+        "attention": attention,
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -63,7 +63,7 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
     whole = RowShape(
         row_tokens=512,
         layout="shared",
-        multiple=16 * parallel.tensor,
+        multiple=16 * parallel.row_parts,
         num_replicas=ranks.data_size,
         replica=ranks.data_rank,
         pair_weight=1e-3,
