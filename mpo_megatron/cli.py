@@ -80,7 +80,7 @@ def _launch(name: str, module: str, arguments: Sequence[str]) -> int:
     launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
     options, own = launcher.parse_known_args(arguments)
     config = parse(TrainConfig, own, f"mpo {name}")
-    from mpo_megatron.train.loop import check_inputs
+    from mpo_megatron.train.inputs import check_inputs
 
     parallel = config.parallel
     num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)

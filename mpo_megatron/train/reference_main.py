@@ -7,12 +7,12 @@ import sys
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse
 from mpo_megatron.data import DataError
-from mpo_megatron.data.loader import RowShape
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.loop import TOKEN_MULTIPLE, check_inputs, compute_references
+from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.loop import build_row_shape, compute_references
 
 
 def main() -> int:
@@ -35,15 +35,7 @@ def compute(config: TrainConfig) -> None:
     """
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:
-        # The rows of training: the same padding, the same layout, the same balance over replicas.
-        shape = RowShape(
-            row_tokens=config.data.row_tokens,
-            layout=config.data.layout,
-            multiple=TOKEN_MULTIPLE * config.parallel.row_parts,
-            num_replicas=ranks.data_size,
-            replica=ranks.data_rank,
-            pair_weight=build_flop_model(inputs.hf_config).pair_weight,
-        )
+        shape = build_row_shape(config, ranks, build_flop_model(inputs.hf_config))
         policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         references = compute_references(config, inputs, policy, ranks, shape)
         if ranks.is_main:

@@ -1,0 +1,120 @@
+"""What a run reads, opened and checked before any weight is loaded: every message names the field, the rule and the fix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from mpo_megatron.config import TrainConfig, require, validate_train
+from mpo_megatron.data.group import PreparedGroups, load_groups
+from mpo_megatron.data.loader import steps_per_epoch
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
+from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.convert import Conversion, load_conversion
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.objective import Objective, build_objective, check_data
+from mpo_megatron.train.tracking import check_installed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads, checked before any weight is loaded."""
+
+    hf_config: PretrainedConfig
+    padded_vocab_size: int
+    model_digest: str
+    reference_digest: str
+    train: PreparedGroups
+    held_out: PreparedGroups | None
+    objective: Objective
+    total_steps: int
+
+
+def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
+    """Open what the run reads and check that it all fits together.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    validate_train(config, world_size)
+    objective = build_objective(config.loss)
+    folder = Path(config.model.checkpoint)
+    checkpoint.verify(folder)
+    hf_config = load_hf_config(folder / "hf")
+    conversion = load_conversion(folder)
+    validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
+    use_transformer_engine(config.model)
+    choose_attention(config.model)
+    check_installed(config.logging)
+    reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
+    tokenizer = load_tokenizer(folder)
+    opened = {}
+    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        if path is None:
+            continue
+        data = opened[name] = load_groups(path)
+        require(
+            data.info.tokenizer_digest == tokenizer.digest(),
+            f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
+            f"prepare it again: mpo prepare --tokenizer {folder} …",
+        )
+        require(
+            data.info.vocab_size <= hf_config.vocab_size,
+            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {hf_config.vocab_size} embeddings; "
+            f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
+        )
+        check_lengths(data, config.data.row_tokens, name)
+        check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
+    num_groups = len(opened["data.train"])
+    epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
+    return Inputs(
+        hf_config=hf_config,
+        padded_vocab_size=conversion.padded_vocab_size,
+        model_digest=conversion.digest,
+        reference_digest=reference.digest,
+        train=opened["data.train"],
+        held_out=opened.get("data.eval"),
+        objective=objective,
+        total_steps=config.max_steps or max(1, round(config.epochs * epoch_steps)),
+    )
+
+
+def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
+    """Check that another reference model has the policy's architecture: it is loaded in the policy's place.
+
+    Raises:
+        ConfigError: naming a field of config.json that differs.
+    """
+    checkpoint.verify(folder)
+    reference = load_hf_config(folder / "hf")
+    for name in (
+        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("intermediate_size", "vocab_size", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"),
+    ):
+        ours, theirs = getattr(policy, name, None), getattr(reference, name, None)
+        require(
+            ours == theirs,
+            f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; its reference must have "
+            "the same architecture.",
+        )
+    return load_conversion(folder)
+
+
+def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:
+    """Check that every prompt fits a row together with any one of its responses.
+
+    Raises:
+        ConfigError: naming the longest offender.
+    """
+    longest = np.maximum.reduceat(data.all_response_lengths(), data.response_offsets()[:-1])
+    tokens = data.prompt_lengths() + longest - 1  # a response's last token is never an input
+    worst = int(tokens.argmax())
+    require(
+        tokens[worst] <= row_tokens,
+        f"data.row_tokens = {row_tokens} is too short for {name} = {data.path}: group {data[worst].group_id} has a prompt and "
+        f"response of {tokens[worst]} tokens; raise data.row_tokens, or prepare the data with smaller limits.",
+    )
