@@ -1,0 +1,154 @@
+"""Log-probs of tokens, forward and backward: the chunked kernel against full logits. Time, and peak memory beyond the inputs.
+
+    python -m benchmarks.logprobs                # two CPU cores
+    python -m benchmarks.logprobs --size 7b      # one GPU: 32k tokens × 152k vocabulary
+
+Each measurement has a process of its own, so that no side sees the memory that another one left. Both sides return the
+gradients of hidden states and weight, whose memory counts on both. Full logits are what a trainer without such a kernel does:
+logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers, several times.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import timing
+from benchmarks.setup import SHAPES
+from mpo_megatron import device
+from mpo_megatron.config import ParallelConfig
+from mpo_megatron.model.logprobs import vocab_parallel_logps
+from mpo_megatron.model.parallel import model_parallel
+
+CHUNK = 1024
+"""The trainer's default, `model.logprob_chunk`."""
+FULL_LIMIT = {"cpu": 6.0, "cuda": 100.0}
+"""GiB that full logits may take; beyond it their side is not run, and its memory is extrapolated from the largest that was."""
+FULL_COPIES = 4
+"""Copies of tokens × vocabulary that full logits hold at their peak, for that limit only."""
+CASES = {
+    "tiny": ((64, 512), (128, 512)),
+    "small": ((1024, 151936), (2048, 151936), (32768, 151936), (2048, 16384), (4096, 16384), (16384, 16384), (32768, 16384)),
+}
+GPU_CASES = ((2048, 151936), (8192, 151936), (32768, 151936), (32768, 32768))
+HIDDEN = {"tiny": 64, "small": 64}
+"""Hidden channels of the CPU sizes: few, since memory is what is measured and the GEMMs grow with them."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure every case in processes of their own; or, with --worker, one."""
+    parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
+    parser.add_argument("--worker", nargs=4, metavar=("SIDE", "TOKENS", "VOCABULARY", "HIDDEN"), help="one measurement as JSON")
+    options = timing.parse(parser, arguments)
+    if options.worker:
+        side, *sizes = options.worker
+        print(json.dumps(run_side(side, *(int(size) for size in sizes))))
+        return
+    hidden = HIDDEN.get(options.size) or SHAPES[options.size]["hidden_size"]
+    limit = FULL_LIMIT["cuda" if device.has_gpu() else "cpu"]
+    rows: list[timing.Row] = []
+    for tokens, vocab_size in CASES.get(options.size, GPU_CASES):
+        row: timing.Row = {"tokens": tokens, "vocabulary": vocab_size, "hidden": hidden}
+        for side in ("kernel", "full"):
+            if side == "full" and tokens * vocab_size * 4 * FULL_COPIES / 2**30 > limit:
+                continue
+            results = [spawn(side, tokens, vocab_size, hidden, options.threads) for _ in range(options.repeat)]
+            row[side] = {name: timing.summarize([result[name] for result in results]) for name in ("seconds", "peak_mib")}
+        rows.append(row)
+    for row in rows:
+        row["full_mib"], row["full_measured"] = full_memory(row, rows)
+        row["memory_ratio"] = row["kernel"]["peak_mib"]["median"] / row["full_mib"]
+    table = [
+        {
+            "tokens": row["tokens"],
+            "vocabulary": row["vocabulary"],
+            "kernel, s": f"{row['kernel']['seconds']['median']:.2f}",
+            "full, s": f"{row['full']['seconds']['median']:.2f}" if "full" in row else "–",
+            "kernel, MiB": f"{row['kernel']['peak_mib']['median']:,.0f}",
+            "full, MiB": f"{row['full_mib']:,.0f}" + ("" if row["full_measured"] else " (extrapolated)"),
+            "kernel / full, memory": f"{row['memory_ratio']:.1%}",
+        }
+        for row in rows
+    ]
+    note = (
+        "Forward + backward; memory is the peak beyond inputs, gradients included. Extrapolated: in proportion to tokens from "
+        "the largest measured case of the same vocabulary."
+    )
+    timing.report("logprobs", options, {"hidden": hidden, "chunk": CHUNK, "float": 32}, rows, table, note)
+
+
+def full_memory(row: timing.Row, rows: Sequence[timing.Row]) -> tuple[float, bool]:
+    """MiB of full logits, and whether they were measured."""
+    if "full" in row:
+        return row["full"]["peak_mib"]["median"], True
+    largest = max((r for r in rows if "full" in r and r["vocabulary"] == row["vocabulary"]), key=lambda r: r["tokens"])
+    return largest["full"]["peak_mib"]["median"] * row["tokens"] / largest["tokens"], False
+
+
+def spawn(side: str, tokens: int, vocab_size: int, hidden: int, threads: int) -> dict[str, float]:
+    """One measurement in a new process."""
+    command = [sys.executable, "-m", "benchmarks.logprobs", "--threads", str(threads), "--worker", side]
+    sizes = [str(tokens), str(vocab_size), str(hidden)]
+    result = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=True)
+    measured: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    return measured
+
+
+def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, float]:
+    """Seconds and peak memory of one forward and backward pass."""
+    torch.manual_seed(0)
+    inputs = torch.randn(tokens, hidden, device=device.device(), requires_grad=True)
+    weight = (0.02 * torch.randn(vocab_size, hidden, device=device.device())).requires_grad_()
+    targets = torch.randint(vocab_size, (tokens,), device=device.device())
+    with model_parallel(ParallelConfig(), seed=0) as ranks:
+
+        def kernel(count: int) -> torch.Tensor:
+            return vocab_parallel_logps(
+                inputs[:count], weight, targets[:count], vocab_size=vocab_size, chunk=CHUNK, tp_group=ranks.tensor
+            )
+
+        def full(count: int) -> torch.Tensor:
+            logits = (inputs[:count] @ weight.T).float()
+            return logits.log_softmax(dim=-1).gather(1, targets[:count, None]).squeeze(1)
+
+        compute: Callable[[int], torch.Tensor] = {"kernel": kernel, "full": full}[side]
+
+        def step(count: int) -> None:
+            torch.autograd.grad(compute(count).sum(), (inputs, weight))
+
+        step(8)  # libraries allocate their buffers on first use
+        peak = PeakMemory()
+        seconds = timing.clock(lambda: step(tokens))
+        return {"seconds": seconds, "peak_mib": peak.mib()}
+
+
+class PeakMemory:
+    """Largest memory in use since this object was made, beyond what was in use then."""
+
+    def __init__(self) -> None:
+        if device.has_gpu():
+            torch.cuda.reset_peak_memory_stats()
+            self.start = float(torch.cuda.memory_allocated())
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident high-water mark falls to what is resident now
+            self.start = _status("VmRSS")
+
+    def mib(self) -> float:
+        """MiB."""
+        peak = float(torch.cuda.max_memory_allocated()) if device.has_gpu() else _status("VmHWM")
+        return (peak - self.start) / 2**20
+
+
+def _status(name: str) -> float:
+    """Bytes that /proc/self/status says."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    return float(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

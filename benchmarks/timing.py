@@ -1,0 +1,146 @@
+"""What every benchmark shares: its command line, interleaved timing, and results as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpo_megatron import device
+
+PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl")
+"""Whose versions are written beside the numbers."""
+
+Row = dict[str, Any]
+
+
+def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int = 3) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sizes, default="small", help="tiny: a check that it runs; small: CPU; others: one GPU")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks-out"), help="folder for <name>.json")
+    parser.add_argument("--repeat", type=int, default=repeat, help="measurements of each side")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU; see docs/benchmarks.md for why one")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; sets the number of threads."""
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    return options
+
+
+def interleave(sides: Mapping[str, Callable[[], object]], repeat: int, *, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every run of every side. The sides take turns, so that what else the machine does meets all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-warmup, repeat):
+        order = list(sides)
+        for name in order if turn % 2 else reversed(order):
+            elapsed = clock(sides[name])
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def clock(action: Callable[[], object]) -> float:
+    """Seconds an action takes, as `now` counts them, queued kernels included."""
+    started = now()
+    action()
+    return now() - started
+
+
+def now() -> float:
+    """A clock: the wall's with a GPU; on a CPU this process's own seconds, which other work on the machine does not lengthen."""
+    device.synchronize()
+    return time.perf_counter() if device.has_gpu() else time.process_time()
+
+
+def summarize(values: Sequence[float]) -> dict[str, Any]:
+    """Median and spread of repeated measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": list(values)}
+
+
+def compare(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
+    """How many times faster `fast` is: the ratio within each turn, since both sides of a turn met the same machine."""
+    return summarize([a / b for a, b in zip(slow, fast, strict=True)])
+
+
+def shown(summary: Mapping[str, Any], digits: int = 2, unit: str = "") -> str:
+    """A summary as a table shows it: median (min … max)."""
+    return f"{summary['median']:.{digits}f}{unit} ({summary['min']:.{digits}f}…{summary['max']:.{digits}f})"
+
+
+def describe_machine() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "device": torch.cuda.get_device_name() if device.has_gpu() else _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "clock": "wall" if device.has_gpu() else "CPU seconds of the process",
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "versions": versions,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"CPU: {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def report(
+    name: str, options: argparse.Namespace, settings: Mapping[str, Any], rows: Sequence[Row], table: Sequence[Row], note: str
+) -> Path:
+    """Print the table, and write everything to `<output>/<name>.json`.
+
+    Args:
+        settings: what was run
+        rows: the measurements, for the file
+        table: the same, for people: one dictionary of columns per line
+        note: what is compared, and how to read it
+    """
+    console = Console(width=160, highlight=False)
+    printed = Table(title=f"{name} ({options.size})")
+    for column in table[0]:
+        printed.add_column(column.strip(), justify="right", no_wrap=True)
+    for line in table:
+        printed.add_row(*(str(value) for value in line.values()))
+    console.print(printed)
+    console.print(note)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path: Path = options.output / f"{name}.json"
+    content = {
+        "benchmark": name,
+        "size": options.size,
+        "machine": describe_machine(),
+        "settings": dict(settings),
+        "note": note,
+        "table": list(table),
+        "rows": list(rows),
+    }
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    console.print(f"written: {path}", soft_wrap=True)
+    return path
