@@ -1,0 +1,63 @@
+"""Every benchmark runs at its smallest size and writes well-formed results; nothing here depends on time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "setup", "timing"))
+RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
+
+
+def check(content: dict[str, Any]) -> None:
+    assert content["machine"]["date"].count("-") == 2
+    assert content["machine"]["versions"]["torch"]
+    assert content["machine"]["clock"]
+    assert content["rows"]
+    assert content["table"]
+    assert content["note"]
+    assert len({tuple(row) for row in content["table"]}) == 1  # the same columns in every line
+    check_numbers(content["rows"])
+
+
+def check_numbers(value: Any) -> None:
+    if isinstance(value, dict):
+        for item in value.values():
+            check_numbers(item)
+        if "median" in value:
+            assert value["min"] <= value["median"] <= value["max"]
+            assert len(value["all"]) >= 1
+    elif isinstance(value, list):
+        for item in value:
+            check_numbers(item)
+    elif isinstance(value, float):
+        assert math.isfinite(value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_runs_at_its_smallest_size(name: str, tmp_path: Path) -> None:
+    if name == "trl":
+        pytest.importorskip("trl")
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--size", "tiny", "--repeat", "1", "--output", str(tmp_path)]
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    content = json.loads((tmp_path / f"{name}.json").read_text())
+    assert content["benchmark"] == name
+    check(content)
+    assert next(iter(content["table"][0])) in result.stdout
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_kept_results_are_well_formed(path: Path) -> None:
+    check(json.loads(path.read_text()))
