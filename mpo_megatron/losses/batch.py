@@ -34,6 +34,8 @@ class GroupBatch:
     """[G, K, T] float: per-token log π_θ; token t counts where t < lengths."""
     reference_token_logps: Tensor | None = None
     """[G, K, T] float: per-token log π_ref, no gradient."""
+    token_kl: Tensor | None = None
+    """[G, K] float: Σ over a response's tokens of KL(π_θ ‖ π_ref) over the whole vocabulary; gradients flow into it, too."""
     generator: torch.Generator | None = None
     """CPU generator for sampled pairs and negatives; in the same state on all ranks of a model replica."""
 

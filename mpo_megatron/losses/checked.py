@@ -25,6 +25,7 @@ def group_loss(
     labels: Tensor | None = None,
     token_logps: Tensor | None = None,
     reference_token_logps: Tensor | None = None,
+    token_kl: Tensor | None = None,
     generator: torch.Generator | None = None,
     **hyperparameters: Any,
 ) -> Tensor:
@@ -39,6 +40,7 @@ def group_loss(
         lengths: [G, K] scored tokens per response.
         labels: [G, K] 1 chosen, 0 rejected, −1 neither.
         token_logps, reference_token_logps: [G, K, T], for token-level methods.
+        token_kl: [G, K] KL(π_θ ‖ π_ref) over the vocabulary, summed over tokens, for methods that regularise with it.
         generator: seeded CPU generator, for methods that draw.
         hyperparameters: the method's own; defaults are its paper's.
 
@@ -64,6 +66,7 @@ def group_loss(
         lengths=lengths,
         token_logps=token_logps,
         reference_token_logps=reference_token_logps,
+        token_kl=token_kl,
         generator=generator,
     )
     check_shapes(batch)
@@ -85,7 +88,7 @@ def check_matrix(name: str, values: Tensor) -> None:
 def check_shapes(batch: GroupBatch) -> None:
     """Refuse tensors whose shape is not that of `policy_logps`, and masks that are not boolean."""
     expected = tuple(batch.policy_logps.shape)
-    for name in ("valid", "reference_logps", "rewards", "labels", "lengths"):
+    for name in ("valid", "reference_logps", "rewards", "labels", "lengths", "token_kl"):
         values = getattr(batch, name)
         if values is not None and tuple(values.shape) != expected:
             raise ValueError(
@@ -141,13 +144,15 @@ def check_present(name: str, batch: GroupBatch, needs: Needs) -> None:
         refuse("token_logps", "works token by token", "pass token_logps [G, K, T]")
     if needs.tokens and needs.reference and batch.reference_token_logps is None:
         refuse("reference_token_logps", "works token by token", "pass reference_token_logps [G, K, T]")
+    if needs.token_kl and batch.token_kl is None:
+        refuse("token_kl", "regularises with the divergence over the vocabulary", "pass token_kl [G, K]")
     if needs.sampled and batch.generator is None:
         refuse("generator", "draws at random", "pass a seeded torch.Generator (CPU)")
 
 
 def check_values(batch: GroupBatch) -> None:
     """Refuse NaN and infinity, and lengths below one, in valid entries; name the first."""
-    for name in ("policy_logps", "reference_logps", "rewards"):
+    for name in ("policy_logps", "reference_logps", "rewards", "token_kl"):
         values = getattr(batch, name)
         if values is not None:
             refuse_first(

@@ -48,6 +48,8 @@ class Needs:
     """`lengths`."""
     tokens: bool = False
     """`token_logps`; the gradient goes there, not to `policy_logps`."""
+    token_kl: bool = False
+    """`token_kl`: whole next-token distributions of policy and reference, not log-probs of the given tokens alone."""
     batch_statistics: bool = False
     """A mean over the batch enters the loss, so that `compute` must see the whole global batch at once."""
     policy_samples: bool = False

@@ -1,9 +1,8 @@
 """Soft Preference Optimization (SPO): losses on log π_θ itself, with no reference inside the preference term.
 
 The regulariser of the paper, β KL(π_θ ‖ π_ref) over the full vocabulary on samples from the current policy
-(Eq. 15), needs the model's token distributions: it is the trainer's, added to this loss. Here are the
-in-dataset ones of Table 4 that need log-probabilities only. Shapes: G groups, K responses, W winners and L
-losers. Units: nats / α.
+(Eq. 15), is the trainer's, added to this loss. Here are the in-dataset ones of Table 4. Shapes: G groups, K
+responses, W winners and L losers. Units: nats / α.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps, mask_padding
 from mpo_megatron.losses.hyperparameters import check_non_negative, check_unused
 from mpo_megatron.losses.listwise import compute_choice_terms, find_ranked, mask_suffixes, sort_by_preference
 from mpo_megatron.losses.numerics import exp_with_linear_tail, logistic_loss, masked_logsumexp, masked_mean
@@ -41,8 +40,9 @@ class SpoParams(PairParams):
     """Exponent of the weight μ (§7); 0 gives μ = 1, SPO-basic."""
     eta: float = 1.0
     """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 leaves the best's term alone."""
-    regularizer: Literal["none", "log_prob", "importance"] = "none"
-    """In-dataset regulariser (Table 4): −log π(y_w), or e^s · s averaged over the group's responses."""
+    regularizer: Literal["none", "log_prob", "token_kl", "importance"] = "none"
+    """In-dataset regulariser (Table 4): −log π(y_w); or, averaged over the group's scored responses, Σ_τ KL(π_θ ‖ π_ref) of the
+    next token (it keeps the reference model in memory), or e^s · s."""
     regularizer_weight: float = 0.1
     """Its weight."""
 
@@ -54,7 +54,7 @@ class SpoParams(PairParams):
         if self.form != "ranked":
             check_unused(self, "form = ranked", "eta")
         if self.regularizer == "none":
-            check_unused(self, "regularizer = log_prob or importance", "regularizer_weight")
+            check_unused(self, "regularizer = log_prob, token_kl or importance", "regularizer_weight")
 
 
 def find_soft(batch: GroupBatch, params: SpoParams) -> Tensor:
@@ -65,7 +65,12 @@ def find_soft(batch: GroupBatch, params: SpoParams) -> Tensor:
 def needs_spo(params: SpoParams) -> Needs:
     """μ compares with a mean over the batch; only the importance-sampling regulariser has a reference."""
     needs = needs_pairs(params) if params.form == "pairs" else Needs(preferences=True)
-    return replace(needs, reference=params.regularizer == "importance", batch_statistics=params.gamma > 0)
+    return replace(
+        needs,
+        reference=params.regularizer == "importance",
+        token_kl=params.regularizer == "token_kl",
+        batch_statistics=params.gamma > 0,
+    )
 
 
 def compute_weights(log_mass: Tensor, present: Tensor, gamma: float, dim: int | tuple[int, ...]) -> Tensor:
@@ -117,7 +122,7 @@ def compute_spo(batch: GroupBatch, params: SpoParams) -> Tensor:
     if params.regularizer == "log_prob":
         best = find_best(batch)
         return losses - params.regularizer_weight * torch.where(best, logps, 0.0).sum(dim=-1)
-    return losses + compute_importance_term(batch, params)
+    return losses + compute_divergence_term(batch, params)
 
 
 def compute_pair_form(batch: GroupBatch, params: SpoParams, logps: Tensor) -> Tensor:
@@ -132,16 +137,21 @@ def compute_pair_form(batch: GroupBatch, params: SpoParams, logps: Tensor) -> Te
         losses = losses - params.regularizer_weight * logps.unsqueeze(-1)
     losses = torch.where(pairs, losses, 0.0)
     total = losses.sum(dim=(-2, -1)) if params.reduction == "sum" else masked_mean(losses, pairs, dim=(-2, -1))
-    return total + compute_importance_term(batch, params)
+    return total + compute_divergence_term(batch, params)
 
 
-def compute_importance_term(batch: GroupBatch, params: SpoParams) -> Tensor:
-    """Weight · mean over the group's scored responses of e^s · s (Table 4), [G]; 0 with another regulariser.
+def compute_divergence_term(batch: GroupBatch, params: SpoParams) -> Tensor:
+    """Weight · mean over the group's scored responses of the token-wise KL, or of e^s · s (Table 4), [G]; 0 with the others.
 
     Deviation: e^s continues along its tangent above s = 20, as e^5000 is no number.
     """
-    if params.regularizer != "importance":
+    if params.regularizer == "token_kl":
+        if batch.token_kl is None:
+            raise ValueError("token_kl = None; regularizer = token_kl reads it; pass token_kl [G, K].")
+        terms = mask_padding(batch.token_kl, batch.valid)
+    elif params.regularizer == "importance":
+        log_ratios = compute_log_ratios(batch)
+        terms = exp_with_linear_tail(log_ratios) * log_ratios
+    else:
         return torch.zeros_like(batch.policy_logps[..., 0])
-    log_ratios = compute_log_ratios(batch)
-    terms = exp_with_linear_tail(log_ratios) * log_ratios
     return params.regularizer_weight * masked_mean(terms, find_soft(batch, params))

@@ -56,6 +56,7 @@ def format_needs(needs: Needs) -> str:
         "preferences": "rewards or labels",
         "lengths": "lengths",
         "tokens": "log-probs per token",
+        "token_kl": "KL divergences over the vocabulary",
         "batch_statistics": "the whole global batch",
         "policy_samples": "samples from the policy",
         "sampled": "a seeded generator",

@@ -26,7 +26,7 @@ from mpo_megatron.model.architecture import (
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part
-from mpo_megatron.model.logprobs import vocab_parallel_logps
+from mpo_megatron.model.logprobs import vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
 
@@ -42,7 +42,15 @@ class Policy(GPTModel):
         self.real_vocab_size = real_vocab_size
         self.logprob_chunk = logprob_chunk
 
-    def forward(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        position_ids: Tensor,
+        layout: RowLayout,
+        sources: Tensor,
+        targets: Tensor,
+        reference: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
 
         All arguments describe the whole row, and with context parallelism every rank returns all log-probs; a gradient that
@@ -54,31 +62,43 @@ class Policy(GPTModel):
             layout: the row's segments
             sources: [S] index in the row of the token that predicts each scored token
             targets: [S] ids of the scored tokens
+            reference: `scored_hidden` and `output_weight` of the reference model, to compute KL(π ‖ π_ref) as well
         Returns:
-            [S] log-probs in nats, float32; before the last stage [T, 1, H], T divided over context-parallel ranks and, with
-            sequence parallelism, over tensor-parallel ones
+            [S] log-probs in nats, float32, or [2, S] log-probs and divergences; before the last stage [T, 1, H], T divided over
+            context-parallel ranks and, with sequence parallelism, over tensor-parallel ones
         """
         hidden = self.hidden_states(tokens, position_ids, layout)
         if not self.post_process:
             return hidden
-        hidden = self.gather_sequence(hidden).squeeze(1)
         context = self.pg_collection.cp
-        if context.size() == 1:
-            return self.token_logps(hidden[sources], targets)
-        own = (sources % context.size() == context.rank()).nonzero().squeeze(1)
-        logps = self.token_logps(hidden[sources[own] // context.size()], targets[own])
-        return sum_parts(logps.new_zeros(len(sources)).index_put((own,), logps), context)
-
-    def token_logps(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        """Log-probs [S] of `targets` from the hidden states [S, H] that predict them."""
-        return vocab_parallel_logps(
-            hidden,
+        own = self.own_sources(sources)
+        found = vocab_parallel_statistics(
+            self.select_sources(hidden, sources),
             self.output_weight(),
-            targets,
+            targets[own],
             vocab_size=self.real_vocab_size,
             chunk=self.logprob_chunk,
             tp_group=self.pg_collection.tp,
+            reference=reference,
         )
+        result = found.logps if found.kl is None else torch.stack((found.logps, found.kl))
+        if context.size() == 1:
+            return result
+        return sum_parts(result.new_zeros((*result.shape[:-1], len(sources))).index_copy(-1, own, result), context)
+
+    def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor) -> Tensor:
+        """Last hidden states of this rank's part of `sources`, for a model that is all in one stage: [S (own), H]."""
+        return self.select_sources(self.hidden_states(tokens, position_ids, layout), sources)
+
+    def own_sources(self, sources: Tensor) -> Tensor:
+        """[S (own)] which of `sources` lie in this context-parallel rank's part of the row: all without context parallelism."""
+        context = self.pg_collection.cp
+        return (sources % context.size() == context.rank()).nonzero().squeeze(1)
+
+    def select_sources(self, hidden: Tensor, sources: Tensor) -> Tensor:
+        """From this stage's output to the hidden states [S (own), H] of its own sources."""
+        everything = self.gather_sequence(hidden).squeeze(1)
+        return everything[sources[self.own_sources(sources)] // self.pg_collection.cp.size()]
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout) -> Tensor:
         """Output of this stage's last layer (and the final norm on the last stage) for this rank's tokens of the row.

@@ -50,6 +50,11 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     use_transformer_engine(config.model)
     choose_attention(config.model)
     check_installed(config.logging)
+    require(
+        not objective.needs.token_kl or config.parallel.pipeline == 1,
+        f"parallel.pipeline = {config.parallel.pipeline}; {config.loss.name} with regularizer = token_kl runs the reference "
+        "beside the policy, in one stage; set parallel.pipeline to 1, and raise parallel.tensor.",
+    )
     reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)
     opened = {}

@@ -62,7 +62,16 @@ def train(config: TrainConfig) -> None:
         checkpoint.load_weights([policy], config.model.checkpoint, ranks)
         model = [optimizer.wrap_data_parallel(policy, ranks)]
         prepare_schedules(model)
-        run = Run(config=config, inputs=inputs, references=references, ranks=ranks, shape=shape, flops=flops, model=model)
+        run = Run(
+            config=config,
+            inputs=inputs,
+            references=references,
+            ranks=ranks,
+            shape=shape,
+            flops=flops,
+            model=model,
+            resident=load_resident(config, inputs, ranks),
+        )
         run.train()
 
 
@@ -76,6 +85,15 @@ def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowS
         replica=ranks.data_rank,
         pair_weight=flops.pair_weight,
     )
+
+
+def load_resident(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> torch.nn.Module | None:
+    """The reference model in memory, without gradients, if the loss needs more of it than log-probs."""
+    if not inputs.objective.needs.token_kl:
+        return None
+    resident = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+    checkpoint.load_weights([resident], config.model.reference or config.model.checkpoint, ranks)
+    return resident.eval().requires_grad_(False)
 
 
 def compute_references(
@@ -127,6 +145,8 @@ class Run:
     shape: RowShape
     flops: FlopModel
     model: list[Any]
+    resident: torch.nn.Module | None
+    """The reference model, for losses that compare whole distributions with it."""
 
     @property
     def folder(self) -> Path:
@@ -166,10 +186,10 @@ class Run:
         if batch.contributes.any():
             if self.two_phase(batch):
                 policy, backward_share = two_phase_step(
-                    self.model, batch, reference, objective, self.ranks, self.shape, self.generator(batch.step)
+                    self.model, batch, reference, objective, self.ranks, self.shape, self.generator(batch.step), self.resident
                 )
             else:
-                policy = fused_step(self.model, batch, reference, objective, self.ranks)
+                policy = fused_step(self.model, batch, reference, objective, self.ranks, self.resident)
             learned = self.metrics(batch, policy, reference)
             _, norm = optimizer.update(self.model, adam)
         else:  # nothing to learn from: the weights stay as they are
@@ -231,7 +251,7 @@ class Run:
             indices = np.arange(start, min(start + size, len(data)))
             batch = build_step(0, data, indices, self.inputs.objective.select, self.shape)
             if batch.contributes.any():
-                policy = forward_step(self.model, batch, self.inputs.objective, self.ranks)
+                policy = forward_step(self.model, batch, self.inputs.objective, self.ranks, self.resident)
                 parts.append(self.metrics(batch, policy, self.reference(data, batch)))
         if not parts:
             raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")

@@ -25,6 +25,8 @@ class Logps:
     """[G, K] log π(y | x) in nats, float64."""
     token: Tensor | None = None
     """[G, K, T] log π of each scored token, for losses that work on tokens."""
+    kl: Tensor | None = None
+    """[G, K] KL(π ‖ π_ref) over the vocabulary, summed over a response's tokens, for losses that regularise with it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ def group_batch(
         valid=valid,
         lengths=take(table.lengths, torch.int64),
         token_logps=policy.token,
+        token_kl=policy.kl,
         reference_token_logps=None if reference is None else take(reference.token, torch.float32),
         generator=generator,
     )

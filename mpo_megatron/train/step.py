@@ -53,8 +53,12 @@ class RowTensors:
     """[R, 2] slot of the group in the step, index of the response in the group."""
 
 
-RowLoss = Callable[[RowTensors, Tensor], Tensor]
-"""From a row and the log-probs [S] of its scored tokens to the scalar to backpropagate."""
+RowLoss = Callable[[RowTensors, Tensor, Tensor | None], Tensor]
+"""From a row, the log-probs [S] of its scored tokens and, with a resident reference, their divergences [S] from it, to the scalar
+to backpropagate."""
+
+RowOutput = tuple[RowTensors, Tensor, Tensor | None]
+"""A row with its log-probs [S] and, with a resident reference, divergences [S], detached."""
 
 
 def to_device(row: Row) -> RowTensors:
@@ -90,29 +94,41 @@ def token_index(row: RowTensors) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def run_rows(
-    model: list[torch.nn.Module], rows: Sequence[Row], ranks: Ranks, row_loss: RowLoss | None
-) -> list[tuple[RowTensors, Tensor]]:
+    model: list[torch.nn.Module],
+    rows: Sequence[Row],
+    ranks: Ranks,
+    row_loss: RowLoss | None,
+    resident: torch.nn.Module | None = None,
+) -> list[RowOutput]:
     """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or forward only without one.
 
+    Args:
+        resident: the reference model, to compute divergences from it; it and the policy must each be one stage
     Returns:
-        On the last pipeline stage the rows with the detached log-probs [S] of their scored tokens; on the others nothing.
+        On the last pipeline stage the rows with what was computed of their scored tokens; on the others nothing.
     """
     forward_only = row_loss is None
 
     def forward(iterator: Any, part: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
         row = to_device(next(iterator))
-        output = part(row.tokens, row.position_ids, row.layout, row.sources, row.targets)
+        reference = None if resident is None else reference_outputs(resident, row)
+        output = part(row.tokens, row.position_ids, row.layout, row.sources, row.targets, reference)
 
-        def loss(token_logps: Tensor) -> tuple[Tensor, Tensor, Any]:
-            scalar = token_logps.sum() if row_loss is None else row_loss(row, token_logps)
-            return scalar, torch.ones((), dtype=torch.int), (row, token_logps.detach())
+        def loss(result: Tensor) -> tuple[Tensor, Tensor, Any]:
+            token_logps, token_kl = (result, None) if resident is None else result.unbind()
+            scalar = result.sum() if row_loss is None else row_loss(row, token_logps, token_kl)
+            return (
+                scalar,
+                torch.ones((), dtype=torch.int),
+                (row, token_logps.detach(), None if token_kl is None else token_kl.detach()),
+            )
 
         return output, loss
 
     for part in model:
         part.train(not forward_only)
     with torch.set_grad_enabled(not forward_only):
-        outputs: list[tuple[RowTensors, Tensor]] = get_forward_backward_func()(
+        outputs: list[RowOutput] = get_forward_backward_func()(
             forward_step_func=forward,
             data_iterator=iter(rows),
             model=model,
@@ -124,15 +140,23 @@ def run_rows(
     return outputs if ranks.is_last_stage else []
 
 
+@torch.no_grad()
+def reference_outputs(resident: Any, row: RowTensors) -> tuple[Tensor, Tensor]:
+    """Hidden states [S, H] of the row's scored tokens and the output weight [V, H] of the reference model."""
+    while hasattr(resident, "module"):  # Float16Module
+        resident = resident.module
+    return resident.scored_hidden(row.tokens, row.position_ids, row.layout, row.sources), resident.output_weight()
+
+
 def finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
     """Megatron's gradient reduction without its division by tokens: the loss is scaled already (see the module's text)."""
     finalize_model_grads(model, None, **groups)
 
 
 def collect_logps(
-    outputs: Sequence[tuple[RowTensors, Tensor]], shape: tuple[int, ...], ranks: Ranks, num_tokens: int | None = None
+    outputs: Sequence[RowOutput], shape: tuple[int, ...], ranks: Ranks, num_tokens: int | None = None, *, kl: bool = False
 ) -> Logps:
-    """Log-probs of all rows of all replicas, on every rank.
+    """Log-probs (and divergences) of all rows of all replicas, on every rank.
 
     Sums over replicas (each response lies in one replica's rows), then copies from the last pipeline stage to the others.
 
@@ -142,26 +166,42 @@ def collect_logps(
     """
     response = torch.zeros(shape, dtype=torch.float64, device=device.device())
     token = torch.zeros((*shape, num_tokens), device=device.device()) if num_tokens is not None else None
-    for row, token_logps in outputs:
+    divergence = torch.zeros_like(response) if kl else None
+    for row, token_logps, token_kl in outputs:
         slot, k = row.responses.unbind(dim=1)
         response[slot, k] = sum_responses(row, token_logps)
+        if divergence is not None and token_kl is not None:
+            divergence[slot, k] = sum_responses(row, token_kl)
         if token is not None:
             token[token_index(row)] = token_logps.float()
-    for tensor in (response, token):
+    for tensor in (response, token, divergence):
         if tensor is not None:
             all_reduce(tensor, group=ranks.data)
             if ranks.pipeline.size() > 1:
                 broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
-    return Logps(response=response, token=token)
+    return Logps(response=response, token=token, kl=divergence)
 
 
-def forward_step(model: list[torch.nn.Module], batch: StepBatch, objective: Objective | None, ranks: Ranks) -> Logps:
+def forward_step(
+    model: list[torch.nn.Module],
+    batch: StepBatch,
+    objective: Objective | None,
+    ranks: Ranks,
+    resident: torch.nn.Module | None = None,
+) -> Logps:
     """Log-probs of the batch's scored responses, without gradients; per token too if the objective works on tokens."""
-    outputs = run_rows(model, batch.rows, ranks, row_loss=None)
-    return collect_logps(outputs, batch.table.valid.shape, ranks, _token_width(batch, objective))
+    outputs = run_rows(model, batch.rows, ranks, None, resident)
+    return collect_logps(outputs, batch.table.valid.shape, ranks, _token_width(batch, objective), kl=resident is not None)
 
 
-def fused_step(model: list[torch.nn.Module], batch: StepBatch, reference: Logps, objective: Objective, ranks: Ranks) -> Logps:
+def fused_step(
+    model: list[torch.nn.Module],
+    batch: StepBatch,
+    reference: Logps,
+    objective: Objective,
+    ranks: Ranks,
+    resident: torch.nn.Module | None = None,
+) -> Logps:
     """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
 
     Returns:
@@ -170,23 +210,25 @@ def fused_step(model: list[torch.nn.Module], batch: StepBatch, reference: Logps,
     num_contributing = int(batch.contributes.sum())
     width = _token_width(batch, objective)
 
-    def row_loss(row: RowTensors, token_logps: Tensor) -> Tensor:
+    def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         if len(row.responses) == 0:  # a filler row; its zero keeps the schedule's backward pass alive
             return token_logps.sum()
         slots, group_of = row.responses[:, 0].unique(return_inverse=True)
         shape = (len(slots), batch.table.valid.shape[1])
         zeros = token_logps.new_zeros(shape, dtype=torch.float64)
-        response = zeros.index_put((group_of, row.responses[:, 1]), sum_responses(row, token_logps))
+        place = (group_of, row.responses[:, 1])
+        response = zeros.index_put(place, sum_responses(row, token_logps))
+        kl = None if token_kl is None else zeros.index_put(place, sum_responses(row, token_kl))
         token = None
         if width is not None:
             _, k, position = token_index(row)
             zeros = token_logps.new_zeros((*shape, width), dtype=torch.float32)
             token = zeros.index_put((group_of[row.response_of], k, position), token_logps)
-        groups = group_batch(batch.table, Logps(response=response, token=token), reference, slots=slots)
+        groups = group_batch(batch.table, Logps(response=response, token=token, kl=kl), reference, slots=slots)
         return objective.compute(groups).sum() / num_contributing
 
-    outputs = run_rows(model, batch.rows, ranks, row_loss)
-    return collect_logps(outputs, batch.table.valid.shape, ranks, width)
+    outputs = run_rows(model, batch.rows, ranks, row_loss, resident)
+    return collect_logps(outputs, batch.table.valid.shape, ranks, width, kl=resident is not None)
 
 
 def two_phase_step(
@@ -197,6 +239,7 @@ def two_phase_step(
     ranks: Ranks,
     shape: RowShape,
     generator: torch.Generator,
+    resident: torch.nn.Module | None = None,
 ) -> tuple[Logps, float]:
     """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
 
@@ -205,35 +248,42 @@ def two_phase_step(
     Returns:
         The policy's log-probs before the update, and the share of the forward pass's tokens that was backpropagated.
     """
-    policy = forward_step(model, batch, objective, ranks)
-    coefficients = loss_coefficients(batch, policy, reference, objective, generator)
-    needed = (coefficients if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)).cpu().numpy() != 0
+    policy = forward_step(model, batch, objective, ranks, resident)
+    coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+    weight = coefficients.abs() if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)
+    needed = (weight if kl_coefficients is None else weight + kl_coefficients.abs()).cpu().numpy() != 0
     plan, rows = (batch.plan, batch.rows)
     if (needed != batch.in_rows).any():
         plan, rows = pack(batch.table, batch.groups, needed, shape)
 
-    def row_loss(row: RowTensors, token_logps: Tensor) -> Tensor:
+    def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         if len(row.responses) == 0:
             return token_logps.sum()
-        if coefficients.dim() == 2:
-            slot, k = row.responses.unbind(dim=1)
-            return (coefficients[slot, k] * sum_responses(row, token_logps)).sum()
-        return (coefficients[token_index(row)] * token_logps).sum()
+        slot, k = row.responses.unbind(dim=1)
+        if coefficients.dim() == 3:
+            return (coefficients[token_index(row)] * token_logps).sum()
+        total = (coefficients[slot, k] * sum_responses(row, token_logps)).sum()
+        if kl_coefficients is not None and token_kl is not None:
+            total = total + (kl_coefficients[slot, k] * sum_responses(row, token_kl)).sum()
+        return total
 
-    run_rows(model, rows, ranks, row_loss)
+    run_rows(model, rows, ranks, row_loss, resident)
     return policy, plan.num_tokens / max(1, batch.plan.num_tokens)
 
 
 def loss_coefficients(
     batch: StepBatch, policy: Logps, reference: Logps, objective: Objective, generator: torch.Generator
-) -> Tensor:
-    """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens; L the mean loss."""
+) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens, L the mean loss; and
+    ∂L/∂KL of every response [G, K] for losses that regularise with it."""
     by_token = policy.token is not None
     leaf = (policy.token if policy.token is not None else policy.response).detach().requires_grad_()
-    logps = Logps(response=policy.response, token=leaf) if by_token else Logps(response=leaf)
+    kl = None if policy.kl is None else policy.kl.detach().requires_grad_()
+    logps = Logps(response=policy.response, token=leaf, kl=kl) if by_token else Logps(response=leaf, kl=kl)
     losses = objective.compute(group_batch(batch.table, logps, reference, generator=generator))
-    (coefficients,) = torch.autograd.grad(losses.sum() / int(batch.contributes.sum()), leaf)
-    return coefficients
+    mean = losses.sum() / int(batch.contributes.sum())
+    coefficients = torch.autograd.grad(mean, [leaf] if kl is None else [leaf, kl])
+    return coefficients[0], None if kl is None else coefficients[1]
 
 
 def prepare_schedules(model: list[torch.nn.Module]) -> None:

@@ -76,21 +76,22 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
         checkpoint.load_weights(model, folder / "reference", ranks)
         reference = forward_step(model, batch, objective, ranks)
     checkpoint.load_weights(model, folder / "policy", ranks)
+    resident = load_resident(parallel, ranks, folder) if objective.needs.token_kl else None
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(3)
 
     model[0].zero_grad_buffer()
     if objective.needs_whole_batch:
-        everything_at_once(model, batch, reference, objective, ranks, generator())
+        everything_at_once(model, batch, reference, objective, ranks, generator(), resident)
     else:
-        fused_step(model, batch, reference, objective, ranks)
+        fused_step(model, batch, reference, objective, ranks, resident)
     expected = gradients(model)
     model[0].zero_grad_buffer()
-    two_phase_step(model, batch, reference, objective, ranks, whole, generator())
+    two_phase_step(model, batch, reference, objective, ranks, whole, generator(), resident)
     two_phase = gradients(model)
     model[0].zero_grad_buffer()
-    _, share = two_phase_step(model, split_batch, reference, objective, ranks, split, generator())
+    _, share = two_phase_step(model, split_batch, reference, objective, ranks, split, generator(), resident)
     in_parts = gradients(model)
     largest = max_over_ranks(max(gradient.abs().max().item() for gradient in expected))
     return {
@@ -104,19 +105,29 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
     }
 
 
+def load_resident(parallel: ParallelConfig, ranks: Ranks, folder: Path) -> torch.nn.Module:
+    model_config = ModelConfig(checkpoint=str(folder / "reference"), precision="fp32")
+    padded = load_conversion(folder / "reference").padded_vocab_size
+    resident = build_policy(load_hf_config(folder / "reference" / "hf"), model_config, parallel, ranks, padded)
+    checkpoint.load_weights([resident], folder / "reference", ranks)
+    return resident.eval().requires_grad_(False)
+
+
 def everything_at_once(
-    model: list[Any], batch: Any, reference: Any, objective: Any, ranks: Ranks, generator: torch.Generator
+    model: list[Any], batch: Any, reference: Any, objective: Any, ranks: Ranks, generator: torch.Generator, resident: Any
 ) -> None:
     """Gradients of a loss that needs the whole batch, without the code under test dropping anything from the second pass."""
-    policy = forward_step(model, batch, objective, ranks)
-    coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+    policy = forward_step(model, batch, objective, ranks, resident)
+    coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
 
-    def row_loss(row: Any, token_logps: torch.Tensor) -> torch.Tensor:
+    def row_loss(row: Any, token_logps: torch.Tensor, token_kl: torch.Tensor | None) -> torch.Tensor:
         slot, k = row.responses.unbind(dim=1)
-        weights = coefficients[slot, k].float()[row.response_of] if len(slot) else token_logps.detach()
-        return (weights * token_logps).sum()
+        if not len(slot):
+            return token_logps.sum()
+        total = (coefficients[slot, k].float()[row.response_of] * token_logps).sum()
+        return total if token_kl is None else total + (kl_coefficients[slot, k].float()[row.response_of] * token_kl).sum()
 
-    run_rows(model, batch.rows, ranks, row_loss)
+    run_rows(model, batch.rows, ranks, row_loss, resident)
 
 
 def gradients(model: list[Any]) -> list[torch.Tensor]:

@@ -66,11 +66,15 @@ def run_case(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         prepare_schedules(model)
         model[0].zero_grad_buffer()
         generator = torch.Generator().manual_seed(3)
+        resident = None
+        if objective.needs.token_kl:
+            resident = build_policy(hf_config, model_config, parallel, ranks, conversion.padded_vocab_size)
+            checkpoint.load_weights([resident], folder / case["reference"], ranks)
         if case.get("two_phase"):
-            logps, _ = two_phase_step(model, batch, reference, objective, ranks, shape, generator)
+            logps, _ = two_phase_step(model, batch, reference, objective, ranks, shape, generator, resident)
         else:
             assert not batch.plan.split_groups
-            logps = fused_step(model, batch, reference, objective, ranks)
+            logps = fused_step(model, batch, reference, objective, ranks, resident)
         losses = objective.compute(group_batch(batch.table, logps, reference, generator=torch.Generator().manual_seed(3)))
         if "gradients" in case:
             save_gradients(policy, folder / case["gradients"], folder / case["model"], ranks)

@@ -62,6 +62,31 @@ def mpo_oracle(policy: Any, reference: Any, groups: Sequence[TokenizedGroup]) ->
     return torch.stack(losses).mean()
 
 
+SPO = {"alpha": 0.1, "gamma": 0.0, "regularizer": "token_kl", "regularizer_weight": 0.3}
+
+
+def divergence(policy: Any, reference: Any, group: TokenizedGroup, k: int) -> torch.Tensor:
+    """Σ over the tokens of y_k of KL(π_θ ‖ π_ref) of the next token, over the whole vocabulary."""
+    prompt, response = (torch.from_numpy(tokens.astype("int64")) for tokens in (group.prompt_tokens, group.response_tokens[k]))
+    row = torch.cat((prompt, response))[None]
+    ours, theirs = (model(row).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1) for model in (policy, reference))
+    return (ours.exp() * (ours - theirs.detach())).sum()
+
+
+def spo_oracle(policy: Any, reference: Any, groups: Sequence[TokenizedGroup]) -> torch.Tensor:
+    """spo Eq. 9 on best and worst, with the token-wise KL of both (Table 4), averaged over the groups that have both."""
+    losses = []
+    for group in groups:
+        assert group.rewards is not None
+        best, worst = int(group.rewards.argmax()), int(group.rewards.argmin())
+        if best == worst:
+            continue
+        margin = response_logp(policy, group, best) - response_logp(policy, group, worst)
+        kl = (divergence(policy, reference, group, best) + divergence(policy, reference, group, worst)) / 2
+        losses.append(-torch.nn.functional.logsigmoid(SPO["alpha"] * margin) / SPO["alpha"] + SPO["regularizer_weight"] * kl)
+    return torch.stack(losses).mean()
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Models in both formats, groups, and the oracle's loss and gradients for each model."""
@@ -82,10 +107,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             AutoModelForCausalLM.from_pretrained(folder / f"{name}-{role}-hf", dtype=torch.float32)
             for role in ("policy", "reference")
         )
-        loss = mpo_oracle(policy, reference, groups)
-        loss.backward()
-        gradients = {key: parameter.grad for key, parameter in policy.named_parameters()}
-        oracles[name] = (loss.item(), gradients)
+        for label, oracle in ((name, mpo_oracle), (f"{name}-spo", spo_oracle)):
+            policy.zero_grad()
+            loss = oracle(policy, reference, groups)
+            loss.backward()
+            oracles[label] = (loss.item(), {key: parameter.grad.clone() for key, parameter in policy.named_parameters()})
     save_groups(folder / "groups", groups, folder / "qwen3-policy-hf")
     return {"folder": folder, "oracles": oracles}
 
@@ -98,7 +124,7 @@ def run_cases(world: dict[str, Any], num_ranks: int, cases: list[dict[str, Any]]
             "model": f"{name}-policy",
             "reference": f"{name}-reference",
             "gradients": f"gradients-{tag}-{index}",
-            "oracle": name,
+            "oracle": case.get("oracle", name),
         }
     spec = {"folder": str(folder), "cases": cases, "results": str(folder / f"results-{tag}.json")}
     (folder / f"spec-{tag}.json").write_text(json.dumps(spec))
@@ -134,6 +160,10 @@ def test_one_rank(world: dict[str, Any]) -> None:
         {"name": "qwen2-tied", "model_options": {"recompute": "full"}},
         {"name": "qwen3", "model_options": {"recompute": "selective", "logprob_chunk": 7}},
     ]
+    cases += [
+        {"name": name, "loss": "spo", "params": SPO, "oracle": f"{name}-spo", "two_phase": two_phase}
+        for name, two_phase in (("qwen3", False), ("qwen2-tied", True))
+    ]
     results = check_cases(world, 1, cases, "one")
     assert results[6]["split"] > 0
 
@@ -146,6 +176,10 @@ def test_two_ranks(world: dict[str, Any]) -> None:
         {"name": "qwen3", "parallel": {"tensor": 2}, "model_options": {"recompute": "full"}},
         {"name": "qwen3", "parallel": {"context": 2}, "layout": "unshared", "row_tokens": 512},
         {"name": "qwen2", "parallel": {"context": 2}, "model_options": {"recompute": "full", "logprob_chunk": 7}},
+        *(
+            {"name": "qwen3", "loss": "spo", "params": SPO, "oracle": "qwen3-spo", "parallel": layout}
+            for layout in ({"tensor": 2}, {"context": 2}, {})
+        ),
         {"name": "qwen3", "parallel": {}, "two_phase": True, "row_tokens": 64},  # groups split over replicas
         {"name": "qwen2", "parallel": {"pipeline": 2}, "two_phase": True, "row_tokens": 64},
         {"name": "qwen3-tied", "parallel": {"context": 2}, "two_phase": True, "row_tokens": 64},

@@ -57,6 +57,14 @@ def check(results: list[dict[str, Any]]) -> None:
         assert result["split"] <= TOLERANCE, result
 
 
+def test_divergence_over_the_vocabulary_on_two_ranks(tmp_path: Path) -> None:
+    losses = [
+        {"name": "spo", "params": {"alpha": 0.1, "gamma": gamma, "form": "ranked", "regularizer": "token_kl"}}
+        for gamma in (0.0, 0.01)
+    ]
+    check(run_layouts(tmp_path, 2, [{"tensor": 2}, {"context": 2}, {}], losses))
+
+
 def test_every_loss_on_two_ranks(tmp_path: Path) -> None:
     results = run_layouts(tmp_path, 2, [{"tensor": 2}, {"pipeline": 2}, {}], all_losses())
     check(results)

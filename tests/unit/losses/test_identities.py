@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mpo_megatron.losses import build_params, get_loss
+from mpo_megatron.losses import build_params, get_loss, group_loss
 
 from .groups import make_batch
 
@@ -114,3 +114,22 @@ def test_sum_over_pairs_is_mean_times_count():
     mean = compute("dpo", batch, pairing="all_pairs")
     total = compute("dpo", batch, pairing="all_pairs", reduction="sum")
     torch.testing.assert_close(total, mean * counts * (counts - 1) / 2, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", ["pairs", "best_of_n", "ranked"])
+def test_spo_adds_the_mean_divergence_of_the_scored_responses(form):
+    policy = torch.tensor([[-3.0, -5.0, -4.0], [-2.0, -6.0, -1.0]], dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 0.0]])
+    kl = torch.tensor([[0.5, 0.25, 4.0], [1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    settings = {"form": form, "alpha": 0.1, "gamma": 0.0, "valid": valid}
+    plain = group_loss("spo", policy, None, rewards, **settings)
+    with_kl = group_loss("spo", policy, None, rewards, token_kl=kl, regularizer="token_kl", regularizer_weight=0.2, **settings)
+    # Best and worst of the first group are 0 and 1; a ranking scores all three. The second group has two responses.
+    expected = [0.2 * (0.375 if form == "pairs" else 4.75 / 3), 0.2 * 1.5]
+    assert (with_kl - plain).tolist() == pytest.approx(expected)
+    (gradient,) = torch.autograd.grad(with_kl.sum(), kl)
+    assert gradient.sum(dim=1).tolist() == pytest.approx([0.2, 0.2])
+    assert gradient[1, 2] == 0
+    with pytest.raises(ValueError, match="token_kl = None; spo regularises"):
+        group_loss("spo", policy, None, rewards, regularizer="token_kl", **settings)
