@@ -117,14 +117,15 @@ def measure(
 ) -> timing.Row:
     """Both sides' seconds per step, for one way of pairing."""
     pairs = {"best against each": RESPONSES - 1, "disjoint pairs": RESPONSES // 2}[pairing]
-    choices = [options.pairs] if options.pairs else [pairs * groups_per_step // cut for cut in (1, 2) if groups_per_step >= cut]
+    per_step = pairs * groups_per_step
+    choices = [options.pairs] if options.pairs else sorted({per_step, pairs, 2, 1} & divisors(per_step), reverse=True)
     trials = {}
     if len(choices) > 1:
         for size in choices:
-            trial = build_trainer(folder, groups[: 2 * groups_per_step], pairing, size, pairs * groups_per_step)
+            trial = build_trainer(folder, groups[: 2 * groups_per_step], pairing, size, per_step)
             trials[size] = min(run_in_turn(trial, lambda: None)[0])
     micro_batch = min(trials, key=lambda size: trials[size]) if trials else choices[0]
-    trainer = build_trainer(folder, groups, pairing, micro_batch, pairs * groups_per_step)
+    trainer = build_trainer(folder, groups, pairing, micro_batch, per_step)
     with bench(options.size) as own:
         step = TrainStep(own)
         checkpoint.load_weights(step.model, folder / "megatron", own.ranks)
@@ -170,6 +171,11 @@ def our_batches(step: TrainStep, groups: list[TokenizedGroup], groups_per_step: 
         seed=0,
         shuffle=False,
     )
+
+
+def divisors(number: int) -> set[int]:
+    """Numbers that divide it."""
+    return {size for size in range(1, number + 1) if number % size == 0}
 
 
 def pair_up(group: TokenizedGroup, pairing: str) -> list[tuple[int, int]]:
