@@ -1,0 +1,43 @@
+"""The whole configuration: one frozen dataclass per command, one module each, and the only place with defaults.
+
+`parse` turns a YAML file and command-line overrides into a command's dataclass. Checks of one field stand in
+`__post_init__`; checks across fields and against the outside world (files, head counts, number of ranks) stand in
+`validate_*` functions and run before anything loads.
+"""
+
+from mpo_megatron.config.checks import ConfigError, check_writable, require
+from mpo_megatron.config.convert import ConvertConfig
+from mpo_megatron.config.parsing import build_parser, load_yaml, parse, to_dict
+from mpo_megatron.config.prepare import PrepareConfig
+from mpo_megatron.config.train import (
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    validate_train,
+)
+
+__all__ = [
+    "CheckpointConfig",
+    "ConfigError",
+    "ConvertConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PrepareConfig",
+    "TrainConfig",
+    "build_parser",
+    "check_writable",
+    "load_yaml",
+    "parse",
+    "require",
+    "to_dict",
+    "validate_train",
+]
