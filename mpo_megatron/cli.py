@@ -40,6 +40,17 @@ def train(arguments: Sequence[str]) -> int:
     return _launch("train", "mpo_megatron.train", arguments)
 
 
+def launch(arguments: Sequence[str]) -> int:
+    """A job for a cluster: `mpo launch torchrun | slurm | slurm-array | kubernetes | skypilot`; --dry_run true only prints it."""
+    from mpo_megatron.launch.launch import TARGETS
+    from mpo_megatron.launch.launch import launch as run
+
+    if not arguments or arguments[0] not in TARGETS:
+        raise ConfigError(f"name where the job runs: mpo launch {' | '.join(TARGETS)}, with --help for its options.")
+    target, *options = arguments
+    return run(parse(TARGETS[target], options, f"mpo launch {target}"))
+
+
 def losses(arguments: Sequence[str]) -> int:
     """List every loss with its hyper-parameters, needs and source."""
     from mpo_megatron.losses.table import print_losses
@@ -53,6 +64,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "reference": reference,
     "train": train,
+    "launch": launch,
     "losses": losses,
 }
 

@@ -7,6 +7,7 @@
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.convert import ConvertConfig
+from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, load_yaml, parse, to_dict
 from mpo_megatron.config.prepare import PrepareConfig
 from mpo_megatron.config.train import (
@@ -26,12 +27,18 @@ __all__ = [
     "ConfigError",
     "ConvertConfig",
     "DataConfig",
+    "JobConfig",
+    "KubernetesJob",
     "LoggingConfig",
     "LossConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PrepareConfig",
+    "SkypilotJob",
+    "SlurmArray",
+    "SlurmJob",
+    "TorchrunJob",
     "TrainConfig",
     "build_parser",
     "check_writable",

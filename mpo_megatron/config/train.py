@@ -193,19 +193,24 @@ class TrainConfig:
         require(self.eval_every >= 0, f"eval_every = {self.eval_every}; it must be 0 or more.")
 
 
-def validate_train(config: TrainConfig, world_size: int) -> None:
-    """Checks across fields and against the file system that need no model: run them before anything loads.
-
-    Raises:
-        ConfigError: naming the field, the rule and the fix.
-    """
-    sizes = (config.parallel.tensor, config.parallel.pipeline, config.parallel.context)
+def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
+    """Raise `ConfigError` unless the model-parallel sizes divide the number of ranks."""
+    sizes = (parallel.tensor, parallel.pipeline, parallel.context)
     model_ranks = math.prod(sizes)
     require(
         world_size % model_ranks == 0,
         f"parallel.tensor × parallel.pipeline × parallel.context = {' × '.join(map(str, sizes))} = {model_ranks} does not "
         f"divide the number of ranks, {world_size}; start a multiple of {model_ranks} ranks (torchrun --nproc-per-node).",
     )
+
+
+def validate_train(config: TrainConfig, world_size: int) -> None:
+    """Checks across fields and against the file system that need no model: run them before anything loads.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    check_ranks(config.parallel, world_size)
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
         if folder is None:
             continue

@@ -27,7 +27,8 @@ MAY_IMPORT = {
     "train": {"config", "device", "data", "losses", "model"},
     "rollout": {"config", "device", "data", "losses", "model", "train"},
     "evaluate": {"config", "device", "data", "losses", "model", "train", "rollout"},
-    "cli": {"config", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+    "launch": {"config"},
+    "cli": {"config", "launch", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
 }
 """What each part of the package may import of the package, besides itself."""
 

@@ -1,0 +1,179 @@
+"""Options of `mpo launch <target>`: one dataclass per target, over the same job."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mpo_megatron.config.checks import require
+
+ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+JOB_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What every target needs to know of a training job."""
+
+    train: str
+    """YAML file of `mpo train`; the job runs it as it is, and the layout in it is checked against the nodes."""
+    output: str | None = None
+    """File to write the job to; by default it is printed."""
+    name: str = "mpo"
+    """Name of the job: lower-case letters, digits and hyphens."""
+    nodes: int = 1
+    """Machines."""
+    gpus_per_node: int = 8
+    """GPUs of each machine; 0 for a job on CPUs."""
+    ranks_per_node: int | None = None
+    """Processes a machine; by default one per GPU."""
+    setup: str = ""
+    """Shell lines that run first on every machine: `module load …`, `source …/bin/activate`."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the ranks, for example NCCL's; docs/launching.md explains which matter."""
+    dry_run: bool = False
+    """Write or print the job without submitting it."""
+
+    def __post_init__(self) -> None:
+        require(self.nodes >= 1, f"nodes = {self.nodes}; it must be at least 1.")
+        require(self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node}; it must be 0 (CPUs only) or more.")
+        require(
+            self.gpus_per_node > 0 or self.ranks_per_node is not None,
+            "gpus_per_node = 0 leaves no rank to start; give ranks_per_node for a job on CPUs.",
+        )
+        require(self.ranks_per_node is None or self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node}; at least 1.")
+        require(
+            JOB_NAME.fullmatch(self.name) is not None and len(self.name) <= 40,
+            f"name = {self.name!r}; use at most 40 lower-case letters, digits and hyphens, and no hyphen at either end.",
+        )
+        for name in self.environment:
+            require(ENVIRONMENT_NAME.fullmatch(name) is not None, f"environment: {name!r} cannot be a variable's name.")
+
+    @property
+    def ranks(self) -> int:
+        """Processes on each machine."""
+        return self.ranks_per_node or self.gpus_per_node
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchrunJob(JobConfig):
+    """`mpo launch torchrun`: a shell script to start on every machine by hand, or by any scheduler."""
+
+    rendezvous: Literal["static", "c10d"] = "c10d"
+    """`static`: every machine knows its number (NODE_RANK); `c10d`: machines meet at the first one, and may restart."""
+    max_restarts: int = 3
+    """Times torchrun starts the ranks again after a failure; each time the run resumes from its newest checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmJob(JobConfig):
+    """`mpo launch slurm`: an sbatch script that saves before it is stopped, and queues itself again."""
+
+    time: str = "24:00:00"
+    """Time limit, as Slurm writes it."""
+    partition: str | None = None
+    """Partition to submit to."""
+    account: str | None = None
+    """Account that is charged."""
+    qos: str | None = None
+    """Quality of service."""
+    cpus_per_rank: int | None = None
+    """CPU cores of each rank."""
+    warn_seconds: int = 300
+    """Seconds before the time limit at which the ranks get SIGUSR1; a step and a save must fit in."""
+    max_requeues: int = 20
+    """Times the job queues itself again after it was stopped in good order."""
+    logs: str = "logs"
+    """Folder of the job's logs, one file a job and one a rank."""
+    container: str | None = None
+    """Image to run the ranks in; by default they run on the machine itself."""
+    container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
+    """What runs the image."""
+    mounts: list[str] = field(default_factory=list)
+    """Folders the container sees, `outside:inside`."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further sbatch options, for example `--exclusive` or `--constraint=h100`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(SLURM_TIME.fullmatch(self.time) is not None, f"time = {self.time!r}; write it like 24:00:00 or 2-12:00:00.")
+        require(self.warn_seconds >= 1, f"warn_seconds = {self.warn_seconds}; it must be at least 1.")
+        require(self.max_requeues >= 0, f"max_requeues = {self.max_requeues}; it must be 0 or more.")
+        for option in self.sbatch:
+            require(option.startswith("--"), f"sbatch: {option!r} must start with --, like --exclusive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmArray:
+    """`mpo launch slurm-array`: responses for many prompts, each array task one shard."""
+
+    generate: str
+    """YAML file of `mpo generate`."""
+    output: str | None = None
+    """File to write the job to; by default it is printed."""
+    name: str = "mpo-generate"
+    """Name of the job."""
+    tasks: int = 8
+    """Array tasks, which is the number of shards."""
+    gpus_per_task: int = 1
+    """GPUs of each task (the engine's tensor-parallel size); 0 for CPUs."""
+    time: str = "04:00:00"
+    """Time limit of a task, as Slurm writes it; a task that hits it is queued again and goes on."""
+    partition: str | None = None
+    """Partition to submit to."""
+    account: str | None = None
+    """Account that is charged."""
+    max_requeues: int = 20
+    """Times a task queues itself again."""
+    logs: str = "logs"
+    """Folder of the tasks' logs."""
+    setup: str = ""
+    """Shell lines that run first in every task."""
+    environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of the tasks."""
+    sbatch: list[str] = field(default_factory=list)
+    """Further sbatch options."""
+    dry_run: bool = False
+    """Write or print the job without submitting it."""
+
+    def __post_init__(self) -> None:
+        require(self.tasks >= 1, f"tasks = {self.tasks}; it must be at least 1.")
+        require(SLURM_TIME.fullmatch(self.time) is not None, f"time = {self.time!r}; write it like 24:00:00 or 2-12:00:00.")
+        for name in self.environment:
+            require(ENVIRONMENT_NAME.fullmatch(name) is not None, f"environment: {name!r} cannot be a variable's name.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubernetesJob(JobConfig):
+    """`mpo launch kubernetes`: a PyTorchJob (Kubeflow trainer) or a JobSet, with the run's configuration beside it."""
+
+    image: str
+    """Container image with this package installed."""
+    kind: Literal["pytorchjob", "jobset"] = "pytorchjob"
+    """Which controller the cluster has."""
+    namespace: str = "default"
+    """Namespace of the job."""
+    volumes: dict[str, str] = field(default_factory=dict)
+    """Persistent volume claims and where they are mounted, `claim: /path`; the run's folder must lie on one."""
+    shared_memory: str = "64Gi"
+    """Size of /dev/shm."""
+    max_restarts: int = 20
+    """Times the job is started again; each time the run resumes from its newest checkpoint."""
+    resources: dict[str, str] = field(default_factory=dict)
+    """Further resource limits of a pod, for example `rdma/ib: "8"`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkypilotJob(JobConfig):
+    """`mpo launch skypilot`: a SkyPilot task, which finds the machines in a cloud and recovers when it loses them."""
+
+    accelerators: str
+    """GPU type that SkyPilot looks for, such as H100; gpus_per_node says how many."""
+    image: str | None = None
+    """Container image, `docker:…`; by default SkyPilot's own, where `setup` must install the package."""
+    mounts: dict[str, str] = field(default_factory=dict)
+    """`file_mounts`: path on the machine, and the bucket or local folder behind it; the run's folder must lie on a bucket."""
+    spot: bool = False
+    """Take machines that can be taken away; the run resumes on others."""

@@ -1,0 +1,1 @@
+"""Jobs for clusters: from a run's configuration to what Slurm, Kubernetes, SkyPilot or a shell starts."""

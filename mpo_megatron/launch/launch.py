@@ -1,0 +1,67 @@
+"""`mpo launch`: write a job, and hand it to what runs it."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from mpo_megatron.config import ConfigError, JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.launch.manifests import kubernetes_manifest, skypilot_task
+from mpo_megatron.launch.scripts import slurm_array_script, slurm_script, torchrun_script
+
+Job = JobConfig | SlurmArray
+
+TARGETS: dict[str, type[Job]] = {
+    "torchrun": TorchrunJob,
+    "slurm": SlurmJob,
+    "slurm-array": SlurmArray,
+    "kubernetes": KubernetesJob,
+    "skypilot": SkypilotJob,
+}
+"""What comes after `mpo launch`, and its options."""
+
+
+def launch(job: Job) -> int:
+    """Render the job, write or print it, and submit it unless it is a dry run. Returns the exit code.
+
+    Raises:
+        ConfigError: the layout does not fit the machines, or the program that submits is missing.
+    """
+    text, submit = render(job)
+    if job.output is not None:
+        Path(job.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(job.output).write_text(text)
+        print(f"wrote {job.output}", file=sys.stderr)
+    else:
+        print(text, end="")
+    if job.dry_run or submit is None:
+        return 0
+    if shutil.which(submit[0]) is None:
+        raise ConfigError(f"there is no {submit[0]} here to submit the job with; add --dry_run true, and submit it elsewhere.")
+    if isinstance(job, SlurmJob | SlurmArray):
+        Path(job.logs).mkdir(parents=True, exist_ok=True)
+    if job.output is not None:
+        return subprocess.run([*submit, job.output], check=False).returncode
+    with tempfile.NamedTemporaryFile("w", prefix=f"{job.name}-", suffix=".job") as file:
+        file.write(text)
+        file.flush()
+        return subprocess.run([*submit, file.name], check=False).returncode
+
+
+def render(job: Job) -> tuple[str, list[str] | None]:
+    """(text of the job, command that submits a file with it; None if people start it themselves)."""
+    match job:
+        case SlurmJob():
+            return slurm_script(job), ["sbatch"]
+        case SlurmArray():
+            return slurm_array_script(job), ["sbatch"]
+        case KubernetesJob():
+            return kubernetes_manifest(job), ["kubectl", "apply", "-f"]
+        case SkypilotJob():
+            return skypilot_task(job), ["sky", "jobs", "launch"]
+        case TorchrunJob():
+            return torchrun_script(job), None
+    raise TypeError(type(job))

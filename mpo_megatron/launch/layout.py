@@ -1,0 +1,37 @@
+"""Whether a run's layout fits the machines a job asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, require
+from mpo_megatron.config.train import check_ranks
+
+
+def describe(job: JobConfig) -> str:
+    """The layout in words, after it was checked against the job's machines.
+
+    Raises:
+        ConfigError: the run's configuration is refused, its model-parallel ranks do not divide the job's, or a tensor-parallel
+            group would reach over machines.
+    """
+    require(Path(job.train).is_file(), f"train = {job.train}; no such file; write the options of `mpo train` there.")
+    try:
+        parallel = load_yaml(TrainConfig, job.train).parallel
+    except ConfigError as error:
+        raise ConfigError(f"train = {error}") from error
+    world_size = job.nodes * job.ranks
+    check_ranks(parallel, world_size)
+    require(
+        job.ranks % parallel.tensor == 0,
+        f"parallel.tensor = {parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: its ranks talk "
+        f"after every layer and must share a machine; choose a divisor of {job.ranks}.",
+    )
+    sizes = {
+        "tensor": parallel.tensor,
+        "pipeline": parallel.pipeline,
+        "context": parallel.context,
+        "data": world_size // (parallel.tensor * parallel.pipeline * parallel.context),
+    }
+    words = " × ".join(f"{name} {size}" for name, size in sizes.items())
+    return f"{world_size} ranks on {job.nodes} machine{'s' if job.nodes > 1 else ''} of {job.ranks}: {words}"

@@ -1,0 +1,152 @@
+"""YAML for Kubernetes (PyTorchJob, JobSet) and SkyPilot, built as plain dictionaries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpo_megatron.config import KubernetesJob, SkypilotJob
+from mpo_megatron.launch.layout import describe
+from mpo_megatron.launch.scripts import MODULE, preamble
+
+PORT = 29500
+SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""How long torchrun waits for ranks that it asked to stop."""
+GRACE_SECONDS = 600
+"""Time between being asked to stop and being killed: a step and a save must fit in."""
+
+
+def kubernetes_manifest(job: KubernetesJob) -> str:
+    """A ConfigMap with the run's configuration, and the job that mounts it."""
+    config_map = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": f"{job.name}-config", "namespace": job.namespace},
+        "data": {"train.yaml": Path(job.train).read_text()},
+    }
+    resource = pytorch_job(job) if job.kind == "pytorchjob" else job_set(job)
+    return f"# Layout: {describe(job)}.\n" + yaml.dump_all([config_map, resource], Dumper=_Dumper, sort_keys=False, width=140)
+
+
+def pytorch_job(job: KubernetesJob) -> dict[str, Any]:
+    """Kubeflow's PyTorchJob: its controller tells torchrun of the other machines through PET_* variables."""
+    template = {"spec": pod(job, torchrun="")}
+    replicas = {"Master": 1, "Worker": job.nodes - 1}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": {"name": job.name, "namespace": job.namespace},
+        "spec": {
+            "nprocPerNode": str(job.ranks),
+            "runPolicy": {"backoffLimit": job.max_restarts},
+            "pytorchReplicaSpecs": {
+                role: {"replicas": count, "restartPolicy": "OnFailure", "template": template}
+                for role, count in replicas.items()
+                if count
+            },
+        },
+    }
+
+
+def job_set(job: KubernetesJob) -> dict[str, Any]:
+    """A JobSet: one indexed job with a pod a machine; when one pod fails, all are started again."""
+    torchrun = (
+        f" --nproc-per-node={job.ranks} --nnodes={job.nodes} --node-rank=$JOB_COMPLETION_INDEX"
+        f" --master-addr={job.name}-ranks-0-0.{job.name} --master-port={PORT}"
+    )
+    return {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2",
+        "kind": "JobSet",
+        "metadata": {"name": job.name, "namespace": job.namespace},
+        "spec": {
+            "failurePolicy": {"maxRestarts": job.max_restarts},
+            "replicatedJobs": [
+                {
+                    "name": "ranks",
+                    "replicas": 1,
+                    "template": {
+                        "spec": {
+                            "parallelism": job.nodes,
+                            "completions": job.nodes,
+                            "completionMode": "Indexed",
+                            "backoffLimit": 0,
+                            "template": {"spec": {"restartPolicy": "Never", **pod(job, torchrun)}},
+                        }
+                    },
+                }
+            ],
+        },
+    }
+
+
+def pod(job: KubernetesJob, torchrun: str) -> dict[str, Any]:
+    """The pod of one machine; `torchrun` are the options its controller does not give by itself."""
+    gpus = {"nvidia.com/gpu": job.gpus_per_node} if job.gpus_per_node else {}
+    command = f"exec python -m torch.distributed.run{torchrun} -m {MODULE} --config /etc/mpo/train.yaml"
+    mounts = {"config": "/etc/mpo", "shared-memory": "/dev/shm", **job.volumes}
+    return {
+        "terminationGracePeriodSeconds": GRACE_SECONDS,
+        "containers": [
+            {
+                "name": "pytorch",
+                "image": job.image,
+                "command": ["bash", "-ceu"],
+                "args": [
+                    "\n".join([*preamble(job.setup, {SHUTDOWN: str(GRACE_SECONDS), **job.environment}).splitlines(), command, ""])
+                ],
+                "resources": {"limits": {**gpus, **job.resources}},
+                "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
+            }
+        ],
+        "volumes": [
+            {"name": "config", "configMap": {"name": f"{job.name}-config"}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory}},
+            *({"name": claim, "persistentVolumeClaim": {"claimName": claim}} for claim in job.volumes),
+        ],
+    }
+
+
+def shell_lines(setup: str, environment: dict[str, str], command: str) -> str:
+    """What a container runs: set-up, environment, and the command, which gets time to save when it is asked to stop."""
+    return "\n".join([preamble(setup, {SHUTDOWN: str(GRACE_SECONDS), **environment}), command, ""])
+
+
+def skypilot_task(job: SkypilotJob) -> str:
+    """A SkyPilot task, for `sky jobs launch`."""
+    command = (
+        f"exec python -m torch.distributed.run --nproc-per-node={job.ranks} --nnodes={job.nodes}"
+        ' --node-rank="$SKYPILOT_NODE_RANK" --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
+        f" --master-port={PORT} -m {MODULE} --config /tmp/mpo/train.yaml"
+    )
+    resources: dict[str, Any] = {"accelerators": f"{job.accelerators}:{job.gpus_per_node}"}
+    if job.image:
+        resources["image_id"] = job.image
+    if job.spot:
+        resources["use_spot"] = True
+    resources["job_recovery"] = {"strategy": "FAILOVER", "max_restarts_on_errors": 3}
+    task: dict[str, Any] = {
+        "name": job.name,
+        "num_nodes": job.nodes,
+        "resources": resources,
+        "file_mounts": {"/tmp/mpo/train.yaml": str(Path(job.train)), **job.mounts},
+    }
+    if job.setup.strip():
+        task["setup"] = job.setup.strip() + "\n"
+    task["run"] = "set -euo pipefail\n" + shell_lines("", job.environment, command)
+    return f"# Layout: {describe(job)}.\n" + yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=140)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, and no anchors: people read these files."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
