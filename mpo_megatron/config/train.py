@@ -166,6 +166,30 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class OnlineConfig:
+    """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples of the policy as it trains (SPO, Eq. 15)."""
+
+    kl_weight: float = 0.0
+    """β, added to any loss; 0 samples nothing. The paper tries 0.01 and 0.1."""
+    every: int = 8
+    """T: sample again after this many steps, and keep the samples until then."""
+    num_samples: int = 32
+    """Samples per batch, for prompts of the last T steps."""
+    max_tokens: int = 512
+    """Longest sample, its end token included."""
+    temperature: float = 1.0
+    """Sampling temperature; anything but 1 is not the policy's own distribution."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples, on one rank per model replica, from the live weights: the embedded model, or vLLM beside the training."""
+
+    def __post_init__(self) -> None:
+        require(self.kl_weight >= 0, f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive.")
+        for name in ("every", "num_samples", "max_tokens"):
+            require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
+        require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """`mpo train`: train a policy on groups."""
 
@@ -178,6 +202,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    online: OnlineConfig = field(default_factory=OnlineConfig)
     epochs: float = 1.0
     """Passes over the training groups."""
     max_steps: int | None = None

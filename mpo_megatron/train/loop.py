@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from mpo_megatron import device
-from mpo_megatron.config import ConfigError, TrainConfig, to_dict
+from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
 from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
@@ -36,6 +36,7 @@ from mpo_megatron.train.step import (
     prepare_schedules,
     two_phase_step,
 )
+from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.tracking import Tracker, build_trackers
 
 TOKEN_MULTIPLE = 16
@@ -46,13 +47,20 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and what to look at."""
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> None:
     """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
 
+    Args:
+        build_term: makes a term to add to every step's loss, once the models are loaded
     Raises:
         ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
         TrainingError: a step's loss is not finite; the weights are those before that step.
     """
+    require(
+        build_term is not None or config.online.kl_weight == 0,
+        f"online.kl_weight = {config.online.kl_weight}; it needs an engine that samples: start ranks with "
+        "`-m mpo_megatron.rollout.train_main`, as `mpo train` does.",
+    )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:
         flops = build_flop_model(inputs.hf_config)
@@ -72,7 +80,7 @@ def train(config: TrainConfig) -> None:
             model=model,
             resident=load_resident(config, inputs, ranks),
         )
-        run.train()
+        run.train(None if build_term is None else build_term(run))
 
 
 def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowShape:
@@ -89,8 +97,11 @@ def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowS
 
 def load_resident(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> torch.nn.Module | None:
     """The reference model in memory, without gradients, if the loss needs more of it than log-probs."""
-    if not inputs.objective.needs.token_kl:
-        return None
+    return load_reference_model(config, inputs, ranks) if inputs.objective.needs.token_kl else None
+
+
+def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> torch.nn.Module:
+    """The reference model in memory, without gradients, cut over ranks as the policy is."""
     resident = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     checkpoint.load_weights([resident], config.model.reference or config.model.checkpoint, ranks)
     return resident.eval().requires_grad_(False)
@@ -153,18 +164,20 @@ class Run:
         """The run's folder."""
         return Path(self.config.output)
 
-    def train(self) -> None:
+    def train(self, term: GradientTerm | None) -> None:
         """Resume or start, then step, evaluate and save until the last step."""
         config, total_steps = self.config, self.inputs.total_steps
         adam = optimizer.build_optimizer(config.optimizer, self.model, self.ranks)
         done = self.resume(adam)
+        if term is not None:
+            term.resume(done)
         scheduler = optimizer.build_scheduler(config.optimizer, adam, total_steps=total_steps, start_step=done)
         trackers = self.start_tracking(done)
         try:
             if done == 0:
                 self.evaluate(0, trackers)
             for batch in self.steps(range(done, total_steps)):
-                metrics = self.step(batch, adam)
+                metrics = self.step(batch, adam, term)
                 scheduler.step(1)
                 done = batch.step + 1
                 for tracker in trackers:
@@ -177,13 +190,16 @@ class Run:
             for tracker in trackers:
                 tracker.close()
 
-    def step(self, batch: StepBatch, adam: Any) -> dict[str, float]:
+    def step(self, batch: StepBatch, adam: Any, term: GradientTerm | None) -> dict[str, float]:
         """One optimizer step and its metrics."""
         started = time.perf_counter()
         optimizer.zero_gradients(self.model, adam)
         learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
         objective, reference = self.inputs.objective, self.reference(self.inputs.train, batch)
+        added: dict[str, float] = {}
         if batch.contributes.any():
+            if term is not None:
+                added = term.add(batch.step)
             if self.two_phase(batch):
                 policy, backward_share = two_phase_step(
                     self.model, batch, reference, objective, self.ranks, self.shape, self.generator(batch.step), self.resident
@@ -198,6 +214,7 @@ class Run:
         seconds = time.perf_counter() - started
         return {
             **{name: mean.value for name, mean in learned.items()},
+            **added,
             "grad_norm": norm,
             "lr": learning_rate,
             "epoch": (batch.step + 1) / steps_per_epoch(len(self.inputs.train), self.config.data.groups_per_step),
