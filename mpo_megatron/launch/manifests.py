@@ -93,9 +93,7 @@ def pod(job: KubernetesJob, torchrun: str) -> dict[str, Any]:
                 "name": "pytorch",
                 "image": job.image,
                 "command": ["bash", "-ceu"],
-                "args": [
-                    "\n".join([*preamble(job.setup, {SHUTDOWN: str(GRACE_SECONDS), **job.environment}).splitlines(), command, ""])
-                ],
+                "args": [shell_lines(job.setup, job.environment, command)],
                 "resources": {"limits": {**gpus, **job.resources}},
                 "volumeMounts": [{"name": name, "mountPath": path} for name, path in mounts.items()],
             }

@@ -1,0 +1,126 @@
+"""Rendered jobs, run: several torchrun agents as machines of their own, and a real Slurm that stops a run and starts it again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mpo_megatron.config import ConvertConfig, SlurmJob, TorchrunJob
+from mpo_megatron.launch.launch import render
+from mpo_megatron.model.convert import convert
+from tests.distributed.launch import ROOT
+from tests.distributed.slurm import installed, slurm
+from tests.tiny import random_groups, save_groups, save_model
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and training groups."""
+    folder = tmp_path_factory.mktemp("launch")
+    convert(ConvertConfig(input=str(save_model(folder / "hf")), output=str(folder / "model")))
+    save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
+    return folder
+
+
+def write_config(inputs: Path, output: Path, **changes: Any) -> str:
+    """A training configuration with two tensor-parallel ranks."""
+    config = {
+        "output": str(output),
+        "model": {"checkpoint": str(inputs / "model"), "precision": "fp32"},
+        "data": {"train": str(inputs / "train"), "groups_per_step": 8, "row_tokens": 256},
+        "parallel": {"tensor": 2},
+        "optimizer": {"lr": 1e-3},
+        **changes,
+    }
+    path = output.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(config))
+    return str(path)
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines(inputs: Path, tmp_path: Path, rendezvous: Any) -> None:
+    """Two agents on loopback, two ranks each, train what one agent with four ranks trains."""
+    scripts = {}
+    for nodes in (1, 2):
+        run = tmp_path / f"run-{nodes}"
+        job = TorchrunJob(
+            train=write_config(inputs, run, max_steps=2),
+            nodes=nodes,
+            gpus_per_node=0,
+            ranks_per_node=4 // nodes,
+            rendezvous=rendezvous,
+            max_restarts=0,
+            environment={"OMP_NUM_THREADS": "1"},
+        )
+        scripts[nodes] = tmp_path / f"job-{nodes}.sh"
+        scripts[nodes].write_text(render(job)[0])
+    port = str(20_000 + os.getpid() % 10_000)
+    agents = [(1, "0"), (2, "0"), (2, "1")]
+    machines = [
+        subprocess.Popen(
+            ["bash", str(scripts[nodes])],
+            cwd=ROOT,
+            env={**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for nodes, number in agents
+    ]
+    for machine in machines:
+        output, _ = machine.communicate(timeout=300)
+        assert machine.returncode == 0, output[-4000:]
+    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), rel=1e-6)
+
+
+@pytest.mark.skipif(not installed(), reason="needs Slurm's daemons (Debian: slurmctld slurmd slurm-client munge), and root")
+def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Path) -> None:
+    """SIGUSR1 in the middle: the run saves, the job queues itself again, and the second start finishes."""
+    run = tmp_path / "run"
+    job = SlurmJob(
+        train=write_config(inputs, run, max_steps=40, checkpoint={"every": 0}),
+        gpus_per_node=0,
+        ranks_per_node=2,
+        environment={"OMP_NUM_THREADS": "1"},
+        time="00:20:00",
+        logs=str(tmp_path),
+    )
+    script = tmp_path / "job.sh"
+    script.write_text(render(job)[0])
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm") as environment:
+
+        def call(*command: str) -> str:
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+        number = call("sbatch", "--parsable", str(script)).strip()
+        wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) >= 3, tmp_path)
+        call("scancel", "--signal=USR1", number)
+        wait_for(lambda: "JobState=COMPLETED" in call("scontrol", "show", "job", number), tmp_path)
+        assert "Restarts=1" in call("scontrol", "show", "job", number)
+    assert len(losses(run)) == 40
+    output = (tmp_path / f"mpo-{number}.log").read_text()
+    assert "stopped in good order; queued again" in output
+    assert "restart 1" in output
+
+
+def wait_for(done: Any, logs: Path) -> None:
+    """Wait until `done()`, at most four minutes."""
+    for _ in range(480):
+        if done():
+            return
+        time.sleep(0.5)
+    raise AssertionError("\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.glob("*.log"))))
