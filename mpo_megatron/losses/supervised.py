@@ -8,23 +8,28 @@ from typing import Literal
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_mean_token_logps, compute_policy_logps
-from mpo_megatron.losses.hyperparameters import check_types
+from mpo_megatron.losses.hyperparameters import check_unused
 from mpo_megatron.losses.numerics import masked_mean
 from mpo_megatron.losses.pairing import find_best
+from mpo_megatron.losses.partition import PartitionParams, compute_partition
 from mpo_megatron.losses.registry import Needs, register
 
 Normalization = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SftParams:
-    """Hyper-parameters of `sft`."""
+class SftParams(PartitionParams):
+    """Hyper-parameters of `sft`. `partition` counts only with targets = positives."""
 
+    targets: Literal["best", "positives"] = "best"
+    """What is imitated: the group's best response, or all of Y+ alike."""
     normalization: Normalization = "token"
     """−log π(y) divided by |y| (nats per token), or not (nats per response)."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
+        if self.targets != "positives":
+            check_unused(self, "targets = positives", "partition")
 
 
 def compute_negative_log_likelihood(batch: GroupBatch, normalization: str) -> Tensor:
@@ -35,7 +40,9 @@ def compute_negative_log_likelihood(batch: GroupBatch, normalization: str) -> Te
 
 
 def find_target(batch: GroupBatch, params: SftParams) -> Tensor:
-    """[G, K] bool: the group's best response; the first valid one if there are neither rewards nor labels."""
+    """[G, K] bool: Y+, or the group's best response (the first valid one if there are neither rewards nor labels)."""
+    if params.targets == "positives":
+        return compute_partition(batch, params)[0]
     if batch.rewards is None and batch.labels is None:
         return batch.valid & (batch.valid.cumsum(dim=-1) == 1)
     best = find_best(batch)
@@ -44,8 +51,12 @@ def find_target(batch: GroupBatch, params: SftParams) -> Tensor:
 
 
 def needs_sft(params: SftParams) -> Needs:
-    """Works on single responses; lengths only for the mean per token."""
-    return Needs(lengths=params.normalization == "token", contrast=False)
+    """The best response may be the only one, Y+ needs others to be better than; lengths only for the mean per token."""
+    lengths = params.normalization == "token"
+    if params.targets == "best":
+        return Needs(lengths=lengths, contrast=False)
+    by_label = params.partition == "labels"
+    return Needs(lengths=lengths, rewards=not by_label, labels=by_label)
 
 
 @register(
@@ -56,7 +67,7 @@ def needs_sft(params: SftParams) -> Needs:
     source="maximum likelihood; MPO, App. J (first stage)",
 )
 def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
-    """Negative log-likelihood of each group's best response, per token or per sequence.
+    """Negative log-likelihood of each group's best response, or mean over its Y+; per token or per sequence.
 
     Deviation from the usual language-model loss with normalization = token: the mean is over a response's
     tokens first, then over groups, so that a long response weighs as much as a short one.

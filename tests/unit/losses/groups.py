@@ -75,6 +75,8 @@ CASES: list[tuple[str, dict[str, object]]] = [
     ("grpo_offline", {}),
     ("sft", {}),
     ("sft", {"normalization": "sequence"}),
+    ("sft", {"targets": "positives"}),
+    ("sft", {"targets": "positives", "partition": "labels", "normalization": "sequence"}),
 ]
 
 

@@ -438,6 +438,9 @@ def grpo_offline(g, p, _):
 
 
 def sft(g, p, _):
+    if p.targets == "positives":
+        sets = partition(g, p)
+        return mean([likelihood(g, i, p.normalization) for i in sets[0]]) if sets else None
     if g["S"] is None and g["label"] is None:
         return likelihood(g, 0, p.normalization) if g["logp"] else None
     if g["S"] is None and 1 not in g["label"]:

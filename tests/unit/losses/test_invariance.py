@@ -89,7 +89,7 @@ def test_needs_are_exact(case):
         "reference_token_logps": needs.tokens and needs.reference,
         "generator": needs.sampled,
     }
-    ordered_by_rewards = needs.preferences or case[0] == "sft"
+    ordered_by_rewards = needs.preferences or getattr(params, "targets", None) == "best"
     unneeded = [name for name, needed in fields.items() if not needed]
     if ordered_by_rewards:
         unneeded.remove("rewards")
