@@ -82,7 +82,8 @@ def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:
 
 
 def _partition(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:
-    if isinstance(params, PartitionParams):
+    # A pairwise loss has a partition by reward even where it goes by labels and there are no rewards.
+    if isinstance(params, PartitionParams) and (batch.rewards is not None or params.partition == "labels"):
         return compute_partition(batch, params)
     return compute_partition(batch, PartitionParams(partition="labels" if batch.rewards is None else "mean"))
 

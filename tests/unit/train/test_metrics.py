@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConfigError, LoggingConfig
-from mpo_megatron.losses import GroupBatch
+from mpo_megatron.losses import GroupBatch, build_params
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.tracking import JsonlTracker, ProgressLine, build_trackers, check_installed
 
@@ -59,6 +60,13 @@ def test_responses_that_were_not_computed_do_not_count() -> None:
     result = values(groups, [True], torch.tensor([[True, True, False]]))
     assert result["margin"] == pytest.approx(2.0)
     assert result["kl"] == pytest.approx(-1.0)
+
+
+def test_a_pairwise_loss_on_labels_has_metrics() -> None:
+    groups = batch([[2, 0]], [[0, 0]], [[0, 0]])
+    groups = dataclasses.replace(groups, rewards=None, labels=torch.tensor([[0, 1]]))
+    metrics = compute_metrics(groups, torch.ones(1), torch.tensor([True]), groups.valid, build_params("dpo", {}))
+    assert metrics["margin"].value == pytest.approx(-2.0)
 
 
 def test_combined_averages_weigh_by_count() -> None:
