@@ -21,6 +21,7 @@ REQUIRED = [
     "jinja2>=3.1",
     "rich>=13.7",
     "matplotlib>=3.8",
+    "scikit-learn>=1.5",
 ]
 
 EXTRAS = {
