@@ -3,6 +3,13 @@
 Logits exist for one chunk of tokens at a time, and again in backward, where they are recomputed. From each rank's part of the
 vocabulary only a few scalars a token cross the tensor-parallel group.
 
+Why own code. Megatron-Core 0.16 fuses the cross-entropy of logits that are already there, not the projection before it; the fused
+kernels of its development branch serve single GPU generations and know no padding rows. Liger's
+`fused_linear_cross_entropy` wants the whole vocabulary on each rank, computes gradients in forward for a mean or sum (with
+`reduction="none"` it, too, runs the projection again in backward), and returns the weight's gradient as a tensor of its own.
+Here the vocabulary is cut over ranks, each token has a coefficient that is known only after the loss over whole groups, entropy
+and KL come from the same logits, and the weight's gradient goes straight into Megatron's buffer.
+
 Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk; z logits,
 p = softmax(z) the policy's distribution, q the reference's, δ the target's one-hot vector.
 """
@@ -23,6 +30,16 @@ PADDING_LOGIT = -1e30
 """Logit of vocabulary rows that only pad: its probability is exactly 0, and finite, so that 0 · log 0 is 0."""
 
 
+class WeightGradient(NamedTuple):
+    """Where the output weight's gradient goes instead of to autograd."""
+
+    buffer: Tensor
+    """[V, H] float32 (float64 for float64 input), added to chunk by chunk: Megatron's `main_grad`."""
+    announce: bool
+    """Tell Megatron's DistributedDataParallel by a placeholder for the gradient that it is there. Needed where its hook insists on
+    one (`overlap_grad_reduce`) and the weight has no other use that brings one."""
+
+
 class TokenStatistics(NamedTuple):
     """What is known of each scored token's distribution, in nats; float32 (float64 for float64 input)."""
 
@@ -35,11 +52,18 @@ class TokenStatistics(NamedTuple):
 
 
 def vocab_parallel_logps(
-    hidden: Tensor, weight: Tensor, targets: Tensor, *, vocab_size: int, chunk: int, tp_group: ProcessGroup
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    chunk: int,
+    tp_group: ProcessGroup,
+    gradient: WeightGradient | None = None,
 ) -> Tensor:
     """log π(target | hidden) of each scored token, in nats.
 
-    Peak extra memory is O(chunk × V), whatever S is, and that of the weight's gradient.
+    Peak extra memory is O(chunk × V), whatever S is, and without `gradient` that of the weight's gradient in float32.
     The gradient with respect to `hidden` is this rank's part: the caller's layout must sum it over `tp_group`
     (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
 
@@ -49,10 +73,13 @@ def vocab_parallel_logps(
         targets: [S] token ids in the whole vocabulary
         vocab_size: real vocabulary size; rows of the weight from there on are padding
         chunk: C, scored tokens whose logits exist at one time
+        gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
     Returns:
         [S], float32 (float64 for float64 input)
     """
-    return vocab_parallel_statistics(hidden, weight, targets, vocab_size=vocab_size, chunk=chunk, tp_group=tp_group).logps
+    return vocab_parallel_statistics(
+        hidden, weight, targets, vocab_size=vocab_size, chunk=chunk, tp_group=tp_group, gradient=gradient
+    ).logps
 
 
 def vocab_parallel_statistics(
@@ -65,6 +92,7 @@ def vocab_parallel_statistics(
     tp_group: ProcessGroup,
     entropy: bool = False,
     reference: tuple[Tensor, Tensor] | None = None,
+    gradient: WeightGradient | None = None,
 ) -> TokenStatistics:
     """Log-probs of the scored tokens and, on demand, entropy and KL divergence from a reference, all from the same chunks.
 
@@ -74,7 +102,7 @@ def vocab_parallel_statistics(
         entropy: compute it
         reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
     """
-    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy)
+    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy, gradient)
     reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)
     logps, entropies, kl = _VocabParallelStatistics.apply(hidden, weight, targets, reference_hidden, reference_weight, shape)
     return TokenStatistics(logps, entropies if entropy else None, None if reference is None else kl)
@@ -88,6 +116,7 @@ class _Shape(NamedTuple):
     chunk: int
     tp_group: ProcessGroup
     entropy: bool
+    gradient: WeightGradient | None
 
 
 class _VocabParallelStatistics(torch.autograd.Function):
@@ -130,7 +159,10 @@ class _VocabParallelStatistics(torch.autograd.Function):
         grad_logps, grad_entropy, grad_kl = (grad.to(totals.target.dtype) for grad in grad_outputs)
         grad_hidden = torch.empty_like(hidden)
         # Chunks are summed in float32: in bf16 a long row's many small contributions would be rounded away.
-        grad_weight = torch.zeros_like(weight, dtype=totals.target.dtype)
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            given = ctx.shape.gradient
+            grad_weight = torch.zeros_like(weight, dtype=totals.target.dtype) if given is None else given.buffer
         for part in _chunks(len(local), ctx.shape.chunk):
             extras = _Extras(
                 (grad_entropy[part], totals.entropy[part]) if ctx.shape.entropy else None,
@@ -147,8 +179,23 @@ class _VocabParallelStatistics(torch.autograd.Function):
                 ctx.shape.local_vocab,
             )
             grad_hidden[part] = grad_logits @ weight
-            _add_product(grad_weight, grad_logits.T, hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits.T, hidden[part])
+        return grad_hidden, _handed_on(grad_weight, weight, ctx.shape.gradient), None, None, None, None
+
+
+def _handed_on(summed: Tensor | None, weight: Tensor, gradient: WeightGradient | None) -> Tensor | None:
+    """What autograd gets of the weight's gradient: all of it; nothing, as it is in its buffer; or a placeholder.
+
+    Megatron's hook on the weight runs in each case once all its uses are through backward. It adds what autograd brought (nothing,
+    or the embedding's part where weights are tied) to the buffer, unless `grad_added_to_main_grad` says that all is there.
+    """
+    if summed is None or gradient is None:
+        return None if summed is None else summed.to(weight.dtype)
+    if not gradient.announce:
+        return None
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return torch.empty_like(weight)
 
 
 class _Sums(NamedTuple):
