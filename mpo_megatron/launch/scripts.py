@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -27,12 +26,12 @@ def torchrun_script(job: TorchrunJob) -> str:
 
 def slurm_script(job: SlurmJob) -> str:
     """An sbatch script with one Slurm task a rank."""
-    return _render("slurm.sh.j2", job=job, layout=describe(job), train=_absolute(job.train))
+    return _render("slurm.sh.j2", job=job, layout=describe(job), train=job.train)
 
 
 def slurm_array_script(job: SlurmArray) -> str:
     """An sbatch script whose array tasks generate one shard each."""
-    return _render("slurm_array.sh.j2", job=job, generate=_absolute(job.generate))
+    return _render("slurm_array.sh.j2", job=job, generate=job.generate)
 
 
 def preamble(setup: str, environment: dict[str, str]) -> str:
@@ -54,7 +53,3 @@ def _render(template: str, job: Any, **values: Any) -> str:
         preamble=preamble(job.setup, (CPU_RANKS if on_cpus else {}) | job.environment),
         **values,
     )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).absolute())

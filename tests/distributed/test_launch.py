@@ -50,40 +50,42 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in line]
 
 
-@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
-def test_two_machines(inputs: Path, tmp_path: Path, rendezvous: Any) -> None:
-    """Two agents on loopback, two ranks each, train what one agent with four ranks trains."""
-    scripts = {}
-    for nodes in (1, 2):
-        run = tmp_path / f"run-{nodes}"
-        job = TorchrunJob(
-            train=write_config(inputs, run, max_steps=2),
-            nodes=nodes,
-            gpus_per_node=0,
-            ranks_per_node=4 // nodes,
-            rendezvous=rendezvous,
-            max_restarts=0,
-            environment={"OMP_NUM_THREADS": "1"},
-        )
-        scripts[nodes] = tmp_path / f"job-{nodes}.sh"
-        scripts[nodes].write_text(render(job)[0])
+def run_script(inputs: Path, run: Path, **job: Any) -> list[float]:
+    """Train two steps with a rendered script, started once per machine; the losses."""
+    config = write_config(inputs, run, max_steps=2, parallel={})
+    settings = {"gpus_per_node": 0, "max_restarts": 0, "environment": {"OMP_NUM_THREADS": "1"}}
+    script = run.with_suffix(".sh")
+    script.write_text(render(TorchrunJob(train=config, **settings, **job))[0])
     port = str(20_000 + os.getpid() % 10_000)
-    agents = [(1, "0"), (2, "0"), (2, "1")]
     machines = [
         subprocess.Popen(
-            ["bash", str(scripts[nodes])],
+            ["bash", str(script)],
             cwd=ROOT,
-            env={**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": number},
+            env={**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for nodes, number in agents
+        for number in range(job["nodes"])
     ]
     for machine in machines:
         output, _ = machine.communicate(timeout=300)
         assert machine.returncode == 0, output[-4000:]
-    assert losses(tmp_path / "run-2") == pytest.approx(losses(tmp_path / "run-1"), rel=1e-6)
+    return losses(run)
+
+
+@pytest.fixture(scope="module")
+def one_machine(inputs: Path) -> list[float]:
+    """Losses of one machine with two ranks."""
+    return run_script(inputs, inputs / "one-machine", nodes=1, ranks_per_node=2)
+
+
+@pytest.mark.parametrize("rendezvous", ["static", "c10d"])
+def test_two_machines(inputs: Path, one_machine: list[float], rendezvous: Any) -> None:
+    """Two agents on loopback, one rank each, train what one agent with two ranks trains."""
+    two = run_script(inputs, inputs / rendezvous, nodes=2, ranks_per_node=1, rendezvous=rendezvous)
+    assert len(two) == 2
+    assert two == pytest.approx(one_machine, rel=1e-6)
 
 
 @pytest.mark.skipif(not installed(), reason="needs Slurm's daemons (Debian: slurmctld slurmd slurm-client munge), and root")

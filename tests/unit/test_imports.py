@@ -14,7 +14,10 @@ from mpo_megatron.config import ConvertConfig, PrepareConfig, TrainConfig, load_
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
 FILES = sorted(PACKAGE.rglob("*.py"))
-OTHER_YAML = {ROOT / "examples" / "compare" / "methods.yaml"}
+OTHER_YAML = {
+    ROOT / "examples" / "compare" / "methods.yaml",
+    *(ROOT / "examples" / "launch" / name for name in ("pytorchjob.yaml", "jobset.yaml", "skypilot.yaml")),
+}
 """Files of an example that are its own, not a command's configuration; the example's tests read them."""
 EXAMPLE_CONFIGS = sorted(set((ROOT / "examples").rglob("*.yaml")) - OTHER_YAML)
 

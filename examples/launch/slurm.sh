@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=mpo
+#SBATCH --nodes=4
+#SBATCH --ntasks-per-node=8
+#SBATCH --gres=gpu:8
+#SBATCH --cpus-per-task=12
+#SBATCH --time=24:00:00
+#SBATCH --partition=gpu
+#SBATCH --output=logs/%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=USR1@300
+#
+# Layout: 32 ranks on 4 machines of 8: tensor 8 × pipeline 1 × context 1 × data 4.
+#
+# Slurm sends SIGUSR1 300 s before the time limit, and SIGTERM when the job is pre-empted. The ranks then finish their step,
+# save, and exit with 75; this script queues the job again, and it resumes. Submit it from the
+# folder that paths are relative to; logs/ must exist there.
+set -euo pipefail
+
+source .venv/bin/activate
+MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+restarts="${SLURM_RESTART_COUNT:-0}"
+echo "$(date -Is) $SLURM_JOB_NAME on $SLURM_JOB_NODELIST, restart $restarts"
+
+# One process a rank: it gets Slurm's signals itself. Ranks that were asked to stop may exit apart, so srun waits for all.
+# shellcheck disable=SC2016 # each rank expands it
+rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python -m mpo_megatron.train --config "$0"'
+srun_options=(
+    --kill-on-bad-exit=0
+    --wait=300
+    --output=logs/%x-%j-rank%t.log
+    --open-mode=append
+)
+code=0
+srun "${srun_options[@]}" bash -c "$rank" train.yaml || code=$?
+
+if [[ "$code" -eq 75 ]]; then
+    if [[ "$restarts" -lt 20 ]]; then
+        echo "$(date -Is) stopped in good order; queued again"
+        scontrol requeue "$SLURM_JOB_ID"
+        sleep 60 # Slurm ends this script
+    fi
+    echo "$(date -Is) stopped in good order, after 20 restarts: submit it again to go on" >&2
+fi
+exit "$code"

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# mpo: start this on each of the 4 machines with its own NODE_RANK, 0 to 3.
+#
+# Layout: 32 ranks on 4 machines of 8: tensor 8 × pipeline 1 × context 1 × data 4.
+#
+#   MASTER_ADDR=first-machine NODE_RANK=0 bash torchrun-static.sh
+set -euo pipefail
+
+: "${MASTER_ADDR:?the address of the first machine, as the others reach it}"
+MASTER_PORT="${MASTER_PORT:-29500}"
+: "${NODE_RANK:?the number of this machine, 0 to 3}"
+# A rank that is asked to stop finishes its step and saves: give it the time.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+torchrun_options=(
+    --nproc-per-node=8
+    --max-restarts=3
+    --nnodes=4
+    --node-rank="$NODE_RANK"
+    --master-addr="$MASTER_ADDR"
+    --master-port="$MASTER_PORT"
+)
+exec python -m torch.distributed.run "${torchrun_options[@]}" -m mpo_megatron.train --config train.yaml "$@"
