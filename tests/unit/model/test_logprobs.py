@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import vocab_parallel_logps, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from tests.distributed.launch import run_ranks
 
@@ -147,6 +147,42 @@ def test_entropy_of_a_uniform_and_of_a_certain_token(ranks: Ranks) -> None:
     entropy.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("announce", [False, True])
+def test_gradient_goes_into_a_buffer(ranks: Ranks, announce: bool) -> None:
+    hidden, weight, targets = inputs(23, torch.float64)
+    coefficients = torch.randn(23, dtype=torch.float64)
+    buffer = torch.zeros_like(weight)
+    settings = {"vocab_size": 37, "chunk": 5, "tp_group": ranks.tensor}
+    for _ in range(2):  # two rows add up
+        logps = vocab_parallel_logps(hidden, weight, targets, gradient=WeightGradient(buffer, announce), **settings)
+        (logps * coefficients).sum().backward()
+    plain = torch.autograd.grad(
+        (plain_logps(hidden, weight, targets) * coefficients).sum(), (hidden, weight), materialize_grads=True
+    )
+    torch.testing.assert_close(hidden.grad, 2 * plain[0])
+    torch.testing.assert_close(buffer, 2 * plain[1])
+    assert (weight.grad is not None) == announce
+    assert getattr(weight, "grad_added_to_main_grad", False) == announce
+
+
+def test_buffer_is_not_rounded(ranks: Ranks) -> None:
+    hidden, weight, targets = inputs(23, torch.bfloat16)
+    buffer = torch.zeros_like(weight, dtype=torch.float32)
+    settings = {"vocab_size": 37, "chunk": 8, "tp_group": ranks.tensor}
+    vocab_parallel_logps(hidden, weight, targets, gradient=WeightGradient(buffer, False), **settings).sum().backward()
+    rounded = torch.autograd.grad(vocab_parallel_logps(hidden, weight, targets, **settings).sum(), weight)[0]
+    assert torch.equal(buffer.bfloat16(), rounded)
+    assert not torch.equal(buffer, rounded.float())
+
+
+def test_a_frozen_weight_costs_no_gradient(ranks: Ranks) -> None:
+    hidden, weight, targets = inputs(7, torch.float64)
+    weight.requires_grad_(False)
+    vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=3, tp_group=ranks.tensor).sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(hidden.grad, torch.autograd.grad(plain_logps(hidden, weight, targets).sum(), hidden)[0])
 
 
 @pytest.mark.distributed
