@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
-from mpo_megatron.config import ConfigError, ConvertConfig, PrepareConfig, TrainConfig, parse
+from mpo_megatron.config import ConfigError, ConvertConfig, PrepareConfig, SelectConfig, TrainConfig, parse
 from mpo_megatron.data import DataError
 
 
@@ -25,6 +25,15 @@ def prepare(arguments: Sequence[str]) -> int:
     """Prompts with K responses and rewards to tokenized groups."""
     config = parse(PrepareConfig, arguments, "mpo prepare")
     from mpo_megatron.data.prepare import prepare as run
+
+    run(config)
+    return 0
+
+
+def select(arguments: Sequence[str]) -> int:
+    """Scored groups to the groups, responses and sets to train on."""
+    config = parse(SelectConfig, arguments, "mpo select")
+    from mpo_megatron.rollout.select import select as run
 
     run(config)
     return 0
@@ -62,6 +71,7 @@ def losses(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "prepare": prepare,
+    "select": select,
     "reference": reference,
     "train": train,
     "launch": launch,

@@ -10,6 +10,7 @@ from mpo_megatron.config.convert import ConvertConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, load_yaml, parse, to_dict
 from mpo_megatron.config.prepare import PrepareConfig
+from mpo_megatron.config.select import SelectConfig
 from mpo_megatron.config.train import (
     CheckpointConfig,
     DataConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrepareConfig",
+    "SelectConfig",
     "SkypilotJob",
     "SlurmArray",
     "SlurmJob",

@@ -1,0 +1,76 @@
+"""Options of `mpo select`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpo_megatron.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectConfig:
+    """`mpo select`: scored groups → the groups, responses and sets to train on."""
+
+    input: str
+    """Scored groups: the folder that `mpo score` wrote, or a .jsonl file of groups whose responses have a reward."""
+    output: str
+    """Folder to write groups.jsonl, select.json and reward_spacing.png to; it must not exist yet, or be empty."""
+    sets: Literal["all", "mean", "median", "trimmed_mean", "top_bottom", "one_vs_rest", "best_worst"] = "all"
+    """`all` keeps every response and leaves the split to the loss. Anything else splits a group as the loss's `partition` of
+    that name would (`best_worst` is top_bottom with one of each), writes the sets as labels, and drops responses in neither:
+    train with `partition: labels`."""
+    num_top: int = 2
+    """Size of Y+ with sets = top_bottom."""
+    num_bottom: int = 2
+    """Size of Y− with sets = top_bottom."""
+    min_spread: float = 0.0
+    """A group whose best and worst reward differ by less is dropped."""
+    min_responses: int = 2
+    """A group with fewer responses left is dropped."""
+    max_responses: int | None = None
+    """Largest K: of more, the best, the worst and others evenly between them by rank stay."""
+    length_unit: Literal["tokens", "characters"] = "tokens"
+    """What `min_length`, `max_length` and `max_length_ratio` count; tokens are those `mpo generate` noted."""
+    min_length: int = 0
+    """A shorter response is dropped."""
+    max_length: int | None = None
+    """A longer response is dropped."""
+    max_length_ratio: float | None = None
+    """A response this many times longer, or shorter, than its group's median is dropped."""
+    truncated: Literal["drop", "keep"] = "drop"
+    """What happens to responses that ended at the token limit: training would teach them to end there."""
+    duplicates: Literal["drop", "drop_normalized", "keep"] = "drop"
+    """Of equal responses to a prompt the first stays; `drop_normalized` ignores case and white space."""
+    reward_noise: float = 0.0
+    """Standard deviation σ of Gaussian noise added to the rewards before anything is chosen (MPO, A.4)."""
+    seed: int = 1234
+    """Seed of `reward_noise`."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_top", "num_bottom"):
+            value = getattr(self, name)
+            require(value >= 1, f"{name} = {value}; it must be at least 1.")
+            require(
+                value == 2 or self.sets == "top_bottom",
+                f"{name} = {value}; it has an effect only with sets = top_bottom; set that, or leave {name} out.",
+            )
+        require(0 <= self.min_spread < float("inf"), f"min_spread = {self.min_spread}; it must be 0 or positive.")
+        require(self.min_responses >= 2, f"min_responses = {self.min_responses}; a group needs at least 2 responses.")
+        require(
+            self.max_responses is None or self.max_responses >= self.min_responses,
+            f"max_responses = {self.max_responses}; it must be at least min_responses = {self.min_responses}.",
+        )
+        require(self.min_length >= 0, f"min_length = {self.min_length}; it must be 0 or more.")
+        require(
+            self.max_length is None or self.max_length >= max(1, self.min_length),
+            f"max_length = {self.max_length}; it must be at least 1 and at least min_length = {self.min_length}.",
+        )
+        require(
+            self.max_length_ratio is None or self.max_length_ratio >= 1,
+            f"max_length_ratio = {self.max_length_ratio}; it must be at least 1.",
+        )
+        require(
+            0 <= self.reward_noise < float("inf"),
+            f"reward_noise = {self.reward_noise}; it is a standard deviation: 0 (off) or positive.",
+        )

@@ -1,0 +1,128 @@
+"""Which responses of a scored group are fit to train on: one rule a function, each by its own name in the counts.
+
+A response is a record as `mpo generate` and `mpo score` write it: text, finish_reason, num_tokens, reward, …
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mpo_megatron.config import SelectConfig
+from mpo_megatron.data import DataError
+
+Response = Mapping[str, Any]
+Rule = Callable[[Sequence[Response], SelectConfig], list[bool]]
+"""Of each response of a group, whether it goes."""
+
+
+def apply_rules(responses: Sequence[Response], config: SelectConfig) -> tuple[list[Response], Counter[str]]:
+    """The responses that pass every rule, in their order, and by rule how many did not; a rule sees what earlier ones left.
+
+    Raises:
+        DataError: a response lacks what a rule needs.
+    """
+    kept, dropped = list(responses), Counter[str]()
+    for name, rule in RULES.items():
+        goes = rule(kept, config) if kept else []
+        dropped[name] += sum(goes)
+        kept = [response for response, out in zip(kept, goes, strict=True) if not out]
+    return kept, +dropped
+
+
+def find_unscored(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """No reward, or one that is not finite: a scorer that failed on this response."""
+    return [not is_number(response.get("reward")) for response in responses]
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def find_empty(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Nothing but white space."""
+    return [not str(response.get("text") or "").strip() for response in responses]
+
+
+def find_truncated(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Ended at the token limit."""
+    return [config.truncated == "drop" and response.get("finish_reason") == "length" for response in responses]
+
+
+def find_too_short(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Below `min_length`."""
+    if not config.min_length:
+        return [False] * len(responses)
+    return [length < config.min_length for length in measure_lengths(responses, config)]
+
+
+def find_too_long(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Above `max_length`."""
+    if config.max_length is None:
+        return [False] * len(responses)
+    return [length > config.max_length for length in measure_lengths(responses, config)]
+
+
+def find_unlike_length(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """More than `max_length_ratio` times longer or shorter than the group's median."""
+    if config.max_length_ratio is None:
+        return [False] * len(responses)
+    lengths = measure_lengths(responses, config)
+    median, ratio = statistics.median(lengths), config.max_length_ratio
+    return [length > ratio * median or ratio * length < median for length in lengths]
+
+
+def measure_lengths(responses: Sequence[Response], config: SelectConfig) -> list[int]:
+    """Tokens or characters of each response.
+
+    Raises:
+        DataError: tokens were not counted when the responses were made.
+    """
+    if config.length_unit == "characters":
+        return [len(response["text"]) for response in responses]
+    lengths = [response.get("num_tokens") for response in responses]
+    if not all(is_number(length) for length in lengths):
+        raise DataError("a response has no num_tokens (mpo generate writes it); set length_unit = characters.")
+    return [int(length) for length in lengths if length is not None]
+
+
+def find_duplicates(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Equal to an earlier response of the group."""
+    if config.duplicates == "keep":
+        return [False] * len(responses)
+    seen: set[str] = set()
+    repeated = []
+    for response in responses:
+        text = response["text"]
+        key = " ".join(text.casefold().split()) if config.duplicates == "drop_normalized" else text
+        repeated.append(key in seen)
+        seen.add(key)
+    return repeated
+
+
+def find_surplus(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Beyond `max_responses`: the best and the worst stay, and others evenly between them by rank of reward."""
+    number, most = len(responses), config.max_responses
+    if most is None or number <= most:
+        return [False] * number
+    by_reward = sorted(range(number), key=lambda index: -responses[index]["reward"])
+    # Ranks 0 … number − 1 in most − 1 equal strides; number > most, so that no rank comes twice.
+    stays = {by_reward[round(step * (number - 1) / (most - 1))] for step in range(most)}
+    return [index not in stays for index in range(number)]
+
+
+RULES: dict[str, Rule] = {
+    "no_reward": find_unscored,
+    "empty": find_empty,
+    "truncated": find_truncated,
+    "too_short": find_too_short,
+    "too_long": find_too_long,
+    "unlike_length": find_unlike_length,
+    "duplicate": find_duplicates,
+    "surplus": find_surplus,
+}
+"""In this order; `surplus` last, so that it counts only responses that are otherwise fit."""

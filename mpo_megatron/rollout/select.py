@@ -1,0 +1,297 @@
+"""`mpo select`: scored groups → the groups, responses and sets to train on.
+
+    mpo select --input round/scored --output round/selected --sets top_bottom --min_spread 0.1
+
+Groups pass one by one: noise on the rewards if asked for, the rules of `filters.py`, the spread, then the split in sets. What
+stays keeps its rewards; where sets are chosen, it gets labels, so that `mpo train` with `partition: labels` trains on exactly
+these sets. Everything that goes is counted under the name of its reason, in `select.json`.
+
+Legend: K responses of a group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
+from mpo_megatron.data.group import Float64
+from mpo_megatron.data.rewards import add_noise, summarize_spacing
+from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
+from mpo_megatron.rollout.filters import apply_rules, is_number
+from mpo_megatron.rollout.spacing_plot import plot_spacing
+
+Record = dict[str, Any]
+
+GROUPS_FILE = "groups.jsonl"
+INFO_FILE = "select.json"
+PLOT_FILE = "reward_spacing.png"
+SCORED_FILE = "scored.jsonl"
+_CHUNK = 512
+"""Groups split at once: the split works on a rectangle of rewards."""
+
+
+@dataclass(kw_only=True)
+class Selection:
+    """What went through and what did not, counted on the way."""
+
+    groups_read: int = 0
+    responses_read: int = 0
+    dropped_groups: Counter[str] = field(default_factory=Counter)
+    """By reason."""
+    dropped_responses: Counter[str] = field(default_factory=Counter)
+    """By reason, `with_its_group` among them, so that the counts add up."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """By reason, the first group it befell."""
+    rewards: list[Float64] = field(default_factory=list)
+    """Of each group that stays, [K]."""
+    labels: list[list[int]] = field(default_factory=list)
+    """Of each group that stays, [K]; empty without sets."""
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"1": [], "0": [], "": []})
+    """Characters of each response that stays, by its label."""
+
+    def drop_group(self, record: Record, reason: str) -> None:
+        """Count a group that goes, with the responses it still has."""
+        self.dropped_groups[reason] += 1
+        self.dropped_responses["with_its_group"] += len(record["responses"])
+        self.examples.setdefault(reason, str(record.get("group_id", "")))
+
+
+def select(config: SelectConfig, console: Console | None = None) -> dict[str, Any]:
+    """Write the selected groups to `config.output` and print a summary; what is written to `select.json`.
+
+    Raises:
+        ConfigError: the input is not there, or the output cannot be written.
+        DataError: a line is no scored group, or nothing is left.
+    """
+    source, output = find_input(config.input), Path(config.output.rstrip("/"))
+    check_writable(output, "output")
+    require(is_free(output), f"output = {output}; exists and is not an empty folder; remove it, or choose another output.")
+    selection, digest = Selection(), hashlib.sha256()
+    with AtomicFolder(output) as partial, writing(output):
+        with (partial.path / GROUPS_FILE).open("w", encoding="utf-8") as lines:
+            for record in split_groups(filter_groups(read_records(source), config, selection), config, selection):
+                line = json.dumps(record, ensure_ascii=False) + "\n"
+                digest.update(line.encode())
+                lines.write(line)
+        if not selection.rewards:
+            raise DataError(explain_nothing_left(source, selection))
+        info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), **summarize(selection)}
+        (partial.path / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        plot_spacing(selection.rewards, selection.labels, partial.path / PLOT_FILE)
+        partial.commit()
+    print_selection(console or Console(), output, info)
+    return info
+
+
+def find_input(path: str) -> Path:
+    """The file of scored groups: `path` itself, or the one in that folder.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = Path(path)
+    if found.is_dir():
+        require(
+            (found / SCORED_FILE).is_file(),
+            f"input = {path}; no {SCORED_FILE} there; write it with `mpo score`, or name a .jsonl file.",
+        )
+        return found / SCORED_FILE
+    require(found.is_file(), f"input = {path}; no such file or folder.")
+    return found
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """The lines of a file of groups.
+
+    Raises:
+        DataError: a line is not a group; the message names file and line.
+    """
+    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: is not JSON ({error}); repair the line, or score again.") from error
+            responses = record.get("responses") if isinstance(record, dict) else None
+            if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
+                raise DataError(f"{path}:{number}: is no group: its field `responses` must be a list of records.")
+            record.setdefault("group_id", f"{path.name}:{number}")
+            yield record
+
+
+def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
+    """The groups that stay, with the responses that pass all rules.
+
+    Raises:
+        DataError: a response lacks what a rule needs; the message names the group.
+    """
+    for record in records:
+        selection.groups_read += 1
+        selection.responses_read += len(record["responses"])
+        if config.reward_noise > 0:
+            record = {**record, "responses": disturb(record, config)}
+        try:
+            responses, dropped = apply_rules(record["responses"], config)
+        except DataError as error:
+            raise DataError(f"{config.input}: group {record['group_id']}: {error}") from error
+        selection.dropped_responses.update(dropped)
+        for reason in dropped:
+            selection.examples.setdefault(reason, str(record["group_id"]))
+        record = {**record, "responses": responses}
+        rewards = [response["reward"] for response in responses]
+        if len(responses) < config.min_responses:
+            selection.drop_group(record, "too_few_responses")
+        elif max(rewards) - min(rewards) < config.min_spread:
+            selection.drop_group(record, "small_spread")
+        else:
+            yield record
+
+
+def disturb(record: Record, config: SelectConfig) -> list[Record]:
+    """The responses with noise on their rewards; what a reward was before stands beside it.
+
+    The noise belongs to group and position, so that it depends neither on other groups nor on missing rewards.
+    """
+    responses = record["responses"]
+    noise = add_noise(np.zeros(len(responses)), config.reward_noise, str(record["group_id"]), seed=config.seed)
+    return [
+        {**response, "reward": response["reward"] + float(shift), "reward_before_noise": response["reward"]}
+        if is_number(response.get("reward"))
+        else response
+        for response, shift in zip(responses, noise, strict=True)
+    ]
+
+
+def split_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
+    """The groups with labels 1 and 0 as `config.sets` splits them, without the responses in neither set."""
+    records = iter(records)
+    while chunk := list(itertools.islice(records, _CHUNK)):
+        for record, labels in zip(chunk, label_groups(chunk, config), strict=True):
+            if labels is not None:
+                pairs = zip(record["responses"], labels, strict=True)
+                kept = [{**response, "label": label} for response, label in pairs if label >= 0]
+                if not kept:
+                    selection.drop_group(record, "no_contrast")
+                    continue
+                selection.dropped_responses["in_neither_set"] += len(labels) - len(kept)
+                selection.labels.append([response["label"] for response in kept])
+                record = {**record, "responses": kept}
+            selection.rewards.append(np.array([response["reward"] for response in record["responses"]], np.float64))
+            for response in record["responses"]:
+                selection.lengths[str(response["label"]) if labels is not None else ""].append(len(response["text"]))
+            yield record
+
+
+def label_groups(records: Sequence[Record], config: SelectConfig) -> list[list[int] | None]:
+    """Of each group, 1 for Y+, 0 for Y− and −1 for neither, by the rule that training splits with; None if sets = all."""
+    if config.sets == "all":
+        return [None] * len(records)
+    sizes = [len(record["responses"]) for record in records]
+    rewards, valid = torch.zeros(len(records), max(sizes), dtype=torch.float64), torch.zeros(len(records), max(sizes)).bool()
+    for index, (record, size) in enumerate(zip(records, sizes, strict=True)):
+        rewards[index, :size] = torch.tensor([response["reward"] for response in record["responses"]], dtype=torch.float64)
+        valid[index, :size] = True
+    batch = GroupBatch(policy_logps=torch.zeros_like(rewards), rewards=rewards, valid=valid)
+    positive, negative = compute_partition(batch, build_partition(config))
+    labels = torch.where(positive, 1, torch.where(negative, 0, -1)).tolist()
+    return [row[:size] for row, size in zip(labels, sizes, strict=True)]
+
+
+def build_partition(config: SelectConfig) -> PartitionParams:
+    """The loss's own hyper-parameters for these sets."""
+    if config.sets == "best_worst":
+        return PartitionParams(partition="top_bottom", num_top=1, num_bottom=1)
+    if config.sets == "top_bottom":
+        return PartitionParams(partition="top_bottom", num_top=config.num_top, num_bottom=config.num_bottom)
+    assert config.sets != "all"
+    return PartitionParams(partition=config.sets)
+
+
+# --------------------------------------------------------------------------------------------------- summary
+
+
+def summarize(selection: Selection) -> dict[str, Any]:
+    """Counts and statistics of what stays; rewards in their own unit, lengths in characters."""
+    rewards = np.concatenate(selection.rewards)
+    summary: dict[str, Any] = {
+        "groups_read": selection.groups_read,
+        "groups_written": len(selection.rewards),
+        "responses_read": selection.responses_read,
+        "responses_written": len(rewards),
+        "dropped_groups": dict(sorted(selection.dropped_groups.items())),
+        "dropped_responses": {name: count for name, count in sorted(selection.dropped_responses.items()) if count},
+        "examples": selection.examples,
+        "num_responses": {str(size): count for size, count in sorted(Counter(map(len, selection.rewards)).items())},
+        "reward": describe(rewards),
+        "reward_spread": describe(np.array([group.max() - group.min() for group in selection.rewards])),
+        "reward_spacing": summarize_spacing(selection.rewards),
+        "without_contrast": sum(bool((group == group[0]).all()) for group in selection.rewards),
+    }
+    if selection.labels:
+        labels = np.concatenate([np.array(group) for group in selection.labels])
+        summary["sets"] = {
+            name: {
+                "responses": int((labels == label).sum()),
+                "mean_reward": float(rewards[labels == label].mean()),
+                "mean_characters": statistics.fmean(selection.lengths[str(label)]),
+            }
+            for name, label in (("positive", 1), ("negative", 0))
+        }
+    return summary
+
+
+def describe(values: Float64) -> dict[str, float]:
+    """Spread of numbers."""
+    low, median, high = np.percentile(values, [0, 50, 100])
+    return {
+        "min": float(low),
+        "median": float(median),
+        "mean": float(values.mean()),
+        "max": float(high),
+        "std": float(values.std()),
+    }
+
+
+def explain_nothing_left(source: Path, selection: Selection) -> str:
+    """Why not one group is left, for the error."""
+    if not selection.groups_read:
+        return f"{source}: holds no group; did `mpo score` write it?"
+    reasons = selection.dropped_groups + selection.dropped_responses
+    listed = "; ".join(f"{count} × {name}" for name, count in reasons.most_common())
+    return f"{source}: none of {selection.groups_read} groups is left ({listed}); loosen the rule that took most."
+
+
+def print_selection(console: Console, output: Path, info: dict[str, Any]) -> None:
+    """The summary as a table."""
+    table = Table(title=f"{output}", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column()
+    for name in ("groups", "responses"):
+        table.add_row(name, f"{info[f'{name}_written']:,} of {info[f'{name}_read']:,}")
+        for reason, count in info[f"dropped_{name}"].items():
+            example = f", for example group {info['examples'][reason]}" if reason in info["examples"] else ""
+            table.add_row(f"  {reason}", f"{count:,}{example}")
+    table.add_row("responses per group", ", ".join(f"K = {size}: {count:,}" for size, count in info["num_responses"].items()))
+    reward, gaps = info["reward"], info["reward_spacing"]
+    table.add_row("reward", ", ".join(f"{name} {value:.4g}" for name, value in reward.items()))
+    table.add_row("gap of neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
+    table.add_row("groups without contrast", f"{info['without_contrast']:,}")
+    for name, values in info.get("sets", {}).items():
+        numbers = f"{values['responses']:,} responses, mean reward {values['mean_reward']:.4g}"
+        table.add_row(f"{name} set", f"{numbers}, {values['mean_characters']:.0f} characters")
+    console.print(table)

@@ -1,0 +1,96 @@
+"""A picture of how far apart a data set's rewards are: what a partition has to tell apart.
+
+Legend: K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpo_megatron.data.group import Float64
+from mpo_megatron.data.rewards import spacing
+
+BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
+DPI = 90
+
+
+def plot_spacing(rewards: Sequence[Float64], labels: Sequence[Sequence[int]], picture: Path) -> None:
+    """Mean gap by K, rewards by rank, and the spread of groups, in one row.
+
+    Args:
+        rewards: [K] of each group
+        labels: [K] of each group, 1 for Y+ and 0 for Y−; empty without sets
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to files, with no display
+    import matplotlib.pyplot as plt
+
+    figure, (by_size, by_rank, spread) = plt.subplots(1, 3, figsize=(13, 3.6))
+    _draw_gaps(by_size, rewards)
+    _draw_ranks(by_rank, rewards, labels)
+    spread.hist([group.max() - group.min() for group in rewards], bins=30, color=BLUE)
+    spread.set_title("spread of a group: best − worst reward", fontsize=10)
+    spread.set_xlabel("reward")
+    spread.set_ylabel("groups")
+    for panel in (by_size, by_rank, spread):
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25, linewidth=0.6)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=DPI)
+    plt.close(figure)
+
+
+def _draw_gaps(panel: Any, rewards: Sequence[Float64]) -> None:
+    """The mean gap of neighbouring rewards, by K; of one K, the distribution of gaps.
+
+    Source: MPO appendix A.5 (the gap falls about as 1/K).
+    """
+    gaps: dict[int, list[float]] = defaultdict(list)
+    for group in rewards:
+        gaps[len(group)].extend(spacing(group).tolist())
+    if len(gaps) == 1:
+        ((size, values),) = gaps.items()
+        panel.hist(values, bins=30, color=BLUE)
+        panel.axvline(np.mean(values), color=ORANGE, label=f"mean {np.mean(values):.3g}")
+        panel.set_title(f"gaps of neighbouring rewards, K = {size}", fontsize=10)
+        panel.set_xlabel("gap")
+        panel.set_ylabel("gaps")
+    else:
+        sizes = sorted(gaps)
+        means = [float(np.mean(gaps[size])) for size in sizes]
+        panel.plot(sizes, means, "o-", color=BLUE, label="data")
+        weight = sum(len(gaps[size]) for size in sizes)
+        scale = sum(mean * size * len(gaps[size]) for mean, size in zip(means, sizes, strict=True)) / weight
+        panel.plot(sizes, [scale / size for size in sizes], "--", color=ORANGE, label="∝ 1/K")
+        panel.set_title("mean gap of neighbouring rewards", fontsize=10)
+        panel.set_xlabel("responses in a group, K")
+        panel.set_ylabel("gap")
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _draw_ranks(panel: Any, rewards: Sequence[Float64], labels: Sequence[Sequence[int]]) -> None:
+    """Mean and standard deviation of the reward at each rank, over the groups of the commonest K; Y+ and Y− apart."""
+    size = Counter(map(len, rewards)).most_common(1)[0][0]
+    chosen = [index for index, group in enumerate(rewards) if len(group) == size]
+    orders = [np.argsort(-rewards[index], kind="stable") for index in chosen]
+    ordered = np.array([rewards[index][order] for index, order in zip(chosen, orders, strict=True)])
+    ranks, means, errors = np.arange(1, size + 1), ordered.mean(axis=0), ordered.std(axis=0)
+    panel.errorbar(ranks, means, yerr=errors, fmt="o-", color=BLUE, capsize=2, label="mean ± std over groups")
+    if labels:
+        positive = np.array([np.array(labels[index])[order] for index, order in zip(chosen, orders, strict=True)]).mean(axis=0)
+        share = panel.twinx()
+        share.bar(ranks, positive, color=GREEN, alpha=0.25, width=0.8)
+        share.bar(ranks, 1 - positive, bottom=positive, color=RED, alpha=0.15, width=0.8)
+        share.set_ylim(0, 1)
+        share.set_ylabel("share in Y+ (green) and Y− (red)")
+        share.spines[["top"]].set_visible(False)
+    panel.set_title(f"reward by rank, K = {size} ({len(chosen):,} groups)", fontsize=10)
+    panel.set_xlabel("rank")
+    panel.set_ylabel("reward")
+    panel.legend(fontsize=8, frameon=False)
