@@ -1,7 +1,8 @@
 # For users:
 #
 #     make quickstart    train a small model from end to end (a few minutes on two cores); pictures and numbers in quickstart-out/
-#     make test          all checks: lint, types, unit, distributed and integration tests
+#     make test          all checks: lint, types, documentation, unit, distributed and integration tests
+#     make docs          the documentation as a site, in site/; fails on a dead link
 #
 # Both create a virtual environment in .venv and install what they need on first use.
 #
@@ -20,7 +21,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck pytest
+.PHONY: help quickstart test lint typecheck docs pytest
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Test processes/,$$d'
@@ -28,7 +29,7 @@ help:
 quickstart: $(VENV)/installed
 	$(BIN)/python -m examples.quickstart.run $(ARGS)
 
-test: lint typecheck pytest
+test: lint typecheck docs pytest
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -37,6 +38,9 @@ lint: $(VENV)/installed-dev
 
 typecheck: $(VENV)/installed-dev
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal

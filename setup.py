@@ -24,13 +24,17 @@ REQUIRED = [
     "scikit-learn>=1.5",
 ]
 
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+
 EXTRAS = {
     # The range that megatron-core 0.16's own development extra pins.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     # Engines that generate the responses of on-policy rounds; nothing in the package needs them yet.
     "rollout": ["vllm>=0.11", "openai>=2"],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
+    "docs": DOCS,
     "dev": [
+        *DOCS,
         "pytest>=8",
         "pytest-xdist>=3.6",
         "pytest-timeout>=2.3",
