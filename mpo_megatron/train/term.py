@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 from megatron.core.utils import get_model_config
 
 
@@ -27,15 +26,18 @@ class GradientTerm(Protocol):
 
 
 @contextlib.contextmanager
-def unreduced_gradients(model: Sequence[torch.nn.Module]) -> Iterator[None]:
+def unreduced_gradients(model: Sequence[Any]) -> Iterator[None]:
     """Within it a backward pass adds to this rank's buffers and reduces nothing over replicas: another pass will.
 
     Reducing twice would count the first pass's gradients once per replica (the reduced sum lies in the buffer that is reduced
-    again).
+    again). Reduction happens at a pass's end (`finalize_model_grads_func`), or with overlap during its last row, which a
+    schedule tells by leaving `no_sync_func`: so the schedule gets none, and the whole pass lies within `no_sync`.
     """
     with contextlib.ExitStack() as stack:
         for part in model:
+            stack.enter_context(part.no_sync())
             config = get_model_config(part)
-            stack.callback(setattr, config, "finalize_model_grads_func", config.finalize_model_grads_func)
-            config.finalize_model_grads_func = None
+            for name in ("finalize_model_grads_func", "no_sync_func"):
+                stack.callback(setattr, config, name, getattr(config, name))
+                setattr(config, name, None)
         yield

@@ -1,0 +1,53 @@
+"""β · KL(π ‖ π_ref) on samples of the policy, as rows beside those of the loss.
+
+With samples y_n of prompts x_n, n = 1 … N:   β/N Σ_n Σ_t KL( π(·| x_n, y_n,<t) ‖ π_ref(·| x_n, y_n,<t) ), the inner KL exact over
+the whole vocabulary. The gradient flows through π's distributions at the sampled positions; the samples are constants.
+Source: SPO, Eq. 15.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.data.loader import GroupTable, RowShape, group_table, pack
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.objective import Logps
+from mpo_megatron.train.step import RowTensors, collect_logps, run_rows
+from mpo_megatron.train.term import unreduced_gradients
+
+
+def add_kl_gradients(
+    model: list[Any],
+    samples: Sequence[TokenizedGroup],
+    kl_weight: float,
+    ranks: Ranks,
+    shape: RowShape,
+    resident: torch.nn.Module,
+) -> tuple[Logps, GroupTable]:
+    """Add the regulariser's gradients to the model's buffers, not yet reduced over replicas; all ranks call it.
+
+    Args:
+        samples: of all replicas, a prompt with its samples each; the same on every rank
+        kl_weight: β
+        resident: the reference model
+    Returns:
+        Log-probs and divergences of the samples, the same on every rank, and the table that says which are padding.
+    """
+    table = group_table(samples, np.arange(len(samples)))
+    _, rows = pack(table, samples, table.valid, shape)
+    # The mean over the samples of all replicas: Megatron sums rows and replicas and divides by nothing (see train/step.py).
+    scale = kl_weight / int(table.valid.sum())
+
+    def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
+        assert token_kl is not None
+        return scale * token_kl.sum()  # of a filler row, which has no tokens: a zero that keeps the schedule's backward alive
+
+    with unreduced_gradients(model):
+        outputs = run_rows(model, rows, ranks, row_loss, resident)
+    return collect_logps(outputs, table.valid.shape, ranks, kl=True), table

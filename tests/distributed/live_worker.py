@@ -1,0 +1,158 @@
+"""One rank of the tests of live weights and of SPO's regulariser on samples, in several layouts.
+
+`python -m tests.distributed.live_worker SPEC.json` compares, on rank 0, with Hugging Face models: the weights bit by bit, the
+regulariser and its gradient with a float64 computation over whole logits.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mpo_megatron.config import LossConfig, ModelConfig, ParallelConfig
+from mpo_megatron.data.group import TokenizedGroup, load_groups
+from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.model.architecture import load_hf_config
+from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.model.live_weights import send_weights
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.rollout.sample_kl import add_kl_gradients
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.objective import Logps, build_objective
+from mpo_megatron.train.step import finalize_gradients, fused_step, prepare_schedules
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.utils import get_model_config  # isort: skip
+
+KL_WEIGHT = 0.3
+
+
+def main(spec_path: str) -> None:
+    spec = json.loads(Path(spec_path).read_text())
+    folder = Path(spec["folder"])
+    dist.init_process_group("gloo")
+    expected = huggingface(folder) if dist.get_rank() == 0 else None
+    results = [run_layout(layout, folder, expected) for layout in spec["layouts"]]
+    if dist.get_rank() == 0:
+        Path(spec["results"]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def samples_of(folder: Path) -> list[TokenizedGroup]:
+    """Groups whose responses stand for samples."""
+    return list(load_groups(folder / "samples"))
+
+
+def huggingface(folder: Path) -> dict[str, Any]:
+    """The policy's weights, the mean divergence of a sample, and the regulariser's gradient, from whole logits in float64."""
+    models = {}
+    for role in ("policy", "reference"):
+        models[role] = AutoModelForCausalLM.from_pretrained(folder / f"{role}-hf", dtype=torch.float64)
+    weights = {name: parameter.detach().float() for name, parameter in models["policy"].named_parameters()}
+    divergences = []
+    for group in samples_of(folder):
+        for response in group.response_tokens:
+            tokens = torch.from_numpy(np.concatenate([group.prompt_tokens, response]).astype(np.int64))[None]
+            predicting = slice(len(group.prompt_tokens) - 1, -1)
+            policy, reference = (models[role](tokens).logits[0, predicting].log_softmax(-1) for role in ("policy", "reference"))
+            divergences.append((policy.exp() * (policy - reference.detach())).sum())
+    mean = torch.stack(divergences).mean()
+    (KL_WEIGHT * mean).backward()
+    gradients = {name: parameter.grad for name, parameter in models["policy"].named_parameters()}
+    return {"weights": weights, "kl": float(mean), "gradients": gradients}
+
+
+def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | None) -> dict[str, Any]:
+    parallel = ParallelConfig(**layout)
+    with model_parallel(parallel, seed=1) as ranks:
+        padded = load_conversion(folder / "policy").padded_vocab_size
+        hf_config = load_hf_config(folder / "policy" / "hf")
+
+        def load(role: str) -> list[torch.nn.Module]:
+            model_config = ModelConfig(checkpoint=str(folder / role), precision="fp32")
+            parts = build_policy(hf_config, model_config, parallel, ranks, padded)
+            checkpoint.load_weights(parts, folder / role, ranks)
+            return parts
+
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
+        model: list[Any] = [
+            DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in load("policy")
+        ]
+        prepare_schedules(model)
+        [resident] = load("reference")
+        resident.eval().requires_grad_(False)
+
+        def collect() -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            wanted = dist.get_rank() == 0
+            send_weights(
+                model, hf_config, padded, ranks, (lambda name, tensor: found.update({name: tensor.clone()})) if wanted else None
+            )
+            return found
+
+        weights = collect()
+        both, kl = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=True)
+        loss_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=False, with_loss=True)
+        kl_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=False)
+        largest = max(float(gradient.abs().max()) for gradient in kl_alone)
+        sums = max(float((a - b - c).abs().max()) for a, b, c in zip(both, loss_alone, kl_alone, strict=True))
+        loss_largest = max(float(gradient.abs().max()) for gradient in loss_alone)
+        for parameter, gradient in zip((p for part in model for p in part.parameters()), kl_alone, strict=True):
+            parameter.data.copy_(gradient)
+        gradients = collect()
+    if expected is None:
+        return {}
+    return {
+        "layout": layout,
+        "missing": sorted(set(expected["weights"]) ^ set(weights)),
+        "weights": max(float((weights[name] - weight).abs().max()) for name, weight in expected["weights"].items()),
+        "kl": kl,
+        "expected_kl": expected["kl"],
+        "largest": largest,
+        "loss_largest": loss_largest,
+        "sum": sums,
+        "gradients": max(float((gradients[name] - wanted).abs().max()) for name, wanted in expected["gradients"].items()),
+    }
+
+
+def kl_and_loss(
+    model: list[Any], resident: Any, ranks: Ranks, parallel: ParallelConfig, folder: Path, *, with_kl: bool, with_loss: bool
+) -> tuple[list[Tensor], float]:
+    """Gradients of the regulariser, of a loss on data, or of both as a step has them; and the mean divergence of a sample."""
+    shape = RowShape(
+        row_tokens=60,
+        layout="shared",
+        multiple=16 * parallel.row_parts,
+        num_replicas=ranks.data_size,
+        replica=ranks.data_rank,
+        pair_weight=1e-3,
+    )
+    kl = 0.0
+    for part in model:
+        part.zero_grad_buffer()
+    if with_kl:
+        logps, table = add_kl_gradients(model, samples_of(folder), KL_WEIGHT, ranks, shape, resident)
+        assert logps.kl is not None
+        kl = float(logps.kl.sum()) / int(table.valid.sum())
+    if with_loss:
+        objective = build_objective(LossConfig(name="mpo", params={"beta": 0.1}))
+        data = load_groups(folder / "groups")
+        batch = build_step(0, data, np.arange(len(data)), objective.select, shape)
+        reference = Logps(response=torch.full(batch.table.valid.shape, -20.0, dtype=torch.float64))
+        fused_step(model, batch, reference, objective, ranks)
+    else:
+        finalize_gradients(model, None, pg_collection=ranks.groups)
+    return [parameter.main_grad.clone() for part in model for parameter in part.parameters()], kl
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
