@@ -7,9 +7,19 @@
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.convert import ConvertConfig
+from mpo_megatron.config.generate import (
+    EndpointConfig,
+    GenerateConfig,
+    TransformersConfig,
+    VllmConfig,
+    parse_shard,
+    validate_endpoint,
+    validate_generate,
+)
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, load_yaml, parse, to_dict
 from mpo_megatron.config.prepare import PrepareConfig
+from mpo_megatron.config.score import ScoreConfig, validate_score
 from mpo_megatron.config.select import SelectConfig
 from mpo_megatron.config.train import (
     CheckpointConfig,
@@ -29,6 +39,8 @@ __all__ = [
     "ConfigError",
     "ConvertConfig",
     "DataConfig",
+    "EndpointConfig",
+    "GenerateConfig",
     "JobConfig",
     "KubernetesJob",
     "LoggingConfig",
@@ -38,17 +50,24 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrepareConfig",
+    "ScoreConfig",
     "SelectConfig",
     "SkypilotJob",
     "SlurmArray",
     "SlurmJob",
     "TorchrunJob",
     "TrainConfig",
+    "TransformersConfig",
+    "VllmConfig",
     "build_parser",
     "check_writable",
     "load_yaml",
     "parse",
+    "parse_shard",
     "require",
     "to_dict",
+    "validate_endpoint",
+    "validate_generate",
+    "validate_score",
     "validate_train",
 ]

@@ -1,0 +1,209 @@
+"""Options of `mpo generate`, and of the endpoints that other commands ask as well."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mpo_megatron.config.checks import check_writable, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformersConfig:
+    """The embedded engine."""
+
+    device: str = "auto"
+    """`auto` takes the first GPU, or the CPU; or a name torch knows, for example `cuda:1`."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    batch_size: int = 32
+    """Responses that are generated side by side."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"transformers.batch_size = {self.batch_size}; it must be at least 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VllmConfig:
+    """The offline engine of vLLM."""
+
+    tensor_parallel: int = 1
+    """GPUs that share each layer."""
+    pipeline_parallel: int = 1
+    """GPUs (or groups of them) that share the depth."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    memory_fraction: float = 0.9
+    """Share of each GPU's memory that vLLM takes."""
+    max_model_len: int | None = None
+    """Longest prompt and response together; by default the model's own limit."""
+    max_in_flight: int = 2048
+    """Responses handed to the engine at a time; it batches them itself."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's `EngineArgs`, for example `enforce_eager: true`."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "pipeline_parallel", "max_in_flight"):
+            require(getattr(self, name) >= 1, f"vllm.{name} = {getattr(self, name)}; it must be at least 1.")
+        require(
+            0 < self.memory_fraction <= 1, f"vllm.memory_fraction = {self.memory_fraction}; it must be above 0 and at most 1."
+        )
+        require(
+            self.max_model_len is None or self.max_model_len >= 2,
+            f"vllm.max_model_len = {self.max_model_len}; it must be at least 2, or absent.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndpointConfig:
+    """A server that speaks the OpenAI protocol. The key comes from the environment and is stored nowhere."""
+
+    base_url: str = ""
+    """Address up to and with the version, for example `http://localhost:8000/v1`."""
+    model: str = ""
+    """Name under which the server knows the model."""
+    api: Literal["tokens", "text", "chat"] = "tokens"
+    """`tokens`: completions of the token ids that training sees (vLLM, SGLang); `text`: of the rendered prompt, which the server
+    tokenizes; `chat`: of the messages, which the server renders with a template of its own."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; without it, none is sent that means anything."""
+    concurrency: int = 64
+    """Requests under way at a time."""
+    timeout: float = 600.0
+    """Seconds until a request counts as lost."""
+    retries: int = 5
+    """How often a lost or refused request (no connection, timeout, 408, 409, 429, 5xx, no usable answer) is repeated, each time
+    later; a server's Retry-After is honoured."""
+    max_wait: float = 60.0
+    """Longest pause between two tries, in seconds; a longer Retry-After is cut to it."""
+
+    def __post_init__(self) -> None:
+        require(
+            not self.base_url or re.match(r"https?://[^/]", self.base_url) is not None,
+            f"base_url = {self.base_url}; it must start with http:// or https://, for example http://localhost:8000/v1.",
+        )
+        require(
+            "@" not in self.base_url, "base_url holds a user name or password; put the key in the variable api_key_env names."
+        )
+        require(self.concurrency >= 1, f"concurrency = {self.concurrency}; it must be at least 1.")
+        require(0 < self.timeout < float("inf"), f"timeout = {self.timeout}; it must be a positive number of seconds.")
+        require(self.retries >= 0, f"retries = {self.retries}; it must be 0 or more.")
+        require(0 <= self.max_wait < float("inf"), f"max_wait = {self.max_wait}; it must be 0 or more seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """`mpo generate`: prompts → K responses each, drawn from a model."""
+
+    prompts: str
+    """JSONL with a prompt (string or messages) a line, optionally group_id, reference_answer and anything else, which is kept; or
+    any input of `mpo prepare`, or a folder it wrote, of which the prompts are taken."""
+    model: str
+    """Hugging Face checkpoint folder, or one of ours (`mpo convert`, a training run or one of its steps), which is exported once
+    and kept beside its weights. For `engine: openai`, what holds the tokenizer."""
+    output: str
+    """Folder for samples.jsonl and generate.json; a repeated command continues what is there."""
+    engine: Literal["transformers", "vllm", "openai"] = "transformers"
+    """What generates: embedded, vLLM's offline engine, or a server (`endpoint`)."""
+    num_responses: int = 8
+    """K."""
+    temperature: float = 1.0
+    """Logits are divided by it; 0 takes the likeliest token, and then all K responses are equal."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens that together have this probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 from all."""
+    max_tokens: int = 1024
+    """Longest response, its end token included."""
+    stop: list[str] = field(default_factory=list)
+    """Texts that end a response, besides the end token; they are not part of it."""
+    seed: int = 1234
+    """Response k of a group is drawn from a seed made of this, the group's id and k."""
+    tokenizer: str | None = None
+    """Folder or .model file of the tokenizer, if not the model's."""
+    system_prompt: str | None = None
+    """System message put before prompts that have none; as in `mpo prepare`."""
+    chat_template: str | None = None
+    """File with a Jinja chat template that replaces the tokenizer's; as in `mpo prepare`."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template; as in `mpo prepare`."""
+    max_prompt_tokens: int = 2048
+    """A longer prompt is rejected, and counted; as in `mpo prepare`."""
+    max_prompts: int | None = None
+    """Take only this many prompts, the first."""
+    empty: Literal["keep", "drop", "resample"] = "resample"
+    """What happens to a response of nothing but white space."""
+    duplicates: Literal["keep", "drop", "resample"] = "keep"
+    """What happens to a response equal to an earlier one of its group."""
+    max_attempts: int = 3
+    """How often one response is drawn at most; what is still empty or equal after the last is kept, and counted."""
+    max_failed: float = 0.0
+    """Share of prompts that may fail for good (an endpoint's errors) before the command does."""
+    shard: str | None = None
+    """`i/n`: part i (from 0) of n of the prompts; by default a Slurm array's task. The last part to finish joins all."""
+    transformers: TransformersConfig = field(default_factory=TransformersConfig)
+    """The embedded engine."""
+    vllm: VllmConfig = field(default_factory=VllmConfig)
+    """vLLM's offline engine."""
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
+    """The server of `engine: openai`."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_responses", "max_tokens", "max_prompt_tokens", "max_attempts"):
+            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
+        require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
+        require(self.top_k >= 0, f"top_k = {self.top_k}; it must be 0 (all tokens) or positive.")
+        require(all(self.stop), "stop holds an empty text, which every response would end with; remove it.")
+        require(self.max_prompts is None or self.max_prompts >= 1, f"max_prompts = {self.max_prompts}; it must be at least 1.")
+        require(0 <= self.max_failed < 1, f"max_failed = {self.max_failed}; it is a share: at least 0 and below 1.")
+        require(
+            self.temperature > 0 or self.duplicates != "resample",
+            "duplicates = resample, temperature = 0: drawing again gives the same text; raise temperature, or keep or drop.",
+        )
+        if self.shard is not None:
+            parse_shard(self.shard)
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """The part and the number of parts that `i/n` names.
+
+    Raises:
+        ConfigError: it is not of that form, or i is not below n.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    require(match is not None, f"shard = {text}; write i/n, for example 0/8 … 7/8.")
+    assert match is not None
+    index, total = int(match[1]), int(match[2])
+    require(index < total, f"shard = {text}; parts are counted from 0: choose 0/{total} … {total - 1}/{total}.")
+    return index, total
+
+
+def validate_generate(config: GenerateConfig) -> None:
+    """Check what concerns several fields, and the world outside, before anything loads.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    check_writable(Path(config.output), "output")
+    if config.engine == "openai":
+        validate_endpoint(config.endpoint, "endpoint")
+    else:
+        require(
+            config.endpoint == EndpointConfig(),
+            f"endpoint is set, but engine = {config.engine} asks none; set engine = openai, or leave it out.",
+        )
+
+
+def validate_endpoint(config: EndpointConfig, name: str) -> None:
+    """Require what an endpoint cannot do without.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    require(
+        bool(config.base_url), f"{name}.base_url is missing; give the server's address, for example http://localhost:8000/v1."
+    )
+    require(bool(config.model), f"{name}.model is missing; give the name under which the server knows the model.")

@@ -1,0 +1,233 @@
+"""Options of `mpo score`: a scorer is one dataclass a kind, chosen by `kind`."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from mpo_megatron.config.checks import ConfigError, check_writable, require
+from mpo_megatron.config.generate import EndpointConfig, validate_endpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelScorer:
+    """What scorers that are Hugging Face models have in common."""
+
+    model: str
+    """Checkpoint folder."""
+    device: str = "auto"
+    """`auto` takes the first GPU, or the CPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    batch_size: int = 16
+    """Sequences scored side by side."""
+    max_length: int = 4096
+    """Longest sequence, in tokens; the model's own limit holds as well."""
+    too_long: Literal["error", "missing"] = "error"
+    """A longer sequence is never cut: it stops the command before anything is scored, or its score counts as missing."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint (ArmoRM); only for checkpoints you trust."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"batch_size = {self.batch_size}; it must be at least 1.")
+        require(self.max_length >= 2, f"max_length = {self.max_length}; it must be at least 2.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModelScorer(ModelScorer):
+    """A sequence classifier with one logit (Skywork-Reward, GRM), or a model whose output is called `score` (ArmoRM)."""
+
+    kind: ClassVar[str] = "reward_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairwiseScorer(ModelScorer):
+    """A cross-encoder that says how likely response a beats response b (PairRM); the score is the share of comparisons won."""
+
+    kind: ClassVar[str] = "pairwise"
+    comparisons: Literal["all", "tournament"] = "all"
+    """`all`: every pair, K(K−1)/2 of them; `tournament`: about K·log₂K, each response against others that won as often."""
+    both_orders: bool = True
+    """Ask each pair in both orders and take the mean, so that the place of a response does not count."""
+    template: str = "<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}"
+    """How prompt and candidates become one text."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchScorer:
+    """1 if the answer extracted from a response equals the group's reference answer, else 0."""
+
+    kind: ClassVar[str] = "match"
+    field: str = "reference_answer"
+    """Field of the group line that holds the answer (a list: any of them counts); `meta.x` for a field under meta."""
+    mode: Literal["exact", "numeric"] = "exact"
+    """Compare as text without surrounding white space, or as numbers: 1,000 = 1e3 = 1000.0 = 2000/2."""
+    extract: str | None = None
+    """Regular expression whose last match in the response (its first group, if it has one) is the answer; by default the whole
+    response (exact) or its last number (numeric)."""
+    ignore_case: bool = False
+    """For mode = exact."""
+    tolerance: float = 1e-6
+    """For mode = numeric: relative difference that still counts as equal."""
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.extract, "extract")
+        require(self.tolerance >= 0, f"tolerance = {self.tolerance}; it must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegexScorer:
+    """`found` if a regular expression matches somewhere in the response, else `absent`."""
+
+    kind: ClassVar[str] = "regex"
+    pattern: str
+    """The expression, in Python's syntax; `(?s)` and the like set flags."""
+    full: bool = False
+    """It must match the whole response."""
+    found: float = 1.0
+    """Score where it matches."""
+    absent: float = 0.0
+    """Score where it does not."""
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.pattern, "pattern")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionScorer:
+    """A Python function of yours: `reward(response: str, group: dict) -> float`; None counts as missing."""
+
+    kind: ClassVar[str] = "function"
+    function: str
+    """`package.module:function` or `path/to/file.py:function`."""
+    params: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for it."""
+
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r".+:[A-Za-z_]\w*", self.function) is not None,
+            f"function = {self.function}; write package.module:function or path/to/file.py:function.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeScorer:
+    """A language model behind an endpoint that grades a response, or compares two."""
+
+    kind: ClassVar[str] = "judge"
+    endpoint: EndpointConfig
+    """The server; `api` is always chat."""
+    template: str
+    """File with a Jinja template of the question to the judge; it sees prompt, messages, group, and response, or a and b."""
+    mode: Literal["grade", "compare"] = "grade"
+    """`grade`: one number a response; `compare`: which of two is better, the score being the share of comparisons won."""
+    parse: str = r"(?i)(?:score|rating|verdict)\s*[:=]?\s*\[*\s*(-?\d+(?:\.\d+)?|[AB]\b|tie\b)"
+    """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare)."""
+    temperature: float = 0.0
+    """Of the judge."""
+    max_tokens: int = 1024
+    """Longest verdict."""
+    garbage_retries: int = 2
+    """How often an answer without a verdict is asked for again; then the score is missing."""
+    both_orders: bool = True
+    """For mode = compare: ask each pair in both orders; verdicts that contradict each other are a tie."""
+
+    def __post_init__(self) -> None:
+        _check_pattern(self.parse, "parse")
+        require(re.compile(self.parse).groups >= 1, f"parse = {self.parse}; it needs a group (…) around the verdict.")
+        require(self.garbage_retries >= 0, f"garbage_retries = {self.garbage_retries}; it must be 0 or more.")
+
+
+AnyScorer = RewardModelScorer | PairwiseScorer | MatchScorer | RegexScorer | FunctionScorer | JudgeScorer
+KINDS: dict[str, type[Any]] = {
+    kind.kind: kind for kind in (RewardModelScorer, PairwiseScorer, MatchScorer, RegexScorer, FunctionScorer, JudgeScorer)
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreConfig:
+    """`mpo score`: generated responses → scores, and the reward made of them."""
+
+    input: str
+    """Folder that `mpo generate` wrote, or a .jsonl file of groups."""
+    output: str
+    """Folder for scored.jsonl and score.json; a repeated command continues what is there."""
+    scorers: dict[str, dict[str, Any]]
+    """By name: `kind` (reward_model, pairwise, match, regex, function, judge) with its options, and `weight` (default 1)."""
+    combine: Literal["sum", "zscore"] = "sum"
+    """The reward is the weighted sum of the scores as they are, or standardised within the group (all equal: 0) first."""
+    missing: Literal["error", "drop_response", "drop_group"] = "error"
+    """What happens where a scorer has no score; either way it is counted. `error` stops, keeping what is scored."""
+    chunk_groups: int = 64
+    """Groups scored, then written, together."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.scorers), "scorers is empty; name at least one, for example {exact: {kind: match}}.")
+        require(self.chunk_groups >= 1, f"chunk_groups = {self.chunk_groups}; it must be at least 1.")
+        for name, options in self.scorers.items():
+            build_scorer_config(name, options)
+            read_weight(name, options)
+
+
+def read_weight(name: str, options: Mapping[str, Any]) -> float:
+    """The weight of one scorer.
+
+    Raises:
+        ConfigError: it is not a finite number.
+    """
+    weight = options.get("weight", 1.0)
+    fine = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) < float("inf")
+    require(fine, f"scorers.{name}.weight = {weight}; it must be a number.")
+    return float(weight)
+
+
+def build_scorer_config(name: str, options: Mapping[str, Any]) -> AnyScorer:
+    """The dataclass of one scorer.
+
+    Raises:
+        ConfigError: the kind or an option is unknown, or a value breaks a rule; it names the scorer.
+    """
+    require(isinstance(options, Mapping), f"scorers.{name} = {options}; give its options, for example {{kind: match}}.")
+    kind = options.get("kind")
+    require(kind in KINDS, f"scorers.{name}.kind = {kind}; choose one of {', '.join(KINDS)}.")
+    chosen = KINDS[str(kind)]
+    given = {key: value for key, value in options.items() if key not in ("kind", "weight")}
+    known = [item.name for item in dataclasses.fields(chosen)]
+    unknown = [key for key in given if key not in known]
+    require(not unknown, f"scorers.{name}.{unknown[0] if unknown else ''}: kind = {kind} has no such option; it has {known}.")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(chosen, "it")
+    try:
+        built: AnyScorer = parser.instantiate(parser.parse_object({"it": given})).it
+    except (ArgumentError, ConfigError, TypeError) as error:
+        raise ConfigError(f"scorers.{name}: {error}") from error
+    return built
+
+
+def validate_score(config: ScoreConfig) -> None:
+    """Check what concerns several fields, and the world outside, before anything loads.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    check_writable(Path(config.output), "output")
+    for name, options in config.scorers.items():
+        scorer = build_scorer_config(name, options)
+        if isinstance(scorer, ModelScorer):
+            require(Path(scorer.model).is_dir(), f"scorers.{name}.model = {scorer.model}; no such folder.")
+        if isinstance(scorer, JudgeScorer):
+            require(Path(scorer.template).is_file(), f"scorers.{name}.template = {scorer.template}; no such file.")
+            validate_endpoint(scorer.endpoint, f"scorers.{name}.endpoint")
+
+
+def _check_pattern(pattern: str | None, name: str) -> None:
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise ConfigError(f"{name} = {pattern}; not a regular expression: {error}.") from error

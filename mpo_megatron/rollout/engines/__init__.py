@@ -1,0 +1,96 @@
+"""What generates: a small interface, and the one place that knows which engines there are.
+
+    engine.generate(prompts, sampling)  →  Generation, one per prompt, in any order, as soon as it is done
+
+`transformers` is embedded, `vllm` is the offline engine, `openai` any server that speaks that protocol. Each draws response k
+of a group from a seed of its own, so that neither a restart nor another number of shards changes what is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from mpo_megatron.data.group import Message
+
+FinishReason = Literal["stop", "length"]
+
+
+def response_seed(seed: int, group_id: str, index: int, attempt: int = 0) -> int:
+    """Seed in [0, 2³¹) of response `index` of a group; `attempt` counts how often it was drawn again."""
+    key = f"{seed}\0{group_id}\0{index}\0{attempt}"
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How responses are drawn: logits / temperature, then the `top_k` likeliest, then the fewest that hold `top_p`."""
+
+    num_responses: int
+    """K."""
+    temperature: float = 1.0
+    """0 takes the likeliest token."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 keeps all tokens."""
+    max_tokens: int = 1024
+    """Longest response, its end token included."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response; they, and what follows, are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response; not part of its text."""
+    seed: int = 1234
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt to answer."""
+
+    group_id: str
+    token_ids: tuple[int, ...]
+    """[P] the rendered prompt, as `mpo prepare` would store it."""
+    messages: tuple[Message, ...]
+    """The same conversation, for engines that render it themselves."""
+    seeds: tuple[int, ...] = ()
+    """Seeds of the responses wanted; without any, those of responses 0 … K − 1."""
+
+    def response_seeds(self, sampling: Sampling) -> tuple[int, ...]:
+        """Seeds of all responses wanted, in their order."""
+        indices = range(sampling.num_responses)
+        return self.seeds or tuple(response_seed(sampling.seed, self.group_id, index) for index in indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer."""
+
+    text: str
+    finish_reason: FinishReason
+    num_tokens: int
+    """Tokens generated, the end token included."""
+    seed: int
+    token_ids: tuple[int, ...] = ()
+    """[R] the tokens generated, the end token included; empty if the engine does not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Everything an engine has for one prompt."""
+
+    group_id: str
+    responses: tuple[Response, ...] = field(default=())
+    """In the order of the prompt's seeds; with `error`, those that did arrive."""
+    error: str | None = None
+    """Why responses are missing."""
+
+
+class Engine(Protocol):
+    """Something that answers prompts."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+        """Answer every prompt, each yielded once as soon as it is complete, in any order."""
+
+    def close(self) -> None:
+        """Free devices and connections."""

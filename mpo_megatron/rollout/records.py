@@ -1,0 +1,218 @@
+"""Group lines on disk: JSON lines that can be continued after a kill, and the stage's summary that says they are complete.
+
+    with LineWriter(path) as lines:         # an incomplete last line, left by a kill, is dropped
+        lines.write(record)                 # one line, on disk when the call returns
+    for record in read_lines(path): …
+    write_summary(folder / "score.json", …) # appears by rename, last: a folder that has it is complete
+
+A line holds one prompt:
+
+    {"group_id": "…", "prompt": [{"role": "user", "content": "…"}, …], "reference_answer": …, "meta": {…},
+     "responses": [{"text": "…", "finish_reason": "stop" | "length", "num_tokens": n, "seed": s,   # mpo generate
+                    "scores": {"<scorer>": x, …}, "reward": r}, …]}                                # mpo score
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, final
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import writing
+
+Record = dict[str, Any]
+"""One group line."""
+
+SAMPLES_FILE, GENERATE_FILE, FAILURES_FILE = "samples.jsonl", "generate.json", "failures.jsonl"
+SCORED_FILE, SCORE_FILE = "scored.jsonl", "score.json"
+GROUPS_FILE, SELECT_FILE = "groups.jsonl", "select.json"
+
+
+def encode_line(record: Record) -> bytes:
+    """The record as one line, newline included."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def read_lines(path: str | Path) -> Iterator[Record]:
+    """All records of a file in its order; a last line that a kill cut off is passed over.
+
+    Raises:
+        DataError: no such file, or a line is not a group line; it names file and line.
+    """
+    path = Path(path)
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") and not _is_json(line):
+                return  # incomplete
+            if line.strip():
+                yield _decode(line, f"{path}:{number}")
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _decode(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: is not valid JSON ({error}); remove the line to have it made again.") from error
+    if not isinstance(record, dict) or not isinstance(record.get("group_id"), str):
+        raise DataError(f"{where}: is not a group line: it has no group_id.")
+    return record
+
+
+@final
+class LineWriter:
+    """Appends records to a file, whole lines only, so that a kill costs at most the line being written."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Open for appending, without an incomplete last line.
+
+        Raises:
+            DataError: the file cannot be written.
+        """
+        self.path = Path(path)
+        with writing(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a+b", buffering=0)
+            self._drop_incomplete_line()
+
+    def _drop_incomplete_line(self) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 65536)
+            self._file.seek(start)
+            newline = self._file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                self._file.truncate(start + newline + 1)
+                return
+            end = start
+        self._file.truncate(0)
+
+    def write(self, record: Record) -> None:
+        """Append one record.
+
+        Raises:
+            DataError: the disk is full, or the like; the lines before stay.
+        """
+        line = encode_line(record)
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError("only part of a line fitted")
+        except OSError as error:
+            reason = error.strerror or error
+            raise DataError(f"{self.path}: cannot write: {reason}; what is there stays: make room and run again.") from error
+
+    def close(self) -> None:
+        """Force everything to disk."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def __enter__(self) -> LineWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def read_ids(path: str | Path) -> set[str]:
+    """Ids of the groups that a file holds already; none if there is no file."""
+    return {record["group_id"] for record in read_lines(path)} if Path(path).is_file() else set()
+
+
+def find_lines(source: str | Path, name: str, summary: str) -> Path:
+    """The file of group lines that `source` is, or that a finished stage's folder holds.
+
+    Args:
+        source: a .jsonl file, or a stage's output folder
+        name: the stage's file, for example `samples.jsonl`
+        summary: the file that appears when the stage is complete
+    Raises:
+        DataError: neither is there, or the stage is not finished.
+    """
+    path = Path(source)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise DataError(f"input = {source}; no such file or folder.")
+    if not (path / name).is_file():
+        raise DataError(f"input = {source}; it holds no {name}; name the folder of the stage before, or a .jsonl file.")
+    if not (path / summary).is_file():
+        raise DataError(f"input = {source}; {name} is not complete, {summary} is missing; repeat the command that writes it.")
+    return path / name
+
+
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that appears complete or not at all, and is on disk when the call returns."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing(path.parent), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(partial.unlink, missing_ok=True)
+        with partial.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> None:
+    """Write a stage's JSON file, by rename."""
+    replace_file(path, [json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n"])
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """What `write_summary` wrote.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    with _open(path) as file:
+        try:
+            summary: dict[str, Any] = json.load(file)
+        except ValueError as error:
+            raise DataError(f"{path}: is not valid JSON ({error}); remove it and repeat the command that writes it.") from error
+    return summary
+
+
+def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> int:
+    """Write the lines of several files to one, in the order of these ids; the number of lines.
+
+    Ids that no file holds are passed over, an id that comes twice is taken once. Memory holds positions, not lines.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(_open(path)) for path in sources]
+        for index, (path, file) in enumerate(zip(sources, files, strict=True)):
+            position = 0
+            for number, line in enumerate(file, start=1):
+                if line.endswith(b"\n") and line.strip():
+                    places.setdefault(_decode(line, f"{path}:{number}")["group_id"], (index, position))
+                position += len(line)
+
+        def lines() -> Iterator[bytes]:
+            for group_id in order:
+                if group_id in places:
+                    index, position = places[group_id]
+                    files[index].seek(position)
+                    yield files[index].readline()
+
+        replace_file(target, lines())
+    return sum(group_id in places for group_id in order)
