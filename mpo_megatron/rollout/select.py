@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,14 +32,20 @@ from mpo_megatron.data.group import Float64
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import apply_rules, is_number
+from mpo_megatron.rollout.records import (
+    GROUPS_FILE,
+    SCORE_FILE,
+    SCORED_FILE,
+    SELECT_FILE,
+    Record,
+    encode_line,
+    find_lines,
+    read_lines,
+    write_summary,
+)
 from mpo_megatron.rollout.spacing_plot import plot_spacing
 
-Record = dict[str, Any]
-
-GROUPS_FILE = "groups.jsonl"
-INFO_FILE = "select.json"
 PLOT_FILE = "reward_spacing.png"
-SCORED_FILE = "scored.jsonl"
 _CHUNK = 512
 """Groups split at once: the split works on a rectangle of rewards."""
 
@@ -75,63 +80,40 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     """Write the selected groups to `config.output` and print a summary; what is written to `select.json`.
 
     Raises:
-        ConfigError: the input is not there, or the output cannot be written.
-        DataError: a line is no scored group, or nothing is left.
+        ConfigError: the output cannot be written.
+        DataError: the input is not there or not complete, a line is no scored group, or nothing is left.
     """
-    source, output = find_input(config.input), Path(config.output.rstrip("/"))
+    source, output = find_lines(config.input, SCORED_FILE, SCORE_FILE), Path(config.output.rstrip("/"))
     check_writable(output, "output")
     require(is_free(output), f"output = {output}; exists and is not an empty folder; remove it, or choose another output.")
     selection, digest = Selection(), hashlib.sha256()
     with AtomicFolder(output) as partial, writing(output):
-        with (partial.path / GROUPS_FILE).open("w", encoding="utf-8") as lines:
-            for record in split_groups(filter_groups(read_records(source), config, selection), config, selection):
-                line = json.dumps(record, ensure_ascii=False) + "\n"
-                digest.update(line.encode())
+        with (partial.path / GROUPS_FILE).open("wb") as lines:
+            for record in split_groups(filter_groups(read_groups(source), config, selection), config, selection):
+                line = encode_line(record)
+                digest.update(line)
                 lines.write(line)
         if not selection.rewards:
             raise DataError(explain_nothing_left(source, selection))
         info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), **summarize(selection)}
-        (partial.path / INFO_FILE).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        write_summary(partial.path / SELECT_FILE, info)
         plot_spacing(selection.rewards, selection.labels, partial.path / PLOT_FILE)
         partial.commit()
     print_selection(console or Console(), output, info)
     return info
 
 
-def find_input(path: str) -> Path:
-    """The file of scored groups: `path` itself, or the one in that folder.
+def read_groups(path: Path) -> Iterator[Record]:
+    """The groups of a file.
 
     Raises:
-        ConfigError: there is none.
+        DataError: a line is not a group; the message names file and line, or the group.
     """
-    found = Path(path)
-    if found.is_dir():
-        require(
-            (found / SCORED_FILE).is_file(),
-            f"input = {path}; no {SCORED_FILE} there; write it with `mpo score`, or name a .jsonl file.",
-        )
-        return found / SCORED_FILE
-    require(found.is_file(), f"input = {path}; no such file or folder.")
-    return found
-
-
-def read_records(path: Path) -> Iterator[Record]:
-    """The lines of a file of groups.
-
-    Raises:
-        DataError: a line is not a group; the message names file and line.
-    """
-    with path.open(encoding="utf-8", errors="surrogateescape") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: is not JSON ({error}); repair the line, or score again.") from error
-            responses = record.get("responses") if isinstance(record, dict) else None
-            if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
-                raise DataError(f"{path}:{number}: is no group: its field `responses` must be a list of records.")
-            record.setdefault("group_id", f"{path.name}:{number}")
-            yield record
+    for record in read_lines(path):
+        responses = record.get("responses")
+        if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
+            raise DataError(f"{path}: group {record['group_id']}: its field `responses` must be a list of records.")
+        yield record
 
 
 def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
@@ -151,7 +133,7 @@ def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Se
             raise DataError(f"{config.input}: group {record['group_id']}: {error}") from error
         selection.dropped_responses.update(dropped)
         for reason in dropped:
-            selection.examples.setdefault(reason, str(record["group_id"]))
+            selection.examples.setdefault(reason, record["group_id"])
         record = {**record, "responses": responses}
         rewards = [response["reward"] for response in responses]
         if len(responses) < config.min_responses:
@@ -168,7 +150,7 @@ def disturb(record: Record, config: SelectConfig) -> list[Record]:
     The noise belongs to group and position, so that it depends neither on other groups nor on missing rewards.
     """
     responses = record["responses"]
-    noise = add_noise(np.zeros(len(responses)), config.reward_noise, str(record["group_id"]), seed=config.seed)
+    noise = add_noise(np.zeros(len(responses)), config.reward_noise, record["group_id"], seed=config.seed)
     return [
         {**response, "reward": response["reward"] + float(shift), "reward_before_noise": response["reward"]}
         if is_number(response.get("reward"))

@@ -149,6 +149,7 @@ def test_files_counts_and_prepare(tmp_path: Path) -> None:
     groups[1]["responses"][0]["reward"] = None
     (tmp_path / "scored").mkdir()
     write_lines(tmp_path / "scored" / "scored.jsonl", groups)
+    (tmp_path / "scored" / "score.json").write_text("{}")
     config = SelectConfig(input=str(tmp_path / "scored"), output=str(tmp_path / "selected"), sets="top_bottom")
     info = select(config, Console(quiet=True))
     assert info == json.loads((tmp_path / "selected" / "select.json").read_text())
@@ -184,8 +185,8 @@ def test_files_counts_and_prepare(tmp_path: Path) -> None:
     [
         ("", "holds no group"),
         ('{"group_id": "a", "responses": [{"text": "x"}, {"text": "y"}]}\n', r"none of 1 groups is left .*2 × no_reward"),
-        ('{"responses": [{"te', r"scored.jsonl:1: is not JSON"),
-        ('{"group_id": "a", "responses": ["x", "y"]}\n', r"scored.jsonl:1: is no group"),
+        ('{"responses": [{"te\n', r"scored.jsonl:1: is not valid JSON"),
+        ('{"group_id": "a", "responses": ["x", "y"]}\n', r"group a: its field `responses` must be a list of records"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, text: str, message: str) -> None:
@@ -197,9 +198,10 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path, text: str, message: str
 
 
 def test_input_and_output_are_checked_first(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"input = .*nowhere; no such file"):
+    with pytest.raises(DataError, match=r"input = .*nowhere; no such file"):
         select(SelectConfig(input=str(tmp_path / "nowhere"), output=str(tmp_path / "out")))
-    with pytest.raises(ConfigError, match=r"no scored\.jsonl there; write it with `mpo score`"):
+    (tmp_path / "scored.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"scored\.jsonl is not complete, score\.json is missing"):
         select(SelectConfig(input=str(tmp_path), output=str(tmp_path / "out")))
     source = write_lines(tmp_path / "groups.jsonl", [record([1, 2])])
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):
