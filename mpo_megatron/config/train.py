@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import check_writable, require
 
@@ -155,14 +156,39 @@ class CheckpointConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """Where metrics go, besides the progress bar and `metrics.jsonl`."""
+    """Where metrics and samples go, besides the terminal and the files in the run's folder; docs/watching.md explains."""
 
     tensorboard: bool = False
     """Also write TensorBoard event files to `<output>/tensorboard`."""
     wandb_project: str | None = None
-    """Also log to this Weights & Biases project."""
+    """Also log to this Weights & Biases project; WANDB_MODE=offline keeps everything in the run's folder until `wandb sync`."""
     wandb_run: str | None = None
     """Name of the Weights & Biases run."""
+    mlflow_experiment: str | None = None
+    """Also log to this MLflow experiment."""
+    mlflow_uri: str | None = None
+    """Where MLflow keeps runs: a server's address, or `sqlite:///file.db`; by default MLFLOW_TRACKING_URI. User name and password
+    belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
+    num_samples: int = 4
+    """Held-out groups logged as a table at every evaluation: responses, rewards and how their log-probs moved; 0: none."""
+    seconds_between_lines: float = 5.0
+    """Where output is no terminal, a step's line comes at most this often; 0: every step has its line."""
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 0, f"logging.num_samples = {self.num_samples}; it must be 0 (none) or more.")
+        require(
+            self.seconds_between_lines >= 0,
+            f"logging.seconds_between_lines = {self.seconds_between_lines}; it must be 0 (every step) or positive.",
+        )
+        require(
+            self.mlflow_uri is None or self.mlflow_experiment is not None,
+            "logging.mlflow_uri without logging.mlflow_experiment, which names what to log to; set both, or neither.",
+        )
+        require(
+            urlsplit(self.mlflow_uri or "").password is None,
+            "logging.mlflow_uri holds a password, which would be saved with the run; take it out, and set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
