@@ -21,17 +21,52 @@ class ModelConfig:
     """Checkpoint of the reference policy π_ref; by default the one training starts from."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer states and master weights are float32 in both."""
+    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
+    """Recipe for FP8 matrix products in the layers (Transformer Engine, bf16 elsewhere); docs/fp8.md says which is for what."""
+    fp8_bf16_layers: int = 0
+    """Number of first layers, and of last layers, that stay in bf16 with FP8."""
+    fp8_params: bool = False
+    """Keep the layers' weights in FP8 and gather them so from the distributed optimizer, instead of in bf16."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Attention kernel: `sdpa` is exact and runs anywhere; `flex` and `varlen` (flash attention) need a GPU; `auto` chooses."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
+    resident_offload: bool = False
+    """Keep the weights of a reference model that runs beside the policy (token-wise KL) in host memory while it does not run."""
     logprob_chunk: int = 1024
     """Response tokens whose vocabulary logits exist at one time."""
 
     def __post_init__(self) -> None:
         require(self.logprob_chunk >= 1, f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.")
+        require(self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers = {self.fp8_bf16_layers}; it must be 0 or more.")
+        require(
+            not (self.resident_offload and self.fp8_params),
+            "model.resident_offload = true with model.fp8_params = true: only bf16 and fp32 weights are moved; set one to false.",
+        )
+        if self.fp8 == "none":
+            require(not self.fp8_bf16_layers, f"model.fp8_bf16_layers = {self.fp8_bf16_layers} without FP8; set model.fp8, too.")
+            require(not self.fp8_params, "model.fp8_params = true without FP8; set model.fp8, too.")
+            return
+        require(
+            self.precision == "bf16",
+            f"model.fp8 = {self.fp8} with model.precision = {self.precision}; what is not FP8 is bf16; set precision to bf16.",
+        )
+        require(
+            self.backend != "local",
+            f"model.fp8 = {self.fp8} with model.backend = local; FP8 is Transformer Engine's; set model.backend to auto.",
+        )
+        require(
+            self.fp8 != "delayed" or not self.fp8_bf16_layers,
+            f"model.fp8_bf16_layers = {self.fp8_bf16_layers} with model.fp8 = delayed, whose scales are updated for all layers "
+            "at once; set it to 0, or model.fp8 to current.",
+        )
+        require(
+            not self.fp8_params or self.fp8 in ("current", "blockwise"),
+            f"model.fp8_params = true with model.fp8 = {self.fp8}: delayed scales are not known yet when weights are loaded, and "
+            "mxfp8 would need gradient buffers shared with gathered weights; set model.fp8 to current or blockwise.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,16 +99,39 @@ class ParallelConfig:
     """Tensor-parallel ranks: each holds a slice of every weight matrix."""
     pipeline: int = 1
     """Pipeline stages: each holds a run of layers."""
+    virtual_pipeline: int = 1
+    """Runs of layers per stage; more than 1 interleaves them, which shortens the pipeline's bubble by this factor."""
+    first_stage_layers: int | None = None
+    """Layers of the first stage, if not its equal share: fewer make up for the embedding, or for an odd number of layers."""
+    last_stage_layers: int | None = None
+    """Layers of the last stage, if not its equal share: fewer make up for the output layer."""
     context: int = 1
     """Context-parallel ranks: each computes a part of every row's tokens, and a part of the heads in attention."""
+    expert: int = 1
+    """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks of
+    one pipeline stage, so they multiply no other size."""
+    expert_tensor: int = 1
+    """Ranks that hold slices of the same expert; experts are mostly too small to be worth cutting."""
     sequence: bool | None = None
     """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
     timeout_minutes: float = 30.0
     """A collective that hangs longer than this ends the run."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
             require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
+        require(
+            self.virtual_pipeline == 1 or self.pipeline > 1,
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1; leave it out, or raise "
+            "parallel.pipeline.",
+        )
+        for name in ("first_stage_layers", "last_stage_layers"):
+            layers = getattr(self, name)
+            require(layers is None or layers >= 1, f"parallel.{name} = {layers}; a stage has at least 1 layer.")
+            require(
+                layers is None or self.pipeline > 1,
+                f"parallel.{name} = {layers} needs parallel.pipeline > 1; leave it out, or raise parallel.pipeline.",
+            )
         require(
             not (self.sequence and self.tensor == 1),
             "parallel.sequence = true needs parallel.tensor > 1; leave it out, or raise parallel.tensor.",
@@ -88,6 +146,56 @@ class ParallelConfig:
     def row_parts(self) -> int:
         """Equal parts that a row's tokens are cut into, at most: a row's length is a multiple of it."""
         return self.tensor * self.context
+
+    @property
+    def rows_multiple(self) -> int:
+        """The number of rows per replica is a multiple of this: interleaved schedules run rows in rounds of one per stage."""
+        return self.pipeline if self.virtual_pipeline > 1 else 1
+
+    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Layers of each pipeline stage, over all its runs.
+
+        Raises:
+            ConfigError: `num_layers` cannot be shared out so; the message says what can.
+        """
+        first, last, stages = self.first_stage_layers, self.last_stage_layers, self.pipeline
+        middle_stages = stages - (first is not None) - (last is not None)
+        middle = num_layers - (first or 0) - (last or 0)
+        given = ", ".join(
+            f"parallel.{name} = {layers}"
+            for name, layers in (("first_stage_layers", first), ("last_stage_layers", last))
+            if layers
+        )
+        if middle_stages == 0:
+            require(
+                middle == 0,
+                f"{given}: together {num_layers - middle} layers, the model has num_hidden_layers = {num_layers}; leave one out.",
+            )
+        elif given:
+            require(
+                middle > 0 and middle % middle_stages == 0,
+                f"{given} leave {middle} of num_hidden_layers = {num_layers} layers for the other {middle_stages} stages of "
+                f"parallel.pipeline = {stages}; leave them a multiple of {middle_stages}, at least {middle_stages}.",
+            )
+        else:
+            choices = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
+            require(
+                num_layers % stages == 0,
+                f"parallel.pipeline = {stages} does not divide the model's num_hidden_layers = {num_layers}; choose one of "
+                f"{choices}, or give the first or last stage another number of layers (parallel.first_stage_layers, "
+                "parallel.last_stage_layers).",
+            )
+        share = middle // middle_stages if middle_stages else 0
+        layers = [share] * stages
+        layers[0] = first or share
+        layers[-1] = last or layers[-1]
+        for stage, number in enumerate(layers):
+            require(
+                number % self.virtual_pipeline == 0,
+                f"parallel.virtual_pipeline = {self.virtual_pipeline} does not divide the {number} layers of stage {stage} of "
+                f"parallel.pipeline = {stages}; choose one of {', '.join(str(n) for n in range(1, number + 1) if number % n == 0)}.",
+            )
+        return tuple(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +232,9 @@ class OptimizerConfig:
     """AdamW's ε."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 clips nothing."""
+    overlap: Literal["none", "gradients", "all"] = "none"
+    """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
+    updated weights during the next forward pass, too."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
@@ -146,12 +257,58 @@ class CheckpointConfig:
     """Save after this many steps, and always at the end; 0 saves only at the end."""
     keep: int = 2
     """Number of newest checkpoints kept."""
+    keep_best: int = 0
+    """Number of checkpoints kept besides, which have the best `best_metric`; only steps that are evaluated can be among them."""
+    best_metric: str = "eval/accuracy"
+    """Held-out metric that tells the best checkpoints."""
+    best_is: Literal["largest", "smallest"] = "largest"
+    """Which value of `best_metric` is the best."""
+    asynchronous: bool = True
+    """Write in the background while training goes on; needs the host memory of one more copy of what a rank writes."""
     resume: bool = True
-    """Continue from the newest checkpoint in `output`, if there is one."""
+    """Continue from the newest whole checkpoint in `output`, if there is one; otherwise those there are moved aside."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every = {self.every}; it must be 0 or more.")
         require(self.keep >= 1, f"checkpoint.keep = {self.keep}; at least the newest checkpoint is kept.")
+        require(self.keep_best >= 0, f"checkpoint.keep_best = {self.keep_best}; it must be 0 (off) or more.")
+        require(
+            self.best_metric.startswith("eval/"),
+            f"checkpoint.best_metric = {self.best_metric}; it must be a held-out metric, such as eval/accuracy or eval/loss.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What the run does when something goes wrong, and when it stops by itself; docs/faults.md explains."""
+
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss or gradient norm that is not finite: end the run, or leave the weights as they are and go on with the next step."""
+    on_spike: Literal["log", "skip", "stop"] = "log"
+    """A loss or gradient norm far above those of the last steps: note it, leave the weights as they are, or end the run."""
+    spike_threshold: float = 10.0
+    """How far: this many (robust) standard deviations above the median of the last `spike_window` steps."""
+    spike_window: int = 64
+    """Steps a spike is measured against; nothing is a spike before a quarter of them is done."""
+    max_skips: int = 5
+    """Steps skipped in a row that end the run."""
+    walltime_minutes: float | None = None
+    """Save and stop before the run is this old; by default before SLURM_JOB_END_TIME, if Slurm sets it."""
+    hang_minutes: float = 20.0
+    """A rank that makes no progress for this long writes its stacks to `<output>/incidents` and ends; 0: never."""
+    requeue_code: int = 75
+    """Exit code of a run that was asked to stop and has saved: start it again, and it goes on. (75: EX_TEMPFAIL.)"""
+
+    def __post_init__(self) -> None:
+        require(self.spike_threshold > 0, f"faults.spike_threshold = {self.spike_threshold}; it must be positive.")
+        require(self.spike_window >= 8, f"faults.spike_window = {self.spike_window}; it must be at least 8.")
+        require(self.max_skips >= 1, f"faults.max_skips = {self.max_skips}; it must be at least 1.")
+        require(
+            self.walltime_minutes is None or self.walltime_minutes > 0,
+            f"faults.walltime_minutes = {self.walltime_minutes}; it must be positive.",
+        )
+        require(self.hang_minutes >= 0, f"faults.hang_minutes = {self.hang_minutes}; it must be 0 (off) or positive.")
+        require(3 <= self.requeue_code <= 255, f"faults.requeue_code = {self.requeue_code}; it must be in 3 … 255.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +384,7 @@ class TrainConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultConfig = field(default_factory=FaultConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     online: OnlineConfig = field(default_factory=OnlineConfig)
     epochs: float = 1.0
@@ -253,6 +411,14 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
         f"parallel.tensor × parallel.pipeline × parallel.context = {' × '.join(map(str, sizes))} = {model_ranks} does not "
         f"divide the number of ranks, {world_size}; start a multiple of {model_ranks} ranks (torchrun --nproc-per-node).",
     )
+    stage_ranks, experts = world_size // parallel.pipeline, parallel.expert * parallel.expert_tensor
+    choices = [n for n in range(1, stage_ranks + 1) if stage_ranks % n == 0]
+    require(
+        stage_ranks % experts == 0,
+        f"parallel.expert × parallel.expert_tensor = {parallel.expert} × {parallel.expert_tensor} = {experts} does not divide the "
+        f"{stage_ranks} ranks of a pipeline stage ({world_size} ranks, parallel.pipeline = {parallel.pipeline}); choose a product "
+        f"of {', '.join(map(str, choices))}.",
+    )
 
 
 def validate_train(config: TrainConfig, world_size: int) -> None:
@@ -277,4 +443,8 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
                 (Path(folder) / "prepare.json").is_file(),
                 f"{name} = {folder}; no prepared groups there; write them with `mpo prepare`.",
             )
+    require(
+        config.checkpoint.keep_best == 0 or config.data.eval is not None,
+        f"checkpoint.keep_best = {config.checkpoint.keep_best} needs held-out groups to tell the best; set data.eval.",
+    )
     check_writable(Path(config.output), "output")

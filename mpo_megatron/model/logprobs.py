@@ -36,8 +36,8 @@ class WeightGradient(NamedTuple):
     buffer: Tensor
     """[V, H] float32 (float64 for float64 input), added to chunk by chunk: Megatron's `main_grad`."""
     announce: bool
-    """Tell Megatron's DistributedDataParallel by a placeholder for the gradient that it is there. Needed where its hook insists on
-    one (`overlap_grad_reduce`) and the weight has no other use that brings one."""
+    """Hand a placeholder to autograd, so that Megatron's DistributedDataParallel hears of the gradient. Needed where its hook
+    insists on one (`overlap_grad_reduce`) and the weight has no other use that brings one."""
 
 
 class TokenStatistics(NamedTuple):
@@ -187,8 +187,8 @@ class _VocabParallelStatistics(torch.autograd.Function):
 def _handed_on(summed: Tensor | None, weight: Tensor, gradient: WeightGradient | None) -> Tensor | None:
     """What autograd gets of the weight's gradient: all of it; nothing, as it is in its buffer; or a placeholder.
 
-    Megatron's hook on the weight runs in each case once all its uses are through backward. It adds what autograd brought (nothing,
-    or the embedding's part where weights are tied) to the buffer, unless `grad_added_to_main_grad` says that all is there.
+    Megatron's hook on the weight runs in each case, once all its uses are through backward. It adds what autograd brought to the
+    buffer (nothing, or the embedding's part where weights are tied), unless `grad_added_to_main_grad` says that all is there.
     """
     if summed is None or gradient is None:
         return None if summed is None else summed.to(weight.dtype)

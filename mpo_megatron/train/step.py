@@ -15,13 +15,10 @@ Legend: T tokens of a row, S its scored tokens, R its responses, G groups of a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor
 from torch.distributed import all_reduce, broadcast
@@ -29,29 +26,11 @@ from torch.distributed import all_reduce, broadcast
 from mpo_megatron import device
 from mpo_megatron.data.loader import RowShape, StepBatch, pack
 from mpo_megatron.data.packing import Row
-from mpo_megatron.model.attention import RowLayout, row_layout
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.objective import Logps, Objective, group_batch
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowTensors:
-    """A row on this rank's device."""
-
-    tokens: Tensor
-    """[1, T]"""
-    position_ids: Tensor
-    """[1, T]"""
-    layout: RowLayout
-    sources: Tensor
-    """[S] index of the token that predicts each scored token."""
-    targets: Tensor
-    """[S]"""
-    response_of: Tensor
-    """[S] which response of the row a scored token belongs to."""
-    responses: Tensor
-    """[R, 2] slot of the group in the step, index of the response in the group."""
-
+from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.schedule import LossFunction, run_schedule, to_device
+from mpo_megatron.train.schedule import RowTensors as RowTensors  # loss functions of rows take them
 
 RowLoss = Callable[[RowTensors, Tensor, Tensor | None], Tensor]
 """From a row, the log-probs [S] of its scored tokens and, with a resident reference, their divergences [S] from it, to the scalar
@@ -59,23 +38,6 @@ to backpropagate."""
 
 RowOutput = tuple[RowTensors, Tensor, Tensor | None]
 """A row with its log-probs [S] and, with a resident reference, divergences [S], detached."""
-
-
-def to_device(row: Row) -> RowTensors:
-    """Move a row to this rank's device."""
-
-    def move(values: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(values).to(device.device(), non_blocking=True)
-
-    return RowTensors(
-        tokens=move(row.tokens)[None],
-        position_ids=move(row.position_ids)[None],
-        layout=row_layout(row.segments),
-        sources=move(row.sources),
-        targets=move(row.targets),
-        response_of=move(row.response_of),
-        responses=move(row.responses),
-    )
 
 
 def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
@@ -98,24 +60,25 @@ def run_rows(
     rows: Sequence[Row],
     ranks: Ranks,
     row_loss: RowLoss | None,
-    resident: torch.nn.Module | None = None,
+    resident: Resident | None = None,
 ) -> list[RowOutput]:
     """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or forward only without one.
 
     Args:
-        resident: the reference model, to compute divergences from it; it and the policy must each be one stage
+        resident: the reference model, to compute divergences from it
     Returns:
         On the last pipeline stage the rows with what was computed of their scored tokens; on the others nothing.
     """
-    forward_only = row_loss is None
+    references = None if resident is None else resident.run(rows, ranks)
 
-    def forward(iterator: Any, part: torch.nn.Module) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Any]]]:
-        row = to_device(next(iterator))
-        reference = None if resident is None else reference_outputs(resident, row)
+    def forward(iterator: Any, part: torch.nn.Module) -> tuple[Tensor, LossFunction]:
+        index, source = next(iterator)
+        row = to_device(source)
+        reference = references[index] if references else None
         output = part(row.tokens, row.position_ids, row.layout, row.sources, row.targets, reference)
 
         def loss(result: Tensor) -> tuple[Tensor, Tensor, Any]:
-            token_logps, token_kl = (result, None) if resident is None else result.unbind()
+            token_logps, token_kl = (result, None) if reference is None else result.unbind()
             scalar = result.sum() if row_loss is None else row_loss(row, token_logps, token_kl)
             return (
                 scalar,
@@ -125,27 +88,8 @@ def run_rows(
 
         return output, loss
 
-    for part in model:
-        part.train(not forward_only)
-    with torch.set_grad_enabled(not forward_only):
-        outputs: list[RowOutput] = get_forward_backward_func()(
-            forward_step_func=forward,
-            data_iterator=iter(rows),
-            model=model,
-            num_microbatches=len(rows),
-            seq_length=max(len(row.tokens) for row in rows),
-            micro_batch_size=1,
-            forward_only=forward_only,
-        )
+    outputs = run_schedule(model, rows, forward, forward_only=row_loss is None)
     return outputs if ranks.is_last_stage else []
-
-
-@torch.no_grad()
-def reference_outputs(resident: Any, row: RowTensors) -> tuple[Tensor, Tensor]:
-    """Hidden states [S, H] of the row's scored tokens and the output weight [V, H] of the reference model."""
-    while hasattr(resident, "module"):  # Float16Module
-        resident = resident.module
-    return resident.scored_hidden(row.tokens, row.position_ids, row.layout, row.sources), resident.output_weight()
 
 
 def finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
@@ -187,7 +131,7 @@ def forward_step(
     batch: StepBatch,
     objective: Objective | None,
     ranks: Ranks,
-    resident: torch.nn.Module | None = None,
+    resident: Resident | None = None,
 ) -> Logps:
     """Log-probs of the batch's scored responses, without gradients; per token too if the objective works on tokens."""
     outputs = run_rows(model, batch.rows, ranks, None, resident)
@@ -200,7 +144,7 @@ def fused_step(
     reference: Logps,
     objective: Objective,
     ranks: Ranks,
-    resident: torch.nn.Module | None = None,
+    resident: Resident | None = None,
 ) -> Logps:
     """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
 
@@ -239,7 +183,7 @@ def two_phase_step(
     ranks: Ranks,
     shape: RowShape,
     generator: torch.Generator,
-    resident: torch.nn.Module | None = None,
+    resident: Resident | None = None,
 ) -> tuple[Logps, float]:
     """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
 
@@ -286,10 +230,12 @@ def loss_coefficients(
     return coefficients[0], None if kl is None else coefficients[1]
 
 
-def prepare_schedules(model: list[torch.nn.Module]) -> None:
+def prepare_schedules(model: list[Any]) -> None:
     """Tell Megatron's schedules how gradients are finished; call once after the model is wrapped."""
-    for part in model:
-        get_model_config(part).finalize_model_grads_func = finalize_gradients
+    config = get_model_config(model[0])  # the parts share it
+    config.finalize_model_grads_func = finalize_gradients
+    if model[0].ddp_config.overlap_grad_reduce:  # rows before the last only add to the buffers
+        config.no_sync_func = model[0].no_sync if len(model) == 1 else [part.no_sync for part in model]
 
 
 def _token_width(batch: StepBatch, objective: Objective | None) -> int | None:

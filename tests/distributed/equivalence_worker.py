@@ -25,6 +25,7 @@ from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import build_objective
+from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step, loss_coefficients, prepare_schedules, run_rows, two_phase_step
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
@@ -48,7 +49,7 @@ def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Pat
     model_config = ModelConfig(checkpoint=str(folder / "policy"), precision="fp32")
     with model_parallel(parallel, seed=1) as ranks:
         conversion = load_conversion(folder / "policy")
-        policy = build_policy(
+        [policy] = build_policy(
             load_hf_config(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size
         )
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
@@ -76,7 +77,8 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
         checkpoint.load_weights(model, folder / "reference", ranks)
         reference = forward_step(model, batch, objective, ranks)
     checkpoint.load_weights(model, folder / "policy", ranks)
-    resident = load_resident(parallel, ranks, folder) if objective.needs.token_kl else None
+    resident = load_resident(parallel, ranks, folder, case.get("offload", False)) if objective.needs.token_kl else None
+    kl = None if resident is None else forward_step(model, batch, objective, ranks, resident).kl.tolist()
 
     def generator() -> torch.Generator:
         return torch.Generator().manual_seed(3)
@@ -102,15 +104,16 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
         "split": max_over_ranks(difference(expected, in_parts)) / largest,
         "split_groups": len(split_batch.plan.split_groups),
         "backward_share": share,
+        "kl": kl,
     }
 
 
-def load_resident(parallel: ParallelConfig, ranks: Ranks, folder: Path) -> torch.nn.Module:
+def load_resident(parallel: ParallelConfig, ranks: Ranks, folder: Path, offload: bool) -> Resident:
     model_config = ModelConfig(checkpoint=str(folder / "reference"), precision="fp32")
     padded = load_conversion(folder / "reference").padded_vocab_size
-    resident = build_policy(load_hf_config(folder / "reference" / "hf"), model_config, parallel, ranks, padded)
-    checkpoint.load_weights([resident], folder / "reference", ranks)
-    return resident.eval().requires_grad_(False)
+    parts = build_policy(load_hf_config(folder / "reference" / "hf"), model_config, parallel, ranks, padded)
+    checkpoint.load_weights(parts, folder / "reference", ranks)
+    return Resident(parts, offload=offload)
 
 
 def everything_at_once(

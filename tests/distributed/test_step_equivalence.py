@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpo_megatron.config import ConvertConfig
@@ -59,10 +60,19 @@ def check(results: list[dict[str, Any]]) -> None:
 
 def test_divergence_over_the_vocabulary_on_two_ranks(tmp_path: Path) -> None:
     losses = [
-        {"name": "spo", "params": {"alpha": 0.1, "gamma": gamma, "form": "ranked", "regularizer": "token_kl"}}
+        {
+            "name": "spo",
+            "params": {"alpha": 0.1, "gamma": gamma, "form": "ranked", "regularizer": "token_kl"},
+            "offload": gamma == 0.0,  # the reference's weights away from the device while it does not run
+        }
         for gamma in (0.0, 0.01)
     ]
-    check(run_layouts(tmp_path, 2, [{"tensor": 2}, {"context": 2}, {}], losses))
+    results = run_layouts(tmp_path, 2, [{"tensor": 2}, {"context": 2}, {"pipeline": 2}, {}], losses)
+    check(results)
+    divergences = np.array([result["kl"] for result in results])
+    assert np.abs(divergences).max() > 1
+    # Float32 sums in another order; the last layout has each model whole on one rank.
+    np.testing.assert_allclose(divergences, np.broadcast_to(divergences[-1], divergences.shape), rtol=1e-4, atol=1e-5)
 
 
 def test_every_loss_on_two_ranks(tmp_path: Path) -> None:

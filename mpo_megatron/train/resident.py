@@ -1,0 +1,85 @@
+"""The reference model in memory beside the policy, for losses that compare whole distributions with it.
+
+Over the rows of a pass the reference runs first, by the same schedule and on the same layout as the policy, so that pipelines
+work; kept are the last hidden states of the scored tokens, [S, H] a row on the last stage, from which the policy's log-prob
+head makes the reference's logits chunk by chunk. With `offload` its weights wait in pinned host memory and are on the device only
+while it runs; the output weight stays, since the head needs it during the policy's pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_megatron import device
+from mpo_megatron.data.packing import Row
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.schedule import run_schedule, to_device
+
+Reference = tuple[Tensor, Tensor]
+"""Hidden states [S, H] of a row's scored tokens (with context parallelism of this rank's), and the output weight [V, H]."""
+
+
+class Resident:
+    """The reference model, without gradients, cut over ranks as the policy is."""
+
+    def __init__(self, parts: Sequence[torch.nn.Module], *, offload: bool = False) -> None:
+        self.parts = [part.eval().requires_grad_(False) for part in parts]
+        self.host: list[tuple[Tensor, Tensor]] = []
+        if offload:
+            last = unwrap(self.parts[-1])
+            kept = last.output_weight() if last.post_process else None
+            tensors = [tensor for part in self.parts for tensor in (*part.parameters(), *part.buffers()) if tensor is not kept]
+            self.host = [(tensor, tensor.detach().to("cpu", copy=True).pin_memory()) for tensor in tensors]
+            self._release()
+
+    @torch.no_grad()
+    def run(self, rows: Sequence[Row], ranks: Ranks) -> list[Reference]:
+        """What the policy's head needs of each row on the last pipeline stage; nothing on the others. All ranks call it."""
+        with self.on_device():
+            hidden = run_schedule(self.parts, rows, _forward, forward_only=True)
+        if not ranks.is_last_stage:
+            return []
+        weight = unwrap(self.parts[-1]).output_weight()
+        return [(states, weight) for states in hidden]
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Weights that wait on the host are on the device within it."""
+        for tensor, host in self.host:
+            tensor.data = host.to(device.device(), non_blocking=True)
+        try:
+            yield
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        for tensor, _ in self.host:
+            tensor.data = tensor.data.new_empty(0)
+        if self.host:
+            for part in self.parts:
+                for module in part.modules():
+                    getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's FP8 copies of weights
+
+
+def unwrap(part: Any) -> Any:
+    """The policy in its wrappers (Float16Module)."""
+    while hasattr(part, "module"):
+        part = part.module
+    return part
+
+
+def _forward(iterator: Any, part: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    _, source = next(iterator)
+    row, model = to_device(source), unwrap(part)
+    arguments = (row.tokens, row.position_ids, row.layout)
+    output = model.scored_hidden(*arguments, row.sources) if model.post_process else model.hidden_states(*arguments)
+
+    def collect(states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return states.new_zeros(()), torch.ones((), dtype=torch.int), states
+
+    return output, collect
