@@ -78,15 +78,15 @@ class Bench:
 
     def build_model(self) -> list[Any]:
         """A policy with random weights and gradient buffers."""
-        policy = build_policy(self.config, model_config(), self.parallel, self.ranks, self.config.vocab_size)
+        parts = build_policy(self.config, model_config(), self.parallel, self.ranks, self.config.vocab_size)
         torch.manual_seed(0)
         with torch.no_grad():
-            for name, parameter in policy.named_parameters():
+            for name, parameter in parts[0].named_parameters():
                 if parameter.dim() > 1:
                     parameter.normal_(0, 0.02)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-        model = [optimizer.wrap_data_parallel(policy, self.ranks)]
+        model = optimizer.wrap_data_parallel(parts, OptimizerConfig(), self.ranks)
         prepare_schedules(model)
         return model
 

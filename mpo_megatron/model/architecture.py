@@ -24,6 +24,7 @@ from transformers import AutoConfig, PretrainedConfig
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, require
 from mpo_megatron.model.attention import GroupAttention, RowAttention
+from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 
 SUPPORTED = ("qwen2", "qwen3")
 """`model_type` of the Hugging Face configs that can be represented."""
@@ -119,7 +120,7 @@ def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padde
         ("padded vocabulary", padded_vocab),
     ):
         _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
-    _require_divides("parallel.pipeline", parallel.pipeline, "the model's num_hidden_layers", hf_config.num_hidden_layers)
+    parallel.stage_layers(hf_config.num_hidden_layers)
     heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
     # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
@@ -143,23 +144,13 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     """
     if model.backend == "local":
         return False
-    missing = _missing_for_transformer_engine()
+    missing = missing_for_transformer_engine()
     require(
         model.backend == "auto" or missing is None,
         f"model.backend = transformer_engine, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with "
         "a GPU, or set model.backend to local.",
     )
     return missing is None
-
-
-def _missing_for_transformer_engine() -> str | None:
-    if not device.has_gpu():
-        return "this machine has no GPU"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        return f"transformer_engine does not import ({error})"
-    return None
 
 
 def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -191,6 +182,13 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         bf16=dtype is torch.bfloat16,
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+        num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
+        num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
+        # In an interleaved schedule a stage sends to, and receives from, both neighbours at once. Batched, messages of two
+        # stages that are each other's both neighbours would mix; one by one, each is waited for when it is needed.
+        overlap_p2p_comm=parallel.virtual_pipeline > 1,
+        batch_p2p_comm=parallel.virtual_pipeline == 1,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
         # Rows differ in length, so pipeline stages tell each other the shape of what they send.
@@ -209,6 +207,7 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=use_transformer_engine(model),
+        **fp8_settings(model),
         **recompute,
     )
 
@@ -227,9 +226,9 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def build_block_spec(
-    config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, attend: RowAttention
+    config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, chunk: int, attend: RowAttention
 ) -> TransformerBlockSubmodules:
-    """The layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core in both."""
+    """One of the runs of layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core in both."""
     norm: Callable[..., torch.nn.Module]
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -244,5 +243,5 @@ def build_block_spec(
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend)
-    num_layers = get_num_layers_to_build(config, pp_rank=pipeline_rank)
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -91,7 +91,13 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
+        virtual_pipeline_model_parallel_size=config.virtual_pipeline if config.virtual_pipeline > 1 else None,
         context_parallel_size=config.context,
+        expert_model_parallel_size=config.expert,
+        expert_tensor_parallel_size=config.expert_tensor,
+        # What talks most is on neighbouring ranks, which share a machine: tensor after every matrix, context twice a layer,
+        # expert in every layer with experts, data once a step, pipeline least. See docs/parallelism.md.
+        order="tp-cp-ep-dp-pp",
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
         # Extra gloo groups serve a checkpoint format we do not use; without a GPU every group is gloo already.
         create_gloo_process_groups=False,

@@ -26,12 +26,12 @@ from mpo_megatron.model.architecture import (
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part
-from mpo_megatron.model.logprobs import vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
 
 class Policy(GPTModel):
-    """One pipeline stage of the policy (the whole model without pipeline parallelism).
+    """One pipeline stage of the policy, or one of its runs of layers (the whole model without pipeline parallelism).
 
     Two things differ from GPTModel: rotary angles follow explicit position ids, since positions restart after a shared
     prompt; and the last stage returns log-probs of the scored tokens, since all logits of a row would not fit.
@@ -41,6 +41,8 @@ class Policy(GPTModel):
         super().__init__(**kwargs)
         self.real_vocab_size = real_vocab_size
         self.logprob_chunk = logprob_chunk
+        self.overlap_grad_reduce = False
+        """Set by whoever wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
 
     def forward(
         self,
@@ -80,6 +82,7 @@ class Policy(GPTModel):
             chunk=self.logprob_chunk,
             tp_group=self.pg_collection.tp,
             reference=reference,
+            gradient=self.output_weight_gradient(),
         )
         result = found.logps if found.kl is None else torch.stack((found.logps, found.kl))
         if context.size() == 1:
@@ -134,11 +137,25 @@ class Policy(GPTModel):
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
 
+    def output_weight_gradient(self) -> WeightGradient | None:
+        """Megatron's gradient buffer of the output weight; None before DistributedDataParallel has made one.
+
+        Where gradients are reduced while backward goes on, the hook on each weight insists on a gradient. A tied weight that is
+        the embedding's, too, gets one from there.
+        """
+        buffer = getattr(self.output_weight(), "main_grad", None)
+        if buffer is None or buffer.dtype is not torch.float32:
+            return None
+        embeds = self.share_embeddings_and_output_weights and self.pre_process
+        return WeightGradient(buffer, announce=self.overlap_grad_reduce and not embeds)
+
 
 def build_policy(
     hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, padded_vocab_size: int
-) -> torch.nn.Module:
-    """This rank's part of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
+) -> list[torch.nn.Module]:
+    """This rank's parts of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
+
+    One part, or with interleaved pipelining one for each run of layers, in the order of the layers.
 
     Raises:
         ConfigError: the layout does not divide the model, or something is asked for that is missing: Transformer Engine, or an
@@ -146,20 +163,24 @@ def build_policy(
     """
     validate_layout(hf_config, parallel, padded_vocab_size)
     config = build_transformer_config(hf_config, model, parallel)
-    policy = Policy(
-        real_vocab_size=hf_config.vocab_size,
-        logprob_chunk=model.logprob_chunk,
-        config=config,
-        transformer_layer_spec=build_block_spec(
-            config, use_transformer_engine(model), ranks.pipeline.rank(), attention_function(choose_attention(model))
-        ),
-        vocab_size=padded_vocab_size,
-        max_sequence_length=hf_config.max_position_embeddings,
-        pre_process=ranks.is_first_stage,
-        post_process=ranks.is_last_stage,
-        share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
-        position_embedding_type="rope",
-        rotary_base=rope_parameters(hf_config)["rope_theta"],
-        pg_collection=ranks.groups,
-    ).to(device.device())
-    return Float16Module(config, policy) if config.bf16 else policy
+    parts = []
+    for chunk in range(parallel.virtual_pipeline):
+        part = Policy(
+            real_vocab_size=hf_config.vocab_size,
+            logprob_chunk=model.logprob_chunk,
+            config=config,
+            transformer_layer_spec=build_block_spec(
+                config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(choose_attention(model))
+            ),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=hf_config.max_position_embeddings,
+            pre_process=ranks.is_first_stage and chunk == 0,
+            post_process=ranks.is_last_stage and chunk == parallel.virtual_pipeline - 1,
+            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            position_embedding_type="rope",
+            rotary_base=rope_parameters(hf_config)["rope_theta"],
+            pg_collection=ranks.groups,
+            vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
+        ).to(device.device())
+        parts.append(Float16Module(config, part) if config.bf16 else part)
+    return parts

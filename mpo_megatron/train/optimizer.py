@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,16 +10,37 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_model_config
+from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from mpo_megatron.config import OptimizerConfig
 from mpo_megatron.model.parallel import Ranks
 
 
-def wrap_data_parallel(policy: torch.nn.Module, ranks: Ranks) -> torch.nn.Module:
-    """The policy with gradient buffers that are reduced over replicas, in float32."""
-    settings = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    return DistributedDataParallel(get_model_config(policy), settings, policy, pg_collection=ranks.groups)
+def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ranks: Ranks) -> list[torch.nn.Module]:
+    """The policy's parts with gradient buffers that are reduced over replicas, in float32."""
+    settings = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=config.overlap != "none",
+        overlap_param_gather=config.overlap == "all",
+        fp8_param_gather=get_model_config(parts[0]).fp8_param,
+    )
+    wrapped = []
+    for index, part in enumerate(parts):
+        get_attr_wrapped_model(
+            part, "output_weight_gradient", return_model_obj=True
+        ).overlap_grad_reduce = settings.overlap_grad_reduce
+        wrapped.append(
+            DistributedDataParallel(
+                get_model_config(part),
+                dataclasses.replace(settings),  # it is written to
+                part,
+                # The parts after the first are reduced while others still compute: no need to cut them up.
+                disable_bucketing=index > 0,
+                pg_collection=ranks.groups,
+            )
+        )
+    return wrapped
 
 
 def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks: Ranks) -> MegatronOptimizer:
@@ -35,6 +57,7 @@ def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks
         bf16=model_config.bf16,
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
+        fp8_recipe=model_config.fp8_recipe if model_config.fp8_param else None,
         # An infinite bound clips nothing and still measures the norm.
         clip_grad=config.clip_grad or float("inf"),
     )
@@ -71,6 +94,16 @@ def update(model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> tuple[
     """One optimizer step on the finished gradients. Returns (whether weights changed, global gradient norm before clipping)."""
     successful, norm, _ = optimizer.step()
     return bool(successful), float(norm)
+
+
+def gather_weights(model: list[Any]) -> None:
+    """Wait until every rank has the updated weights, which `optimizer.overlap: all` leaves to the next forward pass.
+
+    Call it before weights are read in another way than by a forward pass: to save or to send them.
+    """
+    for part in model:
+        if part.ddp_config.overlap_param_gather:
+            part.start_param_sync(force_sync=True)
 
 
 def zero_gradients(model: list[Any], optimizer: MegatronOptimizer) -> None:

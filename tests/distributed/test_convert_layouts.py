@@ -169,7 +169,7 @@ def compare(folder: Path, parallel: ParallelConfig, precision: Any, ranks: Any, 
     hf_config = load_hf_config(folder / "hf")
     settings = ModelConfig(checkpoint=str(folder / "converted"), precision=precision)
     padded = load_conversion(folder / "converted").padded_vocab_size
-    model: Any = build_policy(hf_config, settings, parallel, ranks, padded)
+    [model] = build_policy(hf_config, settings, parallel, ranks, padded)
     model = getattr(model, "module", model).eval()
     loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "converted" / "megatron"))
     model.load_state_dict(loaded, strict=True)

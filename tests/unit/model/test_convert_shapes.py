@@ -73,7 +73,8 @@ def test_every_megatron_tensor_has_its_shape(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(Policy, "to", lambda self, device: self)  # nothing to move
     with model_parallel(parallel, seed=1) as ranks, FakeTensorMode():
         settings = ModelConfig(checkpoint="", precision="fp32")
-        sharded = build_policy(config, settings, parallel, ranks, padded).sharded_state_dict()
+        [policy] = build_policy(config, settings, parallel, ranks, padded)
+        sharded = policy.sharded_state_dict()
         apply_factories(sharded)  # gate and up of linear_fc1
     entries = [entry for item in sharded.values() for entry in (item if isinstance(item, list) else [item])]
     expected = {entry.key: tuple(entry.global_shape) for entry in entries if isinstance(entry, ShardedTensor)}

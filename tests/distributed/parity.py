@@ -1,0 +1,336 @@
+"""Every layout against plain `transformers`: the cases, the oracle, and how far apart they are.
+
+A case is a model, a layout over ranks and a way to run it. Ranks train three steps with Megatron's distributed optimizer
+(parity_worker.py); the oracle, one process that knows nothing of ours, runs each response on its own after its own copy of the
+prompt, spells the loss out, and steps with torch's AdamW. Compared are the loss and every gradient of the first step, the norm of
+the gradient, which clips it, and every weight after the third step, all under their Hugging Face names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mpo_megatron.config import ConvertConfig
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.model.convert import convert
+from tests.distributed.launch import run_ranks
+from tests.tiny import random_groups, save_groups, save_model
+
+NUM_STEPS = 3
+OPTIMIZER: dict[str, Any] = {
+    **{"lr": 0.3, "min_lr": 0.3, "schedule": "constant", "warmup_fraction": 0.0},
+    **{"beta1": 0.9, "beta2": 0.95, "eps": 0.3, "weight_decay": 0.1, "clip_grad": 1.0},
+}
+"""AdamW's ε is of the size of gradients: with a small one every weight moves by the learning rate whatever the size of its
+gradient, and where that is near 0 in the direction of its rounding error. The clipped gradient's scale matters, too, then."""
+
+# Relative to the loss, to the norm, to the largest value of each tensor's gradient (but see FLOOR), and to that of each weight.
+# Float32 sums of a few thousand products in another order differ by some 1e-6 of their largest terms: 2⁻²⁴ · √n, a few layers deep.
+TOLERANCE = 1e-5
+FLOOR = 1e-2
+"""A gradient much smaller than the model's largest is a difference of large terms that cancel: its error is that of the terms. So
+a tensor's largest value counts as at least this much of the model's."""
+
+BETA = 0.1
+SPO = {"alpha": 0.1, "gamma": 0.0, "regularizer": "token_kl", "regularizer_weight": 0.3}
+
+EIGHT_LAYERS = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3-tied": {"model_type": "qwen3", "tied": True},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen2-tied": {"model_type": "qwen2", "tied": True},
+    "qwen3-deep": {"model_type": "qwen3", **EIGHT_LAYERS},
+    "qwen3-deep-tied": {"model_type": "qwen3", "tied": True, **EIGHT_LAYERS},
+}
+"""Arguments of `save_model`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A model on a layout."""
+
+    model: str
+    ranks: int = 1
+    parallel: dict[str, Any] = field(default_factory=dict)
+    """Options of `parallel`."""
+    layers: dict[str, Any] = field(default_factory=dict)
+    """Options of `model`: recomputation, for example."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """Options of `optimizer`, besides those all cases have."""
+    rows: str = "shared"
+    row_tokens: int = 256
+    two_phase: bool = False
+    loss: str = "mpo"
+    core: bool = False
+    """Whether it is among those that run with all tests."""
+
+    def __str__(self) -> str:
+        options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items()]
+        words = [f"{name} {str(value).lower()}" for name, value in options]
+        words += ["two-phase"] * self.two_phase + ["split groups"] * (self.row_tokens < 256)
+        words += ["unshared prompts"] * (self.rows == "unshared") + [self.loss] * (self.loss != "mpo")
+        return f"{self.model}: {', '.join(words) or 'plain'}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """How far a case is from the oracle, and where it is farthest."""
+
+    case: Case
+    loss: float
+    norm: float
+    gradients: float
+    gradient_name: str
+    weights: float
+    weight_name: str
+    report: dict[str, Any]
+    """What the worker says besides."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all is within tolerance."""
+        return max(self.loss, self.norm, self.gradients, self.weights) <= TOLERANCE
+
+
+SPLIT = {"two_phase": True, "row_tokens": 64}
+"""Short rows: groups lie in several rows, of several replicas."""
+UNSHARED = {"rows": "unshared", "row_tokens": 512}
+
+CASES = [
+    Case(model="qwen3", core=True),
+    Case(model="qwen2", core=True),
+    Case(model="qwen2-tied", layers={"recompute": "full"}, core=True),
+    Case(model="qwen3", layers={"recompute": "selective", "logprob_chunk": 7}, core=True),
+    Case(model="qwen3-tied", **UNSHARED, core=True),
+    Case(model="qwen3", **SPLIT, core=True),
+    Case(model="qwen3", loss="spo", core=True),
+    Case(model="qwen2-tied", loss="spo", two_phase=True),
+    # two ranks
+    Case(model="qwen3", ranks=2, core=True),
+    Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
+    Case(model="qwen2-tied", ranks=2, optimizer={"overlap": "gradients"}),
+    Case(model="qwen2-tied", ranks=2, optimizer={"overlap": "all"}, core=True),
+    Case(model="qwen3", ranks=2, parallel={"tensor": 2}, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}, core=True),
+    Case(model="qwen3-tied", ranks=2, parallel={"tensor": 2}, layers={"recompute": "full"}, **UNSHARED),
+    Case(model="qwen3", ranks=2, parallel={"tensor": 2}, loss="spo", core=True),
+    Case(model="qwen2", ranks=2, parallel={"pipeline": 2}, **SPLIT, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"pipeline": 2, "first_stage_layers": 1}, core=True),
+    Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, core=True),
+    Case(model="qwen2", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, layers={"recompute": "full"}, **SPLIT),
+    Case(model="qwen3", ranks=2, parallel={"context": 2}, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"context": 2}, layers={"recompute": "full", "logprob_chunk": 7}, **SPLIT),
+    Case(model="qwen3", ranks=2, parallel={"context": 2}, loss="spo"),
+    # four ranks
+    Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, core=True),
+    Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
+    Case(model="qwen3-deep", ranks=4, parallel={"tensor": 4}),
+    Case(model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 4, "virtual_pipeline": 2}, core=True),
+    Case(model="qwen3-deep", ranks=4, parallel={"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 3}, **SPLIT),
+    Case(
+        model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 2, "virtual_pipeline": 4}, optimizer={"overlap": "all"}, core=True
+    ),
+    Case(model="qwen3", ranks=4, parallel={"context": 2, "tensor": 2}, core=True),
+    Case(model="qwen2-tied", ranks=4, parallel={"context": 2, "tensor": 2, "sequence": False}, **SPLIT),
+    Case(model="qwen2", ranks=4, parallel={"context": 2}, optimizer={"overlap": "all"}, **SPLIT, core=True),
+    Case(model="qwen3", ranks=4, parallel={"context": 4}),
+    Case(model="qwen3-tied", ranks=4, parallel={"context": 2, "pipeline": 2, "virtual_pipeline": 2}, **UNSHARED),
+    # eight ranks
+    Case(model="qwen3-deep", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2}),
+    Case(model="qwen3-deep-tied", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2, "virtual_pipeline": 2}, **SPLIT),
+    Case(model="qwen3-deep", ranks=8, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 4}, optimizer={"overlap": "all"}),
+    Case(model="qwen3-deep-tied", ranks=8, parallel={"pipeline": 8}),
+    Case(
+        model="qwen3-deep",
+        ranks=8,
+        parallel={"tensor": 4},
+        layers={"recompute": "full"},
+        optimizer={"overlap": "gradients"},
+        **SPLIT,
+    ),
+]
+"""All layouts that are held against the oracle."""
+
+
+def response_logp(model: Any, group: TokenizedGroup, k: int) -> Tensor:
+    """log π(y_k | x) by `transformers`, prompt and response alone in the batch."""
+    prompt, response = (torch.from_numpy(tokens.astype("int64")) for tokens in (group.prompt_tokens, group.response_tokens[k]))
+    logits = model(torch.cat((prompt, response))[None]).logits[0, len(prompt) - 1 : -1].float()
+    return logits.log_softmax(dim=-1).gather(1, response[:, None]).sum()
+
+
+def mpo_oracle(policy: Any, groups: Sequence[TokenizedGroup], base: Callable[[int, int], Tensor], reference: Any) -> Tensor:
+    """mpo Eq. 4–5 with the mean partition, averaged over the groups that have both sets."""
+    losses = []
+    for index, group in enumerate(groups):
+        assert group.rewards is not None
+        mean = group.rewards.mean()
+        preferred = [k for k, reward in enumerate(group.rewards) if reward > mean]
+        if not preferred:
+            continue
+        terms = [BETA * (response_logp(policy, group, k) - base(index, k)) for k in range(len(group.rewards))]
+        everything = torch.stack(terms)
+        losses.append(everything.logsumexp(0) - everything[preferred].logsumexp(0))
+    return torch.stack(losses).mean()
+
+
+def divergence(policy: Any, reference: Any, group: TokenizedGroup, k: int) -> Tensor:
+    """Σ over the tokens of y_k of KL(π_θ ‖ π_ref) of the next token, over the whole vocabulary."""
+    prompt, response = (torch.from_numpy(tokens.astype("int64")) for tokens in (group.prompt_tokens, group.response_tokens[k]))
+    row = torch.cat((prompt, response))[None]
+    ours, theirs = (model(row).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1) for model in (policy, reference))
+    return (ours.exp() * (ours - theirs.detach())).sum()
+
+
+def spo_oracle(policy: Any, groups: Sequence[TokenizedGroup], base: Callable[[int, int], Tensor], reference: Any) -> Tensor:
+    """spo Eq. 9 on best and worst, with the token-wise KL of both (Table 4), averaged over the groups that have both."""
+    losses = []
+    for group in groups:
+        assert group.rewards is not None
+        best, worst = int(group.rewards.argmax()), int(group.rewards.argmin())
+        if best == worst:
+            continue
+        margin = response_logp(policy, group, best) - response_logp(policy, group, worst)
+        kl = (divergence(policy, reference, group, best) + divergence(policy, reference, group, worst)) / 2
+        losses.append(-torch.nn.functional.logsigmoid(SPO["alpha"] * margin) / SPO["alpha"] + SPO["regularizer_weight"] * kl)
+    return torch.stack(losses).mean()
+
+
+LOSSES = {"mpo": ({"beta": BETA}, mpo_oracle), "spo": (SPO, spo_oracle)}
+"""Hyper-parameters and oracle of each loss."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What the oracle finds."""
+
+    loss: float
+    norm: float
+    gradients: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+class World:
+    """Models in both formats, groups, and what the oracle finds for each model and loss."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        groups = [
+            *random_groups(5, seed=4),
+            *random_groups(1, seed=7, max_responses=16, response_tokens=(1, 8), tied_share=0.0),
+            *random_groups(2, seed=8, response_tokens=(1, 1), tied_share=0.0),  # an end token and nothing else
+        ]
+        self.groups = [dataclasses.replace(group, group_id=f"group-{index}") for index, group in enumerate(groups)]
+        assert max(len(group.response_tokens) for group in self.groups) == 16
+        self.checkpoint("qwen3", "policy")
+        save_groups(folder / "groups", self.groups, folder / "qwen3-policy-hf")
+
+    def checkpoint(self, model: str, role: str) -> Path:
+        """The folder of a model, made if it is not there yet; with `-hf`, that of the Hugging Face checkpoint."""
+        folder = self.folder / f"{model}-{role}"
+        if not folder.exists():
+            hf = save_model(Path(f"{folder}-hf"), seed={"policy": 1, "reference": 2}[role], **MODELS[model])
+            convert(ConvertConfig(input=str(hf), output=str(folder)))
+        return folder
+
+    @functools.cache  # noqa: B019 (a world lives as long as its process)
+    def truth(self, model: str, loss: str) -> Truth:
+        """Three steps of plain `transformers`."""
+        policy, reference = (
+            AutoModelForCausalLM.from_pretrained(f"{self.checkpoint(model, role)}-hf", dtype=torch.float32)
+            for role in ("policy", "reference")
+        )
+
+        @functools.cache
+        @torch.no_grad()
+        def base(index: int, k: int) -> Tensor:
+            return response_logp(reference, self.groups[index], k)
+
+        named = dict(policy.named_parameters())
+        decayed = [weight for weight in named.values() if weight.dim() > 1]
+        others = [weight for weight in named.values() if weight.dim() == 1]  # biases and norms
+        adam = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": OPTIMIZER["weight_decay"]}, {"params": others, "weight_decay": 0.0}],
+            lr=OPTIMIZER["lr"],
+            betas=(OPTIMIZER["beta1"], OPTIMIZER["beta2"]),
+            eps=OPTIMIZER["eps"],
+        )
+        before = weights_of(policy)
+        found: dict[str, Any] = {}
+        for step in range(NUM_STEPS):
+            adam.zero_grad()
+            value = LOSSES[loss][1](policy, self.groups, base, reference)
+            value.backward()
+            if step == 0:
+                found = {"loss": value.item(), "gradients": weights_of(policy, gradients=True)}
+            norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER["clip_grad"])
+            found.setdefault("norm", norm.item())
+            adam.step()
+        return Truth(**found, before=before, after=weights_of(policy))
+
+
+def weights_of(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
+    """Copies of a model's weights, or of their gradients, under the names they have in checkpoints."""
+    return {name: (weight.grad if gradients else weight).detach().clone() for name, weight in model.named_parameters()}
+
+
+def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
+    """Run cases that want the same number of ranks, in one start, and compare them with the oracle."""
+    [ranks] = {case.ranks for case in cases}
+    folder = world.folder
+    specs = []
+    for index, case in enumerate(cases):
+        for role in ("policy", "reference"):
+            world.checkpoint(case.model, role)
+        params = LOSSES[case.loss][0]
+        specs.append({**dataclasses.asdict(case), "params": params, "output": str(folder / f"{tag}-{ranks}-{index}")})
+    spec = {"folder": str(folder), "steps": NUM_STEPS, "optimizer": OPTIMIZER, "cases": specs}
+    path = folder / f"spec-{tag}-{ranks}.json"
+    path.write_text(json.dumps(spec))
+    run_ranks(ranks, "tests.distributed.parity_worker", [str(path)])
+    return [compare(world, case, Path(spec["output"])) for case, spec in zip(cases, specs, strict=True)]
+
+
+def compare(world: World, case: Case, output: Path) -> Result:
+    """A case's files against the oracle."""
+    truth = world.truth(case.model, case.loss)
+    report = json.loads(output.with_suffix(".json").read_text())
+    gradients, weights = (load_file(f"{output}-{name}.safetensors") for name in ("gradients", "weights"))
+    largest = max(gradient.abs().max().item() for gradient in truth.gradients.values())
+    gradient, gradient_name = farthest(
+        gradients,
+        truth.gradients,
+        {name: max(tensor.abs().max().item(), FLOOR * largest) for name, tensor in truth.gradients.items()},
+    )
+    weight, weight_name = farthest(
+        weights, truth.after, {name: tensor.abs().max().item() for name, tensor in truth.after.items()}
+    )
+    return Result(
+        case=case,
+        loss=abs(report["loss"] - truth.loss) / abs(truth.loss),
+        norm=abs(report["norm"] - truth.norm) / truth.norm,
+        gradients=gradient,
+        gradient_name=gradient_name,
+        weights=weight,
+        weight_name=weight_name,
+        report=report,
+    )
+
+
+def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor], scale: dict[str, float]) -> tuple[float, str]:
+    """The largest difference over all tensors, each relative to its scale, and the tensor's name."""
+    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))[:4]
+    return max(((ours[name] - theirs[name]).abs().max().item() / scale[name], name) for name in theirs)
