@@ -29,7 +29,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.3
 EXTRAS = {
     # The range that megatron-core 0.16's own development extra pins.
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
-    # Engines that generate the responses of on-policy rounds; nothing in the package needs them yet.
+    # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
     "rollout": ["vllm>=0.11", "openai>=2"],
     "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
     "docs": DOCS,
@@ -50,6 +50,11 @@ EXTRAS = {
         "tiktoken>=0.9",
         "dashscope>=1.24",
         "mistral-common>=1.8",
+        # An OpenAI-compatible server to generate with and to judge by: `transformers serve`.
+        "openai>=2",
+        "fastapi>=0.115",
+        "uvicorn>=0.30",
+        "accelerate>=1.1",
     ],
 }
 
@@ -62,7 +67,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
-    package_data={"mpo_megatron": ["launch/templates/*.j2"]},
+    package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mpo = mpo_megatron.cli:main"]},

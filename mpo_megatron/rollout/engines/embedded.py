@@ -1,0 +1,177 @@
+"""The embedded engine: a Hugging Face model and a sampling loop of our own, on a GPU or the CPU.
+
+Not `model.generate`, whose randomness is one generator's for the whole batch. Prompts of about one length are run together, left
+of them padding; their keys and values are computed once and then stand for all K responses; a response that has ended leaves the
+batch. What it draws follows from its own seed (`sampling.py`).
+
+Shapes: N rows (responses under way), P longest prompt of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpo_megatron.config import ConfigError, TransformersConfig
+from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
+from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
+from mpo_megatron.rollout.models import choose_device
+
+
+@dataclass(kw_only=True, eq=False)
+class _Row:
+    """One response under way."""
+
+    prompt: Prompt
+    index: int
+    """Among the responses wanted of its prompt."""
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+
+
+class EmbeddedEngine:
+    """Generates with a model of `transformers` in this process."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, *, batch_size: int) -> None:
+        """Take a causal language model in evaluation mode, which has to keep keys and values (`use_cache`)."""
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    @classmethod
+    def load(cls, folder: Path, tokenizer: Tokenizer, config: TransformersConfig) -> EmbeddedEngine:
+        """Load a checkpoint.
+
+        Raises:
+            ConfigError: transformers cannot load it.
+        """
+        from transformers import AutoModelForCausalLM  # seconds to import
+
+        device = choose_device(config.device)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
+            )
+        except (ValueError, OSError, KeyError, ImportError) as error:
+            raise ConfigError(f"model = {folder}; transformers cannot load it: {error}") from error
+        return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+        """Answer prompts of about one length together; a group is yielded when its last response is."""
+        waiting = {prompt.group_id: len(prompt.response_seeds(sampling)) for prompt in prompts}
+        done: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
+        for rows in self._batches(prompts, sampling):
+            for row, response in self._run(rows, sampling):
+                group_id = row.prompt.group_id
+                done[group_id][row.index] = response
+                if len(done[group_id]) == waiting[group_id]:
+                    responses = done.pop(group_id)
+                    yield Generation(group_id=group_id, responses=tuple(responses[index] for index in sorted(responses)))
+
+    def _batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
+        """Rows side by side: the longest prompts first, so that what does not fit fails at once; a prompt's rows adjoin."""
+        ordered = sorted(prompts, key=lambda prompt: (-len(prompt.token_ids), prompt.group_id))
+        rows = [
+            _Row(prompt=prompt, index=index, seed=seed)
+            for prompt in ordered
+            for index, seed in enumerate(prompt.response_seeds(sampling))
+        ]
+        for start in range(0, len(rows), self.batch_size):
+            yield rows[start : start + self.batch_size]
+
+    @torch.inference_mode()
+    def _run(self, rows: list[_Row], sampling: Sampling) -> list[tuple[_Row, Response]]:
+        """Answer all rows of a batch."""
+        device = self.model.device
+        uniforms = draw_uniforms([row.seed for row in rows], sampling.max_tokens).to(device)
+        logits, cache, mask = self._read_prompts(rows)
+        finished: list[tuple[_Row, Response]] = []
+        for step in range(sampling.max_tokens):
+            tokens = choose_tokens(
+                logits, uniforms[:, step], temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
+            )
+            going: list[int] = []
+            for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+                row.tokens.append(token)
+                reason = self._finish_reason(row, sampling)
+                if reason is None:
+                    going.append(index)
+                else:
+                    finished.append((row, self._respond(row, reason, sampling)))
+            if not going:
+                break
+            if len(going) < len(rows):
+                chosen = torch.tensor(going, device=device)
+                rows = [rows[index] for index in going]
+                tokens, uniforms, mask = tokens[chosen], uniforms[chosen], mask[chosen]
+                cache.batch_select_indices(chosen)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            logits = self._forward(tokens[:, None], mask, cache)
+        return finished
+
+    def _read_prompts(self, rows: list[_Row]) -> tuple[Tensor, Any, Tensor]:
+        """Next-token logits [N, V], keys and values, and mask [N, P] of the rows' prompts, each prompt computed once."""
+        from transformers import DynamicCache
+
+        prompts = list({row.prompt.group_id: row.prompt for row in rows}.values())
+        place = {prompt.group_id: index for index, prompt in enumerate(prompts)}
+        longest = max(len(prompt.token_ids) for prompt in prompts)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for index, prompt in enumerate(prompts):
+            ids[index, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
+            mask[index, longest - len(prompt.token_ids) :] = 1
+        device = self.model.device
+        cache, mask = DynamicCache(config=self.model.config), mask.to(device)
+        logits = self._forward(ids.to(device), mask, cache)
+        chosen = torch.tensor([place[row.prompt.group_id] for row in rows], device=device)
+        cache.batch_select_indices(chosen)  # repeats a prompt for each of its responses
+        return logits[chosen], cache, mask[chosen]
+
+    def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
+        """Logits [N, V] behind the last of `ids` [N, T]; adds them to the cache. Positions count from a row's first token."""
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        output = self.model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = output.logits[:, -1, : self.tokenizer.vocab_size]  # rows beyond the tokenizer's stand for no token
+        return logits
+
+    def _finish_reason(self, row: _Row, sampling: Sampling) -> FinishReason | None:
+        if row.tokens[-1] in sampling.stop_token_ids or (sampling.stop and self._has_stop(row.tokens, sampling.stop)):
+            return "stop"
+        return "length" if len(row.tokens) == sampling.max_tokens else None
+
+    def _has_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
+        """Whether a stop text lies in the end of the response; a token is at least one byte, so that so many tokens hold it."""
+        tail = self.tokenizer.decode(tokens[-(max(len(text.encode()) for text in stop) + 8) :], skip_special=True)
+        return any(text in tail for text in stop)
+
+    def _respond(self, row: _Row, reason: FinishReason, sampling: Sampling) -> Response:
+        tokens = row.tokens
+        words = tokens[:-1] if tokens[-1] in sampling.stop_token_ids else tokens
+        return Response(
+            text=cut_at_stop(self.tokenizer.decode(words, skip_special=True), sampling.stop),
+            finish_reason=reason,
+            num_tokens=len(tokens),
+            seed=row.seed,
+            token_ids=tuple(tokens),
+        )
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        del self.model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first stop text in it."""
+    places = [text.find(mark) for mark in stop]
+    return text[: min((place for place in places if place >= 0), default=len(text))]

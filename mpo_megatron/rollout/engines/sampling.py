@@ -1,0 +1,62 @@
+"""From logits to tokens, one source of randomness a response: temperature, top-k, top-p, and the inverse of the distribution.
+
+A response's randomness is a row of numbers in [0, 1) drawn beforehand from its own seed. Token t is where the cumulated
+probabilities pass number t. Which responses share a batch, and on which device it is, changes nothing but rounding.
+
+Shapes: N rows (responses), T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def draw_uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
+    """[N, T] float64 in [0, 1): row n from a generator seeded with `seeds[n]`."""
+    rows = [torch.rand(num_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows)
+
+
+def filter_logits(logits: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [N, V] of the distribution to draw from, float32: −∞ for tokens that are out.
+
+    Args:
+        logits: [N, V] of the model
+        temperature: positive; divides the logits first
+        top_k: the likeliest tokens that stay (and any as likely as the last of them); 0 keeps all
+        top_p: of what is left, the fewest likeliest tokens whose probabilities reach this stay, at least one
+    """
+    logits = logits.float() / temperature  # float32: probabilities of 10⁵ tokens are added up
+    if 0 < top_k < logits.shape[-1]:
+        threshold = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < threshold, float("-inf"))
+    if top_p < 1.0:
+        ordered, order = logits.sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        before = probabilities.cumsum(dim=-1) - probabilities  # of all likelier tokens: the first has 0, so that it stays
+        out = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(out, float("-inf"))
+    return logits
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
+    """Tokens [N] drawn from softmax(logits [N, V]) with the numbers `uniforms` [N] in [0, 1).
+
+    The token is the first whose cumulated probability exceeds the number; its share of [0, 1) is its probability.
+    """
+    cumulated = logits.double().softmax(dim=-1).cumsum(dim=-1)  # float64: 10⁵ terms, and the last must come out as 1
+    target = uniforms.to(cumulated.device).unsqueeze(-1) * cumulated[:, -1:]
+    tokens = torch.searchsorted(cumulated, target, right=True).squeeze(-1)
+    # Rounding can make the product equal the last sum: then the last token that has a probability.
+    last = (cumulated < cumulated[:, -1:]).sum(dim=-1)
+    return torch.minimum(tokens, last)
+
+
+def choose_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Next tokens [N]: the likeliest at temperature 0, else drawn from the filtered distribution."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw_tokens(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniforms)

@@ -1,0 +1,101 @@
+"""vLLM's offline engine: continuous batching, tensor parallelism, a prefix cache that computes a prompt once for its K samples.
+
+Each response is a request of its own with its own seed. Requests are added as others finish, so that the engine is never empty
+and groups come out one by one.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import deque
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, VllmConfig
+from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
+from mpo_megatron.rollout.engines.embedded import cut_at_stop
+
+
+class VllmEngine:
+    """Generates with vLLM in this process (and those it starts)."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: VllmConfig) -> None:
+        """Load a checkpoint.
+
+        Raises:
+            ConfigError: vLLM is absent, or refuses the checkpoint or an option.
+        """
+        try:
+            from vllm import EngineArgs, LLMEngine
+        except ImportError as error:
+            raise ConfigError(
+                f"engine = vllm needs vLLM, which cannot be imported ({error}): pip install 'mpo-megatron[rollout]', or set "
+                "engine = transformers."
+            ) from error
+        options: dict[str, Any] = {
+            "model": str(folder),
+            "tensor_parallel_size": config.tensor_parallel,
+            "pipeline_parallel_size": config.pipeline_parallel,
+            "dtype": config.dtype,
+            "gpu_memory_utilization": config.memory_fraction,
+            "max_model_len": config.max_model_len,
+            "enable_prefix_caching": True,
+        }
+        try:
+            self.engine: Any = LLMEngine.from_engine_args(EngineArgs(**options | config.options))
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"vllm: the engine refuses the checkpoint or an option: {error}") from error
+        self.tokenizer, self.max_in_flight = tokenizer, config.max_in_flight
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+        """Answer every prompt; a group is yielded when its last response is."""
+        requests = deque(
+            (prompt, index, seed) for prompt in prompts for index, seed in enumerate(prompt.response_seeds(sampling))
+        )
+        under_way: dict[str, tuple[Prompt, int, int]] = {}
+        done: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
+        while requests or under_way:
+            while requests and len(under_way) < self.max_in_flight:
+                prompt, index, seed = requests.popleft()
+                name = f"{prompt.group_id}/{index}/{seed}"
+                under_way[name] = (prompt, index, seed)
+                self.engine.add_request(name, {"prompt_token_ids": list(prompt.token_ids)}, self._parameters(seed, sampling))
+            for output in self.engine.step():
+                if not output.finished:
+                    continue
+                prompt, index, seed = under_way.pop(output.request_id)
+                done[prompt.group_id][index] = self._read(output.outputs[0], seed, sampling)
+                if len(done[prompt.group_id]) == len(prompt.response_seeds(sampling)):
+                    responses = done.pop(prompt.group_id)
+                    yield Generation(group_id=prompt.group_id, responses=tuple(responses[key] for key in sorted(responses)))
+
+    def _parameters(self, seed: int, sampling: Sampling) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_tokens,
+            stop_token_ids=list(sampling.stop_token_ids),
+            stop=list(sampling.stop),
+            seed=seed,
+            detokenize=bool(sampling.stop),  # only to find them: the text is decoded as for every engine
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _read(self, completion: Any, seed: int, sampling: Sampling) -> Response:
+        tokens = tuple(completion.token_ids)
+        words = tokens[:-1] if tokens and tokens[-1] in sampling.stop_token_ids else tokens
+        text = self.tokenizer.decode(words, skip_special=True)
+        cut = cut_at_stop(text, sampling.stop)
+        reason: FinishReason = "length" if completion.finish_reason == "length" and cut == text else "stop"
+        return Response(text=cut, finish_reason=reason, num_tokens=len(tokens), seed=seed, token_ids=tokens)
+
+    def close(self) -> None:
+        """Free the GPUs."""
+        del self.engine
+        gc.collect()

@@ -1,0 +1,469 @@
+"""`mpo generate`: prompts → K responses each, streamed to disk, continued after any kill, cut into shards.
+
+    mpo generate --prompts prompts.jsonl --model runs/mpo --output rounds/1/samples --num_responses 8
+
+Every finished group is one line of samples.jsonl at once; when all are there, the lines are put into the order of the prompts
+and generate.json appears. Response k of a group is drawn from the seed (seed, group id, k, attempt), so that a run that was
+killed, or cut into other shards, asks for the same. What failed stands in failures.jsonl with the responses that did arrive, and
+is tried again by the next run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import itertools
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.console import Console
+
+from mpo_megatron.config import GenerateConfig, parse_shard, require, to_dict, validate_generate
+from mpo_megatron.data import DataError
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.rollout.engines import Engine, Generation, Prompt, Response, Sampling, response_seed
+from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
+from mpo_megatron.rollout.progress import show_progress
+from mpo_megatron.rollout.prompts import PromptSet, load_prompts
+from mpo_megatron.rollout.records import (
+    FAILURES_FILE,
+    GENERATE_FILE,
+    SAMPLES_FILE,
+    LineWriter,
+    Record,
+    join_lines,
+    read_ids,
+    read_lines,
+    read_summary,
+    replace_file,
+    write_summary,
+)
+
+REJECTED_FILE = "rejected.jsonl"
+STARTED_FILE = "generate.started.json"
+"""What the folder's lines were asked for; a run that asks for something else is refused."""
+_WINDOW = 1024
+"""Groups handed to the engine together: it sorts them by length, and groups to draw again wait for the others."""
+_PACKAGES = {"transformers": "transformers", "vllm": "vllm", "openai": "openai"}
+
+
+class Shard(NamedTuple):
+    """Part `index` of `total` of the prompts."""
+
+    part: int
+    total: int
+
+    def name(self, file: str) -> str:
+        """The shard's own form of a file's name: samples.jsonl → samples-00003-of-00008.jsonl."""
+        stem, suffix = file.rsplit(".", 1)
+        return file if self.total == 1 else f"{stem}-{self.part:05}-of-{self.total:05}.{suffix}"
+
+
+def generate(config: GenerateConfig, console: Console | None = None) -> Path:
+    """Write `<output>/samples.jsonl` and `generate.json`, or this shard's; the file written.
+
+    Raises:
+        ConfigError: a setting does not fit the model, the prompts or what the folder holds.
+        DataError: the prompts cannot be read, too many failed, or the output cannot be written; what is generated stays.
+    """
+    console = console or Console()
+    validate_generate(config)
+    require_package(_PACKAGES[config.engine], f"engine = {config.engine}")
+    shard, output = _choose_shard(config.shard), Path(config.output)
+    checkpoint = locate_model(config.model) if config.engine != "openai" else Path(config.model)
+    tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
+    chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
+    prompts = load_prompts(config.prompts, chat, max_prompt_tokens=config.max_prompt_tokens, max_prompts=config.max_prompts)
+    sampling = _build_sampling(config, chat, checkpoint)
+    if config.engine != "openai":
+        _check_context(prompts, config.max_tokens, checkpoint)
+    identity = _identity(config, checkpoint, tokenizer, prompts, sampling)
+    _check_started(output, identity)
+    replace_file(output / REJECTED_FILE, [item.as_json().encode() + b"\n" for item in prompts.rejections])
+    _print_prompts(console, config, prompts, shard)
+    if not (output / shard.name(GENERATE_FILE)).is_file():
+        with _no_other_run(output / shard.name(SAMPLES_FILE)):
+            _generate_shard(config, checkpoint, tokenizer, prompts, sampling, shard)
+            _finish(output, shard, prompts, identity, config)
+    return _join(output, shard, prompts, identity, config, console)
+
+
+def require_package(name: str, why: str) -> None:
+    """Raise `ConfigError` unless a package is installed; nothing is imported."""
+    require(
+        importlib.util.find_spec(name) is not None,
+        f"{why} needs the package {name}, which is not installed: pip install 'mpo-megatron[rollout]', or pip install {name}.",
+    )
+
+
+def _choose_shard(text: str | None) -> Shard:
+    """The shard that the configuration names, or else this task's of a Slurm array."""
+    if text is not None:
+        return Shard(*parse_shard(text))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return Shard(0, 1)
+    first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
+    return Shard((int(task) - first) // step, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
+
+
+def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sampling:
+    ends = {chat.end_token_id}
+    if chat.tokenizer.eos_id is not None:
+        ends.add(chat.tokenizer.eos_id)
+    path = side_files(checkpoint) / "generation_config.json"
+    if path.is_file():
+        eos = read_summary(path).get("eos_token_id")
+        ends |= {*(eos if isinstance(eos, list) else [eos])} - {None}
+    return Sampling(
+        num_responses=config.num_responses,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        max_tokens=config.max_tokens,
+        stop=tuple(config.stop),
+        stop_token_ids=tuple(sorted(ends)),
+        seed=config.seed,
+    )
+
+
+def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> None:
+    """Refuse a longest prompt and response that the model has no positions for."""
+    settings = read_model_settings(checkpoint)
+    settings = settings.get("text_config", settings)
+    limit = settings.get("max_position_embeddings")
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    factor = rope.get("factor", 1.0)
+    longest = max(map(len, prompts.token_ids.values()))
+    if isinstance(limit, int):
+        limit = int(limit * max(1.0, factor if isinstance(factor, int | float) else 1.0))
+        require(
+            longest + max_tokens <= limit,
+            f"max_tokens = {max_tokens}; with the longest prompt's {longest} tokens that is more than the model's {limit} "
+            f"positions; choose at most {limit - longest}, or lower max_prompt_tokens.",
+        )
+
+
+# --------------------------------------------------------------------------------------------------- what was asked for
+
+
+def _identity(
+    config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer, prompts: PromptSet, sampling: Sampling
+) -> dict[str, Any]:
+    """What the responses follow from; runs that agree in it continue each other."""
+    model = f"{config.endpoint.model} (api {config.endpoint.api})" if config.engine == "openai" else model_digest(checkpoint)
+    return {
+        "engine": config.engine,
+        "model": model,
+        "tokenizer": tokenizer.digest(),
+        "prompts": prompts.digest(),
+        "sampling": asdict(sampling) | {"stop": [*sampling.stop], "stop_token_ids": [*sampling.stop_token_ids]},
+        "empty": config.empty,
+        "duplicates": config.duplicates,
+        "max_attempts": config.max_attempts,
+    }
+
+
+def _check_started(output: Path, identity: dict[str, Any]) -> None:
+    path = output / STARTED_FILE
+    if not path.is_file():
+        require(
+            not output.exists() or not any(output.glob("samples*.jsonl")),
+            f"output = {output}; it holds samples and does not say of what ({STARTED_FILE} is missing); choose another folder.",
+        )
+        write_summary(path, identity)
+        return
+    before = read_summary(path)
+    changed = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
+    require(
+        not changed,
+        f"output = {output}; what it holds was generated with another {' and '.join(changed)}; choose another folder, or remove "
+        "this one.",
+    )
+
+
+# --------------------------------------------------------------------------------------------------- groups
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """A group under way: its responses by index, and how often each was drawn again."""
+
+    record: Record
+    token_ids: tuple[int, ...]
+    responses: dict[int, Response] = field(default_factory=dict)
+    attempts: dict[int, int] = field(default_factory=dict)
+
+    def missing(self, sampling: Sampling) -> list[int]:
+        return [index for index in range(sampling.num_responses) if index not in self.responses]
+
+    def prompt(self, sampling: Sampling) -> Prompt:
+        """The prompt with the seeds of what is missing."""
+        group_id = self.record["group_id"]
+        indices = self.missing(sampling)
+        return Prompt(
+            group_id=group_id,
+            token_ids=self.token_ids,
+            messages=tuple(self.record["prompt"]),
+            seeds=tuple(response_seed(sampling.seed, group_id, index, self.attempts.get(index, 0)) for index in indices),
+        )
+
+    def receive(self, generation: Generation, sampling: Sampling) -> None:
+        """Take over what came, by its seed: with an error, some did not come."""
+        by_seed = {response.seed: response for response in generation.responses}
+        for index, seed in zip(self.missing(sampling), self.prompt(sampling).seeds, strict=True):
+            if seed in by_seed:
+                self.responses[index] = by_seed[seed]
+
+    def faults(self) -> dict[int, str]:
+        """By index: which responses are `empty`, or `duplicates` of an earlier one."""
+        faults, seen = {}, set[str]()
+        for index, response in sorted(self.responses.items()):
+            if not response.text.strip():
+                faults[index] = "empty"
+            elif response.text in seen:
+                faults[index] = "duplicates"
+            seen.add(response.text)
+        return faults
+
+    def drop_to_redraw(self, config: GenerateConfig) -> bool:
+        """Remove the responses that are to be drawn again; whether there are any."""
+        again = [
+            index
+            for index, fault in self.faults().items()
+            if getattr(config, fault) == "resample" and self.attempts.get(index, 0) + 1 < config.max_attempts
+        ]
+        for index in again:
+            del self.responses[index]
+            self.attempts[index] = self.attempts.get(index, 0) + 1
+        return bool(again)
+
+    def as_record(self, config: GenerateConfig) -> Record:
+        """The finished group line."""
+        faults = {index: fault for index, fault in self.faults().items() if getattr(config, fault) == "drop"}
+        kept = [self.as_line(index) for index in sorted(self.responses) if index not in faults]
+        record = self.record | {"responses": kept}
+        return record | {"dropped": dict(sorted(Counter(faults.values()).items()))} if faults else record
+
+    def as_line(self, index: int) -> Record:
+        """One response of the group line; `attempt` tells how often it was drawn again."""
+        response, attempt = self.responses[index], self.attempts.get(index, 0)
+        line = {
+            "text": response.text,
+            "finish_reason": response.finish_reason,
+            "num_tokens": response.num_tokens,
+            "seed": response.seed,
+        }
+        return line | {"attempt": attempt} if attempt else line
+
+    def as_failure(self, error: str) -> Record:
+        """A line of failures.jsonl: why, and what did arrive."""
+        arrived = [self.as_line(index) | {"index": index} for index in sorted(self.responses)]
+        return {"group_id": self.record["group_id"], "error": error, "responses": arrived}
+
+    def restore(self, failure: Record) -> None:
+        """Take over what an earlier run's failure holds; what is missing starts with its first attempt."""
+        for line in failure["responses"]:
+            values = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
+            self.responses[line["index"]] = Response(**values)
+            self.attempts[line["index"]] = line.get("attempt", 0)
+
+
+def _generate_shard(
+    config: GenerateConfig,
+    checkpoint: Path,
+    tokenizer: Tokenizer,
+    prompts: PromptSet,
+    sampling: Sampling,
+    shard: Shard,
+) -> None:
+    """Answer the shard's prompts that have no line yet."""
+    output = Path(config.output)
+    samples, failures = (output / shard.name(name) for name in (SAMPLES_FILE, FAILURES_FILE))
+    mine = prompts.records[shard.part :: shard.total]
+    with LineWriter(samples) as lines:
+        done = read_ids(samples)
+        pending = [record for record in mine if record["group_id"] not in done]
+        before = {line["group_id"]: line for line in read_lines(failures)} if failures.is_file() else {}
+        groups = (_Group(record=record, token_ids=prompts.token_ids[record["group_id"]]) for record in pending)
+        failed: dict[str, Record] = {}
+        if pending:
+            title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
+            with (
+                contextlib.closing(_load_engine(config, checkpoint, tokenizer)) as engine,
+                LineWriter(failures) as failure_lines,
+                show_progress(title, len(pending), "prompts", "tokens") as advance,
+            ):
+                while window := list(itertools.islice(groups, _WINDOW)):
+                    for group in window:
+                        if group.record["group_id"] in before:
+                            group.restore(before[group.record["group_id"]])
+                    for finished in _run_window(engine, window, sampling, config):
+                        if isinstance(finished, tuple):
+                            group, error = finished
+                            failed[group.record["group_id"]] = group.as_failure(error)
+                            failure_lines.write(failed[group.record["group_id"]])
+                            continue
+                        lines.write(finished)
+                        advance(1, sum(response["num_tokens"] for response in finished["responses"]))
+    _settle_failures(failures, failed, len(mine), config.max_failed)
+
+
+def _run_window(
+    engine: Engine, window: Sequence[_Group], sampling: Sampling, config: GenerateConfig
+) -> Iterator[Record | tuple[_Group, str]]:
+    """Finished lines of some groups, or the group with why it has none; what is to be drawn again is, after the others."""
+    waiting = {group.record["group_id"]: group for group in window}
+    while waiting:
+        again: dict[str, _Group] = {}
+        complete = [group_id for group_id, group in waiting.items() if not group.missing(sampling)]  # restored
+        for group_id in complete:
+            group = waiting.pop(group_id)
+            if group.drop_to_redraw(config):
+                again[group_id] = group
+            else:
+                yield group.as_record(config)
+        for generation in engine.generate([group.prompt(sampling) for group in waiting.values()], sampling):
+            group = waiting[generation.group_id]
+            group.receive(generation, sampling)
+            if generation.error is not None:
+                yield group, generation.error
+            elif group.drop_to_redraw(config):
+                again[generation.group_id] = group
+            else:
+                yield group.as_record(config)
+        waiting = again
+
+
+@contextlib.contextmanager
+def _no_other_run(samples: Path) -> Iterator[None]:
+    """Hold the file for the duration of a run: two would write its lines twice."""
+    with samples.with_name(f".{samples.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{samples}: another run is writing it; wait for it, or name another shard or output.") from error
+        yield
+
+
+def _settle_failures(path: Path, failed: Mapping[str, Record], total: int, max_failed: float) -> None:
+    """Leave exactly this run's failures in their file; raise `DataError` if they are too many."""
+    if not failed:
+        path.unlink(missing_ok=True)
+        return
+    replace_file(path, [])
+    with LineWriter(path) as lines:
+        for line in failed.values():
+            lines.write(line)
+    if len(failed) > max_failed * total:
+        reasons = Counter(line["error"] for line in failed.values())
+        worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
+        raise DataError(
+            f"{len(failed)} of {total} prompts failed: {worst}. They stand in {path}, the others are kept: run the same command "
+            "again to retry, or allow a share with max_failed."
+        )
+
+
+def _load_engine(config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer) -> Engine:
+    """The engine, with its model loaded."""
+    if config.engine == "openai":
+        from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+
+        return EndpointEngine(config.endpoint, tokenizer)
+    folder = hugging_face_folder(checkpoint)
+    if config.engine == "vllm":
+        from mpo_megatron.rollout.engines.vllm_engine import VllmEngine
+
+        return VllmEngine(folder, tokenizer, config.vllm)
+    from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+
+    return EmbeddedEngine.load(folder, tokenizer, config.transformers)
+
+
+# --------------------------------------------------------------------------------------------------- completion
+
+
+def _finish(output: Path, shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
+    """Put the lines into the prompts' order, then say that they are complete."""
+    samples = output / shard.name(SAMPLES_FILE)
+    join_lines([samples], samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
+    write_summary(output / shard.name(GENERATE_FILE), _summarize(samples, prompts, identity, config))
+
+
+def _join(
+    output: Path, shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig, console: Console
+) -> Path:
+    """Join the shards if all are there; the file of this shard, or of all."""
+    target = output / SAMPLES_FILE
+    if shard.total > 1:
+        shards = [Shard(index, shard.total) for index in range(shard.total)]
+        missing = [item.part for item in shards if not (output / item.name(GENERATE_FILE)).is_file()]
+        if missing:
+            console.print(f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False)
+            return output / shard.name(SAMPLES_FILE)
+        with (output / ".join.lock").open("w") as lock:  # several may finish at once
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (output / GENERATE_FILE).is_file():
+                sources = [output / item.name(SAMPLES_FILE) for item in shards]
+                join_lines(sources, target, [record["group_id"] for record in prompts.records])
+                summary = _summarize(target, prompts, identity, replace(config, shard=None))
+                write_summary(output / GENERATE_FILE, summary)
+    _print_summary(console, target, read_summary(output / GENERATE_FILE))
+    return target
+
+
+def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
+    """generate.json: counts are taken from the lines, so that they do not depend on how often a run was continued."""
+    counts, reasons, dropped = Counter[str](), Counter[str](), Counter[str]()
+    for record in read_lines(samples):
+        texts = [response["text"] for response in record["responses"]]
+        counts["groups"] += 1
+        counts["responses"] += len(texts)
+        counts["tokens"] += sum(response["num_tokens"] for response in record["responses"])
+        counts["empty"] += sum(not text.strip() for text in texts)
+        counts["duplicates"] += len(texts) - len(set(texts))
+        counts["groups_with_duplicates"] += len(set(texts)) < len(texts)
+        counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
+        reasons.update(response["finish_reason"] for response in record["responses"])
+        dropped.update(record.get("dropped", {}))
+    with samples.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
+    return {
+        "identity": identity,
+        "samples_digest": digest.hexdigest(),
+        "counts": {**counts, "dropped": dict(dropped), "finish_reasons": dict(sorted(reasons.items()))},
+        "prompts": dict(prompts.counts),
+        "config": to_dict(config),
+    }
+
+
+def _print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet, shard: Shard) -> None:
+    others = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in prompts.counts.items() if kind != "prompts")
+    first = prompts.rejections[0] if prompts.rejections else None
+    console.print(
+        f"{config.prompts}: {len(prompts.records):,} prompts"
+        + (f"; left out: {others}; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else "")
+        + (f"; see {Path(config.output) / REJECTED_FILE}" if first else "")
+        + (f"; part {shard.part} of {shard.total}" if shard.total > 1 else "")
+        + ".",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) -> None:
+    counts = summary["counts"]
+    console.print(
+        f"{samples}: {counts['groups']:,} groups, {counts['responses']:,} responses, {counts['tokens']:,} tokens "
+        f"({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and {counts['duplicates']:,} "
+        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} drawn again.",
+        highlight=False,
+        markup=False,
+    )

@@ -1,0 +1,115 @@
+"""Checkpoints as generating and scoring need them: a Hugging Face folder, exported once if it is one of ours, and its digest."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, check_writable, require
+
+EXPORT_FOLDER = "exported"
+"""Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
+_MAX_SHARD_BYTES = 4 * 2**30
+_BLOCK, _NUM_BLOCKS = 2**16, 64
+"""Bytes of a weight file that enter its digest: this many blocks, evenly spread."""
+
+
+def locate_model(path: str, name: str = "model") -> Path:
+    """The checkpoint that `path` means, found without loading or exporting anything: what `hugging_face_folder` will use.
+
+    Raises:
+        ConfigError: there is no checkpoint.
+    """
+    folder = Path(path)
+    require(folder.is_dir(), f"{name} = {path}; no such folder; give a checkpoint's, or a training run's.")
+    from mpo_megatron.model.convert_folder import find_megatron_checkpoint
+
+    checkpoint = find_megatron_checkpoint(folder)
+    if checkpoint is not None:
+        return checkpoint
+    require(
+        (folder / "config.json").is_file(),
+        f"{name} = {path}; it is neither a Hugging Face checkpoint (no config.json) nor one of ours (no megatron/, no "
+        "checkpoints/step_*).",
+    )
+    return folder
+
+
+def side_files(checkpoint: Path) -> Path:
+    """The folder with a located checkpoint's config.json and tokenizer."""
+    return checkpoint / "hf" if (checkpoint / "megatron").is_dir() else checkpoint
+
+
+def hugging_face_folder(checkpoint: Path) -> Path:
+    """The Hugging Face form of a located checkpoint; one of ours is exported into its own folder, once, whoever comes first.
+
+    Raises:
+        ConfigError: the checkpoint cannot be exported, or there is no place for it.
+    """
+    if not (checkpoint / "megatron").is_dir():
+        return checkpoint
+    target = checkpoint / EXPORT_FOLDER
+    if target.is_dir():
+        return target
+    from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
+
+    check_writable(checkpoint, "model")
+    with (checkpoint / f".{EXPORT_FOLDER}.lock").open("w") as lock:  # other shards wait here for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            export_to_hf(checkpoint, target, max_shard_bytes=_MAX_SHARD_BYTES)
+    return target
+
+
+def model_digest(checkpoint: Path) -> str:
+    """A fingerprint of a checkpoint's weights and config: names, sizes and evenly spread blocks of every weight file.
+
+    Not every byte is read, so that naming the model of 30 GB takes no minutes; two checkpoints of one training differ in almost
+    every byte.
+    """
+    digest = hashlib.sha256()
+    weights = checkpoint / "megatron" if (checkpoint / "megatron").is_dir() else checkpoint
+    for path in sorted([*weights.glob("*.safetensors"), *weights.glob("*.bin"), *weights.glob("*.distcp")]):
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in sorted({max(0, size - _BLOCK) * index // (_NUM_BLOCKS - 1) for index in range(_NUM_BLOCKS)}):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    config = side_files(checkpoint) / "config.json"
+    digest.update(config.read_bytes() if config.is_file() else b"")
+    return digest.hexdigest()
+
+
+def read_model_settings(checkpoint: Path) -> dict[str, Any]:
+    """config.json of a located checkpoint.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = side_files(checkpoint) / "config.json"
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); copy the checkpoint again.") from error
+    return settings
+
+
+def choose_device(name: str) -> str:
+    """The device that `auto` or a name of torch's means.
+
+    Raises:
+        ConfigError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device = {name}; torch cannot use it: {str(error).splitlines()[0]}") from error
+    return name

@@ -1,0 +1,192 @@
+"""Prompt files → prompts to answer: what may stand in a line, duplicates, token ids as `mpo prepare` makes them.
+
+A line holds a prompt (a string, or messages), and may hold `group_id`, `reference_answer`, and anything else, which goes along
+under `meta`. Inputs of `mpo prepare`, and the folders it wrote, give their prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.formats import Layout, RowError, detect, parse, read_prompt, read_text
+from mpo_megatron.data.group import INFO_FILE, Message, load_groups
+from mpo_megatron.data.readers import RawRow, Rejection, open_source, read_groups
+from mpo_megatron.rollout.records import Record
+
+_SAMPLE = 64
+"""Rows that the format is told from."""
+_NOT_META = {
+    *("prompt", "messages", "instruction", "question", "system", "system_prompt", "group_id", "id", "meta", "reference_answer"),
+    *("responses", "all_generated_responses", "rewards", "scores", "all_rm_scores", "labels"),
+}
+"""Fields of a row that are read, or belong to responses that are not taken over."""
+
+
+@dataclass(kw_only=True)
+class PromptSet:
+    """The prompts of an input, distinct, in its order."""
+
+    records: list[Record] = field(default_factory=list)
+    """Group lines that have no responses yet."""
+    token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """By group id: the rendered prompt, as `mpo prepare` would store it."""
+    rejections: list[Rejection] = field(default_factory=list)
+    """Rows that gave no prompt, and why; duplicates among them."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Rows by what became of them: prompts, duplicates, invalid, refused (by the template), too_long."""
+
+    def digest(self) -> str:
+        """sha256 over ids and tokens in order: what the engine is asked."""
+        digest = hashlib.sha256()
+        for record in self.records:
+            digest.update(json.dumps([record["group_id"], self.token_ids[record["group_id"]]]).encode())
+        return digest.hexdigest()
+
+
+def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts: int | None = None) -> PromptSet:
+    """Read, number and tokenize the prompts of an input.
+
+    Raises:
+        DataError: the input cannot be read, gives no prompt, or one id to two prompts.
+    """
+    found, seen, lines_of = PromptSet(), dict[str, str](), dict[str, str]()
+    for where, item in _read_rows(source):
+        if max_prompts is not None and len(found.records) == max_prompts:
+            break
+        if isinstance(item, Rejection):
+            _reject(found, item, "invalid")
+            continue
+        file, _, line = where.rpartition(":")
+        group_id, key = item["group_id"], json.dumps(item["prompt"], sort_keys=True)
+
+        def reject(kind: str, field: str, reason: str, file: str = file, line: str = line, group_id: str = group_id) -> None:
+            _reject(found, Rejection(file=file, line=int(line), group_id=group_id, field=field, reason=reason), kind)
+
+        if key in seen:
+            reject("duplicates", "prompt", f"repeats the prompt of {seen[key]}")
+            continue
+        if group_id in lines_of:
+            raise DataError(f"{where}: group_id = {group_id} is that of another prompt, {lines_of[group_id]}; give each its own.")
+        seen[key] = lines_of[group_id] = where
+        try:
+            ids = tuple(chat.prompt(item["prompt"])[1].tolist())
+        except TemplateError as error:
+            reject("refused", "prompt", f"is refused by the chat template: {error}")
+            continue
+        if len(ids) > max_prompt_tokens:
+            reject("too_long", "prompt", f"has {len(ids)} tokens, max_prompt_tokens = {max_prompt_tokens}")
+            continue
+        found.records.append(item)
+        found.token_ids[group_id] = ids
+    found.counts["prompts"] = len(found.records)
+    if not found.records:
+        first = found.rejections[0] if found.rejections else None
+        reason = f"; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else ""
+        raise DataError(f"prompts = {source}; not one prompt in it is usable{reason}.")
+    return found
+
+
+def _reject(found: PromptSet, rejection: Rejection, kind: str) -> None:
+    found.rejections.append(rejection)
+    found.counts[kind] += 1
+
+
+def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
+    """`file:line` and prompt of every row, from whatever the input is."""
+    if (Path(source) / INFO_FILE).is_file():
+        yield from _read_prepared(Path(source))
+        return
+    rows = iter(open_source(source).rows)
+    head = list(itertools.islice(rows, _SAMPLE))
+    layout = _detect(head)
+    for row in itertools.chain(head, rows):
+        try:
+            if isinstance(row.value, RowError):
+                raise row.value
+            yield f"{row.file}:{row.line}", _read_row(row.value, layout)
+        except RowError as error:
+            yield f"{row.file}:{row.line}", row.reject(error)
+
+
+def _detect(head: Iterable[RawRow]) -> Layout | None:
+    """How to find the prompt in a row, if not by the fields of a prompt file."""
+    sample = [row.value for row in head if isinstance(row.value, dict)]
+    try:
+        layout = detect(sample, "auto", None)
+    except DataError:
+        return None  # prompts without responses, or responses without rewards
+    return None if layout.format == "groups" else layout
+
+
+def _read_row(row: Any, layout: Layout | None) -> Record:
+    """The group line of one row, without responses.
+
+    Raises:
+        RowError: it gives no prompt.
+    """
+    if layout is not None:
+        parsed = parse(row, layout)
+        return _build(parsed.prompt, parsed.group_id, {})
+    if not isinstance(row, Mapping):
+        raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
+    group_id = next((row[name] for name in ("group_id", "id") if row.get(name) is not None), None)
+    if group_id is not None:
+        if isinstance(group_id, bool) or not isinstance(group_id, str | int):
+            raise RowError("group_id", f"is {group_id!r}; use a non-empty string or an integer")
+        group_id = read_text(str(group_id), "group_id")
+    return _build(read_prompt(row), group_id, row)
+
+
+def _build(prompt: tuple[Message, ...], group_id: str | None, row: Mapping[str, Any]) -> Record:
+    messages = [dict(message) for message in prompt]
+    if group_id is None:
+        group_id = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:20]
+    record: Record = {"group_id": group_id, "prompt": messages}
+    if row.get("reference_answer") is not None:
+        record["reference_answer"] = row["reference_answer"]
+    own = row.get("meta") or {}
+    if not isinstance(own, Mapping):
+        raise RowError("meta", f"is of type {type(own).__name__}, not an object with fields")
+    meta = {name: value for name, value in row.items() if name not in _NOT_META and value is not None} | dict(own)
+    if meta:
+        record["meta"] = meta
+    try:
+        json.dumps(record, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise RowError("row", f"has a field that JSON cannot hold: {error}") from error
+    return record
+
+
+def _read_prepared(folder: Path) -> Iterator[tuple[str, Record]]:
+    """Prompts of the groups in a folder of `mpo prepare`, which keeps tokens: the messages come from what it was made from."""
+    groups = load_groups(folder)
+    wanted, options = set(groups.group_ids()), groups.info.config
+    source = options.get("input")
+    if source is None:
+        raise DataError(f"prompts = {folder}; it does not say what it was prepared from; name a file with the prompts.")
+    try:
+        stream = read_groups(
+            source, format_name=options["format"], split=options["split"], subset=options["subset"], rating=options["rating"]
+        )
+    except DataError as error:
+        raise DataError(f"prompts = {folder}; what it was prepared from cannot be read: {error}") from error
+    for item in stream.items:
+        if not isinstance(item, Rejection) and item.group_id in wanted:
+            wanted.remove(item.group_id)
+            yield item.where, _build(item.prompt, item.group_id, {})
+    if wanted:
+        raise DataError(
+            f"prompts = {folder}; {len(wanted)} of its groups, for example {min(wanted)}, are no longer in {source}, which it "
+            "was prepared from; name a file with the prompts."
+        )
