@@ -41,12 +41,12 @@ def select(arguments: Sequence[str]) -> int:
 
 def reference(arguments: Sequence[str]) -> int:
     """Reference log-probs of prepared groups, once for all runs; takes the configuration of `mpo train`."""
-    return _launch("reference", "mpo_megatron.train.reference_main", arguments)
+    return _launch("reference", lambda config: "mpo_megatron.train.reference_main", arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
-    return _launch("train", "mpo_megatron.train", arguments)
+    return _launch("train", lambda config: config.entry_point, arguments)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -96,8 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _launch(name: str, module: str, arguments: Sequence[str]) -> int:
-    """Check a training configuration, then start this machine's ranks of `module` through torchrun."""
+def _launch(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:
+    """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
     launcher = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False)
     launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
     options, own = launcher.parse_known_args(arguments)
@@ -110,7 +110,7 @@ def _launch(name: str, module: str, arguments: Sequence[str]) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.run([*command, "-m", module, *own], env=environment, check=False).returncode
+    return subprocess.run([*command, "-m", module(config), *own], env=environment, check=False).returncode
 
 
 def _usage() -> str:

@@ -70,7 +70,7 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; give the question file of {benchmark}'s own repository.")
     text = path.read_text(encoding="utf-8")
-    questions = []
+    questions: list[Question] = []
     try:
         lines = text.splitlines() if benchmark != "alpaca_eval" else [json.dumps(item) for item in json.loads(text)]
         for line in filter(str.strip, lines):

@@ -38,9 +38,7 @@ class _Box:
     dtype: torch.dtype
 
 
-def send_weights(
-    model: Sequence[torch.nn.Module], hf_config: Any, padded_vocab: int, ranks: Ranks, receive: Receive | None
-) -> None:
+def send_weights(model: Sequence[Any], hf_config: Any, padded_vocab: int, ranks: Ranks, receive: Receive | None) -> None:
     """Give the policy's weights, one after the other, to every rank that wants them; all ranks call it.
 
     Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
@@ -91,13 +89,13 @@ def _place(box: _Box, item: Slice) -> tuple[slice, ...] | None:
     return tuple(slice(start, start + size) for start, size in zip(box.offsets[leading:], box.sizes[leading:], strict=True))
 
 
-def _held_boxes(model: Sequence[torch.nn.Module], ranks: Ranks) -> dict[_Box, Tensor]:
+def _held_boxes(model: Sequence[Any], ranks: Ranks) -> dict[_Box, Tensor]:
     """The boxes that this rank's parts of the model hold."""
     boxes = {}
     for part in model:
         while hasattr(part, "module"):  # DistributedDataParallel, Float16Module
             part = part.module
-        state = part.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})  # type: ignore[operator]
+        state = part.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor) and tensor.data is not None:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import GroupTable, RowShape, group_table, pack
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.objective import Logps
+from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import RowTensors, collect_logps, run_rows
 from mpo_megatron.train.term import unreduced_gradients
 
@@ -28,7 +28,7 @@ def add_kl_gradients(
     kl_weight: float,
     ranks: Ranks,
     shape: RowShape,
-    resident: torch.nn.Module,
+    resident: Resident,
 ) -> tuple[Logps, GroupTable]:
     """Add the regulariser's gradients to the model's buffers, not yet reduced over replicas; all ranks call it.
 

@@ -3,12 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from mpo_megatron.config import ConvertConfig
+from mpo_megatron.config import (
+    CheckpointConfig,
+    ConfigError,
+    ConvertConfig,
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TransformersConfig,
+)
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.rollout.regularizer import build_regularizer, choose_prompts
+from mpo_megatron.train.loop import train
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -42,3 +63,107 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
         # A step's gradients are the sum of both: nothing is reduced twice.
         assert result["sum"] <= 1e-6 * max(result["largest"], result["loss_largest"]), result
         assert result["loss_largest"] > 0
+
+
+STEPS, EVERY = 6, 2
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model (model) and training groups (groups)."""
+    folder = tmp_path_factory.mktemp("live")
+    hf = save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
+    convert(ConvertConfig(input=str(hf), output=str(folder / "model")))
+    save_groups(folder / "groups", random_groups(12, seed=1), hf)
+    return folder
+
+
+def run_config(inputs: Path, output: Path, **online: Any) -> TrainConfig:
+    settings = {"kl_weight": 0.1, "every": EVERY, "num_samples": 10, "max_tokens": 9, **online}
+    return TrainConfig(
+        output=str(output),
+        model=ModelConfig(checkpoint=str(inputs / "model"), precision="fp32"),
+        data=DataConfig(train=str(inputs / "groups"), groups_per_step=3, row_tokens=256),
+        loss=LossConfig(name="spo", params={"alpha": 0.1, "form": "ranked"}),
+        optimizer=OptimizerConfig(lr=1e-2, schedule="constant", warmup_fraction=0.0),
+        checkpoint=CheckpointConfig(every=1, keep=10, asynchronous=False),
+        online=OnlineConfig(**settings),
+        max_steps=STEPS,
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run."""
+    output = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(run_config(inputs, output), build_regularizer)
+    return output
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "sample_kl" in line]
+
+
+def samples(run: Path, step: int) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "online" / f"samples_{step:08d}.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path, step: int, target: Path) -> dict[str, torch.Tensor]:
+    convert(ConvertConfig(input=str(run / "checkpoints" / f"step_{step:08d}"), output=str(target)))
+    return load_file(target / "model.safetensors")
+
+
+def test_a_run_samples_every_t_steps_from_the_policy_it_has_then(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    lines = metrics(undisturbed)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert ["sample_seconds" in line for line in lines] == [True, False] * 3
+    assert lines[0]["sample_kl"] == pytest.approx(0, abs=1e-6)  # the policy is its reference still
+    assert all(line["sample_kl"] > 1e-4 for line in lines[1:])
+    assert all(1 <= line["sample_length"] <= 9 for line in lines)
+    # The exported checkpoint of that step, asked the same, gives the very same samples.
+    weights(undisturbed, EVERY, tmp_path / "hf")
+    tokenizer = load_tokenizer(tmp_path / "hf")
+    engine = EmbeddedEngine.load(tmp_path / "hf", tokenizer, TransformersConfig(dtype="float32"))
+    data, kept = load_groups(inputs / "groups"), samples(undisturbed, EVERY)
+    indices, per_prompt = choose_prompts(data, run_config(inputs, undisturbed), EVERY)
+    assert per_prompt == 2  # six prompts in two steps, ten samples
+    assert sum(len(record["responses"]) for record in kept) == 10
+    assert [record["index"] for record in kept] == indices.tolist()
+    prompts = [
+        Prompt(
+            group_id=data[index].group_id,
+            token_ids=tuple(data[index].prompt_tokens.tolist()),
+            messages=(),
+            seeds=tuple(response["seed"] for response in record["responses"]),
+        )
+        for index, record in zip(indices.tolist(), kept, strict=True)
+    ]
+    found = {item.group_id: item for item in engine.generate(prompts, Sampling(num_responses=2, max_tokens=9))}
+    for record in kept:
+        generated = [list(response.token_ids) for response in found[record["group_id"]].responses]
+        assert generated == [response["tokens"] for response in record["responses"]]
+
+
+@pytest.mark.parametrize("killed_after", [3, 4])
+def test_a_killed_run_continues_bit_by_bit(inputs: Path, undisturbed: Path, tmp_path: Path, killed_after: int) -> None:
+    """After step 3 the samples of step 2 are in use; after step 4 new ones are due."""
+    output = tmp_path / "run"
+    shutil.copytree(undisturbed, output)
+    for step in range(killed_after + 1, STEPS + 1):
+        shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
+    stale = output / "online" / "samples_00000004.jsonl"
+    stale.write_text(stale.read_text().replace('"index": ', '"index": 1')) if killed_after == 3 else stale.unlink()
+    train(run_config(inputs, output), build_regularizer)
+    assert samples(output, 4) == samples(undisturbed, 4)
+    ours, theirs = weights(output, STEPS, tmp_path / "a"), weights(undisturbed, STEPS, tmp_path / "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    for one, other in zip(metrics(output), metrics(undisturbed), strict=True):
+        assert (one["step"], one["loss"], one["sample_kl"]) == (other["step"], other["loss"], other["sample_kl"])
+
+
+def test_refusals(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"online\.max_tokens = 400"):
+        train(run_config(inputs, tmp_path / "run", max_tokens=400), build_regularizer)
+    with pytest.raises(ConfigError, match=r"mpo_megatron\.rollout\.train_main"):
+        train(run_config(inputs, tmp_path / "run"))

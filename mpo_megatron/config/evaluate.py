@@ -1,0 +1,95 @@
+"""Options of `mpo evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config.checks import check_writable, require
+from mpo_megatron.config.train import ModelConfig, ParallelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """Implicit reward log π − log π_ref on held-out groups: how often, and by how much, the preferred responses are above."""
+
+    groups: str
+    """Folder with held-out prepared groups."""
+    model: ModelConfig
+    """`checkpoint`: the policy, a folder that `mpo convert` wrote, a training run or one of its steps; `reference`: its start."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How both are cut over ranks."""
+    row_tokens: int = 8192
+    """Token budget of one packed row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """`mpo evaluate`: held-out groups, sampled reward and win rate, answers for the judges of public benchmarks."""
+
+    output: str
+    """Folder for evaluation.json, evaluation.png and what leads to them; a repeated command continues what is there."""
+    held_out: HeldOutConfig | None = None
+    """Measure the implicit reward on held-out groups."""
+    candidate: str | None = None
+    """What to measure by samples: scored samples (`mpo score`, or a .jsonl of groups whose responses have a reward), samples
+    without rewards (`mpo generate`, or a .jsonl), or a model to sample from: any checkpoint that `mpo generate` takes."""
+    baseline: str | None = None
+    """What to compare the candidate's samples with, prompt by prompt; the same kinds."""
+    prompts: str | None = None
+    """Prompts for models; as in `mpo generate`."""
+    generate: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo generate` for models, without prompts, model and output."""
+    score: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo score` for samples without rewards, without input and output."""
+    alpaca_eval: str | None = None
+    """AlpacaEval's question file; the candidate's answers become `alpaca_eval/model_outputs.json`."""
+    arena_hard: str | None = None
+    """Arena-Hard's question.jsonl; the answers become `arena_hard/model_answer/<name>.jsonl`."""
+    mt_bench: str | None = None
+    """MT-Bench's question.jsonl; the answers to both turns become `mt_bench/model_answer/<name>.jsonl`."""
+    name: str = "candidate"
+    """The candidate's name in plots and in benchmark files."""
+    baseline_name: str = "baseline"
+    """The baseline's name in plots."""
+    num_resamples: int = 1000
+    """Bootstrap resamples for the 95 % intervals."""
+    seed: int = 1234
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        require(self.num_resamples >= 2, f"num_resamples = {self.num_resamples}; it must be at least 2.")
+        for section, reserved in (("generate", ("prompts", "model", "output")), ("score", ("input", "output"))):
+            for name in reserved:
+                require(name not in getattr(self, section), f"{section}.{name}: `mpo evaluate` sets it; leave it out.")
+
+    @property
+    def benchmarks(self) -> dict[str, str]:
+        """The question files given, by benchmark."""
+        files = {"alpaca_eval": self.alpaca_eval, "arena_hard": self.arena_hard, "mt_bench": self.mt_bench}
+        return {name: path for name, path in files.items() if path is not None}
+
+
+def validate_evaluate(config: EvaluateConfig) -> None:
+    """Checks across fields and against the file system: run them before anything loads.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    check_writable(Path(config.output), "output")
+    require(
+        config.held_out is not None or config.candidate is not None,
+        "nothing to evaluate: give held_out (groups with model.checkpoint and model.reference), or candidate.",
+    )
+    require(
+        config.candidate is not None or config.baseline is None,
+        f"baseline = {config.baseline}, but there is no candidate to compare with it; give candidate.",
+    )
+    require(
+        config.candidate is not None or not config.benchmarks,
+        f"{', '.join(config.benchmarks)}: there is no candidate that answers; give candidate, a model.",
+    )
+    for name in ("candidate", "baseline"):
+        path = getattr(config, name)
+        require(path is None or Path(path).exists(), f"{name} = {path}; no such file or folder.")

@@ -1,0 +1,173 @@
+"""Held-out groups, by the policy's implicit reward: does log π − log π_ref put the preferred responses above the others?
+
+`torchrun … -m mpo_megatron.evaluate.held_out --config FILE --key value` is one rank of it; `mpo evaluate` starts them. It writes
+`held_out.jsonl`, one line a group, beside what `mpo evaluate` writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, HeldOutConfig, LossConfig, TrainConfig, parse, require
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.loader import build_step
+from mpo_megatron.data.packing import PackingError
+from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
+from mpo_megatron.model.convert import find_megatron_checkpoint
+from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.model.parallel import model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.loop import build_row_shape, compute_references
+from mpo_megatron.train.metrics import compute_metrics
+from mpo_megatron.train.objective import Logps, group_batch
+from mpo_megatron.train.reference import select_all
+from mpo_megatron.train.step import forward_step
+
+GROUPS_FILE = "held_out.jsonl"
+
+METRICS = ("accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio", "kl")
+"""Those of the trainer that need no loss, by its own definitions (`train/metrics.py`)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupMetrics:
+    """One group's part in each of `METRICS`: a sum and what it is divided by."""
+
+    group_id: str
+    totals: dict[str, float]
+    counts: dict[str, float]
+
+
+def evaluate_held_out(config: HeldOutConfig, output: Path, *, groups_per_step: int = 128) -> list[GroupMetrics]:
+    """Run policy and reference over all groups; every rank calls it and gets them all, the main one writes `held_out.jsonl`.
+
+    The reference's log-probs come from, or go to, the cache that `mpo train` and `mpo reference` keep beside the groups.
+
+    Raises:
+        ConfigError: models, groups and layout do not fit together.
+        DataError: groups or cache are damaged.
+    """
+    training = as_training(config, output, groups_per_step)
+    inputs = check_inputs(training, int(os.environ.get("WORLD_SIZE", "1")))
+    data = inputs.train
+    results = []
+    with model_parallel(training.parallel, training.seed) as ranks:
+        shape = build_row_shape(training, ranks, build_flop_model(inputs.hf_config))
+        policy = build_policy(inputs.hf_config, training.model, training.parallel, ranks, inputs.padded_vocab_size)
+        references = compute_references(training, inputs, policy, ranks, shape)[data.path]
+        checkpoint.load_weights(policy, training.model.checkpoint, ranks)
+        for start in range(0, len(data), groups_per_step):
+            indices = np.arange(start, min(start + groups_per_step, len(data)))
+            batch = build_step(0, data, indices, select_all, shape)
+            logps = forward_step(policy, batch, None, ranks)
+            results += measure_groups(batch.table, logps, references.select(batch.table), inputs.objective.params)
+        if ranks.is_main:
+            write_groups(output / GROUPS_FILE, results)
+    return results
+
+
+def as_training(config: HeldOutConfig, output: Path, groups_per_step: int) -> TrainConfig:
+    """The training run whose step 0 evaluation is what is wanted: the checks and the cache's key are then the trainer's.
+
+    Raises:
+        ConfigError: no checkpoint where one should be, or no reference.
+    """
+    reference = config.model.reference
+    require(
+        reference is not None,
+        "held_out.model.reference = None; the implicit reward is log π − log π_ref: give what training started from.",
+    )
+    data = load_groups(config.groups)
+    labels_only = data.info.reward_kind == "labels"
+    return TrainConfig(
+        output=str(output),
+        model=replace(config.model, checkpoint=_newest(config.model.checkpoint), reference=_newest(str(reference))),
+        data=DataConfig(train=config.groups, groups_per_step=groups_per_step, row_tokens=config.row_tokens),
+        parallel=config.parallel,
+        loss=LossConfig(name="mpo", params={"partition": "labels"} if labels_only else {}),
+    )
+
+
+def measure_groups(table: Any, policy: Logps, reference: Logps, params: object) -> list[GroupMetrics]:
+    """The metrics of each group by itself."""
+    everything = torch.from_numpy(table.valid).to(policy.response.device)
+    results = []
+    for slot, group_id in enumerate(table.group_ids):
+        one = torch.tensor([slot])
+        batch = group_batch(table, Logps(response=policy.response[slot : slot + 1]), reference, slots=one)
+        zero = torch.zeros(1, dtype=torch.float64, device=everything.device)
+        means = compute_metrics(batch, zero, zero == 0, everything[slot : slot + 1], params)
+        totals = {name: means[name].total for name in METRICS}
+        results.append(
+            GroupMetrics(group_id=group_id, totals=totals, counts={name: float(means[name].count) for name in METRICS})
+        )
+    return results
+
+
+def summarize(groups: list[GroupMetrics], *, num_resamples: int, seed: int) -> dict[str, Any]:
+    """Every metric with its interval over groups, and how many groups tell nothing: those without a contrast.
+
+    Raises:
+        DataError: no group has a contrast.
+    """
+    contrast = [group for group in groups if group.counts["margin"]]
+    if not contrast:
+        raise DataError(f"not one of {len(groups)} held-out groups has a preferred and another response.")
+    summary: dict[str, Any] = {"groups": len(groups), "without_contrast": len(groups) - len(contrast)}
+    for name in METRICS:
+        totals = np.array([group.totals[name] for group in contrast])
+        counts = np.array([group.counts[name] for group in contrast])
+        estimate: Estimate = bootstrap(_ratio(totals, counts), len(contrast), num_resamples=num_resamples, seed=seed)
+        summary[name] = vars(estimate)
+    return summary
+
+
+def write_groups(path: Path, groups: list[GroupMetrics]) -> None:
+    """One line a group: what it contributes to each metric."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(json.dumps(vars(group)) + "\n" for group in groups), encoding="utf-8")
+    partial.replace(path)
+
+
+def read_groups(path: Path) -> list[GroupMetrics]:
+    """What `write_groups` wrote."""
+    return [GroupMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _ratio(totals: Floats, counts: Floats) -> Callable[[Floats], float]:
+    return lambda weights: float(weights @ totals / (weights @ counts))
+
+
+def _newest(folder: str) -> str:
+    return str(find_megatron_checkpoint(Path(folder)) or folder)
+
+
+def main() -> int:
+    """One rank: parse the command line of `mpo evaluate` and do its held-out part."""
+    try:
+        config = parse(EvaluateConfig, program="mpo evaluate")
+        require(config.held_out is not None, "held_out is not configured.")
+        assert config.held_out is not None
+        evaluate_held_out(config.held_out, Path(config.output))
+    except (ConfigError, DataError, PackingError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mpo evaluate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

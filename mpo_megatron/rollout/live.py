@@ -1,0 +1,126 @@
+"""Sampling from the policy while it trains: weights gathered from its shards into an engine, no checkpoint in between.
+
+One rank of each model replica (the first of its tensor, context and pipeline ranks) has an engine and samples its share of the
+prompts; all ranks take part in gathering weights, and all get all samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.distributed import all_gather_object, get_world_size
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers.utils import logging as transformers_logging
+
+from mpo_megatron import device
+from mpo_megatron.config import TrainConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.model.live_weights import send_weights
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
+from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.train.inputs import Inputs
+
+BATCH_SIZE = 32
+"""Responses that the embedded engine generates side by side."""
+
+
+class LiveEngine(Protocol):
+    """An engine whose weights can be replaced."""
+
+    def receive(self, name: str, weight: Tensor) -> None:
+        """Take one weight, by its Hugging Face name; the tensor belongs to the caller again afterwards."""
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+        """Answer every prompt with the weights received since the last call."""
+
+
+class LivePolicy:
+    """The policy as it is, to sample from."""
+
+    def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
+        """Start the engine on the ranks that have one.
+
+        Raises:
+            ConfigError: the engine is not installed, or cannot be used here.
+        """
+        self.inputs, self.ranks = inputs, ranks
+        self.engine: LiveEngine | None = None
+        if ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0:
+            self.engine = build_live_engine(config, inputs.hf_config)
+
+    def sample(self, model: list[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+        """Answers of the policy as it is now, in the order of the prompts; all ranks call it and get the same.
+
+        Raises:
+            DataError: the engine has no answer to a prompt.
+        """
+        for part in model:
+            if part.ddp_config.overlap_param_gather:  # the last update's weights may be on their way still
+                part.start_param_sync(force_sync=True)
+        receive: Callable[[str, Tensor], None] | None = None if self.engine is None else self.engine.receive
+        send_weights(model, self.inputs.hf_config, self.inputs.padded_vocab_size, self.ranks, receive)
+        own = prompts[self.ranks.data_rank :: self.ranks.data_size]
+        generations = [] if self.engine is None else list(self.engine.generate(own, sampling))
+        everyone = [generations]
+        if get_world_size() > 1:
+            everyone = [[] for _ in range(get_world_size())]
+            all_gather_object(everyone, generations)
+        found = {generation.group_id: generation for part in everyone for generation in part}
+        for prompt in prompts:
+            if not found[prompt.group_id].responses:
+                reason = found[prompt.group_id].error
+                raise DataError(f"group {prompt.group_id}: the policy gave no sample ({reason}); look at the engine's log.")
+        return [found[prompt.group_id] for prompt in prompts]
+
+
+class EmbeddedLiveEngine:
+    """A `transformers` model made anew for every batch of samples, and gone when they are drawn: training has its memory back.
+
+    Weights pass through host memory, where they are collected under the names they have in checkpoints; `transformers` itself
+    puts them in place (experts, for example, become one tensor).
+    """
+
+    def __init__(self, hf_config: PretrainedConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+        self.hf_config, self.tokenizer, self.dtype = hf_config, tokenizer, dtype
+        self.weights: dict[str, Tensor] = {}
+
+    def receive(self, name: str, weight: Tensor) -> None:
+        """Keep a copy on the host."""
+        self.weights[name] = weight.detach().to("cpu", copy=True)
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+        """Build the model, answer, and drop it."""
+        transformers_logging.disable_progress_bar()
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.hf_config)]
+        model, report = kind.from_pretrained(
+            None, config=self.hf_config, state_dict=self.weights, dtype=self.dtype, output_loading_info=True
+        )
+        self.weights = {}
+        if report["missing_keys"]:
+            raise RuntimeError(f"the policy gave no weights for {sorted(report['missing_keys'])[:4]}.")
+        engine = EmbeddedEngine(model.to(device.device()).eval(), self.tokenizer, batch_size=BATCH_SIZE)
+        try:
+            yield from engine.generate(prompts, sampling)
+        finally:
+            engine.close()
+
+
+def build_live_engine(config: TrainConfig, hf_config: PretrainedConfig) -> LiveEngine:
+    """The engine that `online.engine` names, on this rank.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    folder = Path(config.model.checkpoint)
+    dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
+    if config.online.engine == "transformers":
+        return EmbeddedLiveEngine(hf_config, load_tokenizer(folder), dtype)
+    from mpo_megatron.rollout.live_vllm import VllmLiveEngine  # needs vLLM
+
+    return VllmLiveEngine(folder / "hf", dtype)
