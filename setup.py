@@ -14,6 +14,7 @@ REQUIRED = [
     "safetensors>=0.5",
     "pyarrow>=18",
     "numpy>=1.26",
+    "xxhash>=3",
     "einops>=0.8",  # megatron-core imports it without declaring it
     "psutil>=5.9",  # so does its checkpoint writer
     "jsonargparse[signatures]>=4.49,<5",

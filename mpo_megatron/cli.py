@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 
@@ -100,6 +98,7 @@ def _launch(name: str, module: Callable[[TrainConfig], str], arguments: Sequence
     """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
     launcher = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False)
     launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
+    launcher.add_argument("--max_restarts", type=int, default=0, help="How often all ranks are started again when one fails.")
     options, own = launcher.parse_known_args(arguments)
     config = parse(TrainConfig, own, f"mpo {name}")
     from mpo_megatron.train.inputs import check_inputs
@@ -107,10 +106,9 @@ def _launch(name: str, module: Callable[[TrainConfig], str], arguments: Sequence
     parallel = config.parallel
     num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)
     check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-    return subprocess.run([*command, "-m", module(config), *own], env=environment, check=False).returncode
+    from mpo_megatron.train.launcher import launch as start
+
+    return start(module(config), own, num_ranks=num_ranks, max_restarts=options.max_restarts)
 
 
 def _usage() -> str:

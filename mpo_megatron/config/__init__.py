@@ -24,6 +24,7 @@ from mpo_megatron.config.select import SelectConfig
 from mpo_megatron.config.train import (
     CheckpointConfig,
     DataConfig,
+    FaultConfig,
     LoggingConfig,
     LossConfig,
     ModelConfig,
@@ -40,6 +41,7 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "EndpointConfig",
+    "FaultConfig",
     "GenerateConfig",
     "JobConfig",
     "KubernetesJob",

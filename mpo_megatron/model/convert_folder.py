@@ -71,8 +71,8 @@ def find_megatron_checkpoint(source: Path) -> Path | None:
         return source
     if not (source / "checkpoints").is_dir():
         return None
-    # A save in progress, or one that was killed, is named step_*.partial.
-    steps = sorted((path for path in (source / "checkpoints").glob("step_*") if path.suffix != ".partial"), reverse=True)
+    # A save in progress, one that was killed, and a damaged one have a suffix: step_*.partial-….
+    steps = sorted((path for path in (source / "checkpoints").glob("step_*") if not path.suffix), reverse=True)
     for step in steps:
         # Megatron-Core writes metadata.json when everything else of the checkpoint is on disk.
         if all((step / name).is_file() for name in ("megatron/metadata.json", "hf/config.json", "conversion.json")):

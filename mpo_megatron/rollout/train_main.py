@@ -1,33 +1,28 @@
 """`torchrun … -m mpo_megatron.rollout.train_main --config FILE --key value`: a rank of a run that samples (`online`)."""
 
-import os
-import sys
+from __future__ import annotations
 
-# Megatron's checkpoint writer starts helper processes that import this module again: keep it light and guarded.
+import sys
+from typing import TYPE_CHECKING
+
+from mpo_megatron.train import signals
+from mpo_megatron.train.__main__ import run
+
+if TYPE_CHECKING:
+    from mpo_megatron.config import TrainConfig
 
 
 def main() -> int:
-    """Parse the command line and train; a message instead of a traceback for what a user can mend."""
-    from mpo_megatron.config import ConfigError, TrainConfig, parse
+    """Parse the command line and train; exit codes as of `mpo_megatron.train`."""
+    signals.listen()
 
-    try:
-        config = parse(TrainConfig, program="mpo train")
-        from mpo_megatron.data import DataError
+    def train(config: TrainConfig) -> str | None:
         from mpo_megatron.rollout.regularizer import build_regularizer
-        from mpo_megatron.train.loop import TrainingError, train
-    except ConfigError as error:
-        return _fail(error)
-    try:
-        train(config, build_regularizer if config.online.kl_weight > 0 else None)
-    except (ConfigError, DataError, TrainingError) as error:
-        return _fail(error)
-    return 0
+        from mpo_megatron.train.loop import train
 
+        return train(config, build_regularizer if config.online.kl_weight > 0 else None)
 
-def _fail(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"mpo train: {error}", file=sys.stderr)
-    return 2
+    return run(train)
 
 
 if __name__ == "__main__":

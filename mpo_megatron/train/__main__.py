@@ -1,32 +1,95 @@
-"""`torchrun … -m mpo_megatron.train --config FILE --key value`: one rank of a training run."""
+"""`torchrun … -m mpo_megatron.train --config FILE --key value`: one rank of a training run.
 
+Exit codes: 0 the run is complete; 2 a person must mend something, the message says what; `faults.requeue_code` (75) the run was
+asked to stop, has saved, and goes on when it is started again; anything else: a failure, start it again.
+"""
+
+from __future__ import annotations
+
+import contextlib
 import os
 import sys
+from typing import TYPE_CHECKING
 
-# Megatron's checkpoint writer starts helper processes that import this module again: keep it light and guarded.
+from mpo_megatron.train import signals
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mpo_megatron.config import TrainConfig
+
+EXIT_FILE = "MPO_EXIT_FILE"
+"""Environment variable with the file in which `mpo train` looks for the exit code, which torchrun does not pass on."""
 
 
 def main() -> int:
-    """Parse the command line and train; a message instead of a traceback for what a user can mend."""
+    """Parse the command line and train."""
+    signals.listen()  # before anything heavy is imported: a request to stop may come at any time
+
+    def train(config: TrainConfig) -> str | None:
+        from mpo_megatron.train.loop import train
+
+        return train(config)
+
+    return run(train)
+
+
+def run(train: Callable[[TrainConfig], str | None]) -> int:
+    """Parse the command line and train with the given function; a message instead of a traceback for what a user can mend.
+
+    Args:
+        train: returns why it stopped early, or None
+    Returns:
+        The exit code.
+    """
     from mpo_megatron.config import ConfigError, TrainConfig, parse
 
+    _forget_exit_code()
     try:
         config = parse(TrainConfig, program="mpo train")
         from mpo_megatron.data import DataError
-        from mpo_megatron.train.loop import TrainingError, train
+        from mpo_megatron.train.incidents import TrainingError
+        from mpo_megatron.train.step_folders import SaveError
     except ConfigError as error:
         return _fail(error)
     try:
-        train(config)
-    except (ConfigError, DataError, TrainingError) as error:
+        stopped = train(config)
+    except (ConfigError, DataError, SaveError, TrainingError) as error:
         return _fail(error)
-    return 0
+    if stopped is None:
+        return 0
+    if _is_main():
+        print(f"stopped and saved: {stopped}; the same command goes on from here", flush=True)
+    return _leave(config.faults.requeue_code)
 
 
 def _fail(error: Exception) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(f"mpo train: {error}", file=sys.stderr)
+    _leave(2)
     return 2
+
+
+def _leave(code: int) -> int:
+    """The exit code for a rank that leaves in good order, which is no failure to torchrun: it would answer one with a restart."""
+    path = os.environ.get(EXIT_FILE)
+    if path is None:
+        return code
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        with open(path, "w") as file:
+            file.write(str(code))
+    return 0
+
+
+def _forget_exit_code() -> None:
+    """What ranks left that failed before these were started in their place."""
+    if EXIT_FILE in os.environ and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.environ[EXIT_FILE])
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

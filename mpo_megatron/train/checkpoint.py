@@ -1,26 +1,18 @@
-"""Checkpoints of a run: Megatron distributed checkpoints, complete or invisible, loadable on any layout.
+"""Weights and optimizer states to and from Megatron distributed checkpoints, loadable on any layout.
 
-    <run>/checkpoints/step_00000100/
-        megatron/         weights and optimizer states (torch_dist)
-        hf/               config, tokenizer, generation config of the model, for `mpo convert`
-        conversion.json   as written by `mpo convert`
-        state.json        step and what the run must agree on to continue
-
-A checkpoint is written under a temporary name and renamed when it is complete, so a killed save never hides an older one.
+What a checkpoint's folder holds, and which one counts, is in step_folders.py; when and how it is written, in saving.py.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from dataclasses import asdict, dataclass
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
     FullyParallelSaveStrategyWrapper,
@@ -35,25 +27,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.step_folders import RunState
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP."""
-
-SIDE_FILES = ("hf", "conversion.json")
-"""What a step's folder carries over from the model's checkpoint."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunState:
-    """Where a run stands, and what must stay the same for it to continue."""
-
-    step: int
-    """Optimizer steps done."""
-    seed: int
-    groups_per_step: int
-    total_steps: int
-    data_digest: str
-    loss: str
 
 
 def verify(folder: Path) -> None:
@@ -69,6 +46,14 @@ def verify(folder: Path) -> None:
     reader.check_files(set(reader.tensors))
 
 
+def estimate_bytes(model: Path, precision: str) -> int:
+    """Size of a run's checkpoint, from the metadata of the model it starts from: weights in the precision of training, and
+    float32 weights, gradient means and squares of Adam."""
+    reader = CheckpointReader(model / "megatron")
+    numbers = sum(math.prod(entry.size) for key, entry in reader.tensors.items() if not key.startswith("optimizer."))
+    return numbers * ({"bf16": 2, "fp32": 4}[precision] + 3 * 4)
+
+
 def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks) -> None:
     """Load the weights of a Megatron checkpoint folder (from `mpo convert` or a run's step) into the model, on any layout.
 
@@ -81,74 +66,35 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
         _unwrap(part).load_state_dict(loaded[name], strict=False)
 
 
-def save(
-    run: Path, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks, source: Path
-) -> Path:
-    """Write the checkpoint of `state.step`; all ranks call it. Returns its folder.
+def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> AsyncRequest:
+    """Plan a checkpoint over all ranks: what this rank is to write, and what finishes the checkpoint when all have.
 
-    Args:
-        source: checkpoint folder of the model, whose side files go along
+    All ranks call it. Optimizer states are gathered and copied here, weights are not.
     """
-    final = run / "checkpoints" / f"step_{state.step:08d}"
-    partial = final.with_name(final.name + ".partial")
-    if ranks.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "megatron").mkdir(parents=True)
-    torch.distributed.barrier()
     states: dict[str, Any] = _model_states(model, ranks)
-    states["optimizer"] = optimizer.sharded_state_dict(states["model"], metadata=_content(ranks))
-    dist_checkpointing.save(
+    _fill_optimizer_state(optimizer)
+    states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
+    request = dist_checkpointing.save(
         states,
-        str(partial / "megatron"),
-        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1), ranks.groups.dp_cp),
+        str(folder / "megatron"),
+        # One file a rank.
+        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), ranks.groups.dp_cp),
+        async_sharded_save=True,
         content_metadata=CONTENT,
     )
-    torch.distributed.barrier()
-    if ranks.is_main:
-        copy_side_files(source, partial)
-        (partial / "state.json").write_text(json.dumps(asdict(state), indent=2) + "\n")
-        _sync_folder(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync(final.parent)
-    torch.distributed.barrier()
-    return final
+    assert request is not None
+    return request
 
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
     """Restore weights and optimizer states from a step's folder, on any layout."""
     states: dict[str, Any] = _model_states(model, ranks)
     _fill_optimizer_state(optimizer)
-    states["optimizer"] = optimizer.sharded_state_dict(states["model"], is_loading=True, metadata=_content(ranks))
+    states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), is_loading=True, metadata=_content(ranks))
     loaded = _load(states, folder, ranks)
     for name, part in zip(_model_states(model, ranks), model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
     _load_optimizer(optimizer, loaded["optimizer"])
-
-
-def newest(run: Path) -> Path | None:
-    """Folder of the newest complete checkpoint of a run, or None."""
-    steps = complete_steps(run)
-    return steps[-1] if steps else None
-
-
-def complete_steps(run: Path) -> list[Path]:
-    """Folders of a run's complete checkpoints, oldest first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted(folder for folder in folders if folder.suffix != ".partial" and (folder / "state.json").is_file())
-
-
-def read_state(folder: Path) -> RunState:
-    """The run state in a step's folder."""
-    return RunState(**json.loads((folder / "state.json").read_text()))
-
-
-def remove_old(run: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed saves left."""
-    for folder in complete_steps(run)[:-keep]:
-        shutil.rmtree(folder)
-    for folder in (run / "checkpoints").glob("*.partial"):
-        shutil.rmtree(folder)
 
 
 def check_same_run(saved: RunState, current: RunState, folder: Path) -> None:
@@ -166,15 +112,6 @@ def check_same_run(saved: RunState, current: RunState, folder: Path) -> None:
             )
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and conversion record from one checkpoint folder to another."""
-    for name in SIDE_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        else:
-            shutil.copy2(source / name, target / name)
-
-
 def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
     """Sharded state dicts of the model's parts, without Transformer Engine's extra states, which hold no weights."""
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
@@ -183,6 +120,11 @@ def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
         state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
         states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
     return states
+
+
+def _optimizer_view(states: dict[str, Any]) -> dict[str, Any]:
+    """The model's states as the optimizer looks its parameters up in them: one part's own, or all parts'."""
+    return states["model"] if "model" in states else dict(states)
 
 
 def _content(ranks: Ranks) -> dict[str, Any]:
@@ -211,10 +153,26 @@ def _unwrap(part: Any) -> Any:
 
 
 def _fill_optimizer_state(optimizer: Any) -> None:
-    """Give a fresh optimizer the empty states that loading fills: torch's AdamW makes them only at its first step."""
+    """Give an optimizer that has made no step yet the states of one: means 0, and no step counted.
+
+    Adam makes them only at its first step, and Megatron can neither save nor load what is not there. Its own way is a step
+    with gradients of 0, which counts, and with weight decay changes weights unless the learning rate is 0.
+    """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not single.optimizer.state:
-            single._init_optimizer_states_with_dummy_values()
+        if getattr(single, "is_stub_optimizer", False) or single.optimizer.state:
+            continue
+        groups = single.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        single._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:  # Transformer Engine's Adam counts by group
+                group["step"] = 0
+        for state in single.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
 
 
 def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
@@ -232,16 +190,3 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     for state, count in zip(states, counts, strict=True):
         if count is not None:
             state["step"] = count.clone()
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

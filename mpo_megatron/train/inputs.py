@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.convert import Conversion, load_conversion
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
+from mpo_megatron.train.step_folders import complete_steps, require_space
 from mpo_megatron.train.tracking import check_installed
 
 
@@ -76,6 +78,8 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
     num_groups = len(opened["data.train"])
     epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
+    total_steps = config.max_steps or max(1, round(config.epochs * epoch_steps))
+    check_space(config, total_steps)
     return Inputs(
         hf_config=hf_config,
         padded_vocab_size=conversion.padded_vocab_size,
@@ -84,8 +88,23 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         train=opened["data.train"],
         held_out=opened.get("data.eval"),
         objective=objective,
-        total_steps=config.max_steps or max(1, round(config.epochs * epoch_steps)),
+        total_steps=total_steps,
     )
+
+
+def check_space(config: TrainConfig, total_steps: int) -> None:
+    """Check that the run's disk holds the checkpoints that will be there at one time, besides those that are there already.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    settings = config.checkpoint
+    saves = math.ceil(total_steps / settings.every) if settings.every else 1
+    most = min(saves, settings.keep + settings.keep_best + 1)  # while one is written, those to be kept are still there
+    there = len(complete_steps(Path(config.output))) if settings.resume else 0
+    size = checkpoint.estimate_bytes(Path(config.model.checkpoint), config.model.precision)
+    missing = max(1, most - there)
+    require_space(Path(config.output), missing * size, f"room for {missing} checkpoints of about {size / 1e9:,.3f} GB")
 
 
 def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:

@@ -26,16 +26,20 @@ from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train.faults import Supervisor, seed_everything
+from mpo_megatron.train.incidents import Guard, Judgement, TrainingError, record
 from mpo_megatron.train.inputs import Inputs, check_inputs
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
+from mpo_megatron.train.saving import Saver, check_whole, choose_checkpoint
 from mpo_megatron.train.step import (
     forward_step,
     fused_step,
     prepare_schedules,
     two_phase_step,
 )
+from mpo_megatron.train.step_folders import RunState, read_state
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.tracking import Tracker, build_trackers
 
@@ -43,18 +47,17 @@ TOKEN_MULTIPLE = 16
 """Rows are padded to a multiple of this per part of a row (`row_parts`): sequence parallelism and FP8 GEMMs need even parts."""
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and what to look at."""
-
-
-def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> None:
+def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
     """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
 
     Args:
         build_term: makes a term to add to every step's loss, once the models are loaded
+    Returns:
+        None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved.
     Raises:
         ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
         TrainingError: a step's loss is not finite; the weights are those before that step.
+        SaveError: a checkpoint could not be written.
     """
     require(
         build_term is not None or config.online.kl_weight == 0,
@@ -63,6 +66,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
     )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:
+        check_whole(Path(config.model.checkpoint))
         flops = build_flop_model(inputs.hf_config)
         shape = build_row_shape(config, ranks, flops)
         policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
@@ -80,7 +84,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
             model=model,
             resident=load_resident(config, inputs, ranks),
         )
-        run.train(None if build_term is None else build_term(run))
+        return run.train(None if build_term is None else build_term(run))
 
 
 def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowShape:
@@ -164,35 +168,69 @@ class Run:
         """The run's folder."""
         return Path(self.config.output)
 
-    def train(self, term: GradientTerm | None) -> None:
-        """Resume or start, then step, evaluate and save until the last step."""
+    def train(self, term: GradientTerm | None) -> str | None:
+        """Resume or start, then step, evaluate and save until the last step, or until asked to stop; why it stopped early."""
         config, total_steps = self.config, self.inputs.total_steps
         adam = optimizer.build_optimizer(config.optimizer, self.model, self.ranks)
-        done = self.resume(adam)
+        saved = self.resume(adam)
+        done = saved.step
         if term is not None:
             term.resume(done)
         scheduler = optimizer.build_scheduler(config.optimizer, adam, total_steps=total_steps, start_step=done)
+        guard = Guard(config.faults, saved.recent_losses, saved.recent_norms, saved.skipped_steps)
+        saver = self.build_saver()
+        supervisor = Supervisor(config.faults, self.folder)
+        supervisor.watch_reduction(self.model)
         trackers = self.start_tracking(done)
         try:
-            if done == 0:
-                self.evaluate(0, trackers)
-            for batch in self.steps(range(done, total_steps)):
-                metrics = self.step(batch, adam, term)
+            if self.evaluates(done) and not saved.held_out:
+                supervisor.watchdog.beat(f"evaluation at step {done}")
+                self.evaluate(done, trackers)
+            for batch in supervisor.watch_data(self.steps(range(done, total_steps))):
+                supervisor.watchdog.beat(f"step {batch.step + 1}")
+                metrics = self.step(batch, adam, term, guard)
                 scheduler.step(1)
                 done = batch.step + 1
+                agreement = supervisor.after_step(has_written=saver.has_written, save_seconds=saver.seconds)
                 for tracker in trackers:
-                    tracker.log(done, metrics)
-                if done == total_steps or (config.eval_every and done % config.eval_every == 0):
-                    self.evaluate(done, trackers)
-                if done == total_steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
-                    self.save(done, adam)
+                    tracker.log(done, {**metrics, **agreement.metrics})
+                if agreement.all_written:
+                    saver.finish()
+                held_out: dict[str, float] = {}
+                stops = agreement.stop is not None and done < total_steps
+                if self.evaluates(done) and not stops:
+                    supervisor.watchdog.beat(f"evaluation at step {done}")
+                    held_out = self.evaluate(done, trackers)
+                if stops or done == total_steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                    supervisor.watchdog.beat(f"save at step {done}")
+                    saver.start(self.state(done, held_out, guard), self.model, adam)
+                if stops:
+                    saver.finish()
+                    return agreement.stop
+            supervisor.watchdog.beat(f"the last save at step {done}")
+            saver.finish()
+        except TrainingError:  # raised by all ranks at the same place, so that they can finish together what they began to save
+            saver.finish()
+            raise
         finally:
+            supervisor.close()
             for tracker in trackers:
                 tracker.close()
+        return None
 
-    def step(self, batch: StepBatch, adam: Any, term: GradientTerm | None) -> dict[str, float]:
-        """One optimizer step and its metrics."""
+    def evaluates(self, step: int) -> bool:
+        """Whether the held-out groups are evaluated after a step."""
+        every = self.config.eval_every
+        return step in (0, self.inputs.total_steps) or (every > 0 and step % every == 0)
+
+    def step(self, batch: StepBatch, adam: Any, term: GradientTerm | None, guard: Guard) -> dict[str, float]:
+        """One optimizer step and its metrics.
+
+        Raises:
+            TrainingError: the step looks wrong, and the run is to end then.
+        """
         started = time.perf_counter()
+        seed_everything(self.config.seed, batch.step)
         optimizer.zero_gradients(self.model, adam)
         learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
         objective, reference = self.inputs.objective, self.reference(self.inputs.train, batch)
@@ -206,8 +244,13 @@ class Run:
                 )
             else:
                 policy = fused_step(self.model, batch, reference, objective, self.ranks, self.resident)
-            learned = self.metrics(batch, policy, reference)
-            _, norm = optimizer.update(self.model, adam)
+            learned, losses = self.metrics(batch, policy, reference)
+            norm = optimizer.gradient_norm(adam)
+            judgement = guard.judge(learned["loss"].value, norm)
+            if judgement.wrong is not None:
+                self.report(batch, judgement, losses, policy, reference, norm)
+            if judgement.apply:
+                optimizer.update(self.model, adam)
         else:  # nothing to learn from: the weights stay as they are
             learned = {}
         device.synchronize()
@@ -219,6 +262,7 @@ class Run:
             "lr": learning_rate,
             "epoch": (batch.step + 1) / steps_per_epoch(len(self.inputs.train), self.config.data.groups_per_step),
             "skipped_groups": int((~batch.contributes).sum()),
+            **({"skipped_steps": guard.skipped} if guard.skipped else {}),
             **({"backward_share": backward_share} if backward_share < 1 else {}),
             **self.throughput(batch, seconds),
             "peak_memory_gib": device.peak_memory_gib(),
@@ -238,30 +282,47 @@ class Run:
             )
         return self.config.loss.step == "two_phase" or self.inputs.objective.needs_whole_batch or bool(batch.plan.split_groups)
 
-    def metrics(self, batch: StepBatch, policy: Logps, reference: Logps) -> dict[str, Mean]:
-        """Metrics of a step from the log-probs of all its responses; the same on every rank.
-
-        Raises:
-            TrainingError: a group's loss is not finite.
-        """
+    def metrics(self, batch: StepBatch, policy: Logps, reference: Logps) -> tuple[dict[str, Mean], torch.Tensor]:
+        """Metrics of a step from the log-probs of all its responses, and the loss of each group [G]; the same on every rank."""
         groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
         losses = self.inputs.objective.compute(groups).detach()
-        broken = (~losses.isfinite()).nonzero().flatten().tolist()
-        if broken:
-            names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
-            raise TrainingError(
-                f"step {batch.step + 1}: the loss of {len(broken)} groups is not finite (groups {names}); the weights are those "
-                "before this step; look at these groups with their rewards, or lower optimizer.lr."
-            )
         contributes = torch.from_numpy(batch.contributes).to(losses.device)
         computed = torch.from_numpy(batch.in_rows).to(losses.device)
-        return compute_metrics(groups, losses, contributes, computed, self.inputs.objective.params)
+        return compute_metrics(groups, losses, contributes, computed, self.inputs.objective.params), losses
 
-    def evaluate(self, step: int, trackers: list[Tracker]) -> None:
-        """Metrics over all held-out groups."""
-        data = self.inputs.held_out
+    def report(
+        self, batch: StepBatch, judgement: Judgement, losses: torch.Tensor, policy: Logps, reference: Logps, norm: float
+    ) -> None:
+        """Write down a step that looked wrong.
+
+        Raises:
+            TrainingError: the run is to end.
+        """
+        broken = (~losses.isfinite()).nonzero().flatten().tolist()
+        names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
+        message = f"step {batch.step + 1}: {judgement.wrong}{f' (groups {names})' if names else ''}"
+        if self.ranks.is_main:
+            tokenizer = Path(self.config.model.checkpoint)
+            path = record(
+                self.folder / "incidents", batch, judgement.wrong or "", losses, policy, reference, norm, tokenizer=tokenizer
+            )
+            print(f"{message}; {'applied' if judgement.apply else 'not applied'}; its groups: {path}", flush=True)
+        if judgement.stop:
+            raise TrainingError(
+                f"{message}; the weights are those before this step. Look at its groups in {self.folder / 'incidents'}, mend the "
+                "data, lower optimizer.lr, or go on without such steps (faults.on_nan, faults.on_spike: skip)."
+            )
+
+    def evaluate(self, step: int, trackers: list[Tracker]) -> dict[str, float]:
+        """Metrics over all held-out groups.
+
+        Raises:
+            ConfigError: no held-out group carries a contrast, or they have no metric `checkpoint.best_metric`.
+            TrainingError: a group's loss is not finite.
+        """
+        data, best = self.inputs.held_out, self.config.checkpoint
         if data is None:
-            return
+            return {}
         parts = []
         size = self.config.data.groups_per_step
         for start in range(0, len(data), size):
@@ -269,11 +330,22 @@ class Run:
             batch = build_step(0, data, indices, self.inputs.objective.select, self.shape)
             if batch.contributes.any():
                 policy = forward_step(self.model, batch, self.inputs.objective, self.ranks, self.resident)
-                parts.append(self.metrics(batch, policy, self.reference(data, batch)))
+                learned, losses = self.metrics(batch, policy, self.reference(data, batch))
+                broken = (~losses.isfinite()).nonzero().flatten().tolist()
+                if broken:
+                    names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
+                    raise TrainingError(f"step {step}: the loss of {len(broken)} held-out groups is not finite (groups {names}).")
+                parts.append(learned)
         if not parts:
             raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
+        metrics = {f"eval/{name}": value for name, value in combine(parts).items()}
+        require(
+            best.keep_best == 0 or best.best_metric in metrics,
+            f"checkpoint.best_metric = {best.best_metric}; there is no such metric, choose one of {', '.join(metrics)}.",
+        )
         for tracker in trackers:
-            tracker.log(step, {f"eval/{name}": value for name, value in combine(parts).items()})
+            tracker.log(step, metrics)
+        return metrics
 
     def throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
         """Rates of a step over all ranks; FLOPs are the model's own, without recomputation."""
@@ -316,36 +388,37 @@ class Run:
         except PackingError as error:
             raise ConfigError(str(error)) from error
 
-    def state(self, step: int) -> checkpoint.RunState:
+    def state(self, step: int, held_out: dict[str, float], guard: Guard) -> RunState:
         """Where the run stands after `step` steps."""
-        return checkpoint.RunState(
+        return RunState(
             step=step,
             seed=self.config.seed,
             groups_per_step=self.config.data.groups_per_step,
             total_steps=self.inputs.total_steps,
             data_digest=self.inputs.train.info.data_digest,
             loss=json.dumps([self.inputs.objective.loss.name, dataclasses.asdict(self.inputs.objective.params)]),
+            held_out=held_out,
+            recent_losses=list(guard.losses),
+            recent_norms=list(guard.norms),
+            skipped_steps=guard.skipped,
         )
 
-    def resume(self, adam: Any) -> int:
-        """Restore the newest checkpoint, if there is one and it is wanted; the number of steps done."""
-        folder = checkpoint.newest(self.folder) if self.config.checkpoint.resume else None
+    def resume(self, adam: Any) -> RunState:
+        """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands."""
+        start = self.state(0, {}, Guard(self.config.faults, [], [], 0))
+        folder = choose_checkpoint(self.folder, self.ranks, resume=self.config.checkpoint.resume)
         if folder is None:
-            return 0
-        if self.ranks.is_main:
-            print(f"resuming from {folder}", flush=True)
-        checkpoint.verify(folder)
-        saved = checkpoint.read_state(folder)
-        checkpoint.check_same_run(saved, self.state(saved.step), folder)
+            return start
+        saved, _ = read_state(folder)
+        checkpoint.check_same_run(saved, start, folder)
         checkpoint.load(folder, self.model, adam, self.ranks)
-        return saved.step
+        return saved
 
-    def save(self, step: int, adam: Any) -> None:
-        """Write a checkpoint and delete old ones."""
-        folder = checkpoint.save(self.folder, self.state(step), self.model, adam, self.ranks, Path(self.config.model.checkpoint))
-        if self.ranks.is_main:
-            checkpoint.remove_old(self.folder, self.config.checkpoint.keep)
-            print(f"saved {folder}", flush=True)
+    def build_saver(self) -> Saver:
+        """What writes this run's checkpoints."""
+        source = Path(self.config.model.checkpoint)
+        size = checkpoint.estimate_bytes(source, self.config.model.precision)
+        return Saver(self.folder, self.config.checkpoint, self.ranks, source, size)
 
     def start_tracking(self, done: int) -> list[Tracker]:
         """Save the final configuration and open the trackers, on the main process only."""

@@ -90,6 +90,12 @@ def build_scheduler(
     return scheduler
 
 
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Global norm of the finished gradients before clipping, to look at before an update."""
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
 def update(model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> tuple[bool, float]:
     """One optimizer step on the finished gradients. Returns (whether weights changed, global gradient norm before clipping)."""
     successful, norm, _ = optimizer.step()

@@ -1,0 +1,205 @@
+"""What a run watches besides its loss: requests to stop, the time it has, ranks that hang, ranks that are slow.
+
+After every step all ranks exchange a few numbers (`Supervisor.after_step`: one small all-gather) and know the same: whether to
+stop, whether the save under way is written everywhere, and who was slow. So they agree on the step at which they stop,
+whoever got the signal.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from megatron.core.utils import get_model_config
+
+from mpo_megatron import device
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.train import signals
+
+Item = TypeVar("Item")
+
+STEP_SEEDS = 1_000_003
+"""Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""
+
+WALLTIME = 1000
+"""Stands for "the time is over" where a signal's number stands for a signal."""
+
+FIRST_MARGIN = 60.0
+"""Seconds kept for the last save before any save was measured, and at least that."""
+
+STARTED = "MPO_STARTED"
+"""Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """What all ranks know after a step."""
+
+    stop: str | None
+    """Why the run shall stop now; None if it shall not."""
+    all_written: bool
+    """Whether every rank is done with its part of the save under way."""
+    metrics: dict[str, float]
+    """Who was slow: see `Supervisor.after_step`."""
+
+
+class Deadline:
+    """When the run must have saved: `walltime_minutes` after its start, or when Slurm ends the job."""
+
+    def __init__(self, config: FaultConfig) -> None:
+        self.time: float | None = None
+        if config.walltime_minutes is not None:
+            self.time = float(os.environ.get(STARTED, time.time())) + 60 * config.walltime_minutes
+        elif "SLURM_JOB_END_TIME" in os.environ:
+            self.time = float(os.environ["SLURM_JOB_END_TIME"])
+        self.slow_steps: deque[float] = deque(maxlen=32)
+
+    def is_near(self, step_seconds: float, save_seconds: float) -> bool:
+        """Whether another step might leave too little time to save: the margin is the slowest of the last steps, twice the
+        slowest save, and a minute at least."""
+        self.slow_steps.append(step_seconds)
+        if self.time is None:
+            return False
+        return time.time() + max(self.slow_steps) + max(2 * save_seconds, FIRST_MARGIN) > self.time
+
+
+class Watchdog:
+    """Ends a rank that makes no progress, and tells where it stood.
+
+    A hung collective never returns to Python, so a thread looks: when nothing has called `beat` for too long, it writes all
+    threads' stacks to `<run>/incidents/hang_…` and to stderr, and ends the process. torchrun then ends the others (each of which
+    has written its own stacks, or does so at the same time) and starts them again.
+    """
+
+    def __init__(self, config: FaultConfig, run: Path, rank: int) -> None:
+        self.seconds, self.folder, self.rank = 60 * config.hang_minutes, run / "incidents", rank
+        self.doing, self.since = "starting", time.monotonic()
+        self.closed = threading.Event()
+        if self.seconds:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, doing: str) -> None:
+        """Progress: what the rank does from now on."""
+        self.doing, self.since = doing, time.monotonic()
+
+    def close(self) -> None:
+        """Look no more."""
+        self.closed.set()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(min(5.0, self.seconds / 4)):
+            idle = time.monotonic() - self.since
+            if idle > self.seconds:
+                self._end(f"rank {self.rank}: no progress for {idle:.0f} s in {self.doing} (faults.hang_minutes)")
+
+    def _end(self, message: str) -> None:
+        path = self.folder / f"hang_{self.doing.replace(' ', '_')}_rank_{self.rank:05d}.txt"
+        print(f"{message}; stacks in {path}", file=sys.stderr, flush=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("w") as file:
+                file.write(message + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+        finally:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+            os._exit(1)
+
+
+class Supervisor:
+    """Keeps the ranks of a run together: progress, agreement after every step, timing."""
+
+    def __init__(self, config: FaultConfig, run: Path) -> None:
+        self.rank, self.world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        self.watchdog = Watchdog(config, run, self.rank)
+        self.deadline = Deadline(config)
+        self.step_started = self.reduction_started = time.perf_counter()
+        self.data_wait = 0.0
+
+    def watch_reduction(self, model: list[torch.nn.Module]) -> None:
+        """Note when a step's gradients are about to be reduced over replicas: there the fast ones begin to wait for the slow."""
+        for part in model:
+            config = get_model_config(part)
+            config.finalize_model_grads_func = self._timed(config.finalize_model_grads_func)
+
+    def _timed(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            device.synchronize()
+            self.reduction_started = time.perf_counter()
+            return finalize(*args, **kwargs)
+
+        return timed
+
+    def watch_data(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches, and a note of how long each was waited for."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            self.step_started = self.reduction_started = time.perf_counter()
+            self.data_wait = self.step_started - asked
+            yield batch
+
+    def after_step(self, *, has_written: bool, save_seconds: float) -> Agreement:
+        """Exchange where every rank stands; all ranks call it once after each step.
+
+        Metrics: `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of
+        gradients over the ranks' mean, and `slowest_rank`, whose it was. Ranks of one model replica wait for each other within
+        a step, so it tells replicas apart: the rank is one of the slow replica. `data_wait`: seconds the rank that waited longest
+        for its data waited.
+
+        Args:
+            has_written: whether this rank is done with its part of the save under way
+            save_seconds: what saves take
+        """
+        working = self.reduction_started - self.step_started
+        request: int = signals.requested() or 0
+        if not request and self.deadline.is_near(time.perf_counter() - self.step_started, save_seconds):
+            request = WALLTIME
+        own = torch.tensor([request, has_written, working, self.data_wait], dtype=torch.float64, device=device.device())
+        everyone = own.new_empty(self.world * len(own))
+        torch.distributed.all_gather_into_tensor(everyone, own)  # over all ranks; no gradients
+        requests, written, seconds, waits = everyone.cpu().view(self.world, len(own)).unbind(dim=1)
+        mean = float(seconds.mean())
+        return Agreement(
+            stop=_reason(int(requests.max())),
+            all_written=bool(written.all()),
+            metrics={
+                "slowest_rank": int(seconds.argmax()),
+                "step_seconds_max_over_mean": float(seconds.max()) / mean if mean > 0 else 1.0,
+                "data_wait": float(waits.max()),
+            },
+        )
+
+    def close(self) -> None:
+        """The run is over; nobody need watch it."""
+        self.watchdog.close()
+
+
+def seed_everything(seed: int, step: int) -> None:
+    """Make whatever is drawn from a global generator in a step a function of the seed and the step, so that a resumed run draws
+    the same on any layout, and no generator's state need be saved."""
+    random.seed(seed + STEP_SEEDS * step)
+    np.random.seed((seed + STEP_SEEDS * step) % 2**32)
+    torch.manual_seed(seed + STEP_SEEDS * step)
+
+
+def _reason(request: int) -> str | None:
+    if request == 0:
+        return None
+    return "the time is nearly over" if request == WALLTIME else signal.Signals(request).name

@@ -1,0 +1,132 @@
+"""Steps that look wrong: a loss or gradient norm that is not finite, or far above those before; what to do, and a record of it.
+
+The judgement comes between the backward pass and the update and depends only on numbers that all ranks have, so all judge the
+same. A step that is skipped leaves weights and optimizer as they are; data and learning rate go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.data.loader import StepBatch
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.train.objective import Logps
+
+NORMAL_MAD = 1.4826
+"""Standard deviation of a normal distribution over its median absolute deviation."""
+
+LEAST_SPREAD = 0.02
+"""The spread is taken to be this share of the median at least: equal steps make no spike of the next one."""
+
+MOST_GROUPS = 32
+"""Groups written per incident, those with the highest loss."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and what to look at."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """Whether to apply a step's update, and what was wrong with the step, if anything."""
+
+    apply: bool
+    stop: bool
+    wrong: str | None
+
+
+class Guard:
+    """Judges steps by those before them; its memory is part of the run's state."""
+
+    def __init__(self, config: FaultConfig, losses: Sequence[float], norms: Sequence[float], skipped: int) -> None:
+        self.config = config
+        self.losses = deque(losses, maxlen=config.spike_window)
+        self.norms = deque(norms, maxlen=config.spike_window)
+        self.skipped = skipped
+        """Steps skipped so far in the run."""
+        self.in_a_row = 0
+
+    def judge(self, loss: float, norm: float) -> Judgement:
+        """Judge a step by its mean loss and the gradient norm before clipping, and remember it if it is applied."""
+        wrong, policy = self._look(loss, norm)
+        if policy == "log":
+            self.losses.append(loss)
+            self.norms.append(norm)
+            self.in_a_row = 0
+            return Judgement(apply=True, stop=False, wrong=wrong)
+        if policy == "skip":
+            self.skipped += 1
+            self.in_a_row += 1
+            if self.in_a_row > self.config.max_skips:
+                wrong = f"{wrong}; {self.config.max_skips} steps before it were skipped already (faults.max_skips)"
+        return Judgement(apply=False, stop=policy == "stop" or self.in_a_row > self.config.max_skips, wrong=wrong)
+
+    def _look(self, loss: float, norm: float) -> tuple[str | None, Literal["log", "skip", "stop"]]:
+        """What is wrong with a step, and what is to be done then."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"loss {loss}, gradient norm {norm}: not finite", self.config.on_nan
+        for name, window, value in (("loss", self.losses, loss), ("gradient norm", self.norms, norm)):
+            if self._is_spike(window, value):
+                return f"{name} {value:.4g} far above the last steps' {statistics.median(window):.4g}", self.config.on_spike
+        return None, "log"
+
+    def _is_spike(self, window: deque[float], value: float) -> bool:
+        """Whether a value lies more than `spike_threshold` robust standard deviations above the window's median."""
+        if len(window) * 4 < self.config.spike_window:
+            return False
+        median = statistics.median(window)
+        spread = NORMAL_MAD * statistics.median(abs(past - median) for past in window)
+        return value > median + self.config.spike_threshold * max(spread, LEAST_SPREAD * abs(median))
+
+
+def record(
+    folder: Path, batch: StepBatch, wrong: str, losses: Tensor, policy: Logps, reference: Logps, norm: float, tokenizer: Path
+) -> Path:
+    """Write the groups of a step that looked wrong to `step_….jsonl`, one line each, the worst first; the file.
+
+    Args:
+        folder: where incidents are kept
+        losses: [G]
+        tokenizer: folder of the tokenizer, to write texts
+    """
+    values = losses.tolist()
+    order = sorted(range(len(values)), key=lambda slot: -values[slot] if math.isfinite(values[slot]) else -math.inf)
+    contributing = [slot for slot in order if batch.contributes[slot]][:MOST_GROUPS]
+    decode = load_tokenizer(tokenizer).decode
+    lines = []
+    for slot in contributing:
+        group = batch.groups[slot]
+        responses = [
+            {
+                "text": decode(tokens.tolist()),
+                "num_tokens": len(tokens),
+                **({} if group.rewards is None else {"reward": _number(group.rewards[k])}),
+                **({} if group.labels is None else {"label": int(group.labels[k])}),
+                "logp": _number(policy.response[slot, k]),
+                "reference_logp": _number(reference.response[slot, k]),
+            }
+            for k, tokens in enumerate(group.response_tokens)
+        ]
+        head = {"step": batch.step + 1, "wrong": wrong, "grad_norm": _number(norm), "group_id": group.group_id}
+        body = {"loss": _number(values[slot]), "prompt": decode(group.prompt_tokens.tolist()), "responses": responses}
+        lines.append(json.dumps({**head, **body}, ensure_ascii=False) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{batch.step + 1:08d}.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def _number(value: Any) -> float | str:
+    """A number as JSON can hold it."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)

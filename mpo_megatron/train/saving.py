@@ -1,0 +1,310 @@
+"""When and how a run's checkpoints are written: beside training, all or nothing, checkable to the byte.
+
+    plan       all ranks agree who writes what, and copy what training is about to change      (training waits)
+    write      a thread of each rank writes its file, forces it to disk and takes its digest   (training goes on)
+    finish     when all ranks have written: metadata, digests, `state.json`, rename, prune     (training waits, shortly)
+
+Until the rename nothing counts, so a run killed at any moment has its older checkpoints. The writers are threads and not, as
+in Megatron's own asynchronous saves, processes: they end with their rank, so that none is left to write into a folder that
+the next start of the run has taken over. Each save has a folder name of its own for the same reason.
+
+Only one save is under way at a time: the next one finishes it first.
+"""
+
+from __future__ import annotations
+
+import queue
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
+from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed import all_gather_object, broadcast_object_list, get_rank, get_world_size
+from torch.distributed.checkpoint.api import CheckpointException
+
+from mpo_megatron import device
+from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.checkpoint import prepare_save
+from mpo_megatron.train.step_folders import (
+    DamagedError,
+    Files,
+    RunState,
+    SaveError,
+    appear,
+    check_files,
+    complete_steps,
+    damaged_steps,
+    digest_file,
+    is_step,
+    mark_damaged,
+    remove_leftovers,
+    remove_old,
+    require_space,
+    set_run_aside,
+    step_folder,
+    sync,
+    write_state,
+)
+
+SIDE_FILES = ("hf", "conversion.json")
+"""What a step's folder carries over from the model's checkpoint."""
+
+
+@dataclass
+class Writing:
+    """A save under way, as this rank sees it."""
+
+    state: RunState
+    partial: Path
+    request: AsyncRequest
+    started: float
+    files: Files = field(default_factory=dict)
+    """What this rank has written."""
+    error: str | None = None
+    thread: threading.Thread | None = None
+
+
+class Saver:
+    """Writes a run's checkpoints; all ranks call its methods at the same steps."""
+
+    def __init__(self, run: Path, config: CheckpointConfig, ranks: Ranks, source: Path, size: int) -> None:
+        """Prepare saves into the folder of a run.
+
+        Args:
+            source: checkpoint folder of the model, whose side files go along
+            size: bytes a checkpoint is expected to have
+        """
+        self.run, self.config, self.ranks, self.source, self.size = run, config, ranks, source, size
+        self.writing: Writing | None = None
+        self.seconds = 0.0
+        """What the slowest save so far took, from its start to its name."""
+        self.saved_step = -1
+        """Step of the newest checkpoint written by this process."""
+
+    @property
+    def has_written(self) -> bool:
+        """Whether this rank is done with its part of the save under way; True if there is none."""
+        return self.writing is None or self.writing.thread is None or not self.writing.thread.is_alive()
+
+    def start(self, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
+        """Begin to save; the weights may change when this returns. Not asynchronous: returns when all is done.
+
+        Raises:
+            SaveError: this save, or the one before it, could not be written.
+        """
+        self.finish()
+        started = time.monotonic()
+        final = step_folder(self.run, state.step)
+        partial = self._open(final)
+        device.synchronize()
+        filesystem_async._results_queue = queue.Queue()  # Megatron would start a process a rank to hold its own
+        request = prepare_save(partial, model, optimizer, self.ranks)
+        self.writing = Writing(state=state, partial=partial, request=request, started=started)
+        if self.config.asynchronous:
+            buckets = stage(request)
+            self.writing.thread = threading.Thread(target=write, args=(self.writing, buckets), name="checkpoint", daemon=True)
+            self.writing.thread.start()
+        else:
+            write(self.writing, request.async_fn_args[1] if request.async_fn else [])
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way, if there is one, and give it its name.
+
+        Raises:
+            SaveError: a rank could not write its part.
+        """
+        if self.writing is None:
+            return
+        writing, self.writing = self.writing, None
+        if writing.thread is not None:
+            writing.thread.join()
+        files = self._gather(writing)
+        try:
+            for finalize in writing.request.finalize_fns:  # Megatron's: metadata of all that was written
+                finalize()
+        except (CheckpointException, OSError) as error:  # the first is no Exception
+            raise SaveError(_message(writing.partial, str(error))) from error
+        self._everywhere(lambda: self._complete(writing, files), writing.partial)
+        self.seconds = max(self.seconds, time.monotonic() - writing.started)
+        self.saved_step = writing.state.step
+
+    def _open(self, final: Path) -> Path:
+        """A new folder to write into, on all ranks."""
+        names = [f"{final.name}.partial-{secrets.token_hex(4)}"]
+        broadcast_object_list(names, src=0)
+        partial = final.with_name(names[0])
+
+        def create() -> None:
+            require_space(self.run, self.size, f"the checkpoint {final.name}")
+            (partial / "megatron").mkdir(parents=True)
+
+        self._everywhere(create, partial)
+        return partial
+
+    def _gather(self, writing: Writing) -> Files:
+        """What all ranks have written; raises on all if one has failed."""
+        parts: list[tuple[Files, str | None]] = [({}, None)] * get_world_size()
+        all_gather_object(parts, (writing.files, writing.error))
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
+        if errors:
+            if self.ranks.is_main:
+                shutil.rmtree(writing.partial, ignore_errors=True)
+            raise SaveError(_message(writing.partial, "; ".join(errors[:4])))
+        return {name: entry for files, _ in parts for name, entry in files.items()}
+
+    def _complete(self, writing: Writing, files: Files) -> None:
+        """What one rank does for all: side files, digests, the state, the name, and the end of old checkpoints."""
+        partial, final = writing.partial, step_folder(self.run, writing.state.step)
+        copy_side_files(self.source, partial)
+        for path in sorted(partial.rglob("*")):
+            name = path.relative_to(partial).as_posix()
+            if path.is_file() and name not in files:
+                files[name] = digest_file(path)
+                sync(path)
+        write_state(partial, writing.state, files)
+        for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
+            sync(path)
+        appear(partial, final)
+        remove_old(self.run, self.config)
+        print(f"saved {final}", flush=True)
+
+    def _everywhere(self, action: Callable[[], None], path: Path) -> None:
+        """Do something on the main rank; if it fails there, all ranks raise."""
+        failed: list[str | None] = [None]
+        if self.ranks.is_main:
+            try:
+                action()
+            except (OSError, ConfigError) as error:
+                failed = [str(error)]
+                shutil.rmtree(path, ignore_errors=True)
+        broadcast_object_list(failed, src=0)
+        if failed[0] is not None:
+            raise SaveError(_message(path, failed[0]))
+
+
+def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
+
+    Damaged ones are renamed, not deleted, and an older whole one is taken: from there the run takes the same course. If
+    checkpoints are not to be resumed from they are moved aside.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+    """
+    while True:
+        found: tuple[Path | None, list[str]] = (None, [])
+        if ranks.is_main:
+            if not resume and (aside := set_run_aside(run)):
+                print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
+            steps = complete_steps(run)
+            found = (steps[-1] if steps else None, damaged_steps(run))
+        message = [found]
+        broadcast_object_list(message, src=0)
+        folder, damaged = message[0]
+        if folder is None:
+            if damaged:
+                raise DamagedError(
+                    f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
+                    "or start anew with checkpoint.resume = false or another output."
+                )
+            return None
+        problem = damage_of(folder)
+        if problem is None:
+            if ranks.is_main:
+                remove_leftovers(run)
+                print(f"resuming from {folder}", flush=True)
+            return folder
+        if ranks.is_main:
+            print(f"DAMAGED checkpoint: {problem} It is now {mark_damaged(folder)}; looking for an older one.", flush=True)
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a step of a run is whole to the byte, if `folder` is one; all ranks call it.
+
+    Raises:
+        DamagedError: on all ranks, naming the file.
+    """
+    problem = damage_of(folder) if is_step(folder) else None
+    if problem is not None:
+        raise DamagedError(f"{problem} Copy the checkpoint again, or take an older one.")
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is."""
+    own: str | None = None
+    try:
+        check_files(folder, part=get_rank(), parts=get_world_size())
+    except DamagedError as error:
+        own = str(error)
+    problems: list[str | None] = [None] * get_world_size()
+    all_gather_object(problems, own)
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def stage(request: AsyncRequest) -> list[WriteBucket]:
+    """Copies in host memory of what this rank is to write, so that training may go on."""
+    if request.async_fn is None:  # nothing falls to this rank
+        return []
+    copies = [
+        (path, key, (objects, [(item, tensor.to("cpu", copy=True, non_blocking=True)) for item, tensor in tensors]))
+        for path, key, (objects, tensors) in request.async_fn_args[1]
+    ]
+    device.synchronize()
+    return copies
+
+
+def write(writing: Writing, buckets: list[WriteBucket]) -> None:
+    """Write this rank's files with Megatron's writer, and note their digests, or what went wrong."""
+    if not buckets:
+        return
+    assert writing.request.async_fn is not None
+    transforms, results = writing.request.async_fn.args[0], {}
+    try:
+        for index, (path, key, (objects, tensors)) in enumerate(buckets):
+            held = (path, key, (objects, [(item, tensor.cpu()) for item, tensor in tensors]))
+            # Megatron's writer reports as a process would; here both ends are in this thread.
+            done, count = queue.SimpleQueue[tuple[int, Any]](), queue.Queue[int]()
+            count.put(index)
+            FileSystemWriterAsync.write_preloaded_data(transforms, index, held, done, count, use_fsync=True)
+            _, results[index] = done.get_nowait()
+            if isinstance(results[index], Exception):
+                raise results[index]
+            writing.files[Path(path).relative_to(writing.partial).as_posix()] = digest_file(Path(path))
+    except (OSError, RuntimeError) as error:
+        writing.error = _reason(error)
+    writing.request.async_fn_args[2].put(results)
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copy config, tokenizer and conversion record from one checkpoint folder to another."""
+    for name in SIDE_FILES:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name)
+        else:
+            shutil.copy2(source / name, target / name)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong first: when the disk is full, torch fails once more as it closes its archive, and hides the first error."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return str(cause or error)
+
+
+def _message(path: Path, reason: str) -> str:
+    return (
+        f"{path}: this checkpoint could not be written ({reason}); the older ones are untouched. Free some space, or mend the "
+        "disk, and start the same command again: it resumes."
+    )

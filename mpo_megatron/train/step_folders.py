@@ -1,0 +1,243 @@
+"""Folders of a run's checkpoints: which are whole, which to resume from, which to keep. Needs no model and no ranks.
+
+    <run>/checkpoints/step_00000100/
+        megatron/         weights and optimizer states (torch_dist)
+        hf/               config, tokenizer, generation config of the model, for `mpo convert`
+        conversion.json   as written by `mpo convert`
+        state.json        where the run stood, size and digest of every other file, and a digest of itself
+
+`state.json` is written last and the folder renamed to its name after that, so a folder with this name was complete once. What
+has another name is no checkpoint: `.partial-…` is being written or was killed in it, `.removing` is being deleted, and
+`.damaged` was found to differ from its digests.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mpo_megatron.config import CheckpointConfig, ConfigError
+
+STATE = "state.json"
+STEP = re.compile(r"step_\d{8,}")
+BLOCK = 1 << 22
+"""Bytes read at a time for a digest."""
+
+
+class DamagedError(ConfigError):
+    """A checkpoint whose files are not those that were written; the message names the first file that differs."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the older ones are untouched. The message names the path and the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """Where a run stands, and what must stay the same for it to continue.
+
+    What is not here needs no saving: the learning rate, the data's order, and everything drawn at random are functions of
+    the step and the seed.
+    """
+
+    step: int
+    """Optimizer steps done."""
+    seed: int
+    groups_per_step: int
+    total_steps: int
+    data_digest: str
+    loss: str
+    held_out: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics after this step; empty if it was not evaluated."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, which a spike is measured against."""
+    recent_norms: list[float] = field(default_factory=list)
+    """Gradient norms of the last steps."""
+    skipped_steps: int = 0
+    """Steps whose update was not applied, so far."""
+
+
+Files = dict[str, tuple[int, str]]
+"""Size in bytes and digest of files, by their path in the checkpoint folder."""
+
+
+def digest_file(path: Path) -> tuple[int, str]:
+    """Size and xxh3 digest of a file; 128 bits find any accidental change, at the speed of memory."""
+    state, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            state.update(block)
+            size += len(block)
+    return size, state.hexdigest()
+
+
+def write_state(folder: Path, state: RunState, files: Files) -> None:
+    """Write `state.json`, which makes the folder's files checkable."""
+    with (folder / STATE).open("w") as file:
+        file.write(_render(asdict(state), {name: list(entry) for name, entry in files.items()}))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_state(folder: Path) -> tuple[RunState, Files]:
+    """The run's state and the list of files in a step's folder.
+
+    Raises:
+        DamagedError: `state.json` is not, to the byte, what was written.
+    """
+    path = folder / STATE
+    try:
+        text = path.read_bytes().decode()  # no translation of line ends: every byte counts
+        content = json.loads(text)
+        whole = _render(content["state"], content["files"]) == text
+        if whole:
+            return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"{path}: damaged ({error!r}).") from error
+    raise DamagedError(f"{path}: damaged (its digest does not match).")
+
+
+def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
+    """Compare every `parts`-th file of a step's folder with its size and digest, from file `part` on; and `state.json`.
+
+    Raises:
+        DamagedError: naming the first file that is missing, has another size or other bytes.
+    """
+    _, files = read_state(folder)
+    # Large files first, so that the ranks' shares are about equal.
+    names = sorted(files, key=lambda name: (-files[name][0], name))
+    for name in names[part::parts]:
+        size, digest = files[name]
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path}: no such file, but it was written with this checkpoint.")
+        found = path.stat().st_size
+        if found != size:
+            raise DamagedError(f"{path}: has {found:,} bytes, {size:,} were written.")
+        if digest_file(path)[1] != digest:
+            raise DamagedError(f"{path}: its bytes are not those that were written (digest differs).")
+
+
+def complete_steps(run: Path) -> list[Path]:
+    """Folders of a run's complete checkpoints, oldest first."""
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted(
+        (folder for folder in folders if STEP.fullmatch(folder.name) and (folder / STATE).is_file()),
+        key=lambda folder: int(folder.name.removeprefix("step_")),
+    )
+
+
+def damaged_steps(run: Path) -> list[str]:
+    """Names of the checkpoints that were found damaged and put aside."""
+    return sorted(folder.name for folder in (run / "checkpoints").glob("*.damaged*"))
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a checkpoint was written by a run, with digests."""
+    return (folder / STATE).is_file()
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def appear(partial: Path, final: Path) -> None:
+    """Give a complete folder its name; what had the name before goes only then."""
+    if final.exists():
+        _set_aside(final, ".removing")
+    partial.rename(final)
+    sync(final.parent)
+
+
+def mark_damaged(folder: Path) -> Path:
+    """Take a damaged checkpoint out of the way, without deleting it; its new name."""
+    return _set_aside(folder, ".damaged")
+
+
+def remove_old(run: Path, config: CheckpointConfig) -> None:
+    """Delete all but the newest `keep` and the best `keep_best` checkpoints. Call it when no save is in progress."""
+    steps = complete_steps(run)
+    kept = {*steps[-config.keep :], *best_steps(steps, config)}
+    for folder in steps:
+        if folder not in kept:
+            _set_aside(folder, ".removing")
+    remove_leftovers(run)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what killed saves and removals left. Call it when no save is in progress."""
+    for pattern in ("*.partial-*", "*.removing*"):
+        for folder in (run / "checkpoints").glob(pattern):
+            shutil.rmtree(folder)
+
+
+def best_steps(steps: list[Path], config: CheckpointConfig) -> list[Path]:
+    """The `keep_best` best of these checkpoints by the held-out metric, best first; of equals the newer one."""
+    scored = []
+    for folder in steps if config.keep_best else []:
+        try:
+            state, _ = read_state(folder)
+        except DamagedError:
+            continue
+        value = state.held_out.get(config.best_metric, math.nan)
+        if math.isfinite(value):
+            scored.append((value if config.best_is == "largest" else -value, state.step, folder))
+    return [folder for *_, folder in sorted(scored, reverse=True)[: config.keep_best]]
+
+
+def set_run_aside(run: Path) -> Path | None:
+    """Move the checkpoints of an earlier run in the same folder away, so that the new run never resumes from them."""
+    old = run / "checkpoints"
+    return _set_aside(old, ".before") if old.is_dir() and any(old.iterdir()) else None
+
+
+def require_space(folder: Path, needed: int, purpose: str) -> None:
+    """Check that the disk of `folder` (or its nearest existing parent) has `needed` bytes free.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    parent = folder.absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise ConfigError(
+            f"{folder}: {purpose} needs {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free; free some space, lower "
+            "checkpoint.keep or checkpoint.keep_best, or choose another output."
+        )
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _set_aside(folder: Path, suffix: str) -> Path:
+    """Rename a folder to the first free `<name><suffix>[-n]`."""
+    number, target = 1, folder.with_name(folder.name + suffix)
+    while target.exists():
+        number, target = number + 1, folder.with_name(f"{folder.name}{suffix}-{number}")
+    folder.rename(target)
+    return target
+
+
+def _render(state: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """The text of `state.json`; the same content gives the same bytes, so that reading can check every one of them."""
+    content = {"state": state, "files": files}
+    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True) + "\n"
