@@ -24,6 +24,7 @@ from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.rollout.live_vllm import VllmLiveEngine
 from mpo_megatron.train.inputs import Inputs
 
 BATCH_SIZE = 32
@@ -119,8 +120,7 @@ def build_live_engine(config: TrainConfig, hf_config: PretrainedConfig) -> LiveE
     """
     folder = Path(config.model.checkpoint)
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
+    tokenizer = load_tokenizer(folder)
     if config.online.engine == "transformers":
-        return EmbeddedLiveEngine(hf_config, load_tokenizer(folder), dtype)
-    from mpo_megatron.rollout.live_vllm import VllmLiveEngine  # needs vLLM
-
-    return VllmLiveEngine(folder / "hf", dtype)
+        return EmbeddedLiveEngine(hf_config, tokenizer, dtype)
+    return VllmLiveEngine(folder / "hf", tokenizer, dtype, config.online.vllm_memory_fraction)
