@@ -62,6 +62,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+def gpu_name() -> str | None:
+    """What the GPU calls itself, such as `NVIDIA H100 80GB HBM3`; None on a CPU."""
+    return torch.cuda.get_device_name() if has_gpu() else None
+
+
 def prepare() -> None:
     """Make Megatron-Core importable and runnable on this machine; safe to call again."""
     global _prepared

@@ -50,7 +50,7 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     """
     assert batch.reference_logps is not None
     ratio = batch.policy_logps.detach().double() - batch.reference_logps.double()
-    positive, negative = _partition(batch, params)
+    positive, negative = compute_sets(batch, params)
     use = contributes[:, None] & computed
     positive, negative = positive & use, negative & use
     both = positive.any(dim=1) & negative.any(dim=1)
@@ -81,7 +81,8 @@ def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:
     return {name: Mean(*total).value for name, total in totals.items()}
 
 
-def _partition(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:
+def compute_sets(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:
+    """(Y+, Y−), each [G, K] bool: by the loss's own partition, else by the mean reward, or the labels."""
     # A pairwise loss has a partition by reward even where it goes by labels and there are no rewards.
     if isinstance(params, PartitionParams) and (batch.rewards is not None or params.partition == "labels"):
         return compute_partition(batch, params)

@@ -1,0 +1,76 @@
+"""What a policy makes of held-out groups: one file per evaluation of a run, `<run>/groups/step_*.parquet`.
+
+Legend: K responses of a group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+FOLDER = "groups"
+SCHEMA = pa.schema(
+    [
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("policy_logps", pa.list_(pa.float64()), nullable=False),
+        pa.field("reference_logps", pa.list_(pa.float64()), nullable=False),
+        pa.field("sets", pa.list_(pa.int8()), nullable=False),
+    ]
+)
+"""A group's index in the held-out data; of its K responses log π and log π_ref in nats, null where the loss needs none, and the
+set each belongs to: 1 preferred (Y+), 0 not (Y−), −1 neither. Rewards, lengths and texts are in the data."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupOutcome:
+    """What the policy makes of one held-out group."""
+
+    index: int
+    """In the held-out data."""
+    group_id: str
+    policy_logps: tuple[float | None, ...]
+    """[K] log π of each response, in nats; None where the loss needs none."""
+    reference_logps: tuple[float | None, ...]
+    """[K] log π_ref."""
+    sets: tuple[int, ...]
+    """[K] 1 preferred, 0 not, −1 neither."""
+
+    def log_ratio(self, response: int) -> float | None:
+        """log π − log π_ref of a response."""
+        policy, reference = self.policy_logps[response], self.reference_logps[response]
+        return None if policy is None or reference is None else policy - reference
+
+
+def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_digest: str) -> Path:
+    """Write the outcomes of the evaluation after `step` steps; the file.
+
+    Args:
+        data_digest: that of the held-out data, which has the texts
+    """
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step_{step:08d}.parquet"
+    columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in SCHEMA.names}
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"data_digest": data_digest})), partial)
+    os.replace(partial, path)
+    return path
+
+
+def read_outcomes(path: Path) -> list[GroupOutcome]:
+    """The outcomes of one evaluation."""
+    return [
+        GroupOutcome(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        for row in pq.read_table(path).to_pylist()
+    ]
+
+
+def outcome_files(run: Path) -> dict[int, Path]:
+    """The files of a run's evaluations by step, in order."""
+    return {int(path.stem.removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}

@@ -1,0 +1,112 @@
+"""Every held-out group at every evaluation is kept, and a few of them are logged as samples.
+
+Legend: G groups of a step, K responses of a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.data.group import PreparedGroups
+from mpo_megatron.data.loader import StepBatch
+from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_outcomes, write_outcomes
+from mpo_megatron.train.metrics import compute_sets
+from mpo_megatron.train.objective import Logps, group_batch
+from mpo_megatron.train.tracking.tracker import SampleTable, Tracker
+
+COLUMNS = (
+    "group_id",
+    "prompt",
+    "response",
+    "set",
+    "reward",
+    "tokens",
+    "reference_logp",
+    "policy_logp",
+    "log_ratio_before",
+    "log_ratio",
+)
+"""Of a table of samples; `log_ratio_before` is that of the evaluation before."""
+
+
+def group_outcomes(batch: StepBatch, policy: Logps, reference: Logps, params: object) -> list[GroupOutcome]:
+    """Outcomes of the groups of an evaluation step that carry a contrast.
+
+    Args:
+        policy: [G, K]
+        reference: [G, K]
+        params: hyper-parameters of the loss
+    """
+    positive, negative = compute_sets(group_batch(batch.table, policy, reference), params)
+    sets = (positive.int() - (~positive & ~negative).int()).tolist()
+    logps, references = policy.response.tolist(), reference.response.tolist()
+    outcomes = []
+    for slot, size in enumerate(batch.table.valid.sum(axis=1).tolist()):
+        if batch.contributes[slot]:
+            known = batch.in_rows[slot, :size].tolist()
+            outcomes.append(
+                GroupOutcome(
+                    index=int(batch.table.indices[slot]),
+                    group_id=batch.table.group_ids[slot],
+                    policy_logps=tuple(logps[slot][k] if known[k] else None for k in range(size)),
+                    reference_logps=tuple(references[slot][k] if known[k] else None for k in range(size)),
+                    sets=tuple(sets[slot][:size]),
+                )
+            )
+    return outcomes
+
+
+def sample_table(outcomes: Iterable[GroupOutcome], before: Sequence[GroupOutcome], data: PreparedGroups) -> SampleTable:
+    """Groups with their responses, rewards, and how their log-probs moved; one row per response.
+
+    Args:
+        before: outcomes of the evaluation before; empty if there was none
+    """
+    earlier = {outcome.index: outcome for outcome in before}
+    rows = []
+    for outcome in outcomes:
+        group = data[outcome.index]
+        for k, text in enumerate(group.response_texts or ("",) * len(outcome.sets)):
+            row: dict[str, Any] = {
+                "group_id": outcome.group_id,
+                "prompt": group.prompt_text,
+                "response": text,
+                "set": {1: "preferred", 0: "other"}.get(outcome.sets[k], ""),
+                "reward": None if group.rewards is None else float(group.rewards[k]),
+                "tokens": len(group.response_tokens[k]),
+                "reference_logp": outcome.reference_logps[k],
+                "policy_logp": outcome.policy_logps[k],
+                "log_ratio_before": earlier[outcome.index].log_ratio(k) if outcome.index in earlier else None,
+                "log_ratio": outcome.log_ratio(k),
+            }
+            rows.append(tuple(row[name] for name in COLUMNS))
+    return SampleTable(columns=COLUMNS, rows=tuple(rows))
+
+
+def forget_later(run: Path, start_step: int) -> None:
+    """Remove the outcomes of evaluations that a run which starts behind `start_step` makes again, or that another run left."""
+    for step, path in outcome_files(run).items():
+        if step > start_step or not start_step:
+            path.unlink()
+
+
+def log_outcomes(
+    run: Path, step: int, outcomes: Sequence[GroupOutcome], data: PreparedGroups, num_samples: int, trackers: Sequence[Tracker]
+) -> None:
+    """Keep the outcomes of the evaluation after `step` steps, and log some as samples: the same groups every time."""
+    earlier = [path for done, path in outcome_files(run).items() if done < step]
+    write_outcomes(run, step, outcomes, data.info.data_digest)
+    wanted = evenly_spaced(len(outcomes), num_samples)
+    if wanted:
+        before = read_outcomes(earlier[-1]) if earlier else []
+        table = sample_table([outcomes[place] for place in wanted], before, data)
+        for tracker in trackers:
+            tracker.log_samples(step, table)
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """`count` places of 0 … size − 1, evenly between them, or all there are."""
+    count = min(size, count)
+    return [place * size // count for place in range(count)]

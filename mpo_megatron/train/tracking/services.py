@@ -1,0 +1,176 @@
+"""TensorBoard, Weights & Biases and MLflow: the same metrics, samples and facts, each in its own words.
+
+A resumed run continues its curves. TensorBoard hides the steps that are written again (`purge_step`); Weights & Biases and MLflow
+keep them, so the run's id is kept in its folder and steps that they have already are not sent twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import LoggingConfig
+from mpo_megatron.train.tracking.tracker import SampleTable
+
+MLFLOW_PARAMS = 100
+"""Most parameters that MLflow takes in one call."""
+MLFLOW_PARAM_LENGTH = 6000
+"""Longest parameter that MLflow takes."""
+
+
+class TensorBoardTracker:
+    """Event files for TensorBoard; samples and facts are text."""
+
+    def __init__(self, folder: Path, start_step: int, facts: Mapping[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=start_step + 1 if start_step else None)
+        self.writer.add_text("run", "```json\n" + json.dumps(facts, indent=2) + "\n```", start_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self.writer.add_scalar(name, value, step)
+
+    def log_samples(self, step: int, samples: SampleTable) -> None:
+        self.writer.add_text("samples", markdown_table(samples), step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WandbTracker:
+    """A Weights & Biases run; WANDB_MODE=offline keeps it in the run's folder."""
+
+    def __init__(self, run_folder: Path, logging: LoggingConfig, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        import wandb
+
+        self.table = wandb.Table
+        name_file = run_folder / "wandb_run_id"
+        self.run = wandb.init(
+            project=logging.wandb_project,
+            name=logging.wandb_run,
+            id=name_file.read_text().strip() if name_file.is_file() else None,
+            resume="allow",
+            dir=str(run_folder),
+            config=config,
+        )
+        # Facts of a restart differ from those of the start: another machine, perhaps other packages.
+        self.run.config.update({"run": facts}, allow_val_change=True)
+        name_file.write_text(f"{self.run.id}\n")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.run.log(dict(metrics), step=step)
+
+    def log_samples(self, step: int, samples: SampleTable) -> None:
+        rows = [list(row) for row in samples.rows]
+        self.run.log({"samples": self.table(columns=list(samples.columns), data=rows)}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class MlflowTracker:
+    """An MLflow run, on a server or in a SQLite file; samples are tables among its artifacts.
+
+    A server that cannot be reached does not end the training: after one message nothing more is sent; `metrics.jsonl` has all.
+    """
+
+    def __init__(self, run_folder: Path, logging: LoggingConfig, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        from mlflow.exceptions import MlflowException
+        from mlflow.tracking import MlflowClient
+
+        self.failure = MlflowException
+        address = logging.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        local = f"sqlite:///{run_folder.absolute() / 'mlflow.db'}"
+        self.client = MlflowClient(tracking_uri=address or local)
+        id_file = run_folder / "mlflow_run_id"
+        if id_file.is_file():
+            self.run_id = id_file.read_text().strip()
+            self.client.update_run(self.run_id, status="RUNNING")
+        else:
+            self.run_id = self._create(str(logging.mlflow_experiment), run_folder, local=address is None)
+            self._log_params(config)
+            id_file.write_text(f"{self.run_id}\n")
+        for name, value in flatten(facts).items():
+            self.client.set_tag(self.run_id, f"run.{name}", value[:MLFLOW_PARAM_LENGTH])
+        self.sent = {"": self._last_step("lr"), "eval/": self._last_step("eval/loss")}
+        self.broken = False
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        kind = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
+        if self.broken or step <= self.sent[kind]:
+            return
+        now = int(1000 * time.time())
+        try:
+            self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
+        except self.failure as error:
+            self._give_up(error)
+
+    def log_samples(self, step: int, samples: SampleTable) -> None:
+        if self.broken:
+            return
+        table = {"columns": list(samples.columns), "data": [list(row) for row in samples.rows]}
+        try:
+            self.client.log_dict(self.run_id, table, f"samples/step_{step:08d}.json")
+        except self.failure as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        if not self.broken:
+            self.client.set_terminated(self.run_id)
+
+    def _create(self, experiment: str, run_folder: Path, *, local: bool) -> str:
+        found = self.client.get_experiment_by_name(experiment)
+        if found is not None:
+            experiment_id = found.experiment_id
+        else:
+            # Beside a SQLite file of ours; elsewhere the server decides.
+            artifacts = (run_folder.absolute() / "mlflow-artifacts").as_uri() if local else None
+            experiment_id = self.client.create_experiment(experiment, artifact_location=artifacts)
+        run_id: str = self.client.create_run(experiment_id, run_name=run_folder.name).info.run_id
+        return run_id
+
+    def _log_params(self, config: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value[:MLFLOW_PARAM_LENGTH]) for name, value in flatten(config).items()]
+        for start in range(0, len(params), MLFLOW_PARAMS):
+            self.client.log_batch(self.run_id, params=params[start : start + MLFLOW_PARAMS])
+
+    def _last_step(self, name: str) -> int:
+        """The last step of a metric that MLflow has, −1 if none."""
+        return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
+
+    def _give_up(self, error: Exception) -> None:
+        self.broken = True
+        print(f"MLflow: {error}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
+
+
+def markdown_table(samples: SampleTable) -> str:
+    """The samples as Markdown, with texts that cannot break the table."""
+
+    def cell(value: object) -> str:
+        if value is None:
+            return ""
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ⏎ ")
+
+    lines = [samples.columns, ("---",) * len(samples.columns), *samples.rows]
+    return "\n".join("| " + " | ".join(map(cell, line)) + " |" for line in lines)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested dictionaries as one, with dotted names and values as text."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat

@@ -1,0 +1,30 @@
+"""What every tracker can do, and the table of samples they are given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+Cell = str | float | int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleTable:
+    """A few held-out groups at an evaluation: one row per response."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+
+class Tracker(Protocol):
+    """Something that keeps metrics."""
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Keep the metrics of a step; those of an evaluation have names that begin with `eval/`."""
+
+    def log_samples(self, step: int, samples: SampleTable) -> None:
+        """Keep the samples of an evaluation after a step."""
+
+    def close(self) -> None:
+        """Write what is left."""
