@@ -27,6 +27,7 @@ from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.faults import Supervisor, seed_everything
+from mpo_megatron.train.hardware import peak_flops
 from mpo_megatron.train.incidents import Guard, Judgement, TrainingError, record
 from mpo_megatron.train.inputs import Inputs, check_inputs
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
@@ -42,6 +43,8 @@ from mpo_megatron.train.step import (
 from mpo_megatron.train.step_folders import RunState, read_state
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.tracking import Tracker, build_trackers
+from mpo_megatron.train.tracking.facts import record_start
+from mpo_megatron.train.tracking.outcomes import forget_later, group_outcomes, log_outcomes
 
 TOKEN_MULTIPLE = 16
 """Rows are padded to a multiple of this per part of a row (`row_parts`): sequence parallelism and FP8 GEMMs need even parts."""
@@ -323,19 +326,21 @@ class Run:
         data, best = self.inputs.held_out, self.config.checkpoint
         if data is None:
             return {}
-        parts = []
+        parts, outcomes = [], []
         size = self.config.data.groups_per_step
         for start in range(0, len(data), size):
             indices = np.arange(start, min(start + size, len(data)))
             batch = build_step(0, data, indices, self.inputs.objective.select, self.shape)
             if batch.contributes.any():
                 policy = forward_step(self.model, batch, self.inputs.objective, self.ranks, self.resident)
-                learned, losses = self.metrics(batch, policy, self.reference(data, batch))
+                reference = self.reference(data, batch)
+                learned, losses = self.metrics(batch, policy, reference)
                 broken = (~losses.isfinite()).nonzero().flatten().tolist()
                 if broken:
                     names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
                     raise TrainingError(f"step {step}: the loss of {len(broken)} held-out groups is not finite (groups {names}).")
                 parts.append(learned)
+                outcomes += group_outcomes(batch, policy, reference, self.inputs.objective.params)
         if not parts:
             raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
         metrics = {f"eval/{name}": value for name, value in combine(parts).items()}
@@ -345,6 +350,8 @@ class Run:
         )
         for tracker in trackers:
             tracker.log(step, metrics)
+        if self.ranks.is_main:
+            log_outcomes(self.folder, step, outcomes, data, self.config.logging.num_samples, trackers)
         return metrics
 
     def throughput(self, batch: StepBatch, seconds: float) -> dict[str, float]:
@@ -353,10 +360,13 @@ class Run:
         scored = int(batch.table.lengths[batch.in_rows].sum())
         pairs = sum(piece.num_pairs for piece in pieces)
         work = self.flops.train_step(tokens=batch.plan.num_tokens, pairs=pairs, scored=scored)
+        per_rank = work / seconds / torch.distributed.get_world_size()
+        peak = peak_flops(device.gpu_name()) if self.config.model.precision == "bf16" else None
         return {
             "tokens_per_second": batch.plan.num_tokens / seconds,
             "groups_per_second": len(batch.groups) / seconds,
-            "tflops_per_rank": work / seconds / torch.distributed.get_world_size() / 1e12,
+            "tflops_per_rank": per_rank / 1e12,
+            **({} if peak is None else {"mfu": per_rank / peak}),
             "seconds": seconds,
         }
 
@@ -428,6 +438,19 @@ class Run:
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
         (self.folder / "config.yaml").write_text(text)
         print(f"# {self.folder / 'config.yaml'}\n{text}", flush=True)
+        forget_later(self.folder, done)
+        inputs = self.inputs
+        facts = record_start(
+            self.folder,
+            self.config,
+            step=done,
+            total_steps=inputs.total_steps,
+            train=inputs.train,
+            held_out=inputs.held_out,
+            model_digest=inputs.model_digest,
+            reference_digest=inputs.reference_digest,
+            data_parallel=self.ranks.data_size,
+        )
         return build_trackers(
-            self.config.logging, self.folder, to_dict(self.config), start_step=done, total_steps=self.inputs.total_steps
+            self.config.logging, self.folder, to_dict(self.config), facts, start_step=done, total_steps=inputs.total_steps
         )
