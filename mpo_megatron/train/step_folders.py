@@ -13,6 +13,7 @@ has another name is no checkpoint: `.partial-…` is being written or was killed
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -229,9 +230,8 @@ def sync(path: Path) -> None:
 
 def _set_aside(folder: Path, suffix: str) -> Path:
     """Rename a folder to the first free `<name><suffix>[-n]`."""
-    number, target = 1, folder.with_name(folder.name + suffix)
-    while target.exists():
-        number, target = number + 1, folder.with_name(f"{folder.name}{suffix}-{number}")
+    names = itertools.chain([suffix], (f"{suffix}-{number}" for number in itertools.count(2)))
+    target = next(target for end in names if not (target := folder.with_name(folder.name + end)).exists())
     folder.rename(target)
     return target
 

@@ -1,0 +1,130 @@
+"""Requests to stop, the deadline, and the watchdog, each in a process of its own where it ends one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.train.faults import FIRST_MARGIN, STARTED, Deadline
+from tests.distributed.launch import ROOT
+
+
+def python(code: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_the_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
+    assert not Deadline(FaultConfig()).is_near(1e9, 1e9)
+    now = time.time()
+    monkeypatch.setenv(STARTED, str(now - 3600))  # started an hour ago, restarted just now
+    assert Deadline(FaultConfig(walltime_minutes=60)).is_near(1.0, 0.0)
+    assert not Deadline(FaultConfig(walltime_minutes=60 + 2 * FIRST_MARGIN / 60)).is_near(1.0, 0.0)
+    slow_save = Deadline(FaultConfig(walltime_minutes=60 + 30))
+    assert not slow_save.is_near(100.0, 700.0)  # 100 + 2 × 700 < 1800 s
+    assert slow_save.is_near(100.0, 860.0)
+    slow_step = Deadline(FaultConfig(walltime_minutes=60 + 30))
+    assert slow_step.is_near(1800.0, 0.0)
+    assert slow_step.is_near(1.0, 0.0)  # a step as slow as that one may come again
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + 90)))
+    slurm = Deadline(FaultConfig())
+    assert not slurm.is_near(1.0, 0.0)
+    assert slurm.is_near(31.0, 0.0)
+
+
+LISTEN = """
+import sys, time
+from mpo_megatron.train import signals
+assert not {"torch", "psutil", "numpy"} & set(sys.modules)  # heard before anything heavy is imported
+signals.listen()
+print("listening", flush=True)
+while signals.requested() is None:
+    time.sleep(0.01)
+print(signals.requested().name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_signals_are_noted_and_do_not_end_the_process(number: signal.Signals) -> None:
+    process = python(LISTEN)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, f"{number.name}\n"), errors
+
+
+ALONE = """
+import os, signal, subprocess, sys, time
+if len(sys.argv) == 1:  # torchrun, with one rank of two left
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
+    command = [sys.executable, "-c", os.environ["CODE"], "rank"]
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    for rank in ranks:
+        rank.stdout.readline()
+    if os.environ["DEAD"] == "1":
+        ranks[0].kill()
+    ranks[1].send_signal(signal.SIGTERM)
+    try:
+        print(ranks[1].wait(timeout=3), flush=True)
+    except subprocess.TimeoutExpired:
+        print("goes on", flush=True)
+    for rank in ranks:
+        rank.kill()
+else:
+    from mpo_megatron.train import signals
+    signals.listen()
+    print("listening", flush=True)
+    time.sleep(1000)  # a collective that never ends
+"""
+
+
+@pytest.mark.parametrize("dead, outcome", [(True, "143"), (False, "goes on")])
+def test_a_rank_whose_neighbour_has_died_leaves_at_once(monkeypatch: pytest.MonkeyPatch, dead: bool, outcome: str) -> None:
+    monkeypatch.setenv("CODE", ALONE)
+    monkeypatch.setenv("DEAD", str(int(dead)))
+    output, errors = python(ALONE).communicate(timeout=60)
+    assert output.strip() == outcome, errors
+
+
+HANG = """
+import sys, threading, time
+from pathlib import Path
+from mpo_megatron.config import FaultConfig
+from mpo_megatron.train.faults import Watchdog
+
+def all_reduce_that_never_returns():
+    threading.Event().wait()
+
+watchdog = Watchdog(FaultConfig(hang_minutes=0.5 / 60), Path(sys.argv[1]), rank=3)
+for step in range(3):
+    watchdog.beat(f"step {step}")
+    time.sleep(0.3)
+all_reduce_that_never_returns()
+"""
+
+
+def test_the_watchdog_names_rank_and_step_and_shows_where_it_hangs(tmp_path: Path) -> None:
+    process = python(HANG, str(tmp_path))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "rank 3: no progress for" in errors
+    [path] = (tmp_path / "incidents").iterdir()
+    assert path.name == "hang_step_2_rank_00003.txt"
+    text = path.read_text()
+    assert "in step 2" in text
+    assert "all_reduce_that_never_returns" in text
