@@ -95,7 +95,13 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, hf_config: Pretra
     """
     if model.fp8 == "none":
         return
-    missing = missing_for_transformer_engine() or missing_for_recipe(model.fp8)
+    missing = missing_for_transformer_engine()
+    require(
+        missing is None,
+        f"model.fp8 = {model.fp8}, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with a GPU, or set "
+        "model.fp8 to none.",
+    )
+    missing = missing_for_recipe(model.fp8)
     require(missing is None, f"model.fp8 = {model.fp8}, but {missing}; set model.fp8 to another recipe, or to none.")
     recipe, tensor = RECIPES[model.fp8], parallel.tensor
     head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
@@ -131,7 +137,7 @@ def missing_for_transformer_engine() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except ImportError as error:
-        return f"transformer_engine does not import ({error}); install it (pip install 'mpo-megatron[gpu]')"
+        return f"transformer_engine does not import ({error})"
     return None
 
 

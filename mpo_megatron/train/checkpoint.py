@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import (
     FullyParallelLoadStrategyWrapper,
@@ -21,16 +22,23 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
 )
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
+from mpo_megatron.train.optimizer import gather_weights
 from mpo_megatron.train.step_folders import RunState
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP."""
+
+EXTRA_STATE = "_extra_state"
+"""Suffix of what Transformer Engine's modules save besides weights."""
 
 
 def verify(folder: Path) -> None:
@@ -64,6 +72,7 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
     loaded = _load(states, Path(folder), ranks)
     for name, part in zip(states, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
+        keep_exact_weights(_unwrap(part), loaded[name])
 
 
 def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> AsyncRequest:
@@ -71,9 +80,11 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 
     All ranks call it. Optimizer states are gathered and copied here, weights are not.
     """
-    states: dict[str, Any] = _model_states(model, ranks)
+    gather_weights(model)
+    states: dict[str, Any] = _model_states(model, ranks, scales=has_delayed_scales(model[0]))
     _fill_optimizer_state(optimizer)
     states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
+    force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
     request = dist_checkpointing.save(
         states,
         str(folder / "megatron"),
@@ -88,13 +99,17 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
     """Restore weights and optimizer states from a step's folder, on any layout."""
-    states: dict[str, Any] = _model_states(model, ranks)
+    models = _model_states(model, ranks, scales=has_delayed_scales(model[0]) and _has_scales(folder))
     _fill_optimizer_state(optimizer)
-    states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), is_loading=True, metadata=_content(ranks))
-    loaded = _load(states, folder, ranks)
-    for name, part in zip(_model_states(model, ranks), model, strict=True):
+    states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
+    loaded = _load({**models, "optimizer": states}, folder, ranks)
+    for name, part in zip(models, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
     _load_optimizer(optimizer, loaded["optimizer"])
+    if get_model_config(model[0]).fp8_param:  # quantized from bf16 just now; after a step they are from the master weights
+        optimizer._copy_main_params_to_model_params()
+        for part in model:
+            part.start_param_sync(force_sync=True)  # type: ignore[operator]
 
 
 def check_same_run(saved: RunState, current: RunState, folder: Path) -> None:
@@ -112,14 +127,28 @@ def check_same_run(saved: RunState, current: RunState, folder: Path) -> None:
             )
 
 
-def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
-    """Sharded state dicts of the model's parts, without Transformer Engine's extra states, which hold no weights."""
+def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, scales: bool = False) -> dict[str, Any]:
+    """Sharded state dicts of the model's parts.
+
+    Args:
+        scales: with FP8's delayed scales, one object a module (Transformer Engine's `_extra_state`). They are the same on all
+            tensor-parallel ranks and replicas, which agree on the largest values, and so load on any layout.
+    """
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
     states = {}
     for name, part in zip(names, model, strict=True):
         state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
-        states[name] = {key: value for key, value in state.items() if not key.endswith("_extra_state")}
+        states[name] = {
+            key: value
+            for key, value in state.items()
+            if not key.endswith(EXTRA_STATE) or (scales and value.data is not None)  # Megatron's own modules have None
+        }
     return states
+
+
+def _has_scales(folder: Path) -> bool:
+    """Whether a checkpoint was written with delayed scales."""
+    return any(EXTRA_STATE in key for key in load_sharded_metadata(str(folder / "megatron")))
 
 
 def _optimizer_view(states: dict[str, Any]) -> dict[str, Any]:

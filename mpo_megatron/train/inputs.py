@@ -16,6 +16,7 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.convert import Conversion, load_conversion
+from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.step_folders import complete_steps, require_space
@@ -50,13 +51,9 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     conversion = load_conversion(folder)
     validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
     use_transformer_engine(config.model)
+    validate_fp8(config.model, config.parallel, hf_config)
     choose_attention(config.model)
     check_installed(config.logging)
-    require(
-        not objective.needs.token_kl or config.parallel.pipeline == 1,
-        f"parallel.pipeline = {config.parallel.pipeline}; {config.loss.name} with regularizer = token_kl runs the reference "
-        "beside the policy, in one stage; set parallel.pipeline to 1, and raise parallel.tensor.",
-    )
     reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)
     opened = {}

@@ -34,6 +34,7 @@ from mpo_megatron.data import DataError
 from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_step
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.model.precision import numerics
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import collect_logps, run_rows
 
@@ -106,8 +107,21 @@ def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
     return [values.values.to_numpy() for values in lists]
 
 
-def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, transformer_engine: bool, attention: str) -> str:
-    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only."""
+def cache_key(
+    model_digest: str,
+    data: PreparedGroups,
+    model: ModelConfig,
+    *,
+    transformer_engine: bool,
+    attention: str,
+    calibration: PreparedGroups,
+) -> str:
+    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only.
+
+    Args:
+        calibration: groups that FP8's delayed scales are measured on
+    """
+    fp8 = numerics(model)
     parts = {
         "model": model_digest,
         "data": data.info.data_digest,
@@ -115,6 +129,8 @@ def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, tr
         "precision": model.precision,
         "transformer_engine": transformer_engine,
         "attention": attention,
+        **({} if fp8 is None else {"fp8": fp8}),
+        **({"calibration": calibration.info.data_digest} if model.fp8 == "delayed" else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
