@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import LossConfig, ModelConfig, ParallelConfig
+from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
 from mpo_megatron.data.group import TokenizedGroup, load_groups
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.model.architecture import load_hf_config
@@ -25,9 +26,12 @@ from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.live import LivePolicy
 from mpo_megatron.rollout.sample_kl import add_kl_gradients
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective
+from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import finalize_gradients, fused_step, prepare_schedules
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
@@ -88,8 +92,7 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
             DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in load("policy")
         ]
         prepare_schedules(model)
-        [resident] = load("reference")
-        resident.eval().requires_grad_(False)
+        resident = Resident(load("reference"))
 
         def collect() -> dict[str, Tensor]:
             found: dict[str, Tensor] = {}
@@ -100,6 +103,7 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
             return found
 
         weights = collect()
+        drawn = draw(model, hf_config, padded, ranks, folder)
         both, kl = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=True)
         loss_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=False, with_loss=True)
         kl_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=False)
@@ -115,6 +119,7 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
         "layout": layout,
         "missing": sorted(set(expected["weights"]) ^ set(weights)),
         "weights": max(float((weights[name] - weight).abs().max()) for name, weight in expected["weights"].items()),
+        "samples": drawn,
         "kl": kl,
         "expected_kl": expected["kl"],
         "largest": largest,
@@ -122,6 +127,22 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
         "sum": sums,
         "gradients": max(float((gradients[name] - wanted).abs().max()) for name, wanted in expected["gradients"].items()),
     }
+
+
+def draw(model: list[Any], hf_config: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:
+    """Samples of the policy; whatever the layout, the same are asked for."""
+    config = TrainConfig(
+        output=str(folder / "run"),
+        model=ModelConfig(checkpoint=str(folder / "policy"), precision="fp32"),
+        data=DataConfig(train=str(folder / "groups")),
+    )
+    inputs: Any = SimpleNamespace(hf_config=hf_config, padded_vocab_size=padded)
+    prompts = [
+        Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=())
+        for group in samples_of(folder)
+    ]
+    found = LivePolicy(config, inputs, ranks).sample(model, prompts, Sampling(num_responses=2, max_tokens=6))
+    return [[list(response.token_ids) for response in generation.responses] for generation in found]
 
 
 def kl_and_loss(

@@ -48,13 +48,16 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     save_groups(tmp_path / "groups", random_groups(4, seed=4, tied_share=0), tmp_path / "policy-hf")
     spec = {
         "folder": str(tmp_path),
-        "layouts": [{"tensor": 2}, {}, {"context": 2}],
+        "layouts": [{"tensor": 2}, {}, {"context": 2}, {"pipeline": 2}],
         "results": str(tmp_path / "results.json"),
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     run_ranks(2, "tests.distributed.live_worker", [str(tmp_path / "spec.json")])
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 3
+    assert len(results) == 4
+    # Samples are drawn by one engine, by one a replica, …: of the same prompts with the same randomness.
+    assert all(result["samples"] == results[0]["samples"] for result in results)
+    assert [[len(tokens) for tokens in group] for group in results[0]["samples"]] == [[6, 6]] * 5
     for result in results:
         assert result["missing"] == [], result
         assert result["weights"] == 0, result
