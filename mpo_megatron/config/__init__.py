@@ -16,8 +16,9 @@ from mpo_megatron.config.generate import (
     validate_endpoint,
     validate_generate,
 )
+from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
-from mpo_megatron.config.parsing import build_parser, load_yaml, parse, to_dict
+from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
 from mpo_megatron.config.prepare import PrepareConfig
 from mpo_megatron.config.score import ScoreConfig, validate_score
 from mpo_megatron.config.select import SelectConfig
@@ -43,6 +44,7 @@ __all__ = [
     "EndpointConfig",
     "FaultConfig",
     "GenerateConfig",
+    "IterateConfig",
     "JobConfig",
     "KubernetesJob",
     "LoggingConfig",
@@ -63,6 +65,7 @@ __all__ = [
     "VllmConfig",
     "build_parser",
     "check_writable",
+    "from_dict",
     "load_yaml",
     "parse",
     "parse_shard",

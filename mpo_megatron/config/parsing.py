@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +52,24 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
         return instantiate(parser, kind, parser.parse_path(str(path)))
     except (ArgumentError, TypeError, OSError) as error:
         raise ConfigError(f"{path}: {error}") from error
+
+
+def from_dict(kind: type[C], options: Mapping[str, Any], where: str) -> C:
+    """The configuration that nested plain dictionaries describe, checked like one from the command line.
+
+    Args:
+        where: what the options are a part of, for messages
+    Raises:
+        ConfigError: an unknown key, a missing one, or a value that breaks a rule.
+    """
+    parser = build_parser(kind, "mpo")
+    parser.exit_on_error = False
+    try:
+        return instantiate(parser, kind, parser.parse_object(dict(options)))
+    except (ArgumentError, TypeError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{where}.{error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,68 @@
+"""Options of `mpo iterate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mpo_megatron.config.checks import require
+
+STAGES = ("generate", "score", "select", "prepare", "train")
+"""Sections of the configuration, each the options of the command of that name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterateConfig:
+    """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, resumable anywhere."""
+
+    output: str
+    """Folder of all rounds; repeating the command continues there."""
+    model: str
+    """Megatron checkpoint that the first round starts from (`mpo convert`)."""
+    prompts: str
+    """.jsonl file, an object with `prompt` (text or messages) a line; other fields, such as a reference answer, reach scorers."""
+    rounds: int = 3
+    """Number of rounds; the prompts are dealt to them evenly, each to one."""
+    held_out: int = 100
+    """Prompts that no round trains on; every policy answers them, and the reports compare the answers."""
+    held_out_responses: int = 2
+    """Answers to each held-out prompt."""
+    reference: Literal["previous", "initial"] = "previous"
+    """The reference policy of a round: the policy it starts from, or the one that the first round started from."""
+    generate: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo generate`, without input, output and model."""
+    score: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo score`, without input and output."""
+    select: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo select`, without input and output."""
+    prepare: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo prepare`, without input, output and tokenizer."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo train`, without output, model.checkpoint, model.reference and data.train."""
+    per_round: dict[str, list[Any]] = field(default_factory=dict)
+    """Options that change from round to round: `train.optimizer.lr: [1e-6, 5e-7, 2.5e-7]`, one value for each."""
+    measure_kl: bool = True
+    """After each round, KL(π ‖ π_ref) on the new policy's answers to the held-out prompts: one more start of the ranks."""
+    nproc: int | None = None
+    """Ranks of training; by default one per GPU, or what the layout needs."""
+    seed: int = 1234
+    """Seed of the split of prompts; a stage without a seed of its own takes this plus the number of the round."""
+
+    def __post_init__(self) -> None:
+        require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
+        require(self.held_out >= 2, f"held_out = {self.held_out}; the reports need at least 2 held-out prompts.")
+        require(
+            self.held_out_responses >= 2,
+            f"held_out_responses = {self.held_out_responses}; at least 2 answers make a group.",
+        )
+        require(self.nproc is None or self.nproc >= 1, f"nproc = {self.nproc}; it must be at least 1, or absent.")
+        for name, values in self.per_round.items():
+            require(
+                name.split(".")[0] in STAGES and "." in name,
+                f"per_round.{name}; it must name an option of a stage, for example train.optimizer.lr; stages are "
+                f"{', '.join(STAGES)}.",
+            )
+            require(
+                isinstance(values, list) and len(values) == self.rounds,
+                f"per_round.{name} = {values}; it needs one value for each of rounds = {self.rounds}.",
+            )

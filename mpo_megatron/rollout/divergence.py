@@ -1,0 +1,97 @@
+"""`torchrun … -m mpo_megatron.rollout.divergence --config FILE`: KL(π ‖ π_ref) on samples of π; one rank of it.
+
+Takes the configuration of `mpo train`, with π as model.checkpoint, π_ref as model.reference and samples of π, prepared, as
+data.train; writes `<output>/kl.json`. With samples y ~ π the mean of log π(y) − log π_ref(y) is an unbiased estimate.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mpo_megatron.config import ConfigError, TrainConfig, parse
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import Float64, Int64
+from mpo_megatron.data.packing import PackingError
+from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.rollout.records import write_summary
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.loop import build_row_shape
+from mpo_megatron.train.reference import reference_logps
+
+KL_FILE = "kl.json"
+
+
+def main() -> int:
+    """Parse the command line and measure; a message instead of a traceback for what a user can mend."""
+    try:
+        measure(parse(TrainConfig, program="mpo iterate"))
+    except (ConfigError, DataError, PackingError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"mpo iterate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def measure(config: TrainConfig) -> None:
+    """Log-probs of all samples under both models, one after the other in the same memory; every rank calls it."""
+    inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
+    output, logps = Path(config.output), list[Float64]()
+    with model_parallel(config.parallel, config.seed) as ranks:
+        shape = build_row_shape(config, ranks, build_flop_model(inputs.hf_config))
+        model = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+        for name, folder in (
+            ("policy", config.model.checkpoint),
+            ("reference", config.model.reference or config.model.checkpoint),
+        ):
+            values = reference_logps(
+                inputs.train,
+                output / name,
+                functools.partial(load, model, folder, ranks),
+                ranks,
+                shape,
+                groups_per_part=config.data.groups_per_step,
+                tokens=False,
+            )
+            logps.append(values.response)
+        if ranks.is_main:
+            write_summary(
+                output / KL_FILE, summarize(*logps, inputs.train.response_offsets(), inputs.train.all_response_lengths())
+            )
+
+
+def load(model: list[torch.nn.Module], folder: str, ranks: Ranks) -> list[torch.nn.Module]:
+    """The model with the weights in `folder`."""
+    checkpoint.load_weights(model, folder, ranks)
+    return model
+
+
+def summarize(policy: Float64, reference: Float64, offsets: Int64, lengths: Int64) -> dict[str, float]:
+    """The estimate in nats per response, with a standard error over prompts, and per token.
+
+    Args:
+        policy, reference: [ΣK] log-probs of every response
+        offsets: [G + 1] where each group begins
+        lengths: [ΣK] tokens of every response
+    """
+    ratios = policy - reference
+    by_prompt = np.add.reduceat(ratios, offsets[:-1]) / np.diff(offsets)
+    return {
+        "kl": float(by_prompt.mean()),
+        "kl_error": float(by_prompt.std(ddof=1) / np.sqrt(len(by_prompt))) if len(by_prompt) > 1 else 0.0,
+        "kl_per_token": float(ratios.sum() / lengths.sum()),
+        "prompts": len(by_prompt),
+        "responses": len(ratios),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Prompts dealt to rounds, and some held out: by a hash, so that neither the order of the file nor a restart matters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data import DataError
+from mpo_megatron.data.formats import RowError, read_prompt
+from mpo_megatron.data.rewards import hash_unit
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSplit:
+    """The prompts of each round and the held-out ones, as rows of the file they came from, each with an id."""
+
+    rounds: list[list[Row]]
+    held_out: list[Row]
+    num_duplicates: int
+    """Prompts that an earlier line has; left out."""
+    digest: str
+    """Of all prompts, with their other fields."""
+
+
+def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> PromptSplit:
+    """Read prompts and deal them; two rounds differ by at most one prompt, and no prompt is in two places.
+
+    Raises:
+        ConfigError: no such file, or too few prompts.
+        DataError: a line has no usable prompt; the message names it.
+    """
+    rows: dict[str, Row] = {}
+    num_lines, digest = 0, hashlib.sha256()
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"prompts = {path}; cannot be read: {error.strerror or error}.") from error
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            row, key = read_row(line, f"{path}:{number}")
+            num_lines += 1
+            rows.setdefault(key, row)
+            digest.update(line + b"\n")
+    require(
+        len(rows) >= held_out + rounds,
+        f"prompts = {path} holds {len(rows)} different prompts; rounds = {rounds} and held_out = {held_out} need at least "
+        f"{held_out + rounds}.",
+    )
+    check_ids(rows, path)
+    order = sorted(rows, key=lambda key: (hash_unit(seed, "rounds", key), key))
+    place = {key: -1 if rank < held_out else (rank - held_out) % rounds for rank, key in enumerate(order)}
+    return PromptSplit(
+        rounds=[[row for key, row in rows.items() if place[key] == number] for number in range(rounds)],
+        held_out=[row for key, row in rows.items() if place[key] == -1],
+        num_duplicates=num_lines - len(rows),
+        digest=digest.hexdigest(),
+    )
+
+
+def read_row(line: bytes, where: str) -> tuple[Row, str]:
+    """A line as a row with an id, and what makes its prompt the same as another's.
+
+    Raises:
+        DataError: it is no object with a prompt.
+    """
+    try:
+        row = json.loads(line)
+        if not isinstance(row, dict):
+            raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
+        messages = read_prompt(row)
+    except RowError as error:
+        raise DataError(f"{where}: {error}") from error
+    except ValueError as error:
+        raise DataError(f"{where}: is not valid JSON ({error}).") from error
+    key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    own = row.get("group_id", row.get("id"))
+    return {**row, "group_id": key[:20] if own is None else str(own)}, key
+
+
+def check_ids(rows: dict[str, Row], path: Path) -> None:
+    """Refuse one id for two prompts.
+
+    Raises:
+        DataError: naming it.
+    """
+    seen: set[str] = set()
+    for row in rows.values():
+        if row["group_id"] in seen:
+            raise DataError(f"{path}: the id {row['group_id']} belongs to two different prompts; give each its own.")
+        seen.add(row["group_id"])

@@ -1,0 +1,195 @@
+"""What a round did, from its folders: sampled reward before and after, wins against the policy before, length, KL.
+
+All is measured on the held-out prompts, answered by every policy. A standard error is over prompts, the unit that is
+independent; the answers to one prompt count together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpo_megatron.config import TrainConfig
+from mpo_megatron.rollout.filters import is_number
+from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, replace_file, write_summary
+
+REPORT_FILE = "report.json"
+BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
+DPI = 90
+
+
+def report_round(
+    number: int, folder: Path, before: Path, after: Path, kl: dict[str, Any] | None, train: TrainConfig
+) -> dict[str, Any]:
+    """The report of one round.
+
+    Args:
+        folder: the round's
+        before, after: folders of the policies that the round started from and ended with
+        kl: KL(π ‖ π_ref) on the new policy's answers, if it was measured
+    """
+    old, new = read_answers(before), read_answers(after)
+    selected = read_summary(folder / "selected" / SELECT_FILE)
+    return {
+        "round": number,
+        "before": summarize_answers(old),
+        "after": summarize_answers(new),
+        "win_rate": compute_win_rate(new, old),
+        "kl": kl,
+        "selected": {name: selected[name] for name in ("groups_read", "groups_written", "responses_read", "responses_written")},
+        "training_reward": selected["reward"]["mean"],
+        "training": {
+            "loss": train.loss.name,
+            "params": train.loss.params,
+            "lr": train.optimizer.lr,
+            **read_last_metrics(folder / "run" / "metrics.jsonl"),
+        },
+    }
+
+
+def read_answers(policy: Path) -> dict[str, list[Record]]:
+    """The scored answers of a policy to the held-out prompts, by prompt."""
+    return {record["group_id"]: record["responses"] for record in read_lines(policy / "scored" / SCORED_FILE)}
+
+
+def rewards_of(responses: Sequence[Record]) -> list[float]:
+    """The rewards that there are."""
+    return [float(response["reward"]) for response in responses if is_number(response.get("reward"))]
+
+
+def summarize_answers(answers: dict[str, list[Record]]) -> dict[str, Any]:
+    """Mean reward with its standard error over prompts, tokens of an answer, share cut off at the limit."""
+    by_prompt = np.array([np.mean(rewards) for responses in answers.values() if (rewards := rewards_of(responses))])
+    responses = [response for group in answers.values() for response in group]
+    return {
+        "reward": float(by_prompt.mean()) if len(by_prompt) else float("nan"),
+        "error": standard_error(by_prompt),
+        "prompts": len(by_prompt),
+        "without_reward": len(responses) - sum(len(rewards_of(group)) for group in answers.values()),
+        "tokens": float(np.mean([response["num_tokens"] for response in responses])),
+        "truncated": float(np.mean([response["finish_reason"] == "length" for response in responses])),
+    }
+
+
+def compute_win_rate(new: dict[str, list[Record]], old: dict[str, list[Record]]) -> dict[str, Any]:
+    """Share of pairs (answer of the new policy, answer of the old one) to one prompt in which the new one's reward is larger.
+
+    A tie is half a win. Prompts count alike, however many of their answers have a reward.
+    """
+    shares, ties, pairs = [], 0, 0
+    for group_id, responses in new.items():
+        ours, theirs = np.array(rewards_of(responses)), np.array(rewards_of(old.get(group_id, [])))
+        if len(ours) and len(theirs):
+            order = np.sign(ours[:, None] - theirs[None, :])
+            shares.append(float((order.mean() + 1) / 2))
+            ties += int((order == 0).sum())
+            pairs += order.size
+    values = np.array(shares)
+    return {
+        "value": float(values.mean()) if shares else float("nan"),
+        "error": standard_error(values),
+        "ties": ties / pairs if pairs else float("nan"),
+        "prompts": len(shares),
+    }
+
+
+def standard_error(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
+    """Of the mean of independent values; NaN with fewer than two."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def read_last_metrics(path: Path) -> dict[str, Any]:
+    """Training's own numbers at the last step, on its batch: see `train/metrics.py`."""
+    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    steps = [row for row in rows if row.get("loss") is not None]
+    last = steps[-1] if steps else {}
+    return {name: last[name] for name in ("step", "loss", "accuracy", "margin") if name in last}
+
+
+# --------------------------------------------------------------------------------------------------- all rounds
+
+
+def write_report(folder: Path, reports: Sequence[dict[str, Any]]) -> None:
+    """All rounds together: report.json, report.md and report.png."""
+    write_summary(folder / REPORT_FILE, {"rounds": list(reports)})
+    replace_file(folder / "report.md", [format_report(reports).encode()])
+    plot_report(reports, folder / "report.png")
+
+
+def format_report(reports: Sequence[dict[str, Any]]) -> str:
+    """A table with one line a policy."""
+    lines = [
+        "# On-policy rounds",
+        "",
+        "Answers to held-out prompts; ± is one standard error over prompts. Wins are against the policy before, by the scorer's",
+        "reward, a tie half a win; KL is KL(π ‖ π_ref) in nats per answer.",
+        "",
+        "| policy | reward | wins | KL | tokens | cut off | loss | lr | groups trained on |",
+        "|---|---|---|---|---|---|---|---|---|",
+        _format_row("start", reports[0]["before"], None),
+        *(_format_row(f"round {report['round']}", report["after"], report) for report in reports),
+        "",
+        "![Reward, wins, length and KL by round](report.png)",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _format_row(name: str, answers: dict[str, Any], report: dict[str, Any] | None) -> str:
+    cells = [name, f"{answers['reward']:.4g} ± {answers['error']:.2g}"]
+    if report is None:
+        cells += ["", ""]
+    else:
+        wins, kl = report["win_rate"], report["kl"]
+        cells += [
+            f"{wins['value']:.1%} ± {wins['error']:.1%} ({wins['ties']:.0%} tied)",
+            f"{kl['kl']:.3g} ± {kl['kl_error']:.1g}" if kl else "",
+        ]
+    cells += [f"{answers['tokens']:.1f}", f"{answers['truncated']:.1%}"]
+    if report is None:
+        cells += ["", "", ""]
+    else:
+        training, selected = report["training"], report["selected"]
+        params = ", ".join(f"{key} = {value}" for key, value in training["params"].items())
+        loss = f"`{training['loss']}`" + (f" ({params})" if params else "")
+        cells += [loss, f"{training['lr']:g}", f"{selected['groups_written']:,} of {selected['groups_read']:,}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def plot_report(reports: Sequence[dict[str, Any]], picture: Path) -> None:
+    """Reward, win rate, length and KL by round, with standard errors."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to files, with no display
+    import matplotlib.pyplot as plt
+
+    answers = [reports[0]["before"], *(report["after"] for report in reports)]
+    rounds = [report["round"] for report in reports]
+    figure, (reward, wins, length, kl) = plt.subplots(1, 4, figsize=(15, 3.4))
+    style = {"fmt": "o-", "capsize": 3, "linewidth": 1.2, "markersize": 4}
+    policies = [0, *rounds]
+    reward.errorbar(policies, [row["reward"] for row in answers], yerr=[row["error"] for row in answers], color=BLUE, **style)
+    reward.set_title("sampled reward, held-out prompts", fontsize=10)
+    rates = [report["win_rate"] for report in reports]
+    wins.errorbar(rounds, [rate["value"] for rate in rates], yerr=[rate["error"] for rate in rates], color=GREEN, **style)
+    wins.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
+    wins.set_title("win rate against the policy before", fontsize=10)
+    length.plot(policies, [row["tokens"] for row in answers], "o-", color=ORANGE, markersize=4, linewidth=1.2)
+    length.set_title("tokens of an answer", fontsize=10)
+    measured = [report for report in reports if report["kl"]]
+    if measured:
+        values, errors = ([report["kl"][name] for report in measured] for name in ("kl", "kl_error"))
+        kl.errorbar([report["round"] for report in measured], values, yerr=errors, color=RED, **style)
+    kl.set_title("KL(π ‖ π_ref) (nats per answer)", fontsize=10)
+    for panel in (reward, wins, length, kl):
+        panel.set_xlabel("round")
+        panel.set_xticks(policies)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(alpha=0.25, linewidth=0.6)
+    figure.tight_layout()
+    figure.savefig(picture, dpi=DPI)
+    plt.close(figure)

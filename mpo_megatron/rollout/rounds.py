@@ -1,0 +1,230 @@
+"""The plan of `mpo iterate`: every stage's configuration in every round, built and checked before anything starts.
+
+<output>/iterate.json             the configuration, the model's and the prompts' digests: what must not change
+<output>/prompts/                 round-01.jsonl …, held-out.jsonl
+<output>/policies/00 … NN         the policy before the first round, and after each: hf/ (what generates), samples/ and
+                                  scored/ of its answers to the held-out prompts
+<output>/rounds/01 … NN           samples/, scored/, selected/, groups/, run/ (training), report.json
+<output>/report.json, .md, .png   all rounds
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import (
+    ConfigError,
+    GenerateConfig,
+    IterateConfig,
+    PrepareConfig,
+    ScoreConfig,
+    SelectConfig,
+    TrainConfig,
+    check_writable,
+    from_dict,
+    require,
+    validate_generate,
+    validate_score,
+)
+from mpo_megatron.config.train import check_ranks
+from mpo_megatron.model.architecture import load_hf_config, validate_layout
+from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
+from mpo_megatron.train import checkpoint
+from mpo_megatron.train.objective import build_objective, check_data
+from mpo_megatron.train.ranks import count_ranks
+from mpo_megatron.train.tracking import check_installed
+
+FILLED = {
+    "generate": ("prompts", "model", "output", "shard"),
+    "score": ("input", "output"),
+    "select": ("input", "output"),
+    "prepare": ("input", "output", "tokenizer", "held_out"),
+    "train": ("output", "model.checkpoint", "model.reference", "data.train"),
+}
+"""Options that `mpo iterate` itself sets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """A policy, and its answers to the held-out prompts."""
+
+    folder: Path
+    generate: GenerateConfig
+    score: ScoreConfig
+
+    @property
+    def hf(self) -> Path:
+        """Its Hugging Face checkpoint."""
+        return self.folder / "hf"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round:
+    """One round's stages; what training starts from is known only when the rounds before are done."""
+
+    number: int
+    folder: Path
+    generate: GenerateConfig
+    score: ScoreConfig
+    select: SelectConfig
+    prepare: PrepareConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All of `mpo iterate`, checked."""
+
+    config: IterateConfig
+    prompts: PromptSplit
+    model_digest: str
+    num_ranks: list[int]
+    """Of each round's training."""
+    policies: list[Policy]
+    """rounds + 1 of them."""
+    rounds: list[Round]
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return Path(self.config.output)
+
+
+def build_plan(config: IterateConfig) -> Plan:
+    """Every stage's configuration, checked as far as it can be before the first round.
+
+    Raises:
+        ConfigError: naming the option, the rule and the fix.
+        DataError: a line of the prompt file is no prompt.
+    """
+    for stage, names in FILLED.items():
+        for name in names:
+            require(
+                not has_option(getattr(config, stage), name) and f"{stage}.{name}" not in config.per_round,
+                f"{stage}.{name} is set by mpo iterate itself; leave it out.",
+            )
+    check_writable(Path(config.output), "output")
+    model = Path(config.model)
+    require((model / "megatron").is_dir(), f"model = {model} holds no Megatron checkpoint; write it with `mpo convert`.")
+    checkpoint.verify(model)
+    rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
+    policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
+    num_ranks = [count_ranks(item.train.parallel, config.nproc) for item in rounds]
+    for item, ranks in zip(rounds, num_ranks, strict=True):
+        check_round(item, model, ranks)
+    return Plan(
+        config=config,
+        prompts=split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed),
+        model_digest=load_conversion(model).digest,
+        num_ranks=num_ranks,
+        policies=policies,
+        rounds=rounds,
+    )
+
+
+def build_round(config: IterateConfig, number: int) -> Round:
+    """The stages of round `number`, from 1."""
+    output = Path(config.output)
+    folder, policy = output / "rounds" / f"{number:02d}", output / "policies" / f"{number - 1:02d}"
+    options = options_of_round(config, number)
+    fill(options["generate"], prompts=output / "prompts" / f"round-{number:02d}.jsonl", model=policy / "hf")
+    fill(options["generate"], output=folder / "samples", shard="0/1")  # whole, even in a task of a Slurm array
+    fill(options["score"], input=folder / "samples", output=folder / "scored")
+    fill(options["select"], input=folder / "scored", output=folder / "selected")
+    fill(options["prepare"], input=folder / "selected" / "groups.jsonl", output=folder / "groups", tokenizer=policy / "hf")
+    fill(options["train"], output=folder / "run")
+    fill(options["train"].setdefault("model", {}), checkpoint=config.model, reference=reference_folder(config, config.model))
+    fill(options["train"].setdefault("data", {}), train=folder / "groups")
+    return Round(
+        number=number,
+        folder=folder,
+        generate=from_dict(GenerateConfig, options["generate"], "generate"),
+        score=from_dict(ScoreConfig, options["score"], "score"),
+        select=from_dict(SelectConfig, options["select"], "select"),
+        prepare=from_dict(PrepareConfig, options["prepare"], "prepare"),
+        train=from_dict(TrainConfig, options["train"], "train"),
+    )
+
+
+def build_policy_stages(config: IterateConfig, number: int) -> Policy:
+    """What measures policy `number`: the sections as they are, without `per_round`, so that policies are measured alike."""
+    folder = Path(config.output) / "policies" / f"{number:02d}"
+    generate, score = copy.deepcopy(config.generate), copy.deepcopy(config.score)
+    generate.setdefault("seed", config.seed)
+    fill(generate, prompts=Path(config.output) / "prompts" / "held-out.jsonl", model=folder / "hf", output=folder / "samples")
+    fill(generate, num_responses=config.held_out_responses, shard="0/1")
+    fill(score, input=folder / "samples", output=folder / "scored")
+    return Policy(
+        folder=folder,
+        generate=from_dict(GenerateConfig, generate, "generate"),
+        score=from_dict(ScoreConfig, score, "score"),
+    )
+
+
+def start_training(plan: Plan, item: Round, start: Path) -> TrainConfig:
+    """The configuration that trains a round from the checkpoint `start`."""
+    reference = reference_folder(plan.config, str(start))
+    return replace(item.train, model=replace(item.train.model, checkpoint=str(start), reference=reference))
+
+
+def reference_folder(config: IterateConfig, start: str) -> str | None:
+    """The reference of a round that starts from `start`; None means that same checkpoint."""
+    return config.model if config.reference == "initial" and start != config.model else None
+
+
+def options_of_round(config: IterateConfig, number: int) -> dict[str, dict[str, Any]]:
+    """The sections with what `per_round` says for this round, and a seed for stages without one."""
+    options = {stage: copy.deepcopy(getattr(config, stage)) for stage in FILLED}
+    for stage in ("generate", "select", "prepare", "train"):
+        options[stage].setdefault("seed", config.seed + number)
+    for name, values in config.per_round.items():
+        *parents, last = name.split(".")
+        section: Any = options
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            require(isinstance(section, dict), f"per_round.{name}: {parent} has no options of its own.")
+        section[last] = copy.deepcopy(values[number - 1])
+    return options
+
+
+def fill(section: dict[str, Any], **values: object) -> None:
+    """Set options that `mpo iterate` decides; paths become text."""
+    section.update({name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
+
+
+def has_option(section: Mapping[str, Any], name: str) -> bool:
+    """Whether a section sets an option, `a.b` being b under a."""
+    first, _, rest = name.partition(".")
+    inner = section.get(first)
+    return first in section and (not rest or (isinstance(inner, Mapping) and has_option(inner, rest)))
+
+
+def check_round(item: Round, model: Path, num_ranks: int) -> None:
+    """What a round's stages would refuse when their turn comes, as far as it does not depend on data.
+
+    Raises:
+        ConfigError: naming the round, the option, the rule and the fix.
+    """
+    try:
+        require(
+            item.generate.engine != "openai",
+            "generate.engine = openai; a server goes on with the weights it has, and rounds have new ones; take vllm or "
+            "transformers.",
+        )
+        validate_generate(item.generate)
+        validate_score(item.score)
+        train = item.train
+        check_ranks(train.parallel, num_ranks)
+        validate_layout(load_hf_config(model / "hf"), train.parallel, load_conversion(model).padded_vocab_size)
+        check_installed(train.logging)
+        labelled = item.select.sets != "all"
+        where = f"select.sets = {item.select.sets}"
+        check_data(build_objective(train.loss), has_rewards=True, has_labels=labelled, where=where)
+        require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not go on; leave it out.")
+    except ConfigError as error:
+        raise ConfigError(f"round {item.number}: {error}") from error
