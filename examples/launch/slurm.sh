@@ -21,6 +21,10 @@ set -euo pipefail
 source .venv/bin/activate
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+if [[ -z "${SLURM_JOB_END_TIME:-}" ]]; then # older Slurms do not set it; the run saves in time by it
+    SLURM_JOB_END_TIME="$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)" || unset SLURM_JOB_END_TIME
+fi
+export SLURM_JOB_END_TIME
 restarts="${SLURM_RESTART_COUNT:-0}"
 echo "$(date -Is) $SLURM_JOB_NAME on $SLURM_JOB_NODELIST, restart $restarts"
 

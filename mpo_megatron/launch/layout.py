@@ -8,25 +8,30 @@ from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, 
 from mpo_megatron.config.train import check_ranks
 
 
-def describe(job: JobConfig) -> str:
-    """The layout in words, after it was checked against the job's machines.
+def load_run(job: JobConfig) -> TrainConfig:
+    """The run's configuration, after its layout was checked against the job's machines.
 
     Raises:
-        ConfigError: the run's configuration is refused, its model-parallel ranks do not divide the job's, or a tensor-parallel
+        ConfigError: the configuration is refused, its model-parallel ranks do not divide the job's, or a tensor-parallel
             group would reach over machines.
     """
     require(Path(job.train).is_file(), f"train = {job.train}; no such file; write the options of `mpo train` there.")
     try:
-        parallel = load_yaml(TrainConfig, job.train).parallel
+        config = load_yaml(TrainConfig, job.train)
     except ConfigError as error:
         raise ConfigError(f"train = {error}") from error
-    world_size = job.nodes * job.ranks
-    check_ranks(parallel, world_size)
+    check_ranks(config.parallel, job.nodes * job.ranks)
     require(
-        job.ranks % parallel.tensor == 0,
-        f"parallel.tensor = {parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: its ranks talk "
-        f"after every layer and must share a machine; choose a divisor of {job.ranks}.",
+        job.ranks % config.parallel.tensor == 0,
+        f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: they "
+        f"talk after every layer and must share a machine; choose a divisor of {job.ranks}.",
     )
+    return config
+
+
+def describe(job: JobConfig, config: TrainConfig) -> str:
+    """The layout in words."""
+    parallel, world_size = config.parallel, job.nodes * job.ranks
     sizes = {
         "tensor": parallel.tensor,
         "pipeline": parallel.pipeline,

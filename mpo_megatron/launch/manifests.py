@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from mpo_megatron.config import KubernetesJob, SkypilotJob
-from mpo_megatron.launch.layout import describe
-from mpo_megatron.launch.scripts import MODULE, preamble
+from mpo_megatron.launch.layout import describe, load_run
+from mpo_megatron.launch.scripts import preamble
 
 PORT = 29500
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -20,19 +20,23 @@ GRACE_SECONDS = 600
 
 def kubernetes_manifest(job: KubernetesJob) -> str:
     """A ConfigMap with the run's configuration, and the job that mounts it."""
+    run = load_run(job)
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": {"name": f"{job.name}-config", "namespace": job.namespace},
         "data": {"train.yaml": Path(job.train).read_text()},
     }
-    resource = pytorch_job(job) if job.kind == "pytorchjob" else job_set(job)
-    return f"# Layout: {describe(job)}.\n" + yaml.dump_all([config_map, resource], Dumper=_Dumper, sort_keys=False, width=140)
+    build = pytorch_job if job.kind == "pytorchjob" else job_set
+    resource = build(job, run.entry_point)
+    return f"# Layout: {describe(job, run)}.\n" + yaml.dump_all(
+        [config_map, resource], Dumper=_Dumper, sort_keys=False, width=140
+    )
 
 
-def pytorch_job(job: KubernetesJob) -> dict[str, Any]:
+def pytorch_job(job: KubernetesJob, module: str) -> dict[str, Any]:
     """Kubeflow's PyTorchJob: its controller tells torchrun of the other machines through PET_* variables."""
-    template = {"spec": pod(job, torchrun="")}
+    template = {"spec": pod(job, f"-m {module}")}
     replicas = {"Master": 1, "Worker": job.nodes - 1}
     return {
         "apiVersion": "kubeflow.org/v1",
@@ -50,11 +54,11 @@ def pytorch_job(job: KubernetesJob) -> dict[str, Any]:
     }
 
 
-def job_set(job: KubernetesJob) -> dict[str, Any]:
+def job_set(job: KubernetesJob, module: str) -> dict[str, Any]:
     """A JobSet: one indexed job with a pod a machine; when one pod fails, all are started again."""
     torchrun = (
-        f" --nproc-per-node={job.ranks} --nnodes={job.nodes} --node-rank=$JOB_COMPLETION_INDEX"
-        f" --master-addr={job.name}-ranks-0-0.{job.name} --master-port={PORT}"
+        f"--nproc-per-node={job.ranks} --nnodes={job.nodes} --node-rank=$JOB_COMPLETION_INDEX"
+        f" --master-addr={job.name}-ranks-0-0.{job.name} --master-port={PORT} -m {module}"
     )
     return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
@@ -82,9 +86,9 @@ def job_set(job: KubernetesJob) -> dict[str, Any]:
 
 
 def pod(job: KubernetesJob, torchrun: str) -> dict[str, Any]:
-    """The pod of one machine; `torchrun` are the options its controller does not give by itself."""
+    """The pod of one machine; `torchrun` are the options that its controller does not give by itself, and the module."""
     gpus = {"nvidia.com/gpu": job.gpus_per_node} if job.gpus_per_node else {}
-    command = f"exec python -m torch.distributed.run{torchrun} -m {MODULE} --config /etc/mpo/train.yaml"
+    command = f"exec python -m torch.distributed.run {torchrun} --config /etc/mpo/train.yaml"
     mounts = {"config": "/etc/mpo", "shared-memory": "/dev/shm", **job.volumes}
     return {
         "terminationGracePeriodSeconds": GRACE_SECONDS,
@@ -113,10 +117,11 @@ def shell_lines(setup: str, environment: dict[str, str], command: str) -> str:
 
 def skypilot_task(job: SkypilotJob) -> str:
     """A SkyPilot task, for `sky jobs launch`."""
+    run = load_run(job)
     command = (
         f"exec python -m torch.distributed.run --nproc-per-node={job.ranks} --nnodes={job.nodes}"
         ' --node-rank="$SKYPILOT_NODE_RANK" --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
-        f" --master-port={PORT} -m {MODULE} --config /tmp/mpo/train.yaml"
+        f" --master-port={PORT} -m {run.entry_point} --config /tmp/mpo/train.yaml"
     )
     resources: dict[str, Any] = {"accelerators": f"{job.accelerators}:{job.gpus_per_node}"}
     if job.image:
@@ -133,7 +138,7 @@ def skypilot_task(job: SkypilotJob) -> str:
     if job.setup.strip():
         task["setup"] = job.setup.strip() + "\n"
     task["run"] = "set -euo pipefail\n" + shell_lines("", job.environment, command)
-    return f"# Layout: {describe(job)}.\n" + yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=140)
+    return f"# Layout: {describe(job, run)}.\n" + yaml.dump(task, Dumper=_Dumper, sort_keys=False, width=140)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -7,31 +7,28 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_megatron.config import SlurmArray, SlurmJob, TorchrunJob
-from mpo_megatron.launch.layout import describe
+from mpo_megatron.config import FaultConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.launch.layout import describe, load_run
 
-MODULE = "mpo_megatron.train"
-"""What every rank runs."""
-REQUEUE_CODE = 75
-"""Exit code of a run that saved because it was asked to stop (sysexits' EX_TEMPFAIL: try again)."""
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
 """A job that asks for no GPU must not see one: it would not be its own."""
 
 
 def torchrun_script(job: TorchrunJob) -> str:
     """A script to start on every machine."""
-    script = job.output or "train.sh"
-    return _render("torchrun.sh.j2", job=job, layout=describe(job), train=job.train, script=script)
+    return _render_run("torchrun.sh.j2", job, script=job.output or "train.sh")
 
 
 def slurm_script(job: SlurmJob) -> str:
     """An sbatch script with one Slurm task a rank."""
-    return _render("slurm.sh.j2", job=job, layout=describe(job), train=job.train)
+    return _render_run("slurm.sh.j2", job)
 
 
 def slurm_array_script(job: SlurmArray) -> str:
     """An sbatch script whose array tasks generate one shard each."""
-    return _render("slurm_array.sh.j2", job=job, generate=job.generate)
+    return _render(
+        "slurm_array.sh.j2", job, on_cpus=job.gpus_per_task == 0, generate=job.generate, requeue_code=FaultConfig().requeue_code
+    )
 
 
 def preamble(setup: str, environment: dict[str, str]) -> str:
@@ -40,16 +37,24 @@ def preamble(setup: str, environment: dict[str, str]) -> str:
     return "\n".join([*setup.strip().splitlines(), *exports])
 
 
-def _render(template: str, job: Any, **values: Any) -> str:
+def _render_run(template: str, job: JobConfig, **values: Any) -> str:
+    config = load_run(job)
+    return _render(
+        template,
+        job,
+        on_cpus=job.gpus_per_node == 0,
+        layout=describe(job, config),
+        train=job.train,
+        module=config.entry_point,
+        requeue_code=config.faults.requeue_code,
+        **values,
+    )
+
+
+def _render(template: str, job: JobConfig | SlurmArray, *, on_cpus: bool, **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("mpo_megatron.launch"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["quote"] = shlex.quote
-    on_cpus = getattr(job, "gpus_per_node", getattr(job, "gpus_per_task", None)) == 0
-    return environment.get_template(template).render(
-        job=job,
-        module=MODULE,
-        requeue_code=REQUEUE_CODE,
-        preamble=preamble(job.setup, (CPU_RANKS if on_cpus else {}) | job.environment),
-        **values,
-    )
+    variables = (CPU_RANKS if on_cpus else {}) | job.environment
+    return environment.get_template(template).render(job=job, preamble=preamble(job.setup, variables), **values)
