@@ -85,10 +85,14 @@ class DataConfig:
     """`shared`: a group's prompt is computed once; `unshared`: once per response (the baseline)."""
     shuffle: bool = True
     """Draw a new order every epoch, from `seed`."""
+    first_step: int = 0
+    """Step, counted from 0, at which these groups take over: a run that has done exactly so many continues with them, whatever it
+    had before (segments of OnMC-PO)."""
 
     def __post_init__(self) -> None:
         require(self.groups_per_step >= 1, f"data.groups_per_step = {self.groups_per_step}; it must be at least 1.")
         require(self.row_tokens >= 2, f"data.row_tokens = {self.row_tokens}; a row holds at least two tokens.")
+        require(self.first_step >= 0, f"data.first_step = {self.first_step}; it must be 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,12 +368,18 @@ class OnlineConfig:
     """Sampling temperature; anything but 1 is not the policy's own distribution."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples, on one rank per model replica, from the live weights: the embedded model, or vLLM beside the training."""
+    vllm_memory_fraction: float = 0.3
+    """Share of a GPU's memory that `engine: vllm` takes while it samples."""
 
     def __post_init__(self) -> None:
         require(self.kl_weight >= 0, f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive.")
         for name in ("every", "num_samples", "max_tokens"):
             require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
         require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
+        require(
+            0 < self.vllm_memory_fraction < 1,
+            f"online.vllm_memory_fraction = {self.vllm_memory_fraction}; it must be above 0 and below 1.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,6 +401,8 @@ class TrainConfig:
     """Passes over the training groups."""
     max_steps: int | None = None
     """Number of optimizer steps; replaces `epochs`."""
+    stop_after: int | None = None
+    """End with a checkpoint after this many steps; the schedule runs to the last step, to which a later start may go on."""
     eval_every: int = 50
     """Evaluate on the held-out groups after this many steps, before the first and after the last; 0: only these two."""
     seed: int = 1234
@@ -399,7 +411,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(self.epochs > 0, f"epochs = {self.epochs}; it must be positive.")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps = {self.max_steps}; it must be at least 1.")
+        require(
+            self.stop_after is None or self.stop_after > self.data.first_step,
+            f"stop_after = {self.stop_after}; it must be larger than data.first_step = {self.data.first_step}.",
+        )
         require(self.eval_every >= 0, f"eval_every = {self.eval_every}; it must be 0 or more.")
+
+    @property
+    def entry_point(self) -> str:
+        """The module of which `torchrun -m` starts ranks: one that can sample if the run does, else one that needs no engine."""
+        return "mpo_megatron.rollout.train_main" if self.online.kl_weight > 0 else "mpo_megatron.train"
 
 
 def check_ranks(parallel: ParallelConfig, world_size: int) -> None:

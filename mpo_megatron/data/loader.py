@@ -158,11 +158,16 @@ def iterate_steps(
     groups_per_step: int,
     seed: int,
     shuffle: bool,
+    first_step: int = 0,
 ) -> Iterator[StepBatch]:
-    """The given steps in order; the next one is built in a thread while the current one trains."""
+    """The given steps in order; the next one is built in a thread while the current one trains.
+
+    Args:
+        first_step: the step at which the data begins
+    """
 
     def build(step: int) -> StepBatch:
-        indices = step_indices(step, len(data), groups_per_step, seed=seed, shuffle=shuffle)
+        indices = step_indices(step - first_step, len(data), groups_per_step, seed=seed, shuffle=shuffle)
         return build_step(step, data, indices, select, shape)
 
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:

@@ -53,7 +53,7 @@ class SampleRegularizer:
     def add(self, step: int) -> dict[str, float]:
         """Sample if it is time to, and add the regulariser's gradients at this step."""
         run, started = self.run, time.perf_counter()
-        due = step - step % self.online.every
+        due = max(step - step % self.online.every, run.config.data.first_step)  # new groups, new samples
         refreshed = due != self.drawn_at
         if refreshed:
             self.samples, self.drawn_at = self.samples_of(due, step), due
@@ -145,9 +145,9 @@ def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple
     Prompts of the last T steps ("recently observed", SPO Algorithm 1), of the coming step at the run's start; without repetition,
     with several samples each where there are fewer prompts than samples.
     """
-    recent = range(max(0, due - config.online.every), due) or range(1)
-    size = config.data.groups_per_step
-    parts = [step_indices(step, len(data), size, seed=config.seed, shuffle=config.data.shuffle) for step in recent]
+    first, size = config.data.first_step, config.data.groups_per_step
+    recent = range(max(first, due - config.online.every), due) or range(first, first + 1)
+    parts = [step_indices(step - first, len(data), size, seed=config.seed, shuffle=config.data.shuffle) for step in recent]
     candidates = np.unique(np.concatenate(parts))
     per_prompt = -(-config.online.num_samples // len(candidates))
     number = -(-config.online.num_samples // per_prompt)

@@ -25,7 +25,9 @@ from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.model.precision import token_multiple
 from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.faults import Supervisor, seed_everything
 from mpo_megatron.train.hardware import peak_flops
 from mpo_megatron.train.incidents import Guard, Judgement, TrainingError, record
@@ -33,6 +35,7 @@ from mpo_megatron.train.inputs import Inputs, check_inputs
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
+from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.saving import Saver, check_whole, choose_checkpoint
 from mpo_megatron.train.step import (
     forward_step,
@@ -45,9 +48,6 @@ from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.tracking import Tracker, build_trackers
 from mpo_megatron.train.tracking.facts import record_start
 from mpo_megatron.train.tracking.outcomes import forget_later, group_outcomes, log_outcomes
-
-TOKEN_MULTIPLE = 16
-"""Rows are padded to a multiple of this per part of a row (`row_parts`): sequence parallelism and FP8 GEMMs need even parts."""
 
 
 def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
@@ -65,7 +65,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
     require(
         build_term is not None or config.online.kl_weight == 0,
         f"online.kl_weight = {config.online.kl_weight}; it needs an engine that samples: start ranks with "
-        "`-m mpo_megatron.rollout.train_main`, as `mpo train` does.",
+        f"`torchrun -m {config.entry_point}`, as `mpo train` does.",
     )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:
@@ -74,8 +74,9 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
         shape = build_row_shape(config, ranks, flops)
         policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         references = compute_references(config, inputs, policy, ranks, shape)
-        checkpoint.load_weights([policy], config.model.checkpoint, ranks)
-        model = [optimizer.wrap_data_parallel(policy, ranks)]
+        checkpoint.load_weights(policy, config.model.checkpoint, ranks)
+        calibrate(policy, inputs.train, ranks, shape)
+        model = optimizer.wrap_data_parallel(policy, config.optimizer, ranks)
         prepare_schedules(model)
         run = Run(
             config=config,
@@ -85,7 +86,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
             shape=shape,
             flops=flops,
             model=model,
-            resident=load_resident(config, inputs, ranks),
+            resident=load_resident(config, inputs, ranks, shape),
         )
         return run.train(None if build_term is None else build_term(run))
 
@@ -95,27 +96,29 @@ def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowS
     return RowShape(
         row_tokens=config.data.row_tokens,
         layout=config.data.layout,
-        multiple=TOKEN_MULTIPLE * config.parallel.row_parts,
+        multiple=token_multiple(config.model) * config.parallel.row_parts,
         num_replicas=ranks.data_size,
         replica=ranks.data_rank,
         pair_weight=flops.pair_weight,
+        rows_multiple=config.parallel.rows_multiple,
     )
 
 
-def load_resident(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> torch.nn.Module | None:
+def load_resident(config: TrainConfig, inputs: Inputs, ranks: Ranks, shape: RowShape) -> Resident | None:
     """The reference model in memory, without gradients, if the loss needs more of it than log-probs."""
-    return load_reference_model(config, inputs, ranks) if inputs.objective.needs.token_kl else None
+    return load_reference_model(config, inputs, ranks, shape) if inputs.objective.needs.token_kl else None
 
 
-def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> torch.nn.Module:
+def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks, shape: RowShape) -> Resident:
     """The reference model in memory, without gradients, cut over ranks as the policy is."""
-    resident = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
-    checkpoint.load_weights([resident], config.model.reference or config.model.checkpoint, ranks)
-    return resident.eval().requires_grad_(False)
+    parts = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+    checkpoint.load_weights(parts, config.model.reference or config.model.checkpoint, ranks)
+    calibrate(parts, inputs.train, ranks, shape)
+    return Resident(parts, offload=config.model.resident_offload)
 
 
 def compute_references(
-    config: TrainConfig, inputs: Inputs, policy: torch.nn.Module, ranks: Ranks, shape: RowShape
+    config: TrainConfig, inputs: Inputs, policy: list[torch.nn.Module], ranks: Ranks, shape: RowShape
 ) -> dict[Path, ReferenceLogps]:
     """Reference log-probs of the training and held-out groups, by folder; the policy lends its memory to the reference model.
 
@@ -126,9 +129,10 @@ def compute_references(
     def load_reference() -> list[torch.nn.Module]:
         nonlocal loaded
         if not loaded:
-            checkpoint.load_weights([policy], config.model.reference or config.model.checkpoint, ranks)
+            checkpoint.load_weights(policy, config.model.reference or config.model.checkpoint, ranks)
+            calibrate(policy, inputs.train, ranks, shape)
             loaded = True
-        return [policy]
+        return policy
 
     references = {}
     for data in (inputs.train, inputs.held_out):
@@ -139,6 +143,7 @@ def compute_references(
                 config.model,
                 transformer_engine=use_transformer_engine(config.model),
                 attention=choose_attention(config.model),
+                calibration=inputs.train,
             )
             references[data.path] = reference_logps(
                 data,
@@ -152,6 +157,18 @@ def compute_references(
     return references
 
 
+def check_first_step(first_step: int, done: int, folder: Path) -> None:
+    """Refuse data that begins at a step which the run has not reached.
+
+    Raises:
+        ConfigError: naming both steps.
+    """
+    require(
+        first_step <= done,
+        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first.",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything one run works with."""
@@ -163,7 +180,7 @@ class Run:
     shape: RowShape
     flops: FlopModel
     model: list[Any]
-    resident: torch.nn.Module | None
+    resident: Resident | None
     """The reference model, for losses that compare whole distributions with it."""
 
     @property
@@ -174,6 +191,7 @@ class Run:
     def train(self, term: GradientTerm | None) -> str | None:
         """Resume or start, then step, evaluate and save until the last step, or until asked to stop; why it stopped early."""
         config, total_steps = self.config, self.inputs.total_steps
+        last = min(total_steps, config.stop_after or total_steps)
         adam = optimizer.build_optimizer(config.optimizer, self.model, self.ranks)
         saved = self.resume(adam)
         done = saved.step
@@ -189,7 +207,7 @@ class Run:
             if self.evaluates(done) and not saved.held_out:
                 supervisor.watchdog.beat(f"evaluation at step {done}")
                 self.evaluate(done, trackers)
-            for batch in supervisor.watch_data(self.steps(range(done, total_steps))):
+            for batch in supervisor.watch_data(self.steps(range(done, last))):
                 supervisor.watchdog.beat(f"step {batch.step + 1}")
                 metrics = self.step(batch, adam, term, guard)
                 scheduler.step(1)
@@ -200,11 +218,11 @@ class Run:
                 if agreement.all_written:
                     saver.finish()
                 held_out: dict[str, float] = {}
-                stops = agreement.stop is not None and done < total_steps
+                stops = agreement.stop is not None and done < last
                 if self.evaluates(done) and not stops:
                     supervisor.watchdog.beat(f"evaluation at step {done}")
                     held_out = self.evaluate(done, trackers)
-                if stops or done == total_steps or (config.checkpoint.every and done % config.checkpoint.every == 0):
+                if stops or done == last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                     supervisor.watchdog.beat(f"save at step {done}")
                     saver.start(self.state(done, held_out, guard), self.model, adam)
                 if stops:
@@ -394,6 +412,7 @@ class Run:
                 groups_per_step=config.data.groups_per_step,
                 seed=config.seed,
                 shuffle=config.data.shuffle,
+                first_step=config.data.first_step,
             )
         except PackingError as error:
             raise ConfigError(str(error)) from error
@@ -418,9 +437,13 @@ class Run:
         start = self.state(0, {}, Guard(self.config.faults, [], [], 0))
         folder = choose_checkpoint(self.folder, self.ranks, resume=self.config.checkpoint.resume)
         if folder is None:
+            check_first_step(self.config.data.first_step, 0, self.folder)
             return start
         saved, _ = read_state(folder)
-        checkpoint.check_same_run(saved, start, folder)
+        check_first_step(self.config.data.first_step, saved.step, folder)
+        takes_over = saved.step == self.config.data.first_step  # other groups may have led up to here
+        same_data = dataclasses.replace(saved, data_digest=start.data_digest) if takes_over else saved
+        checkpoint.check_same_run(same_data, start, folder)
         checkpoint.load(folder, self.model, adam, self.ranks)
         return saved
 

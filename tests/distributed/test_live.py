@@ -24,6 +24,7 @@ from mpo_megatron.config import (
     TransformersConfig,
 )
 from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.loader import step_indices
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.engines import Prompt, Sampling
@@ -78,20 +79,24 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hf = save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
     convert(ConvertConfig(input=str(hf), output=str(folder / "model")))
     save_groups(folder / "groups", random_groups(12, seed=1), hf)
+    save_groups(folder / "others", random_groups(9, seed=2), hf)
     return folder
 
 
-def run_config(inputs: Path, output: Path, **online: Any) -> TrainConfig:
+def run_config(
+    inputs: Path, output: Path, *, groups: str = "groups", first_step: int = 0, stop_after: int | None = None, **online: Any
+) -> TrainConfig:
     settings = {"kl_weight": 0.1, "every": EVERY, "num_samples": 10, "max_tokens": 9, **online}
     return TrainConfig(
         output=str(output),
         model=ModelConfig(checkpoint=str(inputs / "model"), precision="fp32"),
-        data=DataConfig(train=str(inputs / "groups"), groups_per_step=3, row_tokens=256),
+        data=DataConfig(train=str(inputs / groups), groups_per_step=3, row_tokens=256, first_step=first_step),
         loss=LossConfig(name="spo", params={"alpha": 0.1, "form": "ranked"}),
         optimizer=OptimizerConfig(lr=1e-2, schedule="constant", warmup_fraction=0.0),
         checkpoint=CheckpointConfig(every=1, keep=10, asynchronous=False),
         online=OnlineConfig(**settings),
         max_steps=STEPS,
+        stop_after=stop_after,
     )
 
 
@@ -170,3 +175,24 @@ def test_refusals(inputs: Path, tmp_path: Path) -> None:
         train(run_config(inputs, tmp_path / "run", max_tokens=400), build_regularizer)
     with pytest.raises(ConfigError, match=r"mpo_megatron\.rollout\.train_main"):
         train(run_config(inputs, tmp_path / "run"))
+
+
+def test_groups_may_change_where_a_run_stopped(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    train(run_config(inputs, output, stop_after=3), build_regularizer)
+    assert [line["step"] for line in metrics(output)] == [1, 2, 3]
+    for first_step, message in ((2, "data_digest"), (5, r"data\.first_step = 5")):
+        with pytest.raises(ConfigError, match=message):
+            train(run_config(inputs, output, groups="others", first_step=first_step), build_regularizer)
+    shutil.copytree(output, tmp_path / "own")
+    train(run_config(inputs, tmp_path / "own"), build_regularizer)
+    ours, theirs = weights(tmp_path / "own", STEPS, tmp_path / "a"), weights(undisturbed, STEPS, tmp_path / "b")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    # Others from step 3 on: their first three groups come first, new samples are drawn at once, optimizer and rate go on.
+    train(run_config(inputs, output, groups="others", first_step=3), build_regularizer)
+    lines = metrics(output)
+    assert ["sample_seconds" in line for line in lines] == [True, False, True, True, True, False]
+    data = load_groups(inputs / "others")
+    first = {data[int(index)].group_id for index in step_indices(0, len(data), 3, seed=1234, shuffle=True)}
+    assert {record["group_id"] for record in samples(output, 3)} == first
+    assert [data[record["index"]].group_id for record in samples(output, 3)] == [r["group_id"] for r in samples(output, 3)]
