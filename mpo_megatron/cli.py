@@ -6,7 +6,16 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from mpo_megatron.config import ConfigError, ConvertConfig, PrepareConfig, SelectConfig, TrainConfig, parse
+from mpo_megatron.config import (
+    ConfigError,
+    ConvertConfig,
+    GenerateConfig,
+    PrepareConfig,
+    ScoreConfig,
+    SelectConfig,
+    TrainConfig,
+    parse,
+)
 from mpo_megatron.data import DataError
 
 
@@ -23,6 +32,24 @@ def prepare(arguments: Sequence[str]) -> int:
     """Prompts with K responses and rewards to tokenized groups."""
     config = parse(PrepareConfig, arguments, "mpo prepare")
     from mpo_megatron.data.prepare import prepare as run
+
+    run(config)
+    return 0
+
+
+def generate(arguments: Sequence[str]) -> int:
+    """Prompts to K responses each: transformers, vLLM or an OpenAI-compatible server."""
+    config = parse(GenerateConfig, arguments, "mpo generate")
+    from mpo_megatron.rollout.generate import generate as run
+
+    run(config)
+    return 0
+
+
+def score(arguments: Sequence[str]) -> int:
+    """Scores and a reward for generated responses: reward models, rankers, verifiable rewards, judges."""
+    config = parse(ScoreConfig, arguments, "mpo score")
+    from mpo_megatron.rollout.score import score as run
 
     run(config)
     return 0
@@ -69,6 +96,8 @@ def losses(arguments: Sequence[str]) -> int:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "prepare": prepare,
+    "generate": generate,
+    "score": score,
     "select": select,
     "reference": reference,
     "train": train,
@@ -88,7 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpo: there is no command {name!r}.\n{_usage()}", file=sys.stderr)
         return 2
     try:
-        return COMMANDS[name](rest)
+        code = COMMANDS[name](rest)
+        sys.stdout.flush()  # here, where a reader that has gone (`mpo losses | head`) can still be told from an error
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
+        return 128 + signal.SIGPIPE
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2

@@ -30,7 +30,7 @@ class ModelScorer:
     max_length: int = 4096
     """Longest sequence, in tokens; the model's own limit holds as well."""
     too_long: Literal["error", "missing"] = "error"
-    """A longer sequence is never cut: it stops the command before anything is scored, or its score counts as missing."""
+    """A longer sequence is never cut: it stops the command, which names it, or its score counts as missing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint (ArmoRM); only for checkpoints you trust."""
 
@@ -57,6 +57,11 @@ class PairwiseScorer(ModelScorer):
     """Ask each pair in both orders and take the mean, so that the place of a response does not count."""
     template: str = "<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}"
     """How prompt and candidates become one text."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("{prompt}", "{a}", "{b}"):
+            require(self.template.count(name) == 1, f"template = {self.template}; it needs {name} once.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +134,8 @@ class JudgeScorer:
     """`grade`: one number a response; `compare`: which of two is better, the score being the share of comparisons won."""
     parse: str = r"(?i)(?:score|rating|verdict)\s*[:=]?\s*\[*\s*(-?\d+(?:\.\d+)?|[AB]\b|tie\b)"
     """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare)."""
+    comparisons: Literal["all", "tournament"] = "all"
+    """For mode = compare: which pairs are asked, as for the kind pairwise."""
     temperature: float = 0.0
     """Of the judge."""
     max_tokens: int = 1024

@@ -101,9 +101,9 @@ class Client:
         async def work() -> None:
             nonlocal lost_in_a_row
             for index, question in waiting:
-                answer, error = await self._ask(client, question, ask)
+                answer, error, alive = await self._ask(client, question, ask)
                 outcomes.put(Outcome(index, answer, error))
-                lost_in_a_row = 0 if error is None or error.startswith("400") else lost_in_a_row + 1
+                lost_in_a_row = 0 if alive else lost_in_a_row + 1
                 if lost_in_a_row >= max(_MIN_LOST, config.concurrency):
                     raise DataError(
                         f"{config.base_url}: the last {lost_in_a_row} questions got no answer, each tried {config.retries + 1} "
@@ -130,21 +130,21 @@ class Client:
 
     async def _ask(
         self, client: Any, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]
-    ) -> tuple[Answer | None, str | None]:
-        """An answer, or why there is none after the last try."""
+    ) -> tuple[Answer | None, str | None, bool]:
+        """An answer, or why there is none after the last try; and whether the server deals with questions at all."""
         import openai
 
         reason = ""
         for attempt in range(self.config.retries + 1):
             pause = min(self.config.max_wait, _FIRST_PAUSE * 2**attempt) * random.uniform(0.75, 1.0)  # not all at once
             try:
-                return await ask(client, question), None
+                return await ask(client, question), None, True
             except openai.APIStatusError as error:
                 reason = self._blot(f"{error.status_code}: {error.message}")
                 if error.status_code in _FATAL:
                     raise ConfigError(self._explain(error.status_code, reason)) from None  # the cause may hold the key
                 if error.status_code not in _LATER and error.status_code < 500:
-                    return None, reason
+                    return None, reason, True  # it is this question that it refuses
                 pause = _retry_after(error.response.headers.get("retry-after"), pause, self.config.max_wait)
             except openai.APITimeoutError:
                 reason = f"no answer within {self.config.timeout:g} s"
@@ -154,7 +154,7 @@ class Client:
                 reason = self._blot(f"no usable answer: {error}")
             if attempt < self.config.retries:
                 await asyncio.sleep(pause)
-        return None, reason
+        return None, reason, False
 
     def _blot(self, text: str) -> str:
         text = text if len(text) <= 400 else text[:400] + "…"

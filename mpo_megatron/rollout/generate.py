@@ -17,8 +17,8 @@ import importlib.util
 import itertools
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from mpo_megatron.config import GenerateConfig, parse_shard, require, to_dict, v
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mpo_megatron.rollout.engines import Engine, Generation, Prompt, Response, Sampling, response_seed
+from mpo_megatron.rollout.draws import Group, answer
+from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
@@ -38,6 +39,8 @@ from mpo_megatron.rollout.records import (
     SAMPLES_FILE,
     LineWriter,
     Record,
+    check_started,
+    hold,
     join_lines,
     read_ids,
     read_lines,
@@ -55,7 +58,7 @@ _PACKAGES = {"transformers": "transformers", "vllm": "vllm", "openai": "openai"}
 
 
 class Shard(NamedTuple):
-    """Part `index` of `total` of the prompts."""
+    """Part `part`, from 0, of `total` of the prompts."""
 
     part: int
     total: int
@@ -77,7 +80,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     validate_generate(config)
     require_package(_PACKAGES[config.engine], f"engine = {config.engine}")
     shard, output = _choose_shard(config.shard), Path(config.output)
-    checkpoint = locate_model(config.model) if config.engine != "openai" else Path(config.model)
+    checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai")
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
     chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
     prompts = load_prompts(config.prompts, chat, max_prompt_tokens=config.max_prompt_tokens, max_prompts=config.max_prompts)
@@ -85,11 +88,11 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     if config.engine != "openai":
         _check_context(prompts, config.max_tokens, checkpoint)
     identity = _identity(config, checkpoint, tokenizer, prompts, sampling)
-    _check_started(output, identity)
+    check_started(output, STARTED_FILE, identity, "samples*.jsonl")
     replace_file(output / REJECTED_FILE, [item.as_json().encode() + b"\n" for item in prompts.rejections])
     _print_prompts(console, config, prompts, shard)
     if not (output / shard.name(GENERATE_FILE)).is_file():
-        with _no_other_run(output / shard.name(SAMPLES_FILE)):
+        with hold(output / shard.name(SAMPLES_FILE)):
             _generate_shard(config, checkpoint, tokenizer, prompts, sampling, shard)
             _finish(output, shard, prompts, identity, config)
     return _join(output, shard, prompts, identity, config, console)
@@ -171,109 +174,7 @@ def _identity(
     }
 
 
-def _check_started(output: Path, identity: dict[str, Any]) -> None:
-    path = output / STARTED_FILE
-    if not path.is_file():
-        require(
-            not output.exists() or not any(output.glob("samples*.jsonl")),
-            f"output = {output}; it holds samples and does not say of what ({STARTED_FILE} is missing); choose another folder.",
-        )
-        write_summary(path, identity)
-        return
-    before = read_summary(path)
-    changed = sorted(name for name in {*before, *identity} if before.get(name) != identity.get(name))
-    require(
-        not changed,
-        f"output = {output}; what it holds was generated with another {' and '.join(changed)}; choose another folder, or remove "
-        "this one.",
-    )
-
-
 # --------------------------------------------------------------------------------------------------- groups
-
-
-@dataclass(kw_only=True)
-class _Group:
-    """A group under way: its responses by index, and how often each was drawn again."""
-
-    record: Record
-    token_ids: tuple[int, ...]
-    responses: dict[int, Response] = field(default_factory=dict)
-    attempts: dict[int, int] = field(default_factory=dict)
-
-    def missing(self, sampling: Sampling) -> list[int]:
-        return [index for index in range(sampling.num_responses) if index not in self.responses]
-
-    def prompt(self, sampling: Sampling) -> Prompt:
-        """The prompt with the seeds of what is missing."""
-        group_id = self.record["group_id"]
-        indices = self.missing(sampling)
-        return Prompt(
-            group_id=group_id,
-            token_ids=self.token_ids,
-            messages=tuple(self.record["prompt"]),
-            seeds=tuple(response_seed(sampling.seed, group_id, index, self.attempts.get(index, 0)) for index in indices),
-        )
-
-    def receive(self, generation: Generation, sampling: Sampling) -> None:
-        """Take over what came, by its seed: with an error, some did not come."""
-        by_seed = {response.seed: response for response in generation.responses}
-        for index, seed in zip(self.missing(sampling), self.prompt(sampling).seeds, strict=True):
-            if seed in by_seed:
-                self.responses[index] = by_seed[seed]
-
-    def faults(self) -> dict[int, str]:
-        """By index: which responses are `empty`, or `duplicates` of an earlier one."""
-        faults, seen = {}, set[str]()
-        for index, response in sorted(self.responses.items()):
-            if not response.text.strip():
-                faults[index] = "empty"
-            elif response.text in seen:
-                faults[index] = "duplicates"
-            seen.add(response.text)
-        return faults
-
-    def drop_to_redraw(self, config: GenerateConfig) -> bool:
-        """Remove the responses that are to be drawn again; whether there are any."""
-        again = [
-            index
-            for index, fault in self.faults().items()
-            if getattr(config, fault) == "resample" and self.attempts.get(index, 0) + 1 < config.max_attempts
-        ]
-        for index in again:
-            del self.responses[index]
-            self.attempts[index] = self.attempts.get(index, 0) + 1
-        return bool(again)
-
-    def as_record(self, config: GenerateConfig) -> Record:
-        """The finished group line."""
-        faults = {index: fault for index, fault in self.faults().items() if getattr(config, fault) == "drop"}
-        kept = [self.as_line(index) for index in sorted(self.responses) if index not in faults]
-        record = self.record | {"responses": kept}
-        return record | {"dropped": dict(sorted(Counter(faults.values()).items()))} if faults else record
-
-    def as_line(self, index: int) -> Record:
-        """One response of the group line; `attempt` tells how often it was drawn again."""
-        response, attempt = self.responses[index], self.attempts.get(index, 0)
-        line = {
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "num_tokens": response.num_tokens,
-            "seed": response.seed,
-        }
-        return line | {"attempt": attempt} if attempt else line
-
-    def as_failure(self, error: str) -> Record:
-        """A line of failures.jsonl: why, and what did arrive."""
-        arrived = [self.as_line(index) | {"index": index} for index in sorted(self.responses)]
-        return {"group_id": self.record["group_id"], "error": error, "responses": arrived}
-
-    def restore(self, failure: Record) -> None:
-        """Take over what an earlier run's failure holds; what is missing starts with its first attempt."""
-        for line in failure["responses"]:
-            values = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
-            self.responses[line["index"]] = Response(**values)
-            self.attempts[line["index"]] = line.get("attempt", 0)
 
 
 def _generate_shard(
@@ -292,7 +193,7 @@ def _generate_shard(
         done = read_ids(samples)
         pending = [record for record in mine if record["group_id"] not in done]
         before = {line["group_id"]: line for line in read_lines(failures)} if failures.is_file() else {}
-        groups = (_Group(record=record, token_ids=prompts.token_ids[record["group_id"]]) for record in pending)
+        groups = (Group(record=record, token_ids=prompts.token_ids[record["group_id"]]) for record in pending)
         failed: dict[str, Record] = {}
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
@@ -305,7 +206,7 @@ def _generate_shard(
                     for group in window:
                         if group.record["group_id"] in before:
                             group.restore(before[group.record["group_id"]])
-                    for finished in _run_window(engine, window, sampling, config):
+                    for finished in answer(engine, window, sampling, config):
                         if isinstance(finished, tuple):
                             group, error = finished
                             failed[group.record["group_id"]] = group.as_failure(error)
@@ -314,43 +215,6 @@ def _generate_shard(
                         lines.write(finished)
                         advance(1, sum(response["num_tokens"] for response in finished["responses"]))
     _settle_failures(failures, failed, len(mine), config.max_failed)
-
-
-def _run_window(
-    engine: Engine, window: Sequence[_Group], sampling: Sampling, config: GenerateConfig
-) -> Iterator[Record | tuple[_Group, str]]:
-    """Finished lines of some groups, or the group with why it has none; what is to be drawn again is, after the others."""
-    waiting = {group.record["group_id"]: group for group in window}
-    while waiting:
-        again: dict[str, _Group] = {}
-        complete = [group_id for group_id, group in waiting.items() if not group.missing(sampling)]  # restored
-        for group_id in complete:
-            group = waiting.pop(group_id)
-            if group.drop_to_redraw(config):
-                again[group_id] = group
-            else:
-                yield group.as_record(config)
-        for generation in engine.generate([group.prompt(sampling) for group in waiting.values()], sampling):
-            group = waiting[generation.group_id]
-            group.receive(generation, sampling)
-            if generation.error is not None:
-                yield group, generation.error
-            elif group.drop_to_redraw(config):
-                again[generation.group_id] = group
-            else:
-                yield group.as_record(config)
-        waiting = again
-
-
-@contextlib.contextmanager
-def _no_other_run(samples: Path) -> Iterator[None]:
-    """Hold the file for the duration of a run: two would write its lines twice."""
-    with samples.with_name(f".{samples.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{samples}: another run is writing it; wait for it, or name another shard or output.") from error
-        yield
 
 
 def _settle_failures(path: Path, failed: Mapping[str, Record], total: int, max_failed: float) -> None:

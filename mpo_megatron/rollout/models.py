@@ -17,8 +17,10 @@ _BLOCK, _NUM_BLOCKS = 2**16, 64
 """Bytes of a weight file that enter its digest: this many blocks, evenly spread."""
 
 
-def locate_model(path: str, name: str = "model") -> Path:
+def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False) -> Path:
     """The checkpoint that `path` means, found without loading or exporting anything: what `hugging_face_folder` will use.
+
+    With `tokenizer_only`, any folder will do.
 
     Raises:
         ConfigError: there is no checkpoint.
@@ -31,7 +33,7 @@ def locate_model(path: str, name: str = "model") -> Path:
     if checkpoint is not None:
         return checkpoint
     require(
-        (folder / "config.json").is_file(),
+        tokenizer_only or (folder / "config.json").is_file(),
         f"{name} = {path}; it is neither a Hugging Face checkpoint (no config.json) nor one of ours (no megatron/, no "
         "checkpoints/step_*).",
     )

@@ -15,6 +15,7 @@ A line holds one prompt:
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -22,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, final
 
+from mpo_megatron.config import require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import writing
 
@@ -190,6 +192,49 @@ def read_summary(path: Path) -> dict[str, Any]:
         except ValueError as error:
             raise DataError(f"{path}: is not valid JSON ({error}); remove it and repeat the command that writes it.") from error
     return summary
+
+
+def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str) -> None:
+    """Note in a folder what its lines follow from, or compare with what is noted there.
+
+    Args:
+        folder: the stage's output
+        name: the file of the note
+        identity: what the lines follow from; runs that agree in it continue each other
+        lines: pattern of the files with the lines
+    Raises:
+        ConfigError: the folder holds lines that follow from something else.
+    """
+    path = folder / name
+    if not path.is_file():
+        require(
+            not folder.exists() or not any(folder.glob(lines)),
+            f"output = {folder}; it holds {lines} and does not say of what ({name} is missing); choose another folder.",
+        )
+        write_summary(path, identity)
+        return
+    before = read_summary(path)
+    changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
+    require(
+        not changed,
+        f"output = {folder}; what it holds was made with another {' and '.join(changed)} ({name}); choose another folder, or "
+        "remove this one.",
+    )
+
+
+@contextlib.contextmanager
+def hold(path: Path) -> Iterator[None]:
+    """Be the only run that writes a file of lines: two would write them twice.
+
+    Raises:
+        DataError: another one is.
+    """
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise DataError(f"{path}: another run is writing it; wait for it, or name another output.") from error
+        yield
 
 
 def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> int:

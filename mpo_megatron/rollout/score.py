@@ -1,0 +1,259 @@
+"""`mpo score`: generated responses → a score from each scorer, and the reward made of them.
+
+    mpo score --config score.yaml --input rounds/1/samples --output rounds/1/scored
+
+Groups are scored in chunks, written as soon as they are complete, and continued behind what is there. The reward is
+Σ w_s · x_s over scorers s, of the scores as they are, or standardised within the group: (x − mean) / standard deviation, 0 where
+all are equal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import math
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mpo_megatron.config import ScoreConfig, require, to_dict, validate_score
+from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
+from mpo_megatron.data import DataError
+from mpo_megatron.rollout.generate import require_package
+from mpo_megatron.rollout.progress import show_progress
+from mpo_megatron.rollout.records import (
+    GENERATE_FILE,
+    SAMPLES_FILE,
+    SCORE_FILE,
+    SCORED_FILE,
+    LineWriter,
+    Record,
+    check_started,
+    find_lines,
+    hold,
+    join_lines,
+    read_ids,
+    read_lines,
+    read_summary,
+    write_summary,
+)
+from mpo_megatron.rollout.scorers import Scorer, build_scorer
+
+STARTED_FILE = "score.started.json"
+"""What the folder's lines were scored with; a run that scores otherwise is refused."""
+
+
+def score(config: ScoreConfig, console: Console | None = None) -> Path:
+    """Write `<output>/scored.jsonl` and `score.json`; the former's path.
+
+    Raises:
+        ConfigError: a scorer cannot be built, or the folder holds scores of others.
+        DataError: the input cannot be read, or scores are missing and `missing` says that this is an error; what is scored stays.
+    """
+    console = console or Console()
+    validate_score(config)
+    source, output = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output)
+    scored = output / SCORED_FILE
+    require(scored.resolve() != source.resolve(), f"output = {output}; it would write over its input; choose another folder.")
+    if any(isinstance(build_scorer_config(name, options), JudgeScorer) for name, options in config.scorers.items()):
+        require_package("openai", "a judge")
+    with contextlib.ExitStack() as stack:
+        scorers: list[Scorer] = []
+        for name, options in config.scorers.items():
+            scorers.append(build_scorer(name, build_scorer_config(name, options)))
+            stack.callback(scorers[-1].close)
+        identity = _identity(config, source, scorers)
+        check_started(output, STARTED_FILE, identity, "scored.jsonl")
+        if not (output / SCORE_FILE).is_file():
+            stack.enter_context(hold(scored))
+            num_groups = _score_groups(config, source, scored, scorers)
+            summary = _summarize(scored, identity, config) | {"groups_read": num_groups}
+            order = [record["group_id"] for record in read_lines(source)]
+            gone = {record["group_id"] for record in read_lines(scored) if not record["responses"]}
+            join_lines([scored], scored, [group_id for group_id in order if group_id not in gone])
+            write_summary(output / SCORE_FILE, summary)
+    _print_summary(console, scored, read_summary(output / SCORE_FILE))
+    return scored
+
+
+def _identity(config: ScoreConfig, source: Path, scorers: Sequence[Scorer]) -> dict[str, Any]:
+    """What the rewards follow from; runs that agree in it continue each other."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return {
+        "input": digest.hexdigest(),
+        "scorers": {
+            scorer.name: {
+                "kind": config.scorers[scorer.name]["kind"],
+                "digest": scorer.digest(),
+                "weight": read_weight(scorer.name, config.scorers[scorer.name]),
+            }
+            for scorer in scorers
+        },
+        "combine": config.combine,
+        "missing": config.missing,
+    }
+
+
+# --------------------------------------------------------------------------------------------------- groups
+
+
+def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequence[Scorer]) -> int:
+    """Score the groups that have no line yet; the number of groups in the input.
+
+    Raises:
+        DataError: scores are missing and that is an error; all other groups are written first.
+    """
+    num_groups = sum(1 for _ in read_lines(source))
+    lacking: Counter[str] = Counter()
+    first = ""
+    with LineWriter(scored) as lines, show_progress("scoring", num_groups, "groups", "responses") as advance:
+        done = read_ids(scored)
+        advance(len(done), 0)
+        pending = (record for record in read_lines(source) if record["group_id"] not in done)
+        while chunk := list(itertools.islice(pending, config.chunk_groups)):
+            for record, missing in zip(chunk, _score_chunk(chunk, scorers), strict=True):
+                if missing and config.missing == "error":
+                    first = first or f"group {record['group_id']} from {', '.join(missing)}{_quote_notes(record)}"
+                    lacking.update(missing.keys())
+                    continue
+                _drop_missing(record, missing, config)
+                _combine(record, config)
+                lines.write(record)
+                advance(1, len(record["responses"]))
+    if lacking:
+        counts = ", ".join(f"{count} groups from {name}" for name, count in lacking.items())
+        raise DataError(
+            f"scores are missing: {counts}; the first: {first}. All other groups are kept: run the same command again to "
+            "retry, or set missing = drop_response or drop_group (in a new output)."
+        )
+    return num_groups
+
+
+def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
+    """Put scores and notes into group lines; of each group, by scorer how many scores are missing."""
+    missing: list[Counter[str]] = [Counter() for _ in chunk]
+    for record in chunk:
+        if not isinstance(record.get("responses"), list) or not all(
+            isinstance(response, dict) and isinstance(response.get("text"), str) for response in record["responses"]
+        ):
+            raise DataError(f"group {record['group_id']}: its responses are not as `mpo generate` writes them, {{text: …}} each.")
+    for scorer in scorers:
+        for record, gone, values in zip(chunk, missing, scorer.score(chunk), strict=True):
+            for response, value in zip(record["responses"], values, strict=True):
+                if value is not None and math.isfinite(value):
+                    response.setdefault("scores", {})[scorer.name] = value
+                else:
+                    response.setdefault("scores", {})[scorer.name] = None
+                    gone[scorer.name] += 1
+            notes = scorer.notes.pop(record["group_id"], None)
+            if notes:
+                record.setdefault("notes", {})[scorer.name] = dict(sorted(notes.items()))
+    return missing
+
+
+def _quote_notes(record: Record) -> str:
+    """What the scorers noticed about a group, in brackets."""
+    notes = "; ".join(f"{name}: {', '.join(what)}" for name, what in record.get("notes", {}).items())
+    return f" ({notes})" if notes else ""
+
+
+def _drop_missing(record: Record, missing: Counter[str], config: ScoreConfig) -> None:
+    """Take out responses that lack a score, or all, and note how many did."""
+    if not missing:
+        return
+    record["missing"] = dict(missing)
+    complete = [
+        response for response in record["responses"] if all(response["scores"][name] is not None for name in config.scorers)
+    ]
+    record["responses"] = complete if config.missing == "drop_response" else []
+
+
+def _combine(record: Record, config: ScoreConfig) -> None:
+    """Put the reward into each response of a group."""
+    rewards = [0.0] * len(record["responses"])
+    for name, options in config.scorers.items():
+        values = [response["scores"][name] for response in record["responses"]]
+        if config.combine == "zscore":
+            values = standardize(values)
+        rewards = [reward + read_weight(name, options) * value for reward, value in zip(rewards, values, strict=True)]
+    for response, reward in zip(record["responses"], rewards, strict=True):
+        response["reward"] = reward
+
+
+def standardize(values: Sequence[float]) -> list[float]:
+    """(x − mean) / population standard deviation; zeros if all are equal."""
+    if not values or min(values) == max(values):
+        return [0.0] * len(values)
+    mean, deviation = statistics.fmean(values), statistics.pstdev(values)
+    return [(value - mean) / deviation for value in values]
+
+
+# --------------------------------------------------------------------------------------------------- completion
+
+
+def _summarize(scored: Path, identity: Mapping[str, Any], config: ScoreConfig) -> dict[str, Any]:
+    """score.json: taken from the lines, so that it does not depend on how often a run was continued."""
+    values: dict[str, list[float]] = {name: [] for name in (*config.scorers, "reward")}
+    spreads, best, notes, missing = [], [], dict[str, Counter[str]](), Counter[str]()
+    counts = Counter[str]()
+    for record in read_lines(scored):
+        rewards = [response["reward"] for response in record["responses"]]
+        counts["groups"] += bool(rewards)
+        counts["groups_dropped"] += not rewards
+        counts["responses"] += len(rewards)
+        counts["groups_of_equal_rewards"] += len(rewards) > 1 and min(rewards) == max(rewards)
+        missing.update(record.get("missing", {}))
+        for name, found in record.get("notes", {}).items():
+            notes.setdefault(name, Counter()).update(found)
+        for response in record["responses"]:
+            values["reward"].append(response["reward"])
+            for name in config.scorers:
+                values[name].append(response["scores"][name])
+        if rewards:
+            spreads.append(max(rewards) - min(rewards))
+            best.append(max(rewards))
+    if not counts["responses"]:
+        raise DataError(f"{scored}: no response has a reward; {dict(missing)} scores are missing, notes: {notes}.")
+    return {
+        "identity": identity,
+        "counts": dict(counts),
+        "missing_scores": dict(missing),
+        "notes": {name: dict(found) for name, found in notes.items()},
+        "statistics": {name: _describe(items) for name, items in values.items()},
+        "best_reward": statistics.fmean(best),
+        "reward_spread": statistics.fmean(spreads),
+        "config": to_dict(config),
+    }
+
+
+def _describe(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": statistics.fmean(values), "std": statistics.pstdev(values), "min": min(values), "max": max(values)}
+
+
+def _print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -> None:
+    counts = summary["counts"]
+    table = Table(title=f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses", title_justify="left")
+    for column in ("", "mean", "std", "min", "max", "missing"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, values in summary["statistics"].items():
+        cells = [f"{values[key]:.4g}" for key in ("mean", "std", "min", "max")]
+        table.add_row(name, *cells, f"{summary['missing_scores'].get(name, 0):,}" if name != "reward" else "")
+    console.print(table)
+    console.print(
+        f"best of a group {summary['best_reward']:.4g}, spread in a group {summary['reward_spread']:.4g}, "
+        f"{counts['groups_of_equal_rewards']:,} groups of equal rewards, {counts['groups_dropped']:,} groups dropped.",
+        highlight=False,
+    )
+    for name, notes in summary["notes"].items():
+        console.print(
+            f"{name}: {', '.join(f'{count:,} × {what}' for what, count in notes.items())}", highlight=False, markup=False
+        )

@@ -1,0 +1,88 @@
+"""What scores: a small interface, and the one place that knows which scorers there are.
+
+scorer.score(groups)  →  per group, one score a response; None where there is none
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from mpo_megatron.config.score import (
+    AnyScorer,
+    FunctionScorer,
+    JudgeScorer,
+    MatchScorer,
+    PairwiseScorer,
+    RegexScorer,
+    RewardModelScorer,
+)
+from mpo_megatron.rollout.records import Record
+
+Scores = list[list[float | None]]
+"""Per group, one score a response."""
+
+
+class Scorer(Protocol):
+    """Something that says how good responses are; higher is better."""
+
+    name: str
+    """Under which its scores are stored."""
+    notes: dict[str, Counter[str]]
+    """By group id: what was noticed while scoring it, for example ties; emptied by whoever has read it."""
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """Scores of group lines' responses.
+
+        Raises:
+            DataError: a response cannot be scored, and its configuration says that this is an error.
+        """
+
+    def digest(self) -> str:
+        """Identity of the scorer: the same digest gives the same scores."""
+
+    def close(self) -> None:
+        """Free devices and connections."""
+
+
+def compute_digest(kind: str, settings: Mapping[str, Any]) -> str:
+    """sha256 of a scorer's kind and of everything its scores depend on."""
+    return hashlib.sha256(json.dumps([kind, settings], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def build_scorer(name: str, config: AnyScorer) -> Scorer:
+    """The scorer that a configuration describes, with its model loaded.
+
+    Raises:
+        ConfigError: it cannot be built: a wrong model, template or function.
+    """
+    if isinstance(config, RewardModelScorer):
+        from mpo_megatron.rollout.scorers.reward_model import RewardModel
+
+        return RewardModel(name, config)
+    if isinstance(config, PairwiseScorer):
+        from mpo_megatron.rollout.scorers.pairwise import PairwiseRanker
+
+        return PairwiseRanker(name, config)
+    if isinstance(config, JudgeScorer):
+        from mpo_megatron.rollout.scorers.judge import Judge
+
+        return Judge(name, config)
+    from mpo_megatron.rollout.scorers import verifiable
+
+    if isinstance(config, MatchScorer):
+        return verifiable.Match(name, config)
+    if isinstance(config, RegexScorer):
+        return verifiable.Regex(name, config)
+    assert isinstance(config, FunctionScorer)
+    return verifiable.Function(name, config)
+
+
+def join_messages(messages: Sequence[Mapping[str, str]]) -> str:
+    """A conversation as plain text: a lone question as it stands, else a paragraph a turn behind its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)

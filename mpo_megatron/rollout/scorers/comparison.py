@@ -1,0 +1,101 @@
+"""From comparisons of two responses to a score for each: the share of its comparisons that a response wins.
+
+`all` compares every pair. `tournament` is played in rounds, ⌈log₂ K⌉ of them: responses that have won about as much meet, and
+never twice, as in a Swiss tournament; about K·log₂(K)/2 comparisons tell the best and the worst apart, and the middle less well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scorers import Scores
+
+
+class Pair(NamedTuple):
+    """Is response `a` of group `group` (an index) better than its response `b`?"""
+
+    group: int
+    a: int
+    b: int
+
+
+Compare = Callable[[Sequence[Pair]], list[float | None]]
+"""Probability that a is better, or None without a verdict, for each pair."""
+
+
+@dataclass(kw_only=True)
+class _Table:
+    """What one group's responses have won so far."""
+
+    size: int
+    won: list[float] = field(default_factory=list)
+    met: list[set[int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.won = [0.0] * self.size
+        self.met = [set() for _ in range(self.size)]
+
+    def share(self, index: int) -> float | None:
+        """Of its comparisons, the share this response has won; None without any."""
+        return self.won[index] / len(self.met[index]) if self.met[index] else None
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """The next round: neighbours by share won that have not met."""
+        order = sorted(range(self.size), key=lambda index: (-(self.share(index) or 0.0), index))
+        chosen: list[tuple[int, int]] = []
+        while order:
+            first = order.pop(0)
+            rival = next((index for index in order if index not in self.met[first]), None)
+            if rival is not None:
+                order.remove(rival)
+                chosen.append((first, rival))
+        return chosen
+
+
+def score_by_comparison(groups: Sequence[Record], compare: Compare, *, tournament: bool, both_orders: bool) -> Scores:
+    """Share of comparisons won, in [0, 1], for each response; 0.5 for a lone one, None for one without any verdict.
+
+    Args:
+        groups: group lines
+        compare: judges pairs, all of a round at once
+        tournament: rounds among equals instead of every pair
+        both_orders: ask (a, b) and (b, a), and take the mean of P(a > b) and 1 − P(b > a)
+    """
+    tables = [_Table(size=len(group["responses"])) for group in groups]
+    for number in range(max((_num_rounds(table.size) for table in tables), default=0) if tournament else 1):
+        pairs: list[Pair] = []
+        for index, table in enumerate(tables):
+            if not tournament:
+                chosen = list(itertools.combinations(range(table.size), 2))
+            else:
+                chosen = table.pairs() if number < _num_rounds(table.size) else []
+            pairs += [Pair(index, *pair) for pair in chosen]
+        for pair, value in zip(pairs, _judge(pairs, compare, both_orders), strict=True):
+            if value is not None:
+                table = tables[pair.group]
+                table.met[pair.a].add(pair.b)
+                table.met[pair.b].add(pair.a)
+                table.won[pair.a] += value
+                table.won[pair.b] += 1.0 - value
+    return [[0.5] if table.size == 1 else [table.share(index) for index in range(table.size)] for table in tables]
+
+
+def _num_rounds(size: int) -> int:
+    return math.ceil(math.log2(size)) if size > 1 else 0
+
+
+def _judge(pairs: Sequence[Pair], compare: Compare, both_orders: bool) -> list[float | None]:
+    """P(a > b) of each pair; with both orders, None if either has no verdict."""
+    if not both_orders:
+        return compare(pairs)
+    values = compare([*pairs, *(Pair(pair.group, pair.b, pair.a) for pair in pairs)])
+    forward, backward = values[: len(pairs)], values[len(pairs) :]
+    return [
+        None if ahead is None or behind is None else (ahead + 1.0 - behind) / 2
+        for ahead, behind in zip(forward, backward, strict=True)
+    ]

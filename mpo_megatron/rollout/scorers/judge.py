@@ -1,0 +1,152 @@
+"""A language model behind an endpoint as the judge: a template asks, a regular expression reads the verdict."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.config.parsing import to_dict
+from mpo_megatron.config.score import JudgeScorer
+from mpo_megatron.rollout.client import Client, UnusableAnswerError
+from mpo_megatron.rollout.engines import response_seed
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scorers import Scores, compute_digest, join_messages
+from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
+
+_WINNERS = {"a": 1.0, "b": 0.0, "tie": 0.5, "c": 0.5}
+"""P(a > b) of a verdict; some templates call a tie C."""
+
+
+class _Question(NamedTuple):
+    group_id: str
+    text: str
+    key: str
+    """What the question is about, within the group; makes its seed."""
+
+
+class Judge:
+    """Grades responses one by one, or compares them in pairs."""
+
+    def __init__(self, name: str, config: JudgeScorer) -> None:
+        """Compile the template.
+
+        Raises:
+            ConfigError: it is no Jinja template.
+        """
+        self.name, self.config, self.client = name, config, Client(config.endpoint)
+        self.notes: dict[str, Counter[str]] = {}
+        self._source = Path(config.template).read_text(encoding="utf-8")
+        self._parse = re.compile(config.parse)
+        try:
+            # A name that nothing fills would silently ask half a question.
+            self._template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(self._source)
+        except TemplateError as error:
+            raise ConfigError(f"scorers.{name}.template = {config.template}; not a Jinja template: {error}") from error
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """The grade, or the share of comparisons won; None where the judge gave no verdict.
+
+        Raises:
+            ConfigError, DataError: the template cannot be filled, or as `Client.ask_all`.
+        """
+        if self.config.mode == "compare":
+            return score_by_comparison(
+                groups,
+                functools.partial(self._compare, groups),
+                tournament=self.config.comparisons == "tournament",
+                both_orders=self.config.both_orders,
+            )
+        questions = [
+            self._question(group, str(number), {"response": response["text"]})
+            for group in groups
+            for number, response in enumerate(group["responses"])
+        ]
+        values = iter(self._ask_all(questions))
+        return [[next(values) for _ in group["responses"]] for group in groups]
+
+    def _compare(self, groups: Sequence[Record], pairs: Sequence[Pair]) -> list[float | None]:
+        questions = []
+        for pair in pairs:
+            group = groups[pair.group]
+            texts = {name: group["responses"][index]["text"] for name, index in (("a", pair.a), ("b", pair.b))}
+            questions.append(self._question(group, f"{pair.a},{pair.b}", texts))
+        values = self._ask_all(questions)
+        for question, value in zip(questions, values, strict=True):
+            if value == 0.5:
+                self._note(question.group_id, "ties")
+        return values
+
+    def _question(self, group: Record, key: str, texts: Mapping[str, str]) -> _Question:
+        prompt = join_messages(group["prompt"])
+        try:
+            text = self._template.render(prompt=prompt, messages=group["prompt"], group=group, **texts)
+        except TemplateError as error:
+            raise ConfigError(
+                f"scorers.{self.name}.template = {self.config.template}; it cannot be filled for group "
+                f"{group['group_id']}: {error}; it "
+                f"may use prompt, messages, group, {', '.join(texts)}."
+            ) from error
+        return _Question(group["group_id"], text, key)
+
+    def _ask_all(self, questions: Sequence[_Question]) -> list[float | None]:
+        values: list[float | None] = [None] * len(questions)
+        for position, answer, error in self.client.ask_all(questions, self._ask):
+            group_id = questions[position].group_id
+            if answer is None:
+                self._note(group_id, f"failed: {error}")
+                continue
+            values[position], num_garbage = answer
+            if num_garbage:
+                self._note(group_id, "garbage", num_garbage)
+        return values
+
+    async def _ask(self, client: Any, question: _Question) -> tuple[float | None, int]:
+        """The verdict, None if the judge never gave one, and how many of its answers held none."""
+        config = self.config
+        for attempt in range(config.garbage_retries + 1):
+            answer = await client.chat.completions.create(
+                model=config.endpoint.model,
+                messages=[{"role": "user", "content": question.text}],
+                temperature=config.temperature,
+                max_tokens=config.max_tokens,
+                seed=response_seed(0, f"{question.group_id}/{question.key}", 0, attempt),  # garbage is asked for anew
+            )
+            try:
+                text = answer.choices[0].message.content
+            except (AttributeError, TypeError, IndexError) as error:
+                raise UnusableAnswerError("it holds no choice with a message") from error
+            value = self.read_verdict(text or "")
+            if value is not None:
+                return value, attempt
+        return None, config.garbage_retries + 1
+
+    def read_verdict(self, text: str) -> float | None:
+        """The number, or P(a > b), that an answer states last; None if it states none."""
+        matches = list(self._parse.finditer(text))
+        verdict = (matches[-1][1] or "") if matches else ""
+        if self.config.mode == "compare":
+            return _WINNERS.get(verdict.strip().casefold())
+        try:
+            value = float(verdict)
+        except ValueError:
+            return None
+        return value if math.isfinite(value) else None
+
+    def _note(self, group_id: str, what: str, count: int = 1) -> None:
+        self.notes.setdefault(group_id, Counter())[what] += count
+
+    def digest(self) -> str:
+        """Identity: the judge's name, the template's text and all options but where and how fast it is asked."""
+        settings = to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}
+        return compute_digest(self.config.kind, settings)
+
+    def close(self) -> None:
+        """Nothing is kept open between calls."""

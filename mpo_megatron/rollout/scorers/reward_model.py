@@ -1,0 +1,81 @@
+"""Reward models: a sequence classifier reads the conversation, response included, in its own chat template."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from jinja2 import TemplateError
+
+from mpo_megatron.config.score import RewardModelScorer
+from mpo_megatron.data import DataError
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scorers import Scores, compute_digest
+from mpo_megatron.rollout.scorers.classifier import Classifier
+
+
+class RewardModel:
+    """Skywork-Reward, GRM, ArmoRM and their like."""
+
+    def __init__(self, name: str, config: RewardModelScorer) -> None:
+        """Load the checkpoint.
+
+        Raises:
+            ConfigError: as `Classifier`; or there is no tokenizer with a chat template.
+        """
+        self.name, self.config = name, config
+        self.notes: dict[str, Counter[str]] = {}
+        self.classifier = Classifier(name, config)
+        self.tokenizer = load_tokenizer(config.model)
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """The model's output for each response. Responses of all groups are sorted by length together.
+
+        Raises:
+            DataError: the template refuses a conversation, or one is too long.
+        """
+        scores: Scores = [[None] * len(group["responses"]) for group in groups]
+        places: list[tuple[int, int]] = []
+        sequences: list[list[int]] = []
+        for index, group in enumerate(groups):
+            for number, response in enumerate(group["responses"]):
+                ids = self._encode(group, response["text"])
+                if len(ids) <= self.classifier.max_length:
+                    places.append((index, number))
+                    sequences.append(ids)
+                    continue
+                if self.config.too_long == "error":
+                    raise DataError(
+                        f"scorers.{self.name}: group {group['group_id']}, response {number} has {len(ids)} tokens with its "
+                        f"prompt, the limit is {self.classifier.max_length}; raise max_length if the model allows it, or set "
+                        "too_long = missing."
+                    )
+                self.notes.setdefault(group["group_id"], Counter())["too_long"] += 1
+        for (index, number), value in zip(places, self.classifier.run(sequences), strict=True):
+            scores[index][number] = value
+        return scores
+
+    def _encode(self, group: Record, response: str) -> list[int]:
+        messages = [*group["prompt"], {"role": "assistant", "content": response}]
+        try:
+            text = self.tokenizer.render(messages, add_generation_prompt=False, variables={})
+        except TemplateError as error:
+            raise DataError(
+                f"scorers.{self.name}: group {group['group_id']}: the reward model's chat template refuses it: {error}"
+            ) from error
+        return self.tokenizer.encode(text)
+
+    def digest(self) -> str:
+        """Identity: the checkpoint and its tokenizer."""
+        settings = {
+            "model": self.classifier.digest(),
+            "tokenizer": self.tokenizer.digest(),
+            "dtype": self.config.dtype,
+            "max_length": self.classifier.max_length,
+        }
+        return compute_digest(self.config.kind, settings)
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.classifier.close()

@@ -1,0 +1,197 @@
+"""Rewards that can be checked: an answer that matches, a pattern that is found, a function of yours."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config.parsing import to_dict
+from mpo_megatron.config.score import FunctionScorer, MatchScorer, RegexScorer
+from mpo_megatron.data import DataError
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scorers import Scores, compute_digest
+
+_NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+−]?\.\d+")
+
+
+class Match:
+    """Does the answer in a response equal the reference?"""
+
+    def __init__(self, name: str, config: MatchScorer) -> None:
+        self.name, self.config = name, config
+        self.notes: dict[str, Counter[str]] = {}
+        self._extract = re.compile(config.extract) if config.extract is not None else None
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """1.0 or 0.0 a response; None for all of a group without a reference.
+
+        Raises:
+            DataError: mode is numeric and a reference is no number.
+        """
+        return [self._score_group(group) for group in groups]
+
+    def _score_group(self, group: Record) -> list[float | None]:
+        reference: Any = group
+        for part in self.config.field.split("."):
+            reference = reference.get(part) if isinstance(reference, Mapping) else None
+        if reference is None or reference == []:
+            self.notes.setdefault(group["group_id"], Counter())["no_reference"] += 1
+            return [None] * len(group["responses"])
+        references = [str(item) for item in (reference if isinstance(reference, list) else [reference])]
+        if self.config.mode == "numeric":
+            for item in references:
+                if read_number(item) is None:
+                    raise DataError(
+                        f"scorers.{self.name}: group {group['group_id']}: {self.config.field} = {item!r} is not a number; set "
+                        "mode = exact, or mend the prompt file."
+                    )
+        return [float(self._matches(response["text"], references)) for response in group["responses"]]
+
+    def _matches(self, text: str, references: Sequence[str]) -> bool:
+        answer = self._answer(text)
+        if answer is None:
+            return False
+        if self.config.mode == "exact":
+            fold = str.casefold if self.config.ignore_case else str
+            return any(fold(answer.strip()) == fold(reference.strip()) for reference in references)
+        value = read_number(answer)
+        return value is not None and any(
+            math.isclose(value, read_number(reference) or 0.0, rel_tol=self.config.tolerance, abs_tol=self.config.tolerance)
+            for reference in references
+        )
+
+    def _answer(self, text: str) -> str | None:
+        """What the response says the answer is; None if it does not say."""
+        if self._extract is not None:
+            matches = list(self._extract.finditer(text))
+            return (matches[-1][1] if self._extract.groups else matches[-1][0]) if matches else None
+        if self.config.mode == "exact":
+            return text
+        numbers = _NUMBER.findall(text)
+        return numbers[-1] if numbers else None
+
+    def digest(self) -> str:
+        """Identity: the options."""
+        return compute_digest(self.config.kind, to_dict(self.config))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def read_number(text: str) -> float | None:
+    """The number that a text is, but for what surrounds it; None if it holds none, or several.
+
+    Thousands may be parted by commas; a fraction is divided out.
+    """
+    found = _NUMBER.findall(text)
+    if len(found) != 1:
+        return None
+    top, _, bottom = found[0].replace(",", "").replace("−", "-").replace(" ", "").partition("/")
+    if bottom and float(bottom) == 0:
+        return None
+    value = float(top) / float(bottom or 1)
+    return value if math.isfinite(value) else None
+
+
+class Regex:
+    """Is a pattern in the response?"""
+
+    def __init__(self, name: str, config: RegexScorer) -> None:
+        self.name, self.config = name, config
+        self.notes: dict[str, Counter[str]] = {}
+        self._pattern = re.compile(config.pattern)
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """`found` or `absent` a response."""
+        find = self._pattern.fullmatch if self.config.full else self._pattern.search
+        return [
+            [self.config.found if find(response["text"]) else self.config.absent for response in group["responses"]]
+            for group in groups
+        ]
+
+    def digest(self) -> str:
+        """Identity: the options."""
+        return compute_digest(self.config.kind, to_dict(self.config))
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class Function:
+    """What does a function of the user's say?"""
+
+    def __init__(self, name: str, config: FunctionScorer) -> None:
+        """Import the function.
+
+        Raises:
+            ConfigError: there is no such module, file or function.
+        """
+        self.name, self.config = name, config
+        self.notes: dict[str, Counter[str]] = {}
+        module = _import(name, config.function)
+        function = getattr(module, config.function.rpartition(":")[2], None)
+        require(callable(function), f"scorers.{name}.function = {config.function}; there is no such function in it.")
+        assert callable(function)
+        self._function: Callable[..., Any] = function
+        source = Path(module.__file__) if module.__file__ else None
+        self._source = source.read_text(encoding="utf-8") if source is not None and source.suffix == ".py" else ""
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """The function's value a response.
+
+        Raises:
+            DataError: the function raises, or returns something that is no number.
+        """
+        return [
+            [self._call(group, number, response["text"]) for number, response in enumerate(group["responses"])]
+            for group in groups
+        ]
+
+    def _call(self, group: Record, number: int, text: str) -> float | None:
+        where = f"scorers.{self.name}: {self.config.function}, group {group['group_id']}, response {number}"
+        try:
+            value = self._function(text, group, **self.config.params)
+        except Exception as error:  # anybody's code may raise anything
+            raise DataError(f"{where}: raised {type(error).__name__}: {error}") from error
+        if value is None:
+            return None
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"{where}: returned {value!r}; it has to be a number, or None for a missing score.") from None
+
+    def digest(self) -> str:
+        """Identity: the file the function stands in, and its parameters."""
+        name = self.config.function.rpartition(":")[2]
+        return compute_digest(self.config.kind, {"source": self._source, "name": name, "params": self.config.params})
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+def _import(name: str, function: str) -> ModuleType:
+    """The module, or the file, that a function stands in."""
+    place = function.rpartition(":")[0]
+    where = f"scorers.{name}.function = {function}"
+    try:
+        if not place.endswith(".py"):
+            return importlib.import_module(place)
+        require(Path(place).is_file(), f"{where}; no such file.")
+        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except ConfigError:
+        raise
+    except Exception as error:  # anybody's code may raise anything
+        raise ConfigError(f"{where}; it cannot be imported: {type(error).__name__}: {error}") from error
+    return module
