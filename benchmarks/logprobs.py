@@ -3,9 +3,11 @@
     python -m benchmarks.logprobs                # two CPU cores
     python -m benchmarks.logprobs --size 7b      # one GPU: 32k tokens × 152k vocabulary
 
-Each measurement has a process of its own, so that no side sees the memory that another one left. Both sides return the
-gradients of hidden states and weight, whose memory counts on both. Full logits are what a trainer without such a kernel does:
-logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers, several times.
+Each measurement has a process of its own, so that no side sees the memory that another one left. `kernel` and `full` return the
+gradients of hidden states and weight, whose memory counts on both. `in place` is the kernel as the trainer uses it: the weight's
+gradient is added to Megatron's gradient buffer, which is there anyway, and so takes no memory of its own. Full logits are what a
+trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers, several
+times.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES
 from mpo_megatron import device
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import vocab_parallel_logps
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps
 from mpo_megatron.model.parallel import model_parallel
 
 CHUNK = 1024
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[timing.Row] = []
     for tokens, vocab_size in CASES.get(options.size, GPU_CASES):
         row: timing.Row = {"tokens": tokens, "vocabulary": vocab_size, "hidden": hidden}
-        for side in ("kernel", "full"):
+        for side in ("in place", "kernel", "full"):
             if side == "full" and tokens * vocab_size * 4 * FULL_COPIES / 2**30 > limit:
                 continue
             results = [spawn(side, tokens, vocab_size, hidden, options.threads) for _ in range(options.repeat)]
@@ -63,15 +65,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in rows:
         row["full_mib"], row["full_measured"] = full_memory(row, rows)
         row["memory_ratio"] = row["kernel"]["peak_mib"]["median"] / row["full_mib"]
+        row["in_place_ratio"] = row["in place"]["peak_mib"]["median"] / row["full_mib"]
     table = [
         {
             "tokens": row["tokens"],
             "vocabulary": row["vocabulary"],
+            "in place, s": f"{row['in place']['seconds']['median']:.2f}",
             "kernel, s": f"{row['kernel']['seconds']['median']:.2f}",
             "full, s": f"{row['full']['seconds']['median']:.2f}" if "full" in row else "–",
+            "in place, MiB": f"{row['in place']['peak_mib']['median']:,.0f}",
             "kernel, MiB": f"{row['kernel']['peak_mib']['median']:,.0f}",
             "full, MiB": f"{row['full_mib']:,.0f}" + ("" if row["full_measured"] else " (extrapolated)"),
             "kernel / full, memory": f"{row['memory_ratio']:.1%}",
+            "in place / full": f"{row['in_place_ratio']:.1%}",
         }
         for row in rows
     ]
@@ -106,20 +112,27 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
     weight = (0.02 * torch.randn(vocab_size, hidden, device=device.device())).requires_grad_()
     targets = torch.randint(vocab_size, (tokens,), device=device.device())
     with model_parallel(ParallelConfig(), seed=0) as ranks:
+        buffer = torch.ones_like(weight) if side == "in place" else None  # ones: memory that is really there
 
         def kernel(count: int) -> torch.Tensor:
             return vocab_parallel_logps(
-                inputs[:count], weight, targets[:count], vocab_size=vocab_size, chunk=CHUNK, tp_group=ranks.tensor
+                inputs[:count],
+                weight,
+                targets[:count],
+                vocab_size=vocab_size,
+                chunk=CHUNK,
+                tp_group=ranks.tensor,
+                gradient=None if buffer is None else WeightGradient(buffer, announce=False),
             )
 
         def full(count: int) -> torch.Tensor:
             logits = (inputs[:count] @ weight.T).float()
             return logits.log_softmax(dim=-1).gather(1, targets[:count, None]).squeeze(1)
 
-        compute: Callable[[int], torch.Tensor] = {"kernel": kernel, "full": full}[side]
+        compute: Callable[[int], torch.Tensor] = {"in place": kernel, "kernel": kernel, "full": full}[side]
 
         def step(count: int) -> None:
-            torch.autograd.grad(compute(count).sum(), (inputs, weight))
+            torch.autograd.grad(compute(count).sum(), (inputs, weight), allow_unused=buffer is not None)
 
         step(8)  # libraries allocate their buffers on first use
         peak = PeakMemory()

@@ -78,14 +78,22 @@ class Bench:
 
     def build_model(self) -> list[Any]:
         """A policy with random weights and gradient buffers."""
-        parts = build_policy(self.config, model_config(), self.parallel, self.ranks, self.config.vocab_size)
+        return self.wrap(self.build_policy(model_config()))
+
+    def build_policy(self, model: ModelConfig) -> list[Any]:
+        """A policy with random weights: the same numbers in every precision, but for their rounding."""
+        parts = build_policy(self.config, model, self.parallel, self.ranks, self.config.vocab_size)
         torch.manual_seed(0)
         with torch.no_grad():
             for name, parameter in parts[0].named_parameters():
                 if parameter.dim() > 1:
-                    parameter.normal_(0, 0.02)
+                    parameter.copy_(torch.randn(parameter.shape, device=parameter.device) * 0.02)
                 else:
                     parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        return parts
+
+    def wrap(self, parts: list[Any]) -> list[Any]:
+        """The policy with gradient buffers."""
         model = optimizer.wrap_data_parallel(parts, OptimizerConfig(), self.ranks)
         prepare_schedules(model)
         return model

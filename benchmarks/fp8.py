@@ -1,0 +1,204 @@
+"""Whether FP8 trains as bf16 does: the same run in each, loss curve, accuracy and speed beside each other.
+
+    python -m benchmarks.fp8                  # two CPU cores: bf16 against float32, which exercises the same code
+    python -m benchmarks.fp8 --size 1.5b      # one GPU: every FP8 recipe it has against bf16
+
+Every side starts from the same random weights, computes the reference in its own precision, and takes the same steps over the
+same groups: prompts whose responses are better the more of their tokens lie in the lower half of the vocabulary, which
+generalizes to held-out groups. The yardstick is the first side once more with the groups in another order: two precisions that
+differ by less than two orders of the data agree. docs/fp8.md says what to look for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import timing
+from benchmarks.setup import SHAPES, Bench, as_data, bench, make_groups
+from mpo_megatron import device
+from mpo_megatron.config import ConfigError, LossConfig, ModelConfig, OptimizerConfig
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.data.loader import StepBatch, build_step, step_indices
+from mpo_megatron.model.precision import RECIPES, token_multiple, validate_fp8
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.calibration import calibrate
+from mpo_megatron.train.objective import Logps, Objective, build_objective, group_batch
+from mpo_megatron.train.step import forward_step, fused_step
+
+BETA = 0.1
+RESPONSES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A run of one model size."""
+
+    steps: int
+    groups: int
+    """Training groups; a quarter as many are held out."""
+    groups_per_step: int
+    prompt: int
+    response: int
+    row_tokens: int
+    lr: float
+
+
+TINY = Size(steps=2, groups=8, groups_per_step=4, prompt=8, response=8, row_tokens=128, lr=1e-3)
+SMALL = Size(steps=40, groups=160, groups_per_step=16, prompt=16, response=16, row_tokens=1024, lr=3e-4)
+REAL = Size(steps=40, groups=640, groups_per_step=32, prompt=256, response=128, row_tokens=8192, lr=1e-5)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run every side and report."""
+    parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
+    parser.add_argument("--steps", type=int, help="optimizer steps of each side")
+    options = timing.parse(parser, arguments)
+    size = {"tiny": TINY, "small": SMALL}.get(options.size, REAL)
+    size = dataclasses.replace(size, steps=options.steps or size.steps)
+    with bench(options.size) as own:
+        sides, refused = choose_sides(own)
+        train, held_out = make_data(own, size)
+        runs = {name: run(own, model, size, train, held_out, seed=0) for name, model in sides.items()}
+        first = next(iter(sides))
+        runs[f"{first}, other order"] = run(own, sides[first], size, train, held_out, seed=1)
+    rows = [
+        {"side": name, **values, **differences(values, runs[first], same_order="order" not in name)}
+        for name, values in runs.items()
+    ]
+    table = [
+        {
+            "side": row["side"],
+            "first − ln": f"{row['first_loss_off']:.1e}",
+            "last loss": f"{row['last_loss']:.4f}",
+            "|Δ loss|, mean": "–" if row["loss_difference"] is None else f"{row['loss_difference']:.1e}",
+            "held-out loss": f"{row['held_out_loss']:.4f}",
+            "Δ held-out": f"{row['held_out_difference']:+.4f}",
+            "accuracy": f"{row['accuracy']:.3f}",
+            "Δ accuracy": f"{row['accuracy_difference']:+.3f}",
+            "s / step": f"{row['seconds']['median']:.3f}",
+            "speed": f"{runs[first]['seconds']['median'] / row['seconds']['median']:.2f}×",
+            "peak, GiB": f"{row['peak_gib']:.2f}",
+        }
+        for row in rows
+    ]
+    note = (
+        f"Differences are from {first}, over the loss curve of {size.steps} steps and on the held-out groups (loss, accuracy of "
+        "pairs); the last line is the yardstick. First loss − ln: from ln(K / |Y+|), which it is if policy and reference compute "
+        "alike. Adam's step included; peak memory on a CPU is the process's so far."
+    )
+    for name, reason in refused.items():
+        note += f"\nNot run: {name}: {reason}"
+    timing.report("fp8", options, {**dataclasses.asdict(size), "beta": BETA}, rows, table, note)
+
+
+def choose_sides(own: Bench) -> tuple[dict[str, ModelConfig], dict[str, str]]:
+    """The precisions to compare, the one to compare with first; and the recipes that do not run here, with the reason."""
+    bf16 = ModelConfig(checkpoint="random", precision="bf16")
+    if not device.has_gpu():
+        return {"fp32": ModelConfig(checkpoint="random", precision="fp32"), "bf16": bf16}, {}
+    sides, refused = {"bf16": bf16}, {}
+    for name in RECIPES:
+        model = dataclasses.replace(bf16, fp8=name)  # type: ignore[arg-type]
+        try:
+            validate_fp8(model, own.parallel, own.config)
+        except ConfigError as error:
+            refused[name] = str(error)
+        else:
+            sides[f"fp8 {name}"] = model
+    return sides, refused
+
+
+def make_data(own: Bench, size: Size) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
+    """Training and held-out groups whose rewards are the share of tokens in the vocabulary's lower half."""
+    vocab = own.config.vocab_size
+    groups = []
+    for group in make_groups(
+        size.groups * 5 // 4, prompt=size.prompt, response=size.response, responses=RESPONSES, vocab_size=vocab, spread=0.5
+    ):
+        rewards = np.array([np.mean(tokens < vocab // 2) for tokens in group.response_tokens])
+        groups.append(dataclasses.replace(group, rewards=rewards))
+    return groups[: size.groups], groups[size.groups :]
+
+
+def run(
+    own: Bench, model: ModelConfig, size: Size, train: list[TokenizedGroup], held_out: list[TokenizedGroup], *, seed: int
+) -> dict[str, Any]:
+    """Train one side from the start: its curve, and what it learned."""
+    objective = build_objective(LossConfig(name="mpo", params={"beta": BETA}))
+    shape = dataclasses.replace(own.shape(size.row_tokens), multiple=token_multiple(model) * own.parallel.row_parts)
+    gc.collect()
+    device.synchronize()
+    if device.has_gpu():
+        torch.cuda.reset_peak_memory_stats()
+    policy = own.build_policy(model)
+    calibrate(policy, as_data(train), own.ranks, shape)
+    order = [step_indices(step, len(train), size.groups_per_step, seed=seed, shuffle=True) for step in range(size.steps)]
+    batches = [build_step(step, as_data(train), indices, objective.select, shape) for step, indices in enumerate(order)]
+    references = [forward_step(policy, batch, objective, own.ranks) for batch in batches]
+    test = build_step(0, as_data(held_out), np.arange(len(held_out)), objective.select, shape)
+    test_reference = forward_step(policy, test, objective, own.ranks)
+    wrapped = own.wrap(policy)
+    adam = optimizer.build_optimizer(OptimizerConfig(lr=size.lr), wrapped, own.ranks)
+    losses, seconds = [], []
+    for batch, reference in zip(batches, references, strict=True):
+        started = timing.now()
+        optimizer.zero_gradients(wrapped, adam)
+        logps = fused_step(wrapped, batch, reference, objective, own.ranks)
+        optimizer.update(wrapped, adam)
+        seconds.append(timing.now() - started)
+        losses.append(mean_loss(batch, logps, reference, objective))
+    found = forward_step(wrapped, test, objective, own.ranks)
+    return {
+        "losses": losses,
+        "first_loss_off": abs(losses[0] - expected_first_loss(batches[0])),
+        "last_loss": float(np.mean(losses[-5:])),
+        "held_out_loss": mean_loss(test, found, test_reference, objective),
+        "accuracy": accuracy(test, found, test_reference),
+        "seconds": timing.summarize(seconds[1:] or seconds),
+        "peak_gib": device.peak_memory_gib(),
+    }
+
+
+def differences(side: dict[str, Any], first: dict[str, Any], *, same_order: bool) -> dict[str, float | None]:
+    """How far a side is from the first one; step by step only if both saw the same groups."""
+    steps = np.abs(np.array(side["losses"]) - np.array(first["losses"]))
+    return {
+        "loss_difference": float(steps.mean()) if same_order else None,
+        "held_out_difference": side["held_out_loss"] - first["held_out_loss"],
+        "accuracy_difference": side["accuracy"] - first["accuracy"],
+    }
+
+
+def mean_loss(batch: StepBatch, policy: Logps, reference: Logps, objective: Objective) -> float:
+    """Mean over the groups that have a contrast."""
+    losses = objective.compute(group_batch(batch.table, policy, reference))
+    return float(losses.sum() / max(1, int(batch.contributes.sum())))
+
+
+def expected_first_loss(batch: StepBatch) -> float:
+    """ln(K / |Y+|), averaged over the groups with a contrast."""
+    assert batch.table.rewards is not None
+    preferred = (batch.table.rewards > batch.table.rewards.mean(axis=1, keepdims=True)).sum(axis=1)
+    counted = batch.contributes
+    return float(np.log(batch.table.valid.sum(axis=1)[counted] / preferred[counted]).mean())
+
+
+def accuracy(batch: StepBatch, policy: Logps, reference: Logps) -> float:
+    """Share of pairs of a group's responses whose implicit rewards are ordered as their rewards; a tie counts half."""
+    assert batch.table.rewards is not None
+    implicit = (policy.response - reference.response).cpu().numpy()
+    rewards = batch.table.rewards
+    better = rewards[:, :, None] > rewards[:, None, :]
+    gap = implicit[:, :, None] - implicit[:, None, :]
+    return float(((gap > 0) + 0.5 * (gap == 0))[better].mean())
+
+
+if __name__ == "__main__":
+    main()
