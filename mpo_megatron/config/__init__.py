@@ -7,6 +7,7 @@
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.convert import ConvertConfig
+from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
 from mpo_megatron.config.generate import (
     EndpointConfig,
     GenerateConfig,
@@ -42,8 +43,10 @@ __all__ = [
     "ConvertConfig",
     "DataConfig",
     "EndpointConfig",
+    "EvaluateConfig",
     "FaultConfig",
     "GenerateConfig",
+    "HeldOutConfig",
     "IterateConfig",
     "JobConfig",
     "KubernetesJob",
@@ -72,6 +75,7 @@ __all__ = [
     "require",
     "to_dict",
     "validate_endpoint",
+    "validate_evaluate",
     "validate_generate",
     "validate_score",
     "validate_train",
