@@ -12,6 +12,7 @@ from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
     GenerateConfig,
+    IterateConfig,
     PrepareConfig,
     ScoreConfig,
     SelectConfig,
@@ -87,6 +88,20 @@ def launch(arguments: Sequence[str]) -> int:
     return run(parse(TARGETS[target], options, f"mpo launch {target}"))
 
 
+def iterate(arguments: Sequence[str]) -> int:
+    """On-policy rounds: generate, score, select, prepare and train, again and again; resumes wherever it was ended."""
+    config = parse(IterateConfig, arguments, "mpo iterate")
+    from mpo_megatron.rollout.iterate import StageError
+    from mpo_megatron.rollout.iterate import iterate as run
+
+    try:
+        run(config)
+    except StageError as error:
+        print(f"mpo iterate: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
 def losses(arguments: Sequence[str]) -> int:
     """List every loss with its hyper-parameters, needs and source."""
     from mpo_megatron.losses.table import print_losses
@@ -103,6 +118,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "select": select,
     "reference": reference,
     "train": train,
+    "iterate": iterate,
     "launch": launch,
     "losses": losses,
 }

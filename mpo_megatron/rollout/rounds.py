@@ -16,10 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mpo_megatron.config import (
     ConfigError,
     GenerateConfig,
     IterateConfig,
+    ParallelConfig,
     PrepareConfig,
     ScoreConfig,
     SelectConfig,
@@ -36,7 +39,6 @@ from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import build_objective, check_data
-from mpo_megatron.train.ranks import count_ranks
 from mpo_megatron.train.tracking import check_installed
 
 FILLED = {
@@ -114,7 +116,7 @@ def build_plan(config: IterateConfig) -> Plan:
     checkpoint.verify(model)
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
     policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
-    num_ranks = [count_ranks(item.train.parallel, config.nproc) for item in rounds]
+    num_ranks = [config.nproc or count_ranks(item.train.parallel) for item in rounds]
     for item, ranks in zip(rounds, num_ranks, strict=True):
         check_round(item, model, ranks)
     return Plan(
@@ -125,6 +127,11 @@ def build_plan(config: IterateConfig) -> Plan:
         policies=policies,
         rounds=rounds,
     )
+
+
+def count_ranks(parallel: ParallelConfig) -> int:
+    """Ranks of training: one per GPU, or what the layout needs."""
+    return max(torch.cuda.device_count(), parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def build_round(config: IterateConfig, number: int) -> Round:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -19,6 +20,9 @@ from mpo_megatron.train.signals import SIGNALS
 
 STARTED = "MPO_STARTED"
 """Environment variable with the time of the start, which a run's wall time counts from, whatever restarts its ranks."""
+
+PR_SET_PDEATHSIG = 1
+"""Linux prctl: the signal that a process gets when its parent ends."""
 
 REPEAT_SECONDS = 5.0
 """A request to stop is sent again after this time, as ranks that are just starting may not hear it yet."""
@@ -42,7 +46,7 @@ def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restart
         environment = {**os.environ, EXIT_FILE: str(exit_file), STARTED: str(time.time())}
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         # A session of its own: signals to this process's group (a terminal's, Slurm's) reach torchrun only through this process.
-        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_ignore_requests)
+        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_prepare_child)
         try:
             _wait(process, requests)
         except BaseException:  # Ctrl-C: torchrun ends its ranks when it is ended
@@ -65,9 +69,14 @@ def _wait(process: subprocess.Popen[bytes], requests: Sequence[int]) -> None:
         time.sleep(0.1)
 
 
-def _ignore_requests() -> None:
-    """torchrun and ranks that are starting do not end of a request to stop: ranks hear it when they listen."""
+def _prepare_child() -> None:
+    """torchrun and ranks that are starting do not end of a request to stop: ranks hear it when they listen.
+
+    And they do not outlive this process if it is killed: the next start would find them at work in the same folder.
+    """
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 @contextlib.contextmanager

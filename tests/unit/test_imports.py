@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config import ConvertConfig, PrepareConfig, TrainConfig, load_yaml
+from mpo_megatron.config import ConvertConfig, IterateConfig, PrepareConfig, TrainConfig, load_yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OTHER_YAML = {
-    ROOT / "examples" / "compare" / "methods.yaml",
+    *(ROOT / "examples" / name / "methods.yaml" for name in ("compare", "on_policy")),
     *(ROOT / "examples" / "launch" / name for name in ("pytorchjob.yaml", "jobset.yaml", "skypilot.yaml")),
 }
 """Files of an example that are its own, not a command's configuration; the example's tests read them."""
@@ -120,5 +120,5 @@ def test_there_are_example_configs() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_example_configs_parse(path: Path) -> None:
-    kinds = {"convert": ConvertConfig, "prepare": PrepareConfig}
+    kinds = {"convert": ConvertConfig, "prepare": PrepareConfig, "iterate": IterateConfig}
     load_yaml(next((kind for prefix, kind in kinds.items() if path.name.startswith(prefix)), TrainConfig), path)

@@ -1,0 +1,1 @@
+"""On-policy rounds on a CPU, MPO beside DPO: see run.py."""

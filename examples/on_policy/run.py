@@ -1,0 +1,201 @@
+"""On-policy rounds on a CPU with a verifiable reward: MPO on all K responses beside DPO on the best and the worst of them.
+
+    python -m examples.on_policy.run                       # one seed, both methods, a few minutes on two cores
+    python -m examples.on_policy.run --seeds 0 1 2         # means and spread
+    python -m examples.on_policy.run --tune                # which learning rate is best for each method, on a seed of its own
+
+A small random Qwen3 model takes one supervised step (`sft`) on mediocre answers to the quickstart's task, "name 4 fruits". From
+there each method runs `mpo iterate`: three rounds of sampling 8 responses to each prompt, scoring them with reward.py, and
+training on them. All methods start from the same policy and sample the same number of responses to the same prompts; only the
+learning rate is each method's own. Repeating the command skips what is done and goes on with what is not.
+Results: on_policy.json, on_policy.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.on_policy.plot import plot_rounds
+from examples.quickstart.model import write_model
+from examples.quickstart.run import TASK_SIZES, mpo
+from examples.quickstart.task import COUNTS, OCCASIONS, PEOPLE, TEMPLATES, WORDS, build_groups, write_groups
+
+CONFIG = Path(__file__).with_name("iterate.yaml")
+METHODS = Path(__file__).with_name("methods.yaml")
+MARKER = "start.json"
+"""Says what a finished first policy was made of."""
+
+NUM_SFT_GROUPS = 1500
+SFT_RESPONSES = 2
+"""Answers drawn at random a prompt, the better of which is imitated: the first policy is to be mediocre."""
+SFT_OPTIONS = {"loss.name": "sft", "optimizer.lr": 3e-3, "data.groups_per_step": 64, "max_steps": 120}
+
+TUNING_SEED = 1000
+LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("on-policy-out"), help="folder for everything")
+    parser.add_argument("--methods", nargs="+", default=list(load_methods()), choices=list(load_methods()), metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts' split, sampling and data order (0)")
+    parser.add_argument("--prompts", type=int, default=1000, help="prompts, the held-out ones among them (1000)")
+    parser.add_argument("--tune", action="store_true", help=f"try learning rates with seed {TUNING_SEED} instead")
+    return parser.parse_args(arguments)
+
+
+def load_methods(path: Path = METHODS) -> dict[str, dict[str, Any]]:
+    """The methods by name."""
+    methods: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return methods
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """First policy, rounds of every method and seed, table and picture; the exit status."""
+    options, started = parse_arguments(arguments), time.monotonic()
+    start, methods = build_start(options.output / "start", options.prompts), load_methods()
+    if options.tune:
+        tune(options.output / "tuning", start, {name: methods[name] for name in options.methods})
+        return 0
+    results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in options.methods}
+    # Seeds outside: an interrupted comparison has every method for the first seeds.
+    for seed, name in itertools.product(options.seeds, options.methods):
+        output = options.output / "runs" / name / f"seed_{seed}"
+        results[name][seed] = run_rounds(output, start, methods[name], lr=methods[name]["lr"], seed=seed)
+    summary = summarize({name: methods[name]["label"] for name in options.methods}, results)
+    (options.output / "on_policy.json").write_text(json.dumps(summary, indent=2) + "\n")
+    plot_rounds(summary, options.output / "on_policy.png")
+    print_summary(summary)
+    print(f"{options.output / 'on_policy.json'}, {options.output / 'on_policy.png'}; {time.monotonic() - started:.0f} s")
+    return 0
+
+
+# --------------------------------------------------------------------------------------------------- the first policy
+
+
+def build_start(folder: Path, num_prompts: int) -> Path:
+    """The first policy and the prompts of the rounds, unless they are there; the folder."""
+    wanted = {"prompts": num_prompts, "sft_groups": NUM_SFT_GROUPS, "sft_responses": SFT_RESPONSES, "sft": SFT_OPTIONS}
+    if (folder / MARKER).is_file():
+        found = json.loads((folder / MARKER).read_text())
+        if found != wanted:
+            sys.exit(f"on_policy: {folder} holds {found}, wanted are {wanted}; choose another --output.")
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)  # it is ours, and incomplete
+    folder.mkdir(parents=True)
+    groups = build_groups(NUM_SFT_GROUPS)
+    write_groups(folder / "sft.jsonl", groups)
+    write_groups(folder / "prompts.jsonl", build_prompts(num_prompts, taken={group["prompt"] for group in groups}))
+    texts = [text for group in groups for text in (group["prompt"], *(item["text"] for item in group["responses"]))]
+    write_model(folder / "random", texts, vocab_size=TASK_SIZES.vocab_size)
+    mpo("convert", input=folder / "random", output=folder / "random-megatron")
+    mpo(
+        "prepare",
+        input=folder / "sft.jsonl",
+        tokenizer=folder / "random-megatron",
+        output=folder / "sft",
+        responses_per_prompt=SFT_RESPONSES,
+        max_prompt_tokens=TASK_SIZES.max_prompt_tokens,
+        max_response_tokens=TASK_SIZES.max_response_tokens,
+    )
+    mpo(
+        "train",
+        **{
+            "output": folder / "sft-run",
+            "model.checkpoint": folder / "random-megatron",
+            "model.precision": "fp32",
+            "data.train": folder / "sft",
+            "data.row_tokens": TASK_SIZES.row_tokens,
+            "checkpoint.every": 0,
+            **SFT_OPTIONS,
+        },
+    )
+    # Out and in again: the rounds start from a checkpoint like any other.
+    mpo("convert", input=folder / "sft-run", output=folder / "policy-hf")
+    mpo("convert", input=folder / "policy-hf", output=folder / "policy")
+    (folder / MARKER).write_text(json.dumps(wanted) + "\n")
+    return folder
+
+
+def build_prompts(number: int, taken: set[str], seed: int = 1) -> list[dict[str, Any]]:
+    """Prompts of the task that are not `taken`, with what the reward must know of each."""
+    generator, prompts = random.Random(seed), list[dict[str, Any]]()
+    choices = list(itertools.product(TEMPLATES, PEOPLE, OCCASIONS, COUNTS, WORDS))
+    for template, person, occasion, count, kind in generator.sample(choices, len(choices)):
+        prompt = template.format(person=person, occasion=occasion, count=count, kind=kind)
+        if prompt not in taken and len(prompts) < number:
+            prompts.append({"prompt": prompt, "kind": kind, "count": count})
+    return prompts
+
+
+# --------------------------------------------------------------------------------------------------- rounds
+
+
+def run_rounds(output: Path, start: Path, method: dict[str, Any], *, lr: float, seed: int) -> list[dict[str, Any]]:
+    """`mpo iterate` with a method, unless it is done; the reports of its rounds."""
+    if not (output / "report.json").is_file():
+        config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        config |= {"output": str(output), "model": str(start / "policy"), "prompts": str(start / "prompts.jsonl"), "seed": seed}
+        config["train"]["loss"] = method["loss"]
+        config["train"]["optimizer"]["lr"] = lr
+        output.parent.mkdir(parents=True, exist_ok=True)
+        path = output.with_name(output.name + ".yaml")
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        mpo("iterate", config=path)
+    reports: list[dict[str, Any]] = json.loads((output / "report.json").read_text())["rounds"]
+    return reports
+
+
+def tune(output: Path, start: Path, methods: dict[str, dict[str, Any]]) -> None:
+    """The last round's held-out reward of each method at each learning rate."""
+    for name, method in methods.items():
+        for lr in LEARNING_RATES:
+            reports = run_rounds(output / name / f"lr_{lr:g}", start, method, lr=lr, seed=TUNING_SEED)
+            rewards = [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
+            print(f"{name} lr {lr:g}: " + " → ".join(f"{reward:.3f}" for reward in rewards), flush=True)
+
+
+def summarize(labels: dict[str, str], results: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Held-out reward after each round by method and seed, with mean and standard error over seeds."""
+    methods = {}
+    for name, runs in results.items():
+        curves = {
+            str(seed): [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
+            for seed, reports in runs.items()
+        }
+        points = list(zip(*curves.values(), strict=True))
+        methods[name] = {
+            "label": labels[name],
+            "reward_by_seed": curves,
+            "reward": [statistics.fmean(point) for point in points],
+            "error": [statistics.stdev(point) / len(point) ** 0.5 if len(point) > 1 else 0.0 for point in points],
+            "win_rate": [statistics.fmean(r[n]["win_rate"]["value"] for r in runs.values()) for n in range(len(points) - 1)],
+            "kl": [statistics.fmean(r[n]["kl"]["kl"] for r in runs.values() if r[n]["kl"]) for n in range(len(points) - 1)],
+            "tokens": [statistics.fmean(r[n]["after"]["tokens"] for r in runs.values()) for n in range(len(points) - 1)],
+        }
+    return {"seeds": sorted(next(iter(results.values()))), "methods": methods}
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+    """One line a method."""
+    print(f"\nSampled reward on held-out prompts, mean over seeds {summary['seeds']} ± standard error over them")
+    for method in summary["methods"].values():
+        rewards = zip(method["reward"], method["error"], strict=True)
+        print(f"{method['label']:<28} " + " → ".join(f"{mean:.3f} ± {error:.3f}" for mean, error in rewards))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""`mpo iterate`: on-policy rounds, each generate → score → select → prepare → train, as one resumable command.
+
+    mpo iterate --config iterate.yaml
+
+The folders are the state: a stage whose output says that it is complete is skipped, any other is started or continued by the
+command it is. So a kill anywhere costs at most what its stage does not resume, and the same command goes on. Training takes
+the reference's log-probs on its way, kept in parts as `mpo reference` keeps them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from mpo_megatron import device
+from mpo_megatron.config import (
+    ConfigError,
+    ConvertConfig,
+    DataConfig,
+    GenerateConfig,
+    IterateConfig,
+    PrepareConfig,
+    ScoreConfig,
+    SelectConfig,
+    TrainConfig,
+    require,
+    to_dict,
+)
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import INFO_FILE
+from mpo_megatron.data.prepare import prepare
+from mpo_megatron.model.convert import convert, find_megatron_checkpoint
+from mpo_megatron.rollout.divergence import KL_FILE
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.records import (
+    GENERATE_FILE,
+    SCORE_FILE,
+    SELECT_FILE,
+    encode_line,
+    read_summary,
+    replace_file,
+    write_summary,
+)
+from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report
+from mpo_megatron.rollout.rounds import Plan, Policy, Round, build_plan, start_training
+from mpo_megatron.rollout.score import score
+from mpo_megatron.rollout.select import select
+from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.launcher import launch
+
+STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
+
+
+class StageError(RuntimeError):
+    """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
+
+    def __init__(self, stage: str, status: int) -> None:
+        super().__init__(f"{stage} ended with exit status {status}; what is done stays: mend it and repeat the command.")
+        self.status = status
+
+
+def iterate(config: IterateConfig, console: Console | None = None) -> None:
+    """Run all rounds, or what is left of them, and write the reports.
+
+    Raises:
+        ConfigError: the configuration cannot work, or is not the one this folder was started with; nothing has been started.
+        DataError: a stage's input is unusable.
+        StageError: training failed.
+    """
+    console = console or Console(highlight=False)
+    plan = build_plan(config)
+    with only_one(plan.folder):
+        open_folder(plan)
+        write_prompts(plan, console)
+        start = Path(config.model)
+        console.rule("policy 0: the one that the first round starts from")
+        measure_policy(plan.policies[0], start, console)
+        reports = []
+        for item, num_ranks in zip(plan.rounds, plan.num_ranks, strict=True):
+            console.rule(f"round {item.number} of {config.rounds}")
+            trained = run_round(plan, item, start, num_ranks, console)
+            measure_policy(plan.policies[item.number], trained, console)
+            kl = measure_kl(plan, item, trained, start, num_ranks, console) if config.measure_kl else None
+            reports.append(write_round_report(plan, item, kl, console))
+            start = trained
+        write_report(plan.folder, reports)
+        console.print(f"{plan.folder / 'report.md'}, {plan.folder / 'report.png'}; the last policy: {plan.policies[-1].hf}")
+
+
+# --------------------------------------------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Refuse a second `mpo iterate` in the same folder; the lock ends with the process that holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"output = {folder}; another mpo iterate is at work there; wait for it, or end it.") from None
+        yield
+
+
+def open_folder(plan: Plan) -> None:
+    """Note what must not change in a new folder; compare it in one that is there.
+
+    Raises:
+        ConfigError: naming the first thing that changed.
+    """
+    state = {
+        "config": to_dict(plan.config),
+        "model_digest": plan.model_digest,
+        "prompts_digest": plan.prompts.digest,
+        "duplicate_prompts": plan.prompts.num_duplicates,
+    }
+    path = plan.folder / STATE_FILE
+    if not path.is_file():
+        others = [entry.name for entry in plan.folder.iterdir() if entry.name != ".lock"]
+        require(not others, f"output = {plan.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
+        write_summary(path, state)
+        return
+    changed = find_change(read_summary(path), state)
+    if changed is not None:
+        name, before, now = changed
+        raise ConfigError(
+            f"output = {plan.folder} was started with {name} = {before}, now it is {now}; use the old value, or another output."
+        )
+
+
+def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two nested values differ: its dotted name, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            changed = find_change(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if changed is not None:
+                return changed
+        return None
+    return None if before == now else (name.removeprefix("config."), before, now)
+
+
+def write_prompts(plan: Plan, console: Console) -> None:
+    """The prompts of each round and the held-out ones; again the same if they are there."""
+    split = plan.prompts
+    files = {"held-out.jsonl": split.held_out} | {f"round-{n:02d}.jsonl": rows for n, rows in enumerate(split.rounds, start=1)}
+    for name, rows in files.items():
+        replace_file(plan.folder / "prompts" / name, map(encode_line, rows))
+    sizes = ", ".join(str(len(rows)) for rows in split.rounds)
+    duplicates = f"; {split.num_duplicates} duplicates left out" if split.num_duplicates else ""
+    console.print(f"prompts: {sizes} in the rounds, {len(split.held_out)} held out{duplicates}")
+
+
+# --------------------------------------------------------------------------------------------------- stages
+
+
+def stage(name: str, done: Path, run: Callable[[], object], console: Console) -> None:
+    """Run a stage unless the file it completes with is there."""
+    if done.exists():
+        console.print(f"{name}: done before")
+        return
+    console.print(f"{name} …")
+    started = time.monotonic()
+    run()
+    console.print(f"{name}: {time.monotonic() - started:.0f} s")
+
+
+def run_round(plan: Plan, item: Round, start: Path, num_ranks: int, console: Console) -> Path:
+    """All stages of a round; the checkpoint that it ends with."""
+    folder = item.folder
+    stage("generate", folder / "samples" / GENERATE_FILE, lambda: run_command("generate", generate, item.generate), console)
+    stage("score", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, item.score), console)
+    stage("select", folder / "selected" / SELECT_FILE, lambda: select(item.select, console), console)
+    stage("prepare", folder / "groups" / INFO_FILE, lambda: prepare(item.prepare, console), console)
+    config = start_training(plan, item, start)
+    stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, num_ranks), console)
+    return Path(read_summary(folder / TRAIN_FILE)["checkpoint"])
+
+
+def measure_policy(policy: Policy, start: Path, console: Console) -> None:
+    """Export a policy, let it answer the held-out prompts, and score the answers."""
+    folder = policy.folder
+    export = ConvertConfig(input=str(start), output=str(policy.hf))
+    stage("export", policy.hf / "config.json", lambda: convert(export), console)
+    done = folder / "samples" / GENERATE_FILE
+    stage("generate held-out", done, lambda: run_command("generate", generate, policy.generate), console)
+    stage("score held-out", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, policy.score), console)
+
+
+def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:
+    """A stage that loads a model: here on a CPU; on a GPU in a process of its own, whose memory training gets back."""
+    if not device.has_gpu():
+        function(config)
+        return
+    path = save_config(Path(config.output).with_suffix(".yaml"), config)
+    status = subprocess.run([sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)], check=False).returncode
+    if status:
+        raise StageError(name, status)
+
+
+def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
+    """Train, or go on training; the round's `train.json` says where the result is."""
+    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    path = save_config(folder / "train.yaml", config)
+    status = launch(config.entry_point, ["--config", str(path)], num_ranks=num_ranks, max_restarts=0)
+    if status:
+        raise StageError("train", status)
+    trained = find_megatron_checkpoint(Path(config.output))
+    assert trained is not None
+    write_summary(folder / TRAIN_FILE, {"checkpoint": str(trained)})
+
+
+def save_config(path: Path, config: GenerateConfig | ScoreConfig | TrainConfig) -> Path:
+    """A stage's configuration as a file that its command takes."""
+    replace_file(path, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
+    return path
+
+
+def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console) -> dict[str, Any] | None:
+    """KL(π ‖ π_ref) on the new policy's answers to the held-out prompts; None if all of them were cut off."""
+    policy = plan.policies[item.number]
+    folder = policy.folder / "kl"
+    answers = SelectConfig(input=str(policy.folder / "scored"), output=str(folder / "selected"), duplicates="keep")
+    quiet = Console(quiet=True)
+    try:
+        stage("select held-out", folder / "selected" / SELECT_FILE, lambda: select(answers, quiet), console)
+    except DataError as error:
+        console.print(f"[yellow]no KL: {error}[/yellow]")
+        return None
+    prepared = PrepareConfig(
+        input=str(folder / "selected" / "groups.jsonl"),
+        output=str(folder / "groups"),
+        tokenizer=str(policy.hf),
+        **{name: getattr(item.prepare, name) for name in ("system_prompt", "chat_template", "chat_template_kwargs")},
+        **{name: getattr(item.prepare, name) for name in ("max_prompt_tokens", "max_response_tokens", "num_workers")},
+    )
+    stage("prepare held-out", folder / "groups" / INFO_FILE, lambda: prepare(prepared, quiet), console)
+    training = start_training(plan, item, start)
+    config = replace(
+        training,
+        output=str(folder),
+        model=replace(training.model, checkpoint=str(trained), reference=training.model.reference or str(start)),
+        data=DataConfig(train=str(folder / "groups"), row_tokens=training.data.row_tokens, groups_per_step=256),
+    )
+    stage("KL", folder / KL_FILE, lambda: run_divergence(folder, config, num_ranks), console)
+    return read_summary(folder / KL_FILE)
+
+
+def run_divergence(folder: Path, config: TrainConfig, num_ranks: int) -> None:
+    """Start the ranks that measure KL."""
+    path = save_config(folder / "kl.yaml", config)
+    status = launch("mpo_megatron.rollout.divergence", ["--config", str(path)], num_ranks=num_ranks, max_restarts=0)
+    if status:
+        raise StageError("KL", status)
+
+
+def write_round_report(plan: Plan, item: Round, kl: dict[str, Any] | None, console: Console) -> dict[str, Any]:
+    """The round's report, from what its folders hold, and its main numbers on the terminal."""
+    before, after = plan.policies[item.number - 1].folder, plan.policies[item.number].folder
+    report = report_round(item.number, item.folder, before, after, kl, item.train)
+    write_summary(item.folder / REPORT_FILE, report)
+    reward = (
+        f"held-out reward {report['before']['reward']:.4g} → {report['after']['reward']:.4g} ± {report['after']['error']:.2g}"
+    )
+    wins = f"wins {report['win_rate']['value']:.1%} ± {report['win_rate']['error']:.1%} against the policy before"
+    console.print(f"round {item.number}: {reward}; {wins}")
+    return report

@@ -1,0 +1,292 @@
+"""`mpo iterate` without running a stage: the split of prompts, the plan of every round, what is refused, and the reports."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout.divergence import summarize
+from mpo_megatron.rollout.iterate import find_change, only_one, open_folder, stage, write_prompts
+from mpo_megatron.rollout.prompt_split import split_prompts
+from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
+from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
+from tests.tiny import save_model
+
+
+def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
+    rows = [{"prompt": f"Question {index}?", "answer": index, **fields} for index in range(number)][::order]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
+    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
+    return folder / "megatron"
+
+
+@pytest.fixture
+def options(model: Path, tmp_path: Path) -> dict[str, Any]:
+    """A configuration that works."""
+    return {
+        "output": str(tmp_path / "out"),
+        "model": str(model),
+        "prompts": str(write_prompt_file(tmp_path / "prompts.jsonl", 20)),
+        "rounds": 2,
+        "held_out": 4,
+        "score": {"scorers": {"short": {"kind": "regex", "pattern": "a"}}},
+        "train": {"optimizer": {"lr": 1e-3}},
+    }
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def questions(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["prompt"] for row in rows}
+
+
+def test_every_prompt_has_one_place_whatever_the_order(tmp_path: Path) -> None:
+    split = split_prompts(write_prompt_file(tmp_path / "a.jsonl", 23), rounds=3, held_out=5, seed=0)
+    other = split_prompts(write_prompt_file(tmp_path / "b.jsonl", 23, order=-1), rounds=3, held_out=5, seed=0)
+    parts = [*split.rounds, split.held_out]
+    assert [len(part) for part in parts] == [6, 6, 6, 5]
+    assert len(set().union(*map(questions, parts))) == 23
+    assert [questions(part) for part in parts] == [questions(part) for part in [*other.rounds, other.held_out]]
+    assert all(row["answer"] == int(row["prompt"].split()[1][:-1]) for part in parts for row in part)
+    shuffled = split_prompts(tmp_path / "a.jsonl", rounds=3, held_out=5, seed=1)
+    assert questions(shuffled.held_out) != questions(split.held_out)
+    # The held-out prompts do not depend on the number of rounds.
+    assert questions(split_prompts(tmp_path / "a.jsonl", rounds=2, held_out=5, seed=0).held_out) == questions(split.held_out)
+
+
+def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
+    path = write_prompt_file(tmp_path / "a.jsonl", 6)
+    path.write_text(path.read_text() * 2 + '{"prompt": [{"role": "user", "content": "Question 0?"}]}\n')
+    split = split_prompts(path, rounds=1, held_out=2, seed=0)
+    assert split.num_duplicates == 7
+    assert len(split.rounds[0]) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "a"}\n{"question": ""}\n', r"p\.jsonl:2: question is empty"),
+        ('{"prompt": "a"}\n["b"]\n', r"p\.jsonl:2: row is of type list"),
+        ('{"prompt": "a"}\n{"prom', r"p\.jsonl:2: is not valid JSON"),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n{"prompt": "c"}\n', "the id 1 belongs to two different prompts"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "p.jsonl").write_text(text)
+    with pytest.raises(DataError, match=message):
+        split_prompts(tmp_path / "p.jsonl", rounds=1, held_out=2, seed=0)
+
+
+def test_too_few_prompts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds 5 different prompts; rounds = 3 and held_out = 4 need at least 7"):
+        split_prompts(write_prompt_file(tmp_path / "p.jsonl", 5), rounds=3, held_out=4, seed=0)
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+def test_options_change_by_round(options: dict[str, Any]) -> None:
+    options["per_round"] = {
+        "train.optimizer.lr": [2e-3, 1e-3],
+        "train.loss.params.beta": [0.1, 0.5],
+        "generate.top_p": [1.0, 0.9],
+    }
+    plan = build_plan(IterateConfig(**options))
+    assert [item.train.optimizer.lr for item in plan.rounds] == [2e-3, 1e-3]
+    assert [item.train.loss.params for item in plan.rounds] == [{"beta": 0.1}, {"beta": 0.5}]
+    assert [item.generate.top_p for item in plan.rounds] == [1.0, 0.9]
+    # Policies are measured alike, whatever rounds do.
+    held_out = [policy.generate for policy in plan.policies]
+    assert {(stage.top_p, stage.seed, stage.num_responses) for stage in held_out} == {(1.0, 1234, 2)}
+    assert [item.train.seed for item in plan.rounds] == [1235, 1236]
+    assert [Path(item.generate.model) for item in plan.rounds] == [policy.hf for policy in plan.policies[:2]]
+
+
+@pytest.mark.parametrize(("choice", "expected"), [("previous", [None, None]), ("initial", [None, "initial"])])
+def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: list[str | None]) -> None:
+    plan = build_plan(IterateConfig(**options, reference=choice))  # type: ignore[arg-type]
+    starts = [Path(options["model"]), Path("round-1")]
+    trainings = [start_training(plan, item, start) for item, start in zip(plan.rounds, starts, strict=True)]
+    assert [training.model.checkpoint for training in trainings] == [str(start) for start in starts]
+    references = [training.model.reference for training in trainings]
+    assert references == [options["model"] if name == "initial" else name for name in expected]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generate": {"model": "x"}}, r"generate\.model is set by mpo iterate itself"),
+        ({"train": {"model": {"reference": "x"}}}, r"train\.model\.reference is set by mpo iterate itself"),
+        ({"per_round": {"select.input": ["a", "b"]}}, r"select\.input is set by mpo iterate itself"),
+        ({"generate": {"num_response": 4}}, r"generate: .*num_response"),
+        ({"generate": {"temperature": -1.0}}, r"generate\.temperature = -1\.0"),
+        ({"score": {}}, r"score: .*scorers"),
+        ({"score": {"scorers": {"x": {"kind": "magic"}}}}, r"scorers\.x\.kind = magic"),
+        ({"select": {"sets": "best"}}, r"select: .*sets"),
+        ({"train": {"loss": {"name": "mpoo"}}}, r"round 1: loss.*mpoo.*did you mean mpo"),
+        ({"train": {"loss": {"params": {"partition": "labels"}}}}, r"round 1: .*select\.sets = all has none"),
+        ({"train": {"parallel": {"tensor": 3}}, "nproc": 2}, r"round 1: parallel\.tensor .* does not divide"),
+        ({"train": {"parallel": {"tensor": 8}}}, r"round 1: parallel\.tensor = 8 does not divide"),
+        ({"train": {"checkpoint": {"resume": False}}}, r"round 1: train\.checkpoint\.resume = false"),
+        (
+            {"generate": {"engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}},
+            r"round 1: generate\.engine = openai; a server goes on with the weights it has",
+        ),
+        ({"per_round": {"train.optimizer.lr": [1e-3, -1.0]}}, r"train\.optimizer\.lr = -1\.0"),
+        ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),
+        ({"model": "nowhere"}, "model = nowhere holds no Megatron checkpoint"),
+        ({"prompts": "nowhere.jsonl"}, r"prompts = nowhere\.jsonl; cannot be read"),
+    ],
+)
+def test_what_cannot_work_is_refused_first(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_plan(IterateConfig(**{**options, **changes}))
+    assert not Path(options["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounds": 0}, "rounds = 0; it must be at least 1"),
+        ({"held_out": 1}, "at least 2 held-out prompts"),
+        ({"held_out_responses": 1}, "at least 2 answers make a group"),
+        ({"per_round": {"train.optimizer.lr": [1e-3]}}, r"per_round\.train\.optimizer\.lr = .*one value for each of rounds = 2"),
+        ({"per_round": {"optimizer.lr": [1, 2]}}, r"per_round\.optimizer\.lr; it must name an option of a stage"),
+    ],
+)
+def test_options(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        IterateConfig(**{**options, **changes})
+
+
+# --------------------------------------------------------------------------------------------------- the folder
+
+
+def open_plan(plan: Plan) -> None:
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    open_folder(plan)
+    write_prompts(plan, Console(quiet=True))
+
+
+def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> None:
+    plan = build_plan(IterateConfig(**options))
+    open_plan(plan)
+    before = {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()}
+    assert set(before) == {"held-out.jsonl", "round-01.jsonl", "round-02.jsonl"}
+    open_plan(plan)
+    assert {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()} == before
+    options["train"] = {"optimizer": {"lr": 2e-3}}
+    with pytest.raises(ConfigError, match=r"was started with train\.optimizer\.lr = 0\.001, now it is 0\.002"):
+        open_plan(build_plan(IterateConfig(**options)))
+
+
+def test_changed_prompts_and_foreign_folders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    open_plan(build_plan(IterateConfig(**options)))
+    write_prompt_file(tmp_path / "prompts.jsonl", 20, note="changed")
+    with pytest.raises(ConfigError, match="was started with prompts_digest"):
+        open_plan(build_plan(IterateConfig(**options)))
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match=r"holds .*chapter\.tex.*choose a new folder"):
+        open_plan(build_plan(IterateConfig(**{**options, "output": str(tmp_path / "thesis")})))
+
+
+def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
+    with only_one(tmp_path), pytest.raises(ConfigError, match="another mpo iterate is at work there"), only_one(tmp_path):
+        pass
+    with only_one(tmp_path):  # free again
+        pass
+
+
+def test_first_change_is_named() -> None:
+    assert find_change({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}}) == ("a.c", 2, 3)
+    assert find_change({"a": 1}, {"a": 1, "b": 2}) == ("b", None, 2)
+    assert find_change({"a": [1, {"b": 2}]}, {"a": [1, {"b": 2}]}) is None
+
+
+def test_a_stage_that_is_done_does_not_run(tmp_path: Path) -> None:
+    ran = []
+    for _ in range(2):
+        stage("try", tmp_path / "done", lambda: (ran.append(1), (tmp_path / "done").touch()), Console(quiet=True))
+    assert ran == [1]
+
+
+# --------------------------------------------------------------------------------------------------- reports
+
+
+def answers(**rewards: list[float | None]) -> dict[str, list[dict[str, Any]]]:
+    return {
+        name: [{"reward": reward, "num_tokens": 4, "finish_reason": "stop"} for reward in values]
+        for name, values in rewards.items()
+    }
+
+
+def test_win_rate_by_hand() -> None:
+    new, old = answers(a=[1.0, 2.0], b=[0.0, 0.0], c=[None, 5.0], d=[None]), answers(a=[1.0, 0.0], b=[1.0], c=[4.0], d=[1.0])
+    result = compute_win_rate(new, old)
+    # a: one tie and three wins of four, 7/8; b: 0; c: 1; d has no reward.
+    assert result["value"] == pytest.approx((7 / 8 + 0 + 1) / 3)
+    assert result["error"] == pytest.approx(np.std([7 / 8, 0, 1], ddof=1) / math.sqrt(3))
+    assert result["ties"] == pytest.approx(1 / (4 + 2 + 1))
+    assert result["prompts"] == 3
+
+
+def test_rewards_and_lengths_by_hand() -> None:
+    group = answers(a=[1.0, 0.0], b=[1.0, None])
+    group["a"][0] |= {"num_tokens": 8, "finish_reason": "length"}
+    summary = summarize_answers(group)
+    assert summary["reward"] == pytest.approx(0.75)
+    assert summary["error"] == pytest.approx(np.std([0.5, 1.0], ddof=1) / math.sqrt(2))
+    assert (summary["tokens"], summary["truncated"], summary["without_reward"]) == (5.0, 0.25, 1)
+
+
+def test_divergence_is_a_mean_over_prompts() -> None:
+    policy, reference = np.array([-1.0, -2.0, -3.0]), np.array([-2.0, -4.0, -3.5])
+    result = summarize(policy, reference, np.array([0, 2, 3]), np.array([2, 3, 2]))
+    # Ratios 1, 2 | ½: prompts 1½ and ½.
+    assert result["kl"] == pytest.approx(1.0)
+    assert result["kl_error"] == pytest.approx(0.5)
+    assert result["kl_per_token"] == pytest.approx(3.5 / 7)
+
+
+def test_combined_report(tmp_path: Path) -> None:
+    def policy(reward: float) -> dict[str, Any]:
+        return {"reward": reward, "error": 0.01, "prompts": 9, "without_reward": 0, "tokens": 4.0, "truncated": 0.0}
+
+    reports = [
+        {
+            "round": number,
+            "before": policy(0.1 * number),
+            "after": policy(0.1 * number + 0.1),
+            "win_rate": {"value": 0.6, "error": 0.02, "ties": 0.1, "prompts": 9},
+            "kl": None if number == 1 else {"kl": 0.5, "kl_error": 0.1},
+            "selected": {"groups_read": 10, "groups_written": 8},
+            "training": {"loss": "mpo", "params": {"beta": 0.1}, "lr": 1e-3},
+        }
+        for number in (1, 2)
+    ]
+    write_report(tmp_path, reports)
+    assert json.loads((tmp_path / "report.json").read_text()) == {"rounds": reports}
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert "| start | 0.1 ± 0.01 |  |  | 4.0 | 0.0% |  |  |  |" in lines
+    row = "| round 2 | 0.3 ± 0.01 | 60.0% ± 2.0% (10% tied) | 0.5 ± 0.1 | 4.0 | 0.0% | `mpo` (beta = 0.1) | 0.001 | 8 of 10 |"
+    assert row in lines
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert format_report(reports[:1]).count("| round") == 1
