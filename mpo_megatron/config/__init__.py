@@ -21,6 +21,7 @@ from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
 from mpo_megatron.config.prepare import PrepareConfig
+from mpo_megatron.config.report import ReportConfig
 from mpo_megatron.config.score import ScoreConfig, validate_score
 from mpo_megatron.config.select import SelectConfig
 from mpo_megatron.config.train import (
@@ -57,6 +58,7 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PrepareConfig",
+    "ReportConfig",
     "ScoreConfig",
     "SelectConfig",
     "SkypilotJob",

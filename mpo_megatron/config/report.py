@@ -1,0 +1,28 @@
+"""Options of `mpo report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mpo_megatron.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """`mpo report RUN [RUN2 …]`: a page that shows how runs went, or go."""
+
+    runs: list[str]
+    """Folders of the runs, the first one the one of interest; `mpo report RUN RUN2` sets it."""
+    output: str = "report.html"
+    """The page: one file that needs nothing else, to keep, send or put on a server."""
+    png: str | None = None
+    """Also write the curves and distributions as PNG files to this folder."""
+    max_groups: int = 300
+    """Held-out groups whose responses are in the page, per run: half of them the worst, the others evenly from the rest."""
+    max_characters: int = 2000
+    """Longer prompts and responses are cut."""
+
+    def __post_init__(self) -> None:
+        require(len(self.runs) >= 1, "runs is empty; name a run's folder: mpo report RUN")
+        require(self.max_groups >= 2, f"max_groups = {self.max_groups}; it must be at least 2.")
+        require(self.max_characters >= 1, f"max_characters = {self.max_characters}; it must be at least 1.")

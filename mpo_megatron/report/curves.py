@@ -1,0 +1,151 @@
+"""Metrics over steps, as few points as a picture needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpo_megatron.report.record import RunRecord
+
+MOST_POINTS = 2000
+"""Points of a curve; more cannot be told apart on a screen."""
+
+Points = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """What one picture shows."""
+
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    """Names in metrics.jsonl; several are drawn together."""
+    about: str
+    """What to look for, in a sentence."""
+    section: str
+
+
+CHARTS = (
+    Chart(
+        section="Learning",
+        title="Loss",
+        unit="nats",
+        metrics=("loss",),
+        about="Should fall on held-out groups too; where only training falls on, the run learns its data by heart.",
+    ),
+    Chart(
+        section="Learning",
+        title="Accuracy",
+        unit="share of pairs",
+        metrics=("accuracy",),
+        about="How often a preferred response gained more than another one of its group. A policy that learned nothing has 0.5.",
+    ),
+    Chart(
+        section="Learning",
+        title="Margin",
+        unit="nats",
+        metrics=("margin",),
+        about="Mean log π/π_ref of preferred responses minus that of the others.",
+    ),
+    Chart(
+        section="Learning",
+        title="Log-probability drift",
+        unit="nats",
+        metrics=("chosen_log_ratio", "rejected_log_ratio"),
+        about="Mean log π/π_ref. Both falling means that preferred responses get less likely, too; only less so than the others.",
+    ),
+    Chart(
+        section="Learning",
+        title="KL from the reference",
+        unit="nats",
+        metrics=("kl",),
+        about="Mean of −log π/π_ref: estimates KL(π_ref ‖ π) where the responses are the reference's own samples.",
+    ),
+    Chart(
+        section="Optimization",
+        title="Gradient norm",
+        unit="",
+        metrics=("grad_norm",),
+        about="Before clipping. Lone spikes are single batches; a rising trend asks for a smaller learning rate.",
+    ),
+    Chart(section="Optimization", title="Learning rate", unit="", metrics=("lr",), about="The schedule, as it was applied."),
+    Chart(
+        section="Optimization",
+        title="Groups without contrast",
+        unit="groups per step",
+        metrics=("skipped_groups",),
+        about="Groups with equal rewards teach nothing and are skipped.",
+    ),
+    Chart(
+        section="Speed",
+        title="Throughput",
+        unit="tokens / s",
+        metrics=("tokens_per_second",),
+        about="Tokens of all ranks; a prompt counts once per group.",
+    ),
+    Chart(
+        section="Speed",
+        title="Model FLOPs utilization",
+        unit="share of peak",
+        metrics=("mfu",),
+        about="Model operations per second over what the GPU is sold with in bf16; recomputation counts nothing.",
+    ),
+    Chart(
+        section="Speed",
+        title="Model TFLOP/s per rank",
+        unit="10¹² / s",
+        metrics=("tflops_per_rank",),
+        about="Model operations per second and rank; recomputation counts nothing.",
+    ),
+    Chart(
+        section="Speed",
+        title="Time per step",
+        unit="s",
+        metrics=("seconds", "data_wait"),
+        about="Steps, and how long the rank that waited longest waited for its data.",
+    ),
+    Chart(
+        section="Speed",
+        title="Slowest replica",
+        unit="times the mean",
+        metrics=("step_seconds_max_over_mean",),
+        about="1 where all ranks take equally long; well above 1 they wait for one of them.",
+    ),
+    Chart(
+        section="Speed",
+        title="Peak memory",
+        unit="GiB",
+        metrics=("peak_memory_gib",),
+        about="Of the main process: allocated on its GPU, or resident on a CPU.",
+    ),
+)
+
+
+def curves(run: RunRecord) -> dict[str, dict[str, Points]]:
+    """{metric: {training: points, held_out: points}} of every metric in `CHARTS` that the run has."""
+    found: dict[str, dict[str, Points]] = {}
+    for metric in (name for chart in CHARTS for name in chart.metrics):
+        parts = {"training": run.values(metric), "held_out": run.values(metric, held_out=True)}
+        kept = {name: thin(*points) for name, points in parts.items() if points[0]}
+        if kept:
+            found[metric] = kept
+    return found
+
+
+def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> Points:
+    """At most `most` points that draw the same picture: the least and the greatest of each stretch, so that no spike is lost."""
+    if len(steps) <= most:
+        return list(steps), [_short(value) for value in values]
+    kept: set[int] = {0, len(steps) - 1}
+    for stretch in np.array_split(np.arange(len(steps)), most // 2 - 1):
+        within = np.asarray(values)[stretch]
+        kept |= {int(stretch[within.argmin()]), int(stretch[within.argmax()])}
+    order = sorted(kept)
+    return [steps[place] for place in order], [_short(values[place]) for place in order]
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.5g}")

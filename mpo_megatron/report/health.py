@@ -1,0 +1,164 @@
+"""What a person should look at first: a few rules over a run's metrics, each with the numbers it goes by."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from mpo_megatron.report.record import RunRecord
+
+RISE = 1.05
+"""Held-out loss this many times its best is called rising again."""
+SPIKE = 10.0
+"""A gradient norm this many times the median is called a spike."""
+SLOWER = 0.8
+"""Throughput below this share of the run's median is called a drop."""
+SKIPPED = 0.2
+"""More groups without contrast than this share are called many."""
+UNEVEN = 1.15
+"""A slowest replica this many times the mean is called a straggler."""
+WAITING = 0.05
+"""A share of the time spent waiting for data that is worth a word."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing about a run."""
+
+    level: Literal["good", "note", "warn", "bad"]
+    title: str
+    text: str
+
+
+def findings(run: RunRecord) -> list[Finding]:
+    """What there is to say, the worst first."""
+    checks: tuple[Callable[[RunRecord], Iterator[Finding]], ...] = (
+        *(_progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
+        *(_gradients, _skipped, _speed, _stragglers, _data_wait),
+    )
+    order = {"bad": 0, "warn": 1, "note": 2, "good": 3}
+    return sorted((finding for check in checks for finding in check(run)), key=lambda finding: order[finding.level])
+
+
+def _progress(run: RunRecord) -> Iterator[Finding]:
+    total = "?" if run.total_steps is None else run.total_steps
+    if run.status == "stopped":
+        text = (
+            f"Nothing was written for {run.age / 60:.0f} minutes, at step {run.step} of {total}. The same command again resumes."
+        )
+        yield Finding(level="warn", title="The run stands still", text=text)
+    starts = len(run.facts.get("starts", []))
+    if starts > 1:
+        at = ", ".join(str(start["step"]) for start in run.facts["starts"][1:])
+        yield Finding(level="note", title=f"Started {starts} times", text=f"Resumed behind step {at}.")
+
+
+def _finite(run: RunRecord) -> Iterator[Finding]:
+    broken = [line["step"] for line in run.training if "loss" in line and line["loss"] is None]
+    if broken:
+        text = f"At {len(broken)} steps, first at step {broken[0]}; see the incidents."
+        yield Finding(level="bad", title="The loss was not finite", text=text)
+
+
+def _incidents(run: RunRecord) -> Iterator[Finding]:
+    if run.hangs:
+        yield Finding(level="bad", title="Ranks hung", text=f"Their stacks: {', '.join(run.hangs[:4])} in incidents/.")
+    steps = sorted({line["step"] for line in run.incidents if "step" in line})
+    if steps:
+        shown = ", ".join(map(str, steps[:6])) + (" …" if len(steps) > 6 else "")
+        yield Finding(level="warn", title=f"{len(steps)} steps looked wrong", text=f"Step {shown}; their groups are below.")
+
+
+def _held_out_loss(run: RunRecord) -> Iterator[Finding]:
+    steps, losses = run.values("loss", held_out=True)
+    if len(losses) < 2:
+        return
+    best = min(range(len(losses)), key=lambda place: losses[place])
+    if losses[-1] > losses[best] * RISE and best < len(losses) - 1:
+        text = f"{losses[best]:.4g} at step {steps[best]}, {losses[-1]:.4g} now: take the earlier checkpoint, or fewer steps."
+        yield Finding(level="warn", title="Held-out loss rises again", text=text)
+    elif losses[-1] < losses[0]:
+        text = f"From {losses[0]:.4g} to {losses[-1]:.4g}."
+        yield Finding(level="good", title="Held-out loss fell", text=text)
+    else:
+        text = f"{losses[0]:.4g} at step {steps[0]}, {losses[-1]:.4g} now."
+        yield Finding(level="warn", title="Held-out loss did not fall", text=text)
+
+
+def _accuracy(run: RunRecord) -> Iterator[Finding]:
+    _, values = run.values("accuracy", held_out=True)
+    if len(values) < 2:
+        return
+    level: Literal["good", "warn"] = "good" if values[-1] > 0.55 else "warn"
+    text = f"{100 * values[-1]:.1f} % of held-out pairs are in the right order; without learning it is 50 %."
+    yield Finding(level=level, title="Preferences learned" if level == "good" else "Preferences hardly learned", text=text)
+
+
+def _displacement(run: RunRecord) -> Iterator[Finding]:
+    _, chosen = run.values("chosen_log_ratio", held_out=True)
+    if len(chosen) < 2:
+        return
+    if chosen[-1] < 0:
+        text = (
+            f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups: the policy moves to other responses (likelihood "
+            "displacement). Fewer steps, a smaller learning rate or a larger beta hold it back."
+        )
+        yield Finding(level="warn", title="Preferred responses got less likely", text=text)
+    else:
+        text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups."
+        yield Finding(level="good", title="Preferred responses got more likely", text=text)
+
+
+def _gradients(run: RunRecord) -> Iterator[Finding]:
+    steps, norms = run.values("grad_norm")
+    if len(norms) < 8:
+        return
+    median = statistics.median(norms)
+    spikes = [step for step, norm in zip(steps, norms, strict=True) if norm > SPIKE * median]
+    if median and spikes:
+        text = f"{len(spikes)} steps above {SPIKE:.0f} times the median of {median:.3g}; the first is step {spikes[0]}."
+        yield Finding(level="note", title="Gradient norm has spikes", text=text)
+
+
+def _skipped(run: RunRecord) -> Iterator[Finding]:
+    _, skipped = run.values("skipped_groups")
+    per_step = run.config.get("data", {}).get("groups_per_step")
+    if skipped and per_step and sum(skipped) / len(skipped) > SKIPPED * per_step:
+        share = 100 * sum(skipped) / len(skipped) / per_step
+        text = f"{share:.0f} % of all groups have equal rewards, or none of a set; their prompts cost nothing but teach nothing."
+        yield Finding(level="note", title="Many groups without contrast", text=text)
+
+
+def _speed(run: RunRecord) -> Iterator[Finding]:
+    _, rates = run.values("tokens_per_second")
+    if len(rates) < 20:
+        return
+    median, late = statistics.median(rates), statistics.median(rates[-max(5, len(rates) // 10) :])
+    if late < SLOWER * median:
+        text = f"{late:,.0f} tokens/s in the last steps, {median:,.0f} over the run."
+        yield Finding(level="warn", title="Throughput dropped", text=text)
+
+
+def _stragglers(run: RunRecord) -> Iterator[Finding]:
+    _, ratios = run.values("step_seconds_max_over_mean")
+    _, ranks = run.values("slowest_rank")
+    if len(ratios) >= 8 and ranks and statistics.median(ratios) > UNEVEN:
+        rank, times = Counter(ranks).most_common(1)[0]
+        text = (
+            f"The slowest rank takes {statistics.median(ratios):.2f} times the mean; in {100 * times / len(ranks):.0f} % of the "
+            f"steps it is rank {rank:.0f}."
+        )
+        yield Finding(level="warn", title="Ranks wait for one of them", text=text)
+
+
+def _data_wait(run: RunRecord) -> Iterator[Finding]:
+    _, waits = run.values("data_wait")
+    _, seconds = run.values("seconds")
+    if waits and sum(waits) > WAITING * (sum(waits) + sum(seconds)):
+        share = 100 * float(np.sum(waits)) / float(np.sum(waits) + np.sum(seconds))
+        yield Finding(level="warn", title="Steps wait for data", text=f"{share:.0f} % of the time; a disk may be slow.")

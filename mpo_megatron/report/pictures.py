@@ -1,0 +1,95 @@
+"""The page's curves and distributions as PNG files, for papers and chats."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+COLOURS = ("#3b6fd4", "#e0812b", "#2f9e62", "#b5489a", "#7a63d2", "#8a6d3b")
+PER_ROW = 4
+
+
+def write_pictures(shown: dict[str, Any], folder: Path) -> list[Path]:
+    """Write `curves.png`, and `distributions.png` of the first run; the files."""
+    import matplotlib
+
+    matplotlib.use("Agg")  # draws to files, with no display
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "curves.png"]
+    draw_curves(shown, files[0])
+    first = shown["runs"][0]
+    if first["data"] or first["drift"]:
+        files.append(folder / "distributions.png")
+        draw_distributions(first, files[1])
+    return files
+
+
+def draw_curves(shown: dict[str, Any], path: Path) -> None:
+    """Every chart that some run has numbers for: training as lines, held-out groups as dots."""
+    charts = [
+        chart for chart in shown["charts"] if any(name in run["curves"] for run in shown["runs"] for name in chart["metrics"])
+    ]
+    panels = _panels(len(charts))
+    for chart, panel in zip(charts, panels, strict=True):
+        colour = 0
+        for run in shown["runs"]:
+            for metric in chart["metrics"]:
+                curve = run["curves"].get(metric, {})
+                label = metric.replace("_", " ") if len(chart["metrics"]) > 1 else ""
+                label = " ".join([*([run["name"]] if len(shown["runs"]) > 1 else []), *([label] if label else [])])
+                line = COLOURS[colour % len(COLOURS)]
+                if "training" in curve:
+                    panel.plot(*curve["training"], color=line, linewidth=1.1, alpha=0.75, label=f"{label} training".strip())
+                if "held_out" in curve:
+                    style = {"color": line, "markersize": 3.5, "linewidth": 1.0, "markeredgecolor": "white"}
+                    panel.plot(*curve["held_out"], "o--", label=f"{label} held out".strip(), **style)
+                colour += 1
+        _finish(panel, chart["title"], "step", chart["unit"])
+    _save(panels, path)
+
+
+def draw_distributions(run: dict[str, Any], path: Path) -> None:
+    """The data's histograms, and the log-ratios at the first and last evaluation."""
+    panels = _panels(len(run["data"]) + (1 if run["drift"] else 0))
+    for chart, panel in zip(run["data"], panels, strict=False):
+        for number, (name, shares) in enumerate(chart["series"].items()):
+            panel.stairs(shares, chart["edges"], fill=True, alpha=0.45, color=COLOURS[number], label=name)
+        _finish(panel, chart["title"], chart["unit"], "share")
+    if run["drift"]:
+        panel, drift = panels[-1], run["drift"]
+        for counts, colour, name in zip(drift["counts"][-1], (COLOURS[2], "#d0484a"), ("preferred", "others"), strict=True):
+            panel.stairs(counts, drift["edges"], fill=True, alpha=0.45, color=colour, label=name)
+        _finish(panel, f"log π/π_ref after step {drift['steps'][-1]}", "nats", "responses")
+    _save(panels, path)
+
+
+def _panels(count: int) -> list[Any]:
+    import matplotlib.pyplot as plt
+
+    columns = min(PER_ROW, count)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.1 * rows), squeeze=False)
+    for spare in axes.flat[count:]:
+        spare.set_visible(False)
+    figure.set_dpi(110)
+    return list(axes.flat[:count])
+
+
+def _finish(panel: Any, title: str, x: str, y: str) -> None:
+    panel.set_title(title, fontsize=11, loc="left", fontweight="bold")
+    panel.set_xlabel(x, fontsize=9)
+    panel.set_ylabel(y, fontsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(alpha=0.25, linewidth=0.6)
+    panel.tick_params(labelsize=8)
+    panel.legend(fontsize=8, frameon=False)
+
+
+def _save(panels: list[Any], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure = panels[0].figure
+    figure.tight_layout()
+    figure.savefig(path)
+    plt.close(figure)

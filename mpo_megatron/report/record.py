@@ -1,0 +1,139 @@
+"""What a run's folder says; the run may be going on, or have ended anywhere."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import PreparedGroups, load_groups
+from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_outcomes
+
+QUIET_STEPS = 20
+"""A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
+
+Status = Literal["finished", "running", "stopped"]
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """One run, as it stands now."""
+
+    folder: Path
+    training: tuple[Line, ...]
+    """Lines of metrics.jsonl of training steps, in order, one per step."""
+    held_out: tuple[Line, ...]
+    """Those of evaluations; names without `eval/`."""
+    facts: dict[str, Any]
+    """run.json; empty if there is none."""
+    config: dict[str, Any]
+    """config.yaml; empty if there is none."""
+    outcomes: dict[int, list[GroupOutcome]]
+    """Held-out groups at every evaluation, by step."""
+    incidents: tuple[Line, ...]
+    """Lines of incidents/*.jsonl: groups of steps that looked wrong."""
+    hangs: tuple[str, ...]
+    """Names of the files with stacks of ranks that hung."""
+    train_data: PreparedGroups | None
+    """None if the data is no longer where the run found it."""
+    held_out_data: PreparedGroups | None
+    """The same; None, too, if it has changed since."""
+    age: float
+    """Seconds since the run wrote metrics."""
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return max((line["step"] for line in (*self.training, *self.held_out)), default=0)
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps the run is to take; None if unknown."""
+        total: int | None = self.facts.get("total_steps") or self.config.get("max_steps")
+        return total
+
+    @property
+    def status(self) -> Status:
+        """Whether the run is at its end, goes on, or fell silent."""
+        if self.total_steps is not None and self.step >= self.total_steps:
+            return "finished"
+        seconds = [line["seconds"] for line in self.training if line.get("seconds")]
+        quiet = 60 + QUIET_STEPS * float(np.median(seconds)) if seconds else 3600.0
+        return "running" if self.age < quiet else "stopped"
+
+    def values(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
+        """Steps and finite values of a metric."""
+        lines = self.held_out if held_out else self.training
+        pairs = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run's folder.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    metrics = folder / "metrics.jsonl"
+    if not metrics.is_file():
+        raise ConfigError(f"runs: {folder} has no metrics.jsonl; name the folder that was `mpo train`'s --output.")
+    lines = read_lines(metrics)
+    config = _read_yaml(folder / "config.yaml")
+    facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    digests = facts["starts"][-1]["digests"] if facts.get("starts") else {}
+    files = outcome_files(folder)
+    # A resumed run may evaluate the same step again: the last line of a step counts.
+    training = {line["step"]: line for line in lines if not _is_evaluation(line)}
+    held_out = {line["step"]: _strip(line) for line in lines if _is_evaluation(line)}
+    incidents = folder / "incidents"
+    return RunRecord(
+        folder=folder,
+        training=tuple(training[step] for step in sorted(training)),
+        held_out=tuple(held_out[step] for step in sorted(held_out)),
+        facts=facts,
+        config=config,
+        outcomes={step: read_outcomes(path) for step, path in files.items()},
+        incidents=tuple(line for path in sorted(incidents.glob("*.jsonl")) for line in read_lines(path)),
+        hangs=tuple(path.name for path in sorted(incidents.glob("hang_*"))),
+        train_data=_open(config, "train", digests.get("train")),
+        held_out_data=_open(config, "eval", digests.get("eval")),
+        age=time.time() - metrics.stat().st_mtime,
+    )
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The whole lines of a JSONL file; the last one may be half written."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _is_evaluation(line: Line) -> bool:
+    return any(name.startswith("eval/") for name in line)
+
+
+def _strip(line: Line) -> Line:
+    return {name.removeprefix("eval/"): value for name, value in line.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    return config
+
+
+def _open(config: dict[str, Any], name: str, digest: str | None) -> PreparedGroups | None:
+    """The run's data if it is still there and the same; a report without texts is better than none."""
+    path = config.get("data", {}).get(name)
+    if path is None:
+        return None
+    try:
+        data = load_groups(path)
+    except DataError:
+        return None
+    return data if digest in (None, data.info.data_digest) else None

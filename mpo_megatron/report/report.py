@@ -1,0 +1,62 @@
+"""`mpo report`: runs' folders → one HTML file that needs nothing else, and PNG files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from mpo_megatron.config import ConfigError, ReportConfig, check_writable
+from mpo_megatron.report.content import content
+from mpo_megatron.report.record import read_run
+
+PAGE = Path(__file__).parent / "page"
+
+
+def report(config: ReportConfig) -> None:
+    """Write the page, and the pictures if asked for.
+
+    Raises:
+        ConfigError: a folder holds no run, or the page cannot be written.
+    """
+    output = Path(config.output)
+    if output.is_dir():
+        raise ConfigError(f"output = {output}: that is a folder; name a file, such as {output / 'report.html'}.")
+    check_writable(output.parent, "output")
+    runs = [read_run(Path(folder)) for folder in config.runs]
+    shown = content(runs, max_groups=config.max_groups, max_characters=config.max_characters)
+    text = render(shown)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    partial = output.with_name(f".{output.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, output)
+    print(f"{output}: {', '.join(run['name'] for run in shown['runs'])} ({len(text.encode()) / 2**20:.1f} MB)")
+    if config.png is not None:
+        from mpo_megatron.report.pictures import write_pictures
+
+        for path in write_pictures(shown, Path(config.png)):
+            print(path)
+
+
+def render(shown: dict[str, Any]) -> str:
+    """The page as text: everything it needs is in it."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(loader=PackageLoader("mpo_megatron.report", "page"), autoescape=True, undefined=StrictUndefined)
+    return environment.get_template("report.html.j2").render(
+        title=" · ".join(run["name"] for run in shown["runs"]),
+        style=Markup((PAGE / "report.css").read_text(encoding="utf-8")),
+        script=Markup((PAGE / "report.js").read_text(encoding="utf-8")),
+        plotly=Markup(get_plotlyjs()),
+        content=Markup(script_json(shown)),
+    )
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand within <script>: no text in it can end the element, or begin a comment."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
