@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import os
 import signal
 import sys
@@ -14,6 +16,7 @@ from mpo_megatron.config import (
     GenerateConfig,
     IterateConfig,
     PrepareConfig,
+    ReportConfig,
     ScoreConfig,
     SelectConfig,
     TrainConfig,
@@ -102,6 +105,17 @@ def iterate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def report(arguments: Sequence[str]) -> int:
+    """A page with the curves, distributions and held-out groups of runs: `mpo report RUN [RUN2 …] --output report.html`."""
+    folders = list(itertools.takewhile(lambda argument: not argument.startswith("--"), arguments))
+    named = [f"--runs={json.dumps(folders)}"] if folders else []
+    config = parse(ReportConfig, [*named, *arguments[len(folders) :]], "mpo report")
+    from mpo_megatron.report.report import report as run
+
+    run(config)
+    return 0
+
+
 def losses(arguments: Sequence[str]) -> int:
     """List every loss with its hyper-parameters, needs and source."""
     from mpo_megatron.losses.table import print_losses
@@ -120,6 +134,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "iterate": iterate,
     "launch": launch,
+    "report": report,
     "losses": losses,
 }
 

@@ -31,7 +31,8 @@ MAY_IMPORT = {
     "rollout": {"config", "device", "data", "losses", "model", "train"},
     "evaluate": {"config", "device", "data", "losses", "model", "train", "rollout"},
     "launch": {"config"},
-    "cli": {"config", "launch", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+    "report": {"config", "data"},
+    "cli": {"config", "launch", "report", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
 }
 """What each part of the package may import of the package, besides itself."""
 
