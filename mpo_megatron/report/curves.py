@@ -26,6 +26,8 @@ class Chart:
     about: str
     """What to look for, in a sentence."""
     section: str
+    wide: bool = False
+    """Whether it takes the room of two."""
 
 
 CHARTS = (
@@ -56,6 +58,7 @@ CHARTS = (
         unit="nats",
         metrics=("chosen_log_ratio", "rejected_log_ratio"),
         about="Mean log π/π_ref. Both falling means that preferred responses get less likely, too; only less so than the others.",
+        wide=True,
     ),
     Chart(
         section="Learning",
@@ -106,6 +109,7 @@ CHARTS = (
         unit="s",
         metrics=("seconds", "data_wait"),
         about="Steps, and how long the rank that waited longest waited for its data.",
+        wide=True,
     ),
     Chart(
         section="Speed",

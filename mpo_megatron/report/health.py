@@ -45,6 +45,11 @@ def findings(run: RunRecord) -> list[Finding]:
     return sorted((finding for check in checks for finding in check(run)), key=lambda finding: order[finding.level])
 
 
+def count(number: int, thing: str) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def _progress(run: RunRecord) -> Iterator[Finding]:
     total = "?" if run.total_steps is None else run.total_steps
     if run.status == "stopped":
@@ -61,7 +66,7 @@ def _progress(run: RunRecord) -> Iterator[Finding]:
 def _finite(run: RunRecord) -> Iterator[Finding]:
     broken = [line["step"] for line in run.training if "loss" in line and line["loss"] is None]
     if broken:
-        text = f"At {len(broken)} steps, first at step {broken[0]}; see the incidents."
+        text = f"At {count(len(broken), 'step')}, first at step {broken[0]}; see the incidents."
         yield Finding(level="bad", title="The loss was not finite", text=text)
 
 
@@ -71,7 +76,9 @@ def _incidents(run: RunRecord) -> Iterator[Finding]:
     steps = sorted({line["step"] for line in run.incidents if "step" in line})
     if steps:
         shown = ", ".join(map(str, steps[:6])) + (" …" if len(steps) > 6 else "")
-        yield Finding(level="warn", title=f"{len(steps)} steps looked wrong", text=f"Step {shown}; their groups are below.")
+        yield Finding(
+            level="warn", title=f"{count(len(steps), 'step')} looked wrong", text=f"Step {shown}; their groups are below."
+        )
 
 
 def _held_out_loss(run: RunRecord) -> Iterator[Finding]:
@@ -121,7 +128,7 @@ def _gradients(run: RunRecord) -> Iterator[Finding]:
     median = statistics.median(norms)
     spikes = [step for step, norm in zip(steps, norms, strict=True) if norm > SPIKE * median]
     if median and spikes:
-        text = f"{len(spikes)} steps above {SPIKE:.0f} times the median of {median:.3g}; the first is step {spikes[0]}."
+        text = f"{count(len(spikes), 'step')} above {SPIKE:.0f} times the median of {median:.3g}; the first is step {spikes[0]}."
         yield Finding(level="note", title="Gradient norm has spikes", text=text)
 
 

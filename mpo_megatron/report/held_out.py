@@ -146,7 +146,10 @@ def lengths_and_ratios(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def data_histograms(run: RunRecord) -> list[dict[str, Any]]:
-    """Rewards, response lengths, prompt lengths and K of the training and held-out groups, as shares of each."""
+    """Rewards, response lengths, prompt lengths and K of the training and held-out groups, as shares of each.
+
+    What is the same for all has no picture.
+    """
     sources = {"training": run.train_data, "held out": run.held_out_data}
     present = {name: data for name, data in sources.items() if data is not None}
     charts = []
@@ -158,7 +161,7 @@ def data_histograms(run: RunRecord) -> list[dict[str, Any]]:
     ):
         values = {name: read(data) for name, data in present.items()}
         known = {name: np.asarray(value, dtype=np.float64) for name, value in values.items() if value is not None and len(value)}
-        if known:
+        if known and len(np.unique(np.concatenate(list(known.values())))) > 1:
             edges = bin_edges(np.concatenate(list(known.values())))
             series = {name: [_short(count / len(value)) for count in histogram(value, edges)] for name, value in known.items()}
             charts.append({"title": title, "unit": unit, "edges": [_short(edge) for edge in edges], "series": series})
@@ -166,10 +169,8 @@ def data_histograms(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def bin_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins for a histogram: one per value where there are few different ones, else equal ones up to the 99.5th percentile."""
+    """Bins for two or more different values: one for each where there are few, else equal ones up to the 99.5th percentile."""
     different = np.unique(values)
-    if len(different) == 1:
-        return different[0] + np.array([-0.5, 0.5])
     if len(different) <= NUM_BINS:
         middles = (different[1:] + different[:-1]) / 2
         return np.concatenate([[2 * different[0] - middles[0]], middles, [2 * different[-1] - middles[-1]]])

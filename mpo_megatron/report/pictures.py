@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 COLOURS = ("#3b6fd4", "#e0812b", "#2f9e62", "#b5489a", "#7a63d2", "#8a6d3b")
+NAMES = {"chosen_log_ratio": "preferred", "rejected_log_ratio": "others", "seconds": "step", "data_wait": "data wait"}
 PER_ROW = 4
 
 
@@ -32,19 +33,21 @@ def draw_curves(shown: dict[str, Any], path: Path) -> None:
     ]
     panels = _panels(len(charts))
     for chart, panel in zip(charts, panels, strict=True):
-        colour = 0
-        for run in shown["runs"]:
-            for metric in chart["metrics"]:
+        for number, run in enumerate(shown["runs"]):
+            for which, metric in enumerate(chart["metrics"]):
+                several = len(shown["runs"]) > 1
+                colour = COLOURS[(number if several else which) % len(COLOURS)]
+                names = [run["name"] if several else "", NAMES.get(metric, "") if len(chart["metrics"]) > 1 else ""]
+                label = " ".join(name for name in names if name)
                 curve = run["curves"].get(metric, {})
-                label = metric.replace("_", " ") if len(chart["metrics"]) > 1 else ""
-                label = " ".join([*([run["name"]] if len(shown["runs"]) > 1 else []), *([label] if label else [])])
-                line = COLOURS[colour % len(COLOURS)]
                 if "training" in curve:
-                    panel.plot(*curve["training"], color=line, linewidth=1.1, alpha=0.75, label=f"{label} training".strip())
+                    style = "-" if which == 0 or not several else ":"
+                    panel.plot(
+                        *curve["training"], style, color=colour, linewidth=1.1, alpha=0.75, label=f"{label} training".strip()
+                    )
                 if "held_out" in curve:
-                    style = {"color": line, "markersize": 3.5, "linewidth": 1.0, "markeredgecolor": "white"}
-                    panel.plot(*curve["held_out"], "o--", label=f"{label} held out".strip(), **style)
-                colour += 1
+                    points = {"color": colour, "markersize": 4, "linewidth": 1.0, "markeredgecolor": "white"}
+                    panel.plot(*curve["held_out"], "o--", label=f"{label} held out".strip(), **points)
         _finish(panel, chart["title"], "step", chart["unit"])
     _save(panels, path)
 

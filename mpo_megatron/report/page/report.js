@@ -28,10 +28,18 @@ const css = (name) => getComputedStyle(document.documentElement).getPropertyValu
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const known = (value) => value !== null && value !== undefined;
 
+// A rendered prompt's last words before the answer, without the template's markers.
+function excerpt(prompt) {
+  const roles = new Set(["", "system", "user", "assistant"]);
+  const parts = (prompt ?? "").split(/<\|[^|>]*\|>/).map((part) => part.replace(/^(system|user|assistant)\n/, "").trim());
+  return parts.filter((part) => !roles.has(part)).pop() ?? prompt ?? "";
+}
+
 function number(value, signed = false) {
   if (!known(value)) return "–";
   if (typeof value !== "number") return String(value);
   const size = Math.abs(value);
+  if (Number.isInteger(value) && !signed) return value.toLocaleString("en").replace("-", "−");
   const text = size >= 1000 ? Math.round(size).toLocaleString("en")
     : size !== 0 && size < 0.001 ? size.toExponential(1)
     : size.toFixed(size >= 100 ? 1 : size >= 10 ? 2 : 3);
@@ -121,7 +129,7 @@ function layout(changes) {
     margin: { l: 44, r: 8, t: 6, b: 34 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: css("--soft"), family: "system-ui, DejaVu Sans, sans-serif", size: 11 }, hovermode: "x unified",
     hoverlabel: { bgcolor: css("--card"), bordercolor: css("--line"), font: { color: css("--ink") } },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
+    legend: { orientation: "h", traceorder: "normal", y: 1.02, yanchor: "bottom", x: 0, font: { size: 11 } },
     xaxis: { ...axis, ...xaxis }, yaxis: { ...axis, ...yaxis }, ...rest,
   };
 }
@@ -178,6 +186,9 @@ function curveTraces(spec) {
   return traces;
 }
 
+const positive = (spec) => runs.every((run) => spec.metrics.every((metric) =>
+  Object.values(run.curves[metric] ?? {}).every(([, values]) => values.every((value) => value > 0))));
+
 function curvesSections() {
   for (const name of new Set(content.charts.map((spec) => spec.section))) {
     const specs = content.charts.filter((spec) => spec.section === name && spec.metrics.some((metric) =>
@@ -186,10 +197,10 @@ function curvesSections() {
     const cards = specs.map((spec) => chart(spec.title, spec.about, () => ({
       traces: curveTraces(spec),
       xaxis: { title: { text: "step" } },
-      yaxis: { title: { text: spec.unit }, type: state.log ? "log" : "linear" },
+      yaxis: { title: { text: spec.unit }, type: state.log && positive(spec) ? "log" : "linear" },
       shapes: runs.length > 1 ? [] : runs[0].starts.map((step) => ({ type: "line", x0: step, x1: step, yref: "paper", y0: 0, y1: 1,
         line: { color: css("--note"), width: 1, dash: "dot" } })),
-    })));
+    }), spec.wide));
     section(name, name.toLowerCase(), name === "Learning" ? "lines: training; dots: held-out groups" : null,
       make("div", { class: "charts" }, cards));
   }
@@ -330,7 +341,7 @@ function groups() {
   function line(row) {
     const signed = (value) => make("td", { class: "num " + (value < 0 ? "neg" : value > 0 ? "pos" : "") }, number(value, true));
     const whole = make("tr", { class: "group", tabindex: 0 },
-      make("td", { class: "mono" }, row.id), make("td", {}, make("div", { class: "excerpt" }, row.prompt ?? "")),
+      make("td", { class: "mono" }, row.id), make("td", {}, make("div", { class: "excerpt" }, excerpt(row.prompt))),
       make("td", { class: "num" }, row.k), make("td", { class: "num" }, number(row.spread)),
       make("td", { class: "num" }, known(row.accuracy) ? (100 * row.accuracy).toFixed(0) + " %" : "–"),
       signed(row.began), signed(row.margin), signed(row.change));
@@ -378,24 +389,32 @@ function groups() {
 
 // --------------------------------------------------------------------------------------- incidents and facts
 
-function incidents() {
-  const rows = runs.flatMap((run) => run.incidents.map((incident) => ({ run, incident })));
-  if (!rows.length) return;
-  const cards = rows.map(({ run, incident }) => make("details", { class: "card", style: "margin-bottom: 8px" },
-    make("summary", {}, `${runs.length > 1 ? run.name + ", " : ""}step ${incident.step ?? "?"}: ${incident.wrong ?? ""} `,
-      make("span", { class: "soft" }, `group ${incident.group_id ?? "?"}, loss ${number(incident.loss)}, gradient norm ${number(incident.grad_norm)}`)),
+function incidentGroup(incident) {
+  return make("details", {},
+    make("summary", {}, make("span", { class: "mono" }, incident.group_id ?? "?"), " ",
+      make("span", { class: "soft" }, `loss ${number(incident.loss)} · ${excerpt(incident.prompt).slice(0, 100)}`)),
     make("div", { class: "pad" }, make("div", { class: "prompt" }, incident.prompt),
       make("div", { class: "responses" }, incident.responses.map((response) => make("div", { class: "response" },
         make("div", { class: "numbers" }, make("span", {}, "reward ", make("b", {}, number(response.reward))),
           make("span", {}, "log π ", make("b", {}, number(response.logp))),
           make("span", {}, "log π_ref ", make("b", {}, number(response.reference_logp))),
           make("span", {}, make("b", {}, number(response.tokens)), " tokens")),
-        make("div", { class: "text" }, response.text)))))));
-  section("Incidents", "incidents", "groups of steps that looked wrong, highest loss first", ...cards);
+        make("div", { class: "text" }, response.text))))));
+}
+
+function incidents() {
+  const cards = runs.flatMap((run) => [...new Set(run.incidents.map((incident) => incident.step))].map((step) => {
+    const found = run.incidents.filter((incident) => incident.step === step);
+    return make("details", { class: "card incident" },
+      make("summary", {}, `${runs.length > 1 ? run.name + ", " : ""}step ${step ?? "?"}: ${found[0].wrong ?? ""} `,
+        make("span", { class: "soft" }, `${found.length} groups, gradient norm ${number(found[0].grad_norm)}`)),
+      found.map(incidentGroup));
+  }));
+  if (cards.length) section("Incidents", "incidents", "steps that looked wrong, and their groups with the highest loss first", ...cards);
 }
 
 function facts() {
-  const cards = runs.map((run) => make("div", { class: "card", style: "margin-bottom: 14px" },
+  const cards = runs.map((run) => make("div", { class: "card facts" },
     runs.length > 1 ? make("div", { class: "pad" }, make("h3", {}, run.name)) : null,
     make("div", { class: "scroll" }, make("table", {}, make("tbody", {},
       make("tr", {}, make("th", {}, "Folder"), make("td", { class: "mono" }, run.folder)),
