@@ -1,0 +1,234 @@
+"""On-policy rounds, tiny: two rounds run through, and once more with a kill in every stage; both end alike to the bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM
+
+import mpo_megatron.rollout.iterate as rounds
+from examples.on_policy.reward import reward
+from examples.on_policy.run import build_prompts, load_methods
+from mpo_megatron.config import ConvertConfig, IterateConfig
+from mpo_megatron.data import prepare as preparing
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.model import convert as converting
+from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout import records
+from mpo_megatron.rollout import select as selecting
+from tests.tiny import save_model
+
+ROOT = Path(__file__).parents[2]
+QUIET = Console(quiet=True)
+
+
+class Killed(BaseException):
+    """Ends `mpo iterate` as a signal would: nothing of ours handles it."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "hf", num_hidden_layers=1, hidden_size=32)
+    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "model")))
+    rows = [{"prompt": f"Say {index}."} for index in range(16)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "vowels.py").write_text("def vowels(response, group):\n    return sum(c in 'aeiou' for c in response) / 8\n")
+    return folder
+
+
+def settings(inputs: Path, output: Path, *, measure_kl: bool) -> IterateConfig:
+    return IterateConfig(
+        output=str(output),
+        model=str(inputs / "model"),
+        prompts=str(inputs / "prompts.jsonl"),
+        rounds=2,
+        held_out=4,
+        measure_kl=measure_kl,
+        generate={"num_responses": 4, "max_tokens": 8, "empty": "keep"},
+        score={"scorers": {"vowels": {"kind": "function", "function": f"{inputs / 'vowels.py'}:vowels"}}, "chunk_groups": 2},
+        select={"truncated": "keep", "duplicates": "keep"},
+        train={
+            "model": {"precision": "fp32"},
+            "data": {"groups_per_step": 2, "row_tokens": 256},
+            "optimizer": {"lr": 1e-3},
+            "loss": {"name": "mpo", "params": {"beta": 0.1}},
+            "checkpoint": {"every": 1, "keep": 10},
+            "eval_every": 0,
+        },
+        per_round={"train.loss.params.beta": [0.1, 0.2]},
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out"
+    rounds.iterate(settings(inputs, output, measure_kl=True), QUIET)
+    return output
+
+
+# --------------------------------------------------------------------------------------------------- kills
+
+
+def raise_at(owner: Any, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a function work so many times, and be killed in the next."""
+    original, left = getattr(owner, name), [calls]
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if left[0] == 0:
+            raise Killed(name)
+        left[0] -= 1
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, killed)
+
+
+def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL what started torchrun when the first checkpoint is there: torchrun and its ranks must end, too."""
+
+    def killed(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
+        run = Path(arguments[-1]).with_name("run")
+        call = f"launch({module!r}, {list(arguments)!r}, num_ranks={num_ranks}, max_restarts={max_restarts})"
+        program = f"from mpo_megatron.train.launcher import launch; {call}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = psutil.Popen([sys.executable, "-c", program], env=environment)
+        while process.poll() is None and not (run / "checkpoints" / "step_00000001").is_dir():
+            time.sleep(0.02)
+        assert process.poll() is None, "training ended before it could be killed"
+        started = process.children(recursive=True)
+        process.kill()
+        _, alive = psutil.wait_procs([process, *started], timeout=60)
+        assert started
+        assert not alive
+        raise Killed("train")
+
+    monkeypatch.setattr(rounds, "launch", killed)
+
+
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "generate held-out": lambda patch: raise_at(records.LineWriter, "write", 1, patch),
+    "generate": lambda patch: raise_at(records.LineWriter, "write", 12, patch),
+    "select": lambda patch: raise_at(selecting, "plot_spacing", 0, patch),
+    "prepare": lambda patch: raise_at(preparing, "_write", 0, patch),
+    "train": kill_training,
+    "report": lambda patch: raise_at(rounds, "report_round", 0, patch),
+    "score of the second round": lambda patch: raise_at(rounds, "score", 0, patch),
+    "last report": lambda patch: raise_at(rounds, "write_report", 0, patch),
+}
+"""One after the other: each kill is followed by the same command, which goes on to the next."""
+
+
+def finished_stages(output: Path) -> set[str]:
+    return {str(path.relative_to(output)) for path in output.rglob("*.json") if "checkpoints" not in path.parts}
+
+
+@pytest.fixture(scope="module")
+def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("killed") / "out"
+    config = settings(inputs, output, measure_kl=False)
+    before: set[str] = set()
+    for name, arm in KILLS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            arm(patch)
+            with pytest.raises(Killed):
+                rounds.iterate(config, QUIET)
+        assert before <= finished_stages(output), name  # nothing that was done is lost
+        before = finished_stages(output)
+    rounds.iterate(config, QUIET)
+    return output
+
+
+def weights(policy: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    model = AutoModelForCausalLM.from_pretrained(policy / "hf", dtype=torch.float32, local_files_only=True)
+    yield from model.state_dict().items()
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_a_kill_in_each_stage_resumes_to_the_same_result(uninterrupted: Path, interrupted: Path) -> None:
+    for number in (0, 1, 2):
+        pairs = zip(
+            weights(uninterrupted / f"policies/{number:02d}"), weights(interrupted / f"policies/{number:02d}"), strict=True
+        )
+        assert all(name == other and torch.equal(ours, theirs) for (name, ours), (other, theirs) in pairs)
+    for name in ("rounds/01/selected/groups.jsonl", "rounds/02/selected/groups.jsonl", "policies/02/scored/scored.jsonl"):
+        assert (uninterrupted / name).read_bytes() == (interrupted / name).read_bytes()
+    ours, theirs = (json.loads((folder / "report.json").read_text())["rounds"] for folder in (uninterrupted, interrupted))
+    assert [{**report, "kl": None} for report in ours] == theirs
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
+    """Each round trains on samples of the policy before it, with that policy as its reference, and moves the weights."""
+    policies = [dict(weights(uninterrupted / f"policies/{number:02d}")) for number in (0, 1, 2)]
+    for before, after in itertools.pairwise(policies):
+        assert any(not torch.equal(before[name], after[name]) for name in before)
+    prompts = []
+    for number in (1, 2):
+        folder = uninterrupted / "rounds" / f"{number:02d}"
+        lines = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
+        prompts.append({line["prompt"][0]["content"] for line in lines})
+        report = json.loads((folder / "report.json").read_text())
+        assert report["training"]["params"] == {"beta": {1: 0.1, 2: 0.2}[number]}
+        # Policy and reference are the same at the first step.
+        first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["margin"] == pytest.approx(0.0, abs=1e-4)
+    assert len(prompts[0]) == len(prompts[1]) == 6
+    assert not prompts[0] & prompts[1]
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_kl_is_that_of_the_exported_policies(uninterrupted: Path) -> None:
+    """KL of round 2, once more with plain transformers on the exported checkpoints."""
+    groups = load_groups(uninterrupted / "policies/02/kl/groups")
+    models = [
+        AutoModelForCausalLM.from_pretrained(uninterrupted / f"policies/{number:02d}/hf", dtype=torch.float64)
+        for number in (2, 1)
+    ]
+    means = []
+    for index in range(len(groups)):
+        group, ratios = groups[index], []
+        for response in group.response_tokens:
+            ids = torch.tensor(np.concatenate([group.prompt_tokens, response]))[None].long()
+            with torch.inference_mode():
+                logps = [model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0] for model in models]
+            ratios.append(float((logps[0] - logps[1])[len(group.prompt_tokens) - 1 :].sum()))
+        means.append(np.mean(ratios))
+    report = json.loads((uninterrupted / "rounds/02/report.json").read_text())
+    assert abs(np.mean(means)) > 1e-4
+    assert report["kl"]["kl"] == pytest.approx(np.mean(means), abs=1e-4)  # float32 sums against float64
+
+
+def test_reward_of_the_example() -> None:
+    group = {"meta": {"kind": "fruits", "count": 4}}
+    cases = {
+        "apple, plum, fig, pear": 1.0,
+        "apple": 0.25,
+        "apple, apple, apple, plum": 0.5,
+        "apple, hammer, fig, pear, plum": 0.8,
+    }
+    assert {text: reward(text, group) for text in cases} == cases
+
+
+def test_prompts_of_the_example_are_new_and_different() -> None:
+    first = build_prompts(50, taken=set())
+    taken = {row["prompt"] for row in first}
+    assert len(taken) == 50
+    assert not taken & {row["prompt"] for row in build_prompts(50, taken=taken)}
+    assert set(load_methods()) >= {"mpo", "dpo"}
