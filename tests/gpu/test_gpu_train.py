@@ -1,0 +1,71 @@
+"""On a GPU: the training command, from a checkpoint to a checkpoint, with the layers and kernels that a user gets by default."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mpo_megatron.cli import main
+from mpo_megatron.config import ConvertConfig
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.loader import step_indices
+from mpo_megatron.model.convert import convert
+from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine
+from tests.tiny import random_groups, save_groups, save_model
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu-train")
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    convert(ConvertConfig(input=str(save_model(folder / "hf", **sizes)), output=str(folder / "model")))
+    save_groups(folder / "train", random_groups(32, seed=1), folder / "hf")
+    save_groups(folder / "eval", random_groups(8, seed=2), folder / "hf")
+    return folder
+
+
+def run(inputs: Path, output: Path, *options: str) -> list[dict[str, Any]]:
+    """Train; the lines of metrics.jsonl."""
+    arguments = [
+        *("train", "--nproc", "1", "--output", str(output), "--model.checkpoint", str(inputs / "model")),
+        *("--data.train", str(inputs / "train"), "--data.eval", str(inputs / "eval"), "--data.groups_per_step", "8"),
+        *("--data.row_tokens", "512", "--max_steps", str(STEPS), "--eval_every", "4", "--checkpoint.every", "4"),
+        *("--optimizer.lr", "1e-3", "--loss.params.beta", "0.1", *options),
+    ]
+    assert main(arguments) == 0
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def first_loss(folder: Path) -> float:
+    data = load_groups(folder)
+    values = []
+    for index in step_indices(0, len(data), 8, seed=1234, shuffle=True):
+        rewards = data[int(index)].rewards
+        assert rewards is not None
+        preferred = int((rewards > rewards.mean()).sum())
+        if preferred:
+            values.append(math.log(len(rewards) / preferred))
+    return float(np.mean(values))
+
+
+@pytest.mark.parametrize("fp8", ["none", "delayed", "current", "blockwise"])
+def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Path, fp8: str) -> None:
+    missing = (missing_for_transformer_engine() or missing_for_recipe(fp8)) if fp8 != "none" else None
+    if missing:
+        pytest.skip(missing)
+    lines = run(inputs, tmp_path / "run", "--model.fp8", fp8)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == STEPS
+    assert losses[0] == pytest.approx(first_loss(inputs / "train"), abs=1e-5)
+    assert np.mean(losses[4:]) < np.mean(losses[:4])  # every group is seen twice
+    again = run(inputs, tmp_path / "run", "--model.fp8", fp8)  # all done: it resumes and has nothing to do
+    assert [line["loss"] for line in again if "loss" in line] == losses
