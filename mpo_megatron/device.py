@@ -141,6 +141,9 @@ class _NullStream:
     def query(self) -> bool:
         return True
 
+    def record_event(self, event: object = None) -> _NullStream:
+        return self
+
     def elapsed_time(self, end: object) -> float:
         return 0.0
 
@@ -182,6 +185,7 @@ def _prepare_megatron() -> None:
     with _quiet_imports():
         from megatron.core import jit
         from megatron.core.tensor_parallel import random
+        from megatron.core.transformer.moe import token_dispatcher
     jit.disable_jit_fuser()  # compiling tiny fused operations costs a CPU run more than it gains
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         if not hasattr(random, name):
@@ -190,6 +194,15 @@ def _prepare_megatron() -> None:
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    if not hasattr(token_dispatcher, "maybe_move_tensor_to_cpu"):
+        raise AttributeError(
+            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu no longer exists; mpo_megatron.device must "
+            "follow"
+        )
+    # Counts of tokens that come from a GPU become numpy arrays, which all-to-all takes; from a CPU they would stay tensors.
+    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
+        tensor.numpy() if as_numpy and tensor is not None else tensor
+    )
 
 
 @contextlib.contextmanager

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups, write_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
@@ -17,6 +24,9 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig}
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -46,7 +56,13 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
         "tie_word_embeddings": tied,
         **changes,
     }
-    config = Qwen3Config(**sizes, head_dim=32) if model_type == "qwen3" else Qwen2Config(**sizes)
+    if model_type.startswith("qwen3"):
+        sizes["head_dim"] = 32
+    if model_type.endswith("_moe"):
+        sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} | sizes
+    if model_type == "qwen2_moe":
+        sizes = {"shared_expert_intermediate_size": 80} | sizes
+    config = CONFIGS[model_type](**sizes)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

@@ -1,6 +1,7 @@
 """From a Hugging Face config to Megatron-Core's: transformer config, layer spec, and what cannot be represented.
 
-Supported: Qwen2 / Qwen2.5 (`qwen2`: bias on q, k, v) and Qwen3 dense (`qwen3`: RMS norm on q and k).
+Supported: Qwen2 / Qwen2.5 (`qwen2`: bias on q, k, v), Qwen3 (`qwen3`: RMS norm on q and k), and both with experts (`qwen2_moe`,
+`qwen3_moe`).
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, require
+from mpo_megatron.model import experts
 from mpo_megatron.model.attention import GroupAttention, RowAttention
+from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 
-SUPPORTED = ("qwen2", "qwen3")
+SUPPORTED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
 """`model_type` of the Hugging Face configs that can be represented."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -85,6 +90,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
         getattr(hf_config, "attention_dropout", 0.0) == 0.0,
         f"config.json: attention_dropout = {hf_config.attention_dropout}; policy and reference must be deterministic; set 0.",
     )
+    experts.check_supported(hf_config)
 
 
 def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
@@ -121,6 +127,7 @@ def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padde
     ):
         _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
     parallel.stage_layers(hf_config.num_hidden_layers)
+    experts.validate_layout(hf_config, parallel)
     heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
     # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
@@ -173,8 +180,8 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf_config.model_type == "qwen2",
-        qk_layernorm=hf_config.model_type == "qwen3",
+        add_qkv_bias=hf_config.model_type.startswith("qwen2"),
+        qk_layernorm=hf_config.model_type.startswith("qwen3"),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -193,7 +200,6 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         sequence_parallel=parallel.sequence_parallel,
         # Rows differ in length, so pipeline stages tell each other the shape of what they send.
         variable_seq_lengths=parallel.pipeline > 1,
-        moe_token_dispatcher_type="alltoall",  # unused here; Megatron refuses variable lengths with the default one
         # Losses are scaled by the global number of groups before backward, so Megatron must sum gradients over data-parallel
         # ranks and micro-batches, not average them: with this flag DDP's gradient_scaling_factor is 1 (see train/step.py).
         calculate_per_token_loss=True,
@@ -207,6 +213,7 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=use_transformer_engine(model),
+        **expert_settings(hf_config, model, parallel, transformer_engine=use_transformer_engine(model)),
         **fp8_settings(model),
         **recompute,
     )
@@ -228,20 +235,37 @@ class RMSNorm(torch.nn.RMSNorm):
 def build_block_spec(
     config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, chunk: int, attend: RowAttention
 ) -> TransformerBlockSubmodules:
-    """One of the runs of layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core in both."""
-    norm: Callable[..., torch.nn.Module]
+    """One run of layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core."""
+    norm: Callable[..., torch.nn.Module] = RMSNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
 
-        layer = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
         norm = TENorm
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
+    first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
+    pattern = config.moe_layer_freq
+    layers = []
+    for layer in range(first, first + num_layers):
+        sparse = config.num_moe_experts is not None and (not isinstance(pattern, list) or bool(pattern[layer]))
+        layers.append(_layer_spec(config, transformer_engine, config.num_moe_experts if sparse else None, attend))
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _layer_spec(config: TransformerConfig, transformer_engine: bool, num_experts: int | None, attend: RowAttention) -> ModuleSpec:
+    """One layer, with experts or a dense MLP."""
+    if transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm, num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm
+        )
     else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
-        norm = RMSNorm
+        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, num_experts=num_experts, normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if num_experts is not None:  # in checkpoints the norm has a place of its own then, as with Transformer Engine
+            layer.submodules.sharded_state_dict_keys_map = {
+                old: new for old, new in layer.submodules.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
+            }
         if config.qk_layernorm:
             attention = layer.submodules.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
     layer.submodules.self_attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend)
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return layer

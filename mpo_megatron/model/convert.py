@@ -127,7 +127,7 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
             advance(chunk.num_bytes)
             return _gather_rows(chunk, homes[chunk], tensors, reader, digest)
 
-        write_checkpoint(folder / "megatron", list(homes), extra_state_keys(hf_config.num_hidden_layers), resolve)
+        write_checkpoint(folder / "megatron", list(homes), extra_state_keys(hf_config), resolve)
         copy_side_files(source, folder / "hf")
         conversion = Conversion(
             architecture=(hf_config.architectures or [""])[0],
@@ -192,16 +192,15 @@ def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[Chunk]:
         for first in range(start, stop, rows):
             box = (min(rows, stop - first), *row_shape)
             offsets = (first, *(0 for _ in row_shape))
-            if item.layer is not None:
-                box, offsets = (1, *box), (item.layer, *offsets)
-            yield Chunk(item.key, dtype, item.global_shape, offsets, box)
+            leading = (1,) * len(item.index)
+            yield Chunk(item.key, dtype, item.global_shape, (*item.index, *offsets), (*leading, *box))
 
 
 def _gather_rows(chunk: Chunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest) -> Tensor:
     """The chunk's data: rows of Hugging Face tensors, read right where they belong, and zeros for padding."""
     data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
-    rows = data if item.layer is None else data[0]
-    axis = 0 if item.layer is None else 1
+    axis = len(item.index)
+    rows = data.flatten(0, axis) if axis else data  # a view: the axes for layers and experts have one entry
     chunk_start, chunk_stop = chunk.offsets[axis], chunk.offsets[axis] + chunk.sizes[axis]
     for placement in item.placements:
         tensor = tensors[placement.name]
@@ -326,16 +325,15 @@ def _scatter_rows(
         return
     [run] = placement.runs
     start, stop = run.megatron_row, run.megatron_row + run.num_rows
-    cuts = [start, *(row for row in checkpoint.row_starts(item.key, item.layer) if start < row < stop), stop]
+    cuts = [start, *(row for row in checkpoint.row_starts(item.key, item.index) if start < row < stop), stop]
     for first, last in itertools.pairwise(cuts):
         yield _read_rows(checkpoint, item, first, last)
 
 
 def _read_rows(checkpoint: CheckpointReader, item: Slice, first: int, last: int) -> Tensor:
     offsets, sizes = [first, *(0 for _ in item.shape[1:])], [last - first, *item.shape[1:]]
-    if item.layer is None:
-        return checkpoint.read(item.key, offsets, sizes)
-    return checkpoint.read(item.key, [item.layer, *offsets], [1, *sizes])[0]
+    leading = [1] * len(item.index)
+    return checkpoint.read(item.key, [*item.index, *offsets], [*leading, *sizes]).reshape(sizes)
 
 
 # --------------------------------------------------------------------------------------------------- both ways

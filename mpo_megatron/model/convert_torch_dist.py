@@ -155,14 +155,17 @@ class CheckpointReader:
                     f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy the checkpoint again."
                 )
 
-    def row_starts(self, key: str, layer: int | None) -> list[int]:
-        """Rows at which stored chunks of this tensor (and layer) begin: reading between them reads nothing twice."""
-        axis = 0 if layer is None else 1
+    def row_starts(self, key: str, index: tuple[int, ...]) -> list[int]:
+        """Rows at which stored chunks of this tensor, at `index` of its first axes, begin: reading between them reads nothing
+        twice."""
         return sorted(
             {
-                chunk.offsets[axis]
+                chunk.offsets[len(index)]
                 for chunk in self.tensors[key].chunks
-                if layer is None or chunk.offsets[0] <= layer < chunk.offsets[0] + chunk.sizes[0]
+                if all(
+                    start <= wanted < start + size
+                    for wanted, start, size in zip(index, chunk.offsets, chunk.sizes, strict=False)  # the first axes only
+                )
             }
         )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mpo_megatron.model.architecture import head_dim
+from mpo_megatron.model.experts import read_experts
 
 BACKWARD = 2
 """A backward pass multiplies twice for each multiplication of the forward pass: gradients of inputs and of weights."""
@@ -17,7 +18,7 @@ class FlopModel:
     """Operations of a forward pass by what causes them; an element-wise operation counts nothing."""
 
     per_token: int
-    """Linear layers of the decoder, for one token of a row."""
+    """Linear layers of the decoder, for one token of a row; of experts, those that a token goes to."""
     per_pair: int
     """Attention scores and values, for one pair of attending tokens."""
     per_scored: int
@@ -39,9 +40,20 @@ def build_flop_model(hf_config: PretrainedConfig) -> FlopModel:
     query = hf_config.num_attention_heads * head_dim(hf_config)
     key_value = hf_config.num_key_value_heads * head_dim(hf_config)
     attention_weights = hidden * (query + 2 * key_value) + query * hidden
-    mlp_weights = 3 * hidden * hf_config.intermediate_size
     return FlopModel(
-        per_token=2 * layers * (attention_weights + mlp_weights),
+        per_token=2 * (layers * attention_weights + sum(_mlp_weights(hf_config))),
         per_pair=4 * layers * query,
         per_scored=2 * hidden * hf_config.vocab_size,
     )
+
+
+def _mlp_weights(hf_config: PretrainedConfig) -> list[int]:
+    """Weights that a token meets in the MLP of each layer: gate, up and down, with experts also a router and the shared one's gate."""
+    hidden, experts = hf_config.hidden_size, read_experts(hf_config)
+    dense = 3 * hidden * hf_config.intermediate_size
+    if experts is None:
+        return [dense] * hf_config.num_hidden_layers
+    sparse = 3 * hidden * experts.per_token * experts.channels + hidden * experts.num
+    if experts.shared_channels is not None:
+        sparse += 3 * hidden * experts.shared_channels + hidden
+    return [sparse if has_experts else dense for has_experts in experts.layers]

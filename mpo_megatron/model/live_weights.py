@@ -84,7 +84,7 @@ def _hand_out(whole: Tensor, item: Slice, receive: Receive) -> None:
 def _place(box: _Box, item: Slice) -> tuple[slice, ...] | None:
     """Where a box lies in a slice; None if it belongs to another layer."""
     leading = len(item.global_shape) - len(item.shape)
-    if item.layer is not None and box.offsets[0] != item.layer:
+    if box.offsets[:leading] != item.index:
         return None
     return tuple(slice(start, start + size) for start, size in zip(box.offsets[leading:], box.sizes[leading:], strict=True))
 

@@ -26,6 +26,7 @@ from mpo_megatron.model.architecture import (
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part
+from mpo_megatron.model.experts import mark_experts
 from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
@@ -182,5 +183,6 @@ def build_policy(
             pg_collection=ranks.groups,
             vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
         ).to(device.device())
+        mark_experts(part)
         parts.append(Float16Module(config, part) if config.bf16 else part)
     return parts

@@ -34,8 +34,9 @@ from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
 from mpo_megatron.train.optimizer import gather_weights
 from mpo_megatron.train.step_folders import RunState
 
-CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
-"""Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP."""
+CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+"""Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
+a stage has no experts, and so one optimizer less."""
 
 EXTRA_STATE = "_extra_state"
 """Suffix of what Transformer Engine's modules save besides weights."""
@@ -210,12 +211,16 @@ def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
     Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
     count up once per parameter.
     """
-    (single,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    moments = loaded.pop("param_state")
-    single.load_state_dict(loaded)
-    states = single.optimizer.state.values()
-    counts = [state.pop("step", None) for state in states]
-    single.load_parameter_state_from_fully_reshardable(moments)
-    for state, count in zip(states, counts, strict=True):
-        if count is not None:
-            state["step"] = count.clone()
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])  # one for the dense weights, one for experts if there are any
+    for index, single in enumerate(chained):
+        state_dict = loaded if len(chained) == 1 else loaded[index]
+        if getattr(single, "is_stub_optimizer", False):
+            continue
+        moments = state_dict.pop("param_state")
+        single.load_state_dict(state_dict)
+        states = single.optimizer.state.values()
+        counts = [state.pop("step", None) for state in states]
+        single.load_parameter_state_from_fully_reshardable(moments)
+        for state, count in zip(states, counts, strict=True):
+            if count is not None:
+                state["step"] = count.clone()

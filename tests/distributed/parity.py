@@ -36,7 +36,7 @@ OPTIMIZER: dict[str, Any] = {
 gradient, and where that is near 0 in the direction of its rounding error. The clipped gradient's scale matters, too, then."""
 
 # Relative to the loss, to the norm, to the largest value of each tensor's gradient (but see FLOOR), and to that of each weight.
-# Float32 sums of a few thousand products in another order differ by some 1e-6 of their largest terms: 2⁻²⁴ · √n, a few layers deep.
+# Float32 sums of a few thousand products in another order differ by some 1e-6 of their largest terms: 2⁻²⁴ · √n, layers deep.
 TOLERANCE = 1e-5
 FLOOR = 1e-2
 """A gradient much smaller than the model's largest is a difference of large terms that cancel: its error is that of the terms. So
@@ -53,6 +53,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", "tied": True},
     "qwen3-deep": {"model_type": "qwen3", **EIGHT_LAYERS},
     "qwen3-deep-tied": {"model_type": "qwen3", "tied": True, **EIGHT_LAYERS},
+    "qwen3-moe": {"model_type": "qwen3_moe", "norm_topk_prob": True},
+    "qwen2-moe": {"model_type": "qwen2_moe", "mlp_only_layers": [0]},
+    "qwen2-moe-tied": {"model_type": "qwen2_moe", "tied": True, "num_experts_per_tok": 3},
 }
 """Arguments of `save_model`."""
 
@@ -117,6 +120,9 @@ CASES = [
     Case(model="qwen3", **SPLIT, core=True),
     Case(model="qwen3", loss="spo", core=True),
     Case(model="qwen2-tied", loss="spo", two_phase=True),
+    Case(model="qwen3-moe", core=True),
+    Case(model="qwen2-moe", **SPLIT),
+    Case(model="qwen2-moe-tied", layers={"recompute": "selective"}),
     # two ranks
     Case(model="qwen3", ranks=2, core=True),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
@@ -133,6 +139,12 @@ CASES = [
     Case(model="qwen3", ranks=2, parallel={"context": 2}, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"context": 2}, layers={"recompute": "full", "logprob_chunk": 7}, **SPLIT),
     Case(model="qwen3", ranks=2, parallel={"context": 2}, loss="spo"),
+    Case(model="qwen3-moe", ranks=2, parallel={"expert": 2}, core=True),
+    Case(model="qwen2-moe", ranks=2, parallel={"expert": 2}, optimizer={"overlap": "all"}, **SPLIT),
+    Case(model="qwen2-moe-tied", ranks=2, parallel={"tensor": 2}, core=True),
+    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2, "expert": 2}),
+    Case(model="qwen2-moe-tied", ranks=2, parallel={"tensor": 2, "expert_tensor": 2}, layers={"recompute": "full"}),
+    Case(model="qwen2-moe", ranks=2, parallel={"context": 2, "expert": 2}, core=True),
     # four ranks
     Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, core=True),
     Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -147,6 +159,11 @@ CASES = [
     Case(model="qwen2", ranks=4, parallel={"context": 2}, optimizer={"overlap": "all"}, **SPLIT, core=True),
     Case(model="qwen3", ranks=4, parallel={"context": 4}),
     Case(model="qwen3-tied", ranks=4, parallel={"context": 2, "pipeline": 2, "virtual_pipeline": 2}, **UNSHARED),
+    Case(model="qwen3-moe", ranks=4, parallel={"expert": 2}, **SPLIT, core=True),
+    Case(model="qwen3-moe", ranks=4, parallel={"expert": 4}, layers={"recompute": "full"}),
+    Case(model="qwen2-moe", ranks=4, parallel={"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, core=True),
+    Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, optimizer={"overlap": "all"}, **SPLIT),
+    Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "expert_tensor": 2}),
     # eight ranks
     Case(model="qwen3-deep", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2}),
     Case(model="qwen3-deep-tied", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2, "virtual_pipeline": 2}, **SPLIT),
@@ -160,6 +177,9 @@ CASES = [
         optimizer={"overlap": "gradients"},
         **SPLIT,
     ),
+    Case(model="qwen3-moe", ranks=8, parallel={"tensor": 2, "pipeline": 2, "expert": 4}, layers={"recompute": "full"}),
+    Case(model="qwen2-moe", ranks=8, parallel={"pipeline": 2, "virtual_pipeline": 2, "context": 2, "expert": 2}, **SPLIT),
+    Case(model="qwen3-moe", ranks=8, parallel={"tensor": 2, "expert": 4}, optimizer={"overlap": "all"}, **SPLIT),
 ]
 """All layouts that are held against the oracle."""
 
@@ -284,7 +304,23 @@ class World:
 
 def weights_of(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
     """Copies of a model's weights, or of their gradients, under the names they have in checkpoints."""
-    return {name: (weight.grad if gradients else weight).detach().clone() for name, weight in model.named_parameters()}
+    named = {name: (weight.grad if gradients else weight).detach().clone() for name, weight in model.named_parameters()}
+    return split_experts(named)
+
+
+def split_experts(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts one by one, as in checkpoints; `transformers` stacks them when it loads them."""
+    split: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        if ".experts." not in name:
+            split[name] = tensor
+            continue
+        prefix, kind = name.rsplit(".", 1)
+        for expert, matrix in enumerate(tensor):
+            parts = {"gate_proj": matrix[: len(matrix) // 2], "up_proj": matrix[len(matrix) // 2 :]}
+            for part, rows in (parts if kind == "gate_up_proj" else {kind: matrix}).items():
+                split[f"{prefix}.{expert}.{part}.weight"] = rows
+    return split
 
 
 def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:

@@ -57,7 +57,8 @@ def write_checkpoint(folder: Path, config: Qwen2Config) -> int:
     for item in build_weight_map(config, config.vocab_size):
         for placement in item.placements:
             bits = torch.randint(-(2**15), 2**15, placement.shape, dtype=torch.int16)
-            files.setdefault(f"layer-{item.layer}.safetensors", {})[placement.name] = bits.view(torch.bfloat16)
+            name = f"layer-{'.'.join(map(str, item.index))}.safetensors"
+            files.setdefault(name, {})[placement.name] = bits.view(torch.bfloat16)
     total = 0
     for name, tensors in files.items():
         save_file(tensors, folder / name)

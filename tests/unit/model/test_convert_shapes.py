@@ -13,13 +13,14 @@ import pytest
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factories
 from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from mpo_megatron.model.architecture import padded_vocab_size
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import Policy, build_policy
 from mpo_megatron.model.weight_map import Slice, build_weight_map, extra_state_keys
+from tests.distributed.parity import split_experts
 
 
 def qwen(kind: type, hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int, **options: Any) -> Any:
@@ -41,6 +42,19 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "Qwen3-0.6B": qwen(Qwen3Config, 1024, 28, 16, 8, 3072, 151936, tie_word_embeddings=True, head_dim=128),
     "Qwen3-14B": qwen(Qwen3Config, 5120, 40, 40, 8, 17408, 151936, head_dim=128),
     "Qwen3-32B": qwen(Qwen3Config, 5120, 64, 64, 8, 25600, 151936, head_dim=128),
+    # Layers with experts are many tensors: a few layers tell as much as all 48 and 24.
+    "Qwen3-30B-A3B": qwen(
+        *(Qwen3MoeConfig, 2048, 2, 32, 4, 6144, 151936),
+        **{"head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    ),
+    "Qwen1.5-MoE-A2.7B": qwen(
+        *(Qwen2MoeConfig, 2048, 2, 16, 16, 5632, 151936),
+        **{"num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    ),
+    "Qwen2-MoE, dense and sparse layers": qwen(
+        *(Qwen2MoeConfig, 256, 4, 4, 2, 512, 1000),
+        **{"num_experts": 4, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 384, "decoder_sparse_step": 2},
+    ),
 }
 VOCAB_MULTIPLES = {"Qwen2.5-14B": 1024, "Qwen3-32B": 1024}
 """Some vocabularies are padded here; 128, the default, divides all of Qwen's."""
@@ -55,7 +69,7 @@ def weight_map(name: str) -> list[Slice]:
 def test_every_hugging_face_tensor_has_one_place(name: str) -> None:
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        expected = {key: tuple(tensor.shape) for key, tensor in split_experts(model.state_dict()).items()}
     if CONFIGS[name].tie_word_embeddings:
         del expected["lm_head.weight"]
     placements = [placement for item in weight_map(name) for placement in item.placements]
@@ -81,7 +95,7 @@ def test_every_megatron_tensor_has_its_shape(name: str, monkeypatch: pytest.Monk
     assert {item.key: item.global_shape for item in weight_map(name)} == expected
     objects = {entry.unique_key for entry in entries if isinstance(entry, ShardedObject)}
     assert objects
-    assert objects <= set(extra_state_keys(config.num_hidden_layers))
+    assert objects <= set(extra_state_keys(config))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
