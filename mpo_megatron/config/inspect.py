@@ -1,0 +1,56 @@
+"""Options of `mpo inspect`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpo_megatron.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """`mpo inspect`: a group (`data`, `group`), or a packed row of a run (`run`, `step`, `row`), as the model sees it."""
+
+    data: str | None = None
+    """Folder with prepared groups (`mpo prepare`)."""
+    group: str = "0"
+    """Id of the group to show, or its place in the data, counted from 0."""
+    layout: Literal["shared", "unshared"] = "shared"
+    """How the group lies in a row; see data.layout of `mpo train`."""
+    tokenizer: str | None = None
+    """Where the tokenizer is, if no longer where `mpo prepare` found it."""
+    run: str | None = None
+    """A run's folder, to show a row of its training batches instead of a group."""
+    step: int = 1
+    """The step, counted from 1 as in metrics.jsonl."""
+    row: int = 0
+    """Which of the step's packed rows, counted from 0."""
+    replica: int = 0
+    """Whose rows: which data-parallel model replica."""
+    html: str | None = None
+    """Also write it as a page to this file."""
+    png: str | None = None
+    """Also draw the attention mask to this file."""
+    max_tokens: int = 4000
+    """Tokens shown on the terminal; the page shows all."""
+
+    def __post_init__(self) -> None:
+        require(
+            (self.data is None) != (self.run is None),
+            "name one thing to show: --data FOLDER with --group ID, or --run FOLDER with --step N and --row R.",
+        )
+        require(self.step >= 1, f"step = {self.step}; the first step is 1.")
+        for name in ("row", "replica"):
+            require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}; it must be 0 or more.")
+        require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
+        for name, wanted in (("group", "0"), ("layout", "shared"), ("tokenizer", None)):
+            require(
+                self.run is None or getattr(self, name) == wanted,
+                f"{name} has no effect on a run's rows: its configuration says it; leave it out.",
+            )
+        for name, wanted in (("step", 1), ("row", 0), ("replica", 0)):
+            require(
+                self.data is None or getattr(self, name) == wanted,
+                f"{name} has an effect on a run's rows only; name the run with --run instead of --data.",
+            )

@@ -1,0 +1,33 @@
+"""`mpo inspect`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from mpo_megatron.config import InspectConfig
+from mpo_megatron.viewer.blocks import blocks_of
+from mpo_megatron.viewer.source import look
+from mpo_megatron.viewer.terminal import show
+
+
+def inspect(config: InspectConfig, console: Console | None = None) -> None:
+    """Show a group or a row on the terminal, and write the page and the picture if asked for.
+
+    Raises:
+        ConfigError: there is no such group, step or row.
+        DataError: the data is missing or damaged.
+    """
+    sight = look(config)
+    blocks = blocks_of(sight.row, sight.groups, sight.tokenizer, sight.left_out)
+    if config.html is not None:
+        from mpo_megatron.viewer.page import write_page
+
+        write_page(sight, blocks, Path(config.html))
+    if config.png is not None:
+        from mpo_megatron.viewer.page import draw_mask
+
+        Path(config.png).parent.mkdir(parents=True, exist_ok=True)
+        Path(config.png).write_bytes(draw_mask(sight))
+    show(sight, blocks, console or Console(), config.max_tokens)

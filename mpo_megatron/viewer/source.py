@@ -1,0 +1,163 @@
+"""What to look at: a group of a prepared folder, or a row of a run's step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mpo_megatron.config import ConfigError, InspectConfig, TrainConfig, load_yaml, require
+from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups
+from mpo_megatron.data.loader import GroupTable, RowShape, build_step, group_table, step_indices, steps_per_epoch
+from mpo_megatron.data.packing import Row, build_row, plan_rows
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+
+Sets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sight:
+    """A row with its groups."""
+
+    title: str
+    row: Row
+    groups: tuple[TokenizedGroup, ...]
+    """[G] the groups that the row's slots count."""
+    left_out: tuple[tuple[int, int], ...]
+    """(slot, response) of responses of the row's groups that the loss does not use."""
+    sets: Sets | None
+    """[G, K] 1 preferred, 0 not, −1 neither, as the run's loss splits groups; None without a run."""
+    tokenizer: Tokenizer
+
+
+def look(config: InspectConfig) -> Sight:
+    """Find what the options name.
+
+    Raises:
+        ConfigError: there is no such group, step, row or replica, or no tokenizer.
+        DataError: the data is missing or damaged.
+    """
+    return _row_of_run(config) if config.run is not None else _group_of_data(config)
+
+
+def _group_of_data(config: InspectConfig) -> Sight:
+    data = load_groups(str(config.data))
+    index = find_group(data, config.group)
+    group = data[index]
+    lengths = [len(tokens) for tokens in group.response_tokens]
+    whole = len(group.prompt_tokens) * (1 if config.layout == "shared" else len(lengths)) + sum(lengths)
+    plan = plan_rows(
+        [len(group.prompt_tokens)],
+        [lengths],
+        np.ones((1, len(lengths)), dtype=bool),
+        row_tokens=whole,
+        num_replicas=1,
+        layout=config.layout,
+    )
+    row = build_row(plan.rows[0][0], [group], layout=config.layout)
+    source = config.tokenizer or data.info.config.get("tokenizer")
+    require(source is not None, f"{config.data} does not say which tokenizer made it; name it with --tokenizer.")
+    return Sight(
+        title=f"{config.data}: group {group.group_id}, number {index} of {len(data)}",
+        row=row,
+        groups=(group,),
+        left_out=(),
+        sets=None,
+        tokenizer=_tokenizer(str(source), data, "--tokenizer"),
+    )
+
+
+def find_group(data: PreparedGroups, wanted: str) -> int:
+    """The place of a group named by id or by place.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    ids = data.group_ids()
+    if wanted in ids:
+        return ids.index(wanted)
+    if wanted.isdigit() and int(wanted) < len(data):
+        return int(wanted)
+    raise ConfigError(f"group = {wanted}: {data.path} has {len(data)} groups, none with this id; the first is {ids[0]}.")
+
+
+def _row_of_run(config: InspectConfig) -> Sight:
+    folder = Path(str(config.run))
+    require((folder / "config.yaml").is_file(), f"run = {folder} has no config.yaml; name the --output of an `mpo train`.")
+    train = load_yaml(TrainConfig, folder / "config.yaml")
+    data = load_groups(train.data.train)
+    replicas = num_replicas(folder)
+    require(config.replica < replicas, f"replica = {config.replica}: the run has {replicas} model replicas, counted from 0.")
+    from mpo_megatron.train.objective import build_objective
+
+    shape = _row_shape(train, replicas, config.replica)
+    indices = step_indices(config.step - 1, len(data), train.data.groups_per_step, seed=train.seed, shuffle=train.data.shuffle)
+    batch = build_step(config.step - 1, data, indices, build_objective(train.loss).select, shape)
+    require(
+        config.row < len(batch.rows),
+        f"row = {config.row}: replica {config.replica} has {len(batch.rows)} rows at step {config.step}, counted from 0.",
+    )
+    row = batch.rows[config.row]
+    slots = sorted(set(row.responses[:, 0].tolist()))
+    left_out = [(slot, k) for slot in slots for k in np.flatnonzero(batch.table.valid[slot] & ~batch.in_rows[slot]).tolist()]
+    epoch = (config.step - 1) // steps_per_epoch(len(data), train.data.groups_per_step) + 1
+    return Sight(
+        title=f"{folder}: step {config.step} (epoch {epoch}), row {config.row} of {len(batch.rows)} of replica {config.replica}",
+        row=row,
+        groups=batch.groups,
+        left_out=tuple(left_out),
+        sets=_sets(train, batch.groups),
+        tokenizer=_tokenizer(train.model.checkpoint, data, "model.checkpoint"),
+    )
+
+
+def num_replicas(run: Path) -> int:
+    """Model replicas at the run's last start, as run.json says; 1 without it."""
+    path = run / "run.json"
+    if not path.is_file():
+        return 1
+    replicas: int = json.loads(path.read_text())["starts"][-1]["layout"]["data"]
+    return replicas
+
+
+def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
+    """As the run cuts its rows (train/loop.py: build_row_shape)."""
+    from mpo_megatron.model.architecture import load_hf_config
+    from mpo_megatron.model.flops import build_flop_model
+    from mpo_megatron.model.precision import token_multiple
+
+    return RowShape(
+        row_tokens=train.data.row_tokens,
+        layout=train.data.layout,
+        multiple=token_multiple(train.model) * train.parallel.row_parts,
+        num_replicas=replicas,
+        replica=replica,
+        pair_weight=build_flop_model(load_hf_config(Path(train.model.checkpoint) / "hf")).pair_weight,
+        rows_multiple=train.parallel.rows_multiple,
+    )
+
+
+def _sets(train: TrainConfig, groups: Sequence[TokenizedGroup]) -> Sets:
+    import torch
+
+    from mpo_megatron.train.metrics import compute_sets
+    from mpo_megatron.train.objective import Logps, build_objective, group_batch
+
+    table: GroupTable = group_table(groups, np.arange(len(groups)))
+    batch = group_batch(table, Logps(response=torch.zeros(table.valid.shape)), None)
+    positive, negative = compute_sets(batch, build_objective(train.loss).params)
+    sets: Sets = (positive.long() - (~positive & ~negative).long()).numpy()
+    return sets
+
+
+def _tokenizer(source: str, data: PreparedGroups, name: str) -> Tokenizer:
+    tokenizer = load_tokenizer(source)
+    require(
+        tokenizer.digest() == data.info.tokenizer_digest,
+        f"{data.path} was prepared with another tokenizer than {source}; name the right one ({name}).",
+    )
+    return tokenizer
