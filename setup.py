@@ -72,7 +72,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
-    package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*"]},
+    package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*", "viewer/page/*"]},
     install_requires=REQUIRED,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["mpo = mpo_megatron.cli:main"]},

@@ -14,6 +14,7 @@ from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
     GenerateConfig,
+    InspectConfig,
     IterateConfig,
     PrepareConfig,
     ReportConfig,
@@ -105,6 +106,15 @@ def iterate(arguments: Sequence[str]) -> int:
     return 0
 
 
+def inspect(arguments: Sequence[str]) -> int:
+    """A group of prepared data, or a packed row of a run's step, token by token as the model sees it."""
+    config = parse(InspectConfig, arguments, "mpo inspect")
+    from mpo_megatron.viewer.inspect import inspect as run
+
+    run(config)
+    return 0
+
+
 def report(arguments: Sequence[str]) -> int:
     """A page with the curves, distributions and held-out groups of runs: `mpo report RUN [RUN2 …] --output report.html`."""
     folders = list(itertools.takewhile(lambda argument: not argument.startswith("--"), arguments))
@@ -134,6 +144,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "iterate": iterate,
     "launch": launch,
+    "inspect": inspect,
     "report": report,
     "losses": losses,
 }

@@ -17,6 +17,7 @@ from mpo_megatron.config.generate import (
     validate_endpoint,
     validate_generate,
 )
+from mpo_megatron.config.inspect import InspectConfig
 from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
@@ -48,6 +49,7 @@ __all__ = [
     "FaultConfig",
     "GenerateConfig",
     "HeldOutConfig",
+    "InspectConfig",
     "IterateConfig",
     "JobConfig",
     "KubernetesJob",

@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "evaluate": {"config", "device", "data", "losses", "model", "train", "rollout"},
     "launch": {"config"},
     "report": {"config", "data"},
-    "cli": {"config", "launch", "report", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+    "viewer": {"config", "data", "losses", "model", "train"},
+    "cli": {"config", "launch", "report", "viewer", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
 }
 """What each part of the package may import of the package, besides itself."""
 
