@@ -6,6 +6,8 @@ set -euo pipefail
 
 # A rank that is asked to stop finishes its step and saves: give it the time.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
+# Otherwise ranks that are started again may read addresses of those before them (PyTorch issue 135712).
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 torchrun_options=(
     --nproc-per-node=8
     --max-restarts=3

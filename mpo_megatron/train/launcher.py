@@ -44,6 +44,8 @@ def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restart
     with tempfile.TemporaryDirectory() as folder, _requests() as requests:
         exit_file = Path(folder) / "exit_code"
         environment = {**os.environ, EXIT_FILE: str(exit_file), STARTED: str(time.time())}
+        # Ranks that are started again would find addresses of those before them in a shared store (PyTorch issue 135712).
+        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
         # A session of its own: signals to this process's group (a terminal's, Slurm's) reach torchrun only through this process.
         process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_prepare_child)

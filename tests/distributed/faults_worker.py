@@ -1,0 +1,214 @@
+"""What two ranks do when things go wrong: one scenario after another in one process group, results for test_faults.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch.distributed
+
+from mpo_megatron import device
+
+device.prepare()
+
+from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
+from mpo_megatron.train import loop, optimizer, signals, step_folders  # noqa: E402
+from mpo_megatron.train.incidents import TrainingError  # noqa: E402
+from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
+
+INPUTS = Path(sys.argv[1])
+STEPS = 6
+
+
+def options(output: Path) -> list[str]:
+    return [
+        *("--output", str(output), "--model.checkpoint", str(INPUTS / "model"), "--data.train", str(INPUTS / "train")),
+        *("--data.eval", str(INPUTS / "eval"), "--data.groups_per_step", "8", "--data.row_tokens", "256"),
+        *("--max_steps", str(STEPS), "--eval_every", "3", "--optimizer.lr", "1e-3", "--loss.params.beta", "0.1"),
+        *("--model.precision", "fp32", "--checkpoint.every", "1", "--checkpoint.keep", "10"),
+    ]
+
+
+def run(name: str, *more: str, patches: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """Train in INPUTS/runs/name with these options and patches; what came of it."""
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        result: dict[str, Any] = {"stopped": None, "error": None}
+        try:
+            result["stopped"] = loop.train(parse(TrainConfig, [*options(INPUTS / "runs" / name), *more], "mpo train"))
+        except (ConfigError, SaveError, TrainingError) as error:
+            result["error"] = f"{type(error).__name__}: {error}"
+    signals._received.clear()
+    everyone: list[Any] = [None, None]
+    torch.distributed.all_gather_object(everyone, result)
+    assert everyone[0] == everyone[1], everyone  # all ranks stop at the same place, for the same reason
+    return result
+
+
+def at_step(step: int, action: Callable[[], None], rank: int | None = None) -> Any:
+    """A patch: do something at the beginning of a step, on one rank or all."""
+    original = loop.Run.step
+
+    def patched(self: loop.Run, batch: Any, *arguments: Any) -> Any:
+        if batch.step + 1 == step and rank in (None, torch.distributed.get_rank()):
+            action()
+        return original(self, batch, *arguments)
+
+    return mock.patch.object(loop.Run, "step", patched)
+
+
+def bad_norm(*steps: int) -> Any:
+    """A patch: gradients of these steps are not finite."""
+    original, seen = optimizer.gradient_norm, {"step": 0}
+
+    def patched(adam: Any) -> float:
+        return float("nan") if seen["step"] in steps else original(adam)
+
+    def count(self: loop.Run, batch: Any, *arguments: Any) -> Any:
+        seen["step"] = batch.step + 1
+        return step(self, batch, *arguments)
+
+    step = loop.Run.step
+
+    @contextlib.contextmanager
+    def both() -> Iterator[None]:
+        with mock.patch.object(loop.Run, "step", count), mock.patch.object(optimizer, "gradient_norm", patched):
+            yield
+
+    return both()
+
+
+@contextlib.contextmanager
+def slow(owner: Any, name: str, seconds: float, rank: int) -> Iterator[None]:
+    """A patch: a function takes longer on one rank."""
+    original = getattr(owner, name)
+
+    def patched(*arguments: Any, **named: Any) -> Any:
+        if torch.distributed.get_rank() == rank:
+            time.sleep(seconds)
+        return original(*arguments, **named)
+
+    with mock.patch.object(owner, name, patched):
+        yield
+
+
+def slow_data(seconds: float, rank: int) -> Any:
+    """A patch: one rank waits for every batch."""
+    original = loop.iterate_steps
+
+    def patched(*arguments: Any, **named: Any) -> Iterator[Any]:
+        for batch in original(*arguments, **named):
+            if torch.distributed.get_rank() == rank:
+                time.sleep(seconds)
+            yield batch
+
+    return mock.patch.object(loop, "iterate_steps", patched)
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Do something on one rank while the other waits."""
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        action()
+    torch.distributed.barrier()
+
+
+def copy_run(source: str, target: str, last_step: int) -> Path:
+    """A run as it was after a step."""
+    folder = INPUTS / "runs" / target
+
+    def copy() -> None:
+        shutil.copytree(INPUTS / "runs" / source, folder)
+        for path in complete_steps(folder):
+            if int(path.name.removeprefix("step_")) > last_step:
+                shutil.rmtree(path)
+
+    on_main(copy)
+    return folder
+
+
+def damage(folder: Path, step: int) -> None:
+    """Change one byte in the middle of the largest file of a checkpoint."""
+
+    def change() -> None:
+        path = max(step_folder(folder, step).glob("megatron/*.distcp"), key=lambda path: path.stat().st_size)
+        with path.open("r+b") as file:
+            file.seek(path.stat().st_size // 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 0x10]))
+
+    on_main(change)
+
+
+def limit_files(size: int) -> Callable[[], None]:
+    """No file may grow beyond `size` bytes from now on, as on a disk that is full."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return limit
+
+
+def main() -> None:
+    torch.distributed.init_process_group("gloo")
+    results: dict[str, Any] = {"whole": run("whole")}
+
+    skip = ("--faults.on_nan", "skip")
+    results["skip"] = run("skip", *skip, patches=(bad_norm(3),))
+    results["skip first"] = run("skip_first", *skip, patches=(bad_norm(1, 2),))
+    copy_run("skip_first", "skip_first_resumed", 1)
+    results["skip first, resumed"] = run("skip_first_resumed", *skip, patches=(bad_norm(1, 2),))
+    results["stop"] = run("stop", patches=(bad_norm(3),))
+    results["too many skips"] = run("too_many", *skip, "--faults.max_skips", "2", patches=(bad_norm(2, 3, 4, 5, 6),))
+
+    requested = at_step(3, lambda: signals._received.append(signal.SIGUSR1), rank=1)
+    results["request"] = run("request", patches=(requested,))
+    results["request, resumed"] = run("request")
+    results["time over"] = run("time_over", "--faults.walltime_minutes", "0.5")
+
+    folder = copy_run("whole", "damaged", 5)
+    for step in (4, 5):
+        damage(folder, step)
+    results["damaged"] = run("damaged")
+    folder = copy_run("whole", "hopeless", 2)
+    for step in (1, 2):
+        damage(folder, step)
+    results["hopeless"] = run("hopeless")
+    results["hopeless again"] = run("hopeless")
+    results["hopeless, anew"] = run("hopeless", "--checkpoint.resume", "false", "--max_steps", "1")
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for kind in ("true", "false"):
+        full = at_step(3, limit_files(30_000), rank=1)
+        results[f"disk full {kind}"] = run(f"disk_full_{kind}", "--checkpoint.asynchronous", kind, patches=(full,))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    usage = shutil.disk_usage(INPUTS)
+    few = mock.patch.object(step_folders.shutil, "disk_usage", return_value=usage._replace(free=1000))
+    results["no room at the start"] = run("no_room", patches=(few,))
+    results["no room later"] = run("no_room_later", patches=(at_step(3, few.start),))
+    few.stop()
+
+    results["slow rank"] = run("slow", patches=(slow(loop, "fused_step", 0.2, rank=1),))
+    results["slow data"] = run("slow_data", patches=(slow_data(0.2, rank=1),))
+    results["best"] = run("best", "--eval_every", "1", "--checkpoint.keep", "1", "--checkpoint.keep_best", "2")
+    results["no such metric"] = run("no_metric", "--checkpoint.keep_best", "1", "--checkpoint.best_metric", "eval/nothing")
+    if torch.distributed.get_rank() == 0:
+        Path(sys.argv[2]).write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
