@@ -53,8 +53,8 @@ class Size:
 
 
 TINY = Size(steps=2, groups=8, groups_per_step=4, prompt=8, response=8, row_tokens=128, lr=1e-3)
-SMALL = Size(steps=40, groups=640, groups_per_step=16, prompt=16, response=16, row_tokens=1024, lr=1e-4)
-REAL = Size(steps=40, groups=1280, groups_per_step=32, prompt=256, response=128, row_tokens=8192, lr=1e-5)
+SMALL = Size(steps=40, groups=640, groups_per_step=16, prompt=16, response=16, row_tokens=1024, lr=1e-3)
+REAL = Size(steps=40, groups=1280, groups_per_step=32, prompt=256, response=128, row_tokens=8192, lr=1e-4)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

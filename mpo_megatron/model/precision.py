@@ -5,7 +5,7 @@ everything else stays as it is in bf16: residuals, norms, attention, the embeddi
 matrices and reduces in float32. Master weights and optimizer states are float32.
 
 Recipes differ in where a scale comes from. `current`, `blockwise` and `mxfp8` take it from the very tensor that is quantized:
-what a row yields depends on weights and row alone, so the reference is the policy's equal as in bf16. `delayed` takes it from the
+what a token yields depends on weights and context alone, nearly so with `current`: all as in bf16. `delayed` takes it from the
 largest values of earlier passes, a state that each pass would change. Here that state belongs to the optimizer step: it changes
 once, when a step's passes are done (`scales`), forward-only passes leave it as they found it, and before the first step it is
 measured on the first groups of the training data (train/calibration.py). docs/fp8.md has the reasons and the limits.

@@ -46,6 +46,30 @@ def test_equals_exact_attention(attend: Callable[..., Tensor], heads: int, group
             assert (left.double() - right).abs().max() <= TOLERANCE * right.abs().max()
 
 
+@pytest.mark.parametrize(("context", "length"), [(1, 200), (200, 1), (7, 7), (300, 129), (129, 300)])
+def test_causal_mask_is_aligned_at_the_bottom_right(attend: Callable[..., Tensor], context: int, length: int) -> None:
+    """A response's first token sees its whole prompt and itself, its last one everything."""
+    segments = row_layout([(0, context, 0, 0), (context, context + length, 0, context)])
+    query, key, _ = (part.detach() for part in random_qkv(context + length, 2, 2, channels=64, device="cuda"))
+    # Values that say which keys were seen: the mean of 0 … n − 1 under uniform weights.
+    positions = torch.arange(context + length, device="cuda", dtype=torch.float32) / 512
+    value = positions[:, None, None].expand_as(key).contiguous()
+    output = attend((0 * query).bfloat16(), key.bfloat16(), value.bfloat16(), segments)
+    expected = positions / 2  # token t sees 0 … t: prompt and response lie one after the other
+    assert (output[:, 0, 0].float() - expected).abs().max() <= 2**-8
+
+
+def test_flex_in_float32() -> None:
+    segments = random_groups_row(3, max_tokens=200)
+    inputs = random_qkv(segments[-1].end, 8, 2, channels=64, device="cuda")
+    weights = torch.randn(segments[-1].end, 8, 64, device="cuda")
+    ours = outputs_and_gradients(flex_row_attention(*inputs, row_layout(segments)), list(inputs), weights)
+    doubles = [part.detach().double().requires_grad_() for part in inputs]
+    exact = outputs_and_gradients(segment_attention(*doubles, segments), doubles, weights)
+    for left, right in zip(ours, exact, strict=True):
+        assert (left.double() - right).abs().max() <= 5e-3 * right.abs().max()  # its products may run in TF32
+
+
 def test_siblings_do_not_matter(attend: Callable[..., Tensor]) -> None:
     segments = row_layout([(0, 500, 0, 0), (500, 700, 0, 500), (700, 960, 0, 500)])
     inputs = [part.detach() for part in random_qkv(960, 4, 2, channels=64, dtype=torch.bfloat16, device="cuda")]

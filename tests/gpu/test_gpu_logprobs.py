@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import vocab_parallel_logps, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 
 pytestmark = pytest.mark.gpu
@@ -55,6 +55,21 @@ def test_statistics_equal_plain_torch(ranks: Ranks, dtype: torch.dtype, toleranc
     right = torch.autograd.grad(sum(part.sum() for part in exact), (exact_hidden, exact_weight))
     for mine, theirs in zip(left, right, strict=True):
         assert (mine.double() - theirs).abs().max() <= tolerance * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_goes_into_a_part_of_a_larger_buffer(ranks: Ranks, dtype: torch.dtype) -> None:
+    """As Megatron's gradient buffers are: one long tensor, of which each weight has a stretch."""
+    hidden, weight, targets = draw(300, 64, PADDED, dtype)
+    whole = torch.zeros(weight.numel() + 200, device="cuda")
+    buffer = whole[100:-100].view_as(weight)
+    settings = {"vocab_size": VOCAB, "chunk": 128, "tp_group": ranks.tensor}
+    for _ in range(2):
+        vocab_parallel_logps(hidden, weight, targets, gradient=WeightGradient(buffer, False), **settings).sum().backward()
+    assert weight.grad is None
+    expected = torch.autograd.grad(vocab_parallel_logps(hidden, weight, targets, **settings).sum(), weight)[0]
+    torch.testing.assert_close(buffer, 2 * expected.float(), rtol=2e-2, atol=1e-3 * float(expected.abs().max()))
+    assert whole[:100].abs().max() == whole[-100:].abs().max() == 0
 
 
 def test_peak_memory_is_that_of_a_chunk_and_the_weights_gradient(ranks: Ranks) -> None:

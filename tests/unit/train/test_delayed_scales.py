@@ -21,6 +21,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
+from mpo_megatron.train.reference import cache_key
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step
 from tests.fp8_emulation import Emulation
 from tests.tiny import random_groups, save_groups, save_model
@@ -163,3 +164,21 @@ def test_scales_are_saved_and_restored(folder: Path, ranks: Ranks, emulation: Em
     assert torch.equal(logps.response, forward_step(resumed, batch, OBJECTIVE, ranks).response)
     # As a model to start from it is weights alone: the new run measures scales on its own data.
     checkpoint.load_weights(resumed, tmp_path, ranks)
+
+
+def test_the_cache_of_reference_log_probs_knows_the_recipe(folder: Path) -> None:
+    data = groups(folder)
+    options: list[dict[str, Any]] = [
+        {},
+        {"precision": "fp32"},
+        {"fp8": "delayed"},
+        {"fp8": "current"},
+        {"fp8": "current", "fp8_bf16_layers": 1},
+        {"fp8": "current", "fp8_params": True},
+        {"fp8": "blockwise"},
+    ]
+    keys = [
+        cache_key("digest", data, ModelConfig(checkpoint="", **each), transformer_engine=True, attention="flex", calibration=data)
+        for each in options
+    ]
+    assert len(set(keys)) == len(options)
