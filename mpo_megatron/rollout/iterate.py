@@ -226,10 +226,15 @@ def save_config(path: Path, config: GenerateConfig | ScoreConfig | TrainConfig) 
 
 
 def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console) -> dict[str, Any] | None:
-    """KL(π ‖ π_ref) on the new policy's answers to the held-out prompts; None if all of them were cut off."""
+    """KL(π ‖ π_ref) on the new policy's answers to the held-out prompts; None if all of them were cut off at the limit."""
     policy = plan.policies[item.number]
     folder = policy.folder / "kl"
-    answers = SelectConfig(input=str(policy.folder / "scored"), output=str(folder / "selected"), duplicates="keep")
+    answers = SelectConfig(
+        input=str(policy.folder / "scored"),
+        output=str(folder / "selected"),
+        duplicates="keep",
+        truncated=item.select.truncated,
+    )
     quiet = Console(quiet=True)
     try:
         stage("select held-out", folder / "selected" / SELECT_FILE, lambda: select(answers, quiet), console)
