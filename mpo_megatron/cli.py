@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
+    EvaluateConfig,
     GenerateConfig,
     InspectConfig,
     IterateConfig,
+    PlanConfig,
     PrepareConfig,
     ReportConfig,
     ScoreConfig,
@@ -126,6 +128,34 @@ def report(arguments: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(arguments: Sequence[str]) -> int:
+    """Held-out groups, sampled reward and win rate, answers for the judges of AlpacaEval, Arena-Hard and MT-Bench."""
+    launcher = argparse.ArgumentParser(prog="mpo evaluate", add_help=False)
+    launcher.add_argument(
+        "--nproc", type=int, help="Ranks for held-out groups; by default one per GPU, or what the layout needs."
+    )
+    options, own = launcher.parse_known_args(arguments)
+    config = parse(EvaluateConfig, own, "mpo evaluate")
+    from mpo_megatron.evaluate.evaluate import evaluate as run
+    from mpo_megatron.rollout.iterate import StageError
+
+    try:
+        run(config, options.nproc)
+    except StageError as error:
+        print(f"mpo evaluate: {error}", file=sys.stderr)
+        return error.status
+    return 0
+
+
+def plan(arguments: Sequence[str]) -> int:
+    """Memory, communication and time of a run on given machines, and the best layouts for it."""
+    config = parse(PlanConfig, arguments, "mpo plan")
+    from mpo_megatron.plan.plan import plan as run
+
+    run(config)
+    return 0
+
+
 def losses(arguments: Sequence[str]) -> int:
     """List every loss with its hyper-parameters, needs and source."""
     from mpo_megatron.losses.table import print_losses
@@ -143,9 +173,11 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "reference": reference,
     "train": train,
     "iterate": iterate,
+    "evaluate": evaluate,
     "launch": launch,
     "inspect": inspect,
     "report": report,
+    "plan": plan,
     "losses": losses,
 }
 

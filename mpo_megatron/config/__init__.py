@@ -21,6 +21,7 @@ from mpo_megatron.config.inspect import InspectConfig
 from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
+from mpo_megatron.config.plan import PlanConfig
 from mpo_megatron.config.prepare import PrepareConfig
 from mpo_megatron.config.report import ReportConfig
 from mpo_megatron.config.score import ScoreConfig, validate_score
@@ -59,6 +60,7 @@ __all__ = [
     "OnlineConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PlanConfig",
     "PrepareConfig",
     "ReportConfig",
     "ScoreConfig",

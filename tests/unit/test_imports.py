@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "launch": {"config"},
     "report": {"config", "data"},
     "viewer": {"config", "data", "losses", "model", "train"},
-    "cli": {"config", "launch", "report", "viewer", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+    "plan": {"config", "device", "data", "losses", "model", "train"},
+    "cli": {"plan", "config", "launch", "report", "viewer", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
 }
 """What each part of the package may import of the package, besides itself."""
 

@@ -1,0 +1,315 @@
+"""Peak memory of training steps beside what `mpo plan` says of them, component by component.
+
+    python -m benchmarks.plan                            # two CPU ranks, a minute or two
+    python -m benchmarks.plan --size 1.5b --ranks 1      # one GPU; with more, --ranks 2
+
+Weights, gradients and optimizer states are measured as they lie in memory after a step. The dynamic part is the next step's peak
+above them: on a GPU `torch.cuda.max_memory_allocated`; on a CPU, whose allocator keeps no count, the bytes of all tensors'
+storages, from the operation that makes one until the last tensor that uses it is gone, autograd's included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch.nn.attention.bias import causal_lower_right
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from transformers import PretrainedConfig, Qwen3Config
+
+from benchmarks import timing
+from benchmarks.setup import SHAPES, TrainStep, hf_config, make_batch, make_groups, zero_reference
+from benchmarks.setup import Bench as Ranked
+from mpo_megatron import device
+from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.data.loader import RowShape, StepBatch
+from mpo_megatron.model import attention
+from mpo_megatron.model.architecture import use_transformer_engine
+from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.parallel import model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.plan.memory import Kernels, Layout, StageMemory, stage_memory
+from mpo_megatron.plan.parameters import Shape
+from mpo_megatron.plan.rows import count_row
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.objective import build_objective
+from mpo_megatron.train.step import prepare_schedules
+
+COMPONENTS = ("weights", "gradients", "optimizer", "dynamic")
+"""What is measured one by one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A layout, and what its rows are made of."""
+
+    name: str
+    parallel: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict)
+    groups: int = 2
+    """Groups of each replica; each fills a row."""
+    lengths: tuple[int, int, int] = (256, 128, 4)
+    """P, R, K."""
+
+
+CASES = {
+    1: (
+        Case(name="one rank"),
+        Case(name="selective recomputation", model={"recompute": "selective"}),
+        Case(name="full recomputation", model={"recompute": "full"}),
+        Case(name="longer rows", lengths=(512, 320, 5)),
+    ),
+    2: (
+        Case(name="data 2"),
+        Case(name="data 2, selective recomputation", model={"recompute": "selective"}),
+        Case(name="data 2, full recomputation", model={"recompute": "full"}),
+        Case(name="data 2, longer rows", lengths=(512, 256, 5)),
+        Case(name="data 2, small chunks of log-probs", model={"logprob_chunk": 64}),
+        Case(name="tensor 2", parallel={"tensor": 2}),
+        Case(name="tensor 2, no sequence parallelism", parallel={"tensor": 2, "sequence": False}),
+        Case(name="tensor 2, full recomputation", parallel={"tensor": 2}, model={"recompute": "full"}),
+        Case(name="pipeline 2", parallel={"pipeline": 2}, groups=4),
+        Case(name="pipeline 2, full recomputation", parallel={"pipeline": 2}, model={"recompute": "full"}, groups=4),
+        Case(name="pipeline 2 in 2 runs", parallel={"pipeline": 2, "virtual_pipeline": 2}, groups=4),
+        Case(name="context 2", parallel={"context": 2}),
+        Case(name="context 2, full recomputation", parallel={"context": 2}, model={"recompute": "full"}),
+    ),
+}
+"""Cases by number of ranks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Start the ranks, measure every case, compare."""
+    parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
+    parser.add_argument("--ranks", type=int, choices=list(CASES), default=2, help="ranks to start on this machine")
+    parser.add_argument("--cases", help="only cases whose names contain this")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = timing.parse(parser, arguments)
+    if "RANK" not in os.environ:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        raise SystemExit(subprocess.run([*command, "-m", "benchmarks.plan", *arguments], env=environment, check=False).returncode)
+    with connected():
+        cases = [case for case in CASES[options.ranks] if not options.cases or options.cases in case.name]
+        rows = [row for case in cases for row in gather(measure(case, configuration(options.size), options))]
+        if torch.distributed.get_rank() == 0:
+            show(options, rows)
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Connect the ranks once for all cases; each cuts them into groups of its own."""
+    device.select(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(device.distributed_backend())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def configuration(size: str) -> PretrainedConfig:
+    """On CPUs a Qwen3 model with more layers than the other benchmarks'; else as they have it."""
+    if size in ("tiny", "small"):
+        small = size == "small"
+        return Qwen3Config(
+            hidden_size=256 if small else 64,
+            intermediate_size=768 if small else 192,
+            num_hidden_layers=4,
+            num_attention_heads=8 if small else 4,
+            num_key_value_heads=2,
+            head_dim=32,
+            vocab_size=6144 if small else 512,
+            tie_word_embeddings=False,
+            eos_token_id=511,
+            pad_token_id=510,
+        )
+    return hf_config(size)
+
+
+def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -> timing.Row:
+    """One case on this rank: bytes measured and planned."""
+    parallel = ParallelConfig(**case.parallel)
+    model_config = ModelConfig(checkpoint="random", precision="bf16" if device.has_gpu() else "fp32", **case.model)
+    optimizer_config = OptimizerConfig(lr=1e-6)
+    torch.distributed.barrier()
+    with model_parallel(parallel, seed=1) as ranks:
+        own = Ranked(config=config, parallel=parallel, ranks=ranks)
+        prompt, response, responses = case.lengths
+        batch = build_batch(own, case)
+        parts = build_policy(config, model_config, parallel, ranks, config.vocab_size)
+        with torch.no_grad():
+            for part in parts:
+                for parameter in part.parameters():
+                    parameter.fill_(0.01)
+        model = optimizer.wrap_data_parallel(parts, optimizer_config, ranks)
+        prepare_schedules(model)
+        step = TrainStep(own, model)
+        step(batch, zero_reference(batch))  # makes the optimizer's states
+        measured = measure_static(model, step.adam)
+        measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
+        planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank())
+    gc.collect()
+    return {
+        "case": case.name,
+        "stage": planned.stage,
+        "lengths": f"P {prompt}, R {response}, K {responses}",
+        "tokens": max(len(row.tokens) for row in batch.rows),
+        "moment": planned.moment,
+        "measured": measured,
+        "planned": {name: getattr(planned, name) for name in COMPONENTS},
+        "total_measured": sum(measured.values()),
+        "total_planned": planned.total,
+    }
+
+
+def build_batch(own: Ranked, case: Case) -> StepBatch:
+    """Groups of equal lengths, one to a row."""
+    prompt, response, responses = case.lengths
+    shape = RowShape(
+        row_tokens=prompt + response * responses,
+        layout="shared",
+        multiple=16 * own.parallel.row_parts,
+        num_replicas=own.ranks.data_size,
+        replica=own.ranks.data_rank,
+        pair_weight=own.flops.pair_weight,
+        rows_multiple=own.parallel.rows_multiple,
+    )
+    groups = make_groups(
+        case.groups * own.ranks.data_size,
+        prompt=prompt,
+        response=response,
+        responses=responses,
+        vocab_size=own.config.vocab_size,
+    )
+    return make_batch(groups, build_objective(LossConfig(name="mpo")), shape)
+
+
+def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int) -> StageMemory:
+    """What `mpo plan` says of this rank and these rows."""
+    layout = Layout(
+        shape=Shape(own.config),
+        padded_vocab=own.config.vocab_size,
+        model=model,
+        parallel=own.parallel,
+        optimizer=config,
+        world_size=torch.distributed.get_world_size(),
+        kernels=Kernels(
+            layers="transformer_engine" if use_transformer_engine(model) else "local",
+            attention=choose_attention(model),  # type: ignore[arg-type]
+            gpu=device.has_gpu(),
+        ),
+        resident=False,
+    )
+    largest = max(batch.rows, key=lambda row: len(row.tokens))
+    return stage_memory(layout, stage, count_row(largest), len(batch.rows))
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of all tensors that come into being within, now and at the peak; on a CPU, where PyTorch keeps no such count.
+
+    What a kernel allocates for itself is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, int] = {}
+        self.total = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage._cdata for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            if storage._cdata not in self.live and storage._cdata not in given:
+                self.live[storage._cdata] = storage.nbytes()
+                self.total += storage.nbytes()
+                self.peak = max(self.peak, self.total)
+                weakref.finalize(storage, self.release, storage._cdata)
+        return result
+
+    def release(self, key: int) -> None:
+        """The last tensor of a storage is gone."""
+        self.total -= self.live.pop(key)
+
+
+def storages(values: Any) -> list[Any]:
+    """The memory behind every tensor in nested containers."""
+    return [value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def count_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes behind tensors, each memory once, by its address."""
+    return {storage.data_ptr(): storage.nbytes() for storage in storages(list(tensors))}
+
+
+def measure_static(model: list[Any], adam: Any) -> dict[str, int]:
+    """Bytes of weights, gradient buffers and optimizer states as they lie in memory between two steps."""
+    parameters = [parameter for part in model for parameter in part.parameters()]
+    weights = count_bytes(parameters)
+    gradients = count_bytes(parameter.main_grad for parameter in parameters)
+    states: dict[int, int] = {}
+    for one in getattr(adam, "chained_optimizers", [adam]):
+        own = [parameter for group in one.optimizer.param_groups for parameter in group["params"]]
+        states |= count_bytes([*own, *tree_leaves([dict(state) for state in one.optimizer.state.values()])])
+    extra = {address: size for address, size in states.items() if address not in weights and address not in gradients}
+    return {name: sum(sizes.values()) for name, sizes in zip(COMPONENTS, (weights, gradients, extra), strict=False)}
+
+
+def measure_peak(action: Callable[[], object]) -> int:
+    """Bytes allocated above the start at an action's peak."""
+    gc.collect()
+    if device.has_gpu():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        action()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with patch.object(attention, "causal_lower_right", _outside_modes(causal_lower_right)), Storages() as counted:
+        action()
+    return counted.peak
+
+
+def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """PyTorch's description of a mask is a tensor of a class of its own, which cannot be made where operations are watched."""
+
+    def make_outside(*args: Any) -> torch.Tensor:
+        with _disable_current_modes():
+            return make(*args)
+
+    return make_outside
+
+
+def gather(row: timing.Row) -> list[timing.Row]:
+    """The rows of all ranks that tell something new: one for each pipeline stage."""
+    rows: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(rows, row)
+    return list({row["stage"]: row for row in reversed(rows)}.values())[::-1]
+
+
+def show(options: argparse.Namespace, rows: list[timing.Row]) -> None:
+    """The table: MiB measured, and the plan's error."""
+    table = []
+    for row in rows:
+        line: dict[str, Any] = {"case": row["case"], "stage": row["stage"], "row": row["tokens"]}
+        for name in COMPONENTS:
+            measured, planned = row["measured"][name], row["planned"][name]
+            line[f"{name}, MiB"] = f"{measured / 2**20:.1f} ({planned / measured - 1:+.1%})"
+        line["peak, MiB"] = f"{row['total_measured'] / 2**20:.1f} ({row['total_planned'] / row['total_measured'] - 1:+.1%})"
+        table.append({**line, "at": row["moment"]})
+    note = "Measured, and in brackets by how much the plan differs. `dynamic`: activations and working memory at the step's peak."
+    timing.report("plan", options, {"ranks": options.ranks}, rows, table, note)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Options of `mpo plan`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpo_megatron.config.checks import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """`mpo plan`: memory, communication and time of a run before it is submitted, and the best layouts for it."""
+
+    gpus: int
+    """GPUs of the run."""
+    model: str | None = None
+    """A known model's name (Qwen2.5-14B, Qwen3-32B, …), or a checkpoint's folder; by default that of `train`."""
+    train: str | None = None
+    """YAML file of `mpo train`: check that very run. Without it, layouts are searched for a run with default options."""
+    hardware: str = "h100"
+    """a100-40, a100, h100, h200 or b200."""
+    gpus_per_node: int | None = None
+    """GPUs of a machine, if not the hardware's 8."""
+    memory_gib: float | None = None
+    """Memory of a GPU, if not the hardware's."""
+    intra_gbps: float | None = None
+    """GB/s from a GPU to the others of its machine, each direction, if not the hardware's."""
+    inter_gbps: float | None = None
+    """GB/s from a GPU to other machines, each direction, if not the hardware's."""
+    data: str | None = None
+    """Folder with prepared groups, whose lengths are planned with; by default that of `train`, if it is there."""
+    prompt_tokens: int = 512
+    """Without data: mean prompt length P."""
+    response_tokens: int = 512
+    """Without data: mean response length R."""
+    responses: int = 5
+    """Without data: responses K of a group."""
+    spread: float = 0.5
+    """Without data: lengths are uniform in mean × (1 ± spread)."""
+    groups: int | None = None
+    """Groups of the whole run, for its duration; by default those of the data, or 60,000."""
+    groups_per_step: int | None = None
+    """Global batch; by default that of `train`, or 128."""
+    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] | None = None
+    """FP8 recipe to plan with, instead of that of `train`."""
+    attention: Literal["varlen", "flex"] = "varlen"
+    """Attention kernel that `model.attention: auto` will find: `varlen` with flash-attn or a recent PyTorch."""
+    efficiency: float = 0.55
+    """Share of the bf16 peak that kernels reach while they compute: without communication and bubbles."""
+    fp8_efficiency: float = 0.4
+    """Share of the FP8 peak that FP8 matrix products reach, quantization included."""
+    network_efficiency: float = 0.8
+    """Share of the links' bandwidth that collectives reach."""
+    latency_us: float = 20.0
+    """Microseconds that a collective or message takes besides its bytes."""
+    overhead_gib: float = 4.0
+    """Memory that CUDA's context, NCCL's buffers and workspaces take on each GPU."""
+    usable: float = 0.95
+    """Share of the rest that can be filled before fragmentation ends a run."""
+    suggest: int = 5
+    """Number of layouts to suggest; 0 searches for none."""
+    output: str | None = None
+    """File for the whole plan as JSON."""
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 1, f"gpus = {self.gpus}; it must be at least 1.")
+        require(
+            self.model is not None or self.train is not None,
+            "neither model nor train is given; name a model (--model Qwen3-14B), or a run's configuration (--train FILE).",
+        )
+        for name in ("prompt_tokens", "response_tokens"):
+            require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
+        require(self.responses >= 2, f"responses = {self.responses}; a group has at least 2.")
+        require(0 <= self.spread < 1, f"spread = {self.spread}; it must be at least 0 and below 1.")
+        for name in ("gpus_per_node", "groups", "groups_per_step"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"{name} = {value}; it must be at least 1.")
+        for name in ("memory_gib", "intra_gbps", "inter_gbps"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} = {value}; it must be positive.")
+        for name in ("efficiency", "fp8_efficiency", "network_efficiency", "usable"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"{name} = {value}; it is a share: above 0, at most 1.")
+        require(self.latency_us >= 0, f"latency_us = {self.latency_us}; it must be 0 or more.")
+        require(self.overhead_gib >= 0, f"overhead_gib = {self.overhead_gib}; it must be 0 or more.")
+        require(self.suggest >= 0, f"suggest = {self.suggest}; it must be 0 or more.")

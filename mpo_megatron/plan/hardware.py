@@ -1,0 +1,78 @@
+"""GPUs and the networks of their machines: dense peaks, without sparsity.
+
+Sources: NVIDIA's data sheets of A100 (2021), H100 (SXM5, 2023), H200 (2024) and the DGX A100, H100, H200 and B200 user guides for
+NVLink and network adapters. Memory is what CUDA reports as total, which is less than the number on the box.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from mpo_megatron.config import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """One GPU, and what connects it with others."""
+
+    name: str
+    memory_gib: float
+    """Total device memory."""
+    bf16_tflops: float
+    """Dense peak of bf16 matrix products."""
+    fp8_tflops: float | None
+    """Dense peak of FP8 matrix products; None if there are none."""
+    memory_gbps: float
+    """Device memory, GB/s."""
+    intra_gbps: float
+    """From one GPU to the others of its machine, GB/s in each direction."""
+    inter_gbps: float
+    """From one GPU to other machines, GB/s in each direction: one network adapter for each GPU."""
+    gpus_per_node: int = 8
+
+
+_ROWS = (
+    # name, GiB, bf16 TFLOP/s, FP8 TFLOP/s, then GB/s of memory, of NVLink and of the network adapter
+    ("a100-40", 39.4, 312, None, 1555, 300, 25),
+    ("a100", 79.2, 312, None, 2039, 300, 25),
+    ("h100", 79.1, 989, 1979, 3350, 450, 50),
+    ("h200", 139.8, 989, 1979, 4800, 450, 50),
+    ("b200", 178.3, 2250, 4500, 8000, 900, 50),
+)
+TABLE = {
+    name: Hardware(
+        name=name,
+        memory_gib=memory,
+        bf16_tflops=bf16,
+        fp8_tflops=fp8,
+        memory_gbps=bandwidth,
+        intra_gbps=intra,
+        inter_gbps=inter,
+    )
+    for name, memory, bf16, fp8, bandwidth, intra, inter in _ROWS
+}
+"""Hardware by the name that `hardware` takes."""
+
+
+def find_hardware(
+    name: str,
+    *,
+    gpus_per_node: int | None = None,
+    memory_gib: float | None = None,
+    intra_gbps: float | None = None,
+    inter_gbps: float | None = None,
+) -> Hardware:
+    """The hardware of this name, with what differs on the machines at hand.
+
+    Raises:
+        ConfigError: there is none of this name.
+    """
+    require(name in TABLE, f"hardware = {name}; there is no such entry; choose one of {', '.join(TABLE)}.")
+    given = {
+        "gpus_per_node": gpus_per_node,
+        "memory_gib": memory_gib,
+        "intra_gbps": intra_gbps,
+        "inter_gbps": inter_gbps,
+    }
+    return dataclasses.replace(TABLE[name], **{field: value for field, value in given.items() if value is not None})  # type: ignore[arg-type]

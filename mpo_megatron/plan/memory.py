@@ -1,0 +1,384 @@
+"""Bytes of one rank of a pipeline stage at the peak of a training step.
+
+What stays is exact: weights, gradients and optimizer states as Megatron-Core lays them out. What autograd keeps of a row is
+counted tensor by tensor, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, Eq. 1–4), for the layers used here: RMS
+norm, grouped heads, SwiGLU, attention over segments without a score matrix. On top of it comes the largest of a few moments of
+the backward pass. docs/planning.md spells the formulas out, and has the measurements.
+
+Legend: T tokens of a row, t = T / context those of one rank, s ranks that norms and residuals are cut over (sequence
+parallelism), H hidden, q, k channels of queries and keys on one rank, F MLP channels on one rank, S scored tokens, C tokens of a
+log-prob chunk, V vocabulary rows on one rank, b bytes of the compute dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.plan.parameters import Part, Shape, Weight, buffer_size, part_weights, stage_parts
+from mpo_megatron.plan.rows import RowCounts
+
+GIB = 2**30
+STATE_BYTES = 8
+"""AdamW's two moments in float32."""
+MASTER_BYTES = 4
+"""Float32 master weights beside bf16 ones; float32 weights are their own."""
+GRADIENT_BYTES = 4
+"""Gradients are summed and reduced in float32."""
+INDEX_BYTES = 8
+"""Token ids, positions and indices are int64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernels:
+    """What computes: it decides which tensors autograd keeps."""
+
+    layers: Literal["transformer_engine", "local"]
+    attention: Literal["sdpa", "flex", "varlen"]
+    gpu: bool
+    """On a CPU nothing is fused: norms and SwiGLU keep intermediate results, and attention has a dense mask per response."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """All that memory depends on besides the row."""
+
+    shape: Shape
+    padded_vocab: int
+    model: ModelConfig
+    parallel: ParallelConfig
+    optimizer: OptimizerConfig
+    world_size: int
+    kernels: Kernels
+    resident: bool
+    """A reference model stays beside the policy, for token-wise divergences."""
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        parallel = self.parallel
+        return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+    @property
+    def sharing(self) -> int:
+        """Ranks that hold the same weights, and so share optimizer states."""
+        return self.replicas * self.parallel.context
+
+    @property
+    def expert_sharing(self) -> int:
+        """Ranks that hold the same experts."""
+        parallel = self.parallel
+        return self.world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
+
+    @property
+    def dtype_bytes(self) -> int:
+        """b."""
+        return 2 if self.model.precision == "bf16" else 4
+
+    @property
+    def linear_input_bytes(self) -> int:
+        """Bytes of an element that a matrix product keeps of its input."""
+        return self.dtype_bytes if self.model.fp8 == "none" else 1
+
+    @property
+    def sequence_parts(self) -> int:
+        """s."""
+        return self.parallel.tensor if self.parallel.sequence_parallel else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageMemory:
+    """Bytes of a rank of one stage at its peak."""
+
+    stage: int
+    parameters: int
+    """Elements, as laid out in buffers."""
+    rows_in_flight: float
+    """Rows whose activations are kept at one time; with interleaving, sums of parts of rows."""
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Kept by autograd for the backward passes of all rows in flight."""
+    working: int
+    """On top of it at the peak: see `moment`."""
+    moment: str
+    """What the step does at its peak."""
+    log_probs: int
+    """What the log-prob head takes while it works on a chunk; at the peak only if it is the `moment`."""
+    all_to_all: int
+    """Send and receive buffers of context parallelism; likewise."""
+    reference: int
+    """Weights of a resident reference model."""
+    overhead: int
+    """Context, communication buffers and workspaces of the GPU, as configured."""
+
+    @property
+    def static(self) -> int:
+        """What is there between two steps."""
+        return self.weights + self.gradients + self.optimizer + self.reference
+
+    @property
+    def dynamic(self) -> int:
+        """What a step adds at its peak."""
+        return self.activations + self.working
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.static + self.dynamic + self.overhead
+
+
+def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, overhead: int = 0) -> StageMemory:
+    """The peak of a stage's rank when each of its rows is like `row`.
+
+    Args:
+        num_rows: rows of a step on one replica
+        overhead: bytes that the GPU's libraries take
+    """
+    parts = stage_parts(layout.shape, layout.parallel)[stage]
+    weights = [part_weights(layout.shape, layout.parallel, part, layout.padded_vocab) for part in parts]
+    dense = sum(buffer_size([w for w in part if not w.expert], layout.sharing) for part in weights)
+    expert = sum(buffer_size([w for w in part if w.expert], layout.expert_sharing) for part in weights)
+    elements, stored = dense + expert, _weight_bytes(layout, weights, dense + expert)
+    state_bytes = STATE_BYTES + (MASTER_BYTES if layout.dtype_bytes == 2 else 0)
+    chunks = chunks_in_flight(layout.parallel, stage, num_rows)
+    kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
+    moment, working = _peak(layout, parts, weights, row, kept)
+    rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows
+    return StageMemory(
+        stage=stage,
+        parameters=elements,
+        rows_in_flight=chunks / len(parts),
+        weights=stored,
+        gradients=elements * GRADIENT_BYTES,
+        optimizer=state_bytes * (dense // layout.sharing + expert // layout.expert_sharing),
+        activations=kept,
+        working=working + rows_bytes,
+        moment=moment,
+        log_probs=_head(layout, row) if parts[-1].last else 0,
+        all_to_all=_all_to_all(layout, row),
+        reference=elements * layout.dtype_bytes if layout.resident and not layout.model.resident_offload else 0,
+        overhead=overhead,
+    )
+
+
+def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int:
+    """(row, run of layers) pairs whose activations a stage holds at its peak.
+
+    Narayanan et al. 2021 (arXiv:2104.04473, §2.2): 1F1B starts with as many forward passes as there are stages behind; its
+    interleaved form with two per stage behind and a full round for each further run
+    (megatron.core.pipeline_parallel.schedules: get_pp_rank_microbatches).
+    """
+    stages, runs = parallel.pipeline, parallel.virtual_pipeline
+    warmup = stages - stage - 1 if runs == 1 else 2 * (stages - stage - 1) + (runs - 1) * stages
+    return min(num_rows * runs, warmup + 1)
+
+
+def _weight_bytes(layout: Layout, weights: list[list[Weight]], elements: int) -> int:
+    """Weights as they are stored, and with FP8 their quantized copies: row-wise and column-wise, one byte each."""
+    matrices = sum(weight.size for part in weights for weight in part if weight.matrix)
+    if layout.model.fp8 == "none":
+        return elements * layout.dtype_bytes
+    quantized = 2 * matrices
+    return quantized + layout.dtype_bytes * (elements - (matrices if layout.model.fp8_params else 0))
+
+
+# --------------------------------------------------------------------------------------------- kept for the backward pass
+
+
+def _hidden(layout: Layout, row: RowCounts) -> int:
+    """Elements of a residual on one rank: t·H / s."""
+    return _tokens(layout, row) * layout.shape.hidden // layout.sequence_parts
+
+
+def _tokens(layout: Layout, row: RowCounts) -> int:
+    """t."""
+    return row.tokens // layout.parallel.context
+
+
+def _attention_widths(layout: Layout) -> tuple[int, int, int]:
+    """(q, k, k') channels of one rank; k' with key/value heads repeated where context parallelism needs them."""
+    shape, parallel = layout.shape, layout.parallel
+    queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
+    repeated = max(keys, parallel.context * shape.head) if parallel.context > 1 else keys
+    return queries, keys, repeated
+
+
+def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
+    """Bytes kept of one row for one run of layers, without the head."""
+    hidden, b = _hidden(layout, row), layout.dtype_bytes
+    sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends on
+    if layout.model.recompute == "full":
+        angles = _tokens(layout, row) * layout.shape.head * 4
+        return len(part.layers) * hidden * b + angles + sent
+    return sum(layer_kept(layout, row, experts=layout.shape.has_experts(layer)) for layer in part.layers) + sent
+
+
+def layer_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
+    """Bytes that autograd keeps of one layer for one row, with nothing or the attention core recomputed."""
+    kept = _norms_kept(layout, row) + _projections_kept(layout, row)
+    kept += _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
+    return kept if layout.model.recompute == "selective" else kept + _core_kept(layout, row)
+
+
+def _norms_kept(layout: Layout, row: RowCounts) -> int:
+    """Two norms: input (the residual) and output (the matrix product's input), unfused the normalized input, too; 1 / rms."""
+    tokens, b = _tokens(layout, row), layout.dtype_bytes
+    each = b + layout.linear_input_bytes + (0 if layout.kernels.gpu else b)
+    return 2 * (_hidden(layout, row) * each + 4 * tokens // layout.sequence_parts)
+
+
+def _projections_kept(layout: Layout, row: RowCounts) -> int:
+    """Around the attention core: queries, keys and values before and after norm and rotation, and the result."""
+    shape, tokens, b = layout.shape, _tokens(layout, row), layout.dtype_bytes
+    queries, keys, _ = _attention_widths(layout)
+    fused = layout.kernels.gpu
+    kept = queries * layout.linear_input_bytes if layout.model.fp8 != "none" else 0  # the output projection's quantized input
+    if shape.qk_norm:
+        normalized = queries + keys if fused else 2 * queries + keys  # inputs; unfused, queries' copy and both normalized
+        heads = (queries + keys) // shape.head
+        kept += normalized * b + 4 * heads
+    if _core_keeps_inputs(layout, row):
+        kept += (queries + 2 * keys) * b  # the projection's output, for the values in it
+        kept += (queries + keys) * b  # rotated
+    elif layout.parallel.context == 1:
+        kept += queries * b  # rotated; keys and values live on gathered
+    elif shape.qk_norm and not fused:
+        kept += (queries + 2 * keys) * b
+    if layout.kernels.layers == "local":
+        kept += 4 * shape.head * b  # cosine and sine, for queries and for keys
+    kept += queries * b  # the core's result
+    return kept * tokens
+
+
+def _core_keeps_inputs(layout: Layout, row: RowCounts) -> bool:
+    """Whether the attention core's inputs are kept as they come: it is recomputed from them, or reads them where they lie."""
+    if layout.model.recompute == "selective":
+        return True
+    return layout.parallel.context == 1 and not (layout.kernels.attention == "varlen" and row.context)
+
+
+def _core_kept(layout: Layout, row: RowCounts) -> int:
+    """Within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
+    parallel, b = layout.parallel, layout.dtype_bytes
+    queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
+    kept = 4 * row.tokens * (queries // layout.shape.head)  # log-sum-exp of every query
+    if parallel.context > 1:
+        kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
+        kept += row.tokens * queries * b if layout.kernels.attention != "sdpa" else 0  # the result, before it is sent back
+    if layout.kernels.attention == "varlen":
+        return kept + (row.tokens + row.context) * 2 * keys * b if row.context else kept
+    if layout.kernels.attention == "sdpa":
+        kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
+        kept += row.tokens * queries * b  # results of the segments, which are joined
+        kept += 0 if layout.kernels.gpu else row.rectangles * b  # masks
+    return kept
+
+
+def _mlp_kept(layout: Layout, row: RowCounts, ffn: int | None = None) -> int:
+    """SwiGLU: gate and value as one tensor (2F), the product (F); unfused a copy of the value and the activated gate (2F)."""
+    width = layout.shape.ffn // layout.parallel.tensor if ffn is None else ffn
+    b = layout.dtype_bytes
+    return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + (0 if layout.kernels.gpu else 2 * b))
+
+
+def _moe_kept(layout: Layout, row: RowCounts) -> int:
+    """Experts, with tokens spread evenly: routing probabilities, tokens sent and received (H each), SwiGLU, and results."""
+    shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
+    own = _tokens(layout, row) // layout.sequence_parts
+    routed = own * shape.active_experts * parallel.expert_tensor
+    inner = shape.expert_ffn // parallel.expert_tensor * (3 if layout.kernels.gpu else 5)
+    kept = own * shape.experts * 4 * 3 + routed * b * (3 * shape.hidden + inner)
+    if shape.shared_ffn:
+        kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden * b
+    return kept
+
+
+def _kept_by_head(layout: Layout, part: Part, row: RowCounts) -> int:
+    """The final norm, the hidden states [S, H] of scored tokens, and five numbers of each."""
+    if not part.last:
+        return 0
+    norm = _hidden(layout, row) * layout.dtype_bytes * (1 if layout.kernels.gpu else 2)
+    scored = row.scored // layout.parallel.context
+    return norm + scored * (layout.shape.hidden * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
+
+
+# ----------------------------------------------------------------------------------------------------- moments of a step
+
+
+def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], row: RowCounts, kept: int) -> tuple[str, int]:
+    """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
+    moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
+    if layout.model.recompute == "full":
+        again = max(layer_kept(layout, row, experts=layout.shape.has_experts(n)) for part in parts for n in part.layers)
+        moments["backward of an MLP"] += again - _hidden(layout, row) * layout.dtype_bytes
+    elif layout.model.recompute == "selective":
+        moments["backward of attention"] = (
+            _core_kept(layout, row)
+            + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes
+            - _kept_by_head(layout, parts[-1], row)
+            - _mlp_kept(layout, row)
+        )
+    if layout.parallel.context > 1:
+        moments["all-to-all"] = moments["backward of an MLP"] - _backward(layout, row) - _mlp_kept(layout, row)
+        moments["all-to-all"] += _all_to_all(layout, row)
+    if parts[-1].last:
+        moments["log-probs"] = _head(layout, row)
+    if parts[0].first:
+        embedding = layout.padded_vocab // layout.parallel.tensor * layout.shape.hidden * layout.dtype_bytes
+        done = _kept(layout, parts[0], row) + _kept_by_head(layout, parts[-1], row)
+        moments["gradient of the embedding"] = (
+            embedding + 2 * _tokens(layout, row) * layout.shape.hidden * layout.dtype_bytes - done
+        )
+    if layout.kernels.layers == "local":
+        # PyTorch's AdamW: two float32 intermediates, of one weight after the other on a CPU, of all at once on a GPU.
+        sizes = [weight.size // layout.sharing for part in weights for weight in part]
+        moments["AdamW"] = 2 * 4 * (sum(sizes) if layout.kernels.gpu else max(sizes)) - kept
+    name = max(moments, key=lambda moment: moments[moment])
+    return name, max(0, moments[name])
+
+
+def _backward(layout: Layout, row: RowCounts) -> int:
+    """Of the MLP (experts: of one expert's matrices): gradients of its output, its product or halves, and a weight."""
+    shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
+    tokens, hidden = _tokens(layout, row), _hidden(layout, row)
+    if shape.experts:
+        ffn = shape.expert_ffn // parallel.expert_tensor
+        tokens = tokens // layout.sequence_parts * shape.active_experts * parallel.expert_tensor
+        weight = shape.experts // parallel.expert * shape.hidden * ffn
+    else:
+        ffn = shape.ffn // parallel.tensor
+        weight = shape.hidden * ffn
+    whole = tokens * shape.hidden
+    output = hidden + (whole if layout.sequence_parts > 1 or shape.experts else 0)
+    freed = 1 if layout.kernels.gpu else 3  # of the 3F or 5F that were kept, when the gradient [2F] is there
+    gathered = whole if layout.sequence_parts > 1 else 0
+    second = output + tokens * ffn + weight
+    halves = output + 2 * tokens * ffn
+    first = hidden + gathered + whole + 2 * weight - freed * tokens * ffn
+    return b * max(second, halves, first)
+
+
+def _head(layout: Layout, row: RowCounts) -> int:
+    """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens."""
+    shape, b = layout.shape, layout.dtype_bytes
+    scored = row.scored // layout.parallel.context
+    chunk = min(layout.model.logprob_chunk, scored)
+    logits = chunk * (layout.padded_vocab // layout.parallel.tensor)
+    each = 4 + (b if b == 4 else 2 * b)  # bf16: logits, float32 probabilities, the gradient
+    if layout.resident:
+        each += 2 * b + 8
+    padded = layout.padded_vocab > int(shape.hf.vocab_size) and not layout.kernels.gpu
+    working = logits * (each + (4 if padded else 0)) + (chunk + scored) * shape.hidden * b
+    spread = (_tokens(layout, row) + 2 * scored) * shape.hidden * b
+    return max(working, spread)
+
+
+def _all_to_all(layout: Layout, row: RowCounts) -> int:
+    """Queries, keys and values: as they are sent, as they arrive, and in row order."""
+    if layout.parallel.context == 1:
+        return 0
+    queries, _, keys = _attention_widths(layout)
+    return 3 * _tokens(layout, row) * (queries + 2 * keys) * layout.dtype_bytes

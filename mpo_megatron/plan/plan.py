@@ -1,0 +1,379 @@
+"""`mpo plan`: from a model, machines and lengths to memory, time and layouts, as tables and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mpo_megatron.config import (
+    ConfigError,
+    ConvertConfig,
+    DataConfig,
+    ModelConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+    load_yaml,
+)
+from mpo_megatron.data.packing import PackingError
+from mpo_megatron.model.architecture import padded_vocab_size
+from mpo_megatron.model.convert_folder import load_conversion
+from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.plan.hardware import find_hardware
+from mpo_megatron.plan.memory import GIB, Kernels, StageMemory
+from mpo_megatron.plan.models import find_model
+from mpo_megatron.plan.parameters import Shape, count_parameters
+from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
+from mpo_megatron.plan.search import Candidate, Problem, search
+from mpo_megatron.plan.step_time import Assumptions
+from mpo_megatron.train.objective import Objective, build_objective
+
+DEFAULT_GROUPS = 60_000
+"""Groups of a run if nothing says how many: about UltraFeedback's prompts."""
+MOST_GPUS = 4096
+"""Where the search for enough GPUs ends."""
+PARTS = {
+    "weights": ("weights", "weights"),
+    "gradients": ("grads", "gradients"),
+    "optimizer": ("optim.", "optimizer states"),
+    "activations": ("kept", "activations"),
+    "working": ("work", "working memory at the peak"),
+    "reference": ("ref.", "a resident reference model"),
+    "overhead": ("other", "what the GPU's libraries take"),
+}
+"""Parts of a rank's memory by the name of the field: as a column, and in words."""
+WIDTH = 120
+"""Columns of the tables where output is no terminal."""
+TIMES = ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
+"""Parts of a step's time."""
+
+
+def plan(config: PlanConfig) -> None:
+    """Print the plan, and write it to `output`.
+
+    Raises:
+        ConfigError: something does not fit together, or no GPU could hold it: with the component that is too big, and what would
+            make it fit.
+    """
+    train = load_yaml(TrainConfig, config.train) if config.train else default_train(config)
+    if config.fp8 is not None:
+        train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=config.fp8))
+    problem = build_problem(config, train)
+    own = None
+    if config.train:
+        try:
+            own = problem.evaluate(train.parallel, train.model.recompute, train.data.row_tokens)
+        except PackingError as error:
+            raise ConfigError(str(error)) from error
+    found = search(problem) if config.suggest else []
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    print_problem(console, problem, config)
+    chosen = own or (found[0] if found else None)
+    if chosen is not None:
+        print_memory(console, problem, chosen)
+        print_time(console, problem, chosen, num_groups(config, train, problem.sequences))
+    if found:
+        print_suggestions(console, problem, found[: config.suggest])
+    if config.output:
+        content = describe(config, train, problem, own, found[: config.suggest])
+        Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        console.print(f"written: {config.output}", soft_wrap=True)
+    if own is not None and not problem.fits(own):
+        raise ConfigError(explain(problem, own))
+    if own is None and config.suggest and not found:
+        raise ConfigError(explain_nothing_fits(problem))
+
+
+def default_train(config: PlanConfig) -> TrainConfig:
+    """A run with default options, for a model without a run's configuration."""
+    return TrainConfig(
+        output="run",
+        model=ModelConfig(checkpoint=str(config.model), fp8=config.fp8 or "none"),
+        data=DataConfig(train=config.data or "groups"),
+        parallel=ParallelConfig(),
+    )
+
+
+def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
+    """Everything that layouts are judged by.
+
+    Raises:
+        ConfigError: an unknown model or hardware, data that are not there, or FP8 on a GPU that has none.
+    """
+    name = config.model or train.model.checkpoint
+    hf_config = find_model(name)
+    hardware = find_hardware(
+        config.hardware,
+        gpus_per_node=config.gpus_per_node,
+        memory_gib=config.memory_gib,
+        intra_gbps=config.intra_gbps,
+        inter_gbps=config.inter_gbps,
+    )
+    if train.model.fp8 != "none" and hardware.fp8_tflops is None:
+        raise ConfigError(f"model.fp8 = {train.model.fp8}, but hardware = {hardware.name} has no FP8; set model.fp8 to none.")
+    objective = build_objective(train.loss)
+    data = train.data
+    if config.groups_per_step:
+        data = dataclasses.replace(data, groups_per_step=config.groups_per_step)
+    converted = Path(name) / "conversion.json"
+    padded = load_conversion(name).padded_vocab_size if converted.is_file() else None
+    attention = train.model.attention
+    if attention == "auto":
+        attention = "sdpa" if train.model.precision == "fp32" else config.attention
+    layers = "local" if train.model.backend == "local" else "transformer_engine"
+    return Problem(
+        hf_config=hf_config,
+        padded_vocab=padded or padded_vocab_size(hf_config.vocab_size, ConvertConfig(input="", output="").vocab_multiple),
+        model=train.model,
+        data=data,
+        optimizer=train.optimizer,
+        sequences=find_sequences(config, train, objective, data.groups_per_step),
+        flops=build_flop_model(hf_config),
+        kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
+        resident=objective.needs.token_kl,
+        gpus=config.gpus,
+        hardware=hardware,
+        assumed=Assumptions(
+            efficiency=config.efficiency,
+            fp8_efficiency=config.fp8_efficiency,
+            network_efficiency=config.network_efficiency,
+            latency_us=config.latency_us,
+            forward_only=train.loss.step == "two_phase" or objective.needs_whole_batch or objective.needs.token_kl,
+        ),
+        overhead_gib=config.overhead_gib,
+        usable=config.usable,
+    )
+
+
+def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective, groups_per_step: int) -> Sequences:
+    """Lengths from the data, if there are any, else as the options say."""
+    folder = config.data or (train.data.train if (Path(train.data.train) / "prepare.json").is_file() else None)
+    if folder:
+        return read_lengths(folder, objective.select, groups_per_step)
+    return draw_lengths(
+        prompt=config.prompt_tokens,
+        response=config.response_tokens,
+        responses=config.responses,
+        spread=config.spread,
+        select=objective.select,
+        groups_per_step=groups_per_step,
+        num_groups=config.groups or DEFAULT_GROUPS,
+    )
+
+
+def num_groups(config: PlanConfig, train: TrainConfig, sequences: Sequences) -> int:
+    """Groups that the whole run goes through."""
+    if train.max_steps:
+        return train.max_steps * (config.groups_per_step or train.data.groups_per_step)
+    return round((config.groups or sequences.num_groups) * train.epochs)
+
+
+# ------------------------------------------------------------------------------------------------------ what does not fit
+
+
+def explain(problem: Problem, candidate: Candidate) -> str:
+    """Why a layout does not fit, and what would."""
+    worst = candidate.worst
+    name = max((name for name in PARTS if name != "overhead"), key=lambda name: getattr(worst, name))
+    ways = remedies(problem, candidate)
+    return (
+        f"{candidate.describe()}: stage {worst.stage} needs {worst.total / GIB:.1f} GiB, and {problem.limit / GIB:.1f} of the "
+        f"{problem.hardware.memory_gib} GiB of {problem.hardware.name} can be filled; the largest part is {PARTS[name][1]}, "
+        f"{getattr(worst, name) / GIB:.1f} GiB. "
+        + (f"It would fit with {'; or '.join(ways)}." if ways else explain_nothing_fits(problem))
+    )
+
+
+def remedies(problem: Problem, candidate: Candidate) -> list[str]:
+    """Single changes that make a layout fit, and the best layout of all."""
+    parallel, ways = candidate.parallel, []
+
+    def works(name: str, tried: Problem, layout: ParallelConfig, recompute: str, row_tokens: int, gpus: int) -> None:
+        try:
+            if tried.fits(tried.evaluate(layout, recompute, row_tokens, gpus)):
+                ways.append(name)
+        except (ConfigError, PackingError):
+            return
+
+    recompute, row_tokens, gpus = candidate.model.recompute, candidate.row_tokens, problem.gpus
+    if recompute != "full":
+        works("model.recompute = full", problem, parallel, "full", row_tokens, gpus)
+    half = row_tokens // 2
+    if half >= problem.sequences.longest:
+        works(f"data.row_tokens = {half}", problem, parallel, recompute, half, gpus)
+    if candidate.model.logprob_chunk > 256:
+        small = dataclasses.replace(problem, model=dataclasses.replace(problem.model, logprob_chunk=256))
+        works("model.logprob_chunk = 256", small, parallel, recompute, row_tokens, gpus)
+    for field in ("tensor", "pipeline", "context"):
+        size = 2 * getattr(parallel, field)
+        if field != "tensor" or size <= problem.hardware.gpus_per_node:
+            works(
+                f"parallel.{field} = {size}",
+                problem,
+                dataclasses.replace(parallel, **{field: size}),
+                recompute,
+                row_tokens,
+                gpus,
+            )
+    works(f"{2 * gpus} GPUs", problem, parallel, recompute, row_tokens, 2 * gpus)
+    found = search(problem)
+    return [*ways, f"another layout, the fastest of which is {found[0].describe()}"] if found else ways
+
+
+def explain_nothing_fits(problem: Problem) -> str:
+    """That no layout fits, and how many GPUs would do."""
+    gpus = problem.gpus
+    while gpus < MOST_GPUS:
+        gpus *= 2
+        found = search(problem, gpus)
+        if found:
+            return (
+                f"No layout of this model fits {problem.gpus} × {problem.hardware.name} ({problem.hardware.memory_gib} GiB); "
+                f"with {gpus} GPUs one does: {found[0].describe()}."
+            )
+    return f"No layout of this model fits {problem.hardware.name} GPUs, up to {MOST_GPUS} of them; use shorter responses or rows."
+
+
+# -------------------------------------------------------------------------------------------------------------- for people
+
+
+def print_problem(console: Console, problem: Problem, config: PlanConfig) -> None:
+    """What is planned."""
+    shape, hardware = Shape(problem.hf_config), problem.hardware
+    console.print(
+        f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.layers} layers; "
+        f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
+        f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
+        + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else "")
+    )
+
+
+def print_memory(console: Console, problem: Problem, candidate: Candidate) -> None:
+    """GiB of a rank of each stage."""
+    table = Table(title=f"GiB on each rank: {candidate.describe()}")
+    for name in ("stage", "param.", *(short for short, _ in PARTS.values()), "peak", "rows", "which is at"):
+        table.add_column(name, justify="right", no_wrap=name != "which is at")
+    for stage in candidate.stages:
+        style = None if stage.total <= problem.limit else "red"
+        table.add_row(
+            str(stage.stage),
+            f"{stage.parameters / 1e9:.2f} G",
+            *(f"{getattr(stage, name) / GIB:.2f}" for name in PARTS),
+            f"{stage.total / GIB:.2f}",
+            f"{stage.rows_in_flight:g}",
+            stage.moment,
+            style=style,
+        )
+    console.print(table)
+    last = candidate.stages[-1]
+    buffers = f"; all-to-all buffers {last.all_to_all / GIB:.2f} GiB" if last.all_to_all else ""
+    console.print(
+        f"{problem.limit / GIB:.1f} GiB can be filled; `rows`: in flight at one time; "
+        f"a chunk of log-probs: {last.log_probs / GIB:.2f} GiB{buffers}",
+        soft_wrap=True,
+    )
+
+
+def print_time(console: Console, problem: Problem, candidate: Candidate, groups: int) -> None:
+    """Where a step's time goes, and how long the run takes."""
+    time = candidate.time
+    table = Table(title="a step: an estimate")
+    table.add_column("")
+    for name in (*TIMES, "all"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_row("seconds", *(f"{getattr(time, name):.2f}" for name in TIMES), f"{time.seconds:.2f}")
+    sent = time.volumes | {"data": time.volumes["gradients"] + time.volumes["weights"]}
+    table.add_row(
+        "GB sent by a rank", *(f"{sent[name]:.1f}" if name in sent else "" for name in TIMES), f"{sum(time.volumes.values()):.1f}"
+    )
+    console.print(table)
+    summary = summarize(problem, candidate, groups)
+    console.print(
+        f"{summary['rows_per_replica']:.1f} rows a replica and step, {summary['fill']:.0%} full; bubble {time.bubble_share:.1%}; "
+        f"{time.model_flops / 1e15:,.1f} PFLOP a step; MFU {summary['mfu']:.1%}; {summary['groups_per_second']:.1f} groups/s; "
+        f"{groups:,} groups in {summary['hours']:.1f} h, and {summary['reference_hours']:.1f} h for reference log-probs "
+        f"({summary['days']:.2f} days)",
+        soft_wrap=True,
+    )
+
+
+def print_suggestions(console: Console, problem: Problem, found: list[Candidate]) -> None:
+    """The best layouts."""
+    table = Table(title="layouts that fit, the fastest first")
+    for name in ("layout", "GiB", "s / step", "bubble", "groups/s"):
+        table.add_column(name, justify="right" if name != "layout" else "left")
+    for candidate in found:
+        table.add_row(
+            candidate.describe(),
+            f"{candidate.worst.total / GIB:.1f}",
+            f"{candidate.time.seconds:.2f}",
+            f"{candidate.time.bubble_share:.1%}",
+            f"{problem.data.groups_per_step / candidate.time.seconds:.1f}",
+        )
+    console.print(table)
+
+
+# ------------------------------------------------------------------------------------------------------------ for programs
+
+
+def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, float]:
+    """Figures of the whole run."""
+    time, step = candidate.time, problem.data.groups_per_step
+    tokens = [
+        sums.tokens / len(rows)
+        for counts, sampled in zip(candidate.packed.sums, candidate.packed.rows, strict=True)
+        for sums, rows in zip(counts, sampled, strict=True)
+    ]
+    steps = groups / step
+    return {
+        "seconds_per_step": time.seconds,
+        "groups_per_second": step / time.seconds,
+        "mfu": time.model_flops / time.seconds / problem.gpus / problem.hardware.bf16_tflops / 1e12,
+        "rows_per_replica": candidate.packed.rows_per_replica,
+        "fill": sum(tokens) / len(tokens) / candidate.row_tokens,
+        "hours": steps * time.seconds / 3600,
+        "reference_hours": steps * time.forward_seconds / 3600,
+        "days": steps * (time.seconds + time.forward_seconds) / 86400,
+    }
+
+
+def describe(
+    config: PlanConfig, train: TrainConfig, problem: Problem, own: Candidate | None, found: list[Candidate]
+) -> dict[str, Any]:
+    """The whole plan as plain values: bytes, seconds, GB."""
+    groups = num_groups(config, train, problem.sequences)
+
+    def one(candidate: Candidate) -> dict[str, Any]:
+        return {
+            "parallel": dataclasses.asdict(candidate.parallel),
+            "recompute": candidate.model.recompute,
+            "row_tokens": candidate.row_tokens,
+            "data_parallel": candidate.replicas,
+            "fits": problem.fits(candidate),
+            "stages": [describe_stage(stage) for stage in candidate.stages],
+            "time": dataclasses.asdict(candidate.time) | {"bubble_share": candidate.time.bubble_share},
+            "run": summarize(problem, candidate, groups),
+        }
+
+    return {
+        "config": dataclasses.asdict(config),
+        "parameters": count_parameters(Shape(problem.hf_config)),
+        "hardware": dataclasses.asdict(problem.hardware),
+        "limit_bytes": problem.limit,
+        "groups": groups,
+        "sequences": problem.sequences.where,
+        "run": one(own) if own else None,
+        "suggestions": [one(candidate) for candidate in found],
+    }
+
+
+def describe_stage(stage: StageMemory) -> dict[str, Any]:
+    """A stage's memory with its sums."""
+    return dataclasses.asdict(stage) | {"static": stage.static, "dynamic": stage.dynamic, "total": stage.total}

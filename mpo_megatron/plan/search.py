@@ -1,0 +1,187 @@
+"""What a layout takes, and the layouts that fit, the fastest first."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig
+
+from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config.train import check_ranks
+from mpo_megatron.model.architecture import validate_layout
+from mpo_megatron.model.flops import FlopModel
+from mpo_megatron.model.precision import token_multiple
+from mpo_megatron.plan.hardware import Hardware
+from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
+from mpo_megatron.plan.parameters import Shape
+from mpo_megatron.plan.rows import PackedSteps, Sequences
+from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
+
+ROW_TOKENS = (2048, 4096, 8192, 16384, 32768)
+"""Token budgets that are tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to run, and what it takes."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    row_tokens: int
+    stages: tuple[StageMemory, ...]
+    packed: PackedSteps
+    time: StepTime
+    replicas: int
+
+    @property
+    def worst(self) -> StageMemory:
+        """The stage that takes most memory."""
+        return max(self.stages, key=lambda stage: stage.total)
+
+    def describe(self) -> str:
+        """The layout in words."""
+        parallel = self.parallel
+        sizes = {
+            "tensor": parallel.tensor,
+            "pipeline": parallel.pipeline,
+            "virtual_pipeline": parallel.virtual_pipeline,
+            "context": parallel.context,
+            "expert": parallel.expert,
+            "data": self.replicas,
+        }
+        words = " × ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name == "data")
+        return f"{words}, recompute {self.model.recompute}, rows of {self.row_tokens:,} tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What a run is, without its layout."""
+
+    hf_config: PretrainedConfig
+    padded_vocab: int
+    model: ModelConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    sequences: Sequences
+    flops: FlopModel
+    kernels: Kernels
+    resident: bool
+    gpus: int
+    hardware: Hardware
+    assumed: Assumptions
+    overhead_gib: float
+    usable: float
+
+    @property
+    def limit(self) -> int:
+        """Bytes that a run may fill on a GPU, the overhead included."""
+        return round((self.overhead_gib + (self.hardware.memory_gib - self.overhead_gib) * self.usable) * GIB)
+
+    def evaluate(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Candidate:
+        """Memory and time of one layout.
+
+        Raises:
+            ConfigError: the layout does not divide the model or the ranks.
+            PackingError: a response does not fit a row.
+        """
+        gpus = gpus or self.gpus
+        check_ranks(parallel, gpus)
+        validate_layout(self.hf_config, parallel, self.padded_vocab)
+        model = dataclasses.replace(self.model, recompute=recompute)  # type: ignore[arg-type]
+        layout = Layout(
+            shape=Shape(self.hf_config),
+            padded_vocab=self.padded_vocab,
+            model=model,
+            parallel=parallel,
+            optimizer=self.optimizer,
+            world_size=gpus,
+            kernels=self.kernels,
+            resident=self.resident,
+        )
+        packed = self.sequences.pack(
+            row_tokens=row_tokens,
+            replicas=layout.replicas,
+            multiple=token_multiple(model) * parallel.row_parts,
+            rows_multiple=parallel.rows_multiple,
+            layout=self.data.layout,
+            pair_weight=self.flops.pair_weight,
+        )
+        row, num_rows = packed.full_row(row_tokens), max(len(step[0]) for step in packed.rows)
+        overhead = round(self.overhead_gib * GIB)
+        stages = [stage_memory(layout, stage, row, num_rows, overhead) for stage in range(parallel.pipeline)]
+        assumed = self.assumed
+        if packed.split_groups and not assumed.forward_only:
+            assumed = dataclasses.replace(assumed, forward_only=True)
+        return Candidate(
+            model=model,
+            parallel=parallel,
+            row_tokens=row_tokens,
+            stages=tuple(stages),
+            packed=packed,
+            time=Clock(layout, self.flops, self.hardware, assumed).step(packed, stages),
+            replicas=layout.replicas,
+        )
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Whether every rank holds it."""
+        return candidate.worst.total <= self.limit
+
+
+def search(problem: Problem, gpus: int | None = None) -> list[Candidate]:
+    """Layouts that fit, the fastest first; of those that differ in runs of layers or recomputation only, the fastest."""
+    found = [candidate for candidate in candidates(problem, gpus) if problem.fits(candidate)]
+    best: dict[tuple[ParallelConfig, int], Candidate] = {}
+    for candidate in sorted(found, key=lambda candidate: (round(candidate.time.seconds, 3), candidate.worst.total)):
+        best.setdefault((dataclasses.replace(candidate.parallel, virtual_pipeline=1), candidate.row_tokens), candidate)
+    return list(best.values())
+
+
+def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]:
+    """Every layout that divides model and ranks: tensor parallelism within a machine, a group at least for each replica."""
+    gpus = gpus or problem.gpus
+    shape = Shape(problem.hf_config)
+    rows = [size for size in ROW_TOKENS if size >= problem.sequences.longest] or [problem.sequences.longest]
+    for parallel in layouts(shape, gpus, problem.hardware.gpus_per_node):
+        replicas = gpus // (parallel.tensor * parallel.pipeline * parallel.context)
+        if replicas > problem.data.groups_per_step:
+            continue
+        try:
+            validate_layout(problem.hf_config, parallel, problem.padded_vocab)
+        except ConfigError:
+            continue
+        for row_tokens in rows:
+            for recompute in ("none", "selective", "full"):
+                candidate = problem.evaluate(parallel, recompute, row_tokens, gpus)
+                yield candidate
+                if problem.fits(candidate):
+                    break  # to recompute more would only be slower
+
+
+def layouts(shape: Shape, gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
+    """Sizes whose product divides the GPUs; the model's own limits are not looked at."""
+    for tensor in _divisors(min(gpus, gpus_per_node)):
+        for pipeline in _divisors(gpus // tensor if gpus % tensor == 0 else 1):
+            if shape.layers % pipeline:
+                continue
+            for context in _divisors(gpus // (tensor * pipeline)):
+                if context > 8 or gpus % (tensor * pipeline * context):
+                    continue
+                for runs in _divisors(shape.layers // pipeline) if pipeline > 1 else (1,):
+                    if runs > 4:
+                        continue
+                    for expert in _expert_sizes(shape, gpus // pipeline):
+                        yield ParallelConfig(
+                            tensor=tensor, pipeline=pipeline, virtual_pipeline=runs, context=context, expert=expert
+                        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _expert_sizes(shape: Shape, ranks: int) -> list[int]:
+    if not shape.experts:
+        return [1]
+    return [size for size in _divisors(shape.experts) if ranks % size == 0 and size <= 64]

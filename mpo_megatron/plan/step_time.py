@@ -1,0 +1,261 @@
+"""Seconds of a training step: matrix products at a stated share of the GPU's peak, and the communication that nothing hides.
+
+Operations come from the trainer's own FLOP model. Volumes: tensor and sequence parallelism, Korthikanti et al. 2022 (§4.2.2);
+pipelines and their bubble, Narayanan et al. 2021 (§2.2, §3.2); data parallelism with sharded optimizer states, Rajbhandari et al.
+2020 (arXiv:1910.02054, §7). It is an estimate: kernels, networks and stragglers differ; docs/planning.md says what was assumed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mpo_megatron.model.flops import BACKWARD, FlopModel
+from mpo_megatron.plan.hardware import Hardware
+from mpo_megatron.plan.memory import GRADIENT_BYTES, Layout, StageMemory
+from mpo_megatron.plan.parameters import stage_parts
+from mpo_megatron.plan.rows import PackedSteps, RowCounts
+
+UPDATE_BYTES = 34
+"""Device memory traffic of AdamW for each weight a rank updates: gradient, master weight and moments read, the last three and the
+weight written, and the gradient read once more for its norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What cannot be derived."""
+
+    efficiency: float
+    """Share of the peak that bf16 kernels reach while they compute."""
+    fp8_efficiency: float
+    """The same for FP8 matrix products, of the FP8 peak, quantization included."""
+    network_efficiency: float
+    """Share of a link's bandwidth that collectives reach."""
+    latency_us: float
+    """Microseconds before a collective's first byte."""
+    forward_only: bool
+    """A pass without gradients comes first: two-phase steps, or a resident reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Seconds of a step, and GB that a rank sends in it."""
+
+    compute: float
+    """Matrix products of the slowest stage, recomputation included."""
+    recompute: float
+    """Of `compute`, what the backward pass computes again."""
+    tensor: float
+    """Exposed: sums and gathers of tensor and sequence parallelism."""
+    context: float
+    """Exposed: all-to-alls of context parallelism."""
+    expert: float
+    """Exposed: all-to-alls of tokens to experts."""
+    pipeline: float
+    """Exposed: activations and gradients between stages."""
+    bubble: float
+    """Waiting for the pipeline to fill and to drain."""
+    data: float
+    """Exposed: gradients to their owners, weights back."""
+    update: float
+    """AdamW."""
+    volumes: dict[str, float]
+    """GB that the busiest rank sends, by what for."""
+    model_flops: float
+    """Operations of the model itself, over all ranks, without recomputation."""
+    forward_seconds: float
+    """A pass over the step's rows without gradients, as reference log-probs need."""
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        parts = (self.compute, self.tensor, self.context, self.expert, self.pipeline, self.bubble, self.data, self.update)
+        return sum(parts)
+
+    @property
+    def bubble_share(self) -> float:
+        """Share of the pipeline's time that its stages wait."""
+        busy = self.compute + self.tensor + self.context + self.expert + self.pipeline
+        return self.bubble / (self.bubble + busy)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage:
+    """Seconds of all rows of a replica on one stage."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+    recompute: float = 0.0
+    tensor: float = 0.0
+    context: float = 0.0
+    expert: float = 0.0
+    pipeline: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def forward_total(self) -> float:
+        """Without gradients: communication of the forward pass is not more than half of all."""
+        return self.forward + (self.tensor + self.context + self.expert + self.pipeline) / 2
+
+
+class Clock:
+    """Times of one layout on one kind of hardware."""
+
+    def __init__(self, layout: Layout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
+        self.layout, self.flops, self.hardware, self.assumed = layout, flops, hardware, assumed
+        counts = layout.parallel.stage_layers(layout.shape.layers)
+        self.share = [count / layout.shape.layers for count in counts]
+        self.layers = list(counts)
+        parts = stage_parts(layout.shape, layout.parallel)
+        self.expert_layers = [sum(layout.shape.has_experts(n) for part in own for n in part.layers) for own in parts]
+        self.volumes: dict[str, float] = {}
+
+    def step(self, packed: PackedSteps, memory: list[StageMemory]) -> StepTime:
+        """The mean of the sampled steps."""
+        times = [self._step(sums, len(step[0]), memory) for sums, step in zip(packed.sums, packed.rows, strict=True)]
+        names = [field.name for field in fields(StepTime) if field.name != "volumes"]
+        means = {name: sum(getattr(time, name) for time in times) / len(times) for name in names}
+        volumes = {name: sum(time.volumes[name] for time in times) / len(times) for name in times[0].volumes}
+        return StepTime(volumes=volumes, **means)
+
+    def _step(self, replicas: tuple[RowCounts, ...], num_rows: int, memory: list[StageMemory]) -> StepTime:
+        """All is linear in a row's counts: the rows of a replica are taken together, and all wait for the busiest replica."""
+        rows = max(replicas, key=self._work)
+        stages = [self.rows(rows, num_rows, stage) for stage in range(self.layout.parallel.pipeline)]
+        slowest = max(range(len(stages)), key=lambda stage: stages[stage].total)
+        own, runs = stages[slowest], self.layout.parallel.virtual_pipeline
+        others = [stage for number, stage in enumerate(stages) if number != slowest]
+        bubble = sum(stage.total for stage in others) / num_rows / runs
+        forward = own.forward_total + sum(stage.forward_total for stage in others) / num_rows / runs
+        extra = forward if self.assumed.forward_only else 0.0
+        return StepTime(
+            compute=(own.forward + own.backward + own.recompute) + extra,
+            recompute=own.recompute + extra,
+            tensor=own.tensor,
+            context=own.context,
+            expert=own.expert,
+            pipeline=own.pipeline,
+            bubble=bubble,
+            data=self._data(memory[slowest], last_row=own.backward / num_rows),
+            update=self._update(memory[slowest]),
+            volumes=self._volumes(rows, num_rows, slowest, memory[slowest]),
+            model_flops=float(
+                self.flops.train_step(
+                    tokens=sum(row.tokens for row in replicas),
+                    pairs=sum(row.pairs for row in replicas),
+                    scored=sum(row.scored for row in replicas),
+                )
+            ),
+            forward_seconds=forward,
+        )
+
+    def _work(self, row: RowCounts) -> int:
+        return self.flops.train_step(tokens=row.tokens, pairs=row.pairs, scored=row.scored)
+
+    def rows(self, row: RowCounts, num_rows: int, stage: int) -> _Stage:
+        """Seconds of forward and backward passes over rows with these counts together, on a stage that never waits."""
+        layout, parallel = self.layout, self.layout.parallel
+        last = stage == parallel.pipeline - 1
+        ranks = parallel.tensor * parallel.context
+        rate = self.hardware.bf16_tflops * 1e12 * self.assumed.efficiency * ranks
+        linear_rate = rate
+        if layout.model.fp8 != "none" and self.hardware.fp8_tflops:
+            linear_rate = self.hardware.fp8_tflops * 1e12 * self.assumed.fp8_efficiency * ranks
+        linear = self.share[stage] * self.flops.per_token * row.tokens / linear_rate
+        core = self.share[stage] * self.flops.per_pair * row.pairs / rate
+        head = self.flops.per_scored * row.scored / rate if last else 0.0
+        again = {"none": 0.0, "selective": core, "full": linear + core}[layout.model.recompute] + head
+        seconds = {
+            name: volume * 1e9 / self._bytes_per_second(name) + count * self.assumed.latency_us * 1e-6
+            for name, (volume, count) in self._row_volumes(row, num_rows, stage).items()
+        }
+        return _Stage(
+            forward=linear + core + head,
+            backward=BACKWARD * (linear + core + head),
+            recompute=again,
+            tensor=seconds["tensor"],
+            context=seconds["context"],
+            expert=seconds["expert"],
+            pipeline=seconds["pipeline"],
+        )
+
+    def _row_volumes(self, row: RowCounts, num_rows: int, stage: int) -> dict[str, tuple[float, int]]:
+        """GB that a rank sends for rows, and in how many messages; forward, backward and recomputation."""
+        layout, shape, parallel = self.layout, self.layout.shape, self.layout.parallel
+        layers, b = self.layers[stage], layout.dtype_bytes
+        tokens = row.tokens // parallel.context
+        hidden = tokens * shape.hidden * b / 1e9
+        again = 1 if layout.model.recompute == "full" else 0
+        tensor, expert = (0.0, 0), (0.0, 0)
+        if parallel.tensor > 1:
+            # With sequence parallelism a gather and a scatter around each half of a layer; backward the same, and inputs gathered
+            # once more for the weights' gradients. Without it two sums each way, each of the volume of a gather and a scatter.
+            count = layers * (4 + 6 + 4 * again if parallel.sequence_parallel else 2 * (2 + 2 + 2 * again))
+            tensor = (count * hidden * (parallel.tensor - 1) / parallel.tensor, count * num_rows)
+        context = (0.0, 0)
+        if parallel.context > 1:
+            queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
+            widths = 2 * queries + 2 * max(keys, parallel.context * shape.head)
+            passes = 2 + (1 if layout.model.recompute != "none" else 0)
+            sent = tokens * widths * b / 1e9 * (parallel.context - 1) / parallel.context
+            context = (layers * passes * sent, 2 * layers * passes * num_rows)
+        if parallel.expert > 1:
+            own = tokens // layout.sequence_parts * shape.active_experts
+            sent = own * shape.hidden * b / 1e9 * (parallel.expert - 1) / parallel.expert
+            passes = 2 * (2 + again)
+            expert = (self.expert_layers[stage] * passes * sent, self.expert_layers[stage] * passes * num_rows)
+        # An inner stage receives and sends, forward and backward; each run of layers does.
+        borders = (stage > 0) + (stage < parallel.pipeline - 1)
+        if parallel.virtual_pipeline > 1:
+            borders = 2
+        messages = 2 * borders * parallel.virtual_pipeline if parallel.pipeline > 1 else 0
+        return {
+            "tensor": tensor,
+            "context": context,
+            "expert": expert,
+            "pipeline": (messages / 2 * hidden / layout.sequence_parts, messages * num_rows),
+        }
+
+    def _volumes(self, rows: RowCounts, num_rows: int, stage: int, memory: StageMemory) -> dict[str, float]:
+        total = {name: volume for name, (volume, _) in self._row_volumes(rows, num_rows, stage).items()}
+        ring = (self.layout.sharing - 1) / self.layout.sharing
+        return {
+            **total,
+            "gradients": memory.gradients / 1e9 * ring,
+            "weights": memory.parameters * self._gathered_bytes() / 1e9 * ring,
+        }
+
+    def _gathered_bytes(self) -> int:
+        return 1 if self.layout.model.fp8_params else self.layout.dtype_bytes
+
+    def _data(self, memory: StageMemory, last_row: float) -> float:
+        """Reduce-scatter of gradients and all-gather of weights, less what `optimizer.overlap` hides."""
+        ring = (self.layout.sharing - 1) / self.layout.sharing
+        rate = self._bytes_per_second("data")
+        scatter = memory.parameters * GRADIENT_BYTES * ring / rate
+        gather = memory.parameters * self._gathered_bytes() * ring / rate
+        overlap = self.layout.optimizer.overlap
+        if overlap != "none":
+            scatter = max(0.0, scatter - last_row)
+        if overlap == "all":
+            gather = max(0.0, gather - last_row / BACKWARD)
+        return scatter + gather
+
+    def _update(self, memory: StageMemory) -> float:
+        moved = memory.parameters / self.layout.sharing * UPDATE_BYTES + memory.gradients  # cleared before each step
+        return moved / (self.hardware.memory_gbps * 1e9)
+
+    def _bytes_per_second(self, kind: str) -> float:
+        """Ranks are numbered tensor, context, data, pipeline: a group reaches over machines if its span exceeds one."""
+        parallel, world = self.layout.parallel, self.layout.world_size
+        span = {
+            "tensor": parallel.tensor,
+            "context": parallel.tensor * parallel.context,
+            "expert": max(parallel.tensor, parallel.expert * parallel.expert_tensor),
+            "data": world // parallel.pipeline,
+            "pipeline": world,
+        }[kind]
+        within = span <= self.hardware.gpus_per_node
+        return (self.hardware.intra_gbps if within else self.hardware.inter_gbps) * 1e9 * self.assumed.network_efficiency

@@ -1,0 +1,151 @@
+"""The command: what it prints, writes and refuses, and that its estimates move the right way."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
+from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan
+from mpo_megatron.plan.search import Problem, search
+
+RUN = """
+output: run
+model:
+  checkpoint: qwen
+  recompute: {recompute}
+data:
+  train: groups
+  row_tokens: 8192
+parallel:
+  tensor: {tensor}
+  pipeline: {pipeline}
+"""
+
+
+def build(*, gpus: int = 8, parallel: ParallelConfig | None = None, **options: Any) -> Problem:
+    config = PlanConfig(model="Qwen2.5-7B", gpus=gpus, groups_per_step=32, **options)
+    model, data = ModelConfig(checkpoint="qwen"), DataConfig(train="groups")
+    return build_problem(config, TrainConfig(output="run", model=model, data=data, parallel=parallel or ParallelConfig()))
+
+
+def write_run(folder: Path, *, recompute: str = "none", tensor: int = 1, pipeline: int = 1) -> str:
+    path = folder / "train.yaml"
+    path.write_text(RUN.format(recompute=recompute, tensor=tensor, pipeline=pipeline))
+    return str(path)
+
+
+def test_a_run_that_fits_is_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "plan.json"
+    run = write_run(tmp_path, tensor=4, pipeline=2)
+    plan(PlanConfig(model="Qwen2.5-7B", gpus=8, train=run, groups_per_step=32, suggest=2, output=str(output)))
+    printed = capsys.readouterr().out
+    for words in ("7.62 G parameters", "tensor 4 × pipeline 2", "layouts that fit", "bubble", "days"):
+        assert words in printed
+    content = json.loads(output.read_text())
+    assert content["run"]["fits"]
+    assert len(content["run"]["stages"]) == 2
+    assert len(content["suggestions"]) == 2
+    parts = ("weights", "gradients", "optimizer", "activations", "working", "reference", "overhead")
+    for stage in content["run"]["stages"]:
+        assert sum(stage[part] for part in parts) == stage["total"] <= content["limit_bytes"]
+    seconds = content["run"]["time"]
+    assert content["run"]["run"]["seconds_per_step"] == pytest.approx(
+        sum(seconds[part] for part in ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update"))
+    )
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
+    config = PlanConfig(model="Qwen2.5-7B", gpus=8, train=write_run(tmp_path, tensor=1), groups_per_step=32, suggest=0)
+    with pytest.raises(ConfigError) as refused:
+        plan(config)
+    message = str(refused.value)
+    assert "stage 0 needs" in message
+    assert "the largest part is activations" in message
+    assert "It would fit with model.recompute = full" in message
+    assert "parallel.tensor = 2" in message
+
+
+def test_what_would_make_it_fit_does(tmp_path: Path) -> None:
+    better = write_run(tmp_path, tensor=1, recompute="full")
+    plan(PlanConfig(model="Qwen2.5-7B", gpus=8, train=better, groups_per_step=32, suggest=0))
+
+
+def test_nothing_fits_on_too_few_gpus() -> None:
+    problem = build(gpus=1, hardware="a100-40")
+    assert not search(problem)
+    message = explain_nothing_fits(problem)
+    gpus = int(message.split("with ")[1].split(" GPUs")[0])
+    assert gpus > 1
+    assert search(build(gpus=gpus, hardware="a100-40"))
+    assert not search(build(gpus=gpus // 2, hardware="a100-40"))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"hardware": "h1000"}, r"hardware = h1000; there is no such entry; choose one of a100-40"),
+        ({"model": "Llama"}, r"model = Llama; neither a checkpoint's folder nor a known model"),
+        ({"hardware": "a100", "fp8": "current"}, r"model.fp8 = current, but hardware = a100 has no FP8"),
+    ],
+)
+def test_unknown_names_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(PlanConfig(**{"model": "Qwen2.5-7B", "gpus": 8, **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"neither model nor train is given"),
+        ({"model": "x", "efficiency": 1.5}, r"efficiency = 1.5; it is a share"),
+        ({"model": "x", "responses": 1}, r"responses = 1; a group has at least 2"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PlanConfig(gpus=8, **options)
+
+
+def test_layouts_that_do_not_divide_are_refused_by_the_trainers_own_checks(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parallel.tensor = 3"):
+        plan(PlanConfig(model="Qwen2.5-7B", gpus=6, train=write_run(tmp_path, tensor=3), suggest=0))
+
+
+def test_search_finds_only_what_fits_the_fastest_first() -> None:
+    problem = build()
+    found = search(problem)
+    assert found
+    assert all(problem.fits(candidate) for candidate in found)
+    assert [candidate.time.seconds for candidate in found] == pytest.approx(sorted(c.time.seconds for c in found), abs=1e-3)
+
+
+def test_bubble_is_that_of_1f1b() -> None:
+    problem = build(gpus=8)
+    plain = problem.evaluate(ParallelConfig(pipeline=4), "full", 4096)
+    interleaved = problem.evaluate(ParallelConfig(pipeline=4, virtual_pipeline=7), "full", 4096)
+    rows = plain.packed.rows_per_replica
+    # (p − 1) / m of the busy time if all stages took as long; the last has the output layer, and the others wait for it less.
+    assert 0.5 * 3 / rows < plain.time.bubble / plain.time.compute < 3 / rows
+    assert interleaved.time.bubble < plain.time.bubble / 4
+
+
+def test_more_recomputation_costs_a_forward_pass() -> None:
+    problem = build()
+    none, full = (problem.evaluate(ParallelConfig(tensor=2), mode, 4096).time for mode in ("none", "full"))
+    assert none.model_flops == full.model_flops
+    assert 1.2 < full.compute / none.compute < 4 / 3
+    assert full.tensor / none.tensor == pytest.approx(14 / 10)
+
+
+def test_more_gpus_do_a_step_faster_but_not_in_proportion() -> None:
+    seconds = {gpus: search(build(gpus=gpus))[0].time.seconds for gpus in (8, 32)}
+    assert seconds[32] < seconds[8] < 4.5 * seconds[32]
+
+
+def test_the_reference_is_a_forward_pass() -> None:
+    time = build().evaluate(ParallelConfig(tensor=2), "none", 4096).time
+    assert 0.2 < time.forward_seconds / time.seconds < 0.4
