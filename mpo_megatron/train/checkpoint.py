@@ -108,7 +108,8 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
         _unwrap(part).load_state_dict(loaded[name], strict=False)
     _load_optimizer(optimizer, loaded["optimizer"])
     if get_model_config(model[0]).fp8_param:  # quantized from bf16 just now; after a step they are from the master weights
-        optimizer._copy_main_params_to_model_params()
+        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+            single._copy_main_params_to_model_params()
         for part in model:
             part.start_param_sync(force_sync=True)  # type: ignore[operator]
 
