@@ -14,7 +14,7 @@ from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.model.precision import token_multiple
+from mpo_megatron.model.precision import keep_exact_weights, token_multiple
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
@@ -51,12 +51,14 @@ def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Mo
     """The policy in this precision, always with the same weights, and with FP8's first scales where it has any."""
     parts = build_policy(hf_config(**changes), config, ParallelConfig(), ranks, 1024)
     generator = torch.Generator().manual_seed(0)
+    values = {}
     with torch.no_grad():
         for name, parameter in sorted(plain_names(parts[0]).items()):
-            if parameter.dim() > 1:
-                parameter.copy_((0.05 * torch.randn(parameter.shape, generator=generator)).to(parameter.device))
-            else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            random = 0.05 * torch.randn(parameter.shape, generator=generator)
+            value = random if parameter.dim() > 1 else torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
+            parameter.copy_(value.to(parameter.device))
+            values[parameter] = value.to(parameter.dtype)
+    keep_exact_weights(parts[0], {name: values[parameter] for name, parameter in parts[0].named_parameters()})
     calibrate(parts, GROUPS, ranks, row_shape(config))
     return parts
 
