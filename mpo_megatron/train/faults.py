@@ -36,8 +36,8 @@ STEP_SEEDS = 1_000_003
 WALLTIME = 1000
 """Stands for "the time is over" where a signal's number stands for a signal."""
 
-FIRST_MARGIN = 60.0
-"""Seconds kept for the last save before any save was measured, and at least that."""
+LEAST_MARGIN = 60.0
+"""Seconds kept for the last save at least."""
 
 STARTED = "MPO_STARTED"
 """Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""
@@ -72,7 +72,7 @@ class Deadline:
         self.slow_steps.append(step_seconds)
         if self.time is None:
             return False
-        return time.time() + max(self.slow_steps) + max(2 * save_seconds, FIRST_MARGIN) > self.time
+        return time.time() + max(self.slow_steps) + max(2 * save_seconds, LEAST_MARGIN) > self.time
 
 
 class Watchdog:

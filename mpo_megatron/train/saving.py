@@ -56,6 +56,9 @@ from mpo_megatron.train.step_folders import (
     write_state,
 )
 
+SLOW_DISK = 2e8
+"""Bytes a second and rank that a save is expected to write before one was measured."""
+
 SIDE_FILES = ("hf", "conversion.json")
 """What a step's folder carries over from the model's checkpoint."""
 
@@ -86,8 +89,8 @@ class Saver:
         """
         self.run, self.config, self.ranks, self.source, self.size = run, config, ranks, source, size
         self.writing: Writing | None = None
-        self.seconds = 0.0
-        """What the slowest save so far took, from its start to its name."""
+        self.seconds = size / (SLOW_DISK * get_world_size())
+        """What the slowest save so far took, from its start to its name; before the first one, what a slow disk would take."""
         self.saved_step = -1
         """Step of the newest checkpoint written by this process."""
 
@@ -136,7 +139,8 @@ class Saver:
         except (CheckpointException, OSError) as error:  # the first is no Exception
             raise SaveError(_message(writing.partial, str(error))) from error
         self._everywhere(lambda: self._complete(writing, files), writing.partial)
-        self.seconds = max(self.seconds, time.monotonic() - writing.started)
+        seconds = time.monotonic() - writing.started
+        self.seconds = seconds if self.saved_step < 0 else max(self.seconds, seconds)
         self.saved_step = writing.state.step
 
     def _open(self, final: Path) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.faults import FIRST_MARGIN, STARTED, Deadline
+from mpo_megatron.train.faults import LEAST_MARGIN, STARTED, Deadline
 from tests.distributed.launch import ROOT
 
 
@@ -33,7 +33,7 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.Monk
     now = time.time()
     monkeypatch.setenv(STARTED, str(now - 3600))  # started an hour ago, restarted just now
     assert Deadline(FaultConfig(walltime_minutes=60)).is_near(1.0, 0.0)
-    assert not Deadline(FaultConfig(walltime_minutes=60 + 2 * FIRST_MARGIN / 60)).is_near(1.0, 0.0)
+    assert not Deadline(FaultConfig(walltime_minutes=60 + 2 * LEAST_MARGIN / 60)).is_near(1.0, 0.0)
     slow_save = Deadline(FaultConfig(walltime_minutes=60 + 30))
     assert not slow_save.is_near(100.0, 700.0)  # 100 + 2 × 700 < 1800 s
     assert slow_save.is_near(100.0, 860.0)
