@@ -68,7 +68,7 @@ def check_supported(hf_config: PretrainedConfig) -> None:
     require(
         experts.num >= 1 and any(experts.layers),
         f"config.json: num_experts = {experts.num}, decoder_sparse_step = {hf_config.decoder_sparse_step}, mlp_only_layers = "
-        f"{hf_config.mlp_only_layers}: no layer has experts; as a dense model it is a {hf_config.model_type.removesuffix('_moe')}.",
+        f"{hf_config.mlp_only_layers}: no layer has experts; as a dense model it is {hf_config.model_type.removesuffix('_moe')}.",
     )
     require(
         1 <= experts.per_token <= experts.num,

@@ -48,7 +48,7 @@ def build_flop_model(hf_config: PretrainedConfig) -> FlopModel:
 
 
 def _mlp_weights(hf_config: PretrainedConfig) -> list[int]:
-    """Weights that a token meets in the MLP of each layer: gate, up and down, with experts also a router and the shared one's gate."""
+    """Weights a token meets in the MLP of each layer: gate, up and down, with experts also a router and the shared one's gate."""
     hidden, experts = hf_config.hidden_size, read_experts(hf_config)
     dense = 3 * hidden * hf_config.intermediate_size
     if experts is None:
