@@ -79,16 +79,16 @@ def validate_evaluate(config: EvaluateConfig) -> None:
     """
     check_writable(Path(config.output), "output")
     require(
-        config.held_out is not None or config.candidate is not None,
-        "nothing to evaluate: give held_out (groups with model.checkpoint and model.reference), or candidate.",
-    )
-    require(
         config.candidate is not None or config.baseline is None,
         f"baseline = {config.baseline}, but there is no candidate to compare with it; give candidate.",
     )
     require(
         config.candidate is not None or not config.benchmarks,
         f"{', '.join(config.benchmarks)}: there is no candidate that answers; give candidate, a model.",
+    )
+    require(
+        config.held_out is not None or config.candidate is not None,
+        "nothing to evaluate: give held_out (groups with model.checkpoint and model.reference), or candidate.",
     )
     for name in ("candidate", "baseline"):
         path = getattr(config, name)

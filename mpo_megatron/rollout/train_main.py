@@ -1,4 +1,7 @@
-"""`torchrun … -m mpo_megatron.rollout.train_main --config FILE --key value`: a rank of a run that samples (`online`)."""
+"""`torchrun … -m mpo_megatron.rollout.train_main --config FILE --key value`: a rank of a run that samples (`online`).
+
+Exit codes are those of `mpo_megatron.train`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ from mpo_megatron.train.__main__ import run
 if TYPE_CHECKING:
     from mpo_megatron.config import TrainConfig
 
+# Megatron's checkpoint writer starts helper processes that import this module again: keep it light and guarded.
+
 
 def main() -> int:
-    """Parse the command line and train; exit codes as of `mpo_megatron.train`."""
-    signals.listen()
+    """Parse the command line and train, with the regulariser on samples of the policy if it is configured."""
+    signals.listen()  # before anything heavy is imported: a request to stop may come at any time
 
     def train(config: TrainConfig) -> str | None:
         from mpo_megatron.rollout.regularizer import build_regularizer

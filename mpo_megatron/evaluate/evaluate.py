@@ -1,0 +1,114 @@
+"""`mpo evaluate`: what a policy is like, by held-out groups, by its samples, and in files for the judges of public benchmarks.
+
+    mpo evaluate --config evaluate.yaml --output evaluation
+
+Each part leaves its results in the output folder; generating and scoring continue where they stopped. evaluation.json appears
+last, with everything that was measured, and evaluation.png shows it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import yaml
+from rich.console import Console
+
+from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
+from mpo_megatron.evaluate import held_out
+from mpo_megatron.evaluate.answering import answer_questions
+from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
+from mpo_megatron.evaluate.plot import plot_evaluation
+from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_scored, read_samples, summarize_samples
+from mpo_megatron.rollout.iterate import StageError
+from mpo_megatron.rollout.records import replace_file, write_summary
+from mpo_megatron.rollout.rounds import count_ranks
+from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.launcher import launch
+
+EVALUATION_FILE, PICTURE_FILE, CONFIG_FILE = "evaluation.json", "evaluation.png", "evaluate.yaml"
+
+
+def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Console | None = None) -> Path:
+    """Measure what is asked for; the path of evaluation.json.
+
+    Args:
+        num_ranks: for held-out groups; by default one per GPU, or what the layout needs
+    Raises:
+        ConfigError: the configuration cannot work; as far as it can be told, before anything loads.
+        DataError: an input is unusable.
+        StageError: ranks or a stage of their own ended with an error, which they have printed.
+    """
+    console = console or Console(highlight=False)
+    validate_evaluate(config)
+    output = Path(config.output)
+    questions = {name: read_questions(name, Path(path)) for name, path in _benchmarks(config)}
+    if config.held_out is not None:
+        training = held_out.as_training(config.held_out, output, groups_per_step=128)
+        num_ranks = num_ranks or count_ranks(config.held_out.parallel)
+        check_inputs(training, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    replace_file(output / CONFIG_FILE, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
+    results: dict[str, Any] = {"config": to_dict(config)}
+    pictures: dict[str, Any] = {}
+    if config.held_out is not None:
+        groups = run_held_out(config.held_out, output, num_ranks or 1)
+        results["held_out"] = held_out.summarize(groups, num_resamples=config.num_resamples, seed=config.seed)
+        pictures["margins"] = np.array([group.totals["margin"] for group in groups if group.counts["margin"]])
+        _print_estimates(console, "held out", results["held_out"], ("accuracy", "margin"))
+    # A candidate that only answers benchmarks needs no rewards.
+    if config.candidate is not None and (config.baseline is not None or config.score or not questions):
+        pictures |= measure_samples(config, results, console)
+    for benchmark, asked in questions.items():
+        answers = answer_questions(config, benchmark, asked)
+        path = write_answers(benchmark, output / benchmark, config.name, asked, answers)
+        results.setdefault("benchmarks", {})[benchmark] = {"questions": len(asked), "file": str(path)}
+        console.print(f"{benchmark}: answers to {len(asked)} questions in {path}")
+    if pictures:
+        plot_evaluation(results, pictures, config, output / PICTURE_FILE)
+    write_summary(output / EVALUATION_FILE, results)
+    console.print(f"{output / EVALUATION_FILE}")
+    return output / EVALUATION_FILE
+
+
+def run_held_out(config: HeldOutConfig, output: Path, num_ranks: int) -> list[held_out.GroupMetrics]:
+    """Start the ranks that run policy and reference; every group's metrics.
+
+    Raises:
+        StageError: they ended with an error.
+    """
+    arguments = ["--config", str(output / CONFIG_FILE)]
+    status = launch(held_out.__name__, arguments, num_ranks=num_ranks, max_restarts=0)
+    if status:
+        raise StageError("held_out", status)
+    return held_out.read_groups(output / held_out.GROUPS_FILE)
+
+
+def measure_samples(config: EvaluateConfig, results: dict[str, Any], console: Console) -> dict[str, Any]:
+    """Rewards of the candidate's and the baseline's samples, and how they compare; what to draw."""
+    pictures: dict[str, Any] = {}
+    found: dict[str, SampleSet] = {}
+    for role, path in (("candidate", config.candidate), ("baseline", config.baseline)):
+        if path is not None:
+            found[role] = read_samples(find_scored(config, role, path))
+            results[role] = summarize_samples(found[role], config)
+            pictures[role] = np.array([samples.rewards.mean() for samples in found[role].samples.values()])
+            _print_estimates(console, role, results[role], ("reward",))
+    if "baseline" in found:
+        results["comparison"] = compare_samples(found["candidate"], found["baseline"], config)
+        _print_estimates(console, "against baseline", results["comparison"], ("win_rate", "length_controlled_win_rate"))
+    return pictures
+
+
+def _benchmarks(config: EvaluateConfig) -> list[tuple[Benchmark, str]]:
+    return [(name, config.benchmarks[name]) for name in get_args(Benchmark) if name in config.benchmarks]
+
+
+def _print_estimates(console: Console, title: str, summary: dict[str, Any], names: tuple[str, ...]) -> None:
+    parts = []
+    for name in names:
+        estimate = summary[name]
+        parts.append(f"{name.replace('_', ' ')} {estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]")
+    missing = summary.get("without_reward")
+    note = f"; {missing} responses without reward" if missing else ""
+    console.print(f"{title}: {', '.join(parts)}{note}", markup=False)

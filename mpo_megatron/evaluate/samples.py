@@ -1,0 +1,178 @@
+"""Scored samples of a candidate and of a baseline: made where they are not there yet, read, and compared prompt by prompt."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mpo_megatron.config import EvaluateConfig, GenerateConfig, ScoreConfig, from_dict, require
+from mpo_megatron.data import DataError
+from mpo_megatron.evaluate.statistics import (
+    Comparison,
+    Estimate,
+    Samples,
+    bootstrap,
+    bootstrap_mean,
+    compare,
+    compute_length_controlled_win_rate,
+    compute_win_rate,
+)
+from mpo_megatron.rollout.filters import is_number
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.iterate import run_command
+from mpo_megatron.rollout.records import (
+    GENERATE_FILE,
+    SAMPLES_FILE,
+    SCORE_FILE,
+    SCORED_FILE,
+    Record,
+    find_lines,
+    read_lines,
+)
+from mpo_megatron.rollout.score import score
+
+
+@dataclass(kw_only=True)
+class SampleSet:
+    """The samples with a reward of one model."""
+
+    path: Path
+    samples: dict[str, Samples] = field(default_factory=dict)
+    """By group id; prompts of which no sample has a reward are left out."""
+    prompts: dict[str, str] = field(default_factory=dict)
+    """By group id, the prompt as it stands in the file."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """responses, without_reward, prompts_without_reward, truncated, tokens."""
+
+
+def is_model(path: str) -> bool:
+    """Whether a `candidate` or `baseline` is a model to sample from, and not samples."""
+    folder = Path(path)
+    return folder.is_dir() and not any((folder / name).is_file() for name in (SCORED_FILE, SAMPLES_FILE))
+
+
+def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
+    """The file of scored samples that `candidate` or `baseline` means, sampled and scored first where that is still to be done.
+
+    Raises:
+        ConfigError: what sampling or scoring needs is not configured.
+        DataError: a stage's input is unusable; what is done stays.
+    """
+    folder = Path(config.output) / role
+    if (Path(path) / SCORED_FILE).is_file():
+        return find_lines(path, SCORED_FILE, SCORE_FILE)
+    if Path(path).is_file() and has_rewards(Path(path)):
+        return Path(path)
+    if is_model(path):
+        require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: give prompts for it to answer.")
+        options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")}
+        sampling = from_dict(GenerateConfig, options, "generate")
+        if not (folder / "samples" / GENERATE_FILE).is_file():
+            run_command("generate", generate, sampling)
+        path = sampling.output
+    require(bool(config.score), f"score = {{}}; the samples of {role} have no rewards yet: configure scorers (score.scorers).")
+    scoring = from_dict(ScoreConfig, {**config.score, "input": path, "output": str(folder / "scored")}, "score")
+    run_command("score", score, scoring)
+    return find_lines(scoring.output, SCORED_FILE, SCORE_FILE)
+
+
+def has_rewards(path: Path) -> bool:
+    """Whether a file of group lines holds any reward; a few that are missing are counted when it is read."""
+    return any(is_number(response.get("reward")) for record in read_lines(path) for response in record.get("responses", []))
+
+
+def read_samples(path: Path) -> SampleSet:
+    """The rewards and lengths (in characters) of a file's samples.
+
+    Raises:
+        DataError: no sample has a reward, or a group comes twice.
+    """
+    found = SampleSet(path=path)
+    for record in read_lines(path):
+        responses = record.get("responses", [])
+        scored = [response for response in responses if is_number(response.get("reward"))]
+        found.counts["responses"] += len(responses)
+        found.counts["without_reward"] += len(responses) - len(scored)
+        found.counts["truncated"] += sum(response.get("finish_reason") == "length" for response in responses)
+        found.counts["tokens"] += sum(response.get("num_tokens", 0) for response in responses)
+        if record["group_id"] in found.prompts:
+            raise DataError(f"{path}: group {record['group_id']} comes twice; give each prompt an id of its own.")
+        found.prompts[record["group_id"]] = prompt_key(record)
+        if not scored:
+            found.counts["prompts_without_reward"] += 1
+            continue
+        found.samples[record["group_id"]] = Samples(
+            rewards=np.array([float(response["reward"]) for response in scored]),
+            lengths=np.array([float(len(response["text"])) for response in scored]),
+        )
+    if not found.samples:
+        raise DataError(f"{path}: not one of {found.counts['responses']} responses has a reward; score them first.")
+    return found
+
+
+def prompt_key(record: Record) -> str:
+    """The prompt as text that is equal for equal prompts, given as a string or as messages."""
+    prompt = record.get("prompt")
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return json.dumps(messages, sort_keys=True)
+
+
+def summarize_samples(found: SampleSet, config: EvaluateConfig) -> dict[str, Any]:
+    """Mean reward with its interval over prompts, and what the samples are like."""
+    by_prompt = np.array([samples.rewards.mean() for samples in found.samples.values()])
+    lengths = np.concatenate([samples.lengths for samples in found.samples.values()])
+    number = found.counts["responses"]
+    return {
+        "file": str(found.path),
+        "prompts": len(found.samples),
+        "responses": number,
+        "without_reward": found.counts["without_reward"],
+        "prompts_without_reward": found.counts["prompts_without_reward"],
+        "reward": vars(bootstrap_mean(by_prompt, num_resamples=config.num_resamples, seed=config.seed)),
+        "characters": float(lengths.mean()),
+        "tokens": found.counts["tokens"] / number,
+        "truncated": found.counts["truncated"] / number,
+    }
+
+
+def compare_samples(candidate: SampleSet, baseline: SampleSet, config: EvaluateConfig) -> dict[str, Any]:
+    """Win rate of the candidate over the prompts that both have answered, plain and length-controlled.
+
+    Raises:
+        DataError: they share no prompt, or give one id to two prompts.
+    """
+    shared = [group_id for group_id in candidate.samples if group_id in baseline.samples]
+    for group_id in shared:
+        if candidate.prompts[group_id] != baseline.prompts[group_id]:
+            raise DataError(
+                f"group {group_id} is another prompt in {baseline.path} than in {candidate.path}; sample both from one file."
+            )
+    if not shared:
+        raise DataError(f"{candidate.path} and {baseline.path} have no prompt in common; sample both from one prompt file.")
+    pairs = compare([candidate.samples[name] for name in shared], [baseline.samples[name] for name in shared])
+    return {
+        "prompts": len(shared),
+        "only_candidate": len(candidate.samples) - len(shared),
+        "only_baseline": len(baseline.samples) - len(shared),
+        "pairs": len(pairs.preference),
+        "ties": pairs.num_ties,
+        "win_rate": vars(_estimate(pairs, compute_win_rate, config)),
+        "length_controlled_win_rate": vars(_estimate(pairs, compute_length_controlled_win_rate, config)),
+    }
+
+
+def _estimate(pairs: Comparison, statistic: Any, config: EvaluateConfig) -> Estimate:
+    return bootstrap(
+        lambda weights: statistic(pairs, weights), pairs.num_prompts, num_resamples=config.num_resamples, seed=config.seed
+    )
+
+
+def read_texts(path: Path) -> Mapping[str, Record]:
+    """The first response of every prompt, by the prompt."""
+    return {prompt_key(record): record["responses"][0] for record in read_lines(path) if record.get("responses")}

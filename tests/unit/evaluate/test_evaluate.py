@@ -1,0 +1,147 @@
+"""`mpo evaluate` as a command: from files of samples, from models, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_megatron.cli import main
+from tests.tiny import save_model
+
+
+def write_lines(path: Path, items: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def group(name: str, prompt: Any, *responses: tuple[str, float | None]) -> dict[str, Any]:
+    return {
+        "group_id": name,
+        "prompt": prompt,
+        "responses": [
+            {"text": text, "finish_reason": "stop", "num_tokens": len(text), **({} if reward is None else {"reward": reward})}
+            for text, reward in responses
+        ],
+    }
+
+
+def evaluation(folder: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
+    return result
+
+
+def test_files_of_scored_samples(tmp_path: Path) -> None:
+    question = [{"role": "user", "content": "q"}]
+    ours = [
+        group("a", "q", ("long answer", 1.0), ("x", 3.0)),
+        group("b", "r", ("yes", 2.0), ("no", None)),
+        group("c", "s", ("?", 0.0)),
+        group("d", "t", ("?", None)),
+    ]
+    # The same prompt, written as messages; another order; one prompt more.
+    theirs = [group("b", "r", ("yes", 2.0)), group("a", question, ("short", 2.0)), group("e", "u", ("!", 5.0))]
+    arguments = [
+        *("evaluate", "--output", str(tmp_path / "out"), "--name", "ours", "--num_resamples", "50"),
+        *("--candidate", str(write_lines(tmp_path / "ours.jsonl", ours))),
+        *("--baseline", str(write_lines(tmp_path / "theirs.jsonl", theirs))),
+    ]
+    assert main(arguments) == 0
+    result = evaluation(tmp_path / "out")
+    assert result["candidate"]["reward"]["value"] == pytest.approx((2.0 + 2.0 + 0.0) / 3)
+    assert result["candidate"]["without_reward"] == 2
+    assert result["candidate"]["prompts_without_reward"] == 1
+    assert result["candidate"]["truncated"] == 0
+    # a: 1 < 2, 3 > 2; b: a tie; c only here, e only there.
+    comparison = result["comparison"]
+    assert comparison["win_rate"]["value"] == pytest.approx((0.5 + 0.5) / 2)
+    assert (comparison["prompts"], comparison["only_candidate"], comparison["only_baseline"]) == (2, 1, 1)
+    assert (comparison["pairs"], comparison["ties"]) == (3, 1)
+    # In a the shorter answer wins, so at equal length the candidate, whose answers are longer here, is no worse.
+    assert comparison["length_controlled_win_rate"]["value"] >= comparison["win_rate"]["value"]
+    assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
+    assert result["config"]["name"] == "ours"
+
+
+def test_models_are_sampled_scored_and_asked(tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32}
+    models = {name: save_model(tmp_path / name, seed=seed, **sizes) for name, seed in (("ours", 1), ("theirs", 2))}
+    prompts = write_lines(tmp_path / "prompts.jsonl", [{"group_id": f"p{i}", "prompt": f"Say {i}."} for i in range(4)])
+    turns = write_lines(
+        tmp_path / "question.jsonl",
+        [
+            {"question_id": 1, "category": "writing", "turns": ["Write.", "Again."]},
+            {"question_id": 2, "category": "math", "turns": ["Add.", "Again."]},
+        ],
+    )
+    alpaca = tmp_path / "alpaca_eval.json"
+    alpaca.write_text(json.dumps([{"instruction": "Say 1.", "dataset": "koala"}]))
+    options = {
+        "generate": {"num_responses": 2, "max_tokens": 4, "empty": "keep"},
+        "score": {"scorers": {"letters": {"kind": "regex", "pattern": "a|e|o"}}},
+    }
+    arguments = [
+        *("evaluate", "--output", str(tmp_path / "out"), "--prompts", str(prompts), "--num_resamples", "20"),
+        *("--candidate", str(models["ours"]), "--baseline", str(models["theirs"])),
+        *("--generate", json.dumps(options["generate"]), "--score", json.dumps(options["score"])),
+        *("--mt_bench", str(turns), "--alpaca_eval", str(alpaca)),
+    ]
+    assert main(arguments) == 0
+    result = evaluation(tmp_path / "out")
+    for role in ("candidate", "baseline"):
+        assert result[role]["prompts"] == 4
+        assert result[role]["responses"] == 8
+        assert 0 <= result[role]["reward"]["value"] <= 1
+    answers = [json.loads(line) for line in (tmp_path / "out/mt_bench/model_answer/candidate.jsonl").read_text().splitlines()]
+    first_turns = [answer["choices"][0]["turns"][0] for answer in answers]
+    # The second turn was asked with the first one's answer in it, each category at its own temperature.
+    asked = [json.loads(line) for line in (tmp_path / "out/mt_bench/turn-2-temperature-0.7.jsonl").read_text().splitlines()]
+    assert asked[0]["prompt"] == [
+        {"role": "user", "content": "Write."},
+        {"role": "assistant", "content": first_turns[0]},
+        {"role": "user", "content": "Again."},
+    ]
+    (cold,) = [json.loads(line) for line in (tmp_path / "out/mt_bench/turn-1-temperature-0.jsonl").read_text().splitlines()]
+    assert cold["prompt"][0]["content"] == "Add."
+    (output,) = json.loads((tmp_path / "out/alpaca_eval/model_outputs.json").read_text())
+    assert (output["dataset"], output["instruction"], output["generator"]) == ("koala", "Say 1.", "candidate")
+    # The same command again samples nothing; samples of one prompt file serve for a benchmark as well.
+    stamp = (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns == stamp
+    samples = str(tmp_path / "out/candidate/scored")
+    assert main(["evaluate", "--output", str(tmp_path / "two"), "--candidate", samples, "--alpaca_eval", str(alpaca)]) == 0
+    assert "benchmarks" in evaluation(tmp_path / "two")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to evaluate"),
+        (["--candidate", "/nowhere"], "candidate = /nowhere; no such"),
+        (["--baseline", "FILE"], "no candidate"),
+        (["--alpaca_eval", "FILE"], "no candidate"),
+        (["--candidate", "UNSCORED"], "configure scorers"),
+        (["--candidate", "MODEL"], "prompts = None"),
+        (["--candidate", "FILE", "--baseline", "OTHER"], "group a is another prompt"),
+        (["--candidate", "FILE", "--baseline", "ELSE"], "no prompt in common"),
+        (["--candidate", "FILE", "--mt_bench", "FILE"], "question 1: not one of mt_bench"),
+        (["--candidate", "FILE", "--mt_bench", "TURNS"], "question 7 has no answer"),
+        (["--candidate", "FILE", "--generate", '{"model": "x"}'], "generate.model"),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+    files = {
+        "FILE": write_lines(tmp_path / "file.jsonl", [group("a", "q", ("x", 1.0))]),
+        "OTHER": write_lines(tmp_path / "other.jsonl", [group("a", "r", ("x", 1.0))]),
+        "ELSE": write_lines(tmp_path / "else.jsonl", [group("b", "q", ("x", 1.0))]),
+        "UNSCORED": write_lines(tmp_path / "unscored.jsonl", [group("a", "q", ("x", None))]),
+        "TURNS": write_lines(tmp_path / "turns.jsonl", [{"question_id": 7, "category": "math", "turns": ["z", "y"]}]),
+        "MODEL": tmp_path,
+    }
+    given = [str(files.get(option, option)) for option in options]
+    assert main(["evaluate", "--output", str(tmp_path / "out"), *given]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / "evaluation.json").exists()
