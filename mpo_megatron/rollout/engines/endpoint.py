@@ -6,10 +6,11 @@ once all the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mpo_megatron.config import EndpointConfig
+from mpo_megatron.config import ConfigError, EndpointConfig
+from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
@@ -38,18 +39,21 @@ class EndpointEngine:
         waiting = {prompt.group_id: len(prompt.response_seeds(sampling)) for prompt in prompts}
         responses: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
         errors: dict[str, str] = {}
-        for index, response, error in self.client.ask_all(questions, self._ask):
-            group_id = questions[index].prompt.group_id
-            waiting[group_id] -= 1
-            if response is not None:
-                responses[group_id][index] = response
-            if error is not None:
-                errors[group_id] = error
-            if waiting[group_id] == 0:
-                arrived = responses.pop(group_id)
-                yield Generation(
-                    group_id=group_id, responses=tuple(arrived[key] for key in sorted(arrived)), error=errors.get(group_id)
-                )
+        try:
+            for index, response, error in self.client.ask_all(questions, self._ask):
+                group_id = questions[index].prompt.group_id
+                waiting[group_id] -= 1
+                if response is not None:
+                    responses[group_id][index] = response
+                if error is not None:
+                    errors[group_id] = error
+                if waiting[group_id] == 0:
+                    yield _gather(group_id, responses.pop(group_id), errors.get(group_id))
+        except (ConfigError, DataError):
+            for group_id, arrived in responses.items():  # what has come is worth keeping, though not a group yet
+                if arrived:
+                    yield _gather(group_id, arrived, "the server went away while others were under way")
+            raise
 
     async def _ask(self, client: Any, question: _Question) -> Response:
         sampling, config = question.sampling, self.config
@@ -94,6 +98,11 @@ class EndpointEngine:
 
     def close(self) -> None:
         """Nothing is kept open between calls."""
+
+
+def _gather(group_id: str, arrived: Mapping[int, Response], error: str | None) -> Generation:
+    """What has come for a prompt, in the order it was asked for."""
+    return Generation(group_id=group_id, responses=tuple(arrived[key] for key in sorted(arrived)), error=error)
 
 
 def _shorten(value: object) -> str:

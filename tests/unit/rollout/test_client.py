@@ -1,0 +1,197 @@
+"""Endpoints that are down, slow, busy, or talk nonsense: named, counted, asked again, and nothing lost."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import email.utils
+import json
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.rollout.client import _retry_after
+from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
+from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.records import read_lines
+from tests.unit.rollout.conftest import Server, completion, write_lines
+
+PROMPTS = [Prompt(group_id=name, token_ids=(1, 2, 3), messages=({"role": "user", "content": name},)) for name in "abc"]
+SAMPLING = Sampling(num_responses=2, max_tokens=5, top_k=7, stop=("x",), stop_token_ids=(256,))
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses before repetitions, noted and not kept; the client's own clock ticks on."""
+    noted: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        if seconds != 0.05:  # how often the client looks whether it is to stop
+            noted.append(seconds)
+        await sleep(0.001)
+
+    monkeypatch.setattr("mpo_megatron.rollout.client.asyncio.sleep", note)
+    return noted
+
+
+def ask(server_url: str, model: Path, **changes: Any) -> dict[str, Generation]:
+    config = EndpointConfig(**{"base_url": server_url, "model": "m", "retries": 2, "concurrency": 4, "timeout": 20.0} | changes)
+    engine = EndpointEngine(config, load_tokenizer(model))
+    return {item.group_id: item for item in engine.generate(PROMPTS, SAMPLING)}
+
+
+def test_what_is_asked(server: Server, model_folder: Path) -> None:
+    answers = ask(server.url, model_folder)
+    assert {key: [response.text for response in item.responses] for key, item in answers.items()} == dict.fromkeys(
+        "abc", ["fine"] * 2
+    )
+    asked = sorted(server.requests, key=lambda body: body["seed"])
+    assert [body["seed"] for body in asked] == sorted(seed for prompt in PROMPTS for seed in prompt.response_seeds(SAMPLING))
+    common = {"model": "m", "temperature": 1.0, "top_p": 1.0, "max_tokens": 5, "stop": ["x"], "top_k": 7}
+    assert all(
+        {key: value for key, value in body.items() if key != "seed"} == common | {"prompt": [1, 2, 3], "stop_token_ids": [256]}
+        for body in asked
+    )
+    assert answers["a"].responses[0].num_tokens == 3
+    assert answers["a"].responses[1].seed == PROMPTS[0].response_seeds(SAMPLING)[1]
+
+
+def test_busy_servers_say_when(server: Server, model_folder: Path, pauses: list[float]) -> None:
+    refused: set[int] = set()
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        if body["seed"] in refused:
+            return completion("fine")
+        refused.add(body["seed"])
+        return 429, {"retry-after": "7.5"}, b"{}"
+
+    server.answer = answer
+    assert all(item.error is None for item in ask(server.url, model_folder).values())
+    assert pauses == [7.5] * 6
+    assert len(server.requests) == 12
+
+
+def test_pauses_grow_and_end(server: Server, model_folder: Path, pauses: list[float]) -> None:
+    server.answer = lambda path, body: (503, {}, b"busy")
+    answers = ask(server.url, model_folder, concurrency=1, retries=4, max_wait=3.0)
+    assert all(item.error.startswith("503") and not item.responses for item in answers.values())
+    assert len(pauses) == 6 * 4
+    for pause, longest in zip(pauses, [0.5, 1.0, 2.0, 3.0] * 6, strict=True):
+        assert 0.75 * longest <= pause <= longest
+
+
+def test_retry_after_forms() -> None:
+    assert _retry_after("2", 0.5, 60) == 2
+    assert _retry_after("120", 0.5, 60) == 60
+    assert _retry_after("-3", 0.5, 60) == 0
+    assert _retry_after("soon", 0.5, 60) == 0.5
+    assert _retry_after(None, 0.5, 60) == 0.5
+    assert 20 < _retry_after(email.utils.formatdate(time.time() + 30), 0.5, 60) <= 31
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"<html>not json",
+        b"{}",
+        b"[1]",
+        b'{"choices": []}',
+        json.dumps({"choices": [{"text": None, "finish_reason": "stop"}]}).encode(),
+        json.dumps({"choices": [{"text": "x", "finish_reason": "content_filter"}]}).encode(),
+    ],
+)
+def test_garbage_is_no_answer(server: Server, model_folder: Path, pauses: list[float], content: bytes) -> None:
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        return (200, {}, content) if body["seed"] == PROMPTS[1].response_seeds(SAMPLING)[0] else completion("fine")
+
+    server.answer = answer
+    answers = ask(server.url, model_folder)
+    assert answers["b"].error is not None
+    assert answers["b"].error.startswith("no usable answer")
+    assert len(answers["b"].responses) == 1  # the other one did arrive
+    assert answers["a"].error is answers["c"].error is None
+    assert len(server.requests) == 6 + 2
+
+
+def test_a_slow_answer_is_lost(server: Server, model_folder: Path, pauses: list[float]) -> None:
+    wait = threading.Event()
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        if body["seed"] == PROMPTS[2].response_seeds(SAMPLING)[1]:
+            wait.wait(30)
+        return completion("fine")
+
+    server.answer = answer
+    answers = ask(server.url, model_folder, timeout=0.5, retries=1)
+    wait.set()
+    assert answers["c"].error == "no answer within 0.5 s"
+    assert answers["a"].error is None
+
+
+def test_a_wrong_key_stops_at_once_and_is_not_shown(server: Server, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "sk-very-secret")
+    server.answer = lambda path, body: (401, {}, json.dumps({"error": {"message": "bad key sk-very-secret"}}).encode())
+    with pytest.raises(ConfigError, match="api_key_env = MY_KEY; the key that is there is refused") as caught:
+        ask(server.url, model_folder, api_key_env="MY_KEY", concurrency=1)
+    assert "sk-very-secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert server.keys == ["Bearer sk-very-secret"]
+
+
+def test_an_unknown_model_stops_at_once(server: Server, model_folder: Path) -> None:
+    server.answer = lambda path, body: (404, {}, b'{"error": "no such model"}')
+    with pytest.raises(ConfigError, match="model = m, api = tokens; the server does not know one of them"):
+        ask(server.url, model_folder, concurrency=1)
+    assert len(server.requests) == 1
+
+
+def test_a_server_that_goes_down_loses_nothing(
+    server: Server, tmp_path: Path, model_folder: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the way up, then no connection: the command stops early; when the server is back, it asks for the rest only."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    path = write_lines(tmp_path / "p.jsonl", [{"id": f"p{index}", "prompt": f"Question {index}"} for index in range(40)])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    config = GenerateConfig(
+        prompts=str(path),
+        model=str(model_folder),
+        output=str(tmp_path / "out"),
+        engine="openai",
+        num_responses=2,
+        endpoint=EndpointConfig(base_url=server.url, model="m", retries=1, concurrency=2),
+    )
+    served = 0
+
+    def answer(path: str, body: dict[str, Any]) -> tuple[int, dict[str, str], bytes]:
+        nonlocal served
+        served += 1
+        return completion(f"answer {body['seed']}") if served <= 21 else (500, {}, b"down")
+
+    server.answer = answer
+    with pytest.raises(DataError, match=r"the last 8 questions got no answer, each tried 2 times; the last: 500"):
+        generate(config, Console(quiet=True))
+    done = {record["group_id"] for record in read_lines(tmp_path / "out" / "samples.jsonl")}
+    assert len(done) == 10
+    away = dataclasses.replace(config, endpoint=dataclasses.replace(config.endpoint, base_url=down))
+    with pytest.raises(DataError, match="no connection"):
+        generate(away, Console(quiet=True))
+    server.requests.clear()
+    server.answer = lambda path, body: completion(f"answer {body['seed']}")
+    records = list(read_lines(generate(config, Console(quiet=True))))
+    assert len(records) == 40
+    assert len(server.requests) in (59, 60)  # what arrived of the group under way is kept if its failure was recorded
+    assert all(response["text"] == f"answer {response['seed']}" for record in records for response in record["responses"])
+    written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
+    assert b"sk-very-secret" not in written

@@ -1,0 +1,81 @@
+"""Lines on disk: whole ones only, in a fixed order, and a summary that says they are complete."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.data import DataError
+from mpo_megatron.rollout.records import (
+    LineWriter,
+    check_started,
+    find_lines,
+    hold,
+    join_lines,
+    read_ids,
+    read_lines,
+    write_summary,
+)
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"group_id": "c"', b"x" * 200_000])
+def test_an_incomplete_line_is_dropped(tmp_path: Path, rest: bytes) -> None:
+    path = tmp_path / "lines.jsonl"
+    with LineWriter(path) as lines:
+        lines.write({"group_id": "a"})
+        lines.write({"group_id": "b", "text": "ü\u2028\n"})
+    whole = path.read_bytes()
+    path.write_bytes(whole + rest)
+    assert [record["group_id"] for record in read_lines(path)] == ["a", "b"]
+    with LineWriter(path) as lines:
+        lines.write({"group_id": "d"})
+    assert path.read_bytes() == whole + b'{"group_id": "d"}\n'
+    assert read_ids(path) == {"a", "b", "d"}
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"group_id": "a"}\n{"group_id": \n{"group_id": "c"}\n')
+    with pytest.raises(DataError, match=r"lines\.jsonl:2: is not valid JSON"):
+        list(read_lines(path))
+    path.write_bytes(b'{"id": "a"}\n')
+    with pytest.raises(DataError, match=r"lines\.jsonl:1: .*no group_id"):
+        list(read_lines(path))
+
+
+def test_lines_are_joined_in_order_once_each(tmp_path: Path) -> None:
+    for name, ids in (("one", "db"), ("two", "abe")):
+        with LineWriter(tmp_path / name) as lines:
+            for group_id in ids:
+                lines.write({"group_id": group_id, "from": name})
+    assert join_lines([tmp_path / "one", tmp_path / "two"], tmp_path / "one", "abcd") == 3
+    assert [(record["group_id"], record["from"]) for record in read_lines(tmp_path / "one")] == [
+        ("a", "two"),
+        ("b", "one"),
+        ("d", "one"),
+    ]
+
+
+def test_an_unfinished_stage_is_no_input(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no samples\.jsonl"):
+        find_lines(tmp_path, "samples.jsonl", "generate.json")
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(DataError, match=r"not complete, generate\.json is missing"):
+        find_lines(tmp_path, "samples.jsonl", "generate.json")
+    write_summary(tmp_path / "generate.json", {})
+    assert find_lines(tmp_path, "samples.jsonl", "generate.json") == tmp_path / "samples.jsonl"
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    with hold(tmp_path / "lines"), pytest.raises(DataError, match="another run is writing it"), hold(tmp_path / "lines"):
+        pass
+    with hold(tmp_path / "lines"):
+        pass
+
+
+def test_lines_of_unknown_origin_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "samples.jsonl").touch()
+    with pytest.raises(ConfigError, match="does not say of what"):
+        check_started(tmp_path, "started.json", {"a": 1}, "samples*.jsonl")
