@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -57,7 +58,14 @@ class _Table:
         return chosen
 
 
-def score_by_comparison(groups: Sequence[Record], compare: Compare, *, tournament: bool, both_orders: bool) -> Scores:
+def score_by_comparison(
+    groups: Sequence[Record],
+    compare: Compare,
+    *,
+    tournament: bool,
+    both_orders: bool,
+    notes: dict[str, Counter[str]] | None = None,
+) -> Scores:
     """Share of comparisons won, in [0, 1], for each response; 0.5 for a lone one, None for one without any verdict.
 
     Args:
@@ -65,6 +73,7 @@ def score_by_comparison(groups: Sequence[Record], compare: Compare, *, tournamen
         compare: judges pairs, all of a round at once
         tournament: rounds among equals instead of every pair
         both_orders: ask (a, b) and (b, a), and take the mean of P(a > b) and 1 − P(b > a)
+        notes: by group id, where pairs that tie are counted as `ties`
     """
     tables = [_Table(size=len(group["responses"])) for group in groups]
     for number in range(max((_num_rounds(table.size) for table in tables), default=0) if tournament else 1):
@@ -76,6 +85,8 @@ def score_by_comparison(groups: Sequence[Record], compare: Compare, *, tournamen
                 chosen = table.pairs() if number < _num_rounds(table.size) else []
             pairs += [Pair(index, *pair) for pair in chosen]
         for pair, value in zip(pairs, _judge(pairs, compare, both_orders), strict=True):
+            if value == 0.5 and notes is not None:
+                notes.setdefault(groups[pair.group]["group_id"], Counter())["ties"] += 1
             if value is not None:
                 table = tables[pair.group]
                 table.met[pair.a].add(pair.b)

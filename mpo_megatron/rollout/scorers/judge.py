@@ -63,6 +63,7 @@ class Judge:
                 functools.partial(self._compare, groups),
                 tournament=self.config.comparisons == "tournament",
                 both_orders=self.config.both_orders,
+                notes=self.notes,
             )
         questions = [
             self._question(group, str(number), {"response": response["text"]})
@@ -78,11 +79,7 @@ class Judge:
             group = groups[pair.group]
             texts = {name: group["responses"][index]["text"] for name, index in (("a", pair.a), ("b", pair.b))}
             questions.append(self._question(group, f"{pair.a},{pair.b}", texts))
-        values = self._ask_all(questions)
-        for question, value in zip(questions, values, strict=True):
-            if value == 0.5:
-                self._note(question.group_id, "ties")
-        return values
+        return self._ask_all(questions)
 
     def _question(self, group: Record, key: str, texts: Mapping[str, str]) -> _Question:
         prompt = join_messages(group["prompt"])

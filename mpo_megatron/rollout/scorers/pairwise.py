@@ -46,6 +46,7 @@ class PairwiseRanker:
             functools.partial(self._compare, groups),
             tournament=self.config.comparisons == "tournament",
             both_orders=self.config.both_orders,
+            notes=self.notes,
         )
 
     def _compare(self, groups: Sequence[Record], pairs: Sequence[Pair]) -> list[float | None]:

@@ -1,0 +1,137 @@
+"""`mpo score` as a whole: combination, missing scores, resuming; and its output is what `mpo prepare` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpo_megatron.config import ConfigError, PrepareConfig, ScoreConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.prepare import prepare
+from mpo_megatron.rollout.records import read_lines
+from mpo_megatron.rollout.score import score, standardize
+from tests.unit.rollout.conftest import group_line, write_lines
+
+SCRIPT = """
+import pathlib
+def length(response, group):
+    log, stop = (pathlib.Path(__file__).with_name(name) for name in ("log", "stop"))
+    if stop.exists() and group["group_id"] == stop.read_text():
+        raise RuntimeError("stopped")
+    with log.open("a") as file:
+        file.write(group["group_id"] + "\\n")
+    return None if response == "unscored" else len(response)
+"""
+
+
+def run(config: ScoreConfig) -> list[dict[str, Any]]:
+    return list(read_lines(score(config, Console(quiet=True))))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ScoreConfig:
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    groups = [group_line(f"g{index}", "x" * index, "yes", "1,000", reference_answer="yes") for index in range(1, 8)]
+    scorers = {
+        "length": {"kind": "function", "function": f"{tmp_path / 'mine.py'}:length", "weight": 0.5},
+        "right": {"kind": "match", "weight": -2},
+    }
+    path = write_lines(tmp_path / "groups.jsonl", groups)
+    return ScoreConfig(input=str(path), output=str(tmp_path / "out"), scorers=scorers, chunk_groups=2)
+
+
+def test_weighted_sum(config: ScoreConfig) -> None:
+    for index, record in enumerate(run(config), start=1):
+        assert [response["scores"] for response in record["responses"]] == [
+            {"length": float(index), "right": 0.0},
+            {"length": 3.0, "right": 1.0},
+            {"length": 5.0, "right": 0.0},
+        ]
+        assert [response["reward"] for response in record["responses"]] == [0.5 * index, 1.5 - 2, 2.5]
+    summary = json.loads((Path(config.output) / "score.json").read_text())
+    assert {name: item["weight"] for name, item in summary["identity"]["scorers"].items()} == {"length": 0.5, "right": -2.0}
+    assert summary["best_reward"] == pytest.approx(statistics.fmean(max(0.5 * index, 2.5) for index in range(1, 8)))
+    assert summary["statistics"]["right"]["mean"] == pytest.approx(1 / 3)
+
+
+def test_standardised_within_the_group(config: ScoreConfig) -> None:
+    for index, record in enumerate(run(dataclasses.replace(config, combine="zscore")), start=1):
+        mean, deviation = (index + 8) / 3, statistics.pstdev([index, 3, 5])
+        right = [-1 / 3 / statistics.pstdev([0, 1, 0]), 2 / 3 / statistics.pstdev([0, 1, 0])]
+        expected = [
+            0.5 * (value - mean) / deviation - 2 * right[value_is_right] for value, value_is_right in ((index, 0), (3, 1), (5, 0))
+        ]
+        assert [response["reward"] for response in record["responses"]] == pytest.approx(expected)
+    assert standardize([0.1 + 0.2, 0.30000000000000004]) == [0.0, 0.0]
+
+
+def test_an_interrupted_run_continues_to_the_same_file(config: ScoreConfig, tmp_path: Path) -> None:
+    run(dataclasses.replace(config, output=str(tmp_path / "whole")))
+    (tmp_path / "log").unlink()
+    (tmp_path / "stop").write_text("g6")
+    with pytest.raises(DataError, match=r"group g6, response 0: raised RuntimeError: stopped"):
+        run(config)
+    partial = Path(config.output) / "scored.jsonl"
+    assert [record["group_id"] for record in read_lines(partial)] == ["g1", "g2", "g3", "g4"]
+    partial.write_bytes(partial.read_bytes() + b'{"group_id": "g5", "resp')
+    (tmp_path / "stop").unlink()
+    (tmp_path / "log").unlink()
+    run(config)
+    assert {*(tmp_path / "log").read_text().split()} == {"g5", "g6", "g7"}
+    assert partial.read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
+
+
+def with_gaps(config: ScoreConfig) -> ScoreConfig:
+    groups = [group_line("a", "x", "unscored", "yy"), group_line("b", "x", "yy"), group_line("c", "unscored", "unscored")]
+    write_lines(Path(config.input), groups)
+    return dataclasses.replace(config, scorers={"length": config.scorers["length"]})
+
+
+def test_missing_scores_stop_the_command_after_the_others(config: ScoreConfig) -> None:
+    config = with_gaps(config)
+    with pytest.raises(DataError, match=r"scores are missing: 2 groups from length; the first: group a from length"):
+        run(config)
+    assert [record["group_id"] for record in read_lines(Path(config.output) / "scored.jsonl")] == ["b"]
+    assert not (Path(config.output) / "score.json").exists()
+
+
+def test_missing_scores_are_dropped_and_counted(config: ScoreConfig, tmp_path: Path) -> None:
+    config = with_gaps(config)
+    by_response = run(dataclasses.replace(config, missing="drop_response"))
+    assert [(record["group_id"], len(record["responses"])) for record in by_response] == [("a", 2), ("b", 2)]
+    assert by_response[0]["missing"] == {"length": 1}
+    summary = json.loads((Path(config.output) / "score.json").read_text())
+    assert (summary["missing_scores"], summary["counts"]["groups_dropped"]) == ({"length": 3}, 1)
+    by_group = run(dataclasses.replace(config, missing="drop_group", output=str(tmp_path / "other")))
+    assert [record["group_id"] for record in by_group] == ["b"]
+
+
+def test_other_scorers_in_the_same_folder_are_refused(config: ScoreConfig) -> None:
+    run(config)
+    with pytest.raises(ConfigError, match="made with another scorers"):
+        run(dataclasses.replace(config, scorers={"right": {"kind": "match"}}))
+    with pytest.raises(ConfigError, match="made with another combine"):
+        run(dataclasses.replace(config, combine="zscore"))
+
+
+def test_what_is_scored_can_be_prepared(config: ScoreConfig, tmp_path: Path, model_folder: Path) -> None:
+    records = run(config)
+    prepare(
+        PrepareConfig(
+            input=str(Path(config.output) / "scored.jsonl"), output=str(tmp_path / "data"), tokenizer=str(model_folder)
+        ),
+        Console(quiet=True),
+    )
+    prepared = load_groups(tmp_path / "data")
+    assert prepared.group_ids() == [record["group_id"] for record in records]
+    for group, record in zip(prepared, records, strict=True):
+        assert group.rewards is not None
+        assert group.rewards.tolist() == [response["reward"] for response in record["responses"]]
+        assert list(group.response_texts) == [response["text"] for response in record["responses"]]
