@@ -29,6 +29,9 @@ class IterateConfig:
     """Answers to each held-out prompt."""
     reference: Literal["previous", "initial"] = "previous"
     """The reference policy of a round: the policy it starts from, or the one that the first round started from."""
+    optimizer: Literal["fresh", "continued"] = "fresh"
+    """`fresh`: each round is a training run of its own. `continued`: rounds are segments of one run, whose optimizer state and
+    learning-rate schedule go on while its groups are made anew from the policy as it is (OnMC-PO); needs reference = initial."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo generate`, without input, output and model."""
     score: dict[str, Any] = field(default_factory=dict)
@@ -56,6 +59,13 @@ class IterateConfig:
             f"held_out_responses = {self.held_out_responses}; at least 2 answers make a group.",
         )
         require(self.nproc is None or self.nproc >= 1, f"nproc = {self.nproc}; it must be at least 1, or absent.")
+        if self.optimizer == "continued":
+            require(
+                self.reference == "initial",
+                "optimizer = continued with reference = previous; one run has one reference: set reference to initial.",
+            )
+            changed = next((name for name in self.per_round if name.startswith("train.")), None)
+            require(changed is None, f"per_round.{changed}: optimizer = continued is one training run; leave it out.")
         for name, values in self.per_round.items():
             require(
                 name.split(".")[0] in STAGES and "." in name,

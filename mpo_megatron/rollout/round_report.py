@@ -46,7 +46,7 @@ def report_round(
             "loss": train.loss.name,
             "params": train.loss.params,
             "lr": train.optimizer.lr,
-            **read_last_metrics(folder / "run" / "metrics.jsonl"),
+            **read_last_metrics(Path(train.output) / "metrics.jsonl", train.stop_after),
         },
     }
 
@@ -102,10 +102,10 @@ def standard_error(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def read_last_metrics(path: Path) -> dict[str, Any]:
-    """Training's own numbers at the last step, on its batch: see `train/metrics.py`."""
+def read_last_metrics(path: Path, stop_after: int | None) -> dict[str, Any]:
+    """Training's own numbers at the round's last step, on its batch: see `train/metrics.py`."""
     rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    steps = [row for row in rows if row.get("loss") is not None]
+    steps = [row for row in rows if row.get("loss") is not None and (stop_after is None or row["step"] <= stop_after)]
     last = steps[-1] if steps else {}
     return {name: last[name] for name in ("step", "loss", "accuracy", "margin") if name in last}
 

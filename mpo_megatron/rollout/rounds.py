@@ -5,13 +5,16 @@
 <output>/policies/00 … NN         the policy before the first round, and after each: hf/ (what generates), samples/ and
                                   scored/ of its answers to the held-out prompts
 <output>/rounds/01 … NN           samples/, scored/, selected/, groups/, run/ (training), report.json
+<output>/run/                     one run in place of each round's, with optimizer = continued
 <output>/report.json, .md, .png   all rounds
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import itertools
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +49,7 @@ FILLED = {
     "score": ("input", "output"),
     "select": ("input", "output"),
     "prepare": ("input", "output", "tokenizer", "held_out"),
-    "train": ("output", "model.checkpoint", "model.reference", "data.train"),
+    "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.first_step", "stop_after"),
 }
 """Options that `mpo iterate` itself sets."""
 
@@ -114,19 +117,54 @@ def build_plan(config: IterateConfig) -> Plan:
     model = Path(config.model)
     require((model / "megatron").is_dir(), f"model = {model} holds no Megatron checkpoint; write it with `mpo convert`.")
     checkpoint.verify(model)
+    prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
+    if config.optimizer == "continued":
+        rounds = join_runs(config, rounds, [len(rows) for rows in prompts.rounds])
     policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
     num_ranks = [config.nproc or count_ranks(item.train.parallel) for item in rounds]
     for item, ranks in zip(rounds, num_ranks, strict=True):
         check_round(item, model, ranks)
     return Plan(
         config=config,
-        prompts=split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed),
+        prompts=prompts,
         model_digest=load_conversion(model).digest,
         num_ranks=num_ranks,
         policies=policies,
         rounds=rounds,
     )
+
+
+def join_runs(config: IterateConfig, rounds: Sequence[Round], num_prompts: Sequence[int]) -> list[Round]:
+    """The rounds as segments of one training run: each takes over where the last one stopped (OnMC-PO, batched online).
+
+    A segment has as many steps as its prompts make (or its share of train.max_steps), so that the schedule is known beforehand;
+    where fewer groups than prompts are left to train on, its last steps see some of them again.
+
+    Args:
+        num_prompts: of each round
+    """
+    first = rounds[0].train
+    if first.max_steps is not None:
+        ends = [round(first.max_steps * number / len(rounds)) for number in range(1, len(rounds) + 1)]
+        require(
+            first.max_steps >= len(rounds), f"train.max_steps = {first.max_steps}; each of {len(rounds)} rounds needs a step."
+        )
+    else:
+        steps = [max(1, round(first.epochs * math.ceil(size / first.data.groups_per_step))) for size in num_prompts]
+        ends = list(itertools.accumulate(steps))
+    joined = []
+    for item, start, end in zip(rounds, [0, *ends], ends, strict=False):
+        train = replace(
+            item.train,
+            output=str(Path(config.output) / "run"),
+            seed=first.seed,
+            max_steps=ends[-1],
+            stop_after=end,
+            data=replace(item.train.data, first_step=start),
+        )
+        joined.append(replace(item, train=train))
+    return joined
 
 
 def count_ranks(parallel: ParallelConfig) -> int:
@@ -174,7 +212,9 @@ def build_policy_stages(config: IterateConfig, number: int) -> Policy:
 
 
 def start_training(plan: Plan, item: Round, start: Path) -> TrainConfig:
-    """The configuration that trains a round from the checkpoint `start`."""
+    """The configuration that trains a round from the checkpoint `start`; one run that goes on has it already."""
+    if plan.config.optimizer == "continued":
+        return item.train
     reference = reference_folder(plan.config, str(start))
     return replace(item.train, model=replace(item.train.model, checkpoint=str(start), reference=reference))
 
