@@ -68,6 +68,8 @@ class Case:
     ranks: int = 1
     parallel: dict[str, Any] = field(default_factory=dict)
     """Options of `parallel`."""
+    resume: dict[str, Any] | None = None
+    """Those of the second and third step, which then begin with a checkpoint of the first; None: no checkpoint is written."""
     layers: dict[str, Any] = field(default_factory=dict)
     """Options of `model`: recomputation, for example."""
     optimizer: dict[str, Any] = field(default_factory=dict)
@@ -82,6 +84,8 @@ class Case:
     def __str__(self) -> str:
         options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items()]
         words = [f"{name} {str(value).lower()}" for name, value in options]
+        if self.resume is not None:
+            words.append(f"resumed on {' '.join(f'{name} {size}' for name, size in self.resume.items()) or 'replicas alone'}")
         words += ["two-phase"] * self.two_phase + ["split groups"] * (self.row_tokens < 256)
         words += ["unshared prompts"] * (self.rows == "unshared") + [self.loss] * (self.loss != "mpo")
         return f"{self.model}: {', '.join(words) or 'plain'}"
@@ -164,6 +168,17 @@ CASES = [
     Case(model="qwen2-moe", ranks=4, parallel={"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, core=True),
     Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, optimizer={"overlap": "all"}, **SPLIT),
     Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "expert_tensor": 2}),
+    Case(model="qwen3-moe", ranks=4, parallel={"expert": 4}, resume={"tensor": 2, "expert": 2, "pipeline": 2}, core=True),
+    Case(model="qwen2-moe", ranks=4, parallel={"pipeline": 2, "expert": 2}, resume={"tensor": 2}),
+    Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, resume={"pipeline": 2, "virtual_pipeline": 2}),
+    Case(model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 4, "virtual_pipeline": 2}, resume={"tensor": 4}, core=True),
+    Case(
+        model="qwen3-deep",
+        ranks=4,
+        parallel={"tensor": 2},
+        resume={"pipeline": 2, "virtual_pipeline": 2},
+        optimizer={"overlap": "all"},
+    ),
     # eight ranks
     Case(model="qwen3-deep", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2}),
     Case(model="qwen3-deep-tied", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2, "virtual_pipeline": 2}, **SPLIT),

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.group import load_groups
-from mpo_megatron.data.loader import RowShape, StepBatch, build_step
+from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.model.architecture import load_hf_config
 from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint, optimizer
-from mpo_megatron.train.objective import Logps, Objective, build_objective, group_batch
+from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step
 
@@ -42,66 +42,108 @@ def main(spec_path: str) -> None:
 
 
 def run_case(case: dict[str, Any], spec: dict[str, Any]) -> None:
-    folder, output = Path(spec["folder"]), Path(case["output"])
-    parallel = ParallelConfig(**case["parallel"])
-    folders = {role: folder / f"{case['model']}-{role}" for role in ("policy", "reference")}
-    settings = ModelConfig(checkpoint=str(folders["policy"]), precision="fp32", **case["layers"])
-    hf_config = load_hf_config(folders["policy"] / "hf")
-    padded = load_conversion(folders["policy"]).padded_vocab_size
-    objective = build_objective(LossConfig(name=case["loss"], params=case["params"]))
-    with model_parallel(parallel, seed=1) as ranks:
-        parts = build_policy(hf_config, settings, parallel, ranks, padded)
-        shape = row_shape(case, parallel, ranks)
+    """All steps on one layout, or the first on one and the others, from a checkpoint, on another."""
+    legs = [case["parallel"], case["resume"]] if case["resume"] else [case["parallel"]]
+    saved = Path(f"{case['output']}-checkpoint")
+    steps = spec["steps"]
+    for index, layout in enumerate(legs):
+        parallel = ParallelConfig(**layout)
+        with model_parallel(parallel, seed=1) as ranks:
+            leg = Leg(case, spec, parallel, ranks)
+            if index == 0:
+                report = first_step(leg)
+                steps -= 1
+            else:
+                checkpoint.load(saved, leg.model, leg.adam, ranks)
+            if index == len(legs) - 1:
+                for _ in range(steps):
+                    leg.compute_gradients()
+                    optimizer.update(leg.model, leg.adam)
+                optimizer.gather_weights(leg.model)
+                leg.write("weights")
+            else:
+                save(leg, saved)
+            if ranks.is_main:
+                Path(f"{case['output']}.json").write_text(json.dumps(report))
+
+
+class Leg:
+    """A run on one layout, ready for its first step."""
+
+    def __init__(self, case: dict[str, Any], spec: dict[str, Any], parallel: ParallelConfig, ranks: Ranks) -> None:
+        self.case, self.ranks = case, ranks
+        folder = Path(spec["folder"])
+        folders = {role: folder / f"{case['model']}-{role}" for role in ("policy", "reference")}
+        settings = ModelConfig(checkpoint=str(folders["policy"]), precision="fp32", **case["layers"])
+        self.hf_config = load_hf_config(folders["policy"] / "hf")
+        self.padded_vocab = load_conversion(folders["policy"]).padded_vocab_size
+        self.objective = build_objective(LossConfig(name=case["loss"], params=case["params"]))
+        self.shape = row_shape(case, parallel, ranks)
         data = load_groups(folder / "groups")
-        batch = build_step(0, data, np.arange(len(data)), objective.select, shape)
-        checkpoint.load_weights(parts, folders["reference"], ranks)
-        reference = forward_step(parts, batch, objective, ranks)
-        checkpoint.load_weights(parts, folders["policy"], ranks)
-        resident = None
-        if objective.needs.token_kl:
-            resident = Resident(build_policy(hf_config, settings, parallel, ranks, padded))
-            checkpoint.load_weights(resident.parts, folders["reference"], ranks)
+        self.batch = build_step(0, data, np.arange(len(data)), self.objective.select, self.shape)
+        self.parts = build_policy(self.hf_config, settings, parallel, ranks, self.padded_vocab)
+        checkpoint.load_weights(self.parts, folders["reference"], ranks)
+        self.reference = forward_step(self.parts, self.batch, self.objective, ranks)
+        checkpoint.load_weights(self.parts, folders["policy"], ranks)
+        self.resident = None
+        if self.objective.needs.token_kl:
+            self.resident = Resident(build_policy(self.hf_config, settings, parallel, ranks, self.padded_vocab))
+            checkpoint.load_weights(self.resident.parts, folders["reference"], ranks)
         config = OptimizerConfig(**spec["optimizer"], **case["optimizer"])
-        model = optimizer.wrap_data_parallel(parts, config, ranks)
-        prepare_schedules(model)
-        adam = optimizer.build_optimizer(config, model, ranks)
-        optimizer.build_scheduler(config, adam, total_steps=spec["steps"], start_step=0)  # the same rate in all steps
+        self.model: list[Any] = optimizer.wrap_data_parallel(self.parts, config, ranks)
+        prepare_schedules(self.model)
+        self.adam = optimizer.build_optimizer(config, self.model, ranks)
+        optimizer.build_scheduler(config, self.adam, total_steps=spec["steps"], start_step=0)  # the same rate in all steps
 
-        def step() -> Logps:
-            optimizer.zero_gradients(model, adam)
-            if case["two_phase"]:
-                return two_phase_step(model, batch, reference, objective, ranks, shape, torch.Generator(), resident)[0]
-            assert not batch.plan.split_groups
-            return fused_step(model, batch, reference, objective, ranks, resident)
+    def compute_gradients(self) -> Logps:
+        """The policy's log-probs before the update."""
+        optimizer.zero_gradients(self.model, self.adam)
+        step = (self.model, self.batch, self.reference, self.objective, self.ranks)
+        if self.case["two_phase"]:
+            return two_phase_step(*step, self.shape, torch.Generator(), self.resident)[0]
+        assert not self.batch.plan.split_groups
+        return fused_step(*step, self.resident)
 
-        keep_whole_gradients(model, True)
-        logps = step()
-        gradients = {}
-        for part in parts:  # in the place of the weights, they have the weights' names
-            for parameter in part.parameters():
-                parameter.weight, parameter.data = parameter.data, parameter.main_grad
-        send_weights(model, hf_config, padded, ranks, lambda name, tensor: gradients.__setitem__(name, tensor.clone()))
-        for part in parts:
-            for parameter in part.parameters():
-                parameter.data = parameter.weight
-        keep_whole_gradients(model, False)
-        _, norm = optimizer.update(model, adam)
-        for _ in range(1, spec["steps"]):
-            step()
-            optimizer.update(model, adam)
-        optimizer.gather_weights(model)
-        weights: dict[str, Tensor] = {}
-        send_weights(model, hf_config, padded, ranks, lambda name, tensor: weights.__setitem__(name, tensor.clone()))
-        if ranks.is_main:
-            save_file(gradients, f"{output}-gradients.safetensors")
-            save_file(weights, f"{output}-weights.safetensors")
-            report = {
-                "loss": mean_loss(batch, logps, reference, objective),
-                "norm": norm,
-                "rows": [len(rows) for rows in batch.plan.rows],
-                "split": len(batch.plan.split_groups),
-            }
-            output.with_suffix(".json").write_text(json.dumps(report))
+    def write(self, name: str) -> None:
+        """The weights, under their Hugging Face names, to `<output>-<name>.safetensors`."""
+        tensors: dict[str, Tensor] = {}
+
+        def keep(key: str, tensor: Tensor) -> None:
+            tensors[key] = tensor.clone()
+
+        send_weights(self.model, self.hf_config, self.padded_vocab, self.ranks, keep)
+        if self.ranks.is_main:
+            save_file(tensors, f"{self.case['output']}-{name}.safetensors")
+
+
+def first_step(leg: Leg) -> dict[str, Any]:
+    """A step whose gradients are written, and what there is to say of it."""
+    keep_whole_gradients(leg.model, True)
+    logps = leg.compute_gradients()
+    parameters = [parameter for part in leg.parts for parameter in part.parameters()]
+    weights = [parameter.data for parameter in parameters]
+    for parameter in parameters:  # in the place of the weights, gradients have the weights' names
+        parameter.data = parameter.main_grad
+    leg.write("gradients")
+    for parameter, weight in zip(parameters, weights, strict=True):
+        parameter.data = weight
+    keep_whole_gradients(leg.model, False)
+    _, norm = optimizer.update(leg.model, leg.adam)
+    losses = leg.objective.compute(group_batch(leg.batch.table, logps, leg.reference))
+    return {
+        "loss": float(losses.sum()) / int(leg.batch.contributes.sum()),
+        "norm": norm,
+        "rows": [len(rows) for rows in leg.batch.plan.rows],
+        "split": len(leg.batch.plan.split_groups),
+    }
+
+
+def save(leg: Leg, folder: Path) -> None:
+    """A training checkpoint, weights and optimizer."""
+    if leg.ranks.is_main:
+        (folder / "megatron").mkdir(parents=True)
+    dist.barrier()
+    checkpoint.prepare_save(folder, leg.model, leg.adam, leg.ranks).execute_sync()
 
 
 def row_shape(case: dict[str, Any], parallel: ParallelConfig, ranks: Ranks) -> RowShape:
@@ -129,11 +171,6 @@ def keep_whole_gradients(model: list[Any], on: bool) -> None:
         finish.finalize_model_grads_func = finish.finalize_model_grads_func.original
     for part in model:
         part.force_all_reduce = on
-
-
-def mean_loss(batch: StepBatch, logps: Logps, reference: Logps, objective: Objective) -> float:
-    losses = objective.compute(group_batch(batch.table, logps, reference))
-    return float(losses.sum()) / int(batch.contributes.sum())
 
 
 if __name__ == "__main__":
