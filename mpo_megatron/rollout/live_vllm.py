@@ -65,6 +65,7 @@ class VllmLiveEngine:
         with environment_of_an_engine():
             self.engine = VllmEngine(folder, tokenizer, settings)
         self.part: dict[str, Tensor] = {}
+        self.asleep = False
         self._sleep()
 
     def receive(self, name: str, weight: Tensor) -> None:
