@@ -103,6 +103,17 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, hf_config: Pretra
     )
     missing = missing_for_recipe(model.fp8)
     require(missing is None, f"model.fp8 = {model.fp8}, but {missing}; set model.fp8 to another recipe, or to none.")
+    validate_fp8_layout(model, parallel, hf_config)
+
+
+def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, hf_config: PretrainedConfig) -> None:
+    """The part of `validate_fp8` that asks nothing of this machine.
+
+    Raises:
+        ConfigError: naming the field, the reason and the fix.
+    """
+    if model.fp8 == "none":
+        return
     recipe, tensor = RECIPES[model.fp8], parallel.tensor
     head = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
     queries, keys = (heads * head // tensor for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads))

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.plan.parameters import Part, Shape, Weight, buffer_size, part_weights, stage_parts
+from mpo_megatron.plan.parameters import Part, Shape, Weight, buffer_size, count_parameters, part_weights, stage_parts
 from mpo_megatron.plan.rows import RowCounts
 
 GIB = 2**30
@@ -53,6 +53,8 @@ class Layout:
     kernels: Kernels
     resident: bool
     """A reference model stays beside the policy, for token-wise divergences."""
+    sampler: bool = False
+    """One rank of every replica holds a whole copy of the policy to sample from (`online.kl_weight`)."""
 
     @property
     def replicas(self) -> int:
@@ -110,7 +112,7 @@ class StageMemory:
     all_to_all: int
     """Send and receive buffers of context parallelism; likewise."""
     reference: int
-    """Weights of a resident reference model."""
+    """Weights of a resident reference model, and of the copy of the policy that samples."""
     overhead: int
     """Context, communication buffers and workspaces of the GPU, as configured."""
 
@@ -159,9 +161,15 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
         moment=moment,
         log_probs=_head(layout, row) if parts[-1].last else 0,
         all_to_all=_all_to_all(layout, row),
-        reference=elements * layout.dtype_bytes if layout.resident and not layout.model.resident_offload else 0,
+        reference=_beside(layout, elements),
         overhead=overhead,
     )
+
+
+def _beside(layout: Layout, elements: int) -> int:
+    """Weights of other models on the busiest rank."""
+    reference = elements * layout.dtype_bytes if layout.resident and not layout.model.resident_offload else 0
+    return reference + (count_parameters(layout.shape) * layout.dtype_bytes if layout.sampler else 0)
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int:

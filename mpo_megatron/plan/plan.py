@@ -43,7 +43,7 @@ PARTS = {
     "optimizer": ("optim.", "optimizer states"),
     "activations": ("kept", "activations"),
     "working": ("work", "working memory at the peak"),
-    "reference": ("ref.", "a resident reference model"),
+    "reference": ("ref.", "models beside the policy"),
     "overhead": ("other", "what the GPU's libraries take"),
 }
 """Parts of a rank's memory by the name of the field: as a column, and in words."""
@@ -137,7 +137,8 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         sequences=find_sequences(config, train, objective, data.groups_per_step),
         flops=build_flop_model(hf_config),
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
-        resident=objective.needs.token_kl,
+        resident=objective.needs.token_kl or train.online.kl_weight > 0,
+        sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
         gpus=config.gpus,
         hardware=hardware,
         assumed=Assumptions(

@@ -12,7 +12,7 @@ from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerC
 from mpo_megatron.config.train import check_ranks
 from mpo_megatron.model.architecture import validate_layout
 from mpo_megatron.model.flops import FlopModel
-from mpo_megatron.model.precision import token_multiple
+from mpo_megatron.model.precision import token_multiple, validate_fp8_layout
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
 from mpo_megatron.plan.parameters import Shape
@@ -68,6 +68,7 @@ class Problem:
     flops: FlopModel
     kernels: Kernels
     resident: bool
+    sampler: bool
     gpus: int
     hardware: Hardware
     assumed: Assumptions
@@ -89,6 +90,7 @@ class Problem:
         gpus = gpus or self.gpus
         check_ranks(parallel, gpus)
         validate_layout(self.hf_config, parallel, self.padded_vocab)
+        validate_fp8_layout(self.model, parallel, self.hf_config)
         model = dataclasses.replace(self.model, recompute=recompute)  # type: ignore[arg-type]
         layout = Layout(
             shape=Shape(self.hf_config),
@@ -99,6 +101,7 @@ class Problem:
             world_size=gpus,
             kernels=self.kernels,
             resident=self.resident,
+            sampler=self.sampler,
         )
         packed = self.sequences.pack(
             row_tokens=row_tokens,
@@ -149,6 +152,7 @@ def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]
             continue
         try:
             validate_layout(problem.hf_config, parallel, problem.padded_vocab)
+            validate_fp8_layout(problem.model, parallel, problem.hf_config)
         except ConfigError:
             continue
         for row_tokens in rows:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "mpo_megatron"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OTHER_YAML = {
     *(ROOT / "examples" / name / "methods.yaml" for name in ("compare", "on_policy")),
+    ROOT / "examples" / "recipes" / "plans.yaml",
     *(ROOT / "examples" / "launch" / name for name in ("pytorchjob.yaml", "jobset.yaml", "skypilot.yaml")),
 }
 """Files of an example that are its own, not a command's configuration; the example's tests read them."""

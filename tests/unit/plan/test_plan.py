@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
+from mpo_megatron.plan.models import build_config
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan
 from mpo_megatron.plan.search import Problem, search
 
@@ -113,6 +115,21 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
 def test_layouts_that_do_not_divide_are_refused_by_the_trainers_own_checks(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"parallel.tensor = 3"):
         plan(PlanConfig(model="Qwen2.5-7B", gpus=6, train=write_run(tmp_path, tensor=3), suggest=0))
+
+
+def test_fp8_that_does_not_divide_a_matrix_is_refused() -> None:
+    config = PlanConfig(model="Qwen2.5-0.5B", gpus=2, fp8="mxfp8")
+    model = ModelConfig(checkpoint="qwen", fp8="mxfp8")
+    problem = build_problem(config, TrainConfig(output="run", model=model, data=DataConfig(train="groups")))
+    problem.evaluate(ParallelConfig(), "none", 8192)
+    # On two ranks 448 = 14 · 32 channels of queries, 576 = 18 · 32 with keys and values, 2,432 = 76 · 32 of the MLP.
+    problem.evaluate(ParallelConfig(tensor=2), "none", 8192)
+    odd = dataclasses.replace(problem, hf_config=build_config("Qwen2.5-0.5B"))
+    odd.hf_config.intermediate_size = 4864 + 32
+    with pytest.raises(
+        ConfigError, match=r"model.fp8 = mxfp8 multiplies .* multiples of 32, but the model's intermediate_size is 2448"
+    ):
+        odd.evaluate(ParallelConfig(tensor=2), "none", 8192)
 
 
 def test_search_finds_only_what_fits_the_fastest_first() -> None:
