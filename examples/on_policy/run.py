@@ -2,12 +2,12 @@
 
     python -m examples.on_policy.run                       # one seed, both methods, a few minutes on two cores
     python -m examples.on_policy.run --seeds 0 1 2         # means and spread
-    python -m examples.on_policy.run --tune                # which learning rate is best for each method, on a seed of its own
+    python -m examples.on_policy.run --tune                # the best learning rate and β for each method, on a seed of its own
 
 A small random Qwen3 model takes one supervised step (`sft`) on mediocre answers to the quickstart's task, "name 4 fruits". From
 there each method runs `mpo iterate`: three rounds of sampling 8 responses to each prompt, scoring them with reward.py, and
-training on them. All methods start from the same policy and sample the same number of responses to the same prompts; only the
-learning rate is each method's own. Repeating the command skips what is done and goes on with what is not.
+training on them. All methods start from the same policy and sample the same number of responses to the same prompts; learning
+rate and β are each method's own, the best of one grid. Repeating the command skips what is done and goes on with what is not.
 Results: on_policy.json, on_policy.png.
 """
 
@@ -43,7 +43,8 @@ SFT_RESPONSES = 2
 SFT_OPTIONS = {"loss.name": "sft", "optimizer.lr": 3e-3, "data.groups_per_step": 64, "max_steps": 120}
 
 TUNING_SEED = 1000
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+TUNING_GRID = ((5e-4, 1.0), (5e-4, 4.0), (1e-3, 2.0), (2e-3, 4.0))
+"""Learning rates and β, the same for every method."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -52,8 +53,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--output", type=Path, default=Path("on-policy-out"), help="folder for everything")
     parser.add_argument("--methods", nargs="+", default=list(load_methods()), choices=list(load_methods()), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts' split, sampling and data order (0)")
-    parser.add_argument("--prompts", type=int, default=1000, help="prompts, the held-out ones among them (1000)")
-    parser.add_argument("--tune", action="store_true", help=f"try learning rates with seed {TUNING_SEED} instead")
+    parser.add_argument("--prompts", type=int, default=1900, help="prompts, the held-out ones among them (1900)")
+    parser.add_argument("--tune", action="store_true", help=f"try learning rates and β with seed {TUNING_SEED} instead")
     return parser.parse_args(arguments)
 
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Seeds outside: an interrupted comparison has every method for the first seeds.
     for seed, name in itertools.product(options.seeds, options.methods):
         output = options.output / "runs" / name / f"seed_{seed}"
-        results[name][seed] = run_rounds(output, start, methods[name], lr=methods[name]["lr"], seed=seed)
+        results[name][seed] = run_rounds(output, start, methods[name], seed=seed)
     summary = summarize({name: methods[name]["label"] for name in options.methods}, results)
     (options.output / "on_policy.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_rounds(summary, options.output / "on_policy.png")
@@ -144,13 +145,13 @@ def build_prompts(number: int, taken: set[str], seed: int = 1) -> list[dict[str,
 # --------------------------------------------------------------------------------------------------- rounds
 
 
-def run_rounds(output: Path, start: Path, method: dict[str, Any], *, lr: float, seed: int) -> list[dict[str, Any]]:
+def run_rounds(output: Path, start: Path, method: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
     """`mpo iterate` with a method, unless it is done; the reports of its rounds."""
     if not (output / "report.json").is_file():
         config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
         config |= {"output": str(output), "model": str(start / "policy"), "prompts": str(start / "prompts.jsonl"), "seed": seed}
-        config["train"]["loss"] = method["loss"]
-        config["train"]["optimizer"]["lr"] = lr
+        config["train"]["loss"] = {"name": method["loss"], "params": {"beta": method["beta"]}}
+        config["train"]["optimizer"]["lr"] = method["lr"]
         output.parent.mkdir(parents=True, exist_ok=True)
         path = output.with_name(output.name + ".yaml")
         path.write_text(yaml.safe_dump(config, sort_keys=False))
@@ -160,12 +161,12 @@ def run_rounds(output: Path, start: Path, method: dict[str, Any], *, lr: float, 
 
 
 def tune(output: Path, start: Path, methods: dict[str, dict[str, Any]]) -> None:
-    """The last round's held-out reward of each method at each learning rate."""
-    for name, method in methods.items():
-        for lr in LEARNING_RATES:
-            reports = run_rounds(output / name / f"lr_{lr:g}", start, method, lr=lr, seed=TUNING_SEED)
-            rewards = [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
-            print(f"{name} lr {lr:g}: " + " → ".join(f"{reward:.3f}" for reward in rewards), flush=True)
+    """The held-out reward after each round, for each method at each learning rate and β."""
+    for (name, method), (lr, beta) in itertools.product(methods.items(), TUNING_GRID):
+        settings = {**method, "lr": lr, "beta": beta}
+        reports = run_rounds(output / name / f"lr_{lr:g}_beta_{beta:g}", start, settings, seed=TUNING_SEED)
+        rewards = [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
+        print(f"{name}, lr {lr:g}, β {beta:g}: " + " → ".join(f"{reward:.3f}" for reward in rewards), flush=True)
 
 
 def summarize(labels: dict[str, str], results: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
@@ -183,7 +184,6 @@ def summarize(labels: dict[str, str], results: dict[str, dict[int, list[dict[str
             "reward": [statistics.fmean(point) for point in points],
             "error": [statistics.stdev(point) / len(point) ** 0.5 if len(point) > 1 else 0.0 for point in points],
             "win_rate": [statistics.fmean(r[n]["win_rate"]["value"] for r in runs.values()) for n in range(len(points) - 1)],
-            "kl": [statistics.fmean(r[n]["kl"]["kl"] for r in runs.values() if r[n]["kl"]) for n in range(len(points) - 1)],
             "tokens": [statistics.fmean(r[n]["after"]["tokens"] for r in runs.values()) for n in range(len(points) - 1)],
         }
     return {"seeds": sorted(next(iter(results.values()))), "methods": methods}

@@ -19,8 +19,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mpo_megatron.rollout.iterate as rounds
+from examples.on_policy.plot import plot_rounds
 from examples.on_policy.reward import reward
-from examples.on_policy.run import build_prompts, load_methods
+from examples.on_policy.run import build_prompts, load_methods, summarize
 from mpo_megatron.config import ConvertConfig, IterateConfig
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.group import load_groups
@@ -232,3 +233,20 @@ def test_prompts_of_the_example_are_new_and_different() -> None:
     assert len(taken) == 50
     assert not taken & {row["prompt"] for row in build_prompts(50, taken=taken)}
     assert set(load_methods()) >= {"mpo", "dpo"}
+
+
+def test_summary_and_picture_of_the_example(tmp_path: Path) -> None:
+    def runs(*rewards: float) -> list[dict[str, Any]]:
+        return [
+            {"before": {"reward": old}, "after": {"reward": new, "tokens": 9.0}, "win_rate": {"value": 0.5 + new - old}}
+            for old, new in itertools.pairwise(rewards)
+        ]
+
+    summary = summarize({"mpo": "MPO"}, {"mpo": {0: runs(0.2, 0.3, 0.5), 1: runs(0.2, 0.4, 0.6)}})
+    method = summary["methods"]["mpo"]
+    assert summary["seeds"] == [0, 1]
+    assert method["reward"] == pytest.approx([0.2, 0.35, 0.55])
+    assert method["error"] == pytest.approx([0.0, 0.05, 0.05])  # standard deviation of two values 0.1 apart, over √2
+    assert method["win_rate"] == pytest.approx([0.65, 0.7])
+    plot_rounds(summary, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
