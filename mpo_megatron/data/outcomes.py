@@ -66,7 +66,13 @@ def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_
 def read_outcomes(path: Path) -> list[GroupOutcome]:
     """The outcomes of one evaluation."""
     return [
-        GroupOutcome(**{name: tuple(value) if isinstance(value, list) else value for name, value in row.items()})
+        GroupOutcome(
+            index=row["index"],
+            group_id=row["group_id"],
+            policy_logps=tuple(row["policy_logps"]),
+            reference_logps=tuple(row["reference_logps"]),
+            sets=tuple(row["sets"]),
+        )
         for row in pq.read_table(path).to_pylist()
     ]
 

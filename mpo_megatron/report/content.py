@@ -45,7 +45,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     """Names that tell runs apart: their folders', with as many parents as it takes."""
     parts = [folder.absolute().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
+        names = [str(Path(*part[-depth:])) for part in parts]
         if len(set(names)) == len(names):
             return names
     return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
