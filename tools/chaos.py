@@ -51,12 +51,17 @@ LAYOUTS = {
     "one rank": (1, ()),
 }
 """Number of ranks and options of each layout; the first is the undisturbed run's."""
+EXPERT_LAYOUTS = {"expert 2": (2, ("--parallel.expert", "2"))}
+"""Further ones for a model with experts."""
 HOME = next(iter(LAYOUTS))
 COMES_DOWN = 60.0
 """Seconds in which the other ranks must have ended when one was killed, and all when they were asked to stop."""
+EPS = 1e-4
+"""Adam's ε. With the usual 1e-8 a gradient that vanishes but for rounding still moves its weight by up to the learning rate, in a
+direction that depends on the order of sums."""
 TOLERANCE = 1e-5
-"""Largest difference of a weight after changes of layout, a hundredth of a step of Adam: 12 steps of 1e-3 that differ in
-float32's rounding only (1e-7), but divide by the root of a mean of squares that is mostly rounding where gradients vanish."""
+"""Largest difference of a weight after changes of layout. Gradients differ by float32's rounding, 1e-8 or so; a step makes at
+most lr / ε = 10 times that of it, 12 steps 1e-6."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,7 +93,7 @@ class Life:
     """The ranks of one start of the run, forked."""
 
     def __init__(self, layout: str, options: list[str], log: Path) -> None:
-        ranks, own = LAYOUTS[layout]
+        ranks, own = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         port = free_port()
         self.codes: dict[int, int | None] = {}
         for rank in range(ranks):
@@ -150,10 +155,10 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def prepare(folder: Path) -> list[str]:
+def prepare(folder: Path, model_type: str) -> list[str]:
     """A small model and data; the options of a run on them."""
     folder.mkdir(parents=True, exist_ok=True)
-    convert(ConvertConfig(input=str(save_model(folder / "hf")), output=str(folder / "model")))
+    convert(ConvertConfig(input=str(save_model(folder / "hf", model_type=model_type)), output=str(folder / "model")))
     save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
     save_groups(folder / "eval", random_groups(4, seed=2), folder / "hf")
     return [
@@ -166,7 +171,7 @@ def prepare(folder: Path) -> list[str]:
             str(folder / "eval"),
         ),
         *("--data.groups_per_step", "4", "--data.row_tokens", "256", "--max_steps", str(STEPS), "--eval_every", "4"),
-        *("--optimizer.lr", "1e-3", "--loss.params.beta", "0.1", "--model.precision", "fp32"),
+        *("--optimizer.lr", "1e-3", "--optimizer.eps", str(EPS), "--loss.params.beta", "0.1", "--model.precision", "fp32"),
         *("--checkpoint.every", "1", "--checkpoint.keep", "2", "--checkpoint.keep_best", "1"),
     ]
 
@@ -194,16 +199,17 @@ def newest_step(run: Path) -> int:
     return int(steps[-1].name.removeprefix("step_")) if steps else 0
 
 
-def run_round(run: Path, options: list[str], rng: random.Random, life_seconds: float, change: bool, tally: Tally) -> None:
-    """One run, killed until it is complete."""
+def run_round(run: Path, options: list[str], rng: random.Random, life_seconds: float, layouts: list[str], tally: Tally) -> None:
+    """One run, killed until it is complete; a resumption takes another of the layouts."""
     layout, log = HOME, run.with_suffix(".log")
     while True:
         life = Life(layout, [*options, "--output", str(run)], log)
         if not kill(life, run, rng, life_seconds, tally):
             break
         tally.resumptions += 1
-        if change:
-            layout = rng.choice([name for name in LAYOUTS if name != layout])
+        others = [name for name in layouts if name != layout]
+        if others:
+            layout = rng.choice(others)
             tally.changed_layouts += 1
     tally.rounds += 1
     if set(life.codes.values()) != {0}:
@@ -266,9 +272,10 @@ def compare(run: Path, expected: Tensors, *, exact: bool, tally: Tally) -> None:
         tally.faults.append(f"{run}: weights differ by {difference:.1e}, more than {TOLERANCE:.0e}")
 
 
-def chaos(folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> Tally:
+def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[str], None]) -> Tally:
     """Rounds until there were `kills` kills; what has happened."""
-    options, rng, tally = prepare(folder), random.Random(seed), Tally()
+    options, rng, tally = prepare(folder, model_type), random.Random(seed), Tally()
+    layouts = [*LAYOUTS, *(EXPERT_LAYOUTS if model_type.endswith("_moe") else ())]
     undisturbed = folder / "undisturbed"
     started = time.monotonic()
     life = Life(HOME, [*options, "--output", str(undisturbed)], undisturbed.with_suffix(".log"))
@@ -283,9 +290,10 @@ def chaos(folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> T
         change = tally.rounds % 2 == 1
         run = folder / f"run{tally.rounds}"
         before = tally.kills.total()
-        run_round(run, options, rng, life_seconds, change, tally)
+        run_round(run, options, rng, life_seconds, layouts if change else [HOME], tally)
         if not tally.faults:
             compare(run, expected, exact=not change, tally=tally)
+        if not tally.faults:
             shutil.rmtree(run)
         tell(f"run {tally.rounds}: {tally.kills.total() - before} kills, {'changing layouts' if change else 'same layout'}")
     return tally
@@ -294,6 +302,7 @@ def chaos(folder: Path, kills: int, seed: int, tell: Callable[[str], None]) -> T
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Kill a small run at random points, resume it, compare what it ends with.")
+    parser.add_argument("--model", choices=["qwen3", "qwen3_moe"], default="qwen3", help="Kind of model.")
     parser.add_argument("--kills", type=int, default=100, help="Stop after this many.")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of when and whom to kill.")
     parser.add_argument("--folder", type=Path, help="Where to work; kept if something is wrong. Default: a temporary folder.")
@@ -302,7 +311,7 @@ def main() -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="mpo-chaos-"))
     started = time.monotonic()
-    tally = chaos(folder, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
+    tally = chaos(folder, arguments.model, arguments.kills, arguments.seed, lambda text: print(text, flush=True))
     print(f"{tally.text()}; {time.monotonic() - started:.0f} s, seed {arguments.seed}")
     if tally.faults:
         print("\n".join(["FAILED", *tally.faults]), file=sys.stderr)

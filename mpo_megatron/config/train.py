@@ -270,7 +270,8 @@ class CheckpointConfig:
     asynchronous: bool = True
     """Write in the background while training goes on; needs the host memory of one more copy of what a rank writes."""
     resume: bool = True
-    """Continue from the newest whole checkpoint in `output`, if there is one; otherwise those there are moved aside."""
+    """Continue from the newest whole checkpoint in `output`, if there is one. false: those there are moved aside, but not when
+    torchrun or Slurm starts the run again."""
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"checkpoint.every = {self.every}; it must be 0 or more.")

@@ -42,9 +42,16 @@ def run(train: Callable[[TrainConfig], str | None]) -> int:
     Returns:
         The exit code.
     """
+    _forget_exit_code()
+    try:
+        return _run(train)
+    finally:
+        signals.ignore()
+
+
+def _run(train: Callable[[TrainConfig], str | None]) -> int:
     from mpo_megatron.config import ConfigError, TrainConfig, parse
 
-    _forget_exit_code()
     try:
         config = parse(TrainConfig, program="mpo train")
         from mpo_megatron.data import DataError

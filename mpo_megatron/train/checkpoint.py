@@ -206,7 +206,7 @@ def _fill_optimizer_state(optimizer: Any) -> None:
                 state["step"].zero_()
 
 
-def _load_optimizer(optimizer: Any, loaded: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
 
     Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then

@@ -33,6 +33,9 @@ Item = TypeVar("Item")
 STEP_SEEDS = 1_000_003
 """Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Environment variables that count how often a job was started again."""
+
 WALLTIME = 1000
 """Stands for "the time is over" where a signal's number stands for a signal."""
 
@@ -189,6 +192,11 @@ class Supervisor:
     def close(self) -> None:
         """The run is over; nobody need watch it."""
         self.watchdog.close()
+
+
+def was_restarted() -> bool:
+    """Whether torchrun or Slurm has started this run again: then it resumes, even if its command asks for a new run."""
+    return any(int(os.environ.get(name, "0")) > 0 for name in RESTARTS)
 
 
 def seed_everything(seed: int, step: int) -> None:

@@ -89,17 +89,51 @@ class Guard:
         return value > median + self.config.spike_threshold * max(spread, LEAST_SPREAD * abs(median))
 
 
-def record(
-    folder: Path, batch: StepBatch, wrong: str, losses: Tensor, policy: Logps, reference: Logps, norm: float, tokenizer: Path
-) -> Path:
-    """Write the groups of a step that looked wrong to `step_….jsonl`, one line each, the worst first; the file.
+@dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """A step as it looked when it was judged."""
+
+    batch: StepBatch
+    losses: Tensor
+    """[G]"""
+    policy: Logps
+    reference: Logps
+    norm: float
+    """Of the gradients, before clipping."""
+
+
+def report(judgement: Judgement, evidence: Evidence, run: Path, tokenizer: Path, *, is_main: bool) -> None:
+    """Write down a step that looked wrong, and end the run if it is to end; all ranks call it.
 
     Args:
-        folder: where incidents are kept
-        losses: [G]
+        run: the run's folder
         tokenizer: folder of the tokenizer, to write texts
+        is_main: whether this rank is the one that writes
+    Raises:
+        TrainingError: the run is to end.
     """
-    values = losses.tolist()
+    step, folder = evidence.batch.step + 1, run / "incidents"
+    message = f"step {step}: {judgement.wrong}{broken_groups(evidence.batch, evidence.losses)}"
+    if is_main:
+        path = record(folder, judgement.wrong or "", evidence, tokenizer)
+        print(f"{message}; {'applied' if judgement.apply else 'not applied'}; its groups: {path}", flush=True)
+    if judgement.stop:
+        raise TrainingError(
+            f"{message}; the weights are those before this step. Look at its groups in {folder}, mend the data, lower "
+            "optimizer.lr, or go on without such steps (faults.on_nan, faults.on_spike: skip)."
+        )
+
+
+def broken_groups(batch: StepBatch, losses: Tensor) -> str:
+    """The first groups whose loss is not finite, in words; nothing if all are."""
+    broken = (~losses.isfinite()).nonzero().flatten().tolist()
+    names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
+    return f" (groups {names})" if names else ""
+
+
+def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Path:
+    """Write the groups of a step to `step_….jsonl`, one line each, the worst first; the file."""
+    batch, values = evidence.batch, evidence.losses.tolist()
     order = sorted(range(len(values)), key=lambda slot: -values[slot] if math.isfinite(values[slot]) else -math.inf)
     contributing = [slot for slot in order if batch.contributes[slot]][:MOST_GROUPS]
     decode = load_tokenizer(tokenizer).decode
@@ -112,12 +146,12 @@ def record(
                 "num_tokens": len(tokens),
                 **({} if group.rewards is None else {"reward": _number(group.rewards[k])}),
                 **({} if group.labels is None else {"label": int(group.labels[k])}),
-                "logp": _number(policy.response[slot, k]),
-                "reference_logp": _number(reference.response[slot, k]),
+                "logp": _number(evidence.policy.response[slot, k]),
+                "reference_logp": _number(evidence.reference.response[slot, k]),
             }
             for k, tokens in enumerate(group.response_tokens)
         ]
-        head = {"step": batch.step + 1, "wrong": wrong, "grad_norm": _number(norm), "group_id": group.group_id}
+        head = {"step": batch.step + 1, "wrong": wrong, "grad_norm": _number(evidence.norm), "group_id": group.group_id}
         body = {"loss": _number(values[slot]), "prompt": decode(group.prompt_tokens.tolist()), "responses": responses}
         lines.append(json.dumps({**head, **body}, ensure_ascii=False) + "\n")
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,9 +28,9 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.precision import token_multiple
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
-from mpo_megatron.train.faults import Supervisor, seed_everything
+from mpo_megatron.train.faults import Supervisor, seed_everything, was_restarted
 from mpo_megatron.train.hardware import peak_flops
-from mpo_megatron.train.incidents import Guard, Judgement, TrainingError, record
+from mpo_megatron.train.incidents import Evidence, Guard, TrainingError, broken_groups, report
 from mpo_megatron.train.inputs import Inputs, check_inputs
 from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
@@ -269,7 +269,8 @@ class Run:
             norm = optimizer.gradient_norm(adam)
             judgement = guard.judge(learned["loss"].value, norm)
             if judgement.wrong is not None:
-                self.report(batch, judgement, losses, policy, reference, norm)
+                evidence = Evidence(batch=batch, losses=losses, policy=policy, reference=reference, norm=norm)
+                report(judgement, evidence, self.folder, Path(self.config.model.checkpoint), is_main=self.ranks.is_main)
             if judgement.apply:
                 optimizer.update(self.model, adam)
         else:  # nothing to learn from: the weights stay as they are
@@ -311,29 +312,6 @@ class Run:
         computed = torch.from_numpy(batch.in_rows).to(losses.device)
         return compute_metrics(groups, losses, contributes, computed, self.inputs.objective.params), losses
 
-    def report(
-        self, batch: StepBatch, judgement: Judgement, losses: torch.Tensor, policy: Logps, reference: Logps, norm: float
-    ) -> None:
-        """Write down a step that looked wrong.
-
-        Raises:
-            TrainingError: the run is to end.
-        """
-        broken = (~losses.isfinite()).nonzero().flatten().tolist()
-        names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
-        message = f"step {batch.step + 1}: {judgement.wrong}{f' (groups {names})' if names else ''}"
-        if self.ranks.is_main:
-            tokenizer = Path(self.config.model.checkpoint)
-            path = record(
-                self.folder / "incidents", batch, judgement.wrong or "", losses, policy, reference, norm, tokenizer=tokenizer
-            )
-            print(f"{message}; {'applied' if judgement.apply else 'not applied'}; its groups: {path}", flush=True)
-        if judgement.stop:
-            raise TrainingError(
-                f"{message}; the weights are those before this step. Look at its groups in {self.folder / 'incidents'}, mend the "
-                "data, lower optimizer.lr, or go on without such steps (faults.on_nan, faults.on_spike: skip)."
-            )
-
     def evaluate(self, step: int, trackers: list[Tracker]) -> dict[str, float]:
         """Metrics over all held-out groups.
 
@@ -353,10 +331,8 @@ class Run:
                 policy = forward_step(self.model, batch, self.inputs.objective, self.ranks, self.resident)
                 reference = self.reference(data, batch)
                 learned, losses = self.metrics(batch, policy, reference)
-                broken = (~losses.isfinite()).nonzero().flatten().tolist()
-                if broken:
-                    names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
-                    raise TrainingError(f"step {step}: the loss of {len(broken)} held-out groups is not finite (groups {names}).")
+                if not losses.isfinite().all():
+                    raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
                 parts.append(learned)
                 outcomes += group_outcomes(batch, policy, reference, self.inputs.objective.params)
         if not parts:
@@ -435,7 +411,7 @@ class Run:
     def resume(self, adam: Any) -> RunState:
         """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands."""
         start = self.state(0, {}, Guard(self.config.faults, [], [], 0))
-        folder = choose_checkpoint(self.folder, self.ranks, resume=self.config.checkpoint.resume)
+        folder = choose_checkpoint(self.folder, self.ranks, resume=self.config.checkpoint.resume or was_restarted())
         if folder is None:
             check_first_step(self.config.data.first_step, 0, self.folder)
             return start

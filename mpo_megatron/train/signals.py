@@ -39,6 +39,12 @@ def requested() -> signal.Signals | None:
     return _received[0] if _received else None
 
 
+def ignore() -> None:
+    """From now on, requests to stop change nothing: the process is about to end. Python itself would go back to dying of them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _read(reader: socket.socket, writer: socket.socket) -> None:
     while True:
         for number in reader.recv(64):

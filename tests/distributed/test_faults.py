@@ -163,12 +163,13 @@ def test_without_a_whole_checkpoint_nothing_starts_over_silently(inputs: Path, r
 def test_a_full_disk_costs_no_checkpoint(inputs: Path, results: dict[str, Any], asynchronous: str) -> None:
     error = results[f"disk full {asynchronous}"]["error"]
     assert error.startswith("SaveError: ")
-    assert "step_00000003.partial-" in error
     assert "rank 1" in error
     assert "File too large" in error
     run = inputs / "runs" / f"disk_full_{asynchronous}"
-    assert steps(run) == [1, 2]
-    check_files(step_folder(run, 2))
+    last = steps(run)[-1]
+    assert last in (1, 2)  # the disk is full in step 3; in the background, step 2 may not have been written yet
+    assert f"step_{last + 1:08d}.partial-" in error
+    check_files(step_folder(run, last))
     assert not list((run / "checkpoints").glob("*.partial*"))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.faults import LEAST_MARGIN, STARTED, Deadline
+from mpo_megatron.train.faults import LEAST_MARGIN, RESTARTS, STARTED, Deadline, was_restarted
 from tests.distributed.launch import ROOT
 
 
@@ -46,20 +46,39 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.Monk
     assert slurm.is_near(31.0, 0.0)
 
 
+def test_a_run_that_was_started_again_is_told_by_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in RESTARTS:
+        monkeypatch.delenv(name, raising=False)
+    assert not was_restarted()
+    for name in RESTARTS:
+        monkeypatch.setenv(name, "0")
+        assert not was_restarted()
+        monkeypatch.setenv(name, "2")
+        assert was_restarted()
+        monkeypatch.delenv(name)
+
+
 LISTEN = """
-import sys, time
+import os, signal, sys, time
 from mpo_megatron.train import signals
 assert not {"torch", "psutil", "numpy"} & set(sys.modules)  # heard before anything heavy is imported
+class Slow:
+    def __del__(self):  # at the interpreter's end, when it has gone back to dying of signals
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.1)
+
 signals.listen()
 print("listening", flush=True)
 while signals.requested() is None:
     time.sleep(0.01)
 print(signals.requested().name, flush=True)
+signals.ignore()
+slow = Slow()
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_signals_are_noted_and_do_not_end_the_process(number: signal.Signals) -> None:
+def test_signals_are_noted_and_end_no_process_even_at_its_end(number: signal.Signals) -> None:
     process = python(LISTEN)
     assert process.stdout is not None
     assert process.stdout.readline() == "listening\n"
