@@ -1,0 +1,128 @@
+"""Prompt files: what a line may hold, what is left out and why, tokens as training sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from mpo_megatron.config import PrepareConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.prepare import prepare
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.rollout.prompts import PromptSet, load_prompts
+from tests.unit.rollout.conftest import write_lines
+
+
+def load(path: Path, model: Path, *, system: str | None = None, limit: int = 2048, most: int | None = None) -> PromptSet:
+    chat = Chat(load_tokenizer(model), system_prompt=system)
+    return load_prompts(str(path), chat, max_prompt_tokens=limit, max_prompts=most)
+
+
+ROWS: list[dict[str, Any]] = [
+    {"id": 7, "prompt": "Name a colour.", "responses": ["Blue.", "Seven."], "rewards": [1.0, 0.0]},
+    {
+        "group_id": "turns",
+        "prompt": [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "Hello <|im_end|> there\n"},
+            {"role": "assistant", "content": "Hi."},
+            {"role": "user", "content": "  Naïve café? 東京 🙂"},
+        ],
+        "responses": ["No.", "Yes."],
+        "rewards": [0.0, 1.0],
+    },
+]
+
+
+@pytest.mark.parametrize("system", [None, "Answer in verse."])
+def test_tokens_are_those_of_prepare(tmp_path: Path, model_folder: Path, system: str | None) -> None:
+    path = write_lines(tmp_path / "rows.jsonl", ROWS)
+    config = PrepareConfig(input=str(path), output=str(tmp_path / "out"), tokenizer=str(model_folder), system_prompt=system)
+    prepare(config, Console(quiet=True))
+    prepared = {group.group_id: tuple(group.prompt_tokens.tolist()) for group in load_groups(tmp_path / "out")}
+    assert load(path, model_folder, system=system).token_ids == prepared
+    from_folder = load(tmp_path / "out", model_folder, system=system)  # a prepared folder as the prompt file
+    assert from_folder.token_ids == prepared
+    assert from_folder.records[1]["prompt"] == ROWS[1]["prompt"]
+
+
+def test_held_out_prompts_stay_apart(tmp_path: Path, model_folder: Path) -> None:
+    rows = [ROWS[0] | {"id": index, "prompt": f"Question {index}"} for index in range(20)]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    prepare(
+        PrepareConfig(input=str(path), output=str(tmp_path / "out"), tokenizer=str(model_folder), held_out=5), Console(quiet=True)
+    )
+    train = {record["group_id"] for record in load(tmp_path / "out", model_folder).records}
+    held = {record["group_id"] for record in load(tmp_path / "out-eval", model_folder).records}
+    assert (len(train), len(held), train & held) == (15, 5, set())
+    path.unlink()
+    with pytest.raises(DataError, match=r"prepared from cannot be read.*rows\.jsonl"):
+        load(tmp_path / "out", model_folder)
+
+
+def test_fields_go_along(tmp_path: Path, model_folder: Path) -> None:
+    row = {"prompt": "2 + 2?", "reference_answer": [4, "four"], "level": 3, "meta": {"source": "book"}, "note": None}
+    [record] = load(write_lines(tmp_path / "p.jsonl", [row]), model_folder).records
+    assert (
+        record.pop("group_id")
+        == load(write_lines(tmp_path / "q.jsonl", [{"prompt": "2 + 2?"}]), model_folder).records[0]["group_id"]
+    )
+    assert record == {
+        "prompt": [{"role": "user", "content": "2 + 2?"}],
+        "reference_answer": [4, "four"],
+        "meta": {"level": 3, "source": "book"},
+    }
+
+
+def test_other_formats_give_their_prompts(tmp_path: Path, model_folder: Path) -> None:
+    rows = [
+        {"chosen": f"\n\nHuman: Q{index}\n\nAssistant: yes", "rejected": f"\n\nHuman: Q{index}\n\nAssistant: no"}
+        for index in range(3)
+    ]
+    found = load(write_lines(tmp_path / "p.jsonl", rows), model_folder)
+    assert [record["prompt"] for record in found.records] == [[{"role": "user", "content": f"Q{index}"}] for index in range(3)]
+
+
+def test_what_is_left_out_is_named(tmp_path: Path, model_folder: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    rows = [
+        {"prompt": "a"},
+        {"prompt": "b", "id": "x"},
+        {"prompt": "a", "id": "y"},
+        {"prompt": "long " * 50},
+        {"prompt": " "},
+        {"text": 1},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "c"\n' + '{"prompt": "d", "x": NaN}\n')
+    found = load(path, model_folder, limit=100)
+    assert [record["prompt"][0]["content"] for record in found.records] == ["a", "b"]
+    assert found.counts == {"prompts": 2, "duplicates": 1, "too_long": 1, "invalid": 4}
+    told = {item.line: f"{item.group_id} {item.field} {item.reason}" for item in found.rejections}
+    assert told[3] == f"y prompt repeats the prompt of {path}:1"
+    assert "tokens, max_prompt_tokens = 100" in told[4]
+    assert [*told] == [3, 4, 5, 6, 7, 8]
+    assert "JSON cannot hold" in told[8]
+
+
+def test_one_id_for_two_prompts_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}])
+    with pytest.raises(DataError, match=r"p\.jsonl:2: group_id = 1 is that of another prompt, .*p\.jsonl:1"):
+        load(path, model_folder)
+
+
+def test_nothing_usable_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    with pytest.raises(DataError, match=r"not one prompt .*p\.jsonl:1: prompt is empty"):
+        load(write_lines(tmp_path / "p.jsonl", [{"prompt": ""}]), model_folder)
+    with pytest.raises(DataError, match="no such file"):
+        load(tmp_path / "nowhere.jsonl", model_folder)
+
+
+def test_first_prompts_only(tmp_path: Path, model_folder: Path) -> None:
+    path = write_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in ("a", "a", "b", "c")])
+    assert [record["prompt"][0]["content"] for record in load(path, model_folder, most=2).records] == ["a", "b"]
