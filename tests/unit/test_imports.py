@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config import ConvertConfig, IterateConfig, PrepareConfig, TrainConfig, load_yaml
+from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
@@ -124,5 +124,11 @@ def test_there_are_example_configs() -> None:
 
 @pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_example_configs_parse(path: Path) -> None:
-    kinds = {"convert": ConvertConfig, "prepare": PrepareConfig, "iterate": IterateConfig}
+    kinds = {
+        "convert": ConvertConfig,
+        "prepare": PrepareConfig,
+        "generate": GenerateConfig,
+        "score": ScoreConfig,
+        "iterate": IterateConfig,
+    }
     load_yaml(next((kind for prefix, kind in kinds.items() if path.name.startswith(prefix)), TrainConfig), path)
