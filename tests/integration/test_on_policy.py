@@ -185,7 +185,9 @@ def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
         lines = [json.loads(line) for line in (folder / "samples" / "samples.jsonl").read_text().splitlines()]
         prompts.append({line["prompt"][0]["content"] for line in lines})
         report = json.loads((folder / "report.json").read_text())
-        assert report["training"]["params"] == {"beta": {1: 0.1, 2: 0.2}[number]}
+        training = report["training"]
+        assert (training["loss"], training["params"], training["lr"]) == ("mpo", {"beta": {1: 0.1, 2: 0.2}[number]}, 1e-3)
+        assert training["last_step"]["step"] == 3
         # Policy and reference are the same at the first step.
         first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
         assert first["margin"] == pytest.approx(0.0, abs=1e-4)
