@@ -1,0 +1,19 @@
+"""The command line as one part of a pipe."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    """`mpo losses | head`: the exit status is the one that a shell gives for SIGPIPE."""
+    command = [sys.executable, "-m", "mpo_megatron.cli", "losses"]
+    root = Path(__file__).parents[2]
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert (process.returncode, errors) == (141, b"")
