@@ -51,12 +51,13 @@ def build_trackers(
         facts: what `facts.record_start` wrote of this start
         start_step: steps done before; what trackers hold of later ones is written again
     """
-    trackers: list[Tracker] = [JsonlTracker(run_folder, start_step)]
+    # The terminal's view is first, so that it is closed first: others print when they are closed.
+    progress = build_progress(run_folder, total_steps, start_step, logging.seconds_between_lines)
+    trackers: list[Tracker] = [progress, JsonlTracker(run_folder, start_step)]
     if logging.tensorboard:
         trackers.append(TensorBoardTracker(run_folder / "tensorboard", start_step, facts))
     if logging.wandb_project is not None:
         trackers.append(WandbTracker(run_folder, logging, config, facts))
     if logging.mlflow_experiment is not None:
         trackers.append(MlflowTracker(run_folder, logging, config, facts))
-    trackers.append(build_progress(run_folder, total_steps, start_step, logging.seconds_between_lines))
     return trackers

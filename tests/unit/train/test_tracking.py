@@ -76,8 +76,8 @@ def test_tensorboard_keeps_continues_and_shows_samples(tmp_path: Path) -> None:
     for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):
         trackers = build_trackers(logging, tmp_path, {"seed": 1}, {"start": start}, start_step=start, total_steps=4)
         for step in steps:
-            trackers[1].log(step, {"loss": 10.0 * start + step})
-            trackers[1].log_samples(step, TABLE)
+            trackers[2].log(step, {"loss": 10.0 * start + step})
+            trackers[2].log_samples(step, TABLE)
         for tracker in trackers:
             tracker.close()
     accumulator = events.EventAccumulator(str(tmp_path / "tensorboard"))
