@@ -1,0 +1,120 @@
+"""The documentation's commands: every one has options that exist, and those of a new user's first day run, at small size."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.quickstart.task import build_groups
+from mpo_megatron import config as configs
+from mpo_megatron.config import build_parser
+from mpo_megatron.launch.launch import TARGETS
+from tests.tiny import save_model
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted(
+    {ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), ROOT / "tools" / "README.md"}
+)
+KINDS: dict[str, type[Any]] = {
+    "convert": configs.ConvertConfig,
+    "prepare": configs.PrepareConfig,
+    "generate": configs.GenerateConfig,
+    "score": configs.ScoreConfig,
+    "select": configs.SelectConfig,
+    "reference": configs.TrainConfig,
+    "train": configs.TrainConfig,
+    "iterate": configs.IterateConfig,
+    "evaluate": configs.EvaluateConfig,
+    "inspect": configs.InspectConfig,
+    "plan": configs.PlanConfig,
+}
+LAUNCHER_OPTIONS = ("--nproc", "--max_restarts")
+"""Options of `mpo train` that are not the run's."""
+SMALLER = {
+    "--nproc 8": "--nproc 2",
+    "--parallel.tensor 4 --parallel.pipeline 2": "--parallel.tensor 2",
+    "--held_out 500": "--held_out 8",
+    "--num_workers 8": "--num_workers 1",
+    "mpo train ": "mpo train --model.precision fp32 --data.groups_per_step 8 --data.row_tokens 512 --max_steps 2 ",
+}
+"""What makes a documented command fit two CPU cores and a tiny model."""
+
+
+def commands(page: Path) -> list[str]:
+    """The `mpo …` commands of a page's code blocks, without comments, one line each."""
+    text = page.read_text(encoding="utf-8")
+    fenced = [match[1] for match in re.finditer(r"^```(?:bash|sh)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+    indented = re.findall(
+        r"^ {4}(mpo (?:.*\\\n)*.*)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#\s.*$", "", line).strip() for line in lines if line.strip().startswith("mpo ")]
+
+
+DOCUMENTED = [(page.relative_to(ROOT), command) for page in PAGES for command in commands(page) if "→" not in command]
+
+
+def test_there_are_commands() -> None:
+    assert len(DOCUMENTED) > 20
+    assert {shlex.split(command)[1] for _, command in DOCUMENTED} >= {
+        "convert",
+        "prepare",
+        "train",
+        "generate",
+        "score",
+        "iterate",
+    }
+
+
+@pytest.mark.parametrize(("page", "command"), DOCUMENTED, ids=[f"{page}-{command[4:44]}" for page, command in DOCUMENTED])
+def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, name, *arguments = shlex.split(command.replace("…", ""))
+    if name in ("losses", "report"):
+        return  # their arguments are names of losses and folders; the pipeline below runs `report`
+    kind = TARGETS[arguments.pop(0)] if name == "launch" else KINDS[name]
+    options = {item.split("=")[0].removeprefix("--").split(".")[0] for item in arguments if re.match(r"--[a-z]", item)}
+    known = set(kind.__dataclass_fields__) | {"config", "print_config", "help"} | {item[2:] for item in LAUNCHER_OPTIONS}
+    assert options <= known
+    if "config" in options or not arguments:
+        return  # the file has the rest
+    monkeypatch.chdir(tmp_path)
+    for option in LAUNCHER_OPTIONS:
+        if option in arguments:
+            del arguments[arguments.index(option) : arguments.index(option) + 2]
+    parser = build_parser(kind, f"mpo {name}")
+    parser.exit_on_error = False
+    parser.parse_args(arguments)
+
+
+@pytest.fixture(scope="module")
+def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README takes for granted: a checkpoint and groups."""
+    folder = tmp_path_factory.mktemp("docs")
+    save_model(folder / "Qwen3-14B", seed=3)
+    with (folder / "groups.jsonl").open("w") as file:
+        file.writelines(json.dumps(group) + "\n" for group in build_groups(64, seed=5))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_readme_runs(sandbox: Path) -> None:
+    """Every line of the README's pipeline, as written but for sizes."""
+    script = "\n".join(commands(ROOT / "README.md"))
+    for written, smaller in SMALLER.items():
+        assert written in re.sub(r" +", " ", script), f"the README no longer says {written!r}"
+        script = re.sub(r" +", " ", script).replace(written, smaller)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    shell = ["bash", "-euxo", "pipefail", "-c", script]
+    result = subprocess.run(shell, cwd=sandbox, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
+    assert (sandbox / "report.html").stat().st_size > 10_000
+    assert (sandbox / "qwen3-aligned" / "model.safetensors").is_file()
