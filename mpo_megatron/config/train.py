@@ -112,8 +112,8 @@ class ParallelConfig:
     context: int = 1
     """Context-parallel ranks: each computes a part of every row's tokens, and a part of the heads in attention."""
     expert: int = 1
-    """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks of
-    one pipeline stage, so they multiply no other size."""
+    """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks
+    of one pipeline stage, so they multiply no other size."""
     expert_tensor: int = 1
     """Ranks that hold slices of the same expert; experts are mostly too small to be worth cutting."""
     sequence: bool | None = None
@@ -194,10 +194,11 @@ class ParallelConfig:
         layers[0] = first or share
         layers[-1] = last or layers[-1]
         for stage, number in enumerate(layers):
+            choices = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
             require(
                 number % self.virtual_pipeline == 0,
                 f"parallel.virtual_pipeline = {self.virtual_pipeline} does not divide the {number} layers of stage {stage} of "
-                f"parallel.pipeline = {stages}; choose one of {', '.join(str(n) for n in range(1, number + 1) if number % n == 0)}.",
+                f"parallel.pipeline = {stages}; choose one of {choices}.",
             )
         return tuple(layers)
 
@@ -239,6 +240,8 @@ class OptimizerConfig:
     overlap: Literal["none", "gradients", "all"] = "none"
     """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
     updated weights during the next forward pass, too."""
+    cpu_offload: float = 0.0
+    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
@@ -246,6 +249,9 @@ class OptimizerConfig:
         require(
             0 <= self.warmup_fraction < 1,
             f"optimizer.warmup_fraction = {self.warmup_fraction}; it must be at least 0 and below 1.",
+        )
+        require(
+            0 <= self.cpu_offload <= 1, f"optimizer.cpu_offload = {self.cpu_offload}; it is a share, between 0 (off) and 1 (all)."
         )
         require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}; it must be 0 or more.")
         require(self.clip_grad >= 0, f"optimizer.clip_grad = {self.clip_grad}; it must be 0 (off) or positive.")
@@ -437,9 +443,9 @@ def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
     choices = [n for n in range(1, stage_ranks + 1) if stage_ranks % n == 0]
     require(
         stage_ranks % experts == 0,
-        f"parallel.expert × parallel.expert_tensor = {parallel.expert} × {parallel.expert_tensor} = {experts} does not divide the "
-        f"{stage_ranks} ranks of a pipeline stage ({world_size} ranks, parallel.pipeline = {parallel.pipeline}); choose a product "
-        f"of {', '.join(map(str, choices))}.",
+        f"parallel.expert × parallel.expert_tensor = {parallel.expert} × {parallel.expert_tensor} = {experts} does not divide "
+        f"the {stage_ranks} ranks of a pipeline stage ({world_size} ranks, parallel.pipeline = {parallel.pipeline}); choose a "
+        f"product of {', '.join(map(str, choices))}.",
     )
 
 

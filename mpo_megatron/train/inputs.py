@@ -19,6 +19,7 @@ from mpo_megatron.model.convert import Conversion, load_conversion
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
+from mpo_megatron.train.optimizer import check_offload
 from mpo_megatron.train.step_folders import complete_steps, require_space
 from mpo_megatron.train.tracking import check_installed
 
@@ -53,6 +54,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     use_transformer_engine(config.model)
     validate_fp8(config.model, config.parallel, hf_config)
     choose_attention(config.model)
+    check_offload(config.optimizer)
     check_installed(config.logging)
     reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
     tokenizer = load_tokenizer(folder)
@@ -115,6 +117,8 @@ def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
     for name in (
         *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         *("intermediate_size", "vocab_size", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"),
+        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob"),
+        *("mlp_only_layers", "decoder_sparse_step"),
     ):
         ours, theirs = getattr(policy, name, None), getattr(reference, name, None)
         require(

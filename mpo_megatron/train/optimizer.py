@@ -12,7 +12,8 @@ from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
-from mpo_megatron.config import OptimizerConfig
+from mpo_megatron import device
+from mpo_megatron.config import OptimizerConfig, require
 from mpo_megatron.model.parallel import Ranks
 
 
@@ -43,6 +44,19 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
     return wrapped
 
 
+def check_offload(config: OptimizerConfig) -> None:
+    """Refuse to offload the optimizer where there is nothing to offload from.
+
+    Raises:
+        ConfigError: this machine has no GPU.
+    """
+    require(
+        config.cpu_offload == 0 or device.has_gpu(),
+        f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states are in host memory "
+        "already; leave it out.",
+    )
+
+
 def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks: Ranks) -> MegatronOptimizer:
     """AdamW with float32 states and master weights, sharded over replicas. Load the model's weights first."""
     model_config = get_model_config(model[0])
@@ -60,6 +74,12 @@ def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks
         fp8_recipe=model_config.fp8_recipe if model_config.fp8_param else None,
         # An infinite bound clips nothing and still measures the norm.
         clip_grad=config.clip_grad or float("inf"),
+        # Offloaded or not, master weights and states are float32. Megatron offloads only with its "precision-aware" optimizer,
+        # which leaves the master weights to Adam itself.
+        optimizer_cpu_offload=config.cpu_offload > 0,
+        optimizer_offload_fraction=config.cpu_offload,
+        use_precision_aware_optimizer=config.cpu_offload > 0,
+        overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
     )
     return get_megatron_optimizer(settings, model, use_gloo_process_groups=False, pg_collection=ranks.groups)
 

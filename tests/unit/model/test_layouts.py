@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
-from mpo_megatron.config import ConfigError, ParallelConfig
+from mpo_megatron import device
+from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.train import check_ranks
 from mpo_megatron.model.architecture import check_supported, validate_layout
+from mpo_megatron.train.optimizer import check_offload
 
 DENSE = Qwen3Config(num_attention_heads=40, num_key_value_heads=8, num_hidden_layers=4, intermediate_size=512)
 EXPERTS = Qwen2MoeConfig(
@@ -134,6 +136,15 @@ def test_layers_of_stages(num_layers: int, layout: dict[str, int], expected: tup
 def test_experts_that_are_not_implemented(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_supported(config)
+
+
+def test_offloading_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    check_offload(OptimizerConfig())
+    with pytest.raises(ConfigError, match="optimizer.cpu_offload = 0.5, but this machine has no GPU"):
+        check_offload(OptimizerConfig(cpu_offload=0.5))
+    with pytest.raises(ConfigError, match="optimizer.cpu_offload = 2.0; it is a share"):
+        OptimizerConfig(cpu_offload=2.0)
 
 
 def test_dense_and_sparse_models_are_supported() -> None:
