@@ -6,8 +6,8 @@
 Each measurement has a process of its own, so that no side sees the memory that another one left. `kernel` and `full` return the
 gradients of hidden states and weight, whose memory counts on both. `in place` is the kernel as the trainer uses it: the weight's
 gradient is added to Megatron's gradient buffer, which is there anyway, and takes no memory of its own. Full logits are what a
-trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers, several
-times.
+trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers,
+several times.
 """
 
 from __future__ import annotations
