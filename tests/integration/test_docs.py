@@ -94,6 +94,17 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
     parser.parse_args(arguments)
 
 
+def test_quoted_messages_exist() -> None:
+    """Messages in the first columns of the troubleshooting tables are words of the package's own."""
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    quoted = [match[1] for row in rows if (match := re.match(r"\| `([^`]+)` \|", row))]
+    sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "mpo_megatron").rglob("*.py"))
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # messages are literals over several lines
+    assert len(quoted) > 12
+    missing = [text for text in quoted if any(part.strip() not in joined for part in re.split("…|N:", text))]
+    assert not missing
+
+
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the README takes for granted: a checkpoint and groups."""
