@@ -5,7 +5,7 @@
     python -m tools.parity --core           # those that also run with the tests
     python -m tools.parity --markdown FILE  # write the table there, too
 
-Exit code 0 if all agree within the tolerance, 1 if not. What is compared, and why with this tolerance: tests/distributed/parity.py.
+Exit code 0 if all agree within the tolerance, 1 if not. What is compared, and why so closely: tests/distributed/parity.py.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron.config import ConfigError, ConvertConfig
 from mpo_megatron.model.convert import CheckpointError, convert, export_to_hf, import_from_hf, load_conversion
@@ -30,6 +30,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
 MODELS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2.5-tied": Qwen2Config(**SIZES, tie_word_embeddings=True, rope_theta=1e6),
@@ -37,6 +38,8 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen2-no-groups": Qwen2Config(**{**SIZES, "num_key_value_heads": 4}, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),  # head_dim ≠ hidden / heads
     "qwen3-tied": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
+    "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32),
+    "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=80, mlp_only_layers=[0]),
 }
 SIDE_FILES = {
     "tokenizer.json": b'{"model": {"type": "BPE"}}\n',

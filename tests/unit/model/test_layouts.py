@@ -141,9 +141,9 @@ def test_experts_that_are_not_implemented(config: PretrainedConfig, message: str
 def test_offloading_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
     check_offload(OptimizerConfig())
-    with pytest.raises(ConfigError, match="optimizer.cpu_offload = 0.5, but this machine has no GPU"):
+    with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 0\.5, but this machine has no GPU"):
         check_offload(OptimizerConfig(cpu_offload=0.5))
-    with pytest.raises(ConfigError, match="optimizer.cpu_offload = 2.0; it is a share"):
+    with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 2\.0; it is a share"):
         OptimizerConfig(cpu_offload=2.0)
 
 
