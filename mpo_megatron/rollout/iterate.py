@@ -253,7 +253,7 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
     config = replace(
         training,
         output=str(folder),
-        model=replace(training.model, checkpoint=str(trained), reference=training.model.reference or str(start)),
+        model=replace(training.model, checkpoint=str(trained), reference=training.model.reference or training.model.checkpoint),
         data=DataConfig(train=str(folder / "groups"), row_tokens=training.data.row_tokens, groups_per_step=256),
     )
     stage("KL", folder / KL_FILE, lambda: run_divergence(folder, config, num_ranks), console)

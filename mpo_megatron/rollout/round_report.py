@@ -46,7 +46,7 @@ def report_round(
             "loss": train.loss.name,
             "params": train.loss.params,
             "lr": train.optimizer.lr,
-            **read_last_metrics(Path(train.output) / "metrics.jsonl", train.stop_after),
+            "last_step": read_last_metrics(Path(train.output) / "metrics.jsonl", train.stop_after),
         },
     }
 

@@ -187,7 +187,10 @@ def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
         report = json.loads((folder / "report.json").read_text())
         training = report["training"]
         assert (training["loss"], training["params"], training["lr"]) == ("mpo", {"beta": {1: 0.1, 2: 0.2}[number]}, 1e-3)
-        assert training["last_step"]["step"] == 3
+        steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        learned = [row for row in steps if "loss" in row]  # groups without contrast may make up a whole step
+        assert len(steps) == 3
+        assert training["last_step"] == {name: learned[-1][name] for name in ("step", "loss", "accuracy", "margin")}
         # Policy and reference are the same at the first step.
         first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
         assert first["margin"] == pytest.approx(0.0, abs=1e-4)
