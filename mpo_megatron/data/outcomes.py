@@ -77,6 +77,17 @@ def read_outcomes(path: Path) -> list[GroupOutcome]:
     ]
 
 
-def outcome_files(run: Path) -> dict[int, Path]:
-    """The files of a run's evaluations by step, in order."""
-    return {int(path.stem.removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}
+def outcome_files(run: Path, data_digest: str | None = None) -> dict[int, Path]:
+    """The files of a run's evaluations by step, in order.
+
+    Args:
+        data_digest: only evaluations on this data; a run may go on with other held-out groups
+    """
+    files = {int(path.stem.removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}
+    return {step: path for step, path in files.items() if data_digest in (None, read_digest(path))}
+
+
+def read_digest(path: Path) -> str:
+    """Digest of the held-out data of an evaluation."""
+    digest: bytes = pq.read_schema(path).metadata[b"data_digest"]
+    return digest.decode()

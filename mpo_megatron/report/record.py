@@ -14,7 +14,7 @@ import yaml
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data import DataError
 from mpo_megatron.data.group import PreparedGroups, load_groups
-from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_outcomes
+from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
 
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
@@ -37,7 +37,7 @@ class RunRecord:
     config: dict[str, Any]
     """config.yaml; empty if there is none."""
     outcomes: dict[int, list[GroupOutcome]]
-    """Held-out groups at every evaluation, by step."""
+    """Held-out groups at every evaluation on the newest held-out data, by step."""
     incidents: tuple[Line, ...]
     """Lines of incidents/*.jsonl: groups of steps that looked wrong."""
     hangs: tuple[str, ...]
@@ -89,7 +89,8 @@ def read_run(folder: Path) -> RunRecord:
     config = _read_yaml(folder / "config.yaml")
     facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
     digests = facts["starts"][-1]["digests"] if facts.get("starts") else {}
-    files = outcome_files(folder)
+    everything = outcome_files(folder)
+    files = outcome_files(folder, read_digest(everything[max(everything)])) if everything else {}
     # A resumed run may evaluate the same step again: the last line of a step counts.
     training = {line["step"]: line for line in lines if not _is_evaluation(line)}
     held_out = {line["step"]: _strip(line) for line in lines if _is_evaluation(line)}

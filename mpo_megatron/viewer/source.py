@@ -95,7 +95,11 @@ def _row_of_run(config: InspectConfig) -> Sight:
     from mpo_megatron.train.objective import build_objective
 
     shape = _row_shape(train, replicas, config.replica)
-    indices = step_indices(config.step - 1, len(data), train.data.groups_per_step, seed=train.seed, shuffle=train.data.shuffle)
+    first = train.data.first_step
+    require(config.step > first, f"step = {config.step}: the data of {folder} begins behind step {first}.")
+    indices = step_indices(
+        config.step - 1 - first, len(data), train.data.groups_per_step, seed=train.seed, shuffle=train.data.shuffle
+    )
     batch = build_step(config.step - 1, data, indices, build_objective(train.loss).select, shape)
     require(
         config.row < len(batch.rows),
@@ -104,7 +108,7 @@ def _row_of_run(config: InspectConfig) -> Sight:
     row = batch.rows[config.row]
     slots = sorted(set(row.responses[:, 0].tolist()))
     left_out = [(slot, k) for slot in slots for k in np.flatnonzero(batch.table.valid[slot] & ~batch.in_rows[slot]).tolist()]
-    epoch = (config.step - 1) // steps_per_epoch(len(data), train.data.groups_per_step) + 1
+    epoch = (config.step - 1 - first) // steps_per_epoch(len(data), train.data.groups_per_step) + 1
     return Sight(
         title=f"{folder}: step {config.step} (epoch {epoch}), row {config.row} of {len(batch.rows)} of replica {config.replica}",
         row=row,

@@ -96,7 +96,7 @@ def log_outcomes(
     run: Path, step: int, outcomes: Sequence[GroupOutcome], data: PreparedGroups, num_samples: int, trackers: Sequence[Tracker]
 ) -> None:
     """Keep the outcomes of the evaluation after `step` steps, and log some as samples: the same groups every time."""
-    earlier = [path for done, path in outcome_files(run).items() if done < step]
+    earlier = [path for done, path in outcome_files(run, data.info.data_digest).items() if done < step]
     write_outcomes(run, step, outcomes, data.info.data_digest)
     wanted = evenly_spaced(len(outcomes), num_samples)
     if wanted:

@@ -14,7 +14,7 @@ import pytest
 
 from mpo_megatron.config import ConfigError, ReportConfig
 from mpo_megatron.data.group import PreparedGroups
-from mpo_megatron.data.outcomes import GroupOutcome
+from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.report.content import content, differences, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings
@@ -106,6 +106,13 @@ def test_data_that_is_gone_or_changed_leaves_a_report_without_texts(tmp_path: Pa
     assert shown["groups"][0]["prompt"] is None
     write_data(tmp_path / "groups", num_groups=20, seed=1)
     assert read_run(folder).held_out_data is None
+
+
+def test_a_run_that_went_on_with_other_held_out_groups(tmp_path: Path, data: PreparedGroups) -> None:
+    folder = write_run(tmp_path / "run", data)
+    old = GroupOutcome(index=99, group_id="old", policy_logps=(0.0,), reference_logps=(0.0,), sets=(1,))
+    write_outcomes(folder, 5, [old], "another digest")
+    assert list(read_run(folder).outcomes) == [0, 10, 20, 30, 40]
 
 
 def test_no_run_no_report(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -169,6 +170,13 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
     text = shown(InspectConfig(run=str(tmp_path), step=1)) + shown(InspectConfig(run=str(tmp_path), step=2))
     assert "reward 0.25 · other (Y−) · not in any row: the loss does not use it" in text.replace("\n", " ")
     assert "reward 2 · preferred (Y+)" in text
+    later = dataclasses.replace(config, data=dataclasses.replace(config.data, first_step=5))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(later)))
+    [index] = step_indices(1, len(data), 1, seed=config.seed, shuffle=True).tolist()
+    assert look(InspectConfig(run=str(tmp_path), step=7)).groups[0].group_id == f"g{index}"
+    with pytest.raises(ConfigError, match="begins behind step 5"):
+        look(InspectConfig(run=str(tmp_path), step=5))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(ConfigError, match="row = 7: replica 0 has 1 rows at step 1"):
         look(InspectConfig(run=str(tmp_path), row=7))
     with pytest.raises(ConfigError, match="replica = 3: the run has 1 model replicas"):
