@@ -63,9 +63,9 @@ def measure(config: TrainConfig) -> None:
             )
             logps.append(values.response)
         if ranks.is_main:
-            write_summary(
-                output / KL_FILE, summarize(*logps, inputs.train.response_offsets(), inputs.train.all_response_lengths())
-            )
+            ours, theirs = logps
+            offsets, lengths = inputs.train.response_offsets(), inputs.train.all_response_lengths()
+            write_summary(output / KL_FILE, summarize(ours, theirs, offsets, lengths))
 
 
 def load(model: list[torch.nn.Module], folder: str, ranks: Ranks) -> list[torch.nn.Module]:
