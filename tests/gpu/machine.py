@@ -1,7 +1,7 @@
 """What a GPU machine has, and what a check of it found.
 
 python -m tests.gpu.machine FILE.json         # GPU, versions, recipes, attention kernels
-python -m tests.gpu.machine --summary FOLDER  # of what tools/gpu_check.sh left there; exit code 1 if a part failed
+python -m tests.gpu.machine --summary FOLDER  # of what tools/gpu_check.sh left there; exit code 1 if a part failed or no test ran
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def describe() -> dict[str, Any]:
 
 
 def summarize(folder: Path) -> int:
-    """Write summary.json and tests.json; whether a part failed."""
+    """Write summary.json and tests.json; the exit code: 1 if a part failed or no test ran."""
     parts = [json.loads(line) for line in (folder / "parts.jsonl").read_text().splitlines()]
     tests = []
     if (folder / "tests.xml").is_file():
@@ -74,7 +74,8 @@ def summarize(folder: Path) -> int:
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     print(json.dumps(summary, indent=1))
-    return int(any(part["exit_code"] for part in parts))
+    # Where no test ran, as without a GPU, nothing was checked.
+    return int(any(part["exit_code"] for part in parts) or not counts.get("passed"))
 
 
 if __name__ == "__main__":
