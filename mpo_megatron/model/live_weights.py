@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from torch import Tensor
 from torch.distributed import all_gather_object, broadcast, get_rank, get_world_size
 
@@ -96,6 +97,7 @@ def _held_boxes(model: Sequence[Any], ranks: Ranks) -> dict[_Box, Tensor]:
         while hasattr(part, "module"):  # DistributedDataParallel, Float16Module
             part = part.module
         state = part.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
+        force_all_tensors_to_non_fp8(state)  # the bf16 numbers that FP8 weights stand for, as in a checkpoint
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor) and tensor.data is not None:

@@ -26,6 +26,7 @@ from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.live_vllm import VllmLiveEngine
 from mpo_megatron.train.inputs import Inputs
+from mpo_megatron.train.optimizer import gather_weights
 
 BATCH_SIZE = 32
 """Responses that the embedded engine generates side by side."""
@@ -61,9 +62,7 @@ class LivePolicy:
         Raises:
             DataError: the engine has no answer to a prompt.
         """
-        for part in model:
-            if part.ddp_config.overlap_param_gather:  # the last update's weights may be on their way still
-                part.start_param_sync(force_sync=True)
+        gather_weights(model)
         receive: Callable[[str, Tensor], None] | None = None if self.engine is None else self.engine.receive
         send_weights(model, self.inputs.hf_config, self.inputs.padded_vocab_size, self.ranks, receive)
         own = prompts[self.ranks.data_rank :: self.ranks.data_size]
