@@ -44,13 +44,17 @@ class InspectConfig:
         for name in ("row", "replica"):
             require(getattr(self, name) >= 0, f"{name} = {getattr(self, name)}; it must be 0 or more.")
         require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
-        for name, wanted in (("group", "0"), ("layout", "shared"), ("tokenizer", None)):
+        for name, changed in (
+            ("group", self.group != "0"),
+            ("layout", self.layout != "shared"),
+            ("tokenizer", self.tokenizer is not None),
+        ):
             require(
-                self.run is None or getattr(self, name) == wanted,
+                self.run is None or not changed,
                 f"{name} has no effect on a run's rows: its configuration says it; leave it out.",
             )
-        for name, wanted in (("step", 1), ("row", 0), ("replica", 0)):
+        for name, changed in (("step", self.step != 1), ("row", self.row != 0), ("replica", self.replica != 0)):
             require(
-                self.data is None or getattr(self, name) == wanted,
+                self.data is None or not changed,
                 f"{name} has an effect on a run's rows only; name the run with --run instead of --data.",
             )
