@@ -212,16 +212,14 @@ def build_weight_map(hf_config: Any, padded_vocab: int) -> list[Slice]:
 def extra_state_keys(hf_config: Any) -> list[str]:
     """Keys of the empty `_extra_state` objects: Megatron-Core's `ShardedObject.unique_key`, one per layer (and expert)."""
     experts = read_experts(hf_config)
-    modules = [(module, None) for module in EXTRA_STATE_MODULES]
+    modules: list[tuple[str, int | None]] = [(module, None) for module in EXTRA_STATE_MODULES]
     if experts is not None:
         modules += [(module, experts.num) for module in EXPERT_STATE_MODULES]
     keys = []
     for module, number in modules:
         for layer in range(hf_config.num_hidden_layers if module.startswith("decoder.layers.") else 1):
             for expert in range(number or 1):
-                key, index, sizes = module, (), ()
-                if module.startswith("decoder.layers."):
-                    key, index, sizes = _stacked(module, layer, hf_config)
+                key, index, sizes = _stacked(module, layer, hf_config)
                 if number is not None:
                     index, sizes = (*index, expert), (*sizes, number)
                 offsets, shape = (".".join(map(str, part)) for part in (index or (0,), sizes or (1,)))
@@ -230,9 +228,10 @@ def extra_state_keys(hf_config: Any) -> list[str]:
 
 
 def _stacked(key: str, layer: int, hf_config: Any) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Key of a layer's tensor, its index on the axis for layers, and that axis's size: no axis where layers differ in kind."""
+    """Key of a layer's tensor, its index on the axis for layers, and that axis's size: no axis where layers differ in kind, and
+    none for what is in no layer."""
     experts = read_experts(hf_config)
-    if experts is None or experts.everywhere:
+    if key.startswith("decoder.layers.") and (experts is None or experts.everywhere):
         return key, (layer,), (hf_config.num_hidden_layers,)
     return key.replace("decoder.layers.", f"decoder.layers.{layer}."), (), ()
 
