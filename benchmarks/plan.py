@@ -26,7 +26,7 @@ import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import AutoConfig, PretrainedConfig
 
 from benchmarks import timing
 from benchmarks.setup import SHAPES, TrainStep, hf_config, make_batch, make_groups, zero_reference
@@ -61,10 +61,30 @@ class Case:
     """Groups of each replica; each fills a row."""
     lengths: tuple[int, int, int] = (256, 128, 4)
     """P, R, K."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """What of the model's configuration differs, on CPUs."""
 
+
+QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
+"""Bias on queries, keys and values, no norm of them, tied embeddings."""
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 192,
+    "norm_topk_prob": True,
+}
+"""Experts instead of an MLP."""
+
+
+LARGE_VOCABULARY = Case(
+    name="large vocabulary, full recomputation", model={"recompute": "full", "logprob_chunk": 64}, shape={"vocab_size": 24576}
+)
+"""Where the gradient of the embedding counts."""
 
 CASES = {
     1: (
+        LARGE_VOCABULARY,
         Case(name="one rank"),
         Case(name="selective recomputation", model={"recompute": "selective"}),
         Case(name="full recomputation", model={"recompute": "full"}),
@@ -84,6 +104,11 @@ CASES = {
         Case(name="pipeline 2 in 2 runs", parallel={"pipeline": 2, "virtual_pipeline": 2}, groups=4),
         Case(name="context 2", parallel={"context": 2}),
         Case(name="context 2, full recomputation", parallel={"context": 2}, model={"recompute": "full"}),
+        Case(name="Qwen2, tied, tensor 2", parallel={"tensor": 2}, shape=QWEN2),
+        Case(name="Qwen2, tied, pipeline 2", parallel={"pipeline": 2}, shape=QWEN2, groups=4),
+        LARGE_VOCABULARY,
+        Case(name="experts, data 2", shape=EXPERTS),
+        Case(name="experts, expert 2", parallel={"expert": 2}, shape=EXPERTS),
     ),
 }
 """Cases by number of ranks."""
@@ -93,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Start the ranks, measure every case, compare."""
     parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
     parser.add_argument("--ranks", type=int, choices=list(CASES), default=2, help="ranks to start on this machine")
-    parser.add_argument("--cases", help="only cases whose names contain this")
+    parser.add_argument("--cases", default="", help="only cases whose names contain this")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = timing.parse(parser, arguments)
     if "RANK" not in os.environ:
@@ -101,8 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
         raise SystemExit(subprocess.run([*command, "-m", "benchmarks.plan", *arguments], env=environment, check=False).returncode)
     with connected():
-        cases = [case for case in CASES[options.ranks] if not options.cases or options.cases in case.name]
-        rows = [row for case in cases for row in gather(measure(case, configuration(options.size), options))]
+        cases = [case for case in CASES[options.ranks] if options.cases in case.name]
+        cases = cases[:2] if options.size == "tiny" else cases
+        rows = [row for case in cases for row in gather(measure(case, configuration(options.size, case.shape), options))]
         if torch.distributed.get_rank() == 0:
             show(options, rows)
 
@@ -118,23 +144,26 @@ def connected() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def configuration(size: str) -> PretrainedConfig:
-    """On CPUs a Qwen3 model with more layers than the other benchmarks'; else as they have it."""
-    if size in ("tiny", "small"):
-        small = size == "small"
-        return Qwen3Config(
-            hidden_size=256 if small else 64,
-            intermediate_size=768 if small else 192,
-            num_hidden_layers=4,
-            num_attention_heads=8 if small else 4,
-            num_key_value_heads=2,
-            head_dim=32,
-            vocab_size=6144 if small else 512,
-            tie_word_embeddings=False,
-            eos_token_id=511,
-            pad_token_id=510,
-        )
-    return hf_config(size)
+def configuration(size: str, shape: dict[str, Any]) -> PretrainedConfig:
+    """On CPUs a Qwen3 model with more layers than the other benchmarks', and `shape`; else as they have it."""
+    if size not in ("tiny", "small"):
+        return hf_config(size)
+    small = size == "small"
+    settings = {
+        "model_type": "qwen3",
+        "hidden_size": 256 if small else 64,
+        "intermediate_size": 768 if small else 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8 if small else 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "vocab_size": 6144 if small else 512,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 4096,
+        "eos_token_id": 511,
+        "pad_token_id": 510,
+    }
+    return AutoConfig.for_model(**(settings | shape))
 
 
 def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -> timing.Row:
@@ -150,8 +179,8 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         parts = build_policy(config, model_config, parallel, ranks, config.vocab_size)
         with torch.no_grad():
             for part in parts:
-                for parameter in part.parameters():
-                    parameter.fill_(0.01)
+                for parameter in part.parameters():  # spread, so that experts share the tokens
+                    parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         model = optimizer.wrap_data_parallel(parts, optimizer_config, ranks)
         prepare_schedules(model)
         step = TrainStep(own, model)
@@ -159,7 +188,6 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         measured = measure_static(model, step.adam)
         measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
         planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank())
-    gc.collect()
     return {
         "case": case.name,
         "stage": planned.stage,

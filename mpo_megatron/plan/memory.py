@@ -341,9 +341,11 @@ def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], 
             embedding + 2 * _tokens(layout, row) * layout.shape.hidden * layout.dtype_bytes - done
         )
     if layout.kernels.layers == "local":
-        # PyTorch's AdamW: two float32 intermediates, of one weight after the other on a CPU, of all at once on a GPU.
-        sizes = [weight.size // layout.sharing for part in weights for weight in part]
-        moments["AdamW"] = 2 * 4 * (sum(sizes) if layout.kernels.gpu else max(sizes)) - kept
+        # PyTorch's AdamW: two float32 intermediates, of one weight after the other on a CPU, of all at once on a GPU. A rank's
+        # share is a range of the buffer, so that a weight may lie in it as a whole.
+        sizes = [weight.size for part in weights for weight in part]
+        share = sum(sizes) // layout.sharing
+        moments["AdamW"] = 2 * 4 * (share if layout.kernels.gpu else min(share, max(sizes))) - kept
     name = max(moments, key=lambda moment: moments[moment])
     return name, max(0, moments[name])
 

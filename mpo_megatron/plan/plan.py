@@ -20,6 +20,7 @@ from mpo_megatron.config import (
     TrainConfig,
     load_yaml,
 )
+from mpo_megatron.data.group import read_info
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.model.architecture import padded_vocab_size
 from mpo_megatron.model.convert_folder import load_conversion
@@ -31,7 +32,7 @@ from mpo_megatron.plan.parameters import Shape, count_parameters
 from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
 from mpo_megatron.plan.search import Candidate, Problem, search
 from mpo_megatron.plan.step_time import Assumptions
-from mpo_megatron.train.objective import Objective, build_objective
+from mpo_megatron.train.objective import Objective, build_objective, check_data
 
 DEFAULT_GROUPS = 60_000
 """Groups of a run if nothing says how many: about UltraFeedback's prompts."""
@@ -154,9 +155,15 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
 
 
 def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective, groups_per_step: int) -> Sequences:
-    """Lengths from the data, if there are any, else as the options say."""
+    """Lengths from the data, if there are any, else as the options say.
+
+    Raises:
+        ConfigError: the data lack what the loss reads.
+    """
     folder = config.data or (train.data.train if (Path(train.data.train) / "prepare.json").is_file() else None)
     if folder:
+        info = read_info(folder)
+        check_data(objective, has_rewards=info.reward_kind != "labels", has_labels=info.has_labels, where=folder)
         return read_lengths(folder, objective.select, groups_per_step)
     return draw_lengths(
         prompt=config.prompt_tokens,

@@ -7,12 +7,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
+from mpo_megatron.data.group import write_groups
 from mpo_megatron.plan.models import build_config
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan
 from mpo_megatron.plan.search import Problem, search
+from tests.tiny import random_groups, save_groups, save_tokenizer
 
 RUN = """
 output: run
@@ -110,6 +113,20 @@ def test_unknown_names_are_refused(options: dict[str, Any], message: str) -> Non
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PlanConfig(gpus=8, **options)
+
+
+def test_lengths_come_from_prepared_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_tokenizer(tmp_path / "model")
+    groups = random_groups(24)
+    save_groups(tmp_path / "groups", groups, tmp_path / "model")
+    plan(PlanConfig(model="Qwen2.5-0.5B", gpus=2, data=str(tmp_path / "groups"), groups_per_step=8, suggest=1))
+    printed = capsys.readouterr().out
+    assert str(tmp_path / "groups") in printed.replace("\n", "")
+    assert "24 groups in" in printed
+    labels = [dataclasses.replace(group, rewards=None, labels=np.zeros(group.num_responses, dtype=np.int8)) for group in groups]
+    write_groups(tmp_path / "labels", labels, tokenizer_digest="", vocab_size=256, end_token_ids=[], reward_kind="labels")
+    with pytest.raises(ConfigError, match=r"loss.name = mpo reads rewards, but .*labels has chosen / rejected labels only"):
+        plan(PlanConfig(model="Qwen2.5-0.5B", gpus=2, data=str(tmp_path / "labels")))
 
 
 def test_layouts_that_do_not_divide_are_refused_by_the_trainers_own_checks(tmp_path: Path) -> None:
