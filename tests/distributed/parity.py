@@ -117,7 +117,7 @@ UNSHARED = {"rows": "unshared", "row_tokens": 512}
 
 CASES = [
     Case(model="qwen3", core=True),
-    Case(model="qwen2", core=True),
+    Case(model="qwen2"),
     Case(model="qwen2-tied", layers={"recompute": "full"}, core=True),
     Case(model="qwen3", layers={"recompute": "selective", "logprob_chunk": 7}, core=True),
     Case(model="qwen3-tied", **UNSHARED, core=True),
@@ -128,14 +128,14 @@ CASES = [
     Case(model="qwen2-moe", **SPLIT),
     Case(model="qwen2-moe-tied", layers={"recompute": "selective"}),
     # two ranks
-    Case(model="qwen3", ranks=2, core=True),
+    Case(model="qwen3", ranks=2),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
     Case(model="qwen2-tied", ranks=2, optimizer={"overlap": "gradients"}),
     Case(model="qwen2-tied", ranks=2, optimizer={"overlap": "all"}, core=True),
     Case(model="qwen3", ranks=2, parallel={"tensor": 2}, core=True),
-    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}),
     Case(model="qwen3-tied", ranks=2, parallel={"tensor": 2}, layers={"recompute": "full"}, **UNSHARED),
-    Case(model="qwen3", ranks=2, parallel={"tensor": 2}, loss="spo", core=True),
+    Case(model="qwen3", ranks=2, parallel={"tensor": 2}, loss="spo"),
     Case(model="qwen2", ranks=2, parallel={"pipeline": 2}, **SPLIT, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"pipeline": 2, "first_stage_layers": 1}, core=True),
     Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -150,10 +150,10 @@ CASES = [
     Case(model="qwen2-moe-tied", ranks=2, parallel={"tensor": 2, "expert_tensor": 2}, layers={"recompute": "full"}),
     Case(model="qwen2-moe", ranks=2, parallel={"context": 2, "expert": 2}, core=True),
     # four ranks
-    Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, core=True),
+    Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}),
     Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
     Case(model="qwen3-deep", ranks=4, parallel={"tensor": 4}),
-    Case(model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 4, "virtual_pipeline": 2}, core=True),
+    Case(model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 4, "virtual_pipeline": 2}),
     Case(model="qwen3-deep", ranks=4, parallel={"pipeline": 4, "first_stage_layers": 1, "last_stage_layers": 3}, **SPLIT),
     Case(
         model="qwen3-deep-tied", ranks=4, parallel={"pipeline": 2, "virtual_pipeline": 4}, optimizer={"overlap": "all"}, core=True
