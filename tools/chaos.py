@@ -41,7 +41,7 @@ from mpo_megatron.train.__main__ import main as train_rank  # noqa: E402
 from mpo_megatron.train.step_folders import complete_steps, step_folder  # noqa: E402
 from tests.tiny import random_groups, save_groups, save_model  # noqa: E402
 
-STEPS = 12
+STEPS = 10
 REQUEUE = 75
 LAYOUTS = {
     "tensor 2": (2, ("--parallel.tensor", "2")),
@@ -61,7 +61,7 @@ EPS = 1e-4
 direction that depends on the order of sums."""
 TOLERANCE = 1e-5
 """Largest difference of a weight after changes of layout. Gradients differ by float32's rounding, 1e-8 or so; a step makes at
-most lr / ε = 10 times that of it, 12 steps 1e-6."""
+most lr / ε = 10 times that of it, 10 steps 1e-6."""
 
 Tensors = dict[str, torch.Tensor]
 
@@ -98,6 +98,7 @@ class Life:
         self.codes: dict[int, int | None] = {}
         for rank in range(ranks):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment["TORCHELASTIC_RUN_ID"] = "chaos"  # what a rank knows torchrun by
             pid = os.fork()
             if pid == 0:
                 be_rank({**environment, "MASTER_ADDR": "127.0.0.1"}, [*options, *own], log)
@@ -112,9 +113,12 @@ class Life:
         return None not in self.codes.values()
 
     def wait(self, seconds: float) -> float:
-        """Wait for all ranks to end; the seconds it took. What has not ended by then is killed."""
-        started = time.monotonic()
+        """Wait for all ranks to end, as torchrun does; the seconds it took. What has not ended by then is killed."""
+        started, told = time.monotonic(), False
         while not self.ended() and time.monotonic() - started < seconds:
+            if not told and any(code not in (None, 0, REQUEUE) for code in self.codes.values()):
+                self.send(signal.SIGTERM, self.alive())  # a rank has failed
+                told = True
             time.sleep(0.01)
         taken = time.monotonic() - started
         self.send(signal.SIGKILL, self.alive())
@@ -188,9 +192,9 @@ def steps_logged(run: Path) -> list[int]:
     return [line["step"] for line in lines if "lr" in line]
 
 
-def is_saving(run: Path) -> bool:
-    """Whether a checkpoint is being written."""
-    return any((run / "checkpoints").glob("*.partial-*"))
+def saves(run: Path) -> set[Path]:
+    """Folders of checkpoints that are being written, and of saves that were killed and not cleared away yet."""
+    return set((run / "checkpoints").glob("*.partial-*"))
 
 
 def newest_step(run: Path) -> int:
@@ -219,18 +223,13 @@ def run_round(run: Path, options: list[str], rng: random.Random, life_seconds: f
 def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: Tally) -> bool:
     """End a life at a random moment; False if it was complete before."""
     moment = time.monotonic() + rng.uniform(0, 0.7 * life_seconds)  # most lives begin where another has ended
-    in_save, saves = rng.random() < 0.5, rng.randint(1, 3)
-
-    def due() -> bool:
-        nonlocal saves, saving
-        if not in_save:
-            return time.monotonic() >= moment
-        before, saving = saving, is_saving(run)
-        saves -= saving and not before
-        return saves <= 0 and saving
-
-    saving = False
-    while not due():
+    in_save, wanted, left = rng.random() < 0.5, rng.randint(1, 3), saves(run)
+    seen: set[Path] = set()
+    while True:
+        now = saves(run) - left
+        seen |= now
+        if (now and len(seen) >= wanted) if in_save else time.monotonic() >= moment:
+            break
         if life.ended():
             return False
         time.sleep(0.001)
@@ -238,7 +237,7 @@ def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: 
         time.sleep(rng.uniform(0, 0.03))
     if life.ended():
         return False
-    before, hit_save = newest_step(run), is_saving(run)
+    before, hit_save = newest_step(run), bool(saves(run) - left)
     kind = rng.choice(["SIGKILL of one rank", "SIGKILL of one rank", "SIGKILL of all", "SIGTERM", "SIGUSR1"])
     victims = life.alive() if kind == "SIGKILL of all" else [rng.choice(life.alive())]
     life.send(signal.Signals[kind.split()[0]], victims)
@@ -295,7 +294,8 @@ def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[
             compare(run, expected, exact=not change, tally=tally)
         if not tally.faults:
             shutil.rmtree(run)
-        tell(f"run {tally.rounds}: {tally.kills.total() - before} kills, {'changing layouts' if change else 'same layout'}")
+        kind = "changing layouts" if change else "same layout"
+        tell(f"run {tally.rounds}: {tally.kills.total() - before} kills, {kind}. So far: {tally.text()}")
     return tally
 
 
