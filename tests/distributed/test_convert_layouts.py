@@ -1,4 +1,4 @@
-"""A converted checkpoint loads through Megatron-Core at any TP × PP and computes what `transformers` computes; saved by
+"""A converted checkpoint loads through Megatron-Core at any TP × PP × EP and computes what `transformers` computes; saved by
 Megatron-Core from the widest layout, it exports to the very weights it came from.
 
 The test starts this file under torchrun (gloo on a CPU); `main` is what each rank does.
@@ -6,6 +6,7 @@ The test starts this file under torchrun (gloo on a CPU); `main` is what each ra
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -23,8 +24,10 @@ from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
-LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2)]
-"""TP × PP; with 4 ranks, the rest is data parallelism."""
+LAYOUTS = [(1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2)]
+"""TP × PP × EP (of the models with experts); with 4 ranks, the rest is data parallelism."""
+DENSE = ("qwen2", "qwen2.5-tied", "qwen3")
+MODELS = (*DENSE, "qwen2-moe", "qwen3-moe")
 SIZES = {
     "vocab_size": 1003,
     "hidden_size": 64,
@@ -35,6 +38,7 @@ SIZES = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "tie_word_embeddings": False}
 NUM_TOKENS = 24
 # Largest difference of a logit: rounding through 4 layers is a few 1e-6 on logits of size 5; a wrong mapping is off by 1.
 FLOAT32_TOLERANCE = 1e-4
@@ -45,7 +49,7 @@ BF16_ERROR_RATIO = 1.25
 
 def write_models(folder: Path) -> None:
     """Random checkpoints, with sizes of weights that keep logits near 1 and attention far from uniform."""
-    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
+    from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
     configs = {
         "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
@@ -53,6 +57,9 @@ def write_models(folder: Path) -> None:
             **SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
         ),
         "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
+        # The first and third layer are dense, so layers have keys of their own in the checkpoint.
+        "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2, shared_expert_intermediate_size=80),
+        "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
     }
     torch.manual_seed(0)
     for name, config in configs.items():
@@ -106,22 +113,22 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, json.loads((folder / "results.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2.5-tied", "qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_match_transformers_at_every_layout(results: tuple[Path, dict[str, Any]], name: str) -> None:
-    for tensor, pipeline in LAYOUTS:
-        found = results[1][f"{name} fp32 {tensor}x{pipeline}"]
-        assert found["difference"] < FLOAT32_TOLERANCE, (tensor, pipeline)
+    for layout in LAYOUTS:
+        found = results[1][f"{name} fp32 {layout}"]
+        assert found["difference"] < FLOAT32_TOLERANCE, layout
         assert found["range"] > 1, "logits too small for the tolerance to mean anything"
         assert found["padding"] == 0, "padded rows of the vocabulary must be zero"
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2.5-tied", "qwen3"])
+@pytest.mark.parametrize("name", DENSE)
 def test_bf16_logits_are_as_good_as_those_of_transformers(results: tuple[Path, dict[str, Any]], name: str) -> None:
-    found = results[1][f"{name} bf16 1x1"]
+    found = results[1][f"{name} bf16 {LAYOUTS[0]}"]
     assert 0 < found["error"] < BF16_ERROR_RATIO * found["transformers_error"]
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen2.5-tied", "qwen3"])
+@pytest.mark.parametrize("name", MODELS)
 def test_weights_saved_by_megatron_export_bit_identical(results: tuple[Path, dict[str, Any]], name: str, tmp_path: Path) -> None:
     from mpo_megatron.model.convert import convert
 
@@ -144,12 +151,14 @@ def main(folder: Path) -> None:
     torch.distributed.init_process_group("gloo")
     results: dict[str, Any] = {}
     for layout in LAYOUTS:
-        parallel = ParallelConfig(tensor=layout[0], pipeline=layout[1])
-        with model_parallel(parallel, seed=1) as ranks:
-            for name in ("qwen2", "qwen2.5-tied", "qwen3"):
-                for precision in ("fp32", "bf16") if layout == (1, 1) else ("fp32",):
-                    found = compare(folder / name, parallel, precision, ranks, save=layout == (2, 2))
-                    results[f"{name} {precision} {layout[0]}x{layout[1]}"] = found
+        dense = ParallelConfig(tensor=layout[0], pipeline=layout[1])
+        sparse = dataclasses.replace(dense, expert=layout[2])
+        for parallel, names in ((dense, DENSE), (sparse, set(MODELS) - set(DENSE))):
+            with model_parallel(parallel, seed=1) as ranks:
+                for name in sorted(names):
+                    for precision in ("fp32", "bf16") if layout == LAYOUTS[0] and name in DENSE else ("fp32",):
+                        found = compare(folder / name, parallel, precision, ranks, save=layout == LAYOUTS[-1])
+                        results[f"{name} {precision} {layout}"] = found
     # The last rank is on the last stage of every layout, so it has the logits.
     if torch.distributed.get_rank() == torch.distributed.get_world_size() - 1:
         (folder / "results.json").write_text(json.dumps(results, indent=2))
