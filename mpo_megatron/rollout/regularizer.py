@@ -104,7 +104,7 @@ class SampleRegularizer:
         for index in indices.tolist():
             group = data[index]
             tokens = tuple(group.prompt_tokens.tolist())
-            prompts.append(Prompt(group_id=group.group_id, token_ids=tokens, messages=()))
+            prompts.append(Prompt(group_id=f"{index} {group.group_id}", token_ids=tokens, messages=()))  # ids may repeat
         generations = self.sampler.sample(self.run.model, prompts, sampling)
         left = self.online.num_samples
         records = []
@@ -135,8 +135,8 @@ def as_record(index: int, data: PreparedGroups, generation: Generation, limit: i
         }
         for response in generation.responses[:limit]
     ]
-    prompt = data.text(index)[0]
-    return {"group_id": generation.group_id, "index": index, "prompt": prompt, "responses": responses}
+    group = data[index]
+    return {"group_id": group.group_id, "index": index, "prompt": group.prompt_text, "responses": responses}
 
 
 def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple[Ints, int]:
