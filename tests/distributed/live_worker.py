@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -46,8 +47,9 @@ def main(spec_path: str) -> None:
     dist.init_process_group("gloo")
     expected = huggingface(folder) if dist.get_rank() == 0 else None
     results = [run_layout(layout, folder, expected) for layout in spec["layouts"]]
+    experts = [gather_experts(layout, folder) for layout in spec["expert_layouts"]]
     if dist.get_rank() == 0:
-        Path(spec["results"]).write_text(json.dumps(results))
+        Path(spec["results"]).write_text(json.dumps({"layouts": results, "experts": experts}))
     dist.destroy_process_group()
 
 
@@ -76,6 +78,7 @@ def huggingface(folder: Path) -> dict[str, Any]:
 
 
 def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | None) -> dict[str, Any]:
+    overlap = layout.pop("overlap", False)
     parallel = ParallelConfig(**layout)
     with model_parallel(parallel, seed=1) as ranks:
         padded = load_conversion(folder / "policy").padded_vocab_size
@@ -87,7 +90,9 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
             checkpoint.load_weights(parts, folder / role, ranks)
             return parts
 
-        settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=False, grad_reduce_in_fp32=True, overlap_grad_reduce=overlap
+        )
         model: list[Any] = [
             DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in load("policy")
         ]
@@ -126,6 +131,28 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
         "loss_largest": loss_largest,
         "sum": sums,
         "gradients": max(float((gradients[name] - wanted).abs().max()) for name, wanted in expected["gradients"].items()),
+    }
+
+
+def gather_experts(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Weights of a model with experts, against its Hugging Face checkpoint, and samples of it."""
+    parallel = ParallelConfig(**layout)
+    with model_parallel(parallel, seed=1) as ranks:
+        padded, hf_config = load_conversion(folder / "experts").padded_vocab_size, load_hf_config(folder / "experts" / "hf")
+        model_config = ModelConfig(checkpoint=str(folder / "experts"), precision="fp32")
+        parts = build_policy(hf_config, model_config, parallel, ranks, padded)
+        checkpoint.load_weights(parts, folder / "experts", ranks)
+        settings = DistributedDataParallelConfig(use_distributed_optimizer=False)
+        model = [DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in parts]
+        found: dict[str, Tensor] = {}
+        send_weights(model, hf_config, padded, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
+        drawn = draw(model, hf_config, padded, ranks, folder)
+    expected = load_file(folder / "experts-hf" / "model.safetensors")
+    return {
+        "layout": layout,
+        "missing": sorted(set(expected) ^ set(found)),
+        "equal": all(torch.equal(found[name], weight) for name, weight in expected.items()),
+        "samples": drawn,
     }
 
 
@@ -171,6 +198,9 @@ def kl_and_loss(
         reference = Logps(response=torch.full(batch.table.valid.shape, -20.0, dtype=torch.float64))
         fused_step(model, batch, reference, objective, ranks)
     else:
+        for part in model:
+            if part.ddp_config.overlap_grad_reduce:  # otherwise the loss's last row does
+                part.start_grad_sync()
         finalize_gradients(model, None, pg_collection=ranks.groups)
     return [parameter.main_grad.clone() for part in model for parameter in part.parameters()], kl
 

@@ -44,18 +44,22 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     for role, seed in (("policy", 1), ("reference", 2)):
         hf = save_model(tmp_path / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32, tied=True)
         convert(ConvertConfig(input=str(hf), output=str(tmp_path / role)))
+    hf = save_model(tmp_path / "experts-hf", model_type="qwen3_moe", num_hidden_layers=2, hidden_size=32)
+    convert(ConvertConfig(input=str(hf), output=str(tmp_path / "experts")))
     # Several rows and, with two replicas, samples of one prompt on both.
     save_groups(tmp_path / "samples", random_groups(5, seed=3, max_responses=4), tmp_path / "policy-hf")
     save_groups(tmp_path / "groups", random_groups(4, seed=4, tied_share=0), tmp_path / "policy-hf")
     spec = {
         "folder": str(tmp_path),
-        "layouts": [{"tensor": 2}, {}, {"context": 2}, {"pipeline": 2}],
+        "layouts": [{"tensor": 2}, {}, {"overlap": True}, {"context": 2}, {"pipeline": 2}],
+        "expert_layouts": [{"expert": 2}, {"tensor": 2}],
         "results": str(tmp_path / "results.json"),
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
     run_ranks(2, "tests.distributed.live_worker", [str(tmp_path / "spec.json")])
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 4
+    found = json.loads((tmp_path / "results.json").read_text())
+    results = found["layouts"]
+    assert len(results) == 5
     # Samples are drawn by one engine, by one a replica, …: of the same prompts with the same randomness.
     assert all(result["samples"] == results[0]["samples"] for result in results)
     assert [[len(tokens) for tokens in group] for group in results[0]["samples"]] == [[6, 6]] * 5
@@ -67,6 +71,11 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
         # A step's gradients are the sum of both: nothing is reduced twice.
         assert result["sum"] <= 1e-6 * max(result["largest"], result["loss_largest"]), result
         assert result["loss_largest"] > 0
+    first, second = found["experts"]
+    assert first["missing"] == second["missing"] == []
+    assert first["equal"]
+    assert second["equal"]
+    assert first["samples"] == second["samples"]
 
 
 STEPS, EVERY = 6, 2
