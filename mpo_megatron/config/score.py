@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.generate import EndpointConfig, validate_endpoint
+from mpo_megatron.config.options import Options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +112,7 @@ class FunctionScorer:
     kind: ClassVar[str] = "function"
     function: str
     """`package.module:function` or `path/to/file.py:function`."""
-    params: dict[str, Any] = field(default_factory=dict)
+    params: Options = field(default_factory=dict)
     """Keyword arguments for it."""
 
     def __post_init__(self) -> None:
@@ -165,7 +166,7 @@ class ScoreConfig:
     """Folder that `mpo generate` wrote, or a .jsonl file of groups."""
     output: str
     """Folder for scored.jsonl and score.json; a repeated command continues what is there."""
-    scorers: dict[str, dict[str, Any]]
+    scorers: dict[str, Options]
     """By name: `kind` (reward_model, pairwise, match, regex, function, judge) with its options, and `weight` (default 1)."""
     combine: Literal["sum", "zscore"] = "sum"
     """The reward is the weighted sum of the scores as they are, or standardised within the group (all equal: 0) first."""

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
-from mpo_megatron.config import ConfigError, PrepareConfig, ScoreConfig
+from mpo_megatron.config import ConfigError, PrepareConfig, ScoreConfig, load_yaml, parse
+from mpo_megatron.config.score import RegexScorer, build_scorer_config
 from mpo_megatron.data import DataError
 from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.prepare import prepare
@@ -135,3 +137,19 @@ def test_what_is_scored_can_be_prepared(config: ScoreConfig, tmp_path: Path, mod
         assert group.rewards is not None
         assert group.rewards.tolist() == [response["reward"] for response in record["responses"]]
         assert list(group.response_texts) == [response["text"] for response in record["responses"]]
+
+
+@pytest.mark.parametrize("way", ["file", "arguments"])
+def test_texts_in_options_are_taken_as_they_stand(tmp_path: Path, way: str) -> None:
+    """A pattern that would parse as a list or a truth value stays a text."""
+    scorers = {name: {"kind": "regex", "pattern": pattern} for name, pattern in (("x", "[a-z]"), ("y", "no"))}
+    options = {"input": "in", "output": "out", "scorers": scorers}
+    if way == "file":
+        path = tmp_path / "score.yaml"
+        path.write_text(yaml.safe_dump(options))
+        config = load_yaml(ScoreConfig, path)
+    else:
+        config = parse(ScoreConfig, ["--input", "in", "--output", "out", "--scorers", json.dumps(scorers)])
+    assert config.scorers == scorers
+    built = [build_scorer_config(name, config.scorers[name]) for name in scorers]
+    assert [scorer.pattern for scorer in built if isinstance(scorer, RegexScorer)] == ["[a-z]", "no"]
