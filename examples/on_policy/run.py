@@ -14,6 +14,7 @@ Results: on_policy.json, on_policy.png.
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import random
@@ -54,6 +55,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--methods", nargs="+", default=list(load_methods()), choices=list(load_methods()), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts' split, sampling and data order (0)")
     parser.add_argument("--prompts", type=int, default=1900, help="prompts, the held-out ones among them (1900)")
+    parser.add_argument("--responses", type=int, help="responses sampled to each prompt (iterate.yaml's)")
+    parser.add_argument("--epochs", type=float, help="passes over a round's groups (iterate.yaml's)")
     parser.add_argument("--tune", action="store_true", help=f"try learning rates and β with seed {TUNING_SEED} instead")
     return parser.parse_args(arguments)
 
@@ -68,14 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """First policy, rounds of every method and seed, table and picture; the exit status."""
     options, started = parse_arguments(arguments), time.monotonic()
     start, methods = build_start(options.output / "start", options.prompts), load_methods()
+    config = load_rounds(options.responses, options.epochs)
     if options.tune:
-        tune(options.output / "tuning", start, {name: methods[name] for name in options.methods})
+        tune(options.output / "tuning", start, config, {name: methods[name] for name in options.methods})
         return 0
     results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in options.methods}
     # Seeds outside: an interrupted comparison has every method for the first seeds.
     for seed, name in itertools.product(options.seeds, options.methods):
         output = options.output / "runs" / name / f"seed_{seed}"
-        results[name][seed] = run_rounds(output, start, methods[name], seed=seed)
+        results[name][seed] = run_rounds(output, start, config, methods[name], seed=seed)
     summary = summarize({name: methods[name]["label"] for name in options.methods}, results)
     (options.output / "on_policy.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_rounds(summary, options.output / "on_policy.png")
@@ -145,10 +149,20 @@ def build_prompts(number: int, taken: set[str], seed: int = 1) -> list[dict[str,
 # --------------------------------------------------------------------------------------------------- rounds
 
 
-def run_rounds(output: Path, start: Path, method: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
+def load_rounds(num_responses: int | None, epochs: float | None, path: Path = CONFIG) -> dict[str, Any]:
+    """What all runs share, with other numbers if given."""
+    config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if num_responses is not None:
+        config["generate"]["num_responses"] = num_responses
+    if epochs is not None:
+        config["train"]["epochs"] = epochs
+    return config
+
+
+def run_rounds(output: Path, start: Path, shared: dict[str, Any], method: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
     """`mpo iterate` with a method, unless it is done; the reports of its rounds."""
     if not (output / "report.json").is_file():
-        config = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
+        config = copy.deepcopy(shared)
         config |= {"output": str(output), "model": str(start / "policy"), "prompts": str(start / "prompts.jsonl"), "seed": seed}
         config["train"]["loss"] = {"name": method["loss"], "params": {"beta": method["beta"]}}
         config["train"]["optimizer"]["lr"] = method["lr"]
@@ -160,11 +174,11 @@ def run_rounds(output: Path, start: Path, method: dict[str, Any], *, seed: int) 
     return reports
 
 
-def tune(output: Path, start: Path, methods: dict[str, dict[str, Any]]) -> None:
+def tune(output: Path, start: Path, shared: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
     """The held-out reward after each round, for each method at each learning rate and β."""
     for (name, method), (lr, beta) in itertools.product(methods.items(), TUNING_GRID):
         settings = {**method, "lr": lr, "beta": beta}
-        reports = run_rounds(output / name / f"lr_{lr:g}_beta_{beta:g}", start, settings, seed=TUNING_SEED)
+        reports = run_rounds(output / name / f"lr_{lr:g}_beta_{beta:g}", start, shared, settings, seed=TUNING_SEED)
         rewards = [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
         print(f"{name}, lr {lr:g}, β {beta:g}: " + " → ".join(f"{reward:.3f}" for reward in rewards), flush=True)
 

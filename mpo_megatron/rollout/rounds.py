@@ -41,6 +41,7 @@ from mpo_megatron.model.architecture import load_hf_config, validate_layout
 from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train import checkpoint
+from mpo_megatron.train.inputs import weights_digest
 from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.tracking import check_installed
 
@@ -128,7 +129,7 @@ def build_plan(config: IterateConfig) -> Plan:
     return Plan(
         config=config,
         prompts=prompts,
-        model_digest=load_conversion(model).digest,
+        model_digest=weights_digest(model),
         num_ranks=num_ranks,
         policies=policies,
         rounds=rounds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +17,12 @@ from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
 from mpo_megatron.model.attention_backends import choose_attention
-from mpo_megatron.model.convert import Conversion, load_conversion
+from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload
-from mpo_megatron.train.step_folders import complete_steps, require_space
+from mpo_megatron.train.step_folders import complete_steps, is_step, read_state, require_space
 from mpo_megatron.train.tracking import check_installed
 
 
@@ -56,7 +58,9 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     choose_attention(config.model)
     check_offload(config.optimizer)
     check_installed(config.logging)
-    reference = check_reference(Path(config.model.reference), hf_config) if config.model.reference else conversion
+    reference = Path(config.model.reference) if config.model.reference else folder
+    if reference != folder:
+        check_reference(reference, hf_config)
     tokenizer = load_tokenizer(folder)
     opened = {}
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -82,8 +86,8 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     return Inputs(
         hf_config=hf_config,
         padded_vocab_size=conversion.padded_vocab_size,
-        model_digest=conversion.digest,
-        reference_digest=reference.digest,
+        model_digest=weights_digest(folder),
+        reference_digest=weights_digest(reference),
         train=opened["data.train"],
         held_out=opened.get("data.eval"),
         objective=objective,
@@ -106,7 +110,7 @@ def check_space(config: TrainConfig, total_steps: int) -> None:
     require_space(Path(config.output), missing * size, f"room for {missing} checkpoints of about {size / 1e9:,.3f} GB")
 
 
-def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
+def check_reference(folder: Path, policy: PretrainedConfig) -> None:
     """Check that another reference model has the policy's architecture: it is loaded in the policy's place.
 
     Raises:
@@ -126,7 +130,16 @@ def check_reference(folder: Path, policy: PretrainedConfig) -> Conversion:
             f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; its reference must have "
             "the same architecture.",
         )
-    return load_conversion(folder)
+
+
+def weights_digest(folder: Path) -> str:
+    """Identity of a checkpoint's weights: what `mpo convert` computed, or that of the files of a run's step, which carries the
+    conversion record of the model it began with."""
+    if not is_step(folder):
+        return load_conversion(folder).digest
+    _, files = read_state(folder)
+    weights = sorted((name, digest) for name, (_, digest) in files.items() if name.startswith("megatron/"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.train import step_folders
+from mpo_megatron.train.inputs import weights_digest
 from mpo_megatron.train.step_folders import (
     DamagedError,
     RunState,
@@ -196,3 +197,11 @@ def test_too_little_space_is_refused_with_numbers(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1, "the checkpoint step_00000001")
     with pytest.raises(ConfigError, match=r"step_00000001 needs 1,000,000,000\.000 GB, .* are free"):
         require_space(tmp_path, 10**18, "the checkpoint step_00000001")
+
+
+def test_steps_of_a_run_are_models_of_their_own(tmp_path: Path) -> None:
+    """Log-probs of one step are never taken for those of another, or of the model that the run began with."""
+    first, second = write_step(tmp_path, 1), write_step(tmp_path, 2)
+    again = write_step(tmp_path / "again", 1, accuracy=0.9)
+    assert weights_digest(first) != weights_digest(second)
+    assert weights_digest(first) == weights_digest(again)
