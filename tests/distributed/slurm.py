@@ -32,7 +32,7 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
-SchedulerParameters=sched_interval=1,batch_sched_delay=0,requeue_delay=1
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
 ReturnToService=2
 SwitchType=switch/none
 MpiDefault=none
@@ -48,7 +48,7 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Run Slurm; yields the environment that its commands need. A job lies in the queue again 1–2 s after `scontrol requeue`."""
+    """Run Slurm; yields the environment that its commands need."""
     for path in (folder, *folder.parents[:-1]):
         path.chmod(path.stat().st_mode | 0o055)  # munged wants to be reachable for all
     for name in ("spool", "state"):
