@@ -15,6 +15,7 @@ import pytest
 
 from examples.quickstart.task import build_groups
 from mpo_megatron import config as configs
+from mpo_megatron.cli import main
 from mpo_megatron.config import build_parser
 from mpo_megatron.launch.launch import TARGETS
 from tests.tiny import save_model
@@ -38,6 +39,19 @@ KINDS: dict[str, type[Any]] = {
 }
 LAUNCHER_OPTIONS = ("--nproc", "--max_restarts")
 """Options of `mpo train` that are not the run's."""
+GUIDES = ("conversion", "data", "launching", "planning", "watching", "on_policy")
+"""Pages of docs/ whose commands run after the README's."""
+RUN_ELSEWHERE = ("mpo iterate", "mpo train")
+"""Commands of these pages that have tests of their own: tests/integration/test_on_policy.py, tests/distributed/test_live.py."""
+SMALLER_GUIDES = {
+    "--held_out 500": "--held_out 8",
+    "--num_workers 8": "--num_workers 1",
+    "--step 12 --row 3": "--step 1 --row 0",
+    "--replica 1": "--replica 0",
+    "--max_tokens 1024": "--max_tokens 8",
+    "--gpus 8 --data": "--gpus 8 --groups_per_step 8 --data",
+}
+"""The same for the guides."""
 SMALLER = {
     "--nproc 8": "--nproc 2",
     "--parallel.tensor 4 --parallel.pipeline 2": "--parallel.tensor 2",
@@ -129,3 +143,44 @@ def test_the_readme_runs(sandbox: Path) -> None:
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
     assert (sandbox / "report.html").stat().st_size > 10_000
     assert (sandbox / "qwen3-aligned" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def guides(sandbox: Path) -> Path:
+    """The README's folder with what the guides take for granted besides."""
+    (sandbox / "runs").mkdir()
+    (sandbox / "checkpoints").mkdir()
+    (sandbox / "path" / "to").mkdir(parents=True)
+    (sandbox / "data").mkdir()
+    links = {
+        "run": ("runs/mpo", "RUN", "OTHER", "THIRD"),
+        "Qwen3-14B": ("checkpoints/Qwen2.5-14B-Instruct", "path/to/checkpoint"),
+        "groups": ("data/groups",),
+        "groups.jsonl": ("pairs.jsonl",),
+    }
+    for target, names in links.items():
+        for name in names:
+            (sandbox / name).symlink_to(sandbox / target)
+    with (sandbox / "prompts.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": group["prompt"]}) + "\n" for group in build_groups(6, seed=8))
+    (sandbox / "length.py").write_text("def length(response, group):\n    return len(response)\n")
+    (sandbox / "score.yaml").write_text("scorers: {length: {kind: function, function: length.py:length}}\n")
+    (sandbox / "train.yaml").write_text((ROOT / "examples" / "launch" / "train.yaml").read_text())
+    return sandbox
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_the_guides_run(guides: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every command of the guides, as written but for sizes, in the folder that the README's commands have filled."""
+    script = "\n".join(command for page in GUIDES for command in commands(ROOT / "docs" / f"{page}.md") if "→" not in command)
+    script = re.sub(r" +", " ", script)
+    for written, smaller in SMALLER_GUIDES.items():
+        assert written in script, f"the guides no longer say {written!r}"
+        script = script.replace(written, smaller)
+    monkeypatch.chdir(guides)
+    for command in script.splitlines():
+        if not command.startswith(RUN_ELSEWHERE):
+            assert main(shlex.split(command)[1:]) == 0, f"{command}: {capsys.readouterr().err[-3000:]}"
+    assert (guides / "round" / "selected" / "groups.jsonl").is_file()
+    assert json.loads((guides / "plan.json").read_text())
