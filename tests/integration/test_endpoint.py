@@ -1,0 +1,127 @@
+"""A real OpenAI-compatible server, `transformers serve`, answers prompts and judges answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mpo_megatron.config import EndpointConfig, GenerateConfig, ScoreConfig
+from mpo_megatron.data import DataError
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.records import read_lines
+from mpo_megatron.rollout.score import score
+from tests.tiny import save_model, save_tokenizer
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        any(importlib.util.find_spec(name) is None for name in ("openai", "fastapi", "uvicorn", "accelerate")),
+        reason="needs what `transformers serve` is made of",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served")
+    save_model(folder, vocab_size=save_tokenizer(folder), num_hidden_layers=2, hidden_size=32)
+    settings = {"do_sample": True, "top_k": 0, "eos_token_id": 256, "pad_token_id": 257}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(model: Path) -> Iterator[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = "from transformers.cli.transformers import main; main()"
+    command = [sys.executable, "-c", program, "serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except OSError:
+                assert process.poll() is None, process.communicate()[0].decode()[-3000:]
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+
+
+@pytest.fixture
+def config(tmp_path: Path, model: Path, url: str) -> GenerateConfig:
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"id": f"p{index}", "prompt": f"Question {index}"}) + "\n" for index in range(6)))
+    return GenerateConfig(
+        prompts=str(path),
+        model=str(model),
+        output=str(tmp_path / "out"),
+        engine="openai",
+        num_responses=2,
+        max_tokens=12,
+        temperature=0.0,
+        empty="keep",
+        endpoint=EndpointConfig(base_url=url, model=str(model), api="text", concurrency=3, retries=1),
+    )
+
+
+def texts(path: Path) -> dict[str, list[str]]:
+    return {record["group_id"]: [response["text"] for response in record["responses"]] for record in read_lines(path)}
+
+
+@pytest.mark.parametrize("api", ["text", "chat"])
+def test_the_server_and_the_embedded_engine_agree(config: GenerateConfig, api: str) -> None:
+    """Greedy answers to the same tokens: the rendered prompt, or the messages through the server's own template."""
+    endpoint = dataclasses.replace(config.endpoint, api=api)
+    served = texts(generate(dataclasses.replace(config, endpoint=endpoint), Console(quiet=True)))
+    embedded = dataclasses.replace(config, engine="transformers", endpoint=EndpointConfig(), output=f"{config.output}-here")
+    assert served == texts(generate(embedded, Console(quiet=True)))
+    assert len({answers[0] for answers in served.values()}) > 1
+
+
+def test_samples_differ(config: GenerateConfig) -> None:
+    served = texts(generate(dataclasses.replace(config, temperature=1.0), Console(quiet=True)))
+    assert len({text for answers in served.values() for text in answers}) > 6
+
+
+def test_what_the_server_does_not_take_is_named(config: GenerateConfig) -> None:
+    endpoint = dataclasses.replace(config.endpoint, api="tokens")
+    with pytest.raises(DataError, match=r"6 of 6 prompts failed: 6 × 4\d\d: "):
+        generate(dataclasses.replace(config, endpoint=endpoint), Console(quiet=True))
+    assert len((Path(config.output) / "failures.jsonl").read_text().splitlines()) == 6
+
+
+def test_a_judge_of_random_weights_is_garbage_and_counted(config: GenerateConfig, tmp_path: Path) -> None:
+    samples = generate(config, Console(quiet=True))
+    (tmp_path / "template.txt").write_text("Rate this answer to {{ prompt }}: {{ response }}")
+    endpoint = {"base_url": config.endpoint.base_url, "model": config.endpoint.model, "retries": 0}
+    judge = {
+        "kind": "judge",
+        "endpoint": endpoint,
+        "template": str(tmp_path / "template.txt"),
+        "max_tokens": 4,
+        "garbage_retries": 1,
+    }
+    scoring = ScoreConfig(input=str(samples), output=str(tmp_path / "scored"), scorers={"judge": judge})
+    with pytest.raises(
+        DataError, match=r"scores are missing: 6 groups from judge; the first: group p0 from judge \(judge: garbage\)"
+    ):
+        score(scoring, Console(quiet=True))
