@@ -13,7 +13,7 @@
 #
 # Layout: 32 ranks on 4 machines of 8: tensor 8 × pipeline 1 × context 1 × data 4.
 #
-# Slurm sends SIGUSR1 300 s before the time limit, and SIGTERM when the job is pre-empted. The ranks then finish their step,
+# Slurm sends SIGUSR1 300 s before the time limit, and SIGTERM when the job is preempted. The ranks then finish their step,
 # save, and exit with 75; this script queues the job again, and it resumes. Submit it from the
 # folder that paths are relative to; logs/ must exist there.
 set -euo pipefail
