@@ -121,38 +121,37 @@ def test_quoted_messages_exist() -> None:
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README takes for granted: a checkpoint and groups."""
+def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README takes for granted, in which every line of its pipeline has run, as written but for sizes."""
     folder = tmp_path_factory.mktemp("docs")
     save_model(folder / "Qwen3-14B", seed=3)
     with (folder / "groups.jsonl").open("w") as file:
         file.writelines(json.dumps(group) + "\n" for group in build_groups(64, seed=5))
+    script = re.sub(r" +", " ", "\n".join(commands(ROOT / "README.md")))
+    for written, smaller in SMALLER.items():
+        assert written in script, f"the README no longer says {written!r}"
+        script = script.replace(written, smaller)
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    shell = ["bash", "-euxo", "pipefail", "-c", script]
+    result = subprocess.run(shell, cwd=folder, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
     return folder
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_the_readme_runs(sandbox: Path) -> None:
-    """Every line of the README's pipeline, as written but for sizes."""
-    script = "\n".join(commands(ROOT / "README.md"))
-    for written, smaller in SMALLER.items():
-        assert written in re.sub(r" +", " ", script), f"the README no longer says {written!r}"
-        script = re.sub(r" +", " ", script).replace(written, smaller)
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    shell = ["bash", "-euxo", "pipefail", "-c", script]
-    result = subprocess.run(shell, cwd=sandbox, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
-    assert (sandbox / "report.html").stat().st_size > 10_000
-    assert (sandbox / "qwen3-aligned" / "model.safetensors").is_file()
+def test_the_readme_runs(readme: Path) -> None:
+    assert (readme / "report.html").stat().st_size > 10_000
+    assert (readme / "qwen3-aligned" / "model.safetensors").is_file()
 
 
 @pytest.fixture(scope="module")
-def guides(sandbox: Path) -> Path:
+def guides(readme: Path) -> Path:
     """The README's folder with what the guides take for granted besides."""
-    (sandbox / "runs").mkdir()
-    (sandbox / "checkpoints").mkdir()
-    (sandbox / "path" / "to").mkdir(parents=True)
-    (sandbox / "data").mkdir()
+    (readme / "runs").mkdir()
+    (readme / "checkpoints").mkdir()
+    (readme / "path" / "to").mkdir(parents=True)
+    (readme / "data").mkdir()
     links = {
         "run": ("runs/mpo", "RUN", "OTHER", "THIRD"),
         "Qwen3-14B": ("checkpoints/Qwen2.5-14B-Instruct", "path/to/checkpoint"),
@@ -161,13 +160,13 @@ def guides(sandbox: Path) -> Path:
     }
     for target, names in links.items():
         for name in names:
-            (sandbox / name).symlink_to(sandbox / target)
-    with (sandbox / "prompts.jsonl").open("w") as file:
+            (readme / name).symlink_to(readme / target)
+    with (readme / "prompts.jsonl").open("w") as file:
         file.writelines(json.dumps({"prompt": group["prompt"]}) + "\n" for group in build_groups(6, seed=8))
-    (sandbox / "length.py").write_text("def length(response, group):\n    return len(response)\n")
-    (sandbox / "score.yaml").write_text("scorers: {length: {kind: function, function: length.py:length}}\n")
-    (sandbox / "train.yaml").write_text((ROOT / "examples" / "launch" / "train.yaml").read_text())
-    return sandbox
+    (readme / "length.py").write_text("def length(response, group):\n    return len(response)\n")
+    (readme / "score.yaml").write_text("scorers: {length: {kind: function, function: length.py:length}}\n")
+    (readme / "train.yaml").write_text((ROOT / "examples" / "launch" / "train.yaml").read_text())
+    return readme
 
 
 @pytest.mark.slow
