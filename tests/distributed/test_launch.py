@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from mpo_megatron.model.convert import convert
 from tests.distributed.launch import ROOT
 from tests.distributed.slurm import installed, slurm
 from tests.tiny import random_groups, save_groups, save_model
+
+# The scripts call `python` and `mpo`: those of the environment that runs the tests.
+ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -61,7 +65,7 @@ def run_script(inputs: Path, run: Path, **job: Any) -> list[float]:
         subprocess.Popen(
             ["bash", str(script)],
             cwd=ROOT,
-            env={**os.environ, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": str(number)},
+            env={**ENVIRONMENT, "MASTER_ADDR": "localhost", "MASTER_PORT": port, "NODE_RANK": str(number)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -104,9 +108,12 @@ def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Pat
     script.write_text(render(job)[0])
     (tmp_path / "slurm").mkdir()
     with slurm(tmp_path / "slurm") as environment:
+        environment["PATH"] = ENVIRONMENT["PATH"]
 
         def call(*command: str) -> str:
-            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+            return subprocess.run(
+                command, cwd=ROOT, env={**environment, "PATH": ENVIRONMENT["PATH"]}, capture_output=True, text=True, check=True
+            ).stdout
 
         number = call("sbatch", "--parsable", str(script)).strip()
         wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) >= 3, tmp_path)
