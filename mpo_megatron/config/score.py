@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 from jsonargparse import ArgumentError, ArgumentParser
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
-from mpo_megatron.config.generate import EndpointConfig, validate_endpoint
+from mpo_megatron.config.generate import EndpointConfig, parse_shard, validate_endpoint
 from mpo_megatron.config.options import Options
 
 
@@ -174,10 +174,14 @@ class ScoreConfig:
     """What happens where a scorer has no score; either way it is counted. `error` stops, keeping what is scored."""
     chunk_groups: int = 64
     """Groups scored, then written, together."""
+    shard: str | None = None
+    """`i/n`: part i (from 0) of n of the groups; by default a Slurm array's task. The last part to finish joins all."""
 
     def __post_init__(self) -> None:
         require(bool(self.scorers), "scorers is empty; name at least one, for example {exact: {kind: match}}.")
         require(self.chunk_groups >= 1, f"chunk_groups = {self.chunk_groups}; it must be at least 1.")
+        if self.shard is not None:
+            parse_shard(self.shard)
         for name, options in self.scorers.items():
             build_scorer_config(name, options)
             read_weight(name, options)

@@ -11,22 +11,21 @@ is tried again by the next run.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import importlib.util
 import itertools
-import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
-from mpo_megatron.config import GenerateConfig, parse_shard, require, to_dict, validate_generate
+from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.rollout.draws import Group, answer
 from mpo_megatron.rollout.engines import Engine, Sampling
@@ -40,7 +39,6 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     Record,
     check_started,
-    hold,
     join_lines,
     read_ids,
     read_lines,
@@ -48,6 +46,7 @@ from mpo_megatron.rollout.records import (
     replace_file,
     write_summary,
 )
+from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 
 REJECTED_FILE = "rejected.jsonl"
 STARTED_FILE = "generate.started.json"
@@ -55,18 +54,6 @@ STARTED_FILE = "generate.started.json"
 _WINDOW = 1024
 """Groups handed to the engine together: it sorts them by length, and groups to draw again wait for the others."""
 _PACKAGES = {"transformers": "transformers", "vllm": "vllm", "openai": "openai"}
-
-
-class Shard(NamedTuple):
-    """Part `part`, from 0, of `total` of the prompts."""
-
-    part: int
-    total: int
-
-    def name(self, file: str) -> str:
-        """The shard's own form of a file's name: samples.jsonl → samples-00003-of-00008.jsonl."""
-        stem, suffix = file.rsplit(".", 1)
-        return file if self.total == 1 else f"{stem}-{self.part:05}-of-{self.total:05}.{suffix}"
 
 
 def generate(config: GenerateConfig, console: Console | None = None) -> Path:
@@ -79,7 +66,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     console = console or Console()
     validate_generate(config)
     require_package(_PACKAGES[config.engine], f"engine = {config.engine}")
-    shard, output = _choose_shard(config.shard), Path(config.output)
+    shard, output = choose_shard(config.shard), Path(config.output)
     checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai")
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
     chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
@@ -91,11 +78,15 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     check_started(output, STARTED_FILE, identity, "samples*.jsonl")
     replace_file(output / REJECTED_FILE, [item.as_json().encode() + b"\n" for item in prompts.rejections])
     _print_prompts(console, config, prompts, shard)
+    samples = output / shard.name(SAMPLES_FILE)
     if not (output / shard.name(GENERATE_FILE)).is_file():
-        with hold(output / shard.name(SAMPLES_FILE)):
+        with hold(output / f".{samples.name}.lock", samples):
             _generate_shard(config, checkpoint, tokenizer, prompts, sampling, shard)
             _finish(output, shard, prompts, identity, config)
-    return _join(output, shard, prompts, identity, config, console)
+    if not join_shards(output, shard, GENERATE_FILE, lambda: _join(shard, output, prompts, identity, config), console):
+        return samples
+    _print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
+    return output / SAMPLES_FILE
 
 
 def require_package(name: str, why: str) -> None:
@@ -104,17 +95,6 @@ def require_package(name: str, why: str) -> None:
         importlib.util.find_spec(name) is not None,
         f"{why} needs the package {name}, which is not installed: pip install 'mpo-megatron[rollout]', or pip install {name}.",
     )
-
-
-def _choose_shard(text: str | None) -> Shard:
-    """The shard that the configuration names, or else this task's of a Slurm array."""
-    if text is not None:
-        return Shard(*parse_shard(text))
-    task = os.environ.get("SLURM_ARRAY_TASK_ID")
-    if task is None:
-        return Shard(0, 1)
-    first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
-    return Shard((int(task) - first) // step, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
 
 
 def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sampling:
@@ -261,26 +241,12 @@ def _finish(output: Path, shard: Shard, prompts: PromptSet, identity: Mapping[st
     write_summary(output / shard.name(GENERATE_FILE), _summarize(samples, prompts, identity, config))
 
 
-def _join(
-    output: Path, shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig, console: Console
-) -> Path:
-    """Join the shards if all are there; the file of this shard, or of all."""
+def _join(shard: Shard, output: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
+    """Put the lines of all shards into one file, in the prompts' order."""
     target = output / SAMPLES_FILE
-    if shard.total > 1:
-        shards = [Shard(index, shard.total) for index in range(shard.total)]
-        missing = [item.part for item in shards if not (output / item.name(GENERATE_FILE)).is_file()]
-        if missing:
-            console.print(f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False)
-            return output / shard.name(SAMPLES_FILE)
-        with (output / ".join.lock").open("w") as lock:  # several may finish at once
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not (output / GENERATE_FILE).is_file():
-                sources = [output / item.name(SAMPLES_FILE) for item in shards]
-                join_lines(sources, target, [record["group_id"] for record in prompts.records])
-                summary = _summarize(target, prompts, identity, replace(config, shard=None))
-                write_summary(output / GENERATE_FILE, summary)
-    _print_summary(console, target, read_summary(output / GENERATE_FILE))
-    return target
+    sources = [output / name for name in shard.all_names(SAMPLES_FILE)]
+    join_lines(sources, target, [record["group_id"] for record in prompts.records])
+    write_summary(output / GENERATE_FILE, _summarize(target, prompts, identity, replace(config, shard=None)))
 
 
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:

@@ -9,12 +9,10 @@ the reference's log-probs on its way, kept in parts as `mpo reference` keeps the
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +36,7 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.data import DataError
 from mpo_megatron.data.group import INFO_FILE
+from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
@@ -74,12 +73,12 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
 
     Raises:
         ConfigError: the configuration cannot work, or is not the one this folder was started with; nothing has been started.
-        DataError: a stage's input is unusable.
+        DataError: a stage's input is unusable, or another `mpo iterate` is at work in the folder.
         StageError: training failed.
     """
     console = console or Console(highlight=False)
     plan = build_plan(config)
-    with only_one(plan.folder):
+    with hold(plan.folder / ".lock", plan.folder):
         open_folder(plan)
         write_prompts(plan, console)
         start = Path(config.model)
@@ -98,18 +97,6 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- the folder
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Refuse a second `mpo iterate` in the same folder; the lock ends with the process that holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"output = {folder}; another mpo iterate is at work there; wait for it, or end it.") from None
-        yield
 
 
 def open_folder(plan: Plan) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, check_writable, require
+from mpo_megatron.data.lock import hold
 
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
@@ -59,8 +60,7 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
 
     check_writable(checkpoint, "model")
-    with (checkpoint / f".{EXPORT_FOLDER}.lock").open("w") as lock:  # other shards wait here for the first
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with hold(checkpoint / f".{EXPORT_FOLDER}.lock", target, wait_seconds=math.inf):  # other shards wait here for the first
         if not target.is_dir():
             export_to_hf(checkpoint, target, max_shard_bytes=_MAX_SHARD_BYTES)
     return target

@@ -15,7 +15,6 @@ A line holds one prompt:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -220,21 +219,6 @@ def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str)
         f"output = {folder}; what it holds was made with another {' and '.join(changed)} ({name}); choose another folder, or "
         "remove this one.",
     )
-
-
-@contextlib.contextmanager
-def hold(path: Path) -> Iterator[None]:
-    """Be the only run that writes a file of lines: two would write them twice.
-
-    Raises:
-        DataError: another one is.
-    """
-    with path.with_name(f".{path.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise DataError(f"{path}: another run is writing it; wait for it, or name another output.") from error
-        yield
 
 
 def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> int:

@@ -47,7 +47,7 @@ from mpo_megatron.train.tracking import check_installed
 
 FILLED = {
     "generate": ("prompts", "model", "output", "shard"),
-    "score": ("input", "output"),
+    "score": ("input", "output", "shard"),
     "select": ("input", "output"),
     "prepare": ("input", "output", "tokenizer", "held_out"),
     "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.first_step", "stop_after"),
@@ -180,7 +180,7 @@ def build_round(config: IterateConfig, number: int) -> Round:
     options = options_of_round(config, number)
     fill(options["generate"], prompts=output / "prompts" / f"round-{number:02d}.jsonl", model=policy / "hf")
     fill(options["generate"], output=folder / "samples", shard="0/1")  # whole, even in a task of a Slurm array
-    fill(options["score"], input=folder / "samples", output=folder / "scored")
+    fill(options["score"], input=folder / "samples", output=folder / "scored", shard="0/1")
     fill(options["select"], input=folder / "scored", output=folder / "selected")
     fill(options["prepare"], input=folder / "selected" / "groups.jsonl", output=folder / "groups", tokenizer=policy / "hf")
     fill(options["train"], output=folder / "run")
@@ -204,7 +204,7 @@ def build_policy_stages(config: IterateConfig, number: int) -> Policy:
     generate.setdefault("seed", config.seed)
     fill(generate, prompts=Path(config.output) / "prompts" / "held-out.jsonl", model=folder / "hf", output=folder / "samples")
     fill(generate, num_responses=config.held_out_responses, shard="0/1")
-    fill(score, input=folder / "samples", output=folder / "scored")
+    fill(score, input=folder / "samples", output=folder / "scored", shard="0/1")
     return Policy(
         folder=folder,
         generate=from_dict(GenerateConfig, generate, "generate"),

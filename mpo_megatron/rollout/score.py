@@ -2,7 +2,8 @@
 
     mpo score --config score.yaml --input rounds/1/samples --output rounds/1/scored
 
-Groups are scored in chunks, written as soon as they are complete, and continued behind what is there. The reward is
+Groups are scored in chunks, written as soon as they are complete, and continued behind what is there; they can be cut into
+shards. The reward is
 Σ w_s · x_s over scorers s, of the scores as they are, or standardised within the group: (x − mean) / standard deviation, 0 where
 all are equal.
 """
@@ -15,7 +16,8 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from rich.table import Table
 from mpo_megatron.config import ScoreConfig, require, to_dict, validate_score
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
 from mpo_megatron.data import DataError
+from mpo_megatron.data.lock import hold
 from mpo_megatron.rollout.generate import require_package
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.records import (
@@ -36,7 +39,6 @@ from mpo_megatron.rollout.records import (
     Record,
     check_started,
     find_lines,
-    hold,
     join_lines,
     read_ids,
     read_lines,
@@ -44,6 +46,7 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
+from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 
 STARTED_FILE = "score.started.json"
 """What the folder's lines were scored with; a run that scores otherwise is refused."""
@@ -58,8 +61,8 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
     """
     console = console or Console()
     validate_score(config)
-    source, output = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output)
-    scored = output / SCORED_FILE
+    source, output, shard = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output), choose_shard(config.shard)
+    scored, own = output / SCORED_FILE, output / shard.name(SCORED_FILE)
     require(scored.resolve() != source.resolve(), f"output = {output}; it would write over its input; choose another folder.")
     if any(isinstance(build_scorer_config(name, options), JudgeScorer) for name, options in config.scorers.items()):
         require_package("openai", "a judge")
@@ -69,15 +72,16 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
             scorers.append(build_scorer(name, build_scorer_config(name, options)))
             stack.callback(scorers[-1].close)
         identity = _identity(config, source, scorers)
-        check_started(output, STARTED_FILE, identity, "scored.jsonl")
-        if not (output / SCORE_FILE).is_file():
-            stack.enter_context(hold(scored))
-            num_groups = _score_groups(config, source, scored, scorers)
-            summary = _summarize(scored, identity, config) | {"groups_read": num_groups}
-            order = [record["group_id"] for record in read_lines(source)]
-            gone = {record["group_id"] for record in read_lines(scored) if not record["responses"]}
-            join_lines([scored], scored, [group_id for group_id in order if group_id not in gone])
-            write_summary(output / SCORE_FILE, summary)
+        check_started(output, STARTED_FILE, identity, "scored*.jsonl")
+        if not (output / shard.name(SCORE_FILE)).is_file():
+            stack.enter_context(hold(output / f".{own.name}.lock", own))
+            _score_groups(config, source, own, scorers, shard)
+            if shard.total > 1:
+                write_summary(output / shard.name(SCORE_FILE), identity)
+            else:
+                _join(config, source, output, shard, identity)
+    if not join_shards(output, shard, SCORE_FILE, lambda: _join(config, source, output, shard, identity), console):
+        return own
     _print_summary(console, scored, read_summary(output / SCORE_FILE))
     return scored
 
@@ -106,19 +110,19 @@ def _identity(config: ScoreConfig, source: Path, scorers: Sequence[Scorer]) -> d
 # --------------------------------------------------------------------------------------------------- groups
 
 
-def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequence[Scorer]) -> int:
-    """Score the groups that have no line yet; the number of groups in the input.
+def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequence[Scorer], shard: Shard) -> None:
+    """Score the shard's groups that have no line yet.
 
     Raises:
         DataError: scores are missing and that is an error; all other groups are written first.
     """
-    num_groups = sum(1 for _ in read_lines(source))
+    num_groups = sum(1 for _ in _read_shard(source, shard))
     lacking: Counter[str] = Counter()
     first = ""
     with LineWriter(scored) as lines, show_progress("scoring", num_groups, "groups", "responses") as advance:
         done = read_ids(scored)
         advance(len(done), 0)
-        pending = (record for record in read_lines(source) if record["group_id"] not in done)
+        pending = (record for record in _read_shard(source, shard) if record["group_id"] not in done)
         while chunk := list(itertools.islice(pending, config.chunk_groups)):
             for record, missing in zip(chunk, _score_chunk(chunk, scorers), strict=True):
                 if missing and config.missing == "error":
@@ -135,7 +139,10 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
             f"scores are missing: {counts}; the first: {first}. All other groups are kept: run the same command again to "
             "retry, or set missing = drop_response or drop_group (in a new output)."
         )
-    return num_groups
+
+
+def _read_shard(source: Path, shard: Shard) -> Iterator[Record]:
+    return itertools.islice(read_lines(source), shard.part, None, shard.total)
 
 
 def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
@@ -200,12 +207,22 @@ def standardize(values: Sequence[float]) -> list[float]:
 # --------------------------------------------------------------------------------------------------- completion
 
 
-def _summarize(scored: Path, identity: Mapping[str, Any], config: ScoreConfig) -> dict[str, Any]:
+def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identity: Mapping[str, Any]) -> None:
+    """Put the lines into the input's order, without groups that lost all their responses; then say that they are complete."""
+    sources = [output / name for name in shard.all_names(SCORED_FILE)]
+    order = [record["group_id"] for record in read_lines(source)]
+    summary = _summarize(sources, identity, replace(config, shard=None)) | {"groups_read": len(order)}
+    gone = {record["group_id"] for path in sources for record in read_lines(path) if not record["responses"]}
+    join_lines(sources, output / SCORED_FILE, [group_id for group_id in order if group_id not in gone])
+    write_summary(output / SCORE_FILE, summary)
+
+
+def _summarize(sources: Sequence[Path], identity: Mapping[str, Any], config: ScoreConfig) -> dict[str, Any]:
     """score.json: taken from the lines, so that it does not depend on how often a run was continued."""
     values: dict[str, list[float]] = {name: [] for name in (*config.scorers, "reward")}
     spreads, best, notes, missing = [], [], dict[str, Counter[str]](), Counter[str]()
     counts = Counter[str]()
-    for record in read_lines(scored):
+    for record in itertools.chain.from_iterable(map(read_lines, sources)):
         rewards = [response["reward"] for response in record["responses"]]
         counts["groups"] += bool(rewards)
         counts["groups_dropped"] += not rewards
@@ -222,7 +239,7 @@ def _summarize(scored: Path, identity: Mapping[str, Any], config: ScoreConfig) -
             spreads.append(max(rewards) - min(rewards))
             best.append(max(rewards))
     if not counts["responses"]:
-        raise DataError(f"{scored}: no response has a reward; {dict(missing)} scores are missing, notes: {notes}.")
+        raise DataError(f"{sources[0]}: no response has a reward; {dict(missing)} scores are missing, notes: {notes}.")
     return {
         "identity": identity,
         "counts": dict(counts),

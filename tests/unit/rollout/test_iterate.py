@@ -13,9 +13,10 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig
 from mpo_megatron.data import DataError
+from mpo_megatron.data.lock import hold
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.divergence import summarize
-from mpo_megatron.rollout.iterate import find_change, only_one, open_folder, stage, write_prompts
+from mpo_megatron.rollout.iterate import find_change, iterate, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
@@ -208,11 +209,10 @@ def test_changed_prompts_and_foreign_folders_are_refused(options: dict[str, Any]
         open_plan(build_plan(IterateConfig(**{**options, "output": str(tmp_path / "thesis")})))
 
 
-def test_two_at_a_time_are_refused(tmp_path: Path) -> None:
-    with only_one(tmp_path), pytest.raises(ConfigError, match="another mpo iterate is at work there"), only_one(tmp_path):
-        pass
-    with only_one(tmp_path):  # free again
-        pass
+def test_two_at_a_time_are_refused(options: dict[str, Any]) -> None:
+    output = Path(options["output"])
+    with hold(output / ".lock", output), pytest.raises(DataError, match="another run is writing it"):
+        iterate(IterateConfig(**options), Console(quiet=True))
 
 
 def test_first_change_is_named() -> None:

@@ -12,7 +12,6 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     check_started,
     find_lines,
-    hold,
     join_lines,
     read_ids,
     read_lines,
@@ -66,13 +65,6 @@ def test_an_unfinished_stage_is_no_input(tmp_path: Path) -> None:
         find_lines(tmp_path, "samples.jsonl", "generate.json")
     write_summary(tmp_path / "generate.json", {})
     assert find_lines(tmp_path, "samples.jsonl", "generate.json") == tmp_path / "samples.jsonl"
-
-
-def test_one_run_at_a_time(tmp_path: Path) -> None:
-    with hold(tmp_path / "lines"), pytest.raises(DataError, match="another run is writing it"), hold(tmp_path / "lines"):
-        pass
-    with hold(tmp_path / "lines"):
-        pass
 
 
 def test_lines_of_unknown_origin_are_refused(tmp_path: Path) -> None:

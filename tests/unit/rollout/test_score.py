@@ -6,7 +6,7 @@ import dataclasses
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -88,6 +88,29 @@ def test_an_interrupted_run_continues_to_the_same_file(config: ScoreConfig, tmp_
     run(config)
     assert {*(tmp_path / "log").read_text().split()} == {"g5", "g6", "g7"}
     assert partial.read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["drop_response", "drop_group"])
+def test_shards_give_the_same_file(
+    config: ScoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: Literal["drop_response", "drop_group"]
+) -> None:
+    lines = Path(config.input).read_text().replace("xxx", "unscored")  # a response of three groups has no score
+    Path(config.input).write_text(lines + json.dumps(group_line("last", "unscored", "unscored")) + "\n")
+    config = dataclasses.replace(config, missing=missing)
+    whole, cut = Path(config.output), dataclasses.replace(config, output=str(tmp_path / "cut"))
+    score(config, Console(quiet=True))
+    (tmp_path / "log").unlink()
+    assert score(dataclasses.replace(cut, shard="2/3"), Console(quiet=True)).name == "scored-00002-of-00003.jsonl"
+    assert [*(tmp_path / "log").read_text().split()] == ["g3"] * 3 + ["g6"] * 3
+    score(dataclasses.replace(cut, shard="1/3"), Console(quiet=True))
+    assert not (tmp_path / "cut" / "scored.jsonl").exists()
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "3")
+    joined = score(cut, Console(quiet=True))
+    assert joined.read_bytes() == (whole / "scored.jsonl").read_bytes()
+    mine, theirs = (json.loads((folder / "score.json").read_text()) for folder in (whole, joined.parent))
+    assert {**mine, "config": None} == {**theirs, "config": None}
+    assert mine["counts"]["groups_dropped"] >= 1
 
 
 def with_gaps(config: ScoreConfig) -> ScoreConfig:

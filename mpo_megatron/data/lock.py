@@ -1,0 +1,53 @@
+"""One writer at a time: a lock that ends with the process that holds it, however that ends."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import writing
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What file systems say that have no locks, such as Lustre mounted without `flock`; nothing is held there."""
+
+
+@contextlib.contextmanager
+def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Be the only one that writes `target`, as long as all who do name the same lock file.
+
+    Args:
+        wait_seconds: how long another one is waited for
+    Raises:
+        DataError: another one is writing; it says which. Or the lock file cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        with writing(lock.parent):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(lock.open("a+"))
+        end = time.monotonic() + wait_seconds
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError as error:
+                if time.monotonic() >= end:
+                    file.seek(0)
+                    raise DataError(
+                        f"{target}: another run is writing it ({file.read()}); wait for it, end it, or name another output."
+                    ) from error
+                time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                break
+        with writing(lock.parent):
+            file.truncate(0)
+            print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+        yield

@@ -1,0 +1,57 @@
+"""A stage cut into parts that share nothing but a folder: each writes files of its own, and the last to finish joins them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+
+from mpo_megatron.config import parse_shard
+from mpo_megatron.data.lock import hold
+
+
+class Shard(NamedTuple):
+    """Part `part`, from 0, of `total` of the groups: every `total`-th one."""
+
+    part: int
+    total: int
+
+    def name(self, file: str) -> str:
+        """The shard's own form of a file's name: samples.jsonl → samples-00003-of-00008.jsonl."""
+        stem, suffix = file.rsplit(".", 1)
+        return file if self.total == 1 else f"{stem}-{self.part:05}-of-{self.total:05}.{suffix}"
+
+    def all_names(self, file: str) -> list[str]:
+        """The forms of a file's name that all shards have, in order."""
+        return [Shard(part, self.total).name(file) for part in range(self.total)]
+
+
+def choose_shard(text: str | None) -> Shard:
+    """The shard that the configuration names, or else this task's of a Slurm array."""
+    if text is not None:
+        return Shard(*parse_shard(text))
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if task is None:
+        return Shard(0, 1)
+    first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
+    return Shard((int(task) - first) // step, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
+
+
+def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], None], console: Console) -> bool:
+    """Join the shards once all are complete; whether the whole is there now.
+
+    Args:
+        summary: the file whose form each shard writes last, and `join` as well
+    """
+    missing = [part for part, name in enumerate(shard.all_names(summary)) if not (output / name).is_file()]
+    if missing:
+        console.print(f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False)
+        return False
+    with hold(output / ".join.lock", output, wait_seconds=math.inf):  # several may finish at once
+        if not (output / summary).is_file():
+            join()
+    return True
