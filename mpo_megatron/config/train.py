@@ -299,8 +299,8 @@ class FaultConfig:
     """A loss or gradient norm far above those of the last steps: note it, leave the weights as they are, or end the run."""
     spike_threshold: float = 10.0
     """How far: this many (robust) standard deviations above the median of the last `spike_window` steps."""
-    spike_window: int = 64
-    """Steps a spike is measured against; nothing is a spike before a quarter of them is done."""
+    spike_window: int = 32
+    """Steps a spike is measured against; nothing is a spike before half of them are done."""
     max_skips: int = 5
     """Steps skipped in a row that end the run."""
     walltime_minutes: float | None = None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import Tensor
 
 from mpo_megatron.config import FaultConfig
@@ -24,6 +25,9 @@ from mpo_megatron.train.objective import Logps
 
 NORMAL_MAD = 1.4826
 """Standard deviation of a normal distribution over its median absolute deviation."""
+
+UPPER, NORMAL_UPPER = 0.8, 0.8416
+"""A quantile above the median, and how many standard deviations of a normal distribution it lies above it."""
 
 LEAST_SPREAD = 0.02
 """The spread is taken to be this share of the median at least: equal steps make no spike of the next one."""
@@ -81,12 +85,17 @@ class Guard:
         return None, "log"
 
     def _is_spike(self, window: deque[float], value: float) -> bool:
-        """Whether a value lies more than `spike_threshold` robust standard deviations above the window's median."""
-        if len(window) * 4 < self.config.spike_window:
+        """Whether a value lies more than `spike_threshold` robust standard deviations above the window's median.
+
+        Gradient norms have a long upper tail, which the median deviation, half of it from below, does not see: so the spread is
+        that of the upper half, if this is the larger one.
+        """
+        if len(window) * 2 < self.config.spike_window:
             return False
         median = statistics.median(window)
-        spread = NORMAL_MAD * statistics.median(abs(past - median) for past in window)
-        return value > median + self.config.spike_threshold * max(spread, LEAST_SPREAD * abs(median))
+        around = NORMAL_MAD * statistics.median(abs(past - median) for past in window)
+        above = (float(np.quantile(window, UPPER)) - median) / NORMAL_UPPER
+        return value > median + self.config.spike_threshold * max(around, above, LEAST_SPREAD * abs(median))
 
 
 @dataclass(frozen=True, kw_only=True)
