@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all, and writes that fail with a message."""
+"""Files and folders that appear complete or not at all, and writes that fail with a message."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import final
@@ -24,6 +24,24 @@ def writing(folder: Path) -> Iterator[None]:
             f"{folder}: cannot write: {error.strerror or error}; nothing was left there; free some space, or choose "
             "another output."
         ) from error
+
+
+def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write a file that appears complete or not at all, and is on disk when the call returns; until then the old one stays.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with writing(path.parent), contextlib.ExitStack() as stack:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stack.callback(partial.unlink, missing_ok=True)
+        with partial.open("wb") as file:
+            for chunk in chunks:
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
 
 
 def is_free(folder: Path) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 from mpo_megatron.config import EvaluateConfig, GenerateConfig, from_dict
 from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import Message
 from mpo_megatron.evaluate.benchmarks import Answer, Benchmark, Question
 from mpo_megatron.evaluate.samples import is_model, prompt_key, read_texts
@@ -26,7 +27,6 @@ from mpo_megatron.rollout.records import (
     Record,
     encode_line,
     find_lines,
-    replace_file,
 )
 
 

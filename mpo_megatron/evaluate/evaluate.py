@@ -16,13 +16,14 @@ import yaml
 from rich.console import Console
 
 from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
 from mpo_megatron.evaluate.plot import plot_evaluation
 from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_scored, read_samples, summarize_samples
 from mpo_megatron.rollout.iterate import StageError
-from mpo_megatron.rollout.records import replace_file, write_summary
+from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.rounds import count_ranks
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.launcher import launch

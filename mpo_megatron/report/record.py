@@ -111,8 +111,8 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a JSONL file; the last one may be half written."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    """The whole lines of a JSONL file: the last one may be half written, and texts may hold what `str` takes for a line's end."""
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def _is_evaluation(line: Line) -> bool:

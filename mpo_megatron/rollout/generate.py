@@ -24,6 +24,7 @@ from rich.console import Console
 
 from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
 from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +44,6 @@ from mpo_megatron.rollout.records import (
     read_ids,
     read_lines,
     read_summary,
-    replace_file,
     write_summary,
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards

@@ -35,6 +35,7 @@ from mpo_megatron.config import (
     to_dict,
 )
 from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import INFO_FILE
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare
@@ -47,7 +48,6 @@ from mpo_megatron.rollout.records import (
     SELECT_FILE,
     encode_line,
     read_summary,
-    replace_file,
     write_summary,
 )
 from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report

@@ -17,14 +17,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, final
 
 from mpo_megatron.config import require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import writing
+from mpo_megatron.data.atomic import replace_file, writing
 
 Record = dict[str, Any]
 """One group line."""
@@ -158,20 +158,6 @@ def find_lines(source: str | Path, name: str, summary: str) -> Path:
     if not (path / summary).is_file():
         raise DataError(f"input = {source}; {name} is not complete, {summary} is missing; repeat the command that writes it.")
     return path / name
-
-
-def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file that appears complete or not at all, and is on disk when the call returns."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with writing(path.parent), contextlib.ExitStack() as stack:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stack.callback(partial.unlink, missing_ok=True)
-        with partial.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:

@@ -16,11 +16,12 @@ import numpy as np
 from torch.distributed import barrier, broadcast_object_list, get_world_size
 
 from mpo_megatron.config import TrainConfig, require
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
 from mpo_megatron.data.loader import Ints, step_indices
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.live import LivePolicy
-from mpo_megatron.rollout.records import Record, read_lines, replace_file
+from mpo_megatron.rollout.records import Record, read_lines
 from mpo_megatron.rollout.sample_kl import add_kl_gradients
 from mpo_megatron.train.loop import Run, load_reference_model
 from mpo_megatron.train.resident import Resident

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import TrainConfig
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.rollout.filters import is_number
-from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, replace_file, write_summary
+from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, write_summary
 
 REPORT_FILE = "report.json"
 BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"

@@ -21,6 +21,7 @@ import torch
 import mpo_megatron
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig, to_dict
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import PreparedGroups
 
 RUN_FILE = "run.json"
@@ -69,17 +70,26 @@ def record_start(
         },
     }
     path = folder / RUN_FILE
-    earlier = json.loads(path.read_text())["starts"] if step and path.is_file() else []
     run = {
         "format_version": FORMAT_VERSION,
         "total_steps": total_steps,
         "config": to_dict(config),
-        "starts": [*earlier, facts],
+        "starts": [*(earlier_starts(path) if step else []), facts],
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(run, indent=2) + "\n")
-    os.replace(partial, path)
+    replace_file(path, [json.dumps(run, indent=2).encode() + b"\n"])
     return facts
+
+
+def earlier_starts(path: Path) -> list[dict[str, Any]]:
+    """What is known of the run's earlier starts; a damaged file must not keep a run from going on."""
+    if not path.is_file():
+        return []
+    try:
+        starts: list[dict[str, Any]] = json.loads(path.read_bytes())["starts"]
+    except (ValueError, KeyError, TypeError) as error:
+        print(f"{path}: damaged ({error!r}); facts about earlier starts of this run are lost.", flush=True)
+        return []
+    return starts
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO
 
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.train.tracking.tracker import Cell, SampleTable
 
 
@@ -34,13 +34,19 @@ class JsonlTracker:
 
 def _continue(path: Path, start_step: int) -> IO[str]:
     """The file opened behind its lines of steps up to `start_step`; the later ones, and half a line at the end, are gone."""
-    kept = []
+    kept, damaged = [], 0
     if start_step and path.is_file():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        kept = [line for line in whole if json.loads(line)["step"] <= start_step]
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
+        with path.open("rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    try:
+                        if json.loads(line)["step"] <= start_step:
+                            kept.append(line)
+                    except (ValueError, KeyError, TypeError):  # of a machine that went down; no reason not to go on
+                        damaged += 1
+    if damaged:
+        print(f"{path}: {damaged} lines are damaged and left out.", flush=True)
+    replace_file(path, kept)
     return path.open("a", buffering=1, encoding="utf-8")
 
 

@@ -20,7 +20,7 @@ from mpo_megatron.losses import build_params
 from mpo_megatron.train.hardware import peak_flops
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.tracking import SampleTable, build_trackers, check_installed
-from mpo_megatron.train.tracking.facts import git_revision, record_start
+from mpo_megatron.train.tracking.facts import earlier_starts, git_revision, record_start
 from mpo_megatron.train.tracking.files import JsonlTracker
 from mpo_megatron.train.tracking.outcomes import evenly_spaced, forget_later, group_outcomes, log_outcomes
 from mpo_megatron.train.tracking.services import MlflowTracker, WandbTracker, flatten, markdown_table
@@ -59,6 +59,8 @@ def test_resumed_files_drop_later_and_broken_lines(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with path.open("a") as file:
         file.write('{"step": 5, "lo')  # killed while writing
+    with (tmp_path / "samples.jsonl").open("ab") as file:
+        file.write('{"step": 5, "response": "ü'.encode()[:-1])  # in the middle of a character
     resumed = JsonlTracker(tmp_path, start_step=2)
     resumed.log(3, {"loss": 30.0})
     resumed.close()
@@ -68,6 +70,25 @@ def test_resumed_files_drop_later_and_broken_lines(tmp_path: Path) -> None:
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in samples] == [1, 1, 2, 2]
     assert samples[0] == {"step": 1, "response": "yes | no\n<b>", "reward": 0.5}
+
+
+def test_texts_with_separators_and_damaged_lines_do_not_keep_a_run_from_going_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    odd = SampleTable(columns=("response",), rows=(("one\u2028two\x85three\x0bfour\r",),))
+    first = JsonlTracker(tmp_path, start_step=0)
+    for step in (1, 2):
+        first.log(step, {"loss": float(step)})
+        first.log_samples(step, odd)
+    first.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\0" * 40 + b"\n" + path.read_bytes() + b"[1]\n{}\n")  # after a machine went down
+    JsonlTracker(tmp_path, start_step=2).close()
+    assert f"{path}: 3 lines are damaged" in capsys.readouterr().out
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
+    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [
+        {"step": step, "response": odd.rows[0][0]} for step in (1, 2)
+    ]
 
 
 def test_tensorboard_keeps_continues_and_shows_samples(tmp_path: Path) -> None:
@@ -194,6 +215,10 @@ def test_every_start_is_recorded_and_no_secret(tmp_path: Path, monkeypatch: pyte
             data_parallel=4,
         )
         assert facts["packages"]["torch"] == torch.__version__
+    whole = (run / "run.json").read_bytes()
+    (run / "run.json").write_bytes(whole[: len(whole) // 2])
+    assert earlier_starts(run / "run.json") == []
+    (run / "run.json").write_bytes(whole)
     text = (run / "run.json").read_text()
     saved = json.loads(text)
     assert "hunter2" not in text
