@@ -185,6 +185,8 @@ class ArrowWriter:
     def add(self, group: TokenizedGroup) -> None:
         """Append one group."""
         prompt, lengths = len(group.prompt_tokens), [len(tokens) for tokens in group.response_tokens]
+        if not lengths or 0 in lengths:
+            raise DataError(f"{group.where}: group {group.group_id}: it has no responses, or one without tokens.")
         if self.num_groups and (group.rewards is None, group.labels is None) != self._absent:
             raise DataError(f"{group.where}: group {group.group_id}: rewards and labels are given by all groups or by none.")
         self._absent = (group.rewards is None, group.labels is None)

@@ -42,6 +42,11 @@ class GroupTable:
     prompt_lengths: Ints
     """[G] tokens of each prompt."""
 
+    @property
+    def scored_lengths(self) -> Ints:
+        """[G, K] tokens a response's log-prob is the sum of: all, but for the first where the prompt is empty; at least 1."""
+        return np.maximum(self.lengths - (self.prompt_lengths == 0)[:, None], 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:

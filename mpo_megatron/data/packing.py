@@ -2,7 +2,8 @@
 
 A row is one micro-batch of up to `row_tokens` tokens. In the shared layout a group lies in it as `[prompt | y_1 | … | y_K]`:
 positions restart after the prompt for every response, and `segments` tells attention who sees whom. The last token of a
-response predicts nothing that is scored, so it is a target but never an input.
+response predicts nothing that is scored, so it is a target but never an input; and where the prompt is empty, nothing predicts
+a response's first token, so it is an input but never a target.
 
 Legend: T tokens of a row, S scored tokens of a row, R responses of a row, G groups of a step, K responses of a group.
 """
@@ -214,7 +215,8 @@ def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layo
             else:
                 start, _ = row.add_segment(response[:-1], first_position=len(prompt), context=context)
                 sources = np.concatenate(([context[1] - 1], start + np.arange(len(response) - 1)))
-            row.score(piece.slot, k, sources, response)
+            first = 0 if len(prompt) else 1
+            row.score(piece.slot, k, sources[first:], response[first:])
     return row.finish(multiple)
 
 

@@ -71,7 +71,7 @@ class Case:
     resume: dict[str, Any] | None = None
     """Those of the second and third step, which then begin with a checkpoint of the first; None: no checkpoint is written."""
     layers: dict[str, Any] = field(default_factory=dict)
-    """Options of `model`: recomputation, for example."""
+    """Options of `model`: recomputation, for example; `attention: varlen` with the flash kernel's work in plain operations."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """Options of `optimizer`, besides those all cases have."""
     rows: str = "shared"
@@ -122,6 +122,7 @@ CASES = [
     Case(model="qwen3", layers={"recompute": "selective", "logprob_chunk": 7}, core=True),
     Case(model="qwen3-tied", **UNSHARED, core=True),
     Case(model="qwen3", **SPLIT, core=True),
+    Case(model="qwen3", layers={"attention": "varlen"}, core=True),
     Case(model="qwen3", loss="spo", core=True),
     Case(model="qwen2-tied", loss="spo", two_phase=True),
     Case(model="qwen3-moe", core=True),
@@ -136,6 +137,8 @@ CASES = [
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}),
     Case(model="qwen3-tied", ranks=2, parallel={"tensor": 2}, layers={"recompute": "full"}, **UNSHARED),
     Case(model="qwen3", ranks=2, parallel={"tensor": 2}, loss="spo"),
+    Case(model="qwen2", ranks=2, parallel={"tensor": 2, "sequence": False}, layers={"attention": "varlen"}, **SPLIT, core=True),
+    Case(model="qwen3-tied", ranks=2, parallel={"context": 2}, layers={"attention": "varlen"}, core=True),
     Case(model="qwen2", ranks=2, parallel={"pipeline": 2}, **SPLIT, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"pipeline": 2, "first_stage_layers": 1}, core=True),
     Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -200,10 +203,11 @@ CASES = [
 
 
 def response_logp(model: Any, group: TokenizedGroup, k: int) -> Tensor:
-    """log π(y_k | x) by `transformers`, prompt and response alone in the batch."""
+    """log π(y_k | x) by `transformers`, prompt and response alone in the batch; without a prompt the first token is given."""
     prompt, response = (torch.from_numpy(tokens.astype("int64")) for tokens in (group.prompt_tokens, group.response_tokens[k]))
-    logits = model(torch.cat((prompt, response))[None]).logits[0, len(prompt) - 1 : -1].float()
-    return logits.log_softmax(dim=-1).gather(1, response[:, None]).sum()
+    row, first = torch.cat((prompt, response)), max(len(prompt), 1)
+    logits = model(row[None]).logits[0, first - 1 : -1].float()
+    return logits.log_softmax(dim=-1).gather(1, row[first:, None]).sum()
 
 
 def mpo_oracle(policy: Any, groups: Sequence[TokenizedGroup], base: Callable[[int, int], Tensor], reference: Any) -> Tensor:
@@ -224,8 +228,8 @@ def mpo_oracle(policy: Any, groups: Sequence[TokenizedGroup], base: Callable[[in
 def divergence(policy: Any, reference: Any, group: TokenizedGroup, k: int) -> Tensor:
     """Σ over the tokens of y_k of KL(π_θ ‖ π_ref) of the next token, over the whole vocabulary."""
     prompt, response = (torch.from_numpy(tokens.astype("int64")) for tokens in (group.prompt_tokens, group.response_tokens[k]))
-    row = torch.cat((prompt, response))[None]
-    ours, theirs = (model(row).logits[0, len(prompt) - 1 : -1].log_softmax(dim=-1) for model in (policy, reference))
+    row, first = torch.cat((prompt, response))[None], max(len(prompt), 1)
+    ours, theirs = (model(row).logits[0, first - 1 : -1].log_softmax(dim=-1) for model in (policy, reference))
     return (ours.exp() * (ours - theirs.detach())).sum()
 
 
@@ -258,6 +262,12 @@ class Truth:
     after: dict[str, Tensor]
 
 
+def first_response(group: TokenizedGroup) -> TokenizedGroup:
+    """The group with its first response alone."""
+    assert group.rewards is not None
+    return dataclasses.replace(group, response_tokens=group.response_tokens[:1], rewards=group.rewards[:1])
+
+
 class World:
     """Models in both formats, groups, and what the oracle finds for each model and loss."""
 
@@ -267,6 +277,8 @@ class World:
             *random_groups(5, seed=4),
             *random_groups(1, seed=7, max_responses=16, response_tokens=(1, 8), tied_share=0.0),
             *random_groups(2, seed=8, response_tokens=(1, 1), tied_share=0.0),  # an end token and nothing else
+            *random_groups(2, seed=9, prompt_tokens=(0, 0), response_tokens=(1, 6), tied_share=0.0),
+            *(first_response(group) for group in random_groups(1, seed=10)),  # K = 1: nothing to compare with
         ]
         self.groups = [dataclasses.replace(group, group_id=f"group-{index}") for index, group in enumerate(groups)]
         assert max(len(group.response_tokens) for group in self.groups) == 16

@@ -20,6 +20,7 @@ from torch import Tensor
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.architecture import load_hf_config
 from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.model.live_weights import send_weights
@@ -29,12 +30,16 @@ from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step
+from tests.unit.model.rows import plain_varlen_kernel
 
 from megatron.core.utils import get_model_config  # isort: skip
 
 
 def main(spec_path: str) -> None:
     spec = json.loads(Path(spec_path).read_text())
+    # `varlen` on a CPU and in float32: a kernel of plain operations stands for flash attention's.
+    attention_backends._missing = lambda model: None
+    attention_varlen.find_kernel = lambda: plain_varlen_kernel  # type: ignore[assignment]
     dist.init_process_group("gloo")
     for case in spec["cases"]:
         run_case(case, spec)

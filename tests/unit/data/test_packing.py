@@ -42,7 +42,11 @@ def contexts(row: Row) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray, np
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
 @pytest.mark.parametrize("row_tokens", [64, 128, 1024])
 def test_every_token_is_predicted_from_its_own_context(layout, row_tokens) -> None:
-    groups = random_groups(20, seed=3)
+    groups = [
+        *random_groups(20, seed=3),
+        *random_groups(12, seed=4, max_responses=16, prompt_tokens=(0, 1), response_tokens=(1, 3)),
+    ]
+    assert {len(group.prompt_tokens) for group in groups} >= {0, 1}
     plan = make_plan(groups, layout=layout, row_tokens=row_tokens)
     found = {}
     for row in build_rows(groups, plan, layout):
@@ -50,10 +54,11 @@ def test_every_token_is_predicted_from_its_own_context(layout, row_tokens) -> No
     assert set(found) == {(slot, k) for slot, group in enumerate(groups) for k in range(group.num_responses)}
     for (slot, k), (visible, positions, targets) in found.items():
         prompt, response = groups[slot].prompt_tokens, groups[slot].response_tokens[k]
-        assert np.array_equal(targets, response)
-        for t in range(len(response)):
-            assert np.array_equal(visible[t], np.concatenate((prompt, response[:t])))
-            assert np.array_equal(positions[t], np.arange(len(prompt) + t))
+        first = 0 if len(prompt) else 1  # without a prompt nothing predicts the first token
+        assert np.array_equal(targets, response[first:])
+        for t in range(first, len(response)):
+            assert np.array_equal(visible[t - first], np.concatenate((prompt, response[:t])))
+            assert np.array_equal(positions[t - first], np.arange(len(prompt) + t))
 
 
 def test_segments_cover_the_row_and_padding_is_apart() -> None:

@@ -170,3 +170,11 @@ def test_damage_is_named(tmp_path: Path) -> None:
     info.write_text("{")
     with pytest.raises(DataError, match=r"prepare.json: damaged"):
         read_info(folder)
+
+
+@pytest.mark.parametrize("responses", [(), (np.array([1, 2], np.int32), np.zeros(0, np.int32))])
+def test_responses_without_tokens_are_refused(tmp_path: Path, responses: tuple[np.ndarray, ...]) -> None:
+    (group,) = make_groups(1)
+    group = dataclasses.replace(group, response_tokens=responses, rewards=np.zeros(len(responses)))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: group .* it has no responses, or one without tokens"):
+        write(tmp_path / "out", [group])

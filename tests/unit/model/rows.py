@@ -1,12 +1,15 @@
-"""Random packed rows for tests of attention."""
+"""Random packed rows for tests of attention, and a kernel for them."""
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mpo_megatron.model.attention import Segment
+from mpo_megatron.model.attention_varlen import VarlenIndex
 
 
 def random_groups_row(seed: int, *, max_groups: int = 4, max_responses: int = 16, max_tokens: int = 30) -> list[Segment]:
@@ -46,3 +49,19 @@ def random_qkv(
     shapes = [(num_tokens, heads, channels), (num_tokens, groups, channels), (num_tokens, groups, channels)]
     drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
+
+
+def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    outputs = []
+    for number in range(len(index.query_ends) - 1):
+        queries = slice(int(index.query_ends[number]), int(index.query_ends[number + 1]))
+        keys = slice(int(index.key_ends[number]), int(index.key_ends[number + 1]))
+        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
+        assert 0 < num_queries <= index.max_queries
+        assert 0 < num_keys <= index.max_keys
+        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
+        scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) / math.sqrt(query.shape[2])
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), value[keys]))
+    return torch.cat(outputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 
 import pytest
@@ -16,23 +15,7 @@ from mpo_megatron.model.attention import row_layout, segment_attention
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
 from mpo_megatron.model.attention_varlen import VarlenIndex, build_varlen_index, varlen_row_attention
-from tests.unit.model.rows import random_groups_row, random_qkv, visible_pairs
-
-
-def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
-    """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
-    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
-    outputs = []
-    for number in range(len(index.query_ends) - 1):
-        queries = slice(int(index.query_ends[number]), int(index.query_ends[number + 1]))
-        keys = slice(int(index.key_ends[number]), int(index.key_ends[number + 1]))
-        num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
-        assert 0 < num_queries <= index.max_queries
-        assert 0 < num_keys <= index.max_keys
-        hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
-        scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) / math.sqrt(query.shape[2])
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), value[keys]))
-    return torch.cat(outputs)
+from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
 
 
 @pytest.mark.parametrize("seed", range(8))
