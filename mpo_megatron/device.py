@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._device import _device_constructors
 
@@ -54,6 +55,12 @@ def synchronize() -> None:
     """Wait for queued kernels, so that a clock read afterwards is honest."""
     if has_gpu():
         torch.cuda.synchronize()
+
+
+def upload(values: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
+    """Host data on this process's device; a GPU takes it from pinned memory, so that no one waits for the copy."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device(), non_blocking=True) if has_gpu() else tensor
 
 
 def peak_memory_gib() -> float:

@@ -31,7 +31,7 @@ from mpo_megatron.train import checkpoint
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.loop import build_row_shape, compute_references
 from mpo_megatron.train.metrics import compute_metrics
-from mpo_megatron.train.objective import Logps, group_batch
+from mpo_megatron.train.objective import Logps, group_batch, take_groups
 from mpo_megatron.train.reference import select_all
 from mpo_megatron.train.step import forward_step
 
@@ -102,13 +102,11 @@ def as_training(config: HeldOutConfig, output: Path, groups_per_step: int) -> Tr
 
 def measure_groups(table: Any, policy: Logps, reference: Logps, params: object) -> list[GroupMetrics]:
     """The metrics of each group by itself."""
-    everything = torch.from_numpy(table.valid).to(policy.response.device)
+    everything, zero = group_batch(table, policy, reference), torch.zeros(1, dtype=torch.float64)
     results = []
     for slot, group_id in enumerate(table.group_ids):
-        one = torch.tensor([slot])
-        batch = group_batch(table, Logps(response=policy.response[slot : slot + 1]), reference, slots=one)
-        zero = torch.zeros(1, dtype=torch.float64, device=everything.device)
-        means = compute_metrics(batch, zero, zero == 0, everything[slot : slot + 1], params)
+        batch = take_groups(everything, torch.tensor([slot]))
+        means = compute_metrics(batch, zero, zero == 0, batch.valid, params)
         totals = {name: means[name].total for name in METRICS}
         results.append(
             GroupMetrics(group_id=group_id, totals=totals, counts={name: float(means[name].count) for name in METRICS})
@@ -144,7 +142,7 @@ def write_groups(path: Path, groups: list[GroupMetrics]) -> None:
 
 def read_groups(path: Path) -> list[GroupMetrics]:
     """What `write_groups` wrote."""
-    return [GroupMetrics(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [GroupMetrics(**json.loads(line)) for line in path.read_bytes().splitlines()]
 
 
 def _ratio(totals: Floats, counts: Floats) -> Callable[[Floats], float]:

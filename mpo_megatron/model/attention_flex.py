@@ -39,7 +39,7 @@ def build_block_mask(segments: Sequence[Segment]) -> BlockMask:
     torch's own `create_block_mask` would spell out all T² entries first; counting intervals gives the same.
     """
     edges = torch.tensor(segments, dtype=torch.int32)
-    per_token = edges.repeat_interleave(edges[:, 1] - edges[:, 0], dim=0).to(device.device())
+    per_token = device.upload(edges.repeat_interleave(edges[:, 1] - edges[:, 0], dim=0))
     start, _, context_start, context_end = (column.contiguous() for column in per_token.unbind(dim=1))
     num_tokens = len(start)
     token = torch.arange(num_tokens, dtype=torch.int32, device=start.device)

@@ -50,10 +50,10 @@ def build_varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
     parts = [np.arange(*span) for start, end, *context in edges for span in (context, (start, end))]
 
     def ends(lengths: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(np.concatenate(([0], lengths.cumsum())).astype(np.int32)).to(device.device())
+        return device.upload(np.concatenate(([0], lengths.cumsum())).astype(np.int32))
 
     return VarlenIndex(
-        key_index=torch.from_numpy(np.concatenate(parts)).to(device.device()) if contexts.any() else None,
+        key_index=device.upload(np.concatenate(parts)) if contexts.any() else None,
         query_ends=ends(queries),
         key_ends=ends(keys),
         max_queries=int(queries.max()),

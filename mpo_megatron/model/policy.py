@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
+from mpo_megatron.data.packing import Ints
 from mpo_megatron.model.architecture import (
     build_block_spec,
     build_transformer_config,
@@ -50,7 +52,7 @@ class Policy(GPTModel):
         tokens: Tensor,
         position_ids: Tensor,
         layout: RowLayout,
-        sources: Tensor,
+        sources: Ints,
         targets: Tensor,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -74,7 +76,7 @@ class Policy(GPTModel):
         if not self.post_process:
             return hidden
         context = self.pg_collection.cp
-        own = self.own_sources(sources)
+        own = device.upload(self.own_sources(sources))
         found = vocab_parallel_statistics(
             self.select_sources(hidden, sources),
             self.output_weight(),
@@ -90,19 +92,21 @@ class Policy(GPTModel):
             return result
         return sum_parts(result.new_zeros((*result.shape[:-1], len(sources))).index_copy(-1, own, result), context)
 
-    def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Tensor) -> Tensor:
+    def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Ints) -> Tensor:
         """Last hidden states of this rank's part of `sources`, for a model that is all in one stage: [S (own), H]."""
         return self.select_sources(self.hidden_states(tokens, position_ids, layout), sources)
 
-    def own_sources(self, sources: Tensor) -> Tensor:
-        """[S (own)] which of `sources` lie in this context-parallel rank's part of the row: all without context parallelism."""
-        context = self.pg_collection.cp
-        return (sources % context.size() == context.rank()).nonzero().squeeze(1)
+    def own_sources(self, sources: Ints) -> Ints:
+        """[S (own)] which of `sources` lie in this context-parallel rank's part of the row: all without context parallelism.
 
-    def select_sources(self, hidden: Tensor, sources: Tensor) -> Tensor:
+        Found on the host: a GPU would have to be waited for, since their number decides shapes.
+        """
+        return np.flatnonzero(sources % self.pg_collection.cp.size() == self.pg_collection.cp.rank())
+
+    def select_sources(self, hidden: Tensor, sources: Ints) -> Tensor:
         """From this stage's output to the hidden states [S (own), H] of its own sources."""
         everything = self.gather_sequence(hidden).squeeze(1)
-        return everything[sources[self.own_sources(sources)] // self.pg_collection.cp.size()]
+        return everything[device.upload(sources[self.own_sources(sources)] // self.pg_collection.cp.size())]
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout) -> Tensor:
         """Output of this stage's last layer (and the final norm on the last stage) for this rank's tokens of the row.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import yaml
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
@@ -28,7 +27,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.precision import token_multiple
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
-from mpo_megatron.train.faults import Supervisor, seed_everything, was_restarted
+from mpo_megatron.train.faults import Supervisor, seed_everything
 from mpo_megatron.train.hardware import peak_flops
 from mpo_megatron.train.incidents import Evidence, Guard, TrainingError, broken_groups, report
 from mpo_megatron.train.inputs import Inputs, check_inputs
@@ -36,14 +35,15 @@ from mpo_megatron.train.metrics import Mean, combine, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.saving import Saver, check_whole, choose_checkpoint
+from mpo_megatron.train.resumption import fixed_options, resume
+from mpo_megatron.train.saving import Saver, check_whole, only_run
 from mpo_megatron.train.step import (
     forward_step,
     fused_step,
     prepare_schedules,
     two_phase_step,
 )
-from mpo_megatron.train.step_folders import RunState, read_state
+from mpo_megatron.train.step_folders import RunState
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.tracking import Tracker, build_trackers
 from mpo_megatron.train.tracking.facts import record_start
@@ -61,6 +61,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
         ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
         TrainingError: a step's loss is not finite; the weights are those before that step.
         SaveError: a checkpoint could not be written.
+        DataError: another run is at work in the folder.
     """
     require(
         build_term is not None or config.online.kl_weight == 0,
@@ -68,7 +69,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
         f"`torchrun -m {config.entry_point}`, as `mpo train` does.",
     )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with model_parallel(config.parallel, config.seed) as ranks:
+    with model_parallel(config.parallel, config.seed) as ranks, only_run(Path(config.output), ranks):
         check_whole(Path(config.model.checkpoint))
         flops = build_flop_model(inputs.hf_config)
         shape = build_row_shape(config, ranks, flops)
@@ -157,18 +158,6 @@ def compute_references(
     return references
 
 
-def check_first_step(first_step: int, done: int, folder: Path) -> None:
-    """Refuse data that begins at a step which the run has not reached.
-
-    Raises:
-        ConfigError: naming both steps.
-    """
-    require(
-        first_step <= done,
-        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first.",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """Everything one run works with."""
@@ -193,7 +182,7 @@ class Run:
         config, total_steps = self.config, self.inputs.total_steps
         last = min(total_steps, config.stop_after or total_steps)
         adam = optimizer.build_optimizer(config.optimizer, self.model, self.ranks)
-        saved = self.resume(adam)
+        saved = resume(config, self.inputs, self.model, adam, self.ranks)
         done = saved.step
         if term is not None:
             term.resume(done)
@@ -308,8 +297,7 @@ class Run:
         """Metrics of a step from the log-probs of all its responses, and the loss of each group [G]; the same on every rank."""
         groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
         losses = self.inputs.objective.compute(groups).detach()
-        contributes = torch.from_numpy(batch.contributes).to(losses.device)
-        computed = torch.from_numpy(batch.in_rows).to(losses.device)
+        contributes, computed = torch.from_numpy(batch.contributes), torch.from_numpy(batch.in_rows)
         return compute_metrics(groups, losses, contributes, computed, self.inputs.objective.params), losses
 
     def evaluate(self, step: int, trackers: list[Tracker]) -> dict[str, float]:
@@ -397,31 +385,12 @@ class Run:
         """Where the run stands after `step` steps."""
         return RunState(
             step=step,
-            seed=self.config.seed,
-            groups_per_step=self.config.data.groups_per_step,
-            total_steps=self.inputs.total_steps,
-            data_digest=self.inputs.train.info.data_digest,
-            loss=json.dumps([self.inputs.objective.loss.name, dataclasses.asdict(self.inputs.objective.params)]),
+            fixed=fixed_options(self.config, self.inputs),
             held_out=held_out,
             recent_losses=list(guard.losses),
             recent_norms=list(guard.norms),
             skipped_steps=guard.skipped,
         )
-
-    def resume(self, adam: Any) -> RunState:
-        """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands."""
-        start = self.state(0, {}, Guard(self.config.faults, [], [], 0))
-        folder = choose_checkpoint(self.folder, self.ranks, resume=self.config.checkpoint.resume or was_restarted())
-        if folder is None:
-            check_first_step(self.config.data.first_step, 0, self.folder)
-            return start
-        saved, _ = read_state(folder)
-        check_first_step(self.config.data.first_step, saved.step, folder)
-        takes_over = saved.step == self.config.data.first_step  # other groups may have led up to here
-        same_data = dataclasses.replace(saved, data_digest=start.data_digest) if takes_over else saved
-        checkpoint.check_same_run(same_data, start, folder)
-        checkpoint.load(folder, self.model, adam, self.ranks)
-        return saved
 
     def build_saver(self) -> Saver:
         """What writes this run's checkpoints."""
@@ -435,7 +404,7 @@ class Run:
             return []
         self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(to_dict(self.config), sort_keys=False)
-        (self.folder / "config.yaml").write_text(text)
+        replace_file(self.folder / "config.yaml", [text.encode()])
         print(f"# {self.folder / 'config.yaml'}\n{text}", flush=True)
         forget_later(self.folder, done)
         inputs = self.inputs

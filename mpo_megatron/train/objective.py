@@ -5,6 +5,7 @@ Legend: G groups of a step, K responses of a group, T scored tokens of the longe
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,25 +92,13 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
 
 
 def group_batch(
-    table: GroupTable,
-    policy: Logps,
-    reference: Logps | None,
-    *,
-    slots: Tensor | None = None,
-    generator: torch.Generator | None = None,
+    table: GroupTable, policy: Logps, reference: Logps | None, *, generator: torch.Generator | None = None
 ) -> GroupBatch:
-    """The table as the losses read it, on the device of `policy`.
-
-    Args:
-        slots: [g] take only these groups of the table and the reference; `policy` has only these already
-    """
+    """The table as the losses read it, on the device of `policy`."""
     device = policy.response.device
 
     def take(values: Any, dtype: torch.dtype) -> Tensor | None:
-        if values is None:
-            return None
-        tensor = torch.as_tensor(values)
-        return (tensor if slots is None else tensor[slots.to(tensor.device)]).to(device=device, dtype=dtype)
+        return None if values is None else torch.as_tensor(values).to(device=device, dtype=dtype)
 
     valid = take(table.valid, torch.bool)
     assert valid is not None
@@ -119,9 +108,16 @@ def group_batch(
         rewards=take(table.rewards, torch.float64),
         labels=take(table.labels, torch.int8),
         valid=valid,
-        lengths=take(table.lengths, torch.int64),
+        lengths=take(table.scored_lengths, torch.int64),
         token_logps=policy.token,
         token_kl=policy.kl,
         reference_token_logps=None if reference is None else take(reference.token, torch.float32),
         generator=generator,
     )
+
+
+def take_groups(batch: GroupBatch, slots: Tensor) -> GroupBatch:
+    """These groups [g] of a batch, in this order; `slots` is on the batch's device."""
+    fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+    taken: dict[str, Any] = {name: value[slots] if isinstance(value, Tensor) else value for name, value in fields.items()}
+    return GroupBatch(**taken)

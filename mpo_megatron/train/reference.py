@@ -238,7 +238,7 @@ def _compute_part(
 ) -> pa.Table:
     width = int(batch.table.lengths.max()) if tokens else None
     logps = collect_logps(run_rows(model, batch.rows, ranks, row_loss=None), batch.table.valid.shape, ranks, width)
-    response = logps.response.cpu().numpy()
+    response = logps.response.numpy()
     broken = np.flatnonzero(~np.isfinite(response).all(axis=1))
     if len(broken):
         raise DataError(
@@ -252,7 +252,7 @@ def _compute_part(
     }
     if logps.token is not None:
         scored = np.arange(logps.token.shape[2]) < batch.table.lengths[:, :, None]
-        columns["token_logps"] = [row[mask] for row, mask in zip(logps.token.cpu().numpy(), scored, strict=True)]
+        columns["token_logps"] = [row[mask] for row, mask in zip(logps.token.numpy(), scored, strict=True)]
     return pa.table(columns)
 
 

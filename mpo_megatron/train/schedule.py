@@ -12,7 +12,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mpo_megatron import device
-from mpo_megatron.data.packing import Row
+from mpo_megatron.data.packing import Ints, Row
 from mpo_megatron.model.attention import RowLayout, row_layout
 from mpo_megatron.model.precision import scales
 
@@ -26,30 +26,36 @@ class RowTensors:
     position_ids: Tensor
     """[1, T]"""
     layout: RowLayout
-    sources: Tensor
-    """[S] index of the token that predicts each scored token."""
+    sources: Ints
+    """[S] index of the token that predicts each scored token; on the host, see `Policy.own_sources`."""
     targets: Tensor
     """[S]"""
     response_of: Tensor
     """[S] which response of the row a scored token belongs to."""
     responses: Tensor
     """[R, 2] slot of the group in the step, index of the response in the group."""
+    slots: Tensor
+    """[g] slots of the row's groups in the step, ascending."""
+    group_of: Tensor
+    """[R] which of the row's groups a response belongs to."""
 
 
 def to_device(row: Row) -> RowTensors:
-    """Move a row to this rank's device."""
-
-    def move(values: np.ndarray[Any, Any]) -> Tensor:
-        return torch.from_numpy(values).to(device.device(), non_blocking=True)
-
+    """Move a row to this rank's device, in one copy."""
+    slots, group_of = np.unique(row.responses[:, 0], return_inverse=True)
+    parts = (row.tokens, row.position_ids, row.targets, row.response_of, row.responses.ravel(), slots, group_of)
+    moved = device.upload(np.concatenate(parts)).split([len(part) for part in parts])
+    tokens, position_ids, targets, response_of, responses, slots_there, group_of_there = moved
     return RowTensors(
-        tokens=move(row.tokens)[None],
-        position_ids=move(row.position_ids)[None],
+        tokens=tokens[None],
+        position_ids=position_ids[None],
         layout=row_layout(row.segments),
-        sources=move(row.sources),
-        targets=move(row.targets),
-        response_of=move(row.response_of),
-        responses=move(row.responses),
+        sources=row.sources,
+        targets=targets,
+        response_of=response_of,
+        responses=responses.view(-1, 2),
+        slots=slots_there,
+        group_of=group_of_there,
     )
 
 

@@ -15,6 +15,7 @@ Legend: T tokens of a row, S its scored tokens, R its responses, G groups of a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from mpo_megatron import device
 from mpo_megatron.data.loader import RowShape, StepBatch, pack
 from mpo_megatron.data.packing import Row
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.train.objective import Logps, Objective, group_batch
+from mpo_megatron.train.objective import Logps, Objective, group_batch, take_groups
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.schedule import LossFunction, run_schedule, to_device
 from mpo_megatron.train.schedule import RowTensors as RowTensors  # loss functions of rows take them
@@ -48,8 +49,7 @@ def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
 
 def token_index(row: RowTensors) -> tuple[Tensor, Tensor, Tensor]:
     """(slot, k, t) of each scored token of the row: where it stands in a [G, K, T] tensor."""
-    lengths = torch.bincount(row.response_of, minlength=len(row.responses))
-    starts = lengths.cumsum(0) - lengths
+    starts = torch.searchsorted(row.response_of, torch.arange(len(row.responses), device=row.response_of.device))
     position = torch.arange(len(row.response_of), device=row.response_of.device) - starts[row.response_of]
     slot, k = row.responses[row.response_of].unbind(dim=1)
     return slot, k, position
@@ -100,7 +100,7 @@ def finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, 
 def collect_logps(
     outputs: Sequence[RowOutput], shape: tuple[int, ...], ranks: Ranks, num_tokens: int | None = None, *, kl: bool = False
 ) -> Logps:
-    """Log-probs (and divergences) of all rows of all replicas, on every rank.
+    """Log-probs (and divergences) of all rows of all replicas, on every rank, in the host's memory.
 
     Sums over replicas (each response lies in one replica's rows), then copies from the last pipeline stage to the others.
 
@@ -118,12 +118,16 @@ def collect_logps(
             divergence[slot, k] = sum_responses(row, token_kl)
         if token is not None:
             token[token_index(row)] = token_logps.float()
-    for tensor in (response, token, divergence):
-        if tensor is not None:
-            all_reduce(tensor, group=ranks.data)
-            if ranks.pipeline.size() > 1:
-                broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
-    return Logps(response=response, token=token, kl=divergence)
+
+    def share(tensor: Tensor) -> Tensor:
+        all_reduce(tensor, group=ranks.data)
+        if ranks.pipeline.size() > 1:
+            broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
+        return tensor.cpu()
+
+    shared = [None if tensor is None else share(tensor) for tensor in (response, token, divergence)]
+    assert shared[0] is not None
+    return Logps(response=shared[0], token=shared[1], kl=shared[2])
 
 
 def forward_step(
@@ -153,22 +157,24 @@ def fused_step(
     """
     num_contributing = int(batch.contributes.sum())
     width = _token_width(batch, objective)
+    # On the device once for all rows: what a row's loss needs is then there, and its backward pass follows without a wait.
+    unknown = Logps(response=torch.zeros(batch.table.valid.shape, device=device.device()))
+    step_groups = group_batch(batch.table, unknown, reference)
 
     def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         if len(row.responses) == 0:  # a filler row; its zero keeps the schedule's backward pass alive
             return token_logps.sum()
-        slots, group_of = row.responses[:, 0].unique(return_inverse=True)
-        shape = (len(slots), batch.table.valid.shape[1])
+        shape = (len(row.slots), batch.table.valid.shape[1])
         zeros = token_logps.new_zeros(shape, dtype=torch.float64)
-        place = (group_of, row.responses[:, 1])
+        place = (row.group_of, row.responses[:, 1])
         response = zeros.index_put(place, sum_responses(row, token_logps))
         kl = None if token_kl is None else zeros.index_put(place, sum_responses(row, token_kl))
         token = None
         if width is not None:
             _, k, position = token_index(row)
             zeros = token_logps.new_zeros((*shape, width), dtype=torch.float32)
-            token = zeros.index_put((group_of[row.response_of], k, position), token_logps)
-        groups = group_batch(batch.table, Logps(response=response, token=token, kl=kl), reference, slots=slots)
+            token = zeros.index_put((row.group_of[row.response_of], k, position), token_logps)
+        groups = replace(take_groups(step_groups, row.slots), policy_logps=response, token_logps=token, token_kl=kl)
         return objective.compute(groups).sum() / num_contributing
 
     outputs = run_rows(model, batch.rows, ranks, row_loss, resident)
@@ -195,10 +201,12 @@ def two_phase_step(
     policy = forward_step(model, batch, objective, ranks, resident)
     coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
     weight = coefficients.abs() if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)
-    needed = (weight if kl_coefficients is None else weight + kl_coefficients.abs()).cpu().numpy() != 0
+    needed = (weight if kl_coefficients is None else weight + kl_coefficients.abs()).numpy() != 0
     plan, rows = (batch.plan, batch.rows)
     if (needed != batch.in_rows).any():
         plan, rows = pack(batch.table, batch.groups, needed, shape)
+    coefficients = device.upload(coefficients)
+    kl_coefficients = None if kl_coefficients is None else device.upload(kl_coefficients)
 
     def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         if len(row.responses) == 0:
@@ -219,7 +227,7 @@ def loss_coefficients(
     batch: StepBatch, policy: Logps, reference: Logps, objective: Objective, generator: torch.Generator
 ) -> tuple[Tensor, Tensor | None]:
     """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens, L the mean loss; and
-    ∂L/∂KL of every response [G, K] for losses that regularise with it."""
+    ∂L/∂KL of every response [G, K] for losses that regularise with it; on the host."""
     by_token = policy.token is not None
     leaf = (policy.token if policy.token is not None else policy.response).detach().requires_grad_()
     kl = None if policy.kl is None else policy.kl.detach().requires_grad_()
