@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 
 class ConfigError(ValueError):
@@ -16,6 +17,11 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def check_seed(seed: int) -> None:
+    """Raise `ConfigError` unless NumPy and PyTorch take this seed."""
+    require(0 <= seed < 2**63, f"seed = {seed}; it must be 0 or more, and below 2^63.")
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise `ConfigError` if `folder` (or its nearest existing parent) cannot be written to."""
     parent = folder.absolute()
@@ -26,3 +32,14 @@ def check_writable(folder: Path, name: str) -> None:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise ConfigError(f"{name} = {folder}; cannot write in {parent} ({error.strerror}); choose another path.") from error
+
+
+def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
+    """The first place where two nested values differ: its dotted name, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in [*before, *(key for key in now if key not in before)]:
+            changed = find_change(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            if changed is not None:
+                return changed
+        return None
+    return None if before == now else (name, before, now)

@@ -34,6 +34,7 @@ from mpo_megatron.config import (
     require,
     to_dict,
 )
+from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import INFO_FILE
@@ -120,20 +121,10 @@ def open_folder(plan: Plan) -> None:
     changed = find_change(read_summary(path), state)
     if changed is not None:
         name, before, now = changed
+        name = name.removeprefix("config.")
         raise ConfigError(
             f"output = {plan.folder} was started with {name} = {before}, now it is {now}; use the old value, or another output."
         )
-
-
-def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
-    """The first place where two nested values differ: its dotted name, and both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in [*before, *(key for key in now if key not in before)]:
-            changed = find_change(before.get(key), now.get(key), f"{name}.{key}" if name else key)
-            if changed is not None:
-                return changed
-        return None
-    return None if before == now else (name.removeprefix("config."), before, now)
 
 
 def write_prompts(plan: Plan, console: Console) -> None:

@@ -7,6 +7,7 @@ asked to stop, has saved, and goes on when it is started again; anything else: a
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from mpo_megatron.config import TrainConfig
+
+NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the file system that starting again does not mend: no space, or no permission."""
 
 EXIT_FILE = "MPO_EXIT_FILE"
 """Environment variable with the file in which `mpo train` looks for the exit code, which torchrun does not pass on."""
@@ -63,6 +67,11 @@ def _run(train: Callable[[TrainConfig], str | None]) -> int:
         stopped = train(config)
     except (ConfigError, DataError, SaveError, TrainingError) as error:
         return _fail(error)
+    except OSError as error:  # of one rank; the others end because it does
+        if error.errno not in NEEDS_A_PERSON:
+            raise
+        print(f"mpo train: {error}; mend it, and start the same command again: it resumes.", file=sys.stderr, flush=True)
+        return _leave_failed()
     if stopped is None:
         return 0
     if _is_main():
@@ -73,6 +82,11 @@ def _run(train: Callable[[TrainConfig], str | None]) -> int:
 def _fail(error: Exception) -> int:
     if _is_main():
         print(f"mpo train: {error}", file=sys.stderr)
+    return _leave_failed()
+
+
+def _leave_failed() -> int:
+    """The exit code for a rank that a person must help; to torchrun a failure, so that it ends the others."""
     _leave(2)
     return 2
 

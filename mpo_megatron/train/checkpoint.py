@@ -32,7 +32,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
 from mpo_megatron.train.optimizer import gather_weights
-from mpo_megatron.train.step_folders import RunState
+from mpo_megatron.train.step_folders import STATE, is_step
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
@@ -53,6 +53,10 @@ def verify(folder: Path) -> None:
     )
     reader = CheckpointReader(folder / "megatron")
     reader.check_files(set(reader.tensors))
+    require(
+        is_step(folder) or not any(name.startswith("optimizer.") for name in reader.tensors),
+        f"{folder}: a step of a run without its {STATE}; copy the whole folder again, or convert it to Hugging Face and back.",
+    )
 
 
 def estimate_bytes(model: Path, precision: str) -> int:
@@ -112,21 +116,6 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
             single._copy_main_params_to_model_params()
         for part in model:
             part.start_param_sync(force_sync=True)  # type: ignore[operator]
-
-
-def check_same_run(saved: RunState, current: RunState, folder: Path) -> None:
-    """Refuse to continue a run whose data order or loss would change.
-
-    Raises:
-        ConfigError: naming what differs.
-    """
-    for name in ("seed", "groups_per_step", "total_steps", "data_digest", "loss"):
-        before, now = getattr(saved, name), getattr(current, name)
-        if before != now:
-            raise ConfigError(
-                f"cannot resume from {folder}: it was trained with {name} = {before}, now it is {now}; "
-                "use the old value, another output folder, or checkpoint.resume = false."
-            )
 
 
 def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, scales: bool = False) -> dict[str, Any]:

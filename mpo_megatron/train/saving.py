@@ -13,12 +13,14 @@ Only one save is under way at a time: the next one finishes it first.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import queue
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.data.lock import hold
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.agreement import on_main
 from mpo_megatron.train.checkpoint import prepare_save
 from mpo_megatron.train.step_folders import (
     DamagedError,
@@ -58,6 +62,9 @@ from mpo_megatron.train.step_folders import (
 
 SLOW_DISK = 2e8
 """Bytes a second and rank that a save is expected to write before one was measured."""
+
+LOCK_SECONDS = 100.0
+"""How long another run in the same folder is waited for: a file server takes 90 to learn that a machine with a lock has died."""
 
 SIDE_FILES = ("hf", "conversion.json")
 """What a step's folder carries over from the model's checkpoint."""
@@ -138,7 +145,7 @@ class Saver:
                 finalize()
         except (CheckpointException, OSError) as error:  # the first is no Exception
             raise SaveError(_message(writing.partial, str(error))) from error
-        self._everywhere(lambda: self._complete(writing, files), writing.partial)
+        self._on_main(lambda: self._complete(writing, files), writing.partial)
         seconds = time.monotonic() - writing.started
         self.seconds = seconds if self.saved_step < 0 else max(self.seconds, seconds)
         self.saved_step = writing.state.step
@@ -153,7 +160,7 @@ class Saver:
             require_space(self.run, self.size, f"the checkpoint {final.name}")
             (partial / "megatron").mkdir(parents=True)
 
-        self._everywhere(create, partial)
+        self._on_main(create, partial)
         return partial
 
     def _gather(self, writing: Writing) -> Files:
@@ -180,21 +187,32 @@ class Saver:
         for path in [*(path for path in partial.rglob("*") if path.is_dir()), partial]:
             sync(path)
         appear(partial, final)
-        remove_old(self.run, self.config)
         print(f"saved {final}", flush=True)
+        try:
+            remove_old(self.run, self.config)
+        except OSError as error:  # a network file system's, where someone reads it; what was to be saved is saved
+            print(f"an old checkpoint could not be deleted ({error}); the next save tries again", flush=True)
 
-    def _everywhere(self, action: Callable[[], None], path: Path) -> None:
-        """Do something on the main rank; if it fails there, all ranks raise."""
-        failed: list[str | None] = [None]
-        if self.ranks.is_main:
-            try:
-                action()
-            except (OSError, ConfigError) as error:
-                failed = [str(error)]
+    def _on_main(self, action: Callable[[], None], path: Path) -> None:
+        """Do something to the folder of a save on the main rank; if it fails there, the folder goes, and all ranks raise."""
+        try:
+            on_main(self.ranks, action)
+        except (OSError, ConfigError) as error:
+            if self.ranks.is_main:
                 shutil.rmtree(path, ignore_errors=True)
-        broadcast_object_list(failed, src=0)
-        if failed[0] is not None:
-            raise SaveError(_message(path, failed[0]))
+            raise SaveError(_message(path, str(error))) from error
+
+
+@contextlib.contextmanager
+def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Within it this is the only run in its folder: another one would take its save under way for a killed one's.
+
+    Raises:
+        DataError: another one is at work there; on all ranks.
+    """
+    with contextlib.ExitStack() as stack:
+        on_main(ranks, lambda: stack.enter_context(hold(run / ".lock", run, LOCK_SECONDS)))
+        yield
 
 
 def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
@@ -205,32 +223,27 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
 
     Raises:
         DamagedError: there are checkpoints, and none is whole.
+        ConfigError: the newest was written by another version of this package.
     """
+    if not resume and (aside := on_main(ranks, lambda: set_run_aside(run))) and ranks.is_main:
+        print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
     while True:
-        found: tuple[Path | None, list[str]] = (None, [])
-        if ranks.is_main:
-            if not resume and (aside := set_run_aside(run)):
-                print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
-            steps = complete_steps(run)
-            found = (steps[-1] if steps else None, damaged_steps(run))
-        message = [found]
-        broadcast_object_list(message, src=0)
-        folder, damaged = message[0]
-        if folder is None:
-            if damaged:
-                raise DamagedError(
-                    f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
-                    "or start anew with checkpoint.resume = false or another output."
-                )
-            return None
-        problem = damage_of(folder)
-        if problem is None:
-            if ranks.is_main:
-                remove_leftovers(run)
+        steps, damaged = on_main(ranks, lambda: (complete_steps(run), damaged_steps(run)))
+        if not steps and damaged:
+            raise DamagedError(
+                f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
+                "or start anew with checkpoint.resume = false or another output."
+            )
+        folder = steps[-1] if steps else None
+        problem = None if folder is None else damage_of(folder)
+        if folder is None or problem is None:
+            on_main(ranks, lambda: remove_leftovers(run))
+            if folder is not None and ranks.is_main:
                 print(f"resuming from {folder}", flush=True)
             return folder
+        new_name = on_main(ranks, functools.partial(mark_damaged, folder))
         if ranks.is_main:
-            print(f"DAMAGED checkpoint: {problem} It is now {mark_damaged(folder)}; looking for an older one.", flush=True)
+            print(f"DAMAGED checkpoint: {problem} It is now {new_name}; looking for an older one.", flush=True)
 
 
 def check_whole(folder: Path) -> None:
@@ -245,15 +258,23 @@ def check_whole(folder: Path) -> None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is."""
-    own: str | None = None
+    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is.
+
+    Raises:
+        OSError, ConfigError: a rank cannot read it, or does not know its format; on all ranks.
+    """
+    own: Exception | None = None
     try:
         check_files(folder, part=get_rank(), parts=get_world_size())
-    except DamagedError as error:
-        own = str(error)
-    problems: list[str | None] = [None] * get_world_size()
+    except (OSError, ConfigError) as error:
+        own = error
+    problems: list[Exception | None] = [None] * get_world_size()
     all_gather_object(problems, own)
-    return next((problem for problem in problems if problem is not None), None)
+    found = [problem for problem in problems if problem is not None]
+    for problem in found:
+        if not isinstance(problem, DamagedError):
+            raise problem
+    return str(found[0]) if found else None
 
 
 def stage(request: AsyncRequest) -> list[WriteBucket]:

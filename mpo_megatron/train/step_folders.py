@@ -29,6 +29,8 @@ import xxhash
 from mpo_megatron.config import CheckpointConfig, ConfigError
 
 STATE = "state.json"
+FORMAT = 1
+"""Of `state.json`; another one is refused."""
 STEP = re.compile(r"step_\d{8,}")
 BLOCK = 1 << 22
 """Bytes read at a time for a digest."""
@@ -52,11 +54,8 @@ class RunState:
 
     step: int
     """Optimizer steps done."""
-    seed: int
-    groups_per_step: int
-    total_steps: int
-    data_digest: str
-    loss: str
+    fixed: dict[str, Any]
+    """What must stay as it is for the run to take the course it would have taken: options and digests, as JSON holds them."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Held-out metrics after this step; empty if it was not evaluated."""
     recent_losses: list[float] = field(default_factory=list)
@@ -84,7 +83,7 @@ def digest_file(path: Path) -> tuple[int, str]:
 def write_state(folder: Path, state: RunState, files: Files) -> None:
     """Write `state.json`, which makes the folder's files checkable."""
     with (folder / STATE).open("w") as file:
-        file.write(_render(asdict(state), {name: list(entry) for name, entry in files.items()}))
+        file.write(_render({"format": FORMAT, "state": asdict(state), "files": files}))
         file.flush()
         os.fsync(file.fileno())
 
@@ -93,18 +92,27 @@ def read_state(folder: Path) -> tuple[RunState, Files]:
     """The run's state and the list of files in a step's folder.
 
     Raises:
-        DamagedError: `state.json` is not, to the byte, what was written.
+        DamagedError: `state.json` is missing, or is not, to the byte, what was written.
+        ConfigError: it is whole, but another version of this package wrote it.
     """
     path = folder / STATE
     try:
         text = path.read_bytes().decode()  # no translation of line ends: every byte counts
         content = json.loads(text)
-        whole = _render(content["state"], content["files"]) == text
-        if whole:
-            return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        del content["digest"]
+        whole = _render(content) == text
+    except FileNotFoundError as error:
+        raise DamagedError(f"{path}: no such file, but it was written with this checkpoint.") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path}: damaged ({error!r}).") from error
-    raise DamagedError(f"{path}: damaged (its digest does not match).")
+    if not whole:
+        raise DamagedError(f"{path}: damaged (its digest does not match).")
+    found = content.get("format")
+    if found != FORMAT:
+        raise ConfigError(
+            f"{path}: has format {found}, this version of mpo_megatron reads format {FORMAT}; go on with the one that wrote it."
+        )
+    return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
 
 
 def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
@@ -129,12 +137,9 @@ def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
 
 
 def complete_steps(run: Path) -> list[Path]:
-    """Folders of a run's complete checkpoints, oldest first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted(
-        (folder for folder in folders if STEP.fullmatch(folder.name) and (folder / STATE).is_file()),
-        key=lambda folder: int(folder.name.removeprefix("step_")),
-    )
+    """Folders of a run's checkpoints that were complete once, oldest first."""
+    folders = [folder for folder in (run / "checkpoints").glob("step_*") if STEP.fullmatch(folder.name) and folder.is_dir()]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def damaged_steps(run: Path) -> list[str]:
@@ -236,8 +241,7 @@ def _set_aside(folder: Path, suffix: str) -> Path:
     return target
 
 
-def _render(state: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+def _render(content: Mapping[str, Any]) -> str:
     """The text of `state.json`; the same content gives the same bytes, so that reading can check every one of them."""
-    content = {"state": state, "files": files}
     digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
     return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True) + "\n"

@@ -22,7 +22,9 @@ from mpo_megatron import device
 device.prepare()
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
-from mpo_megatron.train import loop, optimizer, signals, step_folders  # noqa: E402
+from mpo_megatron.data import DataError  # noqa: E402
+from mpo_megatron.data.lock import hold  # noqa: E402
+from mpo_megatron.train import loop, optimizer, saving, signals, step_folders  # noqa: E402
 from mpo_megatron.train.incidents import TrainingError  # noqa: E402
 from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
 
@@ -47,7 +49,7 @@ def run(name: str, *more: str, patches: tuple[Any, ...] = ()) -> dict[str, Any]:
         result: dict[str, Any] = {"stopped": None, "error": None}
         try:
             result["stopped"] = loop.train(parse(TrainConfig, [*options(INPUTS / "runs" / name), *more], "mpo train"))
-        except (ConfigError, SaveError, TrainingError) as error:
+        except (ConfigError, DataError, OSError, SaveError, TrainingError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
     signals._received.clear()
     everyone: list[Any] = [None, None]
@@ -152,6 +154,16 @@ def damage(folder: Path, step: int) -> None:
     on_main(change)
 
 
+CHANGES = (
+    *(("--loss.name", "dpo"), ("--loss.params.beta", "0.2"), ("--seed", "5"), ("--max_steps", "7")),
+    *(("--data.groups_per_step", "4"), ("--data.shuffle", "false"), ("--data.train", str(INPUTS / "eval"))),
+    *(("--optimizer.lr", "2e-3"), ("--optimizer.schedule", "linear"), ("--optimizer.warmup_fraction", "0.5")),
+    *(("--optimizer.weight_decay", "0.1"), ("--optimizer.clip_grad", "0"), ("--model.precision", "bf16")),
+    ("--model.reference", str(INPUTS / "other")),
+)
+"""Options that a run must not be resumed with, as it would take another course."""
+
+
 def limit_files(size: int) -> Callable[[], None]:
     """No file may grow beyond `size` bytes from now on, as on a disk that is full."""
 
@@ -182,6 +194,34 @@ def main() -> None:
     for step in (4, 5):
         damage(folder, step)
     results["damaged"] = run("damaged")
+    copy_run("whole", "changed", 3)
+    for name, value in CHANGES:
+        results[f"changed {name} {value}"] = run("changed", name, value)
+    free = ("--data.row_tokens", "240", "--loss.step", "two_phase", "--eval_every", "2", "--faults.on_spike", "skip")
+    results["changed freely"] = run("changed", *free)
+
+    folder = copy_run("whole", "headless", 3)
+    on_main((step_folder(folder, 3) / "state.json").unlink)
+    results["headless"] = run("headless")
+    folder = copy_run("whole", "headless_alone", 1)
+    on_main((step_folder(folder, 1) / "state.json").unlink)
+    results["headless alone"] = run("headless_alone")
+    folder = copy_run("whole", "newer", 3)
+    newer = mock.patch.object(step_folders, "FORMAT", step_folders.FORMAT - 1)
+    results["newer format"] = run("newer", patches=(newer,))
+
+    copy_run("whole", "in_use", 3)
+    with contextlib.ExitStack() as stack:
+        if torch.distributed.get_rank() == 0:
+            stack.enter_context(hold(INPUTS / "runs" / "in_use" / ".lock", Path("other")))
+        results["in use"] = run("in_use", patches=(mock.patch.object(saving, "LOCK_SECONDS", 0.0),))
+    results["no longer in use"] = run("in_use")
+    denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    results["removal fails"] = run(
+        "removal", "--checkpoint.keep", "1", patches=(mock.patch.object(saving, "remove_old", denied),)
+    )
+    results["read only"] = run("removal", patches=(mock.patch.object(saving, "remove_leftovers", denied),))
+
     folder = copy_run("whole", "hopeless", 2)
     for step in (1, 2):
         damage(folder, step)

@@ -26,6 +26,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, training groups and held-out groups."""
     folder = tmp_path_factory.mktemp("faults")
     convert(ConvertConfig(input=str(save_model(folder / "hf", num_hidden_layers=2)), output=str(folder / "model")))
+    convert(ConvertConfig(input=str(save_model(folder / "other_hf", num_hidden_layers=2, seed=7)), output=str(folder / "other")))
     save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
     save_groups(folder / "eval", random_groups(6, seed=2), folder / "hf")
     return folder
@@ -157,6 +158,67 @@ def test_without_a_whole_checkpoint_nothing_starts_over_silently(inputs: Path, r
     assert results["hopeless, anew"]["error"] is None
     aside = inputs / "runs" / "hopeless" / "checkpoints.before"
     assert {path.name for path in aside.iterdir()} == {"step_00000001.damaged", "step_00000002.damaged"}
+
+
+def test_what_would_change_the_course_of_a_run_is_refused_and_the_rest_is_not(inputs: Path, results: dict[str, Any]) -> None:
+    names = {
+        "--loss.name": "loss.name = mpo, now it is dpo",
+        "--loss.params.beta": "loss.params.beta = 0.1, now it is 0.2",
+        "--seed": "seed = 1234, now it is 5",
+        "--max_steps": "number of steps = 6, now it is 7",
+        "--data.groups_per_step": "data.groups_per_step = 8, now it is 4",
+        "--data.shuffle": "data.shuffle = True, now it is False",
+        "--data.train": "groups of data.train = ",
+        "--optimizer.lr": "optimizer.lr = 0.001, now it is 0.002",
+        "--optimizer.schedule": "optimizer.schedule = cosine, now it is linear",
+        "--optimizer.warmup_fraction": "optimizer.warmup_fraction = 0.1, now it is 0.5",
+        "--optimizer.weight_decay": "optimizer.weight_decay = 0.0, now it is 0.1",
+        "--optimizer.clip_grad": "optimizer.clip_grad = 1.0, now it is 0.0",
+        "--model.precision": "model.precision = fp32, now it is bf16",
+        "--model.reference": "reference model = ",
+    }
+    run = inputs / "runs" / "changed"
+    found = {key.split()[1]: result["error"] for key, result in results.items() if key.startswith("changed --")}
+    assert found.keys() == names.keys()
+    for name, error in found.items():
+        begins = f"ConfigError: cannot resume from {step_folder(run, 3)}: it was trained with {names[name]}"
+        assert error.startswith(begins), error
+        assert "use the old value" in error
+    assert results["changed freely"]["error"] is None
+    # Rows and steps of other kinds sum in another order; three Adam steps of lr 1e-3. Of the refused runs none has left a trace.
+    expected, weights_now = tensors(inputs / "runs" / "whole", STEPS), tensors(run, STEPS)
+    weights = [name for name in expected if not name.startswith("optimizer.")]
+    assert max(float((weights_now[name] - expected[name]).abs().max()) for name in weights) < 1e-5
+
+
+def test_a_checkpoint_without_its_state_is_damaged(inputs: Path, results: dict[str, Any]) -> None:
+    run = inputs / "runs" / "headless"
+    assert results["headless"]["error"] is None
+    assert damaged_steps(run) == ["step_00000003.damaged"]
+    assert same(tensors(run, STEPS), tensors(inputs / "runs" / "whole", STEPS))
+    assert results["headless alone"]["error"].startswith("DamagedError: ")  # and does not start over
+
+
+def test_a_checkpoint_of_a_newer_version_stays_as_it_is(inputs: Path, results: dict[str, Any]) -> None:
+    assert results["newer format"]["error"].startswith("ConfigError: ")
+    assert "has format 1, this version of mpo_megatron reads format 0" in results["newer format"]["error"]
+    assert steps(inputs / "runs" / "newer") == [1, 2, 3]
+
+
+def test_a_folder_serves_one_run_at_a_time(inputs: Path, results: dict[str, Any]) -> None:
+    error = results["in use"]["error"]
+    assert error.startswith("DataError: ")
+    assert "another run is writing it (process " in error
+    assert results["no longer in use"]["error"] is None
+    assert same(tensors(inputs / "runs" / "in_use", STEPS), tensors(inputs / "runs" / "whole", STEPS))
+
+
+def test_what_cannot_be_deleted_costs_no_checkpoint_and_what_cannot_be_written_is_told_to_all(
+    inputs: Path, results: dict[str, Any]
+) -> None:
+    assert results["removal fails"] == {"stopped": None, "error": None}
+    assert steps(inputs / "runs" / "removal") == list(range(1, STEPS + 1))
+    assert results["read only"]["error"].startswith("PermissionError: ")  # on both ranks, none waits for the other
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

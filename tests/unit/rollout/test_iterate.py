@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig
+from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.divergence import summarize
-from mpo_megatron.rollout.iterate import find_change, iterate, open_folder, stage, write_prompts
+from mpo_megatron.rollout.iterate import iterate, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import Plan, build_plan, start_training

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +38,7 @@ SIZES = {"megatron/__0_0.distcp": 5000, "megatron/__1_0.distcp": 1, "megatron/.m
 def state(step: int, **held_out: float) -> RunState:
     return RunState(
         step=step,
-        seed=1,
-        groups_per_step=8,
-        total_steps=100,
-        data_digest="d",
-        loss="mpo",
+        fixed={"seed": 1, "optimizer": {"lr": 5e-7}},
         held_out={f"eval/{name}": value for name, value in held_out.items()},
         recent_losses=[0.1, 1 / 3, 2e-17],
     )
@@ -124,6 +122,41 @@ def test_ranks_share_the_work_and_miss_no_file(tmp_path: Path) -> None:
         write_step(tmp_path, 3)
 
 
+def test_a_state_that_was_deleted_is_damage_and_not_the_end_of_a_run(tmp_path: Path) -> None:
+    """The folder had its name, so it was complete once: passing it over would start the run anew, silently."""
+    folder = write_step(tmp_path, 3)
+    (folder / "state.json").unlink()
+    assert complete_steps(tmp_path) == [folder]
+    with pytest.raises(DamagedError, match=r"state\.json: no such file, but it was written with this checkpoint"):
+        check_files(folder)
+
+
+@pytest.mark.parametrize("change", [{"format": 2}, {"format": None}, {"format": 2, "ranks": 8}])
+def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(tmp_path: Path, change: dict[str, Any]) -> None:
+    folder = write_step(tmp_path, 3)
+    content = {**json.loads((folder / "state.json").read_text()), **change}
+    del content["digest"]
+    (folder / "state.json").write_text(step_folders._render(content))
+    with pytest.raises(ConfigError, match=rf"state\.json: has format {change['format']}, .* reads format 1; go on with") as error:
+        check_files(folder)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_files_of_two_steps_that_were_swapped_are_found(tmp_path: Path) -> None:
+    first, second = write_step(tmp_path, 1), write_step(tmp_path, 2)
+    for name in ("megatron/__0_0.distcp", "state.json"):
+        (first / name).rename(tmp_path / "kept")
+        (second / name).rename(first / name)
+        (tmp_path / "kept").rename(second / name)
+        for folder in (first, second):
+            with pytest.raises(DamagedError, match="its bytes are not those that were written"):
+                check_files(folder)
+        (first / name).rename(tmp_path / "kept")
+        (second / name).rename(first / name)
+        (tmp_path / "kept").rename(second / name)
+        check_files(first)
+
+
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     accuracies = {1: 0.5, 2: 0.9, 3: 0.6, 4: 0.9, 6: 0.4}
     for step in range(1, 8):
@@ -150,12 +183,12 @@ def test_only_the_plain_name_counts(tmp_path: Path) -> None:
     whole = write_step(tmp_path, 5)
     for suffix in (".partial-0badcafe", ".removing", ".damaged", ".removing-2"):
         shutil.copytree(whole, step_folder(tmp_path, 9).with_name(f"step_00000009{suffix}"))
-    shutil.copytree(whole, step_folder(tmp_path, 8))
-    (step_folder(tmp_path, 8) / "state.json").unlink()
+    step_folder(tmp_path, 8).with_name("step_8").mkdir()
+    step_folder(tmp_path, 7).touch()
     assert complete_steps(tmp_path) == [whole]
     remove_leftovers(tmp_path)
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert left == ["step_00000005", "step_00000008", "step_00000009.damaged"]
+    assert left == ["step_00000005", "step_00000007", "step_00000009.damaged", "step_8"]
     assert damaged_steps(tmp_path) == ["step_00000009.damaged"]
 
 
