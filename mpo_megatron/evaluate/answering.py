@@ -82,8 +82,7 @@ def ask(
         "empty": "keep",  # an empty answer is an answer: the judge sees it
         "duplicates": "keep",
     }
-    if not (folder / GENERATE_FILE).is_file():
-        run_command("generate", generate, from_dict(GenerateConfig, options, "generate"))
+    run_command("generate", generate, from_dict(GenerateConfig, options, "generate"))
     return dict(read_texts(find_lines(folder, SAMPLES_FILE, GENERATE_FILE)))
 
 

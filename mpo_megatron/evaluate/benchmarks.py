@@ -72,7 +72,7 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
     text = path.read_text(encoding="utf-8")
     questions: list[Question] = []
     try:
-        lines = text.splitlines() if benchmark != "alpaca_eval" else [json.dumps(item) for item in json.loads(text)]
+        lines = text.split("\n") if benchmark != "alpaca_eval" else [json.dumps(item) for item in json.loads(text)]
         for line in filter(str.strip, lines):
             questions.append(_READERS[benchmark](json.loads(line), len(questions)))
     except (KeyError, TypeError, ValueError, IndexError) as error:

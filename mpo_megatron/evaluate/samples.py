@@ -27,7 +27,6 @@ from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.iterate import run_command
 from mpo_megatron.rollout.records import (
-    GENERATE_FILE,
     SAMPLES_FILE,
     SCORE_FILE,
     SCORED_FILE,
@@ -73,8 +72,7 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
         require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: give prompts for it to answer.")
         options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")}
         sampling = from_dict(GenerateConfig, options, "generate")
-        if not (folder / "samples" / GENERATE_FILE).is_file():
-            run_command("generate", generate, sampling)
+        run_command("generate", generate, sampling)
         path = sampling.output
     require(bool(config.score), f"score = {{}}; the samples of {role} have no rewards yet: configure scorers (score.scorers).")
     scoring = from_dict(ScoreConfig, {**config.score, "input": path, "output": str(folder / "scored")}, "score")

@@ -84,6 +84,13 @@ def test_arena_hard_answers_follow_the_schema_of_their_questions(tmp_path: Path)
     assert record["choices"] == [{"index": 0, "turns": [{"content": TEXT, "token_len": 17}]}]
 
 
+def test_a_line_separator_within_a_question_ends_no_line(tmp_path: Path) -> None:
+    source = tmp_path / "question.jsonl"
+    source.write_text(json.dumps({"uid": "u", "prompt": "one\u2028two"}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (question,) = read_questions("arena_hard", source)
+    assert question.turns == ("one\u2028two",)
+
+
 def test_markdown_in_code_does_not_count() -> None:
     assert count_markdown("```\n# a\n- b\n**c**\n```")["header_count"]["h1"] == 0
 

@@ -65,7 +65,7 @@ def test_files_of_scored_samples(tmp_path: Path) -> None:
     assert result["config"]["name"] == "ours"
 
 
-def test_models_are_sampled_scored_and_asked(tmp_path: Path) -> None:
+def test_models_are_sampled_scored_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = {"num_hidden_layers": 2, "hidden_size": 32}
     models = {name: save_model(tmp_path / name, seed=seed, **sizes) for name, seed in (("ours", 1), ("theirs", 2))}
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"group_id": f"p{i}", "prompt": f"Say {i}."} for i in range(4)])
@@ -111,6 +111,13 @@ def test_models_are_sampled_scored_and_asked(tmp_path: Path) -> None:
     stamp = (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns == stamp
+    # Another candidate in the same folder is given neither this one's samples nor its answers to a benchmark.
+    capsys.readouterr()
+    assert main([str(models["theirs"]) if part == str(models["ours"]) else part for part in arguments]) == 2
+    assert "out/candidate/samples" in capsys.readouterr().err
+    questions = ["--generate", json.dumps(options["generate"]), "--alpaca_eval", str(alpaca)]
+    assert main(["evaluate", "--output", str(tmp_path / "out"), "--candidate", str(models["theirs"]), *questions]) == 2
+    assert "out/alpaca_eval/turn-1" in capsys.readouterr().err
     samples = str(tmp_path / "out/candidate/scored")
     assert main(["evaluate", "--output", str(tmp_path / "two"), "--candidate", samples, "--alpaca_eval", str(alpaca)]) == 0
     assert "benchmarks" in evaluation(tmp_path / "two")
