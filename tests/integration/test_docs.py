@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from examples.quickstart.task import build_groups
 from mpo_megatron import config as configs
 from mpo_megatron.cli import main
 from mpo_megatron.config import build_parser
 from mpo_megatron.launch.launch import TARGETS
+from mpo_megatron.losses import group_loss, registry
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -39,7 +42,7 @@ KINDS: dict[str, type[Any]] = {
 }
 LAUNCHER_OPTIONS = ("--nproc", "--max_restarts")
 """Options of `mpo train` that are not the run's."""
-GUIDES = ("conversion", "data", "launching", "planning", "watching", "on_policy")
+GUIDES = ("conversion", "data", "launching", "planning", "watching", "on_policy", "extending")
 """Pages of docs/ whose commands run after the README's."""
 RUN_ELSEWHERE = ("mpo iterate", "mpo train")
 """Commands of these pages that have tests of their own: tests/integration/test_on_policy.py, tests/distributed/test_live.py."""
@@ -55,7 +58,7 @@ SMALLER_GUIDES = {
 """The same for the guides."""
 SMALLER = {
     "--nproc 8": "--nproc 2",
-    "--parallel.tensor 4 --parallel.pipeline 2": "--parallel.tensor 2",
+    "--parallel.tensor 4": "--parallel.tensor 2",
     "--held_out 500": "--held_out 8",
     "--num_workers 8": "--num_workers 1",
     "mpo train ": "mpo train --model.precision fp32 --data.groups_per_step 8 --data.row_tokens 512 --max_steps 2 ",
@@ -72,6 +75,13 @@ def commands(page: Path) -> list[str]:
     )
     lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+#\s.*$", "", line).strip() for line in lines if line.strip().startswith("mpo ")]
+
+
+def code_block(page: str, part: str) -> str:
+    """The one block of Python or YAML on a page of docs/ that holds `part`."""
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if part in block]
+    return str(block)
 
 
 DOCUMENTED = [(page.relative_to(ROOT), command) for page in PAGES for command in commands(page) if "→" not in command]
@@ -120,6 +130,17 @@ def test_quoted_messages_exist() -> None:
     assert not missing
 
 
+def test_the_new_loss_of_the_guide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The file of docs/methods.md is a whole loss."""
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    (tmp_path / "hinge.py").write_text(code_block("methods", "@register"))
+    monkeypatch.syspath_prepend(tmp_path)
+    importlib.import_module("hinge")
+    policy, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.2]])
+    value = group_loss("hinge", policy, reference, torch.tensor([[1.0, 0.0]]), margin=2.0)
+    assert value.tolist() == pytest.approx([2 - (0.5 - 0.2)])
+
+
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the README takes for granted, in which every line of its pipeline has run, as written but for sizes."""
@@ -163,8 +184,8 @@ def guides(readme: Path) -> Path:
             (readme / name).symlink_to(readme / target)
     with (readme / "prompts.jsonl").open("w") as file:
         file.writelines(json.dumps({"prompt": group["prompt"]}) + "\n" for group in build_groups(6, seed=8))
-    (readme / "length.py").write_text("def length(response, group):\n    return len(response)\n")
-    (readme / "score.yaml").write_text("scorers: {length: {kind: function, function: length.py:length}}\n")
+    (readme / "rewards.py").write_text(code_block("extending", "def brevity"))
+    (readme / "score.yaml").write_text(code_block("extending", "scorers:"))
     (readme / "train.yaml").write_text((ROOT / "examples" / "launch" / "train.yaml").read_text())
     return readme
 
@@ -180,6 +201,8 @@ def test_the_guides_run(guides: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
         script = script.replace(written, smaller)
     monkeypatch.chdir(guides)
     for command in script.splitlines():
+        if "--input selected.jsonl" in command:
+            exec(code_block("extending", "scored.jsonl"), {})
         if not command.startswith(RUN_ELSEWHERE):
             assert main(shlex.split(command)[1:]) == 0, f"{command}: {capsys.readouterr().err[-3000:]}"
     assert (guides / "round" / "selected" / "groups.jsonl").is_file()

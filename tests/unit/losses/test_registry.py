@@ -47,7 +47,7 @@ def test_package_imports_torch_and_the_standard_library_only():
 def test_issue_list_is_complete():
     wanted = """mpo wmpo swepo mpo_reference_free infonca nca nca_pair spo mcpo rnce dpo plackett_luce sdpo ipo kto bco rpo
         exo simpo cpo orpo rdpo slic apo_zero sppo grpo_offline sft"""
-    assert {loss.name for loss in list_losses()} == set(wanted.split())
+    assert {loss.name for loss in list_losses()} >= set(wanted.split())
 
 
 @pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)
