@@ -1,21 +1,115 @@
-"""Start a module of the tests on several gloo ranks."""
+"""Start a module on several gloo ranks, as torchrun would, but for its imports.
+
+Ranks are forked from a process that has imported torch, Megatron-Core and `transformers` already, one for each process that runs
+tests: importing them takes a rank six seconds of a core. What starts through torchrun, as users start it, is tested in
+test_launch.py, test_restart.py, test_train.py and tests/integration.
+"""
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
 import os
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Sequence
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from unittest import mock
+
+import psutil
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
 
+PRELOADED = (
+    "mpo_megatron.train.loop",
+    "mpo_megatron.train.reference_main",
+    "mpo_megatron.rollout.regularizer",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
+    "torch._dynamo",
+)
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
+"""Environment of ranks: gloo's, also where there are GPUs."""
+TIMEOUT = 600.0
+"""Seconds that ranks may take."""
+GRACE = 10.0
+"""Seconds that the other ranks get to say something when one has failed."""
+
 
 def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module` under torchrun on `num_ranks` ranks of this machine, on a port of its own."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", "-m", module]
+    """Run `python -m module` on `num_ranks` ranks of this machine, on a port of their own; the first exit code that is not 0."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's: no port is free for long
+    environment = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        processes = []
+        for rank in range(num_ranks):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(_fork_server().Process(target=_be_rank, args=(own, outputs, module, arguments)))
+            processes[-1].start()
+        code = _wait(processes)
+        stdout, stderr = (path.read_text(errors="replace") if path.exists() else "" for path in outputs)
+    if check and code:
+        raise AssertionError(f"{module} failed with code {code}:\n{stdout[-4000:]}\n{stderr[-8000:]}")
+    return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
+
+
+def start_mpo(command: str, *arguments: str) -> psutil.Popen:
+    """Start `mpo command` as users do, with all of its imports, and do not wait for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    if check and result.returncode:
-        raise AssertionError(f"{module} failed with code {result.returncode}:\n{result.stdout[-4000:]}\n{result.stderr[-8000:]}")
-    return result
+    line = [sys.executable, "-m", "mpo_megatron.cli", command, *arguments]
+    return psutil.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_family(process: psutil.Process) -> None:
+    """SIGKILL a process and all that it has started."""
+    family = [process, *process.children(recursive=True)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+
+
+@functools.cache
+def _fork_server() -> ForkServerContext:
+    """The process that ranks are forked from; it computes nothing, so that it may be forked."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOADED))
+    with mock.patch.dict(os.environ, {**ON_CPU, "PYTHONPATH": str(ROOT)}):
+        forkserver.ensure_running()
+    return context
+
+
+def _be_rank(environment: dict[str, str], outputs: list[Path], module: str, arguments: Sequence[str]) -> None:
+    """In a forked process: be a rank, with the streams in files."""
+    for descriptor, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    sys.argv[1:] = arguments
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _wait(processes: Sequence[BaseProcess]) -> int:
+    """Wait for all to end; when one has failed the others get a moment. The exit code of the first that failed, or 0."""
+    code, deadline, running = 0, time.monotonic() + TIMEOUT, list(processes)
+    while running and wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic())):
+        for process in [process for process in running if process.exitcode is not None]:
+            running.remove(process)
+            if process.exitcode and not code:
+                code, deadline = process.exitcode, time.monotonic() + GRACE
+    for process in running:
+        process.kill()
+        process.join()
+    return code or (-signal.SIGKILL if running else 0)

@@ -1,16 +1,14 @@
 """A converted checkpoint loads through Megatron-Core at any TP × PP × EP and computes what `transformers` computes; saved by
 Megatron-Core from the widest layout, it exports to the very weights it came from.
 
-The test starts this file under torchrun (gloo on a CPU); `main` is what each rank does.
+The test starts this file on four ranks (gloo on a CPU); `main` is what each does.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
+from tests.distributed.launch import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-ROOT = Path(__file__).parents[2]
 LAYOUTS = [(1, 1, 1), (2, 1, 2), (1, 2, 1), (2, 2, 2)]
 """TP × PP × EP (of the models with experts); with 4 ranks, the rest is data parallelism."""
 DENSE = ("qwen2", "qwen2.5-tied", "qwen3")
@@ -98,18 +96,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     write_models(folder)
     for path in folder.iterdir():
         convert(ConvertConfig(input=str(path / "hf"), output=str(path / "converted")))
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=4",
-        __file__,
-        str(folder),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_ranks(4, "tests.distributed.test_convert_layouts", [str(folder)])
     return folder, json.loads((folder / "results.json").read_text())
 
 

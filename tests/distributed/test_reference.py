@@ -5,13 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,7 +19,8 @@ from mpo_megatron.data.loader import group_table
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.reference_main import compute
-from tests.distributed.test_train import ROOT, environment, metrics, run
+from tests.distributed.launch import kill_family, run_ranks, start_mpo
+from tests.distributed.test_train import metrics
 from tests.tiny import random_groups, save_groups, save_model
 
 pytestmark = pytest.mark.distributed
@@ -49,12 +47,12 @@ def data(inputs: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(stage: str, inputs: Path, data: Path, *options: str) -> list[str]:
+def options(inputs: Path, data: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "mpo_megatron.cli", stage, "--output", str(data / "run")),
-        *("--model.checkpoint", str(inputs / "model"), "--data.train", str(data / "train"), "--data.eval", str(data / "eval")),
+        *("--output", str(data / "run"), "--model.checkpoint", str(inputs / "model")),
+        *("--data.train", str(data / "train"), "--data.eval", str(data / "eval")),
         *("--data.groups_per_step", "8", "--data.row_tokens", "256", "--max_steps", "1", "--model.precision", "fp32"),
-        *options,
+        *more,
     ]
 
 
@@ -73,9 +71,9 @@ def files(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
-def compute_here(inputs: Path, data: Path, *options: str) -> None:
+def compute_here(inputs: Path, data: Path, *more: str) -> None:
     """`mpo reference` on one rank, which is this process."""
-    compute(parse(TrainConfig, command("reference", inputs, data, *options)[4:]))
+    compute(parse(TrainConfig, options(inputs, data, *more)))
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +101,19 @@ def cached(computed: Path, tmp_path: Path) -> Path:
 
 
 def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected: dict[int, np.ndarray]) -> None:
-    arguments = command("reference", inputs, data, "--data.groups_per_step", "1", "--data.row_tokens", "128")
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_mpo("reference", *options(inputs, data, "--data.groups_per_step", "1", "--data.row_tokens", "128"))
     deadline = time.monotonic() + 300
     while len(list((data / "train").glob("reference/*/part-*"))) < 3:
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    kill_family(process)
     (cache,) = caches(data / "train")
     finished = {name: when for name, when in files(cache).items() if name.endswith(".parquet")}
     assert 0 < len(finished) < NUM_GROUPS
 
-    result = run(command("reference", inputs, data, "--parallel.tensor", "2", "--data.groups_per_step", "5"))
-    assert result.returncode == 0, result.stderr
+    more = ("--parallel.tensor", "2", "--data.groups_per_step", "5")
+    result = run_ranks(2, "mpo_megatron.train.reference_main", options(inputs, data, *more))
     assert f"{len(finished)} of {NUM_GROUPS} groups are there" in result.stdout
     assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
     assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
@@ -132,21 +126,20 @@ def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected
 
 def test_train_computes_nothing_after_it(inputs: Path, cached: Path) -> None:
     before = {name: files(cache) for name in ("train", "eval") for cache in caches(cached / name)}
-    result = run(command("train", inputs, cached, "--nproc", "2", "--data.groups_per_step", "12"))
-    assert result.returncode == 0, result.stderr
+    result = run_ranks(2, "mpo_megatron.train", options(inputs, cached, "--data.groups_per_step", "12"))
     assert "reference log-probs of" not in result.stdout  # no progress line: nothing was computed
     assert {name: files(cache) for name in ("train", "eval") for cache in caches(cached / name)} == before
     (start, *_) = [line for line in metrics(cached / "run") if "eval/margin" in line]
     assert start["eval/margin"] == pytest.approx(0, abs=1e-4)  # they are the model's own
 
 
-@pytest.mark.parametrize("options", [("--model.reference", "other"), ("--model.precision", "bf16")])
+@pytest.mark.parametrize("more", [("--model.reference", "other"), ("--model.precision", "bf16")])
 def test_another_model_or_precision_gets_a_cache_of_its_own(
-    inputs: Path, cached: Path, expected: dict[int, np.ndarray], options: tuple[str, str]
+    inputs: Path, cached: Path, expected: dict[int, np.ndarray], more: tuple[str, str]
 ) -> None:
     (first,) = caches(cached / "train")
     before = files(first)
-    name, value = options
+    name, value = more
     compute_here(inputs, cached, name, str(inputs / value) if value == "other" else value)
     (second,) = set(caches(cached / "train")) - {first}
     assert files(first) == before
@@ -236,7 +229,7 @@ def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch:
 
 def test_unwritable_folder_is_named_by_all_ranks_together(inputs: Path, data: Path) -> None:
     (data / "train" / "reference").write_text("a file where the folder should be")
-    result = run(command("reference", inputs, data, "--nproc", "2"))
+    result = run_ranks(2, "mpo_megatron.train.reference_main", options(inputs, data), check=False)
     assert result.returncode != 0
     assert f"mpo reference: {data / 'train' / 'reference'}" in result.stderr
     assert "cannot write reference log-probs: Not a directory" in result.stderr

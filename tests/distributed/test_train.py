@@ -6,15 +6,12 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -23,7 +20,7 @@ from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import PreparedGroups, write_groups
 from mpo_megatron.model.convert import convert
-from tests.distributed.launch import ROOT
+from tests.distributed.launch import kill_family, run_ranks, start_mpo
 from tests.tiny import random_groups, save_groups, save_model
 
 pytestmark = pytest.mark.distributed
@@ -41,35 +38,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def command(inputs: Path, output: Path, *options: str) -> list[str]:
+def options(inputs: Path, output: Path, *more: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "mpo_megatron.cli", "train", "--output", str(output)),
-        *(
-            "--model.checkpoint",
-            str(inputs / "model"),
-            "--data.train",
-            str(inputs / "train"),
-            "--data.eval",
-            str(inputs / "eval"),
-        ),
+        *("--output", str(output), "--model.checkpoint", str(inputs / "model")),
+        *("--data.train", str(inputs / "train"), "--data.eval", str(inputs / "eval")),
         *("--data.groups_per_step", "8", "--data.row_tokens", "256", "--epochs", "2", "--eval_every", "3"),
         *("--optimizer.lr", "1e-3", "--loss.params.beta", "0.1", "--model.precision", "fp32", "--checkpoint.every", "1"),
         *("--checkpoint.keep", "10"),
-        *options,
+        *more,
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-
-
-def run(arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(arguments, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
-
-
-def train(inputs: Path, output: Path, *options: str) -> list[dict[str, Any]]:
-    result = run(command(inputs, output, *options))
-    assert result.returncode == 0, result.stdout + result.stderr
+def train(inputs: Path, output: Path, num_ranks: int, *more: str) -> list[dict[str, Any]]:
+    run_ranks(num_ranks, "mpo_megatron.train", options(inputs, output, *more))
     return metrics(output)
 
 
@@ -104,7 +85,7 @@ def first_loss(groups: PreparedGroups, indices: np.ndarray) -> float:
 def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run at TP2."""
     output = tmp_path_factory.mktemp("undisturbed") / "run"
-    train(inputs, output, "--parallel.tensor", "2")
+    train(inputs, output, 2, "--parallel.tensor", "2")
     return output
 
 
@@ -131,20 +112,15 @@ def test_first_loss_and_metrics(inputs: Path, undisturbed: Path) -> None:
 
 def test_killed_run_resumes_bit_for_bit(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    arguments = command(inputs, output, "--parallel.tensor", "2")
-    process = subprocess.Popen(arguments, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = start_mpo("train", *options(inputs, output, "--parallel.tensor", "2"))
     deadline = time.monotonic() + 300
-    while not (output / "checkpoints" / "step_00000003").exists():
+    while not (output / "checkpoints" / "step_00000002").exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+    kill_family(process)
     assert not (output / "checkpoints" / f"step_{STEPS:08d}").exists()
-    result = run(arguments)
-    assert result.returncode == 0, result.stderr
+    train(inputs, output, 2, "--parallel.tensor", "2")
     expected, resumed = weights(undisturbed), weights(output)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     timing = ("seconds", "tokens_per_second", "groups_per_second", "tflops_per_rank", "peak_memory_gib")
@@ -158,14 +134,14 @@ def test_resume_on_another_layout(inputs: Path, undisturbed: Path, tmp_path: Pat
     shutil.copytree(undisturbed, output)
     for step in range(4, STEPS + 1):
         shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
-    train(inputs, output, "--parallel.pipeline", "2")
+    train(inputs, output, 2, "--parallel.pipeline", "2")
     expected, resumed = weights(undisturbed), weights(output)
     # Two float32 computations in another order, through three Adam steps of lr 1e-3.
     assert max((resumed[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
 
 
 def test_bf16_on_two_replicas(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    lines = train(inputs, tmp_path / "run", "--model.precision", "bf16", "--nproc", "2", "--model.recompute", "full")
+    lines = train(inputs, tmp_path / "run", 2, "--model.precision", "bf16", "--model.recompute", "full")
     half = [line["loss"] for line in lines if "loss" in line]
     full = [line["loss"] for line in metrics(undisturbed) if "loss" in line]
     # bf16 has 8 bits of mantissa: log-probs of some 100 nats are off by some 0.1, β·s by 0.01.
@@ -173,16 +149,15 @@ def test_bf16_on_two_replicas(inputs: Path, undisturbed: Path, tmp_path: Path) -
 
 
 def test_other_losses_train(inputs: Path, tmp_path: Path) -> None:
-    lines = train(
-        inputs, tmp_path / "run", "--loss.name", "mcpo", "--loss.params", '{"beta": 0.1, "num_negatives": 1}', "--max_steps", "2"
-    )
+    loss = ("--loss.name", "mcpo", "--loss.params", '{"beta": 0.1, "num_negatives": 1}')
+    lines = train(inputs, tmp_path / "run", 1, *loss, "--max_steps", "2")
     shares = [line["backward_share"] for line in lines if "backward_share" in line]
     assert shares
     assert all(0 < share < 1 for share in shares)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("more", "message"),
     [
         (("--parallel.tensor", "3", "--nproc", "3"), "parallel.tensor = 3 does not divide"),
         (("--parallel.pipeline", "3", "--nproc", "3"), "parallel.pipeline = 3 does not divide"),
@@ -198,9 +173,9 @@ def test_other_losses_train(inputs: Path, tmp_path: Path) -> None:
     ],
 )
 def test_refused_configurations(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: tuple[str, ...], message: str
 ) -> None:
-    assert main(command(inputs, tmp_path / "run", *options)[3:]) == 2
+    assert main(["train", *options(inputs, tmp_path / "run", *more)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
@@ -220,7 +195,7 @@ def test_damaged_checkpoints_are_named(
     model = tmp_path / "model"
     shutil.copytree(inputs / "model", model)
     damage(model / "megatron")
-    assert main(command(inputs, tmp_path / "run", "--model.checkpoint", str(model))[3:]) == 2
+    assert main(["train", *options(inputs, tmp_path / "run", "--model.checkpoint", str(model))]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -228,11 +203,11 @@ def test_groups_of_another_tokenizer_are_refused(inputs: Path, tmp_path: Path, c
     write_groups(
         tmp_path / "other", random_groups(4), tokenizer_digest="other", vocab_size=250, end_token_ids=[], reward_kind="scores"
     )
-    assert main(command(inputs, tmp_path / "run", "--data.train", str(tmp_path / "other"))[3:]) == 2
+    assert main(["train", *options(inputs, tmp_path / "run", "--data.train", str(tmp_path / "other"))]) == 2
     assert "prepared with another tokenizer" in capsys.readouterr().err
 
 
 def test_a_reference_of_another_architecture_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(ConvertConfig(input=str(save_model(tmp_path / "hf", num_hidden_layers=2)), output=str(tmp_path / "model")))
-    assert main(command(inputs, tmp_path / "run", "--model.reference", str(tmp_path / "model"))[3:]) == 2
+    assert main(["train", *options(inputs, tmp_path / "run", "--model.reference", str(tmp_path / "model"))]) == 2
     assert "num_hidden_layers = 2, model.checkpoint has 4" in capsys.readouterr().err
