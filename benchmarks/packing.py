@@ -25,7 +25,7 @@ from mpo_megatron.model.flops import build_flop_model
 ROW_TOKENS = (4096, 8192, 16384)
 REPLICAS = (1, 2, 4, 8)
 MULTIPLE = 16
-"""Rows are padded to a multiple of this (train/loop.py)."""
+"""Rows are padded to a multiple of this (train/run.py)."""
 
 Lengths = tuple[list[int], list[list[int]]]
 """Tokens of every prompt, and of every prompt's responses."""

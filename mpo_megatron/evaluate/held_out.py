@@ -29,10 +29,10 @@ from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.loop import build_row_shape, compute_references
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
 from mpo_megatron.train.reference import select_all
+from mpo_megatron.train.run import build_row_shape, compute_references
 from mpo_megatron.train.step import forward_step
 
 GROUPS_FILE = "held_out.jsonl"

@@ -24,8 +24,8 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.loop import build_row_shape
 from mpo_megatron.train.reference import reference_logps
+from mpo_megatron.train.run import build_row_shape
 
 KL_FILE = "kl.json"
 

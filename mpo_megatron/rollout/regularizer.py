@@ -23,8 +23,8 @@ from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.live import LivePolicy
 from mpo_megatron.rollout.records import Record, read_lines
 from mpo_megatron.rollout.sample_kl import add_kl_gradients
-from mpo_megatron.train.loop import Run, load_reference_model
 from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.run import Run, load_reference_model
 
 SEED_STRIDE = 1_000_003
 """Batches of samples draw from seeds this far apart."""

@@ -12,7 +12,7 @@ from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.loop import build_row_shape, compute_references
+from mpo_megatron.train.run import build_row_shape, compute_references
 
 
 def main() -> int:

@@ -129,7 +129,7 @@ def num_replicas(run: Path) -> int:
 
 
 def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
-    """As the run cuts its rows (train/loop.py: build_row_shape)."""
+    """As the run cuts its rows (train/run.py: build_row_shape)."""
     from mpo_megatron.model.architecture import load_hf_config
     from mpo_megatron.model.flops import build_flop_model
     from mpo_megatron.model.precision import token_multiple

@@ -246,10 +246,10 @@ def test_too_little_room_is_an_error_before_it_costs_anything(inputs: Path, resu
 def test_slow_ranks_and_slow_data_are_told(inputs: Path, results: dict[str, Any]) -> None:
     slow = [line for line in metrics(inputs / "runs" / "slow") if "lr" in line]
     assert all(line["slowest_rank"] == 1 for line in slow)
-    assert all(line["step_seconds_max_over_mean"] > 1.1 for line in slow)
+    assert all(line["step_seconds_max_over_mean"] > 1.5 for line in slow)  # 2, but for what the other rank takes
     waiting = [line for line in metrics(inputs / "runs" / "slow_data") if "lr" in line]
-    assert all(line["data_wait"] >= 0.2 for line in waiting)
-    assert all(line["data_wait"] < 0.2 for line in slow)
+    assert all(line["data_wait"] >= 1000 for line in waiting)
+    assert all(line["data_wait"] < 1000 for line in slow)
 
 
 def test_the_best_checkpoints_are_kept(inputs: Path, results: dict[str, Any]) -> None:

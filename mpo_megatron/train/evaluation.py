@@ -1,0 +1,56 @@
+"""How the policy does on the held-out groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data.loader import build_step
+from mpo_megatron.train.incidents import TrainingError, broken_groups
+from mpo_megatron.train.metrics import combine
+from mpo_megatron.train.run import Run
+from mpo_megatron.train.step import forward_step
+from mpo_megatron.train.tracking import Tracker
+from mpo_megatron.train.tracking.outcomes import group_outcomes, log_outcomes
+
+
+def evaluate(run: Run, step: int, trackers: list[Tracker], beat: Callable[[str], None]) -> dict[str, float]:
+    """Metrics over all held-out groups, also written down; all ranks call it. Nothing without held-out groups.
+
+    Args:
+        beat: told that it goes on
+    Raises:
+        ConfigError: no held-out group carries a contrast, or they have no metric `checkpoint.best_metric`.
+        TrainingError: a group's loss is not finite.
+    """
+    data, best = run.inputs.held_out, run.config.checkpoint
+    if data is None:
+        return {}
+    parts, outcomes = [], []
+    size = run.config.data.groups_per_step
+    for start in range(0, len(data), size):
+        beat(f"evaluation at step {step}")
+        indices = np.arange(start, min(start + size, len(data)))
+        batch = build_step(0, data, indices, run.inputs.objective.select, run.shape)
+        if batch.contributes.any():
+            policy = forward_step(run.model, batch, run.inputs.objective, run.ranks, run.resident)
+            reference = run.reference(data, batch)
+            learned, losses = run.measure(batch, policy, reference)
+            if not losses.isfinite().all():
+                raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
+            parts.append(learned)
+            outcomes += group_outcomes(batch, policy, reference, run.inputs.objective.params)
+    if not parts:
+        raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
+    metrics = {f"eval/{name}": value for name, value in combine(parts).items()}
+    require(
+        best.keep_best == 0 or best.best_metric in metrics,
+        f"checkpoint.best_metric = {best.best_metric}; there is no such metric, choose one of {', '.join(metrics)}.",
+    )
+    for tracker in trackers:
+        tracker.log(step, metrics)
+    if run.ranks.is_main:
+        log_outcomes(run.folder, step, outcomes, data, run.config.logging.num_samples, trackers)
+    return metrics
