@@ -56,8 +56,8 @@ def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Mo
         for name, parameter in sorted(plain_names(parts[0]).items()):
             random = 0.05 * torch.randn(parameter.shape, generator=generator)
             value = random if parameter.dim() > 1 else torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-            parameter.copy_(value.to(parameter.device))
             values[parameter] = value.to(parameter.dtype)
+            parameter.copy_(values[parameter].to(parameter.device))  # to FP8 from bf16, as checkpoints are loaded
     keep_exact_weights(parts[0], {name: values[parameter] for name, parameter in parts[0].named_parameters()})
     calibrate(parts, GROUPS, ranks, row_shape(config))
     return parts
