@@ -15,6 +15,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 from mpo_megatron import device
 from mpo_megatron.config import OptimizerConfig, require
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.model.precision import missing_for_transformer_engine
 
 
 def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ranks: Ranks) -> list[torch.nn.Module]:
@@ -45,15 +46,23 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
 
 
 def check_offload(config: OptimizerConfig) -> None:
-    """Refuse to offload the optimizer where there is nothing to offload from.
+    """Refuse to offload the optimizer where there is nothing to offload from, or nothing to do it with.
 
     Raises:
-        ConfigError: this machine has no GPU.
+        ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam the share that stays on the GPU needs.
     """
+    if config.cpu_offload == 0:
+        return
     require(
-        config.cpu_offload == 0 or device.has_gpu(),
+        device.has_gpu(),
         f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states are in host memory "
         "already; leave it out.",
+    )
+    missing = missing_for_transformer_engine()
+    require(
+        missing is None,
+        f"optimizer.cpu_offload = {config.cpu_offload}, but {missing}, and Megatron offloads only with its Adam; install it "
+        "(pip install 'mpo-megatron[gpu]'), or leave it out.",
     )
 
 

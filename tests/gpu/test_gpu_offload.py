@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mpo_megatron.model.precision import missing_for_transformer_engine
 from tests.gpu.test_gpu_train import STEPS, run
 from tests.gpu.test_gpu_train import inputs as inputs  # a fixture
 
@@ -19,6 +20,9 @@ def losses(inputs: Path, output: Path, *options: str) -> list[float]:
 
 @pytest.mark.parametrize("share", ["0.5", "1.0"])
 def test_offloaded_states_train_alike_and_resume(inputs: Path, tmp_path: Path, share: str) -> None:
+    missing = missing_for_transformer_engine()
+    if missing:
+        pytest.skip(missing)
     options = ("--optimizer.cpu_offload", share)
     whole = losses(inputs, tmp_path / "run", *options)
     assert len(whole) == STEPS
