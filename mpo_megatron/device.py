@@ -88,6 +88,8 @@ def prepare() -> None:
     # to rename; a user can do nothing about either.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
+    # NCCL's groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if has_gpu():
         return
     for name, stand_in in cuda_stand_ins().items():
