@@ -11,11 +11,12 @@ import faulthandler
 import os
 import random
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,6 +39,9 @@ RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 
 WALLTIME = 1000
 """Stands for "the time is over" where a signal's number stands for a signal."""
+
+SLOW_RATIO, SLOW_STEPS = 1.1, 20
+"""A rank is told of that takes so many times the mean, so many steps in a row (and then ten times as many, and so on)."""
 
 LEAST_MARGIN = 60.0
 """Seconds kept for the last save at least."""
@@ -62,11 +66,13 @@ class Deadline:
     """When the run must have saved: `walltime_minutes` after its start, or when Slurm ends the job."""
 
     def __init__(self, config: FaultConfig) -> None:
-        self.time: float | None = None
+        end: float | None = None
         if config.walltime_minutes is not None:
-            self.time = float(os.environ.get(STARTED, time.time())) + 60 * config.walltime_minutes
+            end = float(os.environ.get(STARTED, time.time())) + 60 * config.walltime_minutes
         elif "SLURM_JOB_END_TIME" in os.environ:
-            self.time = float(os.environ["SLURM_JOB_END_TIME"])
+            end = float(os.environ["SLURM_JOB_END_TIME"])
+        # From here on by a clock that nobody sets.
+        self.time = None if end is None else time.monotonic() + end - time.time()
         self.slow_steps: deque[float] = deque(maxlen=32)
 
     def is_near(self, step_seconds: float, save_seconds: float) -> bool:
@@ -75,7 +81,7 @@ class Deadline:
         self.slow_steps.append(step_seconds)
         if self.time is None:
             return False
-        return time.time() + max(self.slow_steps) + max(2 * save_seconds, LEAST_MARGIN) > self.time
+        return time.monotonic() + max(self.slow_steps) + max(2 * save_seconds, LEAST_MARGIN) > self.time
 
 
 class Watchdog:
@@ -105,7 +111,10 @@ class Watchdog:
         while not self.closed.wait(min(5.0, self.seconds / 4)):
             idle = time.monotonic() - self.since
             if idle > self.seconds:
-                self._end(f"rank {self.rank}: no progress for {idle:.0f} s in {self.doing} (faults.hang_minutes)")
+                self._end(
+                    f"rank {self.rank} on {socket.gethostname()}: no progress for {idle:.0f} s in {self.doing} "
+                    "(faults.hang_minutes), so it ends; the rank whose stack differs from the others' is the one to look at"
+                )
 
     def _end(self, message: str) -> None:
         path = self.folder / f"hang_{self.doing.replace(' ', '_')}_rank_{self.rank:05d}.txt"
@@ -121,6 +130,26 @@ class Watchdog:
             os._exit(1)
 
 
+class SlowRanks:
+    """Tells of a rank that is slow step after step, and on which machine it runs."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        self.hosts, self.rank, self.steps, self.told_at = hosts, -1, 0, SLOW_STEPS
+
+    def note(self, rank: int, ratio: float) -> str | None:
+        """Note the slowest rank of a step, and how many times the mean it took; what is to be told, if anything is."""
+        if rank != self.rank or ratio < SLOW_RATIO:
+            self.rank, self.steps, self.told_at = rank, 0, SLOW_STEPS
+        self.steps += ratio >= SLOW_RATIO
+        if self.steps < self.told_at:
+            return None
+        self.told_at *= 10
+        return (
+            f"SLOW: rank {rank} on {self.hosts[rank]} was the slowest of the last {self.steps} steps, now {ratio:.2f} times the "
+            "mean; all ranks wait for it: look at that machine, or leave it out."
+        )
+
+
 class Supervisor:
     """Keeps the ranks of a run together: progress, agreement after every step, timing."""
 
@@ -130,6 +159,9 @@ class Supervisor:
         self.deadline = Deadline(config)
         self.step_started = self.reduction_started = time.perf_counter()
         self.data_wait = 0.0
+        hosts: list[Any] = [None] * self.world
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+        self.slow_ranks = SlowRanks(hosts)
 
     def watch_reduction(self, model: list[torch.nn.Module]) -> None:
         """Note when a step's gradients are about to be reduced over replicas: there the fast ones begin to wait for the slow."""
@@ -178,13 +210,17 @@ class Supervisor:
         everyone = own.new_empty(self.world * len(own))
         torch.distributed.all_gather_into_tensor(everyone, own)  # over all ranks; no gradients
         requests, written, seconds, waits = everyone.cpu().view(self.world, len(own)).unbind(dim=1)
-        mean = float(seconds.mean())
+        mean, slowest = float(seconds.mean()), int(seconds.argmax())
+        ratio = float(seconds.max()) / mean if mean > 0 else 1.0
+        told = self.slow_ranks.note(slowest, ratio)
+        if told is not None and self.rank == 0:
+            print(told, flush=True)
         return Agreement(
             stop=_reason(int(requests.max())),
             all_written=bool(written.all()),
             metrics={
-                "slowest_rank": int(seconds.argmax()),
-                "step_seconds_max_over_mean": float(seconds.max()) / mean if mean > 0 else 1.0,
+                "slowest_rank": slowest,
+                "step_seconds_max_over_mean": ratio,
                 "data_wait": float(waits.max()),
             },
         )

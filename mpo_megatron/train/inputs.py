@@ -56,7 +56,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     use_transformer_engine(config.model)
     validate_fp8(config.model, config.parallel, hf_config)
     choose_attention(config.model)
-    check_offload(config.optimizer)
+    check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
     reference = Path(config.model.reference) if config.model.reference else folder
     if reference != folder:

@@ -45,11 +45,12 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
     return wrapped
 
 
-def check_offload(config: OptimizerConfig) -> None:
+def check_offload(config: OptimizerConfig, precision: str) -> None:
     """Refuse to offload the optimizer where there is nothing to offload from, or nothing to do it with.
 
     Raises:
-        ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam the share that stays on the GPU needs.
+        ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam the share that stays on the GPU needs; or the
+            weights are float32, whose states Megatron cannot offload.
     """
     if config.cpu_offload == 0:
         return
@@ -63,6 +64,11 @@ def check_offload(config: OptimizerConfig) -> None:
         missing is None,
         f"optimizer.cpu_offload = {config.cpu_offload}, but {missing}, and Megatron offloads only with its Adam; install it "
         "(pip install 'mpo-megatron[gpu]'), or leave it out.",
+    )
+    require(
+        precision == "bf16",
+        f"optimizer.cpu_offload = {config.cpu_offload}, model.precision = {precision}; Megatron offloads the states of bf16 "
+        "weights only; set model.precision to bf16, or leave it out.",
     )
 
 

@@ -1,17 +1,31 @@
-"""OnMC-PO's plan: the rounds of `mpo iterate` as segments of one training run."""
+"""OnMC-PO: the rounds of `mpo iterate` as segments of one training run; their plan, and kills in every stage."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+import torch
+from rich.console import Console
 
-from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig
+import mpo_megatron.rollout.iterate as stages
+from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig, TrainConfig, parse
+from mpo_megatron.data import prepare as preparing
+from mpo_megatron.model import convert as converting
 from mpo_megatron.model.convert import convert
+from mpo_megatron.model.convert_torch_dist import CheckpointReader
+from mpo_megatron.rollout import records
+from mpo_megatron.rollout import score as scoring
+from mpo_megatron.rollout import select as selecting
 from mpo_megatron.rollout.round_report import read_last_metrics
 from mpo_megatron.rollout.rounds import build_plan, start_training
+from mpo_megatron.train import loop, saving
+from mpo_megatron.train.step_folders import complete_steps
 from tests.tiny import save_model
 
 
@@ -77,3 +91,101 @@ def test_a_round_reports_its_own_last_step(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in range(1, 7)))
     assert read_last_metrics(path, 3) == {"step": 3, "loss": 1 / 3}
     assert read_last_metrics(path, None) == {"step": 6, "loss": 1 / 6}
+
+
+# --------------------------------------------------------------------------------------------------- kills
+
+
+class Killed(BaseException):
+    """Ends `mpo iterate` as a signal would: nothing of ours handles it."""
+
+
+def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
+    """Training in this process instead of under torchrun."""
+    assert loop.train(parse(TrainConfig, arguments)) is None
+    return 0
+
+
+def raise_at(owner: Any, name: str, calls: int, patch: pytest.MonkeyPatch) -> None:
+    """Let a function work so many times, and be killed in the next."""
+    original, left = getattr(owner, name), [calls]
+
+    def killed(*arguments: Any, **options: Any) -> Any:
+        if left[0] == 0:
+            raise Killed(name)
+        left[0] -= 1
+        return original(*arguments, **options)
+
+    patch.setattr(owner, name, killed)
+
+
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "first segment, at its second step": lambda patch: raise_at(loop, "take_step", 1, patch),
+    "first segment, its last checkpoint written and not named": lambda patch: raise_at(saving, "appear", 0, patch),
+    "first segment, trained and not noted": lambda patch: patch.setattr(
+        stages, "find_megatron_checkpoint", Mock(side_effect=Killed)
+    ),
+    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "generate": lambda patch: raise_at(records.LineWriter, "write", 5, patch),
+    "score, between its two files": lambda patch: raise_at(scoring, "write_summary", 1, patch),
+    "select": lambda patch: raise_at(selecting, "plot_spacing", 0, patch),
+    "prepare": lambda patch: raise_at(preparing, "_write", 0, patch),
+    "second segment, before its first step": lambda patch: raise_at(loop, "take_step", 0, patch),
+    "second segment, between its steps": lambda patch: raise_at(loop, "take_step", 1, patch),
+    "second segment, before it is reported": lambda patch: raise_at(stages, "report_round", 1, patch),
+    "third segment, at its first step": lambda patch: raise_at(loop, "take_step", 0, patch),
+    "last report": lambda patch: raise_at(stages, "write_report", 0, patch),
+}
+"""One after the other: each kill is followed by the same command, which goes on to the next."""
+
+
+def small(model: Path, folder: Path) -> IterateConfig:
+    (folder / "vowels.py").write_text("def vowels(response, group):\n    return sum(c in 'aeiou' for c in response) / 8\n")
+    return replace(
+        config(model, folder, measure_kl=False),
+        held_out=2,
+        held_out_responses=2,
+        generate={"num_responses": 4, "max_tokens": 8, "empty": "keep"},
+        score={"scorers": {"vowels": {"kind": "function", "function": f"{folder / 'vowels.py'}:vowels"}}},
+        select={"truncated": "keep", "duplicates": "keep"},
+        train={
+            "model": {"precision": "fp32"},
+            "data": {"groups_per_step": 2, "row_tokens": 256},
+            "optimizer": {"lr": 1e-3},
+            "loss": {"name": "mcpo", "params": {"beta": 0.1, "num_negatives": 1}},
+            "checkpoint": {"every": 1, "keep": 1, "asynchronous": False},
+            "max_steps": 6,
+            "eval_every": 0,
+        },
+    )
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Weights and optimizer states of a run's newest checkpoint."""
+    reader = CheckpointReader(complete_steps(run)[-1] / "megatron")
+    return {key: reader.read(key, [0] * len(entry.size), list(entry.size)) for key, entry in reader.tensors.items()}
+
+
+@pytest.mark.slow
+def test_segments_that_are_killed_in_every_stage_end_alike(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "launch", train_here)
+    quiet = Console(quiet=True)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    stages.iterate(small(model, tmp_path / "whole"), quiet)
+    for arm in KILLS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            arm(patch)
+            with pytest.raises(Killed):
+                stages.iterate(small(model, tmp_path / "killed"), quiet)
+    stages.iterate(small(model, tmp_path / "killed"), quiet)
+    whole, killed = (tmp_path / name / "out" for name in ("whole", "killed"))
+    expected, found = tensors(whole / "run"), tensors(killed / "run")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert any(key.startswith("optimizer.") for key in expected)
+    for name in ("rounds/02/selected/groups.jsonl", "rounds/03/scored/scored.jsonl", "policies/03/scored/scored.jsonl"):
+        assert (whole / name).read_bytes() == (killed / name).read_bytes()
+    assert (whole / "report.json").read_bytes() == (killed / "report.json").read_bytes()
+    steps = [json.loads(line)["step"] for line in (killed / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.faults import LEAST_MARGIN, RESTARTS, STARTED, Deadline, was_restarted
+from mpo_megatron.train.faults import LEAST_MARGIN, RESTARTS, SLOW_STEPS, STARTED, Deadline, SlowRanks, was_restarted
 from tests.distributed.launch import ROOT
 
 
@@ -44,6 +46,54 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.Monk
     slurm = Deadline(FaultConfig())
     assert not slurm.is_near(1.0, 0.0)
     assert slurm.is_near(31.0, 0.0)
+
+
+@pytest.mark.parametrize("jump", [-7200.0, 7200.0])
+def test_a_clock_that_is_set_moves_no_deadline(monkeypatch: pytest.MonkeyPatch, jump: float) -> None:
+    monkeypatch.setenv(STARTED, str(time.time()))
+    near, far = Deadline(FaultConfig(walltime_minutes=0.5)), Deadline(FaultConfig(walltime_minutes=30))
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + jump)
+    assert near.is_near(1.0, 0.0)
+    assert not far.is_near(1.0, 0.0)
+
+
+def test_a_slow_rank_is_told_of_with_its_machine_when_it_stays_slow() -> None:
+    slow = SlowRanks(["node1", "node2"])
+    told = [slow.note(1, 1.3) for _ in range(10 * SLOW_STEPS)]
+    assert [step for step, text in enumerate(told, start=1) if text] == [SLOW_STEPS, 10 * SLOW_STEPS]
+    assert (told[SLOW_STEPS - 1] or "").startswith(
+        "SLOW: rank 1 on node2 was the slowest of the last 20 steps, now 1.30 times the mean"
+    )
+    assert [slow.note(rank, 2.0) for rank in (0, 1) * SLOW_STEPS] == [None] * 2 * SLOW_STEPS  # each in turn: noise
+    assert [slow.note(0, 1.05) for _ in range(50)] == [None] * 50  # hardly slow
+    assert [slow.note(0, 1.2) is None for _ in range(SLOW_STEPS)] == [True] * (SLOW_STEPS - 1) + [False]
+
+
+FULL = """
+import errno, os, sys
+from mpo_megatron.config import TrainConfig
+from mpo_megatron.train.__main__ import run
+
+def train(config):
+    raise OSError(int(os.environ["NUMBER"]), "no more", "run/metrics.jsonl")
+
+sys.argv = ["mpo train", "--output", "x", "--model.checkpoint", "m", "--data.train", "t"]
+sys.exit(run(train))
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOSPC, 2), (errno.ECONNRESET, 1)])
+def test_a_full_disk_needs_a_person_whichever_rank_and_file_meets_it(
+    monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    monkeypatch.setenv("NUMBER", str(number))
+    monkeypatch.setenv("RANK", "3")
+    process = python(FULL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert ("mend it, and start the same command again: it resumes" in errors) == (code == 2)
+    assert "run/metrics.jsonl" in errors
 
 
 def test_a_run_that_was_started_again_is_told_by_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +191,7 @@ def test_the_watchdog_names_rank_and_step_and_shows_where_it_hangs(tmp_path: Pat
     process = python(HANG, str(tmp_path))
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "rank 3: no progress for" in errors
+    assert f"rank 3 on {socket.gethostname()}: no progress for" in errors
     [path] = (tmp_path / "incidents").iterdir()
     assert path.name == "hang_step_2_rank_00003.txt"
     text = path.read_text()

@@ -17,8 +17,8 @@ from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups,
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.outcomes import outcome_files, read_outcomes
 from mpo_megatron.losses import build_params
-from mpo_megatron.train.throughput import peak_flops
 from mpo_megatron.train.objective import Logps
+from mpo_megatron.train.throughput import peak_flops
 from mpo_megatron.train.tracking import SampleTable, build_trackers, check_installed
 from mpo_megatron.train.tracking.facts import earlier_starts, git_revision, record_start
 from mpo_megatron.train.tracking.files import JsonlTracker
