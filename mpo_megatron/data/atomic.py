@@ -44,6 +44,15 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
         os.replace(partial, path)
 
 
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def is_free(folder: Path) -> bool:
     """Whether a folder can be written there: nothing exists, or an empty folder does."""
     if not folder.exists():
@@ -72,9 +81,9 @@ class AtomicFolder:
         """Force everything to disk, then rename the folder to its final name."""
         with writing(self.target):
             for path in [*sorted(self.path.rglob("*")), self.path]:
-                _fsync(path)
+                sync(path)
             os.rename(self.path, self.target)  # atomic; replaces an empty folder
-            _fsync(self.target.absolute().parent)
+            sync(self.target.absolute().parent)
 
     def __enter__(self) -> AtomicFolder:
         return self
@@ -87,11 +96,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

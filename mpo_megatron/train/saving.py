@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.data.atomic import sync
 from mpo_megatron.data.lock import hold
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.agreement import on_main
@@ -56,7 +57,6 @@ from mpo_megatron.train.step_folders import (
     require_space,
     set_run_aside,
     step_folder,
-    sync,
     write_state,
 )
 

@@ -27,6 +27,7 @@ from typing import Any
 import xxhash
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.data.atomic import sync
 
 STATE = "state.json"
 FORMAT = 1
@@ -222,15 +223,6 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
             f"{folder}: {purpose} needs {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free; free some space, lower "
             "checkpoint.keep or checkpoint.keep_best, or choose another output."
         )
-
-
-def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _set_aside(folder: Path, suffix: str) -> Path:
