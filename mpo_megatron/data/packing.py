@@ -98,7 +98,7 @@ def plan_rows(
     rows_multiple: int = 1,
     names: Sequence[str] | None = None,
 ) -> Plan:
-    """Cut groups into pieces, pack the pieces into rows first-fit-decreasing, and spread the rows over replicas by work.
+    """Cut groups into pieces, find by first-fit-decreasing how many rows they need, and level the rows' and replicas' work.
 
     Deterministic, and the same on every rank. Responses that are not `scored` are left out.
 
@@ -122,7 +122,7 @@ def plan_rows(
         if len(parts) > 1:
             split.add(slot)
     rows = _first_fit_decreasing(pieces, row_tokens)
-    return Plan(rows=_spread(rows, num_replicas, pair_weight, rows_multiple), split_groups=frozenset(split))
+    return Plan(rows=_spread(rows, row_tokens, num_replicas, pair_weight, rows_multiple), split_groups=frozenset(split))
 
 
 def _cut_group(
@@ -176,22 +176,38 @@ def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tupl
 
 
 def _spread(
-    rows: Sequence[tuple[Piece, ...]], num_replicas: int, pair_weight: float, rows_multiple: int
+    rows: Sequence[tuple[Piece, ...]], row_tokens: int, num_replicas: int, pair_weight: float, rows_multiple: int
 ) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
-    """Longest-processing-time assignment: the heaviest row goes to the least loaded replica that still has a place."""
+    """Rows [replica][row] of like work: as few per replica as hold `rows`, with the pieces dealt out anew if they fit.
 
-    def work(row: tuple[Piece, ...]) -> float:
-        return sum(piece.num_tokens + pair_weight * piece.num_pairs for piece in row)
+    Full rows and a rest would leave replicas waiting for the one with a full row more, and pipeline stages for the longest row.
+    """
+
+    def work(pieces: Sequence[Piece]) -> float:
+        return sum(piece.num_tokens + pair_weight * piece.num_pairs for piece in pieces)
 
     per_replica = max(1, -(-len(rows) // num_replicas))
     per_replica = -(-per_replica // rows_multiple) * rows_multiple
-    assigned: list[list[tuple[Piece, ...]]] = [[] for _ in range(num_replicas)]
-    load = [0.0] * num_replicas
-    for row in sorted(rows, key=lambda row: (-work(row), row)):
-        replica = min((r for r in range(num_replicas) if len(assigned[r]) < per_replica), key=lambda r: (load[r], r))
-        assigned[replica].append(row)
-        load[replica] += work(row)
-    return tuple(tuple(own) + ((),) * (per_replica - len(own)) for own in assigned)
+
+    def deal(bundles: Sequence[tuple[Piece, ...]]) -> list[list[list[Piece]]] | None:
+        """Longest processing time first: each bundle to the least loaded replica that has room, there to the emptiest row."""
+        dealt: list[list[list[Piece]]] = [[[] for _ in range(per_replica)] for _ in range(num_replicas)]
+        load = [0.0] * num_replicas
+        free = [[row_tokens] * per_replica for _ in range(num_replicas)]
+        for bundle in sorted(bundles, key=lambda bundle: (-work(bundle), bundle)):
+            tokens = sum(piece.num_tokens for piece in bundle)
+            replica = min((r for r in range(num_replicas) if tokens <= max(free[r])), key=lambda r: (load[r], r), default=None)
+            if replica is None:
+                return None
+            row = max(range(per_replica), key=lambda row: (free[replica][row], -row))
+            dealt[replica][row] += bundle
+            free[replica][row] -= tokens
+            load[replica] += work(bundle)
+        return dealt
+
+    dealt = deal([(piece,) for row in rows for piece in row]) or deal(rows)
+    assert dealt is not None  # whole rows always fit
+    return tuple(tuple(tuple(sorted(row)) for row in own) for own in dealt)
 
 
 def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layout, multiple: int = 1) -> Row:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -98,12 +100,32 @@ def test_shared_prompts_are_computed_once() -> None:
 
 def test_replicas_get_as_many_rows_and_like_work() -> None:
     groups = random_groups(64, seed=8)
+    everything = sorted(piece for piece in make_plan(groups, row_tokens=100_000, num_replicas=1).rows[0][0])
     for replicas in (1, 2, 3, 8):
-        plan = make_plan(groups, num_replicas=replicas, pair_weight=0.01)
-        assert len({len(rows) for rows in plan.rows}) == 1
-    work = [sum(piece.num_tokens for row in rows for piece in row) for rows in make_plan(groups, num_replicas=4).rows]
-    assert max(work) <= 1.2 * min(work)
+        for row_tokens in (BUDGET, 1000, 4000):  # in the last, one row could hold all
+            plan = make_plan(groups, num_replicas=replicas, row_tokens=row_tokens, pair_weight=0.01)
+            assert len({len(rows) for rows in plan.rows}) == 1
+            rows = [row for own in plan.rows for row in own]
+            assert max(sum(piece.num_tokens for piece in row) for row in rows) <= row_tokens
+            assert sorted(piece for row in rows for piece in row) == everything or row_tokens == BUDGET  # where some are split
+            work = [sum(piece.num_tokens + 0.01 * piece.num_pairs for row in own for piece in row) for own in plan.rows]
+            assert max(work) <= 1.1 * min(work)
     assert {len(rows) % 4 for rows in make_plan(groups, num_replicas=2, rows_multiple=4).rows} == {0}
+
+
+def test_more_replicas_than_groups_and_rows_too_tight_to_deal_anew() -> None:
+    groups = random_groups(3, seed=8)
+    rows = [row for (row,) in make_plan(groups, num_replicas=8, row_tokens=1000).rows]
+    assert sorted(len(row) for row in rows) == [0, 0, 0, 0, 0, 1, 1, 1]
+    # 60 + 40, 30 + 30 + 40: dealt out one by one, longest first, the last would find no room.
+    groups = random_groups(5, prompt_tokens=(1, 1), max_responses=2)
+    sizes = (60, 40, 40, 30, 30)
+    groups = [
+        dataclasses.replace(group, prompt_tokens=np.zeros(size - 2, np.int32), response_tokens=(np.zeros(2, np.int32),) * 2)
+        for group, size in zip(groups, sizes, strict=True)
+    ]
+    (rows,) = make_plan(groups, num_replicas=1, row_tokens=100).rows
+    assert sorted(sorted(piece.num_tokens for piece in row) for row in rows) == [[30, 30, 40], [40, 60]]
 
 
 def test_rows_are_full() -> None:
