@@ -65,6 +65,11 @@ def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], *, check: b
     return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
 
 
+def launch_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
+    """In the place of `mpo_megatron.train.launcher.launch`."""
+    return run_ranks(num_ranks, module, arguments).returncode
+
+
 def start_mpo(command: str, *arguments: str) -> psutil.Popen:
     """Start `mpo command` as users do, with all of its imports, and do not wait for it."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,7 +50,7 @@ def installed() -> bool:
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Run Slurm; yields the environment that its commands need."""
+    """Run Slurm, one at a time on this machine; yields the environment that its commands need."""
     for path in (folder, *folder.parents[:-1]):
         path.chmod(path.stat().st_mode | 0o055)  # munged wants to be reachable for all
     for name in ("spool", "state"):
@@ -67,6 +69,8 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         ["slurmd", "-D", "-c", "-f", str(config)],
     ]
     with contextlib.ExitStack() as stack:
+        lock = stack.enter_context((Path(tempfile.gettempdir()) / "mpo-tests-slurm.lock").open("w"))
+        fcntl.flock(lock, fcntl.LOCK_EX)
         for command in daemons:
             log = stack.enter_context((folder / f"{command[0]}.out").open("w"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)

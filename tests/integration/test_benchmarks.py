@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.launch import ROOT, run_ranks
+
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in ("__init__", "setup", "timing"))
+NUM_RANKS = {"plan": 2}
+"""Where it is not one."""
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
 
 
@@ -47,11 +47,9 @@ def check_numbers(value: Any) -> None:
 def test_runs_at_its_smallest_size(name: str, tmp_path: Path) -> None:
     if name == "trl":
         pytest.importorskip("trl")
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--size", "tiny", "--repeat", "1", "--output", str(tmp_path)]
-    result = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
+    result = run_ranks(
+        NUM_RANKS.get(name, 1), f"benchmarks.{name}", ["--size", "tiny", "--repeat", "1", "--output", str(tmp_path)]
     )
-    assert result.returncode == 0, result.stderr[-4000:]
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["benchmark"] == name
     check(content)

@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from examples.compare import run as compare
 from examples.compare.measure import compute_ranking_accuracy
 from examples.compare.report import build_comparison
 from examples.compare.run import Method, load_methods, parse_arguments, read_result
+from mpo_megatron import cli
 from mpo_megatron.losses import build_params, list_losses
+from tests.distributed.launch import ROOT, run_ranks
 
-ROOT = Path(__file__).parents[2]
 METHODS = ("mpo", "simpo")  # a loss of log-ratios, and one without a reference
 
 
 def run_compare(output: Path, *arguments: str) -> str:
-    command = [sys.executable, "-m", "examples.compare.run", "--output", str(output), "--groups", "40", "--held-out", "8"]
-    wide = dict(os.environ, COLUMNS="130")
-    result = subprocess.run([*command, *arguments], cwd=ROOT, env=wide, capture_output=True, text=True, timeout=600)
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
-    return result.stdout
+    """The comparison, in this process; what it prints. Ranks are forked instead of started by `mpo train`."""
+
+    def mpo(command: str, **options: object) -> None:
+        assert cli.main([command, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]) == 0
+
+    def start(command: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:6] == [sys.executable, "-m", "mpo_megatron.cli", "train", "--nproc", "1"]
+        return run_ranks(1, "mpo_megatron.train", command[6:])
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setenv("COLUMNS", "130")
+        patch.setattr(compare, "mpo", mpo)
+        patch.setattr(compare, "subprocess", SimpleNamespace(run=start, STDOUT=subprocess.STDOUT))
+        assert compare.main(["--output", str(output), "--groups", "40", "--held-out", "8", *arguments]) == 0
+    return printed.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +95,8 @@ def test_finished_runs_are_skipped(finished: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_other_data_in_the_same_folder_is_refused(finished: tuple[Path, str]) -> None:
-    command = [sys.executable, "-m", "examples.compare.run", "--output", str(finished[0]), "--groups", "41"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert result.returncode != 0
-    assert "choose another --output" in result.stderr
+    with pytest.raises(SystemExit, match="choose another --output"):
+        compare.main(["--output", str(finished[0]), "--groups", "41"])
 
 
 @pytest.mark.parametrize("method", load_methods().values(), ids=lambda method: method.name)

@@ -29,6 +29,7 @@ from mpo_megatron.model import convert as converting
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import records
 from mpo_megatron.rollout import select as selecting
+from tests.distributed.launch import launch_ranks
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,9 @@ def settings(inputs: Path, output: Path, *, measure_kl: bool) -> IterateConfig:
 @pytest.fixture(scope="module")
 def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
-    rounds.iterate(settings(inputs, output, measure_kl=True), QUIET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "launch", launch_ranks)
+        rounds.iterate(settings(inputs, output, measure_kl=True), QUIET)
     return output
 
 
@@ -144,12 +147,13 @@ def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before: set[str] = set()
     for name, arm in KILLS.items():
         with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rounds, "launch", launch_ranks)
             arm(patch)
             with pytest.raises(Killed):
                 rounds.iterate(config, QUIET)
         assert before <= finished_stages(output), name  # nothing that was done is lost
         before = finished_stages(output)
-    rounds.iterate(config, QUIET)
+    rounds.iterate(config, QUIET)  # by now without training
     return output
 
 
