@@ -118,7 +118,13 @@ class Saver:
         partial = self._open(final)
         device.synchronize()
         filesystem_async._results_queue = queue.Queue()  # Megatron would start a process a rank to hold its own
-        request = prepare_save(partial, model, optimizer, self.ranks)
+        try:
+            request = prepare_save(partial, model, optimizer, self.ranks)
+        except (OSError, RuntimeError) as error:  # on one rank, amid Megatron's collectives: the others end because it does
+            if not _is_write_error(error):
+                raise
+            shutil.rmtree(partial, ignore_errors=True)
+            raise SaveError(_message(partial, _reason(error))) from error
         self.writing = Writing(state=state, partial=partial, request=request, started=started)
         if self.config.asynchronous:
             buckets = stage(request)
@@ -326,6 +332,11 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     return str(cause or error)
+
+
+def _is_write_error(error: OSError | RuntimeError) -> bool:
+    """Whether a file could not be written; torch says so in words of its own where it opens files itself."""
+    return isinstance(error, OSError) or any(words in str(error) for words in ("iostream error", "PytorchStreamWriter"))
 
 
 def _message(path: Path, reason: str) -> str:
