@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.train import check_ranks
 from mpo_megatron.model.architecture import check_supported, validate_layout
+from mpo_megatron.train import optimizer
 from mpo_megatron.train.optimizer import check_offload
 
 DENSE = Qwen3Config(num_attention_heads=40, num_key_value_heads=8, num_hidden_layers=4, intermediate_size=512)
@@ -140,11 +142,26 @@ def test_experts_that_are_not_implemented(config: PretrainedConfig, message: str
 
 def test_offloading_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
-    check_offload(OptimizerConfig())
+    check_offload(OptimizerConfig(), "bf16")
     with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 0\.5, but this machine has no GPU"):
-        check_offload(OptimizerConfig(cpu_offload=0.5))
+        check_offload(OptimizerConfig(cpu_offload=0.5), "bf16")
     with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 2\.0; it is a share"):
         OptimizerConfig(cpu_offload=2.0)
+
+
+def test_offloading_without_transformer_engine_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", None)  # an import of it fails
+    with pytest.raises(ConfigError, match=r"cpu_offload = 1\.0, but transformer_engine does not import"):
+        check_offload(OptimizerConfig(cpu_offload=1.0), "bf16")
+
+
+def test_offloading_float32_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(optimizer, "missing_for_transformer_engine", lambda: None)
+    check_offload(OptimizerConfig(cpu_offload=1.0), "bf16")
+    with pytest.raises(ConfigError, match=r"cpu_offload = 1\.0, model\.precision = fp32; Megatron offloads the states of bf16"):
+        check_offload(OptimizerConfig(cpu_offload=1.0), "fp32")
 
 
 def test_dense_and_sparse_models_are_supported() -> None:
