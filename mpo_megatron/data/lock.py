@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,17 +32,19 @@ def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         with writing(lock.parent):
             lock.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(lock.open("a+"))
-        end = time.monotonic() + wait_seconds
+        started, told = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError as error:
-                if time.monotonic() >= end:
-                    file.seek(0)
-                    raise DataError(
-                        f"{target}: another run is writing it ({file.read()}); wait for it, end it, or name another output."
-                    ) from error
+                file.seek(0)
+                busy = f"{target}: another run is writing it ({file.read()})"
+                if time.monotonic() - started >= wait_seconds:
+                    raise DataError(f"{busy}; wait for it, end it, or name another output.") from error
+                if not told:
+                    print(f"{busy}; waiting …", file=sys.stderr, flush=True)
+                    told = True
                 time.sleep(0.2)
             except OSError as error:
                 if error.errno not in WITHOUT_LOCKS:

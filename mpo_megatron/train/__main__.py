@@ -70,7 +70,8 @@ def _run(train: Callable[[TrainConfig], str | None]) -> int:
     except OSError as error:  # of one rank; the others end because it does
         if error.errno not in NEEDS_A_PERSON:
             raise
-        print(f"mpo train: {error}; mend it, and start the same command again: it resumes.", file=sys.stderr, flush=True)
+        message = f"output = {config.output}: {error}; mend it, and start the same command again: it resumes."
+        print(f"mpo train: {message}", file=sys.stderr, flush=True)
         return _leave_failed()
     if stopped is None:
         return 0

@@ -94,6 +94,7 @@ def test_a_full_disk_needs_a_person_whichever_rank_and_file_meets_it(
     assert process.returncode == code, errors
     assert ("mend it, and start the same command again: it resumes" in errors) == (code == 2)
     assert "run/metrics.jsonl" in errors
+    assert ("output = x: " in errors) == (code == 2)
 
 
 def test_a_run_that_was_started_again_is_told_by_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
