@@ -24,7 +24,7 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES
 from mpo_megatron import device
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import model_parallel
 
 CHUNK = 1024
@@ -115,7 +115,7 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
         buffer = torch.ones_like(weight) if side == "in place" else None  # ones: memory that is really there
 
         def kernel(count: int) -> torch.Tensor:
-            return vocab_parallel_logps(
+            return vocab_parallel_statistics(
                 inputs[:count],
                 weight,
                 targets[:count],
@@ -123,7 +123,7 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
                 chunk=CHUNK,
                 tp_group=ranks.tensor,
                 gradient=None if buffer is None else WeightGradient(buffer, announce=False),
-            )
+            ).logps
 
         def full(count: int) -> torch.Tensor:
             logits = (inputs[:count] @ weight.T).float()

@@ -52,8 +52,6 @@ class Needs:
     """`token_kl`: whole next-token distributions of policy and reference, not log-probs of the given tokens alone."""
     batch_statistics: bool = False
     """A mean over the batch enters the loss, so that `compute` must see the whole global batch at once."""
-    policy_samples: bool = False
-    """Responses drawn from the current policy."""
     sampled: bool = False
     """`compute` draws from `generator`; two calls differ."""
     contrast: bool = True

@@ -58,7 +58,6 @@ def format_needs(needs: Needs) -> str:
         "tokens": "log-probs per token",
         "token_kl": "KL divergences over the vocabulary",
         "batch_statistics": "the whole global batch",
-        "policy_samples": "samples from the policy",
         "sampled": "a seeded generator",
     }
     return ", ".join(text for name, text in words.items() if getattr(needs, name)) or "log-probs only"

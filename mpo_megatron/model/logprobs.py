@@ -51,37 +51,6 @@ class TokenStatistics(NamedTuple):
     """[S] KL(p ‖ q) = Σ p (log p − log q) over the whole vocabulary"""
 
 
-def vocab_parallel_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    vocab_size: int,
-    chunk: int,
-    tp_group: ProcessGroup,
-    gradient: WeightGradient | None = None,
-) -> Tensor:
-    """log π(target | hidden) of each scored token, in nats.
-
-    Peak extra memory is O(chunk × V), whatever S is, and without `gradient` that of the weight's gradient in float32.
-    The gradient with respect to `hidden` is this rank's part: the caller's layout must sum it over `tp_group`
-    (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
-
-    Args:
-        hidden: [S, H]
-        weight: [V, H], this rank's rows of the output weight
-        targets: [S] token ids in the whole vocabulary
-        vocab_size: real vocabulary size; rows of the weight from there on are padding
-        chunk: C, scored tokens whose logits exist at one time
-        gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
-    Returns:
-        [S], float32 (float64 for float64 input)
-    """
-    return vocab_parallel_statistics(
-        hidden, weight, targets, vocab_size=vocab_size, chunk=chunk, tp_group=tp_group, gradient=gradient
-    ).logps
-
-
 def vocab_parallel_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -94,13 +63,21 @@ def vocab_parallel_statistics(
     reference: tuple[Tensor, Tensor] | None = None,
     gradient: WeightGradient | None = None,
 ) -> TokenStatistics:
-    """Log-probs of the scored tokens and, on demand, entropy and KL divergence from a reference, all from the same chunks.
+    """log π(target | hidden) of each scored token and, on demand, entropy and KL divergence from a reference; nats.
 
-    Gradients are exact, and go to `hidden` and `weight` only; arguments and the rest as in `vocab_parallel_logps`.
+    Peak extra memory is O(chunk × V), whatever S is, and without `gradient` that of the weight's gradient in float32.
+    Gradients are exact, and go to `hidden` and `weight` only. That of `hidden` is this rank's part: the caller's layout must sum
+    it over `tp_group` (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
 
     Args:
+        hidden: [S, H]
+        weight: [V, H], this rank's rows of the output weight
+        targets: [S] token ids in the whole vocabulary
+        vocab_size: real vocabulary size; rows of the weight from there on are padding
+        chunk: C, scored tokens whose logits exist at one time
         entropy: compute it
         reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
+        gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
     """
     shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy, gradient)
     reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)

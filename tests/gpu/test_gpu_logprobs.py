@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 
 pytestmark = pytest.mark.gpu
@@ -65,9 +65,11 @@ def test_gradient_goes_into_a_part_of_a_larger_buffer(ranks: Ranks, dtype: torch
     buffer = whole[100:-100].view_as(weight)
     settings = {"vocab_size": VOCAB, "chunk": 128, "tp_group": ranks.tensor}
     for _ in range(2):
-        vocab_parallel_logps(hidden, weight, targets, gradient=WeightGradient(buffer, False), **settings).sum().backward()
+        vocab_parallel_statistics(
+            hidden, weight, targets, gradient=WeightGradient(buffer, False), **settings
+        ).logps.sum().backward()
     assert weight.grad is None
-    expected = torch.autograd.grad(vocab_parallel_logps(hidden, weight, targets, **settings).sum(), weight)[0]
+    expected = torch.autograd.grad(vocab_parallel_statistics(hidden, weight, targets, **settings).logps.sum(), weight)[0]
     torch.testing.assert_close(buffer, 2 * expected.float(), rtol=2e-2, atol=1e-3 * float(expected.abs().max()))
     assert whole[:100].abs().max() == whole[-100:].abs().max() == 0
 
@@ -77,7 +79,9 @@ def test_peak_memory_is_that_of_a_chunk_and_the_weights_gradient(ranks: Ranks) -
     hidden, weight, targets = draw(num_tokens, 256, vocab, torch.bfloat16)
 
     def step() -> None:
-        vocab_parallel_logps(hidden, weight, targets, vocab_size=vocab, chunk=chunk, tp_group=ranks.tensor).sum().backward()
+        vocab_parallel_statistics(
+            hidden, weight, targets, vocab_size=vocab, chunk=chunk, tp_group=ranks.tensor
+        ).logps.sum().backward()
 
     step()  # compiles
     hidden.grad = weight.grad = None

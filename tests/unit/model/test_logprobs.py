@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_logps, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from tests.distributed.launch import run_ranks
 
@@ -27,6 +30,10 @@ def inputs(num_tokens: int, dtype: torch.dtype, vocab: int = 37, padded: int = 4
     weight = torch.randn(padded, 16, generator=generator, dtype=dtype)
     targets = torch.randint(0, vocab, (num_tokens,), generator=generator)
     return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+def vocab_parallel_logps(*tensors: Tensor, **settings: Any) -> Tensor:
+    return vocab_parallel_statistics(*tensors, **settings).logps
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int = 37) -> Tensor:
@@ -183,6 +190,46 @@ def test_a_frozen_weight_costs_no_gradient(ranks: Ranks) -> None:
     vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=3, tp_group=ranks.tensor).sum().backward()
     assert weight.grad is None
     torch.testing.assert_close(hidden.grad, torch.autograd.grad(plain_logps(hidden, weight, targets).sum(), hidden)[0])
+
+
+@pytest.mark.parametrize("size", [1e4, 1e6])
+def test_large_logits(ranks: Ranks, size: float) -> None:
+    hidden, weight, targets = inputs(23, torch.float32)
+    with torch.no_grad():
+        hidden *= size / (hidden @ weight.T).abs().max()
+    ours = vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=5, tp_group=ranks.tensor)
+    exact_hidden, exact_weight = (part.detach().double().requires_grad_() for part in (hidden, weight))
+    exact = plain_logps(exact_hidden, exact_weight, targets)
+    assert exact.min() < -size / 10
+    assert (ours - exact).abs().max() <= 1e-6 * size  # float32 logits, a few roundings of 6e-8
+    gradients = torch.autograd.grad(ours.sum(), (hidden, weight))
+    for left, right in zip(gradients, torch.autograd.grad(exact.sum(), (exact_hidden, exact_weight)), strict=True):
+        torch.testing.assert_close(left.double(), right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation made, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.numbers = max(self.numbers, *(leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), 0)
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_is_larger_than_a_chunk_of_logits(ranks: Ranks, dtype: torch.dtype) -> None:
+    num_tokens, chunk, padded = 100, 20, 48
+    hidden, weight, targets = inputs(num_tokens, dtype)
+    other = (hidden.detach().roll(1, 0), weight.detach())
+    with Largest() as largest:
+        found = vocab_parallel_statistics(
+            hidden, weight, targets, vocab_size=37, chunk=chunk, tp_group=ranks.tensor, entropy=True, reference=other
+        )
+        torch.stack([part for part in found if part is not None]).sum().backward()
+    assert hidden.numel() <= largest.numbers
+    assert largest.numbers == max(hidden.numel(), chunk * padded, weight.numel()) < num_tokens * padded / 2
 
 
 @pytest.mark.distributed
