@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import itertools
 import json
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from mpo_megatron.config import (
     ConfigError,
@@ -24,6 +26,9 @@ from mpo_megatron.config import (
     SelectConfig,
     TrainConfig,
     parse,
+    require,
+    validate_convert,
+    validate_folders,
 )
 from mpo_megatron.data import DataError
 
@@ -31,6 +36,7 @@ from mpo_megatron.data import DataError
 def convert(arguments: Sequence[str]) -> int:
     """Hugging Face checkpoint to Megatron checkpoint, or back."""
     config = parse(ConvertConfig, arguments, "mpo convert")
+    validate_convert(config)  # once more below; a wrong path need not wait for the imports
     from mpo_megatron.model.convert import convert as run
 
     run(config)
@@ -75,12 +81,12 @@ def select(arguments: Sequence[str]) -> int:
 
 def reference(arguments: Sequence[str]) -> int:
     """Reference log-probs of prepared groups, once for all runs; takes the configuration of `mpo train`."""
-    return _launch("reference", lambda config: "mpo_megatron.train.reference_main", arguments)
+    return _start_ranks("reference", lambda config: "mpo_megatron.train.reference_main", arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
-    return _launch("train", lambda config: config.entry_point, arguments)
+    return _start_ranks("train", lambda config: config.entry_point, arguments)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -130,17 +136,13 @@ def report(arguments: Sequence[str]) -> int:
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Held-out groups, sampled reward and win rate, answers for the judges of AlpacaEval, Arena-Hard and MT-Bench."""
-    launcher = argparse.ArgumentParser(prog="mpo evaluate", add_help=False)
-    launcher.add_argument(
-        "--nproc", type=int, help="Ranks for held-out groups; by default one per GPU, or what the layout needs."
-    )
-    options, own = launcher.parse_known_args(arguments)
-    config = parse(EvaluateConfig, own, "mpo evaluate")
+    launcher, own = _read_launcher("evaluate", arguments)
+    config = parse(EvaluateConfig, own, "mpo evaluate", launcher.epilog)
     from mpo_megatron.evaluate.evaluate import evaluate as run
     from mpo_megatron.rollout.iterate import StageError
 
     try:
-        run(config, options.nproc)
+        run(config, launcher.nproc)
     except StageError as error:
         print(f"mpo evaluate: {error}", file=sys.stderr)
         return error.status
@@ -189,8 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_usage())
         return 0
     name, *rest = arguments
+    if name == "--version":
+        print(f"mpo_megatron {version('mpo_megatron')}")
+        return 0
     if name not in COMMANDS:
-        print(f"mpo: there is no command {name!r}.\n{_usage()}", file=sys.stderr)
+        near = difflib.get_close_matches(name, COMMANDS, n=2)
+        meant = f"did you mean {' or '.join(near)}? " if near else ""
+        print(f"mpo: there is no command {name!r}; {meant}`mpo --help` lists them.", file=sys.stderr)
         return 2
     try:
         code = COMMANDS[name](rest)
@@ -204,21 +211,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _launch(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:
+def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:
     """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
-    launcher = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False)
-    launcher.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
-    launcher.add_argument("--max_restarts", type=int, default=0, help="How often all ranks are started again when one fails.")
-    options, own = launcher.parse_known_args(arguments)
-    config = parse(TrainConfig, own, f"mpo {name}")
+    launcher, own = _read_launcher(name, arguments, restarts=True)
+    config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
+    validate_folders(config)  # once more below; a wrong path need not wait for the imports
     from mpo_megatron.train.inputs import check_inputs
 
     parallel = config.parallel
-    num_ranks = options.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)
+    num_ranks = launcher.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)
     check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
     from mpo_megatron.train.launcher import launch as start
 
-    return start(module(config), own, num_ranks=num_ranks, max_restarts=options.max_restarts)
+    return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)
+
+
+def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = False) -> tuple[argparse.Namespace, list[str]]:
+    """(options about this machine's ranks, and `epilog`, their help; all other arguments).
+
+    Raises:
+        ConfigError: a value that no rank could be started with.
+    """
+    parser = argparse.ArgumentParser(prog=f"mpo {name}", usage="", add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
+    if restarts:
+        parser.add_argument("--max_restarts", type=int, default=0, help="Times all ranks are started again when one fails.")
+    try:
+        options, others = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}; it must be a whole number.") from error
+    for option, least in (("nproc", 1), ("max_restarts", 0)):
+        value = getattr(options, option, None)
+        require(value is None or value >= least, f"--{option} = {value}; it must be at least {least}.")
+    options.epilog = " ".join(parser.format_help().split())
+    return options, others
 
 
 def _usage() -> str:

@@ -6,7 +6,7 @@
 """
 
 from mpo_megatron.config.checks import ConfigError, check_writable, require
-from mpo_megatron.config.convert import ConvertConfig
+from mpo_megatron.config.convert import ConvertConfig, validate_convert
 from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
 from mpo_megatron.config.generate import (
     EndpointConfig,
@@ -20,6 +20,8 @@ from mpo_megatron.config.generate import (
 from mpo_megatron.config.inspect import InspectConfig
 from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.config.model import ModelConfig
+from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
 from mpo_megatron.config.plan import PlanConfig
 from mpo_megatron.config.prepare import PrepareConfig
@@ -32,11 +34,10 @@ from mpo_megatron.config.train import (
     FaultConfig,
     LoggingConfig,
     LossConfig,
-    ModelConfig,
     OnlineConfig,
     OptimizerConfig,
-    ParallelConfig,
     TrainConfig,
+    validate_folders,
     validate_train,
 )
 
@@ -80,8 +81,10 @@ __all__ = [
     "parse_shard",
     "require",
     "to_dict",
+    "validate_convert",
     "validate_endpoint",
     "validate_evaluate",
+    "validate_folders",
     "validate_generate",
     "validate_score",
     "validate_train",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from mpo_megatron.config.checks import require
+from mpo_megatron.config.checks import check_writable, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,3 +24,26 @@ class ConvertConfig:
     def __post_init__(self) -> None:
         require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
         require(self.max_shard_gib > 0, f"max_shard_gib = {self.max_shard_gib}; it must be positive; try 4.")
+
+
+def validate_convert(config: ConvertConfig) -> None:
+    """Check that there is something to convert, and that its output can be written.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    source, output = Path(config.input), Path(config.output)
+    require(
+        source.exists(),
+        f"input = {source}; no such folder; download one first: hf download Qwen/Qwen3-14B --local-dir Qwen3-14B.",
+    )
+    require(source.is_dir(), f"input = {source}; it is a file; name the checkpoint's folder.")
+    require(
+        not output.exists() or (output.is_dir() and not any(output.iterdir())),
+        f"output = {output} is not empty; choose a new folder, or remove it.",
+    )
+    require(
+        not output.resolve().is_relative_to(source.resolve()),
+        f"output = {output} lies inside input = {source}; choose a folder beside it.",
+    )
+    check_writable(output, "output")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config.checks import check_writable, require
-from mpo_megatron.config.train import ModelConfig, ParallelConfig
+from mpo_megatron.config.checks import check_seed, check_writable, require
+from mpo_megatron.config.model import ModelConfig
+from mpo_megatron.config.parallel import ParallelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,7 @@ class EvaluateConfig:
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         require(self.num_resamples >= 2, f"num_resamples = {self.num_resamples}; it must be at least 2.")
         for section, reserved in (("generate", ("prompts", "model", "output")), ("score", ("input", "output"))):
             for name in reserved:

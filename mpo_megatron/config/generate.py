@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_megatron.config.checks import check_writable, require
+from mpo_megatron.config.checks import check_seed, check_writable, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +151,7 @@ class GenerateConfig:
     """The server of `engine: openai`."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("num_responses", "max_tokens", "max_prompt_tokens", "max_attempts"):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mpo_megatron.config.checks import require
+from mpo_megatron.config.checks import check_seed, require
 
 STAGES = ("generate", "score", "select", "prepare", "train")
 """Sections of the configuration, each the options of the command of that name."""
@@ -52,6 +52,7 @@ class IterateConfig:
     """Seed of the split of prompts; a stage without a seed of its own takes this plus the number of the round."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
         require(self.held_out >= 2, f"held_out = {self.held_out}; the reports need at least 2 held-out prompts.")
         require(

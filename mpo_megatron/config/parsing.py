@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,15 +13,16 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from mpo_megatron.config.checks import ConfigError
+from mpo_megatron.config.names import check_file, check_names, describe_type, options_of, unknown_option
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 C = TypeVar("C")
 
 
-def build_parser(kind: type[Any], program: str) -> ArgumentParser:
+def build_parser(kind: type[Any], program: str, epilog: str | None = None) -> ArgumentParser:
     """A parser for one root dataclass: `--config FILE`, `--field.subfield value`, `--print_config`, `--help`."""
-    parser = ArgumentParser(prog=program, description=kind.__doc__, exit_on_error=True)
+    parser = ArgumentParser(prog=program, description=kind.__doc__, epilog=epilog, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(kind, as_positional=False)
     return parser
@@ -30,14 +34,24 @@ def instantiate(parser: ArgumentParser, kind: type[C], namespace: Namespace) -> 
     return kind(**{item.name: built[item.name] for item in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
-def parse(kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo") -> C:
-    """Parse command-line arguments (default: sys.argv) into `kind`.
+def parse(kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo", epilog: str | None = None) -> C:
+    """Parse command-line arguments (default: sys.argv) into `kind`. `--help` and `--print_config` print, and end the program.
 
+    Args:
+        epilog: printed below the options by `--help`
     Raises:
-        ConfigError: a value breaks a rule. An unknown option or a missing required one ends the program with usage.
+        ConfigError: an option is unknown or missing, is of another type, or breaks a rule.
     """
-    parser = build_parser(kind, program)
-    return instantiate(parser, kind, parser.parse_args(arguments))
+    parser = build_parser(kind, program, epilog)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for option, following in itertools.pairwise([*arguments, ""]):
+        name, _, value = option.partition("=")
+        if name == "--config" and (value or following):
+            check_file(kind, value or following)
+    try:
+        return instantiate(parser, kind, parser.parse_args(arguments))
+    except ArgumentError as error:
+        raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
 
 
 def load_yaml(kind: type[C], path: str | Path) -> C:
@@ -46,11 +60,13 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
     Raises:
         ConfigError: the file is missing, has an unknown key, or a value breaks a rule.
     """
+    check_file(kind, path)
     parser = build_parser(kind, "mpo")
-    parser.exit_on_error = False
     try:
         return instantiate(parser, kind, parser.parse_path(str(path)))
-    except (ArgumentError, TypeError, OSError) as error:
+    except ArgumentError as error:
+        raise ConfigError(f"{path}: {explain(kind, str(error))}") from error
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -62,12 +78,12 @@ def from_dict(kind: type[C], options: Mapping[str, Any], where: str) -> C:
     Raises:
         ConfigError: an unknown key, a missing one, or a value that breaks a rule.
     """
+    check_names(kind, options, where)
     parser = build_parser(kind, "mpo")
-    parser.exit_on_error = False
     try:
         return instantiate(parser, kind, parser.parse_object(dict(options)))
-    except (ArgumentError, TypeError) as error:
-        raise ConfigError(f"{where}: {error}") from error
+    except ArgumentError as error:
+        raise ConfigError(f"{where}: {explain(kind, str(error))}") from error
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
 
@@ -75,3 +91,26 @@ def from_dict(kind: type[C], options: Mapping[str, Any], where: str) -> C:
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested plain dictionaries."""
     return dataclasses.asdict(config)
+
+
+def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
+    """A parser's message as one sentence: which option, its value, and what it must be.
+
+    Args:
+        option_prefix: how an option's name begins where the user wrote it
+    """
+    if match := re.match(r"unrecognized arguments: (\S+)", message):
+        if not match[1].startswith("-"):
+            return f"{match[1]}: options are written as --name value."
+        name = match[1].partition("=")[0]
+        return f"{name}: {unknown_option(kind, name.lstrip('-'), option_prefix)}"
+    if match := re.match(r"the following arguments are required: (.+)", message):
+        return f"missing: {', '.join(option_prefix + name for name in match[1].split(', '))}."
+    if match := re.match(r'Parser key "([^"]+)":\s+Unable to load config', message):
+        name = match[1]
+        inner = next((option for option in options_of(kind) if option.startswith(f"{name}.")), f"{name}.…")
+        return f"{option_prefix}{name} is a section; give its options one by one, such as {option_prefix}{inner}."
+    key, value = re.match(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    if key and value and key[1] in options_of(kind):
+        return f"{key[1]} = {value[1]}; it must be {describe_type(options_of(kind)[key[1]])}."
+    return re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mpo_megatron.config.checks import require
+from mpo_megatron.config.checks import check_seed, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class PrepareConfig:
     """Processes that tokenize; the result does not depend on it."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")
         require(self.max_response_tokens >= 1, f"max_response_tokens = {self.max_response_tokens}; it must be at least 1.")
         require(self.num_workers >= 1, f"num_workers = {self.num_workers}; it must be at least 1.")

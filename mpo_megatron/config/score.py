@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from jsonargparse import ArgumentError, ArgumentParser
-
 from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.generate import EndpointConfig, parse_shard, validate_endpoint
 from mpo_megatron.config.options import Options
+from mpo_megatron.config.parsing import from_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,15 +208,7 @@ def build_scorer_config(name: str, options: Mapping[str, Any]) -> AnyScorer:
     require(kind in KINDS, f"scorers.{name}.kind = {kind}; choose one of {', '.join(KINDS)}.")
     chosen = KINDS[str(kind)]
     given = {key: value for key, value in options.items() if key not in ("kind", "weight")}
-    known = [item.name for item in dataclasses.fields(chosen)]
-    unknown = [key for key in given if key not in known]
-    require(not unknown, f"scorers.{name}.{unknown[0] if unknown else ''}: kind = {kind} has no such option; it has {known}.")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(chosen, "it")
-    try:
-        built: AnyScorer = parser.instantiate(parser.parse_object({"it": given})).it
-    except (ArgumentError, ConfigError, TypeError) as error:
-        raise ConfigError(f"scorers.{name}: {error}") from error
+    built: AnyScorer = from_dict(chosen, given, f"scorers.{name}")
     return built
 
 

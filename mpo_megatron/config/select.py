@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mpo_megatron.config.checks import require
+from mpo_megatron.config.checks import check_seed, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class SelectConfig:
     """Seed of `reward_noise`."""
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("num_top", "num_bottom"):
             value = getattr(self, name)
             require(value >= 1, f"{name} = {value}; it must be at least 1.")

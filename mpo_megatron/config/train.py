@@ -2,71 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpo_megatron.config.checks import check_writable, require
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """The policy, and how its layers compute."""
-
-    checkpoint: str
-    """Megatron checkpoint folder written by `mpo convert`."""
-    reference: str | None = None
-    """Checkpoint of the reference policy π_ref; by default the one training starts from."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute precision; optimizer states and master weights are float32 in both."""
-    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
-    """Recipe for FP8 matrix products in the layers (Transformer Engine, bf16 elsewhere); docs/fp8.md says which is for what."""
-    fp8_bf16_layers: int = 0
-    """Number of first layers, and of last layers, that stay in bf16 with FP8."""
-    fp8_params: bool = False
-    """Keep the layers' weights in FP8 and gather them so from the distributed optimizer, instead of in bf16."""
-    backend: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
-    attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
-    """Attention kernel: `sdpa` is exact and runs anywhere; `flex` and `varlen` (flash attention) need a GPU; `auto` chooses."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
-    resident_offload: bool = False
-    """Keep the weights of a reference model that runs beside the policy (token-wise KL) in host memory while it does not run."""
-    logprob_chunk: int = 1024
-    """Response tokens whose vocabulary logits exist at one time."""
-
-    def __post_init__(self) -> None:
-        require(self.logprob_chunk >= 1, f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.")
-        require(self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers = {self.fp8_bf16_layers}; it must be 0 or more.")
-        require(
-            not (self.resident_offload and self.fp8_params),
-            "model.resident_offload = true with model.fp8_params = true: only bf16 and fp32 weights are moved; set one to false.",
-        )
-        if self.fp8 == "none":
-            require(not self.fp8_bf16_layers, f"model.fp8_bf16_layers = {self.fp8_bf16_layers} without FP8; set model.fp8, too.")
-            require(not self.fp8_params, "model.fp8_params = true without FP8; set model.fp8, too.")
-            return
-        require(
-            self.precision == "bf16",
-            f"model.fp8 = {self.fp8} with model.precision = {self.precision}; what is not FP8 is bf16; set precision to bf16.",
-        )
-        require(
-            self.backend != "local",
-            f"model.fp8 = {self.fp8} with model.backend = local; FP8 is Transformer Engine's; set model.backend to auto.",
-        )
-        require(
-            self.fp8 != "delayed" or not self.fp8_bf16_layers,
-            f"model.fp8_bf16_layers = {self.fp8_bf16_layers} with model.fp8 = delayed, whose scales are updated for all layers "
-            "at once; set it to 0, or model.fp8 to current.",
-        )
-        require(
-            not self.fp8_params or self.fp8 in ("current", "blockwise"),
-            f"model.fp8_params = true with model.fp8 = {self.fp8}: delayed scales are not known yet when weights are loaded, and "
-            "mxfp8 would need gradient buffers shared with gathered weights; set model.fp8 to current or blockwise.",
-        )
+from mpo_megatron.config.checks import check_seed, check_writable, require
+from mpo_megatron.config.model import ModelConfig
+from mpo_megatron.config.parallel import ParallelConfig, check_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,114 +36,6 @@ class DataConfig:
         require(self.groups_per_step >= 1, f"data.groups_per_step = {self.groups_per_step}; it must be at least 1.")
         require(self.row_tokens >= 2, f"data.row_tokens = {self.row_tokens}; a row holds at least two tokens.")
         require(self.first_step >= 0, f"data.first_step = {self.first_step}; it must be 0 or more.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
-    """How the model is cut over ranks; what is left of the world size is data parallelism."""
-
-    tensor: int = 1
-    """Tensor-parallel ranks: each holds a slice of every weight matrix."""
-    pipeline: int = 1
-    """Pipeline stages: each holds a run of layers."""
-    virtual_pipeline: int = 1
-    """Runs of layers per stage; more than 1 interleaves them, which shortens the pipeline's bubble by this factor."""
-    first_stage_layers: int | None = None
-    """Layers of the first stage, if not its equal share: fewer make up for the embedding, or for an odd number of layers."""
-    last_stage_layers: int | None = None
-    """Layers of the last stage, if not its equal share: fewer make up for the output layer."""
-    context: int = 1
-    """Context-parallel ranks: each computes a part of every row's tokens, and a part of the heads in attention."""
-    expert: int = 1
-    """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks
-    of one pipeline stage, so they multiply no other size."""
-    expert_tensor: int = 1
-    """Ranks that hold slices of the same expert; experts are mostly too small to be worth cutting."""
-    sequence: bool | None = None
-    """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
-    timeout_minutes: float = 30.0
-    """A collective that hangs longer than this ends the run."""
-
-    def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
-            require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
-        require(
-            self.virtual_pipeline == 1 or self.pipeline > 1,
-            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1; leave it out, or raise "
-            "parallel.pipeline.",
-        )
-        for name in ("first_stage_layers", "last_stage_layers"):
-            layers = getattr(self, name)
-            require(layers is None or layers >= 1, f"parallel.{name} = {layers}; a stage has at least 1 layer.")
-            require(
-                layers is None or self.pipeline > 1,
-                f"parallel.{name} = {layers} needs parallel.pipeline > 1; leave it out, or raise parallel.pipeline.",
-            )
-        require(
-            not (self.sequence and self.tensor == 1),
-            "parallel.sequence = true needs parallel.tensor > 1; leave it out, or raise parallel.tensor.",
-        )
-
-    @property
-    def sequence_parallel(self) -> bool:
-        """Whether sequence parallelism is on."""
-        return self.tensor > 1 if self.sequence is None else self.sequence
-
-    @property
-    def row_parts(self) -> int:
-        """Equal parts that a row's tokens are cut into, at most: a row's length is a multiple of it."""
-        return self.tensor * self.context
-
-    @property
-    def rows_multiple(self) -> int:
-        """The number of rows per replica is a multiple of this: interleaved schedules run rows in rounds of one per stage."""
-        return self.pipeline if self.virtual_pipeline > 1 else 1
-
-    def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, over all its runs.
-
-        Raises:
-            ConfigError: `num_layers` cannot be shared out so; the message says what can.
-        """
-        first, last, stages = self.first_stage_layers, self.last_stage_layers, self.pipeline
-        middle_stages = stages - (first is not None) - (last is not None)
-        middle = num_layers - (first or 0) - (last or 0)
-        given = ", ".join(
-            f"parallel.{name} = {layers}"
-            for name, layers in (("first_stage_layers", first), ("last_stage_layers", last))
-            if layers
-        )
-        if middle_stages == 0:
-            require(
-                middle == 0,
-                f"{given}: together {num_layers - middle} layers, the model has num_hidden_layers = {num_layers}; leave one out.",
-            )
-        elif given:
-            require(
-                middle > 0 and middle % middle_stages == 0,
-                f"{given} leave {middle} of num_hidden_layers = {num_layers} layers for the other {middle_stages} stages of "
-                f"parallel.pipeline = {stages}; leave them a multiple of {middle_stages}, at least {middle_stages}.",
-            )
-        else:
-            choices = ", ".join(str(n) for n in range(1, num_layers + 1) if num_layers % n == 0)
-            require(
-                num_layers % stages == 0,
-                f"parallel.pipeline = {stages} does not divide the model's num_hidden_layers = {num_layers}; choose one of "
-                f"{choices}, or give the first or last stage another number of layers (parallel.first_stage_layers, "
-                "parallel.last_stage_layers).",
-            )
-        share = middle // middle_stages if middle_stages else 0
-        layers = [share] * stages
-        layers[0] = first or share
-        layers[-1] = last or layers[-1]
-        for stage, number in enumerate(layers):
-            choices = ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
-            require(
-                number % self.virtual_pipeline == 0,
-                f"parallel.virtual_pipeline = {self.virtual_pipeline} does not divide the {number} layers of stage {stage} of "
-                f"parallel.pipeline = {stages}; choose one of {choices}.",
-            )
-        return tuple(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +76,7 @@ class OptimizerConfig:
     """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
     updated weights during the next forward pass, too."""
     cpu_offload: float = 0.0
-    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU."""
+    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU and Transformer Engine."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
@@ -255,6 +90,7 @@ class OptimizerConfig:
         )
         require(self.weight_decay >= 0, f"optimizer.weight_decay = {self.weight_decay}; it must be 0 or more.")
         require(self.clip_grad >= 0, f"optimizer.clip_grad = {self.clip_grad}; it must be 0 (off) or positive.")
+        require(self.eps > 0, f"optimizer.eps = {self.eps}; it must be positive.")
         for name in ("beta1", "beta2"):
             require(0 <= getattr(self, name) < 1, f"optimizer.{name} = {getattr(self, name)}; it must be in [0, 1).")
 
@@ -423,30 +259,12 @@ class TrainConfig:
             f"stop_after = {self.stop_after}; it must be larger than data.first_step = {self.data.first_step}.",
         )
         require(self.eval_every >= 0, f"eval_every = {self.eval_every}; it must be 0 or more.")
+        check_seed(self.seed)
 
     @property
     def entry_point(self) -> str:
         """The module of which `torchrun -m` starts ranks: one that can sample if the run does, else one that needs no engine."""
         return "mpo_megatron.rollout.train_main" if self.online.kl_weight > 0 else "mpo_megatron.train"
-
-
-def check_ranks(parallel: ParallelConfig, world_size: int) -> None:
-    """Raise `ConfigError` unless the model-parallel sizes divide the number of ranks."""
-    sizes = (parallel.tensor, parallel.pipeline, parallel.context)
-    model_ranks = math.prod(sizes)
-    require(
-        world_size % model_ranks == 0,
-        f"parallel.tensor × parallel.pipeline × parallel.context = {' × '.join(map(str, sizes))} = {model_ranks} does not "
-        f"divide the number of ranks, {world_size}; start a multiple of {model_ranks} ranks (torchrun --nproc-per-node).",
-    )
-    stage_ranks, experts = world_size // parallel.pipeline, parallel.expert * parallel.expert_tensor
-    choices = [n for n in range(1, stage_ranks + 1) if stage_ranks % n == 0]
-    require(
-        stage_ranks % experts == 0,
-        f"parallel.expert × parallel.expert_tensor = {parallel.expert} × {parallel.expert_tensor} = {experts} does not divide "
-        f"the {stage_ranks} ranks of a pipeline stage ({world_size} ranks, parallel.pipeline = {parallel.pipeline}); choose a "
-        f"product of {', '.join(map(str, choices))}.",
-    )
 
 
 def validate_train(config: TrainConfig, world_size: int) -> None:
@@ -456,6 +274,15 @@ def validate_train(config: TrainConfig, world_size: int) -> None:
         ConfigError: naming the field, the rule and the fix.
     """
     check_ranks(config.parallel, world_size)
+    validate_folders(config)
+
+
+def validate_folders(config: TrainConfig) -> None:
+    """Check that what the run reads is there, and that its folder can be written to.
+
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
         if folder is None:
             continue

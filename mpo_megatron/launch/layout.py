@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, require
-from mpo_megatron.config.train import check_ranks
+from mpo_megatron.config.parallel import check_ranks
 
 
 def load_run(job: JobConfig) -> TrainConfig:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import ConvertConfig, check_writable, require
+from mpo_megatron.config import ConvertConfig, require, validate_convert
 from mpo_megatron.model.architecture import load_hf_config, padded_vocab_size
 from mpo_megatron.model.convert_folder import (
     Conversion,
@@ -66,17 +66,8 @@ def convert(config: ConvertConfig) -> None:
     Raises:
         ConfigError: the input cannot be converted, or the output cannot be written; nothing is left behind.
     """
+    validate_convert(config)
     source, output = Path(config.input), Path(config.output)
-    require(source.is_dir(), f"input = {source}; no such folder.")
-    require(
-        not output.exists() or (output.is_dir() and not any(output.iterdir())),
-        f"output = {output} is not empty; choose a new folder, or remove it.",
-    )
-    require(
-        not output.resolve().is_relative_to(source.resolve()),
-        f"output = {output} lies inside input = {source}; choose a folder beside it.",
-    )
-    check_writable(output, "output")
     megatron = find_megatron_checkpoint(source)
     if megatron is not None:
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PretrainedConfig
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.config.train import check_ranks
+from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.model.architecture import validate_layout
 from mpo_megatron.model.flops import FlopModel
 from mpo_megatron.model.precision import token_multiple, validate_fp8_layout

@@ -36,7 +36,7 @@ from mpo_megatron.config import (
     validate_generate,
     validate_score,
 )
-from mpo_megatron.config.train import check_ranks
+from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.model.architecture import load_hf_config, validate_layout
 from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConfigError, ParallelConfig, PrepareConfig, TrainConfig, load_yaml, parse, to_dict
+from mpo_megatron.config import ConfigError, ParallelConfig, TrainConfig, load_yaml, parse, to_dict
 
 REQUIRED = ["--output", "run", "--model.checkpoint", "model", "--data.train", "groups"]
 
@@ -47,29 +47,10 @@ def test_each_rule_names_field_and_value(options: list[str], message: str) -> No
         parse(TrainConfig, [*REQUIRED, *options])
 
 
-def test_unknown_options_and_missing_ones_end_with_usage(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments, message in (
-        ([*REQUIRED, "--optimizer.rate", "1"], "optimizer.rate"),
-        (["--output", "run"], "model.checkpoint"),
-    ):
-        with pytest.raises(SystemExit):
-            parse(TrainConfig, arguments)
-        assert message in capsys.readouterr().err
-
-
-def test_yaml_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "config.yaml"
-    file.write_text("input: a\noutput: b\ntokenizer: c\nmax_tokens: 5\n")
-    with pytest.raises(ConfigError, match="max_tokens"):
-        load_yaml(PrepareConfig, file)
-
-
-def test_command_line_help_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in ("convert", "prepare", "train", "losses"))
-    assert main(["trian"]) == 2
-    assert "there is no command 'trian'" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["train", "--help"])
     assert stop.value.code == 0

@@ -328,9 +328,9 @@ def test_judge_templates_are_checked(server: Server, tmp_path: Path) -> None:
     "options, message",
     [
         ({"kind": "oracle"}, r"scorers\.it\.kind = oracle; choose one of"),
-        ({"kind": "match", "modes": "exact"}, r"scorers\.it\.modes: kind = match has no such option"),
+        ({"kind": "match", "modes": "exact"}, r"scorers\.it: modes: there is no such option; did you mean mode\?"),
         ({"kind": "match", "mode": "fuzzy"}, r"scorers\.it: .*(?s:.*)exact"),
-        ({"kind": "regex", "pattern": "("}, r"scorers\.it: pattern = \(; not a regular expression"),
+        ({"kind": "regex", "pattern": "("}, r"scorers\.it\.pattern = \(; not a regular expression"),
         ({"kind": "regex"}, r"scorers\.it: .*pattern"),
         ({"kind": "pairwise", "model": "m", "template": "{a}{b}"}, r"needs \{prompt\} once"),
         ({"kind": "judge", "template": "t", "endpoint": {}, "parse": "x"}, "needs a group"),

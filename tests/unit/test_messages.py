@@ -1,0 +1,155 @@
+"""What people get wrong, and what they are told: one short message that names the option, and ends the command before any import
+that takes seconds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpo_megatron.cli import COMMANDS, main
+from mpo_megatron.config import ConfigError, ScoreConfig, TrainConfig, from_dict, load_yaml, parse
+
+TRAIN = ["--output", "run", "--model.checkpoint", "model", "--data.train", "groups"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("trian", "mpo: there is no command 'trian'; did you mean train? `mpo --help` lists them."),
+        ("xyz", "mpo: there is no command 'xyz'; `mpo --help` lists them."),
+        ("prepare", "mpo prepare: missing: --input, --output, --tokenizer."),
+        ("train --output run", "mpo train: missing: --model.checkpoint, --data.train."),
+        ("convert in out", "mpo convert: in: options are written as --name value."),
+        ("convert --input i --output o --max_shard 3", "--max_shard: there is no such option; did you mean --max_shard_gib?"),
+        ("train --lr 1", "mpo train: --lr: there is no such option; did you mean --optimizer.lr?"),
+        ("train --paralel.tensor=2", "--paralel.tensor: there is no such option; did you mean --parallel.tensor?"),
+        ("train --optimizer.warmup 1", "there is no such option; did you mean --optimizer.warmup_fraction?"),
+        ("train --loss.paramz.beta 1", "--loss.paramz.beta: there is no such option; did you mean --loss.params?"),
+        ("train --logging.x 1", "there is no such option; there are --logging.tensorboard, --logging.wandb_project,"),
+        ("train --max_steps", "mpo train: argument --max_steps: expected one argument"),
+        ("train --max_steps many", "mpo train: max_steps = many; it must be a whole number, or null."),
+        ("train --seed 1.0", "mpo train: seed = 1.0; it must be a whole number."),
+        ("train --optimizer.lr fast", "mpo train: optimizer.lr = fast; it must be a number."),
+        ("train --optimizer.lr nan", "mpo train: optimizer.lr = nan; it must be a number."),
+        ("train --data.shuffle maybe", "mpo train: data.shuffle = maybe; it must be true or false."),
+        ("train --model.fp8 e4m3", "model.fp8 = e4m3; it must be one of none, delayed, current, blockwise, mxfp8."),
+        ("plan --gpus 8 --model m --fp8 x", "fp8 = x; it must be one of none, delayed, current, blockwise, mxfp8, or null."),
+        ("train --loss.params beta=1", "mpo train: loss.params = beta=1; it must be a mapping, such as {name: value}."),
+        ("report --runs 3", "mpo report: runs = 3; it must be a list, such as [a, b]."),
+        ("train --model qwen", "mpo train: --model is a section; give its options one by one, such as --model.checkpoint."),
+        ("train --nproc two", "mpo train: --nproc: invalid int value: 'two'; it must be a whole number."),
+        ("train --nproc 0", "mpo train: --nproc = 0; it must be at least 1."),
+        ("evaluate --nproc -2", "mpo evaluate: --nproc = -2; it must be at least 1."),
+        ("train --max_restarts -1", "mpo train: --max_restarts = -1; it must be at least 0."),
+        ("train --seed -1", "mpo train: seed = -1; it must be 0 or more, and below 2^63."),
+        ("train --optimizer.eps 0", "mpo train: optimizer.eps = 0.0; it must be positive."),
+        ("train --config nofile.yaml", "mpo train: config = nofile.yaml; no such file."),
+        ("train --config=.", "mpo train: config = .; not a file; name a YAML file."),
+    ],
+)
+def test_options(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Required options are given, unless the message is about them."""
+    given = arguments.split()
+    assert main(given + (TRAIN if given[0] == "train" and "missing" not in message else [])) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("mmodel: {checkpoint: a}", ":1: mmodel: there is no such option; did you mean model?"),
+        ("output: r\n\nlr: 1\n", ":3: lr: there is no such option; did you mean optimizer.lr?"),
+        ("model:\n  checkpoynt: a\n", ":2: model.checkpoynt: there is no such option; did you mean model.checkpoint?"),
+        ("optimizer: {lr: 1e-6}\noptimizer: {eps: 1e-6}\n", ":2: optimizer stands there a second time"),
+        ("loss:\n  params:\n    beta: 1\n    beta: 2\n", ":4: loss.params.beta stands there a second time"),
+        ("optimizer:\n#  lr: 1\n", ":1: optimizer is a section; give options under it, or take it out."),
+        ("model: qwen\n", ":1: model is a section; give options under it, or take it out."),
+        ("optimizer: {lr: 5e-7x}\n", "optimizer.lr = 5e-7x; it must be a number."),
+        ("optimizer: {lr: -1}\n", "optimizer.lr = -1.0; it must be positive."),
+        ("input: [a\n", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'."),
+        ("model:\n\tcheckpoint: a\n", ":2: not valid YAML: found character '\\t' that cannot start any token."),
+        ("- a\n- b\n", ": holds no options; write one a line, as `name: value`."),
+        ("", ": holds no options; write one a line, as `name: value`."),
+        ("\x00", ": cannot be read: "),
+    ],
+)
+def test_files(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run.yaml").write_text(text)
+    assert main(["train", *TRAIN, "--config", "run.yaml"]) == 2
+    printed = capsys.readouterr().err
+    assert message.replace("\\t", "\t") in printed or message in printed
+    assert "run.yaml" in printed or "optimizer.lr" in printed
+    with pytest.raises(ConfigError, match=r"^run.yaml"):  # as other commands name the file
+        load_yaml(TrainConfig, "run.yaml")
+
+
+def test_a_sections_values_may_be_shared() -> None:
+    Path("run.yaml").write_text("optimizer: &same {lr: 1e-6}\nloss:\n  params: {<<: *same, beta: 1}\n")
+    assert parse(TrainConfig, [*TRAIN, "--config", "run.yaml"]).loss.params == {"lr": 1e-6, "beta": 1}
+
+
+def test_options_within_options() -> None:
+    with pytest.raises(ConfigError, match=r"^train: optimizer is a section"):
+        from_dict(TrainConfig, {"output": "r", "optimizer": None}, "train")
+    with pytest.raises(ConfigError, match=r"^train: model.checkpoint = 3; it must be a text"):
+        from_dict(TrainConfig, {"output": "r", "model": {"checkpoint": 3}}, "train")
+    with pytest.raises(ConfigError, match=r"^scorers.a: pattern = 3; it must be a text"):
+        ScoreConfig(input="i", output="o", scorers={"a": {"kind": "regex", "pattern": 3}})
+    with pytest.raises(ConfigError, match=r"^scorers.a: patterm: there is no such option; did you mean pattern\?"):
+        ScoreConfig(input="i", output="o", scorers={"a": {"kind": "regex", "patterm": "x"}})
+
+
+def test_help_tells_of_ranks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "reference", "evaluate"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert "--nproc" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mpo_megatron 0")
+
+
+SLOW_IMPORTS = ("torch", "transformers", "megatron", "datasets", "sklearn", "matplotlib")
+
+
+QUICK = [
+    *(f"{name} --help" for name in COMMANDS if name not in ("losses", "launch")),
+    "convert --input nowhere --output out",
+    "prepare --input . --tokenizer nowhere --output out",
+    "generate --prompts p --model nowhere --output out",
+    "launch slurm --train nowhere",
+    "report nowhere",
+    f"train {' '.join(TRAIN)}",
+    f"reference {' '.join(TRAIN)}",
+]
+"""Commands that end before the packages that take seconds to import are needed."""
+PROGRAM = f"""
+import contextlib, io, sys
+from mpo_megatron.cli import main
+
+for command in {QUICK!r}:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            code = main(command.split())
+        except SystemExit as stop:
+            code = stop.code
+    slow = [name for name in {SLOW_IMPORTS!r} if name in sys.modules]
+    if slow or code != (0 if "--help" in command else 2):
+        sys.exit(f"{{command}}: exit code {{code}}, imported {{slow}}")
+"""
+
+
+def test_refusals_do_not_wait_for_imports() -> None:
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
