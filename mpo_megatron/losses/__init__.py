@@ -1,7 +1,9 @@
 """Losses over groups of responses: every method by one name, as a pure function of a [groups, responses] matrix.
 
     from mpo_megatron.losses import group_loss
-    losses = group_loss("mpo", policy_logps, reference_logps, rewards, beta=0.01)   # [groups], nats losses.mean().backward()
+
+    losses = group_loss("mpo", policy_logps, reference_logps, rewards, beta=0.01)  # [groups], nats
+    losses.mean().backward()
 
 Imports PyTorch and nothing else. `registry.py` shows how to add a method.
 """
