@@ -38,16 +38,21 @@ def draw_curves(shown: dict[str, Any], path: Path) -> None:
                 several = len(shown["runs"]) > 1
                 colour = COLOURS[(number if several else which) % len(COLOURS)]
                 names = [run["name"] if several else "", NAMES.get(metric, "") if len(chart["metrics"]) > 1 else ""]
-                label = " ".join(name for name in names if name)
+                label = ", ".join(name for name in names if name)
                 curve = run["curves"].get(metric, {})
                 if "training" in curve:
                     style = "-" if which == 0 or not several else ":"
                     panel.plot(
-                        *curve["training"], style, color=colour, linewidth=1.1, alpha=0.75, label=f"{label} training".strip()
+                        *curve["training"],
+                        style,
+                        color=colour,
+                        linewidth=1.1,
+                        alpha=0.75,
+                        label=f"{label}, training".removeprefix(", "),
                     )
                 if "held_out" in curve:
                     points = {"color": colour, "markersize": 4, "linewidth": 1.0, "markeredgecolor": "white"}
-                    panel.plot(*curve["held_out"], "o--", label=f"{label} held out".strip(), **points)
+                    panel.plot(*curve["held_out"], "o--", label=f"{label}, held out".removeprefix(", "), **points)
         _finish(panel, chart["title"], "step", chart["unit"])
     _save(panels, path)
 

@@ -87,6 +87,16 @@ def test_charts_are_drawn_and_nothing_is_asked_for(browser: Any, pages: dict[str
     page.close()
 
 
+def test_a_phone_sees_whole_charts(browser: Any, pages: dict[str, Path]) -> None:
+    page, wrong = visit(browser, pages["one"], is_mobile=True, has_touch=True, screen={"width": 390, "height": 844})
+    page.set_viewport_size({"width": 390, "height": 844})
+    assert page.locator(".modebar").count() == 0  # it would lie over the legend
+    page.wait_for_function("() => [...document.querySelectorAll('.plot svg.main-svg')].every((svg) => svg.clientWidth < 390)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert wrong == []
+    page.close()
+
+
 def test_groups_sort_filter_search_and_open(browser: Any, pages: dict[str, Path]) -> None:
     page, wrong = visit(browser, pages["one"])
     assert page.locator("#groups-body tr.group").count() == 50

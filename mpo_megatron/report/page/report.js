@@ -47,7 +47,7 @@ function number(value, signed = false) {
 }
 
 function measured(metric, value) {
-  if (metric === "accuracy" || metric === "mfu") return (100 * value).toFixed(1) + " %";
+  if (metric === "accuracy" || metric === "mfu") return (100 * value).toFixed(1) + "\u00a0%";
   return number(value, metric === "margin" || metric === "kl");
 }
 
@@ -85,7 +85,7 @@ function overview() {
         make("b", {}, measured(tile.metric, tile.value)), " ",
         known(tile.first) ? make("em", {}, "from " + measured(tile.metric, tile.first)) : null))),
       make("div", { class: "findings" }, run.findings.map((finding) => make("div", { class: "card finding " + finding.level },
-        make("h3", {}, finding.title), make("p", {}, finding.text)))),
+        make("h3", {}, finding.title), make("p", {}, finding.text.replaceAll(" %", "\u00a0%"))))),
     ));
   });
 }
@@ -140,7 +140,7 @@ function chart(title, about, draw, wide = false) {
   drawings.push(() => {
     const { traces, ...rest } = draw();
     Plotly.react(plot, traces, layout(rest), { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
-      displayModeBar: "hover" });
+      displayModeBar: matchMedia("(hover: hover)").matches && "hover" }); // with a finger it would always be there, over the legend
   });
   return card;
 }
