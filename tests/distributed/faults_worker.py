@@ -186,6 +186,17 @@ def limit_files(size: int) -> Callable[[], None]:
     return limit
 
 
+def stay_away_from_the_collective() -> None:
+    """What a rank does that the others wait for."""
+    time.sleep(1000)
+
+
+def hang() -> None:
+    """Rank 1 does not come to the collectives of step 3."""
+    torch.distributed.init_process_group("gloo")
+    run("hang", "--faults.hang_minutes", "0.2", patches=(at_step(3, stay_away_from_the_collective, rank=1),))
+
+
 def main() -> None:
     torch.distributed.init_process_group("gloo")
     results: dict[str, Any] = {"whole": run("whole")}
@@ -264,4 +275,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    hang() if sys.argv[2] == "hang" else main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,19 @@ def test_too_little_room_is_an_error_before_it_costs_anything(inputs: Path, resu
     assert not (inputs / "runs" / "no_room").exists()
     assert results["no room later"]["error"].startswith("SaveError: ")
     assert steps(inputs / "runs" / "no_room_later") == [1, 2]
+
+
+def test_a_hung_collective_ends_every_rank_with_its_stacks(inputs: Path) -> None:
+    """Twelve seconds in which nothing computes."""
+    result = run_ranks(2, "tests.distributed.faults_worker", [str(inputs), "hang"], check=False)
+    assert result.returncode == 1
+    run = inputs / "runs" / "hang"
+    for rank, where in ((0, "finalize_gradients"), (1, "stay_away_from_the_collective")):
+        assert f"rank {rank} on {socket.gethostname()}: no progress for" in result.stderr
+        text = (run / "incidents" / f"hang_step_3_rank_{rank:05d}.txt").read_text()
+        assert "in step 3 (faults.hang_minutes)" in text
+        assert where in text
+    assert steps(run)[-1] >= 1  # from where a restart goes on
 
 
 def test_slow_ranks_and_slow_data_are_told(inputs: Path, results: dict[str, Any]) -> None:
