@@ -25,9 +25,9 @@ from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import Supervisor, seed_everything
 from mpo_megatron.train.incidents import Evidence, Guard, TrainingError, report
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.resumption import fixed_options, resume
+from mpo_megatron.train.resumption import fixed_options, only_run, resume
 from mpo_megatron.train.run import Run, open_run
-from mpo_megatron.train.saving import Saver, only_run
+from mpo_megatron.train.saving import Saver
 from mpo_megatron.train.step import fused_step, two_phase_step
 from mpo_megatron.train.step_folders import RunState
 from mpo_megatron.train.term import GradientTerm

@@ -1,23 +1,44 @@
-"""Going on with a run: where it stands, and what must not have changed since."""
+"""Going on with a run: from which checkpoint, after checking every byte of it, and only as it was begun."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import all_gather_object, get_rank, get_world_size
+
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.data.lock import hold
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train import checkpoint
+from mpo_megatron.train.agreement import on_main
 from mpo_megatron.train.faults import was_restarted
 from mpo_megatron.train.inputs import Inputs
-from mpo_megatron.train.saving import choose_checkpoint
-from mpo_megatron.train.step_folders import RunState, read_state
+from mpo_megatron.train.step_folders import (
+    DamagedError,
+    RunState,
+    check_files,
+    complete_steps,
+    damaged_steps,
+    is_step,
+    mark_damaged,
+    read_state,
+    remove_leftovers,
+    set_run_aside,
+)
 
 FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction")}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
+
+
+LOCK_SECONDS = 100.0
+"""How long another run in the same folder is waited for: a file server takes 90 to learn that a machine with a lock has died."""
 
 
 def fixed_options(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
@@ -67,8 +88,83 @@ def check_first_step(first_step: int, done: int, folder: Path) -> None:
     """
     require(
         first_step <= done,
-        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first.",
+        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first "
+        "(mpo iterate does, if train.json of the round before is removed).",
     )
+
+
+@contextlib.contextmanager
+def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
+    """Within it this is the only run in its folder: another one would take its save under way for a killed one's.
+
+    Raises:
+        DataError: another one is at work there; on all ranks.
+    """
+    with contextlib.ExitStack() as stack:
+        on_main(ranks, lambda: stack.enter_context(hold(run / ".lock", run, LOCK_SECONDS)))
+        yield
+
+
+def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
+    """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
+
+    Damaged ones are renamed, not deleted, and an older whole one is taken: from there the run takes the same course. If
+    checkpoints are not to be resumed from they are moved aside.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+        ConfigError: the newest was written by another version of this package.
+    """
+    if not resume and (aside := on_main(ranks, lambda: set_run_aside(run))) and ranks.is_main:
+        print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
+    while True:
+        steps, damaged = on_main(ranks, lambda: (complete_steps(run), damaged_steps(run)))
+        if not steps and damaged:
+            raise DamagedError(
+                f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
+                "or start anew with checkpoint.resume = false or another output."
+            )
+        folder = steps[-1] if steps else None
+        problem = None if folder is None else damage_of(folder)
+        if folder is None or problem is None:
+            on_main(ranks, lambda: remove_leftovers(run))
+            if folder is not None and ranks.is_main:
+                print(f"resuming from {folder}", flush=True)
+            return folder
+        new_name = on_main(ranks, functools.partial(mark_damaged, folder))
+        if ranks.is_main:
+            print(f"DAMAGED checkpoint: {problem} It is now {new_name}; looking for an older one.", flush=True)
+
+
+def check_whole(folder: Path) -> None:
+    """Check that a step of a run is whole to the byte, if `folder` is one; all ranks call it.
+
+    Raises:
+        DamagedError: on all ranks, naming the file.
+    """
+    problem = damage_of(folder) if is_step(folder) else None
+    if problem is not None:
+        raise DamagedError(f"{problem} Copy the checkpoint again, or take an older one.")
+
+
+def damage_of(folder: Path) -> str | None:
+    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is.
+
+    Raises:
+        OSError, ConfigError: a rank cannot read it, or does not know its format; on all ranks.
+    """
+    own: Exception | None = None
+    try:
+        check_files(folder, part=get_rank(), parts=get_world_size())
+    except (OSError, ConfigError) as error:
+        own = error
+    problems: list[Exception | None] = [None] * get_world_size()
+    all_gather_object(problems, own)
+    found = [problem for problem in problems if problem is not None]
+    for problem in found:
+        if not isinstance(problem, DamagedError):
+            raise problem
+    return str(found[0]) if found else None
 
 
 def resume(config: TrainConfig, inputs: Inputs, model: list[Any], adam: Any, ranks: Ranks) -> RunState:

@@ -24,7 +24,7 @@ from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.saving import check_whole
+from mpo_megatron.train.resumption import check_whole
 from mpo_megatron.train.step import prepare_schedules
 
 

@@ -13,14 +13,12 @@ Only one save is under way at a time: the next one finishes it first.
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import queue
 import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,41 +28,29 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import all_gather_object, broadcast_object_list, get_rank, get_world_size
+from torch.distributed import all_gather_object, broadcast_object_list, get_world_size
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.data.atomic import sync
-from mpo_megatron.data.lock import hold
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.agreement import on_main
 from mpo_megatron.train.checkpoint import prepare_save
 from mpo_megatron.train.step_folders import (
-    DamagedError,
     Files,
     RunState,
     SaveError,
     appear,
-    check_files,
-    complete_steps,
-    damaged_steps,
     digest_file,
-    is_step,
-    mark_damaged,
-    remove_leftovers,
     remove_old,
     require_space,
-    set_run_aside,
     step_folder,
     write_state,
 )
 
 SLOW_DISK = 2e8
 """Bytes a second and rank that a save is expected to write before one was measured."""
-
-LOCK_SECONDS = 100.0
-"""How long another run in the same folder is waited for: a file server takes 90 to learn that a machine with a lock has died."""
 
 SIDE_FILES = ("hf", "conversion.json")
 """What a step's folder carries over from the model's checkpoint."""
@@ -207,80 +193,6 @@ class Saver:
             if self.ranks.is_main:
                 shutil.rmtree(path, ignore_errors=True)
             raise SaveError(_message(path, str(error))) from error
-
-
-@contextlib.contextmanager
-def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Within it this is the only run in its folder: another one would take its save under way for a killed one's.
-
-    Raises:
-        DataError: another one is at work there; on all ranks.
-    """
-    with contextlib.ExitStack() as stack:
-        on_main(ranks, lambda: stack.enter_context(hold(run / ".lock", run, LOCK_SECONDS)))
-        yield
-
-
-def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
-    """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
-
-    Damaged ones are renamed, not deleted, and an older whole one is taken: from there the run takes the same course. If
-    checkpoints are not to be resumed from they are moved aside.
-
-    Raises:
-        DamagedError: there are checkpoints, and none is whole.
-        ConfigError: the newest was written by another version of this package.
-    """
-    if not resume and (aside := on_main(ranks, lambda: set_run_aside(run))) and ranks.is_main:
-        print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
-    while True:
-        steps, damaged = on_main(ranks, lambda: (complete_steps(run), damaged_steps(run)))
-        if not steps and damaged:
-            raise DamagedError(
-                f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
-                "or start anew with checkpoint.resume = false or another output."
-            )
-        folder = steps[-1] if steps else None
-        problem = None if folder is None else damage_of(folder)
-        if folder is None or problem is None:
-            on_main(ranks, lambda: remove_leftovers(run))
-            if folder is not None and ranks.is_main:
-                print(f"resuming from {folder}", flush=True)
-            return folder
-        new_name = on_main(ranks, functools.partial(mark_damaged, folder))
-        if ranks.is_main:
-            print(f"DAMAGED checkpoint: {problem} It is now {new_name}; looking for an older one.", flush=True)
-
-
-def check_whole(folder: Path) -> None:
-    """Check that a step of a run is whole to the byte, if `folder` is one; all ranks call it.
-
-    Raises:
-        DamagedError: on all ranks, naming the file.
-    """
-    problem = damage_of(folder) if is_step(folder) else None
-    if problem is not None:
-        raise DamagedError(f"{problem} Copy the checkpoint again, or take an older one.")
-
-
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is.
-
-    Raises:
-        OSError, ConfigError: a rank cannot read it, or does not know its format; on all ranks.
-    """
-    own: Exception | None = None
-    try:
-        check_files(folder, part=get_rank(), parts=get_world_size())
-    except (OSError, ConfigError) as error:
-        own = error
-    problems: list[Exception | None] = [None] * get_world_size()
-    all_gather_object(problems, own)
-    found = [problem for problem in problems if problem is not None]
-    for problem in found:
-        if not isinstance(problem, DamagedError):
-            raise problem
-    return str(found[0]) if found else None
 
 
 def stage(request: AsyncRequest) -> list[WriteBucket]:

@@ -24,7 +24,7 @@ device.prepare()
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
 from mpo_megatron.data import DataError  # noqa: E402
 from mpo_megatron.data.lock import hold  # noqa: E402
-from mpo_megatron.train import faults, loop, optimizer, saving, signals, step_folders  # noqa: E402
+from mpo_megatron.train import faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
 from mpo_megatron.train.incidents import TrainingError  # noqa: E402
 from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
 
@@ -238,13 +238,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         if torch.distributed.get_rank() == 0:
             stack.enter_context(hold(INPUTS / "runs" / "in_use" / ".lock", Path("other")))
-        results["in use"] = run("in_use", patches=(mock.patch.object(saving, "LOCK_SECONDS", 0.0),))
+        results["in use"] = run("in_use", patches=(mock.patch.object(resumption, "LOCK_SECONDS", 0.0),))
     results["no longer in use"] = run("in_use")
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
     results["removal fails"] = run(
         "removal", "--checkpoint.keep", "1", patches=(mock.patch.object(saving, "remove_old", denied),)
     )
-    results["read only"] = run("removal", patches=(mock.patch.object(saving, "remove_leftovers", denied),))
+    results["read only"] = run("removal", patches=(mock.patch.object(resumption, "remove_leftovers", denied),))
 
     folder = copy_run("whole", "hopeless", 2)
     for step in (1, 2):
