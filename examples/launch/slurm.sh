@@ -45,7 +45,8 @@ if [[ "$code" -eq 75 ]]; then
         echo "$(date -Is) stopped in good order; queued again"
         scontrol requeue "$SLURM_JOB_ID"
         sleep 60 # Slurm ends this script
+    else
+        echo "$(date -Is) stopped in good order, after 20 restarts: submit it again to go on" >&2
     fi
-    echo "$(date -Is) stopped in good order, after 20 restarts: submit it again to go on" >&2
 fi
 exit "$code"

@@ -10,6 +10,7 @@ from mpo_megatron.config.checks import require
 
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 JOB_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+SLURM_WORD = re.compile(r"[\w./:@%+,=-]+")
 SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 
@@ -66,6 +67,10 @@ class TorchrunJob(JobConfig):
     max_restarts: int = 3
     """Times torchrun starts the ranks again after a failure; each time the run resumes from its newest checkpoint."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_restarts >= 0, f"max_restarts = {self.max_restarts}; it must be 0 or more.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob(JobConfig):
@@ -101,8 +106,11 @@ class SlurmJob(JobConfig):
         require(SLURM_TIME.fullmatch(self.time) is not None, f"time = {self.time!r}; write it like 24:00:00 or 2-12:00:00.")
         require(self.warn_seconds >= 1, f"warn_seconds = {self.warn_seconds}; it must be at least 1.")
         require(self.max_requeues >= 0, f"max_requeues = {self.max_requeues}; it must be 0 or more.")
-        for option in self.sbatch:
-            require(option.startswith("--"), f"sbatch: {option!r} must start with --, like --exclusive.")
+        require(
+            self.cpus_per_rank is None or self.cpus_per_rank >= 1,
+            f"cpus_per_rank = {self.cpus_per_rank}; it must be at least 1, or absent.",
+        )
+        _check_directives(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,9 +148,27 @@ class SlurmArray:
 
     def __post_init__(self) -> None:
         require(self.tasks >= 1, f"tasks = {self.tasks}; it must be at least 1.")
+        require(self.gpus_per_task >= 0, f"gpus_per_task = {self.gpus_per_task}; it must be 0 (CPUs only) or more.")
+        require(self.max_requeues >= 0, f"max_requeues = {self.max_requeues}; it must be 0 or more.")
+        _check_directives(self)
         require(SLURM_TIME.fullmatch(self.time) is not None, f"time = {self.time!r}; write it like 24:00:00 or 2-12:00:00.")
         for name in self.environment:
             require(ENVIRONMENT_NAME.fullmatch(name) is not None, f"environment: {name!r} cannot be a variable's name.")
+
+
+def _check_directives(job: SlurmJob | SlurmArray) -> None:
+    """Check what stands in lines of #SBATCH, which no shell reads: there is no quoting."""
+    for name in ("name", "partition", "account", "qos", "logs"):
+        value = getattr(job, name, None)
+        require(
+            value is None or SLURM_WORD.fullmatch(value) is not None,
+            f"{name} = {value!r}; in a job for Slurm it has no spaces, quotes or $.",
+        )
+    for option in job.sbatch:
+        require(
+            re.fullmatch(r"--\S[^\n]*", option) is not None,
+            f"sbatch: {option!r} must start with --, like --exclusive, and be one line.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +189,10 @@ class KubernetesJob(JobConfig):
     """Times the job is started again; each time the run resumes from its newest checkpoint."""
     resources: dict[str, str] = field(default_factory=dict)
     """Further resource limits of a pod, for example `rdma/ib: "8"`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_restarts >= 0, f"max_restarts = {self.max_restarts}; it must be 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)

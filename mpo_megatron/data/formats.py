@@ -41,6 +41,8 @@ _ROLES = {
     "system": "system",
     "tool": "tool",
 }
+_LARGEST = 1e30
+"""Largest size of a reward: differences, squares and single precision still hold it."""
 _HUMAN_TURNS = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
 _HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 
@@ -110,6 +112,8 @@ def read_number(value: Any, field: str, *, from_text: bool = False) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise RowError(field, f"is {number}; a reward must be finite")
+    if abs(number) > _LARGEST:
+        raise RowError(field, f"is {number}; a reward must lie within ±{_LARGEST:g}")
     return number
 
 

@@ -110,6 +110,8 @@ def _decode(line: bytes) -> Any:
         return RowError("row", f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:
         return RowError("row", "is not usable JSON: nested too deeply")
+    except ValueError:  # Python reads no integer of more than 4,300 digits
+        return RowError("row", "is not usable JSON: a number has thousands of digits")
 
 
 def _read_json(path: Path) -> Source:
@@ -122,6 +124,8 @@ def _read_json(path: Path) -> Source:
             f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}; a .json file holds one list of "
             "objects; if it holds one object a line, name it .jsonl."
         ) from error
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: not usable JSON: {error}.") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}; a .json file holds one list of objects.")
     return Source(len(rows), (RawRow(str(path), number, row) for number, row in enumerate(rows, start=1)))
@@ -168,6 +172,11 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
     """
     path = Path(source)
     if path.is_file():
+        for name, value, default in (("split", split, "train"), ("subset", subset, None)):
+            if value != default:
+                raise DataError(f"{name} = {value}; input = {source} is one file, which is read as a whole; leave {name} out.")
+        if path.suffix in (".gz", ".zst", ".bz2", ".xz", ".zip"):
+            raise DataError(f"input = {source}; it is compressed; unpack it first.")
         if path.suffix not in _READERS:
             raise DataError(f"input = {source}; the suffix must be one of {', '.join(_SUFFIXES)}; rename or convert it.")
         try:
@@ -225,7 +234,8 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Source:
     try:
         dataset = load_dataset(name, subset, split=split)
     except (DatasetsError, ValueError, OSError) as error:
-        raise DataError(f"input = {name}, subset = {subset}, split = {split}; datasets cannot load it: {error}") from error
+        where = "" if Path(name).exists() else "; no such file or folder here, and as a name on the hub"
+        raise DataError(f"input = {name}{where}, subset = {subset}, split = {split}; datasets cannot load it: {error}") from error
     return _read_dataset(dataset, f"{name}[{split}]")
 
 
@@ -252,6 +262,8 @@ def read_groups(
     rows = iter(rows)
     head = list(itertools.islice(rows, _SAMPLE))
     sample = [row.value for row in head if isinstance(row.value, dict)]
+    if not head:
+        raise DataError(f"input = {source}; it is empty.")
     if not sample:
         first = f"; the first: {head[0].file}:{head[0].line}: {_describe(head[0].value)}" if head else ""
         raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields{first}.")

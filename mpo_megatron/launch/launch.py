@@ -8,7 +8,17 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mpo_megatron.config import ConfigError, JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.config import (
+    ConfigError,
+    JobConfig,
+    KubernetesJob,
+    SkypilotJob,
+    SlurmArray,
+    SlurmJob,
+    TorchrunJob,
+    check_writable,
+    require,
+)
 from mpo_megatron.launch.manifests import kubernetes_manifest, skypilot_task
 from mpo_megatron.launch.scripts import slurm_array_script, slurm_script, torchrun_script
 
@@ -30,6 +40,9 @@ def launch(job: Job) -> int:
     Raises:
         ConfigError: the layout does not fit the machines, or the program that submits is missing.
     """
+    if job.output is not None:
+        check_writable(Path(job.output).parent, "output")
+        require(not Path(job.output).is_dir(), f"output = {job.output}; it is a folder; name a file for the job.")
     text, submit = render(job)
     if job.output is not None:
         Path(job.output).parent.mkdir(parents=True, exist_ok=True)

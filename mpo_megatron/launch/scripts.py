@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_megatron.config import FaultConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.config import FaultConfig, GenerateConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob, load_yaml
 from mpo_megatron.launch.layout import describe, load_run
 
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -25,7 +26,12 @@ def slurm_script(job: SlurmJob) -> str:
 
 
 def slurm_array_script(job: SlurmArray) -> str:
-    """An sbatch script whose array tasks generate one shard each."""
+    """An sbatch script whose array tasks generate one shard each.
+
+    Raises:
+        ConfigError: the configuration of `mpo generate` is refused.
+    """
+    load_yaml(GenerateConfig, job.generate)
     return _render(
         "slurm_array.sh.j2", job, on_cpus=job.gpus_per_task == 0, generate=job.generate, requeue_code=FaultConfig().requeue_code
     )
@@ -56,5 +62,6 @@ def _render(template: str, job: JobConfig | SlurmArray, *, on_cpus: bool, **valu
         loader=PackageLoader("mpo_megatron.launch"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["quote"] = shlex.quote
+    environment.filters["escape_quoted"] = lambda text: re.sub(r'(["\\$`])', r"\\\1", text)  # within double quotes
     variables = (CPU_RANKS if on_cpus else {}) | job.environment
     return environment.get_template(template).render(job=job, preamble=preamble(job.setup, variables), **values)

@@ -68,11 +68,11 @@ def find_hardware(
     Raises:
         ConfigError: there is none of this name.
     """
-    require(name in TABLE, f"hardware = {name}; there is no such entry; choose one of {', '.join(TABLE)}.")
+    require(name.lower() in TABLE, f"hardware = {name}; there is no such entry; choose one of {', '.join(TABLE)}.")
     given = {
         "gpus_per_node": gpus_per_node,
         "memory_gib": memory_gib,
         "intra_gbps": intra_gbps,
         "inter_gbps": inter_gbps,
     }
-    return dataclasses.replace(TABLE[name], **{field: value for field, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return dataclasses.replace(TABLE[name.lower()], **{field: value for field, value in given.items() if value is not None})  # type: ignore[arg-type]

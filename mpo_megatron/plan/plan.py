@@ -18,7 +18,9 @@ from mpo_megatron.config import (
     ParallelConfig,
     PlanConfig,
     TrainConfig,
+    check_writable,
     load_yaml,
+    require,
 )
 from mpo_megatron.data.group import read_info
 from mpo_megatron.data.packing import PackingError
@@ -61,6 +63,9 @@ def plan(config: PlanConfig) -> None:
         ConfigError: something does not fit together, or no GPU could hold it: with the component that is too big, and what would
             make it fit.
     """
+    if config.output:
+        check_writable(Path(config.output).parent, "output")
+        require(not Path(config.output).is_dir(), f"output = {config.output}; it is a folder; name a file for the plan.")
     train = load_yaml(TrainConfig, config.train) if config.train else default_train(config)
     if config.fp8 is not None:
         train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=config.fp8))
@@ -84,6 +89,7 @@ def plan(config: PlanConfig) -> None:
         print_suggestions(console, problem, found[: config.suggest])
     if config.output:
         content = describe(config, train, problem, own, found[: config.suggest])
+        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         console.print(f"written: {config.output}", soft_wrap=True)
     if own is not None and not problem.fits(own):
@@ -116,6 +122,10 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         memory_gib=config.memory_gib,
         intra_gbps=config.intra_gbps,
         inter_gbps=config.inter_gbps,
+    )
+    require(
+        config.overhead_gib < hardware.memory_gib,
+        f"overhead_gib = {config.overhead_gib}; {hardware.name} has {hardware.memory_gib} GiB, of which something must be left.",
     )
     if train.model.fp8 != "none" and hardware.fp8_tflops is None:
         raise ConfigError(f"model.fp8 = {train.model.fp8}, but hardware = {hardware.name} has no FP8; set model.fp8 to none.")

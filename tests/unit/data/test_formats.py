@@ -216,6 +216,7 @@ BAD = [
     (with_first(reward=float("nan")), "responses[0].reward", "is nan; a reward must be finite"),
     (with_first(reward=float("-inf")), "responses[0].reward", "is -inf; a reward must be finite"),
     (with_first(reward=10**400), "responses[0].reward", "is inf; a reward must be finite"),
+    (with_first(reward=-1e31), "responses[0].reward", "is -1e+31; a reward must lie within ±1e+30"),
     (GOOD | {"responses": ["A", "B"]}, "rewards", "is missing"),
     (GOOD | {"responses": ["A", "B"], "rewards": [1]}, "rewards", "has 1 values for 2 responses"),
     (GOOD | {"responses": ["A", "B"], "rewards": 1}, "rewards", "is of type int, not a list"),

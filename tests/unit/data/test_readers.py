@@ -104,7 +104,7 @@ def test_a_missing_path_is_not_looked_up_on_the_hub(source: str) -> None:
 def test_bad_lines_are_rejected_with_file_and_line(write_lines: Writer, tmp_path: Path) -> None:
     path = write_lines(ROWS[0], "{not json", "", '{"prompt": "cut', "[1, 2]", '"text"', ROWS[1])
     with open(path, "ab") as file:
-        file.write(b'{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n")
+        file.write(b'{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n" + b'{"reward": ' + b"9" * 5000 + b"}\n")
     items = list(read_groups(path).items)
     assert [item.where for item in items if isinstance(item, Group)] == [f"{path}:1", f"{path}:7"]
     assert [(item.file, item.line, item.field, item.reason) for item in items if isinstance(item, Rejection)] == [
@@ -114,13 +114,14 @@ def test_bad_lines_are_rejected_with_file_and_line(write_lines: Writer, tmp_path
         (path, 6, "row", "is of type str, not an object with fields"),
         (path, 8, "row", "is not UTF-8 (byte 12)"),
         (path, 9, "row", "is not usable JSON: nested too deeply"),
+        (path, 10, "row", "is not usable JSON: a number has thousands of digits"),
     ]
 
 
 def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
     with pytest.raises(DataError, match=r"none of its first 2 rows is an object with fields; the first: .*:1: row is not valid"):
         read_groups(write_lines("{", "["))
-    with pytest.raises(DataError, match="none of its first 0 rows"):
+    with pytest.raises(DataError, match=r"rows\.jsonl; it is empty"):
         read_groups(write_lines())
     (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(DataError, match=r"rows.json:2: not valid JSON: Extra data .* name it .jsonl"):
@@ -134,6 +135,16 @@ def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
     (tmp_path / "rows.csv").write_text("a,b\n")
     with pytest.raises(DataError, match=r"the suffix must be one of .jsonl, .json, .parquet"):
         read_groups(str(tmp_path / "rows.csv"))
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"")
+    with pytest.raises(DataError, match="it is compressed; unpack it first"):
+        read_groups(str(tmp_path / "rows.jsonl.gz"))
+
+
+def test_options_for_folders_are_refused_for_files(write_lines: Writer) -> None:
+    with pytest.raises(DataError, match=r"split = test; input = .* is one file, which is read as a whole; leave split out"):
+        read_groups(write_lines(*ROWS), split="test")
+    with pytest.raises(DataError, match=r"subset = a; input = "):
+        read_groups(write_lines(*ROWS), subset="a")
 
 
 def test_duplicates_are_rejected(write_lines: Writer) -> None:

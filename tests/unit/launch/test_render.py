@@ -24,6 +24,7 @@ def config(tmp_path: Path) -> str:
     folder.mkdir()
     path = folder / "train.yaml"
     path.write_text("output: run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparallel: {tensor: 2, pipeline: 2}\n")
+    (folder / "generate.yaml").write_text("prompts: prompts.jsonl\nmodel: model\noutput: samples\n")
     return str(path)
 
 
@@ -35,7 +36,7 @@ def shell_jobs(config: str) -> list[Any]:
         SlurmJob(**common, container="nvcr.io#nvidia/pytorch:25.10-py3", mounts=["/data:/data", "/home:/home"]),
         SlurmJob(**common, container="image file.sif", container_runtime="apptainer", mounts=["/data:/data"]),
         SlurmJob(**common, gpus_per_node=0, ranks_per_node=4),
-        SlurmArray(generate=config, environment=TRICKY, tasks=3, setup="module load cuda"),
+        SlurmArray(generate=config.replace("train", "generate"), environment=TRICKY, tasks=3, setup="module load cuda"),
     ]
 
 
@@ -55,6 +56,14 @@ def test_environment_survives_the_shell(config: str, tmp_path: Path) -> None:
     exports = "\n".join(line for line in text.splitlines() if line.startswith("export NOTE"))
     seen = subprocess.run(["bash", "-c", f'{exports}\nprintf %s "$NOTE"'], capture_output=True, text=True, check=True).stdout
     assert seen == TRICKY["NOTE"]
+
+
+def test_mounts_survive_the_shell(config: str) -> None:
+    mounts = ["/my data/$x:/data", "/home:/home"]
+    text, _ = render(SlurmJob(train=config, container="image", mounts=mounts))
+    option = next(line.strip() for line in text.splitlines() if "--container-mounts" in line)
+    seen = subprocess.run(["bash", "-c", f"PWD=/here; printf %s {option}"], capture_output=True, text=True, check=True).stdout
+    assert seen == f"--container-mounts=/here:/here,{','.join(mounts)}"
 
 
 def test_slurm_directives(config: str) -> None:
@@ -154,17 +163,44 @@ def test_refused(config: str, changes: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"time": "a day"}, "24:00:00"), ({"sbatch": ["exclusive"]}, "must start with --")]
+    ("changes", "message"),
+    [
+        ({"time": "a day"}, "24:00:00"),
+        ({"sbatch": ["exclusive"]}, "must start with --"),
+        ({"sbatch": ["--exclusive\nrm x"]}, "and be one line"),
+        ({"partition": "a b"}, r"partition = 'a b'; in a job for Slurm it has no spaces"),
+        ({"logs": "$HOME/logs"}, r"logs = '\$HOME/logs'; in a job for Slurm it has no spaces, quotes or \$"),
+        ({"cpus_per_rank": 0}, "cpus_per_rank = 0; it must be at least 1"),
+    ],
 )
 def test_slurm_refused(config: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         SlurmJob(**{"train": config, **changes})
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"generate": "nowhere.yaml"}, "nowhere.yaml; no such file"),
+        ({"name": "my job"}, "name = 'my job'"),
+        ({"gpus_per_task": -1}, "gpus_per_task = -1"),
+    ],
+)
+def test_arrays_refused(config: str, changes: dict[str, Any], message: str) -> None:
+    generate = {"generate": config.replace("train", "generate")}
+    with pytest.raises(ConfigError, match=message):
+        render(SlurmArray(**{**generate, **changes}))
+
+
+def test_arrays_of_another_command_are_refused(config: str) -> None:
+    with pytest.raises(ConfigError, match="data: there is no such option"):
+        render(SlurmArray(generate=config))
+
+
 def test_a_broken_training_configuration_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
     path.write_text("output: run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparalel: {tensor: 2}\n")
-    with pytest.raises(ConfigError, match=r"train\.yaml.*paralel"):
+    with pytest.raises(ConfigError, match=r"train\.yaml:4: paralel: .* did you mean parallel"):
         render(TorchrunJob(train=str(path)))
 
 
@@ -178,6 +214,16 @@ def test_dry_run_writes_the_file_and_submits_nothing(
     assert "srun" in output.read_text()
     assert main(arguments) == 2
     assert "there is no sbatch here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["folder", "train.yaml/job.sh"])
+def test_outputs_that_cannot_be_written(
+    config: str, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(Path(config).parent)
+    Path("folder").mkdir()
+    assert main(["launch", "torchrun", "--train", config, "--output", output]) == 2
+    assert "is a folder; name a file" in (printed := capsys.readouterr().err) or "is a file, not a folder" in printed
 
 
 def test_an_unknown_target_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
