@@ -10,7 +10,7 @@ Legend: T tokens of the row, A attention heads of this rank, Q key/value heads o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -71,10 +71,11 @@ def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLay
     return segment_attention(query, key, value, layout.segments)
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Iterable[Segment]) -> Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Exact attention, one segment at a time: softmax(q·kᵀ/√D)·v over each segment's context and causal past.
 
-    What a segment yields depends on nothing outside it and its context. Work and memory are those of the attended pairs.
+    What a segment yields depends on nothing outside it and its context, which is another segment. Work and memory are those of
+    the attended pairs.
 
     Args:
         query: [T, A, D]
@@ -82,19 +83,22 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Itera
     Returns:
         [T, A, D]
     """
+    # Split, not sliced: the gradient of a slice is as long as the row, that of all parts of a split one concatenation.
+    parts = [part.split([segment.end - segment.start for segment in segments]) for part in (query, key, value)]
+    number_of = {(segment.start, segment.end): number for number, segment in enumerate(segments)}
     outputs = []
-    for segment in segments:
-        own, context = slice(segment.start, segment.end), slice(segment.context_start, segment.context_end)
-        has_context = segment.context_end > segment.context_start
-        keys = torch.cat((key[context], key[own])) if has_context else key[own]
-        values = torch.cat((value[context], value[own])) if has_context else value[own]
-        mask = causal_lower_right(segment.end - segment.start, len(keys)) if has_context else None
+    for segment, queries, keys, values in zip(segments, *parts, strict=True):
+        num_queries, mask = len(queries), None
+        if segment.context_end > segment.context_start:
+            context = number_of[segment.context_start, segment.context_end]
+            keys, values = torch.cat((parts[1][context], keys)), torch.cat((parts[2][context], values))
+            mask = causal_lower_right(num_queries, len(keys))
         output = F.scaled_dot_product_attention(
-            heads_first(query[own]),
+            heads_first(queries),
             heads_first(keys),
             heads_first(values),
             attn_mask=mask,
-            is_causal=not has_context,
+            is_causal=mask is None,
             enable_gqa=True,
         )
         outputs.append(output.squeeze(0).transpose(0, 1))
