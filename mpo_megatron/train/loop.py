@@ -101,7 +101,7 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
                 return agreement.stop
         supervisor.watchdog.beat(f"the last save at step {done}")
         saver.finish()
-    except (ConfigError, TrainingError):  # raised by all ranks at the same place, so that they can finish what they began to save
+    except TrainingError:  # raised by all ranks at the same place, so that they can finish together what they began to save
         saver.finish()
         raise
     finally:
