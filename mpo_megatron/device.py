@@ -195,11 +195,11 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _prepare_megatron() -> None:
-    with _quiet_imports():
+    with _quiet_imports(), _eager_imports():
         from megatron.core import jit
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import token_dispatcher
-    jit.disable_jit_fuser()  # compiling tiny fused operations costs a CPU run more than it gains
+    jit.disable_jit_fuser()  # for the modules that are imported later
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         if not hasattr(random, name):
             raise AttributeError(f"megatron.core.tensor_parallel.random.{name} no longer exists; mpo_megatron.device must follow")
@@ -223,3 +223,15 @@ def _quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _eager_imports() -> Iterator[None]:
+    """Modules imported here compile none of their functions, nor import the compiler, which takes a second: compiling tiny
+    fused operations costs a CPU run more than it gains."""
+    original = torch.compile
+    torch.compile = lambda model=None, **options: model or (lambda function: function)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = original
