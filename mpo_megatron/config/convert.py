@@ -19,7 +19,7 @@ class ConvertConfig:
     vocab_multiple: int = 128
     """The Megatron checkpoint's vocabulary is padded to a multiple of this; any tensor-parallel size dividing it can load it."""
     max_shard_gib: float = 4.0
-    """Largest safetensors file written on the way out, in GiB; also about the peak memory of the conversion."""
+    """Largest safetensors file written on the way out, in GiB, unless one tensor alone is larger."""
 
     def __post_init__(self) -> None:
         require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
