@@ -107,7 +107,9 @@ def check_space(config: TrainConfig, total_steps: int) -> None:
     there = len(complete_steps(Path(config.output))) if settings.resume else 0
     size = checkpoint.estimate_bytes(Path(config.model.checkpoint), config.model.precision)
     missing = max(1, most - there)
-    require_space(Path(config.output), missing * size, f"room for {missing} checkpoints of about {size / 1e9:,.3f} GB")
+    require_space(
+        Path(config.output) / "checkpoints", missing * size, f"room for {missing} checkpoints of about {size / 1e9:,.3f} GB"
+    )
 
 
 def check_reference(folder: Path, policy: PretrainedConfig) -> None:

@@ -149,7 +149,7 @@ class Saver:
         partial = final.with_name(names[0])
 
         def create() -> None:
-            require_space(self.run, self.size, f"the checkpoint {final.name}")
+            require_space(final.parent, self.size, f"the checkpoint {final.name}")  # may be a link to another disk
             (partial / "megatron").mkdir(parents=True)
 
         self._on_main(create, partial)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpo_megatron.config import CheckpointConfig, ConvertConfig, DataConfig, ModelConfig, TrainConfig
+from mpo_megatron.config import CheckpointConfig, ConfigError, ConvertConfig, DataConfig, ModelConfig, TrainConfig
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train import loop, saving
-from mpo_megatron.train.step_folders import SaveError, check_files, complete_steps
+from mpo_megatron.train.step_folders import SaveError, check_files, complete_steps, require_space
 from tests.tiny import random_groups, save_groups, save_model
 
 
@@ -47,3 +48,20 @@ def test_a_disk_that_is_full_already_when_a_save_begins(tmp_path: Path, monkeypa
     assert [path.name for path in step.parent.iterdir()] == [step.name]
     monkeypatch.undo()
     assert loop.train(config) is None
+
+
+def test_room_is_looked_for_where_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run's `checkpoints` may be a link to a larger disk."""
+    inside, outside = tmp_path / "run", tmp_path / "large"
+    inside.mkdir()
+    outside.mkdir()
+    (inside / "checkpoints").symlink_to(outside)
+    usage = shutil.disk_usage(tmp_path)
+
+    def disk_usage(path: Path) -> Any:
+        return usage._replace(free=10**12 if path.resolve() == outside.resolve() else 0)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    require_space(inside / "checkpoints", 10**9, "a checkpoint")
+    with pytest.raises(ConfigError, match="are free"):
+        require_space(inside, 10**9, "a checkpoint")
