@@ -30,14 +30,11 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import records
 from mpo_megatron.rollout import select as selecting
 from tests.distributed.launch import launch_ranks
+from tests.kills import Killed, raise_at
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
-
-
-class Killed(BaseException):
-    """Ends `mpo iterate` as a signal would: nothing of ours handles it."""
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +82,6 @@ def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 # --------------------------------------------------------------------------------------------------- kills
-
-
-def raise_at(owner: Any, name: str, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a function work so many times, and be killed in the next."""
-    original, left = getattr(owner, name), [calls]
-
-    def killed(*arguments: Any, **options: Any) -> Any:
-        if left[0] == 0:
-            raise Killed(name)
-        left[0] -= 1
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, killed)
 
 
 def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from mpo_megatron.rollout.round_report import read_last_metrics
 from mpo_megatron.rollout.rounds import build_plan, start_training
 from mpo_megatron.train import loop, saving
 from mpo_megatron.train.step_folders import complete_steps
+from tests.kills import Killed, raise_at
 from tests.tiny import save_model
 
 
@@ -96,27 +97,10 @@ def test_a_round_reports_its_own_last_step(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- kills
 
 
-class Killed(BaseException):
-    """Ends `mpo iterate` as a signal would: nothing of ours handles it."""
-
-
 def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
     """Training in this process instead of under torchrun."""
     assert loop.train(parse(TrainConfig, arguments)) is None
     return 0
-
-
-def raise_at(owner: Any, name: str, calls: int, patch: pytest.MonkeyPatch) -> None:
-    """Let a function work so many times, and be killed in the next."""
-    original, left = getattr(owner, name), [calls]
-
-    def killed(*arguments: Any, **options: Any) -> Any:
-        if left[0] == 0:
-            raise Killed(name)
-        left[0] -= 1
-        return original(*arguments, **options)
-
-    patch.setattr(owner, name, killed)
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
