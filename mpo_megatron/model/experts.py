@@ -136,7 +136,10 @@ def expert_settings(
         return settings
     require(
         model.fp8 == "none",
-        f"model.fp8 = {model.fp8}: experts get rows of any length, which FP8 products do not take; set model.fp8 to none.",
+        # Megatron-Core would pad each expert's tokens to what FP8 takes. What is missing here: checks of the experts' sizes, and
+        # evidence that scales, weights in FP8 and their checkpoints are right when experts move to other ranks.
+        f"model.fp8 = {model.fp8}: FP8 is for models without experts: with them its scales and checkpoints are untested; set "
+        "model.fp8 to none.",
     )
     if not hasattr(moe_utils, "te_general_gemm"):  # Megatron-Core 0.16 looks at it without Transformer Engine, too
         moe_utils.te_general_gemm = None

@@ -170,8 +170,10 @@ def has_delayed_scales(part: torch.nn.Module) -> bool:
 def scales(model: Sequence[torch.nn.Module], *, forward_only: bool) -> Iterator[None]:
     """Run all rows of a pass under the same delayed scales; does nothing for other recipes and without FP8.
 
-    With backward, the scales are brought up to date when the context ends: Transformer Engine does so when its outermost autocast
-    ends, and so this one is put around those of the layers. Ranks that share matrices or rows agree on the largest values then.
+    With backward, the scales are brought up to date when the context ends. Those of weights and activations Transformer Engine
+    updates when its outermost autocast ends, and so this one is put around those of the layers. Those of gradients it would
+    update in the backward pass of what it takes for the first module: one in each row, and with full recomputation every module.
+    Here none is the first, and it is done once. Ranks that share matrices or rows agree on the largest values then.
     Forward only, scales and history are afterwards what they were before.
     """
     if not has_delayed_scales(model[0]):
@@ -184,14 +186,37 @@ def scales(model: Sequence[torch.nn.Module], *, forward_only: bool) -> Iterator[
             for module, saved in before:
                 module.reset_fp8_meta_tensors(saved)
     else:
+        engine = transformer_engine_state()
         with get_fp8_context(get_model_config(model[0])):
+            engine.IS_FIRST_FP8_MODULE = False  # inner contexts put it back to this when they end
             yield
+            engine.reduce_and_update_fp8_tensors(forward=False)
+
+
+def transformer_engine_state() -> Any:
+    """Transformer Engine's global state of FP8, from where Megatron-Core, too, takes it."""
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
+
+    return FP8GlobalStateManager
 
 
 def forget_scales(model: Sequence[torch.nn.Module]) -> None:
     """Set delayed scales to 1 and forget their history."""
     for module in scaled_modules(model):
         module.reset_fp8_meta_tensors()
+
+
+def hold_scales(model: Sequence[torch.nn.Module]) -> None:
+    """Keep delayed scales as they are for good: those of a reference that stays in memory.
+
+    Transformer Engine updates all modules of a process whenever it updates any. A history that is the largest value throughout
+    yields the same scale until it is all zeros, and from then on scales stay.
+    """
+    for module in scaled_modules(model):
+        saved = module.get_fp8_meta_tensors()
+        for _, history in (saved or {}).values():
+            history.copy_(history.amax(dim=0, keepdim=True).expand_as(history).clone())
+        module.reset_fp8_meta_tensors(saved)
 
 
 def scaled_modules(model: Sequence[torch.nn.Module]) -> list[Any]:

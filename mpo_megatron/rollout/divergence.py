@@ -14,31 +14,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpo_megatron.config import ConfigError, TrainConfig, parse
-from mpo_megatron.data import DataError
-from mpo_megatron.data.group import Float64, Int64
-from mpo_megatron.data.packing import PackingError
+from mpo_megatron.config import TrainConfig
+from mpo_megatron.data.group import Float64, Int64, PreparedGroups
+from mpo_megatron.data.loader import RowShape
 from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train import checkpoint
+from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
+from mpo_megatron.train.reference_main import run
 from mpo_megatron.train.run import build_row_shape
 
 KL_FILE = "kl.json"
 
 
 def main() -> int:
-    """Parse the command line and measure; a message instead of a traceback for what a user can mend."""
-    try:
-        measure(parse(TrainConfig, program="mpo iterate"))
-    except (ConfigError, DataError, PackingError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"mpo iterate: {error}", file=sys.stderr)
-        return 2
-    return 0
+    """Parse the command line and measure."""
+    return run(measure, "mpo iterate")
 
 
 def measure(config: TrainConfig) -> None:
@@ -55,7 +50,7 @@ def measure(config: TrainConfig) -> None:
             values = reference_logps(
                 inputs.train,
                 output / name,
-                functools.partial(load, model, folder, ranks),
+                functools.partial(load, model, folder, ranks, inputs.train, shape),
                 ranks,
                 shape,
                 groups_per_part=config.data.groups_per_step,
@@ -68,9 +63,10 @@ def measure(config: TrainConfig) -> None:
             write_summary(output / KL_FILE, summarize(ours, theirs, offsets, lengths))
 
 
-def load(model: list[torch.nn.Module], folder: str, ranks: Ranks) -> list[torch.nn.Module]:
-    """The model with the weights in `folder`."""
+def load(model: list[torch.nn.Module], folder: str, ranks: Ranks, data: PreparedGroups, shape: RowShape) -> list[torch.nn.Module]:
+    """The model with the weights in `folder`, and where it has delayed scales, with those that it would start from on `data`."""
     checkpoint.load_weights(model, folder, ranks)
+    calibrate(model, data, ranks, shape)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse
 from mpo_megatron.data import DataError
@@ -16,12 +17,17 @@ from mpo_megatron.train.run import build_row_shape, compute_references
 
 
 def main() -> int:
-    """Parse the command line and compute; a message instead of a traceback for what a user can mend."""
+    """Parse the command line and compute."""
+    return run(compute, "mpo reference")
+
+
+def run(work: Callable[[TrainConfig], None], program: str) -> int:
+    """Parse the command line and work; a message instead of a traceback for what a user can mend. Returns the exit code."""
     try:
-        compute(parse(TrainConfig, program="mpo reference"))
+        work(parse(TrainConfig, program=program))
     except (ConfigError, DataError, PackingError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"mpo reference: {error}", file=sys.stderr)
+            print(f"{program}: {error}", file=sys.stderr)
         return 2
     return 0
 

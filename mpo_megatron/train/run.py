@@ -16,7 +16,7 @@ from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.model.precision import token_multiple
+from mpo_megatron.model.precision import has_delayed_scales, hold_scales, token_multiple
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.inputs import Inputs
@@ -109,6 +109,8 @@ def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks, shap
     parts = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     checkpoint.load_weights(parts, config.model.reference or config.model.checkpoint, ranks)
     calibrate(parts, inputs.train, ranks, shape)
+    if has_delayed_scales(parts[0]):
+        hold_scales(parts)
     return Resident(parts, offload=config.model.resident_offload)
 
 
