@@ -31,7 +31,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
-from mpo_megatron.train.optimizer import gather_weights
+from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import STATE, is_step
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
@@ -115,7 +115,7 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             single._copy_main_params_to_model_params()
         for part in model:
-            part.start_param_sync(force_sync=True)  # type: ignore[operator]
+            gather_now(part)
 
 
 def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, scales: bool = False) -> dict[str, Any]:

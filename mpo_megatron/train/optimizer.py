@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -144,7 +145,17 @@ def gather_weights(model: list[Any]) -> None:
     """
     for part in model:
         if part.ddp_config.overlap_param_gather:
-            part.start_param_sync(force_sync=True)
+            gather_now(part)
+
+
+def gather_now(part: Any) -> None:
+    """Gather a part's weights from the shards of all ranks, and have those in FP8 transposed for the backward pass.
+
+    Megatron-Core transposes them in the next forward pass, but not if that finds them gathered already: it would then take the
+    weights of the step before for its gradients.
+    """
+    part.start_param_sync(force_sync=True)
+    post_all_gather_processing([parameter for parameter in part.parameters() if is_float8tensor(parameter)])
 
 
 def zero_gradients(model: list[Any], optimizer: MegatronOptimizer) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from mpo_megatron.model.architecture import load_hf_config
 from mpo_megatron.model.convert import convert, load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.model.precision import hold_scales
+from mpo_megatron.rollout import divergence
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.reference import cache_key
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step
-from tests.fp8_emulation import Emulation
+from tests.fp8_emulation import HISTORY, Emulation
 from tests.tiny import random_groups, save_groups, save_model
 
 SHAPE = RowShape(row_tokens=128, layout="shared", multiple=16, num_replicas=1, replica=0, pair_weight=1e-3)
@@ -50,11 +53,16 @@ def emulation(monkeypatch: pytest.MonkeyPatch) -> Emulation:
     return Emulation(monkeypatch)
 
 
-def load(folder: Path, ranks: Ranks, emulation: Emulation) -> list[torch.nn.Module]:
-    """The model fresh from its checkpoint, with the first scales."""
+def build(folder: Path, ranks: Ranks, emulation: Emulation) -> list[torch.nn.Module]:
+    """The model without weights."""
     config = ModelConfig(checkpoint=str(folder / "model"), fp8="delayed")
     padded = load_conversion(folder / "model").padded_vocab_size
-    parts = emulation.convert(build_policy(load_hf_config(folder / "model" / "hf"), config, ParallelConfig(), ranks, padded))
+    return emulation.convert(build_policy(load_hf_config(folder / "model" / "hf"), config, ParallelConfig(), ranks, padded))
+
+
+def load(folder: Path, ranks: Ranks, emulation: Emulation) -> list[torch.nn.Module]:
+    """The model fresh from its checkpoint, with the first scales."""
+    parts = build(folder, ranks, emulation)
     checkpoint.load_weights(parts, folder / "model", ranks)
     calibrate(parts, groups(folder), ranks, SHAPE)
     return parts
@@ -106,7 +114,7 @@ def test_the_first_loss_is_exact_and_scales_change_once_a_step(
     parts = load(folder, ranks, emulation)
     assert all(module.scale[0] != 1 for module in emulation.modules)
     model, _ = wrap(parts, ranks)
-    before, updates = states(emulation), emulation.num_updates
+    before, updates, gradient_updates = states(emulation), emulation.num_updates, emulation.num_gradient_updates
     if two_phase:
         policy, _ = two_phase_step(model, batch, reference, OBJECTIVE, ranks, SHAPE, torch.Generator())
     else:
@@ -114,6 +122,7 @@ def test_the_first_loss_is_exact_and_scales_change_once_a_step(
     assert torch.equal(policy.response, reference.response)
     assert mean_loss(batch, policy, reference) == pytest.approx(first_loss(batch), abs=1e-12)
     assert emulation.num_updates == updates + 1
+    assert emulation.num_gradient_updates == gradient_updates + 1
     assert any(not torch.equal(a, b) for a, b in zip(before, states(emulation), strict=True))
 
 
@@ -124,6 +133,50 @@ def test_forward_passes_leave_no_trace(folder: Path, ranks: Ranks, emulation: Em
     once = forward_step(parts, batch, OBJECTIVE, ranks)
     assert all(torch.equal(a, b) for a, b in zip(before, states(emulation), strict=True))
     assert torch.equal(once.response, forward_step(parts, batch, OBJECTIVE, ranks).response)
+
+
+def test_samples_of_a_round_are_scored_under_measured_scales(folder: Path, ranks: Ranks, emulation: Emulation) -> None:
+    load(folder, ranks, emulation)
+    expected = states(emulation)
+    emulation.modules.clear()
+    parts = build(folder, ranks, emulation)
+    divergence.load(parts, str(folder / "model"), ranks, groups(folder), SHAPE)
+    assert all(torch.equal(a, b) for a, b in zip(expected, states(emulation), strict=True))
+
+
+def test_scales_of_a_resident_reference_stay(folder: Path, ranks: Ranks, emulation: Emulation) -> None:
+    """Although the policy's updates reach all modules of the process, also when measured values leave the history."""
+    batch = batch_of(folder)
+    reference = load(folder, ranks, emulation)
+    hold_scales(reference)
+    scales = [module.scale.clone() for module in emulation.modules]
+    number = len(scales)
+    model, adam = wrap(load(folder, ranks, emulation), ranks)
+    logps = forward_step(model, batch, OBJECTIVE, ranks)
+    for _ in range(HISTORY + 1):
+        optimizer.zero_gradients(model, adam)
+        fused_step(model, batch, logps, OBJECTIVE, ranks)
+    assert len(emulation.modules) == 2 * number
+    assert all(torch.equal(module.scale, scale) for module, scale in zip(emulation.modules, scales, strict=False))
+
+
+def test_weights_that_are_gathered_early_are_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core leaves it out where a gather overlaps with the forward pass, and was forced before it."""
+    events: list[object] = []
+    in_8_bits, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr(optimizer, "is_float8tensor", lambda tensor: tensor is in_8_bits)
+    monkeypatch.setattr(optimizer, "post_all_gather_processing", lambda tensors: events.append([id(each) for each in tensors]))
+
+    class Wrapped(torch.nn.Module):
+        ddp_config = SimpleNamespace(overlap_param_gather=True)
+
+        def start_param_sync(self, *, force_sync: bool) -> None:
+            events.append(force_sync)
+
+    part = Wrapped()
+    part.in_8_bits, part.other = in_8_bits, other
+    optimizer.gather_weights([part])
+    assert events == [True, [id(in_8_bits)]]
 
 
 def test_scales_matter(folder: Path, ranks: Ranks, emulation: Emulation) -> None:
