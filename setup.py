@@ -39,7 +39,7 @@ EXTRAS = {
     "dev": [
         *DOCS,
         "pytest>=8",
-        "pytest-xdist>=3.6",
+        "pytest-xdist>=3.7",
         "pytest-timeout>=2.3",
         "ruff>=0.17,<0.18",  # its formatter's output is part of the checks, and changes between minor versions
         "mypy>=1.18,<3",
