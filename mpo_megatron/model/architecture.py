@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -54,7 +55,10 @@ def load_hf_config(folder: str | Path) -> PretrainedConfig:
         model_type in SUPPORTED,
         f"{path}: model_type = {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}.",
     )
-    hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
     check_supported(hf_config)
     return hf_config
 

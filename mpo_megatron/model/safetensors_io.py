@@ -126,7 +126,10 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+        if start == b"version ":
+            raise CheckpointError(f"{path}: a Git LFS pointer instead of the weights; fetch them with `git lfs pull`.")
+        length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise CheckpointError(f"{path}: not a whole safetensors file ({size:,} bytes); copy or download it again.")
         try:

@@ -288,6 +288,10 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: first_shard(folder).write_bytes(b""),
         r"model-00001.*: not a whole safetensors file",
     ),
+    "large file of git": (
+        lambda folder: first_shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
+        r"model-00001.*: a Git LFS pointer instead of the weights; fetch them with `git lfs pull`",
+    ),
     "garbage header": (
         lambda folder: first_shard(folder).write_bytes((20).to_bytes(8, "little") + b"{not json" + b" " * 50),
         r"model-00001.*: its safetensors header does not parse",
@@ -316,6 +320,22 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "too few layers in config": (
         lambda folder: edit_config(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2),
         r"11 weights have no place in the Megatron model.*: model.layers.2.*, …",
+    ),
+    "kinds of layers in config": (
+        lambda folder: edit_config(folder, num_hidden_layers=2),
+        r"config.json: .*`num_hidden_layers` \(2\) must be equal to the number of `layer_types` \(3\); is it damaged",
+    ),
+    "type in config": (
+        lambda folder: edit_config(folder, hidden_size="64"),
+        r"config.json: .*'hidden_size' expected int, got str",
+    ),
+    "rope scaling": (
+        lambda folder: edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+        r"config.json: .*rope_type = 'yarn': only default rotary embeddings are implemented",
+    ),
+    "rope scaling of older checkpoints": (
+        lambda folder: edit_config(folder, rope_scaling={"type": "linear", "factor": 4.0}),
+        r"config.json: .*rope_type = 'linear': only default rotary embeddings are implemented",
     ),
     "shape": (
         lambda folder: edit_config(folder, intermediate_size=128),
