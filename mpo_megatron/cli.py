@@ -186,7 +186,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command named by the first argument; a message instead of a traceback for what a user can mend."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()  # here, where a reader that has gone (`mpo losses | head`) can still be told from an error
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
+        return 128 + signal.SIGPIPE
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage())
         return 0
@@ -200,12 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpo: there is no command {name!r}; {meant}`mpo --help` lists them.", file=sys.stderr)
         return 2
     try:
-        code = COMMANDS[name](rest)
-        sys.stdout.flush()  # here, where a reader that has gone (`mpo losses | head`) can still be told from an error
-        return code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
-        return 128 + signal.SIGPIPE
+        return COMMANDS[name](rest)
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2
