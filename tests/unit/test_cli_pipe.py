@@ -6,10 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+
+@pytest.mark.parametrize("argument", ["losses", "--help"])
+def test_a_reader_that_leaves_early_gets_no_traceback(argument: str) -> None:
     """`mpo losses | head`: the exit status is the one that a shell gives for SIGPIPE."""
-    command = [sys.executable, "-m", "mpo_megatron.cli", "losses"]
+    command = [sys.executable, "-m", "mpo_megatron.cli", argument]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
