@@ -61,9 +61,12 @@ def build_objective(config: LossConfig) -> Objective:
     """
     try:
         loss = get_loss(config.name)
+    except ValueError as error:
+        raise ConfigError(f"loss.name = {str(error).removeprefix('loss = ')}") from error
+    try:
         params = build_params(config.name, config.params)
     except ValueError as error:
-        raise ConfigError(f"loss.{error}") from error
+        raise ConfigError(f"loss.params.{str(error).removeprefix(f'{config.name}.')}") from error
     objective = Objective(loss=loss, params=params, needs=loss.needs(params))
     if config.step == "fused" and objective.needs_whole_batch:
         raise ConfigError(

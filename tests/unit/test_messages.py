@@ -6,11 +6,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mpo_megatron.cli import COMMANDS, main
-from mpo_megatron.config import ConfigError, ScoreConfig, TrainConfig, from_dict, load_yaml, parse
+from mpo_megatron.config import ConfigError, LossConfig, ScoreConfig, TrainConfig, from_dict, load_yaml, parse
+from mpo_megatron.train.objective import build_objective
 
 TRAIN = ["--output", "run", "--model.checkpoint", "model", "--data.train", "groups"]
 
@@ -118,6 +120,22 @@ def test_help_tells_of_ranks_and_version(capsys: pytest.CaptureFixture[str]) -> 
         assert "--nproc" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("mpo_megatron 0")
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        ({"name": "mpoo"}, "loss.name = 'mpoo'; there is no such method; did you mean mpo"),
+        (
+            {"params": {"betta": 1}},
+            "loss.params.betta; mpo has no such hyper-parameter; it has partition, num_top, num_bottom, beta",
+        ),
+        ({"params": {"beta": -1}}, "loss.params.beta = -1; it must be positive"),
+    ],
+)
+def test_losses(loss: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        build_objective(LossConfig(**loss))
 
 
 SLOW_IMPORTS = ("torch", "transformers", "megatron", "datasets", "sklearn", "matplotlib")
