@@ -115,10 +115,11 @@ class _VocabParallelStatistics(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = hidden.new_zeros((len(_Sums._fields), len(targets)), dtype=dtype)
         for part in _chunks(len(targets), shape.chunk):
-            other = None if reference_hidden is None else reference_hidden[part] @ reference_weight.T  # type: ignore[union-attr]
-            sums[:, part] = _fused(reduce_logits)(
-                hidden[part] @ weight.T, other, local[part], shape.local_vocab, shape.entropy, dtype
-            )
+            logits = compute_logits(hidden[part], weight, shape.local_vocab)
+            other = None
+            if reference_hidden is not None and reference_weight is not None:
+                other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab)
+            sums[:, part] = _fused(reduce_logits)(logits, other, local[part], shape.entropy, dtype)
         extras = shape.entropy or reference_hidden is not None
         totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
         ctx.save_for_backward(hidden, weight, local, owned, reference_hidden, reference_weight, *totals)
@@ -134,7 +135,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
         hidden, weight, local, owned, reference_hidden, reference_weight, *saved = ctx.saved_tensors
         totals = _Sums(*saved)
         grad_logps, grad_entropy, grad_kl = (grad.to(totals.target.dtype) for grad in grad_outputs)
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden, local_vocab = torch.empty_like(hidden), ctx.shape.local_vocab
         # Chunks are summed in float32: in bf16 a long row's many small contributions would be rounded away.
         grad_weight = None
         if ctx.needs_input_grad[1]:
@@ -145,15 +146,17 @@ class _VocabParallelStatistics(torch.autograd.Function):
                 (grad_entropy[part], totals.entropy[part]) if ctx.shape.entropy else None,
                 None
                 if reference_hidden is None
-                else (grad_kl[part], totals.kl[part], reference_hidden[part] @ reference_weight.T, totals.reference[part]),
+                else (
+                    *(grad_kl[part], totals.kl[part]),
+                    *(compute_logits(reference_hidden[part], reference_weight, local_vocab), totals.reference[part]),
+                ),
             )
             grad_logits = _fused(differentiate_logits)(
-                hidden[part] @ weight.T,
+                compute_logits(hidden[part], weight, local_vocab),
                 (local[part], owned[part]),
                 totals.log_normalizer[part],
                 grad_logps[part],
                 extras,
-                ctx.shape.local_vocab,
             )
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
@@ -190,14 +193,19 @@ class _Sums(NamedTuple):
     """between the distributions that are normalized over this part"""
 
 
-def reduce_logits(
-    logits: Tensor, reference: Tensor | None, targets: Tensor, local_vocab: int, entropy: bool, dtype: torch.dtype
-) -> Tensor:
+def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int) -> Tensor:
+    """Logits [C, V] of one chunk, those of padding rows so low that they count nothing."""
+    logits = hidden @ weight.T
+    logits[:, max(local_vocab, 0) :] = PADDING_LOGIT
+    return logits
+
+
+def reduce_logits(logits: Tensor, reference: Tensor | None, targets: Tensor, entropy: bool, dtype: torch.dtype) -> Tensor:
     """`_Sums` [5, C] of one chunk of logits [C, V]; zeros for what is not asked for.
 
     Elementwise work and reductions only, so that on a GPU it compiles to one or two kernels that read each logit once or twice.
     """
-    logits = _widen(logits, local_vocab, dtype)
+    logits = logits.to(dtype)
     log_normalizer = logits.logsumexp(dim=-1)
     target = logits.gather(1, targets[:, None]).squeeze(1)
     entropies = reference_normalizer = kl = torch.zeros_like(target)
@@ -207,7 +215,7 @@ def reduce_logits(
         if entropy:
             entropies = -(probabilities * logps).sum(dim=-1)
         if reference is not None:
-            reference = _widen(reference, local_vocab, dtype)
+            reference = reference.to(dtype)
             reference_normalizer = reference.logsumexp(dim=-1)
             kl = (probabilities * (logps - (reference - reference_normalizer[:, None]))).sum(dim=-1)
     return torch.stack((log_normalizer, target, entropies, reference_normalizer, kl))
@@ -256,34 +264,24 @@ def differentiate_logits(
     log_normalizer: Tensor,
     grad_logps: Tensor,
     extras: _Extras,
-    local_vocab: int,
 ) -> Tensor:
     """Gradient [C, V] with respect to one chunk of logits, in their dtype.
 
     ∂ log p(target) / ∂z = δ − p;   ∂ entropy / ∂z = −p (log p + entropy);   ∂ KL / ∂z = p (log p − log q − KL).
     """
     local, owned = targets
-    logps = _widen(logits, local_vocab, log_normalizer.dtype) - log_normalizer[:, None]
+    logps = logits.to(log_normalizer.dtype) - log_normalizer[:, None]
     slope = -grad_logps[:, None]
     if extras.entropy is not None:
         gradient, entropy = (part[:, None] for part in extras.entropy)
         slope = slope - gradient * (logps + entropy)
     if extras.kl is not None:
         gradient, kl, reference, reference_normalizer = extras.kl
-        reference_logps = _widen(reference, local_vocab, log_normalizer.dtype) - reference_normalizer[:, None]
+        reference_logps = reference.to(log_normalizer.dtype) - reference_normalizer[:, None]
         slope = slope + gradient[:, None] * (logps - reference_logps - kl[:, None])
     grad_logits = logps.exp_().mul_(slope)
     grad_logits.scatter_add_(1, local[:, None], (owned * grad_logps)[:, None])
     return grad_logits.to(logits.dtype)
-
-
-def _widen(logits: Tensor, local_vocab: int, dtype: torch.dtype) -> Tensor:
-    """Logits in `dtype`, those of padding rows so low that they count nothing."""
-    logits = logits.to(dtype)
-    if local_vocab >= logits.shape[1]:
-        return logits
-    padding = torch.arange(logits.shape[1], device=logits.device) >= local_vocab
-    return logits.masked_fill(padding, PADDING_LOGIT)
 
 
 def _chunks(length: int, chunk: int) -> list[slice]:
