@@ -64,6 +64,7 @@ def summarize(folder: Path) -> int:
                 }
             )
         (folder / "tests.json").write_text(json.dumps(tests, indent=1) + "\n")
+        (folder / "tests.xml").unlink()
     counts: dict[str, int] = {}
     for test in tests:
         counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
@@ -73,6 +74,7 @@ def summarize(folder: Path) -> int:
         "failed": [test["test"] for test in tests if test["outcome"] in ("failure", "error")],
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (folder / "parts.jsonl").unlink()
     print(json.dumps(summary, indent=1))
     # Where no test ran, as without a GPU, nothing was checked.
     return int(any(part["exit_code"] for part in parts) or not counts.get("passed"))
