@@ -5,6 +5,7 @@ Legend: H hidden, F MLP channels, A·D query channels, Q·D key/value channels, 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from transformers import PretrainedConfig
 
 from mpo_megatron.config import ParallelConfig
 from mpo_megatron.model.architecture import head_dim
+from mpo_megatron.model.experts import Experts, read_experts
 
 PARAMETER_ALIGNMENT = 64
 """Elements: where a parameter may begin in Megatron's buffers (param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""
@@ -71,31 +73,33 @@ class Shape:
         """Whether queries, keys and values have a bias."""
         return str(self.hf.model_type).startswith("qwen2")
 
+    @functools.cached_property
+    def _experts(self) -> Experts | None:
+        return read_experts(self.hf)
+
     @property
     def experts(self) -> int:
         """Experts of a layer; 0 in a dense model."""
-        return int(getattr(self.hf, "num_experts", 0) or 0)
+        return self._experts.num if self._experts else 0
 
     @property
     def active_experts(self) -> int:
         """Experts that a token goes through."""
-        return int(self.hf.num_experts_per_tok) if self.experts else 0
+        return self._experts.per_token if self._experts else 0
 
     @property
     def expert_ffn(self) -> int:
         """F of an expert."""
-        return int(self.hf.moe_intermediate_size) if self.experts else 0
+        return self._experts.channels if self._experts else 0
 
     @property
     def shared_ffn(self) -> int:
         """F of the expert that all tokens go through; 0 if there is none."""
-        return int(getattr(self.hf, "shared_expert_intermediate_size", 0) or 0) if self.experts else 0
+        return (self._experts.shared_channels or 0) if self._experts else 0
 
     def has_experts(self, layer: int) -> bool:
         """Whether a layer's MLP consists of experts."""
-        step = int(getattr(self.hf, "decoder_sparse_step", 1) or 1)
-        dense = getattr(self.hf, "mlp_only_layers", None) or ()
-        return self.experts > 0 and layer not in dense and (layer + 1) % step == 0
+        return self._experts is not None and self._experts.layers[layer]
 
 
 class Weight(NamedTuple):
