@@ -205,3 +205,13 @@ def test_repacking_keeps_only_what_is_asked() -> None:
     wanted[1, 0] = wanted[4, 1] = True
     _, rows = pack(table, groups, wanted, shape)
     assert sorted((int(slot), int(k)) for row in rows for slot, k in row.responses) == [(1, 0), (4, 1)]
+
+
+def test_lengths_that_losses_divide_by_leave_out_what_is_not_scored() -> None:
+    groups = random_groups(2, seed=14, prompt_tokens=(0, 0), response_tokens=(1, 3)) + random_groups(2, seed=15)
+    table = group_table(groups, np.arange(4))
+    plan = make_plan(groups, row_tokens=1000, num_replicas=1)
+    (row,) = build_rows(groups, plan)
+    for index, (slot, k) in enumerate(row.responses):
+        assert table.scored_lengths[slot, k] == max(1, (row.response_of == index).sum())
+    assert (table.scored_lengths < table.lengths)[table.valid].any()
