@@ -19,6 +19,7 @@ from mpo_megatron.model.precision import (
     validate_fp8,
 )
 from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train.calibration import PASSES
 from mpo_megatron.train.step import forward_step, fused_step, two_phase_step
 from tests.gpu import small
 
@@ -106,6 +107,24 @@ def test_the_layers_compute_in_fp8_and_the_head_does_not(ranks: Ranks, options: 
     policy = checkpoint._unwrap(parts[0])
     assert policy.output_weight().dtype is torch.bfloat16
     assert not scaled_modules([policy.output_layer, policy.embedding])
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_delayed_scales_change_once_a_step(ranks: Ranks, recompute: str) -> None:
+    """Not once a row, and not once a module, as Transformer Engine's backward passes would have it."""
+    missing = missing_for_transformer_engine() or missing_for_recipe("delayed")
+    if missing:
+        pytest.skip(missing)
+    config = small.model_config(fp8="delayed", recompute=recompute)
+    batch = small.batch(config)
+    parts = small.build(config, ranks)
+    reference = forward_step(parts, batch, small.OBJECTIVE, ranks)
+    model, adam = small.wrap(parts, ranks)
+    optimizer.zero_gradients(model, adam)
+    fused_step(model, batch, reference, small.OBJECTIVE, ranks)
+    for module in scaled_modules(model):
+        for _, history in module.get_fp8_meta_tensors().values():
+            assert int((history != 0).any(dim=1).sum()) == PASSES + 1
 
 
 def test_resumes_where_it_was(ranks: Ranks, options: dict[str, object], tmp_path: Path) -> None:
