@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import itertools
 import json
 import os
@@ -184,6 +185,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""Errors of files that no check foresaw, and that are the machine's: no permission, or no space."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command named by the first argument; a message instead of a traceback for what a user can mend."""
     try:
@@ -213,6 +218,14 @@ def _run(arguments: list[str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.errno not in OUTSIDE:
+            raise
+        print(f"mpo {name}: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"mpo {name}: interrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:

@@ -185,7 +185,7 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
             raise DataError(f"input = {source}; cannot be read: {error.strerror or error}.") from error
     if path.is_dir():
         return _open_folder(path, split, subset)
-    if path.suffix in _SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", source):
+    if path.suffix in _SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise DataError(f"input = {source}; no such file or folder.")
     return _load_dataset(source, split, subset)
 

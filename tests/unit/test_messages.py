@@ -138,6 +138,29 @@ def test_losses(loss: dict[str, Any], message: str) -> None:
         build_objective(LossConfig(**loss))
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "mpo convert: interrupted.\n"),
+        (
+            PermissionError(13, "Permission denied", "model/a.safetensors"),
+            2,
+            "mpo convert: model/a.safetensors: Permission denied.\n",
+        ),
+        (OSError(28, "No space left on device"), 2, "mpo convert: a file: No space left on device.\n"),
+    ],
+)
+def test_what_no_check_foresees(
+    error: BaseException, code: int, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(arguments: object) -> int:
+        raise error
+
+    monkeypatch.setitem(COMMANDS, "convert", fail)
+    assert main(["convert"]) == code
+    assert capsys.readouterr().err == message
+
+
 SLOW_IMPORTS = ("torch", "transformers", "megatron", "datasets", "sklearn", "matplotlib")
 
 

@@ -95,7 +95,7 @@ def test_a_hub_name_goes_to_load_dataset(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked == [(("owner/name", "small"), {"split": "test"})]  # nothing that would run a dataset's own code
 
 
-@pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/no/such/folder", "~/x"])
+@pytest.mark.parametrize("source", ["missing.jsonl", "./missing", "/no/such/folder", "~/x", "groups"])
 def test_a_missing_path_is_not_looked_up_on_the_hub(source: str) -> None:
     with pytest.raises(DataError, match=f"input = {source}; no such file or folder"):
         read_groups(source)
