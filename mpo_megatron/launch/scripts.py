@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_megatron.config import FaultConfig, GenerateConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob, load_yaml
+from mpo_megatron.config import FaultConfig, GenerateConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob, load_yaml, require
 from mpo_megatron.launch.layout import describe, load_run
 
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -31,6 +32,7 @@ def slurm_array_script(job: SlurmArray) -> str:
     Raises:
         ConfigError: the configuration of `mpo generate` is refused.
     """
+    require(Path(job.generate).is_file(), f"generate = {job.generate}; no such file; write the options of `mpo generate` there.")
     load_yaml(GenerateConfig, job.generate)
     return _render(
         "slurm_array.sh.j2", job, on_cpus=job.gpus_per_task == 0, generate=job.generate, requeue_code=FaultConfig().requeue_code
