@@ -190,7 +190,7 @@ def test_groups_may_change_where_a_run_stopped(inputs: Path, undisturbed: Path, 
     output = tmp_path / "run"
     train(run_config(inputs, output, stop_after=3), build_regularizer)
     assert [line["step"] for line in metrics(output)] == [1, 2, 3]
-    for first_step, message in ((2, "data_digest"), (5, r"data\.first_step = 5")):
+    for first_step, message in ((2, "groups of data.train"), (5, r"data\.first_step = 5")):
         with pytest.raises(ConfigError, match=message):
             train(run_config(inputs, output, groups="others", first_step=first_step), build_regularizer)
     shutil.copytree(output, tmp_path / "own")
