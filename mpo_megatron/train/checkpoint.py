@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -89,6 +90,7 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
     states: dict[str, Any] = _model_states(model, ranks, scales=has_delayed_scales(model[0]))
     _fill_optimizer_state(optimizer)
     states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
+    _leave_out_classes(states["optimizer"])
     force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
     request = dist_checkpointing.save(
         states,
@@ -195,6 +197,14 @@ def _fill_optimizer_state(optimizer: Any) -> None:
                 state["step"].zero_()
 
 
+def _leave_out_classes(states: dict[Any, Any]) -> None:
+    """Take the classes of Adam out of the options that Megatron's offloading optimizer keeps: torch would not load them again."""
+    for single in [states] if "optimizer" in states else states.values():
+        for group in single["optimizer"]["param_groups"] if "optimizer" in single else ():
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
+
+
 def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
     """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
 
@@ -214,3 +224,8 @@ def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
         for state, count in zip(states, counts, strict=True):
             if count is not None:
                 state["step"] = count.clone()
+        if isinstance(single.optimizer, HybridDeviceOptimizer):
+            # Before each of its steps it writes its groups' options over those of the optimizers that it leads, and with the
+            # loaded count of steps would set back Transformer Engine's, which counts by group.
+            for group in single.optimizer.param_groups:
+                group.pop("step", None)
