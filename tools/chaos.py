@@ -272,7 +272,7 @@ def compare(run: Path, expected: Tensors, *, exact: bool, tally: Tally) -> None:
 
 
 def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[str], None]) -> Tally:
-    """Rounds until there were `kills` kills; what has happened."""
+    """Rounds of both kinds until there were `kills` kills; what has happened."""
     options, rng, tally = prepare(folder, model_type), random.Random(seed), Tally()
     layouts = [*LAYOUTS, *(EXPERT_LAYOUTS if model_type.endswith("_moe") else ())]
     undisturbed = folder / "undisturbed"
@@ -285,7 +285,7 @@ def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[
         raise SystemExit(f"the undisturbed run failed: {undisturbed.with_suffix('.log').read_text()[-4000:]}")
     expected = final_tensors(undisturbed)
     tell(f"undisturbed run: {STEPS} steps and saves in {life_seconds:.1f} s")
-    while tally.kills.total() < kills and not tally.faults:
+    while (tally.kills.total() < kills or tally.rounds < 2) and not tally.faults:
         change = tally.rounds % 2 == 1
         run = folder / f"run{tally.rounds}"
         before = tally.kills.total()

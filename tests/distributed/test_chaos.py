@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed.launch import ROOT
 
-KILLS = 20
+KILLS = 10
 
 
 @pytest.mark.distributed
