@@ -111,7 +111,7 @@ def choose_device(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.ones(1).to(name)  # on a machine without a GPU `device` lets torch.empty take cuda for the CPU
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device = {name}; torch cannot use it: {str(error).splitlines()[0]}") from error
     return name

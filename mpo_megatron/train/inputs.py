@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 from dataclasses import dataclass
@@ -58,6 +59,10 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     choose_attention(config.model)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
+    require(
+        config.online.kl_weight == 0 or config.online.engine != "vllm" or importlib.util.find_spec("vllm") is not None,
+        "online.engine = vllm, but vllm is not installed: pip install 'mpo-megatron[rollout]', or take transformers.",
+    )
     reference = Path(config.model.reference) if config.model.reference else folder
     if reference != folder:
         check_reference(reference, hf_config)

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mpo_megatron import device
 from mpo_megatron.cli import COMMANDS, main
 from mpo_megatron.config import ConfigError, LossConfig, ScoreConfig, TrainConfig, from_dict, load_yaml, parse
+from mpo_megatron.rollout.models import choose_device
 from mpo_megatron.train.objective import build_objective
 
 TRAIN = ["--output", "run", "--model.checkpoint", "model", "--data.train", "groups"]
@@ -159,6 +162,14 @@ def test_what_no_check_foresees(
     monkeypatch.setitem(COMMANDS, "convert", fail)
     assert main(["convert"]) == code
     assert capsys.readouterr().err == message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    """Also where `mpo_megatron.device` lets Megatron's tensors on "cuda" be made on the CPU."""
+    device.prepare()
+    with pytest.raises(ConfigError, match="device = cuda:0; torch cannot use it"):
+        choose_device("cuda:0")
 
 
 SLOW_IMPORTS = ("torch", "transformers", "megatron", "datasets", "sklearn", "matplotlib")
