@@ -1,6 +1,7 @@
 """Whether FP8 trains as bf16 does: the same run in each, loss curve, accuracy and speed beside each other.
 
     python -m benchmarks.fp8                  # two CPU cores: bf16 against float32, which exercises the same code
+    python -m benchmarks.fp8 --emulate        # two CPU cores: FP8's rounding (fp8_emulation.py) against bf16
     python -m benchmarks.fp8 --size 1.5b      # one GPU: every FP8 recipe it has against bf16
 
 Every side starts from the same random weights, computes the reference in its own precision, and takes the same steps over the
@@ -11,6 +12,7 @@ differ by less than two orders of the data agree. docs/fp8.md says what to look 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import timing
+from benchmarks import fp8_emulation, timing
 from benchmarks.setup import SHAPES, Bench, as_data, bench, make_groups
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, LossConfig, ModelConfig, OptimizerConfig
@@ -61,14 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run every side and report."""
     parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
     parser.add_argument("--steps", type=int, help="optimizer steps of each side")
+    parser.add_argument("--emulate", action="store_true", help="FP8's rounding alone, by torch on a CPU")
     options = timing.parse(parser, arguments)
     size = {"tiny": TINY, "small": SMALL}.get(options.size, REAL)
     size = dataclasses.replace(size, steps=options.steps or size.steps)
     with bench(options.size) as own:
         sides, refused = choose_sides(own)
+        if options.emulate:
+            sides = {"bf16": ModelConfig(checkpoint="random", precision="bf16", backend="local")}
         train, held_out = make_data(own, size)
         runs = {name: run(own, model, size, train, held_out, seed=0) for name, model in sides.items()}
         first = next(iter(sides))
+        for recipe in fp8_emulation.RECIPES if options.emulate else ():
+            runs[f"emulated {recipe}"] = run(own, sides[first], size, train, held_out, seed=0, recipe=recipe)
         runs[f"{first}, other order"] = run(own, sides[first], size, train, held_out, seed=1)
     rows = [
         {"side": name, **values, **differences(values, runs[first], same_order="order" not in name)}
@@ -97,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, reason in refused.items():
         note += f"\nNot run: {name}: {reason}"
-    timing.report("fp8", options, {**dataclasses.asdict(size), "beta": BETA}, rows, table, note)
+    timing.report(
+        "fp8_emulated" if options.emulate else "fp8", options, {**dataclasses.asdict(size), "beta": BETA}, rows, table, note
+    )
 
 
 def choose_sides(own: Bench) -> tuple[dict[str, ModelConfig], dict[str, str]]:
@@ -138,16 +147,42 @@ def make_data(own: Bench, size: Size) -> tuple[list[TokenizedGroup], list[Tokeni
 
 
 def run(
-    own: Bench, model: ModelConfig, size: Size, train: list[TokenizedGroup], held_out: list[TokenizedGroup], *, seed: int
+    own: Bench,
+    model: ModelConfig,
+    size: Size,
+    train: list[TokenizedGroup],
+    held_out: list[TokenizedGroup],
+    *,
+    seed: int,
+    recipe: str | None = None,
 ) -> dict[str, Any]:
-    """Train one side from the start: its curve, and what it learned."""
-    objective = build_objective(LossConfig(name="mpo", params={"beta": BETA}))
-    shape = dataclasses.replace(own.shape(size.row_tokens), multiple=token_multiple(model) * own.parallel.row_parts)
+    """Train one side from the start: its curve, and what it learned.
+
+    Args:
+        recipe: the FP8 recipe to emulate
+    """
     gc.collect()
     device.synchronize()
     if device.has_gpu():
         torch.cuda.reset_peak_memory_stats()
     policy = own.build_policy(model)
+    with fp8_emulation.emulate(recipe, policy) if recipe else contextlib.nullcontext([]) as scales:
+        return train_policy(own, model, policy, size, train, held_out, seed, scales)
+
+
+def train_policy(
+    own: Bench,
+    model: ModelConfig,
+    policy: list[torch.nn.Module],
+    size: Size,
+    train: list[TokenizedGroup],
+    held_out: list[TokenizedGroup],
+    seed: int,
+    scales: list[fp8_emulation.Scales],
+) -> dict[str, Any]:
+    """`run`, of a model that is built; the scales are those of an emulated recipe."""
+    objective = build_objective(LossConfig(name="mpo", params={"beta": BETA}))
+    shape = dataclasses.replace(own.shape(size.row_tokens), multiple=token_multiple(model) * own.parallel.row_parts)
     calibrate(policy, as_data(train), own.ranks, shape)
     order = [step_indices(step, len(train), size.groups_per_step, seed=seed, shuffle=True) for step in range(size.steps)]
     batches = [build_step(step, as_data(train), indices, objective.select, shape) for step, indices in enumerate(order)]
@@ -162,6 +197,8 @@ def run(
         optimizer.zero_gradients(wrapped, adam)
         logps = fused_step(wrapped, batch, reference, objective, own.ranks)
         optimizer.update(wrapped, adam)
+        for each in scales:
+            each.update()
         seconds.append(timing.now() - started)
         losses.append(mean_loss(batch, logps, reference, objective))
     found = forward_step(wrapped, test, objective, own.ranks)
