@@ -76,7 +76,7 @@ class OptimizerConfig:
     """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
     updated weights during the next forward pass, too."""
     cpu_offload: float = 0.0
-    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU and Transformer Engine."""
+    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU, Transformer Engine and bf16."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
