@@ -12,7 +12,7 @@ import pytest
 
 from tests.distributed.launch import ROOT
 
-KILLS = 10
+KILLS = 20
 
 
 @pytest.mark.distributed
