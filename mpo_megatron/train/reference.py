@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from torch.distributed import broadcast, broadcast_object_list
+from torch.distributed import broadcast
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
@@ -35,6 +35,7 @@ from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_step
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
+from mpo_megatron.train.agreement import on_main
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import collect_logps, run_rows
 
@@ -158,14 +159,14 @@ def reference_logps(
     missing = logps.missing()
     if not len(missing):
         return logps
-    _on_main(ranks, folder, lambda: _prepare_folder(folder))
+    _write_on_main(ranks, folder, lambda: _prepare_folder(folder))
     model = load_model()
     chunks = [missing[start : start + groups_per_part] for start in range(0, len(missing), groups_per_part)]
     with _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
         for indices, batch in _build_ahead(data, chunks, shape):
             part = _compute_part(data, indices, batch, model, ranks, tokens)
             path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}.parquet"
-            _on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
+            _write_on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
             logps.fill(part)
             progress.add(len(indices), batch.plan.num_tokens)
     return logps
@@ -201,25 +202,19 @@ def _prepare_folder(folder: Path) -> None:
     probe.unlink()
 
 
-def _on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> None:
-    """Let the main process touch the disk; a failure is raised on all ranks, so that none waits for the others.
+def _write_on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> None:
+    """Let the main process touch the disk; a failure is raised on all ranks.
 
     Raises:
         DataError: the disk is full, or must not be written.
     """
-    failure: list[str | None] = [None]
-    if ranks.is_main:
-        try:
-            action()
-        except OSError as error:
-            failure[0] = error.strerror or str(error)
-    if torch.distributed.get_world_size() > 1:
-        broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
+    try:
+        on_main(ranks, action)
+    except OSError as error:
         raise DataError(
-            f"{folder}: cannot write reference log-probs: {failure[0]}; parts that were finished are kept; make the folder "
-            "writable or free some space, and start again."
-        )
+            f"{folder}: cannot write reference log-probs: {error.strerror or error}; parts that were finished are kept; make the "
+            "folder writable or free some space, and start again."
+        ) from error
 
 
 def _build_ahead(data: PreparedGroups, chunks: Sequence[Ints], shape: RowShape) -> Iterator[tuple[Ints, StepBatch]]:
