@@ -14,6 +14,8 @@ from mpo_megatron.report.record import RunRecord
 
 RISE = 1.05
 """Held-out loss this many times its best is called rising again."""
+DISPLACED = 1.0
+"""Preferred responses whose log π/π_ref fell by more nats than this are called less likely: e times, over a whole response."""
 SPIKE = 10.0
 """A gradient norm this many times the median is called a spike."""
 SLOWER = 0.8
@@ -110,12 +112,15 @@ def _displacement(run: RunRecord) -> Iterator[Finding]:
     _, chosen = run.values("chosen_log_ratio", held_out=True)
     if len(chosen) < 2:
         return
-    if chosen[-1] < 0:
+    if chosen[-1] < -DISPLACED:
         text = (
-            f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups: the policy moves to other responses (likelihood "
-            "displacement). Fewer steps, a smaller learning rate or a larger beta hold it back."
+            f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups, below −{DISPLACED:g}: the policy moves to other "
+            "responses (likelihood displacement). Fewer steps, a smaller learning rate or a larger beta hold it back."
         )
         yield Finding(level="warn", title="Preferred responses got less likely", text=text)
+    elif chosen[-1] < 0:
+        text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups; a warning comes below −{DISPLACED:g}."
+        yield Finding(level="note", title="Preferred responses are about as likely as before", text=text)
     else:
         text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups."
         yield Finding(level="good", title="Preferred responses got more likely", text=text)

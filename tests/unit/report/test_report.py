@@ -226,6 +226,14 @@ def test_healthy_runs_and_sick_ones_are_told_apart(tmp_path: Path, data: Prepare
     assert next(iter(ill.values())) == "bad"  # the worst comes first
 
 
+@pytest.mark.parametrize(("chosen", "level"), [(-0.001, "note"), (-0.9, "note"), (-1.2, "warn")])
+def test_displacement_is_a_warning_from_one_nat(tmp_path: Path, data: PreparedGroups, chosen: float, level: str) -> None:
+    run = write_run(tmp_path / "run", data, chosen=chosen)
+    (found,) = [finding for finding in findings(read_run(run)) if finding.title.startswith("Preferred responses")]
+    assert found.level == level
+    assert "below −1" in found.text
+
+
 def test_runs_side_by_side(tmp_path: Path, data: PreparedGroups, run: Path) -> None:
     other = write_run(tmp_path / "runs" / "first", data, beta=0.5)
     shown = content([read_run(run), read_run(other)], max_groups=5, max_characters=100)
