@@ -74,9 +74,14 @@ def _decode(line: bytes, where: str) -> Record:
         record = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error}); remove the line to have it made again.") from error
-    if not isinstance(record, dict) or not isinstance(record.get("group_id"), str):
-        raise DataError(f"{where}: is not a group line: it has no group_id.")
-    return record
+    if isinstance(record, dict) and isinstance(record.get("group_id"), str):
+        return record
+    group_id = record.get("group_id") if isinstance(record, dict) else None
+    found = "no group_id" if group_id is None else f"group_id = {json.dumps(group_id)}"
+    raise DataError(
+        f'{where}: is not a group line: it has {found}; give each group a text of its own there, {{"group_id": "1", '
+        '"prompt": …, "responses": [{"text": …, "reward": …}, …]}.'
+    )
 
 
 @final

@@ -39,9 +39,10 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"group_id": "a"}\n{"group_id": \n{"group_id": "c"}\n')
     with pytest.raises(DataError, match=r"lines\.jsonl:2: is not valid JSON"):
         list(read_lines(path))
-    path.write_bytes(b'{"id": "a"}\n')
-    with pytest.raises(DataError, match=r"lines\.jsonl:1: .*no group_id"):
-        list(read_lines(path))
+    for line, found in ((b'{"id": "a"}\n', "no group_id"), (b'{"group_id": 3}\n', "group_id = 3")):
+        path.write_bytes(line)
+        with pytest.raises(DataError, match=rf'lines\.jsonl:1: .* it has {found}; give each group .*"group_id": "1", "prompt"'):
+            list(read_lines(path))
 
 
 def test_lines_are_joined_in_order_once_each(tmp_path: Path) -> None:
