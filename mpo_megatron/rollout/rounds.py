@@ -118,14 +118,14 @@ def build_plan(config: IterateConfig) -> Plan:
     model = Path(config.model)
     require((model / "megatron").is_dir(), f"model = {model} holds no Megatron checkpoint; write it with `mpo convert`.")
     checkpoint.verify(model)
-    prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
-    if config.optimizer == "continued":
-        rounds = join_runs(config, rounds, [len(rows) for rows in prompts.rounds])
     policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
     num_ranks = [config.nproc or count_ranks(item.train.parallel) for item in rounds]
     for item, ranks in zip(rounds, num_ranks, strict=True):
         check_round(item, model, ranks)
+    prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
+    if config.optimizer == "continued":
+        rounds = join_runs(config, rounds, [len(rows) for rows in prompts.rounds])
     return Plan(
         config=config,
         prompts=prompts,

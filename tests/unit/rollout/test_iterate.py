@@ -155,6 +155,8 @@ def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: li
         ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),
         ({"model": "nowhere"}, "model = nowhere holds no Megatron checkpoint"),
         ({"prompts": "nowhere.jsonl"}, r"prompts = nowhere\.jsonl; cannot be read"),
+        ({"held_out": 99, "generate": {"num_response": 4}}, r"generate: .*num_response"),  # before prompts are counted
+        ({"held_out": 99, "train": {"loss": {"name": "mpoo"}}}, r"round 1: loss.*mpoo"),
     ],
 )
 def test_what_cannot_work_is_refused_first(options: dict[str, Any], changes: dict[str, Any], message: str) -> None:
