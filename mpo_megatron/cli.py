@@ -95,7 +95,12 @@ def launch(arguments: Sequence[str]) -> int:
     from mpo_megatron.launch.launch import TARGETS
     from mpo_megatron.launch.launch import launch as run
 
-    if not arguments or arguments[0] not in TARGETS:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  {name:<12} {(kind.__doc__ or '').partition(': ')[2]}" for name, kind in TARGETS.items()]
+        print("usage: mpo launch <target> [--config FILE] [--field value …]\n\n" + "\n".join(lines))
+        print("\n`mpo launch <target> --help` lists its options.")
+        return 0
+    if arguments[0] not in TARGETS:
         raise ConfigError(f"name where the job runs: mpo launch {' | '.join(TARGETS)}, with --help for its options.")
     target, *options = arguments
     return run(parse(TARGETS[target], options, f"mpo launch {target}"))

@@ -12,7 +12,7 @@ import yaml
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConfigError, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
-from mpo_megatron.launch.launch import render
+from mpo_megatron.launch.launch import TARGETS, render
 
 TRICKY = {"NCCL_DEBUG": "WARN", "NOTE": 'it\'s "quoted" $HOME'}
 
@@ -224,6 +224,15 @@ def test_outputs_that_cannot_be_written(
     Path("folder").mkdir()
     assert main(["launch", "torchrun", "--train", config, "--output", output]) == 2
     assert "is a folder; name a file" in (printed := capsys.readouterr().err) or "is a file, not a folder" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_tells_of_each_target(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", *arguments]) == 0
+    shown = capsys.readouterr().out
+    for target in TARGETS:
+        (line,) = [line for line in shown.splitlines() if line.split()[:1] == [target]]
+        assert len(line.split()) > 4
 
 
 def test_an_unknown_target_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
