@@ -5,7 +5,7 @@
 `validate_*` functions and run before anything loads.
 """
 
-from mpo_megatron.config.checks import ConfigError, check_writable, require
+from mpo_megatron.config.checks import ConfigError, check_checkpoint, check_writable, require
 from mpo_megatron.config.convert import ConvertConfig, validate_convert
 from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
 from mpo_megatron.config.generate import (
@@ -74,6 +74,7 @@ __all__ = [
     "TransformersConfig",
     "VllmConfig",
     "build_parser",
+    "check_checkpoint",
     "check_writable",
     "from_dict",
     "load_yaml",

@@ -34,6 +34,27 @@ def check_writable(folder: Path, name: str) -> None:
         raise ConfigError(f"{name} = {folder}; cannot write in {parent} ({error.strerror}); choose another path.") from error
 
 
+def check_checkpoint(folder: Path, name: str) -> None:
+    """Raise `ConfigError` unless `folder` holds a Megatron checkpoint; of a run's folder, it names the newest step's."""
+    require(folder.is_dir(), f"{name} = {folder}; no such folder; write it with `mpo convert`.")
+    if (folder / "megatron").is_dir():
+        return
+    steps = [path for parent in (folder, folder / "checkpoints") for path in parent.glob("step_*") if not path.suffix]
+    # Which one a run has as its newest changes while it goes on, and a run that is resumed must start from what it started from.
+    complete = [path for path in steps if (path / "megatron" / "metadata.json").is_file()]
+    if complete:
+        newest = max(complete, key=lambda path: path.name)
+        raise ConfigError(f"{name} = {folder} is the folder of a run; name one of its checkpoints; the newest is {newest}.")
+    require(
+        not steps and not (folder / "checkpoints").is_dir(),
+        f"{name} = {folder} is the folder of a run without a complete checkpoint; start that run again, or name another model.",
+    )
+    raise ConfigError(
+        f"{name} = {folder} holds no Megatron checkpoint; convert it first: "
+        f"`mpo convert --input {folder} --output {folder}-megatron`."
+    )
+
+
 def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two nested values differ: its dotted name, and both values."""
     if isinstance(before, dict) and isinstance(now, dict):

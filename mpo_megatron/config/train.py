@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpo_megatron.config.checks import check_seed, check_writable, require
+from mpo_megatron.config.checks import check_checkpoint, check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig, check_ranks
 
@@ -284,14 +284,8 @@ def validate_folders(config: TrainConfig) -> None:
         ConfigError: naming the field, the rule and the fix.
     """
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
-        if folder is None:
-            continue
-        require(Path(folder).is_dir(), f"{name} = {folder}; no such folder; write it with `mpo convert`.")
-        require(
-            (Path(folder) / "megatron").is_dir(),
-            f"{name} = {folder} holds no Megatron checkpoint; convert it first: "
-            f"`mpo convert --input {folder} --output {folder.rstrip('/')}-megatron`.",
-        )
+        if folder is not None:
+            check_checkpoint(Path(folder), name)
     for name, folder in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if folder is not None:
             require(

@@ -30,6 +30,7 @@ from mpo_megatron.config import (
     ScoreConfig,
     SelectConfig,
     TrainConfig,
+    check_checkpoint,
     check_writable,
     from_dict,
     require,
@@ -116,7 +117,7 @@ def build_plan(config: IterateConfig) -> Plan:
             )
     check_writable(Path(config.output), "output")
     model = Path(config.model)
-    require((model / "megatron").is_dir(), f"model = {model} holds no Megatron checkpoint; write it with `mpo convert`.")
+    check_checkpoint(model, "model")
     checkpoint.verify(model)
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
     policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]

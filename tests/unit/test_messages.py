@@ -115,6 +115,28 @@ def test_options_within_options() -> None:
         ScoreConfig(input="i", output="o", scorers={"a": {"kind": "regex", "patterm": "x"}})
 
 
+@pytest.mark.parametrize("command", ["train", "reference"])
+def test_a_runs_folder_is_answered_with_its_newest_step(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Path("run")
+    for name in ("step_00000002", "step_00000010", "step_00000020.partial-x"):
+        (run / "checkpoints" / name / "megatron").mkdir(parents=True)
+        (run / "checkpoints" / name / "megatron" / "metadata.json").touch()
+    (run / "checkpoints" / "step_00000030" / "megatron").mkdir(parents=True)  # not whole
+    for folder in (run, run / "checkpoints"):
+        arguments = ["--output", "out", "--model.checkpoint", str(folder), "--data.train", "groups"]
+        assert main([command, *arguments]) == 2
+        newest = run / "checkpoints" / "step_00000010"
+        assert capsys.readouterr().err == (
+            f"mpo {command}: model.checkpoint = {folder} is the folder of a run; name one of its checkpoints; "
+            f"the newest is {newest}.\n"
+        )
+    Path("early/checkpoints").mkdir(parents=True)
+    for folder, message in (("early", "is the folder of a run without a complete checkpoint"), ("out/..", "convert it first")):
+        Path("out").mkdir(exist_ok=True)
+        assert main([command, "--output", "out", "--model.checkpoint", folder, "--data.train", "groups"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_help_tells_of_ranks_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("train", "reference", "evaluate"):
         with pytest.raises(SystemExit) as stop:
@@ -176,7 +198,7 @@ SLOW_IMPORTS = ("torch", "transformers", "megatron", "datasets", "sklearn", "mat
 
 
 QUICK = [
-    *(f"{name} --help" for name in COMMANDS if name not in ("losses", "launch")),
+    *(f"{name} --help" for name in COMMANDS if name != "losses"),
     "convert --input nowhere --output out",
     "prepare --input . --tokenizer nowhere --output out",
     "generate --prompts p --model nowhere --output out",
