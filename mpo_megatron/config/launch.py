@@ -115,14 +115,16 @@ class SlurmJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmArray:
-    """`mpo launch slurm-array`: responses for many prompts, each array task one shard."""
+    """`mpo launch slurm-array`: responses for many prompts, or scores for many groups, each array task one shard."""
 
-    generate: str
-    """YAML file of `mpo generate`."""
+    generate: str | None = None
+    """YAML file of `mpo generate`; give this or `score`."""
+    score: str | None = None
+    """YAML file of `mpo score`."""
     output: str | None = None
     """File to write the job to; by default it is printed."""
-    name: str = "mpo-generate"
-    """Name of the job."""
+    name: str | None = None
+    """Name of the job; by default mpo-generate or mpo-score."""
     tasks: int = 8
     """Array tasks, which is the number of shards."""
     gpus_per_task: int = 1
@@ -147,6 +149,10 @@ class SlurmArray:
     """Write or print the job without submitting it."""
 
     def __post_init__(self) -> None:
+        require(
+            (self.generate is None) != (self.score is None),
+            "give either generate, a YAML file of `mpo generate`, or score, one of `mpo score`.",
+        )
         require(self.tasks >= 1, f"tasks = {self.tasks}; it must be at least 1.")
         require(self.gpus_per_task >= 0, f"gpus_per_task = {self.gpus_per_task}; it must be 0 (CPUs only) or more.")
         require(self.max_requeues >= 0, f"max_requeues = {self.max_requeues}; it must be 0 or more.")

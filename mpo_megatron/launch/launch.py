@@ -58,7 +58,7 @@ def launch(job: Job) -> int:
         Path(job.logs).mkdir(parents=True, exist_ok=True)
     if job.output is not None:
         return subprocess.run([*submit, job.output], check=False).returncode
-    with tempfile.NamedTemporaryFile("w", prefix=f"{job.name}-", suffix=".job") as file:
+    with tempfile.NamedTemporaryFile("w", prefix=f"{job.name or 'mpo'}-", suffix=".job") as file:
         file.write(text)
         file.flush()
         return subprocess.run([*submit, file.name], check=False).returncode

@@ -9,7 +9,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_megatron.config import FaultConfig, GenerateConfig, JobConfig, SlurmArray, SlurmJob, TorchrunJob, load_yaml, require
+from mpo_megatron.config import (
+    FaultConfig,
+    GenerateConfig,
+    JobConfig,
+    ScoreConfig,
+    SlurmArray,
+    SlurmJob,
+    TorchrunJob,
+    load_yaml,
+    require,
+)
 from mpo_megatron.launch.layout import describe, load_run
 
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -27,15 +37,24 @@ def slurm_script(job: SlurmJob) -> str:
 
 
 def slurm_array_script(job: SlurmArray) -> str:
-    """An sbatch script whose array tasks generate one shard each.
+    """An sbatch script whose array tasks generate, or score, one shard each.
 
     Raises:
-        ConfigError: the configuration of `mpo generate` is refused.
+        ConfigError: the configuration of `mpo generate` or `mpo score` is refused.
     """
-    require(Path(job.generate).is_file(), f"generate = {job.generate}; no such file; write the options of `mpo generate` there.")
-    load_yaml(GenerateConfig, job.generate)
+    command, path = ("score", job.score) if job.generate is None else ("generate", job.generate)
+    assert path is not None
+    require(Path(path).is_file(), f"{command} = {path}; no such file; write the options of `mpo {command}` there.")
+    kind: type[GenerateConfig | ScoreConfig] = GenerateConfig if command == "generate" else ScoreConfig
+    load_yaml(kind, path)
     return _render(
-        "slurm_array.sh.j2", job, on_cpus=job.gpus_per_task == 0, generate=job.generate, requeue_code=FaultConfig().requeue_code
+        "slurm_array.sh.j2",
+        job,
+        on_cpus=job.gpus_per_task == 0,
+        name=job.name or f"mpo-{command}",
+        command=command,
+        config=path,
+        requeue_code=FaultConfig().requeue_code,
     )
 
 

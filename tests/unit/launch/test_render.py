@@ -24,6 +24,7 @@ def config(tmp_path: Path) -> str:
     folder.mkdir()
     path = folder / "train.yaml"
     path.write_text("output: run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparallel: {tensor: 2, pipeline: 2}\n")
+    (folder / "score.yaml").write_text("input: samples\noutput: scored\nscorers: {exact: {kind: match}}\n")
     (folder / "generate.yaml").write_text("prompts: prompts.jsonl\nmodel: model\noutput: samples\n")
     return str(path)
 
@@ -37,6 +38,7 @@ def shell_jobs(config: str) -> list[Any]:
         SlurmJob(**common, container="image file.sif", container_runtime="apptainer", mounts=["/data:/data"]),
         SlurmJob(**common, gpus_per_node=0, ranks_per_node=4),
         SlurmArray(generate=config.replace("train", "generate"), environment=TRICKY, tasks=3, setup="module load cuda"),
+        SlurmArray(score=config.replace("train", "score"), environment=TRICKY, gpus_per_task=0),
     ]
 
 
@@ -184,6 +186,9 @@ def test_slurm_refused(config: str, changes: dict[str, Any], message: str) -> No
         ({"generate": "nowhere.yaml"}, "nowhere.yaml; no such file"),
         ({"name": "my job"}, "name = 'my job'"),
         ({"gpus_per_task": -1}, "gpus_per_task = -1"),
+        ({"score": "score.yaml"}, "give either generate, .* or score"),
+        ({"generate": None}, "give either generate, .* or score"),
+        ({"generate": None, "score": "nowhere.yaml"}, "score = nowhere.yaml; no such file; write the options of `mpo score`"),
     ],
 )
 def test_arrays_refused(config: str, changes: dict[str, Any], message: str) -> None:
@@ -192,9 +197,21 @@ def test_arrays_refused(config: str, changes: dict[str, Any], message: str) -> N
         render(SlurmArray(**{**generate, **changes}))
 
 
+@pytest.mark.parametrize("command", ["generate", "score"])
+def test_arrays_run_their_command_by_shards(config: str, command: str) -> None:
+    path = config.replace("train", command)
+    text, submit = render(SlurmArray(**{command: path}, tasks=3))
+    assert submit == ["sbatch"]
+    assert {f"#SBATCH --job-name=mpo-{command}", "#SBATCH --array=0-2"} <= set(text.splitlines())
+    assert f"""\nmpo {command} --config '{path}' --shard "$SLURM_ARRAY_TASK_ID/3" &\n""" in text
+    assert "--job-name=mine" in render(SlurmArray(**{command: path}, name="mine"))[0]
+
+
 def test_arrays_of_another_command_are_refused(config: str) -> None:
     with pytest.raises(ConfigError, match="data: there is no such option"):
         render(SlurmArray(generate=config))
+    with pytest.raises(ConfigError, match="prompts: there is no such option"):
+        render(SlurmArray(score=config.replace("train", "generate")))
 
 
 def test_a_broken_training_configuration_is_named(tmp_path: Path) -> None:
