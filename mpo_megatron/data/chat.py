@@ -7,7 +7,8 @@ that starts with one) into a token that generation never produces. The token tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -53,6 +54,9 @@ class Chat:
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
         """What the template writes between the generation prompt and the assistant's words; "" in most templates."""
+        names = [name for token in sorted(tokenizer.special_ids) if (name := tokenizer.decode([token]))]
+        self._end = tokenizer.decode([self.end_token_id])
+        self._special = re.compile("|".join(map(re.escape, names))) if names else None
         self._adds_space = tokenizer.encode(_ANSWER) != self._behind(_ANSWER, "\n")
         self._read_lead(prompt, whole)
 
@@ -100,6 +104,11 @@ class Chat:
         if not ids or ids[-1] != self.end_token_id:
             ids.append(self.end_token_id)
         return np.array(ids, np.int32)
+
+    def spells_special(self, messages: Sequence[Message], responses: Iterable[str]) -> bool:
+        """Whether a text writes out a special token, and so is read with it; a response may end with its end token."""
+        texts = [*(message["content"] for message in messages), *(text.removesuffix(self._end) for text in responses)]
+        return self._special is not None and any(map(self._special.search, texts))
 
     def _response_ids(self, text: str) -> list[int]:
         text = self._prefix + text

@@ -121,6 +121,8 @@ class Chunk(NamedTuple):
     rejections: list[Rejection]
     num_dropped: int
     num_truncated: int
+    num_special: int
+    """Accepted groups with a special token written out in their text."""
 
 
 def tokenize_group(group: Group, chat: Chat, job: Job) -> tuple[TokenizedGroup, int]:
@@ -161,7 +163,7 @@ def tokenize_chunk(job: Job, items: list[Group | Rejection]) -> Chunk:
     groups: list[TokenizedGroup] = []
     keys: list[str] = []
     rejections: list[Rejection] = []
-    num_overlong = 0
+    num_overlong = num_special = 0
     for item in items:
         if isinstance(item, Rejection):
             rejections.append(item)
@@ -177,12 +179,14 @@ def tokenize_chunk(job: Job, items: list[Group | Rejection]) -> Chunk:
         groups.append(group)
         keys.append(hashlib.sha256(json.dumps(item.prompt, sort_keys=True).encode()).hexdigest()[:32])
         num_overlong += overlong
+        num_special += chat.spells_special(item.prompt, group.response_texts)
     return Chunk(
         batch=to_batch(groups) if groups else None,
         prompt_keys=keys,
         rejections=rejections,
         num_dropped=0 if job.truncate else num_overlong,
         num_truncated=num_overlong if job.truncate else 0,
+        num_special=num_special,
     )
 
 
@@ -336,6 +340,7 @@ def _count(tally: Tally, chunk: Chunk) -> None:
     tally.rows += len(chunk.prompt_keys) + len(chunk.rejections)
     tally.overlong_dropped += chunk.num_dropped
     tally.overlong_truncated += chunk.num_truncated
+    tally.special_tokens += chunk.num_special
 
 
 def _split(groups: StoredGroups, prompt_keys: list[str], config: PrepareConfig, tally: Tally) -> tuple[list[int], list[int]]:

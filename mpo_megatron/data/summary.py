@@ -33,6 +33,8 @@ class Tally:
     """Responses that left their group for their length."""
     overlong_truncated: int = 0
     """Responses that were cut."""
+    special_tokens: int = 0
+    """Accepted groups whose texts write out special tokens; kept, and read as these tokens."""
     duplicate_prompts: int = 0
     """Accepted groups whose prompt an earlier group has; kept."""
     outside_fraction: int = 0
@@ -51,6 +53,7 @@ class Tally:
             "rejected_by_field": dict(sorted(self.rejected.items())),
             "overlong_dropped": self.overlong_dropped,
             "overlong_truncated": self.overlong_truncated,
+            "special_tokens": self.special_tokens,
             "duplicate_prompts": self.duplicate_prompts,
             "outside_fraction": self.outside_fraction,
         }
@@ -141,6 +144,8 @@ def print_tally(console: Console, tally: Tally) -> None:
         ("groups outside fraction", tally.outside_fraction),
     ):
         table.add_row(label, f"{count:,}")
+    meaning = ": the model reads them as control tokens, not as text" if tally.special_tokens else ""
+    table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}{meaning}")
     console.print(table)
 
 

@@ -95,6 +95,17 @@ def test_groups_and_what_the_folder_says_of_them(run: Run, write_lines: Writer, 
         assert re.search(pattern, printed), pattern
 
 
+def test_special_tokens_in_texts_are_counted_and_stay(run: Run, write_lines: Writer, tmp_path: Path) -> None:
+    spelled = [{"text": "It begins with <|im_start|> here.", "reward": 1.0}, {"text": "No.", "reward": 0.0}]
+    ended = [{"text": "The end.<|im_end|>", "reward": 1.0}, {"text": "<|im|> <im_start>", "reward": 0.0}]
+    out = io.StringIO()
+    path = write_lines(row(0), row(1, responses=spelled), row(2, responses=ended), row(3, prompt="What is <|im_end|>?"))
+    summary = run(path, console=Console(file=out, width=120), num_workers=1)
+    assert summary.tally.special_tokens == 2
+    assert load_groups(tmp_path / "out").info.statistics["preparation"]["special_tokens"] == 2
+    assert re.search(r"special tokens in their text +│ 2: the model reads them as control tokens", out.getvalue())
+
+
 def test_labels_travel(run: Run, write_lines: Writer, tmp_path: Path) -> None:
     run(write_lines({"prompt": "Q", "chosen": "A", "rejected": "B"}))
     groups = load_groups(tmp_path / "out")
