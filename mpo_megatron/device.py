@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import resource
@@ -19,6 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._device import _device_constructors
+
+from mpo_megatron.config import ConfigError
 
 FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
@@ -76,7 +79,11 @@ def gpu_name() -> str | None:
 
 
 def prepare() -> None:
-    """Make Megatron-Core importable and runnable on this machine; safe to call again."""
+    """Make Megatron-Core importable and runnable on this machine; safe to call again.
+
+    Raises:
+        ConfigError: Transformer Engine is installed, but broken: Megatron-Core could not be imported.
+    """
     global _prepared
     if _prepared:
         return
@@ -91,6 +98,7 @@ def prepare() -> None:
     # NCCL's groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if has_gpu():
+        _import_transformer_engine()
         return
     for name, stand_in in cuda_stand_ins().items():
         _replace(torch.cuda, name, stand_in)
@@ -194,8 +202,26 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
     return type_name
 
 
+def _import_transformer_engine() -> None:
+    """Import it if it is there, before Megatron-Core does, to which any failure but an ImportError is the end."""
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:  # it counts as absent; who asks for it is told (model/precision.py)
+        return
+    except Exception as error:
+        package = importlib.util.find_spec("transformer_engine")
+        where = os.path.dirname(package.origin) if package is not None and package.origin else "transformer_engine"
+        raise ConfigError(
+            f"{where}: this installation of Transformer Engine is broken ({type(error).__name__}: "
+            f"{' '.join(str(error).split())}); remove it (pip uninstall transformer_engine transformer_engine_torch "
+            "transformer_engine_cu12, or …_cu13), and on GPUs install one that fits torch and CUDA: "
+            "pip install 'mpo-megatron[gpu]'."
+        ) from error
+
+
 def _prepare_megatron() -> None:
     with _quiet_imports(), _eager_imports():
+        _import_transformer_engine()
         from megatron.core import jit
         from megatron.core.tensor_parallel import random
         from megatron.core.transformer.moe import token_dispatcher

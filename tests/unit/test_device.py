@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,3 +115,29 @@ def test_config_data_losses_import_without_megatron() -> None:
         "import mpo_megatron.data.packing, mpo_megatron.data.loader, mpo_megatron.train.metrics"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("failing", ["__init__", "pytorch"])
+def test_a_broken_transformer_engine_is_one_message(tmp_path: Path, failing: str) -> None:
+    """Whatever it raises; Megatron-Core would end in a traceback."""
+    package = tmp_path / "transformer_engine"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import pytorch\n")
+    (package / "pytorch.py").touch()
+    (package / f"{failing}.py").write_text("raise RuntimeError('undefined symbol:\\n  _ZN3c10')\n")
+    (tmp_path / "input").mkdir()
+    command = [sys.executable, "-m", "mpo_megatron.cli", "convert", "--input", "input", "--output", "output"]
+    root = str(Path(__file__).parents[2])
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{root}"}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(
+        f"mpo convert: {package}: this installation of Transformer Engine is broken (RuntimeError: undefined symbol: _ZN3c10); "
+        "remove it (pip uninstall transformer_engine"
+    )
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_transformer_engine_that_does_not_import_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    device._import_transformer_engine()
