@@ -5,7 +5,8 @@
 It finds host and device mixed up (a CPU tensor beside a GPU tensor, `.numpy()` of a GPU tensor, a collective of NCCL over a CPU
 tensor, a CPU generator for numbers on the GPU, a GPU tensor in a forked process) and wrong use of `torch.cuda`, with real numbers
 coming out. It checks *placement, not kernels*: every operation runs as its CPU kernel, at once, one after the other; nothing is
-compiled; memory and time mean nothing.
+compiled; memory and time mean nothing, so tests and benchmarks that measure them fail or mislead (torch's profiler cannot record
+its GPU at all). Processes that it starts have no GPU: run `mpo_megatron.train` on it, not `mpo train`, which starts ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ MIXED = {
     "aten::_copy_from", "aten::_foreach_copy_", "aten::_to_copy", "aten::copy_", "aten::fill_", "aten::index", "aten::index_put_",
     "aten::_index_put_impl_", "aten::index_put", "aten::masked_fill", "aten::masked_fill_",
 }  # fmt: skip
-"""Operations that take CPU tensors beside GPU tensors: copies, indices and values to fill in."""
+"""Operations that take CPU tensors beside GPU tensors: copies, indices (on the GPU's tensors only) and values to fill in."""
 
 _owner = os.getpid()
 
@@ -179,6 +180,7 @@ class Placement(TorchDispatchMode):
     """Sees the operations that have no GPU tensor among their arguments, too: factories, copies to the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        # In inference mode operations made of others arrive whole, such as `to` and `linear`; `run` is about their parts.
         if torch.is_inference_mode_enabled() and func is not torch.ops.prim.device.default and func._can_decompose():
             with self:
                 out = func.decompose(*args, **(kwargs or {}))
@@ -206,7 +208,7 @@ class Names(TorchFunctionMode):
             if on_gpu(args[0]):
                 raise RuntimeError(f"cannot pin '{args[0].type()}' only dense CPU tensors can be pinned")
             return args[0].clone()
-        elif func is torch.Tensor.tolist:
+        elif func is torch.Tensor.tolist:  # refused for subclasses
             args = (args[0].cpu(),)
         elif func == torch.Tensor.data.__set__ and on_gpu(args[1]) and not isinstance(args[0], GPUTensor):  # type: ignore[attr-defined]
             made = to_gpu(memory_of(args[1]))
@@ -269,6 +271,13 @@ def install() -> None:
     # A tensor subclass of torch's own, which does not go with the modes below; the mask it stands for does.
     torch.nn.attention.bias.causal_lower_right = causal_mask  # type: ignore[assignment]
     torch.compile = lambda function=None, **options: function or (lambda function: function)  # type: ignore[assignment]
+    run_backward = torch.autograd._engine_run_backward
+
+    def backward_with_names(*args: Any, **kwargs: Any) -> Any:
+        with Names():  # a mode is off while it answers a call, here `backward`, which may compute a layer's forward once more
+            return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = backward_with_names  # type: ignore[attr-defined]
     bootstrap: Callable[[threading.Thread], None] = threading.Thread._bootstrap_inner  # type: ignore[attr-defined]
 
     def with_gpu(thread: threading.Thread) -> None:

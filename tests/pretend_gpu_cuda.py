@@ -84,11 +84,9 @@ def _cuda_names() -> dict[str, Any]:
     def nothing(*args: Any, **kwargs: Any) -> None:
         pass
 
-    properties = SimpleNamespace(
-        name="Pretend GPU", major=9, minor=0, total_memory=80 * GIB, multi_processor_count=132, warp_size=32, L2_cache_size=2**25
-    )
+    properties = SimpleNamespace(name="Pretend GPU", major=9, minor=0, total_memory=80 * GIB)
     stream = Stream()
-    names = ("init", "_lazy_init", "_lazy_call", "set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect")
+    names = ("init", "_lazy_init", "set_device", "set_stream", "synchronize", "empty_cache", "ipc_collect")
     return {
         **dict.fromkeys((*names, "reset_peak_memory_stats", "nvtx.range_push", "nvtx.range_pop"), nothing),
         "_lazy_call": lambda call, **kwargs: call(),
@@ -99,11 +97,8 @@ def _cuda_names() -> dict[str, Any]:
         "get_device_properties": lambda *args: properties,
         "get_device_name": lambda *args: properties.name,
         "get_device_capability": lambda *args: (9, 0),
-        "is_bf16_supported": lambda *args, **kwargs: True,
-        "mem_get_info": lambda *args: (70 * GIB, 80 * GIB),
         **dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *args: GIB),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda *args: 2 * GIB),
-        "memory_stats": lambda *args: {},
         "nccl.version": lambda: (2, 28, 9),
         "default_generators": (generator,),
         "manual_seed": generator.manual_seed,
@@ -145,8 +140,8 @@ static auto hooks = new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUD
 def _build_guard() -> None:
     root = Path(torch.__file__).parent
     built = Path(tempfile.gettempdir()) / f"pretend_gpu_{os.getuid()}_{torch.__version__}_{zlib.crc32(GUARD.encode()):x}.so"
-    if not built.exists():
-        made = built.with_name(f"{built.name}.{os.getpid()}")
+    if not built.exists() or built.stat().st_uid != os.getuid():  # compiled once, then shared by all processes of this user
+        made = built.with_name(f"{built.name}.{os.getpid()}")  # renamed when it is whole: others may look for it meanwhile
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(made), f"-I{root / 'include'}"]
         subprocess.run([*command, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"], input=GUARD, text=True, check=True)
         made.replace(built)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
     pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend GPU needs a C++ compiler"),
+    pytest.mark.skipif(importlib.util.find_spec("torch.nn.attention.varlen") is None, reason="the pretend GPU needs torch 2.10"),
 ]
 
 ROOT = Path(__file__).parents[2]
