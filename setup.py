@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRED = [
-    "torch>=2.6,<3",  # 2.6 is what megatron-core asks for
+    "torch>=2.6,<2.14",  # 2.6 is what megatron-core asks for; it and device.py use names of torch that later versions may change
     "megatron-core>=0.16.1,<0.17",  # device.py and the layer specs answer to names of this minor version
     "transformers>=5,<6",  # version 5 names of its config: rope_parameters, dtype
     "tokenizers>=0.22.2",  # before, it and transformers 5 ask for different huggingface-hubs
