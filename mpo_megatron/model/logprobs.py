@@ -160,7 +160,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
             )
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, hidden[part])
+                add_product(grad_weight, grad_logits.T, hidden[part])
         return grad_hidden, _handed_on(grad_weight, weight, ctx.shape.gradient), None, None, None, None
 
 
@@ -288,7 +288,7 @@ def _chunks(length: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, length)) for start in range(0, length, chunk)]
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, `total` in float32 or better; inside the GEMM where it can, since `total` is large."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
