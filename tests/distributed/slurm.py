@@ -1,4 +1,8 @@
-"""A Slurm of one's own: munged, slurmctld and one slurmd on this machine, in a folder, on free ports."""
+"""A Slurm of one's own: munged, slurmctld and one slurmd on this machine, in a folder, on free ports.
+
+A job that is queued again waits for `cred_expire` seconds (Slurm's default: two minutes), because the node refuses the
+credentials that it revoked.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CryptoType=crypto/munge
 SlurmctldPort={controller}
 SlurmdPort={daemon}
