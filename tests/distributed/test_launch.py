@@ -130,5 +130,6 @@ def wait_for(done: Any, logs: Path, pause: float = 0.5) -> None:
     deadline = time.monotonic() + 240
     while not done():
         if time.monotonic() > deadline:
-            raise AssertionError("\n".join(f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.rglob("*.log"))))
+            ends = (f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.rglob("*.log")))
+            raise AssertionError("\n".join(ends))
         time.sleep(pause)
