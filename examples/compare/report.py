@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import math
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+
+from benchmarks.timing import describe_machine
 
 if TYPE_CHECKING:
     from examples.compare.run import Method
@@ -34,8 +34,7 @@ def build_comparison(
     comes from the number of held-out groups; it does not shrink with more seeds.
     """
     return {
-        "date": datetime.date.today().isoformat(),
-        "cpu_cores": os.cpu_count(),
+        "machine": {**describe_machine(), "clock": "wall"},
         "steps": steps,
         "seeds": sorted(next(iter(results.values()))),
         "caveat": CAVEAT,

@@ -8,7 +8,7 @@ A small random Qwen3 model takes one supervised step (`sft`) on mediocre answers
 there each method runs `mpo iterate`: three rounds of sampling 8 responses to each prompt, scoring them with reward.py, and
 training on them. All methods start from the same policy and sample the same number of responses to the same prompts; learning
 rate and β are each method's own, the best of one grid. Repeating the command skips what is done and goes on with what is not.
-Results: on_policy.json, on_policy.png.
+Results: on_policy.json, on_policy.png; of --tune: on_policy_tuning.json.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ from typing import Any
 
 import yaml
 
+from benchmarks.timing import describe_machine
 from examples.on_policy.plot import plot_rounds
 from examples.quickstart.model import write_model
 from examples.quickstart.run import TASK_SIZES, mpo
 from examples.quickstart.task import COUNTS, OCCASIONS, PEOPLE, TEMPLATES, WORDS, build_groups, write_groups
+from mpo_megatron.data.atomic import replace_file
 
 CONFIG = Path(__file__).with_name("iterate.yaml")
 METHODS = Path(__file__).with_name("methods.yaml")
@@ -52,7 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("on-policy-out"), help="folder for everything")
-    parser.add_argument("--methods", nargs="+", default=list(load_methods()), choices=list(load_methods()), metavar="NAME")
+    names = list(load_methods())
+    parser.add_argument("--methods", nargs="+", default=["mpo", "dpo"], choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts' split, sampling and data order (0)")
     parser.add_argument("--prompts", type=int, default=1900, help="prompts, the held-out ones among them (1900)")
     parser.add_argument("--responses", type=int, help="responses sampled to each prompt (iterate.yaml's)")
@@ -72,16 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, started = parse_arguments(arguments), time.monotonic()
     start, methods = build_start(options.output / "start", options.prompts), load_methods()
     config = load_rounds(options.responses, options.epochs)
+    chosen = {name: methods[name] for name in options.methods}
+    about = {"machine": describe_machine(), "settings": {"prompts": options.prompts, "iterate": config}}
     if options.tune:
-        tune(options.output / "tuning", start, config, {name: methods[name] for name in options.methods})
+        rewards = tune(options.output / "tuning", start, config, chosen)
+        write(options.output / "on_policy_tuning.json", {**about, "seed": TUNING_SEED, "methods": rewards})
         return 0
-    results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in options.methods}
+    results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in chosen}
     # Seeds outside: an interrupted comparison has every method for the first seeds.
-    for seed, name in itertools.product(options.seeds, options.methods):
+    for seed, name in itertools.product(options.seeds, chosen):
         output = options.output / "runs" / name / f"seed_{seed}"
-        results[name][seed] = run_rounds(output, start, config, methods[name], seed=seed)
-    summary = summarize({name: methods[name]["label"] for name in options.methods}, results)
-    (options.output / "on_policy.json").write_text(json.dumps(summary, indent=2) + "\n")
+        results[name][seed] = run_rounds(output, start, config, chosen[name], seed=seed)
+    summary = {**about, **summarize(chosen, results)}
+    write(options.output / "on_policy.json", summary)
     plot_rounds(summary, options.output / "on_policy.png")
     print_summary(summary)
     print(f"{options.output / 'on_policy.json'}, {options.output / 'on_policy.png'}; {time.monotonic() - started:.0f} s")
@@ -174,33 +180,56 @@ def run_rounds(output: Path, start: Path, shared: dict[str, Any], method: dict[s
     return reports
 
 
-def tune(output: Path, start: Path, shared: dict[str, Any], methods: dict[str, dict[str, Any]]) -> None:
-    """The held-out reward after each round, for each method at each learning rate and β."""
+def tune(
+    output: Path, start: Path, shared: dict[str, Any], methods: dict[str, dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The held-out reward at the start and after each round, for each method at each learning rate and β."""
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
     for (name, method), (lr, beta) in itertools.product(methods.items(), TUNING_GRID):
         settings = {**method, "lr": lr, "beta": beta}
         reports = run_rounds(output / name / f"lr_{lr:g}_beta_{beta:g}", start, shared, settings, seed=TUNING_SEED)
-        rewards = [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
-        print(f"{name}, lr {lr:g}, β {beta:g}: " + " → ".join(f"{reward:.3f}" for reward in rewards), flush=True)
+        results[name].append({"lr": lr, "beta": beta, "reward": list_rewards(reports)})
+        print(f"{name}, lr {lr:g}, β {beta:g}: " + " → ".join(f"{reward:.3f}" for reward in list_rewards(reports)), flush=True)
+    return results
 
 
-def summarize(labels: dict[str, str], results: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
-    """Held-out reward after each round by method and seed, with mean and standard error over seeds."""
-    methods = {}
+def list_rewards(reports: list[dict[str, Any]]) -> list[float]:
+    """The held-out reward at the start and after each round."""
+    return [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
+
+
+def summarize(methods: dict[str, dict[str, Any]], results: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """Held-out reward after each round by method and seed, with mean and standard error over seeds.
+
+    `lead`: how far the first method is ahead of this one, seed by seed, with its standard error.
+    """
+    first, summaries = next(iter(results.values())), {}
     for name, runs in results.items():
-        curves = {
-            str(seed): [reports[0]["before"]["reward"], *(report["after"]["reward"] for report in reports)]
-            for seed, reports in runs.items()
-        }
+        curves = {str(seed): list_rewards(reports) for seed, reports in runs.items()}
         points = list(zip(*curves.values(), strict=True))
-        methods[name] = {
-            "label": labels[name],
+        leads = [[a - b for a, b in zip(list_rewards(first[seed]), list_rewards(runs[seed]), strict=True)] for seed in runs]
+        lead = list(zip(*leads, strict=True))
+        summaries[name] = {
+            **methods[name],
             "reward_by_seed": curves,
             "reward": [statistics.fmean(point) for point in points],
-            "error": [statistics.stdev(point) / len(point) ** 0.5 if len(point) > 1 else 0.0 for point in points],
+            "error": [standard_error(point) for point in points],
+            "lead": [statistics.fmean(point) for point in lead],
+            "lead_error": [standard_error(point) for point in lead],
             "win_rate": [statistics.fmean(r[n]["win_rate"]["value"] for r in runs.values()) for n in range(len(points) - 1)],
             "tokens": [statistics.fmean(r[n]["after"]["tokens"] for r in runs.values()) for n in range(len(points) - 1)],
         }
-    return {"seeds": sorted(next(iter(results.values()))), "methods": methods}
+    return {"seeds": sorted(first), "methods": summaries}
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean; 0 for a single value."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is complete or not there."""
+    replace_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def print_summary(summary: dict[str, Any]) -> None:

@@ -235,11 +235,16 @@ def test_summary_and_picture_of_the_example(tmp_path: Path) -> None:
             for old, new in itertools.pairwise(rewards)
         ]
 
-    summary = summarize({"mpo": "MPO"}, {"mpo": {0: runs(0.2, 0.3, 0.5), 1: runs(0.2, 0.4, 0.6)}})
-    method = summary["methods"]["mpo"]
+    methods = {"mpo": {"label": "MPO"}, "dpo": {"label": "DPO"}}
+    results = {"mpo": {0: runs(0.2, 0.3, 0.5), 1: runs(0.2, 0.4, 0.6)}, "dpo": {0: runs(0.2, 0.3, 0.4), 1: runs(0.2, 0.2, 0.3)}}
+    summary = summarize(methods, results)
+    method, other = summary["methods"].values()
     assert summary["seeds"] == [0, 1]
     assert method["reward"] == pytest.approx([0.2, 0.35, 0.55])
     assert method["error"] == pytest.approx([0.0, 0.05, 0.05])  # standard deviation of two values 0.1 apart, over √2
     assert method["win_rate"] == pytest.approx([0.65, 0.7])
+    assert (method["lead"], method["lead_error"]) == ([0, 0, 0], [0, 0, 0])
+    assert other["lead"] == pytest.approx([0, 0.1, 0.2])  # of two seeds: 0 and 0.2, then 0.1 and 0.3
+    assert other["lead_error"] == pytest.approx([0, 0.1, 0.1])
     plot_rounds(summary, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
