@@ -20,6 +20,16 @@ class Group:
     responses: dict[int, Response] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
 
+    @classmethod
+    def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> Group:
+        """A group with what an earlier run's failure holds; what is missing starts with its first attempt."""
+        group = cls(record=record, token_ids=token_ids)
+        for line in failure["responses"] if failure is not None else ():
+            values = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
+            group.responses[line["index"]] = Response(**values)
+            group.attempts[line["index"]] = line.get("attempt", 0)
+        return group
+
     def missing(self, sampling: Sampling) -> list[int]:
         """Indices of the responses that are not there."""
         return [index for index in range(sampling.num_responses) if index not in self.responses]
@@ -74,13 +84,7 @@ class Group:
 
     def as_line(self, index: int) -> Record:
         """One response of the group line; `attempt` tells how often it was drawn again."""
-        response, attempt = self.responses[index], self.attempts.get(index, 0)
-        line = {
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "num_tokens": response.num_tokens,
-            "seed": response.seed,
-        }
+        line, attempt = self.responses[index].as_line(), self.attempts.get(index, 0)
         return line | {"attempt": attempt} if attempt else line
 
     def as_failure(self, error: str) -> Record:
@@ -88,35 +92,27 @@ class Group:
         arrived = [self.as_line(index) | {"index": index} for index in sorted(self.responses)]
         return {"group_id": self.record["group_id"], "error": error, "responses": arrived}
 
-    def restore(self, failure: Record) -> None:
-        """Take over what an earlier run's failure holds; what is missing starts with its first attempt."""
-        for line in failure["responses"]:
-            values = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
-            self.responses[line["index"]] = Response(**values)
-            self.attempts[line["index"]] = line.get("attempt", 0)
 
-
-def answer(
-    engine: Engine, window: Sequence[Group], sampling: Sampling, config: GenerateConfig
-) -> Iterator[Record | tuple[Group, str]]:
-    """Finished lines of some groups, or the group with why it has none; what is to be drawn again is, after the others."""
-    waiting = {group.record["group_id"]: group for group in window}
+def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: GenerateConfig) -> Iterator[Record]:
+    """Finished lines of some groups, of failed ones the line with `error`; what is to be drawn again is, after the others."""
+    waiting = list(window)
     while waiting:
-        again: dict[str, Group] = {}
-        complete = [group_id for group_id, group in waiting.items() if not group.missing(sampling)]  # restored
-        for group_id in complete:
-            group = waiting.pop(group_id)
-            if group.drop_to_redraw(config):
-                again[group_id] = group
-            else:
-                yield group.as_record(config)
-        for generation in engine.generate([group.prompt(sampling) for group in waiting.values()], sampling):
-            group = waiting[generation.group_id]
-            group.receive(generation, sampling)
-            if generation.error is not None:
-                yield group, generation.error
+        again = []
+        for group, error in _draw(engine, waiting, sampling):
+            if error is not None:
+                yield group.as_failure(error)
             elif group.drop_to_redraw(config):
-                again[generation.group_id] = group
+                again.append(group)
             else:
                 yield group.as_record(config)
         waiting = again
+
+
+def _draw(engine: Engine, groups: Sequence[Group], sampling: Sampling) -> Iterator[tuple[Group, str | None]]:
+    """Each group once the engine has drawn what it lacked, and why something still is missing; whole ones first."""
+    lacking = {group.record["group_id"]: group for group in groups if group.missing(sampling)}
+    yield from ((group, None) for group in groups if group.record["group_id"] not in lacking)
+    for generation in engine.generate([group.prompt(sampling) for group in lacking.values()], sampling):
+        group = lacking[generation.group_id]
+        group.receive(generation, sampling)
+        yield group, generation.error

@@ -15,7 +15,7 @@ import hashlib
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     Record,
     check_started,
+    encode_line,
     join_lines,
     read_ids,
     read_lines,
@@ -82,8 +83,10 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     if not (output / shard.name(GENERATE_FILE)).is_file():
         with hold(output / f".{samples.name}.lock", samples):
             _generate_shard(config, checkpoint, tokenizer, prompts, sampling, shard)
-            _finish(output, shard, prompts, identity, config)
-    if not join_shards(output, shard, GENERATE_FILE, lambda: _join(shard, output, prompts, identity, config), console):
+            _join([samples], shard, prompts, identity, config)
+    parts = [output / name for name in shard.all_names(SAMPLES_FILE)]
+    whole = replace(config, shard=None)
+    if not join_shards(output, shard, GENERATE_FILE, lambda: _join(parts, Shard(0, 1), prompts, identity, whole), console):
         return samples
     _print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
     return output / SAMPLES_FILE
@@ -169,12 +172,14 @@ def _generate_shard(
     output = Path(config.output)
     samples, failures = (output / shard.name(name) for name in (SAMPLES_FILE, FAILURES_FILE))
     mine = prompts.records[shard.part :: shard.total]
+    failed: list[Record] = []
     with LineWriter(samples) as lines:
         done = read_ids(samples)
         pending = [record for record in mine if record["group_id"] not in done]
         before = {line["group_id"]: line for line in read_lines(failures)} if failures.is_file() else {}
-        groups = (Group(record=record, token_ids=prompts.token_ids[record["group_id"]]) for record in pending)
-        failed: dict[str, Record] = {}
+        groups = (
+            Group.begin(record, prompts.token_ids[record["group_id"]], before.get(record["group_id"])) for record in pending
+        )
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
             with (
@@ -183,31 +188,24 @@ def _generate_shard(
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
                 while window := list(itertools.islice(groups, _WINDOW)):
-                    for group in window:
-                        if group.record["group_id"] in before:
-                            group.restore(before[group.record["group_id"]])
-                    for finished in answer(engine, window, sampling, config):
-                        if isinstance(finished, tuple):
-                            group, error = finished
-                            failed[group.record["group_id"]] = group.as_failure(error)
-                            failure_lines.write(failed[group.record["group_id"]])
-                            continue
-                        lines.write(finished)
-                        advance(1, sum(response["num_tokens"] for response in finished["responses"]))
+                    for line in answer(engine, window, sampling, config):
+                        if "error" in line:
+                            failure_lines.write(line)
+                            failed.append(line)
+                        else:
+                            lines.write(line)
+                            advance(1, sum(response["num_tokens"] for response in line["responses"]))
     _settle_failures(failures, failed, len(mine), config.max_failed)
 
 
-def _settle_failures(path: Path, failed: Mapping[str, Record], total: int, max_failed: float) -> None:
+def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_failed: float) -> None:
     """Leave exactly this run's failures in their file; raise `DataError` if they are too many."""
     if not failed:
         path.unlink(missing_ok=True)
         return
-    replace_file(path, [])
-    with LineWriter(path) as lines:
-        for line in failed.values():
-            lines.write(line)
+    replace_file(path, map(encode_line, failed))
     if len(failed) > max_failed * total:
-        reasons = Counter(line["error"] for line in failed.values())
+        reasons = Counter(line["error"] for line in failed)
         worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         raise DataError(
             f"{len(failed)} of {total} prompts failed: {worst}. They stand in {path}, the others are kept: run the same command "
@@ -234,19 +232,12 @@ def _load_engine(config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer)
 # --------------------------------------------------------------------------------------------------- completion
 
 
-def _finish(output: Path, shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
-    """Put the lines into the prompts' order, then say that they are complete."""
+def _join(sources: Sequence[Path], shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
+    """Put lines into the order of the shard's prompts, in its file; then say that they are complete."""
+    output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
-    join_lines([samples], samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
+    join_lines(sources, samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
     write_summary(output / shard.name(GENERATE_FILE), _summarize(samples, prompts, identity, config))
-
-
-def _join(shard: Shard, output: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
-    """Put the lines of all shards into one file, in the prompts' order."""
-    target = output / SAMPLES_FILE
-    sources = [output / name for name in shard.all_names(SAMPLES_FILE)]
-    join_lines(sources, target, [record["group_id"] for record in prompts.records])
-    write_summary(output / GENERATE_FILE, _summarize(target, prompts, identity, replace(config, shard=None)))
 
 
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:

@@ -196,9 +196,10 @@ def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str)
         ConfigError: the folder holds lines that follow from something else.
     """
     path = folder / name
+    has_lines = any(folder.glob(lines))  # before the note is looked for: another shard may just be writing both, the note first
     if not path.is_file():
         require(
-            not folder.exists() or not any(folder.glob(lines)),
+            not has_lines,
             f"output = {folder}; it holds {lines} and does not say of what ({name} is missing); choose another folder.",
         )
         write_summary(path, identity)

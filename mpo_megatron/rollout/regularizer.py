@@ -8,7 +8,6 @@ continues with the same samples; only a batch that is due at the very step of th
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
 from mpo_megatron.data.loader import Ints, step_indices
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.live import LivePolicy
-from mpo_megatron.rollout.records import Record, read_lines
+from mpo_megatron.rollout.records import Record, encode_line, read_lines
 from mpo_megatron.rollout.sample_kl import add_kl_gradients
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.run import Run, load_reference_model
@@ -87,7 +86,7 @@ class SampleRegularizer:
                 print(f"{path}: missing; step {step + 1} goes on with samples of the policy as it is now.", flush=True)
             found = self.draw(due)
             if self.run.ranks.is_main:
-                replace_file(path, [json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in found])
+                replace_file(path, map(encode_line, found))
         return [self.tokenized(record) for record in found]
 
     def draw(self, due: int) -> list[Record]:
@@ -126,16 +125,7 @@ class SampleRegularizer:
 
 def as_record(index: int, data: PreparedGroups, generation: Generation, limit: int) -> Record:
     """A group line of at most `limit` samples; with the group's place in the data, and token ids."""
-    responses = [
-        {
-            "text": response.text,
-            "finish_reason": response.finish_reason,
-            "num_tokens": response.num_tokens,
-            "seed": response.seed,
-            "tokens": list(response.token_ids),
-        }
-        for response in generation.responses[:limit]
-    ]
+    responses = [response.as_line() | {"tokens": list(response.token_ids)} for response in generation.responses[:limit]]
     group = data[index]
     return {"group_id": group.group_id, "index": index, "prompt": group.prompt_text, "responses": responses}
 

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,14 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
     Raises:
         DataError: scores are missing and that is an error; all other groups are written first.
     """
-    num_groups = sum(1 for _ in _read_shard(source, shard))
     lacking: Counter[str] = Counter()
     first = ""
-    with LineWriter(scored) as lines, show_progress("scoring", num_groups, "groups", "responses") as advance:
-        done = read_ids(scored)
-        advance(len(done), 0)
-        pending = (record for record in _read_shard(source, shard) if record["group_id"] not in done)
+    with contextlib.ExitStack() as stack:
+        lines, done = stack.enter_context(LineWriter(scored)), read_ids(scored)
+        num_groups = sum(group_id not in done for group_id in _read_order(source)[shard.part :: shard.total])
+        advance = stack.enter_context(show_progress("scoring", num_groups, "groups", "responses"))
+        records = itertools.islice(read_lines(source), shard.part, None, shard.total)
+        pending = (record for record in records if record["group_id"] not in done)
         while chunk := list(itertools.islice(pending, config.chunk_groups)):
             for record, missing in zip(chunk, _score_chunk(chunk, scorers), strict=True):
                 if missing and config.missing == "error":
@@ -141,8 +142,17 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
         )
 
 
-def _read_shard(source: Path, shard: Shard) -> Iterator[Record]:
-    return itertools.islice(read_lines(source), shard.part, None, shard.total)
+def _read_order(source: Path) -> list[str]:
+    """Ids of the input's groups, in its order.
+
+    Raises:
+        DataError: two groups have one id.
+    """
+    order = [record["group_id"] for record in read_lines(source)]
+    twice = [group_id for group_id, count in Counter(order).items() if count > 1]
+    if twice:
+        raise DataError(f"{source}: group {twice[0]} comes twice; give each group an id of its own.")
+    return order
 
 
 def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
@@ -210,7 +220,7 @@ def standardize(values: Sequence[float]) -> list[float]:
 def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identity: Mapping[str, Any]) -> None:
     """Put the lines into the input's order, without groups that lost all their responses; then say that they are complete."""
     sources = [output / name for name in shard.all_names(SCORED_FILE)]
-    order = [record["group_id"] for record in read_lines(source)]
+    order = _read_order(source)
     summary = _summarize(sources, identity, replace(config, shard=None)) | {"groups_read": len(order)}
     gone = {record["group_id"] for path in sources for record in read_lines(path) if not record["responses"]}
     join_lines(sources, output / SCORED_FILE, [group_id for group_id in order if group_id not in gone])

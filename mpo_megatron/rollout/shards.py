@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from mpo_megatron.config import parse_shard
+from mpo_megatron.config import parse_shard, require
 from mpo_megatron.data.lock import hold
 
 
@@ -31,14 +31,22 @@ class Shard(NamedTuple):
 
 
 def choose_shard(text: str | None) -> Shard:
-    """The shard that the configuration names, or else this task's of a Slurm array."""
+    """The shard that the configuration names, or else this task's of a Slurm array.
+
+    Raises:
+        ConfigError: the array's tasks are not evenly spaced, as in `--array=1,3,7`: which part a task is, nothing says.
+    """
     if text is not None:
         return Shard(*parse_shard(text))
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is None:
         return Shard(0, 1)
     first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
-    return Shard((int(task) - first) // step, int(os.environ["SLURM_ARRAY_TASK_COUNT"]))
+    (part, rest), total = divmod(int(task) - first, step), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
+    require(
+        rest == 0 and part < total, f"task {task} of this Slurm array of {total} has no place in it; name the part: --shard i/n."
+    )
+    return Shard(part, total)
 
 
 def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], None], console: Console) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mpo_megatron.data.group import Message
 
@@ -73,6 +73,10 @@ class Response:
     seed: int
     token_ids: tuple[int, ...] = ()
     """[R] the tokens generated, the end token included; empty if the engine does not tell."""
+
+    def as_line(self) -> dict[str, Any]:
+        """What a group line holds of it."""
+        return {"text": self.text, "finish_reason": self.finish_reason, "num_tokens": self.num_tokens, "seed": self.seed}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,6 +191,21 @@ def test_failures_are_kept_and_tried_again(config: GenerateConfig, monkeypatch: 
     assert not (output / "failures.jsonl").exists()
 
 
+def test_a_kill_leaves_what_arrived_of_failed_groups(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At no time is failures.jsonl without the responses that were paid for."""
+    use(monkeypatch, lambda group_id, index, attempt: None if (group_id, index) == ("p2", 1) else f"answer {index}")
+    original, seen = os.replace, []
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "failures.jsonl":
+            seen.append([len(line["responses"]) for line in read_lines(source)])
+        original(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    run(dataclasses.replace(config, max_failed=0.05))
+    assert seen == [[1]]
+
+
 def test_some_failures_may_be_allowed(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, lambda group_id, index, attempt: None if group_id == "p2" else "text")
     assert len(list(read_lines(run(dataclasses.replace(config, max_failed=0.05))))) == 19

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.rollout.records import (
     LineWriter,
     check_started,
@@ -17,6 +19,7 @@ from mpo_megatron.rollout.records import (
     read_lines,
     write_summary,
 )
+from mpo_megatron.rollout.shards import choose_shard
 
 
 @pytest.mark.parametrize("rest", [b"", b'{"group_id": "c"', b"x" * 200_000])
@@ -72,3 +75,41 @@ def test_lines_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").touch()
     with pytest.raises(ConfigError, match="does not say of what"):
         check_started(tmp_path, "started.json", {"a": 1}, "samples*.jsonl")
+
+
+def test_shards_that_start_at_once_do_not_refuse_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another shard notes what it does and writes its first line while this one looks whether there is a note."""
+    look = Path.glob
+
+    def glob(folder: Path, pattern: str) -> Iterator[Path]:
+        monkeypatch.undo()
+        check_started(folder, "started.json", {"a": 1}, pattern)
+        LineWriter(folder / "samples-00001-of-00002.jsonl").close()
+        return look(folder, pattern)
+
+    monkeypatch.setattr(Path, "glob", glob)
+    check_started(tmp_path, "started.json", {"a": 1}, "samples*.jsonl")
+    with pytest.raises(ConfigError, match="made with another a"):
+        check_started(tmp_path, "started.json", {"a": 2}, "samples*.jsonl")
+
+
+def test_two_may_replace_a_file_at_once(tmp_path: Path) -> None:
+    """Shards in containers of two machines may well have one process id."""
+
+    def chunks() -> Iterator[bytes]:
+        yield b"first "
+        replace_file(tmp_path / "file", [b"second"])
+        yield b"whole"
+
+    replace_file(tmp_path / "file", chunks())
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_bytes() == b"first whole"
+
+
+def test_tasks_of_an_array_with_gaps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`sbatch --array=1,3,7`: which of three parts task 7 is, no variable says."""
+    for name, value in {"ID": "7", "MIN": "1", "STEP": "1", "COUNT": "3"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(ConfigError, match=r"Slurm array .*--shard"):
+        choose_shard(None)
+    assert choose_shard("2/3") == (2, 3)

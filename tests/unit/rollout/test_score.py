@@ -74,7 +74,9 @@ def test_standardised_within_the_group(config: ScoreConfig) -> None:
     assert standardize([0.1 + 0.2, 0.30000000000000004]) == [0.0, 0.0]
 
 
-def test_an_interrupted_run_continues_to_the_same_file(config: ScoreConfig, tmp_path: Path) -> None:
+def test_an_interrupted_run_continues_to_the_same_file(
+    config: ScoreConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(dataclasses.replace(config, output=str(tmp_path / "whole")))
     (tmp_path / "log").unlink()
     (tmp_path / "stop").write_text("g6")
@@ -85,7 +87,9 @@ def test_an_interrupted_run_continues_to_the_same_file(config: ScoreConfig, tmp_
     partial.write_bytes(partial.read_bytes() + b'{"group_id": "g5", "resp')
     (tmp_path / "stop").unlink()
     (tmp_path / "log").unlink()
+    capsys.readouterr()
     run(config)
+    assert "scoring: 3 groups in" in capsys.readouterr().err  # the rate is that of the three, not of all seven
     assert {*(tmp_path / "log").read_text().split()} == {"g5", "g6", "g7"}
     assert partial.read_bytes() == (tmp_path / "whole" / "scored.jsonl").read_bytes()
 
@@ -136,6 +140,14 @@ def test_missing_scores_are_dropped_and_counted(config: ScoreConfig, tmp_path: P
     assert (summary["missing_scores"], summary["counts"]["groups_dropped"]) == ({"length": 3}, 1)
     by_group = run(dataclasses.replace(config, missing="drop_group", output=str(tmp_path / "other")))
     assert [record["group_id"] for record in by_group] == ["b"]
+
+
+def test_one_id_for_two_groups_is_refused(config: ScoreConfig) -> None:
+    """Lines are told apart by their ids: the second group would be lost, and the first one written twice."""
+    write_lines(Path(config.input), [group_line("a", "x"), group_line("b", "y"), group_line("a", "z")])
+    with pytest.raises(DataError, match=r"groups\.jsonl: group a comes twice; give each group an id of its own"):
+        run(dataclasses.replace(config, scorers={"length": config.scorers["length"]}))
+    assert not (Path(config.output) / "score.json").exists()
 
 
 def test_other_scorers_in_the_same_folder_are_refused(config: ScoreConfig) -> None:
