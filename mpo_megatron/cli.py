@@ -109,8 +109,8 @@ def launch(arguments: Sequence[str]) -> int:
 def iterate(arguments: Sequence[str]) -> int:
     """On-policy rounds: generate, score, select, prepare and train, again and again; resumes wherever it was ended."""
     config = parse(IterateConfig, arguments, "mpo iterate")
-    from mpo_megatron.rollout.iterate import StageError
     from mpo_megatron.rollout.iterate import iterate as run
+    from mpo_megatron.rollout.stages import StageError
 
     try:
         run(config)
@@ -145,7 +145,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     launcher, own = _read_launcher("evaluate", arguments)
     config = parse(EvaluateConfig, own, "mpo evaluate", launcher.epilog)
     from mpo_megatron.evaluate.evaluate import evaluate as run
-    from mpo_megatron.rollout.iterate import StageError
+    from mpo_megatron.rollout.stages import StageError
 
     try:
         run(config, launcher.nproc)
@@ -239,12 +239,11 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
     config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
     validate_folders(config)  # once more below; a wrong path need not wait for the imports
     from mpo_megatron.train.inputs import check_inputs
-
-    parallel = config.parallel
-    num_ranks = launcher.nproc or max(_num_gpus(), parallel.tensor * parallel.pipeline * parallel.context)
-    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    from mpo_megatron.train.launcher import count_ranks
     from mpo_megatron.train.launcher import launch as start
 
+    num_ranks = launcher.nproc or count_ranks(config.parallel)
+    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
     return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)
 
 
@@ -276,12 +275,6 @@ def _usage() -> str:
         + "\n".join(lines)
         + "\n\n`mpo <command> --help` lists its options."
     )
-
-
-def _num_gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 if __name__ == "__main__":

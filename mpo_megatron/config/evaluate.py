@@ -41,9 +41,9 @@ class EvaluateConfig:
     prompts: str | None = None
     """Prompts for models; as in `mpo generate`."""
     generate: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo generate` for models, without prompts, model and output."""
+    """Options of `mpo generate` for models, without prompts, model, output and shard."""
     score: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo score` for samples without rewards, without input and output."""
+    """Options of `mpo score` for samples without rewards, without input, output and shard."""
     alpaca_eval: str | None = None
     """AlpacaEval's question file; the candidate's answers become `alpaca_eval/model_outputs.json`."""
     arena_hard: str | None = None
@@ -62,7 +62,7 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         check_seed(self.seed)
         require(self.num_resamples >= 2, f"num_resamples = {self.num_resamples}; it must be at least 2.")
-        for section, reserved in (("generate", ("prompts", "model", "output")), ("score", ("input", "output"))):
+        for section, reserved in (("generate", ("prompts", "model", "output", "shard")), ("score", ("input", "output", "shard"))):
             for name in reserved:
                 require(name not in getattr(self, section), f"{section}.{name}: `mpo evaluate` sets it; leave it out.")
 

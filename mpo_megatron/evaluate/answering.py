@@ -18,7 +18,6 @@ from mpo_megatron.data.group import Message
 from mpo_megatron.evaluate.benchmarks import Answer, Benchmark, Question
 from mpo_megatron.evaluate.samples import is_model, prompt_key, read_texts
 from mpo_megatron.rollout.generate import generate
-from mpo_megatron.rollout.iterate import run_command
 from mpo_megatron.rollout.records import (
     GENERATE_FILE,
     SAMPLES_FILE,
@@ -28,6 +27,7 @@ from mpo_megatron.rollout.records import (
     encode_line,
     find_lines,
 )
+from mpo_megatron.rollout.stages import run_command
 
 
 def answer_questions(config: EvaluateConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[list[Answer]]:
@@ -79,6 +79,7 @@ def ask(
         "output": str(folder),
         "num_responses": 1,
         "temperature": temperature,
+        "shard": "0/1",  # whole, even in a task of a Slurm array
         "empty": "keep",  # an empty answer is an answer: the judge sees it
         "duplicates": "keep",
     }

@@ -12,21 +12,18 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import yaml
 from rich.console import Console
 
 from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
 from mpo_megatron.evaluate.plot import plot_evaluation
 from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_scored, read_samples, summarize_samples
-from mpo_megatron.rollout.iterate import StageError
 from mpo_megatron.rollout.records import write_summary
-from mpo_megatron.rollout.rounds import count_ranks
+from mpo_megatron.rollout.stages import run_ranks, save_config
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.launcher import launch
+from mpo_megatron.train.launcher import count_ranks
 
 EVALUATION_FILE, PICTURE_FILE, CONFIG_FILE = "evaluation.json", "evaluation.png", "evaluate.yaml"
 
@@ -49,7 +46,7 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
         training = held_out.as_training(config.held_out, output, groups_per_step=128)
         num_ranks = num_ranks or count_ranks(config.held_out.parallel)
         check_inputs(training, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
-    replace_file(output / CONFIG_FILE, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
+    save_config(output / CONFIG_FILE, config)
     results: dict[str, Any] = {"config": to_dict(config)}
     pictures: dict[str, Any] = {}
     if config.held_out is not None:
@@ -78,10 +75,7 @@ def run_held_out(config: HeldOutConfig, output: Path, num_ranks: int) -> list[he
     Raises:
         StageError: they ended with an error.
     """
-    arguments = ["--config", str(output / CONFIG_FILE)]
-    status = launch(held_out.__name__, arguments, num_ranks=num_ranks, max_restarts=0)
-    if status:
-        raise StageError("held_out", status)
+    run_ranks("held_out", held_out.__name__, output / CONFIG_FILE, num_ranks)
     return held_out.read_groups(output / held_out.GROUPS_FILE)
 
 

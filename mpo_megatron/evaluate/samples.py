@@ -25,7 +25,6 @@ from mpo_megatron.evaluate.statistics import (
 )
 from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.generate import generate
-from mpo_megatron.rollout.iterate import run_command
 from mpo_megatron.rollout.records import (
     SAMPLES_FILE,
     SCORE_FILE,
@@ -35,6 +34,7 @@ from mpo_megatron.rollout.records import (
     read_lines,
 )
 from mpo_megatron.rollout.score import score
+from mpo_megatron.rollout.stages import run_command
 
 
 @dataclass(kw_only=True)
@@ -63,19 +63,19 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
         ConfigError: what sampling or scoring needs is not configured.
         DataError: a stage's input is unusable; what is done stays.
     """
-    folder = Path(config.output) / role
+    folder, whole = Path(config.output) / role, {"shard": "0/1"}  # even in a task of a Slurm array
     if (Path(path) / SCORED_FILE).is_file():
         return find_lines(path, SCORED_FILE, SCORE_FILE)
     if Path(path).is_file() and has_rewards(Path(path)):
         return Path(path)
     if is_model(path):
         require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: give prompts for it to answer.")
-        options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")}
+        options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")} | whole
         sampling = from_dict(GenerateConfig, options, "generate")
         run_command("generate", generate, sampling)
         path = sampling.output
     require(bool(config.score), f"score = {{}}; the samples of {role} have no rewards yet: configure scorers (score.scorers).")
-    scoring = from_dict(ScoreConfig, {**config.score, "input": path, "output": str(folder / "scored")}, "score")
+    scoring = from_dict(ScoreConfig, {**config.score, "input": path, "output": str(folder / "scored")} | whole, "score")
     run_command("score", score, scoring)
     return find_lines(scoring.output, SCORED_FILE, SCORE_FILE)
 

@@ -9,26 +9,20 @@ the reference's log-probs on its way, kept in parts as `mpo reference` keeps the
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
-from mpo_megatron import device
 from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
     DataConfig,
-    GenerateConfig,
     IterateConfig,
     PrepareConfig,
-    ScoreConfig,
     SelectConfig,
     TrainConfig,
     require,
@@ -55,18 +49,11 @@ from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_r
 from mpo_megatron.rollout.rounds import Plan, Policy, Round, build_plan, start_training
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import select
+from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.launcher import launch
 
 STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
-
-
-class StageError(RuntimeError):
-    """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
-
-    def __init__(self, stage: str, status: int) -> None:
-        super().__init__(f"{stage} ended with exit status {status}; what is done stays: mend it and repeat the command.")
-        self.status = status
+KL_MODULE = "mpo_megatron.rollout.divergence"
 
 
 def iterate(config: IterateConfig, console: Console | None = None) -> None:
@@ -174,33 +161,13 @@ def measure_policy(policy: Policy, start: Path, console: Console) -> None:
     stage("score held-out", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, policy.score), console)
 
 
-def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:
-    """A stage that loads a model: here on a CPU; on a GPU in a process of its own, whose memory training gets back."""
-    if not device.has_gpu():
-        function(config)
-        return
-    path = save_config(Path(config.output).with_suffix(".yaml"), config)
-    status = subprocess.run([sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)], check=False).returncode
-    if status:
-        raise StageError(name, status)
-
-
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
     """Train, or go on training; the round's `train.json` says where the result is."""
     check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
-    path = save_config(folder / "train.yaml", config)
-    status = launch(config.entry_point, ["--config", str(path)], num_ranks=num_ranks, max_restarts=0)
-    if status:
-        raise StageError("train", status)
+    run_ranks("train", config.entry_point, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))
     assert trained is not None
     write_summary(folder / TRAIN_FILE, {"checkpoint": str(trained)})
-
-
-def save_config(path: Path, config: GenerateConfig | ScoreConfig | TrainConfig) -> Path:
-    """A stage's configuration as a file that its command takes."""
-    replace_file(path, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
-    return path
 
 
 def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console) -> dict[str, Any] | None:
@@ -217,7 +184,7 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
     try:
         stage("select held-out", folder / "selected" / SELECT_FILE, lambda: select(answers, quiet), console)
     except DataError as error:
-        console.print(f"[yellow]no KL: {error}[/yellow]")
+        console.print(f"no KL: {error}", style="yellow", markup=False)
         return None
     prepared = PrepareConfig(
         input=str(folder / "selected" / "groups.jsonl"),
@@ -234,16 +201,9 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
         model=replace(training.model, checkpoint=str(trained), reference=training.model.reference or training.model.checkpoint),
         data=DataConfig(train=str(folder / "groups"), row_tokens=training.data.row_tokens, groups_per_step=256),
     )
-    stage("KL", folder / KL_FILE, lambda: run_divergence(folder, config, num_ranks), console)
+    file = folder / "kl.yaml"
+    stage("KL", folder / KL_FILE, lambda: run_ranks("KL", KL_MODULE, save_config(file, config), num_ranks), console)
     return read_summary(folder / KL_FILE)
-
-
-def run_divergence(folder: Path, config: TrainConfig, num_ranks: int) -> None:
-    """Start the ranks that measure KL."""
-    path = save_config(folder / "kl.yaml", config)
-    status = launch("mpo_megatron.rollout.divergence", ["--config", str(path)], num_ranks=num_ranks, max_restarts=0)
-    if status:
-        raise StageError("KL", status)
 
 
 def write_round_report(plan: Plan, item: Round, kl: dict[str, Any] | None, console: Console) -> dict[str, Any]:

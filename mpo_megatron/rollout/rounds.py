@@ -19,13 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mpo_megatron.config import (
     ConfigError,
     GenerateConfig,
     IterateConfig,
-    ParallelConfig,
     PrepareConfig,
     ScoreConfig,
     SelectConfig,
@@ -43,6 +40,7 @@ from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.inputs import weights_digest
+from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.tracking import check_installed
 
@@ -167,11 +165,6 @@ def join_runs(config: IterateConfig, rounds: Sequence[Round], num_prompts: Seque
         )
         joined.append(replace(item, train=train))
     return joined
-
-
-def count_ranks(parallel: ParallelConfig) -> int:
-    """Ranks of training: one per GPU, or what the layout needs."""
-    return max(torch.cuda.device_count(), parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def build_round(config: IterateConfig, number: int) -> Round:

@@ -14,7 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import psutil
+import torch
 
+from mpo_megatron.config import ParallelConfig
 from mpo_megatron.train.__main__ import EXIT_FILE
 from mpo_megatron.train.signals import SIGNALS
 
@@ -26,6 +28,11 @@ PR_SET_PDEATHSIG = 1
 
 REPEAT_SECONDS = 5.0
 """A request to stop is sent again after this time, as ranks that are just starting may not hear it yet."""
+
+
+def count_ranks(parallel: ParallelConfig) -> int:
+    """Ranks to start on this machine where no number is given: one per GPU, or what the layout needs."""
+    return max(torch.cuda.device_count(), parallel.tensor * parallel.pipeline * parallel.context)
 
 
 def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:

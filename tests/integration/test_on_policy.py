@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import mpo_megatron.rollout.iterate as rounds
+import mpo_megatron.rollout.stages as processes
 from examples.on_policy.plot import plot_rounds
 from examples.on_policy.reward import reward
 from examples.on_policy.run import build_prompts, load_methods, summarize
@@ -76,7 +77,7 @@ def settings(inputs: Path, output: Path, *, measure_kl: bool) -> IterateConfig:
 def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "launch", launch_ranks)
+        patch.setattr(processes, "launch", launch_ranks)
         rounds.iterate(settings(inputs, output, measure_kl=True), QUIET)
     return output
 
@@ -103,7 +104,7 @@ def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not alive
         raise Killed("train")
 
-    monkeypatch.setattr(rounds, "launch", killed)
+    monkeypatch.setattr(processes, "launch", killed)
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -131,7 +132,7 @@ def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before: set[str] = set()
     for name, arm in KILLS.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(rounds, "launch", launch_ranks)
+            patch.setattr(processes, "launch", launch_ranks)
             arm(patch)
             with pytest.raises(Killed):
                 rounds.iterate(config, QUIET)

@@ -65,7 +65,11 @@ def test_files_of_scored_samples(tmp_path: Path) -> None:
     assert result["config"]["name"] == "ours"
 
 
-def test_models_are_sampled_scored_and_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_models_are_sampled_scored_and_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ID": "1", "COUNT": "4"}.items():  # one of four models in a Slurm array: all its prompts, not a quarter
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     sizes = {"num_hidden_layers": 2, "hidden_size": 32}
     models = {name: save_model(tmp_path / name, seed=seed, **sizes) for name, seed in (("ours", 1), ("theirs", 2))}
     prompts = write_lines(tmp_path / "prompts.jsonl", [{"group_id": f"p{i}", "prompt": f"Say {i}."} for i in range(4)])
@@ -137,6 +141,7 @@ def test_models_are_sampled_scored_and_asked(tmp_path: Path, capsys: pytest.Capt
         (["--candidate", "FILE", "--mt_bench", "FILE"], "question 1: not one of mt_bench"),
         (["--candidate", "FILE", "--mt_bench", "TURNS"], "question 7 has no answer"),
         (["--candidate", "FILE", "--generate", '{"model": "x"}'], "generate.model"),
+        (["--candidate", "FILE", "--score", '{"shard": "0/2"}'], "score.shard"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:

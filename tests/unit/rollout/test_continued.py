@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 import mpo_megatron.rollout.iterate as stages
+import mpo_megatron.rollout.stages as processes
 from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig, TrainConfig, parse
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.model import convert as converting
@@ -152,7 +153,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_segments_that_are_killed_in_every_stage_end_alike(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "launch", train_here)
+    monkeypatch.setattr(processes, "launch", train_here)
     quiet = Console(quiet=True)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -6,16 +6,18 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig
+from mpo_megatron.config import ConfigError, ConvertConfig, GenerateConfig, IterateConfig, load_yaml
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout import stages
 from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
@@ -99,6 +101,20 @@ def test_bad_prompts_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_too_few_prompts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds 5 different prompts; rounds = 3 and held_out = 4 need at least 7"):
         split_prompts(write_prompt_file(tmp_path / "p.jsonl", 5), rounds=3, held_out=4, seed=0)
+
+
+# --------------------------------------------------------------------------------------------------- stages
+
+
+def test_a_command_of_its_own_gets_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands behind the dot of a temperature is no suffix."""
+    monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: Mock(returncode=3))
+    for name in ("turn-1-temperature-0.1", "turn-1-temperature-0.7"):
+        config = GenerateConfig(prompts="p", model="m", output=str(tmp_path / name), num_responses=1)
+        with pytest.raises(stages.StageError, match="generate ended with exit status 3"):
+            stages.run_command("generate", print, config)
+        assert load_yaml(GenerateConfig, tmp_path / f"{name}.yaml") == config
 
 
 # --------------------------------------------------------------------------------------------------- the plan

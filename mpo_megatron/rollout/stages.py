@@ -1,0 +1,48 @@
+"""Stages of a longer command that run in processes of their own: a command with a model on the GPU, or ranks under torchrun."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mpo_megatron import device
+from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
+from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.train.launcher import launch
+
+
+class StageError(RuntimeError):
+    """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
+
+    def __init__(self, stage: str, status: int) -> None:
+        super().__init__(f"{stage} ended with exit status {status}; what is done stays: mend it and repeat the command.")
+        self.status = status
+
+
+def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:
+    """A command that loads a model: here on a CPU; on a GPU in a process of its own, whose memory training gets back."""
+    if not device.has_gpu():
+        function(config)
+        return
+    path = save_config(Path(f"{config.output}.yaml"), config)
+    status = subprocess.run([sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)], check=False).returncode
+    if status:
+        raise StageError(name, status)
+
+
+def run_ranks(name: str, module: str, config: Path, num_ranks: int) -> None:
+    """Ranks of a module, on this machine, that take the configuration in a file."""
+    status = launch(module, ["--config", str(config)], num_ranks=num_ranks, max_restarts=0)
+    if status:
+        raise StageError(name, status)
+
+
+def save_config(path: Path, config: object) -> Path:
+    """A stage's configuration as a file that its command takes."""
+    replace_file(path, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
+    return path
