@@ -64,10 +64,15 @@ def compute_log_ratios(batch: GroupBatch) -> Tensor:
 
 def compute_mean_token_logps(batch: GroupBatch) -> Tensor:
     """log π_θ(y | x) / |y| [G, K] in nats per token, 0 at padding."""
-    if batch.lengths is None:
-        raise ValueError("lengths = None; this loss divides by the number of scored tokens; pass lengths [G, K].")
     logps = compute_policy_logps(batch)
-    return logps / torch.where(batch.valid, batch.lengths, 1).to(logps.dtype)
+    return logps / count_tokens(batch, logps.dtype)
+
+
+def count_tokens(batch: GroupBatch, dtype: torch.dtype) -> Tensor:
+    """Scored tokens |y| of each response [G, K], 1 at padding: to divide by."""
+    if batch.lengths is None:
+        raise ValueError("lengths = None; this loss uses the number of scored tokens; pass lengths [G, K].")
+    return torch.where(batch.valid, batch.lengths, 1).to(dtype)
 
 
 def draw_uniform(batch: GroupBatch) -> Tensor:

@@ -155,22 +155,10 @@ def check_values(batch: GroupBatch) -> None:
     for name in ("policy_logps", "reference_logps", "rewards", "token_kl"):
         values = getattr(batch, name)
         if values is not None:
-            refuse_first(
-                name,
-                values,
-                batch.valid & ~torch.isfinite(values),
-                "it must be finite",
-                "drop it, or mark it invalid",
-            )
+            refuse_first(name, values, batch.valid & ~torch.isfinite(values), "it must be finite")
     if batch.lengths is None:
         return
-    refuse_first(
-        "lengths",
-        batch.lengths,
-        batch.valid & (batch.lengths < 1),
-        "a response has tokens",
-        "drop it, or mark it invalid",
-    )
+    refuse_first("lengths", batch.lengths, batch.valid & (batch.lengths < 1), "a response has tokens")
     for name in ("token_logps", "reference_token_logps"):
         values = getattr(batch, name)
         if values is not None:
@@ -178,17 +166,17 @@ def check_values(batch: GroupBatch) -> None:
                 raise ValueError(f"{name}.shape = {tuple(values.shape)}; lengths go beyond its last dimension; pass all tokens.")
             inside = torch.arange(values.shape[-1], device=values.device) < batch.lengths.unsqueeze(-1)
             bad = (inside & ~torch.isfinite(values)).any(dim=-1)
-            refuse_first(name, values, batch.valid & bad, "it must be finite", "drop it, or mark it invalid")
+            refuse_first(name, values, batch.valid & bad, "it must be finite")
 
 
-def refuse_first(name: str, values: Tensor, bad: Tensor, rule: str, fix: str) -> None:
+def refuse_first(name: str, values: Tensor, bad: Tensor, rule: str) -> None:
     """Raise `ValueError` naming the first entry where `bad` [G, K] is True, if any."""
     if not bool(bad.any()):
         return
     group, response = (int(index) for index in bad.nonzero()[0])
     entry = values[group, response]
     shown = f" = {entry.item():g}" if entry.dim() == 0 else ""
-    raise ValueError(f"{name}[group {group}, response {response}]{shown}; {rule}; {fix}.")
+    raise ValueError(f"{name}[group {group}, response {response}]{shown}; {rule}; drop it, or mark it invalid.")
 
 
 def check_contrast(name: str, batch: GroupBatch, needs: Needs, contributes: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
-from mpo_megatron.losses.hyperparameters import check_positive, check_types
+from mpo_megatron.losses.hyperparameters import Hyperparameters, Positive
 from mpo_megatron.losses.numerics import masked_logsumexp
 from mpo_megatron.losses.pairing import compute_better, compute_preferences, find_best
 from mpo_megatron.losses.partition import compute_rank, has_distinct_rewards
@@ -55,15 +55,11 @@ def compute_choice_terms(ordered: Tensor, filled: Tensor) -> tuple[Tensor, Tenso
 
 
 @dataclass(frozen=True, kw_only=True)
-class ListwiseParams:
+class ListwiseParams(Hyperparameters):
     """Hyper-parameters of `plackett_luce`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios (mpo's tables)."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "beta")
 
 
 RANKING_NEEDS = Needs(reference=True, preferences=True)
@@ -87,15 +83,11 @@ def compute_plackett_luce(batch: GroupBatch, params: ListwiseParams) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SdpoParams:
+class SdpoParams(Hyperparameters):
     """Hyper-parameters of `sdpo`."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Scale of the log-ratios."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "beta")
 
 
 def find_best_and_worse(batch: GroupBatch, params: Any) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, draw_uniform
-from mpo_megatron.losses.hyperparameters import check_positive, check_types, check_unused
+from mpo_megatron.losses.hyperparameters import Count, Hyperparameters, Positive, check_unused
 from mpo_megatron.losses.listwise import find_best_and_worse, find_worse_than_best
 from mpo_megatron.losses.pairing import find_best
 from mpo_megatron.losses.partition import compute_rank
@@ -21,40 +21,35 @@ from mpo_megatron.losses.setwise import contrast_sets
 
 
 @dataclass(frozen=True, kw_only=True)
-class McpoParams:
+class McpoParams(Hyperparameters):
     """Hyper-parameters of `mcpo`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios, in the loss and in the kernel (mc-po App. B.2)."""
-    num_negatives: int = 1
+    num_negatives: Count = 1
     """M: negatives per group, drawn without replacement; a group with fewer candidates uses all of them."""
     sampling: Literal["kernel", "random", "max", "min"] = "kernel"
     """Candidates drawn with probability ∝ e^{β s} under the current policy (Algorithm 1) | uniformly (RNCE);
     or those of highest | lowest weight, without sampling (mc-po §5)."""
-    chain_steps: int = 1
+    chain_steps: Count = 1
     """Steps of the kernel; each redraws from the group's candidates, so that more than one matters only with include_current."""
     include_current: bool = False
     """Keep the chain's state y_0 among the categories, as Algorithm 1 writes it: it may then be drawn as its own negative."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "beta", "num_negatives", "chain_steps")
+        super().__post_init__()
         if self.sampling != "kernel":
             check_unused(self, "sampling = kernel", "chain_steps", "include_current")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RnceParams:
+class RnceParams(Hyperparameters):
     """Hyper-parameters of `rnce`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios."""
-    num_negatives: int = 1
+    num_negatives: Count = 1
     """M: negatives per group, drawn uniformly without replacement."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "beta", "num_negatives")
 
 
 def draw_negatives(batch: GroupBatch, params: McpoParams, logits: Tensor) -> Tensor:

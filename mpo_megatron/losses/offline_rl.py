@@ -6,34 +6,28 @@ Shapes: G groups, K responses, T scored tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, mask_padding
-from mpo_megatron.losses.hyperparameters import check_non_negative, check_positive, check_types, require
+from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, Rule
 from mpo_megatron.losses.numerics import exp_with_linear_tail, masked_mean
 from mpo_megatron.losses.partition import compute_deviations, has_distinct_rewards
 from mpo_megatron.losses.registry import Needs, register
 
+BELOW_ONE = Rule("be below 1, or a ratio's lower bound is ≤ 0", lambda value: value < 1)
+
 
 @dataclass(frozen=True, kw_only=True)
-class GrpoParams:
+class GrpoParams(Hyperparameters):
     """Hyper-parameters of `grpo_offline`."""
 
-    epsilon: float = 0.2
+    epsilon: Annotated[Positive, BELOW_ONE] = 0.2
     """Clip range of the ratio: [1 − ε, 1 + ε]."""
-    beta: float = 0.04
+    beta: NonNegative = 0.04
     """Weight of the KL penalty (DeepSeekMath §4.2); 0 for none."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "epsilon")
-        check_non_negative(self, "beta")
-        require(
-            self.epsilon < 1,
-            f"epsilon = {self.epsilon}; it must be below 1, or a ratio's lower bound is ≤ 0; try 0.2.",
-        )
 
 
 def find_advantaged(batch: GroupBatch, params: GrpoParams) -> Tensor:

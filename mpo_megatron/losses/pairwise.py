@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
-from mpo_megatron.losses.hyperparameters import (
-    check_label_smoothing,
-    check_non_negative,
-    check_positive,
-    check_unused,
-)
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, count_tokens
+from mpo_megatron.losses.hyperparameters import BELOW_HALF, NonNegative, Positive, Smoothing
 from mpo_megatron.losses.numerics import logistic_loss
 from mpo_megatron.losses.pairing import (
     PairParams,
@@ -30,42 +25,20 @@ from mpo_megatron.losses.pairing import (
     reduce_pairs,
 )
 from mpo_megatron.losses.registry import Needs, register
-from mpo_megatron.losses.supervised import Normalization, compute_negative_log_likelihood
+from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
 
 
 @dataclass(frozen=True, kw_only=True)
-class DpoParams(PairParams):
-    """Hyper-parameters of `dpo`."""
+class DpoParams(SupervisedPairParams):
+    """Hyper-parameters of `dpo`. Label smoothing makes it conservative DPO."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
-    label_smoothing: float = 0.0
-    """Assumed share of flipped preferences, in [0, 0.5): conservative DPO."""
-    sft_weight: float = 0.0
-    """Weight of the winner's negative log-likelihood, added to the loss."""
-    sft_normalization: Normalization = "token"
-    """That likelihood per token (nats per token) or per sequence."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_label_smoothing(self)
-        check_non_negative(self, "sft_weight")
-        if self.sft_weight == 0:
-            check_unused(self, "sft_weight > 0", "sft_normalization")
-
-
-def add_supervised(batch: GroupBatch, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
-    """Pair losses [G, W, L] + weight · NLL of the winner."""
-    if weight == 0:
-        return pair_losses
-    return pair_losses + weight * compute_negative_log_likelihood(batch, normalization).unsqueeze(-1)
 
 
 def needs_dpo(params: DpoParams) -> Needs:
-    """Lengths only for a supervised term per token."""
-    lengths = params.sft_weight > 0 and params.sft_normalization == "token"
-    return replace(needs_reference_pairs(params), lengths=lengths)
+    """A reference policy; lengths only for a supervised term per token."""
+    return replace(needs_supervised(params), reference=True)
 
 
 @register("dpo", params=DpoParams, scored=find_paired, needs=needs_dpo, source="DPO (Rafailov et al. 2023), Eq. 7")
@@ -82,9 +55,9 @@ def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
 class RpoParams(DpoParams):
     """Hyper-parameters of `rpo`: DPO's, with the supervised term on."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios (mc-po App. B.2)."""
-    sft_weight: float = 0.1
+    sft_weight: NonNegative = 0.1
     """λ of the supervised term (mc-po App. B.2)."""
 
 
@@ -109,15 +82,11 @@ def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
 class IpoParams(PairParams):
     """Hyper-parameters of `ipo`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """τ of the paper: the target margin is 1 / (2β)."""
     reading: Literal["length_normalized", "summed"] = "length_normalized"
     """s per token, as in TRL and LLaMA-Factory (confirmed by the authors as the form of their results), or
     summed over the response, as the paper writes and NeMo-Aligner and OpenRLHF compute."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 def needs_ipo(params: IpoParams) -> Needs:
@@ -133,30 +102,18 @@ def compute_ipo(batch: GroupBatch, params: IpoParams) -> Tensor:
     """
     log_ratios = compute_log_ratios(batch)
     if params.reading == "length_normalized":
-        log_ratios = log_ratios / get_divisors(batch, log_ratios)
+        log_ratios = log_ratios / count_tokens(batch, log_ratios.dtype)
     return reduce_pairs(batch, params, (compute_margins(log_ratios) - 1.0 / (2.0 * params.beta)) ** 2)
-
-
-def get_divisors(batch: GroupBatch, like: Tensor) -> Tensor:
-    """Scored tokens per response [G, K] in the dtype of `like`, 1 at padding."""
-    if batch.lengths is None:
-        raise ValueError("lengths = None; this loss uses the number of scored tokens; pass lengths [G, K].")
-    return torch.where(batch.valid, batch.lengths, 1).to(like.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExoParams(PairParams):
     """Hyper-parameters of `exo`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
-    label_smoothing: float = 1e-3
+    label_smoothing: Annotated[Positive, BELOW_HALF] = 1e-3
     """ε: the target puts 1 − ε on the winner; must be positive, or the divergence is infinite."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta", "label_smoothing")
-        check_label_smoothing(self)
 
 
 @register(
@@ -181,18 +138,12 @@ def compute_exo(batch: GroupBatch, params: ExoParams) -> Tensor:
 class RdpoParams(PairParams):
     """Hyper-parameters of `rdpo`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
-    alpha: float = 0.01
+    alpha: NonNegative = 0.01
     """Weight of the length difference, per token."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing = 0.0
     """As in `dpo`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_non_negative(self, "alpha")
-        check_label_smoothing(self)
 
 
 def needs_rdpo(params: RdpoParams) -> Needs:
@@ -208,7 +159,7 @@ def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
     Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
     """
     log_ratios = compute_log_ratios(batch)
-    rewards = params.beta * log_ratios + params.alpha * get_divisors(batch, log_ratios)
+    rewards = params.beta * log_ratios + params.alpha * count_tokens(batch, log_ratios.dtype)
     return reduce_pairs(batch, params, logistic_loss(compute_margins(rewards), params.label_smoothing))
 
 
@@ -216,12 +167,8 @@ def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
 class ApoZeroParams(PairParams):
     """Hyper-parameters of `apo_zero`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @register(
@@ -245,12 +192,8 @@ def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
 class SppoParams(PairParams):
     """Hyper-parameters of `sppo`."""
 
-    beta: float = 0.001
+    beta: Positive = 0.001
     """1/η of the paper (η = 1e3): the targets are ± 1/(2β)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @register(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch
-from mpo_megatron.losses.hyperparameters import check_positive, check_types, check_unused
+from mpo_megatron.losses.hyperparameters import Count, Hyperparameters, check_unused
 from mpo_megatron.losses.registry import Needs
 
 PartitionName = Literal["mean", "median", "trimmed_mean", "top_bottom", "one_vs_rest", "labels"]
@@ -17,20 +17,19 @@ TRIMMED_SHARE = 0.1  # mpo A.3: "removing top/bottom 10%"
 
 
 @dataclass(frozen=True, kw_only=True)
-class PartitionParams:
+class PartitionParams(Hyperparameters):
     """Hyper-parameters of every loss that splits a group in two sets."""
 
     partition: PartitionName = "mean"
     """How a group is split: above its mean | median | 10 %-trimmed mean, the num_top best against the
     num_bottom worst, the best against the rest, or as the data's labels say."""
-    num_top: int = 2
+    num_top: Count = 2
     """Size of Y+ with partition = top_bottom (mpo §6: 2 of 5)."""
-    num_bottom: int = 2
+    num_bottom: Count = 2
     """Size of Y− with partition = top_bottom."""
 
     def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "num_top", "num_bottom")
+        super().__post_init__()
         if self.partition != "top_bottom":
             check_unused(self, "partition = top_bottom", "num_top", "num_bottom")
 

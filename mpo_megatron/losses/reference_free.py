@@ -16,41 +16,11 @@ from mpo_megatron.losses.batch import (
     compute_mean_token_logps,
     compute_policy_logps,
 )
-from mpo_megatron.losses.hyperparameters import (
-    check_label_smoothing,
-    check_non_negative,
-    check_positive,
-    check_unused,
-)
+from mpo_megatron.losses.hyperparameters import NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import log1mexp, logistic_loss
 from mpo_megatron.losses.pairing import PairParams, compute_margins, find_paired, needs_pairs, reduce_pairs
-from mpo_megatron.losses.pairwise import add_supervised
 from mpo_megatron.losses.registry import Needs, register
-from mpo_megatron.losses.supervised import Normalization
-
-
-@dataclass(frozen=True, kw_only=True)
-class SupervisedPairParams(PairParams):
-    """Hyper-parameters that these losses share."""
-
-    label_smoothing: float = 0.0
-    """Assumed share of flipped preferences, in [0, 0.5)."""
-    sft_weight: float = 0.0
-    """Weight of the winner's negative log-likelihood, added to the loss."""
-    sft_normalization: Normalization = "token"
-    """That likelihood per token (nats per token) or per sequence."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_label_smoothing(self)
-        check_non_negative(self, "sft_weight")
-        if self.sft_weight == 0:
-            check_unused(self, "sft_weight > 0", "sft_normalization")
-
-
-def needs_supervised(params: SupervisedPairParams) -> Needs:
-    """Lengths only for a supervised term per token."""
-    return replace(needs_pairs(params), lengths=params.sft_weight > 0 and params.sft_normalization == "token")
+from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
 
 
 def needs_lengths(params: PairParams) -> Needs:
@@ -62,15 +32,10 @@ def needs_lengths(params: PairParams) -> Needs:
 class SimpoParams(SupervisedPairParams):
     """Hyper-parameters of `simpo`."""
 
-    beta: float = 2.0
+    beta: Positive = 2.0
     """Scale of the mean token log-probabilities (SimPO §4: 2.0–2.5)."""
-    gamma: float = 1.0
+    gamma: NonNegative = 1.0
     """Target margin (SimPO §4: 0.3–1.6). TRL's `simpo_gamma` is the same number."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_non_negative(self, "gamma")
 
 
 @register(
@@ -94,14 +59,10 @@ def compute_simpo(batch: GroupBatch, params: SimpoParams) -> Tensor:
 class CpoParams(SupervisedPairParams):
     """Hyper-parameters of `cpo`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-probabilities."""
-    sft_weight: float = 1.0
+    sft_weight: NonNegative = 1.0
     """Weight of the winner's negative log-likelihood (the paper's loss has 1)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @register(
@@ -124,12 +85,8 @@ def compute_cpo(batch: GroupBatch, params: CpoParams) -> Tensor:
 class OrpoParams(PairParams):
     """Hyper-parameters of `orpo`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """λ of the paper: weight of the odds-ratio term beside the winner's negative log-likelihood."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @register(
@@ -153,16 +110,15 @@ def compute_orpo(batch: GroupBatch, params: OrpoParams) -> Tensor:
 class SlicParams(SupervisedPairParams):
     """Hyper-parameters of `slic`. No label smoothing: the hinge is no likelihood."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Scale of the log-probabilities (or log-ratios) before the hinge."""
-    margin: float = 1.0
+    margin: Positive = 1.0
     """δ: wanted margin, in nats."""
     normalized: bool = False
     """Compare log-ratios to the reference instead of log-probabilities: RSO's "hinge-norm", TRL's `hinge`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "beta", "margin")
         check_unused(self, "a logistic loss", "label_smoothing")
 
 

@@ -12,24 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
-from mpo_megatron.losses.hyperparameters import check_positive, check_types
+from mpo_megatron.losses.hyperparameters import Hyperparameters, Positive
 from mpo_megatron.losses.numerics import masked_logsumexp, masked_mean
 from mpo_megatron.losses.pairing import PairParams, find_paired, needs_reference_pairs, reduce_pairs
 from mpo_megatron.losses.registry import Needs, register
 
 
 @dataclass(frozen=True, kw_only=True)
-class NcaParams:
+class NcaParams(Hyperparameters):
     """Hyper-parameters of `infonca` and `nca`."""
 
-    alpha: float = 0.01
+    alpha: Positive = 0.01
     """Temperature of the rewards: the target is softmax(S / α)."""
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios."""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        check_positive(self, "alpha", "beta")
 
 
 def find_several(batch: GroupBatch, params: NcaParams) -> Tensor:
@@ -91,12 +87,8 @@ def compute_nca(batch: GroupBatch, params: NcaParams) -> Tensor:
 class NcaPairParams(PairParams):
     """Hyper-parameters of `nca_pair`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @register(

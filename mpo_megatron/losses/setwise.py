@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_mean_token_logps
-from mpo_megatron.losses.hyperparameters import check_non_negative, check_positive, check_unused
+from mpo_megatron.losses.hyperparameters import NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import masked_logsumexp
 from mpo_megatron.losses.partition import (
     PartitionParams,
@@ -33,38 +33,29 @@ from mpo_megatron.losses.registry import Needs, register
 class MpoParams(PartitionParams):
     """Hyper-parameters of `mpo`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios; 0.01 in all the paper's tables, 0.01–0.1 useful."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightedMpoParams(PartitionParams):
     """Hyper-parameters of `wmpo`."""
 
-    beta: float = 0.01
+    beta: Positive = 0.01
     """Scale of the log-ratios (mpo App. J: 0.01–0.05)."""
-    alpha: float = 10.0
+    alpha: NonNegative = 10.0
     """Scale of the reward deviations in the logits (mpo App. J); 0 gives `mpo`."""
     deviation: Literal["absolute", "signed"] = "absolute"
     """|S − S̄| as in mpo Eq. 6–8 and its listing (App. K), or S − S̄ as in its App. D (Eq. 14–16)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_non_negative(self, "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwepoParams(PartitionParams):
     """Hyper-parameters of `swepo`."""
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """Scale of the log-ratios; the paper's equations have 1, its listing has β."""
-    alpha: float = 1.0
+    alpha: Positive = 1.0
     """Scale of the deviations: a factor with weighting = exp, a divisor of the rewards with weighting = listing."""
     p: Literal[0, 1, 2] = 1
     """Power of the deviations; 0 weighs all responses alike."""
@@ -73,7 +64,6 @@ class SwepoParams(PartitionParams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "beta", "alpha")
         if self.weighting == "power":
             check_unused(self, "weighting = exp or listing", "alpha")
 
@@ -82,15 +72,10 @@ class SwepoParams(PartitionParams):
 class ReferenceFreeMpoParams(PartitionParams):
     """Hyper-parameters of `mpo_reference_free`."""
 
-    beta: float = 2.0
+    beta: Positive = 2.0
     """Scale of the mean token log-probabilities (SimPO §4: 2.0–2.5)."""
-    gamma: float = 1.0
+    gamma: NonNegative = 1.0
     """Margin, subtracted from the logits of Y+ (SimPO §4: 0.3–1.6)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_non_negative(self, "gamma")
 
 
 def contrast_sets(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps, mask_padding
-from mpo_megatron.losses.hyperparameters import check_non_negative, check_unused
+from mpo_megatron.losses.hyperparameters import NonNegative, check_unused
 from mpo_megatron.losses.listwise import compute_choice_terms, find_ranked, mask_suffixes, sort_by_preference
 from mpo_megatron.losses.numerics import exp_with_linear_tail, logistic_loss, masked_logsumexp, masked_mean
 from mpo_megatron.losses.pairing import (
@@ -34,21 +34,20 @@ class SpoParams(PairParams):
 
     form: Literal["pairs", "best_of_n", "ranked"] = "pairs"
     """Preference data: pairs (Eq. 9–14), the best of the group (Eq. 16), or the whole ranking (Eq. 17)."""
-    alpha: float = 0.001
+    alpha: NonNegative = 0.001
     """Softness: the optimum is softmax(r / α) (App. D.1: 0.001); 0 takes the limit, Eq. 10."""
-    gamma: float = 0.01
+    gamma: NonNegative = 0.01
     """Exponent of the weight μ (§7); 0 gives μ = 1, SPO-basic."""
-    eta: float = 1.0
+    eta: NonNegative = 1.0
     """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 leaves the best's term alone."""
     regularizer: Literal["none", "log_prob", "token_kl", "importance"] = "none"
     """In-dataset regulariser (Table 4): −log π(y_w); or, averaged over the group's scored responses, Σ_τ KL(π_θ ‖ π_ref) of the
     next token (it keeps the reference model in memory), or e^s · s."""
-    regularizer_weight: float = 0.1
+    regularizer_weight: NonNegative = 0.1
     """Its weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_non_negative(self, "alpha", "gamma", "eta", "regularizer_weight")
         if self.form != "pairs":
             check_unused(self, "form = pairs", "pairing", "reduction")
         if self.form != "ranked":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_mean_token_logps, compute_policy_logps
-from mpo_megatron.losses.hyperparameters import check_unused
+from mpo_megatron.losses.hyperparameters import NonNegative, Smoothing, check_unused
 from mpo_megatron.losses.numerics import masked_mean
-from mpo_megatron.losses.pairing import find_best
+from mpo_megatron.losses.pairing import PairParams, find_best, needs_pairs
 from mpo_megatron.losses.partition import PartitionParams, compute_partition
 from mpo_megatron.losses.registry import Needs, register
 
@@ -73,3 +73,32 @@ def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
     tokens first, then over groups, so that a long response weighs as much as a short one.
     """
     return masked_mean(compute_negative_log_likelihood(batch, params.normalization), find_target(batch, params))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedPairParams(PairParams):
+    """Hyper-parameters of pairwise losses that a supervised term can be added to."""
+
+    label_smoothing: Smoothing = 0.0
+    """Assumed share of flipped preferences, in [0, 0.5)."""
+    sft_weight: NonNegative = 0.0
+    """Weight of the winner's negative log-likelihood, added to the loss."""
+    sft_normalization: Normalization = "token"
+    """That likelihood per token (nats per token) or per sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sft_weight == 0:
+            check_unused(self, "sft_weight > 0", "sft_normalization")
+
+
+def needs_supervised(params: SupervisedPairParams) -> Needs:
+    """Lengths only for a supervised term per token."""
+    return replace(needs_pairs(params), lengths=params.sft_weight > 0 and params.sft_normalization == "token")
+
+
+def add_supervised(batch: GroupBatch, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
+    """Pair losses [G, W, L] + weight · NLL of the winner."""
+    if weight == 0:
+        return pair_losses
+    return pair_losses + weight * compute_negative_log_likelihood(batch, normalization).unsqueeze(-1)

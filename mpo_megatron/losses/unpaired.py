@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
-from mpo_megatron.losses.hyperparameters import check_non_negative, check_positive
+from mpo_megatron.losses.hyperparameters import NonNegative, Positive
 from mpo_megatron.losses.numerics import masked_mean
 from mpo_megatron.losses.partition import (
     PartitionParams,
@@ -30,17 +30,12 @@ from mpo_megatron.losses.registry import Needs, register
 class KtoParams(PartitionParams):
     """Hyper-parameters of `kto`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
-    desirable_weight: float = 1.0
+    desirable_weight: NonNegative = 1.0
     """λ_D: weight of Y+."""
-    undesirable_weight: float = 1.0
+    undesirable_weight: NonNegative = 1.0
     """λ_U: weight of Y−."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
-        check_non_negative(self, "desirable_weight", "undesirable_weight")
 
 
 def needs_baseline(params: PartitionParams) -> Needs:
@@ -74,14 +69,10 @@ def compute_kto(batch: GroupBatch, params: KtoParams) -> Tensor:
 class BcoParams(PartitionParams):
     """Hyper-parameters of `bco`."""
 
-    beta: float = 0.1
+    beta: Positive = 0.1
     """Scale of the log-ratios."""
     shift: Literal["batch", "none"] = "batch"
     """δ: half of (mean reward β s over Y+ plus that over Y−), of the batch; or 0, TRL's `bco_pair`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "beta")
 
 
 def needs_bco(params: BcoParams) -> Needs:

@@ -1,9 +1,11 @@
 """What is refused, and how the message reads: value; rule broken; fix."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from mpo_megatron.losses import build_params, get_loss, group_loss
+from mpo_megatron.losses import build_params, get_loss, group_loss, list_losses
 
 POLICY = torch.tensor([[-10.0, -12.0, -9.0], [-30.0, -31.0, -29.0]])
 REFERENCE = POLICY - 0.5
@@ -94,6 +96,15 @@ def test_hyperparameters(name, hyperparameters, message):
         build_params(name, hyperparameters)
     with pytest.raises(ValueError, match=message):
         group_loss(name, POLICY, REFERENCE, REWARDS, **hyperparameters)
+
+
+@pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)
+def test_every_number_has_a_least_value(loss):
+    """A field that a subclass declares again with another default would lose the rule in its annotation."""
+    for field in dataclasses.fields(loss.params):
+        if type(field.default) in (int, float):
+            with pytest.raises(ValueError, match=rf"{field.name} = -1; it must"):
+                build_params(loss.name, {field.name: -1})
 
 
 @pytest.mark.parametrize(
