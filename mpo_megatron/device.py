@@ -51,7 +51,8 @@ def distributed_backend() -> str:
 def select(local_rank: int) -> None:
     """Bind this process to its GPU; nothing to do on a CPU."""
     if has_gpu():
-        torch.cuda.set_device(local_rank)
+        # Some schedulers show each process no other GPU than its own (Slurm: --gpus-per-task).
+        torch.cuda.set_device(local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 def synchronize() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint
+from mpo_megatron.train.ending import complain, end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
@@ -161,11 +161,10 @@ def main() -> int:
         assert config.held_out is not None
         evaluate_held_out(config.held_out, Path(config.output))
     except (ConfigError, DataError, PackingError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"mpo evaluate: {error}", file=sys.stderr)
+        complain("mpo evaluate", error)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -105,7 +105,16 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     model_parallel_cuda_manual_seed(seed)
     try:
         yield Ranks(ProcessGroupCollection.use_mpu_process_groups())
-    finally:
-        parallel_state.destroy_model_parallel()
-        if started:
-            torch.distributed.destroy_process_group()
+    except BaseException:
+        # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure: this
+        # process is about to end, and takes them along (train/ending.py).
+        if not device.has_gpu() or torch.distributed.get_world_size() == 1:
+            _take_down(started)
+        raise
+    _take_down(started)
+
+
+def _take_down(started: bool) -> None:
+    parallel_state.destroy_model_parallel()
+    if started:
+        torch.distributed.destroy_process_group()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.calibration import calibrate
+from mpo_megatron.train.ending import end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
 from mpo_megatron.train.reference_main import run
@@ -90,4 +90,4 @@ def summarize(policy: Float64, reference: Float64, offsets: Int64, lengths: Int6
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

@@ -5,11 +5,12 @@ Exit codes are those of `mpo_megatron.train`.
 
 from __future__ import annotations
 
-import sys
+import gc
 from typing import TYPE_CHECKING
 
 from mpo_megatron.train import signals
 from mpo_megatron.train.__main__ import run
+from mpo_megatron.train.ending import end
 
 if TYPE_CHECKING:
     from mpo_megatron.config import TrainConfig
@@ -25,10 +26,11 @@ def main() -> int:
         from mpo_megatron.rollout.regularizer import build_regularizer
         from mpo_megatron.train.loop import train
 
+        gc.freeze()  # as in `mpo_megatron.train`
         return train(config, build_regularizer if config.online.kl_weight > 0 else None)
 
     return run(train)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)

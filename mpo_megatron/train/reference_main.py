@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse
@@ -12,6 +11,7 @@ from mpo_megatron.data.packing import PackingError
 from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.ending import complain, end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.run import build_row_shape, compute_references
 
@@ -26,8 +26,7 @@ def run(work: Callable[[TrainConfig], None], program: str) -> int:
     try:
         work(parse(TrainConfig, program=program))
     except (ConfigError, DataError, PackingError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr)
+        complain(program, error)
         return 2
     return 0
 
@@ -50,4 +49,4 @@ def compute(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main)
