@@ -1,16 +1,18 @@
-"""What scores: a small interface, and the one place that knows which scorers there are.
+"""What scores: their base, and the one place that knows which scorers there are.
 
 scorer.score(groups)  →  per group, one score a response; None where there is none
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from mpo_megatron.config import to_dict
 from mpo_megatron.config.score import (
     AnyScorer,
     FunctionScorer,
@@ -26,14 +28,16 @@ Scores = list[list[float | None]]
 """Per group, one score a response."""
 
 
-class Scorer(Protocol):
+class Scorer(abc.ABC):
     """Something that says how good responses are; higher is better."""
 
-    name: str
-    """Under which its scores are stored."""
-    notes: dict[str, Counter[str]]
-    """By group id: what was noticed while scoring it, for example ties; emptied by whoever has read it."""
+    def __init__(self, name: str, config: AnyScorer) -> None:
+        """Take the name under which scores are stored, and the options."""
+        self.name, self.config = name, config
+        self.notes: dict[str, Counter[str]] = {}
+        """By group id: what was noticed while scoring it, for example ties; emptied by whoever has read it."""
 
+    @abc.abstractmethod
     def score(self, groups: Sequence[Record]) -> Scores:
         """Scores of group lines' responses.
 
@@ -41,16 +45,20 @@ class Scorer(Protocol):
             DataError: a response cannot be scored, and its configuration says that this is an error.
         """
 
+    def note(self, group_id: str, what: str, count: int = 1) -> None:
+        """Count something that was noticed about a group."""
+        self.notes.setdefault(group_id, Counter())[what] += count
+
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that its scores depend on."""
+        return to_dict(self.config)
+
     def digest(self) -> str:
         """Identity of the scorer: the same digest gives the same scores."""
+        return hashlib.sha256(json.dumps([self.config.kind, self.settings()], sort_keys=True, default=str).encode()).hexdigest()
 
-    def close(self) -> None:
-        """Free devices and connections."""
-
-
-def compute_digest(kind: str, settings: Mapping[str, Any]) -> str:
-    """sha256 of a scorer's kind and of everything its scores depend on."""
-    return hashlib.sha256(json.dumps([kind, settings], sort_keys=True, default=str).encode()).hexdigest()
+    def close(self) -> None:  # noqa: B027 - most scorers have nothing to free
+        """Free devices and connections, if it has any."""
 
 
 def build_scorer(name: str, config: AnyScorer) -> Scorer:

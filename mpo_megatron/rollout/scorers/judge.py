@@ -5,20 +5,18 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
-from mpo_megatron.config import ConfigError
-from mpo_megatron.config.parsing import to_dict
+from mpo_megatron.config import ConfigError, to_dict
 from mpo_megatron.config.score import JudgeScorer
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import response_seed
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.scorers import Scores, compute_digest, join_messages
+from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 
 _WINNERS = {"a": 1.0, "b": 0.0, "tie": 0.5, "c": 0.5}
@@ -32,8 +30,10 @@ class _Question(NamedTuple):
     """What the question is about, within the group; makes its seed."""
 
 
-class Judge:
+class Judge(Scorer):
     """Grades responses one by one, or compares them in pairs."""
+
+    config: JudgeScorer
 
     def __init__(self, name: str, config: JudgeScorer) -> None:
         """Compile the template.
@@ -41,8 +41,8 @@ class Judge:
         Raises:
             ConfigError: it is no Jinja template.
         """
-        self.name, self.config, self.client = name, config, Client(config.endpoint)
-        self.notes: dict[str, Counter[str]] = {}
+        super().__init__(name, config)
+        self.client = Client(config.endpoint)
         self._source = Path(config.template).read_text(encoding="utf-8")
         self._parse = re.compile(config.parse)
         try:
@@ -98,11 +98,11 @@ class Judge:
         for position, answer, error in self.client.ask_all(questions, self._ask):
             group_id = questions[position].group_id
             if answer is None:
-                self._note(group_id, f"failed: {error}")
+                self.note(group_id, f"failed: {error}")
                 continue
             values[position], num_garbage = answer
             if num_garbage:
-                self._note(group_id, "garbage", num_garbage)
+                self.note(group_id, "garbage", num_garbage)
         return values
 
     async def _ask(self, client: Any, question: _Question) -> tuple[float | None, int]:
@@ -137,13 +137,6 @@ class Judge:
             return None
         return value if math.isfinite(value) else None
 
-    def _note(self, group_id: str, what: str, count: int = 1) -> None:
-        self.notes.setdefault(group_id, Counter())[what] += count
-
-    def digest(self) -> str:
-        """Identity: the judge's name, the template's text and all options but where and how fast it is asked."""
-        settings = to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}
-        return compute_digest(self.config.kind, settings)
-
-    def close(self) -> None:
-        """Nothing is kept open between calls."""
+    def settings(self) -> dict[str, Any]:
+        """The judge's name, the template's text and all options but where and how fast it is asked."""
+        return to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import PairwiseScorer
 from mpo_megatron.data import DataError
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.scorers import Scores, compute_digest, join_messages
+from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.classifier import Classifier
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 
 
-class PairwiseRanker:
+class PairwiseRanker(Scorer):
     """Cross-encoders in the manner of PairRM (Jiang et al., 2023), as sequence classifiers with one output."""
+
+    config: PairwiseScorer
 
     def __init__(self, name: str, config: PairwiseScorer) -> None:
         """Load the checkpoint.
@@ -27,8 +29,7 @@ class PairwiseRanker:
         """
         from transformers import AutoTokenizer  # seconds to import
 
-        self.name, self.config = name, config
-        self.notes: dict[str, Counter[str]] = {}
+        super().__init__(name, config)
         self.classifier = Classifier(name, config)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
@@ -66,7 +67,7 @@ class PairwiseRanker:
                     f"prompt, the limit is {self.classifier.max_length}; raise max_length if the model allows it, or set "
                     "too_long = missing."
                 )
-            self.notes.setdefault(group_id, Counter())["too_long"] += 1
+            self.note(group_id, "too_long")
         for place, logit in zip(places, self.classifier.run(sequences), strict=True):
             values[place] = 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
         return values
@@ -77,9 +78,9 @@ class PairwiseRanker:
         ids: list[int] = self.tokenizer.encode(self.config.template.format(**parts), verbose=False)
         return ids
 
-    def digest(self) -> str:
-        """Identity: the checkpoint, the template, and which pairs are compared."""
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        """The checkpoint, the template, and which pairs are compared."""
+        return {
             "model": self.classifier.digest(),
             "template": self.config.template,
             "comparisons": self.config.comparisons,
@@ -87,7 +88,6 @@ class PairwiseRanker:
             "dtype": self.config.dtype,
             "max_length": self.classifier.max_length,
         }
-        return compute_digest(self.config.kind, settings)
 
     def close(self) -> None:
         """Free the model's memory."""

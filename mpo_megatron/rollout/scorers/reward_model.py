@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -11,12 +11,14 @@ from mpo_megatron.config.score import RewardModelScorer
 from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.scorers import Scores, compute_digest
+from mpo_megatron.rollout.scorers import Scorer, Scores
 from mpo_megatron.rollout.scorers.classifier import Classifier
 
 
-class RewardModel:
+class RewardModel(Scorer):
     """Skywork-Reward, GRM, ArmoRM and their like."""
+
+    config: RewardModelScorer
 
     def __init__(self, name: str, config: RewardModelScorer) -> None:
         """Load the checkpoint.
@@ -24,8 +26,7 @@ class RewardModel:
         Raises:
             ConfigError: as `Classifier`; or there is no tokenizer with a chat template.
         """
-        self.name, self.config = name, config
-        self.notes: dict[str, Counter[str]] = {}
+        super().__init__(name, config)
         self.classifier = Classifier(name, config)
         self.tokenizer = load_tokenizer(config.model)
 
@@ -51,7 +52,7 @@ class RewardModel:
                         f"prompt, the limit is {self.classifier.max_length}; raise max_length if the model allows it, or set "
                         "too_long = missing."
                     )
-                self.notes.setdefault(group["group_id"], Counter())["too_long"] += 1
+                self.note(group["group_id"], "too_long")
         for (index, number), value in zip(places, self.classifier.run(sequences), strict=True):
             scores[index][number] = value
         return scores
@@ -66,15 +67,14 @@ class RewardModel:
             ) from error
         return self.tokenizer.encode(text)
 
-    def digest(self) -> str:
-        """Identity: the checkpoint and its tokenizer."""
-        settings = {
+    def settings(self) -> dict[str, Any]:
+        """The checkpoint and its tokenizer."""
+        return {
             "model": self.classifier.digest(),
             "tokenizer": self.tokenizer.digest(),
             "dtype": self.config.dtype,
             "max_length": self.classifier.max_length,
         }
-        return compute_digest(self.config.kind, settings)
 
     def close(self) -> None:
         """Free the model's memory."""

@@ -6,28 +6,27 @@ import importlib
 import importlib.util
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.config.parsing import to_dict
 from mpo_megatron.config.score import FunctionScorer, MatchScorer, RegexScorer
 from mpo_megatron.data import DataError
 from mpo_megatron.rollout.records import Record
-from mpo_megatron.rollout.scorers import Scores, compute_digest
+from mpo_megatron.rollout.scorers import Scorer, Scores
 
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+−]?\.\d+")
 
 
-class Match:
+class Match(Scorer):
     """Does the answer in a response equal the reference?"""
 
+    config: MatchScorer
+
     def __init__(self, name: str, config: MatchScorer) -> None:
-        self.name, self.config = name, config
-        self.notes: dict[str, Counter[str]] = {}
+        super().__init__(name, config)
         self._extract = re.compile(config.extract) if config.extract is not None else None
 
     def score(self, groups: Sequence[Record]) -> Scores:
@@ -43,7 +42,7 @@ class Match:
         for part in self.config.field.split("."):
             reference = reference.get(part) if isinstance(reference, Mapping) else None
         if reference is None or reference == []:
-            self.notes.setdefault(group["group_id"], Counter())["no_reference"] += 1
+            self.note(group["group_id"], "no_reference")
             return [None] * len(group["responses"])
         references = [str(item) for item in (reference if isinstance(reference, list) else [reference])]
         if self.config.mode == "numeric":
@@ -78,13 +77,6 @@ class Match:
         numbers = _NUMBER.findall(text)
         return numbers[-1] if numbers else None
 
-    def digest(self) -> str:
-        """Identity: the options."""
-        return compute_digest(self.config.kind, to_dict(self.config))
-
-    def close(self) -> None:
-        """Nothing to free."""
-
 
 def read_number(text: str) -> float | None:
     """The number that a text is, but for what surrounds it; None if it holds none, or several.
@@ -101,32 +93,25 @@ def read_number(text: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-class Regex:
+class Regex(Scorer):
     """Is a pattern in the response?"""
 
-    def __init__(self, name: str, config: RegexScorer) -> None:
-        self.name, self.config = name, config
-        self.notes: dict[str, Counter[str]] = {}
-        self._pattern = re.compile(config.pattern)
+    config: RegexScorer
 
     def score(self, groups: Sequence[Record]) -> Scores:
         """`found` or `absent` a response."""
-        find = self._pattern.fullmatch if self.config.full else self._pattern.search
+        pattern = re.compile(self.config.pattern)
+        find = pattern.fullmatch if self.config.full else pattern.search
         return [
             [self.config.found if find(response["text"]) else self.config.absent for response in group["responses"]]
             for group in groups
         ]
 
-    def digest(self) -> str:
-        """Identity: the options."""
-        return compute_digest(self.config.kind, to_dict(self.config))
 
-    def close(self) -> None:
-        """Nothing to free."""
-
-
-class Function:
+class Function(Scorer):
     """What does a function of the user's say?"""
+
+    config: FunctionScorer
 
     def __init__(self, name: str, config: FunctionScorer) -> None:
         """Import the function.
@@ -134,8 +119,7 @@ class Function:
         Raises:
             ConfigError: there is no such module, file or function.
         """
-        self.name, self.config = name, config
-        self.notes: dict[str, Counter[str]] = {}
+        super().__init__(name, config)
         module = _import(name, config.function)
         function = getattr(module, config.function.rpartition(":")[2], None)
         require(callable(function), f"scorers.{name}.function = {config.function}; there is no such function in it.")
@@ -168,13 +152,9 @@ class Function:
         except (TypeError, ValueError):
             raise DataError(f"{where}: returned {value!r}; it has to be a number, or None for a missing score.") from None
 
-    def digest(self) -> str:
-        """Identity: the file the function stands in, and its parameters."""
-        name = self.config.function.rpartition(":")[2]
-        return compute_digest(self.config.kind, {"source": self._source, "name": name, "params": self.config.params})
-
-    def close(self) -> None:
-        """Nothing to free."""
+    def settings(self) -> dict[str, Any]:
+        """The file the function stands in, and its parameters."""
+        return {"source": self._source, "name": self.config.function.rpartition(":")[2], "params": self.config.params}
 
 
 def _import(name: str, function: str) -> ModuleType:
