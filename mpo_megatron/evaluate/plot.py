@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import EvaluateConfig
-
-BLUE, ORANGE, GREEN = "#1f6fb4", "#e07b1a", "#2a9150"
-DPI = 90
+from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, draw_panels
 
 
 def plot_evaluation(results: dict[str, Any], values: dict[str, Any], config: EvaluateConfig, picture: Path) -> None:
@@ -21,11 +19,6 @@ def plot_evaluation(results: dict[str, Any], values: dict[str, Any], config: Eva
         results: what evaluation.json holds
         values: `margins` of held-out groups; mean rewards of prompts of the `candidate` and the `baseline`
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to files, with no display
-    import matplotlib.pyplot as plt
-
     drawings: list[Callable[[Any], None]] = []
     if "margins" in values:
         drawings.append(lambda panel: _draw_margins(panel, results["held_out"], values["margins"]))
@@ -33,14 +26,9 @@ def plot_evaluation(results: dict[str, Any], values: dict[str, Any], config: Eva
         drawings.append(lambda panel: _draw_rewards(panel, results, values, config))
     if "comparison" in results:
         drawings.append(lambda panel: _draw_win_rates(panel, results["comparison"], config))
-    figure, panels = plt.subplots(1, len(drawings), figsize=(4.6 * len(drawings), 3.6), squeeze=False)
-    for panel, draw in zip(panels[0], drawings, strict=True):
-        draw(panel)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25, linewidth=0.6)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
+    with draw_panels(picture, len(drawings), width=4.6 * len(drawings)) as panels:
+        for panel, draw in zip(panels, drawings, strict=True):
+            draw(panel)
 
 
 def _draw_margins(panel: Any, summary: dict[str, Any], margins: Any) -> None:
@@ -55,7 +43,7 @@ def _draw_margins(panel: Any, summary: dict[str, Any], margins: Any) -> None:
 
 def _draw_rewards(panel: Any, results: dict[str, Any], values: dict[str, Any], config: EvaluateConfig) -> None:
     everything = np.concatenate([values[role] for role in ("candidate", "baseline") if role in values])
-    bins = np.linspace(everything.min(), everything.max() or 1.0, 31) if np.ptp(everything) else 10
+    bins = np.linspace(everything.min(), everything.max(), 31) if np.ptp(everything) else 10
     for role, name, color in (("baseline", config.baseline_name, ORANGE), ("candidate", config.name, BLUE)):
         if role in values:
             mean = results[role]["reward"]["value"]

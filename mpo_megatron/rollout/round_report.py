@@ -16,11 +16,10 @@ import numpy as np
 from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.rollout.filters import is_number
+from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, write_summary
 
 REPORT_FILE = "report.json"
-BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
-DPI = 90
 
 
 def report_round(
@@ -141,56 +140,40 @@ def format_report(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def _format_row(name: str, answers: dict[str, Any], report: dict[str, Any] | None) -> str:
-    cells = [name, f"{answers['reward']:.4g} ± {answers['error']:.2g}"]
-    if report is None:
-        cells += ["", ""]
-    else:
-        wins, kl = report["win_rate"], report["kl"]
-        cells += [
-            f"{wins['value']:.1%} ± {wins['error']:.1%} ({wins['ties']:.0%} tied)",
-            f"{kl['kl']:.3g} ± {kl['kl_error']:.1g}" if kl else "",
-        ]
-    cells += [f"{answers['tokens']:.1f}", f"{answers['truncated']:.1%}"]
-    if report is None:
-        cells += ["", "", ""]
-    else:
-        training, selected = report["training"], report["selected"]
+    wins = divergence = loss = lr = groups = ""
+    if report is not None:
+        rate, kl, training, selected = (report[key] for key in ("win_rate", "kl", "training", "selected"))
+        wins = f"{rate['value']:.1%} ± {rate['error']:.1%} ({rate['ties']:.0%} tied)"
+        divergence = f"{kl['kl']:.3g} ± {kl['kl_error']:.1g}" if kl else ""
         params = ", ".join(f"{key} = {value}" for key, value in training["params"].items())
-        loss = f"`{training['loss']}`" + (f" ({params})" if params else "")
-        cells += [loss, f"{training['lr']:g}", f"{selected['groups_written']:,} of {selected['groups_read']:,}"]
+        loss, lr = f"`{training['loss']}`" + (f" ({params})" if params else ""), f"{training['lr']:g}"
+        groups = f"{selected['groups_written']:,} of {selected['groups_read']:,}"
+    reward = f"{answers['reward']:.4g} ± {answers['error']:.2g}"
+    cells = [name, reward, wins, divergence, f"{answers['tokens']:.1f}", f"{answers['truncated']:.1%}", loss, lr, groups]
     return f"| {' | '.join(cells)} |"
 
 
 def plot_report(reports: Sequence[dict[str, Any]], picture: Path) -> None:
     """Reward, win rate, length and KL by round, with standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to files, with no display
-    import matplotlib.pyplot as plt
-
     answers = [reports[0]["before"], *(report["after"] for report in reports)]
     rounds = [report["round"] for report in reports]
-    figure, (reward, wins, length, kl) = plt.subplots(1, 4, figsize=(15, 3.4))
-    style = {"fmt": "o-", "capsize": 3, "linewidth": 1.2, "markersize": 4}
     policies = [0, *rounds]
-    reward.errorbar(policies, [row["reward"] for row in answers], yerr=[row["error"] for row in answers], color=BLUE, **style)
-    reward.set_title("sampled reward, held-out prompts", fontsize=10)
-    rates = [report["win_rate"] for report in reports]
-    wins.errorbar(rounds, [rate["value"] for rate in rates], yerr=[rate["error"] for rate in rates], color=GREEN, **style)
-    wins.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    wins.set_title("win rate against the policy before", fontsize=10)
-    length.plot(policies, [row["tokens"] for row in answers], "o-", color=ORANGE, markersize=4, linewidth=1.2)
-    length.set_title("tokens of an answer", fontsize=10)
-    measured = [report for report in reports if report["kl"]]
-    if measured:
-        values, errors = ([report["kl"][name] for report in measured] for name in ("kl", "kl_error"))
-        kl.errorbar([report["round"] for report in measured], values, yerr=errors, color=RED, **style)
-    kl.set_title("KL(π ‖ π_ref) (nats per answer)", fontsize=10)
-    for panel in (reward, wins, length, kl):
-        panel.set_xlabel("round")
-        panel.set_xticks(policies)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25, linewidth=0.6)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
+    style = {"fmt": "o-", "capsize": 3, "linewidth": 1.2, "markersize": 4}
+    with draw_panels(picture, 4, width=15, height=3.4) as panels:
+        reward, wins, length, kl = panels
+        reward.errorbar(policies, [row["reward"] for row in answers], yerr=[row["error"] for row in answers], color=BLUE, **style)
+        reward.set_title("sampled reward, held-out prompts", fontsize=10)
+        rates = [report["win_rate"] for report in reports]
+        wins.errorbar(rounds, [rate["value"] for rate in rates], yerr=[rate["error"] for rate in rates], color=GREEN, **style)
+        wins.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
+        wins.set_title("win rate against the policy before", fontsize=10)
+        length.plot(policies, [row["tokens"] for row in answers], "o-", color=ORANGE, markersize=4, linewidth=1.2)
+        length.set_title("tokens of an answer", fontsize=10)
+        measured = [report for report in reports if report["kl"]]
+        if measured:
+            values, errors = ([report["kl"][name] for report in measured] for name in ("kl", "kl_error"))
+            kl.errorbar([report["round"] for report in measured], values, yerr=errors, color=RED, **style)
+        kl.set_title("KL(π ‖ π_ref) (nats per answer)", fontsize=10)
+        for panel in panels:
+            panel.set_xlabel("round")
+            panel.set_xticks(policies)

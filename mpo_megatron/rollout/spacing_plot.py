@@ -14,9 +14,7 @@ import numpy as np
 
 from mpo_megatron.data.group import Float64
 from mpo_megatron.data.rewards import spacing
-
-BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
-DPI = 90
+from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 
 
 def plot_spacing(rewards: Sequence[Float64], labels: Sequence[Sequence[int]], picture: Path) -> None:
@@ -26,24 +24,13 @@ def plot_spacing(rewards: Sequence[Float64], labels: Sequence[Sequence[int]], pi
         rewards: [K] of each group
         labels: [K] of each group, 1 for Y+ and 0 for Y−; empty without sets
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # draws to files, with no display
-    import matplotlib.pyplot as plt
-
-    figure, (by_size, by_rank, spread) = plt.subplots(1, 3, figsize=(13, 3.6))
-    _draw_gaps(by_size, rewards)
-    _draw_ranks(by_rank, rewards, labels)
-    spread.hist([group.max() - group.min() for group in rewards], bins=30, color=BLUE)
-    spread.set_title("spread of a group: best − worst reward", fontsize=10)
-    spread.set_xlabel("reward")
-    spread.set_ylabel("groups")
-    for panel in (by_size, by_rank, spread):
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25, linewidth=0.6)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=DPI)
-    plt.close(figure)
+    with draw_panels(picture, 3, width=13) as (by_size, by_rank, spread):
+        _draw_gaps(by_size, rewards)
+        _draw_ranks(by_rank, rewards, labels)
+        spread.hist([group.max() - group.min() for group in rewards], bins=30, color=BLUE)
+        spread.set_title("spread of a group: best − worst reward", fontsize=10)
+        spread.set_xlabel("reward")
+        spread.set_ylabel("groups")
 
 
 def _draw_gaps(panel: Any, rewards: Sequence[Float64]) -> None:
