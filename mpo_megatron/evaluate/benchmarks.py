@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import writing
+from mpo_megatron.data.atomic import replace_file
 
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench"]
 
@@ -95,15 +95,10 @@ def write_answers(
     records = [_WRITERS[benchmark](question, turns, generator) for question, turns in zip(questions, answers, strict=True)]
     name = generator.replace("/", "--")
     path = folder / ("model_outputs.json" if benchmark == "alpaca_eval" else f"model_answer/{name}.jsonl")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            if benchmark == "alpaca_eval":
-                json.dump(records, file, indent=2, ensure_ascii=False)
-            else:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        partial.replace(path)
+    if benchmark == "alpaca_eval":
+        replace_file(path, [json.dumps(records, indent=2, ensure_ascii=False).encode()])
+    else:
+        replace_file(path, (json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records))
     return path
 
 

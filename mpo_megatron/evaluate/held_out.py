@@ -18,6 +18,7 @@ import torch
 
 from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, HeldOutConfig, LossConfig, TrainConfig, parse, require
 from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.packing import PackingError
@@ -134,10 +135,7 @@ def summarize(groups: list[GroupMetrics], *, num_resamples: int, seed: int) -> d
 
 def write_groups(path: Path, groups: list[GroupMetrics]) -> None:
     """One line a group: what it contributes to each metric."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(json.dumps(vars(group)) + "\n" for group in groups), encoding="utf-8")
-    partial.replace(path)
+    replace_file(path, (json.dumps(vars(group)).encode() + b"\n" for group in groups))
 
 
 def read_groups(path: Path) -> list[GroupMetrics]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpo_megatron.config import ConfigError, ReportConfig, check_writable
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.report.content import content
 from mpo_megatron.report.record import read_run
 
@@ -29,12 +29,9 @@ def report(config: ReportConfig) -> None:
     check_writable(output.parent, "output")
     runs = [read_run(Path(folder)) for folder in config.runs]
     shown = content(runs, max_groups=config.max_groups, max_characters=config.max_characters)
-    text = render(shown)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(f".{output.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, output)
-    print(f"{output}: {', '.join(run['name'] for run in shown['runs'])} ({len(text.encode()) / 2**20:.1f} MB)")
+    text = render(shown).encode()
+    replace_file(output, [text])
+    print(f"{output}: {', '.join(run['name'] for run in shown['runs'])} ({len(text) / 2**20:.1f} MB)")
     if config.png is not None:
         from mpo_megatron.report.pictures import write_pictures
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from rich.console import Console
 
 from mpo_megatron.config import InspectConfig
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.viewer.blocks import blocks_of
+from mpo_megatron.viewer.page import draw_mask, write_page
 from mpo_megatron.viewer.source import look
 from mpo_megatron.viewer.terminal import show
 
@@ -22,12 +24,7 @@ def inspect(config: InspectConfig, console: Console | None = None) -> None:
     sight = look(config)
     blocks = blocks_of(sight.row, sight.groups, sight.tokenizer, sight.left_out)
     if config.html is not None:
-        from mpo_megatron.viewer.page import write_page
-
         write_page(sight, blocks, Path(config.html))
     if config.png is not None:
-        from mpo_megatron.viewer.page import draw_mask
-
-        Path(config.png).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.png).write_bytes(draw_mask(sight))
+        replace_file(Path(config.png), [draw_mask(sight)])
     show(sight, blocks, console or Console(), config.max_tokens)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.viewer.blocks import PADDING, PROMPT, Block, attention_mask, owners
 from mpo_megatron.viewer.source import Sight
 from mpo_megatron.viewer.terminal import heading, visible
@@ -33,10 +33,7 @@ def write_page(sight: Sight, blocks: Sequence[Block], path: Path) -> None:
         mask=base64.b64encode(draw_mask(sight)).decode(),
         prompt_colour=PROMPT_COLOUR,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, [text.encode()])
 
 
 def _block(block: Block, sight: Sight) -> dict[str, Any]:
