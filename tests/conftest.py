@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 # Before torch is imported anywhere: tests run side by side, and ranks beside each other; one thread each.
@@ -10,6 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: spare each collection the look at it (Megatron makes one in every save)."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

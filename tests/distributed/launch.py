@@ -8,6 +8,7 @@ test_launch.py, test_restart.py, test_train.py and tests/integration.
 from __future__ import annotations
 
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -99,6 +100,7 @@ def _be_rank(environment: dict[str, str], outputs: list[Path], module: str, argu
     """In a forked process: be a rank, with the streams in files."""
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    gc.freeze()  # what was imported is no garbage, and Megatron looks for some in every save
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
