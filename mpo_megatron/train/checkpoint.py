@@ -14,10 +14,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.fully_parallel import (
-    FullyParallelLoadStrategyWrapper,
-    FullyParallelSaveStrategyWrapper,
-)
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
     TorchDistSaveShardedStrategy,
@@ -32,6 +29,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
+from mpo_megatron.train.gathering import SaveOwnShare, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import STATE, is_step
 
@@ -84,19 +82,20 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
 def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> AsyncRequest:
     """Plan a checkpoint over all ranks: what this rank is to write, and what finishes the checkpoint when all have.
 
-    All ranks call it. Optimizer states are gathered and copied here, weights are not.
+    All ranks call it. Optimizer states that this rank is to write are gathered and copied here, weights are not.
     """
     gather_weights(model)
     states: dict[str, Any] = _model_states(model, ranks, scales=has_delayed_scales(model[0]))
     _fill_optimizer_state(optimizer)
-    states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
+    with reserving(optimizer) as reserved:
+        states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
     _leave_out_classes(states["optimizer"])
     force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
     request = dist_checkpointing.save(
         states,
         str(folder / "megatron"),
         # One file a rank.
-        FullyParallelSaveStrategyWrapper(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), ranks.groups.dp_cp),
+        SaveOwnShare(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), ranks.groups.dp_cp, reserved),
         async_sharded_save=True,
         content_metadata=CONTENT,
     )
@@ -108,7 +107,8 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
     """Restore weights and optimizer states from a step's folder, on any layout."""
     models = _model_states(model, ranks, scales=has_delayed_scales(model[0]) and _has_scales(folder))
     _fill_optimizer_state(optimizer)
-    states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
+    with reserving(optimizer):
+        states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
     loaded = _load({**models, "optimizer": states}, folder, ranks)
     for name, part in zip(models, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)

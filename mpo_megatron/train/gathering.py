@@ -1,0 +1,142 @@
+"""Optimizer states for a checkpoint, brought together from the ranks that share them out.
+
+A checkpoint holds them in the shapes of the weights, as any layout can read them; the distributed optimizer has ranges of flat
+buffers. Megatron-Core's own way gathers all states of a rank's weights on every rank, whole buffers at a time on the GPU: for
+7 billion weights, 91 GB of each rank's host memory, and 60 GB of its GPU's. Here a rank keeps what it is to write, and the GPU
+holds a piece at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.optimizer import MegatronOptimizer
+from torch import Tensor
+from torch.distributed import ProcessGroup, all_gather_into_tensor
+
+from mpo_megatron import device
+
+PIECE = 1 << 26
+"""Numbers that are gathered at a time, from all ranks together: 256 MiB."""
+
+KINDS = ("param", "exp_avg", "exp_avg_sq")
+"""Megatron-Core's names of master weight and moments."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reserved:
+    """Room for the states of one gradient buffer's weights, from all ranks that share them."""
+
+    optimizer: Any
+    """Megatron-Core's DistributedOptimizer."""
+    buffer: int
+    """Index of the gradient buffer."""
+    numbers: dict[str, Tensor]
+    """[weights of the buffer] float32 on the host, by kind; memory is taken only where it is written to."""
+
+
+@contextlib.contextmanager
+def reserving(optimizer: MegatronOptimizer) -> Iterator[list[Reserved]]:
+    """Within it, the optimizer's sharded state dict refers to reserved room, in which nothing has been written yet."""
+    reserved: list[Reserved] = []
+    with contextlib.ExitStack() as stack:
+        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+            if not getattr(single, "is_stub_optimizer", False):
+                single.get_parameter_state_dp_zero = _reserve(single, reserved)
+                stack.callback(delattr, single, "get_parameter_state_dp_zero")
+        yield reserved
+
+
+def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, Any]]:
+    """In the place of the optimizer's method that gathers all."""
+
+    def reserve(**_: Any) -> dict[Any, Any]:
+        state: dict[Any, Any] = {"buckets_coalesced": True}
+        for index, ranges in enumerate(single.gbuf_ranges):
+            size = single.buffers[index].numel_unpadded
+            # NumPy's zeros, unlike torch's, are pages that the system provides when they are first written to.
+            numbers = {kind: torch.from_numpy(np.zeros(size, dtype=np.float32)) for kind in KINDS}
+            reserved.append(Reserved(optimizer=single, buffer=index, numbers=numbers))
+            state[index] = {dtype: {**numbers, "numel_unpadded": size} for dtype in ranges}
+        return state
+
+    return reserve
+
+
+class SaveOwnShare(FullyParallelSaveStrategyWrapper):
+    """Megatron-Core's strategy that shares out over replicas what is to be written; each rank then gathers its share."""
+
+    def __init__(self, strategy: Any, group: ProcessGroup, reserved: Sequence[Reserved]) -> None:
+        super().__init__(strategy, group)
+        self.reserved = reserved
+
+    def apply_saving_parallelization(self, sharded_state_dict: Any) -> None:
+        """Decide who writes what, and gather it."""
+        super().apply_saving_parallelization(sharded_state_dict)
+        tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
+        own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id) and tensor.key.startswith("optimizer.state.")]
+        places: dict[int, list[tuple[int, int]]] = {}
+        for tensor in own:
+            assert tensor.data.is_contiguous(), tensor.key
+            start = tensor.data.storage_offset()
+            places.setdefault(tensor.data.untyped_storage().data_ptr(), []).append((start, start + tensor.data.numel()))
+        for room in self.reserved:
+            wanted = {kind: places.pop(numbers.untyped_storage().data_ptr(), []) for kind, numbers in room.numbers.items()}
+            fill(room, wanted)
+        assert not places, "states that lie elsewhere"
+
+
+def fill(room: Reserved, wanted: dict[str, list[tuple[int, int]]]) -> None:
+    """Write the wanted ranges of numbers into the reserved room; all ranks that share the states call it.
+
+    Communication: an all-gather over these ranks of each piece, whoever wants it; no gradients.
+
+    Args:
+        wanted: by kind, where the ranges begin and end
+    """
+    group = room.optimizer.data_parallel_group
+    first = 0  # of the bucket, in the numbers
+    for bucket, ranges in zip(room.optimizer.buffers[room.buffer].buckets, _bucket_ranges(room), strict=True):
+        share = bucket.grad_data.numel() // group.size()
+        held = [
+            (place["gbuf_local"].start, place["gbuf_local"].end, room.optimizer._get_main_param_and_optimizer_states(weight))
+            for weight, place in ranges["param_map"].items()
+        ]
+        piece = max(1, PIECE // group.size())
+        for begin in range(0, share, piece):
+            size = min(piece, share - begin)
+            for kind, numbers in room.numbers.items():
+                own = torch.zeros(size, device=device.device())
+                for start, end, states in held:
+                    low, high = max(start, begin), min(end, begin + size)
+                    if low < high:
+                        own[low - begin : high - begin] = states[kind].detach().view(-1)[low - start : high - start]
+                gathered = own.new_empty(group.size() * size)
+                all_gather_into_tensor(gathered, own, group=group)
+                for rank, part in enumerate(gathered.split(size)):
+                    offset = rank * share + begin  # in the bucket, whose end is padding
+                    valid = max(0, min(size, bucket.numel_unpadded - offset))
+                    _copy_wanted(part[:valid], numbers, first + offset, wanted[kind])
+        first += bucket.numel_unpadded
+
+
+def _bucket_ranges(room: Reserved) -> list[dict[str, Any]]:
+    """Which ranges of each bucket this rank holds."""
+    [ranges] = room.optimizer.gbuf_ranges[room.buffer].values()
+    return list(ranges)
+
+
+def _copy_wanted(part: Tensor, numbers: Tensor, first: int, wanted: Sequence[tuple[int, int]]) -> None:
+    """Copy what is wanted of `part`, which begins at `first`."""
+    for start, end in wanted:
+        low, high = max(start, first), min(end, first + len(part))
+        if low < high:
+            numbers[low:high] = part[low - first : high - first].cpu()
