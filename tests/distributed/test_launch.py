@@ -125,6 +125,40 @@ def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Pat
     assert "restart 1" in output
 
 
+FAILS = """\
+#!/usr/bin/env bash
+[[ "$RANK" -eq 1 ]] && exit 1
+trap '' TERM # as a rank in a collective
+for second in {1..1000}; do sleep 1; done
+"""
+
+
+@pytest.mark.skipif(not installed(), reason="needs Slurm's daemons (Debian: slurmctld slurmd slurm-client munge), and root")
+def test_slurm_ends_all_ranks_when_one_has_failed(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(FAILS)
+    (tmp_path / "python").chmod(0o755)
+    job = SlurmJob(
+        train=write_config(inputs, tmp_path / "run"),
+        gpus_per_node=0,
+        ranks_per_node=2,
+        cpus_per_rank=2,
+        setup=f"export PATH={tmp_path}:$PATH",
+        time="00:20:00",
+        logs=str(tmp_path),
+    )
+    script = tmp_path / "job.sh"
+    script.write_text(render(job)[0])
+    (tmp_path / "slurm").mkdir()
+    with slurm(tmp_path / "slurm") as environment:
+        number = subprocess.check_output(["sbatch", "--parsable", str(script)], cwd=tmp_path, env=environment, text=True).strip()
+
+        def show() -> str:
+            return subprocess.check_output(["scontrol", "show", "job", number], env=environment, text=True)
+
+        wait_for(lambda: "JobState=FAILED" in show(), tmp_path)
+        assert "Requeue=1 Restarts=0" in show()
+
+
 def wait_for(done: Any, logs: Path, pause: float = 0.5) -> None:
     """Wait until `done()`, at most four minutes."""
     deadline = time.monotonic() + 240
