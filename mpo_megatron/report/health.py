@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from mpo_megatron.report.record import RunRecord
 
 RISE = 1.05
@@ -170,7 +168,7 @@ def _stragglers(run: RunRecord) -> Iterator[Finding]:
 
 def _data_wait(run: RunRecord) -> Iterator[Finding]:
     _, waits = run.values("data_wait")
-    _, seconds = run.values("seconds")
-    if waits and sum(waits) > WAITING * (sum(waits) + sum(seconds)):
-        share = 100 * float(np.sum(waits)) / float(np.sum(waits) + np.sum(seconds))
-        yield Finding(level="warn", title="Steps wait for data", text=f"{share:.0f} % of the time; a disk may be slow.")
+    total = sum(waits) + sum(run.values("seconds")[1])
+    if sum(waits) > WAITING * total:
+        text = f"{100 * sum(waits) / total:.0f} % of the time; a disk may be slow."
+        yield Finding(level="warn", title="Steps wait for data", text=text)

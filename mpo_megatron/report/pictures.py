@@ -12,30 +12,28 @@ PER_ROW = 4
 
 
 def write_pictures(shown: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `curves.png`, and `distributions.png` of the first run; the files."""
+    """Write `curves.png`, and `distributions.png` of the first run, where there is something to draw; the files."""
     import matplotlib
 
     matplotlib.use("Agg")  # draws to files, with no display
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "curves.png"]
-    draw_curves(shown, files[0])
-    first = shown["runs"][0]
-    if first["data"] or first["drift"]:
+    runs, files = shown["runs"], []
+    charts = [chart for chart in shown["charts"] if any(name in run["curves"] for run in runs for name in chart["metrics"])]
+    if charts:
+        files.append(folder / "curves.png")
+        draw_curves(charts, runs, files[-1])
+    if runs[0]["data"] or runs[0]["drift"]:
         files.append(folder / "distributions.png")
-        draw_distributions(first, files[1])
+        draw_distributions(runs[0], files[-1])
     return files
 
 
-def draw_curves(shown: dict[str, Any], path: Path) -> None:
-    """Every chart that some run has numbers for: training as lines, held-out groups as dots."""
-    charts = [
-        chart for chart in shown["charts"] if any(name in run["curves"] for run in shown["runs"] for name in chart["metrics"])
-    ]
-    panels = _panels(len(charts))
+def draw_curves(charts: list[Any], runs: list[Any], path: Path) -> None:
+    """A panel a chart: training as lines, held-out groups as dots."""
+    panels, several = _panels(len(charts)), len(runs) > 1
     for chart, panel in zip(charts, panels, strict=True):
-        for number, run in enumerate(shown["runs"]):
+        for number, run in enumerate(runs):
             for which, metric in enumerate(chart["metrics"]):
-                several = len(shown["runs"]) > 1
                 colour = COLOURS[(number if several else which) % len(COLOURS)]
                 names = [run["name"] if several else "", NAMES.get(metric, "") if len(chart["metrics"]) > 1 else ""]
                 label = ", ".join(name for name in names if name)

@@ -258,6 +258,14 @@ def test_the_page_holds_everything_and_texts_stay_texts(tmp_path: Path, run: Pat
         assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_run_that_has_taken_no_step_has_a_page_and_no_pictures(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()  # is there from the start
+    report(ReportConfig(runs=[str(tmp_path / "run")], output=str(tmp_path / "page.html"), png=str(tmp_path / "pictures")))
+    assert embedded(tmp_path / "page.html")["runs"][0]["curves"] == {}
+    assert not any((tmp_path / "pictures").iterdir())
+
+
 def test_json_in_a_page_cannot_leave_its_element() -> None:
     text = script_json({"a": "</script><!-- <script> & >"})
     assert not set("<>&") & set(text)
