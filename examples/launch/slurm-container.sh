@@ -26,11 +26,14 @@ export SLURM_JOB_END_TIME
 restarts="${SLURM_RESTART_COUNT:-0}"
 echo "$(date -Is) $SLURM_JOB_NAME on $SLURM_JOB_NODELIST, restart $restarts"
 
-# One process a rank: it gets Slurm's signals itself. Ranks that were asked to stop may exit apart, so srun waits for all.
+# One process a rank: it gets Slurm's signals itself. When one fails, srun ends the others, which may wait for it in a collective.
+# Ranks that stop in good order do not fail: they leave their exit code in this file.
+export MPO_EXIT_FILE="$PWD/.mpo-$SLURM_JOB_ID.exit"
+rm -f "$MPO_EXIT_FILE"
 # shellcheck disable=SC2016 # each rank expands it
 rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS; exec python -m mpo_megatron.train --config "$0"'
 srun_options=(
-    --kill-on-bad-exit=0
+    --kill-on-bad-exit=1
     --wait=300
     --output=logs/%x-%j-rank%t.log
     --open-mode=append
@@ -40,6 +43,10 @@ srun_options=(
 )
 code=0
 srun "${srun_options[@]}" bash -c "$rank" train.yaml || code=$?
+if [[ -f "$MPO_EXIT_FILE" ]]; then
+    code="$(cat "$MPO_EXIT_FILE")"
+    rm "$MPO_EXIT_FILE"
+fi
 
 if [[ "$code" -eq 75 ]]; then
     if [[ "$restarts" -lt 20 ]]; then
