@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,26 +104,17 @@ class MlflowTracker:
         from mlflow.entities import Metric
 
         kind = "eval/" if any(name.startswith("eval/") for name in metrics) else ""
-        if self.broken or step <= self.sent[kind]:
-            return
-        now = int(1000 * time.time())
-        try:
-            self.client.log_batch(self.run_id, metrics=[Metric(name, value, now, step) for name, value in metrics.items()])
-        except self.failure as error:
-            self._give_up(error)
+        if step > self.sent[kind]:
+            now = int(1000 * time.time())
+            values = [Metric(name, value, now, step) for name, value in metrics.items()]
+            self._send(lambda: self.client.log_batch(self.run_id, metrics=values))
 
     def log_samples(self, step: int, samples: SampleTable) -> None:
-        if self.broken:
-            return
         table = {"columns": list(samples.columns), "data": [list(row) for row in samples.rows]}
-        try:
-            self.client.log_dict(self.run_id, table, f"samples/step_{step:08d}.json")
-        except self.failure as error:
-            self._give_up(error)
+        self._send(lambda: self.client.log_dict(self.run_id, table, f"samples/step_{step:08d}.json"))
 
     def close(self) -> None:
-        if not self.broken:
-            self.client.set_terminated(self.run_id)
+        self._send(lambda: self.client.set_terminated(self.run_id))
 
     def _create(self, experiment: str, run_folder: Path, *, local: bool) -> str:
         found = self.client.get_experiment_by_name(experiment)
@@ -147,9 +138,14 @@ class MlflowTracker:
         """The last step of a metric that MLflow has, −1 if none."""
         return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
 
-    def _give_up(self, error: Exception) -> None:
-        self.broken = True
-        print(f"MLflow: {error}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
+    def _send(self, send: Callable[[], object]) -> None:
+        """Send something, unless the server was lost; if it is lost now, say so."""
+        try:
+            if not self.broken:
+                send()
+        except self.failure as error:
+            self.broken = True
+            print(f"MLflow: {error}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
 
 
 def markdown_table(samples: SampleTable) -> str:

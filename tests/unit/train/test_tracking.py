@@ -160,6 +160,10 @@ def test_mlflow_works_without_a_server_and_continues_its_curves(
     for step in (5, 6):
         tracker.log(step, {"loss": 1.0})
     assert capsys.readouterr().out.count("no route to host") == 1
+    monkeypatch.setattr(client, "set_terminated", unreachable)
+    tracker.broken = False  # the server went away only after the last step
+    tracker.close()
+    assert "no route to host" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
