@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import ScoreConfig, require, to_dict, validate_score
@@ -268,7 +269,9 @@ def _describe(values: Sequence[float]) -> dict[str, float]:
 
 def _print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -> None:
     counts = summary["counts"]
-    table = Table(title=f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses", title_justify="left")
+    table = Table(
+        title=f"{escape(str(scored))}: {counts['groups']:,} groups, {counts['responses']:,} responses", title_justify="left"
+    )
     for column in ("", "mean", "std", "min", "max", "missing"):
         table.add_column(column, justify="left" if not column else "right")
     for name, values in summary["statistics"].items():

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
@@ -260,13 +261,13 @@ def explain_nothing_left(source: Path, selection: Selection) -> str:
 
 def print_selection(console: Console, output: Path, info: dict[str, Any]) -> None:
     """The summary as a table."""
-    table = Table(title=f"{output}", title_justify="left", show_header=False)
+    table = Table(title=escape(str(output)), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     for name in ("groups", "responses"):
         table.add_row(name, f"{info[f'{name}_written']:,} of {info[f'{name}_read']:,}")
         for reason, count in info[f"dropped_{name}"].items():
-            example = f", for example group {info['examples'][reason]}" if reason in info["examples"] else ""
+            example = f", for example group {escape(info['examples'][reason])}" if reason in info["examples"] else ""
             table.add_row(f"  {reason}", f"{count:,}{example}")
     table.add_row("responses per group", ", ".join(f"K = {size}: {count:,}" for size, count in info["num_responses"].items()))
     reward, gaps = info["reward"], info["reward_spacing"]

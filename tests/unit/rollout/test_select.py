@@ -180,6 +180,14 @@ def test_files_counts_and_prepare(tmp_path: Path) -> None:
         assert rewards[labels == 1].min() > rewards[labels == 0].max()
 
 
+def test_names_of_groups_and_folders_are_printed_as_they_stand(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_lines(tmp_path / "in.jsonl", [record([1.0], "[/INST]"), record([1.0, 0.0])])
+    select(SelectConfig(input=str(source), output=str(tmp_path / "[a]")), Console(width=200))
+    shown = capsys.readouterr().out
+    assert "for example group [/INST]" in shown
+    assert f"{tmp_path.name}/[a]" in shown
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
