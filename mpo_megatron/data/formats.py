@@ -1,23 +1,33 @@
-"""The formats people have, row → group: every check of a row's content, each with its own message.
+"""The formats people have, row → group.
 
 A row is a dictionary. `detect` looks at the first rows once and settles what all rows must have (`Layout`); `parse` turns
-one row into its parts; `build_group` makes the record. Anything wrong raises `RowError(field, reason)`.
+one row into its parts (fields.py reads and checks each); `build_group` makes the record. Anything wrong raises `RowError`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from mpo_megatron.data import DataError
+from mpo_megatron.data.fields import (
+    PROMPT_FIELDS,
+    Row,
+    RowError,
+    read_id,
+    read_label,
+    read_list,
+    read_messages,
+    read_number,
+    read_prompt,
+    read_records,
+    read_text,
+)
 from mpo_megatron.data.group import Group, Message, RewardKind
-
-Row = Mapping[str, Any]
 
 FORMATS = {
     "groups": "prompt and responses, with rewards (or labels) in or beside them",
@@ -26,33 +36,13 @@ FORMATS = {
     "pairs": "chosen and rejected",
     "ratings": "prompt, response and numeric attributes",
 }
-_PROMPT_FIELDS = ("prompt", "messages", "instruction", "question")
-_SYSTEM_FIELDS = ("system", "system_prompt")
 _RESPONSES_FIELDS = ("responses", "all_generated_responses")
 _REWARDS_FIELDS = ("rewards", "scores", "all_rm_scores")
 _SCORE_NAMES = ("score", "rating", "reward")
 _RATING_NAMES = ("helpfulness", "reward", "score", "rating", "overall_score")
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-_LARGEST = 1e30
-"""Largest size of a reward: differences, squares and single precision still hold it."""
 _HUMAN_TURNS = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
 _HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
-
-
-class RowError(ValueError):
-    """A row that cannot become a group: the field at fault, and why."""
-
-    def __init__(self, field: str, reason: str) -> None:
-        super().__init__(f"{field} {reason}")
-        self.field, self.reason = field, reason
 
 
 class Layout(NamedTuple):
@@ -77,110 +67,6 @@ class Parsed:
     """The row's own id, if it has one."""
 
 
-# --------------------------------------------------------------------------------------------------- values
-
-
-def read_text(value: Any, field: str) -> str:
-    """A non-empty string that UTF-8 can hold."""
-    if value is None:
-        raise RowError(field, "is missing")
-    if not isinstance(value, str):
-        raise RowError(field, f"is of type {type(value).__name__}, not a string")
-    if not value.strip():
-        raise RowError(field, "is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(field, f"has half a surrogate pair at character {error.start}") from error
-    return value
-
-
-def read_number(value: Any, field: str, *, from_text: bool = False) -> float:
-    """A finite number; `from_text` also takes one written as a string ("4")."""
-    if value is None:
-        raise RowError(field, "is missing")
-    if from_text and isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise RowError(field, f"is {value!r}, not a number") from None
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RowError(field, f"is of type {type(value).__name__}, not a number")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise RowError(field, f"is {number}; a reward must be finite")
-    if abs(number) > _LARGEST:
-        raise RowError(field, f"is {number}; a reward must lie within ±{_LARGEST:g}")
-    return number
-
-
-def read_list(value: Any, field: str) -> list[Any]:
-    """A non-empty list. A dictionary of equally long lists (how Arrow stores a sequence of records) is turned into one."""
-    if value is None:
-        raise RowError(field, "is missing")
-    if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) != 1:
-            raise RowError(field, "holds lists of different lengths")
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
-    if not isinstance(value, list | tuple):
-        raise RowError(field, f"is of type {type(value).__name__}, not a list")
-    if not value:
-        raise RowError(field, "is empty")
-    return list(value)
-
-
-def read_label(value: Any, field: str) -> int:
-    """1 (chosen) or 0 (rejected), also as a truth value."""
-    if value is None:
-        raise RowError(field, "is missing")
-    if not isinstance(value, bool | int) or int(value) not in (0, 1):
-        raise RowError(field, f"is {value!r}; a label is 1 (chosen) or 0 (rejected)")
-    return int(value)
-
-
-def _average(record: Row, names: Sequence[str], field: str) -> float:
-    """Mean of the named ratings of one record; a name may also be an UltraFeedback aspect."""
-    total = 0.0
-    for name in names:
-        aspects = record.get("annotations")
-        if name not in record and isinstance(aspects, dict) and isinstance(aspects.get(name), dict):
-            rating = aspects[name].get("Rating", aspects[name].get("rating"))
-            total += read_number(rating, f"{field}annotations.{name}.Rating", from_text=True)
-        else:
-            total += read_number(record.get(name), f"{field}{name}", from_text=True)
-    return total / len(names)
-
-
-# --------------------------------------------------------------------------------------------------- prompts
-
-
-def read_messages(value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
-    """A conversation: known roles, system only first, ending with the assistant's turn only if `last_assistant`."""
-    messages: list[Message] = []
-    for index, item in enumerate(read_list(value, field)):
-        place = f"{field}[{index}]"
-        if not isinstance(item, dict):
-            raise RowError(place, f"is of type {type(item).__name__}, not a message")
-        role = _ROLES.get(str(item.get("role", item.get("from"))))
-        if role is None:
-            raise RowError(f"{place}.role", f"is {item.get('role', item.get('from'))!r}; use system, user, assistant or tool")
-        if role == "system" and index:
-            raise RowError(f"{place}.role", "is system; only the first message can be")
-        content = item.get("content", item.get("value"))
-        if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-            content = "".join(str(part.get("text", "")) for part in content)
-        messages.append({"role": role, "content": read_text(content, f"{place}.content")})
-    if (messages[-1]["role"] == "assistant") != last_assistant:
-        wanted = "must end with the assistant's message" if last_assistant else "ends with an assistant message, not a question"
-        raise RowError(field, wanted)
-    if messages[-1]["role"] == "system":
-        raise RowError(field, "has a system message and no question")
-    return tuple(messages)
-
-
 def _split_turns(text: str, pattern: re.Pattern[str], first_role: str | None) -> list[Message]:
     """A conversation written as one string. `first_role`: who speaks before the first mark (None: nobody may)."""
     head, *rest = pattern.split(text)
@@ -197,25 +83,17 @@ def _transcript(text: str) -> list[Message]:
     return _split_turns(text, _HUMAN_TURNS, None) if text.startswith("\n\nHuman:") else []
 
 
-def read_prompt(row: Row, *, required: bool = True) -> tuple[Message, ...]:
-    """The row's prompt, with its system message if it names one in a field of its own."""
-    field = next((name for name in _PROMPT_FIELDS if row.get(name) is not None), None)
-    if field is None:
-        if required:
-            raise RowError("prompt", "is missing")
-        return ()
-    value = row[field]
-    if isinstance(value, str):
-        messages: tuple[Message, ...] = ({"role": "user", "content": read_text(value, field)},)
-    else:
-        messages = read_messages(value, field)
-    system = next((row[name] for name in _SYSTEM_FIELDS if row.get(name)), None)
-    if system is not None and messages[0]["role"] != "system":
-        messages = ({"role": "system", "content": read_text(system, "system")}, *messages)
-    return messages
-
-
-# --------------------------------------------------------------------------------------------------- formats
+def _average(record: Row, names: Sequence[str], field: str) -> float:
+    """Mean of the named ratings of one record; a name may also be an UltraFeedback aspect."""
+    total = 0.0
+    for name in names:
+        aspects = record.get("annotations")
+        if name not in record and isinstance(aspects, dict) and isinstance(aspects.get(name), dict):
+            rating = aspects[name].get("Rating", aspects[name].get("rating"))
+            total += read_number(rating, f"{field}annotations.{name}.Rating", from_text=True)
+        else:
+            total += read_number(record.get(name), f"{field}{name}", from_text=True)
+    return total / len(names)
 
 
 def _response_text(item: Any, field: str) -> str:
@@ -240,7 +118,7 @@ def _parse_groups(row: Row, layout: Layout) -> Parsed:
         rewards = tuple(_column(row, items, field, ("reward", "score"), _REWARDS_FIELDS, read_number))
     if layout.has_labels:
         labels = tuple(_column(row, items, field, ("label",), ("labels",), read_label))
-    return Parsed(prompt=read_prompt(row), responses=responses, rewards=rewards, labels=labels, group_id=_read_id(row))
+    return Parsed(prompt=read_prompt(row), responses=responses, rewards=rewards, labels=labels, group_id=read_id(row))
 
 
 def _column(row: Row, items: Sequence[Any], field: str, inner: Sequence[str], outer: Sequence[str], read: Any) -> list[Any]:
@@ -262,15 +140,12 @@ def _column(row: Row, items: Sequence[Any], field: str, inner: Sequence[str], ou
 
 
 def _parse_ultrafeedback(row: Row, layout: Layout) -> Parsed:
-    items = read_list(row.get("completions"), "completions")
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise RowError(f"completions[{index}]", f"is of type {type(item).__name__}, not a record")
+    items = read_records(row.get("completions"), "completions")
     return Parsed(
         prompt=read_prompt(row),
         responses=tuple(_response_text(item, f"completions[{index}]") for index, item in enumerate(items)),
         rewards=tuple(_average(item, layout.ratings, f"completions[{index}].") for index, item in enumerate(items)),
-        group_id=_read_id(row),
+        group_id=read_id(row),
     )
 
 
@@ -280,14 +155,13 @@ def _parse_nectar(row: Row, layout: Layout) -> Parsed:
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     prompt = read_messages(turns, "prompt") if turns else read_prompt(row)
-    items = read_list(row.get("answers"), "answers")
-    responses, rewards = [], []
-    for index, item in enumerate(items):
-        if not isinstance(item, dict):
-            raise RowError(f"answers[{index}]", f"is of type {type(item).__name__}, not a record")
-        responses.append(read_text(item.get("answer"), f"answers[{index}].answer"))
-        rewards.append(-read_number(item.get("rank"), f"answers[{index}].rank"))
-    return Parsed(prompt=prompt, responses=tuple(responses), rewards=tuple(rewards), group_id=_read_id(row))
+    items = read_records(row.get("answers"), "answers")
+    return Parsed(
+        prompt=prompt,
+        responses=tuple(read_text(item.get("answer"), f"answers[{index}].answer") for index, item in enumerate(items)),
+        rewards=tuple(-read_number(item.get("rank"), f"answers[{index}].rank") for index, item in enumerate(items)),
+        group_id=read_id(row),
+    )
 
 
 def _parse_pairs(row: Row, layout: Layout) -> Parsed:
@@ -303,14 +177,14 @@ def _parse_pairs(row: Row, layout: Layout) -> Parsed:
         names = [_score_field(row, side, layout.ratings) for side in ("chosen", "rejected")]
         rewards = tuple(read_number(row.get(name), name, from_text=True) for name in names)
     responses = tuple(response for _, response in sides)
-    return Parsed(prompt=prompt, responses=responses, rewards=rewards, labels=(1, 0), group_id=_read_id(row))
+    return Parsed(prompt=prompt, responses=responses, rewards=rewards, labels=(1, 0), group_id=read_id(row))
 
 
 def _read_side(row: Row, side: str) -> tuple[tuple[Message, ...], str]:
     """Prompt and answer of one side: from its own messages if it repeats the conversation, else from the prompt field."""
     value = row.get(side)
     if isinstance(value, str):
-        turns = _transcript(value) if not any(row.get(name) for name in _PROMPT_FIELDS) else []
+        turns = _transcript(value) if not any(row.get(name) for name in PROMPT_FIELDS) else []
         if not turns:
             return read_prompt(row, required=False), read_text(value, side)
         value = turns
@@ -351,15 +225,6 @@ def parse(row: Any, layout: Layout) -> Parsed:
     if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     return _PARSERS[layout.format](row, layout)
-
-
-def _read_id(row: Row) -> str | None:
-    value = next((row[name] for name in ("group_id", "id") if row.get(name) is not None), None)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise RowError("id", f"is {value!r}; use a non-empty string or an integer")
-    return read_text(str(value), "id")
 
 
 def build_group(parsed: Parsed, where: str) -> Group:
@@ -418,7 +283,7 @@ def detect(sample: Sequence[Row], format_name: str, rating: str | None) -> Layou
 
 
 def _guess(columns: set[str]) -> str:
-    has_prompt = bool(columns & set(_PROMPT_FIELDS))
+    has_prompt = bool(columns & set(PROMPT_FIELDS))
     if has_prompt and columns & set(_RESPONSES_FIELDS):
         return "groups"
     if has_prompt and "completions" in columns:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pyarrow.compute import list_flatten
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, writing
@@ -170,51 +172,40 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
 
-class ArrowWriter:
-    """Appends groups to an Arrow file in batches, and keeps the digest and the counts."""
+def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
+    """Write groups to an Arrow file; its digest, size and counts, as fields of `PreparedInfo`.
 
-    def __init__(self, path: Path) -> None:
-        self._sink = pa.OSFile(str(path), "wb")
-        self._file = pa.ipc.new_file(self._sink, SCHEMA)
-        self._pending: list[TokenizedGroup] = []
-        self._digest = hashlib.sha256()
-        self._absent = (False, False)
-        self.num_groups = self.num_responses = self.num_prompt_tokens = self.num_response_tokens = 0
-        self.max_prompt_tokens = self.max_response_tokens = self.max_group_tokens = self.max_responses = 0
-
-    def add(self, group: TokenizedGroup) -> None:
-        """Append one group."""
-        prompt, lengths = len(group.prompt_tokens), [len(tokens) for tokens in group.response_tokens]
-        if not lengths or 0 in lengths:
-            raise DataError(f"{group.where}: group {group.group_id}: it has no responses, or one without tokens.")
-        if self.num_groups and (group.rewards is None, group.labels is None) != self._absent:
-            raise DataError(f"{group.where}: group {group.group_id}: rewards and labels are given by all groups or by none.")
-        self._absent = (group.rewards is None, group.labels is None)
-        _update_digest(self._digest, group)
-        self.num_groups += 1
-        self.num_responses += len(lengths)
-        self.num_prompt_tokens += prompt
-        self.num_response_tokens += sum(lengths)
-        self.max_prompt_tokens = max(self.max_prompt_tokens, prompt)
-        self.max_response_tokens = max(self.max_response_tokens, *lengths)
-        self.max_group_tokens = max(self.max_group_tokens, prompt + sum(lengths))
-        self.max_responses = max(self.max_responses, len(lengths))
-        self._pending.append(group)
-        if len(self._pending) == BATCH_GROUPS:
-            self._flush()
-
-    def _flush(self) -> None:
-        if self._pending:
-            self._file.write_batch(to_batch(self._pending))
-            self._pending.clear()
-
-    def close(self) -> dict[str, Any]:
-        """Finish the file; the counts, as fields of `PreparedInfo`."""
-        self._flush()
-        self._file.close()
-        self._sink.close()
-        counts = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return counts | {"data_digest": self._digest.hexdigest(), "has_labels": not self._absent[1]}
+    Raises:
+        DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
+    """
+    iterator, digest, kinds = iter(groups), hashlib.sha256(), set()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+        while batch := list(itertools.islice(iterator, BATCH_GROUPS)):
+            for group in batch:
+                kinds.add((group.rewards is None, group.labels is None))
+                wrong = "rewards and labels are given by all groups or by none" if len(kinds) > 1 else ""
+                if not group.response_tokens or 0 in map(len, group.response_tokens):
+                    wrong = "it has no responses, or one without tokens"
+                if wrong:
+                    raise DataError(f"{group.where}: group {group.group_id}: {wrong}.")
+                _update_digest(digest, group)
+            file.write_batch(to_batch(batch))
+    stored = StoredGroups(path)
+    sizes, prompts, responses = stored.num_responses(), stored.prompt_lengths(), stored.all_response_lengths()
+    wholes = prompts + np.add.reduceat(responses, stored.response_offsets()[:-1])
+    return {
+        "data_digest": digest.hexdigest(),
+        "has_labels": stored.all_labels() is not None,
+        "num_groups": len(stored),
+        "num_responses": len(responses),
+        "num_prompt_tokens": int(prompts.sum()),
+        "num_response_tokens": int(responses.sum()),
+        "max_prompt_tokens": int(prompts.max(initial=0)),
+        "max_response_tokens": int(responses.max(initial=0)),
+        "max_group_tokens": int(wholes.max(initial=0)),
+        "max_responses": int(sizes.max(initial=0)),
+        "arrow_bytes": path.stat().st_size,
+    }
 
 
 def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
@@ -254,18 +245,14 @@ def write_groups(
     target = Path(folder)
     with AtomicFolder(target) as output:
         with writing(target):
-            writer = ArrowWriter(output.path / GROUPS_FILE)
-            for group in groups:
-                writer.add(group)
-            counts = writer.close()
-        if not writer.num_groups:
+            counts = write_arrow(output.path / GROUPS_FILE, groups)
+        if not counts["num_groups"]:
             raise DataError(f"{target}: no groups to write.")
         info = PreparedInfo(
             tokenizer_digest=tokenizer_digest,
             vocab_size=vocab_size,
             end_token_ids=tuple(end_token_ids),
             reward_kind=reward_kind,
-            arrow_bytes=(output.path / GROUPS_FILE).stat().st_size,
             statistics=statistics or {},
             config=config or {},
             **counts,
@@ -325,28 +312,26 @@ class StoredGroups:
     def __iter__(self) -> Iterator[TokenizedGroup]:
         return (self[index] for index in range(len(self)))
 
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        parts = [batch[name].to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate(parts)
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return pa.Table.from_batches(self._batches, SCHEMA)[name]
 
     def _flat(self, name: str) -> npt.NDArray[Any]:
-        parts = [batch[name].flatten().to_numpy(zero_copy_only=False) for batch in self._batches]
-        return np.concatenate(parts)
+        return list_flatten(self._column(name)).to_numpy()
 
     def _has(self, name: str) -> bool:
         return len(self) > 0 and self._batches[0][name].null_count == 0
 
     def group_ids(self) -> list[str]:
         """[G] the groups' ids."""
-        return [group_id for batch in self._batches for group_id in batch["group_id"].to_pylist()]
+        return self._column("group_id").to_pylist()
 
     def prompt_lengths(self) -> Int64:
         """[G] tokens of every prompt."""
-        return self._column("prompt_length").astype(np.int64)
+        return self._column("prompt_length").to_numpy().astype(np.int64)
 
     def num_responses(self) -> Int64:
         """[G] K of every group."""
-        return self._column("num_responses").astype(np.int64)
+        return self._column("num_responses").to_numpy().astype(np.int64)
 
     def response_offsets(self) -> Int64:
         """[G + 1] group g's responses are numbers offsets[g] to offsets[g + 1] − 1 of all responses."""

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from mpo_megatron.data.packing import Layout, Plan, Row, build_row, plan_rows
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,7 @@ def iterate_steps(
     shuffle: bool,
     first_step: int = 0,
 ) -> Iterator[StepBatch]:
-    """The given steps in order; the next one is built in a thread while the current one trains.
+    """The given steps in order, built ahead.
 
     Args:
         first_step: the step at which the data begins
@@ -175,12 +177,16 @@ def iterate_steps(
         indices = step_indices(step - first_step, len(data), groups_per_step, seed=seed, shuffle=shuffle)
         return build_step(step, data, indices, select, shape)
 
+    return build_ahead(build, steps)
+
+
+def build_ahead(build: Callable[[Item], StepBatch], items: Sequence[Item]) -> Iterator[StepBatch]:
+    """What `build` makes of each item, in order; the next one is built in a thread while the current one is worked on."""
+    if not items:
+        return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
-        pending = [executor.submit(build, step) for step in steps[:1]]
-        for following in [*steps[1:], None]:
-            if not pending:
-                return
-            batch = pending.pop().result()
-            if following is not None:
-                pending.append(executor.submit(build, following))
+        coming = executor.submit(build, items[0])
+        for item in items[1:]:
+            batch, coming = coming.result(), executor.submit(build, item)
             yield batch
+        yield coming.result()

@@ -15,7 +15,7 @@ import itertools
 import json
 import multiprocessing
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -34,16 +34,17 @@ from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.formats import Layout, RowError
+from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.formats import Layout
 from mpo_megatron.data.group import (
     GROUPS_FILE,
     SCHEMA,
-    ArrowWriter,
     Group,
     PreparedInfo,
     StoredGroups,
     TokenizedGroup,
     to_batch,
+    write_arrow,
     write_info,
 )
 from mpo_megatron.data.readers import Rejection, read_groups
@@ -84,32 +85,15 @@ class PrepareSummary:
 # --------------------------------------------------------------------------------------------------- tokenizing
 
 
-@dataclass(frozen=True, kw_only=True)
-class ChatSettings:
-    """All that the ids of a text depend on; small and hashable, so that each process loads its tokenizer once."""
-
-    tokenizer: str
-    chat_template: str | None
-    system_prompt: str | None
-    variables: str
-    """`chat_template_kwargs` as JSON."""
-
-    @functools.lru_cache(maxsize=1)  # noqa: B019 - one tokenizer per process is the point
-    def load(self) -> Chat:
-        """The tokenizer with its template."""
-        tokenizer = load_tokenizer(self.tokenizer, self.chat_template)
-        return Chat(tokenizer, system_prompt=self.system_prompt, variables=json.loads(self.variables))
+def load_chat(config: PrepareConfig) -> Chat:
+    """The tokenizer with its template; each process loads it once."""
+    variables = json.dumps(config.chat_template_kwargs, sort_keys=True)
+    return _load_chat(config.tokenizer, config.chat_template, config.system_prompt, variables)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a worker needs to know."""
-
-    chat: ChatSettings
-    max_prompt_tokens: int
-    max_response_tokens: int
-    truncate: bool
-    """Cut an over-long response; otherwise it leaves its group."""
+@functools.lru_cache(maxsize=1)
+def _load_chat(tokenizer: str, chat_template: str | None, system_prompt: str | None, variables: str) -> Chat:
+    return Chat(load_tokenizer(tokenizer, chat_template), system_prompt=system_prompt, variables=json.loads(variables))
 
 
 class Chunk(NamedTuple):
@@ -119,13 +103,13 @@ class Chunk(NamedTuple):
     prompt_keys: list[str]
     """Of each accepted group, a hash of its prompt's messages."""
     rejections: list[Rejection]
-    num_dropped: int
-    num_truncated: int
+    num_overlong: int
+    """Responses that were too long."""
     num_special: int
     """Accepted groups with a special token written out in their text."""
 
 
-def tokenize_group(group: Group, chat: Chat, job: Job) -> tuple[TokenizedGroup, int]:
+def tokenize_group(group: Group, chat: Chat, config: PrepareConfig) -> tuple[TokenizedGroup, int]:
     """Token ids of a group, and how many of its responses were over-long.
 
     Raises:
@@ -135,19 +119,19 @@ def tokenize_group(group: Group, chat: Chat, job: Job) -> tuple[TokenizedGroup, 
         prompt_text, prompt_tokens = chat.prompt(group.prompt)
     except TemplateError as error:
         raise RowError("prompt", f"is refused by the chat template: {error}") from error
-    if len(prompt_tokens) > job.max_prompt_tokens:
-        limit = f"max_prompt_tokens = {job.max_prompt_tokens}"
+    if len(prompt_tokens) > config.max_prompt_tokens:
+        limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
         raise RowError("prompt", f"has {len(prompt_tokens)} tokens, {limit}")
     tokens = [chat.response(response) for response in group.responses]
-    fits = [len(ids) <= job.max_response_tokens for ids in tokens]
-    keep = [index for index, fit in enumerate(fits) if fit or job.truncate]
+    fits = [len(ids) <= config.max_response_tokens for ids in tokens]
+    keep = [index for index, fit in enumerate(fits) if fit or config.overlong == "truncate"]
     if len(keep) < 2:
-        limit = f"max_response_tokens = {job.max_response_tokens}"
+        limit = f"max_response_tokens = {config.max_response_tokens}"
         raise RowError("responses", f"leave K = {len(keep)} of {len(tokens)} within {limit}; a group needs at least two")
     tokenized = TokenizedGroup(
         group_id=group.group_id,
         prompt_tokens=prompt_tokens,
-        response_tokens=tuple(tokens[index][: job.max_response_tokens] for index in keep),
+        response_tokens=tuple(tokens[index][: config.max_response_tokens] for index in keep),
         rewards=None if group.rewards is None else np.array(group.rewards, np.float64)[keep],
         labels=None if group.labels is None else np.array(group.labels, np.int8)[keep],
         prompt_text=prompt_text,
@@ -157,9 +141,9 @@ def tokenize_group(group: Group, chat: Chat, job: Job) -> tuple[TokenizedGroup, 
     return tokenized, fits.count(False)
 
 
-def tokenize_chunk(job: Job, items: list[Group | Rejection]) -> Chunk:
+def tokenize_chunk(config: PrepareConfig, items: list[Group | Rejection]) -> Chunk:
     """Tokenize a run of groups; rejections among them pass through in their place."""
-    chat = job.chat.load()
+    chat = load_chat(config)
     groups: list[TokenizedGroup] = []
     keys: list[str] = []
     rejections: list[Rejection] = []
@@ -169,7 +153,7 @@ def tokenize_chunk(job: Job, items: list[Group | Rejection]) -> Chunk:
             rejections.append(item)
             continue
         try:
-            group, overlong = tokenize_group(item, chat, job)
+            group, overlong = tokenize_group(item, chat, config)
         except RowError as error:
             file, _, line = item.where.rpartition(":")
             rejections.append(
@@ -184,8 +168,7 @@ def tokenize_chunk(job: Job, items: list[Group | Rejection]) -> Chunk:
         batch=to_batch(groups) if groups else None,
         prompt_keys=keys,
         rejections=rejections,
-        num_dropped=0 if job.truncate else num_overlong,
-        num_truncated=num_overlong if job.truncate else 0,
+        num_overlong=num_overlong,
         num_special=num_special,
     )
 
@@ -237,7 +220,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     check_writable(output, "output")
     for folder in (output, held_out) if config.held_out else (output,):
         require(is_free(folder), f"output = {folder}; exists and is not an empty folder; remove it, or choose another output.")
-    chat = _chat_settings(config).load()
+    chat = load_chat(config)
     if chat.lead.strip():
         console.print(
             f"[yellow]The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it; "
@@ -262,30 +245,21 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         groups = StoredGroups(spool)
         train, evaluation = _split(groups, prompt_keys, config, tally)
         rewards = groups.all_rewards()
-        finish = _Finish(config, None if rewards is None else measure_scale(rewards))
-        finish_held_out = replace(finish, config=replace(config, reward_noise=0.0, responses_per_prompt=None))
+        scale = None if rewards is None else measure_scale(rewards)
+        untouched = replace(config, reward_noise=0.0, responses_per_prompt=None)
         write = functools.partial(_write, config, chat, stream.layout, tally)
         eval_info = None
         with writing(output):
-            info = write(partial.path, (finish(groups[index]) for index in train))
+            info = write(partial.path, (_finish(groups[index], config, scale) for index in train))
             if evaluation:
                 with AtomicFolder(held_out) as eval_partial:
-                    eval_info = write(eval_partial.path, (finish_held_out(groups[index]) for index in evaluation))
+                    eval_info = write(eval_partial.path, (_finish(groups[index], untouched, scale) for index in evaluation))
                     eval_partial.commit()
             spool.unlink()
             partial.commit()  # last: whoever sees it sees everything
     summary = PrepareSummary(output=output, train=info, eval=eval_info, tally=tally, seconds=time.monotonic() - started)
     _print(console, summary, held_out)
     return summary
-
-
-def _chat_settings(config: PrepareConfig) -> ChatSettings:
-    return ChatSettings(
-        tokenizer=config.tokenizer,
-        chat_template=config.chat_template,
-        system_prompt=config.system_prompt,
-        variables=json.dumps(config.chat_template_kwargs, sort_keys=True),
-    )
 
 
 def _check_reward_options(config: PrepareConfig, layout: Layout) -> None:
@@ -303,12 +277,6 @@ def _nothing_left(source: str, tally: Tally) -> str:
 
 def _tokenize(config: PrepareConfig, items: Iterable[Group | Rejection], total: int, spool: Path, tally: Tally) -> list[str]:
     """First pass: accepted groups to `spool`, rejections to the file beside it; the accepted groups' prompt keys."""
-    job = Job(
-        chat=_chat_settings(config),
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_response_tokens=config.max_response_tokens,
-        truncate=config.overlong == "truncate",
-    )
     output = Path(config.output)
     prompt_keys: list[str] = []
     with (
@@ -319,27 +287,29 @@ def _tokenize(config: PrepareConfig, items: Iterable[Group | Rejection], total: 
         _progress() as progress,
     ):
         task = progress.add_task("tokenizing", total=total)
-        tokenize = functools.partial(tokenize_chunk, job)
+        tokenize = functools.partial(tokenize_chunk, config)
         for chunk in map_in_order(tokenize, _chunks(items, _CHUNK), config.num_workers):
             if chunk.batch is not None:
                 writer.write_batch(chunk.batch)
             rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections)
             prompt_keys += chunk.prompt_keys
-            _count(tally, chunk)
+            _count(tally, chunk, config.overlong)
             progress.update(task, completed=tally.rows, total=max(total, tally.rows))
     tally.duplicate_prompts = len(prompt_keys) - len(set(prompt_keys))
     return prompt_keys
 
 
-def _count(tally: Tally, chunk: Chunk) -> None:
+def _count(tally: Tally, chunk: Chunk, overlong: str) -> None:
     for rejection in chunk.rejections:
         name = rejection.field.split("[")[0].split(".")[0]
         tally.rejected[name] += 1
         where = f"{rejection.file}:{rejection.line}"
         tally.examples.setdefault(name, f"{where}: {rejection.field} {rejection.reason}")
     tally.rows += len(chunk.prompt_keys) + len(chunk.rejections)
-    tally.overlong_dropped += chunk.num_dropped
-    tally.overlong_truncated += chunk.num_truncated
+    if overlong == "truncate":
+        tally.overlong_truncated += chunk.num_overlong
+    else:
+        tally.overlong_dropped += chunk.num_overlong
     tally.special_tokens += chunk.num_special
 
 
@@ -347,9 +317,7 @@ def _split(groups: StoredGroups, prompt_keys: list[str], config: PrepareConfig, 
     """Indices of the training and of the held-out groups, each in the input's order."""
     held: set[str] = set()
     num_held = 0
-    of_prompt: dict[str, int] = {}
-    for key in prompt_keys:
-        of_prompt[key] = of_prompt.get(key, 0) + 1
+    of_prompt = Counter(prompt_keys)
     for key in sorted(of_prompt, key=lambda key: hash_unit(config.seed, "held_out", key)):
         if num_held >= config.held_out:
             break
@@ -368,28 +336,25 @@ def _split(groups: StoredGroups, prompt_keys: list[str], config: PrepareConfig, 
     return train, evaluation
 
 
-@dataclass(frozen=True)
-class _Finish:
-    """The options that act on one group: noise on all its rewards, then the choice of responses, then the scale."""
+def _finish(group: TokenizedGroup, config: PrepareConfig, scale: RewardScale | None) -> TokenizedGroup:
+    """Apply the options that act on one group: noise on all its rewards, then the choice of responses, then the scale.
 
-    config: PrepareConfig
-    scale: RewardScale | None
-    """Statistics of all accepted groups' rewards, before noise and choice; None if there are only labels."""
-
-    def __call__(self, group: TokenizedGroup) -> TokenizedGroup:
-        config, rewards, labels = self.config, group.rewards, group.labels
-        if rewards is not None and config.reward_noise > 0:
-            rewards = add_noise(rewards, config.reward_noise, group.group_id, seed=config.seed)
-        keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed)
-        if rewards is not None:
-            rewards = normalize(rewards[keep], config.reward_normalization, self.scale)
-        return replace(
-            group,
-            response_tokens=tuple(group.response_tokens[index] for index in keep),
-            response_texts=tuple(group.response_texts[index] for index in keep),
-            rewards=rewards,
-            labels=None if labels is None else labels[keep],
-        )
+    Args:
+        scale: statistics of all accepted groups' rewards, before noise and choice; None if there are only labels
+    """
+    rewards, labels = group.rewards, group.labels
+    if rewards is not None and config.reward_noise > 0:
+        rewards = add_noise(rewards, config.reward_noise, group.group_id, seed=config.seed)
+    keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed)
+    if rewards is not None:
+        rewards = normalize(rewards[keep], config.reward_normalization, scale)
+    return replace(
+        group,
+        response_tokens=tuple(group.response_tokens[index] for index in keep),
+        response_texts=tuple(group.response_texts[index] for index in keep),
+        rewards=rewards,
+        labels=None if labels is None else labels[keep],
+    )
 
 
 def _write(
@@ -397,16 +362,12 @@ def _write(
 ) -> PreparedInfo:
     """Write `groups.arrow` and `prepare.json`."""
     arrow = folder / GROUPS_FILE
-    writer = ArrowWriter(arrow)
-    for group in groups:
-        writer.add(group)
-    counts = writer.close()
+    counts = write_arrow(arrow, groups)
     info = PreparedInfo(
         tokenizer_digest=chat.tokenizer.digest(),
         vocab_size=chat.tokenizer.vocab_size,
         end_token_ids=(chat.end_token_id,),
         reward_kind=layout.reward_kind,
-        arrow_bytes=arrow.stat().st_size,
         statistics=compute_statistics(StoredGroups(arrow)) | {"preparation": tally.as_dict()},
         config=to_dict(config) | {"format": layout.format},
         **counts,

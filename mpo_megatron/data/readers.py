@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpo_megatron.data import DataError
-from mpo_megatron.data.formats import Layout, Parsed, RowError, build_group, detect, parse
+from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.formats import Layout, Parsed, build_group, detect, parse
 from mpo_megatron.data.group import Group
 
-_SUFFIXES = (".jsonl", ".json", ".parquet")
 _SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -151,14 +151,9 @@ def _read_parquet(path: Path) -> Source:
 
 
 def _read_dataset(dataset: Any, name: str) -> Source:
-    def rows() -> Iterator[RawRow]:
-        number = 0
-        for table in dataset.with_format("arrow").iter(batch_size=_BATCH):
-            for value in table.to_pylist():
-                number += 1
-                yield RawRow(name, number, value)
-
-    return Source(len(dataset), rows())
+    tables = dataset.with_format("arrow").iter(batch_size=_BATCH)
+    values = (value for table in tables for value in table.to_pylist())
+    return Source(len(dataset), (RawRow(name, number, value) for number, value in enumerate(values, start=1)))
 
 
 _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".parquet": _read_parquet}
@@ -178,14 +173,14 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
         if path.suffix in (".gz", ".zst", ".bz2", ".xz", ".zip"):
             raise DataError(f"input = {source}; it is compressed; unpack it first.")
         if path.suffix not in _READERS:
-            raise DataError(f"input = {source}; the suffix must be one of {', '.join(_SUFFIXES)}; rename or convert it.")
+            raise DataError(f"input = {source}; the suffix must be one of {', '.join(_READERS)}; rename or convert it.")
         try:
             return _READERS[path.suffix](path)
         except OSError as error:
             raise DataError(f"input = {source}; cannot be read: {error.strerror or error}.") from error
     if path.is_dir():
         return _open_folder(path, split, subset)
-    if path.suffix in _SUFFIXES or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+    if path.suffix in _READERS or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
         raise DataError(f"input = {source}; no such file or folder.")
     return _load_dataset(source, split, subset)
 
@@ -200,7 +195,7 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
                 raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}.")
             dataset = dataset[split]
         return _read_dataset(dataset, str(folder))
-    files = sorted(path for path in folder.iterdir() if path.suffix in _SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.suffix in _READERS)
     if not files or subset is not None or (folder / "README.md").is_file():
         return _load_dataset(str(folder), split, subset)
     files = _files_of_split(files, split)
@@ -265,8 +260,8 @@ def read_groups(
     if not head:
         raise DataError(f"input = {source}; it is empty.")
     if not sample:
-        first = f"; the first: {head[0].file}:{head[0].line}: {_describe(head[0].value)}" if head else ""
-        raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields{first}.")
+        first = f"{head[0].file}:{head[0].line}: {_describe(head[0].value)}"
+        raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields; the first: {first}.")
     layout = detect(sample, format_name, rating)
     parsed = _parse_rows(itertools.chain(head, rows), layout)
     if layout.format == "ratings":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -145,16 +146,11 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         names = {index: name for name, index in self.markers.items()}
         parts: list[str] = []
-        run: list[int] = []
-        for index in [*(int(item) for item in ids), -1]:
-            if index >= 0 and index not in names:
-                run.append(index)
-                continue
-            if run:
-                parts.append(self.processor.decode(run))
-                run = []
-            if index >= 0 and not skip_special:
-                parts.append(names[index])
+        for is_marker, run in itertools.groupby(map(int, ids), key=names.__contains__):
+            if not is_marker:
+                parts.append(self.processor.decode(list(run)))
+            elif not skip_special:
+                parts += [names[index] for index in run]
         return "".join(parts)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:

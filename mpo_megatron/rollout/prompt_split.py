@@ -10,8 +10,9 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.formats import RowError, read_prompt
+from mpo_megatron.data.fields import RowError, read_prompt
 from mpo_megatron.data.rewards import hash_unit
+from mpo_megatron.rollout.records import find_repeated
 
 Row = dict[str, Any]
 
@@ -33,7 +34,7 @@ def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> Promp
 
     Raises:
         ConfigError: no such file, or too few prompts.
-        DataError: a line has no usable prompt; the message names it.
+        DataError: a line has no usable prompt, or two have one id; the message names it.
     """
     rows: dict[str, Row] = {}
     num_lines, digest = 0, hashlib.sha256()
@@ -52,7 +53,9 @@ def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> Promp
         f"prompts = {path} holds {len(rows)} different prompts; rounds = {rounds} and held_out = {held_out} need at least "
         f"{held_out + rounds}.",
     )
-    check_ids(rows, path)
+    repeated = find_repeated(row["group_id"] for row in rows.values())
+    if repeated is not None:
+        raise DataError(f"{path}: the id {repeated} belongs to two different prompts; give each its own.")
     order = sorted(rows, key=lambda key: (hash_unit(seed, "rounds", key), key))
     place = {key: -1 if rank < held_out else (rank - held_out) % rounds for rank, key in enumerate(order)}
     return PromptSplit(
@@ -81,16 +84,3 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
     key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
     own = row.get("group_id", row.get("id"))
     return {**row, "group_id": key[:20] if own is None else str(own)}, key
-
-
-def check_ids(rows: dict[str, Row], path: Path) -> None:
-    """Refuse one id for two prompts.
-
-    Raises:
-        DataError: naming it.
-    """
-    seen: set[str] = set()
-    for row in rows.values():
-        if row["group_id"] in seen:
-            raise DataError(f"{path}: the id {row['group_id']} belongs to two different prompts; give each its own.")
-        seen.add(row["group_id"])

@@ -19,7 +19,8 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.formats import Layout, RowError, detect, parse, read_prompt, read_text
+from mpo_megatron.data.fields import RowError, read_prompt, read_text
+from mpo_megatron.data.formats import Layout, detect, parse
 from mpo_megatron.data.group import INFO_FILE, Message, load_groups
 from mpo_megatron.data.readers import RawRow, Rejection, open_source, read_groups
 from mpo_megatron.rollout.records import Record
@@ -46,6 +47,12 @@ class PromptSet:
     counts: Counter[str] = field(default_factory=Counter)
     """Rows by what became of them: prompts, duplicates, invalid, refused (by the template), too_long."""
 
+    def leave_out(self, kind: str, where: str, group_id: str, reason: str) -> None:
+        """Count a prompt that is not asked, and keep why."""
+        file, _, line = where.rpartition(":")
+        self.rejections.append(Rejection(file=file, line=int(line), group_id=group_id, field="prompt", reason=reason))
+        self.counts[kind] += 1
+
     def digest(self) -> str:
         """sha256 over ids and tokens in order: what the engine is asked."""
         digest = hashlib.sha256()
@@ -65,16 +72,12 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
         if max_prompts is not None and len(found.records) == max_prompts:
             break
         if isinstance(item, Rejection):
-            _reject(found, item, "invalid")
+            found.rejections.append(item)
+            found.counts["invalid"] += 1
             continue
-        file, _, line = where.rpartition(":")
         group_id, key = item["group_id"], json.dumps(item["prompt"], sort_keys=True)
-
-        def reject(kind: str, field: str, reason: str, file: str = file, line: str = line, group_id: str = group_id) -> None:
-            _reject(found, Rejection(file=file, line=int(line), group_id=group_id, field=field, reason=reason), kind)
-
         if key in seen:
-            reject("duplicates", "prompt", f"repeats the prompt of {seen[key]}")
+            found.leave_out("duplicates", where, group_id, f"repeats the prompt of {seen[key]}")
             continue
         if group_id in lines_of:
             raise DataError(f"{where}: group_id = {group_id} is that of another prompt, {lines_of[group_id]}; give each its own.")
@@ -82,10 +85,10 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
         try:
             ids = tuple(chat.prompt(item["prompt"])[1].tolist())
         except TemplateError as error:
-            reject("refused", "prompt", f"is refused by the chat template: {error}")
+            found.leave_out("refused", where, group_id, f"is refused by the chat template: {error}")
             continue
         if len(ids) > max_prompt_tokens:
-            reject("too_long", "prompt", f"has {len(ids)} tokens, max_prompt_tokens = {max_prompt_tokens}")
+            found.leave_out("too_long", where, group_id, f"has {len(ids)} tokens, max_prompt_tokens = {max_prompt_tokens}")
             continue
         found.records.append(item)
         found.token_ids[group_id] = ids
@@ -95,11 +98,6 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
         reason = f"; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else ""
         raise DataError(f"prompts = {source}; not one prompt in it is usable{reason}.")
     return found
-
-
-def _reject(found: PromptSet, rejection: Rejection, kind: str) -> None:
-    found.rejections.append(rejection)
-    found.counts[kind] += 1
 
 
 def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:

@@ -13,8 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.group import PreparedGroups
-from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_step
+from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
 from mpo_megatron.train.agreement import on_main
@@ -162,8 +161,9 @@ def reference_logps(
     _write_on_main(ranks, folder, lambda: _prepare_folder(folder))
     model = load_model()
     chunks = [missing[start : start + groups_per_part] for start in range(0, len(missing), groups_per_part)]
+    batches = build_ahead(lambda indices: build_step(0, data, indices, select_all, shape), chunks)
     with _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
-        for indices, batch in _build_ahead(data, chunks, shape):
+        for indices, batch in zip(chunks, batches, strict=True):
             part = _compute_part(data, indices, batch, model, ranks, tokens)
             path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}.parquet"
             _write_on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
@@ -215,17 +215,6 @@ def _write_on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> No
             f"{folder}: cannot write reference log-probs: {error.strerror or error}; parts that were finished are kept; make the "
             "folder writable or free some space, and start again."
         ) from error
-
-
-def _build_ahead(data: PreparedGroups, chunks: Sequence[Ints], shape: RowShape) -> Iterator[tuple[Ints, StepBatch]]:
-    """The chunks with their rows; the next ones are built in a thread while the current ones run."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:
-        pending = executor.submit(build_step, 0, data, chunks[0], select_all, shape)
-        for indices, following in zip(chunks, [*chunks[1:], None], strict=True):
-            batch = pending.result()
-            if following is not None:
-                pending = executor.submit(build_step, 0, data, following, select_all, shape)
-            yield indices, batch
 
 
 def _compute_part(

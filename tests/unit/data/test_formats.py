@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from mpo_megatron.data import DataError
-from mpo_megatron.data.formats import Layout, RowError, build_group, detect, parse
+from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.formats import Layout, build_group, detect, parse
 from mpo_megatron.data.group import Group
 
 
