@@ -11,7 +11,6 @@ is tried again by the next run.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import itertools
 from collections import Counter
@@ -40,6 +39,7 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     Record,
     check_started,
+    digest_lines,
     encode_line,
     join_lines,
     read_ids,
@@ -54,7 +54,6 @@ STARTED_FILE = "generate.started.json"
 """What the folder's lines were asked for; a run that asks for something else is refused."""
 _WINDOW = 1024
 """Groups handed to the engine together: it sorts them by length, and groups to draw again wait for the others."""
-_PACKAGES = {"transformers": "transformers", "vllm": "vllm", "openai": "openai"}
 
 
 def generate(config: GenerateConfig, console: Console | None = None) -> Path:
@@ -66,7 +65,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     """
     console = console or Console()
     validate_generate(config)
-    require_package(_PACKAGES[config.engine], f"engine = {config.engine}")
+    require_package(config.engine, f"engine = {config.engine}")
     shard, output = choose_shard(config.shard), Path(config.output)
     checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai")
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
@@ -101,13 +100,9 @@ def require_package(name: str, why: str) -> None:
 
 
 def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sampling:
-    ends = {chat.end_token_id}
-    if chat.tokenizer.eos_id is not None:
-        ends.add(chat.tokenizer.eos_id)
     path = side_files(checkpoint) / "generation_config.json"
-    if path.is_file():
-        eos = read_summary(path).get("eos_token_id")
-        ends |= {*(eos if isinstance(eos, list) else [eos])} - {None}
+    eos = read_summary(path).get("eos_token_id") if path.is_file() else None
+    ends = {chat.end_token_id, chat.tokenizer.eos_id, *(eos if isinstance(eos, list) else [eos])}
     return Sampling(
         num_responses=config.num_responses,
         temperature=config.temperature,
@@ -115,7 +110,7 @@ def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sam
         top_k=config.top_k,
         max_tokens=config.max_tokens,
         stop=tuple(config.stop),
-        stop_token_ids=tuple(sorted(ends)),
+        stop_token_ids=tuple(sorted(end for end in ends if end is not None)),
         seed=config.seed,
     )
 
@@ -254,11 +249,9 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
         reasons.update(response["finish_reason"] for response in record["responses"])
         dropped.update(record.get("dropped", {}))
-    with samples.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(file.read())
     return {
         "identity": identity,
-        "samples_digest": digest.hexdigest(),
+        "samples_digest": digest_lines(samples),
         "counts": {**counts, "dropped": dict(dropped), "finish_reasons": dict(sorted(reasons.items()))},
         "prompts": dict(prompts.counts),
         "config": to_dict(config),

@@ -15,9 +15,10 @@ A line holds one prompt:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, final
@@ -141,6 +142,25 @@ class LineWriter:
 def read_ids(path: str | Path) -> set[str]:
     """Ids of the groups that a file holds already; none if there is no file."""
     return {record["group_id"] for record in read_lines(path)} if Path(path).is_file() else set()
+
+
+def find_repeated(ids: Iterable[str]) -> str | None:
+    """The first id that comes a second time; None if each comes once."""
+    seen: set[str] = set()
+    for group_id in ids:
+        if group_id in seen:
+            return group_id
+        seen.add(group_id)
+    return None
+
+
+def digest_lines(path: Path) -> str:
+    """sha256 of a file."""
+    digest = hashlib.sha256()
+    with _open(path) as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_lines(source: str | Path, name: str, summary: str) -> Path:

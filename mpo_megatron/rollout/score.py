@@ -11,7 +11,6 @@ all are equal.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 import statistics
@@ -39,7 +38,9 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     Record,
     check_started,
+    digest_lines,
     find_lines,
+    find_repeated,
     join_lines,
     read_ids,
     read_lines,
@@ -65,12 +66,13 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
     source, output, shard = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output), choose_shard(config.shard)
     scored, own = output / SCORED_FILE, output / shard.name(SCORED_FILE)
     require(scored.resolve() != source.resolve(), f"output = {output}; it would write over its input; choose another folder.")
-    if any(isinstance(build_scorer_config(name, options), JudgeScorer) for name, options in config.scorers.items()):
+    kinds = {name: build_scorer_config(name, options) for name, options in config.scorers.items()}
+    if any(isinstance(kind, JudgeScorer) for kind in kinds.values()):
         require_package("openai", "a judge")
     with contextlib.ExitStack() as stack:
         scorers: list[Scorer] = []
-        for name, options in config.scorers.items():
-            scorers.append(build_scorer(name, build_scorer_config(name, options)))
+        for name, kind in kinds.items():
+            scorers.append(build_scorer(name, kind))
             stack.callback(scorers[-1].close)
         identity = _identity(config, source, scorers)
         check_started(output, STARTED_FILE, identity, "scored*.jsonl")
@@ -89,12 +91,8 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
 
 def _identity(config: ScoreConfig, source: Path, scorers: Sequence[Scorer]) -> dict[str, Any]:
     """What the rewards follow from; runs that agree in it continue each other."""
-    digest = hashlib.sha256()
-    with source.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
     return {
-        "input": digest.hexdigest(),
+        "input": digest_lines(source),
         "scorers": {
             scorer.name: {
                 "kind": config.scorers[scorer.name]["kind"],
@@ -150,9 +148,9 @@ def _read_order(source: Path) -> list[str]:
         DataError: two groups have one id.
     """
     order = [record["group_id"] for record in read_lines(source)]
-    twice = [group_id for group_id, count in Counter(order).items() if count > 1]
-    if twice:
-        raise DataError(f"{source}: group {twice[0]} comes twice; give each group an id of its own.")
+    repeated = find_repeated(order)
+    if repeated is not None:
+        raise DataError(f"{source}: group {repeated} comes twice; give each group an id of its own.")
     return order
 
 
@@ -269,9 +267,8 @@ def _describe(values: Sequence[float]) -> dict[str, float]:
 
 def _print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -> None:
     counts = summary["counts"]
-    table = Table(
-        title=f"{escape(str(scored))}: {counts['groups']:,} groups, {counts['responses']:,} responses", title_justify="left"
-    )
+    title = escape(f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses")
+    table = Table(title=title, title_justify="left")
     for column in ("", "mean", "std", "min", "max", "missing"):
         table.add_column(column, justify="left" if not column else "right")
     for name, values in summary["statistics"].items():
