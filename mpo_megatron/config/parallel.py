@@ -38,6 +38,10 @@ class ParallelConfig:
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
             require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
         require(
+            0 < self.timeout_minutes < math.inf,
+            f"parallel.timeout_minutes = {self.timeout_minutes}; it must be positive, and finite.",
+        )
+        require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
             f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1; leave it out, or raise "
             "parallel.pipeline.",

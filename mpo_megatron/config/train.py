@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,7 @@ class OptimizerConfig:
     """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU, Transformer Engine and bf16."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr = {self.lr}; it must be positive.")
+        require(0 < self.lr < math.inf, f"optimizer.lr = {self.lr}; it must be positive, and finite.")
         require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr = {self.min_lr}; it must lie between 0 and optimizer.lr.")
         require(
             0 <= self.warmup_fraction < 1,
@@ -215,7 +216,10 @@ class OnlineConfig:
     """Share of a GPU's memory that `engine: vllm` takes while it samples."""
 
     def __post_init__(self) -> None:
-        require(self.kl_weight >= 0, f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive.")
+        require(
+            0 <= self.kl_weight < math.inf,
+            f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive, and finite.",
+        )
         for name in ("every", "num_samples", "max_tokens"):
             require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
         require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
@@ -252,7 +256,7 @@ class TrainConfig:
     """Seed of data order, sampling and initialisation."""
 
     def __post_init__(self) -> None:
-        require(self.epochs > 0, f"epochs = {self.epochs}; it must be positive.")
+        require(0 < self.epochs < math.inf, f"epochs = {self.epochs}; it must be positive, and finite.")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps = {self.max_steps}; it must be at least 1.")
         require(
             self.stop_after is None or self.stop_after > self.data.first_step,
