@@ -13,7 +13,7 @@ import yaml
 from mpo_megatron import device
 from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.train.launcher import launch
+from mpo_megatron.train.launcher import end_with_parent, launch
 
 
 class StageError(RuntimeError):
@@ -30,7 +30,8 @@ def run_command(name: str, function: Callable[[Any], object], config: GenerateCo
         function(config)
         return
     path = save_config(Path(f"{config.output}.yaml"), config)
-    status = subprocess.run([sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)], check=False).returncode
+    command = [sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)]
+    status = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
     if status:
         raise StageError(name, status)
 

@@ -79,11 +79,13 @@ def _wait(process: subprocess.Popen[bytes], requests: Sequence[int]) -> None:
 
 
 def _prepare_child() -> None:
-    """torchrun and ranks that are starting do not end of a request to stop: ranks hear it when they listen.
-
-    And they do not outlive this process if it is killed: the next start would find them at work in the same folder.
-    """
+    """torchrun and ranks that are starting do not end of a request to stop: ranks hear it when they listen."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """In a new process: do not outlive the one that started it; the next start would find this one at work in the same folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
+import psutil
 import pytest
 from rich.console import Console
 
@@ -115,6 +118,32 @@ def test_a_command_of_its_own_gets_a_file_of_its_own(tmp_path: Path, monkeypatch
         with pytest.raises(stages.StageError, match="generate ended with exit status 3"):
             stages.run_command("generate", print, config)
         assert load_yaml(GenerateConfig, tmp_path / f"{name}.yaml") == config
+
+
+def test_a_command_of_its_own_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
+    """Else it would go on with the GPU and the lock, and the next start would be refused."""
+    command = tmp_path / "python"
+    command.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/child\nexec sleep 600\n")
+    command.chmod(0o755)
+    program = (
+        "from mpo_megatron.config import GenerateConfig\nfrom mpo_megatron.rollout import stages\n"
+        f"stages.device.has_gpu = lambda: True\nstages.sys.executable = {str(command)!r}\n"
+        f"stages.run_command('generate', print, GenerateConfig(prompts='p', model='m', output={str(tmp_path / 'out')!r}))"
+    )
+    parent = psutil.Popen([sys.executable, "-c", program])
+    while not ((tmp_path / "child").is_file() and (tmp_path / "child").read_text().endswith("\n")):
+        assert parent.poll() is None
+        time.sleep(0.05)
+    child = psutil.Process(int((tmp_path / "child").read_text()))
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 60
+    while alive := child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            child.kill()
+            break
+        time.sleep(0.05)
+    assert not alive
 
 
 # --------------------------------------------------------------------------------------------------- the plan
