@@ -19,6 +19,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.precision import has_delayed_scales, hold_scales, token_multiple
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
+from mpo_megatron.train.faults import STEP_SEEDS
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
@@ -53,7 +54,7 @@ class Run:
 
     def generator(self, step: int) -> torch.Generator:
         """Generator of what a loss draws at a step; the same on every rank."""
-        return torch.Generator().manual_seed(self.config.seed + 1_000_003 * step)
+        return torch.Generator().manual_seed(self.config.seed + STEP_SEEDS * step)
 
     def measure(self, batch: StepBatch, policy: Logps, reference: Logps) -> tuple[dict[str, Mean], torch.Tensor]:
         """Metrics of a step from the log-probs of all its responses, and the loss of each group [G]; the same on every rank."""
