@@ -61,10 +61,28 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def finish_computing() -> None:
+    """Wait for the kernels of this process's own stream: not for exchanges beside it, in which the fast wait for the slow."""
+    if has_gpu():
+        torch.cuda.current_stream().synchronize()
+
+
 def upload(values: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
     """Host data on this process's device; a GPU takes it from pinned memory, so that no one waits for the copy."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device(), non_blocking=True) if has_gpu() else tensor
+
+
+def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled, once for all lengths of its tensors; once more for each other dtype, option or use of gradients.
+
+    Past PyTorch's limit of 8 of these a call would silently run uncompiled, which can take the memory that the compiled function
+    is there to save. The limit is raised, and to reach it is an error.
+    """
+    import torch._dynamo.config as dynamo  # takes a second
+
+    dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
+    return torch.compile(function, dynamic=True, fullgraph=True)
 
 
 def peak_memory_gib() -> float:

@@ -17,6 +17,7 @@
 # save, and exit with 75; this script queues the job again, and it resumes. Submit it from the
 # folder that paths are relative to; logs/ must exist there.
 set -euo pipefail
+trap : TERM USR1 # these are for the ranks; where they come here, too, this script goes on
 
 source .venv/bin/activate
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"

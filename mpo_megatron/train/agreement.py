@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import socket
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch.distributed import broadcast_object_list
+from torch.distributed import all_gather_object, broadcast_object_list, get_world_size
 
 from mpo_megatron.model.parallel import Ranks
 
 Result = TypeVar("Result")
+
+LATE_SECONDS = 100.0
+"""How long a file server may take to show one machine what another one has written: NFS remembers for 60 what was not there."""
 
 
 def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
@@ -29,3 +34,13 @@ def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
     if failure is not None:
         raise failure
     return result  # type: ignore[return-value]  # None is what the action gave
+
+
+def machines_without(is_there: Callable[[], bool]) -> list[str]:
+    """Names of the machines that do not see, even after a while, what the main rank has written; all ranks call it."""
+    deadline = time.monotonic() + LATE_SECONDS
+    while not (found := is_there()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    machines: list[str | None] = [None] * get_world_size()
+    all_gather_object(machines, None if found else socket.gethostname())
+    return sorted({machine for machine in machines if machine is not None})

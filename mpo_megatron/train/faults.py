@@ -46,6 +46,9 @@ SLOW_RATIO, SLOW_STEPS = 1.1, 20
 LEAST_MARGIN = 60.0
 """Seconds kept for the last save at least."""
 
+DISK_SECONDS = 30
+"""How long a rank that has hung may take to write its stacks down."""
+
 STARTED = "MPO_STARTED"
 """Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""
 
@@ -119,6 +122,7 @@ class Watchdog:
     def _end(self, message: str) -> None:
         path = self.folder / f"hang_{self.doing.replace(' ', '_')}_rank_{self.rank:05d}.txt"
         print(f"{message}; stacks in {path}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback_later(DISK_SECONDS, exit=True)  # it may be the disk that hangs
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -171,7 +175,7 @@ class Supervisor:
 
     def _timed(self, finalize: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
-            device.synchronize()
+            device.finish_computing()
             self.reduction_started = time.perf_counter()
             return finalize(*args, **kwargs)
 

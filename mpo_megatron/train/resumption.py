@@ -14,10 +14,11 @@ from torch.distributed import all_gather_object, get_rank, get_world_size
 
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train import checkpoint
-from mpo_megatron.train.agreement import on_main
+from mpo_megatron.train.agreement import machines_without, on_main
 from mpo_megatron.train.faults import was_restarted
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.step_folders import (
@@ -98,10 +99,21 @@ def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
     """Within it this is the only run in its folder: another one would take its save under way for a killed one's.
 
     Raises:
-        DataError: another one is at work there; on all ranks.
+        DataError: another one is at work there, or not all machines see the same folder; on all ranks.
     """
+    lock = run / ".lock"
+
+    def take() -> str:
+        stack.enter_context(hold(lock, run, LOCK_SECONDS))
+        return lock.read_text()
+
     with contextlib.ExitStack() as stack:
-        on_main(ranks, lambda: stack.enter_context(hold(run / ".lock", run, LOCK_SECONDS)))
+        holder = on_main(ranks, take)
+        if machines := machines_without(lambda: lock.is_file() and lock.read_text() == holder):
+            raise DataError(
+                f"output = {run}: {', '.join(machines)} do not see what the main rank writes there, and every rank writes its "
+                "part of a checkpoint; name a folder on a file system that all machines share."
+            )
         yield
 
 

@@ -16,6 +16,8 @@ from __future__ import annotations
 import queue
 import secrets
 import shutil
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -28,14 +30,14 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import all_gather_object, broadcast_object_list, get_world_size
+from torch.distributed import all_gather_object, broadcast_object_list, get_rank, get_world_size
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.data.atomic import sync
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.train.agreement import on_main
+from mpo_megatron.train.agreement import machines_without, on_main
 from mpo_megatron.train.checkpoint import prepare_save
 from mpo_megatron.train.step_folders import (
     Files,
@@ -110,7 +112,10 @@ class Saver:
             if not _is_write_error(error):
                 raise
             shutil.rmtree(partial, ignore_errors=True)
-            raise SaveError(_message(partial, _reason(error))) from error
+            message = _message(partial, _reason(error))
+            if not self.ranks.is_main:  # whose messages are printed in any case
+                print(f"rank {get_rank()} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
+            raise SaveError(message) from error
         self.writing = Writing(state=state, partial=partial, request=request, started=started)
         if self.config.asynchronous:
             buckets = stage(request)
@@ -153,6 +158,8 @@ class Saver:
             (partial / "megatron").mkdir(parents=True)
 
         self._on_main(create, partial)
+        if machines := machines_without((partial / "megatron").is_dir):
+            raise SaveError(_message(partial, f"{', '.join(machines)} do not see the folder"))
         return partial
 
     def _gather(self, writing: Writing) -> Files:
@@ -199,8 +206,13 @@ def stage(request: AsyncRequest) -> list[WriteBucket]:
     """Copies in host memory of what this rank is to write, so that training may go on."""
     if request.async_fn is None:  # nothing falls to this rank
         return []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        # What is on the host beside a GPU are optimizer states, gathered for this save.
+        return tensor.to("cpu", copy=not device.has_gpu(), non_blocking=True)
+
     copies = [
-        (path, key, (objects, [(item, tensor.to("cpu", copy=True, non_blocking=True)) for item, tensor in tensors]))
+        (path, key, (objects, [(item, copy(tensor)) for item, tensor in tensors]))
         for path, key, (objects, tensors) in request.async_fn_args[1]
     ]
     device.synchronize()

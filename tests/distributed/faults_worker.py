@@ -24,7 +24,7 @@ device.prepare()
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
 from mpo_megatron.data import DataError  # noqa: E402
 from mpo_megatron.data.lock import hold  # noqa: E402
-from mpo_megatron.train import faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
+from mpo_megatron.train import agreement, faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
 from mpo_megatron.train.incidents import TrainingError  # noqa: E402
 from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
 
@@ -131,6 +131,23 @@ def slow_data(rank: int) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def late(looks: int, seconds: float = 60.0) -> Iterator[None]:
+    """A patch: another machine than the main rank's looks so many times in vain for what the main rank has written."""
+    original = agreement.machines_without
+
+    def patched(is_there: Callable[[], bool]) -> list[str]:
+        before = iter(range(looks))
+        other = torch.distributed.get_rank() == 1
+        return original(lambda: not (other and next(before, None) is not None) and is_there())
+
+    with contextlib.ExitStack() as stack:
+        for module in (saving, resumption):
+            stack.enter_context(mock.patch.object(module, "machines_without", patched))
+        stack.enter_context(mock.patch.object(agreement, "LATE_SECONDS", seconds))
+        yield
+
+
 def on_main(action: Callable[[], Any]) -> None:
     """Do something on one rank while the other waits."""
     torch.distributed.barrier()
@@ -192,9 +209,16 @@ def stay_away_from_the_collective() -> None:
 
 
 def hang() -> None:
-    """Rank 1 does not come to the collectives of step 3."""
+    """Rank 1 does not come to the collectives of step 3; until then a busy machine has the time it needs."""
     torch.distributed.init_process_group("gloo")
-    run("hang", "--faults.hang_minutes", "0.2", patches=(at_step(3, stay_away_from_the_collective, rank=1),))
+    original = faults.Watchdog.beat
+
+    def beat(watchdog: faults.Watchdog, doing: str) -> None:
+        original(watchdog, doing)
+        watchdog.seconds = 8 if doing == "step 3" else 600
+
+    patches = (at_step(3, stay_away_from_the_collective, rank=1), mock.patch.object(faults.Watchdog, "beat", beat))
+    run("hang", "--faults.hang_minutes", "10", patches=patches)
 
 
 def main() -> None:
@@ -240,11 +264,14 @@ def main() -> None:
             stack.enter_context(hold(INPUTS / "runs" / "in_use" / ".lock", Path("other")))
         results["in use"] = run("in_use", patches=(mock.patch.object(resumption, "LOCK_SECONDS", 0.0),))
     results["no longer in use"] = run("in_use")
+    results["late"] = run("late", "--checkpoint.every", "0", patches=(late(3),))
+    results["never"] = run("late", patches=(late(1000, seconds=0.3),))
     denied = mock.Mock(side_effect=PermissionError(13, "Permission denied"))
+    three = ("--max_steps", "3")
     results["removal fails"] = run(
-        "removal", "--checkpoint.keep", "1", patches=(mock.patch.object(saving, "remove_old", denied),)
+        "removal", *three, "--checkpoint.keep", "1", patches=(mock.patch.object(saving, "remove_old", denied),)
     )
-    results["read only"] = run("removal", patches=(mock.patch.object(resumption, "remove_leftovers", denied),))
+    results["read only"] = run("removal", *three, patches=(mock.patch.object(resumption, "remove_leftovers", denied),))
 
     folder = copy_run("whole", "hopeless", 2)
     for step in (1, 2):
@@ -265,8 +292,9 @@ def main() -> None:
     results["no room later"] = run("no_room_later", patches=(at_step(3, few.start),))
     few.stop()
 
-    results["slow rank"] = run("slow", patches=(slow("fused_step", rank=1),))
-    results["slow data"] = run("slow_data", patches=(slow_data(rank=1),))
+    unsaved = (*three, "--checkpoint.every", "0")
+    results["slow rank"] = run("slow", *unsaved, patches=(slow("fused_step", rank=1),))
+    results["slow data"] = run("slow_data", *unsaved, patches=(slow_data(rank=1),))
     results["best"] = run("best", "--eval_every", "1", "--checkpoint.keep", "1", "--checkpoint.keep_best", "2")
     results["no such metric"] = run("no_metric", "--checkpoint.keep_best", "1", "--checkpoint.best_metric", "eval/nothing")
     if torch.distributed.get_rank() == 0:

@@ -26,8 +26,8 @@ STEPS = 6
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, training groups and held-out groups."""
     folder = tmp_path_factory.mktemp("faults")
-    convert(ConvertConfig(input=str(save_model(folder / "hf", num_hidden_layers=2)), output=str(folder / "model")))
-    convert(ConvertConfig(input=str(save_model(folder / "other_hf", num_hidden_layers=2, seed=7)), output=str(folder / "other")))
+    convert(ConvertConfig(input=str(save_model(folder / "hf", num_hidden_layers=1)), output=str(folder / "model")))
+    convert(ConvertConfig(input=str(save_model(folder / "other_hf", num_hidden_layers=1, seed=7)), output=str(folder / "other")))
     save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
     save_groups(folder / "eval", random_groups(6, seed=2), folder / "hf")
     return folder
@@ -214,11 +214,21 @@ def test_a_folder_serves_one_run_at_a_time(inputs: Path, results: dict[str, Any]
     assert same(tensors(inputs / "runs" / "in_use", STEPS), tensors(inputs / "runs" / "whole", STEPS))
 
 
+def test_what_another_machine_sees_late_is_waited_for_and_what_it_never_sees_is_refused(
+    inputs: Path, results: dict[str, Any]
+) -> None:
+    assert results["late"]["error"] is None
+    assert steps(inputs / "runs" / "late") == [STEPS]
+    error = results["never"]["error"]
+    assert error.startswith(f"DataError: output = {inputs / 'runs' / 'late'}: {socket.gethostname()} do not see")
+    assert "all machines share" in error
+
+
 def test_what_cannot_be_deleted_costs_no_checkpoint_and_what_cannot_be_written_is_told_to_all(
     inputs: Path, results: dict[str, Any]
 ) -> None:
     assert results["removal fails"] == {"stopped": None, "error": None}
-    assert steps(inputs / "runs" / "removal") == list(range(1, STEPS + 1))
+    assert steps(inputs / "runs" / "removal") == [1, 2, 3]
     assert results["read only"]["error"].startswith("PermissionError: ")  # on both ranks, none waits for the other
 
 
@@ -245,7 +255,7 @@ def test_too_little_room_is_an_error_before_it_costs_anything(inputs: Path, resu
 
 
 def test_a_hung_collective_ends_every_rank_with_its_stacks(inputs: Path) -> None:
-    """Twelve seconds in which nothing computes."""
+    """Ten seconds in which nothing computes."""
     result = run_ranks(2, "tests.distributed.faults_worker", [str(inputs), "hang"], check=False)
     assert result.returncode == 1
     run = inputs / "runs" / "hang"
@@ -255,6 +265,15 @@ def test_a_hung_collective_ends_every_rank_with_its_stacks(inputs: Path) -> None
         assert "in step 3 (faults.hang_minutes)" in text
         assert where in text
     assert steps(run)[-1] >= 1  # from where a restart goes on
+
+
+def test_a_rank_that_fails_ends_although_others_know_of_nothing(tmp_path: Path) -> None:
+    """NCCL's communicators are taken down together: a rank that tried to would wait for those that compute."""
+    result = run_ranks(2, "tests.distributed.failing_worker", [str(tmp_path)], check=False)
+    assert result.returncode == 1
+    assert f"rank 1 on {socket.gethostname()} failed:\n" in result.stderr
+    assert "RuntimeError: out of memory" in result.stderr
+    assert "rank 1 has ended" in result.stdout
 
 
 def test_slow_ranks_and_slow_data_are_told(inputs: Path, results: dict[str, Any]) -> None:

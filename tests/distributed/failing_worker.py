@@ -1,0 +1,44 @@
+"""One of two ranks fails while the other computes, with groups that are taken down together, as NCCL's are."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import torch.distributed
+
+from mpo_megatron import device
+
+device.prepare()
+
+from mpo_megatron.config import ParallelConfig  # noqa: E402
+from mpo_megatron.model.parallel import model_parallel  # noqa: E402
+from mpo_megatron.train.ending import end  # noqa: E402
+
+
+def main() -> int:
+    process = Path(sys.argv[1]) / "process"
+    together = mock.patch.object(torch.distributed, "destroy_process_group", side_effect=lambda: time.sleep(100))
+    with together, model_parallel(ParallelConfig(), seed=1):
+        mock.patch.object(device, "has_gpu", return_value=True).start()
+        if torch.distributed.get_rank() == 1:
+            process.with_name("partial").write_text(str(os.getpid()))
+            process.with_name("partial").rename(process)
+            raise RuntimeError("out of memory")
+        while not process.exists():
+            time.sleep(0.01)
+        failed = psutil.Process(int(process.read_text())) if psutil.pid_exists(int(process.read_text())) else None
+        for _ in range(600):
+            if failed is None or not failed.is_running() or failed.status() == psutil.STATUS_ZOMBIE:
+                print("rank 1 has ended", flush=True)
+                break
+            time.sleep(0.1)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    end(main)
