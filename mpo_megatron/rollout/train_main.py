@@ -23,7 +23,7 @@ def main() -> int:
     signals.listen()  # before anything heavy is imported: a request to stop may come at any time
 
     def train(config: TrainConfig) -> str | None:
-        from mpo_megatron.rollout.regularizer import build_regularizer
+        from mpo_megatron.rollout.live.regularizer import build_regularizer
         from mpo_megatron.train.loop import train
 
         gc.freeze()  # as in `mpo_megatron.train`

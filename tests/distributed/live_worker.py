@@ -28,8 +28,8 @@ from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.engines import Prompt, Sampling
-from mpo_megatron.rollout.live import LivePolicy
-from mpo_megatron.rollout.sample_kl import add_kl_gradients
+from mpo_megatron.rollout.live.policy import LivePolicy
+from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective
 from mpo_megatron.train.resident import Resident

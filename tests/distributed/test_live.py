@@ -29,7 +29,7 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.regularizer import build_regularizer, choose_prompts
+from mpo_megatron.rollout.live.regularizer import build_regularizer, choose_prompts
 from mpo_megatron.train.loop import train
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model

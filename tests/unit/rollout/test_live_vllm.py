@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.rollout import live_vllm
 from mpo_megatron.rollout.engines import Prompt, Sampling
-from mpo_megatron.rollout.live_vllm import LoadWeights, VllmLiveEngine, environment_of_an_engine
+from mpo_megatron.rollout.live import vllm as live_vllm
+from mpo_megatron.rollout.live.vllm import LoadWeights, VllmLiveEngine, environment_of_an_engine
 
 
 class FakeEngine:

@@ -24,7 +24,7 @@ from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.live_vllm import VllmLiveEngine
+from mpo_megatron.rollout.live.vllm import VllmLiveEngine
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.optimizer import gather_weights
 

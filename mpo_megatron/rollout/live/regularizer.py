@@ -19,9 +19,9 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
 from mpo_megatron.data.loader import Ints, step_indices
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
-from mpo_megatron.rollout.live import LivePolicy
+from mpo_megatron.rollout.live.policy import LivePolicy
+from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
 from mpo_megatron.rollout.records import Record, encode_line, read_lines
-from mpo_megatron.rollout.sample_kl import add_kl_gradients
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.run import Run, load_reference_model
 
