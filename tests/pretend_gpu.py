@@ -224,7 +224,7 @@ def indexed(device: Any) -> Any:
     return device
 
 
-def dense_attention(query: Any, key: Any, value: Any, *, block_mask: Any, enable_gqa: bool) -> torch.Tensor:
+def dense_attention(query: Any, key: Any, value: Any, *, block_mask: Any, enable_gqa: bool, **options: Any) -> torch.Tensor:
     """What flex attention computes, by a mask of all entries."""
     rows, columns = (torch.arange(part.shape[2], device=part.device) for part in (query, key))
     mask = block_mask.mask_mod(None, None, rows[:, None], columns[None])

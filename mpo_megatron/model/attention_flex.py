@@ -18,19 +18,21 @@ from mpo_megatron.model.attention import RowLayout, Segment, heads_first
 
 BLOCK = 128
 """B: tokens of a block, the unit in which the kernel skips."""
+KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
+"""Not the kernel for decoding, which rows of less than a block would get: it has trouble with lengths that change."""
 
 
 def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
     """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout."""
     mask = layout.index(build_block_mask)
-    output = _compiled()(heads_first(query), heads_first(key), heads_first(value), block_mask=mask, enable_gqa=True)
+    parts = (heads_first(part) for part in (query, key, value))
+    output = _compiled()(*parts, block_mask=mask, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
     return output.squeeze(0).transpose(0, 1)
 
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # Rows differ in length: after the second one the compiled kernel takes any.
-    return torch.compile(flex_attention)
+    return device.compile_for_any_length(flex_attention)
 
 
 def build_block_mask(segments: Sequence[Segment]) -> BlockMask:

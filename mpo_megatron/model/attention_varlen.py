@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -147,6 +148,10 @@ def _transformer_engine() -> Kernel | None:
         from transformer_engine.pytorch import DotProductAttention
     except ImportError:
         return None
+    if not device.has_gpu() or torch.cuda.get_device_capability()[0] not in (9, 10):
+        return None  # it has flash-attn's kernel, which was looked for above, and cuDNN's, which takes such rows on these only
+    # Where cuDNN refuses, being too old: an error, not all scores in memory.
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
 
     @functools.cache
     def core(heads: int, channels: int, groups: int) -> Any:

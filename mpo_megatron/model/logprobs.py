@@ -280,7 +280,12 @@ def differentiate_logits(
         reference_logps = reference.to(log_normalizer.dtype) - reference_normalizer[:, None]
         slope = slope + gradient[:, None] * (logps - reference_logps - kl[:, None])
     grad_logits = logps.exp_().mul_(slope)
-    grad_logits.scatter_add_(1, local[:, None], (owned * grad_logps)[:, None])
+    at_target = (owned * grad_logps)[:, None]
+    if torch.compiler.is_compiling():  # a scatter would be a kernel of its own, with all of the float32 gradient in memory
+        columns = torch.arange(logits.shape[1], device=logits.device)
+        grad_logits = torch.where(columns == local[:, None], grad_logits + at_target, grad_logits)
+    else:
+        grad_logits.scatter_add_(1, local[:, None], at_target)
     return grad_logits.to(logits.dtype)
 
 
@@ -292,7 +297,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total += left @ right, `total` in float32 or better; inside the GEMM where it can, since `total` is large."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda and "dtype_out" in torch.ops.aten.addmm.overloads():
+    elif total.is_cuda and torch.__version__ >= "2.11":  # earlier versions lack it, or want `total` in the dtype of the others
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
@@ -301,4 +306,4 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 @functools.cache
 def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """On a GPU the function compiled, or its many elementwise steps would each read and write all logits of the chunk."""
-    return torch.compile(function, dynamic=True) if device.has_gpu() else function
+    return device.compile_for_any_length(function) if device.has_gpu() else function

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch._dynamo
 
 from mpo_megatron import device
 
@@ -141,3 +145,25 @@ def test_a_broken_transformer_engine_is_one_message(tmp_path: Path, failing: str
 def test_a_transformer_engine_that_does_not_import_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     device._import_transformer_engine()
+
+
+def test_compiled_once_for_all_lengths_and_never_silently_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    def scale(values: torch.Tensor, option: str) -> torch.Tensor:
+        return values * len(option)
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    compiled = device.compile_for_any_length(scale)
+    for length in (5, 9, 300, 2, 17):
+        assert torch.equal(compiled(torch.ones(length), "a"), torch.ones(length))
+    assert len(graphs) == 1
+    for options in range(2, 15):  # PyTorch's own limit is 8
+        compiled(torch.ones(3), options * "a")
+    assert len(graphs) == 14
+    with torch._dynamo.config.patch(recompile_limit=14), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        compiled(torch.ones(3), "")

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,10 +17,16 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig
+from mpo_megatron.model import attention_flex
 from mpo_megatron.model.attention import row_layout, segment_attention
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
-from mpo_megatron.model.attention_varlen import VarlenIndex, build_varlen_index, varlen_row_attention
+from mpo_megatron.model.attention_varlen import (
+    VarlenIndex,
+    _transformer_engine,
+    build_varlen_index,
+    varlen_row_attention,
+)
 from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
 
 
@@ -77,6 +89,38 @@ def test_flex_mask_has_full_blocks_and_skips() -> None:
     assert mask.full_kv_num_blocks is not None
     assert mask.full_kv_num_blocks[0, 0].tolist() == [0, 1, 2, 3, 4, 4, 4, 4]  # a response sees the whole prompt
     assert mask.kv_num_blocks[0, 0].tolist() == [1] * 8  # and needs the mask on its own diagonal only
+
+
+def test_flex_is_compiled_once_for_rows_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    monkeypatch.setattr(attention_flex, "_compiled", functools.cache(attention_flex._compiled.__wrapped__))
+    for seed in range(6):
+        segments = random_groups_row(seed, max_tokens=90)
+        assert segments[-1].end > 2 * BLOCK
+        query, key, value = (tensor.detach() for tensor in random_qkv(segments[-1].end, 4, 2, channels=16, dtype=torch.float32))
+        flex = flex_row_attention(query, key, value, row_layout(segments))
+        torch.testing.assert_close(flex, segment_attention(query, key, value, segments), rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+def test_transformer_engines_kernel_is_taken_where_it_has_one(
+    capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
+    engine = types.SimpleNamespace(DotProductAttention=torch.nn.Module)
+    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)  # type: ignore[arg-type]
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
+    assert (_transformer_engine() is not None) == taken
+    assert os.environ.pop("NVTE_UNFUSED_ATTN", None) == ("0" if taken else None)
 
 
 @pytest.mark.slow

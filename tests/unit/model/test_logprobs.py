@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import WeightGradient, _Extras, differentiate_logits, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from tests.distributed.launch import run_ranks
 
@@ -235,3 +235,12 @@ def test_nothing_is_larger_than_a_chunk_of_logits(ranks: Ranks, dtype: torch.dty
 @pytest.mark.distributed
 def test_vocabulary_over_two_ranks() -> None:
     run_ranks(2, "tests.unit.model.logprobs_worker", [])
+
+
+def test_gradient_of_logits_is_the_same_compiled() -> None:
+    """As on a GPU, where it adds at the targets in another way."""
+    logits, (entropy, grad_logps, grad_entropy) = torch.randn(7, 33), torch.randn(3, 7).unbind()
+    targets = (torch.randint(33, (7,)), torch.arange(7) % 3 > 0)
+    arguments = (logits, targets, logits.logsumexp(-1), grad_logps, _Extras((grad_entropy, entropy), None))
+    compiled = torch.compile(differentiate_logits, backend="aot_eager", dynamic=True, fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), differentiate_logits(*arguments))
