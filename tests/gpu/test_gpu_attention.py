@@ -61,7 +61,7 @@ def test_causal_mask_is_aligned_at_the_bottom_right(attend: Callable[..., Tensor
 
 def test_flex_in_float32() -> None:
     segments = random_groups_row(3, max_tokens=200)
-    inputs = random_qkv(segments[-1].end, 8, 2, channels=64, device="cuda")
+    inputs = random_qkv(segments[-1].end, 8, 2, channels=64, dtype=torch.float32, device="cuda")
     weights = torch.randn(segments[-1].end, 8, 64, device="cuda")
     ours = outputs_and_gradients(flex_row_attention(*inputs, row_layout(segments)), list(inputs), weights)
     doubles = [part.detach().double().requires_grad_() for part in inputs]

@@ -65,8 +65,9 @@ def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Pat
     lines = run(inputs, tmp_path / "run", "--model.fp8", fp8)
     losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == STEPS
-    # The reference was computed in other rows. Only `current` lets the smallest numbers feel their row's largest.
-    assert losses[0] == pytest.approx(first_loss(inputs / "train"), abs=5e-3 if fp8 == "current" else 1e-5)
+    # The reference was computed in other rows: of another length, for which cuBLAS may sum in another order before it rounds to
+    # bf16. (In the same rows it is exact: test_gpu_policy.py, test_gpu_fp8.py.)
+    assert losses[0] == pytest.approx(first_loss(inputs / "train"), abs=5e-3)
     assert np.mean(losses[4:]) < np.mean(losses[:4])  # every group is seen twice
     again = run(inputs, tmp_path / "run", "--model.fp8", fp8)  # all done: it resumes and has nothing to do
     assert [line["loss"] for line in again if "loss" in line] == losses
