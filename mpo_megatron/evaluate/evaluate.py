@@ -41,7 +41,8 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
     console = console or Console(highlight=False)
     validate_evaluate(config)
     output = Path(config.output)
-    questions = {name: read_questions(name, Path(path)) for name, path in _benchmarks(config)}
+    files = config.benchmarks
+    questions = {name: read_questions(name, Path(files[name])) for name in get_args(Benchmark) if name in files}
     if config.held_out is not None:
         training = held_out.as_training(config.held_out, output, groups_per_step=128)
         num_ranks = num_ranks or count_ranks(config.held_out.parallel)
@@ -93,10 +94,6 @@ def measure_samples(config: EvaluateConfig, results: dict[str, Any], console: Co
         results["comparison"] = compare_samples(found["candidate"], found["baseline"], config)
         _print_estimates(console, "against baseline", results["comparison"], ("win_rate", "length_controlled_win_rate"))
     return pictures
-
-
-def _benchmarks(config: EvaluateConfig) -> list[tuple[Benchmark, str]]:
-    return [(name, config.benchmarks[name]) for name in get_args(Benchmark) if name in config.benchmarks]
 
 
 def _print_estimates(console: Console, title: str, summary: dict[str, Any], names: tuple[str, ...]) -> None:
