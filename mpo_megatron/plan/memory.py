@@ -155,7 +155,9 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
         rows_in_flight=chunks / len(parts),
         weights=stored,
         gradients=elements * GRADIENT_BYTES,
-        optimizer=state_bytes * (dense // layout.sharing + expert // layout.expert_sharing),
+        optimizer=round(
+            state_bytes * (dense // layout.sharing + expert // layout.expert_sharing) * (1 - layout.optimizer.cpu_offload)
+        ),
         activations=kept,
         working=working + rows_bytes,
         moment=moment,

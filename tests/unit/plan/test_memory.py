@@ -39,6 +39,12 @@ def test_a_replica_adds_18_bytes_a_parameter_of_which_12_are_shared() -> None:
     assert shared.static == pytest.approx(shared.parameters * (6 + 12 / 8))
 
 
+def test_offloaded_states_take_no_memory() -> None:
+    layout = build_layout(world=8, tensor=8)
+    offloaded = dataclasses.replace(layout, optimizer=OptimizerConfig(cpu_offload=0.75))
+    assert stage_memory(offloaded, 0, ROW, 4).optimizer == stage_memory(layout, 0, ROW, 4).optimizer / 4
+
+
 def test_buffers_pad_parameters_and_their_end() -> None:
     weights = [Weight("a", 65, True, False), Weight("b", 3, False, False)]
     assert buffer_size(weights, 1) == 256  # 128 + 64, rounded up to 128s
