@@ -42,9 +42,14 @@ RowOutput = tuple[RowTensors, Tensor, Tensor | None]
 
 
 def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
-    """[R] log-probs of the row's responses: segment sums of [S], in float64 so that long responses lose nothing."""
-    zeros = token_logps.new_zeros(len(row.responses), dtype=torch.float64)
-    return zeros.index_add(0, row.response_of, token_logps.double())
+    """[R] log-probs of the row's responses: segment sums of [S], in float64 so that long responses lose nothing.
+
+    Their order is fixed; `index_add` adds in any on a GPU, and a run that is repeated or resumed would come to other sums.
+    """
+    if not len(row.responses):  # a filler
+        return token_logps.double()
+    starts = torch.arange(len(row.responses) + 1, device=row.response_of.device)
+    return torch.segment_reduce(token_logps.double(), "sum", offsets=torch.searchsorted(row.response_of, starts))
 
 
 def token_index(row: RowTensors) -> tuple[Tensor, Tensor, Tensor]:
