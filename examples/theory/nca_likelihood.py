@@ -113,16 +113,6 @@ def train(name: str, prompts: Prompts, *, shared: bool) -> Run:
     return Run(log_ratios=torch.stack(recorded))
 
 
-def compute_first_gradients(prompts: Prompts) -> dict[str, Tensor]:
-    """∂L/∂s [P, K] at s = 0 for each loss."""
-    gradients = {}
-    for name, hyperparameters in HYPERPARAMETERS.items():
-        logps = torch.zeros(prompts.groups.shape, dtype=torch.float64, requires_grad=True)
-        losses = group_loss(name, logps, torch.zeros_like(logps), prompts.rewards, **hyperparameters)
-        (gradients[name],) = torch.autograd.grad(losses.sum(), logps)
-    return gradients
-
-
 def compute_likelihoods() -> dict[str, dict[str, Run]]:
     """Model ("shared", "independent") → loss → run."""
     prompts = draw_prompts()

@@ -80,8 +80,6 @@ class Vanishing:
     set_loss: dict[float, Flow]
     """β → run of `mpo`."""
     infonca: Flow
-    infonca_target: Tensor
-    """[5] probabilities within the group at InfoNCA's optimum, e^{S/(αβ)} π_ref, normalised."""
     tied: Flow
     """`mpo`, β = 1, the best response alone in Y+, and the first of `NEGATIVES` tied to it."""
 
@@ -123,11 +121,9 @@ def compute_shares(log_probabilities: Tensor, beta: float) -> Tensor:
 def compute_vanishing() -> Vanishing:
     """All runs. InfoNCA approaches its optimum exponentially: it is there by τ = 300, and growing steps would be
     unstable."""
-    target = torch.softmax(REWARDS[0] + REFERENCE[GROUP[0]], dim=-1)
     return Vanishing(
         set_loss={beta: follow_flow("mpo", beta=beta) for beta in BETAS},
         infonca=follow_flow("infonca", last_time=300, largest_step=0.5, alpha=1.0, beta=1.0),
-        infonca_target=target,
         tied=follow_flow("mpo", tied=True, beta=1.0, partition="one_vs_rest"),
     )
 
