@@ -46,7 +46,8 @@ def test_sums_and_gradients_of_every_response() -> None:
 def test_filler_row_has_no_sums() -> None:
     logps = torch.zeros(0, requires_grad=True)
     sum_responses(row_of([]), logps).sum().backward()
-    assert logps.grad is not None and logps.grad.shape == (0,)
+    assert logps.grad is not None
+    assert logps.grad.shape == (0,)
 
 
 def test_order_is_fixed_on_a_gpu() -> None:
