@@ -36,6 +36,7 @@ rank='export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTAS
 srun_options=(
     --kill-on-bad-exit=1
     --wait=300
+    --distribution=block
     --output=logs/%x-%j-rank%t.log
     --open-mode=append
     --container-image=/images/mpo.sqsh
