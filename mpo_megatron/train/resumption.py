@@ -128,7 +128,7 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
         ConfigError: the newest was written by another version of this package.
     """
     if not resume and (aside := on_main(ranks, lambda: set_run_aside(run))) and ranks.is_main:
-        print(f"checkpoint.resume = false: earlier checkpoints are now in {aside}", flush=True)
+        print(f"checkpoint.resume = false: earlier checkpoints and metrics are now in {aside}", flush=True)
     while True:
         steps, damaged = on_main(ranks, lambda: (complete_steps(run), damaged_steps(run)))
         if not steps and damaged:

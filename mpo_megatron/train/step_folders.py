@@ -33,6 +33,11 @@ STATE = "state.json"
 FORMAT = 1
 """Of `state.json`; another one is refused."""
 STEP = re.compile(r"step_\d{8,}")
+RECORDS = (
+    *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "groups/step_*.parquet", "incidents/*"),
+    *("tensorboard/events.*", "wandb_run_id", "mlflow_run_id"),
+)
+"""What a run writes down beside its checkpoints; other files in these folders are not its own."""
 BLOCK = 1 << 22
 """Bytes read at a time for a digest."""
 
@@ -203,9 +208,19 @@ def best_steps(steps: list[Path], config: CheckpointConfig) -> list[Path]:
 
 
 def set_run_aside(run: Path) -> Path | None:
-    """Move the checkpoints of an earlier run in the same folder away, so that the new run never resumes from them."""
+    """Move the checkpoints of an earlier run in the same folder away, and what it wrote down into the folder with them.
+
+    So the new run never resumes from them, writes over no metrics, and has an id of its own at trackers' services.
+    """
     old = run / "checkpoints"
-    return _set_aside(old, ".before") if old.is_dir() and any(old.iterdir()) else None
+    if not old.is_dir() or not any(old.iterdir()):
+        return None
+    aside = _set_aside(old, ".before")
+    for record in [path for pattern in RECORDS for path in run.glob(pattern)]:
+        target = aside / record.relative_to(run)
+        target.parent.mkdir(exist_ok=True)
+        record.rename(target)
+    return aside
 
 
 def require_space(folder: Path, needed: int, purpose: str) -> None:

@@ -226,6 +226,20 @@ def test_damaged_and_earlier_checkpoints_are_moved_not_deleted(tmp_path: Path) -
     assert set_run_aside(tmp_path) is None
 
 
+def test_what_an_earlier_run_wrote_down_goes_with_its_checkpoints(tmp_path: Path) -> None:
+    """Else a new run would write over its curves, and go on under its id in the services that have these steps already."""
+    write_step(tmp_path, 4)
+    records = ("metrics.jsonl", "run.json", "wandb_run_id", "groups/step_00000004.parquet")
+    for name in (*records, ".lock", "groups/groups.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    aside = set_run_aside(tmp_path)
+    assert aside is not None
+    assert [(aside / name).read_text() for name in records] == list(records)
+    assert {path.name for path in tmp_path.iterdir()} == {aside.name, ".lock", "groups"}
+    assert (tmp_path / "groups" / "groups.arrow").is_file()  # the run may lie beside its data
+
+
 def test_too_little_space_is_refused_with_numbers(tmp_path: Path) -> None:
     require_space(tmp_path / "not" / "there" / "yet", 1, "the checkpoint step_00000001")
     with pytest.raises(ConfigError, match=r"step_00000001 needs 1,000,000,000\.000 GB, .* are free"):
