@@ -3,10 +3,12 @@
     python -m benchmarks.breakdown
     torchrun --nproc-per-node 2 -m benchmarks.breakdown --tensor 2     # with communication in it
 
-Shares come from torch's profiler: every operation's own time goes to the kind of the outermost operation around it that has
-one, backward included. On a CPU collectives run in a thread of their own, and what waits for them counts that time, too. Data
-wait is measured apart, without the profiler: the wall's time the loop stands still for its next batch, over the step; the
-batch is built in a thread meanwhile.
+Shares come from torch's profiler: every operation's own time (on a GPU, that of the kernels it starts) goes to the kind of the
+outermost operation around it that has one, backward included; a kernel under none goes by its own name. On a CPU collectives
+run in a thread of their own, and what waits for them counts that time, too. The rest is measured apart, without the profiler, as
+shares of a step's time by the wall's clock: data wait, which is how long the loop stands still for its next batch (it is built in
+a thread meanwhile), and on a GPU how long that is idle, and MFU, the rate of the step's operations over the GPU's peak (padding
+counts, recomputation does not).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from benchmarks.setup import SHAPES, TrainStep, bench, make_groups, zero_referen
 from mpo_megatron import device
 from mpo_megatron.data.group import load_groups, write_groups
 from mpo_megatron.data.loader import StepBatch, iterate_steps
+from mpo_megatron.train.throughput import peak_flops
 
 DATA = {"tiny": (2, 32, 8, 4, 256), "small": (4, 256, 64, 8, 2048)}
 GPU_DATA = (32, 1024, 256, 8, 16384)
@@ -35,9 +38,10 @@ KINDS = (
     ("log-probs", ("VocabParallel",)),
     ("attention", ("scaled_dot_product", "ScaledDotProduct", "flash", "flex_attention", "FusedAttn", "FlashAttn")),
     ("communication", ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel")),
-    ("GEMM", ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "gemm")),
+    ("GEMM", ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "gemm", "nvjet", "splitKreduce")),
 )
-"""What marks an operation's name; the outermost mark decides, and the order decides within one name."""
+"""What marks the name of an operation or a kernel (`nvjet` are cuBLAS's on Hopper); the outermost mark decides, and the order
+decides within one name."""
 REST = "the rest"
 
 
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             )
 
         seconds = profile_steps(step, batches(), options.repeat)
-        waits, walls = time_waits(step, batches())
+        waits, walls, operations = time_steps(step, batches())
         is_main = own.ranks.is_main
         ranks = torch.distributed.get_world_size()
     if not is_main:
@@ -86,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[timing.Row] = [{"part": name, "seconds": value, "share": value / total} for name, value in seconds.items()]
     shares = [wait / wall for wait, wall in zip(waits, walls, strict=True)]
     rows.append({"part": "data wait", "share": sum(waits) / sum(walls), "shares": timing.summarize(shares)})
+    if device.has_gpu():
+        rows.append({"part": "GPU idle", "share": 1 - total / options.repeat / (sum(walls) / len(walls))})
+    peak = peak_flops(device.gpu_name())
+    if peak is not None:
+        rows.append({"part": "MFU", "share": sum(operations) / options.tensor / sum(walls) / peak})
     table = [{"part": row["part"], "share of a step": f"{row['share']:.1%}"} for row in rows]
     settings = {
         "groups_per_step": groups_per_step,
@@ -97,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "tensor": options.tensor,
         **SHAPES[options.size],
     }
-    note = f"{ranks} rank(s), tensor parallel {options.tensor}; {options.repeat} steps; data wait: of the wall's time of a step."
+    note = (
+        f"{ranks} rank(s), tensor parallel {options.tensor}; {options.repeat} steps of {sum(walls) / len(walls):.2f} s; the "
+        "lines from data wait on are shares of that time."
+    )
     name = "breakdown" if ranks == 1 else f"breakdown_{ranks}_ranks"
     timing.report(name, options, settings, rows, table, note)
 
@@ -122,35 +134,41 @@ def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) ->
     step.update = original  # type: ignore[method-assign]
     seconds = dict.fromkeys([kind for kind, _ in KINDS] + [REST], 0.0)
     for event in profiler.events():
-        own_time = event.self_device_time_total if device.has_gpu() else event.self_cpu_time_total
-        seconds[kind_of(event)] += own_time / 1e6
+        if not device.has_gpu():
+            seconds[kind_of(event)] += event.self_cpu_time_total / 1e6
+        for kernel in event.kernels:
+            if kernel.name != event.name:  # that of a `record_function` is the time from its first kernel to its last
+                seconds[kind_of(event, kernel.name)] += kernel.duration / 1e6
     rest = seconds.pop(REST)
     return {**dict(sorted(seconds.items(), key=lambda item: -item[1])), REST: rest}
 
 
-def kind_of(event: Any) -> str:
-    """What an operation is part of: the outermost operation around it that carries a mark decides."""
-    found = REST
+def kind_of(event: Any, kernel: str = "") -> str:
+    """What an operation, or a kernel of it, is part of: the outermost operation around it that carries a mark decides."""
+    names = [kernel]
     while event is not None:
-        found = next((kind for kind, marks in KINDS if any(mark in event.name for mark in marks)), found)
+        names.append(event.name)
         event = event.cpu_parent
-    return found
+    marked = (kind for name in reversed(names) for kind, marks in KINDS if any(mark in name for mark in marks))
+    return next(marked, REST)
 
 
-def time_waits(step: TrainStep, batches: Iterator[StepBatch]) -> tuple[list[float], list[float]]:
-    """Wall seconds that each step waited for its batch, and that it took in all; the first is not counted."""
+def time_steps(step: TrainStep, batches: Iterator[StepBatch]) -> tuple[list[float], list[float], list[int]]:
+    """Wall seconds that each step waited for its batch, and that it took in all, and its operations; the first is not counted."""
     waits: list[float] = []
     walls: list[float] = []
+    operations: list[int] = []
     while True:
         started = time.perf_counter()
         batch = next(batches, None)
         waited = time.perf_counter() - started
         if batch is None:
-            return waits[1:], walls[1:]
+            return waits[1:], walls[1:], operations[1:]
         step(batch, zero_reference(batch))
         device.synchronize()
         waits.append(waited)
         walls.append(time.perf_counter() - started)
+        operations.append(step.bench.count(batch.rows))
 
 
 if __name__ == "__main__":

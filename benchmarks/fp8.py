@@ -72,11 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if options.emulate:
             sides = {"bf16": ModelConfig(checkpoint="random", precision="bf16", backend="local")}
         train, held_out = make_data(own, size)
-        runs = {name: run(own, model, size, train, held_out, seed=0) for name, model in sides.items()}
         first = next(iter(sides))
-        for recipe in fp8_emulation.RECIPES if options.emulate else ():
-            runs[f"emulated {recipe}"] = run(own, sides[first], size, train, held_out, seed=0, recipe=recipe)
-        runs[f"{first}, other order"] = run(own, sides[first], size, train, held_out, seed=1)
+        recipes = fp8_emulation.RECIPES if options.emulate else ()
+        planned: list[tuple[str, ModelConfig, int, str | None]] = [
+            *((name, model, 0, None) for name, model in sides.items()),
+            *((f"emulated {recipe}", sides[first], 0, recipe) for recipe in recipes),
+            (f"{first}, other order", sides[first], 1, None),
+        ]
+        done = timing.measure_each(planned, lambda side: run(own, side[1], size, train, held_out, seed=side[2], recipe=side[3]))
+        runs = {side[0]: result for side, result in zip(planned, done, strict=False)}
     rows = [
         {"side": name, **values, **differences(values, runs[first], same_order="order" not in name)}
         for name, values in runs.items()

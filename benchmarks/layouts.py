@@ -39,11 +39,13 @@ CASES: dict[str, tuple[tuple[int, int, int, float], ...]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case."""
     parser = timing.build_parser(__doc__, list(SHAPES))
-    parser.add_argument("--groups", type=int, default=1, help="groups of a measured pass")
+    parser.add_argument("--groups", type=int, help="groups of a measured pass; by default 1, or 5 of a GPU's sizes")
     options = timing.parse(parser, arguments)
+    # A full row: fewer tokens would measure how fast the CPU starts the GPU's kernels.
+    options.groups = options.groups or (1 if options.size in CASES else 5)
     with bench(options.size) as own:
         model = own.build_model()
-        rows = [measure(own, model, options, case) for case in CASES.get(options.size, CASES["small"])]
+        rows = timing.measure_each(CASES.get(options.size, CASES["small"]), lambda case: measure(own, model, options, case))
     table = [
         {
             "P": row["prompt"],
@@ -72,7 +74,7 @@ def measure(own: Bench, model: list[Any], options: argparse.Namespace, case: tup
         vocab_size=own.config.vocab_size,
         spread=spread,
     )
-    row_tokens = max(8192, prompt + 2 * response * responses)
+    row_tokens = max(8192 if options.size in CASES else 16384, prompt + 2 * response * responses)
     layouts = {
         "shared": packed(own, groups, row_tokens, "shared"),
         "unshared": packed(own, groups, row_tokens, "unshared"),

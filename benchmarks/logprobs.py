@@ -3,12 +3,12 @@
     python -m benchmarks.logprobs                # two CPU cores
     python -m benchmarks.logprobs --size 7b      # one GPU: 32k tokens × 152k vocabulary
 
-Each measurement has a process of its own, so that no side sees the memory that another one left. `kernel` and `full` return the
-gradients of hidden states and weight, whose memory counts on both. `in place` is the kernel as the trainer uses it: the weight's
-gradient is added to Megatron's gradient buffer, which is there anyway, and takes no memory of its own. Full logits are what a
-trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary numbers,
-several times. `products` is what no kernel with recomputation can do without: the four matrix products of each chunk, and nothing
-between them; in place beside it says how near the loop is to them. bf16 on a GPU, float32 on a CPU.
+On a CPU each measurement has a process of its own, so that no side sees the memory that another one left. `kernel` and `full`
+return the gradients of hidden states and weight, whose memory counts on both. `in place` is the kernel as the trainer uses it:
+the weight's gradient is added to Megatron's gradient buffer, which is there anyway, and takes no memory of its own. Full logits
+are what a trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary
+numbers, several times. `products` is what no kernel with recomputation can do without: the four matrix products of each chunk,
+and nothing between them; in place beside it says how near the loop is to them. bf16 on a GPU, float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -55,15 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     hidden = HIDDEN.get(options.size) or SHAPES[options.size]["hidden_size"]
     limit = FULL_LIMIT["cuda" if device.has_gpu() else "cpu"]
-    rows: list[timing.Row] = []
-    for tokens, vocab_size in CASES.get(options.size, GPU_CASES):
+
+    def measure(case: tuple[int, int]) -> timing.Row:
+        tokens, vocab_size = case
         row: timing.Row = {"tokens": tokens, "vocabulary": vocab_size, "hidden": hidden}
         for side in ("products", "in place", "kernel", "full"):
             if side == "full" and tokens * vocab_size * 4 * FULL_COPIES / 2**30 > limit:
                 continue
             results = [spawn(side, tokens, vocab_size, hidden, options.threads) for _ in range(options.repeat)]
             row[side] = {name: timing.summarize([result[name] for result in results]) for name in ("seconds", "peak_mib")}
-        rows.append(row)
+        return row
+
+    rows = timing.measure_each(CASES.get(options.size, GPU_CASES), measure)
     for row in rows:
         row["full_mib"], row["full_measured"] = full_memory(row, rows)
         row["memory_ratio"] = row["kernel"]["peak_mib"]["median"] / row["full_mib"]
@@ -106,7 +109,9 @@ def full_memory(row: timing.Row, rows: Sequence[timing.Row]) -> tuple[float, boo
 
 
 def spawn(side: str, tokens: int, vocab_size: int, hidden: int, threads: int) -> dict[str, float]:
-    """One measurement in a new process."""
+    """One measurement; on a CPU in a new process."""
+    if device.has_gpu():  # whose allocator counts what is in use
+        return run_side(side, tokens, vocab_size, hidden)
     command = [sys.executable, "-m", "benchmarks.logprobs", "--threads", str(threads), "--worker", side]
     sizes = [str(tokens), str(vocab_size), str(hidden)]
     result = subprocess.run([*command, *sizes], stdout=subprocess.PIPE, text=True, check=True)

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
@@ -24,6 +24,9 @@ PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl
 """Whose versions are written beside the numbers."""
 
 Row = dict[str, Any]
+
+Case = TypeVar("Case")
+Result = TypeVar("Result")
 
 
 def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int = 3) -> argparse.ArgumentParser:
@@ -60,6 +63,19 @@ def clock(action: Callable[[], object]) -> float:
     started = now()
     action()
     return now() - started
+
+
+def measure_each(cases: Sequence[Case], measure: Callable[[Case], Result]) -> list[Result]:
+    """What was measured of each case; if it is interrupted (Ctrl-C, or out of time), of those that were done, if any."""
+    results: list[Result] = []
+    try:
+        for case in cases:
+            results.append(measure(case))
+    except KeyboardInterrupt:
+        if not results:
+            raise
+        Console().print(f"interrupted: {len(results)} of {len(cases)} measured")
+    return results
 
 
 def now() -> float:

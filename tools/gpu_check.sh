@@ -3,12 +3,12 @@
 #
 #   1. packages     versions, GPU, which Transformer Engine recipes and attention kernels are there       → machine.json
 #   2. tests        tests/gpu, and without them nothing else is believed                                  → tests.json
-#   3. benchmarks   log-prob kernel, shared prompts, where a step's time goes, FP8 against bf16           → <name>.json
+#   3. benchmarks   where a step's time goes, shared prompts, log-prob kernel, FP8 against bf16           → <name>.json
 #
 # Each part has a time limit, and writes to check.log; a part that fails does not keep the others from running, and shows in
 # summary.json and in the exit code. BENCHMARK_SIZE (default 1.5b; see benchmarks/setup.py) changes the size, TEST_SECONDS the
 # limit of the tests, CHECK_SECONDS that of everything: 9 minutes, so that a machine lent for 10 has one to unpack and copy. The
-# benchmarks share what is left, and logprobs, with a process for each measurement, comes last and gets what the others left.
+# tests and benchmarks that tell most come first; a benchmark that runs out of its share of the time reports what it has.
 set -u
 cd "$(dirname "$0")/.." || exit
 output=${1:-gpu-check}
@@ -29,10 +29,10 @@ part() { # part NAME SECONDS COMMAND…: run it, note seconds and exit code; int
 
 rm -f "$output/parts.jsonl" "$output/check.log"
 part machine 50 "$python" -m tests.gpu.machine "$output/machine.json"
-part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu -q -p no:cacheprovider --disable-warnings \
-  --junitxml "$output/tests.xml"
+part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu/test_gpu_{logprobs,attention,policy,fp8,train,offload}.py -q \
+  -p no:cacheprovider --disable-warnings --junitxml "$output/tests.xml"
 left=4
-for name in layouts breakdown fp8 logprobs; do
+for name in breakdown layouts logprobs fp8; do
   part "$name" $(((${CHECK_SECONDS:-540} - SECONDS) / left)) "$python" -m "benchmarks.$name" --size "$size" --repeat 1 \
     --output "$output"
   left=$((left - 1))

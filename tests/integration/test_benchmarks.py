@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from benchmarks import timing
+from benchmarks.breakdown import kind_of
 from tests.distributed.launch import ROOT, run_ranks
 
 PARTS = ("__init__", "fp8_emulation", "setup", "timing")
@@ -42,6 +46,38 @@ def check_numbers(value: Any) -> None:
             check_numbers(item)
     elif isinstance(value, float):
         assert math.isfinite(value)
+
+
+def test_kernels_count_for_the_outermost_operation_with_a_mark_or_for_their_name() -> None:
+    def operation(name: str, parent: Any = None) -> Any:
+        return SimpleNamespace(name=name, cpu_parent=parent)
+
+    head = operation("_VocabParallelStatisticsBackward")
+    assert kind_of(operation("aten::mm", head), "nvjet_sm90_tst_128x256") == "log-probs"
+    layer = operation("_LayerNormLinear")  # Transformer Engine's: a norm and a product in one operation
+    assert kind_of(layer, "nvjet_sm90_tst_128x256") == "GEMM"
+    assert kind_of(layer, "rmsnorm_fwd_tuned_kernel") == "the rest"
+    assert kind_of(operation("FusedAttnFuncBackward"), "cudnn_generated_sdpa") == "attention"
+    assert kind_of(operation("aten::add_", operation("optimizer step")), "multi_tensor_apply_kernel") == "optimizer"
+
+
+def test_what_was_measured_before_an_interruption_is_kept() -> None:
+    def measure(case: int) -> int:
+        if case == 2:
+            raise KeyboardInterrupt
+        return 10 * case
+
+    assert timing.measure_each([0, 1, 2, 3], measure) == [0, 10]
+    with pytest.raises(KeyboardInterrupt):
+        timing.measure_each([2], measure)
+
+
+def test_the_gpu_check_names_every_gpu_test() -> None:
+    named = re.search(r"test_gpu_{(.*?)}\.py", (ROOT / "tools" / "gpu_check.sh").read_text())
+    assert named is not None
+    assert {f"test_gpu_{name}" for name in named[1].split(",")} == {
+        path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py")
+    }
 
 
 @pytest.mark.slow
