@@ -118,7 +118,8 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
     lacking: Counter[str] = Counter()
     first = ""
     with contextlib.ExitStack() as stack:
-        lines, done = stack.enter_context(LineWriter(scored)), read_ids(scored)
+        lines = stack.enter_context(LineWriter(scored))  # drops an incomplete line, which then counts as not done
+        done = read_ids(scored)
         num_groups = sum(group_id not in done for group_id in _read_order(source)[shard.part :: shard.total])
         advance = stack.enter_context(show_progress("scoring", num_groups, "groups", "responses"))
         records = itertools.islice(read_lines(source), shard.part, None, shard.total)
