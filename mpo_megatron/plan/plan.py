@@ -22,6 +22,7 @@ from mpo_megatron.config import (
     load_yaml,
     require,
 )
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import read_info
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.model.architecture import padded_vocab_size
@@ -89,8 +90,7 @@ def plan(config: PlanConfig) -> None:
         print_suggestions(console, problem, found[: config.suggest])
     if config.output:
         content = describe(config, train, problem, own, found[: config.suggest])
-        Path(config.output).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_file(Path(config.output), [json.dumps(content, indent=1).encode() + b"\n"])
         console.print(f"written: {config.output}", soft_wrap=True)
     if own is not None and not problem.fits(own):
         raise ConfigError(explain(problem, own))
@@ -213,34 +213,33 @@ def remedies(problem: Problem, candidate: Candidate) -> list[str]:
     """Single changes that make a layout fit, and the best layout of all."""
     parallel, ways = candidate.parallel, []
 
-    def works(name: str, tried: Problem, layout: ParallelConfig, recompute: str, row_tokens: int, gpus: int) -> None:
+    def works(
+        name: str,
+        tried: Problem = problem,
+        layout: ParallelConfig = parallel,
+        recompute: str = candidate.model.recompute,
+        row_tokens: int = candidate.row_tokens,
+        gpus: int = problem.gpus,
+    ) -> None:
         try:
             if tried.fits(tried.evaluate(layout, recompute, row_tokens, gpus)):
                 ways.append(name)
         except (ConfigError, PackingError):
             return
 
-    recompute, row_tokens, gpus = candidate.model.recompute, candidate.row_tokens, problem.gpus
-    if recompute != "full":
-        works("model.recompute = full", problem, parallel, "full", row_tokens, gpus)
-    half = row_tokens // 2
+    if candidate.model.recompute != "full":
+        works("model.recompute = full", recompute="full")
+    half = candidate.row_tokens // 2
     if half >= problem.sequences.longest:
-        works(f"data.row_tokens = {half}", problem, parallel, recompute, half, gpus)
+        works(f"data.row_tokens = {half}", row_tokens=half)
     if candidate.model.logprob_chunk > 256:
         small = dataclasses.replace(problem, model=dataclasses.replace(problem.model, logprob_chunk=256))
-        works("model.logprob_chunk = 256", small, parallel, recompute, row_tokens, gpus)
+        works("model.logprob_chunk = 256", tried=small)
     for field in ("tensor", "pipeline", "context"):
         size = 2 * getattr(parallel, field)
         if field != "tensor" or size <= problem.hardware.gpus_per_node:
-            works(
-                f"parallel.{field} = {size}",
-                problem,
-                dataclasses.replace(parallel, **{field: size}),
-                recompute,
-                row_tokens,
-                gpus,
-            )
-    works(f"{2 * gpus} GPUs", problem, parallel, recompute, row_tokens, 2 * gpus)
+            works(f"parallel.{field} = {size}", layout=dataclasses.replace(parallel, **{field: size}))
+    works(f"{2 * problem.gpus} GPUs", gpus=2 * problem.gpus)
     found = search(problem)
     return [*ways, f"another layout, the fastest of which is {found[0].describe()}"] if found else ways
 

@@ -165,27 +165,21 @@ def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]
 
 def layouts(shape: Shape, gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
     """Sizes whose product divides the GPUs; the model's own limits are not looked at."""
-    for tensor in _divisors(min(gpus, gpus_per_node)):
-        for pipeline in _divisors(gpus // tensor if gpus % tensor == 0 else 1):
-            if shape.layers % pipeline:
-                continue
-            for context in _divisors(gpus // (tensor * pipeline)):
-                if context > 8 or gpus % (tensor * pipeline * context):
-                    continue
-                for runs in _divisors(shape.layers // pipeline) if pipeline > 1 else (1,):
-                    if runs > 4:
-                        continue
+    for tensor in (size for size in _divisors(min(gpus, gpus_per_node)) if gpus % size == 0):
+        for pipeline in (size for size in _divisors(gpus // tensor) if shape.layers % size == 0):
+            for context in _divisors(gpus // (tensor * pipeline), most=8):
+                for runs in _divisors(shape.layers // pipeline, most=4) if pipeline > 1 else (1,):
                     for expert in _expert_sizes(shape, gpus // pipeline):
                         yield ParallelConfig(
                             tensor=tensor, pipeline=pipeline, virtual_pipeline=runs, context=context, expert=expert
                         )
 
 
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+def _divisors(number: int, most: int | None = None) -> list[int]:
+    return [size for size in range(1, min(number, most or number) + 1) if number % size == 0]
 
 
 def _expert_sizes(shape: Shape, ranks: int) -> list[int]:
     if not shape.experts:
         return [1]
-    return [size for size in _divisors(shape.experts) if ranks % size == 0 and size <= 64]
+    return [size for size in _divisors(shape.experts, most=64) if ranks % size == 0]

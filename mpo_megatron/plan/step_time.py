@@ -105,12 +105,9 @@ class Clock:
 
     def __init__(self, layout: Layout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
         self.layout, self.flops, self.hardware, self.assumed = layout, flops, hardware, assumed
-        counts = layout.parallel.stage_layers(layout.shape.layers)
-        self.share = [count / layout.shape.layers for count in counts]
-        self.layers = list(counts)
+        self.layers = layout.parallel.stage_layers(layout.shape.layers)
         parts = stage_parts(layout.shape, layout.parallel)
         self.expert_layers = [sum(layout.shape.has_experts(n) for part in own for n in part.layers) for own in parts]
-        self.volumes: dict[str, float] = {}
 
     def step(self, packed: PackedSteps, memory: list[StageMemory]) -> StepTime:
         """The mean of the sampled steps."""
@@ -163,8 +160,9 @@ class Clock:
         linear_rate = rate
         if layout.model.fp8 != "none" and self.hardware.fp8_tflops:
             linear_rate = self.hardware.fp8_tflops * 1e12 * self.assumed.fp8_efficiency * ranks
-        linear = self.share[stage] * self.flops.per_token * row.tokens / linear_rate
-        core = self.share[stage] * self.flops.per_pair * row.pairs / rate
+        share = self.layers[stage] / layout.shape.layers
+        linear = share * self.flops.per_token * row.tokens / linear_rate
+        core = share * self.flops.per_pair * row.pairs / rate
         head = self.flops.per_scored * row.scored / rate if last else 0.0
         again = {"none": 0.0, "selective": core, "full": linear + core}[layout.model.recompute] + head
         seconds = {
@@ -175,10 +173,7 @@ class Clock:
             forward=linear + core + head,
             backward=BACKWARD * (linear + core + head),
             recompute=again,
-            tensor=seconds["tensor"],
-            context=seconds["context"],
-            expert=seconds["expert"],
-            pipeline=seconds["pipeline"],
+            **seconds,
         )
 
     def _row_volumes(self, row: RowCounts, num_rows: int, stage: int) -> dict[str, tuple[float, int]]:
