@@ -125,8 +125,8 @@ class Function(Scorer):
         require(callable(function), f"scorers.{name}.function = {config.function}; there is no such function in it.")
         assert callable(function)
         self._function: Callable[..., Any] = function
-        source = Path(module.__file__) if module.__file__ else None
-        self._source = source.read_text(encoding="utf-8") if source is not None and source.suffix == ".py" else ""
+        source = Path(getattr(module, "__file__", None) or "")  # built-in modules have none
+        self._source = source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
 
     def score(self, groups: Sequence[Record]) -> Scores:
         """The function's value a response.
