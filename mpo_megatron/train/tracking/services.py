@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import LoggingConfig
+from mpo_megatron.config import ConfigError, LoggingConfig
 from mpo_megatron.train.tracking.tracker import SampleTable
 
 MLFLOW_PARAMS = 100
@@ -76,10 +76,15 @@ class WandbTracker:
 class MlflowTracker:
     """An MLflow run, on a server or in a SQLite file; samples are tables among its artifacts.
 
-    A server that cannot be reached does not end the training: after one message nothing more is sent; `metrics.jsonl` has all.
+    A server that is lost does not end the training: after one message nothing more is sent; `metrics.jsonl` has all.
     """
 
     def __init__(self, run_folder: Path, logging: LoggingConfig, config: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Continue the run whose id is in the folder, or begin one.
+
+        Raises:
+            ConfigError: a new run, and MLflow does not take it.
+        """
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
 
@@ -87,18 +92,22 @@ class MlflowTracker:
         address = logging.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
         local = f"sqlite:///{run_folder.absolute() / 'mlflow.db'}"
         self.client = MlflowClient(tracking_uri=address or local)
+        self.broken, self.sent = False, {"": -1, "eval/": -1}
         id_file = run_folder / "mlflow_run_id"
         if id_file.is_file():
             self.run_id = id_file.read_text().strip()
-            self.client.update_run(self.run_id, status="RUNNING")
-        else:
+            self._send(lambda: self._go_on(facts))
+            return
+        try:
             self.run_id = self._create(str(logging.mlflow_experiment), run_folder, local=address is None)
             self._log_params(config)
-            id_file.write_text(f"{self.run_id}\n")
-        for name, value in flatten(facts).items():
-            self.client.set_tag(self.run_id, f"run.{name}", value[:MLFLOW_PARAM_LENGTH])
-        self.sent = {"": self._last_step("lr"), "eval/": self._last_step("eval/loss")}
-        self.broken = False
+            self._set_tags(facts)
+        except MlflowException as error:
+            raise ConfigError(
+                f"logging.mlflow_experiment = {logging.mlflow_experiment}; MLflow cannot keep this run ({error}); start its "
+                "server, mend logging.mlflow_uri, or leave both out."
+            ) from error
+        id_file.write_text(f"{self.run_id}\n")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric
@@ -126,6 +135,15 @@ class MlflowTracker:
             experiment_id = self.client.create_experiment(experiment, artifact_location=artifacts)
         run_id: str = self.client.create_run(experiment_id, run_name=run_folder.name).info.run_id
         return run_id
+
+    def _go_on(self, facts: dict[str, Any]) -> None:
+        self.client.update_run(self.run_id, status="RUNNING")
+        self._set_tags(facts)
+        self.sent = {"": self._last_step("lr"), "eval/": self._last_step("eval/loss")}
+
+    def _set_tags(self, facts: dict[str, Any]) -> None:
+        for name, value in flatten(facts).items():
+            self.client.set_tag(self.run_id, f"run.{name}", value[:MLFLOW_PARAM_LENGTH])
 
     def _log_params(self, config: dict[str, Any]) -> None:
         from mlflow.entities import Param

@@ -164,6 +164,14 @@ def test_mlflow_works_without_a_server_and_continues_its_curves(
     tracker.broken = False  # the server went away only after the last step
     tracker.close()
     assert "no route to host" in capsys.readouterr().out
+    monkeypatch.setattr(type(client), "update_run", unreachable)
+    resumed = MlflowTracker(tmp_path, logging, {}, {"step": 6})
+    resumed.log(7, {"loss": 1.0})
+    resumed.close()
+    monkeypatch.setattr(type(client), "get_experiment_by_name", unreachable)
+    with pytest.raises(ConfigError, match=r"mlflow_experiment = test; MLflow cannot keep this run \(no route to host"):
+        MlflowTracker(tmp_path / "new", logging, {}, {"step": 0})
+    assert capsys.readouterr().out.count("no route to host") == 1
 
 
 @pytest.mark.parametrize(
