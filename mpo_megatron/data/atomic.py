@@ -73,9 +73,12 @@ class AtomicFolder:
         self.target = target
         if not is_free(target):
             raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
+        self.final = target.resolve()  # of a link: the folder that it stands for, on whatever disk
+        if self.final.is_mount():
+            raise DataError(f"{target}: a disk is mounted there, which no folder can take the place of; name a folder in it.")
         with writing(target):
-            target.absolute().parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.absolute().parent))
+            self.final.parent.mkdir(parents=True, exist_ok=True)
+            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=self.final.parent))
             self.path.chmod(0o777 & ~_umask())
 
     def commit(self) -> None:
@@ -83,8 +86,8 @@ class AtomicFolder:
         with writing(self.target):
             for path in [*sorted(self.path.rglob("*")), self.path]:
                 sync(path)
-            os.rename(self.path, self.target)  # atomic; replaces an empty folder
-            sync(self.target.absolute().parent)
+            os.rename(self.path, self.final)  # atomic; replaces an empty folder
+            sync(self.final.parent)
 
     def __enter__(self) -> AtomicFolder:
         return self

@@ -132,6 +132,22 @@ def test_a_folder_in_use_is_refused(tmp_path: Path) -> None:
         write(tmp_path / "none", [])
 
 
+def test_a_link_to_an_empty_folder_or_to_none_yet_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    for name in ("disk", "not there yet"):
+        link = tmp_path / f"link to {name}"
+        link.symlink_to(tmp_path / name)
+        write(link, make_groups(3))
+        assert link.is_symlink()
+        assert len(load_groups(tmp_path / name)) == 3
+
+
+def test_a_mounted_disk_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
+    with pytest.raises(DataError, match="disk: a disk is mounted there, .* name a folder in it"):
+        write(tmp_path / "disk", iter(lambda: pytest.fail("groups were read"), None))
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a real write error: no file may grow beyond 4 KiB
