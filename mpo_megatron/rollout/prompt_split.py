@@ -12,6 +12,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError, read_prompt
 from mpo_megatron.data.rewards import hash_unit
+from mpo_megatron.rollout.prompts import read_id
 from mpo_megatron.rollout.records import find_repeated
 
 Row = dict[str, Any]
@@ -70,17 +71,16 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
     """A line as a row with an id, and what makes its prompt the same as another's.
 
     Raises:
-        DataError: it is no object with a prompt.
+        DataError: it is no object with a prompt, or its id is unusable.
     """
     try:
         row = json.loads(line)
         if not isinstance(row, dict):
             raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-        messages = read_prompt(row)
+        messages, own = read_prompt(row), read_id(row)
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error}).") from error
     key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
-    own = row.get("group_id", row.get("id"))
-    return {**row, "group_id": key[:20] if own is None else str(own)}, key
+    return {**row, "group_id": own or key[:20]}, key

@@ -138,12 +138,21 @@ def _read_row(row: Any, layout: Layout | None) -> Record:
         return _build(parsed.prompt, parsed.group_id, {})
     if not isinstance(row, Mapping):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
+    return _build(read_prompt(row), read_id(row), row)
+
+
+def read_id(row: Mapping[str, Any]) -> str | None:
+    """The id that a row gives its prompt; None if it gives none.
+
+    Raises:
+        RowError: it is no text and no number.
+    """
     group_id = next((row[name] for name in ("group_id", "id") if row.get(name) is not None), None)
-    if group_id is not None:
-        if isinstance(group_id, bool) or not isinstance(group_id, str | int):
-            raise RowError("group_id", f"is {group_id!r}; use a non-empty string or an integer")
-        group_id = read_text(str(group_id), "group_id")
-    return _build(read_prompt(row), group_id, row)
+    if group_id is None:
+        return None
+    if isinstance(group_id, bool) or not isinstance(group_id, str | int):
+        raise RowError("group_id", f"is {group_id!r}; use a non-empty string or an integer")
+    return read_text(str(group_id), "group_id")
 
 
 def _build(prompt: tuple[Message, ...], group_id: str | None, row: Mapping[str, Any]) -> Record:
