@@ -106,7 +106,12 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     Raises:
         ConfigError: the disk has, or turns out to have, too little space.
     """
-    parent = output.absolute().parent
+    output = output.resolve()  # of a link: the folder that it stands for, on whatever disk
+    require(
+        not output.is_mount(),
+        f"output = {output}; a disk is mounted there, which no folder can take the place of; name a folder in it.",
+    )
+    parent = output.parent
     parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(parent).free
     need = f"{needed_bytes / 2**30:,.2f} GiB of weights"
