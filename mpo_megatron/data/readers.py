@@ -189,7 +189,10 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
     from datasets import DatasetDict, load_from_disk  # a second to import, and optional for files
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        dataset = load_from_disk(str(folder))
+        try:
+            dataset = load_from_disk(str(folder))
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise DataError(f"input = {folder}: datasets cannot read it: {error}; copy it again.") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}.")

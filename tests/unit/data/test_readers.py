@@ -51,6 +51,9 @@ def test_every_kind_of_file_gives_the_same_groups(tmp_path: Path, write_lines: W
     # Rows taken out of order go through an indices mapping.
     dataset.select([3, 1]).save_to_disk(tmp_path / "picked")
     assert contents(groups_of(tmp_path / "picked")) == [wanted[3], wanted[1]]
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    with pytest.raises(DataError, match=r"saved: datasets cannot read it: .*No such file"):
+        read_groups(str(tmp_path / "saved"))
 
 
 def test_a_folder_of_files(tmp_path: Path, write_lines: Writer) -> None:
