@@ -10,9 +10,8 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.fields import RowError, read_prompt
+from mpo_megatron.data.fields import RowError, read_id, read_prompt
 from mpo_megatron.data.rewards import hash_unit
-from mpo_megatron.rollout.prompts import read_id
 from mpo_megatron.rollout.records import find_repeated
 
 Row = dict[str, Any]

@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.fields import RowError, read_prompt, read_text
+from mpo_megatron.data.fields import RowError, read_id, read_prompt
 from mpo_megatron.data.formats import Layout, detect, parse
 from mpo_megatron.data.group import INFO_FILE, Message, load_groups
 from mpo_megatron.data.readers import RawRow, Rejection, open_source, read_groups
@@ -139,20 +139,6 @@ def _read_row(row: Any, layout: Layout | None) -> Record:
     if not isinstance(row, Mapping):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     return _build(read_prompt(row), read_id(row), row)
-
-
-def read_id(row: Mapping[str, Any]) -> str | None:
-    """The id that a row gives its prompt; None if it gives none.
-
-    Raises:
-        RowError: it is no text and no number.
-    """
-    group_id = next((row[name] for name in ("group_id", "id") if row.get(name) is not None), None)
-    if group_id is None:
-        return None
-    if isinstance(group_id, bool) or not isinstance(group_id, str | int):
-        raise RowError("group_id", f"is {group_id!r}; use a non-empty string or an integer")
-    return read_text(str(group_id), "group_id")
 
 
 def _build(prompt: tuple[Message, ...], group_id: str | None, row: Mapping[str, Any]) -> Record:
