@@ -10,6 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from mpo_megatron.config import require
+from mpo_megatron.train.throughput import PEAK_BF16_TFLOPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +34,24 @@ class Hardware:
 
 
 _ROWS = (
-    # name, GiB, bf16 TFLOP/s, FP8 TFLOP/s, then GB/s of memory, of NVLink and of the network adapter
-    ("a100-40", 39.4, 312, None, 1555, 300, 25),
-    ("a100", 79.2, 312, None, 2039, 300, 25),
-    ("h100", 79.1, 989, 1979, 3350, 450, 50),
-    ("h200", 139.8, 989, 1979, 4800, 450, 50),
-    ("b200", 178.3, 2250, 4500, 8000, 900, 50),
+    # name, GiB, FP8 TFLOP/s, then GB/s of memory, of NVLink and of the network adapter
+    ("a100-40", 39.4, None, 1555, 300, 25),
+    ("a100", 79.2, None, 2039, 300, 25),
+    ("h100", 79.1, 1979, 3350, 450, 50),
+    ("h200", 139.8, 1979, 4800, 450, 50),
+    ("b200", 178.3, 4500, 8000, 900, 50),
 )
 TABLE = {
     name: Hardware(
         name=name,
         memory_gib=memory,
-        bf16_tflops=bf16,
+        bf16_tflops=PEAK_BF16_TFLOPS[name.upper().removesuffix("-40")],
         fp8_tflops=fp8,
         memory_gbps=bandwidth,
         intra_gbps=intra,
         inter_gbps=inter,
     )
-    for name, memory, bf16, fp8, bandwidth, intra, inter in _ROWS
+    for name, memory, fp8, bandwidth, intra, inter in _ROWS
 }
 """Hardware by the name that `hardware` takes."""
 

@@ -12,9 +12,11 @@ import pytest
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
 from mpo_megatron.data.group import write_groups
+from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.models import build_config
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan
 from mpo_megatron.plan.search import Problem, search
+from mpo_megatron.train.throughput import peak_flops
 from tests.tiny import random_groups, save_groups, save_tokenizer
 
 RUN = """
@@ -183,3 +185,8 @@ def test_more_gpus_do_a_step_faster_but_not_in_proportion() -> None:
 def test_the_reference_is_a_forward_pass() -> None:
     time = build().evaluate(ParallelConfig(tensor=2), "none", 4096).time
     assert 0.2 < time.forward_seconds / time.seconds < 0.4
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_planned_peak_is_the_one_that_a_run_is_measured_against(name: str) -> None:
+    assert 1e12 * TABLE[name].bf16_tflops == peak_flops(f"NVIDIA {name.upper()}")
