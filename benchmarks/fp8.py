@@ -28,7 +28,8 @@ from mpo_megatron import device
 from mpo_megatron.config import ConfigError, LossConfig, ModelConfig, OptimizerConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import StepBatch, build_step, step_indices
-from mpo_megatron.model.precision import RECIPES, token_multiple, validate_fp8
+from mpo_megatron.hf.fp8 import RECIPES, token_multiple
+from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, Objective, build_objective, group_batch

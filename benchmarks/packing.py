@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.setup import hf_config
 from mpo_megatron.data.packing import Piece, plan_rows
-from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.hf.flops import build_flop_model
 
 ROW_TOKENS = (4096, 8192, 16384)
 REPLICAS = (1, 2, 4, 8)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from mpo_megatron.config import (
     ConfigError,
@@ -30,6 +31,7 @@ from mpo_megatron.config import (
     require,
     validate_convert,
     validate_folders,
+    validate_train,
 )
 from mpo_megatron.data import DataError
 
@@ -237,12 +239,16 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
     """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
     launcher, own = _read_launcher(name, arguments, restarts=True)
     config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
-    validate_folders(config)  # once more below; a wrong path need not wait for the imports
-    from mpo_megatron.train.inputs import check_inputs
+    validate_folders(config)  # once more below, as the next two; what is wrong here need not wait for Megatron-Core's import
+    from mpo_megatron.hf.layout import read_model
     from mpo_megatron.train.launcher import count_ranks
     from mpo_megatron.train.launcher import launch as start
 
     num_ranks = launcher.nproc or count_ranks(config.parallel)
+    validate_train(config, num_ranks)
+    read_model(Path(config.model.checkpoint), config.parallel)
+    from mpo_megatron.train.inputs import check_inputs
+
     check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
     return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)
 

@@ -23,8 +23,8 @@ from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
+from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.convert import find_megatron_checkpoint
-from mpo_megatron.model.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint

@@ -1,20 +1,13 @@
-"""From a Hugging Face config to Megatron-Core's: transformer config, layer spec, and what cannot be represented.
-
-Supported: Qwen2 / Qwen2.5 (`qwen2`: bias on q, k, v), Qwen3 (`qwen3`: RMS norm on q and k), and both with experts (`qwen2_moe`,
-`qwen3_moe`).
-"""
+"""From a Hugging Face config to Megatron-Core's: transformer config and layer spec."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import StrictDataclassError
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
@@ -23,128 +16,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from mpo_megatron import device
-from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, require
-from mpo_megatron.model import experts
+from mpo_megatron.config import ModelConfig, ParallelConfig, require
+from mpo_megatron.hf.config import head_dim
 from mpo_megatron.model.attention import GroupAttention, RowAttention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 
-SUPPORTED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
-"""`model_type` of the Hugging Face configs that can be represented."""
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each `model.precision`."""
-
-
-def load_hf_config(folder: str | Path) -> PretrainedConfig:
-    """The Hugging Face config in `folder`, checked by `check_supported`.
-
-    Raises:
-        ConfigError: no config.json there, one that does not parse, or a model that cannot be represented.
-    """
-    path = Path(folder) / "config.json"
-    require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
-    try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
-    require(
-        model_type in SUPPORTED,
-        f"{path}: model_type = {model_type!r} is not supported; supported are {', '.join(SUPPORTED)}.",
-    )
-    try:
-        hf_config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
-    check_supported(hf_config)
-    return hf_config
-
-
-def check_supported(hf_config: PretrainedConfig) -> None:
-    """Refuse what this implementation would compute differently from `transformers`; nothing is ignored silently.
-
-    Raises:
-        ConfigError: naming the field of config.json and the rule.
-    """
-    require(
-        hf_config.model_type in SUPPORTED,
-        f"model_type = {hf_config.model_type!r} is not supported; supported are {', '.join(SUPPORTED)}.",
-    )
-    layer_types = set(getattr(hf_config, "layer_types", None) or ())
-    require(
-        not getattr(hf_config, "use_sliding_window", False) and layer_types <= {"full_attention"},
-        "config.json: use_sliding_window = true (or layer_types with sliding_attention): only full attention is implemented; "
-        "set use_sliding_window to false if no training or generation row is longer than the window.",
-    )
-    rope = rope_parameters(hf_config)
-    require(
-        rope.get("rope_type", "default") == "default",
-        f"config.json: rope_type = {rope.get('rope_type')!r}: only default rotary embeddings are implemented; remove the rope "
-        "scaling if no row is longer than the context the model was trained with.",
-    )
-    require(hf_config.hidden_act == "silu", f"config.json: hidden_act = {hf_config.hidden_act!r}; only silu is implemented.")
-    require(
-        not getattr(hf_config, "attention_bias", False),
-        "config.json: attention_bias = true puts a bias on the output projection; that is not implemented.",
-    )
-    require(
-        getattr(hf_config, "attention_dropout", 0.0) == 0.0,
-        f"config.json: attention_dropout = {hf_config.attention_dropout}; policy and reference must be deterministic; set 0.",
-    )
-    experts.check_supported(hf_config)
-
-
-def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
-    """Rotary settings with `rope_theta` and `rope_type`, wherever this version of transformers keeps them."""
-    rope = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
-    if "rope_theta" not in rope:  # transformers 4 kept it beside the other fields
-        rope["rope_theta"] = hf_config.rope_theta
-    rope.setdefault("rope_type", rope.pop("type", "default"))
-    return rope
-
-
-def head_dim(hf_config: PretrainedConfig) -> int:
-    """Channels of one attention head; Qwen3 sets it apart from hidden_size / num_attention_heads."""
-    return getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
-
-
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
-    """`vocab_size` rounded up to a multiple of `multiple`, so that it can be cut over tensor-parallel ranks."""
-    return -(-vocab_size // multiple) * multiple
-
-
-def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padded_vocab: int) -> None:
-    """Check that the model can be cut as `parallel` asks.
-
-    Raises:
-        ConfigError: naming the field, the number it must divide, and the values that do.
-    """
-    tensor = parallel.tensor
-    for name, size in (
-        ("num_attention_heads", hf_config.num_attention_heads),
-        ("num_key_value_heads", hf_config.num_key_value_heads),
-        ("intermediate_size", hf_config.intermediate_size),
-        ("padded vocabulary", padded_vocab),
-    ):
-        _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
-    parallel.stage_layers(hf_config.num_hidden_layers)
-    experts.validate_layout(hf_config, parallel)
-    heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
-    # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
-    choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
-    require(
-        parallel.context in choices,
-        f"parallel.context = {parallel.context} cannot share out the {heads} attention heads and {groups} key/value heads that "
-        f"each tensor-parallel rank has; choose one of {', '.join(map(str, choices))}, or another parallel.tensor.",
-    )
-
-
-def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
-    choices = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
-    require(size % divisor == 0, f"{name} = {divisor} does not divide {what} = {size}; choose one of {choices}.")
 
 
 def use_transformer_engine(model: ModelConfig) -> bool:

@@ -22,20 +22,12 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig, require, validate_convert
-from mpo_megatron.model.architecture import load_hf_config, padded_vocab_size
-from mpo_megatron.model.convert_folder import (
-    Conversion,
-    copy_side_files,
-    find_megatron_checkpoint,
-    load_conversion,
-    progress,
-    set_config_dtype,
-    staged,
-)
+from mpo_megatron.hf.config import load_hf_config, padded_vocab_size
+from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion
+from mpo_megatron.model.convert_folder import copy_side_files, find_megatron_checkpoint, progress, set_config_dtype, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
-    CheckpointError,
     PlannedTensor,
     RowReader,
     StoredTensor,
@@ -46,15 +38,7 @@ from mpo_megatron.model.safetensors_io import (
 )
 from mpo_megatron.model.weight_map import EMBEDDING, OUTPUT, Placement, Slice, build_weight_map, extra_state_keys
 
-__all__ = [
-    "CheckpointError",
-    "Conversion",
-    "convert",
-    "export_to_hf",
-    "find_megatron_checkpoint",
-    "import_from_hf",
-    "load_conversion",
-]
+__all__ = ["convert", "export_to_hf", "find_megatron_checkpoint", "import_from_hf"]
 
 MAX_CHUNK_BYTES = 128 * 2**20
 """Largest piece of a tensor that is read, written or stored at once; memory use is a small multiple of it."""

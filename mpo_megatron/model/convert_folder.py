@@ -1,4 +1,4 @@
-"""What surrounds the weights of a conversion: folders, conversion.json, staging, progress."""
+"""What surrounds the weights of a conversion: folders, staging, progress."""
 
 from __future__ import annotations
 
@@ -11,54 +11,16 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.model.safetensors_io import CheckpointError
+from mpo_megatron.hf.conversion import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
 """Files of a Hugging Face folder that are weights, in whatever format."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conversion:
-    """conversion.json: what was converted."""
-
-    architecture: str
-    """`architectures[0]` of the Hugging Face config."""
-    model_type: str
-    """`model_type` of the Hugging Face config."""
-    vocab_size: int
-    """Rows of the Hugging Face embedding."""
-    padded_vocab_size: int
-    """Rows of the Megatron embedding; those from `vocab_size` on are zero padding."""
-    dtype: str
-    """The dtype that most weights have, as torch names it: bfloat16, float16 or float32."""
-    digest: str
-    """SHA-256 of the Hugging Face weights' names, dtypes, shapes and bytes."""
-    tied_output_stored: bool = False
-    """Whether the source held a copy of its tied embedding as lm_head.weight; export then writes it again."""
-    versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that converted."""
-
-
-def load_conversion(folder: str | Path) -> Conversion:
-    """Read conversion.json of a Megatron checkpoint folder.
-
-    Raises:
-        CheckpointError: it is missing or not what this version writes.
-    """
-    path = Path(folder) / "conversion.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
-    try:
-        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from mpo_megatron.model.safetensors_io import CheckpointError
+from mpo_megatron.hf.conversion import CheckpointError
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,9 @@ from transformers import PretrainedConfig
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.packing import Ints
-from mpo_megatron.model.architecture import (
-    build_block_spec,
-    build_transformer_config,
-    rope_parameters,
-    use_transformer_engine,
-    validate_layout,
-)
+from mpo_megatron.hf.config import rope_parameters
+from mpo_megatron.hf.layout import validate_layout
+from mpo_megatron.model.architecture import build_block_spec, build_transformer_config, use_transformer_engine
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part

@@ -19,7 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config import require
+from mpo_megatron.hf.conversion import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Safetensors' names of the dtypes that weights may have."""
@@ -29,10 +30,6 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
 """The safetensors library's own limit on the header, in bytes."""
-
-
-class CheckpointError(ConfigError):
-    """A checkpoint that cannot be converted; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.model.architecture import head_dim
-from mpo_megatron.model.experts import read_experts
+from mpo_megatron.hf.config import head_dim
+from mpo_megatron.hf.experts import read_experts
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.model.architecture import load_hf_config
+from mpo_megatron.hf.config import load_hf_config
 
 
 def _shape(

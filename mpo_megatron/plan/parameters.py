@@ -13,8 +13,8 @@ from typing import NamedTuple
 from transformers import PretrainedConfig
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.architecture import head_dim
-from mpo_megatron.model.experts import Experts, read_experts
+from mpo_megatron.hf.config import head_dim
+from mpo_megatron.hf.experts import Experts, read_experts
 
 PARAMETER_ALIGNMENT = 64
 """Elements: where a parameter may begin in Megatron's buffers (param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""

@@ -25,9 +25,9 @@ from mpo_megatron.config import (
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import read_info
 from mpo_megatron.data.packing import PackingError
-from mpo_megatron.model.architecture import padded_vocab_size
-from mpo_megatron.model.convert_folder import load_conversion
-from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.hf.config import padded_vocab_size
+from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.plan.hardware import find_hardware
 from mpo_megatron.plan.memory import GIB, Kernels, StageMemory
 from mpo_megatron.plan.models import find_model

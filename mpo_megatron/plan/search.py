@@ -10,9 +10,9 @@ from transformers import PretrainedConfig
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
-from mpo_megatron.model.architecture import validate_layout
-from mpo_megatron.model.flops import FlopModel
-from mpo_megatron.model.precision import token_multiple, validate_fp8_layout
+from mpo_megatron.hf.flops import FlopModel
+from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
+from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
 from mpo_megatron.plan.parameters import Shape

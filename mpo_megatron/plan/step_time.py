@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from mpo_megatron.model.flops import BACKWARD, FlopModel
+from mpo_megatron.hf.flops import BACKWARD, FlopModel
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GRADIENT_BYTES, Layout, StageMemory
 from mpo_megatron.plan.parameters import stage_parts

@@ -35,8 +35,7 @@ from mpo_megatron.config import (
     validate_score,
 )
 from mpo_megatron.config.parallel import check_ranks
-from mpo_megatron.model.architecture import load_hf_config, validate_layout
-from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.hf.layout import read_model
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.inputs import weights_digest
@@ -262,7 +261,7 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         validate_score(item.score)
         train = item.train
         check_ranks(train.parallel, num_ranks)
-        validate_layout(load_hf_config(model / "hf"), train.parallel, load_conversion(model).padded_vocab_size)
+        read_model(model, train.parallel)
         check_installed(train.logging)
         labelled = item.select.sets != "all"
         where = f"select.sets = {item.select.sets}"

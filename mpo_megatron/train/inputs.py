@@ -16,9 +16,11 @@ from mpo_megatron.config import TrainConfig, require, validate_train
 from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.model.architecture import load_hf_config, use_transformer_engine, validate_layout
+from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.hf.layout import read_model
+from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
-from mpo_megatron.model.convert import load_conversion
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
@@ -51,9 +53,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
-    hf_config = load_hf_config(folder / "hf")
-    conversion = load_conversion(folder)
-    validate_layout(hf_config, config.parallel, conversion.padded_vocab_size)
+    hf_config, conversion = read_model(folder, config.parallel)
     use_transformer_engine(config.model)
     validate_fp8(config.model, config.parallel, hf_config)
     choose_attention(config.model)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from mpo_megatron.config import ConfigError, TrainConfig, parse
 from mpo_megatron.data import DataError
 from mpo_megatron.data.packing import PackingError
-from mpo_megatron.model.flops import build_flop_model
+from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.ending import complain, end

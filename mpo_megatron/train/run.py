@@ -11,12 +11,13 @@ import torch
 from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch
+from mpo_megatron.hf.flops import FlopModel, build_flop_model
+from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
-from mpo_megatron.model.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.model.precision import has_delayed_scales, hold_scales, token_multiple
+from mpo_megatron.model.precision import has_delayed_scales, hold_scales
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.faults import STEP_SEEDS

@@ -6,7 +6,7 @@ import torch
 
 from mpo_megatron import device
 from mpo_megatron.data.loader import StepBatch
-from mpo_megatron.model.flops import FlopModel
+from mpo_megatron.hf.flops import FlopModel
 
 PEAK_BF16_TFLOPS = {
     "GB200": 2500.0,

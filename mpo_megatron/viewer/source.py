@@ -130,9 +130,9 @@ def num_replicas(run: Path) -> int:
 
 def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
     """As the run cuts its rows (train/run.py: build_row_shape)."""
-    from mpo_megatron.model.architecture import load_hf_config
-    from mpo_megatron.model.flops import build_flop_model
-    from mpo_megatron.model.precision import token_multiple
+    from mpo_megatron.hf.config import load_hf_config
+    from mpo_megatron.hf.flops import build_flop_model
+    from mpo_megatron.hf.fp8 import token_multiple
 
     return RowShape(
         row_tokens=train.data.row_tokens,

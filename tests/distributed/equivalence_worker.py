@@ -19,8 +19,8 @@ import torch.distributed as dist
 from mpo_megatron.config import LossConfig, ModelConfig, ParallelConfig
 from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import RowShape, build_step
-from mpo_megatron.model.architecture import load_hf_config
-from mpo_megatron.model.convert import load_conversion
+from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint

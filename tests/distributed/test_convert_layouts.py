@@ -158,8 +158,8 @@ def compare(folder: Path, parallel: ParallelConfig, precision: Any, ranks: Any, 
     """Load the converted checkpoint at this layout, and compare its logits with those of `transformers`."""
     from megatron.core import dist_checkpointing
 
-    from mpo_megatron.model.architecture import load_hf_config
-    from mpo_megatron.model.convert import load_conversion
+    from mpo_megatron.hf.config import load_hf_config
+    from mpo_megatron.hf.conversion import load_conversion
     from mpo_megatron.model.policy import build_policy
 
     hf_config = load_hf_config(folder / "hf")

@@ -31,9 +31,10 @@ def describe() -> dict[str, Any]:
     import torch
 
     from mpo_megatron.config import ModelConfig
+    from mpo_megatron.hf.fp8 import RECIPES
     from mpo_megatron.model.attention_backends import choose_attention
     from mpo_megatron.model.attention_varlen import find_kernel
-    from mpo_megatron.model.precision import RECIPES, missing_for_recipe, missing_for_transformer_engine
+    from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine
 
     missing = missing_for_transformer_engine()
     kernel = find_kernel()

@@ -12,9 +12,10 @@ from transformers import PretrainedConfig, Qwen3Config
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
+from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.model.precision import keep_exact_weights, token_multiple
+from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, build_objective, group_batch

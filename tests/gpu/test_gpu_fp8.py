@@ -10,14 +10,9 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConfigError, ParallelConfig
+from mpo_megatron.hf.fp8 import RECIPES
 from mpo_megatron.model.parallel import Ranks, model_parallel
-from mpo_megatron.model.precision import (
-    RECIPES,
-    missing_for_recipe,
-    missing_for_transformer_engine,
-    scaled_modules,
-    validate_fp8,
-)
+from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine, scaled_modules, validate_fp8
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.calibration import PASSES
 from mpo_megatron.train.step import forward_step, fused_step, two_phase_step

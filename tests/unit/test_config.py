@@ -91,7 +91,7 @@ def qwen(**changes: object) -> SimpleNamespace:
     ],
 )
 def test_what_cannot_be_computed_is_refused(changes: dict[str, object], message: str) -> None:
-    from mpo_megatron.model.architecture import check_supported
+    from mpo_megatron.hf.config import check_supported
 
     check_supported(qwen())  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
@@ -110,7 +110,7 @@ def test_what_cannot_be_computed_is_refused(changes: dict[str, object], message:
     ],
 )
 def test_layouts_that_do_not_divide_the_model(layout: dict[str, int], message: str) -> None:
-    from mpo_megatron.model.architecture import validate_layout
+    from mpo_megatron.hf.layout import validate_layout
 
     validate_layout(qwen(), ParallelConfig(tensor=8, pipeline=4), 152064)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
+from mpo_megatron.hf.conversion import Conversion
+from mpo_megatron.plan.models import MODELS
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
@@ -27,15 +32,19 @@ MAY_IMPORT = {
     "losses": set(),
     "data": {"config"},
     "device": {"config"},
-    "model": {"config", "device", "data", "losses"},
-    "train": {"config", "device", "data", "losses", "model"},
-    "rollout": {"config", "device", "data", "losses", "model", "train"},
-    "evaluate": {"config", "device", "data", "losses", "model", "train", "rollout"},
+    "hf": {"config", "device"},
+    "model": {"config", "device", "data", "losses", "hf"},
+    "train": {"config", "device", "data", "losses", "hf", "model"},
+    "rollout": {"config", "device", "data", "losses", "hf", "model", "train"},
+    "evaluate": {"config", "device", "data", "losses", "hf", "model", "train", "rollout"},
     "launch": {"config"},
     "report": {"config", "data"},
-    "viewer": {"config", "data", "losses", "model", "train"},
-    "plan": {"config", "device", "data", "losses", "model", "train"},
-    "cli": {"plan", "config", "launch", "report", "viewer", "device", "data", "losses", "model", "train", "rollout", "evaluate"},
+    "viewer": {"config", "data", "losses", "hf", "train"},
+    "plan": {"config", "device", "data", "losses", "hf", "train"},
+    "cli": {
+        *("plan", "config", "launch", "report", "viewer", "device", "data", "losses", "hf", "model", "train", "rollout"),
+        "evaluate",
+    },
 }
 """What each part of the package may import of the package, besides itself."""
 
@@ -116,6 +125,47 @@ def test_megatron_may_be_absent() -> None:
         "import mpo_megatron.cli, mpo_megatron.config, mpo_megatron.data.prepare, mpo_megatron.losses"
     )
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def write_model(folder: Path) -> None:
+    """What `mpo train` reads of a run's inputs before it imports Megatron: a model of 40 heads, and groups."""
+    for name in ("model/megatron", "model/hf", "groups"):
+        (folder / name).mkdir(parents=True)
+    (folder / "model/hf/config.json").write_text(json.dumps(MODELS["Qwen3-14B"]))
+    record = Conversion(
+        architecture="", model_type="qwen3", vocab_size=151936, padded_vocab_size=151936, dtype="bfloat16", digest=""
+    )
+    (folder / "model/conversion.json").write_text(json.dumps(dataclasses.asdict(record)))
+    (folder / "groups/prepare.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "message"),
+    [
+        ("plan --model qwen3-14b --gpus 8 --hardware h100 --suggest 1", 0, "layouts that fit"),
+        ("train --parallel.tensor 3 --nproc 3", 2, "parallel.tensor = 3 does not divide the model's num_attention_heads = 40"),
+        ("train --parallel.tensor 8 --nproc 4", 2, "parallel.tensor"),
+    ],
+)
+def test_plan_and_impossible_layouts_need_no_megatron(command: str, code: int, message: str, tmp_path: Path) -> None:
+    options = ""
+    if command.startswith("train"):
+        write_model(tmp_path)
+        options = "--output run --model.checkpoint model --data.train groups"
+    program = (
+        "import sys; sys.modules['megatron'] = sys.modules['transformer_engine'] = None\n"
+        "from mpo_megatron.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program, *command.split(), *options.split()],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == code, run.stderr
+    assert message in run.stdout + run.stderr
 
 
 def test_there_are_example_configs() -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron.config import ConfigError, ConvertConfig
-from mpo_megatron.model.convert import CheckpointError, convert, export_to_hf, import_from_hf, load_conversion
+from mpo_megatron.hf.conversion import CheckpointError, load_conversion
+from mpo_megatron.model.convert import convert, export_to_hf, import_from_hf
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.safetensors_io import INDEX, PlannedTensor, list_tensors, plan_shards, write_shards
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig
-from mpo_megatron.model.architecture import padded_vocab_size
+from mpo_megatron.hf.config import padded_vocab_size
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import Policy, build_policy
 from mpo_megatron.model.weight_map import Slice, build_weight_map, extra_state_keys

@@ -11,7 +11,8 @@ from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Con
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
-from mpo_megatron.model.architecture import check_supported, validate_layout
+from mpo_megatron.hf.config import check_supported
+from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.optimizer import check_offload
 

@@ -10,9 +10,10 @@ import torch
 from transformers import Qwen2Config
 
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig
+from mpo_megatron.hf.fp8 import RECIPES, TOKEN_MULTIPLE, token_multiple
 from mpo_megatron.model import precision
 from mpo_megatron.model.architecture import build_transformer_config
-from mpo_megatron.model.precision import RECIPES, TOKEN_MULTIPLE, numerics, token_multiple, validate_fp8
+from mpo_megatron.model.precision import numerics, validate_fp8
 
 FP8 = sorted(RECIPES)
 SIZES = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo_megatron.config import ConfigError, ParallelConfig
-from mpo_megatron.model.architecture import check_supported
+from mpo_megatron.hf.config import check_supported
 from mpo_megatron.plan.models import MODELS, build_config, find_model
 from mpo_megatron.plan.parameters import Shape, count_parameters, part_weights, stage_parts
 from tests.tiny import save_model

@@ -15,8 +15,9 @@ import torch
 from mpo_megatron.config import ConvertConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
-from mpo_megatron.model.architecture import load_hf_config
-from mpo_megatron.model.convert import convert, load_conversion
+from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.model.convert import convert
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.precision import hold_scales

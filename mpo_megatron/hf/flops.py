@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
-from mpo_megatron.model.architecture import head_dim
-from mpo_megatron.model.experts import read_experts
+from mpo_megatron.hf.config import head_dim
+from mpo_megatron.hf.experts import read_experts
 
 BACKWARD = 2
 """A backward pass multiplies twice for each multiplication of the forward pass: gradients of inputs and of weights."""

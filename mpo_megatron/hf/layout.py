@@ -1,0 +1,91 @@
+"""Layouts that a model can be cut into."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from mpo_megatron import device
+from mpo_megatron.config import ParallelConfig, require
+from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.hf.conversion import Conversion, load_conversion
+from mpo_megatron.hf.experts import read_experts
+
+
+def read_model(folder: Path, parallel: ParallelConfig) -> tuple[PretrainedConfig, Conversion]:
+    """What the folder of a Megatron checkpoint says of its model, which can be cut as `parallel` asks.
+
+    Raises:
+        ConfigError: it cannot, or a file is missing or damaged.
+    """
+    hf_config, conversion = load_hf_config(folder / "hf"), load_conversion(folder)
+    validate_layout(hf_config, parallel, conversion.padded_vocab_size)
+    return hf_config, conversion
+
+
+def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padded_vocab: int) -> None:
+    """Check that the model can be cut as `parallel` asks.
+
+    Raises:
+        ConfigError: naming the field, the number it must divide, and the values that do.
+    """
+    tensor = parallel.tensor
+    for name, size in (
+        ("num_attention_heads", hf_config.num_attention_heads),
+        ("num_key_value_heads", hf_config.num_key_value_heads),
+        ("intermediate_size", hf_config.intermediate_size),
+        ("padded vocabulary", padded_vocab),
+    ):
+        _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
+    parallel.stage_layers(hf_config.num_hidden_layers)
+    _validate_experts(hf_config, parallel)
+    heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
+    # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
+    choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
+    require(
+        parallel.context in choices,
+        f"parallel.context = {parallel.context} cannot share out the {heads} attention heads and {groups} key/value heads that "
+        f"each tensor-parallel rank has; choose one of {', '.join(map(str, choices))}, or another parallel.tensor.",
+    )
+
+
+def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
+    choices = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
+    require(size % divisor == 0, f"{name} = {divisor} does not divide {what} = {size}; choose one of {choices}.")
+
+
+def _validate_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+    """Check that the experts can be cut as `parallel` asks.
+
+    Raises:
+        ConfigError: naming the field, the rule and the values that work.
+    """
+    experts = read_experts(hf_config)
+    if experts is None:
+        for name in ("expert", "expert_tensor"):
+            require(
+                getattr(parallel, name) == 1,
+                f"parallel.{name} = {getattr(parallel, name)}, but a {hf_config.model_type} has no experts; leave it out.",
+            )
+        return
+    require(
+        parallel.tensor == 1 or parallel.sequence_parallel,
+        f"parallel.sequence = false with parallel.tensor = {parallel.tensor}: every rank would send every token to the experts; "
+        "leave parallel.sequence out.",
+    )
+    require(
+        parallel.expert == 1 or parallel.expert_tensor == 1 or device.has_gpu(),
+        f"parallel.expert = {parallel.expert} with parallel.expert_tensor = {parallel.expert_tensor} gathers parts of different "
+        "length, which gloo, on a machine without a GPU, cannot; set one of them to 1.",
+    )
+    divisible = [("expert", "num_experts", experts.num), ("expert_tensor", "moe_intermediate_size", experts.channels)]
+    if experts.shared_channels is not None:
+        divisible.append(("tensor", "shared_expert_intermediate_size", experts.shared_channels))
+    for name, what, size in divisible:
+        number = getattr(parallel, name)
+        choices = ", ".join(str(n) for n in range(1, min(size, 128) + 1) if size % n == 0)
+        require(
+            size % number == 0,
+            f"parallel.{name} = {number} does not divide the model's {what} = {size}; choose one of {choices}.",
+        )
