@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
+
+ALONE_SECONDS = 3.0
+"""A rank that has not been ended by then is the only one of its machine that has failed."""
 
 
 def end(main: Callable[[], int]) -> NoReturn:
@@ -32,9 +37,10 @@ def end(main: Callable[[], int]) -> NoReturn:
 
 
 def complain(program: str, error: Exception) -> None:
-    """Print what a person must mend: the main rank, and one rank of every other machine, as it may be one of theirs alone."""
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
-    elif os.environ.get("LOCAL_RANK") == "0":
-        print(f"{program}: rank {rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
+    """Print what a person must mend: once a machine if all its ranks say the same, as they may be the only ones that see it."""
+    rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    if local != "0":  # if others say the same, whoever started the ranks ends this one now
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(ALONE_SECONDS)
+    where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+    print(f"{program}: {where}{error}", file=sys.stderr, flush=True)

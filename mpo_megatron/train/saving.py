@@ -111,9 +111,10 @@ class Saver:
         except (OSError, RuntimeError) as error:  # on one rank, amid Megatron's collectives: the others end because it does
             if not _is_write_error(error):
                 raise
-            shutil.rmtree(partial, ignore_errors=True)
             message = _message(partial, _reason(error))
-            if not self.ranks.is_main:  # whose messages are printed in any case
+            if self.ranks.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            else:  # the others still look into the folder, and what the main rank has to say is printed in any case
                 print(f"rank {get_rank()} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
             raise SaveError(message) from error
         self.writing = Writing(state=state, partial=partial, request=request, started=started)
