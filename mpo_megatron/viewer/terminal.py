@@ -47,16 +47,14 @@ def show(sight: Sight, blocks: Sequence[Block], console: Console, max_tokens: in
 
 def legend() -> Text:
     """What the colours say."""
-    text = Text("prompt", style="white on grey23")
-    text.append("  ")
-    text.append("response, scored", style=f"bold {COLOURS[0]}")
-    text.append("  ")
-    text.append("left out by the loss", style="dim strike")
-    text.append("  ")
-    text.append("<special>", style="reverse")
-    text.append("  ")
-    text.append("only predicted, no input", style="underline")
-    return text
+    styles = {
+        "prompt": "white on grey23",
+        "response, scored": f"bold {COLOURS[0]}",
+        "left out by the loss": "dim strike",
+        "<special>": "reverse",
+        "only predicted, no input": "underline",
+    }
+    return Text("  ").join(Text(words, style=style) for words, style in styles.items())
 
 
 def heading(block: Block, sight: Sight) -> str:
