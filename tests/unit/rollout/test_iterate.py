@@ -92,10 +92,7 @@ def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
         ('{"prompt": "a"}\n{"question": ""}\n', r"p\.jsonl:2: question is empty"),
         ('{"prompt": "a"}\n["b"]\n', r"p\.jsonl:2: row is of type list"),
         ('{"prompt": "a"}\n{"prom', r"p\.jsonl:2: is not valid JSON"),
-        (
-            '{"prompt": "a"}\n{"prompt": "b", "id": ""}\n',
-            r"p\.jsonl:2: id is ''; use a non-empty string",
-        ),  # mpo generate would leave it out
+        ('{"prompt": "a"}\n{"prompt": "b", "id": ""}\n', r"p\.jsonl:2: id is ''; use a non-empty string"),
         ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": 1}\n{"prompt": "c"}\n', "the id 1 belongs to two different prompts"),
     ],
 )
