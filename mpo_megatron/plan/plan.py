@@ -341,23 +341,24 @@ def print_suggestions(console: Console, problem: Problem, found: list[Candidate]
 
 
 def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, float]:
-    """Figures of the whole run."""
+    """Figures of a whole run that goes through so many groups; the reference sees those of the data, each once."""
     time, step = candidate.time, problem.data.groups_per_step
     tokens = [
         sums.tokens / len(rows)
         for counts, sampled in zip(candidate.packed.sums, candidate.packed.rows, strict=True)
         for sums, rows in zip(counts, sampled, strict=True)
     ]
-    steps = groups / step
+    hours = groups / step * time.seconds / 3600
+    reference_hours = problem.sequences.num_groups / step * time.forward_seconds / 3600
     return {
         "seconds_per_step": time.seconds,
         "groups_per_second": step / time.seconds,
         "mfu": time.model_flops / time.seconds / problem.gpus / problem.hardware.bf16_tflops / 1e12,
         "rows_per_replica": candidate.packed.rows_per_replica,
         "fill": sum(tokens) / len(tokens) / candidate.row_tokens,
-        "hours": steps * time.seconds / 3600,
-        "reference_hours": steps * time.forward_seconds / 3600,
-        "days": steps * (time.seconds + time.forward_seconds) / 86400,
+        "hours": hours,
+        "reference_hours": reference_hours,
+        "days": (hours + reference_hours) / 24,
     }
 
 

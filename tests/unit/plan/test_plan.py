@@ -14,7 +14,7 @@ from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelCo
 from mpo_megatron.data.group import write_groups
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.models import build_config
-from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan
+from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
 from mpo_megatron.plan.search import Problem, search
 from mpo_megatron.train.throughput import peak_flops
 from tests.tiny import random_groups, save_groups, save_tokenizer
@@ -63,6 +63,15 @@ def test_a_run_that_fits_is_planned(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert content["run"]["run"]["seconds_per_step"] == pytest.approx(
         sum(seconds[part] for part in ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update"))
     )
+
+
+def test_epochs_repeat_steps_and_not_reference_log_probs() -> None:
+    problem = build()
+    found = problem.evaluate(ParallelConfig(tensor=4, pipeline=2), "none", 8192)
+    once, thrice = (summarize(problem, found, epochs * problem.sequences.num_groups) for epochs in (1, 3))
+    assert thrice["hours"] == pytest.approx(3 * once["hours"])
+    assert thrice["reference_hours"] == once["reference_hours"] > 0
+    assert thrice["days"] == pytest.approx((thrice["hours"] + thrice["reference_hours"]) / 24)
 
 
 def test_a_run_that_does_not_fit_is_refused_with_what_would(tmp_path: Path) -> None:
