@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.data.loader import build_step
+from mpo_megatron.data.loader import build_ahead, build_step
 from mpo_megatron.train.incidents import TrainingError, broken_groups
 from mpo_megatron.train.metrics import combine
 from mpo_megatron.train.run import Run
@@ -30,10 +30,9 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], beat: Callable[[str],
         return {}
     parts, outcomes = [], []
     size = run.config.data.groups_per_step
-    for start in range(0, len(data), size):
+    chunks = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
+    for batch in build_ahead(lambda indices: build_step(0, data, indices, run.inputs.objective.select, run.shape), chunks):
         beat(f"evaluation at step {step}")
-        indices = np.arange(start, min(start + size, len(data)))
-        batch = build_step(0, data, indices, run.inputs.objective.select, run.shape)
         if batch.contributes.any():
             policy = forward_step(run.model, batch, run.inputs.objective, run.ranks, run.resident)
             reference = run.reference(data, batch)
