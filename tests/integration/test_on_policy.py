@@ -18,8 +18,6 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-import mpo_megatron.rollout.iterate as rounds
-import mpo_megatron.rollout.stages as processes
 from examples.on_policy.plot import plot_rounds
 from examples.on_policy.reward import reward
 from examples.on_policy.run import build_prompts, load_methods, summarize
@@ -28,7 +26,8 @@ from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.group import load_groups
 from mpo_megatron.model import convert as converting
 from mpo_megatron.model.convert import convert
-from mpo_megatron.rollout import records
+from mpo_megatron.rollout import iterate as rounds
+from mpo_megatron.rollout import records, stages
 from mpo_megatron.rollout import select as selecting
 from tests.distributed.launch import launch_ranks
 from tests.kills import Killed, raise_at
@@ -77,7 +76,7 @@ def settings(inputs: Path, output: Path, *, measure_kl: bool) -> IterateConfig:
 def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(processes, "launch", launch_ranks)
+        patch.setattr(stages, "launch", launch_ranks)
         rounds.iterate(settings(inputs, output, measure_kl=True), QUIET)
     return output
 
@@ -104,7 +103,7 @@ def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not alive
         raise Killed("train")
 
-    monkeypatch.setattr(processes, "launch", killed)
+    monkeypatch.setattr(stages, "launch", killed)
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -132,7 +131,7 @@ def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     before: set[str] = set()
     for name, arm in KILLS.items():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(processes, "launch", launch_ranks)
+            patch.setattr(stages, "launch", launch_ranks)
             arm(patch)
             with pytest.raises(Killed):
                 rounds.iterate(config, QUIET)

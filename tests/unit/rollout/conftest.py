@@ -25,6 +25,17 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(folder, vocab_size=save_tokenizer(folder), num_hidden_layers=2, hidden_size=32)
 
 
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of ours, as `mpo iterate` starts from."""
+    from mpo_megatron.model.convert import import_from_hf  # imports Megatron: seconds
+
+    folder = tmp_path_factory.mktemp("model")
+    save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
+    import_from_hf(folder / "hf", folder / "megatron", vocab_multiple=128)
+    return folder / "megatron"
+
+
 class Server:
     """An HTTP server whose answers a test gives; it notes what it was asked."""
 

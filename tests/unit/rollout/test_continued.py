@@ -13,14 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 
-import mpo_megatron.rollout.iterate as stages
-import mpo_megatron.rollout.stages as processes
-from mpo_megatron.config import ConfigError, ConvertConfig, IterateConfig, TrainConfig, parse
+from mpo_megatron.config import ConfigError, IterateConfig, TrainConfig, parse
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.model import convert as converting
-from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
-from mpo_megatron.rollout import records
+from mpo_megatron.rollout import iterate as rounds
+from mpo_megatron.rollout import records, stages
 from mpo_megatron.rollout import score as scoring
 from mpo_megatron.rollout import select as selecting
 from mpo_megatron.rollout.round_report import read_last_metrics
@@ -28,15 +26,6 @@ from mpo_megatron.rollout.rounds import build_plan, start_training
 from mpo_megatron.train import loop, saving
 from mpo_megatron.train.step_folders import complete_steps
 from tests.kills import Killed, raise_at
-from tests.tiny import save_model
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
-    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
-    return folder / "megatron"
 
 
 def config(model: Path, tmp_path: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> IterateConfig:
@@ -108,7 +97,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "first segment, at its second step": lambda patch: raise_at(loop, "take_step", 1, patch),
     "first segment, its last checkpoint written and not named": lambda patch: raise_at(saving, "appear", 0, patch),
     "first segment, trained and not noted": lambda patch: patch.setattr(
-        stages, "find_megatron_checkpoint", Mock(side_effect=Killed)
+        rounds, "find_megatron_checkpoint", Mock(side_effect=Killed)
     ),
     "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
     "generate": lambda patch: raise_at(records.LineWriter, "write", 5, patch),
@@ -117,9 +106,9 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "prepare": lambda patch: raise_at(preparing, "_write", 0, patch),
     "second segment, before its first step": lambda patch: raise_at(loop, "take_step", 0, patch),
     "second segment, between its steps": lambda patch: raise_at(loop, "take_step", 1, patch),
-    "second segment, before it is reported": lambda patch: raise_at(stages, "report_round", 1, patch),
+    "second segment, before it is reported": lambda patch: raise_at(rounds, "report_round", 1, patch),
     "third segment, at its first step": lambda patch: raise_at(loop, "take_step", 0, patch),
-    "last report": lambda patch: raise_at(stages, "write_report", 0, patch),
+    "last report": lambda patch: raise_at(rounds, "write_report", 0, patch),
 }
 """One after the other: each kill is followed by the same command, which goes on to the next."""
 
@@ -153,17 +142,17 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 def test_segments_that_are_killed_in_every_stage_end_alike(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "launch", train_here)
+    monkeypatch.setattr(stages, "launch", train_here)
     quiet = Console(quiet=True)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
-    stages.iterate(small(model, tmp_path / "whole"), quiet)
+    rounds.iterate(small(model, tmp_path / "whole"), quiet)
     for arm in KILLS.values():
         with pytest.MonkeyPatch.context() as patch:
             arm(patch)
             with pytest.raises(Killed):
-                stages.iterate(small(model, tmp_path / "killed"), quiet)
-    stages.iterate(small(model, tmp_path / "killed"), quiet)
+                rounds.iterate(small(model, tmp_path / "killed"), quiet)
+    rounds.iterate(small(model, tmp_path / "killed"), quiet)
     whole, killed = (tmp_path / name / "out" for name in ("whole", "killed"))
     expected, found = tensors(whole / "run"), tensors(killed / "run")
     assert expected.keys() == found.keys()

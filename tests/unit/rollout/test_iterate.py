@@ -15,32 +15,22 @@ import psutil
 import pytest
 from rich.console import Console
 
-from mpo_megatron.config import ConfigError, ConvertConfig, GenerateConfig, IterateConfig, load_yaml
+from mpo_megatron.config import ConfigError, GenerateConfig, IterateConfig, load_yaml
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
-from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import stages
 from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
-from tests.tiny import save_model
 
 
 def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
     rows = [{"prompt": f"Question {index}?", "answer": index, **fields} for index in range(number)][::order]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)
-    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
-    return folder / "megatron"
 
 
 @pytest.fixture
