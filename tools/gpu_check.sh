@@ -29,7 +29,9 @@ part() { # part NAME SECONDS COMMAND…: run it, note seconds and exit code; int
 
 rm -f "$output/parts.jsonl" "$output/check.log"
 part machine 50 "$python" -m tests.gpu.machine "$output/machine.json"
-part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu/test_gpu_{logprobs,attention,policy,fp8,train,offload}.py -q \
+# Of whole runs only the one in bf16: each takes a minute or so.
+part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu/test_gpu_{policy,logprobs,train,attention,fp8,offload}.py -q \
+  -k "not (test_gpu_train and (delayed or current or blockwise))" \
   -p no:cacheprovider --disable-warnings --junitxml "$output/tests.xml"
 left=4
 for name in breakdown layouts logprobs fp8; do
