@@ -29,6 +29,9 @@ FACTORIES = (
 )  # fmt: skip
 """Functions of `torch` that Megatron-Core calls with device="cuda" or pin_memory=True."""
 
+COMPILED_VARIANTS = 64
+"""Limit of `compile_for_any_length`, for each function."""
+
 _CPU = torch.device("cpu")
 _prepared = False
 
@@ -81,8 +84,15 @@ def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
     """
     import torch._dynamo.config as dynamo  # takes a second
 
-    dynamo.cache_size_limit = max(dynamo.cache_size_limit, 64)
-    return torch.compile(function, dynamic=True, fullgraph=True)
+    compiled = torch.compile(function, dynamic=True, fullgraph=True)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if dynamo.cache_size_limit < COMPILED_VARIANTS:  # of this thread: a GPU's backward passes have one of their own
+            dynamo.cache_size_limit = COMPILED_VARIANTS
+        return compiled(*args, **kwargs)
+
+    return call
 
 
 def peak_memory_gib() -> float:
