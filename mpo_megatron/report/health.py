@@ -110,18 +110,18 @@ def _displacement(run: RunRecord) -> Iterator[Finding]:
     _, chosen = run.values("chosen_log_ratio", held_out=True)
     if len(chosen) < 2:
         return
+    text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups"
     if chosen[-1] < -DISPLACED:
-        text = (
-            f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups, below −{DISPLACED:g}: the policy moves to other "
-            "responses (likelihood displacement). Fewer steps, a smaller learning rate or a larger beta hold it back."
+        text += (
+            f", below −{DISPLACED:g}: the policy moves to other responses (likelihood displacement). Fewer steps, a smaller "
+            "learning rate or a larger beta hold it back."
         )
         yield Finding(level="warn", title="Preferred responses got less likely", text=text)
     elif chosen[-1] < 0:
-        text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups; a warning comes below −{DISPLACED:g}."
+        text += f"; a warning comes below −{DISPLACED:g}."
         yield Finding(level="note", title="Preferred responses are about as likely as before", text=text)
     else:
-        text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups."
-        yield Finding(level="good", title="Preferred responses got more likely", text=text)
+        yield Finding(level="good", title="Preferred responses got more likely", text=f"{text}.")
 
 
 def _gradients(run: RunRecord) -> Iterator[Finding]:
