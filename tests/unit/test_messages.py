@@ -81,7 +81,7 @@ def test_options(arguments: str, message: str, capsys: pytest.CaptureFixture[str
         ("optimizer:\n#  lr: 1\n", ":1: optimizer is a section; give options under it, or take it out."),
         ("model: qwen\n", ":1: model is a section; give options under it, or take it out."),
         ("optimizer: {lr: 5e-7x}\n", "optimizer.lr = 5e-7x; it must be a number."),
-        ("optimizer: {lr: -1}\n", "optimizer.lr = -1.0; it must be positive."),
+        ("optimizer: {lr: -1}\n", "optimizer.lr = -1.0; it must be positive, and finite."),
         ("input: [a\n", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'."),
         ("model:\n\tcheckpoint: a\n", ":2: not valid YAML: found character '\\t' that cannot start any token."),
         ("- a\n- b\n", ": holds no options; write one a line, as `name: value`."),
