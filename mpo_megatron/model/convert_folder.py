@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data.atomic import sync
 from mpo_megatron.hf.conversion import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
@@ -85,7 +86,10 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
+        for path in [*folder.rglob("*"), folder]:
+            sync(path)
         os.rename(folder, output)  # atomic; replaces an empty folder
+        sync(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConfigError(f"output = {output}: {error.strerror} while writing {need}; make room and run again.") from error

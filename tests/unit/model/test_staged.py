@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,24 @@ def test_an_output_that_is_a_link_is_written_where_it_points(tmp_path: Path) -> 
     assert link.is_symlink()
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["weights"]
     assert {path.name for path in tmp_path.iterdir()} == {"disk", "link"}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a machine that goes down may leave a folder that looks complete, and is not."""
+    forced: list[int] = []
+    rename = os.rename
+
+    def watched(source: Path, target: Path) -> None:
+        assert {path.stat().st_ino for path in [source, *source.rglob("*")]} <= set(forced)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda descriptor: forced.append(os.fstat(descriptor).st_ino))
+    monkeypatch.setattr(os, "rename", watched)
+    with staged(tmp_path / "output", 1) as folder:
+        (folder / "hf").mkdir()
+        (folder / "hf" / "config.json").write_text("{}")
+    assert (tmp_path / "output" / "hf" / "config.json").is_file()
+    assert tmp_path.stat().st_ino in forced
 
 
 def test_a_mounted_disk_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
