@@ -100,7 +100,10 @@ def require_kernel() -> Kernel:
     return kernel
 
 
-NO_KERNEL = "neither flash-attn, nor a torch whose varlen_attn takes grouped heads, nor Transformer Engine is installed"
+NO_KERNEL = (
+    "neither flash-attn, nor a torch whose varlen_attn takes grouped heads, nor Transformer Engine with cuDNN 9.18 on a Hopper "
+    "or Blackwell GPU is there"
+)
 
 
 @functools.cache
@@ -146,12 +149,14 @@ def _torch() -> Kernel | None:
 def _transformer_engine() -> Kernel | None:
     try:
         from transformer_engine.pytorch import DotProductAttention
+        from transformer_engine.pytorch.utils import get_cudnn_version
     except ImportError:
         return None
-    if not device.has_gpu() or torch.cuda.get_device_capability()[0] not in (9, 10):
-        return None  # it has flash-attn's kernel, which was looked for above, and cuDNN's, which takes such rows on these only
-    # Where cuDNN refuses, being too old: an error, not all scores in memory.
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")
+    # Its kernels are flash-attn's, which was looked for above, and cuDNN's, which takes such rows on Hopper and Blackwell only,
+    # and whose gradients of them could be NaN before 9.18 (github.com/NVIDIA/TransformerEngine/issues/2186).
+    if not device.has_gpu() or torch.cuda.get_device_capability()[0] not in (9, 10) or get_cudnn_version() < (9, 18):
+        return None
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # should cuDNN refuse a row: an error, not all scores in memory
 
     @functools.cache
     def core(heads: int, channels: int, groups: int) -> Any:

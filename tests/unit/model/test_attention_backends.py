@@ -109,13 +109,20 @@ def test_flex_is_compiled_once_for_rows_of_any_length(monkeypatch: pytest.Monkey
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize(("capability", "taken"), [((8, 0), False), ((9, 0), True), ((10, 0), True), ((12, 0), False)])
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "taken"),
+    [((8, 0), (9, 19, 0), False), ((9, 0), (9, 18, 0), True), ((9, 0), (9, 17, 1), False), ((12, 0), (9, 19, 0), False)],
+)
 def test_transformer_engines_kernel_is_taken_where_it_has_one(
-    capability: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], cudnn: tuple[int, int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "transformer_engine", types.ModuleType("transformer_engine"))
-    engine = types.SimpleNamespace(DotProductAttention=torch.nn.Module)
-    monkeypatch.setitem(sys.modules, "transformer_engine.pytorch", engine)  # type: ignore[arg-type]
+    modules = {
+        "transformer_engine": types.ModuleType("transformer_engine"),
+        "transformer_engine.pytorch": types.SimpleNamespace(DotProductAttention=torch.nn.Module),
+        "transformer_engine.pytorch.utils": types.SimpleNamespace(get_cudnn_version=lambda: cudnn),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
