@@ -41,6 +41,7 @@ def describe() -> dict[str, Any]:
     return {
         **describe_machine(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "capability": list(torch.cuda.get_device_capability()) if device.has_gpu() else None,
         "transformer_engine": missing or "there",
         "fp8": {name: missing or missing_for_recipe(name) or "there" for name in RECIPES},
