@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, help="optimizer steps of each side")
     parser.add_argument("--emulate", action="store_true", help="FP8's rounding alone, by torch on a CPU")
     options = timing.parse(parser, arguments)
+    name = "fp8_emulated" if options.emulate else "fp8"
     size = {"tiny": TINY, "small": SMALL}.get(options.size, REAL)
     size = dataclasses.replace(size, steps=options.steps or size.steps)
     with bench(options.size) as own:
@@ -76,16 +77,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         first = next(iter(sides))
         recipes = fp8_emulation.RECIPES if options.emulate else ()
         planned: list[tuple[str, ModelConfig, int, str | None]] = [
-            *((name, model, 0, None) for name, model in sides.items()),
+            *((side, model, 0, None) for side, model in sides.items()),
             *((f"emulated {recipe}", sides[first], 0, recipe) for recipe in recipes),
             (f"{first}, other order", sides[first], 1, None),
         ]
-        done = timing.measure_each(planned, lambda side: run(own, side[1], size, train, held_out, seed=side[2], recipe=side[3]))
-        runs = {side[0]: result for side, result in zip(planned, done, strict=False)}
-    rows = [
-        {"side": name, **values, **differences(values, runs[first], same_order="order" not in name)}
-        for name, values in runs.items()
-    ]
+
+        def measure(side: tuple[str, ModelConfig, int, str | None]) -> timing.Row:
+            title, model, seed, recipe = side
+            return {"side": title, **run(own, model, size, train, held_out, seed=seed, recipe=recipe)}
+
+        runs = {row["side"]: row for row in timing.measure_each(name, options, planned, measure)}
+    rows = [{**row, **differences(row, runs[first], same_order="order" not in side)} for side, row in runs.items()]
     table = [
         {
             "side": row["side"],
@@ -107,11 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "pairs); the last line is the yardstick. First loss − ln: from ln(K / |Y+|), which it is if policy and reference compute "
         "alike. Adam's step included; peak memory on a CPU is the process's so far."
     )
-    for name, reason in refused.items():
-        note += f"\nNot run: {name}: {reason}"
-    timing.report(
-        "fp8_emulated" if options.emulate else "fp8", options, {**dataclasses.asdict(size), "beta": BETA}, rows, table, note
-    )
+    for recipe, reason in refused.items():
+        note += f"\nNot run: {recipe}: {reason}"
+    timing.report(name, options, {**dataclasses.asdict(size), "beta": BETA}, rows, table, note)
 
 
 def choose_sides(own: Bench) -> tuple[dict[str, ModelConfig], dict[str, str]]:

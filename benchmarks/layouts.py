@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.groups = options.groups or (1 if options.size in CASES else 5)
     with bench(options.size) as own:
         model = own.build_model()
-        rows = timing.measure_each(CASES.get(options.size, CASES["small"]), lambda case: measure(own, model, options, case))
+        cases = CASES.get(options.size, CASES["small"])
+        rows = timing.measure_each("layouts", options, cases, lambda case: measure(own, model, options, case))
     table = [
         {
             "P": row["prompt"],

@@ -66,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row[side] = {name: timing.summarize([result[name] for result in results]) for name in ("seconds", "peak_mib")}
         return row
 
-    rows = timing.measure_each(CASES.get(options.size, GPU_CASES), measure)
+    rows = timing.measure_each("logprobs", options, CASES.get(options.size, GPU_CASES), measure)
     for row in rows:
         row["full_mib"], row["full_measured"] = full_memory(row, rows)
         row["memory_ratio"] = row["kernel"]["peak_mib"]["median"] / row["full_mib"]

@@ -41,12 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = sets or {"log-normal": random_lengths(64 if options.size == "tiny" else 1024)}
     # The weight of attention against linear layers is a real model's, whatever size runs here.
     pair_weight = build_flop_model(hf_config(options.size if options.size.endswith("b") else "1.5b")).pair_weight
-    rows = [
-        plan_epoch(name, lengths, row_tokens, replicas, options.groups_per_step, pair_weight)
-        for name, lengths in sets.items()
-        for row_tokens in ROW_TOKENS
-        for replicas in REPLICAS
-    ]
+    cases = list(itertools.product(sets.items(), ROW_TOKENS, REPLICAS))
+
+    def measure(case: tuple[tuple[str, Lengths], int, int]) -> timing.Row:
+        (name, lengths), row_tokens, replicas = case
+        return plan_epoch(name, lengths, row_tokens, replicas, options.groups_per_step, pair_weight)
+
+    rows = timing.measure_each("packing", options, cases, measure)
     table = [
         {
             "data": row["data"],

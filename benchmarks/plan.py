@@ -128,9 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with connected():
         cases = [case for case in CASES[options.ranks] if options.cases in case.name]
         cases = cases[:2] if options.size == "tiny" else cases
-        rows = [row for case in cases for row in gather(measure(case, configuration(options.size, case.shape), options))]
+        found = timing.measure_each(
+            "plan", options, cases, lambda case: gather(measure(case, configuration(options.size, case.shape), options))
+        )
         if torch.distributed.get_rank() == 0:
-            show(options, rows)
+            show(options, [row for stages in found for row in stages])
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron import device
+from mpo_megatron.data.atomic import replace_file
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl")
 """Whose versions are written beside the numbers."""
@@ -36,6 +37,7 @@ def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int =
     parser.add_argument("--output", type=Path, default=Path("benchmarks-out"), help="folder for <name>.json")
     parser.add_argument("--repeat", type=int, default=repeat, help="measurements of each side")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU; see docs/benchmarks.md for why one")
+    parser.set_defaults(complete=True)
     return parser
 
 
@@ -65,15 +67,22 @@ def clock(action: Callable[[], object]) -> float:
     return now() - started
 
 
-def measure_each(cases: Sequence[Case], measure: Callable[[Case], Result]) -> list[Result]:
-    """What was measured of each case; if it is interrupted (Ctrl-C, or out of time), of those that were done, if any."""
+def measure_each(
+    name: str, options: argparse.Namespace, cases: Sequence[Case], measure: Callable[[Case], Result]
+) -> list[Result]:
+    """What was measured of each case; if it is interrupted (Ctrl-C, or out of time), of those that were done, if any.
+
+    `<output>/<name>.json` has, after each case, what was measured so far, so that a process that is killed leaves it.
+    """
     results: list[Result] = []
     try:
         for case in cases:
             results.append(measure(case))
+            _write(name, options, {"complete": False, "rows": results})
     except KeyboardInterrupt:
         if not results:
             raise
+        options.complete = False
         Console().print(f"interrupted: {len(results)} of {len(cases)} measured")
     return results
 
@@ -130,7 +139,7 @@ def _cpu_name() -> str:
 def report(
     name: str, options: argparse.Namespace, settings: Mapping[str, Any], rows: Sequence[Row], table: Sequence[Row], note: str
 ) -> Path:
-    """Print the table, and write everything to `<output>/<name>.json`.
+    """Print the table, and write everything to `<output>/<name>.json`; `complete` in it says whether all cases were measured.
 
     Args:
         settings: what was run
@@ -146,17 +155,16 @@ def report(
         printed.add_row(*(str(value) for value in line.values()))
     console.print(printed)
     console.print(note)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path: Path = options.output / f"{name}.json"
-    content = {
-        "benchmark": name,
-        "size": options.size,
-        "machine": describe_machine(),
-        "settings": dict(settings),
-        "note": note,
-        "table": list(table),
-        "rows": list(rows),
-    }
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    content = {"complete": options.complete, "settings": dict(settings), "note": note, "table": list(table), "rows": list(rows)}
+    path = _write(name, options, content)
     console.print(f"written: {path}", soft_wrap=True)
+    return path
+
+
+def _write(name: str, options: argparse.Namespace, content: Mapping[str, Any]) -> Path:
+    """Replace the benchmark's file, on one rank if there are several."""
+    path: Path = options.output / f"{name}.json"
+    if os.environ.get("RANK", "0") == "0":
+        everything = {"benchmark": name, "size": options.size, "machine": describe_machine(), **content}
+        replace_file(path, [json.dumps(everything, indent=1, ensure_ascii=False).encode(), b"\n"])
     return path

@@ -66,7 +66,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         source = save_checkpoint(Path(folder) / "hf", options.size)
         convert(ConvertConfig(input=str(source), output=str(Path(folder) / "megatron")))
-        rows = [measure(options, groups, groups_per_step, Path(folder), pairing, f"{prompt}:{response}") for pairing in PAIRINGS]
+        rows = timing.measure_each(
+            "trl",
+            options,
+            PAIRINGS,
+            lambda pairing: measure(options, groups, groups_per_step, Path(folder), pairing, f"{prompt}:{response}"),
+        )
     table = [
         {
             "TRL sees": row["pairing"],

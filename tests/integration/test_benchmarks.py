@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -61,15 +62,38 @@ def test_kernels_count_for_the_outermost_operation_with_a_mark_or_for_their_name
     assert kind_of(operation("aten::add_", operation("optimizer step")), "multi_tensor_apply_kernel") == "optimizer"
 
 
-def test_what_was_measured_before_an_interruption_is_kept() -> None:
-    def measure(case: int) -> int:
-        if case == 2:
-            raise KeyboardInterrupt
-        return 10 * case
+def measure_until(end: BaseException) -> Callable[[int], timing.Row]:
+    """A benchmark that ends in its third case."""
 
-    assert timing.measure_each([0, 1, 2, 3], measure) == [0, 10]
+    def measure(case: int) -> timing.Row:
+        if case == 2:
+            raise end
+        return {"case": case}
+
+    return measure
+
+
+@pytest.fixture
+def options(tmp_path: Path) -> Any:
+    return timing.build_parser("", ["tiny"]).parse_args(["--size", "tiny", "--output", str(tmp_path / "out")])
+
+
+def test_what_was_measured_before_a_kill_is_on_disk(options: Any) -> None:
+    with pytest.raises(SystemExit):  # as a kill, it leaves no time to write
+        timing.measure_each("name", options, [0, 1, 2, 3], measure_until(SystemExit()))
+    content = json.loads((options.output / "name.json").read_text())
+    assert content["rows"] == [{"case": 0}, {"case": 1}]
+    assert content["complete"] is False
+    assert [path.name for path in options.output.iterdir()] == ["name.json"]
+
+
+def test_what_was_measured_before_an_interruption_is_reported(options: Any) -> None:
+    rows = timing.measure_each("name", options, [0, 1, 2, 3], measure_until(KeyboardInterrupt()))
+    assert rows == [{"case": 0}, {"case": 1}]
+    content = json.loads(timing.report("name", options, {}, rows, rows, "note").read_text())
+    assert (content["complete"], content["table"]) == (False, rows)
     with pytest.raises(KeyboardInterrupt):
-        timing.measure_each([2], measure)
+        timing.measure_each("name", options, [2], measure_until(KeyboardInterrupt()))
 
 
 def test_the_gpu_check_names_every_gpu_test() -> None:
@@ -90,6 +114,7 @@ def test_runs_at_its_smallest_size(name: str, tmp_path: Path) -> None:
     )
     content = json.loads((tmp_path / f"{name}.json").read_text())
     assert content["benchmark"] == name
+    assert content["complete"] is True
     check(content)
     assert next(iter(content["table"][0])) in result.stdout
 
