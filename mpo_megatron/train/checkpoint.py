@@ -29,7 +29,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
-from mpo_megatron.train.gathering import SaveOwnShare, reserving
+from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import STATE, is_step
 
@@ -109,10 +109,12 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
     _fill_optimizer_state(optimizer)
     with reserving(optimizer):
         states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
+    own = {index: own_share(single, state.pop("param_state")) for index, single, state in _each(optimizer, states)}
     loaded = _load({**models, "optimizer": states}, folder, ranks)
+    moments = _load({"moments": own}, folder, None).get("moments", {})  # a rank may hold no part of any
     for name, part in zip(models, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
-    _load_optimizer(optimizer, loaded["optimizer"])
+    _load_optimizer(optimizer, loaded["optimizer"], moments)
     if get_model_config(model[0]).fp8_param:  # quantized from bf16 just now; after a step they are from the master weights
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
             single._copy_main_params_to_model_params()
@@ -154,10 +156,15 @@ def _content(ranks: Ranks) -> dict[str, Any]:
     return CONTENT | {"dp_cp_group": ranks.groups.dp_cp}
 
 
-def _load(states: dict[str, Any], folder: Path, ranks: Ranks) -> dict[str, Any]:
-    strategy = FullyParallelLoadStrategyWrapper(TorchDistLoadShardedStrategy(), ranks.groups.dp_cp)
+def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str, Any]:
+    """Read what replicas want in shares, which they then exchange; without `ranks` all that this rank wants, which may be a part
+    of a weight's shards."""
+    strategy: Any = TorchDistLoadShardedStrategy()
+    if ranks is not None:
+        strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp)
+    path, whole = str(folder / "megatron"), ranks is not None
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(states, str(folder / "megatron"), strategy)
+        loaded: dict[str, Any] = dist_checkpointing.load(states, path, strategy, validate_access_integrity=whole)
     except CheckpointException as error:  # torch's own, which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         raise ConfigError(
@@ -205,22 +212,27 @@ def _leave_out_classes(states: dict[Any, Any]) -> None:
                 del group[name]
 
 
-def _load_optimizer(optimizer: Any, loaded: dict[Any, Any]) -> None:
+def _each(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, dict[Any, Any]]]:
+    """Index, optimizer and its states: one for the dense weights, one for experts if there are any."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        (index, single, states if len(chained) == 1 else states[index])
+        for index, single in enumerate(chained)
+        if not getattr(single, "is_stub_optimizer", False)
+    ]
+
+
+def _load_optimizer(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any]) -> None:
     """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
 
     Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
     count up once per parameter.
     """
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])  # one for the dense weights, one for experts if there are any
-    for index, single in enumerate(chained):
-        state_dict = loaded if len(chained) == 1 else loaded[index]
-        if getattr(single, "is_stub_optimizer", False):
-            continue
-        moments = state_dict.pop("param_state")
+    for index, single, state_dict in _each(optimizer, loaded):
         single.load_state_dict(state_dict)
         states = single.optimizer.state.values()
         counts = [state.pop("step", None) for state in states]
-        single.load_parameter_state_from_fully_reshardable(moments)
+        single.load_parameter_state_from_fully_reshardable(moments.get(index, {}))
         for state, count in zip(states, counts, strict=True):
             if count is not None:
                 state["step"] = count.clone()

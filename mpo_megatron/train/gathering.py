@@ -3,7 +3,7 @@
 A checkpoint holds them in the shapes of the weights, as any layout can read them; the distributed optimizer has ranges of flat
 buffers. Megatron-Core's own way gathers all states of a rank's weights on every rank, whole buffers at a time on the GPU: for
 7 billion weights, 91 GB of each rank's host memory, and 60 GB of its GPU's. Here a rank keeps what it is to write, and the GPU
-holds a piece at a time.
+holds a piece at a time. Likewise a rank reads the states of those weights of which it holds a part, and not all of its replica's.
 """
 
 from __future__ import annotations
@@ -69,6 +69,17 @@ def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, A
         return state
 
     return reserve
+
+
+def own_share(optimizer: Any, states: dict[int, Any]) -> dict[int, Any]:
+    """Of the states of one DistributedOptimizer's weights, by number, those of which this rank holds a part."""
+    weights = ((weight, room) for room in range(len(optimizer.buffers)) for weight in optimizer.buffers[room].param_index_map)
+    held = [
+        {weight for bucket in buckets for weight in bucket["param_map"]}
+        for ranges in optimizer.gbuf_ranges
+        for buckets in ranges.values()
+    ]
+    return {number: states[number] for number, (weight, room) in enumerate(weights) if weight in held[room]}
 
 
 class SaveOwnShare(FullyParallelSaveStrategyWrapper):
