@@ -1,4 +1,4 @@
-"""The comparison as one picture: accuracy over steps, accuracy and drift, log-ratios of both sets, time."""
+"""The comparison as one picture: accuracy over steps, accuracy and drift, log-ratios of both sets, work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plot_comparison(comparison: dict[str, Any], picture: Path) -> None:
     _draw_curves(panels[0, 0], methods, styles)
     _draw_drift(panels[0, 1], methods, styles)
     _draw_log_ratios(panels[1, 0], methods, styles)
-    _draw_time(panels[1, 1], methods, styles)
+    _draw_work(panels[1, 1], methods, styles)
     for panel in panels.flat:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.25, linewidth=0.6)
@@ -100,16 +100,16 @@ def _draw_log_ratios(panel: Any, methods: list[dict[str, Any]], styles: dict[str
     _name_rows(panel, methods, styles)
 
 
-def _draw_time(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
+def _draw_work(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict[str, Any]]) -> None:
     for row, method in enumerate(methods):
-        seconds, tokens, share = (
-            method["final"][name]["mean"] for name in ("seconds_per_step", "tokens_per_step", "backward_share")
-        )
-        panel.barh(row, seconds, color=styles[method["name"]]["color"], alpha=0.8, height=0.65)
-        note = f" {seconds:.2f}, {tokens:,.0f} tokens" + (f", {share:.0%} of them in backward" if share < 1 else "")
-        panel.annotate(note, (seconds, row), va="center", fontsize=8)
-    panel.margins(x=0.5)
-    panel.set_title("time of a step (s), and what it computes", fontsize=10)
+        tokens, share = (method["final"][name]["mean"] for name in ("tokens_per_step", "backward_share"))
+        colour = styles[method["name"]]["color"]
+        panel.barh(row, tokens, color=colour, alpha=0.35, height=0.65)
+        panel.barh(row, share * tokens, color=colour, alpha=0.7, height=0.65)
+        note = f" {tokens:,.0f}" + (f", {share:.0%} in backward" if share < 1 else "")
+        panel.annotate(note, (tokens, row), va="center", fontsize=8)
+    panel.margins(x=0.4)
+    panel.set_title("tokens in a step's rows; dark: in its backward pass, too", fontsize=10)
     panel.set_yticks(range(len(methods)), [])  # the names stand left of it
     panel.invert_yaxis()
 

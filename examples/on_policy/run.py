@@ -76,7 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     start, methods = build_start(options.output / "start", options.prompts), load_methods()
     config = load_rounds(options.responses, options.epochs)
     chosen = {name: methods[name] for name in options.methods}
-    about = {"machine": describe_machine(), "settings": {"prompts": options.prompts, "iterate": config}}
+    settings = {
+        "prompts": options.prompts,
+        "responses": config["generate"]["num_responses"],
+        "epochs": config["train"]["epochs"],
+        "other": CONFIG.name,
+    }
+    about = {"machine": describe_machine(), "settings": settings}
     if options.tune:
         rewards = tune(options.output / "tuning", start, config, chosen)
         write(options.output / "on_policy_tuning.json", {**about, "seed": TUNING_SEED, "methods": rewards})
