@@ -2,22 +2,25 @@
 
 Ranks are forked from a process that has imported torch, Megatron-Core and `transformers` already, one for each process that runs
 tests: importing them takes a rank six seconds of a core. What starts through torchrun, as users start it, is tested in
-test_launch.py, test_restart.py, test_train.py and tests/integration.
+test_launch.py, test_restart.py and tests/integration.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import multiprocessing
 import os
+import random
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerContext
@@ -25,7 +28,6 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-import psutil
 from torch.distributed import TCPStore
 
 ROOT = Path(__file__).parents[2]
@@ -33,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 PRELOADED = (
     "mpo_megatron.train.loop",
     "mpo_megatron.train.reference_main",
-    "mpo_megatron.rollout.regularizer",
+    "mpo_megatron.rollout.live.regularizer",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
     "torch._dynamo",
 )
@@ -46,24 +48,41 @@ GRACE = 10.0
 
 
 def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module` on `num_ranks` ranks of this machine, on a port of their own; the first exit code that is not 0."""
+    """Run `python -m module` on `num_ranks` ranks of this machine; the first exit code that is not 0."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
+        with start_ranks(num_ranks, module, arguments, outputs) as processes:
+            code = _wait(processes)
+        stdout, stderr = (path.read_text(errors="replace") if path.exists() else "" for path in outputs)
+    if check and code:
+        raise AssertionError(f"{module} failed with code {code}:\n{stdout[-4000:]}\n{stderr[-8000:]}")
+    return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
+
+
+@contextlib.contextmanager
+def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], outputs: list[Path]) -> Iterator[list[BaseProcess]]:
+    """Start `python -m module` on `num_ranks` ranks of this machine, on a port of their own; killed at the end if they still run.
+
+    Args:
+        outputs: files for stdout and stderr
+    """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's: no port is free for long
     environment = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     environment |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / name for name in ("stdout", "stderr")]
-        processes = []
+    processes: list[BaseProcess] = []
+    try:
         for rank in range(num_ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(_fork_server().Process(target=_be_rank, args=(own, outputs, module, arguments)))
-            processes[-1].start()
-        code = _wait(processes)
-        stdout, stderr = (path.read_text(errors="replace") if path.exists() else "" for path in outputs)
-    if check and code:
-        raise AssertionError(f"{module} failed with code {code}:\n{stdout[-4000:]}\n{stderr[-8000:]}")
-    return subprocess.CompletedProcess([module, *arguments], code, stdout, stderr)
+            process = _fork_server().Process(target=_be_rank, args=(own, outputs, module, arguments))
+            process.start()
+            processes.append(process)
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def launch_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
@@ -71,19 +90,23 @@ def launch_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, max_r
     return run_ranks(num_ranks, module, arguments).returncode
 
 
-def start_mpo(command: str, *arguments: str) -> psutil.Popen:
-    """Start `mpo command` as users do, with all of its imports, and do not wait for it."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    line = [sys.executable, "-m", "mpo_megatron.cli", command, *arguments]
-    return psutil.Popen(line, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def kill_ranks_when(done: Callable[[], bool], num_ranks: int, module: str, arguments: Sequence[str], log: Path) -> None:
+    """Start ranks, and SIGKILL all of them as soon as `done()`; they must not have ended before."""
+    deadline = time.monotonic() + TIMEOUT
+    with start_ranks(num_ranks, module, arguments, [log, log]) as processes:
+        while not done():
+            assert all(process.is_alive() for process in processes), log.read_text(errors="replace")[-8000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
 
 
-def kill_family(process: psutil.Process) -> None:
-    """SIGKILL a process and all that it has started."""
-    family = [process, *process.children(recursive=True)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
+def free_port() -> int:
+    """A port nobody listens on; not one of those that connections get, or one of them might before somebody listens on it."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return port
 
 
 @functools.cache

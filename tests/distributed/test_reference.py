@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,7 @@ from mpo_megatron.data.loader import group_table
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.reference_main import compute
-from tests.distributed.launch import kill_family, run_ranks, start_mpo
+from tests.distributed.launch import kill_ranks_when, run_ranks
 from tests.distributed.test_train import metrics
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -101,13 +100,15 @@ def cached(computed: Path, tmp_path: Path) -> Path:
 
 
 def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected: dict[int, np.ndarray]) -> None:
-    process = start_mpo("reference", *options(inputs, data, "--data.groups_per_step", "1", "--data.row_tokens", "128"))
-    deadline = time.monotonic() + 300
-    while len(list((data / "train").glob("reference/*/part-*"))) < 3:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    kill_family(process)
+    command = (
+        "mpo_megatron.train.reference_main",
+        options(inputs, data, "--data.groups_per_step", "1", "--data.row_tokens", "128"),
+    )
+
+    def some_are_written() -> bool:
+        return len(list((data / "train").glob("reference/*/part-*"))) >= 3
+
+    kill_ranks_when(some_are_written, 1, *command, data / "log")
     (cache,) = caches(data / "train")
     finished = {name: when for name, when in files(cache).items() if name.endswith(".parquet")}
     assert 0 < len(finished) < NUM_GROUPS

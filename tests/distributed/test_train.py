@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import PreparedGroups, write_groups
 from mpo_megatron.model.convert import convert
-from tests.distributed.launch import kill_family, run_ranks, start_mpo
+from tests.distributed.launch import kill_ranks_when, run_ranks
 from tests.tiny import random_groups, save_groups, save_model
 
 pytestmark = pytest.mark.distributed
@@ -112,13 +111,8 @@ def test_first_loss_and_metrics(inputs: Path, undisturbed: Path) -> None:
 
 def test_killed_run_resumes_bit_for_bit(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    process = start_mpo("train", *options(inputs, output, "--parallel.tensor", "2"))
-    deadline = time.monotonic() + 300
-    while not (output / "checkpoints" / "step_00000002").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    kill_family(process)
+    command = ("mpo_megatron.train", options(inputs, output, "--parallel.tensor", "2"))
+    kill_ranks_when((output / "checkpoints" / "step_00000001").exists, 2, *command, tmp_path / "log")
     assert not (output / "checkpoints" / f"step_{STEPS:08d}").exists()
     train(inputs, output, 2, "--parallel.tensor", "2")
     expected, resumed = weights(undisturbed), weights(output)
