@@ -2,6 +2,7 @@
 
     python -m benchmarks.breakdown
     torchrun --nproc-per-node 2 -m benchmarks.breakdown --tensor 2     # with communication in it
+    python -m benchmarks.breakdown --size 3b --attention flex          # one GPU, another attention kernel
 
 Shares come from torch's profiler: every operation's own time (on a GPU, that of the kernels it starts) goes to the kind of the
 outermost operation around it that has one, backward included; a kernel under none goes by its own name. On a CPU collectives
@@ -13,6 +14,7 @@ counts, recomputation does not).
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import timing
-from benchmarks.setup import SHAPES, TrainStep, bench, make_groups, zero_reference
+from benchmarks.setup import SHAPES, TrainStep, bench, make_groups, model_config, zero_reference
 from mpo_megatron import device
 from mpo_megatron.data.group import load_groups, write_groups
 from mpo_megatron.data.loader import StepBatch, iterate_steps
+from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.train.throughput import peak_flops
 
 DATA = {"tiny": (2, 32, 8, 4, 256), "small": (4, 256, 64, 8, 2048)}
@@ -49,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Profile a few steps, then time the wait for data in as many."""
     parser = timing.build_parser(__doc__, list(SHAPES), repeat=4)
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel ranks, under torchrun")
+    parser.add_argument("--attention", choices=("auto", "sdpa", "flex", "varlen"), default="auto", help="as model.attention")
     options = timing.parse(parser, arguments)
     groups_per_step, prompt, response, responses, row_tokens = DATA.get(options.size, GPU_DATA)
     with bench(options.size, tensor=options.tensor) as own, tempfile.TemporaryDirectory() as folder:
@@ -67,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{folder}/groups", groups, tokenizer_digest="", vocab_size=vocab_size, end_token_ids=[], reward_kind="scores"
         )
         data = load_groups(f"{folder}/groups")
-        step = TrainStep(own)
+        model = dataclasses.replace(model_config(), attention=options.attention)
+        step = TrainStep(own, own.wrap(own.build_policy(model)))
 
         def batches() -> Iterator[StepBatch]:
             return iterate_steps(
@@ -104,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "row_tokens": row_tokens,
         "ranks": ranks,
         "tensor": options.tensor,
+        "attention": choose_attention(model),
         **SHAPES[options.size],
     }
     note = (
