@@ -55,10 +55,30 @@ def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Pat
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
         model = [DistributedDataParallel(get_model_config(policy), settings, policy, pg_collection=ranks.groups)]
         prepare_schedules(model)
-        return [compare(case, model, parallel, ranks, folder) for case in losses]
+        weights = {role: load_weights(model, folder / role, ranks) for role in ("policy", "reference")}
+        return [compare(case, model, weights, parallel, ranks, folder) for case in losses]
 
 
-def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ranks: Ranks, folder: Path) -> dict[str, Any]:
+def load_weights(model: list[Any], folder: Path, ranks: Ranks) -> list[torch.Tensor]:
+    """Copies of a checkpoint's weights, to take turns in the model."""
+    checkpoint.load_weights(model, folder, ranks)
+    return [parameter.detach().clone() for parameter in model[0].parameters()]
+
+
+@torch.no_grad()
+def set_weights(model: list[Any], weights: list[torch.Tensor]) -> None:
+    for parameter, weight in zip(model[0].parameters(), weights, strict=True):
+        parameter.copy_(weight)
+
+
+def compare(
+    case: dict[str, Any],
+    model: list[Any],
+    weights: dict[str, list[torch.Tensor]],
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    folder: Path,
+) -> dict[str, Any]:
     objective = build_objective(LossConfig(name=case["name"], params=case["params"]))
     data = load_groups(folder / "groups")
     whole = RowShape(
@@ -74,9 +94,9 @@ def compare(case: dict[str, Any], model: list[Any], parallel: ParallelConfig, ra
     split_batch = build_step(0, data, np.arange(len(data)), objective.select, split)
     reference = None
     if objective.needs.reference:
-        checkpoint.load_weights(model, folder / "reference", ranks)
+        set_weights(model, weights["reference"])
         reference = forward_step(model, batch, objective, ranks)
-    checkpoint.load_weights(model, folder / "policy", ranks)
+    set_weights(model, weights["policy"])
     resident = load_resident(parallel, ranks, folder, case.get("offload", False)) if objective.needs.token_kl else None
     kl = None if resident is None else forward_step(model, batch, objective, ranks, resident).kl.tolist()
 

@@ -11,12 +11,15 @@ from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig, HeldOutConfig, ModelConfig
 from mpo_megatron.evaluate.held_out import evaluate_held_out, summarize
 from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout import stages
+from tests.distributed.launch import launch_ranks
 from tests.tiny import random_groups, save_groups, save_model
 
 pytestmark = pytest.mark.distributed
 
 
-def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "launch", launch_ranks)
     for role, seed in (("policy", 1), ("reference", 2)):
         hf = save_model(tmp_path / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32)
         convert(ConvertConfig(input=str(hf), output=str(tmp_path / role)))
