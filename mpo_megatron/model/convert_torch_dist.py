@@ -10,10 +10,13 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -129,7 +132,7 @@ class CheckpointReader:
                 raise CheckpointError(
                     f"{folder / name}: no such file; the checkpoint is incomplete: copy it again, or take an older one."
                 )
-        self._reader = FileSystemReader(folder)
+        self._reader = _CheckingReader(folder)
         try:
             self._metadata = self._reader.read_metadata()
         except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
@@ -173,7 +176,7 @@ class CheckpointReader:
         """The box of tensor `key` at `offsets`, of the stored dtype.
 
         Raises:
-            CheckpointError: the stored data does not parse or does not cover the box.
+            CheckpointError: the stored data is not what was written, or does not cover the box.
         """
         entry = self.tensors[key]
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
@@ -186,9 +189,64 @@ class CheckpointReader:
         target = torch.empty(torch.Size(sizes), dtype=entry.properties.dtype)
         try:
             self._reader.read_data(LoadPlan(items), _BoxLoadPlanner(target))
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        except DAMAGE as error:
             raise CheckpointError(f"{self.folder}: the data of {key} is damaged ({error}); copy the checkpoint again.") from error
         return target
+
+
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError)
+"""What reading a damaged archive of torch.save raises."""
+
+
+class _CheckingReader(FileSystemReader):
+    """Holds what it reads against the CRC-32 that torch.save puts beside a tensor's bytes, and torch.load does not look at.
+
+    The digests of a training step are of whole files, optimizer states included: several times what an export reads.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._checked: set[tuple[str, int]] = set()
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        """The stored tensor's part of the file, checked when it is read for the first time."""
+        part = cast(IO[bytes], _Part(file, sinfo.offset, sinfo.length))
+        if (sinfo.relative_path, sinfo.offset) not in self._checked:
+            try:
+                with zipfile.ZipFile(part) as archive:
+                    damaged = archive.testzip()
+            except DAMAGE as error:
+                damaged = str(error)
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"{sinfo.relative_path}, from byte {sinfo.offset:,}: {damaged} fails its checksum")
+            part.seek(0)
+            self._checked.add((sinfo.relative_path, sinfo.offset))
+        return part
+
+
+class _Part(io.RawIOBase):
+    """A part of an open file as a file of its own."""
+
+    def __init__(self, file: Any, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._position = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if self._position < 0:
+            raise ValueError(f"a position {-self._position} bytes before the file")
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._position)
+        count: int = self._file.readinto(memoryview(buffer)[: max(0, self._length - self._position)])
+        self._position += count
+        return count
 
 
 class _BoxLoadPlanner(DefaultLoadPlanner):

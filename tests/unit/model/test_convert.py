@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -435,6 +437,26 @@ def test_bad_megatron_checkpoint(case: str, megatron_copy: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match=message):
         convert_folder(megatron_copy, tmp_path / "back")
     assert os.listdir(tmp_path) == ["megatron"]
+
+
+def test_flipped_bit_is_an_error_or_changes_no_weight(megatron_copy: Path, tmp_path: Path) -> None:
+    file = megatron_copy / "megatron/__0_0.distcp"
+    whole, expected = file.read_bytes(), read_hf(convert_folder(megatron_copy, tmp_path / "whole"))
+    rng, caught = random.Random(0), []
+    for position in rng.sample(range(len(whole)), 48):  # of weights, nearly all; also of the archives around them
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << rng.randrange(8)
+        file.write_bytes(damaged)
+        try:
+            back = convert_folder(megatron_copy, tmp_path / f"back-{position}")
+        except CheckpointError as error:
+            caught.append(str(error))
+        else:
+            assert_identical(read_hf(back), expected)
+            shutil.rmtree(back)
+    assert len(caught) > 24
+    assert all("__0_0.distcp, from byte" in message for message in caught)
+    assert sorted(os.listdir(tmp_path)) == ["megatron", "whole"]
 
 
 @pytest.fixture(scope="module")
