@@ -19,7 +19,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -39,6 +38,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader  # noqa: E402
 from mpo_megatron.train import loop  # noqa: E402, F401  (imported for the ranks)
 from mpo_megatron.train.__main__ import main as train_rank  # noqa: E402
 from mpo_megatron.train.step_folders import complete_steps, step_folder  # noqa: E402
+from tests.distributed.launch import free_port  # noqa: E402
 from tests.tiny import random_groups, save_groups, save_model  # noqa: E402
 
 STEPS = 10
@@ -152,13 +152,6 @@ def be_rank(environment: dict[str, object], options: list[str], log: Path) -> No
         os._exit(code)
 
 
-def free_port() -> int:
-    """A port nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
 def prepare(folder: Path, model_type: str) -> list[str]:
     """A small model and data; the options of a run on them."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -232,7 +225,7 @@ def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: 
             break
         if life.ended():
             return False
-        time.sleep(0.001)
+        time.sleep(0.005)
     if in_save:
         time.sleep(rng.uniform(0, 0.03))
     if life.ended():
