@@ -15,7 +15,7 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from mpo_megatron.config import ConfigError, EndpointConfig
 from mpo_megatron.data import DataError
@@ -36,12 +36,8 @@ class UnusableAnswerError(ValueError):
     """The server answered with something that is no answer to the question."""
 
 
-class Outcome(NamedTuple, Generic[Answer]):
-    """What became of one question: an answer, or why there is none."""
-
-    position: int
-    answer: Answer | None
-    error: str | None
+Outcome = tuple[int, Answer | None, str | None]
+"""What became of one question: its position, and an answer or why there is none."""
 
 
 class Client:
@@ -102,7 +98,7 @@ class Client:
             nonlocal lost_in_a_row
             for index, question in waiting:
                 answer, error, alive = await self._ask(client, question, ask)
-                outcomes.put(Outcome(index, answer, error))
+                outcomes.put((index, answer, error))
                 lost_in_a_row = 0 if alive else lost_in_a_row + 1
                 if lost_in_a_row >= max(_MIN_LOST, config.concurrency):
                     raise DataError(
