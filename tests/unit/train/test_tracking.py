@@ -226,7 +226,7 @@ def test_every_start_is_recorded_and_no_secret(tmp_path: Path, monkeypatch: pyte
             reference_digest="r",
             data_parallel=4,
         )
-        assert facts["packages"]["torch"] == torch.__version__
+        assert facts["packages"]["torch"].startswith(torch.__version__.partition("+")[0])  # +cu130 is not in PyPI's name
     whole = (run / "run.json").read_bytes()
     (run / "run.json").write_bytes(whole[: len(whole) // 2])
     assert earlier_starts(run / "run.json") == []
