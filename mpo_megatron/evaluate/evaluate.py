@@ -62,11 +62,11 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
         answers = answer_questions(config, benchmark, asked)
         path = write_answers(benchmark, output / benchmark, config.name, asked, answers)
         results.setdefault("benchmarks", {})[benchmark] = {"questions": len(asked), "file": str(path)}
-        console.print(f"{benchmark}: answers to {len(asked)} questions in {path}")
+        console.print(f"{benchmark}: answers to {len(asked)} questions in {path}", soft_wrap=True)
     if pictures:
         plot_evaluation(results, pictures, config, output / PICTURE_FILE)
     write_summary(output / EVALUATION_FILE, results)
-    console.print(f"{output / EVALUATION_FILE}")
+    console.print(f"{output / EVALUATION_FILE}", soft_wrap=True)
     return output / EVALUATION_FILE
 
 
@@ -103,4 +103,4 @@ def _print_estimates(console: Console, title: str, summary: dict[str, Any], name
         parts.append(f"{name.replace('_', ' ')} {estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]")
     missing = summary.get("without_reward")
     note = f"; {missing} responses without reward" if missing else ""
-    console.print(f"{title}: {', '.join(parts)}{note}", markup=False)
+    console.print(f"{title}: {', '.join(parts)}{note}", markup=False, soft_wrap=True)

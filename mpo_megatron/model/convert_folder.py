@@ -112,6 +112,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
         f"{title}: {total / 2**30:,.2f} GiB in {seconds:,.1f} s ({total / 2**20 / seconds:,.0f} MiB/s), "
         f"peak memory {_peak_memory() / 2**30:,.2f} GiB",
         highlight=False,
+        soft_wrap=True,
     )
 
 

@@ -268,7 +268,8 @@ def print_problem(console: Console, problem: Problem, config: PlanConfig) -> Non
         f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.layers} layers; "
         f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
         f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
-        + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else "")
+        + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else ""),
+        soft_wrap=True,
     )
 
 

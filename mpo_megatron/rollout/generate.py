@@ -269,6 +269,7 @@ def _print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet,
         + ".",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )
 
 
@@ -280,4 +281,5 @@ def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) 
         f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} drawn again.",
         highlight=False,
         markup=False,
+        soft_wrap=True,
     )

@@ -81,7 +81,9 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
             reports.append(write_round_report(plan, item, kl, console))
             start = trained
         write_report(plan.folder, reports)
-        console.print(f"{plan.folder / 'report.md'}, {plan.folder / 'report.png'}; the last policy: {plan.policies[-1].hf}")
+        console.print(
+            f"{plan.folder / 'report.md'}, {plan.folder / 'report.png'}; the last policy: {plan.policies[-1].hf}", soft_wrap=True
+        )
 
 
 # --------------------------------------------------------------------------------------------------- the folder
@@ -122,7 +124,7 @@ def write_prompts(plan: Plan, console: Console) -> None:
         replace_file(plan.folder / "prompts" / name, map(encode_line, rows))
     sizes = ", ".join(str(len(rows)) for rows in split.rounds)
     duplicates = f"; {split.num_duplicates} duplicates left out" if split.num_duplicates else ""
-    console.print(f"prompts: {sizes} in the rounds, {len(split.held_out)} held out{duplicates}")
+    console.print(f"prompts: {sizes} in the rounds, {len(split.held_out)} held out{duplicates}", soft_wrap=True)
 
 
 # --------------------------------------------------------------------------------------------------- stages
@@ -184,7 +186,7 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
     try:
         stage("select held-out", folder / "selected" / SELECT_FILE, lambda: select(answers, quiet), console)
     except DataError as error:
-        console.print(f"no KL: {error}", style="yellow", markup=False)
+        console.print(f"no KL: {error}", style="yellow", markup=False, soft_wrap=True)
         return None
     prepared = PrepareConfig(
         input=str(folder / "selected" / "groups.jsonl"),
@@ -215,5 +217,5 @@ def write_round_report(plan: Plan, item: Round, kl: dict[str, Any] | None, conso
         f"held-out reward {report['before']['reward']:.4g} → {report['after']['reward']:.4g} ± {report['after']['error']:.2g}"
     )
     wins = f"wins {report['win_rate']['value']:.1%} ± {report['win_rate']['error']:.1%} against the policy before"
-    console.print(f"round {item.number}: {reward}; {wins}")
+    console.print(f"round {item.number}: {reward}; {wins}", soft_wrap=True)
     return report

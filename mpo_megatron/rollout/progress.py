@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,7 @@ def show_progress(title: str, total: int, unit: str, amount: str) -> Iterator[Ca
         amount: what a unit is made of, in the plural; its rate is shown
     """
     console = Console(stderr=True)
+    say = functools.partial(console.print, highlight=False, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
     started = last = time.monotonic()
     done = amounts = 0
@@ -41,11 +43,11 @@ def show_progress(title: str, total: int, unit: str, amount: str) -> Iterator[Ca
             bar.update(task, advance=units, rate=rate(now))
             if not console.is_terminal and now - last >= _SECONDS and done:
                 last, left = now, (total - done) * (now - started) / done
-                console.print(f"{title}: {done:,} of {total:,} {unit}, {rate(now)}, {_clock(left)} left", highlight=False)
+                say(f"{title}: {done:,} of {total:,} {unit}, {rate(now)}, {_clock(left)} left")
 
         yield advance
     now = time.monotonic()
-    console.print(f"{title}: {done:,} {unit} in {_clock(now - started)}, {rate(now)}", highlight=False)
+    say(f"{title}: {done:,} {unit} in {_clock(now - started)}, {rate(now)}")
 
 
 def _clock(seconds: float) -> str:

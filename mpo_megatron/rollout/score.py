@@ -280,8 +280,12 @@ def _print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -
         f"best of a group {summary['best_reward']:.4g}, spread in a group {summary['reward_spread']:.4g}, "
         f"{counts['groups_of_equal_rewards']:,} groups of equal rewards, {counts['groups_dropped']:,} groups dropped.",
         highlight=False,
+        soft_wrap=True,
     )
     for name, notes in summary["notes"].items():
         console.print(
-            f"{name}: {', '.join(f'{count:,} × {what}' for what, count in notes.items())}", highlight=False, markup=False
+            f"{name}: {', '.join(f'{count:,} × {what}' for what, count in notes.items())}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )

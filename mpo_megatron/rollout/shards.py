@@ -57,7 +57,9 @@ def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], Non
     """
     missing = [part for part, name in enumerate(shard.all_names(summary)) if not (output / name).is_file()]
     if missing:
-        console.print(f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False)
+        console.print(
+            f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False, soft_wrap=True
+        )
         return False
     with hold(output / ".join.lock", output, wait_seconds=math.inf):  # several may finish at once
         if not (output / summary).is_file():
