@@ -29,7 +29,6 @@ from mpo_megatron.config import (
     to_dict,
 )
 from mpo_megatron.config.checks import find_change
-from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import INFO_FILE
 from mpo_megatron.data.lock import hold
@@ -48,7 +47,7 @@ from mpo_megatron.rollout.records import (
 from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report
 from mpo_megatron.rollout.rounds import Plan, Policy, Round, build_plan, start_training
 from mpo_megatron.rollout.score import score
-from mpo_megatron.rollout.select import select
+from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
 from mpo_megatron.train.inputs import check_inputs
 
@@ -185,7 +184,7 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
     quiet = Console(quiet=True)
     try:
         stage("select held-out", folder / "selected" / SELECT_FILE, lambda: select(answers, quiet), console)
-    except DataError as error:
+    except NothingLeftError as error:
         console.print(f"no KL: {error}", style="yellow", markup=False, soft_wrap=True)
         return None
     prepared = PrepareConfig(

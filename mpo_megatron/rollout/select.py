@@ -51,6 +51,10 @@ _CHUNK = 512
 """Groups split at once: the split works on a rectangle of rewards."""
 
 
+class NothingLeftError(DataError):
+    """No group met the rules."""
+
+
 @dataclass(kw_only=True)
 class Selection:
     """What went through and what did not, counted on the way."""
@@ -82,7 +86,8 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
 
     Raises:
         ConfigError: the output cannot be written.
-        DataError: the input is not there or not complete, a line is no scored group, or nothing is left.
+        NothingLeftError: no group met the rules.
+        DataError: the input is not there or not complete, or a line is no scored group.
     """
     source, output = find_lines(config.input, SCORED_FILE, SCORE_FILE), Path(config.output.rstrip("/"))
     check_writable(output, "output")
@@ -95,7 +100,7 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
                 digest.update(line)
                 lines.write(line)
         if not selection.rewards:
-            raise DataError(explain_nothing_left(source, selection))
+            raise NothingLeftError(explain_nothing_left(source, selection))
         info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), **summarize(selection)}
         write_summary(partial.path / SELECT_FILE, info)
         plot_spacing(selection.rewards, selection.labels, partial.path / PLOT_FILE)

@@ -21,10 +21,11 @@ from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from mpo_megatron.rollout import stages
 from mpo_megatron.rollout.divergence import summarize
-from mpo_megatron.rollout.iterate import iterate, open_folder, stage, write_prompts
+from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
+from mpo_megatron.rollout.select import NothingLeftError
 
 
 def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
@@ -275,6 +276,21 @@ def answers(**rewards: list[float | None]) -> dict[str, list[dict[str, Any]]]:
         name: [{"reward": reward, "num_tokens": 4, "finish_reason": "stop"} for reward in values]
         for name, values in rewards.items()
     }
+
+
+def test_only_answers_that_are_all_cut_off_leave_out_the_kl(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan = build_plan(IterateConfig(**options))
+
+    def measured(error: DataError) -> None:
+        monkeypatch.setattr("mpo_megatron.rollout.iterate.select", Mock(side_effect=error))
+        assert measure_kl(plan, plan.rounds[0], Path(), Path(), 1, Console()) is None
+
+    measured(NothingLeftError("all were cut off"))
+    assert "no KL: all were cut off" in capsys.readouterr().out
+    with pytest.raises(DataError, match="the disk is full"):
+        measured(DataError("the disk is full"))
 
 
 def test_win_rate_by_hand() -> None:
