@@ -10,7 +10,7 @@ from typing import Any
 from examples.compare.report import format_row
 
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "cpu-2cores"
+RESULTS = ROOT / "examples" / "results" / "cpu-2cores"
 
 
 def load(name: str) -> Any:
