@@ -115,8 +115,8 @@ def read_lengths(path: Path) -> Lengths:
     from examples.quickstart.model import write_model
     from examples.quickstart.run import read_texts
     from mpo_megatron.config import PrepareConfig
-    from mpo_megatron.data.group import load_groups
     from mpo_megatron.data.prepare import prepare
+    from mpo_megatron.data.store import load_groups
 
     with tempfile.TemporaryDirectory() as folder:
         model, groups = Path(folder) / "model", Path(folder) / "groups"

@@ -13,9 +13,10 @@ from transformers import PretrainedConfig, Qwen2Config
 
 from mpo_megatron import device
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.data.packing import Layout, Row
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.hf.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy

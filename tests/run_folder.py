@@ -11,8 +11,9 @@ import numpy as np
 import yaml
 
 from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, TrainConfig, to_dict
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups, write_groups
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
+from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
 from mpo_megatron.train.tracking.facts import record_start
 
 HOSTILE = (

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups, write_groups
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 
 CHATML = (

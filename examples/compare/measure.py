@@ -34,7 +34,7 @@ class HeldOut:
 
 def load_held_out(data: Path, max_response_tokens: int) -> HeldOut:
     """The held-out groups with a contrast, scored by the model that training starts from: the reference of all numbers."""
-    from mpo_megatron.data.group import load_groups
+    from mpo_megatron.data.store import load_groups
 
     groups = evaluate.load_held_out(data / "groups-eval")
     prepared = load_groups(data / "groups-eval")

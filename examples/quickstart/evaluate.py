@@ -35,7 +35,7 @@ class Scores:
 
 def load_held_out(folder: Path) -> list[HeldOutGroup]:
     """The held-out groups that have a contrast: a response above the group's mean reward (or labelled chosen), and one not."""
-    from mpo_megatron.data.group import load_groups
+    from mpo_megatron.data.store import load_groups
 
     data = load_groups(folder)
     preferred = ((data.text(index), _split_by_preference(data.rewards(index), data.labels(index))) for index in range(len(data)))

@@ -3,7 +3,7 @@
     fields, formats, readers     a field of a row; a row → a group; files, folders and datasets → groups
     tokenizer, chat              text → token ids, by the chat template
     prepare, rewards, summary    `mpo prepare`: its two passes, what it may do to rewards, what it tells of the data
-    group                        a group, and its store on disk
+    group, store                 a group; prepared groups on disk
     packing, loader              groups → packed rows; a step's rows, built ahead
     outcomes                     what a policy makes of held-out groups, on disk
     atomic, lock                 files and folders that appear whole; one writer at a time

@@ -16,8 +16,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.packing import Layout, Plan, Row, build_row, plan_rows
+from mpo_megatron.data.store import PreparedGroups
 
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]

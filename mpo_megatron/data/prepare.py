@@ -36,17 +36,7 @@ from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Layout
-from mpo_megatron.data.group import (
-    GROUPS_FILE,
-    SCHEMA,
-    Group,
-    PreparedInfo,
-    StoredGroups,
-    TokenizedGroup,
-    to_batch,
-    write_arrow,
-    write_info,
-)
+from mpo_megatron.data.group import Group, TokenizedGroup
 from mpo_megatron.data.readers import Rejection, read_groups
 from mpo_megatron.data.rewards import (
     RewardScale,
@@ -57,6 +47,7 @@ from mpo_megatron.data.rewards import (
     measure_scale,
     normalize,
 )
+from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, to_batch, write_arrow, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
 from mpo_megatron.data.tokenizer import load_tokenizer
 

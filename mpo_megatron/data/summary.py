@@ -12,8 +12,9 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from mpo_megatron.data.group import Float64, Int64, PreparedInfo, StoredGroups
+from mpo_megatron.data.group import Float64, Int64
 from mpo_megatron.data.rewards import summarize_spacing
+from mpo_megatron.data.store import PreparedInfo, StoredGroups
 
 _BAR = 24
 """Width of a histogram's longest bar, in characters."""

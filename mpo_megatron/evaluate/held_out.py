@@ -19,9 +19,9 @@ import torch
 from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, HeldOutConfig, LossConfig, TrainConfig, parse, require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.packing import PackingError
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.convert import find_megatron_checkpoint

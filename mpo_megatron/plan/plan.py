@@ -23,8 +23,8 @@ from mpo_megatron.config import (
     require,
 )
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.group import read_info
 from mpo_megatron.data.packing import PackingError
+from mpo_megatron.data.store import read_info
 from mpo_megatron.hf.config import padded_vocab_size
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.hf.flops import build_flop_model

@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from mpo_megatron.config import require
-from mpo_megatron.data.group import TokenizedGroup, load_groups
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import Bools, GroupTable, Selection, group_table
 from mpo_megatron.data.packing import Layout, Piece, Row, plan_rows
+from mpo_megatron.data.store import load_groups
 
 SAMPLED_STEPS = 4
 """Steps whose packing is tried out; what is planned is their mean."""

@@ -13,8 +13,8 @@ import yaml
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data import DataError
-from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
+from mpo_megatron.data.store import PreparedGroups, load_groups
 
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from mpo_megatron.config import TrainConfig
-from mpo_megatron.data.group import Float64, Int64, PreparedGroups
+from mpo_megatron.data.group import Float64, Int64
 from mpo_megatron.data.loader import RowShape
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy

@@ -30,9 +30,9 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.group import INFO_FILE
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare
+from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate

@@ -21,8 +21,9 @@ from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError, read_id, read_prompt
 from mpo_megatron.data.formats import Layout, detect, parse
-from mpo_megatron.data.group import INFO_FILE, Message, load_groups
+from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import RawRow, Rejection, open_source, read_groups
+from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.rollout.records import Record
 
 _SAMPLE = 64

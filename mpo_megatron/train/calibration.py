@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import forget_scales, has_delayed_scales
 from mpo_megatron.train.reference import select_all

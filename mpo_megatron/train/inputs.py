@@ -13,8 +13,8 @@ import numpy as np
 from transformers import PretrainedConfig
 
 from mpo_megatron.config import TrainConfig, require, validate_train
-from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.loader import steps_per_epoch
+from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.hf.config import load_hf_config
 from mpo_megatron.hf.conversion import load_conversion

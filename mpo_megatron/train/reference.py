@@ -30,8 +30,8 @@ from torch.distributed import broadcast
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
 from mpo_megatron.data import DataError
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
 from mpo_megatron.train.agreement import on_main

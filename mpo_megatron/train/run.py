@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mpo_megatron.config import TrainConfig
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.hf.flops import FlopModel, build_flop_model
 from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.architecture import use_transformer_engine

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mpo_megatron.config import ConfigError, InspectConfig, TrainConfig, load_yaml, require
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup, load_groups
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import GroupTable, RowShape, build_step, group_table, step_indices, steps_per_epoch
 from mpo_megatron.data.packing import Row, build_row, plan_rows
+from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
 Sets = npt.NDArray[np.int64]

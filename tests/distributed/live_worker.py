@@ -20,8 +20,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, ParallelConfig, TrainConfig
-from mpo_megatron.data.group import TokenizedGroup, load_groups
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.hf.config import load_hf_config
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.live_weights import send_weights

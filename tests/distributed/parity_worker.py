@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.hf.config import load_hf_config
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model import attention_backends, attention_varlen

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.hf.config import load_hf_config
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel

@@ -23,8 +23,8 @@ from mpo_megatron.config import (
     TrainConfig,
     TransformersConfig,
 )
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import step_indices
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.engines import Prompt, Sampling

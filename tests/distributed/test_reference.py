@@ -13,8 +13,8 @@ import pytest
 
 from mpo_megatron.config import ConvertConfig, TrainConfig, parse
 from mpo_megatron.data import DataError
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import group_table
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.reference_main import compute

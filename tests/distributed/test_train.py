@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.data.group import PreparedGroups, write_groups
+from mpo_megatron.data.store import PreparedGroups, write_groups
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import kill_ranks_when, run_ranks
 from tests.tiny import random_groups, save_groups, save_model
@@ -89,8 +89,8 @@ def undisturbed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_first_loss_and_metrics(inputs: Path, undisturbed: Path) -> None:
-    from mpo_megatron.data.group import load_groups
     from mpo_megatron.data.loader import step_indices
+    from mpo_megatron.data.store import load_groups
 
     lines = metrics(undisturbed)
     steps = [line for line in lines if "loss" in line]

@@ -10,8 +10,8 @@ import torch
 from transformers import PretrainedConfig, Qwen3Config
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy

@@ -12,8 +12,8 @@ import pytest
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.data.group import load_groups
 from mpo_megatron.data.loader import step_indices
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine
 from tests.tiny import random_groups, save_groups, save_model

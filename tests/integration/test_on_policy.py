@@ -23,7 +23,7 @@ from examples.on_policy.reward import reward
 from examples.on_policy.run import build_prompts, load_methods, summarize
 from mpo_megatron.config import ConvertConfig, IterateConfig
 from mpo_megatron.data import prepare as preparing
-from mpo_megatron.data.group import load_groups
+from mpo_megatron.data.store import load_groups
 from mpo_megatron.model import convert as converting
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import iterate as rounds

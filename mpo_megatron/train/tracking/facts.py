@@ -22,7 +22,7 @@ import mpo_megatron
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig, to_dict
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.group import PreparedGroups
+from mpo_megatron.data.store import PreparedGroups
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1

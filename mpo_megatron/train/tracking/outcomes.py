@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import StepBatch
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_outcomes, write_outcomes
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.train.metrics import compute_sets
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker

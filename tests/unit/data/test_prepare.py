@@ -22,8 +22,8 @@ from rich.console import Console
 from mpo_megatron.config import ConfigError, PrepareConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data import prepare as module
-from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.prepare import PrepareSummary, prepare
+from mpo_megatron.data.store import PreparedGroups, load_groups
 
 Writer = Callable[..., str]
 Run = Callable[..., PrepareSummary]

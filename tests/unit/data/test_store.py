@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mpo_megatron.data import DataError
-from mpo_megatron.data.group import BATCH_GROUPS, PreparedInfo, TokenizedGroup, load_groups, read_info, write_groups
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, read_info, write_groups
 
 
 def make_groups(count: int, *, labels: bool = False, rewards: bool = True) -> list[TokenizedGroup]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
-from mpo_megatron.data.group import write_groups
+from mpo_megatron.data.store import write_groups
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.models import build_config
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mpo_megatron.config import LossConfig
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.packing import Layout
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.plan.rows import Sequences, count_row, draw_lengths, read_lengths
 from mpo_megatron.train.objective import build_objective
 from tests.tiny import random_groups, save_groups, save_tokenizer

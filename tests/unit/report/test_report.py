@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from mpo_megatron.config import ConfigError, ReportConfig
-from mpo_megatron.data.group import PreparedGroups
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.report.content import content, differences, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings

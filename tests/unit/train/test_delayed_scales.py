@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConvertConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.data.group import PreparedGroups, load_groups
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
+from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.hf.config import load_hf_config
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.convert import convert

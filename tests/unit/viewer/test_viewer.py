@@ -22,8 +22,9 @@ from mpo_megatron.config import (
     TrainConfig,
     to_dict,
 )
-from mpo_megatron.data.group import PreparedGroups, TokenizedGroup
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.packing import Row, build_row, plan_rows
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.viewer.blocks import Block, attention_mask, blocks_of
 from mpo_megatron.viewer.inspect import inspect

@@ -1,0 +1,382 @@
+"""Tokenized groups on disk, written once and mapped into memory.
+
+A prepared folder holds
+
+    groups.arrow     one row per group (Arrow IPC file, uncompressed, memory-mapped on load)
+    prepare.json     what `PreparedInfo` says: digests, counts, statistics, the configuration
+    rejected.jsonl   what was refused, and why (written by `mpo prepare`)
+
+A folder appears under its name in one step (write beside it, fsync, rename), so one that exists is complete. Lengths are
+columns of their own: the trainer plans a whole epoch of packed rows without reading a token.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from pyarrow.compute import list_flatten
+
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import AtomicFolder, writing
+from mpo_megatron.data.group import Float64, Int8, Int32, Int64, RewardKind, TokenizedGroup
+
+FORMAT_VERSION = 1
+GROUPS_FILE = "groups.arrow"
+INFO_FILE = "prepare.json"
+BATCH_GROUPS = 256
+"""Groups in one Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
+
+SCHEMA = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("num_responses", pa.int32(), nullable=False),
+        pa.field("response_lengths", pa.list_(pa.int32()), nullable=False),
+        pa.field("rewards", pa.list_(pa.float64())),
+        pa.field("labels", pa.list_(pa.int8())),
+        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_texts", pa.list_(pa.string()), nullable=False),
+        pa.field("where", pa.string(), nullable=False),
+    ]
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedInfo:
+    """What a prepared folder says of itself (`prepare.json`)."""
+
+    format_version: int = FORMAT_VERSION
+    data_digest: str
+    """sha256 over ids, tokens, rewards and labels in order; the same input and options give the same digest."""
+    tokenizer_digest: str
+    """`Tokenizer.digest()` of the tokenizer the groups were made with."""
+    vocab_size: int
+    """Entries of the tokenizer; every token id is below it."""
+    end_token_ids: tuple[int, ...]
+    """Token ids that end a response, in the order they are appended."""
+    reward_kind: RewardKind
+    """`scores`: rewards are comparable magnitudes; `ranks`: rewards are −rank; `labels`: there are only labels."""
+    has_labels: bool
+    num_groups: int
+    num_responses: int
+    num_prompt_tokens: int
+    num_response_tokens: int
+    max_prompt_tokens: int
+    """Longest prompt, in tokens."""
+    max_response_tokens: int
+    """Longest response, in tokens."""
+    max_group_tokens: int
+    """Longest group, in tokens: its prompt once, and its responses."""
+    max_responses: int
+    """Largest K."""
+    arrow_bytes: int
+    """Size of groups.arrow; another size means a damaged copy."""
+    statistics: dict[str, Any] = field(default_factory=dict)
+    """Histograms, spreads and counts, see docs/data.md."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """The configuration that wrote the folder."""
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
+    """Groups as one Arrow record batch of `SCHEMA`."""
+
+    def lists(values: Iterable[npt.NDArray[Any] | None], kind: type[np.generic]) -> pa.ListArray:
+        arrays = list(values)
+        ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
+        if ends[-1] > np.iinfo(np.int32).max:
+            raise DataError(f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit.")
+        present = [item for item in arrays if item is not None]
+        flat = np.concatenate(present) if present else np.zeros(0)
+        offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
+        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind)))
+
+    lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
+    columns = [
+        pa.array([group.group_id for group in groups], pa.string()),
+        pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
+        pa.array([group.num_responses for group in groups], pa.int32()),
+        lists(lengths, np.int32),
+        lists((group.rewards for group in groups), np.float64),
+        lists((group.labels for group in groups), np.int8),
+        lists((group.prompt_tokens for group in groups), np.int32),
+        lists((np.concatenate(group.response_tokens) for group in groups), np.int32),
+        pa.array([group.prompt_text for group in groups], pa.string()),
+        pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
+        pa.array([group.where for group in groups], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
+    """Write groups to an Arrow file; its digest, size and counts, as fields of `PreparedInfo`.
+
+    Raises:
+        DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
+    """
+    iterator, digest, kinds = iter(groups), hashlib.sha256(), set()
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
+        while batch := list(itertools.islice(iterator, BATCH_GROUPS)):
+            for group in batch:
+                kinds.add((group.rewards is None, group.labels is None))
+                wrong = "rewards and labels are given by all groups or by none" if len(kinds) > 1 else ""
+                if not group.response_tokens or 0 in map(len, group.response_tokens):
+                    wrong = "it has no responses, or one without tokens"
+                if wrong:
+                    raise DataError(f"{group.where}: group {group.group_id}: {wrong}.")
+                _update_digest(digest, group)
+            file.write_batch(to_batch(batch))
+    stored = StoredGroups(path)
+    sizes, prompts, responses = stored.num_responses(), stored.prompt_lengths(), stored.all_response_lengths()
+    wholes = prompts + np.add.reduceat(responses, stored.response_offsets()[:-1])
+    return {
+        "data_digest": digest.hexdigest(),
+        "has_labels": stored.all_labels() is not None,
+        "num_groups": len(stored),
+        "num_responses": len(responses),
+        "num_prompt_tokens": int(prompts.sum()),
+        "num_response_tokens": int(responses.sum()),
+        "max_prompt_tokens": int(prompts.max(initial=0)),
+        "max_response_tokens": int(responses.max(initial=0)),
+        "max_group_tokens": int(wholes.max(initial=0)),
+        "max_responses": int(sizes.max(initial=0)),
+        "arrow_bytes": path.stat().st_size,
+    }
+
+
+def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
+    """Feed one group: every part is preceded by its length, so that no two different stores feed the same bytes."""
+    parts: list[bytes | None] = [group.group_id.encode(), group.prompt_tokens.astype("<i4").tobytes()]
+    parts += [tokens.astype("<i4").tobytes() for tokens in group.response_tokens]
+    parts.append(None if group.rewards is None else group.rewards.astype("<f8").tobytes())
+    parts.append(None if group.labels is None else group.labels.tobytes())
+    digest.update(len(parts).to_bytes(8, "little"))
+    for part in parts:
+        digest.update((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
+        digest.update(part or b"")
+
+
+def write_info(folder: Path, info: PreparedInfo) -> None:
+    """Write `prepare.json`."""
+    text = json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False, sort_keys=False)
+    (folder / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def write_groups(
+    folder: str | Path,
+    groups: Iterable[TokenizedGroup],
+    *,
+    tokenizer_digest: str,
+    vocab_size: int,
+    end_token_ids: Sequence[int],
+    reward_kind: RewardKind,
+    statistics: dict[str, Any] | None = None,
+    config: dict[str, Any] | None = None,
+) -> PreparedInfo:
+    """Write a prepared folder in one step; it must not exist yet, or be empty.
+
+    Raises:
+        DataError: the folder is not empty, cannot be written, or there are no groups.
+    """
+    target = Path(folder)
+    with AtomicFolder(target) as output:
+        with writing(target):
+            counts = write_arrow(output.path / GROUPS_FILE, groups)
+        if not counts["num_groups"]:
+            raise DataError(f"{target}: no groups to write.")
+        info = PreparedInfo(
+            tokenizer_digest=tokenizer_digest,
+            vocab_size=vocab_size,
+            end_token_ids=tuple(end_token_ids),
+            reward_kind=reward_kind,
+            statistics=statistics or {},
+            config=config or {},
+            **counts,
+        )
+        with writing(target):
+            write_info(output.path, info)
+        output.commit()
+    return info
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+class StoredGroups:
+    """Random access to groups in an Arrow file; memory-mapped, so opening is instant and all processes share the pages."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        reader = pa.ipc.open_file(pa.memory_map(str(file)))
+        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
+
+    def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
+        return (StoredGroups, (self.file,))
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"group {index} of {len(self)}")
+        batch = bisect.bisect_right(self._starts, index) - 1
+        return self._batches[batch], index - self._starts[batch]
+
+    def _row(self, index: int, name: str) -> Any:
+        """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
+        batch, row = self._locate(index)
+        values = batch[name][row].values
+        return None if values is None else values.to_numpy()
+
+    def __getitem__(self, index: int) -> TokenizedGroup:
+        """One group; the arrays are read-only views of the mapped file."""
+        batch, row = self._locate(index)
+        prompt_text, response_texts = self.text(index)
+        ends = np.cumsum(self._row(index, "response_lengths"))
+        return TokenizedGroup(
+            group_id=batch["group_id"][row].as_py(),
+            prompt_tokens=self._row(index, "prompt_tokens"),
+            response_tokens=tuple(np.split(self._row(index, "response_tokens"), ends[:-1])),
+            rewards=self.rewards(index),
+            labels=self.labels(index),
+            prompt_text=prompt_text,
+            response_texts=response_texts,
+            where=batch["where"][row].as_py(),
+        )
+
+    def __iter__(self) -> Iterator[TokenizedGroup]:
+        return (self[index] for index in range(len(self)))
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return pa.Table.from_batches(self._batches, SCHEMA)[name]
+
+    def _flat(self, name: str) -> npt.NDArray[Any]:
+        return list_flatten(self._column(name)).to_numpy()
+
+    def _has(self, name: str) -> bool:
+        return len(self) > 0 and self._batches[0][name].null_count == 0
+
+    def group_ids(self) -> list[str]:
+        """[G] the groups' ids."""
+        return self._column("group_id").to_pylist()
+
+    def prompt_lengths(self) -> Int64:
+        """[G] tokens of every prompt."""
+        return self._column("prompt_length").to_numpy().astype(np.int64)
+
+    def num_responses(self) -> Int64:
+        """[G] K of every group."""
+        return self._column("num_responses").to_numpy().astype(np.int64)
+
+    def response_offsets(self) -> Int64:
+        """[G + 1] group g's responses are numbers offsets[g] to offsets[g + 1] − 1 of all responses."""
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.num_responses())])
+
+    def all_response_lengths(self) -> Int64:
+        """[ΣK] tokens of every response, group by group; cut it with `response_offsets`."""
+        return self._flat("response_lengths").astype(np.int64)
+
+    def response_lengths(self, index: int) -> Int64:
+        """[K] tokens of one group's responses."""
+        lengths: Int32 = self._row(index, "response_lengths")
+        return lengths.astype(np.int64)
+
+    def all_rewards(self) -> Float64 | None:
+        """[ΣK] every reward, group by group; None if the groups have only labels."""
+        return self._flat("rewards") if self._has("rewards") else None
+
+    def all_labels(self) -> Int8 | None:
+        """[ΣK] every label, group by group; None if the groups have none."""
+        return self._flat("labels") if self._has("labels") else None
+
+    def rewards(self, index: int) -> Float64 | None:
+        """[K] one group's rewards."""
+        rewards: Float64 | None = self._row(index, "rewards")
+        return rewards
+
+    def labels(self, index: int) -> Int8 | None:
+        """[K] one group's labels, 1 chosen and 0 rejected."""
+        labels: Int8 | None = self._row(index, "labels")
+        return labels
+
+    def text(self, index: int) -> tuple[str, tuple[str, ...]]:
+        """The rendered prompt and the response texts of one group, for reports."""
+        batch, row = self._locate(index)
+        return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
+
+    def compute_digest(self) -> str:
+        """The digest of what is stored; equal to `PreparedInfo.data_digest` unless the file changed. Reads everything."""
+        digest = hashlib.sha256()
+        for group in self:
+            _update_digest(digest, group)
+        return digest.hexdigest()
+
+
+class PreparedGroups(StoredGroups):
+    """The groups of a prepared folder (`path`), with what the folder says of itself (`info`)."""
+
+    def __init__(self, path: Path, info: PreparedInfo) -> None:
+        super().__init__(path / GROUPS_FILE)
+        self.path, self.info = path, info
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (PreparedGroups, (self.path, self.info))
+
+
+def read_info(folder: str | Path) -> PreparedInfo:
+    """What `prepare.json` of a prepared folder says.
+
+    Raises:
+        DataError: the file is missing, damaged, or of another version.
+    """
+    path = Path(folder) / INFO_FILE
+    if not path.is_file():
+        raise DataError(f"{folder}: no prepared groups there ({INFO_FILE} is missing); write them with `mpo prepare`.")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        version = fields["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again.")
+        return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: damaged ({error}); prepare it again.") from error
+
+
+def load_groups(folder: str | Path) -> PreparedGroups:
+    """Open a prepared folder.
+
+    Raises:
+        DataError: a file is missing or damaged.
+    """
+    path, info = Path(folder), read_info(folder)
+    arrow = path / GROUPS_FILE
+    if not arrow.is_file():
+        raise DataError(f"{arrow}: missing, although {INFO_FILE} is there; copy it too, or prepare it again.")
+    size = arrow.stat().st_size
+    if size != info.arrow_bytes:
+        raise DataError(f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again.")
+    try:
+        groups = PreparedGroups(path, info)
+    except pa.ArrowException as error:
+        raise DataError(f"{arrow}: damaged ({error}); copy it again, or prepare it again.") from error
+    if len(groups) != info.num_groups:
+        raise DataError(f"{arrow}: {len(groups)} groups, {INFO_FILE} says {info.num_groups}; prepare it again.")
+    return groups
