@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +94,21 @@ def test_two_machines(inputs: Path, one_machine: list[float], rendezvous: Any) -
     assert two == pytest.approx(one_machine, rel=1e-6)
 
 
+@contextlib.contextmanager
+def submitted(job: SlurmJob, folder: Path) -> Iterator[tuple[str, Callable[..., str]]]:
+    """The job in the queue of a Slurm of its own: its number, and what calls Slurm's commands."""
+    script = folder / "job.sh"
+    script.write_text(render(job)[0])
+    (folder / "slurm").mkdir()
+    with slurm(folder / "slurm") as environment:
+        environment["PATH"] = ENVIRONMENT["PATH"]
+
+        def call(*command: str) -> str:
+            return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+        yield call("sbatch", "--parsable", str(script)).strip(), call
+
+
 @pytest.mark.skipif(not installed(), reason="needs Slurm's daemons (Debian: slurmctld slurmd slurm-client munge), and root")
 def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Path) -> None:
     """SIGUSR1 in the middle: the run saves, the job queues itself again, and the second start finishes."""
@@ -104,18 +121,7 @@ def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Pat
         time="00:20:00",
         logs=str(tmp_path),
     )
-    script = tmp_path / "job.sh"
-    script.write_text(render(job)[0])
-    (tmp_path / "slurm").mkdir()
-    with slurm(tmp_path / "slurm") as environment:
-        environment["PATH"] = ENVIRONMENT["PATH"]
-
-        def call(*command: str) -> str:
-            return subprocess.run(
-                command, cwd=ROOT, env={**environment, "PATH": ENVIRONMENT["PATH"]}, capture_output=True, text=True, check=True
-            ).stdout
-
-        number = call("sbatch", "--parsable", str(script)).strip()
+    with submitted(job, tmp_path) as (number, call):
         wait_for(lambda: (run / "metrics.jsonl").is_file() and len(losses(run)) >= 3, tmp_path, pause=0.05)
         call("scancel", "--signal=USR1", number)
         wait_for(lambda: "JobState=COMPLETED" in call("scontrol", "show", "job", number), tmp_path)
@@ -146,14 +152,10 @@ def test_slurm_ends_all_ranks_when_one_has_failed(inputs: Path, tmp_path: Path) 
         time="00:20:00",
         logs=str(tmp_path),
     )
-    script = tmp_path / "job.sh"
-    script.write_text(render(job)[0])
-    (tmp_path / "slurm").mkdir()
-    with slurm(tmp_path / "slurm") as environment:
-        number = subprocess.check_output(["sbatch", "--parsable", str(script)], cwd=tmp_path, env=environment, text=True).strip()
+    with submitted(job, tmp_path) as (number, call):
 
         def show() -> str:
-            return subprocess.check_output(["scontrol", "show", "job", number], env=environment, text=True)
+            return call("scontrol", "show", "job", number)
 
         wait_for(lambda: "JobState=FAILED" in show(), tmp_path)
         assert "Requeue=1 Restarts=0" in show()
