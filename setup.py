@@ -5,9 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRED = [
-    "torch>=2.6,<2.14",  # 2.6 is what megatron-core asks for; it and device.py use names of torch that later versions may change
-    "megatron-core>=0.16.1,<0.17",  # device.py and the layer specs answer to names of this minor version
-    "transformers>=5,<6",  # version 5 names of its config: rope_parameters, dtype
+    "torch>=2.11,<2.15",  # 2.6 is what megatron-core asks for; it and device.py use names of torch that later versions may change
+    "megatron-core>=0.19.2,<0.20",  # device.py and the layer specs answer to names of this minor version
+    "transformers>=5.16,<6",  # version 5 names of its config: rope_parameters, dtype
     "tokenizers>=0.22.2",  # before, it and transformers 5 ask for different huggingface-hubs
     "datasets>=4,<6",
     "sentencepiece>=0.2",
@@ -51,7 +51,7 @@ EXTRAS = {
         *("wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"),
         "playwright>=1.49",
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
-        "trl>=0.24,<2",
+        "trl>=1.16,<2",
         "tiktoken>=0.9",
         "dashscope>=1.24",
         "mistral-common>=1.8",
@@ -70,7 +70,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.12,<3.14",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
     package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*", "viewer/page/*"]},
     install_requires=REQUIRED,

@@ -97,6 +97,7 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
         # One file a rank.
         SaveOwnShare(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), ranks.groups.dp_cp, reserved),
         async_sharded_save=True,
+        async_strategy="mcore",
         content_metadata=CONTENT,
     )
     assert request is not None
