@@ -115,6 +115,12 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
 
 
 def _take_down(started: bool) -> None:
-    parallel_state.destroy_model_parallel()
     if started:
-        torch.distributed.destroy_process_group()
+        parallel_state.destroy_model_parallel()
+        torch.distributed.destroy_process_group()  # and every group within it
+        return
+    groups = parallel_state._global_process_group_list or []  # Megatron forgets them, torch does not: dozens of threads
+    parallel_state.destroy_model_parallel()
+    for group in groups:
+        if group is not None and group is not torch.distributed.GroupMember.NON_GROUP_MEMBER:
+            torch.distributed.destroy_process_group(group)
