@@ -3,11 +3,15 @@
 A prepared folder holds
 
     groups.arrow     one row per group (Arrow IPC file, uncompressed, memory-mapped on load)
-    prepare.json     what `PreparedInfo` says: digests, counts, statistics, the configuration
+    groups.pieces    where each piece of groups.arrow ends, and its xxh3 digest: two unsigned 64-bit integers a piece
+    prepare.json     what `PreparedInfo` says: digests, counts, statistics, the configuration; a digest of itself
     rejected.jsonl   what was refused, and why (written by `mpo prepare`)
 
 A folder appears under its name in one step (write beside it, fsync, rename), so one that exists is complete. Lengths are
 columns of their own: the trainer plans a whole epoch of packed rows without reading a token.
+
+A piece is compared with its digest before anything of it is used, once per process. Each record batch is three pieces, so that
+a plan reads no tokens and no texts: what a plan needs, tokens, texts. A last piece holds the file's footer.
 """
 
 from __future__ import annotations
@@ -16,7 +20,6 @@ import bisect
 import dataclasses
 import hashlib
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,14 +28,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import xxhash
 from pyarrow.compute import list_flatten
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, writing
 from mpo_megatron.data.group import Float64, Int8, Int32, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.digests import DamagedError, seal, unseal
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 GROUPS_FILE = "groups.arrow"
+PIECES_FILE = "groups.pieces"
 INFO_FILE = "prepare.json"
 BATCH_GROUPS = 256
 """Groups in one Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
@@ -52,6 +58,11 @@ SCHEMA = pa.schema(
         pa.field("where", pa.string(), nullable=False),
     ]
 )
+TOKENS, TEXTS = "prompt_tokens", "prompt_text"
+"""The first columns of a record batch's second and third piece."""
+PIECES_A_BATCH = 3
+
+Words = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +95,8 @@ class PreparedInfo:
     """Largest K."""
     arrow_bytes: int
     """Size of groups.arrow; another size means a damaged copy."""
+    pieces_digest: str
+    """xxh3 digest of groups.pieces."""
     statistics: dict[str, Any] = field(default_factory=dict)
     """Histograms, spreads and counts, see docs/data.md."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -124,7 +137,7 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
 
 
 def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
-    """Write groups to an Arrow file; its digest, size and counts, as fields of `PreparedInfo`.
+    """Write groups to an Arrow file, and `groups.pieces` beside it; digests, size and counts, as fields of `PreparedInfo`.
 
     Raises:
         DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
@@ -141,6 +154,8 @@ def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
                     raise DataError(f"{group.where}: group {group.group_id}: {wrong}.")
                 _update_digest(digest, group)
             file.write_batch(to_batch(batch))
+    pieces = _cut_pieces(path).astype("<u8").tobytes()
+    path.with_name(PIECES_FILE).write_bytes(pieces)
     stored = StoredGroups(path)
     sizes, prompts, responses = stored.num_responses(), stored.prompt_lengths(), stored.all_response_lengths()
     wholes = prompts + np.add.reduceat(responses, stored.response_offsets()[:-1])
@@ -156,7 +171,34 @@ def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
         "max_group_tokens": int(wholes.max(initial=0)),
         "max_responses": int(sizes.max(initial=0)),
         "arrow_bytes": path.stat().st_size,
+        "pieces_digest": xxhash.xxh3_128_hexdigest(pieces),
     }
+
+
+def _cut_pieces(path: Path) -> Words:
+    """[3 · batches + 1, 2] end and digest of each piece of an Arrow file."""
+    mapped, batches = _map(path)
+
+    def start(batch: pa.RecordBatch, column: str) -> int:
+        buffers = [buffer for buffer in batch[column].buffers() if buffer is not None and buffer.size]
+        return int(buffers[0].address - mapped.address)
+
+    ends: list[int] = []
+    for batch in batches:
+        texts = [buffer for name in SCHEMA.names[-3:] for buffer in batch[name].buffers() if buffer is not None and buffer.size]
+        last = max(buffer.address + buffer.size for buffer in texts) - mapped.address
+        ends += [start(batch, TOKENS), start(batch, TEXTS), last]
+    ends.append(mapped.size)
+    data = memoryview(mapped)
+    digests = [xxhash.xxh3_64_intdigest(data[first:end]) for first, end in itertools.pairwise([0, *ends])]
+    return np.array([ends, digests], dtype=np.uint64).T
+
+
+def _map(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
+    """A file in memory, and its record batches."""
+    mapped = pa.memory_map(str(path)).read_buffer()
+    reader = pa.ipc.open_file(pa.BufferReader(mapped))
+    return mapped, [reader.get_batch(index) for index in range(reader.num_record_batches)]
 
 
 def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
@@ -173,8 +215,7 @@ def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
 
 def write_info(folder: Path, info: PreparedInfo) -> None:
     """Write `prepare.json`."""
-    text = json.dumps(dataclasses.asdict(info), indent=2, ensure_ascii=False, sort_keys=False)
-    (folder / INFO_FILE).write_text(text + "\n", encoding="utf-8")
+    (folder / INFO_FILE).write_bytes(seal(dataclasses.asdict(info)))
 
 
 def write_groups(
@@ -217,13 +258,50 @@ def write_groups(
 # --------------------------------------------------------------------------------------------------- reading
 
 
+class Pieces:
+    """The pieces of a mapped file, each compared with its digest before it is used for the first time."""
+
+    def __init__(self, file: Path, data: memoryview, table: Words) -> None:
+        """Take over the table of `groups.pieces`."""
+        self._file, self._data, self._digests = file, data, table[:, 1]
+        self._ends = [0, *table[:, 0].tolist()]
+        self._whole = np.zeros(len(table), dtype=bool)
+
+    def check(self, index: int) -> None:
+        """Compare one piece with its digest, unless that was done before.
+
+        Raises:
+            DataError: they differ; it names file and place.
+        """
+        if self._whole[index]:
+            return
+        start, end = self._ends[index : index + 2] if index >= 0 else self._ends[-2:]
+        if xxhash.xxh3_64_intdigest(self._data[start:end]) != self._digests[index]:
+            raise DataError(
+                f"{self._file}: damaged: bytes {start:,} to {end:,} are not those that were written (digest differs); copy it "
+                "again, or prepare it again."
+            )
+        self._whole[index] = True
+
+
 class StoredGroups:
     """Random access to groups in an Arrow file; memory-mapped, so opening is instant and all processes share the pages."""
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        reader = pa.ipc.open_file(pa.memory_map(str(file)))
-        self._batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    def __init__(self, file: Path, pieces: Words | None = None) -> None:
+        """Map a file.
+
+        Args:
+            pieces: its table of pieces, [pieces, 2]; without it nothing is compared
+        Raises:
+            DataError: what opening reads (schema, footer, ids, lengths, rewards and labels) is not what was written.
+        """
+        self.file, self._pieces = file, None
+        if pieces is not None:
+            data = memoryview(pa.memory_map(str(file)).read_buffer())
+            self._pieces = Pieces(file, data, pieces)
+            for index in [*range(0, len(pieces), PIECES_A_BATCH), -1]:  # before Arrow parses any of it: it may crash
+                self._pieces.check(index)
+        _, self._batches = _map(file)
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
@@ -232,21 +310,24 @@ class StoredGroups:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+    def _locate(self, index: int, piece: int = 0) -> tuple[pa.RecordBatch, int]:
+        """The record batch of a group, whose `piece` is as it was written, and the group's row in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
         batch = bisect.bisect_right(self._starts, index) - 1
+        if self._pieces is not None:
+            self._pieces.check(PIECES_A_BATCH * batch + piece)
         return self._batches[batch], index - self._starts[batch]
 
     def _row(self, index: int, name: str) -> Any:
         """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
-        batch, row = self._locate(index)
+        batch, row = self._locate(index, piece=1 if name.endswith("tokens") else 0)
         values = batch[name][row].values
         return None if values is None else values.to_numpy()
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """One group; the arrays are read-only views of the mapped file."""
-        batch, row = self._locate(index)
+        batch, row = self._locate(index, piece=2)
         prompt_text, response_texts = self.text(index)
         ends = np.cumsum(self._row(index, "response_lengths"))
         return TokenizedGroup(
@@ -317,7 +398,7 @@ class StoredGroups:
 
     def text(self, index: int) -> tuple[str, tuple[str, ...]]:
         """The rendered prompt and the response texts of one group, for reports."""
-        batch, row = self._locate(index)
+        batch, row = self._locate(index, piece=2)
         return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
 
     def compute_digest(self) -> str:
@@ -332,7 +413,7 @@ class PreparedGroups(StoredGroups):
     """The groups of a prepared folder (`path`), with what the folder says of itself (`info`)."""
 
     def __init__(self, path: Path, info: PreparedInfo) -> None:
-        super().__init__(path / GROUPS_FILE)
+        super().__init__(path / GROUPS_FILE, _read_pieces(path, info))
         self.path, self.info = path, info
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -349,15 +430,26 @@ def read_info(folder: str | Path) -> PreparedInfo:
     if not path.is_file():
         raise DataError(f"{folder}: no prepared groups there ({INFO_FILE} is missing); write them with `mpo prepare`.")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if version != FORMAT_VERSION:
-            raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again.")
-        return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: damaged ({error}); prepare it again.") from error
+        fields = unseal(path, "copy it again, or prepare it again")
+    except DamagedError as error:
+        raise DataError(str(error)) from error
+    version = fields["format_version"]
+    if version != FORMAT_VERSION:
+        raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again.")
+    return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
+
+
+def _read_pieces(folder: Path, info: PreparedInfo) -> Words:
+    """[pieces, 2] the table in `groups.pieces`.
+
+    Raises:
+        DataError: it is missing or damaged.
+    """
+    path = folder / PIECES_FILE
+    content = path.read_bytes() if path.is_file() else b""
+    if xxhash.xxh3_128_hexdigest(content) != info.pieces_digest:
+        raise DataError(f"{path}: damaged or missing ({INFO_FILE} has its digest); copy it again, or prepare it again.")
+    return np.frombuffer(content, dtype="<u8").reshape(-1, 2)
 
 
 def load_groups(folder: str | Path) -> PreparedGroups:
@@ -373,10 +465,4 @@ def load_groups(folder: str | Path) -> PreparedGroups:
     size = arrow.stat().st_size
     if size != info.arrow_bytes:
         raise DataError(f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again.")
-    try:
-        groups = PreparedGroups(path, info)
-    except pa.ArrowException as error:
-        raise DataError(f"{arrow}: damaged ({error}); copy it again, or prepare it again.") from error
-    if len(groups) != info.num_groups:
-        raise DataError(f"{arrow}: {len(groups)} groups, {INFO_FILE} says {info.num_groups}; prepare it again.")
-    return groups
+    return PreparedGroups(path, info)

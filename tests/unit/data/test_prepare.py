@@ -68,7 +68,7 @@ def test_groups_and_what_the_folder_says_of_them(run: Run, write_lines: Writer, 
     summary = run(path, console=Console(file=out, width=120))
     groups = load_groups(tmp_path / "out")
     assert summary.train == groups.info
-    assert sorted(os.listdir(tmp_path / "out")) == ["groups.arrow", "prepare.json", "rejected.jsonl"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["groups.arrow", "groups.pieces", "prepare.json", "rejected.jsonl"]
     chat = Chat(load_tokenizer(groups.info.config["tokenizer"]))
     group = groups[0]
     assert (group.group_id, group.where) == ("row-0", f"{path}:1")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
+import random
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from mpo_megatron.data import DataError
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, read_info, write_groups
+from mpo_megatron.digests import seal
 
 
 def make_groups(count: int, *, labels: bool = False, rewards: bool = True) -> list[TokenizedGroup]:
@@ -178,15 +180,58 @@ def test_damage_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"groups.arrow: missing"):
         load_groups(folder)
     arrow.write_bytes(whole)
-    info.write_text(json.dumps(fields | {"num_groups": 4}))
-    with pytest.raises(DataError, match=r"3 groups, prepare.json says 4"):
+    (folder / "groups.pieces").unlink()
+    with pytest.raises(DataError, match=r"groups.pieces: damaged or missing"):
         load_groups(folder)
-    info.write_text(json.dumps(fields | {"format_version": 99}))
+    info.write_text(json.dumps(fields | {"num_groups": 4}))
+    with pytest.raises(DataError, match=r"prepare.json: damaged or changed: its digest does not match; .* prepare it again"):
+        load_groups(folder)
+    info.write_text(json.dumps({name: value for name, value in fields.items() if name != "digest"}))
+    with pytest.raises(DataError, match=r"prepare.json: damaged, or written by an earlier version"):
+        load_groups(folder)
+    info.write_bytes(seal({name: value for name, value in fields.items() if name != "digest"} | {"format_version": 99}))
     with pytest.raises(DataError, match="format_version = 99"):
         read_info(folder)
     info.write_text("{")
     with pytest.raises(DataError, match=r"prepare.json: damaged"):
         read_info(folder)
+
+
+def test_any_damage_is_found_before_it_is_used(tmp_path: Path) -> None:
+    """Flipped bits and zeroed blocks all over the three files: everything that is read is as it was written, or refused."""
+    folder, draw = tmp_path / "out", random.Random(0)
+    write(folder, make_groups(BATCH_GROUPS + 9, labels=True))
+    for name in ("groups.arrow", "groups.pieces", "prepare.json"):
+        whole = (folder / name).read_bytes()
+        for trial in range(60):
+            changed, place = bytearray(whole), draw.randrange(len(whole))
+            if trial % 3:
+                changed[place] ^= 1 << draw.randrange(8)
+            else:
+                changed[place : place + 64] = bytes(len(changed[place : place + 64]))
+            if changed == whole:
+                continue
+            (folder / name).write_bytes(changed)
+            with pytest.raises(DataError, match=rf"{name}: damaged"):
+                list(load_groups(folder))
+        (folder / name).write_bytes(whole)
+    assert len(list(load_groups(folder))) == BATCH_GROUPS + 9
+
+
+def test_a_plan_reads_no_tokens_and_training_no_other_batch(tmp_path: Path) -> None:
+    """A damaged piece is no obstacle to what is in the others."""
+    folder = tmp_path / "out"
+    groups = make_groups(BATCH_GROUPS + 9)
+    write(folder, groups)
+    whole = (folder / "groups.arrow").read_bytes()
+    place = whole.rindex(b"answer 3 0")  # a text of the first batch
+    (folder / "groups.arrow").write_bytes(whole[:place] + b"A" + whole[place + 1 :])
+    stored = load_groups(folder)
+    assert stored.response_lengths(3).tolist() == [len(tokens) for tokens in groups[3].response_tokens]
+    assert stored.all_rewards() is not None
+    assert stored[BATCH_GROUPS].group_id == f"group-{BATCH_GROUPS}"
+    with pytest.raises(DataError, match=r"groups.arrow: damaged: bytes [\d,]+ to [\d,]+ are not those"):
+        stored[0]
 
 
 @pytest.mark.parametrize("responses", [(), (np.array([1, 2], np.int32), np.zeros(0, np.int32))])

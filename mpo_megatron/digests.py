@@ -1,0 +1,287 @@
+"""Checksums of what the package writes, compared when it is read.
+
+    JSON, written once          `seal`, `unseal`: a digest as the last key; every byte counts
+    lines of JSON               `seal_line`, `unseal_line`: a field `xxh3` in each, so that a file can be cut and continued
+    a few columns of numbers    `name_digest`, `read_named`: the digest is part of the file's name
+    everything else             a list with the size and the digests of each file, in `mpo_digests.json` or another sealed JSON
+
+Digests are xxh3's: they find every accidental change, at the speed of memory, and protect against no attacker.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from mpo_megatron.config import ConfigError
+
+LIST = "mpo_digests.json"
+"""The list of a folder that the package writes once: a converted or exported checkpoint."""
+STATE = "state.json"
+"""The list of a step's folder, which says other things, too."""
+STAGE_LISTS = {"samples.jsonl": "generate.json", "scored.jsonl": "score.json", "groups.jsonl": "select.json"}
+"""The file that a finished stage of `mpo generate`, `score` or `select` describes its lines in, by the name of the lines."""
+DIGEST, LINE_DIGEST = "digest", "xxh3"
+"""Keys of the digest in sealed JSON and in a sealed line."""
+PIECE = 1 << 26
+"""Bytes of a file that have a digest of their own, so that ranks can share a large file."""
+BLOCK = 1 << 22
+"""Bytes read at a time."""
+AGAIN = "copy it again, or repeat the command that wrote it"
+"""The usual remedy."""
+
+
+class DamagedError(ConfigError):
+    """A file that does not hold what was written; the message names the file, the place and the remedy."""
+
+
+Entry = tuple[int, str | list[str]]
+"""Size of a file in bytes; the digest of all of it, or of each of its pieces of `PIECE` bytes."""
+Files = Mapping[str, Entry]
+"""Entries by the file's path in the folder of the list."""
+
+
+# --------------------------------------------------------------------------------------------------- JSON, written once
+
+
+def seal(content: Mapping[str, Any]) -> bytes:
+    """JSON of `content` with its digest as the last key; `unseal` gives the content back."""
+    plain: dict[str, Any] = json.loads(json.dumps(content))
+    return json.dumps({**plain, DIGEST: _digest(json.dumps(plain))}, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def seal_sorted(content: Mapping[str, Any]) -> bytes:
+    """As `seal`, the keys in alphabetical order."""
+    digest = _digest(json.dumps(content, sort_keys=True))
+    return json.dumps({**content, DIGEST: digest}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def unseal(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
+    """What `seal` or `seal_sorted` was given.
+
+    Raises:
+        DamagedError: the file is not, to the byte, what was written, or has no digest; it ends with the remedy.
+        OSError: it cannot be read.
+    """
+    text = path.read_bytes()
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds no object, but one {type(content).__name__}")
+    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError, too
+        raise DamagedError(f"{path}: damaged, it does not parse ({error}); {remedy}.") from error
+    if DIGEST not in content:
+        raise DamagedError(f"{path}: damaged, or written by an earlier version: it has no digest; {remedy}.")
+    del content[DIGEST]
+    if text not in (seal(content), seal_sorted(content)):
+        raise DamagedError(f"{path}: damaged or changed: its digest does not match; {remedy}.")
+    return content
+
+
+# --------------------------------------------------------------------------------------------------- lines of JSON
+
+
+def seal_line(record: Mapping[str, Any]) -> bytes:
+    """The record as one line, newline included, with its digest in the field `xxh3`."""
+    content = {name: value for name, value in record.items() if name != LINE_DIGEST}
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    return json.dumps({**content, LINE_DIGEST: _line_digest(json.loads(text))}, ensure_ascii=False).encode() + b"\n"
+
+
+def unseal_line(line: bytes) -> Any:
+    """What a line holds, without its digest; a line that has none, such as a user's own, is taken as it is.
+
+    Raises:
+        ValueError: it is not JSON, or not what was written.
+    """
+    try:
+        return unseal_record(json.loads(line))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def unseal_record(record: Any) -> Any:
+    """A parsed line without its digest, which must match if it is there.
+
+    Raises:
+        ValueError: the digest does not match.
+    """
+    if isinstance(record, dict) and LINE_DIGEST in record:
+        found = record.pop(LINE_DIGEST)
+        if found != _line_digest(record):
+            raise ValueError(f"its digest does not match; if you changed it yourself, remove its field {LINE_DIGEST}")
+    return record
+
+
+# --------------------------------------------------------------------------------------------------- digests in names
+
+
+def name_digest(stem: str, data: bytes, suffix: str) -> str:
+    """A file name that ends with the digest of what the file holds."""
+    return f"{stem}.{_digest(data)}{suffix}"
+
+
+def read_named(path: Path) -> bytes:
+    """The bytes of a file whose name was made by `name_digest`.
+
+    Raises:
+        DamagedError: they are not those that were written.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    if _digest(data) != path.stem.rpartition(".")[2]:
+        raise DamagedError(f"{path}: damaged: its digest is not the one in its name; remove it.")
+    return data
+
+
+# --------------------------------------------------------------------------------------------------- lists of files
+
+
+def digest_file(path: Path) -> tuple[int, str]:
+    """Size and digest of a file."""
+    size = path.stat().st_size
+    return size, _digest_range(path, 0, size)
+
+
+def list_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
+    """Entries of these files of a folder, piece by piece."""
+    files: dict[str, Entry] = {}
+    for name in names:
+        size = (folder / name).stat().st_size
+        files[name] = size, [_digest_range(folder / name, start, PIECE) for start in range(0, size, PIECE)]
+    return files
+
+
+def write_list(folder: Path) -> None:
+    """Write `mpo_digests.json`: all other files of a folder and its subfolders."""
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != LIST)
+    (folder / LIST).write_bytes(seal({"files": list_files(folder, names)}))
+
+
+def read_list(folder: Path) -> dict[str, Entry] | None:
+    """The files that the list of a checkpoint's folder names; None if the folder has no list.
+
+    Raises:
+        DamagedError: the list itself is damaged.
+    """
+    if (folder / LIST).is_file():
+        return _entries(folder / LIST)
+    if (folder / STATE).is_file() and (folder / "megatron").is_dir():
+        return _entries(folder / STATE)
+    return None
+
+
+def _entries(path: Path) -> dict[str, Entry]:
+    return {name: (size, digests) for name, (size, digests) in unseal(path).get("files", {}).items()}
+
+
+def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -> None:
+    """Compare every `parts`-th piece of the listed files, from piece `part` on, with its digest, and all files' sizes.
+
+    Raises:
+        DamagedError: naming the first file that is missing, has another size or other bytes.
+    """
+    for name, (size, _) in files.items():
+        _check_size(folder / name, size)
+    # Large pieces first, so that the parts are about equal.
+    pieces = sorted(_pieces(files), key=lambda piece: (-piece[2], piece[:2]))
+    for name, start, length, digest in pieces[part::parts]:
+        if _digest_range(folder / name, start, length) != digest:
+            raise DamagedError(
+                f"{folder / name}: its bytes {start:,} to {start + length:,} are not those that were written (digest differs); "
+                f"{AGAIN}."
+            )
+
+
+def check_file(path: Path) -> None:
+    """Compare a small file of a checkpoint with the list in its folder, or in the folder above; unlisted, it passes.
+
+    Raises:
+        DamagedError: it is not what was written, or the list is damaged.
+    """
+    found = _find_list(path.parent)
+    if found is not None:
+        home, files = found
+        name = path.relative_to(home).as_posix()
+        check_pieces(home, {name: files[name]} if name in files else {})
+
+
+def check_folder(folder: Path, *, largest: int | None = PIECE) -> None:
+    """Compare all files under a folder with its list, or that of the folder above; those that are not listed pass.
+
+    Args:
+        largest: files of more bytes are left out; None: none is
+    Raises:
+        DamagedError: naming the first that is not what was written.
+    """
+    found = _find_list(folder)
+    if found is not None:
+        home, files = found
+        prefix = "" if home == folder else f"{folder.name}/"
+        chosen = {name: entry for name, entry in files.items() if name.startswith(prefix)}
+        check_pieces(home, {name: entry for name, entry in chosen.items() if largest is None or entry[0] <= largest})
+
+
+def check_lines(path: Path) -> None:
+    """Compare the lines of a finished stage with what its summary says of them; other files pass.
+
+    Raises:
+        DamagedError: they are not what was written, or the summary is damaged.
+    """
+    summary = path.with_name(STAGE_LISTS.get(path.name, path.name))
+    if summary != path and summary.is_file():
+        try:
+            files = _entries(summary)
+            check_pieces(path.parent, {path.name: files[path.name]} if path.name in files else {})
+        except DamagedError as error:
+            raise DamagedError(f"{error} To use lines that you changed yourself, give the file another name.") from error
+
+
+def _find_list(folder: Path) -> tuple[Path, dict[str, Entry]] | None:
+    for home in (folder, folder.parent):
+        files = read_list(home)
+        if files is not None:
+            return home, files
+    return None
+
+
+def _pieces(files: Files) -> Iterator[tuple[str, int, int, str]]:
+    """(file, first byte, number of bytes, digest) of each piece."""
+    for name, (size, digests) in files.items():
+        if isinstance(digests, str):
+            yield name, 0, size, digests
+            continue
+        for index, digest in enumerate(digests):
+            yield name, index * PIECE, min(PIECE, size - index * PIECE), digest
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise DamagedError(f"{path}: no such file, but it was written with the others there; {AGAIN}.")
+    found = path.stat().st_size
+    if found != size:
+        raise DamagedError(f"{path}: has {found:,} bytes, {size:,} were written; {AGAIN}.")
+
+
+def _digest_range(path: Path, start: int, length: int) -> str:
+    """Digest of `length` bytes of a file from `start` on, or of those that there are."""
+    state = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        file.seek(start)
+        while length > 0 and (block := file.read(min(BLOCK, length))):
+            state.update(block)
+            length -= len(block)
+    return state.hexdigest()
+
+
+def _digest(data: str | bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(data.encode() if isinstance(data, str) else data)
+
+
+def _line_digest(content: Any) -> str:
+    """Digest of a line's content: the same however its JSON is spaced and ordered."""
+    return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())
