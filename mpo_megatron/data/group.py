@@ -15,6 +15,7 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Int8 = npt.NDArray[np.int8]
 Float64 = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,8 @@ class TokenizedGroup:
     """[P]: all the model sees before it answers, template included."""
     response_tokens: tuple[Int32, ...]
     """K arrays [R_k]: what the model would generate, end token included (unless the response was truncated)."""
+    scored: tuple[Bools, ...] | None = None
+    """K masks [R_k], False for tokens that the model did not generate: tool results within a response. None: all are scored."""
     rewards: Float64 | None = None
     """[K], higher is better."""
     labels: Int8 | None = None

@@ -42,13 +42,11 @@ class GroupTable:
     """[G, K] 1 chosen, 0 rejected, −1 neither or not valid; None if the data has none."""
     lengths: Ints
     """[G, K] tokens of each response, its end token included."""
+    scored_lengths: Ints
+    """[G, K] tokens that a response's log-prob is the sum of, at least 1: all, but for those that the model did not generate
+    (tool results), and but for the first where the prompt is empty."""
     prompt_lengths: Ints
     """[G] tokens of each prompt."""
-
-    @property
-    def scored_lengths(self) -> Ints:
-        """[G, K] tokens a response's log-prob is the sum of: all, but for the first where the prompt is empty; at least 1."""
-        return np.maximum(self.lengths - (self.prompt_lengths == 0)[:, None], 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,13 +102,16 @@ def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
     """The groups' rewards, labels and lengths as padded matrices."""
     width = max(len(group.response_tokens) for group in groups)
     shape = (len(groups), width)
-    valid, lengths = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64)
+    valid, lengths, scored = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=np.int64), np.ones(shape, dtype=np.int64)
     rewards = np.zeros(shape) if groups[0].rewards is not None else None
     labels = np.full(shape, -1, dtype=np.int8) if groups[0].labels is not None else None
     for slot, group in enumerate(groups):
         size = len(group.response_tokens)
         valid[slot, :size] = True
         lengths[slot, :size] = [len(tokens) for tokens in group.response_tokens]
+        first = 0 if len(group.prompt_tokens) else 1
+        masks = group.scored or [np.ones(length, dtype=bool) for length in lengths[slot, :size]]
+        scored[slot, :size] = [max(1, int(mask[first:].sum())) for mask in masks]
         if rewards is not None:
             rewards[slot, :size] = group.rewards
         if labels is not None and group.labels is not None:
@@ -122,6 +123,7 @@ def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
         rewards=rewards,
         labels=labels,
         lengths=lengths,
+        scored_lengths=scored,
         prompt_lengths=np.array([len(group.prompt_tokens) for group in groups], dtype=np.int64),
     )
 

@@ -3,7 +3,8 @@
 A row is one micro-batch of up to `row_tokens` tokens. In the shared layout a group lies in it as `[prompt | y_1 | … | y_K]`:
 positions restart after the prompt for every response, and `segments` tells attention who sees whom. The last token of a
 response predicts nothing that is scored, so it is a target but never an input; and where the prompt is empty, nothing predicts
-a response's first token, so it is an input but never a target.
+a response's first token, so it is an input but never a target. Tokens of a response that the model did not generate (tool
+results) are inputs but never targets.
 
 Legend: T tokens of a row, S scored tokens of a row, R responses of a row, G groups of a step, K responses of a group.
 """
@@ -34,6 +35,8 @@ class Tokens(Protocol):
     def prompt_tokens(self) -> npt.NDArray[np.int32]: ...
     @property
     def response_tokens(self) -> Sequence[npt.NDArray[np.int32]]: ...
+    @property
+    def scored(self) -> Sequence[npt.NDArray[np.bool_]] | None: ...
 
 
 class Piece(NamedTuple):
@@ -67,6 +70,8 @@ class Row:
     """[S] which of the row's responses each scored token belongs to."""
     responses: Ints
     """[R, 2]: slot of the group in the step, and which of its responses."""
+    inputs: Ints
+    """[R, 2]: start and end in the row of each response's own input tokens: all of them but the last."""
     num_tokens: int
     """Tokens without padding."""
 
@@ -228,11 +233,13 @@ def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layo
             if context is None:
                 start, _ = row.add_segment(np.concatenate((prompt, response[:-1])), first_position=0)
                 sources = start + len(prompt) - 1 + np.arange(len(response))
+                start += len(prompt)
             else:
                 start, _ = row.add_segment(response[:-1], first_position=len(prompt), context=context)
                 sources = np.concatenate(([context[1] - 1], start + np.arange(len(response) - 1)))
-            first = 0 if len(prompt) else 1
-            row.score(piece.slot, k, sources[first:], response[first:])
+            generated = np.ones(len(response), dtype=bool) if group.scored is None else group.scored[k].copy()
+            generated[0] &= len(prompt) > 0
+            row.score(piece.slot, k, sources[generated], response[generated], start)
     return row.finish(multiple)
 
 
@@ -247,6 +254,7 @@ class _RowBuilder:
         self.sources: list[Ints] = []
         self.targets: list[npt.NDArray[np.int32]] = []
         self.responses: list[tuple[int, int]] = []
+        self.inputs: list[tuple[int, int]] = []
 
     def add_segment(
         self, tokens: npt.NDArray[np.int32], first_position: int, context: tuple[int, int] | None = None
@@ -260,11 +268,12 @@ class _RowBuilder:
         self.length = end
         return start, end
 
-    def score(self, slot: int, k: int, sources: Ints, targets: npt.NDArray[np.int32]) -> None:
-        """Score `targets`, each predicted by the token at `sources`."""
+    def score(self, slot: int, k: int, sources: Ints, targets: npt.NDArray[np.int32], start: int) -> None:
+        """Score `targets`, each predicted by the token at `sources`; the response's inputs begin at `start`, and end the row."""
         self.sources.append(sources)
         self.targets.append(targets)
         self.responses.append((slot, k))
+        self.inputs.append((start, self.length))
 
     def finish(self, multiple: int) -> Row:
         """Pad and freeze."""
@@ -280,6 +289,7 @@ class _RowBuilder:
             targets=_join(self.targets),
             response_of=np.repeat(np.arange(len(lengths)), lengths),
             responses=np.array(self.responses, dtype=np.int64).reshape(-1, 2),
+            inputs=np.array(self.inputs, dtype=np.int64).reshape(-1, 2),
             num_tokens=num_tokens,
         )
 

@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         pa.field("labels", pa.list_(pa.int8())),
         pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
         pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
+        pa.field("response_scored", pa.list_(pa.bool_())),  # of the same tokens; null where the loss scores all of them
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response_texts", pa.list_(pa.string()), nullable=False),
         pa.field("where", pa.string(), nullable=False),
@@ -129,6 +130,7 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
         lists((group.labels for group in groups), np.int8),
         lists((group.prompt_tokens for group in groups), np.int32),
         lists((np.concatenate(group.response_tokens) for group in groups), np.int32),
+        lists((None if group.scored is None else np.concatenate(group.scored) for group in groups), np.bool_),
         pa.array([group.prompt_text for group in groups], pa.string()),
         pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
         pa.array([group.where for group in groups], pa.string()),
@@ -150,6 +152,8 @@ def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
                 wrong = "rewards and labels are given by all groups or by none" if len(kinds) > 1 else ""
                 if not group.response_tokens or 0 in map(len, group.response_tokens):
                     wrong = "it has no responses, or one without tokens"
+                elif group.scored is not None and not all(mask.any() for mask in group.scored):
+                    wrong = "one of its responses has no scored token"
                 if wrong:
                     raise DataError(f"{group.where}: group {group.group_id}: {wrong}.")
                 _update_digest(digest, group)
@@ -207,6 +211,8 @@ def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
     parts += [tokens.astype("<i4").tobytes() for tokens in group.response_tokens]
     parts.append(None if group.rewards is None else group.rewards.astype("<f8").tobytes())
     parts.append(None if group.labels is None else group.labels.tobytes())
+    if group.scored is not None:
+        parts += [mask.astype(np.bool_).tobytes() for mask in group.scored]
     digest.update(len(parts).to_bytes(8, "little"))
     for part in parts:
         digest.update((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
@@ -323,17 +329,19 @@ class StoredGroups:
         """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
         batch, row = self._locate(index, piece=1 if name.endswith("tokens") else 0)
         values = batch[name][row].values
-        return None if values is None else values.to_numpy()
+        return None if values is None else values.to_numpy(zero_copy_only=values.type != pa.bool_())  # booleans are bits there
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """One group; the arrays are read-only views of the mapped file."""
         batch, row = self._locate(index, piece=2)
         prompt_text, response_texts = self.text(index)
         ends = np.cumsum(self._row(index, "response_lengths"))
+        mask = self._row(index, "response_scored")
         return TokenizedGroup(
             group_id=batch["group_id"][row].as_py(),
             prompt_tokens=self._row(index, "prompt_tokens"),
             response_tokens=tuple(np.split(self._row(index, "response_tokens"), ends[:-1])),
+            scored=None if mask is None else tuple(np.split(mask, ends[:-1])),
             rewards=self.rewards(index),
             labels=self.labels(index),
             prompt_text=prompt_text,

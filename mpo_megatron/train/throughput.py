@@ -44,7 +44,7 @@ def peak_flops(gpu_name: str | None) -> float | None:
 def throughput(flops: FlopModel, batch: StepBatch, seconds: float, precision: str) -> dict[str, float]:
     """Rates of a step over all ranks; FLOPs are the model's own, without recomputation."""
     pieces = [piece for rows in batch.plan.rows for row in rows for piece in row]
-    scored = int(batch.table.lengths[batch.in_rows].sum())
+    scored = int(batch.table.scored_lengths[batch.in_rows].sum())
     pairs = sum(piece.num_pairs for piece in pieces)
     work = flops.train_step(tokens=batch.plan.num_tokens, pairs=pairs, scored=scored)
     per_rank = work / seconds / torch.distributed.get_world_size()

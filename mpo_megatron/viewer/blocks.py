@@ -65,7 +65,7 @@ def blocks_of(
     for start, end, slot in _runs(row, owner):
         kind = int(owner[start])
         if kind >= 0:
-            blocks.append((start, _response_block(row, kind, start, end, read)))
+            blocks.append((start, _response_block(row, kind, groups, start, end, read)))
             continue
         tokens = [
             read.token(row.tokens[place], False, None if kind == PADDING else int(row.position_ids[place]))
@@ -82,10 +82,9 @@ def blocks_of(
         )
         blocks.append((start, block))
     for number in range(len(row.responses)):  # a response of one token is only predicted: it lies nowhere
-        sources = row.sources[row.response_of == number]
-        if len(sources) == 1:
-            place = int(sources[0]) + 1
-            blocks.append((place - 0.5, _response_block(row, number, None, None, read)))
+        start, end = row.inputs[number].tolist()
+        if start == end:
+            blocks.append((start - 0.5, _response_block(row, number, groups, None, None, read)))
     blocks.sort(key=lambda pair: pair[0])
     absent = [_left_out(groups[slot], slot, response, read) for slot, response in left_out]
     return [*(block for _, block in blocks), *absent]
@@ -95,8 +94,8 @@ def owners(row: Row) -> npt.NDArray[np.int64]:
     """[T] which of the row's responses an input token belongs to; PROMPT or PADDING."""
     owner = np.full(len(row.tokens), PROMPT)
     for number in range(len(row.responses)):
-        # A response's first token is predicted by its prompt's last one; each of its own tokens but the last predicts the next.
-        owner[row.sources[row.response_of == number][1:]] = number
+        start, end = row.inputs[number].tolist()
+        owner[start:end] = number
     owner[row.num_tokens :] = PADDING
     return owner
 
@@ -120,17 +119,23 @@ def _runs(row: Row, owner: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def _slot(row: Row, end: int) -> int:
-    """The group of a prompt that ends at `end`: that of the first response predicted from its last token; −1 if there is none."""
-    followers = row.response_of[row.sources == end - 1]
+    """The group of a prompt that ends at `end`: that of the first response that follows it; −1 if there is none."""
+    followers = np.flatnonzero(row.inputs[:, 0] >= end)
     return int(row.responses[followers[0], 0]) if len(followers) else -1
 
 
-def _response_block(row: Row, number: int, start: int | None, end: int | None, read: Reader) -> Block:
-    scored = row.response_of == number
-    inputs = row.sources[scored][1:]
-    positions = [*row.position_ids[inputs].tolist(), None]
+def _response_block(
+    row: Row, number: int, groups: Sequence[TokenizedGroup], start: int | None, end: int | None, read: Reader
+) -> Block:
     slot, response = row.responses[number].tolist()
-    tokens = [read.token(token, True, position) for token, position in zip(row.targets[scored], positions, strict=True)]
+    first, last = row.inputs[number].tolist()
+    ids = [*row.tokens[first:last].tolist(), int(groups[slot].response_tokens[response][-1])]  # the last one is no input
+    sources = row.sources[row.response_of == number]
+    scored = set(np.where(sources >= first, sources - first + 1, 0).tolist())  # the first token's source is the prompt's last
+    positions = [*row.position_ids[first:last].tolist(), None]
+    tokens = [
+        read.token(token, place in scored, position) for place, (token, position) in enumerate(zip(ids, positions, strict=True))
+    ]
     return Block(
         role="response",
         slot=slot,

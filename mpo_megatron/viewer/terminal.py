@@ -38,7 +38,7 @@ def show(sight: Sight, blocks: Sequence[Block], console: Console, max_tokens: in
         console.print()
         console.print(Text(heading(block, sight), style=f"bold {colour(block)}"))
         if block.role != "padding":
-            console.print(tokens_text(block.tokens[:left], colour(block)), soft_wrap=False)
+            console.print(tokens_text(block.tokens[:left], colour(block), response=block.role == "response"), soft_wrap=False)
             left -= len(block.tokens)
     console.print()
     console.print(Rule(Text("who attends to whom: queries downwards, keys to the right", style="bold"), align="left"))
@@ -50,6 +50,7 @@ def legend() -> Text:
     styles = {
         "prompt": "white on grey23",
         "response, scored": f"bold {COLOURS[0]}",
+        "response, not scored (tool results)": f"dim {COLOURS[0]}",
         "left out by the loss": "dim strike",
         "<special>": "reverse",
         "only predicted, no input": "underline",
@@ -98,8 +99,8 @@ def colour(block: Block) -> str:
     return "dim strike" if block.role == "left out" else "dim" if block.role == "padding" else "white"
 
 
-def tokens_text(tokens: Sequence[Token], style: str) -> Text:
-    """Tokens side by side; every second one is shaded, so that one sees where they are cut."""
+def tokens_text(tokens: Sequence[Token], style: str, *, response: bool) -> Text:
+    """Tokens side by side; every second one is shaded to show where they are cut, and a response's unscored ones are dim."""
     text = Text()
     for number, token in enumerate(tokens):
         parts = [style]
@@ -107,10 +108,9 @@ def tokens_text(tokens: Sequence[Token], style: str) -> Text:
             parts.append("reverse")
         elif number % 2:
             parts.append("on grey23")
-        if token.scored:
-            parts.append("bold")
-            if token.position is None:
-                parts.append("underline")
+        parts.append("bold" if token.scored else "dim" if response else "")
+        if token.scored and token.position is None:
+            parts.append("underline")
         text.append(visible(token.text), style=" ".join(parts))
     return text
 

@@ -207,8 +207,35 @@ def test_repacking_keeps_only_what_is_asked() -> None:
     assert sorted((int(slot), int(k)) for row in rows for slot, k in row.responses) == [(1, 0), (4, 1)]
 
 
+def mask_some(groups, seed=0):
+    """The same groups with tokens that the model did not generate: never a response's first or last."""
+    rng = np.random.default_rng(seed)
+
+    def mask(length):
+        keep = rng.random(length) < 0.6
+        keep[[0, -1]] = True
+        return keep
+
+    return [dataclasses.replace(group, scored=tuple(mask(len(ids)) for ids in group.response_tokens)) for group in groups]
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+def test_tokens_that_the_model_did_not_generate_are_inputs_and_never_targets(layout) -> None:
+    groups = random_groups(12, seed=21)
+    masked = mask_some(groups)
+    plan = make_plan(groups, layout=layout)
+    for row, whole in zip(build_rows(masked, plan, layout), build_rows(groups, plan, layout), strict=True):
+        for name in ("tokens", "position_ids", "segments", "responses", "inputs"):
+            assert np.array_equal(getattr(row, name), getattr(whole, name))
+        keep = np.concatenate([masked[slot].scored[k] for slot, k in row.responses] or [np.zeros(0, bool)])
+        for name in ("sources", "targets", "response_of"):
+            assert np.array_equal(getattr(row, name), getattr(whole, name)[keep])
+        for (slot, k), (start, end) in zip(row.responses, row.inputs, strict=True):
+            assert np.array_equal(row.tokens[start:end], groups[slot].response_tokens[k][:-1])
+
+
 def test_lengths_that_losses_divide_by_leave_out_what_is_not_scored() -> None:
-    groups = random_groups(2, seed=14, prompt_tokens=(0, 0), response_tokens=(1, 3)) + random_groups(2, seed=15)
+    groups = random_groups(2, seed=14, prompt_tokens=(0, 0), response_tokens=(1, 3)) + mask_some(random_groups(2, seed=15))
     table = group_table(groups, np.arange(4))
     plan = make_plan(groups, row_tokens=1000, num_replicas=1)
     (row,) = build_rows(groups, plan)

@@ -17,16 +17,19 @@ from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, rea
 from mpo_megatron.digests import seal
 
 
-def make_groups(count: int, *, labels: bool = False, rewards: bool = True) -> list[TokenizedGroup]:
+def make_groups(count: int, *, labels: bool = False, rewards: bool = True, masks: bool = False) -> list[TokenizedGroup]:
     draw = np.random.default_rng(count)
     groups = []
     for index in range(count):
         size = int(draw.integers(2, 6))
+        lengths = draw.integers(1, 7, size)
+        scored = tuple(np.arange(length) % 2 == 0 for length in lengths) if masks and index % 3 else None
         groups.append(
             TokenizedGroup(
                 group_id=f"group-{index}",
                 prompt_tokens=draw.integers(0, 99, draw.integers(1, 9)).astype(np.int32),
-                response_tokens=tuple(draw.integers(0, 99, draw.integers(1, 7)).astype(np.int32) for _ in range(size)),
+                response_tokens=tuple(draw.integers(0, 99, length).astype(np.int32) for length in lengths),
+                scored=scored,
                 rewards=draw.normal(size=size) if rewards else None,
                 labels=draw.integers(0, 2, size).astype(np.int8) if labels else None,
                 prompt_text=f"prompt {index}",
@@ -42,9 +45,9 @@ def write(folder: Path, groups: list[TokenizedGroup], **changes: Any) -> Prepare
     return write_groups(folder, groups, **fields)
 
 
-@pytest.mark.parametrize("labels", [False, True])
-def test_what_is_read_is_what_was_written(tmp_path: Path, labels: bool) -> None:
-    groups = make_groups(BATCH_GROUPS + 3, labels=labels)  # two record batches
+@pytest.mark.parametrize(("labels", "masks"), [(False, False), (True, False), (False, True)])
+def test_what_is_read_is_what_was_written(tmp_path: Path, labels: bool, masks: bool) -> None:
+    groups = make_groups(BATCH_GROUPS + 3, labels=labels, masks=masks)  # two record batches
     info = write(tmp_path / "out", groups)
     stored = load_groups(tmp_path / "out")
     assert stored.info == info
@@ -53,10 +56,19 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, labels: bool) -> None:
         assert got.prompt_tokens.dtype == np.int32
         for field in dataclasses.fields(TokenizedGroup):
             left, right = getattr(got, field.name), getattr(wanted, field.name)
-            if field.name == "response_tokens":
+            if field.name in ("response_tokens", "scored") and right is not None:
                 assert [item.tolist() for item in left] == [item.tolist() for item in right]
             else:
                 np.testing.assert_array_equal(left, right)
+
+
+def test_masks_enter_the_digest_and_leave_a_token_to_score(tmp_path: Path) -> None:
+    plain, masked = make_groups(5), make_groups(5, masks=True)
+    assert write(tmp_path / "plain", plain).data_digest != write(tmp_path / "masked", masked).data_digest
+    assert load_groups(tmp_path / "masked").compute_digest() == load_groups(tmp_path / "masked").info.data_digest
+    nothing = dataclasses.replace(plain[0], scored=tuple(np.zeros(len(ids), bool) for ids in plain[0].response_tokens))
+    with pytest.raises(DataError, match="group group-0: one of its responses has no scored token"):
+        write(tmp_path / "nothing", [nothing])
 
 
 def test_lengths_come_without_tokens(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.schedule import RowTensors
-from mpo_megatron.train.step import collect_logps, run_rows, sum_responses
+from mpo_megatron.train.step import collect_logps, run_rows, sum_responses, token_index
 from tests.tiny import random_groups
 from tests.unit.model.rows import plain_varlen_kernel
 
@@ -102,6 +102,42 @@ def test_packed_as_alone(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, seed: in
             for name, gradient in gradients.items():
                 wanted = expected_gradients[name]
                 assert (gradient - wanted).abs().max() <= 1e-5 * wanted.abs().max(), (name, attention, layout, row_tokens)
+
+
+def test_tokens_that_the_model_did_not_generate_contribute_nothing(ranks: Ranks) -> None:
+    """Log-probs and gradients of masked responses are those of the scored tokens alone, each in its whole context."""
+    groups = draw_groups(3)
+    rng = np.random.default_rng(3)
+    masks = [tuple(rng.random(len(ids)) < 0.5 for ids in group.response_tokens) for group in groups]
+    for slot, group in enumerate(groups):
+        for k in range(group.num_responses):
+            masks[slot][k][-1] = True
+    masked = [dataclasses.replace(group, scored=mask) for group, mask in zip(groups, masks, strict=True)]
+    table = group_table(masked, np.arange(len(groups)))
+    shape = table.valid.shape
+    weight = torch.zeros(*shape, int(table.lengths.max()), dtype=torch.float64)  # of each token, in the unmasked rows
+    for slot, group in enumerate(groups):
+        for k, mask in enumerate(masks[slot]):
+            scored = mask if len(group.prompt_tokens) else mask[1:]
+            weight[slot, k, : len(scored)] = torch.from_numpy(scored)
+
+    def token_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
+        return (weight[token_index(row)] * token_logps).sum()
+
+    parts = build(ranks)
+    _, rows = pack(table, groups, table.valid, SHAPE)
+    outputs = run_rows(parts, rows, ranks, token_loss)
+    token = collect_logps(outputs, shape, ranks, weight.shape[2]).token
+    assert token is not None
+    wanted_gradients = {name: parameter.grad for name, parameter in parts[0].named_parameters()}
+    for parameter in parts[0].parameters():
+        parameter.grad = None
+    _, rows = pack(table, masked, table.valid, SHAPE)
+    logps, gradients = compute(parts, rows, torch.ones(shape), ranks)
+    # Sums of up to 9 float32 numbers of about −6.
+    torch.testing.assert_close(logps, (weight * token).sum(dim=-1), rtol=1e-5, atol=1e-5)
+    for name, gradient in gradients.items():
+        assert (gradient - wanted_gradients[name]).abs().max() <= 1e-5 * gradient.abs().max(), name
 
 
 def test_siblings_and_neighbours_change_no_bit(ranks: Ranks) -> None:
