@@ -31,7 +31,6 @@ from mpo_megatron.data.loader import StepBatch, build_step, step_indices
 from mpo_megatron.hf.fp8 import RECIPES, token_multiple
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.train import optimizer
-from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, Objective, build_objective, group_batch
 from mpo_megatron.train.step import forward_step, fused_step
 
@@ -171,8 +170,8 @@ def run(
     if device.has_gpu():
         torch.cuda.reset_peak_memory_stats()
     policy = own.build_policy(model)
-    with fp8_emulation.emulate(recipe, policy) if recipe else contextlib.nullcontext([]) as scales:
-        return train_policy(own, model, policy, size, train, held_out, seed, scales)
+    with fp8_emulation.emulate(recipe, policy) if recipe else contextlib.nullcontext():
+        return train_policy(own, model, policy, size, train, held_out, seed)
 
 
 def train_policy(
@@ -183,12 +182,10 @@ def train_policy(
     train: list[TokenizedGroup],
     held_out: list[TokenizedGroup],
     seed: int,
-    scales: list[fp8_emulation.Scales],
 ) -> dict[str, Any]:
-    """`run`, of a model that is built; the scales are those of an emulated recipe."""
+    """`run`, of a model that is built."""
     objective = build_objective(LossConfig(name="mpo", params={"beta": BETA}))
     shape = dataclasses.replace(own.shape(size.row_tokens), multiple=token_multiple(model) * own.parallel.row_parts)
-    calibrate(policy, as_data(train), own.ranks, shape)
     order = [step_indices(step, len(train), size.groups_per_step, seed=seed, shuffle=True) for step in range(size.steps)]
     batches = [build_step(step, as_data(train), indices, objective.select, shape) for step, indices in enumerate(order)]
     references = [forward_step(policy, batch, objective, own.ranks) for batch in batches]
@@ -202,8 +199,6 @@ def train_policy(
         optimizer.zero_gradients(wrapped, adam)
         logps = fused_step(wrapped, batch, reference, objective, own.ranks)
         optimizer.update(wrapped, adam)
-        for each in scales:
-            each.update()
         seconds.append(timing.now() - started)
         losses.append(mean_loss(batch, logps, reference, objective))
     found = forward_step(wrapped, test, objective, own.ranks)

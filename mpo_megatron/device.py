@@ -29,6 +29,9 @@ FACTORIES = (
 )  # fmt: skip
 """Functions of `torch` that Megatron-Core calls with device="cuda" or pin_memory=True."""
 
+POWER_OF_TWO_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
+"""Environment variable that Transformer Engine reads at import."""
+
 COMPILED_VARIANTS = 64
 """Limit of `compile_for_any_length`, for each function."""
 
@@ -119,7 +122,7 @@ def prepare() -> None:
     _prepared = True
     # Read when Transformer Engine is imported. With scales that are powers of 2, FP8's `current` recipe rounds a token the same
     # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/fp8.md).
-    os.environ.setdefault("NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES", "1")
+    os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
     # Megatron-Core tells at import what optional packages are missing, and torch that Megatron-Core uses names it is about
     # to rename; a user can do nothing about either.
     warnings.filterwarnings("ignore", module=r"megatron\..*")

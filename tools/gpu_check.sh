@@ -31,7 +31,7 @@ rm -f "$output/parts.jsonl" "$output/check.log"
 part machine 50 "$python" -m tests.gpu.machine "$output/machine.json"
 # Of whole runs only the one in bf16: each takes a minute or so.
 part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu/test_gpu_{policy,logprobs,train,attention,fp8,offload}.py -q \
-  -k "not (test_gpu_train and (delayed or current or blockwise))" \
+  -k "not (test_gpu_train and (current or blockwise))" \
   -p no:cacheprovider --disable-warnings --junitxml "$output/tests.xml"
 left=4
 for name in breakdown layouts logprobs fp8; do

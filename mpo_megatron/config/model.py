@@ -18,7 +18,7 @@ class ModelConfig:
     """Checkpoint of the reference policy π_ref; by default the one training starts from."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer states and master weights are float32 in both."""
-    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] = "none"
+    fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"
     """Recipe for FP8 matrix products in the layers (Transformer Engine, bf16 elsewhere); docs/fp8.md says which is for what."""
     fp8_bf16_layers: int = 0
     """Number of first layers, and of last layers, that stay in bf16 with FP8."""
@@ -55,12 +55,7 @@ class ModelConfig:
             f"model.fp8 = {self.fp8} with model.backend = local; FP8 is Transformer Engine's; set model.backend to auto.",
         )
         require(
-            self.fp8 != "delayed" or not self.fp8_bf16_layers,
-            f"model.fp8_bf16_layers = {self.fp8_bf16_layers} with model.fp8 = delayed, whose scales are updated for all layers "
-            "at once; set it to 0, or model.fp8 to current.",
-        )
-        require(
             not self.fp8_params or self.fp8 in ("current", "blockwise"),
-            f"model.fp8_params = true with model.fp8 = {self.fp8}: delayed scales are not known yet when weights are loaded, and "
-            "mxfp8 would need gradient buffers shared with gathered weights; set model.fp8 to current or blockwise.",
+            f"model.fp8_params = true with model.fp8 = {self.fp8}, which needs gradient buffers shared with gathered weights; "
+            "set model.fp8 to current or blockwise.",
         )

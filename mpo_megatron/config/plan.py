@@ -42,7 +42,7 @@ class PlanConfig:
     """Groups of the whole run, for its duration; by default those of the data, or 60,000."""
     groups_per_step: int | None = None
     """Global batch; by default that of `train`, or 128."""
-    fp8: Literal["none", "delayed", "current", "blockwise", "mxfp8"] | None = None
+    fp8: Literal["none", "current", "blockwise", "mxfp8"] | None = None
     """FP8 recipe to plan with, instead of that of `train`."""
     attention: Literal["varlen", "flex"] = "varlen"
     """Attention kernel that `model.attention: auto` will find: `varlen` with flash-attn or a recent PyTorch."""

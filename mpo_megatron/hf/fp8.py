@@ -27,7 +27,6 @@ class Recipe:
 
 
 RECIPES = {
-    "delayed": Recipe(megatron="delayed", format="hybrid", tokens=16, channels=16, availability="is_fp8_available"),
     "current": Recipe(megatron="tensorwise", format="hybrid", tokens=16, channels=16, availability="is_fp8_available"),
     "blockwise": Recipe(
         megatron="blockwise", format="e4m3", tokens=128, channels=16, availability="is_fp8_block_scaling_available"

@@ -1,33 +1,28 @@
-"""FP8: which recipes there are, what they ask of machine, model and rows, and where their scales come from.
+"""FP8: what Megatron-Core needs to know of a recipe, and whether this machine can compute it.
 
 With FP8 the matrix products of the layers take 8-bit inputs (Transformer Engine quantizes weights, activations and gradients);
 everything else stays as it is in bf16: residuals, norms, attention, the embedding, and the log-prob head, which multiplies bf16
 matrices and reduces in float32. Master weights and optimizer states are float32.
 
-Recipes differ in where a scale comes from. `current`, `blockwise` and `mxfp8` take it from the very tensor that is quantized:
-what a token yields depends on weights and context alone, nearly so with `current`: all as in bf16. `delayed` takes it from the
-largest values of earlier passes, a state that each pass would change. Here that state belongs to the optimizer step: it changes
-once, when a step's passes are done (`scales`), forward-only passes leave it as they found it, and before the first step it is
-measured on the first groups of the training data (train/calibration.py). docs/fp8.md has the reasons and the limits.
+Every recipe here takes its scales from the tensor that is quantized, so FP8 has no state: a token's log-prob depends on weights
+and context alone, as in bf16 (with `current`, almost). Transformer Engine's `delayed` recipe is not offered: it takes scales from
+earlier passes and updates them at the end of every outermost autocast, while a step here runs many rows. docs/fp8.md has more.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+import os
 from typing import Any
 
 import torch
-from megatron.core.fp8_utils import get_fp8_context
-from megatron.core.utils import get_model_config
 from transformers import PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.hf.fp8 import RECIPES, validate_fp8_layout
 
-AMAX_HISTORY = 1024
-"""Steps whose largest values `delayed` looks back on: Transformer Engine's own default."""
+UNROUNDED = "_high_precision_init_val"
+"""Where Transformer Engine keeps the values that an FP8 parameter was made of; `get_high_precision_init_val` returns them."""
 
 
 def fp8_settings(model: ModelConfig) -> dict[str, Any]:
@@ -39,8 +34,6 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
         "fp8": recipe.format,
         "fp8_recipe": recipe.megatron,
         "fp8_param": model.fp8_params,
-        "fp8_amax_history_len": AMAX_HISTORY,
-        "fp8_amax_compute_algo": "max",
         "first_last_layers_bf16": model.fp8_bf16_layers > 0,
         "num_layers_at_start_in_bf16": model.fp8_bf16_layers,
         "num_layers_at_end_in_bf16": model.fp8_bf16_layers,
@@ -86,79 +79,39 @@ def missing_for_recipe(name: str) -> str | None:
     """Why this machine's GPU cannot compute a recipe; None if it can. Transformer Engine is there."""
     import transformer_engine.pytorch as engine
 
-    available, reason = getattr(engine, RECIPES[name].availability)(return_reason=True)
-    return None if available else str(reason).rstrip(".")
+    availability = getattr(engine, RECIPES[name].availability, None)
+    if availability is None:
+        return f"this version of Transformer Engine has no {RECIPES[name].availability}"
+    available, reason = availability(return_reason=True)
+    if not available:
+        return str(reason).rstrip(".")
+    return missing_powers_of_two() if name == "current" else None
 
 
-def has_delayed_scales(part: torch.nn.Module) -> bool:
-    """Whether a model's scales are a state that earlier passes left."""
-    config = get_model_config(part)
-    return bool(config.fp8) and config.fp8_recipe == RECIPES["delayed"].megatron
+def missing_powers_of_two() -> str | None:
+    """Why `current` would not round its scales to powers of 2 although it is asked to (device.prepare); None if it does."""
+    from transformer_engine.common.recipe import Float8CurrentScaling
 
-
-@contextlib.contextmanager
-def scales(model: Sequence[torch.nn.Module], *, forward_only: bool) -> Iterator[None]:
-    """Run all rows of a pass under the same delayed scales; does nothing for other recipes and without FP8.
-
-    With backward, the scales are brought up to date when the context ends. Those of weights and activations Transformer Engine
-    updates when its outermost autocast ends, and so this one is put around those of the layers. Those of gradients it would
-    update in the backward pass of what it takes for the first module: one in each row, and with full recomputation every module.
-    Here none is the first, and it is done once. Ranks that share matrices or rows agree on the largest values then.
-    Forward only, scales and history are afterwards what they were before.
-    """
-    if not has_delayed_scales(model[0]):
-        yield
-    elif forward_only:
-        before = [(module, module.get_fp8_meta_tensors()) for module in scaled_modules(model)]
-        try:
-            yield
-        finally:
-            for module, saved in before:
-                module.reset_fp8_meta_tensors(saved)
-    else:
-        engine = transformer_engine_state()
-        with get_fp8_context(get_model_config(model[0])):
-            engine.IS_FIRST_FP8_MODULE = False  # inner contexts put it back to this when they end
-            yield
-            engine.reduce_and_update_fp8_tensors(forward=False)
-
-
-def transformer_engine_state() -> Any:
-    """Transformer Engine's global state of FP8, from where Megatron-Core, too, takes it."""
-    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager
-
-    return FP8GlobalStateManager
-
-
-def forget_scales(model: Sequence[torch.nn.Module]) -> None:
-    """Set delayed scales to 1 and forget their history."""
-    for module in scaled_modules(model):
-        module.reset_fp8_meta_tensors()
-
-
-def hold_scales(model: Sequence[torch.nn.Module]) -> None:
-    """Keep delayed scales as they are for good: those of a reference that stays in memory.
-
-    Transformer Engine updates all modules of a process whenever it updates any. A history that is the largest value throughout
-    yields the same scale until it is all zeros, and from then on scales stay.
-    """
-    for module in scaled_modules(model):
-        saved = module.get_fp8_meta_tensors()
-        for _, history in (saved or {}).values():
-            history.copy_(history.amax(dim=0, keepdim=True).expand_as(history).clone())
-        module.reset_fp8_meta_tensors(saved)
-
-
-def scaled_modules(model: Sequence[torch.nn.Module]) -> list[Any]:
-    """The modules that have delayed scales: Transformer Engine's, which all have these two methods."""
-    return [module for part in model for module in part.modules() if hasattr(module, "reset_fp8_meta_tensors")]
+    asked = os.environ.get(device.POWER_OF_TWO_SCALES) == "1"
+    if not asked or getattr(Float8CurrentScaling(), "use_power_2_scales", False):
+        return None
+    return (
+        f"Transformer Engine ignores {device.POWER_OF_TWO_SCALES}=1, so a token's log-prob would depend on its row; import it "
+        "after mpo_megatron.device.prepare(), or use another version"
+    )
 
 
 def keep_exact_weights(part: torch.nn.Module, weights: dict[str, Any]) -> None:
     """Let the optimizer start from the weights that were loaded, not from their FP8 rounding (`model.fp8_params`).
 
-    A parameter in FP8 holds on to the unrounded values it was made of until the optimizer takes them: those of initialisation.
+    A parameter in FP8 keeps the unrounded values it was made of until the optimizer takes them: those of initialisation.
+
+    Raises:
+        AttributeError: this version of Transformer Engine keeps them elsewhere.
     """
     for name, parameter in part.named_parameters():
-        if getattr(parameter, "_high_precision_init_val", None) is not None:
-            parameter._high_precision_init_val = weights[name].detach().cpu()  # type: ignore[attr-defined]
+        if not hasattr(parameter, "get_high_precision_init_val"):
+            continue
+        if not hasattr(parameter, UNROUNDED):
+            raise AttributeError(f"Transformer Engine's FP8 parameters have no {UNROUNDED}; model/precision.py must follow it")
+        setattr(parameter, UNROUNDED, weights[name].detach().cpu())

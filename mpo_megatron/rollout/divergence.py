@@ -15,14 +15,11 @@ import torch
 
 from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.group import Float64, Int64
-from mpo_megatron.data.loader import RowShape
-from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train import checkpoint
-from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.ending import end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
@@ -51,7 +48,7 @@ def measure(config: TrainConfig) -> None:
             values = reference_logps(
                 inputs.train,
                 output / name,
-                functools.partial(load, model, folder, ranks, inputs.train, shape),
+                functools.partial(load, model, folder, ranks),
                 ranks,
                 shape,
                 groups_per_part=config.data.groups_per_step,
@@ -64,10 +61,9 @@ def measure(config: TrainConfig) -> None:
             write_summary(output / KL_FILE, summarize(ours, theirs, offsets, lengths))
 
 
-def load(model: list[torch.nn.Module], folder: str, ranks: Ranks, data: PreparedGroups, shape: RowShape) -> list[torch.nn.Module]:
-    """The model with the weights in `folder`, and where it has delayed scales, with those that it would start from on `data`."""
+def load(model: list[torch.nn.Module], folder: str, ranks: Ranks) -> list[torch.nn.Module]:
+    """The model with the weights in `folder`."""
     checkpoint.load_weights(model, folder, ranks)
-    calibrate(model, data, ranks, shape)
     return model
 
 

@@ -4,7 +4,7 @@
     launcher, __main__, reference_main, ending   torchrun; a rank of `mpo train`, of `mpo reference`; how a rank ends
     inputs, run                                  what a run reads, opened and checked; what it works with, loaded
     objective, step, schedule, resident, term    the loss; rows through the policy, and a reference beside it; what may be added
-    optimizer, calibration                       AdamW and its learning rate; the first scales of FP8
+    optimizer                                    AdamW and its learning rate
     reference                                    log-probs of the reference, computed once and kept
     evaluation, metrics, throughput, tracking/   held-out groups; how the policy does, and how fast; where it is written down
     checkpoint, gathering, saving                weights and states to and from disk; when and how they are written

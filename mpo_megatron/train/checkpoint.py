@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.model.precision import has_delayed_scales, keep_exact_weights
+from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import STATE, is_step
@@ -38,7 +37,7 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_av
 a stage has no experts, and so one optimizer less."""
 
 EXTRA_STATE = "_extra_state"
-"""Suffix of what Transformer Engine's modules save besides weights."""
+"""Suffix of what Transformer Engine's modules save besides weights: nothing that the recipes offered here have."""
 
 
 def verify(folder: Path) -> None:
@@ -85,7 +84,7 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
     All ranks call it. Optimizer states that this rank is to write are gathered and copied here, weights are not.
     """
     gather_weights(model)
-    states: dict[str, Any] = _model_states(model, ranks, scales=has_delayed_scales(model[0]))
+    states: dict[str, Any] = _model_states(model, ranks)
     _fill_optimizer_state(optimizer)
     with reserving(optimizer) as reserved:
         states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
@@ -106,7 +105,7 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
     """Restore weights and optimizer states from a step's folder, on any layout."""
-    models = _model_states(model, ranks, scales=has_delayed_scales(model[0]) and _has_scales(folder))
+    models = _model_states(model, ranks)
     _fill_optimizer_state(optimizer)
     with reserving(optimizer):
         states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
@@ -123,28 +122,14 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
             gather_now(part)
 
 
-def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, scales: bool = False) -> dict[str, Any]:
-    """Sharded state dicts of the model's parts.
-
-    Args:
-        scales: with FP8's delayed scales, one object a module (Transformer Engine's `_extra_state`). They are the same on all
-            tensor-parallel ranks and replicas, which agree on the largest values, and so load on any layout.
-    """
+def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
+    """Sharded state dicts of the model's parts: their weights."""
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
     states = {}
     for name, part in zip(names, model, strict=True):
         state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
-        states[name] = {
-            key: value
-            for key, value in state.items()
-            if not key.endswith(EXTRA_STATE) or (scales and value.data is not None)  # Megatron's own modules have None
-        }
+        states[name] = {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
     return states
-
-
-def _has_scales(folder: Path) -> bool:
-    """Whether a checkpoint was written with delayed scales."""
-    return any(EXTRA_STATE in key for key in load_sharded_metadata(str(folder / "megatron")))
 
 
 def _optimizer_view(states: dict[str, Any]) -> dict[str, Any]:

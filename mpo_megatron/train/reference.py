@@ -114,13 +114,8 @@ def cache_key(
     *,
     transformer_engine: bool,
     attention: str,
-    calibration: PreparedGroups,
 ) -> str:
-    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only.
-
-    Args:
-        calibration: groups that FP8's delayed scales are measured on
-    """
+    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only."""
     fp8 = numerics(model)
     parts = {
         "model": model_digest,
@@ -130,7 +125,6 @@ def cache_key(
         "transformer_engine": transformer_engine,
         "attention": attention,
         **({} if fp8 is None else {"fp8": fp8}),
-        **({"calibration": calibration.info.data_digest} if model.fp8 == "delayed" else {}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

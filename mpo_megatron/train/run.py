@@ -17,9 +17,7 @@ from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.model.precision import has_delayed_scales, hold_scales
 from mpo_megatron.train import checkpoint, optimizer
-from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.faults import STEP_SEEDS
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.metrics import Mean, compute_metrics
@@ -78,7 +76,6 @@ def open_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Run:
     policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     references = compute_references(config, inputs, policy, ranks, shape)
     checkpoint.load_weights(policy, config.model.checkpoint, ranks)
-    calibrate(policy, inputs.train, ranks, shape)
     model = optimizer.wrap_data_parallel(policy, config.optimizer, ranks)
     prepare_schedules(model)
     return Run(
@@ -110,9 +107,6 @@ def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks, shap
     """The reference model in memory, without gradients, cut over ranks as the policy is."""
     parts = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     checkpoint.load_weights(parts, config.model.reference or config.model.checkpoint, ranks)
-    calibrate(parts, inputs.train, ranks, shape)
-    if has_delayed_scales(parts[0]):
-        hold_scales(parts)
     return Resident(parts, offload=config.model.resident_offload)
 
 
@@ -129,7 +123,6 @@ def compute_references(
         nonlocal loaded
         if not loaded:
             checkpoint.load_weights(policy, config.model.reference or config.model.checkpoint, ranks)
-            calibrate(policy, inputs.train, ranks, shape)
             loaded = True
         return policy
 
@@ -142,7 +135,6 @@ def compute_references(
                 config.model,
                 transformer_engine=use_transformer_engine(config.model),
                 attention=choose_attention(config.model),
-                calibration=inputs.train,
             )
             references[data.path] = reference_logps(
                 data,

@@ -14,7 +14,6 @@ from torch import Tensor
 from mpo_megatron import device
 from mpo_megatron.data.packing import Ints, Row
 from mpo_megatron.model.attention import RowLayout, row_layout
-from mpo_megatron.model.precision import scales
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +77,7 @@ def run_schedule(
         part.train(not forward_only)
     # Interleaved schedules hand each row to each part of the model, in turn.
     iterators = [iter(enumerate(rows)) for _ in model]
-    with torch.set_grad_enabled(not forward_only), scales(model, forward_only=forward_only):
+    with torch.set_grad_enabled(not forward_only):
         collected: list[Any] = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators[0] if len(model) == 1 else iterators,

@@ -17,7 +17,6 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.train import optimizer
-from mpo_megatron.train.calibration import calibrate
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.step import prepare_schedules
 from tests.tiny import random_groups
@@ -49,7 +48,7 @@ def row_shape(config: ModelConfig) -> RowShape:
 
 
 def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Module]:
-    """The policy in this precision, always with the same weights, and with FP8's first scales where it has any."""
+    """The policy in this precision, always with the same weights."""
     parts = build_policy(hf_config(**changes), config, ParallelConfig(), ranks, 1024)
     generator = torch.Generator().manual_seed(0)
     values = {}
@@ -60,7 +59,6 @@ def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Mo
             values[parameter] = value.to(parameter.dtype)
             parameter.copy_(values[parameter].to(parameter.device))  # to FP8 from bf16, as checkpoints are loaded
     keep_exact_weights(parts[0], {name: values[parameter] for name, parameter in parts[0].named_parameters()})
-    calibrate(parts, GROUPS, ranks, row_shape(config))
     return parts
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.fp8_emulation import RECIPES, Product, Scales, round_blocks
+from benchmarks.fp8_emulation import RECIPES, Product, round_blocks
 
 E4M3 = torch.float8_e4m3fn
 
@@ -30,24 +30,10 @@ def test_products_are_near_and_not_equal(recipe: str) -> None:
     torch.manual_seed(0)
     inputs, weight, gradient = torch.randn(48, 160), torch.randn(96, 160), torch.randn(48, 96)
     found, expected = [], []
-    for product, into in ((lambda x, w: Product.apply(x, w, recipe, Scales()), found), (torch.nn.functional.linear, expected)):
+    for product, into in ((lambda x, w: Product.apply(x, w, recipe), found), (torch.nn.functional.linear, expected)):
         leaves = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
         output = product(*leaves)
         into += [output.detach(), *torch.autograd.grad(output, leaves, gradient)]
     for ours, exact in zip(found, expected, strict=True):
         # e4m3 errs by up to 2^-4 of a number, e5m2 by 2^-3; products of two, errors of random sign.
         assert 0.005 < (ours - exact).norm() / exact.norm() < 0.1
-
-
-def test_delayed_scales_are_those_of_earlier_steps() -> None:
-    scales = Scales()
-    weight = torch.eye(16)
-    scales.measure(0, torch.full((16, 16), -3.0))
-    scales.measure(0, torch.full((16, 16), 2.0))
-    scales.measure(1, weight)
-    assert scales.used.tolist() == [0, 0, 0]
-    scales.update()
-    assert scales.used[:2].tolist() == [3, 1]
-    # 100 is now more than the format holds: it becomes the largest number, 448 under the scale 448 / 3.
-    found = Product.apply(torch.full((16, 16), 100.0), weight, "delayed", scales)
-    assert torch.allclose(found, torch.full((16, 16), 3.0))
