@@ -30,7 +30,7 @@ DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.3
 
 EXTRAS = {
     # The range that megatron-core 0.16's own development extra pins.
-    "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.21"],
     # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
     "rollout": ["vllm>=0.11", "openai>=2"],
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
@@ -70,7 +70,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.12,<3.14",
+    python_requires=">=3.12,<3.15",
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
     package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*", "viewer/page/*"]},
     install_requires=REQUIRED,

@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,9 +25,6 @@ PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl
 """Whose versions are written beside the numbers."""
 
 Row = dict[str, Any]
-
-Case = TypeVar("Case")
-Result = TypeVar("Result")
 
 
 def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int = 3) -> argparse.ArgumentParser:
@@ -67,7 +64,7 @@ def clock(action: Callable[[], object]) -> float:
     return now() - started
 
 
-def measure_each(
+def measure_each[Case, Result](
     name: str, options: argparse.Namespace, cases: Sequence[Case], measure: Callable[[Case], Result]
 ) -> list[Result]:
     """What was measured of each case; if it is interrupted (Ctrl-C, or out of time), of those that were done, if any.
@@ -117,7 +114,7 @@ def describe_machine() -> dict[str, Any]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "device": torch.cuda.get_device_name() if device.has_gpu() else _cpu_name(),
         "cpu_cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
@@ -16,8 +16,6 @@ from mpo_megatron.config.checks import ConfigError
 from mpo_megatron.config.names import check_file, check_names, describe_type, options_of, unknown_option
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-C = TypeVar("C")
 
 
 def build_parser(kind: type[Any], program: str, epilog: str | None = None) -> ArgumentParser:
@@ -28,13 +26,13 @@ def build_parser(kind: type[Any], program: str, epilog: str | None = None) -> Ar
     return parser
 
 
-def instantiate(parser: ArgumentParser, kind: type[C], namespace: Namespace) -> C:
+def instantiate[C](parser: ArgumentParser, kind: type[C], namespace: Namespace) -> C:
     """The dataclass that a parsed namespace describes; nested dataclasses are built by the parser."""
     built = parser.instantiate(namespace)
     return kind(**{item.name: built[item.name] for item in dataclasses.fields(kind)})  # type: ignore[arg-type]
 
 
-def parse(kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo", epilog: str | None = None) -> C:
+def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo", epilog: str | None = None) -> C:
     """Parse command-line arguments (default: sys.argv) into `kind`. `--help` and `--print_config` print, and end the program.
 
     Args:
@@ -54,7 +52,7 @@ def parse(kind: type[C], arguments: Sequence[str] | None = None, program: str = 
         raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
 
 
-def load_yaml(kind: type[C], path: str | Path) -> C:
+def load_yaml[C](kind: type[C], path: str | Path) -> C:
     """The configuration saved in a YAML file, checked like one from the command line.
 
     Raises:
@@ -70,7 +68,7 @@ def load_yaml(kind: type[C], path: str | Path) -> C:
         raise ConfigError(f"{path}: {error}") from error
 
 
-def from_dict(kind: type[C], options: Mapping[str, Any], where: str) -> C:
+def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
     """The configuration that nested plain dictionaries describe, checked like one from the command line.
 
     Args:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +22,6 @@ from mpo_megatron.data.store import PreparedGroups
 Bools = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +181,7 @@ def iterate_steps(
     return build_ahead(build, steps)
 
 
-def build_ahead(build: Callable[[Item], StepBatch], items: Sequence[Item]) -> Iterator[StepBatch]:
+def build_ahead[Item](build: Callable[[Item], StepBatch], items: Sequence[Item]) -> Iterator[StepBatch]:
     """What `build` makes of each item, in order; the next one is built in a thread while the current one is worked on."""
     if not items:
         return

@@ -21,7 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -56,9 +56,6 @@ _CHUNK = 32
 """Groups that one task tokenizes."""
 _AHEAD = 4
 """Chunks per worker that may be under way: keeps workers busy and memory bounded."""
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +161,7 @@ def tokenize_chunk(config: PrepareConfig, items: list[Group | Rejection]) -> Chu
     )
 
 
-def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
+def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """`map` over processes, results in the order of the items, a bounded number of them under way."""
     if num_workers == 1:
         yield from map(function, items)
@@ -189,7 +186,7 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item], num_
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def _chunks[Item](items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while chunk := list(itertools.islice(iterator, size)):
         yield chunk

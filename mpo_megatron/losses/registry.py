@@ -22,14 +22,12 @@ import dataclasses
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch
-
-Params = TypeVar("Params")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +93,7 @@ class Loss:
 _LOSSES: dict[str, Loss] = {}
 
 
-def register(
+def register[Params](
     name: str,
     *,
     params: type[Params],

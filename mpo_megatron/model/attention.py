@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,9 +35,6 @@ class Segment(NamedTuple):
     context_end: int
 
 
-Index = TypeVar("Index")
-
-
 @dataclass
 class RowLayout(PackedSeqParams):
     """The segments of one packed row. A PackedSeqParams, since that is what Megatron-Core hands down to the attention core."""
@@ -49,7 +46,7 @@ class RowLayout(PackedSeqParams):
     indices: dict[Callable[..., Any], Any] = field(default_factory=dict)
     """What back ends made of the segments, by the function that made it."""
 
-    def index(self, build: Callable[[tuple[Segment, ...]], Index]) -> Index:
+    def index[Index](self, build: Callable[[tuple[Segment, ...]], Index]) -> Index:
         """`build(segments)`, made once per row and shared by all layers."""
         if build not in self.indices:
             self.indices[build] = build(self.segments)

@@ -15,13 +15,11 @@ import random
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from mpo_megatron.config import ConfigError, EndpointConfig
 from mpo_megatron.data import DataError
 
-Question = TypeVar("Question")
-Answer = TypeVar("Answer")
 _FIRST_PAUSE = 0.5
 """Seconds before the first repetition; doubled for each further one."""
 _LATER = {408, 409, 429}
@@ -36,7 +34,7 @@ class UnusableAnswerError(ValueError):
     """The server answered with something that is no answer to the question."""
 
 
-Outcome = tuple[int, Answer | None, str | None]
+type Outcome[Answer] = tuple[int, Answer | None, str | None]
 """What became of one question: its position, and an answer or why there is none."""
 
 
@@ -47,7 +45,7 @@ class Client:
         self.config = config
         self._key = os.environ.get(config.api_key_env, "")
 
-    def ask_all(
+    def ask_all[Question, Answer](
         self, questions: Sequence[Question], ask: Callable[[Any, Question], Awaitable[Answer]]
     ) -> Iterator[Outcome[Answer]]:
         """Put every question to the server, `concurrency` at a time; outcomes in the order they come.
@@ -80,7 +78,7 @@ class Client:
             stop.set()
             thread.join()
 
-    async def _run(
+    async def _run[Question, Answer](
         self,
         questions: Sequence[Question],
         ask: Callable[[Any, Question], Awaitable[Answer]],
@@ -124,7 +122,7 @@ class Client:
                     task.cancel()
                 await asyncio.gather(workers, watcher, return_exceptions=True)
 
-    async def _ask(
+    async def _ask[Question, Answer](
         self, client: Any, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]
     ) -> tuple[Answer | None, str | None, bool]:
         """An answer, or why there is none after the last try; and whether the server deals with questions at all."""

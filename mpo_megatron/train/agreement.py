@@ -5,19 +5,16 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from typing import TypeVar
 
 from torch.distributed import all_gather_object, broadcast_object_list, get_world_size
 
 from mpo_megatron.model.parallel import Ranks
 
-Result = TypeVar("Result")
-
 LATE_SECONDS = 100.0
 """How long a file server may take to show one machine what another one has written: NFS remembers for 60 what was not there."""
 
 
-def on_main(ranks: Ranks, action: Callable[[], Result]) -> Result:
+def on_main[Result](ranks: Ranks, action: Callable[[], Result]) -> Result:
     """Do something on the main rank; what it gives, or raises, on all, so that none waits for one that has failed.
 
     Raises:

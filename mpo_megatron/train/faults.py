@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +28,6 @@ from megatron.core.utils import get_model_config
 from mpo_megatron import device
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.train import signals
-
-Item = TypeVar("Item")
 
 STEP_SEEDS = 1_000_003
 """Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""
@@ -181,7 +179,7 @@ class Supervisor:
 
         return timed
 
-    def watch_data(self, batches: Iterable[Item]) -> Iterator[Item]:
+    def watch_data[Item](self, batches: Iterable[Item]) -> Iterator[Item]:
         """The same batches, and a note of how long each was waited for."""
         iterator = iter(batches)
         while True:

@@ -54,7 +54,7 @@ def record_start(
         data_parallel: number of model replicas
     """
     facts = {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "step": step,
         "git": git_revision(Path(mpo_megatron.__file__).parent),
         "packages": package_versions(),
