@@ -37,6 +37,9 @@ class VarlenIndex:
     """Longest segment."""
     max_keys: int
     """Longest segment with its context."""
+    copies: tuple[tuple[Tensor, Tensor], ...]
+    """For each number c of copies that tokens have among the gathered keys: those tokens [n], and where their copies are [n, c];
+    empty without gathering."""
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex], Tensor]
@@ -50,34 +53,57 @@ def build_varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
     keys = queries + contexts
     parts = [np.arange(*span) for start, end, *context in edges for span in (context, (start, end))]
 
+    key_index = np.concatenate(parts) if contexts.any() else None
+
     def ends(lengths: np.ndarray[Any, Any]) -> Tensor:
         return device.upload(np.concatenate(([0], lengths.cumsum())).astype(np.int32))
 
     return VarlenIndex(
-        key_index=device.upload(np.concatenate(parts)) if contexts.any() else None,
+        key_index=None if key_index is None else device.upload(key_index),
         query_ends=ends(queries),
         key_ends=ends(keys),
         max_queries=int(queries.max()),
         max_keys=int(keys.max()),
+        copies=() if key_index is None else _copies(key_index),
     )
 
 
+def _copies(key_index: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """`VarlenIndex.copies`; a row mostly has two kinds of tokens: responses', with one copy, and prompts', with K + 1."""
+    counts = np.bincount(key_index)
+    order, starts = np.argsort(key_index, kind="stable"), np.concatenate(([0], counts.cumsum()[:-1]))
+    found = []
+    for count in np.unique(counts):
+        tokens = np.flatnonzero(counts == count)
+        found.append((device.upload(tokens), device.upload(order[starts[tokens, None] + np.arange(count)])))
+    return tuple(found)
+
+
 class _Gather(torch.autograd.Function):
-    """tensor[index], whose backward sums in float32: a prompt's keys get a gradient from every response."""
+    """The rows of `tensor` that `index.key_index` names; backward sums a prompt's gradients from all responses, in float32.
+
+    The sum has a fixed order. `index_add` on a GPU adds in any order, so a run that is repeated would get other gradients.
+    """
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, index: Tensor) -> Tensor:
-        ctx.save_for_backward(index)
-        ctx.num_tokens = len(tensor)
-        return tensor.index_select(0, index)
+    def forward(ctx: Any, tensor: Tensor, index: VarlenIndex) -> Tensor:
+        assert index.key_index is not None
+        ctx.index = index
+        return tensor.index_select(0, index.key_index)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (index,) = ctx.saved_tensors
         (gradient,) = grad_outputs
+        index: VarlenIndex = ctx.index
         dtype = torch.promote_types(gradient.dtype, torch.float32)
-        total = gradient.new_zeros((ctx.num_tokens, *gradient.shape[1:]), dtype=dtype)
-        return total.index_add_(0, index, gradient.to(dtype)).to(gradient.dtype), None
+        total = gradient.new_empty((sum(len(tokens) for tokens, _ in index.copies), *gradient.shape[1:]))
+        for tokens, places in index.copies:
+            if places.shape[1] == 1:
+                part = gradient.index_select(0, places[:, 0])
+            else:
+                part = gradient[places].sum(dim=1, dtype=dtype).to(gradient.dtype)
+            total.index_copy_(0, tokens, part)  # each token is in one of the parts
+        return total, None
 
 
 def varlen_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, kernel: Kernel | None = None) -> Tensor:
@@ -88,7 +114,7 @@ def varlen_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowL
     """
     index = layout.index(build_varlen_index)
     if index.key_index is not None:
-        key, value = (_Gather.apply(part, index.key_index) for part in (key, value))
+        key, value = (_Gather.apply(part, index) for part in (key, value))
     return (kernel or require_kernel())(query, key, value, index)
 
 
@@ -101,15 +127,43 @@ def require_kernel() -> Kernel:
 
 
 NO_KERNEL = (
-    "neither flash-attn, nor a torch whose varlen_attn takes grouped heads, nor Transformer Engine with cuDNN 9.18 on a Hopper "
-    "or Blackwell GPU is there"
+    "neither flash-attn (FlashAttention 3 on Hopper), nor a torch whose varlen_attn takes grouped heads, nor Transformer Engine "
+    "with cuDNN 9.18 on a Hopper or Blackwell GPU is there"
 )
+
+
+CUDNN_CHANNELS = 128
+"""Widest head that cuDNN's kernel takes everywhere it is used."""
 
 
 @functools.cache
 def find_kernel() -> Kernel | None:
-    """A variable-length kernel that is installed: flash-attn's, torch's own, or Transformer Engine's."""
-    return _flash_attn() or _torch() or _transformer_engine()
+    """The fastest variable-length kernel that is installed.
+
+    On Hopper FlashAttention 3 is ahead of cuDNN's kernel, and both reach 1.5 to 2 times the speed of FlashAttention 2, which
+    flash-attn and torch compile for it (arXiv:2407.08608, figures 5 and 6). On Blackwell cuDNN's is the one made for it;
+    Transformer Engine prefers cuDNN's from Hopper on, too. Older GPUs have FlashAttention 2.
+    """
+    finders = (_flash_attn_3, _transformer_engine, _flash_attn, _torch)
+    return next((kernel for kernel in (find() for find in finders) if kernel is not None), None)
+
+
+def _flash_attn_3() -> Kernel | None:
+    if not device.has_gpu() or torch.cuda.get_device_capability()[0] != 9:  # its kernels are Hopper's alone
+        return None
+    try:
+        from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return None
+
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+        output = flash_attn_varlen_func(  # causal means bottom-right aligned
+            query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys, causal=True
+        )
+        result: Tensor = output[0] if isinstance(output, tuple) else output  # its first versions return log-sum-exps, too
+        return result
+
+    return kernel
 
 
 def _flash_attn() -> Kernel | None:
@@ -152,11 +206,12 @@ def _transformer_engine() -> Kernel | None:
         from transformer_engine.pytorch.utils import get_cudnn_version
     except ImportError:
         return None
-    # Its kernels are flash-attn's, which was looked for above, and cuDNN's, which takes such rows on Hopper and Blackwell only,
-    # and whose gradients of them could be NaN before 9.18 (github.com/NVIDIA/TransformerEngine/issues/2186).
+    # This is about cuDNN's kernel, which takes such rows on Hopper and Blackwell only, and whose gradients of them could be NaN
+    # before 9.18 (github.com/NVIDIA/TransformerEngine/issues/2186).
     if not device.has_gpu() or torch.cuda.get_device_capability()[0] not in (9, 10) or get_cudnn_version() < (9, 18):
         return None
     os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # should cuDNN refuse a row: an error, not all scores in memory
+    wider = _flash_attn() or _torch()  # for wider heads, which not every cuDNN takes in backward
 
     @functools.cache
     def core(heads: int, channels: int, groups: int) -> Any:
@@ -170,6 +225,8 @@ def _transformer_engine() -> Kernel | None:
         )
 
     def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+        if query.shape[2] > CUDNN_CHANNELS and wider is not None:
+            return wider(query, key, value, index)
         output = core(query.shape[1], query.shape[2], key.shape[1])(
             *(query.contiguous(), key.contiguous(), value.contiguous()),
             cu_seqlens_q=index.query_ends,

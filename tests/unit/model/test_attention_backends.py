@@ -22,9 +22,11 @@ from mpo_megatron.model.attention import row_layout, segment_attention
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
 from mpo_megatron.model.attention_varlen import (
+    CUDNN_CHANNELS,
     VarlenIndex,
     _transformer_engine,
     build_varlen_index,
+    find_kernel,
     varlen_row_attention,
 )
 from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
@@ -62,6 +64,32 @@ def test_gathered_keys_sum_their_gradients_in_float32() -> None:
     varlen_row_attention(query, key, value, layout, kernel=sum_of_values).sum().backward()
     assert value.grad is not None
     assert value.grad[0].eq(2048).all()  # 2049 rounded to bf16
+
+
+def test_gathered_keys_sum_their_gradients_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No operation that a GPU does in any order; groups of several sizes, a prompt alone, and a response without a prompt."""
+    layout = row_layout(
+        [(0, 3, 0, 0), (3, 5, 0, 3), (5, 9, 0, 3), (9, 11, 0, 0), (11, 12, 9, 11), (12, 14, 0, 0), (14, 16, 14, 14)]
+    )
+    query, key, value = random_qkv(16, 2, 1, dtype=torch.float32)
+
+    def forbidden(*arguments: object, **options: object) -> None:
+        raise AssertionError("adds in any order")
+
+    for name in ("index_add_", "index_add", "scatter_add_", "scatter_add"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    weights: list[Tensor] = []
+
+    def weighted(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+        weights.append(torch.randn_like(value))
+        return value * weights[0]
+
+    varlen_row_attention(query, key, value, layout, kernel=weighted).sum().backward()
+    index = layout.index(build_varlen_index)
+    assert index.key_index is not None
+    assert sorted(places.shape[1] for _, places in index.copies) == [1, 2, 3]
+    expected = torch.stack([weights[0][index.key_index == token].sum(0) for token in range(16)])
+    torch.testing.assert_close(value.grad, expected)
 
 
 def test_index_is_made_once_per_row() -> None:
@@ -110,21 +138,82 @@ def test_flex_is_compiled_once_for_rows_of_any_length(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
+    ("capability", "installed", "expected"),
+    [
+        ((9, 0), {"flash_attn_interface", "flash_attn", "transformer_engine"}, "_flash_attn_3"),
+        ((9, 0), {"flash_attn", "transformer_engine"}, "_transformer_engine"),
+        ((9, 0), {"flash_attn"}, "_flash_attn"),
+        ((9, 0), set(), "_torch"),
+        ((10, 0), {"flash_attn_interface", "flash_attn", "transformer_engine"}, "_transformer_engine"),
+        ((8, 0), {"flash_attn_interface", "flash_attn", "transformer_engine"}, "_flash_attn"),
+        ((12, 0), {"transformer_engine"}, "_torch"),
+    ],
+)
+def test_the_fastest_kernel_of_the_architecture_is_taken(
+    capability: tuple[int, int], installed: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, installed, capability)
+    kernel = find_kernel.__wrapped__()
+    assert kernel is not None
+    assert kernel.__qualname__.split(".")[0] == expected
+
+
+def test_first_versions_of_flash_attention_3_return_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build_varlen_index(row_layout([(0, 2, 0, 0)]).segments)
+    install(monkeypatch, {"flash_attn_interface"}, (9, 0))
+    tensor = torch.ones(2, 1, 4)
+    for output in (tensor, (tensor, torch.zeros(1, 2))):
+        monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", lambda *_, output=output, **__: output)
+        kernel = find_kernel.__wrapped__()
+        assert kernel is not None
+        assert kernel(tensor, tensor, tensor, index) is tensor
+
+
+def test_wide_heads_do_not_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = build_varlen_index(row_layout([(0, 2, 0, 0)]).segments)
+    install(monkeypatch, {"flash_attn", "transformer_engine"}, (9, 0))
+    kernel = find_kernel.__wrapped__()
+    assert kernel is not None
+    for channels, expected in ((CUDNN_CHANNELS, "cudnn"), (CUDNN_CHANNELS + 8, "flash_attn")):
+        tensor = torch.zeros(2, 1, channels)
+        assert kernel(tensor, tensor, tensor, index)[0, 0, 0] == {"cudnn": 1, "flash_attn": 2}[expected]
+
+
+def install(
+    monkeypatch: pytest.MonkeyPatch, installed: set[str], capability: tuple[int, int], cudnn: tuple[int, int, int] = (9, 19, 0)
+) -> None:
+    """Stands for packages on a GPU: their kernels return ones (cuDNN) or twos (flash-attn)."""
+
+    class Core(torch.nn.Module):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__()
+
+        def forward(self, query: Tensor, *arguments: object, **options: object) -> Tensor:
+            return torch.ones_like(query).flatten(1)
+
+    twos = types.SimpleNamespace(flash_attn_varlen_func=lambda query, *_, **__: 2 * torch.ones_like(query))
+    modules = {
+        "flash_attn_interface": twos,
+        "flash_attn": twos,
+        "transformer_engine": types.ModuleType("transformer_engine"),
+        "transformer_engine.pytorch": types.SimpleNamespace(DotProductAttention=Core),
+        "transformer_engine.pytorch.utils": types.SimpleNamespace(get_cudnn_version=lambda: cudnn),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module if name.split(".")[0] in installed else None)  # type: ignore[arg-type]
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setenv("NVTE_UNFUSED_ATTN", "0")
+
+
+@pytest.mark.parametrize(
     ("capability", "cudnn", "taken"),
     [((8, 0), (9, 19, 0), False), ((9, 0), (9, 18, 0), True), ((9, 0), (9, 17, 1), False), ((12, 0), (9, 19, 0), False)],
 )
 def test_transformer_engines_kernel_is_taken_where_it_has_one(
     capability: tuple[int, int], cudnn: tuple[int, int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    modules = {
-        "transformer_engine": types.ModuleType("transformer_engine"),
-        "transformer_engine.pytorch": types.SimpleNamespace(DotProductAttention=torch.nn.Module),
-        "transformer_engine.pytorch.utils": types.SimpleNamespace(get_cudnn_version=lambda: cudnn),
-    }
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
-    monkeypatch.setattr(device, "has_gpu", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    install(monkeypatch, {"transformer_engine"}, capability, cudnn)
     monkeypatch.delenv("NVTE_UNFUSED_ATTN", raising=False)
     assert (_transformer_engine() is not None) == taken
     assert os.environ.pop("NVTE_UNFUSED_ATTN", None) == ("0" if taken else None)
