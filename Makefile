@@ -3,6 +3,7 @@
 #     make quickstart    train a small model from end to end (a few minutes on two cores); pictures and numbers in quickstart-out/
 #     make test          all checks: lint, types, documentation, unit, distributed and integration tests
 #     make docs          the documentation as a site, in site/; fails on a dead link
+#     make lock          choose the newest versions that fit together for GPU machines anew: requirements-gpu.txt
 #
 # Both create a virtual environment in .venv and install what they need on first use.
 #
@@ -24,7 +25,7 @@ BIN := $(VENV)/bin
 INSTALL := tools/install.sh $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck docs pytest
+.PHONY: help quickstart test lint typecheck docs pytest lock check-lock
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Test processes/,$$d'
@@ -38,6 +39,7 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/hadolint Dockerfile Dockerfile.nvidia
 
 typecheck: $(VENV)/installed-dev
 	$(BIN)/mypy
@@ -48,6 +50,21 @@ docs: $(VENV)/installed-dev
 # Files stay whole, as tests of one share what they prepare; in order, as the folders with long tests come first.
 pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+# What a machine with GPUs installs: Linux on x86-64, and the Python of NVIDIA's and PyTorch's images.
+RESOLVE = $(BIN)/uv pip compile --quiet setup.py --extra gpu --extra rollout --extra tracking --python-version 3.12 \
+	--python-platform x86_64-manylinux_2_34 --no-annotate --custom-compile-command 'make lock'
+
+lock: $(VENV)/installed-dev
+	$(RESOLVE) --upgrade --output-file requirements-gpu.txt
+
+# Two questions: do the locked versions still satisfy setup.py and each other; and is there a solution among today's releases?
+check-lock: $(VENV)/installed-dev
+	@cp requirements-gpu.txt $(VENV)/locked.txt  # which are kept as far as they can be
+	$(RESOLVE) --output-file $(VENV)/locked.txt
+	@diff -u requirements-gpu.txt $(VENV)/locked.txt || { echo "make: requirements-gpu.txt does not fit setup.py; run make lock" >&2; exit 1; }
+	@$(RM) $(VENV)/newest.txt
+	$(RESOLVE) --output-file $(VENV)/newest.txt
 
 # The stamps are newer than what they were made from, so that a second run installs nothing.
 $(BIN)/python:

@@ -38,10 +38,14 @@ TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>
 EXTRAS = {
     # Installs only after torch and without build isolation: README.md, "On GPUs". model/precision.py uses its global FP8 state,
     # which moves between minor versions. 2.11 is the first that fits torch 2.11.
-    "gpu": ["transformer-engine[core_cu13,pytorch]>=2.11,<2.21"],
+    "gpu": [
+        "transformer-engine[core_cu13,pytorch]>=2.11,<2.21",
+        "cuda-toolkit[cccl,nvcc]>=13,<14",  # headers for that, of the version torch itself pins; core_cu13 is for CUDA 13
+    ],
     # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
     # vllm 0.26 is the first for torch 2.11; the live policy's sampling (rollout/live) calls internals of its engine.
-    "rollout": ["vllm>=0.26,<0.34", "openai>=2"],
+    # cuda-python 13 is for the CUDA of torch; vllm would also take 12, and a resolver chooses it.
+    "rollout": ["vllm>=0.26,<0.34", "cuda-python>=13,<14", "openai>=2"],
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
     "tracking": TRACKING,
     "docs": DOCS,
