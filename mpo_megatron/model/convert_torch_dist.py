@@ -22,7 +22,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, T
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.model.unpickling import SafeReader
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class CheckpointReader:
         """Open the checkpoint; reads its metadata only.
 
         Raises:
-            CheckpointError: not a whole torch_dist checkpoint.
+            CheckpointError: not a whole torch_dist checkpoint, or one whose metadata could run commands.
         """
         self.folder = folder
         for name in ("metadata.json", ".metadata"):
@@ -133,10 +134,7 @@ class CheckpointReader:
                     f"{folder / name}: no such file; the checkpoint is incomplete: copy it again, or take an older one."
                 )
         self._reader = _CheckingReader(folder)
-        try:
-            self._metadata = self._reader.read_metadata()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ImportError, IndexError) as error:
-            raise CheckpointError(f"{folder / '.metadata'}: damaged ({error!r}); copy the checkpoint again.") from error
+        self._metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
         entries = self._metadata.state_dict_metadata
         self.tensors: dict[str, TensorStorageMetadata] = {
@@ -198,7 +196,7 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, 
 """What reading a damaged archive of torch.save raises."""
 
 
-class _CheckingReader(FileSystemReader):
+class _CheckingReader(SafeReader):
     """Holds what it reads against the CRC-32 that torch.save puts beside a tensor's bytes, and torch.load does not look at.
 
     The digests of a training step are of whole files, optimizer states included: several times what an export reads.

@@ -6,6 +6,7 @@ What a checkpoint's folder holds, and which one counts, is in step_folders.py; w
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
+from mpo_megatron.model.unpickling import reading_safely
 from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import STATE, is_step
@@ -150,14 +152,27 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str
         strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp)
     path, whole = str(folder / "megatron"), ranks is not None
     try:
-        loaded: dict[str, Any] = dist_checkpointing.load(states, path, strategy, validate_access_integrity=whole)
+        with reading_safely():
+            loaded: dict[str, Any] = dist_checkpointing.load(states, path, strategy, validate_access_integrity=whole)
     except CheckpointException as error:  # torch's own, which is no Exception
         rank, (cause, _) = next(iter(error.failures.items()))
+        if isinstance(cause, ConfigError):
+            raise cause from error
         raise ConfigError(
             f"{folder}: rank {rank} cannot load it ({cause}); copy the checkpoint again, or convert again."
         ) from error
+    except pickle.UnpicklingError as error:  # of common.pt, whose message is torch's advice to trust it
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{path}/common.pt: refused ({first}); it could run commands: take the checkpoint from a source that you trust."
+        ) from error
     except CheckpointingException as error:
         raise ConfigError(f"{folder}: does not fit this model ({error}); is it of the same architecture?") from error
+    for (
+        part
+    ) in loaded.values():  # what is no tensor is merged in; Transformer Engine would unpickle a state that nobody asked for
+        for key in [key for key in part if str(key).endswith(EXTRA_STATE)] if isinstance(part, dict) else ():
+            del part[key]
     return loaded
 
 

@@ -1,0 +1,162 @@
+"""Pickles of a checkpoint folder, read without running what they name.
+
+A pickle names the functions that build its objects, and reading it calls them: a crafted one runs any command. torch's
+distributed checkpoints hold pickles in two places. Each is read with a list of harmless classes:
+
+    .metadata     read by `read_metadata`, also where torch and Megatron-Core open it (`reading_safely`)
+    *.distcp,     objects and tensors of torch.save: `weights_only=True`, also where torch asks for the opposite
+    common.pt     (`reading_safely`)
+
+Every reader parses the very bytes that it checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import pathlib
+import pickle
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from mpo_megatron.hf.conversion import CheckpointError
+
+_CHECKPOINT = "torch.distributed.checkpoint"
+_ALLOWED = {
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING")),
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorStorageMetadata")),
+    *((f"{_CHECKPOINT}.metadata", name) for name in ("TensorProperties",)),
+    *((f"{_CHECKPOINT}.filesystem", name) for name in ("_StorageInfo", "_StoragePrefix")),
+    *((f"{_CHECKPOINT}.planner", name) for name in ("SavePlan", "TensorWriteData", "WriteItem", "WriteItemType")),
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),  # a layout by its name
+    ("collections", "OrderedDict"),
+}
+"""What the metadata of a distributed checkpoint names, besides dtypes and paths."""
+
+_PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath")}
+"""Where a checkpoint was written: not used, so that a plain path may stand for any."""
+
+DAMAGE = (
+    *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
+    *(OverflowError, RecursionError, MemoryError, RuntimeError, zipfile.BadZipFile),
+)
+"""What reading a damaged pickle raises."""
+
+
+class UnsafePickleError(pickle.UnpicklingError):
+    """A pickle names something that its format does not need."""
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Builds the classes of a checkpoint's metadata, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return getattr(importlib.import_module(module), name)
+        if (module, name) in _PATHS:
+            return pathlib.PurePosixPath
+        if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
+            return torch.__dict__[name]
+        raise UnsafePickleError(f"it names {module}.{name}")
+
+
+def read_metadata(folder: Path) -> Metadata:
+    """The metadata of a torch_dist checkpoint; nothing that its pickle names is run.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, names a foreign class or function, or points outside the folder.
+    """
+    path = folder / ".metadata"
+    try:
+        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        problem = _find_problem(metadata)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnsafePickleError as error:
+        raise CheckpointError(refusal(path, error)) from error
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged ({error!r}); copy the checkpoint again.") from error
+    if problem is not None:
+        raise CheckpointError(f"{path}: damaged ({problem}); copy the checkpoint again.")
+    return metadata
+
+
+def refusal(path: Path, error: UnsafePickleError) -> str:
+    """Why a file is not read, in one sentence."""
+    return (
+        f"{path}: refused, nothing of it was run: {error}, which no checkpoint needs and which could run commands; "
+        "someone has changed this file: take the checkpoint from a source that you trust."
+    )
+
+
+def _find_problem(metadata: Any) -> str | None:
+    """What a checkpoint's metadata lacks to be of use."""
+    if not isinstance(metadata, Metadata):
+        return f"it holds {type(metadata).__name__}, not the metadata of a checkpoint"
+    entries, storage = metadata.state_dict_metadata, metadata.storage_data
+    if not isinstance(entries, dict) or not isinstance(storage, dict):
+        return "it lists no tensors"
+    for key, entry in entries.items():
+        if not isinstance(key, str) or not (isinstance(entry, BytesStorageMetadata) or _is_tensor(entry)):
+            return f"its entry {key!r} is no tensor"
+    for index, where in storage.items():
+        name = getattr(where, "relative_path", None)
+        if not isinstance(index, MetadataIndex) or not isinstance(name, str) or PurePath(name).name != name:
+            return f"{getattr(index, 'fqn', index)!r} is said to be in {name!r}, which is no file of this folder"
+        if not all(isinstance(number, int) and number >= 0 for number in (where.offset, where.length)):
+            return f"{index.fqn!r} has no place in {name}"
+    return None
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether an entry says what a tensor needs: its type, its size and where its chunks lie."""
+    return (
+        isinstance(entry, TensorStorageMetadata)
+        and isinstance(entry.properties.dtype, torch.dtype)
+        and isinstance(entry.size, torch.Size)
+        and all(isinstance(size, torch.Size) for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))
+    )
+
+
+def _read_metadata(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metadata:
+    """`FileSystemReader.read_metadata`, without its unrestricted pickle."""
+    metadata = read_metadata(Path(reader.path))
+    metadata.storage_meta = metadata.storage_meta if isinstance(metadata.storage_meta, StorageMeta) else StorageMeta()
+    metadata.storage_meta.load_id = reader.load_id
+    return metadata
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of a checkpoint's files, whose metadata runs nothing."""
+
+    read_metadata = _read_metadata
+
+
+@contextlib.contextmanager
+def reading_safely() -> Iterator[None]:
+    """Within it nobody in this process reads a checkpoint's pickle unrestrictedly: torch and Megatron-Core open these themselves.
+
+    torch's planner, for one, asks for objects with `weights_only=False`.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
+    with (
+        mock.patch.object(FileSystemReader, "read_metadata", _read_metadata),
+        mock.patch.dict(os.environ, environment | {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}, clear=True),
+    ):
+        yield
