@@ -27,6 +27,8 @@ STAGE_LISTS = {"samples.jsonl": "generate.json", "scored.jsonl": "score.json", "
 """The file that a finished stage of `mpo generate`, `score` or `select` describes its lines in, by the name of the lines."""
 DIGEST, LINE_DIGEST = "digest", "xxh3"
 """Keys of the digest in sealed JSON and in a sealed line."""
+WEIGHTS = (".distcp", ".safetensors")
+"""Suffixes of the files that hold a checkpoint's weights."""
 PIECE = 1 << 26
 """Bytes of a file that have a digest of their own, so that ranks can share a large file."""
 BLOCK = 1 << 22
@@ -152,7 +154,7 @@ def list_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
     files: dict[str, Entry] = {}
     for name in names:
         size = (folder / name).stat().st_size
-        files[name] = size, [_digest_range(folder / name, start, PIECE) for start in range(0, size, PIECE)]
+        files[name] = size, [_digest_range(folder / name, start, PIECE) for start in range(0, max(size, 1), PIECE)]
     return files
 
 
@@ -175,30 +177,46 @@ def read_list(folder: Path) -> dict[str, Entry] | None:
     return None
 
 
+def require_list(folder: Path) -> dict[str, Entry]:
+    """The files that the list of a checkpoint of ours names.
+
+    Raises:
+        DamagedError: it has no list, or a damaged one.
+    """
+    files = read_list(folder)
+    if files is None:
+        raise DamagedError(
+            f"{folder}: has no digests, neither {LIST} nor {STATE} is there: an earlier version converted it, or it was not "
+            "copied whole; convert it again, or copy all of it."
+        )
+    return files
+
+
 def _entries(path: Path) -> dict[str, Entry]:
     return {name: (size, digests) for name, (size, digests) in unseal(path).get("files", {}).items()}
 
 
 def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -> None:
-    """Compare every `parts`-th piece of the listed files, from piece `part` on, with its digest, and all files' sizes.
+    """Compare every `parts`-th piece of the listed files, from piece `part` on, with its digest.
 
     Raises:
         DamagedError: naming the first file that is missing, has another size or other bytes.
     """
-    for name, (size, _) in files.items():
-        _check_size(folder / name, size)
     # Large pieces first, so that the parts are about equal.
     pieces = sorted(_pieces(files), key=lambda piece: (-piece[2], piece[:2]))
-    for name, start, length, digest in pieces[part::parts]:
+    own = pieces[part::parts]
+    for name in dict.fromkeys(piece[0] for piece in own):
+        _check_size(folder / name, files[name][0])
+    for name, start, length, digest in own:
         if _digest_range(folder / name, start, length) != digest:
             raise DamagedError(
-                f"{folder / name}: its bytes {start:,} to {start + length:,} are not those that were written (digest differs); "
-                f"{AGAIN}."
+                f"{folder / name}: its bytes are not those that were written (the digest of {start:,} to {start + length:,} "
+                f"differs); {AGAIN}."
             )
 
 
 def check_file(path: Path) -> None:
-    """Compare a small file of a checkpoint with the list in its folder, or in the folder above; unlisted, it passes.
+    """Compare a small file of a checkpoint with the list in its folder, or in one of two above; unlisted, it passes.
 
     Raises:
         DamagedError: it is not what was written, or the list is damaged.
@@ -210,20 +228,20 @@ def check_file(path: Path) -> None:
         check_pieces(home, {name: files[name]} if name in files else {})
 
 
-def check_folder(folder: Path, *, largest: int | None = PIECE) -> None:
-    """Compare all files under a folder with its list, or that of the folder above; those that are not listed pass.
+def check_folder(folder: Path, *, weights: bool) -> None:
+    """Compare the files under a folder with the list there, or in one of two folders above; those that are not listed pass.
 
     Args:
-        largest: files of more bytes are left out; None: none is
+        weights: False leaves out the files with weights
     Raises:
         DamagedError: naming the first that is not what was written.
     """
     found = _find_list(folder)
     if found is not None:
         home, files = found
-        prefix = "" if home == folder else f"{folder.name}/"
+        prefix = "" if home == folder else f"{folder.relative_to(home).as_posix()}/"
         chosen = {name: entry for name, entry in files.items() if name.startswith(prefix)}
-        check_pieces(home, {name: entry for name, entry in chosen.items() if largest is None or entry[0] <= largest})
+        check_pieces(home, {name: entry for name, entry in chosen.items() if weights or not name.endswith(WEIGHTS)})
 
 
 def check_lines(path: Path) -> None:
@@ -242,7 +260,7 @@ def check_lines(path: Path) -> None:
 
 
 def _find_list(folder: Path) -> tuple[Path, dict[str, Entry]] | None:
-    for home in (folder, folder.parent):
+    for home in (folder, *folder.parents[:2]):
         files = read_list(home)
         if files is not None:
             return home, files
@@ -264,7 +282,7 @@ def _check_size(path: Path, size: int) -> None:
         raise DamagedError(f"{path}: no such file, but it was written with the others there; {AGAIN}.")
     found = path.stat().st_size
     if found != size:
-        raise DamagedError(f"{path}: has {found:,} bytes, {size:,} were written; {AGAIN}.")
+        raise DamagedError(f"{path}: damaged: has {found:,} bytes, {size:,} were written; {AGAIN}.")
 
 
 def _digest_range(path: Path, start: int, length: int) -> str:

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.group import Message
+from mpo_megatron.digests import check_file, check_folder
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"
@@ -189,15 +190,17 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     template gets `PLAIN_TEMPLATE`; any other tokenizer without one is refused, for inference would have none either.
 
     Raises:
-        ConfigError: nothing loadable there, or no chat template.
+        ConfigError: nothing loadable there, a damaged file, or no chat template.
     """
     source = Path(path)
     template = None if chat_template is None else _read_template(Path(chat_template))
     if source.is_file():
         require(source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder.")
+        check_file(source)
         return _load_sentencepiece(source, template)
     require(source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file.")
     folder = source / "hf" if (source / "hf").is_dir() else source
+    check_folder(folder, weights=False)
     model = folder / "tokenizer.model"
     if model.is_file() and not (folder / "tokenizer.json").is_file():
         return _load_sentencepiece(model, template)

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.digests import check_file
 from mpo_megatron.hf import experts
 
 SUPPORTED = ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")
@@ -24,13 +25,14 @@ def load_hf_config(folder: str | Path) -> PretrainedConfig:
     """The Hugging Face config in `folder`, checked by `check_supported`.
 
     Raises:
-        ConfigError: no config.json there, one that does not parse, or a model that cannot be represented.
+        ConfigError: no config.json there, one that does not parse or is damaged, or a model that cannot be represented.
     """
     path = Path(folder) / "config.json"
     require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
+    check_file(path)
     try:
-        model_type = json.loads(path.read_text()).get("model_type")
-    except (json.JSONDecodeError, AttributeError) as error:
+        model_type = json.loads(path.read_bytes()).get("model_type")
+    except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
     require(
         model_type in SUPPORTED,

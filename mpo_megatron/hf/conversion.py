@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.digests import check_file
 
 
 class CheckpointError(ConfigError):
@@ -39,11 +40,12 @@ def load_conversion(folder: str | Path) -> Conversion:
     """Read conversion.json of a Megatron checkpoint folder.
 
     Raises:
-        CheckpointError: it is missing or not what this version writes.
+        ConfigError: it is missing, damaged, or not what this version writes.
     """
     path = Path(folder) / "conversion.json"
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
+    check_file(path)
     try:
         return Conversion(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:

@@ -4,6 +4,7 @@ A Megatron checkpoint folder holds
     megatron/          torch_dist checkpoint: what GPTModel.sharded_state_dict() names, loadable at any TP × PP
     hf/                everything of the Hugging Face folder but the weights
     conversion.json    what export and training must know (`Conversion`)
+    mpo_digests.json   size and digests of all these files
 Everything is checked before anything is written; the output appears under its name only when it is complete.
 """
 
@@ -21,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpo_megatron import digests
 from mpo_megatron.config import ConvertConfig, require, validate_convert
 from mpo_megatron.hf.config import load_hf_config, padded_vocab_size
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion
@@ -78,6 +80,7 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
     Raises:
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
     """
+    digests.check_folder(source, weights=True)
     hf_config = load_hf_config(source)
     require(
         getattr(hf_config, "quantization_config", None) is None,
@@ -115,6 +118,7 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
             versions={name: version(name) for name in ("megatron-core", "torch", "transformers")},
         )
         (folder / "conversion.json").write_text(json.dumps(dataclasses.asdict(conversion), indent=2) + "\n", encoding="utf-8")
+        digests.write_list(folder)
 
 
 def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], source: Path) -> None:
@@ -222,6 +226,8 @@ def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
     """
     conversion = load_conversion(source)
     hf_config = load_hf_config(source / "hf")
+    digests.require_list(source)
+    digests.check_folder(source, weights=False)  # each weight is compared with a checksum of its own as it is read
     slices = build_weight_map(hf_config, conversion.padded_vocab_size)
     checkpoint = CheckpointReader(source / "megatron")
     _check_megatron_tensors(checkpoint, slices)
@@ -248,6 +254,7 @@ def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
         dtype = _main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in planned)
         if dtype != conversion.dtype:  # training in another precision; otherwise config.json stays as it was, byte for byte
             set_config_dtype(folder / "config.json", dtype)
+        digests.write_list(folder)
 
 
 def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -> None:

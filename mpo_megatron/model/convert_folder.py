@@ -18,6 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.atomic import sync
+from mpo_megatron.digests import LIST
 from mpo_megatron.hf.conversion import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
@@ -44,14 +45,27 @@ def find_megatron_checkpoint(source: Path) -> Path | None:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but weights and hidden folders (version control, caches)."""
+    """Copy everything but weights and hidden folders (version control, caches).
+
+    Raises:
+        CheckpointError: a JSON file does not parse.
+    """
     target.mkdir(exist_ok=True)
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not is_weight and not any(part.startswith(".") for part in name.parts[:-1]):
+        if path.is_file() and not is_weight and path.name != LIST and not any(part.startswith(".") for part in name.parts[:-1]):
+            _check_json(path)
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / name)
+
+
+def _check_json(path: Path) -> None:
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: does not parse ({error}); copy or download it again.") from error
 
 
 def set_config_dtype(path: Path, dtype: str) -> None:

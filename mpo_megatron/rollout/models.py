@@ -10,6 +10,7 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, check_writable, require
 from mpo_megatron.data.lock import hold
+from mpo_megatron.digests import check_file, check_folder
 
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
@@ -50,12 +51,11 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     """The Hugging Face form of a located checkpoint; one of ours is exported into its own folder, once, whoever comes first.
 
     Raises:
-        ConfigError: the checkpoint cannot be exported, or there is no place for it.
+        ConfigError: the checkpoint cannot be exported, there is no place for it, or a file that `mpo convert` wrote is damaged.
     """
-    if not (checkpoint / "megatron").is_dir():
-        return checkpoint
-    target = checkpoint / EXPORT_FOLDER
+    target = checkpoint / EXPORT_FOLDER if (checkpoint / "megatron").is_dir() else checkpoint
     if target.is_dir():
+        check_folder(target, weights=True)
         return target
     from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
 
@@ -93,6 +93,7 @@ def read_model_settings(checkpoint: Path) -> dict[str, Any]:
         ConfigError: it is damaged.
     """
     path = side_files(checkpoint) / "config.json"
+    check_file(path)
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

@@ -25,6 +25,7 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
+from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
@@ -32,7 +33,8 @@ from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.model.unpickling import reading_safely
 from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
-from mpo_megatron.train.step_folders import STATE, is_step
+from mpo_megatron.train.step_folders import is_step
+from mpo_megatron.train.verification import check_whole
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
@@ -43,19 +45,22 @@ EXTRA_STATE = "_extra_state"
 
 
 def verify(folder: Path) -> None:
-    """Check that a checkpoint folder is whole, reading only its metadata and the sizes of its files.
+    """Check that a checkpoint folder is whole; of the files with weights only the sizes, `load_weights` compares the rest.
 
     Raises:
-        ConfigError: a file is missing or truncated.
+        ConfigError: a file is missing, truncated or damaged.
     """
     require(
         (folder / "megatron" / "common.pt").is_file(), f"{folder}/megatron/common.pt: no such file; copy the checkpoint again."
     )
+    digests.require_list(folder)
+    digests.check_folder(folder, weights=False)
     reader = CheckpointReader(folder / "megatron")
     reader.check_files(set(reader.tensors))
     require(
         is_step(folder) or not any(name.startswith("optimizer.") for name in reader.tensors),
-        f"{folder}: a step of a run without its {STATE}; copy the whole folder again, or convert it to Hugging Face and back.",
+        f"{folder}: a step of a run without its {digests.STATE}; copy the whole folder again, or convert it to Hugging Face and "
+        "back.",
     )
 
 
@@ -73,6 +78,7 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
     Raises:
         ConfigError: files are missing or damaged, or they belong to another model.
     """
+    check_whole(Path(folder))
     states = _model_states(model, ranks)
     loaded = _load(states, Path(folder), ranks)
     for name, part in zip(states, model, strict=True):

@@ -10,29 +10,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import all_gather_object, get_rank, get_world_size
-
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
+from mpo_megatron.digests import DamagedError
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.agreement import machines_without, on_main
 from mpo_megatron.train.faults import was_restarted
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.step_folders import (
-    DamagedError,
     RunState,
-    check_files,
     complete_steps,
     damaged_steps,
-    is_step,
     mark_damaged,
     read_state,
     remove_leftovers,
     set_run_aside,
 )
+from mpo_megatron.train.verification import damage_of
 
 FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction")}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
@@ -146,37 +143,6 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
         new_name = on_main(ranks, functools.partial(mark_damaged, folder))
         if ranks.is_main:
             print(f"DAMAGED checkpoint: {problem} It is now {new_name}; looking for an older one.", flush=True)
-
-
-def check_whole(folder: Path) -> None:
-    """Check that a step of a run is whole to the byte, if `folder` is one; all ranks call it.
-
-    Raises:
-        DamagedError: on all ranks, naming the file.
-    """
-    problem = damage_of(folder) if is_step(folder) else None
-    if problem is not None:
-        raise DamagedError(f"{problem} Copy the checkpoint again, or take an older one.")
-
-
-def damage_of(folder: Path) -> str | None:
-    """What is wrong with a step's folder, each rank looking at its share of the files; None if nothing is.
-
-    Raises:
-        OSError, ConfigError: a rank cannot read it, or does not know its format; on all ranks.
-    """
-    own: Exception | None = None
-    try:
-        check_files(folder, part=get_rank(), parts=get_world_size())
-    except (OSError, ConfigError) as error:
-        own = error
-    problems: list[Exception | None] = [None] * get_world_size()
-    all_gather_object(problems, own)
-    found = [problem for problem in problems if problem is not None]
-    for problem in found:
-        if not isinstance(problem, DamagedError):
-            raise problem
-    return str(found[0]) if found else None
 
 
 def resume(config: TrainConfig, inputs: Inputs, model: list[Any], adam: Any, ranks: Ranks) -> RunState:

@@ -24,7 +24,6 @@ from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.resumption import check_whole
 from mpo_megatron.train.step import prepare_schedules
 
 
@@ -70,7 +69,6 @@ def open_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Run:
         ConfigError: a checkpoint does not fit or is damaged.
         DataError: the reference's log-probs cannot be written.
     """
-    check_whole(Path(config.model.checkpoint))
     flops = build_flop_model(inputs.hf_config)
     shape = build_row_shape(config, ranks, flops)
     policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)

@@ -36,6 +36,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.data.atomic import sync
+from mpo_megatron.digests import check_file, digest_file
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.agreement import machines_without, on_main
 from mpo_megatron.train.checkpoint import prepare_save
@@ -44,7 +45,6 @@ from mpo_megatron.train.step_folders import (
     RunState,
     SaveError,
     appear,
-    digest_file,
     remove_old,
     require_space,
     step_folder,
@@ -81,8 +81,11 @@ class Saver:
         Args:
             source: checkpoint folder of the model, whose side files go along
             size: bytes a checkpoint is expected to have
+        Raises:
+            DamagedError: a side file is not what was written.
         """
-        self.run, self.config, self.ranks, self.source, self.size = run, config, ranks, source, size
+        self.run, self.config, self.ranks, self.size = run, config, ranks, size
+        self.side_files = read_side_files(source) if ranks.is_main else {}
         self.writing: Writing | None = None
         self.seconds = size / (SLOW_DISK * get_world_size())
         """What the slowest save so far took, from its start to its name; before the first one, what a slow disk would take."""
@@ -177,7 +180,9 @@ class Saver:
     def _complete(self, writing: Writing, files: Files) -> None:
         """What one rank does for all: side files, digests, the state, the name, and the end of old checkpoints."""
         partial, final = writing.partial, step_folder(self.run, writing.state.step)
-        copy_side_files(self.source, partial)
+        for name, content in self.side_files.items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
         for path in sorted(partial.rglob("*")):
             name = path.relative_to(partial).as_posix()
             if path.is_file() and name not in files:
@@ -242,13 +247,18 @@ def write(writing: Writing, buckets: list[WriteBucket]) -> None:
     writing.request.async_fn_args[2].put(results)
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy config, tokenizer and conversion record from one checkpoint folder to another."""
-    for name in SIDE_FILES:
-        if (source / name).is_dir():
-            shutil.copytree(source / name, target / name)
-        else:
-            shutil.copy2(source / name, target / name)
+def read_side_files(source: Path) -> dict[str, bytes]:
+    """Config, tokenizer and conversion record of a checkpoint folder, by path in it; read once, so that later damage to them
+    reaches no checkpoint.
+
+    Raises:
+        DamagedError: one is not what was written.
+    """
+    roots = [source / name for name in SIDE_FILES]
+    paths = [path for root in roots for path in ([root] if root.is_file() else sorted(root.rglob("*"))) if path.is_file()]
+    for path in paths:
+        check_file(path)
+    return {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
 
 
 def _reason(error: BaseException) -> str:

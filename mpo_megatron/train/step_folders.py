@@ -14,22 +14,18 @@ has another name is no checkpoint: `.partial-…` is being written or was killed
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.data.atomic import sync
+from mpo_megatron.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
 
-STATE = "state.json"
 FORMAT = 1
 """Of `state.json`; another one is refused."""
 STEP = re.compile(r"step_\d{8,}")
@@ -38,12 +34,6 @@ RECORDS = (
     *("tensorboard/events.*", "wandb_run_id", "mlflow_run_id"),
 )
 """What a run writes down beside its checkpoints; other files in these folders are not its own."""
-BLOCK = 1 << 22
-"""Bytes read at a time for a digest."""
-
-
-class DamagedError(ConfigError):
-    """A checkpoint whose files are not those that were written; the message names the first file that differs."""
 
 
 class SaveError(RuntimeError):
@@ -76,20 +66,10 @@ Files = dict[str, tuple[int, str]]
 """Size in bytes and digest of files, by their path in the checkpoint folder."""
 
 
-def digest_file(path: Path) -> tuple[int, str]:
-    """Size and xxh3 digest of a file; 128 bits find any accidental change, at the speed of memory."""
-    state, size = xxhash.xxh3_128(), 0
-    with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            state.update(block)
-            size += len(block)
-    return size, state.hexdigest()
-
-
 def write_state(folder: Path, state: RunState, files: Files) -> None:
     """Write `state.json`, which makes the folder's files checkable."""
-    with (folder / STATE).open("w") as file:
-        file.write(_render({"format": FORMAT, "state": asdict(state), "files": files}))
+    with (folder / STATE).open("wb") as file:
+        file.write(seal_sorted({"format": FORMAT, "state": asdict(state), "files": files}))
         file.flush()
         os.fsync(file.fileno())
 
@@ -103,16 +83,9 @@ def read_state(folder: Path) -> tuple[RunState, Files]:
     """
     path = folder / STATE
     try:
-        text = path.read_bytes().decode()  # no translation of line ends: every byte counts
-        content = json.loads(text)
-        del content["digest"]
-        whole = _render(content) == text
+        content = unseal(path, "copy the checkpoint again, or take an older one")
     except FileNotFoundError as error:
-        raise DamagedError(f"{path}: no such file, but it was written with this checkpoint.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path}: damaged ({error!r}).") from error
-    if not whole:
-        raise DamagedError(f"{path}: damaged (its digest does not match).")
+        raise DamagedError(f"{path}: no such file, but it was written with this checkpoint; copy all of it again.") from error
     found = content.get("format")
     if found != FORMAT:
         raise ConfigError(
@@ -122,24 +95,13 @@ def read_state(folder: Path) -> tuple[RunState, Files]:
 
 
 def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Compare every `parts`-th file of a step's folder with its size and digest, from file `part` on; and `state.json`.
+    """Compare the sizes of a step's files, the digest of every `parts`-th, from file `part` on; and `state.json`.
 
     Raises:
         DamagedError: naming the first file that is missing, has another size or other bytes.
     """
     _, files = read_state(folder)
-    # Large files first, so that the ranks' shares are about equal.
-    names = sorted(files, key=lambda name: (-files[name][0], name))
-    for name in names[part::parts]:
-        size, digest = files[name]
-        path = folder / name
-        if not path.is_file():
-            raise DamagedError(f"{path}: no such file, but it was written with this checkpoint.")
-        found = path.stat().st_size
-        if found != size:
-            raise DamagedError(f"{path}: has {found:,} bytes, {size:,} were written.")
-        if digest_file(path)[1] != digest:
-            raise DamagedError(f"{path}: its bytes are not those that were written (digest differs).")
+    check_pieces(folder, files, part=part, parts=parts)
 
 
 def complete_steps(run: Path) -> list[Path]:
@@ -246,9 +208,3 @@ def _set_aside(folder: Path, suffix: str) -> Path:
     target = next(target for end in names if not (target := folder.with_name(folder.name + end)).exists())
     folder.rename(target)
     return target
-
-
-def _render(content: Mapping[str, Any]) -> str:
-    """The text of `state.json`; the same content gives the same bytes, so that reading can check every one of them."""
-    digest = xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-    return json.dumps({**content, "digest": digest}, indent=1, sort_keys=True) + "\n"

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
+from mpo_megatron.digests import write_list
 from tests.distributed.launch import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -124,6 +125,7 @@ def test_weights_saved_by_megatron_export_bit_identical(results: tuple[Path, dic
     shutil.copytree(folder / "saved", step / "megatron")
     shutil.copytree(folder / "converted" / "hf", step / "hf")
     shutil.copy(folder / "converted" / "conversion.json", step)
+    write_list(step)
     convert(ConvertConfig(input=str(tmp_path / "run"), output=str(tmp_path / "back")))
     before, after = read_hf(folder / "hf"), read_hf(tmp_path / "back")
     assert before.keys() == after.keys()

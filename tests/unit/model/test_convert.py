@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
+from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, ConvertConfig
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.model.convert import convert, export_to_hf, import_from_hf
@@ -182,6 +183,7 @@ def test_export_after_training_in_another_precision_says_so_in_config(hf: Path, 
     megatron = convert_folder(hf, tmp_path / "megatron")
     record = json.loads((megatron / "conversion.json").read_text())
     (megatron / "conversion.json").write_text(json.dumps(record | {"dtype": "float32"}))  # as if it had been float32
+    digests.write_list(megatron)
     back = convert_folder(megatron, tmp_path / "back")
     assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
 
@@ -432,11 +434,49 @@ def overwrite(path: Path) -> None:
 
 @pytest.mark.parametrize("case", BAD_MEGATRON)
 def test_bad_megatron_checkpoint(case: str, megatron_copy: Path, tmp_path: Path) -> None:
+    """What somebody wrote so: the digests are right."""
     damage, message = BAD_MEGATRON[case]
     damage(megatron_copy)
+    digests.write_list(megatron_copy)
     with pytest.raises(ConfigError, match=message):
         convert_folder(megatron_copy, tmp_path / "back")
     assert os.listdir(tmp_path) == ["megatron"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("megatron/.metadata", r"\.metadata: its bytes are not those that were written \(the digest of 0 to .*; copy it again"),
+        ("hf/tokenizer.json", r"tokenizer\.json: its bytes"),
+        ("conversion.json", r"conversion\.json: its bytes"),
+        (digests.LIST, r"mpo_digests\.json: damaged"),
+        (None, r"megatron: has no digests, .* convert it again"),
+    ],
+)
+def test_damaged_megatron_checkpoint(name: str | None, message: str, megatron_copy: Path, tmp_path: Path) -> None:
+    if name is None:
+        (megatron_copy / digests.LIST).unlink()
+    else:
+        whole = (megatron_copy / name).read_bytes()
+        (megatron_copy / name).write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(ConfigError, match=message):
+        convert_folder(megatron_copy, tmp_path / "back")
+    assert os.listdir(tmp_path) == ["megatron"]
+
+
+def test_damaged_export_is_not_taken_back(megatron: Path, tmp_path: Path) -> None:
+    back = convert_folder(megatron, tmp_path / "back")
+    path = back / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ConfigError, match=r"model\.safetensors: its bytes are not those that were written"):
+        convert_folder(back, tmp_path / "again")
+
+
+def test_side_file_that_does_not_parse_is_not_copied(hf: Path, tmp_path: Path) -> None:
+    (hf / "generation_config.json").write_text('{"eos_token_id": 3')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: does not parse .* copy or download it again"):
+        convert_folder(hf, tmp_path / "megatron")
 
 
 def test_flipped_bit_is_an_error_or_changes_no_weight(megatron_copy: Path, tmp_path: Path) -> None:

@@ -11,17 +11,16 @@ from typing import Any
 import pytest
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.digests import DamagedError, digest_file, seal_sorted
 from mpo_megatron.train import step_folders
 from mpo_megatron.train.inputs import weights_digest
 from mpo_megatron.train.step_folders import (
-    DamagedError,
     RunState,
     appear,
     best_steps,
     check_files,
     complete_steps,
     damaged_steps,
-    digest_file,
     mark_damaged,
     read_state,
     remove_leftovers,
@@ -136,7 +135,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(tm
     folder = write_step(tmp_path, 3)
     content = {**json.loads((folder / "state.json").read_text()), **change}
     del content["digest"]
-    (folder / "state.json").write_text(step_folders._render(content))
+    (folder / "state.json").write_bytes(seal_sorted(content))
     with pytest.raises(ConfigError, match=rf"state\.json: has format {change['format']}, .* reads format 1; go on with") as error:
         check_files(folder)
     assert not isinstance(error.value, DamagedError)
