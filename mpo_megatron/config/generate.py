@@ -67,15 +67,18 @@ class EndpointConfig:
     api: Literal["tokens", "text", "chat"] = "tokens"
     """`tokens`: completions of the token ids that training sees (vLLM, SGLang); `text`: of the rendered prompt, which the server
     tokenizes; `chat`: of the messages, which the server renders with a template of its own."""
+    server: Literal["auto", "vllm", "sglang", "llamacpp", "transformers", "openai"] = "auto"
+    """What the server is, and so which settings it is sent; `auto` asks it. `openai` is any other, which is sent only what the
+    protocol has."""
     api_key_env: str = "OPENAI_API_KEY"
     """Environment variable that holds the key; without it, none is sent that means anything."""
     concurrency: int = 64
     """Requests under way at a time."""
     timeout: float = 600.0
-    """Seconds until a request counts as lost."""
+    """Seconds that a request may take in all; then it counts as lost."""
     retries: int = 5
-    """How often a lost or refused request (no connection, timeout, 408, 409, 429, 5xx, no usable answer) is repeated, each time
-    later; a server's Retry-After is honoured."""
+    """How often a lost request (no connection, timeout, 408, 409, 425, 429, 5xx) is repeated, each time later; a server's
+    Retry-After is honoured."""
     max_wait: float = 60.0
     """Longest pause between two tries, in seconds; a longer Retry-After is cut to it."""
 
@@ -138,9 +141,11 @@ class GenerateConfig:
     duplicates: Literal["keep", "drop", "resample"] = "keep"
     """What happens to a response equal to an earlier one of its group."""
     max_attempts: int = 3
-    """How often one response is drawn at most; what is still empty or equal after the last is kept, and counted."""
+    """How often one response is drawn at most. What is still empty or equal after the last is kept, what is still unusable
+    (filtered, aborted, no text) is left out; both are counted."""
     max_failed: float = 0.0
-    """Share of prompts that may fail for good (an endpoint's errors) before the command does."""
+    """Share of prompts that may fail for good (an endpoint's errors) before the command does; responses of theirs that arrived
+    are kept."""
     shard: str | None = None
     """`i/n`: part i (from 0) of n of the prompts; by default a Slurm array's task. The last part to finish joins all."""
     transformers: TransformersConfig = field(default_factory=TransformersConfig)

@@ -1,8 +1,15 @@
-"""Many questions to one OpenAI-compatible server: so many at a time, repeated when they are lost, answers as they come.
+"""Many questions to one OpenAI-compatible server: `concurrency` at a time, answers as they come, each bounded in time and size.
 
-What can pass is repeated with growing pauses, or after the pause the server asks for; what cannot (a wrong key, an unknown model)
-stops the command at once; and so does a server that has answered nothing for a while, rather than wait for each question's last
-try. The key is read from the environment, and blotted out wherever an error repeats it.
+What becomes of a question:
+
+- an answer;
+- `unusable`: the server answered, and the answer is of no use (no JSON, no text, filtered, too large). Ask with another seed;
+- `refused`: the server refuses this question (4xx). Another try gets the same;
+- `lost`: no answer after all tries (no connection, timeout, 408, 409, 429, 5xx). A try waits longer than the one before, or as
+  long as the server asks for.
+
+A wrong key, an unknown model, a server that answers nothing for a while or refuses everything ends the command. The key is read
+from the environment and removed from every message.
 """
 
 from __future__ import annotations
@@ -12,30 +19,54 @@ import email.utils
 import os
 import queue
 import random
+import re
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig
 from mpo_megatron.data import DataError
 
+MAX_BODY_BYTES = 16 * 2**20
+"""Largest body of an answer: 10⁵ tokens, as text and as ids, with as many ids of the prompt, are 3 MB."""
 _FIRST_PAUSE = 0.5
 """Seconds before the first repetition; doubled for each further one."""
-_LATER = {408, 409, 429}
+_LATER = {408, 409, 425, 429}
 """Refusals, besides 5xx, that may pass."""
 _FATAL = {401, 403, 404, 405}
 """Refusals that concern every question."""
 _MIN_LOST = 8
-"""So many questions in a row, and at least as many as are under way at a time, must be lost for the server to count as down."""
+"""A server counts as down after this many lost questions in a row, and at least as many as are under way at a time."""
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
+"""Characters of a server's text that must not reach a terminal or a log."""
 
 
 class UnusableAnswerError(ValueError):
     """The server answered with something that is no answer to the question."""
 
+    def __init__(self, label: str, reason: str) -> None:
+        super().__init__(reason)
+        self.label = label
+        """The name this kind of answer is counted under, for example `filtered`."""
 
-type Outcome[Answer] = tuple[int, Answer | None, str | None]
-"""What became of one question: its position, and an answer or why there is none."""
+
+class Failure(NamedTuple):
+    """Why a question has no answer."""
+
+    kind: Literal["unusable", "refused", "lost"]
+    label: str
+    """The name it is counted under."""
+    reason: str
+
+
+class Outcome[Answer](NamedTuple):
+    """What became of one question: an answer, or why there is none."""
+
+    position: int
+    """Of the question, in the sequence that was asked."""
+    answer: Answer | None
+    failure: Failure | None = None
 
 
 class Client:
@@ -52,10 +83,10 @@ class Client:
 
         Args:
             questions: what to ask
-            ask: puts one question to an `openai.AsyncOpenAI`; raises `UnusableAnswerError` for an answer of no use
+            ask: sends one request through an `openai.AsyncOpenAI`; raises `UnusableAnswerError` for an answer of no use
         Raises:
             ConfigError: the server refuses the key, or does not know the model or the address.
-            DataError: the server has answered nothing for a while.
+            DataError: the server has answered nothing for a while, or refuses everything.
         """
         outcomes: queue.SimpleQueue[Outcome[Answer] | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -78,6 +109,15 @@ class Client:
             stop.set()
             thread.join()
 
+    def ask_one[Question, Answer](self, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]) -> Outcome[Answer]:
+        """Put one question to the server.
+
+        Raises:
+            ConfigError: as `ask_all`.
+        """
+        [outcome] = self.ask_all([question], ask)
+        return outcome
+
     async def _run[Question, Answer](
         self,
         questions: Sequence[Question],
@@ -85,32 +125,23 @@ class Client:
         outcomes: queue.SimpleQueue[Any],
         stop: threading.Event,
     ) -> None:
-        import openai
-
         config = self.config
         waiting = iter(enumerate(questions))
-        lost_in_a_row = 0
-        client = openai.AsyncOpenAI(base_url=config.base_url, api_key=self._key or "none", timeout=config.timeout, max_retries=0)
+        tally = _Tally(config)
 
-        async def work() -> None:
-            nonlocal lost_in_a_row
-            for index, question in waiting:
-                answer, error, alive = await self._ask(client, question, ask)
-                outcomes.put((index, answer, error))
-                lost_in_a_row = 0 if alive else lost_in_a_row + 1
-                if lost_in_a_row >= max(_MIN_LOST, config.concurrency):
-                    raise DataError(
-                        f"{config.base_url}: the last {lost_in_a_row} questions got no answer, each tried {config.retries + 1} "
-                        f"times; the last: {error}. Answers that came are kept; see to the server, then run this again."
-                    )
+        async def work(client: Any) -> None:
+            for position, question in waiting:
+                answer, failure = await self._ask(client, question, ask)
+                outcomes.put(Outcome(position, answer, failure))
+                tally.add(failure)
 
         async def watch() -> None:
             while not stop.is_set():
                 await asyncio.sleep(0.05)
 
-        async with client:
+        async with self._open() as client:
             workers: asyncio.Future[Any] = asyncio.gather(
-                *(work() for _ in range(min(config.concurrency, max(1, len(questions)))))
+                *(work(client) for _ in range(min(config.concurrency, max(1, len(questions)))))
             )
             watcher: asyncio.Future[Any] = asyncio.create_task(watch())
             try:
@@ -122,37 +153,68 @@ class Client:
                     task.cancel()
                 await asyncio.gather(workers, watcher, return_exceptions=True)
 
+    def _open(self) -> Any:
+        """An `openai.AsyncOpenAI` that reads bounded bodies only."""
+        import openai
+
+        http_client = openai.DefaultAsyncHttpxClient(
+            timeout=None,  # the deadline in `_ask` bounds a request as a whole
+            headers={"accept-encoding": "identity"},  # a compressed body can be a thousandth of its content
+            event_hooks={"response": [_bound_body]},
+        )
+        return openai.AsyncOpenAI(
+            base_url=self.config.base_url,
+            api_key=self._key or "none",
+            max_retries=0,
+            timeout=self.config.timeout,
+            http_client=http_client,
+        )
+
     async def _ask[Question, Answer](
         self, client: Any, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]
-    ) -> tuple[Answer | None, str | None, bool]:
-        """An answer, or why there is none after the last try; and whether the server deals with questions at all."""
+    ) -> tuple[Answer | None, Failure | None]:
+        """An answer, or why there is none."""
         import openai
 
         reason = ""
         for attempt in range(self.config.retries + 1):
             pause = min(self.config.max_wait, _FIRST_PAUSE * 2**attempt) * random.uniform(0.75, 1.0)  # not all at once
             try:
-                return await ask(client, question), None, True
+                async with asyncio.timeout(self.config.timeout):  # in all: the HTTP client's own limit is one for each read
+                    return await ask(client, question), None
             except openai.APIStatusError as error:
-                reason = self._blot(f"{error.status_code}: {error.message}")
+                reason = self._clean(f"{error.status_code}: {_read_refusal(error)}")
                 if error.status_code in _FATAL:
                     raise ConfigError(self._explain(error.status_code, reason)) from None  # the cause may hold the key
                 if error.status_code not in _LATER and error.status_code < 500:
-                    return None, reason, True  # it is this question that it refuses
+                    return None, Failure("refused", "refused", reason)
                 pause = _retry_after(error.response.headers.get("retry-after"), pause, self.config.max_wait)
-            except openai.APITimeoutError:
+            except (openai.APITimeoutError, TimeoutError):
                 reason = f"no answer within {self.config.timeout:g} s"
             except openai.APIConnectionError as error:
-                reason = self._blot(f"no connection: {error.__cause__ or error}")
-            except (openai.APIResponseValidationError, UnusableAnswerError, ValueError) as error:  # ValueError: not JSON
-                reason = self._blot(f"no usable answer: {error}")
+                if isinstance(error.__cause__, UnusableAnswerError):  # openai < 3 wraps what reading the body raises
+                    return None, self._describe(error.__cause__)
+                reason = self._clean(f"no connection: {error.__cause__ or error}")
+            except ConfigError:  # a ValueError, too
+                raise
+            except (UnusableAnswerError, RecursionError, ValueError) as error:
+                return None, self._describe(error)
             if attempt < self.config.retries:
                 await asyncio.sleep(pause)
-        return None, reason, False
+        return None, Failure("lost", "lost", reason)
 
-    def _blot(self, text: str) -> str:
-        text = text if len(text) <= 400 else text[:400] + "…"
-        return text.replace(self._key, "…") if self._key else text
+    def _describe(self, error: Exception) -> Failure:
+        """The failure that an unusable answer is; any ValueError but our own comes from decoding its JSON."""
+        if isinstance(error, UnusableAnswerError):
+            return Failure("unusable", error.label, self._clean(str(error)))
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        return Failure("unusable", "not_json", self._clean(f"its body is not usable JSON: {reason}"))
+
+    def _clean(self, text: str) -> str:
+        """A server's text as a message may show it: short, in UTF-8, without control characters and the key."""
+        text = text.replace(self._key, "…") if self._key else text
+        text = _CONTROL.sub(" ", text).encode("utf-8", "replace").decode()
+        return text if len(text) <= 400 else text[:400] + "…"
 
     def _explain(self, status: int, reason: str) -> str:
         if status in (401, 403):
@@ -162,6 +224,77 @@ class Client:
             f"endpoint.base_url = {self.config.base_url}, model = {self.config.model}, api = {self.config.api}; the server does "
             f"not know one of them ({reason})."
         )
+
+
+class _Tally:
+    """How the last questions went; ends the command where further ones would go the same way."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        self.config, self.limit = config, max(_MIN_LOST, config.concurrency)
+        self.lost_in_a_row = self.refused = 0
+        self.taken = False
+        """Whether the server has taken any question."""
+
+    def add(self, failure: Failure | None) -> None:
+        """Count one question's failure, or that it had none.
+
+        Raises:
+            DataError: the server is down, or refuses everything.
+        """
+        kind = None if failure is None else failure.kind
+        self.lost_in_a_row = self.lost_in_a_row + 1 if kind == "lost" else 0
+        self.refused += kind == "refused"
+        self.taken = self.taken or kind in (None, "unusable")
+        reason = "" if failure is None else failure.reason
+        if self.lost_in_a_row >= self.limit:
+            raise DataError(
+                f"{self.config.base_url}: the last {self.lost_in_a_row} questions got no answer, each tried "
+                f"{self.config.retries + 1} times; the last: {reason}. Answers that came are kept; see to the server, then run "
+                "this again."
+            )
+        if self.refused >= self.limit and not self.taken:
+            raise DataError(
+                f"{self.config.base_url}: the server refuses all of the first {self.refused} questions; the last: {reason}. "
+                "Set endpoint.api, endpoint.server and the sampling to what it takes."
+            )
+
+
+def _read_refusal(error: Any) -> str:
+    """What a server says of a request that it refuses: the message in its body, else the body."""
+    message = error.body.get("message") if isinstance(error.body, dict) else error.body
+    return message if isinstance(message, str) else str(error.response.text).strip()
+
+
+async def _bound_body(response: Any) -> None:
+    """Let the body of a response be read up to `MAX_BODY_BYTES`.
+
+    Raises:
+        UnusableAnswerError: it is compressed, though that was not asked for.
+    """
+    encoding = response.headers.get("content-encoding", "identity")
+    if encoding not in ("identity", ""):
+        await response.aclose()
+        raise UnusableAnswerError("compressed", f"its body is compressed ({encoding}), which was not asked for")
+    response.stream = _bounded_stream(response.stream)
+
+
+def _bounded_stream(stream: Any) -> Any:
+    """A stream of the same kind that raises `UnusableAnswerError` behind `MAX_BODY_BYTES`."""
+    base: Any = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")  # of httpx, or of httpx2
+
+    class Bounded(base):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            total = 0
+            async for chunk in stream:
+                total += len(chunk)
+                if total > MAX_BODY_BYTES:
+                    raise UnusableAnswerError("too_large", f"its body is larger than {MAX_BODY_BYTES:,} bytes")
+                yield chunk
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Bounded()
 
 
 def _retry_after(header: str | None, pause: float, longest: float) -> float:

@@ -1,13 +1,14 @@
-"""Groups under way: which responses are still to be drawn, and which again because they are empty or repeat another."""
+"""Groups under way: which responses are still to be drawn, and which again because they are empty, repeated or unusable."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from mpo_megatron.config import GenerateConfig
-from mpo_megatron.rollout.engines import Engine, Generation, Prompt, Response, Sampling, response_seed
+from mpo_megatron.rollout.engines import Engine, Generation, Miss, Prompt, Response, Sampling, response_seed
 from mpo_megatron.rollout.records import Record
 
 
@@ -19,20 +20,29 @@ class Group:
     token_ids: tuple[int, ...]
     responses: dict[int, Response] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
+    """By index: the attempt that is drawn next, or that gave the response; makes its seed."""
+    draws: Counter[int] = field(default_factory=Counter)
+    """By index: draws of this run that ended in a response or a miss."""
+    given_up: dict[int, Miss] = field(default_factory=dict)
+    """By index: the last miss of a response that is not drawn again."""
+    misses: Counter[str] = field(default_factory=Counter)
+    """All draws that gave no response, by label."""
 
     @classmethod
     def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> Group:
-        """A group with what an earlier run's failure holds; what is missing starts with its first attempt."""
+        """A group with what an earlier run's failure holds; what is missing goes on with the next attempt."""
         group = cls(record=record, token_ids=token_ids)
         for line in failure["responses"] if failure is not None else ():
-            values = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
-            group.responses[line["index"]] = Response(**values)
+            values: dict[str, Any] = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
+            group.responses[line["index"]] = Response(**values, token_ids=tuple(line.get("token_ids", ())))
             group.attempts[line["index"]] = line.get("attempt", 0)
+        for index, attempt in (failure.get("attempts", {}) if failure is not None else {}).items():
+            group.attempts[int(index)] = attempt
         return group
 
     def missing(self, sampling: Sampling) -> list[int]:
-        """Indices of the responses that are not there."""
-        return [index for index in range(sampling.num_responses) if index not in self.responses]
+        """Indices of the responses that are still to be drawn."""
+        return [index for index in range(sampling.num_responses) if index not in self.responses and index not in self.given_up]
 
     def prompt(self, sampling: Sampling) -> Prompt:
         """The prompt with the seeds of what is missing."""
@@ -45,12 +55,24 @@ class Group:
             seeds=tuple(response_seed(sampling.seed, group_id, index, self.attempts.get(index, 0)) for index in indices),
         )
 
-    def receive(self, generation: Generation, sampling: Sampling) -> None:
-        """Take over what came, by its seed: with an error, some did not come."""
-        by_seed = {response.seed: response for response in generation.responses}
+    def receive(self, generation: Generation, sampling: Sampling, max_attempts: int) -> None:
+        """Take over what came, by its seed: responses, and misses, which are drawn again with another seed or given up."""
+        came: dict[int, Response | Miss] = {miss.seed: miss for miss in generation.misses}
+        came |= {response.seed: response for response in generation.responses}
         for index, seed in zip(self.missing(sampling), self.prompt(sampling).seeds, strict=True):
-            if seed in by_seed:
-                self.responses[index] = by_seed[seed]
+            draw = came.get(seed)
+            if draw is None:
+                if generation.error is not None:
+                    continue  # it may still come
+                draw = Miss(seed=seed, label="nothing", reason="the engine gave neither a response nor a reason")
+            self.draws[index] += 1
+            if isinstance(draw, Response):
+                self.responses[index] = draw
+                continue
+            self.misses[draw.label] += 1
+            self.attempts[index] = self.attempts.get(index, 0) + 1
+            if not draw.again or self.draws[index] >= max_attempts:
+                self.given_up[index] = draw
 
     def faults(self) -> dict[int, str]:
         """By index: which responses are `empty`, or `duplicates` of an earlier one."""
@@ -68,19 +90,22 @@ class Group:
         again = [
             index
             for index, fault in self.faults().items()
-            if getattr(config, fault) == "resample" and self.attempts.get(index, 0) + 1 < config.max_attempts
+            if getattr(config, fault) == "resample" and max(self.draws[index], 1) < config.max_attempts
         ]
         for index in again:
             del self.responses[index]
             self.attempts[index] = self.attempts.get(index, 0) + 1
+            self.draws[index] = max(self.draws[index], 1)
         return bool(again)
 
     def as_record(self, config: GenerateConfig) -> Record:
-        """The finished group line."""
+        """The finished group line; `unusable` counts all draws that gave no response, `dropped` the responses it lacks."""
         faults = {index: fault for index, fault in self.faults().items() if getattr(config, fault) == "drop"}
         kept = [self.as_line(index) for index in sorted(self.responses) if index not in faults]
+        dropped = Counter(faults.values()) + Counter(miss.label for miss in self.given_up.values())
         record = self.record | {"responses": kept}
-        return record | {"dropped": dict(sorted(Counter(faults.values()).items()))} if faults else record
+        record |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
+        return record | ({"unusable": dict(sorted(self.misses.items()))} if self.misses else {})
 
     def as_line(self, index: int) -> Record:
         """One response of the group line; `attempt` tells how often it was drawn again."""
@@ -88,9 +113,22 @@ class Group:
         return line | {"attempt": attempt} if attempt else line
 
     def as_failure(self, error: str) -> Record:
-        """A line of failures.jsonl: why, and what did arrive."""
+        """A line of failures.jsonl: why, what did arrive, and where the next run goes on."""
         arrived = [self.as_line(index) | {"index": index} for index in sorted(self.responses)]
-        return {"group_id": self.record["group_id"], "error": error, "responses": arrived}
+        line = {"group_id": self.record["group_id"], "error": error, "responses": arrived}
+        attempts = {str(index): attempt for index, attempt in self.attempts.items() if index not in self.responses}
+        return line | ({"attempts": attempts} if attempts else {})
+
+    def explain_misses(self) -> str:
+        """Why not one response is there."""
+        counted = Counter(f"{miss.label} ({miss.reason})" for miss in self.given_up.values())
+        return "no usable response: " + "; ".join(f"{count} × {reason}" for reason, count in counted.most_common(3))
+
+
+def keep_arrived(record: Record, failure: Record, num_responses: int) -> Record:
+    """The group line of a prompt that failed, with the responses that did arrive."""
+    lines = [{name: value for name, value in line.items() if name != "index"} for line in failure["responses"]]
+    return record | {"responses": lines, "dropped": {"lost": num_responses - len(lines)}}
 
 
 def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: GenerateConfig) -> Iterator[Record]:
@@ -98,21 +136,23 @@ def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: 
     waiting = list(window)
     while waiting:
         again = []
-        for group, error in _draw(engine, waiting, sampling):
+        for group, error in _draw(engine, waiting, sampling, config.max_attempts):
             if error is not None:
                 yield group.as_failure(error)
-            elif group.drop_to_redraw(config):
+            elif group.drop_to_redraw(config) or group.missing(sampling):
                 again.append(group)
+            elif group.given_up and not group.responses:
+                yield group.as_failure(group.explain_misses())
             else:
                 yield group.as_record(config)
         waiting = again
 
 
-def _draw(engine: Engine, groups: Sequence[Group], sampling: Sampling) -> Iterator[tuple[Group, str | None]]:
+def _draw(engine: Engine, groups: Sequence[Group], sampling: Sampling, max_attempts: int) -> Iterator[tuple[Group, str | None]]:
     """Each group once the engine has drawn what it lacked, and why something still is missing; whole ones first."""
     lacking = {group.record["group_id"]: group for group in groups if group.missing(sampling)}
     yield from ((group, None) for group in groups if group.record["group_id"] not in lacking)
     for generation in engine.generate([group.prompt(sampling) for group in lacking.values()], sampling):
         group = lacking[generation.group_id]
-        group.receive(generation, sampling)
+        group.receive(generation, sampling, max_attempts)
         yield group, generation.error

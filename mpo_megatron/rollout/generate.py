@@ -4,17 +4,19 @@
 
 Every finished group is one line of samples.jsonl at once; when all are there, the lines are put into the order of the prompts
 and generate.json appears. Response k of a group is drawn from the seed (seed, group id, k, attempt), so that a run that was
-killed, or cut into other shards, asks for the same. What failed stands in failures.jsonl with the responses that did arrive, and
-is tried again by the next run.
+killed, or cut into other shards, asks for the same. A response that is unusable (filtered, aborted, no text) is drawn again with
+another attempt's seed, and then left out: it never costs the others. What failed stands in failures.jsonl with the responses that
+did arrive, and is tried again by the next run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mpo_megatron.rollout.draws import Group, answer
+from mpo_megatron.rollout.draws import Group, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
 from mpo_megatron.rollout.progress import show_progress
@@ -81,11 +83,16 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     samples = output / shard.name(SAMPLES_FILE)
     if not (output / shard.name(GENERATE_FILE)).is_file():
         with hold(output / f".{samples.name}.lock", samples):
-            _generate_shard(config, checkpoint, tokenizer, prompts, sampling, shard)
-            _join([samples], shard, prompts, identity, config)
-    parts = [output / name for name in shard.all_names(SAMPLES_FILE)]
-    whole = replace(config, shard=None)
-    if not join_shards(output, shard, GENERATE_FILE, lambda: _join(parts, Shard(0, 1), prompts, identity, whole), console):
+            uncontrolled = _generate_shard(config, checkpoint, chat, prompts, sampling, shard)
+            _join([samples], shard, prompts, identity, config, uncontrolled)
+
+    def join() -> None:
+        parts = [output / name for name in shard.all_names(SAMPLES_FILE)]
+        summaries = [read_summary(output / name) for name in shard.all_names(GENERATE_FILE)]
+        uncontrolled = {name for summary in summaries for name in summary.get("uncontrolled", ())}
+        _join(parts, Shard(0, 1), prompts, identity, replace(config, shard=None), uncontrolled)
+
+    if not join_shards(output, shard, GENERATE_FILE, join, console):
         return samples
     _print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
     return output / SAMPLES_FILE
@@ -156,18 +163,14 @@ def _identity(
 
 
 def _generate_shard(
-    config: GenerateConfig,
-    checkpoint: Path,
-    tokenizer: Tokenizer,
-    prompts: PromptSet,
-    sampling: Sampling,
-    shard: Shard,
-) -> None:
-    """Answer the shard's prompts that have no line yet."""
+    config: GenerateConfig, checkpoint: Path, chat: Chat, prompts: PromptSet, sampling: Sampling, shard: Shard
+) -> Collection[str]:
+    """Answer the shard's prompts that have no line yet; the sampling parameters that the engine cannot control."""
     output = Path(config.output)
     samples, failures = (output / shard.name(name) for name in (SAMPLES_FILE, FAILURES_FILE))
     mine = prompts.records[shard.part :: shard.total]
     failed: list[Record] = []
+    uncontrolled: Collection[str] = ()
     with LineWriter(samples) as lines:
         done = read_ids(samples)
         pending = [record for record in mine if record["group_id"] not in done]
@@ -178,10 +181,11 @@ def _generate_shard(
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
             with (
-                contextlib.closing(_load_engine(config, checkpoint, tokenizer)) as engine,
+                contextlib.closing(_load_engine(config, checkpoint, chat)) as engine,
                 LineWriter(failures) as failure_lines,
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
+                uncontrolled = getattr(engine, "uncontrolled", ())
                 while window := list(itertools.islice(groups, _WINDOW)):
                     for line in answer(engine, window, sampling, config):
                         if "error" in line:
@@ -190,7 +194,12 @@ def _generate_shard(
                         else:
                             lines.write(line)
                             advance(1, sum(response["num_tokens"] for response in line["responses"]))
-    _settle_failures(failures, failed, len(mine), config.max_failed)
+        _settle_failures(failures, failed, len(mine), config.max_failed)
+        arrived = {line["group_id"]: line for line in failed if line["responses"]}
+        for record in pending:
+            if record["group_id"] in arrived:
+                lines.write(keep_arrived(record, arrived[record["group_id"]], config.num_responses))
+    return uncontrolled
 
 
 def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_failed: float) -> None:
@@ -208,36 +217,44 @@ def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_faile
         )
 
 
-def _load_engine(config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer) -> Engine:
+def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat) -> Engine:
     """The engine, with its model loaded."""
     if config.engine == "openai":
         from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 
-        return EndpointEngine(config.endpoint, tokenizer)
+        return EndpointEngine(config.endpoint, chat)
     folder = hugging_face_folder(checkpoint)
     if config.engine == "vllm":
         from mpo_megatron.rollout.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(folder, tokenizer, config.vllm)
+        return VllmEngine(folder, chat.tokenizer, config.vllm)
     from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 
-    return EmbeddedEngine.load(folder, tokenizer, config.transformers)
+    return EmbeddedEngine.load(folder, chat.tokenizer, config.transformers)
 
 
 # --------------------------------------------------------------------------------------------------- completion
 
 
-def _join(sources: Sequence[Path], shard: Shard, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> None:
+def _join(
+    sources: Sequence[Path],
+    shard: Shard,
+    prompts: PromptSet,
+    identity: Mapping[str, Any],
+    config: GenerateConfig,
+    uncontrolled: Collection[str],
+) -> None:
     """Put lines into the order of the shard's prompts, in its file; then say that they are complete."""
     output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
     join_lines(sources, samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
-    write_summary(output / shard.name(GENERATE_FILE), _summarize(samples, prompts, identity, config))
+    summary = _summarize(samples, prompts, identity, config) | {"uncontrolled": sorted(uncontrolled)}
+    write_summary(output / shard.name(GENERATE_FILE), summary)
 
 
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
     """generate.json: counts are taken from the lines, so that they do not depend on how often a run was continued."""
-    counts, reasons, dropped = Counter[str](), Counter[str](), Counter[str]()
+    counts, reasons, dropped, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for record in read_lines(samples):
         texts = [response["text"] for response in record["responses"]]
         counts["groups"] += 1
@@ -248,11 +265,14 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         counts["groups_with_duplicates"] += len(set(texts)) < len(texts)
         counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
         reasons.update(response["finish_reason"] for response in record["responses"])
+        counts["with_token_ids"] += sum("token_ids" in response for response in record["responses"])
         dropped.update(record.get("dropped", {}))
+        unusable.update(record.get("unusable", {}))
+    found = {"dropped": dict(dropped), "unusable": dict(unusable), "finish_reasons": dict(sorted(reasons.items()))}
     return {
         "identity": identity,
         "samples_digest": digest_lines(samples),
-        "counts": {**counts, "dropped": dict(dropped), "finish_reasons": dict(sorted(reasons.items()))},
+        "counts": {**counts, **found},
         "prompts": dict(prompts.counts),
         "config": to_dict(config),
     }
@@ -275,11 +295,21 @@ def _print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet,
 
 def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) -> None:
     counts = summary["counts"]
-    console.print(
+    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say(
         f"{samples}: {counts['groups']:,} groups, {counts['responses']:,} responses, {counts['tokens']:,} tokens "
         f"({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and {counts['duplicates']:,} "
-        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} drawn again.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
+        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} drawn again."
     )
+    if counts["unusable"]:
+        say(f"unusable draws: {', '.join(f'{count:,} × {label}' for label, count in counts['unusable'].items())}.")
+    if counts["with_token_ids"] < counts["responses"]:
+        say(
+            f"{counts['responses'] - counts['with_token_ids']:,} responses have no token ids: training uses their text, encoded "
+            "again."
+        )
+    if summary["uncontrolled"]:
+        say(
+            f"The server may have drawn with a {', '.join(summary['uncontrolled'])} of its own: it does not say what kind of "
+            "server it is, and was not sent them. Set endpoint.server, or see to its defaults."
+        )

@@ -108,7 +108,7 @@ def test_samples_differ(config: GenerateConfig) -> None:
 
 def test_what_the_server_does_not_take_is_named(config: GenerateConfig) -> None:
     endpoint = dataclasses.replace(config.endpoint, api="tokens")
-    with pytest.raises(DataError, match=r"6 of 6 prompts failed: 6 × 4\d\d: "):
+    with pytest.raises(DataError, match=r"6 of 6 prompts failed: 6 × no usable response: 2 × refused \(4\d\d: "):
         generate(dataclasses.replace(config, endpoint=endpoint), Console(quiet=True))
     assert len((Path(config.output) / "failures.jsonl").read_text().splitlines()) == 6
 

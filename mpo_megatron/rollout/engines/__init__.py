@@ -14,8 +14,32 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from mpo_megatron.data.group import Message
+from mpo_megatron.rollout.client import UnusableAnswerError
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
+"""Why a response ends: by itself, at the token limit, or because the engine saw it repeat itself."""
+_FINISH_REASONS: dict[Any, FinishReason] = {
+    "stop": "stop",
+    "eos_token": "stop",  # text-generation-inference
+    "stop_sequence": "stop",
+    "length": "length",
+    "repetition": "repetition",
+}
+_UNFINISHED = {"abort": "aborted", "error": "failed", "content_filter": "filtered", "tool_calls": "tool_call"}
+"""By an engine's finish reason: the name under which a response that is none is counted."""
+
+
+def read_finish_reason(value: Any) -> FinishReason:
+    """Why a response ends, from an engine's word for it.
+
+    Raises:
+        UnusableAnswerError: the response was aborted, filtered, or ended for an unknown reason.
+    """
+    key = value if isinstance(value, str) else None
+    if key not in _FINISH_REASONS:
+        label = _UNFINISHED.get(str(key), "unknown_finish")
+        raise UnusableAnswerError(label, f"finish_reason = {str(value)[:40]!r}")
+    return _FINISH_REASONS[key]
 
 
 def response_seed(seed: int, group_id: str, index: int, attempt: int = 0) -> int:
@@ -73,10 +97,25 @@ class Response:
     seed: int
     token_ids: tuple[int, ...] = ()
     """[R] the tokens generated, the end token included; empty if the engine does not tell."""
+    cut: bool = False
+    """Whether a stop text was found in it: the text ends before it, and the tokens do not."""
 
     def as_line(self) -> dict[str, Any]:
-        """What a group line holds of it."""
-        return {"text": self.text, "finish_reason": self.finish_reason, "num_tokens": self.num_tokens, "seed": self.seed}
+        """What a group line holds of it; the tokens only if they are those of the text."""
+        line = {"text": self.text, "finish_reason": self.finish_reason, "num_tokens": self.num_tokens, "seed": self.seed}
+        return line | {"token_ids": list(self.token_ids)} if self.token_ids and not self.cut else line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Miss:
+    """A draw that gave no response."""
+
+    seed: int
+    label: str
+    """The name it is counted under, for example `filtered`."""
+    reason: str
+    again: bool = True
+    """Whether another seed may give one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +124,11 @@ class Generation:
 
     group_id: str
     responses: tuple[Response, ...] = field(default=())
-    """In the order of the prompt's seeds; with `error`, those that did arrive."""
+    """In the order of the prompt's seeds: those that arrived."""
+    misses: tuple[Miss, ...] = ()
+    """Draws that gave no response, each for a reason of its own."""
     error: str | None = None
-    """Why responses are missing."""
+    """Why draws have neither: no answer came, and the same draw may give one later."""
 
 
 class Engine(Protocol):

@@ -155,12 +155,15 @@ class EmbeddedEngine:
     def _respond(self, row: _Row, reason: FinishReason, sampling: Sampling) -> Response:
         tokens = row.tokens
         words = tokens[:-1] if tokens[-1] in sampling.stop_token_ids else tokens
+        whole = self.tokenizer.decode(words, skip_special=True)
+        text = cut_at_stop(whole, sampling.stop)
         return Response(
-            text=cut_at_stop(self.tokenizer.decode(words, skip_special=True), sampling.stop),
+            text=text,
             finish_reason=reason,
             num_tokens=len(tokens),
             seed=row.seed,
             token_ids=tuple(tokens),
+            cut=text != whole,
         )
 
     def close(self) -> None:

@@ -1,19 +1,23 @@
-"""Any server that speaks the OpenAI protocol: vLLM, SGLang, `transformers serve`, or somebody's API.
+"""Any server that speaks the OpenAI protocol: vLLM, SGLang, llama.cpp, `transformers serve`, or somebody's API.
 
-One request a response, with its own seed: so a lost one costs one response, and a server with a prefix cache computes the prompt
-once all the same.
+One request a response, with its own seed: so a bad one costs one response, and a server with a prefix cache computes the prompt
+once all the same. The body of an answer is read as plain JSON, because servers add and omit fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from mpo_megatron.config import ConfigError, EndpointConfig
+from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.tokenizer import Tokenizer
-from mpo_megatron.rollout.client import Client, UnusableAnswerError
-from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.rollout.client import Client
+from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
+from mpo_megatron.rollout.engines.answers import read_answer
+from mpo_megatron.rollout.engines.servers import UNCONTROLLED, find_kind, request_fields
+from mpo_megatron.rollout.thoughts import Thoughts
 
 
 class _Question(NamedTuple):
@@ -25,9 +29,23 @@ class _Question(NamedTuple):
 class EndpointEngine:
     """Generates by asking a server."""
 
-    def __init__(self, config: EndpointConfig, tokenizer: Tokenizer) -> None:
-        """Take the server, and the tokenizer that counts tokens where the server does not."""
-        self.config, self.tokenizer, self.client = config, tokenizer, Client(config)
+    def __init__(self, config: EndpointConfig, chat: Chat) -> None:
+        """Ask the server what it is.
+
+        Args:
+            config: the server
+            chat: counts tokens where the server does not, and puts thoughts back
+        Raises:
+            ConfigError, DataError: as `find_kind`; or the server renders the chat template without the variables that are set.
+        """
+        self.config, self.chat, self.client = config, chat, Client(config)
+        self.kind = find_kind(config, self.client)
+        self.uncontrolled = UNCONTROLLED[self.kind]
+        require(
+            config.api != "chat" or not chat.variables or self.kind != "openai",
+            "chat_template_kwargs are set, and it is not known whether the server takes them with endpoint.api = chat; set "
+            "endpoint.api = text or tokens, or endpoint.server to what it is.",
+        )
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Ask for all responses of all prompts; a prompt is yielded when its last request has come to an end.
@@ -37,74 +55,63 @@ class EndpointEngine:
         """
         questions = [_Question(prompt, seed, sampling) for prompt in prompts for seed in prompt.response_seeds(sampling)]
         waiting = {prompt.group_id: len(prompt.response_seeds(sampling)) for prompt in prompts}
-        responses: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
-        errors: dict[str, str] = {}
+        arrived: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
+        misses: defaultdict[str, list[Miss]] = defaultdict(list)
+        lost: dict[str, str] = {}
+
+        def gather(group_id: str, error: str | None) -> Generation:
+            found = arrived.pop(group_id)
+            responses = tuple(found[position] for position in sorted(found))
+            return Generation(group_id=group_id, responses=responses, misses=tuple(misses.pop(group_id, ())), error=error)
+
         try:
-            for index, response, error in self.client.ask_all(questions, self._ask):
-                group_id = questions[index].prompt.group_id
+            for position, response, failure in self.client.ask_all(questions, self._ask):
+                group_id = questions[position].prompt.group_id
                 waiting[group_id] -= 1
-                if response is not None:
-                    responses[group_id][index] = response
-                if error is not None:
-                    errors[group_id] = error
+                if failure is None:
+                    assert response is not None
+                    arrived[group_id][position] = response
+                elif failure.kind == "lost":
+                    lost[group_id] = failure.reason
+                else:
+                    again = failure.kind == "unusable"
+                    seed = questions[position].seed
+                    misses[group_id].append(Miss(seed=seed, label=failure.label, reason=failure.reason, again=again))
                 if waiting[group_id] == 0:
-                    yield _gather(group_id, responses.pop(group_id), errors.get(group_id))
+                    yield gather(group_id, lost.get(group_id))
         except (ConfigError, DataError):
-            for group_id, arrived in responses.items():  # what has come is worth keeping, though not a group yet
-                if arrived:
-                    yield _gather(group_id, arrived, "the server went away while others were under way")
+            for group_id in [group_id for group_id, found in arrived.items() if found]:  # what has come is worth keeping
+                yield gather(group_id, "the server went away while others were under way")
             raise
 
     async def _ask(self, client: Any, question: _Question) -> Response:
-        sampling, config = question.sampling, self.config
-        options: dict[str, Any] = {
-            "model": config.model,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "max_tokens": sampling.max_tokens,
-            "seed": question.seed,
-        }
-        if sampling.stop:
-            options["stop"] = list(sampling.stop)
-        extra: dict[str, Any] = {"top_k": sampling.top_k} if sampling.top_k else {}
-        if config.api == "chat":
-            answer = await client.chat.completions.create(messages=list(question.prompt.messages), extra_body=extra, **options)
-        elif config.api == "text":
-            text = self.tokenizer.decode(question.prompt.token_ids)
-            answer = await client.completions.create(prompt=text, extra_body=extra, **options)
+        prompt, sampling, api = question.prompt, question.sampling, self.config.api
+        body = {"model": self.config.model} | request_fields(self.kind, sampling, question.seed)
+        if api == "chat":
+            body["messages"] = self._messages(prompt)
+            if self.chat.variables:
+                body["chat_template_kwargs"] = dict(self.chat.variables)
+        elif api == "text":
+            body["prompt"] = self.chat.tokenizer.decode(prompt.token_ids)
+            if self.kind == "vllm":
+                body["add_special_tokens"] = False  # the rendered prompt has them
         else:
-            extra["stop_token_ids"] = list(sampling.stop_token_ids)  # servers that take token ids know this, too
-            ids = list(question.prompt.token_ids)
-            answer = await client.completions.create(prompt=ids, extra_body=extra, **options)
-        return self._read(answer, question.seed)
+            body["prompt"] = list(prompt.token_ids)
+            if self.kind == "openai":
+                body["stop_token_ids"] = list(sampling.stop_token_ids)  # servers that take token ids know this, too
+        path = "/chat/completions" if api == "chat" else "/completions"
+        answer = await client.post(path, cast_to=object, body=body)
+        thoughts = Thoughts(self.chat, prompt.messages) if prompt.messages else None
+        return read_answer(
+            answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.chat.tokenizer, thoughts=thoughts
+        )
 
-    def _read(self, answer: Any, seed: int) -> Response:
-        """The response in a server's answer.
-
-        Raises:
-            UnusableAnswerError: it holds none.
-        """
-        try:
-            [choice] = answer.choices
-            text = choice.message.content if self.config.api == "chat" else choice.text
-            reason = choice.finish_reason
-        except (AttributeError, TypeError, ValueError) as error:
-            raise UnusableAnswerError(f"it holds not one choice with a text ({_shorten(answer)})") from error
-        if not isinstance(text, str) or reason not in ("stop", "length"):
-            raise UnusableAnswerError(f"text of type {type(text).__name__}, finish_reason = {reason!r}")
-        counted = getattr(getattr(answer, "usage", None), "completion_tokens", None)
-        num_tokens = counted if isinstance(counted, int) else len(self.tokenizer.encode(text))
-        return Response(text=text, finish_reason=reason, num_tokens=num_tokens, seed=seed)
+    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
+        """The conversation, with the system message that `Chat` puts before it."""
+        messages = [dict(message) for message in prompt.messages]
+        if self.chat.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.chat.system_prompt})
+        return messages
 
     def close(self) -> None:
         """Nothing is kept open between calls."""
-
-
-def _gather(group_id: str, arrived: Mapping[int, Response], error: str | None) -> Generation:
-    """What has come for a prompt, in the order it was asked for."""
-    return Generation(group_id=group_id, responses=tuple(arrived[key] for key in sorted(arrived)), error=error)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:120] + "…"

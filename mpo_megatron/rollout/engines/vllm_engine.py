@@ -14,7 +14,8 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, VllmConfig
 from mpo_megatron.data.tokenizer import Tokenizer
-from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
+from mpo_megatron.rollout.client import UnusableAnswerError
+from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
 
 
@@ -55,7 +56,7 @@ class VllmEngine:
             (prompt, index, seed) for prompt in prompts for index, seed in enumerate(prompt.response_seeds(sampling))
         )
         under_way: dict[str, tuple[Prompt, int, int]] = {}
-        done: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
+        done: dict[str, dict[int, Response | Miss]] = {prompt.group_id: {} for prompt in prompts}
         while requests or under_way:
             while requests and len(under_way) < self.max_in_flight:
                 prompt, index, seed = requests.popleft()
@@ -68,8 +69,12 @@ class VllmEngine:
                 prompt, index, seed = under_way.pop(output.request_id)
                 done[prompt.group_id][index] = self._read(output.outputs[0], seed, sampling)
                 if len(done[prompt.group_id]) == len(prompt.response_seeds(sampling)):
-                    responses = done.pop(prompt.group_id)
-                    yield Generation(group_id=prompt.group_id, responses=tuple(responses[key] for key in sorted(responses)))
+                    draws = [draw for _, draw in sorted(done.pop(prompt.group_id).items())]
+                    yield Generation(
+                        group_id=prompt.group_id,
+                        responses=tuple(draw for draw in draws if isinstance(draw, Response)),
+                        misses=tuple(draw for draw in draws if isinstance(draw, Miss)),
+                    )
 
     def _parameters(self, seed: int, sampling: Sampling) -> Any:
         from vllm import SamplingParams
@@ -79,6 +84,10 @@ class VllmEngine:
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
+            min_p=0.0,
+            repetition_penalty=1.0,
+            presence_penalty=0.0,
+            frequency_penalty=0.0,
             max_tokens=sampling.max_tokens,
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
@@ -87,13 +96,23 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    def _read(self, completion: Any, seed: int, sampling: Sampling) -> Response:
+    def _read(self, completion: Any, seed: int, sampling: Sampling) -> Response | Miss:
         tokens = tuple(completion.token_ids)
         words = tokens[:-1] if tokens and tokens[-1] in sampling.stop_token_ids else tokens
         text = self.tokenizer.decode(words, skip_special=True)
         cut = cut_at_stop(text, sampling.stop)
-        reason: FinishReason = "length" if completion.finish_reason == "length" and cut == text else "stop"
-        return Response(text=cut, finish_reason=reason, num_tokens=len(tokens), seed=seed, token_ids=tokens)
+        try:
+            reason = read_finish_reason(completion.finish_reason)
+        except UnusableAnswerError as error:
+            return Miss(seed=seed, label=error.label, reason=str(error))
+        return Response(
+            text=cut,
+            finish_reason=reason if cut == text else "stop",
+            num_tokens=len(tokens),
+            seed=seed,
+            token_ids=tokens,
+            cut=cut != text,
+        )
 
     def close(self) -> None:
         """Free the GPUs."""

@@ -14,7 +14,8 @@ from jinja2 import Environment, StrictUndefined, TemplateError
 from mpo_megatron.config import ConfigError, to_dict
 from mpo_megatron.config.score import JudgeScorer
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
-from mpo_megatron.rollout.engines import response_seed
+from mpo_megatron.rollout.engines import read_finish_reason, response_seed
+from mpo_megatron.rollout.engines.answers import find_choice, read_text
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
@@ -28,6 +29,8 @@ class _Question(NamedTuple):
     text: str
     key: str
     """What the question is about, within the group; makes its seed."""
+    attempt: int = 0
+    """How often it was asked before without a verdict; makes its seed."""
 
 
 class Judge(Scorer):
@@ -94,36 +97,49 @@ class Judge(Scorer):
         return _Question(group["group_id"], text, key)
 
     def _ask_all(self, questions: Sequence[_Question]) -> list[float | None]:
+        """The verdict on each question; what has none is asked again with another seed, `garbage_retries` times."""
         values: list[float | None] = [None] * len(questions)
-        for position, answer, error in self.client.ask_all(questions, self._ask):
-            group_id = questions[position].group_id
-            if answer is None:
-                self.note(group_id, f"failed: {error}")
-                continue
-            values[position], num_garbage = answer
-            if num_garbage:
-                self.note(group_id, "garbage", num_garbage)
+        places = list(range(len(questions)))
+        for attempt in range(self.config.garbage_retries + 1):
+            again: list[int] = []
+            asked = [questions[place]._replace(attempt=attempt) for place in places]
+            for position, verdict, failure in self.client.ask_all(asked, self._ask):
+                place = places[position]
+                if failure is None:
+                    values[place] = verdict
+                elif failure.kind == "unusable":
+                    self.note(questions[place].group_id, failure.label)
+                    again.append(place)
+                else:
+                    self.note(questions[place].group_id, f"failed: {failure.reason}")
+            places = sorted(again)
         return values
 
-    async def _ask(self, client: Any, question: _Question) -> tuple[float | None, int]:
-        """The verdict, None if the judge never gave one, and how many of its answers held none."""
+    async def _ask(self, client: Any, question: _Question) -> float:
+        """The verdict in the judge's answer.
+
+        Raises:
+            UnusableAnswerError: it holds none.
+        """
         config = self.config
-        for attempt in range(config.garbage_retries + 1):
-            answer = await client.chat.completions.create(
-                model=config.endpoint.model,
-                messages=[{"role": "user", "content": question.text}],
-                temperature=config.temperature,
-                max_tokens=config.max_tokens,
-                seed=response_seed(0, f"{question.group_id}/{question.key}", 0, attempt),  # garbage is asked for anew
+        body = {
+            "model": config.endpoint.model,
+            "messages": [{"role": "user", "content": question.text}],
+            "temperature": config.temperature,
+            "max_tokens": config.max_tokens,
+            "seed": response_seed(0, f"{question.group_id}/{question.key}", 0, question.attempt),
+        }
+        choice = find_choice(await client.post("/chat/completions", cast_to=object, body=body))
+        message = choice.get("message")
+        text = read_text(message if isinstance(message, dict) else {}, "content")
+        if read_finish_reason(choice.get("finish_reason")) != "stop":
+            raise UnusableAnswerError(
+                "cut", f"it is cut at max_tokens = {config.max_tokens}, so that what it ends with is no verdict"
             )
-            try:
-                text = answer.choices[0].message.content
-            except (AttributeError, TypeError, IndexError) as error:
-                raise UnusableAnswerError("it holds no choice with a message") from error
-            value = self.read_verdict(text or "")
-            if value is not None:
-                return value, attempt
-        return None, config.garbage_retries + 1
+        verdict = self.read_verdict(text)
+        if verdict is None:
+            raise UnusableAnswerError("garbage", "it states no verdict")
+        return verdict
 
     def read_verdict(self, text: str) -> float | None:
         """The number, or P(a > b), that an answer states last; None if it states none."""

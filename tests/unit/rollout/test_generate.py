@@ -47,7 +47,9 @@ def test_one_line_a_prompt_in_the_order_of_the_file(config: GenerateConfig) -> N
     assert [record["reference_answer"] for record in records] == [*range(20)]
     assert all(len(record["responses"]) == 2 for record in records)
     assert all(
-        set(response) == {"text", "finish_reason", "num_tokens", "seed"} for record in records for response in record["responses"]
+        set(response) == {"text", "finish_reason", "num_tokens", "seed", "token_ids"}
+        for record in records
+        for response in record["responses"]
     )
     counts = json.loads((samples.parent / "generate.json").read_text())["counts"]
     assert (counts["groups"], counts["responses"]) == (20, 40)

@@ -1,0 +1,172 @@
+"""A server's answer → a response, or why it is none. Nothing in it is taken on trust: fields may lack, lie, or be of any type."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.rollout.client import UnusableAnswerError
+from mpo_megatron.rollout.engines import Response, Sampling, read_finish_reason
+from mpo_megatron.rollout.engines.embedded import cut_at_stop
+from mpo_megatron.rollout.thoughts import Thoughts
+
+_EXTRA_TOKENS = 1
+"""A server may count the end token that it drew at the limit."""
+
+
+def read_answer(
+    answer: Any,
+    *,
+    api: Literal["tokens", "text", "chat"],
+    seed: int,
+    sampling: Sampling,
+    tokenizer: Tokenizer,
+    thoughts: Thoughts | None,
+) -> Response:
+    """The response in the decoded body of an answer.
+
+    Args:
+        answer: the JSON value
+        thoughts: puts a thought that stands beside the answer back before it; None without messages
+    Raises:
+        UnusableAnswerError: it holds none.
+        ConfigError: it holds a thought, and the chat template writes none.
+    """
+    choice = find_choice(answer)
+    reason = read_finish_reason(choice.get("finish_reason"))
+    message = choice.get("message") if api == "chat" else choice
+    if not isinstance(message, dict):
+        raise UnusableAnswerError("no_choice", f"its choice has no message ({shorten(choice)})")
+    text = read_text(message, "content" if api == "chat" else "text")
+    ids = _read_ids(choice.get("token_ids"), sampling, tokenizer)
+    num_tokens = _read_count(answer, ids, sampling)
+    drawn = None if ids is None else tokenizer.decode(_without_end(ids, sampling), skip_special=True)
+    if drawn is not None and _agrees(drawn, text, api):
+        whole = cut_at_stop(drawn, sampling.stop)
+        return Response(
+            text=whole, finish_reason=reason, num_tokens=len(ids or ()), seed=seed, token_ids=tuple(ids or ()), cut=whole != drawn
+        )
+    thought = _read_thought(message)
+    if thought is not None:
+        assert thoughts is not None
+        text = thoughts.put_back(thought, text)
+    if num_tokens is None:
+        num_tokens = len(tokenizer.encode(text))
+    return Response(text=text, finish_reason=reason, num_tokens=num_tokens, seed=seed)
+
+
+def find_choice(answer: Any) -> dict[str, Any]:
+    """The first choice of an answer.
+
+    Raises:
+        UnusableAnswerError: there is none.
+    """
+    if isinstance(answer, str):  # the client's form of a body that does not say it is JSON
+        raise UnusableAnswerError("not_json", f"its body is not JSON ({shorten(answer)})")
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    choice = choices[0] if isinstance(choices, list) and choices else None
+    if not isinstance(choice, dict):
+        raise UnusableAnswerError("no_choice", f"it holds no choice ({shorten(answer)})")
+    return choice
+
+
+def read_text(message: dict[str, Any], field: str) -> str:
+    """The text of a choice or its message.
+
+    Raises:
+        UnusableAnswerError: it has none, or UTF-8 cannot hold it.
+    """
+    text = message.get(field)
+    if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
+        text = "".join(part["text"] for part in text)
+    if text is None and message.get("refusal"):
+        raise UnusableAnswerError("refusal", f"it refuses: {shorten(message['refusal'])}")
+    if text is None and message.get("tool_calls"):
+        raise UnusableAnswerError("tool_call", "it calls a tool, and none was offered")
+    if text is None and _read_thought(message) is not None:
+        raise UnusableAnswerError("thought_only", "it holds a thought and no answer; raise max_tokens if many do")
+    if not isinstance(text, str):
+        raise UnusableAnswerError("no_text", f"its {field} is of type {type(text).__name__}")
+    return _check_unicode(text, field)
+
+
+def _check_unicode(text: str, field: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnusableAnswerError("not_unicode", f"its {field} has half a surrogate pair at character {error.start}") from None
+    return text
+
+
+def _read_thought(message: dict[str, Any]) -> str | None:
+    """The thought beside an answer, under the names that SGLang, DeepSeek and older vLLM, and newer vLLM use."""
+    for field in ("reasoning_content", "reasoning"):
+        thought = message.get(field)
+        if isinstance(thought, str) and thought.strip():
+            return _check_unicode(thought, field)
+    return None
+
+
+def _read_ids(value: Any, sampling: Sampling, tokenizer: Tokenizer) -> list[int] | None:
+    """The ids that were drawn, if the server tells.
+
+    Raises:
+        UnusableAnswerError: they are no ids of this tokenizer, or too many.
+    """
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or not all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        raise UnusableAnswerError("bad_tokens", f"its token_ids are {shorten(value)}, not ids")
+    wrong = next((item for item in value if not 0 <= item < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise UnusableAnswerError(
+            "bad_tokens", f"its token_ids hold {shorten(wrong)}, and the tokenizer has {tokenizer.vocab_size}"
+        )
+    if len(value) > sampling.max_tokens + _EXTRA_TOKENS:
+        raise UnusableAnswerError("bad_count", f"it has {len(value)} token_ids, and max_tokens = {sampling.max_tokens}")
+    return value
+
+
+def _read_count(answer: dict[str, Any], ids: Sequence[int] | None, sampling: Sampling) -> int | None:
+    """Tokens of the response as the server counts them; None if it does not.
+
+    Raises:
+        UnusableAnswerError: that number cannot be.
+    """
+    usage = answer.get("usage")
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    if count is None or count == 0:
+        return None if ids is None else len(ids)
+    if isinstance(count, bool) or not isinstance(count, int):
+        raise UnusableAnswerError("bad_count", f"its completion_tokens are {shorten(count)}, not a number of tokens")
+    if not 0 < count <= sampling.max_tokens + _EXTRA_TOKENS:
+        raise UnusableAnswerError(
+            "bad_count", f"its completion_tokens are {shorten(count)}, and max_tokens = {sampling.max_tokens}"
+        )
+    return count
+
+
+def _without_end(ids: Sequence[int], sampling: Sampling) -> Sequence[int]:
+    return ids[:-1] if ids[-1] in sampling.stop_token_ids else ids
+
+
+def _agrees(drawn: str, text: str, api: str) -> bool:
+    """Whether ids that decode to `drawn` are those of `text`.
+
+    A server may hold back half a character at the end, and stops before a stop text; a chat answer has its thought and the white
+    space around it taken off.
+    """
+    whole, part = drawn.rstrip("\ufffd"), text.rstrip("\ufffd")
+    return part.strip() in whole if api == "chat" else whole.startswith(part)
+
+
+def shorten(value: object) -> str:
+    """A value as a message may show it."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
+        return "a number of more than 20 digits"  # repr refuses one of more than 4,300
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 120 else text[:120] + "…"
