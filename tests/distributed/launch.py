@@ -30,6 +30,8 @@ from unittest import mock
 
 from torch.distributed import TCPStore
 
+from tests.waiting import TIMEOUT
+
 ROOT = Path(__file__).parents[2]
 
 PRELOADED = (
@@ -41,9 +43,7 @@ PRELOADED = (
 )
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of ranks: gloo's, also where there are GPUs."""
-TIMEOUT = 600.0
-"""Seconds that ranks may take."""
-GRACE = 10.0
+GRACE = 30.0
 """Seconds that the other ranks get to say something when one has failed."""
 
 

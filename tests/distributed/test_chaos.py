@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed.launch import ROOT
+from tests.waiting import TIMEOUT
 
 KILLS = 20
 
@@ -20,7 +21,7 @@ KILLS = 20
 def test_killed_runs_end_where_an_undisturbed_one_ends(tmp_path: Path) -> None:
     command = [sys.executable, "tools/chaos.py", "--kills", str(KILLS), "--folder", str(tmp_path / "runs")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     # The seed is a new one each time, and in the output.
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
     summary = result.stdout.splitlines()[-1]

@@ -21,6 +21,7 @@ from mpo_megatron.model.convert import convert
 from tests.distributed.launch import ROOT
 from tests.distributed.slurm import installed, slurm
 from tests.tiny import random_groups, save_groups, save_model
+from tests.waiting import TIMEOUT
 
 # The scripts call `python` and `mpo`: those of the environment that runs the tests.
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -75,7 +76,7 @@ def run_script(inputs: Path, run: Path, **job: Any) -> list[float]:
         for number in range(job["nodes"])
     ]
     for machine in machines:
-        output, _ = machine.communicate(timeout=300)
+        output, _ = machine.communicate(timeout=TIMEOUT)
         assert machine.returncode == 0, output[-4000:]
     return losses(run)
 
@@ -163,7 +164,7 @@ def test_slurm_ends_all_ranks_when_one_has_failed(inputs: Path, tmp_path: Path) 
 
 def wait_for(done: Any, logs: Path, pause: float = 0.5) -> None:
     """Wait until `done()`, at most four minutes."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT
     while not done():
         if time.monotonic() > deadline:
             ends = (f"--- {path.name}\n{path.read_text()[-3000:]}" for path in sorted(logs.rglob("*.log")))

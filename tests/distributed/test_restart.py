@@ -18,6 +18,7 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.train.step_folders import check_files, complete_steps, step_folder
 from tests.distributed.launch import ROOT
 from tests.tiny import random_groups, save_groups, save_model
+from tests.waiting import TIMEOUT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -52,7 +53,7 @@ def test_mpo_train_restarts_after_a_failed_rank_and_obeys_a_request(tmp_path: Pa
         killed_at = steps(output)[-1]
         wait_for_step(output, killed_at + 5, process)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 75
+        assert process.wait(timeout=TIMEOUT) == 75
     text = (inputs / "log").read_text()
     assert "resuming from" in text
     assert "stopped and saved: SIGUSR1" in text
@@ -62,7 +63,7 @@ def test_mpo_train_restarts_after_a_failed_rank_and_obeys_a_request(tmp_path: Pa
 
 
 def wait_for_step(output: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + TIMEOUT
     while not steps(output) or steps(output)[-1] < step:
         assert process.poll() is None
         assert time.monotonic() < deadline

@@ -23,6 +23,7 @@ from mpo_megatron.rollout.records import read_lines
 from mpo_megatron.rollout.score import score
 from tests.distributed.launch import free_port
 from tests.tiny import save_model, save_tokenizer
+from tests.waiting import TIMEOUT
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,7 +60,7 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with log.open("w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     try:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + TIMEOUT
         while not answers(f"http://127.0.0.1:{port}/health"):
             assert process.poll() is None, log.read_text()[-3000:]
             assert time.monotonic() < deadline

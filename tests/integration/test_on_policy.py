@@ -32,6 +32,7 @@ from mpo_megatron.rollout import select as selecting
 from tests.distributed.launch import launch_ranks
 from tests.kills import Killed, raise_at
 from tests.tiny import save_model
+from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 QUIET = Console(quiet=True)
@@ -98,7 +99,7 @@ def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
         assert process.poll() is None, "training ended before it could be killed"
         started = process.children(recursive=True)
         process.kill()
-        _, alive = psutil.wait_procs([process, *started], timeout=60)
+        _, alive = psutil.wait_procs([process, *started], timeout=TIMEOUT)
         assert started
         assert not alive
         raise Killed("train")

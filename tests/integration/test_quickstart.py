@@ -16,6 +16,7 @@ from examples.quickstart.task import WORDS, build_groups, compute_reward
 from mpo_megatron import cli
 from mpo_megatron.train import launcher
 from tests.distributed.launch import launch_ranks
+from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MPO_DATA", ROOT.parent / "shared" / "data"))
@@ -23,7 +24,7 @@ DATA = Path(os.environ.get("MPO_DATA", ROOT.parent / "shared" / "data"))
 
 def run_quickstart(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "examples.quickstart.run", "--output", str(output), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
 
 
 def run_here(output: Path, *arguments: str) -> None:

@@ -12,6 +12,7 @@ import pytest
 from mpo_megatron.config import ReportConfig
 from mpo_megatron.report.report import report
 from tests.run_folder import HOSTILE, write_data, write_run
+from tests.waiting import TIMEOUT
 
 sync_api = pytest.importorskip("playwright.sync_api")
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -43,7 +44,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def visit(browser: Any, path: Path, **options: Any) -> tuple[Any, list[str]]:
     """The page, drawn, and what went wrong: console errors, exceptions, requests to anywhere."""
     page = browser.new_page(viewport={"width": 1440, "height": 900}, **options)
-    page.set_default_timeout(120_000)
+    page.set_default_timeout(1000 * TIMEOUT)
     wrong: list[str] = []
     page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

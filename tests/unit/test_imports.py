@@ -15,6 +15,7 @@ import pytest
 from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
 from mpo_megatron.hf.conversion import Conversion
 from mpo_megatron.plan.models import MODELS
+from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
@@ -125,7 +126,7 @@ def test_megatron_may_be_absent() -> None:
         "import sys; sys.modules['megatron'] = sys.modules['transformer_engine'] = None\n"
         "import mpo_megatron.cli, mpo_megatron.config, mpo_megatron.data.prepare, mpo_megatron.losses"
     )
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=TIMEOUT)
 
 
 def write_model(folder: Path) -> None:
@@ -163,7 +164,7 @@ def test_plan_and_impossible_layouts_need_no_megatron(command: str, code: int, m
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIMEOUT,
     )
     assert run.returncode == code, run.stderr
     assert message in run.stdout + run.stderr

@@ -14,6 +14,7 @@ import pytest
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from tests.distributed.launch import ROOT
+from tests.waiting import TIMEOUT
 
 HOLD = """
 import sys, time
@@ -42,7 +43,7 @@ def test_a_lock_ends_with_the_process_that_is_killed_and_may_be_waited_for(tmp_p
     with pytest.raises(DataError, match=f"process {process.pid} on"), hold(tmp_path / ".lock", tmp_path):
         pass
     process.kill()
-    with hold(tmp_path / ".lock", tmp_path, wait_seconds=60):
+    with hold(tmp_path / ".lock", tmp_path, wait_seconds=TIMEOUT):
         assert (tmp_path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
     process.wait()
 

@@ -25,6 +25,7 @@ from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.model.convert import convert, export_to_hf, import_from_hf
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.safetensors_io import INDEX, PlannedTensor, list_tensors, plan_shards, write_shards
+from tests.waiting import TIMEOUT
 
 SIZES = {
     "vocab_size": 1003,  # divisible by nothing that matters
@@ -553,7 +554,7 @@ def test_tools_convert_without_the_command(qwen3: Path, tmp_path: Path) -> None:
 
     def run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, root / "tools" / tool, *arguments]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
 
     done = run("convert_hf_to_megatron.py", "--input", qwen3, "--output", tmp_path / "megatron")
     assert done.returncode == 0, done.stderr

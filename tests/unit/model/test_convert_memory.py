@@ -15,6 +15,7 @@ from transformers import Qwen2Config
 
 from mpo_megatron.model.safetensors_io import INDEX
 from mpo_megatron.model.weight_map import build_weight_map
+from tests.waiting import TIMEOUT
 
 MIB = 2**20
 CONFIG = Qwen2Config(
@@ -77,7 +78,7 @@ def test_peak_memory_is_a_few_chunks(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, tmp_path / "small", tmp_path / "hf", tmp_path, str(CHUNK)]
     # glibc keeps freed blocks of up to 32 MiB, here as large as a piece: count what is in use, not what it keeps.
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
     assert done.returncode == 0, done.stderr
     before, middle, after = (int(number) for number in done.stdout.split())
     # The piece written before, the one being gathered or written, torch.save's copy of it, and one to spare.

@@ -26,6 +26,7 @@ from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
 from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
 from mpo_megatron.rollout.select import NothingLeftError
+from tests.waiting import TIMEOUT
 
 
 def write_prompt_file(path: Path, number: int, order: int = 1, **fields: Any) -> Path:
@@ -129,7 +130,7 @@ def test_a_command_of_its_own_ends_with_the_process_that_started_it(tmp_path: Pa
     child = psutil.Process(int((tmp_path / "child").read_text()))
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + TIMEOUT
     while alive := child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
             child.kill()

@@ -16,6 +16,7 @@ import pytest
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.train.faults import LEAST_MARGIN, RESTARTS, SLOW_STEPS, STARTED, Deadline, SlowRanks, was_restarted
 from tests.distributed.launch import ROOT
+from tests.waiting import TIMEOUT
 
 
 def python(code: str, *arguments: str) -> subprocess.Popen[str]:
@@ -90,7 +91,7 @@ def test_a_full_disk_needs_a_person_whichever_rank_and_file_meets_it(
     monkeypatch.setenv("NUMBER", str(number))
     monkeypatch.setenv("RANK", "3")
     process = python(FULL)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, errors
     assert ("mend it, and start the same command again: it resumes" in errors) == (code == 2)
     assert "run/metrics.jsonl" in errors
@@ -134,7 +135,7 @@ def test_signals_are_noted_and_end_no_process_even_at_its_end(number: signal.Sig
     assert process.stdout is not None
     assert process.stdout.readline() == "listening\n"
     process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=TIMEOUT)
     assert (process.returncode, output) == (0, f"{number.name}\n"), errors
 
 
@@ -150,7 +151,7 @@ if len(sys.argv) == 1:  # torchrun, with one rank of two left
         ranks[0].kill()
     ranks[1].send_signal(signal.SIGTERM)
     try:
-        print(ranks[1].wait(timeout=3), flush=True)
+        print(ranks[1].wait(timeout=float(os.environ["PATIENCE"])), flush=True)
     except subprocess.TimeoutExpired:
         print("goes on", flush=True)
     for rank in ranks:
@@ -167,12 +168,13 @@ else:
 def test_a_rank_whose_neighbour_has_died_leaves_at_once(monkeypatch: pytest.MonkeyPatch, dead: bool, outcome: str) -> None:
     monkeypatch.setenv("CODE", ALONE)
     monkeypatch.setenv("DEAD", str(int(dead)))
-    output, errors = python(ALONE).communicate(timeout=60)
+    monkeypatch.setenv("PATIENCE", str(TIMEOUT if dead else 3.0))  # one that wrongly leaves does so within a second
+    output, errors = python(ALONE).communicate(timeout=TIMEOUT)
     assert output.strip() == outcome, errors
 
 
 HANG = """
-import sys, threading, time
+import sys, threading
 from pathlib import Path
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.train.faults import Watchdog
@@ -180,17 +182,17 @@ from mpo_megatron.train.faults import Watchdog
 def all_reduce_that_never_returns():
     threading.Event().wait()
 
-watchdog = Watchdog(FaultConfig(hang_minutes=0.5 / 60), Path(sys.argv[1]), rank=3)
+watchdog = Watchdog(FaultConfig(hang_minutes=30), Path(sys.argv[1]), rank=3)
 for step in range(3):
     watchdog.beat(f"step {step}")
-    time.sleep(0.3)
+watchdog.seconds = 0.5
 all_reduce_that_never_returns()
 """
 
 
 def test_the_watchdog_names_rank_and_step_and_shows_where_it_hangs(tmp_path: Path) -> None:
     process = python(HANG, str(tmp_path))
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 1
     assert f"rank 3 on {socket.gethostname()}: no progress for" in errors
     [path] = (tmp_path / "incidents").iterdir()
