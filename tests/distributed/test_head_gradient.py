@@ -11,6 +11,7 @@ from mpo_megatron.config import ConvertConfig
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
+from tests.tolerances import reordered
 
 pytestmark = pytest.mark.distributed
 
@@ -39,5 +40,5 @@ def test_same_gradients_as_by_way_of_autograd(tmp_path: Path) -> None:
     assert len(results) == len(cases)
     for result in results:
         assert result["largest"] > 0, result
-        # Float32: a row's chunks are added to the buffer one by one, instead of their sum.
-        assert result["difference"] <= 1e-6, result
+        # A row's chunks are added to the buffer one by one, instead of their sum: some 500 tokens in all.
+        assert result["difference"] <= reordered(500), result

@@ -33,11 +33,12 @@ from mpo_megatron.rollout.live.regularizer import build_regularizer, choose_prom
 from mpo_megatron.train.loop import train
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
+from tests.tolerances import reordered
 
 pytestmark = pytest.mark.distributed
 
-# Of the largest gradient: float32 matrix products through two layers against float64.
-TOLERANCE = 5e-6
+# Of the largest gradient: float32 products of some 200 tokens against float64.
+TOLERANCE = reordered(200)
 
 
 def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
@@ -69,7 +70,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
         assert result["kl"] == pytest.approx(result["expected_kl"], rel=1e-5), result
         assert result["gradients"] <= TOLERANCE * result["largest"], result
         # A step's gradients are the sum of both: nothing is reduced twice.
-        assert result["sum"] <= 1e-6 * max(result["largest"], result["loss_largest"]), result
+        assert result["sum"] <= TOLERANCE * max(result["largest"], result["loss_largest"]), result
         assert result["loss_largest"] > 0
     first, second = found["experts"]
     assert first["missing"] == second["missing"] == []

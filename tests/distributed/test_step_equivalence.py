@@ -14,11 +14,12 @@ from mpo_megatron.losses import list_losses
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
+from tests.tolerances import reordered
 
 pytestmark = pytest.mark.distributed
 
-# Of the largest gradient: the same float32 products in another order.
-TOLERANCE = 1e-6
+# Of the largest gradient: products of some 500 tokens, summed row by row.
+TOLERANCE = reordered(500)
 # Other hyper-parameters than the defaults where those would leave a path untried.
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "mpo": [{"beta": 0.1}, {"beta": 0.1, "partition": "top_bottom", "num_top": 1, "num_bottom": 1}],
