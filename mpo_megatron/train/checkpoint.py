@@ -174,9 +174,8 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str
         ) from error
     except CheckpointingException as error:
         raise ConfigError(f"{folder}: does not fit this model ({error}); is it of the same architecture?") from error
-    for (
-        part
-    ) in loaded.values():  # what is no tensor is merged in; Transformer Engine would unpickle a state that nobody asked for
+    # What is no tensor is merged in, and Transformer Engine would unpickle a module's state in it.
+    for part in loaded.values():
         for key in [key for key in part if str(key).endswith(EXTRA_STATE)] if isinstance(part, dict) else ():
             del part[key]
     return loaded
