@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.group import Message
+from mpo_megatron.data.templates import Renderer
 from mpo_megatron.digests import check_file, check_folder
 
 PLAIN_TEMPLATE = (
@@ -76,6 +77,7 @@ class HuggingFaceTokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self.backend = tokenizer
+        self._renderer = Renderer(self._render, "chat_template")
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -100,8 +102,11 @@ class HuggingFaceTokenizer:
         return text
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        return self._renderer(list(messages), add_generation_prompt, dict(variables))
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         text: str = self.backend.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
         return text
 
@@ -119,6 +124,7 @@ class SentencePieceTokenizer:
         import sentencepiece  # optional: only SentencePiece models need it
 
         self.model, self.template = model, template
+        self._renderer = Renderer(self._render, "chat_template")
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         size = self.processor.vocab_size()
         control = {self.processor.id_to_piece(index): index for index in range(size) if self.processor.is_control(index)}
@@ -155,6 +161,9 @@ class SentencePieceTokenizer:
         return "".join(parts)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+        return self._renderer(list(messages), add_generation_prompt, dict(variables))
+
+    def _render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with
 
         eos, bos = self.processor.eos_id(), self.processor.bos_id()
@@ -163,10 +172,10 @@ class SentencePieceTokenizer:
             "eos_token": self.processor.id_to_piece(eos) if eos >= 0 else "",
         }
         rendered = render_jinja_template(
-            conversations=[list(messages)],
+            conversations=[messages],
             chat_template=self.template,
             add_generation_prompt=add_generation_prompt,
-            **special | dict(variables),
+            **special | variables,
         )
         return str(rendered[0][0])
 

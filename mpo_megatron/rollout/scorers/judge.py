@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, StrictUndefined, TemplateError
+from jinja2 import TemplateError
 
 from mpo_megatron.config import ConfigError, to_dict
 from mpo_megatron.config.score import JudgeScorer
+from mpo_megatron.data.bounded import LimitError
+from mpo_megatron.data.templates import Renderer, fill
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import read_finish_reason, response_seed
 from mpo_megatron.rollout.engines.answers import find_choice, read_text
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
+from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern
 
 _WINNERS = {"a": 1.0, "b": 0.0, "tie": 0.5, "c": 0.5}
 """P(a > b) of a verdict; some templates call a tie C."""
@@ -47,10 +49,10 @@ class Judge(Scorer):
         super().__init__(name, config)
         self.client = Client(config.endpoint)
         self._source = Path(config.template).read_text(encoding="utf-8")
-        self._parse = re.compile(config.parse)
+        self._parse = Pattern(config.parse)
         try:
-            # A name that nothing fills would silently ask half a question.
-            self._template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(self._source)
+            self._fill = Renderer(fill, f"scorers.{name}.template = {config.template}")
+            self._fill(self._source, None)
         except TemplateError as error:
             raise ConfigError(f"scorers.{name}.template = {config.template}; not a Jinja template: {error}") from error
 
@@ -87,7 +89,8 @@ class Judge(Scorer):
     def _question(self, group: Record, key: str, texts: Mapping[str, str]) -> _Question:
         prompt = join_messages(group["prompt"])
         try:
-            text = self._template.render(prompt=prompt, messages=group["prompt"], group=group, **texts)
+            variables = {"prompt": prompt, "messages": group["prompt"], "group": group, **texts}
+            text = self._fill(self._source, variables)
         except TemplateError as error:
             raise ConfigError(
                 f"scorers.{self.name}.template = {self.config.template}; it cannot be filled for group "
@@ -142,9 +145,15 @@ class Judge(Scorer):
         return verdict
 
     def read_verdict(self, text: str) -> float | None:
-        """The number, or P(a > b), that an answer states last; None if it states none."""
-        matches = list(self._parse.finditer(text))
-        verdict = (matches[-1][1] or "") if matches else ""
+        """The number, or P(a > b), that an answer states last; None if it states none.
+
+        Raises:
+            UnusableAnswerError: `parse` takes too long on it.
+        """
+        [verdict] = self._parse.last([text])
+        if isinstance(verdict, LimitError):
+            raise UnusableAnswerError(TOO_SLOW, f"parse = {self.config.parse}: {verdict}") from verdict
+        verdict = verdict or ""
         if self.config.mode == "compare":
             return _WINNERS.get(verdict.strip().casefold())
         try:

@@ -14,8 +14,10 @@ from typing import Any
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.score import FunctionScorer, MatchScorer, RegexScorer
 from mpo_megatron.data import DataError
+from mpo_megatron.data.bounded import LimitError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores
+from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern
 
 _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\d+)?(?:\s*/\s*\d+(?:\.\d+)?)?|[-+−]?\.\d+")
 
@@ -27,7 +29,7 @@ class Match(Scorer):
 
     def __init__(self, name: str, config: MatchScorer) -> None:
         super().__init__(name, config)
-        self._extract = re.compile(config.extract) if config.extract is not None else None
+        self._extract = Pattern(config.extract) if config.extract is not None else None
 
     def score(self, groups: Sequence[Record]) -> Scores:
         """1.0 or 0.0 a response; None for all of a group without a reference.
@@ -52,10 +54,17 @@ class Match(Scorer):
                         f"scorers.{self.name}: group {group['group_id']}: {self.config.field} = {item!r} is not a number; set "
                         "mode = exact, or mend the prompt file."
                     )
-        return [float(self._matches(response["text"], references)) for response in group["responses"]]
+        answers = self._answers([response["text"] for response in group["responses"]])
+        scores: list[float | None] = []
+        for answer in answers:
+            if isinstance(answer, LimitError):
+                self.note(group["group_id"], TOO_SLOW)
+                scores.append(None)
+            else:
+                scores.append(float(self._matches(answer, references)))
+        return scores
 
-    def _matches(self, text: str, references: Sequence[str]) -> bool:
-        answer = self._answer(text)
+    def _matches(self, answer: str | None, references: Sequence[str]) -> bool:
         if answer is None:
             return False
         if self.config.mode == "exact":
@@ -67,15 +76,13 @@ class Match(Scorer):
             for reference in references
         )
 
-    def _answer(self, text: str) -> str | None:
-        """What the response says the answer is; None if it does not say."""
+    def _answers(self, texts: Sequence[str]) -> Sequence[str | LimitError | None]:
+        """What each response says the answer is; None if it does not say."""
         if self._extract is not None:
-            matches = list(self._extract.finditer(text))
-            return (matches[-1][1] if self._extract.groups else matches[-1][0]) if matches else None
+            return self._extract.last(texts)
         if self.config.mode == "exact":
-            return text
-        numbers = _NUMBER.findall(text)
-        return numbers[-1] if numbers else None
+            return texts
+        return [numbers[-1] if (numbers := _NUMBER.findall(text)) else None for text in texts]
 
 
 def read_number(text: str) -> float | None:
@@ -98,14 +105,23 @@ class Regex(Scorer):
 
     config: RegexScorer
 
+    def __init__(self, name: str, config: RegexScorer) -> None:
+        super().__init__(name, config)
+        self._pattern = Pattern(config.pattern)
+
     def score(self, groups: Sequence[Record]) -> Scores:
-        """`found` or `absent` a response."""
-        pattern = re.compile(self.config.pattern)
-        find = pattern.fullmatch if self.config.full else pattern.search
-        return [
-            [self.config.found if find(response["text"]) else self.config.absent for response in group["responses"]]
-            for group in groups
-        ]
+        """`found` or `absent` a response; None where the pattern takes too long."""
+        return [self._score_group(group) for group in groups]
+
+    def _score_group(self, group: Record) -> list[float | None]:
+        scores: list[float | None] = []
+        for found in self._pattern.matches([response["text"] for response in group["responses"]], full=self.config.full):
+            if isinstance(found, LimitError):
+                self.note(group["group_id"], TOO_SLOW)
+                scores.append(None)
+            else:
+                scores.append(self.config.found if found else self.config.absent)
+        return scores
 
 
 class Function(Scorer):

@@ -1,0 +1,58 @@
+"""Regular expressions of users, on texts of models: in Python's syntax, and within a limit of time.
+
+An expression such as `(a+)+$` takes longer than the universe is old on a text of 60 characters. It runs in a process that the
+kernel ends, with Python's own `re`: another engine with a time limit would read some expressions differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mpo_megatron.data.bounded import Bounded, LimitError
+
+CPU_SECONDS = 2.0
+"""What an expression may take on one text, or on all of a group's; a usual one takes microseconds."""
+
+TOO_SLOW = "pattern_too_slow"
+"""The reason of a score that is missing because the expression did not come to an end."""
+
+
+def _apply(pattern: str, how: str, texts: Sequence[str]) -> list[Any]:
+    compiled = re.compile(pattern)
+    if how == "search":
+        return [compiled.search(text) is not None for text in texts]
+    if how == "fullmatch":
+        return [compiled.fullmatch(text) is not None for text in texts]
+    found = []
+    for text in texts:
+        last = None
+        for last in compiled.finditer(text):  # noqa: B007 the last one counts
+            pass
+        found.append(None if last is None else (last[1] or "") if compiled.groups else last[0])
+    return found
+
+
+class Pattern:
+    """A regular expression with a limit of time."""
+
+    def __init__(self, pattern: str, cpu_seconds: float = CPU_SECONDS) -> None:
+        self.pattern = pattern
+        self._apply = Bounded(_apply, cpu_seconds)
+
+    def matches(self, texts: Sequence[str], *, full: bool) -> list[bool | LimitError]:
+        """Whether it matches somewhere in each text, or all of it; a `LimitError` where it takes too long."""
+        return self._each("fullmatch" if full else "search", texts)
+
+    def last(self, texts: Sequence[str]) -> list[str | LimitError | None]:
+        """The last match in each text, its first group if it has one; None without a match, a `LimitError` if it takes too long."""
+        return self._each("last", texts)
+
+    def _each(self, how: Literal["search", "fullmatch", "last"], texts: Sequence[str]) -> list[Any]:
+        try:
+            return list(self._apply(self.pattern, how, list(texts)))
+        except LimitError as error:
+            if len(texts) <= 1:
+                return [error] * len(texts)
+            return [self._each(how, [text])[0] for text in texts]
