@@ -231,5 +231,5 @@ def validate_score(config: ScoreConfig) -> None:
 def _check_pattern(pattern: str | None, name: str) -> None:
     try:
         re.compile(pattern or "")
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ConfigError(f"{name} = {pattern}; not a regular expression: {error}.") from error

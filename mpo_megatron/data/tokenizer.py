@@ -102,9 +102,10 @@ class HuggingFaceTokenizer:
         return text
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        return self._renderer(list(messages), add_generation_prompt, dict(variables))
+        return self._renderer(self.backend.chat_template, list(messages), add_generation_prompt, dict(variables))
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+    def _render(self, template: Any, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+        self.backend.chat_template = template  # what it was when the process that renders began may be another
         text: str = self.backend.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
@@ -161,9 +162,9 @@ class SentencePieceTokenizer:
         return "".join(parts)
 
     def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        return self._renderer(list(messages), add_generation_prompt, dict(variables))
+        return self._renderer(self.template, list(messages), add_generation_prompt, dict(variables))
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
+    def _render(self, template: str, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with
 
         eos, bos = self.processor.eos_id(), self.processor.bos_id()
@@ -173,7 +174,7 @@ class SentencePieceTokenizer:
         }
         rendered = render_jinja_template(
             conversations=[messages],
-            chat_template=self.template,
+            chat_template=template,
             add_generation_prompt=add_generation_prompt,
             **special | variables,
         )

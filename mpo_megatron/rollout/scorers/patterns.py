@@ -46,7 +46,7 @@ class Pattern:
         return self._each("fullmatch" if full else "search", texts)
 
     def last(self, texts: Sequence[str]) -> list[str | LimitError | None]:
-        """The last match in each text, its first group if it has one; None without a match, a `LimitError` if it takes too long."""
+        """The last match in each text, or its first group if it has one; None without, a `LimitError` if it takes too long."""
         return self._each("last", texts)
 
     def _each(self, how: Literal["search", "fullmatch", "last"], texts: Sequence[str]) -> list[Any]:
