@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import timing
 from benchmarks.setup import hf_config
 from mpo_megatron.data.packing import Piece, plan_rows
+from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import build_flop_model
 
 ROW_TOKENS = (4096, 8192, 16384)
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sets = {path.stem: read_lengths(path) for path in options.data}
     sets = sets or {"log-normal": random_lengths(64 if options.size == "tiny" else 1024)}
     # The weight of attention against linear layers is a real model's, whatever size runs here.
-    pair_weight = build_flop_model(hf_config(options.size if options.size.endswith("b") else "1.5b")).pair_weight
+    pair_weight = build_flop_model(read_family(hf_config(options.size if options.size.endswith("b") else "1.5b"))).pair_weight
     cases = list(itertools.product(sets.items(), ROW_TOKENS, REPLICAS))
 
     def measure(case: tuple[tuple[str, Lengths], int, int]) -> timing.Row:

@@ -34,13 +34,13 @@ from benchmarks.setup import Bench as Ranked
 from mpo_megatron import device
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch
+from mpo_megatron.families import read_family
 from mpo_megatron.model import attention
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.plan.memory import Kernels, Layout, StageMemory, stage_memory
-from mpo_megatron.plan.parameters import Shape
 from mpo_megatron.plan.rows import count_row
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective
@@ -178,7 +178,7 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         own = Ranked(config=config, parallel=parallel, ranks=ranks)
         prompt, response, responses = case.lengths
         batch = build_batch(own, case)
-        parts = build_policy(config, model_config, parallel, ranks, config.vocab_size)
+        parts = build_policy(read_family(config), model_config, parallel, ranks, config.vocab_size)
         with torch.no_grad():
             for part in parts:
                 for parameter in part.parameters():  # spread, so that experts share the tokens
@@ -228,7 +228,7 @@ def build_batch(own: Ranked, case: Case) -> StepBatch:
 def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int) -> StageMemory:
     """What `mpo plan` says of this rank and these rows."""
     layout = Layout(
-        shape=Shape(own.config),
+        shape=read_family(own.config),
         padded_vocab=own.config.vocab_size,
         model=model,
         parallel=own.parallel,

@@ -17,6 +17,7 @@ from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.data.packing import Layout, Row
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import FlopModel, build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -75,7 +76,7 @@ class Bench:
     @property
     def flops(self) -> FlopModel:
         """The model's operations."""
-        return build_flop_model(self.config)
+        return build_flop_model(read_family(self.config))
 
     def build_model(self) -> list[Any]:
         """A policy with random weights and gradient buffers."""
@@ -83,7 +84,7 @@ class Bench:
 
     def build_policy(self, model: ModelConfig) -> list[Any]:
         """A policy with random weights: the same numbers in every precision, but for their rounding."""
-        parts = build_policy(self.config, model, self.parallel, self.ranks, self.config.vocab_size)
+        parts = build_policy(read_family(self.config), model, self.parallel, self.ranks, self.config.vocab_size)
         torch.manual_seed(0)
         with torch.no_grad():
             for name, parameter in parts[0].named_parameters():

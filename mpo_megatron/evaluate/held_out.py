@@ -65,8 +65,8 @@ def evaluate_held_out(config: HeldOutConfig, output: Path, *, groups_per_step: i
     data = inputs.train
     results = []
     with model_parallel(training.parallel, training.seed) as ranks:
-        shape = build_row_shape(training, ranks, build_flop_model(inputs.hf_config))
-        policy = build_policy(inputs.hf_config, training.model, training.parallel, ranks, inputs.padded_vocab_size)
+        shape = build_row_shape(training, ranks, build_flop_model(inputs.family))
+        policy = build_policy(inputs.family, training.model, training.parallel, ranks, inputs.padded_vocab_size)
         references = compute_references(training, inputs, policy, ranks, shape)[data.path]
         checkpoint.load_weights(policy, training.model.checkpoint, ranks)
         for start in range(0, len(data), groups_per_step):

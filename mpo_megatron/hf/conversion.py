@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,6 @@ class Conversion:
 
     architecture: str
     """`architectures[0]` of the Hugging Face config."""
-    model_type: str
-    """`model_type` of the Hugging Face config."""
     vocab_size: int
     """Rows of the Hugging Face embedding."""
     padded_vocab_size: int
@@ -47,6 +46,13 @@ def load_conversion(folder: str | Path) -> Conversion:
         raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
     check_file(path)
     try:
-        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        known = {item.name for item in dataclasses.fields(Conversion)}  # other versions write more
+        return Conversion(**{name: value for name, value in record.items() if name in known})
+    except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
+
+
+def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+    """`vocab_size` rounded up to a multiple of `multiple`, so that tensor-parallel ranks can share it out."""
+    return -(-vocab_size // multiple) * multiple

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
-from mpo_megatron.hf.config import head_dim
-from mpo_megatron.hf.experts import read_experts
+from mpo_megatron.families import Family
 
 BACKWARD = 2
 """A backward pass multiplies twice for each multiplication of the forward pass: gradients of inputs and of weights."""
@@ -34,25 +31,23 @@ class FlopModel:
         return (1 + BACKWARD) * (self.per_token * tokens + self.per_pair * pairs + self.per_scored * scored)
 
 
-def build_flop_model(hf_config: PretrainedConfig) -> FlopModel:
+def build_flop_model(family: Family) -> FlopModel:
     """The operations of this model."""
-    hidden, layers = hf_config.hidden_size, hf_config.num_hidden_layers
-    query = hf_config.num_attention_heads * head_dim(hf_config)
-    key_value = hf_config.num_key_value_heads * head_dim(hf_config)
-    attention_weights = hidden * (query + 2 * key_value) + query * hidden
+    hidden, layers = family.hidden_size, family.num_hidden_layers
+    attention_weights = hidden * (family.queries + 2 * family.keys) + family.queries * hidden
     return FlopModel(
-        per_token=2 * (layers * attention_weights + sum(_mlp_weights(hf_config))),
-        per_pair=4 * layers * query,
-        per_scored=2 * hidden * hf_config.vocab_size,
+        per_token=2 * (layers * attention_weights + sum(_mlp_weights(family))),
+        per_pair=4 * layers * family.queries,
+        per_scored=2 * hidden * family.vocab_size,
     )
 
 
-def _mlp_weights(hf_config: PretrainedConfig) -> list[int]:
+def _mlp_weights(family: Family) -> list[int]:
     """Weights a token meets in the MLP of each layer: gate, up and down, with experts also a router and the shared one's gate."""
-    hidden, experts = hf_config.hidden_size, read_experts(hf_config)
-    dense = 3 * hidden * hf_config.intermediate_size
+    hidden, experts = family.hidden_size, family.experts
+    dense = 3 * hidden * family.intermediate_size
     if experts is None:
-        return [dense] * hf_config.num_hidden_layers
+        return [dense] * family.num_hidden_layers
     sparse = 3 * hidden * experts.per_token * experts.channels + hidden * experts.num
     if experts.shared_channels is not None:
         sparse += 3 * hidden * experts.shared_channels + hidden

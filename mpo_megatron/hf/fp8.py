@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
-from mpo_megatron.hf.config import head_dim
+from mpo_megatron.families import Family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +42,7 @@ def token_multiple(model: ModelConfig) -> int:
     return TOKEN_MULTIPLE if model.fp8 == "none" else RECIPES[model.fp8].tokens
 
 
-def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, hf_config: PretrainedConfig) -> None:
+def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, family: Family) -> None:
     """The part of `validate_fp8` that asks nothing of this machine.
 
     Raises:
@@ -53,11 +51,10 @@ def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, hf_config:
     if model.fp8 == "none":
         return
     recipe, tensor = RECIPES[model.fp8], parallel.tensor
-    head = head_dim(hf_config)
-    queries, keys = (heads * head // tensor for heads in (hf_config.num_attention_heads, hf_config.num_key_value_heads))
+    queries, keys = family.queries // tensor, family.keys // tensor
     for what, size in (
-        ("hidden_size", hf_config.hidden_size),
-        ("intermediate_size", hf_config.intermediate_size // tensor),
+        ("hidden_size", family.hidden_size),
+        ("intermediate_size", family.intermediate_size // tensor),
         ("width of queries, keys and values", queries + 2 * keys),
         ("width of the attention's output", queries),
     ):
@@ -67,11 +64,11 @@ def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, hf_config:
             f"is {size} on each of {tensor} tensor-parallel ranks; choose a smaller parallel.tensor, or set model.fp8 to none.",
         )
     require(
-        not parallel.sequence_parallel or hf_config.hidden_size % recipe.tokens == 0,
+        not parallel.sequence_parallel or family.hidden_size % recipe.tokens == 0,
         f"model.fp8 = {model.fp8} exchanges activations in blocks of {recipe.tokens} channels between tensor-parallel ranks, and "
-        f"the model's hidden_size is {hf_config.hidden_size}; set parallel.sequence to false, or choose another recipe.",
+        f"the model's hidden_size is {family.hidden_size}; set parallel.sequence to false, or choose another recipe.",
     )
-    layers = hf_config.num_hidden_layers // parallel.pipeline
+    layers = family.num_hidden_layers // parallel.pipeline
     require(
         model.fp8_bf16_layers <= layers,
         f"model.fp8_bf16_layers = {model.fp8_bf16_layers} is more than the {layers} layers of a pipeline stage; lower it, or "

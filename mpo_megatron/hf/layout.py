@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
 from mpo_megatron import device
 from mpo_megatron.config import ParallelConfig, require
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import Family, load_family
 from mpo_megatron.hf.conversion import Conversion, load_conversion
-from mpo_megatron.hf.experts import read_experts
 
 
-def read_model(folder: Path, parallel: ParallelConfig) -> tuple[PretrainedConfig, Conversion]:
+def read_model(folder: Path, parallel: ParallelConfig) -> tuple[Family, Conversion]:
     """What the folder of a Megatron checkpoint says of its model, which can be cut as `parallel` asks.
 
     Raises:
         ConfigError: it cannot, or a file is missing or damaged.
     """
-    hf_config, conversion = load_hf_config(folder / "hf"), load_conversion(folder)
-    validate_layout(hf_config, parallel, conversion.padded_vocab_size)
-    return hf_config, conversion
+    family, conversion = load_family(folder / "hf"), load_conversion(folder)
+    validate_layout(family, parallel, conversion.padded_vocab_size)
+    return family, conversion
 
 
-def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padded_vocab: int) -> None:
+def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int) -> None:
     """Check that the model can be cut as `parallel` asks.
 
     Raises:
@@ -32,15 +29,15 @@ def validate_layout(hf_config: PretrainedConfig, parallel: ParallelConfig, padde
     """
     tensor = parallel.tensor
     for name, size in (
-        ("num_attention_heads", hf_config.num_attention_heads),
-        ("num_key_value_heads", hf_config.num_key_value_heads),
-        ("intermediate_size", hf_config.intermediate_size),
+        ("num_attention_heads", family.num_attention_heads),
+        ("num_key_value_heads", family.num_key_value_heads),
+        ("intermediate_size", family.intermediate_size),
         ("padded vocabulary", padded_vocab),
     ):
         _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
-    parallel.stage_layers(hf_config.num_hidden_layers)
-    _validate_experts(hf_config, parallel)
-    heads, groups = hf_config.num_attention_heads // tensor, hf_config.num_key_value_heads // tensor
+    parallel.stage_layers(family.num_hidden_layers)
+    _validate_experts(family, parallel)
+    heads, groups = family.num_attention_heads // tensor, family.num_key_value_heads // tensor
     # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
     require(
@@ -55,18 +52,18 @@ def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
     require(size % divisor == 0, f"{name} = {divisor} does not divide {what} = {size}; choose one of {choices}.")
 
 
-def _validate_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> None:
+def _validate_experts(family: Family, parallel: ParallelConfig) -> None:
     """Check that the experts can be cut as `parallel` asks.
 
     Raises:
         ConfigError: naming the field, the rule and the values that work.
     """
-    experts = read_experts(hf_config)
+    experts = family.experts
     if experts is None:
         for name in ("expert", "expert_tensor"):
             require(
                 getattr(parallel, name) == 1,
-                f"parallel.{name} = {getattr(parallel, name)}, but a {hf_config.model_type} has no experts; leave it out.",
+                f"parallel.{name} = {getattr(parallel, name)}, but the model has no experts; leave it out.",
             )
         return
     require(
@@ -79,7 +76,7 @@ def _validate_experts(hf_config: PretrainedConfig, parallel: ParallelConfig) -> 
         f"parallel.expert = {parallel.expert} with parallel.expert_tensor = {parallel.expert_tensor} gathers parts of different "
         "length, which gloo, on a machine without a GPU, cannot; set one of them to 1.",
     )
-    divisible = [("expert", "num_experts", experts.num), ("expert_tensor", "moe_intermediate_size", experts.channels)]
+    divisible = [("expert", "num_experts", experts.num), ("expert_tensor", experts.size_field, experts.channels)]
     if experts.shared_channels is not None:
         divisible.append(("tensor", "shared_expert_intermediate_size", experts.shared_channels))
     for name, what, size in divisible:

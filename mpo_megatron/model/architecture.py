@@ -16,11 +16,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
-from transformers import PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
-from mpo_megatron.hf.config import head_dim
+from mpo_megatron.families import Family
 from mpo_megatron.model.attention import GroupAttention, RowAttention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
@@ -46,7 +45,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     return missing is None
 
 
-def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
+def build_transformer_config(family: Family, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron-Core's TransformerConfig for this model, precision and layout."""
     dtype = DTYPES[model.precision]
     recompute: dict[str, Any] = {}
@@ -55,19 +54,19 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
     elif model.recompute == "selective":
         recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
-        num_layers=hf_config.num_hidden_layers,
-        hidden_size=hf_config.hidden_size,
-        ffn_hidden_size=hf_config.intermediate_size,
-        num_attention_heads=hf_config.num_attention_heads,
-        num_query_groups=hf_config.num_key_value_heads,
-        kv_channels=head_dim(hf_config),
+        num_layers=family.num_hidden_layers,
+        hidden_size=family.hidden_size,
+        ffn_hidden_size=family.intermediate_size,
+        num_attention_heads=family.num_attention_heads,
+        num_query_groups=family.num_key_value_heads,
+        kv_channels=family.head_dim,
         normalization="RMSNorm",
-        layernorm_epsilon=hf_config.rms_norm_eps,
+        layernorm_epsilon=family.rms_norm_eps,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        add_qkv_bias=hf_config.model_type.startswith("qwen2"),
-        qk_layernorm=hf_config.model_type.startswith("qwen3"),
+        add_qkv_bias=family.qkv_bias,
+        qk_layernorm=family.qk_norm == "head",
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,
@@ -99,7 +98,7 @@ def build_transformer_config(hf_config: PretrainedConfig, model: ModelConfig, pa
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=use_transformer_engine(model),
-        **expert_settings(hf_config, model, parallel, transformer_engine=use_transformer_engine(model)),
+        **expert_settings(family, model, parallel, transformer_engine=use_transformer_engine(model)),
         **fp8_settings(model),
         **recompute,
     )

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from mpo_megatron import digests
 from mpo_megatron.config import ConvertConfig, require, validate_convert
-from mpo_megatron.hf.config import load_hf_config, padded_vocab_size
-from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion
+from mpo_megatron.families import load_family
+from mpo_megatron.families.rules import EMBEDDING, OUTPUT
+from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
 from mpo_megatron.model.convert_folder import copy_side_files, find_megatron_checkpoint, progress, set_config_dtype, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import (
@@ -38,7 +39,7 @@ from mpo_megatron.model.safetensors_io import (
     plan_shards,
     write_shards,
 )
-from mpo_megatron.model.weight_map import EMBEDDING, OUTPUT, Placement, Slice, build_weight_map, extra_state_keys
+from mpo_megatron.model.weight_map import Placement, Slice, build_weight_map, extra_state_keys
 
 __all__ = ["convert", "export_to_hf", "find_megatron_checkpoint", "import_from_hf"]
 
@@ -81,16 +82,16 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
     """
     digests.check_folder(source, weights=True)
-    hf_config = load_hf_config(source)
+    family = load_family(source)
     require(
-        getattr(hf_config, "quantization_config", None) is None,
+        getattr(family.config, "quantization_config", None) is None,
         f"{source / 'config.json'}: quantization_config is set; a quantized checkpoint cannot be trained: convert the "
         "original one.",
     )
-    padded_vocab = padded_vocab_size(hf_config.vocab_size, vocab_multiple)
-    slices = build_weight_map(hf_config, padded_vocab)
+    padded_vocab = padded_vocab_size(family.vocab_size, vocab_multiple)
+    slices = build_weight_map(family, padded_vocab)
     tensors = list_tensors(source)
-    tied_output = tensors.pop(OUTPUT, None) if hf_config.tie_word_embeddings else None
+    tied_output = tensors.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(tensors, slices, source)
     dtypes = _dtype_of_keys(tensors, slices)
     homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
@@ -105,12 +106,11 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
             advance(chunk.num_bytes)
             return _gather_rows(chunk, homes[chunk], tensors, reader, digest)
 
-        write_checkpoint(folder / "megatron", list(homes), extra_state_keys(hf_config), resolve)
+        write_checkpoint(folder / "megatron", list(homes), extra_state_keys(family), resolve)
         copy_side_files(source, folder / "hf")
         conversion = Conversion(
-            architecture=(hf_config.architectures or [""])[0],
-            model_type=hf_config.model_type,
-            vocab_size=hf_config.vocab_size,
+            architecture=(family.config.architectures or [""])[0],
+            vocab_size=family.vocab_size,
             padded_vocab_size=padded_vocab,
             dtype=_main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors.values()),
             digest=digest.hexdigest(),
@@ -225,10 +225,10 @@ def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
     """
     conversion = load_conversion(source)
-    hf_config = load_hf_config(source / "hf")
+    family = load_family(source / "hf")
     digests.require_list(source)
     digests.check_folder(source, weights=False)  # each weight is compared with a checksum of its own as it is read
-    slices = build_weight_map(hf_config, conversion.padded_vocab_size)
+    slices = build_weight_map(family, conversion.padded_vocab_size)
     checkpoint = CheckpointReader(source / "megatron")
     _check_megatron_tensors(checkpoint, slices)
     homes: dict[str, tuple[Slice, Placement]] = {p.name: (item, p) for item in slices for p in item.placements}

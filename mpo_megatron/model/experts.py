@@ -1,8 +1,8 @@
-"""Mixture-of-experts layers of Qwen2-MoE and Qwen3-MoE: how Megatron-Core is to compute them.
+"""Mixture-of-experts layers: how Megatron-Core is to compute them.
 
 A router gives each token `per_token` of the layer's experts, by the largest softmax probabilities, and their outputs are added,
-weighted by the probabilities. Qwen2-MoE adds a shared expert that sees all tokens, through a gate of its own. No token is dropped
-and no auxiliary loss is added: a group's loss and gradients are those of `transformers`, wherever its experts lie.
+weighted by the probabilities. Some models add a shared expert that sees all tokens, through a gate of its own. No token is
+dropped and no auxiliary loss is added: a group's loss and gradients are those of `transformers`, wherever its experts lie.
 """
 
 from __future__ import annotations
@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe import moe_utils
-from transformers import PretrainedConfig
 
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
-from mpo_megatron.hf.experts import read_experts
+from mpo_megatron.families import Family
 
 
-def expert_settings(
-    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool
-) -> dict[str, Any]:
+def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool) -> dict[str, Any]:
     """What Megatron-Core's TransformerConfig is told of experts.
 
     Raises:
@@ -27,7 +24,7 @@ def expert_settings(
     """
     # With the default dispatcher, which a dense model does not use either, Megatron refuses rows of different lengths.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
-    experts = read_experts(hf_config)
+    experts = family.experts
     if experts is None:
         return settings
     require(

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import all_gather_object, broadcast, get_rank, get_world_size
 
 from mpo_megatron import device
+from mpo_megatron.families import Family
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import Slice, build_weight_map
 
@@ -39,7 +40,7 @@ class _Box:
     dtype: torch.dtype
 
 
-def send_weights(model: Sequence[Any], hf_config: Any, padded_vocab: int, ranks: Ranks, receive: Receive | None) -> None:
+def send_weights(model: Sequence[Any], family: Family, padded_vocab: int, ranks: Ranks, receive: Receive | None) -> None:
     """Give the policy's weights, one after the other, to every rank that wants them; all ranks call it.
 
     Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
@@ -52,7 +53,7 @@ def send_weights(model: Sequence[Any], hf_config: Any, padded_vocab: int, ranks:
     """
     held = _held_boxes(model, ranks)
     owners = _find_owners(list(held))
-    for item in build_weight_map(hf_config, padded_vocab):
+    for item in build_weight_map(family, padded_vocab):
         whole: Tensor | None = None
         filled = 0
         for box, owner in owners[item.key]:

@@ -13,12 +13,11 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.packing import Ints
-from mpo_megatron.hf.config import rope_parameters
+from mpo_megatron.families import Family
 from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.model.architecture import build_block_spec, build_transformer_config, use_transformer_engine
 from mpo_megatron.model.attention import RowLayout
@@ -36,9 +35,11 @@ class Policy(GPTModel):
     prompt; and the last stage returns log-probs of the scored tokens, since all logits of a row would not fit.
     """
 
-    def __init__(self, *, real_vocab_size: int, logprob_chunk: int, **kwargs: Any) -> None:
+    def __init__(self, *, family: Family, logprob_chunk: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.real_vocab_size = real_vocab_size
+        self.real_vocab_size = family.vocab_size
+        # Not a buffer: in bf16 it stays float32.
+        self.inverse_frequencies = torch.tensor(family.ropes[0].inverse_frequencies, device=device.device())
         self.logprob_chunk = logprob_chunk
         self.overlap_grad_reduce = False
         """Set by whoever wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
@@ -120,7 +121,7 @@ class Policy(GPTModel):
 
     def rotary_angles(self, position_ids: Tensor) -> Tensor:
         """Rotary angle of every token and channel: [T, 1, 1, D], float32."""
-        angles = torch.outer(position_ids[0].float(), self.rotary_pos_emb.inv_freq.to(position_ids.device))
+        angles = torch.outer(position_ids[0].float(), self.inverse_frequencies)
         return torch.cat((angles, angles), dim=-1)[:, None, None, :]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class Policy(GPTModel):
 
 
 def build_policy(
-    hf_config: PretrainedConfig, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, padded_vocab_size: int
+    family: Family, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, padded_vocab_size: int
 ) -> list[torch.nn.Module]:
     """This rank's parts of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
 
@@ -162,24 +163,23 @@ def build_policy(
         ConfigError: the layout does not divide the model, or something is asked for that is missing: Transformer Engine, or an
             attention back end.
     """
-    validate_layout(hf_config, parallel, padded_vocab_size)
-    config = build_transformer_config(hf_config, model, parallel)
+    validate_layout(family, parallel, padded_vocab_size)
+    config = build_transformer_config(family, model, parallel)
     parts = []
     for chunk in range(parallel.virtual_pipeline):
         part = Policy(
-            real_vocab_size=hf_config.vocab_size,
+            family=family,
             logprob_chunk=model.logprob_chunk,
             config=config,
             transformer_layer_spec=build_block_spec(
                 config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(choose_attention(model))
             ),
             vocab_size=padded_vocab_size,
-            max_sequence_length=hf_config.max_position_embeddings,
+            max_sequence_length=family.max_position_embeddings,
             pre_process=ranks.is_first_stage and chunk == 0,
             post_process=ranks.is_last_stage and chunk == parallel.virtual_pipeline - 1,
-            share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
+            share_embeddings_and_output_weights=family.tie_word_embeddings,
             position_embedding_type="rope",
-            rotary_base=rope_parameters(hf_config)["rope_theta"],
             pg_collection=ranks.groups,
             vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
         ).to(device.device())

@@ -15,10 +15,10 @@ import os
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
+from mpo_megatron.families import Family
 from mpo_megatron.hf.fp8 import RECIPES, validate_fp8_layout
 
 UNROUNDED = "_high_precision_init_val"
@@ -45,7 +45,7 @@ def numerics(model: ModelConfig) -> list[str | int | bool] | None:
     return None if model.fp8 == "none" else [model.fp8, model.fp8_bf16_layers, model.fp8_params]
 
 
-def validate_fp8(model: ModelConfig, parallel: ParallelConfig, hf_config: PretrainedConfig) -> None:
+def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -> None:
     """Check that this machine and this model on this layout can compute as `model.fp8` says; nothing is loaded for it.
 
     Raises:
@@ -61,7 +61,7 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, hf_config: Pretra
     )
     missing = missing_for_recipe(model.fp8)
     require(missing is None, f"model.fp8 = {model.fp8}, but {missing}; set model.fp8 to another recipe, or to none.")
-    validate_fp8_layout(model, parallel, hf_config)
+    validate_fp8_layout(model, parallel, family)
 
 
 def missing_for_transformer_engine() -> str | None:

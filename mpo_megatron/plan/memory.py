@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
-from mpo_megatron.plan.parameters import Part, Shape, Weight, buffer_size, count_parameters, part_weights, stage_parts
+from mpo_megatron.families import Family
+from mpo_megatron.plan.parameters import Part, Weight, buffer_size, count_parameters, part_weights, stage_parts
 from mpo_megatron.plan.rows import RowCounts
 
 GIB = 2**30
@@ -44,7 +45,8 @@ class Kernels:
 class Layout:
     """All that memory depends on besides the row."""
 
-    shape: Shape
+    shape: Family
+    """The model."""
     padded_vocab: int
     model: ModelConfig
     parallel: ParallelConfig
@@ -200,7 +202,7 @@ def _weight_bytes(layout: Layout, weights: list[list[Weight]], elements: int) ->
 
 def _hidden(layout: Layout, row: RowCounts) -> int:
     """Elements of a residual on one rank: t·H / s."""
-    return _tokens(layout, row) * layout.shape.hidden // layout.sequence_parts
+    return _tokens(layout, row) * layout.shape.hidden_size // layout.sequence_parts
 
 
 def _tokens(layout: Layout, row: RowCounts) -> int:
@@ -212,7 +214,7 @@ def _attention_widths(layout: Layout) -> tuple[int, int, int]:
     """(q, k, k') channels of one rank; k' with key/value heads repeated where context parallelism needs them."""
     shape, parallel = layout.shape, layout.parallel
     queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
-    repeated = max(keys, parallel.context * shape.head) if parallel.context > 1 else keys
+    repeated = max(keys, parallel.context * shape.head_dim) if parallel.context > 1 else keys
     return queries, keys, repeated
 
 
@@ -221,7 +223,7 @@ def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
     hidden, b = _hidden(layout, row), layout.dtype_bytes
     sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends on
     if layout.model.recompute == "full":
-        angles = _tokens(layout, row) * layout.shape.head * 4
+        angles = _tokens(layout, row) * layout.shape.head_dim * 4
         return len(part.layers) * hidden * b + angles + sent
     return sum(layer_kept(layout, row, experts=layout.shape.has_experts(layer)) for layer in part.layers) + sent
 
@@ -248,7 +250,7 @@ def _projections_kept(layout: Layout, row: RowCounts) -> int:
     kept = queries * layout.linear_input_bytes if layout.model.fp8 != "none" else 0  # the output projection's quantized input
     if shape.qk_norm:
         normalized = queries + keys if fused else 2 * queries + keys  # inputs; unfused, queries' copy and both normalized
-        heads = (queries + keys) // shape.head
+        heads = (queries + keys) // shape.head_dim
         kept += normalized * b + 4 * heads
     if _core_keeps_inputs(layout, row):
         kept += (queries + 2 * keys) * b  # the projection's output, for the values in it
@@ -258,7 +260,7 @@ def _projections_kept(layout: Layout, row: RowCounts) -> int:
     elif shape.qk_norm and not fused:
         kept += (queries + 2 * keys) * b
     if layout.kernels.layers == "local":
-        kept += 4 * shape.head * b  # cosine and sine, for queries and for keys
+        kept += 4 * shape.head_dim * b  # cosine and sine, for queries and for keys
     kept += queries * b  # the core's result
     return kept * tokens
 
@@ -274,7 +276,7 @@ def _core_kept(layout: Layout, row: RowCounts) -> int:
     """Within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
-    kept = 4 * row.tokens * (queries // layout.shape.head)  # log-sum-exp of every query
+    kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
     if parallel.context > 1:
         kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
         kept += row.tokens * queries * b if layout.kernels.attention != "sdpa" else 0  # the result, before it is sent back
@@ -289,7 +291,7 @@ def _core_kept(layout: Layout, row: RowCounts) -> int:
 
 def _mlp_kept(layout: Layout, row: RowCounts, ffn: int | None = None) -> int:
     """SwiGLU: gate and value as one tensor (2F), the product (F); unfused a copy of the value and the activated gate (2F)."""
-    width = layout.shape.ffn // layout.parallel.tensor if ffn is None else ffn
+    width = layout.shape.intermediate_size // layout.parallel.tensor if ffn is None else ffn
     b = layout.dtype_bytes
     return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + (0 if layout.kernels.gpu else 2 * b))
 
@@ -300,9 +302,9 @@ def _moe_kept(layout: Layout, row: RowCounts) -> int:
     own = _tokens(layout, row) // layout.sequence_parts
     routed = own * shape.active_experts * parallel.expert_tensor
     inner = shape.expert_ffn // parallel.expert_tensor * (3 if layout.kernels.gpu else 5)
-    kept = own * shape.experts * 4 * 3 + routed * b * (3 * shape.hidden + inner)
+    kept = own * shape.num_experts * 4 * 3 + routed * b * (3 * shape.hidden_size + inner)
     if shape.shared_ffn:
-        kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden * b
+        kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden_size * b
     return kept
 
 
@@ -312,7 +314,7 @@ def _kept_by_head(layout: Layout, part: Part, row: RowCounts) -> int:
         return 0
     norm = _hidden(layout, row) * layout.dtype_bytes * (1 if layout.kernels.gpu else 2)
     scored = row.scored // layout.parallel.context
-    return norm + scored * (layout.shape.hidden * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
+    return norm + scored * (layout.shape.hidden_size * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
 
 
 # ----------------------------------------------------------------------------------------------------- moments of a step
@@ -337,10 +339,10 @@ def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], 
     if parts[-1].last:
         moments["log-probs"] = _head(layout, row)
     if parts[0].first:
-        embedding = layout.padded_vocab // layout.parallel.tensor * layout.shape.hidden * layout.dtype_bytes
+        embedding = layout.padded_vocab // layout.parallel.tensor * layout.shape.hidden_size * layout.dtype_bytes
         done = _kept(layout, parts[0], row) + _kept_by_head(layout, parts[-1], row)
         moments["gradient of the embedding"] = (
-            embedding + 2 * _tokens(layout, row) * layout.shape.hidden * layout.dtype_bytes - done
+            embedding + 2 * _tokens(layout, row) * layout.shape.hidden_size * layout.dtype_bytes - done
         )
     if layout.kernels.layers == "local":
         # PyTorch's AdamW: two float32 intermediates, of one weight after the other on a CPU, of all at once on a GPU. A rank's
@@ -356,15 +358,15 @@ def _backward(layout: Layout, row: RowCounts) -> int:
     """Of the MLP (experts: of one expert's matrices): gradients of its output, its product or halves, and a weight."""
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     tokens, hidden = _tokens(layout, row), _hidden(layout, row)
-    if shape.experts:
+    if shape.num_experts:
         ffn = shape.expert_ffn // parallel.expert_tensor
         tokens = tokens // layout.sequence_parts * shape.active_experts * parallel.expert_tensor
-        weight = shape.experts // parallel.expert * shape.hidden * ffn
+        weight = shape.num_experts // parallel.expert * shape.hidden_size * ffn
     else:
-        ffn = shape.ffn // parallel.tensor
-        weight = shape.hidden * ffn
-    whole = tokens * shape.hidden
-    output = hidden + (whole if layout.sequence_parts > 1 or shape.experts else 0)
+        ffn = shape.intermediate_size // parallel.tensor
+        weight = shape.hidden_size * ffn
+    whole = tokens * shape.hidden_size
+    output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)
     freed = 1 if layout.kernels.gpu else 3  # of the 3F or 5F that were kept, when the gradient [2F] is there
     gathered = whole if layout.sequence_parts > 1 else 0
     second = output + tokens * ffn + weight
@@ -382,9 +384,9 @@ def _head(layout: Layout, row: RowCounts) -> int:
     each = 4 + (b if b == 4 else 2 * b)  # bf16: logits, float32 probabilities, the gradient
     if layout.resident:
         each += 2 * b + 8
-    padded = layout.padded_vocab > int(shape.hf.vocab_size) and not layout.kernels.gpu
-    working = logits * (each + (4 if padded else 0)) + (chunk + scored) * shape.hidden * b
-    spread = (_tokens(layout, row) + 2 * scored) * shape.hidden * b
+    padded = layout.padded_vocab > shape.vocab_size and not layout.kernels.gpu
+    working = logits * (each + (4 if padded else 0)) + (chunk + scored) * shape.hidden_size * b
+    spread = (_tokens(layout, row) + 2 * scored) * shape.hidden_size * b
     return max(working, spread)
 
 

@@ -1,20 +1,14 @@
-"""Weights of every rank, tensor by tensor, as Megatron-Core cuts them.
-
-Legend: H hidden, F MLP channels, A·D query channels, Q·D key/value channels, V vocabulary rows; each over tensor-parallel ranks.
-"""
+"""Weights of every rank, tensor by tensor, as Megatron-Core shards them: counted by the weight rules that conversion uses."""
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from transformers import PretrainedConfig
-
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.hf.config import head_dim
-from mpo_megatron.hf.experts import Experts, read_experts
+from mpo_megatron.families import Family
+from mpo_megatron.families.rules import Rule
 
 PARAMETER_ALIGNMENT = 64
 """Elements: where a parameter may begin in Megatron's buffers (param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""
@@ -22,90 +16,11 @@ BUFFER_ALIGNMENT = 128
 """Elements: the end of a buffer is a multiple of this and of the ranks that share it (_pad_end_of_bucket_if_needed)."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model that memory and work depend on."""
-
-    hf: PretrainedConfig
-
-    @property
-    def layers(self) -> int:
-        """Number of layers."""
-        return int(self.hf.num_hidden_layers)
-
-    @property
-    def hidden(self) -> int:
-        """H."""
-        return int(self.hf.hidden_size)
-
-    @property
-    def head(self) -> int:
-        """D: channels of one head."""
-        return head_dim(self.hf)
-
-    @property
-    def queries(self) -> int:
-        """A·D."""
-        return int(self.hf.num_attention_heads) * self.head
-
-    @property
-    def keys(self) -> int:
-        """Q·D: channels of all keys, and of all values."""
-        return int(self.hf.num_key_value_heads) * self.head
-
-    @property
-    def ffn(self) -> int:
-        """F of a dense layer."""
-        return int(self.hf.intermediate_size)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output layer's weight is the embedding's."""
-        return bool(self.hf.tie_word_embeddings)
-
-    @property
-    def qk_norm(self) -> bool:
-        """Whether queries and keys are normalized."""
-        return str(self.hf.model_type).startswith("qwen3")
-
-    @property
-    def qkv_bias(self) -> bool:
-        """Whether queries, keys and values have a bias."""
-        return str(self.hf.model_type).startswith("qwen2")
-
-    @functools.cached_property
-    def _experts(self) -> Experts | None:
-        return read_experts(self.hf)
-
-    @property
-    def experts(self) -> int:
-        """Experts of a layer; 0 in a dense model."""
-        return self._experts.num if self._experts else 0
-
-    @property
-    def active_experts(self) -> int:
-        """Experts that a token goes through."""
-        return self._experts.per_token if self._experts else 0
-
-    @property
-    def expert_ffn(self) -> int:
-        """F of an expert."""
-        return self._experts.channels if self._experts else 0
-
-    @property
-    def shared_ffn(self) -> int:
-        """F of the expert that all tokens go through; 0 if there is none."""
-        return (self._experts.shared_channels or 0) if self._experts else 0
-
-    def has_experts(self, layer: int) -> bool:
-        """Whether a layer's MLP consists of experts."""
-        return self._experts is not None and self._experts.layers[layer]
-
-
 class Weight(NamedTuple):
     """One parameter on one rank."""
 
     name: str
+    """Its key in a Megatron checkpoint."""
     size: int
     """Elements."""
     matrix: bool
@@ -125,10 +40,10 @@ class Part:
     """Holds the output layer."""
 
 
-def stage_parts(shape: Shape, parallel: ParallelConfig) -> tuple[tuple[Part, ...], ...]:
+def stage_parts(family: Family, parallel: ParallelConfig) -> tuple[tuple[Part, ...], ...]:
     """[stage][run] the layers of every stage, in the order in which Megatron deals them."""
     stages, runs = parallel.pipeline, parallel.virtual_pipeline
-    counts = parallel.stage_layers(shape.layers)
+    counts = parallel.stage_layers(family.num_hidden_layers)
     parts: list[list[Part]] = [[] for _ in range(stages)]
     start = 0
     for run in range(runs):
@@ -140,54 +55,36 @@ def stage_parts(shape: Shape, parallel: ParallelConfig) -> tuple[tuple[Part, ...
     return tuple(tuple(own) for own in parts)
 
 
-def part_weights(shape: Shape, parallel: ParallelConfig, part: Part, padded_vocab: int) -> list[Weight]:
-    """The parameters that one rank holds of a part of the model."""
+def part_weights(family: Family, parallel: ParallelConfig, part: Part, padded_vocab: int) -> list[Weight]:
+    """The parameters that one rank holds of a part of the model, by the weight rules."""
     weights = []
-    vocabulary = padded_vocab // parallel.tensor * shape.hidden
-    if part.first:
-        weights.append(Weight("embedding", vocabulary, False, False))
+    per_layer = [rule for rule in family.rules if rule.per_layer]
+    first = family.rules.index(per_layer[0])
+    for number, rule in enumerate(family.rules):
+        if not rule.per_layer and (part.first if number < first else part.last):
+            weights.append(_weight(rule, parallel, padded_vocab))
+    if part.last and not part.first and family.tie_word_embeddings:
+        weights.append(_weight(family.rules[0], parallel, padded_vocab)._replace(name="output_layer.weight"))
     for layer in part.layers:
-        weights += _layer_weights(shape, parallel, shape.has_experts(layer))
-    if part.last:
-        weights.append(Weight("final norm", shape.hidden, False, False))
-        if not (shape.tied and part.first):
-            weights.append(Weight("output layer", vocabulary, False, False))
+        for rule in per_layer:
+            if rule.layers is None or layer in rule.layers:
+                weights += [_weight(rule, parallel, padded_vocab)] * ((rule.experts or parallel.expert) // parallel.expert)
     return weights
 
 
-def _layer_weights(shape: Shape, parallel: ParallelConfig, experts: bool) -> list[Weight]:
-    tensor, hidden = parallel.tensor, shape.hidden
-    queries, keys = shape.queries // tensor, shape.keys // tensor
-    weights = [
-        Weight("norm", hidden, False, False),
-        Weight("queries, keys, values", (queries + 2 * keys) * hidden, True, False),
-        Weight("attention output", queries * hidden, True, False),
-        Weight("norm", hidden, False, False),
-    ]
-    if shape.qkv_bias:
-        weights.append(Weight("bias of queries, keys, values", queries + 2 * keys, False, False))
-    if shape.qk_norm:
-        weights += [Weight("norm of queries or keys", shape.head, False, False)] * 2
-    if not experts:
-        ffn = shape.ffn // tensor
-        return [*weights, Weight("MLP in", 2 * ffn * hidden, True, False), Weight("MLP out", ffn * hidden, True, False)]
-    weights.append(Weight("router", shape.experts * hidden, False, False))
-    if shape.shared_ffn:
-        ffn = shape.shared_ffn // tensor
-        weights += [
-            Weight("shared expert in", 2 * ffn * hidden, True, False),
-            Weight("shared expert out", ffn * hidden, True, False),
-            Weight("shared expert's gate", hidden, False, False),
-        ]
-    ffn = shape.expert_ffn // parallel.expert_tensor
-    own = [Weight("expert in", 2 * ffn * hidden, True, True), Weight("expert out", ffn * hidden, True, True)]
-    return weights + own * (shape.experts // parallel.expert)
+def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
+    """One rank's part of a Megatron tensor of one layer, of one expert."""
+    expert = rule.experts is not None
+    ranks = 1 if rule.shard is None else parallel.expert_tensor if expert else parallel.tensor
+    size = (padded_vocab if rule.padded else rule.rows) * (rule.columns or 1) // ranks
+    matrix = rule.per_layer and rule.columns is not None and rule.shard is not None
+    return Weight(rule.megatron, size, matrix, expert)
 
 
-def count_parameters(shape: Shape) -> int:
+def count_parameters(family: Family) -> int:
     """Parameters of the whole model, each once, without padding of the vocabulary."""
-    part = Part(layers=range(shape.layers), first=True, last=True)
-    return sum(weight.size for weight in part_weights(shape, ParallelConfig(), part, int(shape.hf.vocab_size)))
+    part = Part(layers=range(family.num_hidden_layers), first=True, last=True)
+    return sum(weight.size for weight in part_weights(family, ParallelConfig(), part, family.vocab_size))
 
 
 def buffer_size(weights: list[Weight], num_sharing: int) -> int:

@@ -25,13 +25,12 @@ from mpo_megatron.config import (
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
-from mpo_megatron.hf.config import padded_vocab_size
-from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.plan.hardware import find_hardware
 from mpo_megatron.plan.memory import GIB, Kernels, StageMemory
 from mpo_megatron.plan.models import find_model
-from mpo_megatron.plan.parameters import Shape, count_parameters
+from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
 from mpo_megatron.plan.search import Candidate, Problem, search
 from mpo_megatron.plan.step_time import Assumptions
@@ -115,7 +114,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         ConfigError: an unknown model or hardware, data that are not there, or FP8 on a GPU that has none.
     """
     name = config.model or train.model.checkpoint
-    hf_config = find_model(name)
+    family = find_model(name)
     hardware = find_hardware(
         config.hardware,
         gpus_per_node=config.gpus_per_node,
@@ -140,13 +139,13 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         attention = "sdpa" if train.model.precision == "fp32" else config.attention
     layers = "local" if train.model.backend == "local" else "transformer_engine"
     return Problem(
-        hf_config=hf_config,
-        padded_vocab=padded or padded_vocab_size(hf_config.vocab_size, ConvertConfig(input="", output="").vocab_multiple),
+        family=family,
+        padded_vocab=padded or padded_vocab_size(family.vocab_size, ConvertConfig(input="", output="").vocab_multiple),
         model=train.model,
         data=data,
         optimizer=train.optimizer,
         sequences=find_sequences(config, train, objective, data.groups_per_step),
-        flops=build_flop_model(hf_config),
+        flops=build_flop_model(family),
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
         resident=objective.needs.token_kl or train.online.kl_weight > 0,
         sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
@@ -263,9 +262,9 @@ def explain_nothing_fits(problem: Problem) -> str:
 
 def print_problem(console: Console, problem: Problem, config: PlanConfig) -> None:
     """What is planned."""
-    shape, hardware = Shape(problem.hf_config), problem.hardware
+    shape, hardware = problem.family, problem.hardware
     console.print(
-        f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.layers} layers; "
+        f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.num_hidden_layers} layers; "
         f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
         f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
         + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else ""),
@@ -383,7 +382,7 @@ def describe(
 
     return {
         "config": dataclasses.asdict(config),
-        "parameters": count_parameters(Shape(problem.hf_config)),
+        "parameters": count_parameters(problem.family),
         "hardware": dataclasses.asdict(problem.hardware),
         "limit_bytes": problem.limit,
         "groups": groups,

@@ -6,16 +6,14 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from transformers import PretrainedConfig
-
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
+from mpo_megatron.families import Family
 from mpo_megatron.hf.flops import FlopModel
 from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
 from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
-from mpo_megatron.plan.parameters import Shape
 from mpo_megatron.plan.rows import PackedSteps, Sequences
 from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
 
@@ -59,7 +57,7 @@ class Candidate:
 class Problem:
     """What a run is, without its layout."""
 
-    hf_config: PretrainedConfig
+    family: Family
     padded_vocab: int
     model: ModelConfig
     data: DataConfig
@@ -89,11 +87,11 @@ class Problem:
         """
         gpus = gpus or self.gpus
         check_ranks(parallel, gpus)
-        validate_layout(self.hf_config, parallel, self.padded_vocab)
-        validate_fp8_layout(self.model, parallel, self.hf_config)
+        validate_layout(self.family, parallel, self.padded_vocab)
+        validate_fp8_layout(self.model, parallel, self.family)
         model = dataclasses.replace(self.model, recompute=recompute)  # type: ignore[arg-type]
         layout = Layout(
-            shape=Shape(self.hf_config),
+            shape=self.family,
             padded_vocab=self.padded_vocab,
             model=model,
             parallel=parallel,
@@ -144,15 +142,15 @@ def search(problem: Problem, gpus: int | None = None) -> list[Candidate]:
 def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]:
     """Every layout that divides model and ranks: tensor parallelism within a machine, a group at least for each replica."""
     gpus = gpus or problem.gpus
-    shape = Shape(problem.hf_config)
+    shape = problem.family
     rows = [size for size in ROW_TOKENS if size >= problem.sequences.longest] or [problem.sequences.longest]
     for parallel in layouts(shape, gpus, problem.hardware.gpus_per_node):
         replicas = gpus // (parallel.tensor * parallel.pipeline * parallel.context)
         if replicas > problem.data.groups_per_step:
             continue
         try:
-            validate_layout(problem.hf_config, parallel, problem.padded_vocab)
-            validate_fp8_layout(problem.model, parallel, problem.hf_config)
+            validate_layout(problem.family, parallel, problem.padded_vocab)
+            validate_fp8_layout(problem.model, parallel, problem.family)
         except ConfigError:
             continue
         for row_tokens in rows:
@@ -163,12 +161,12 @@ def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]
                     break  # to recompute more would only be slower
 
 
-def layouts(shape: Shape, gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
+def layouts(shape: Family, gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
     """Sizes whose product divides the GPUs; the model's own limits are not looked at."""
     for tensor in (size for size in _divisors(min(gpus, gpus_per_node)) if gpus % size == 0):
-        for pipeline in (size for size in _divisors(gpus // tensor) if shape.layers % size == 0):
+        for pipeline in (size for size in _divisors(gpus // tensor) if shape.num_hidden_layers % size == 0):
             for context in _divisors(gpus // (tensor * pipeline), most=8):
-                for runs in _divisors(shape.layers // pipeline, most=4) if pipeline > 1 else (1,):
+                for runs in _divisors(shape.num_hidden_layers // pipeline, most=4) if pipeline > 1 else (1,):
                     for expert in _expert_sizes(shape, gpus // pipeline):
                         yield ParallelConfig(
                             tensor=tensor, pipeline=pipeline, virtual_pipeline=runs, context=context, expert=expert
@@ -179,7 +177,7 @@ def _divisors(number: int, most: int | None = None) -> list[int]:
     return [size for size in range(1, min(number, most or number) + 1) if number % size == 0]
 
 
-def _expert_sizes(shape: Shape, ranks: int) -> list[int]:
-    if not shape.experts:
+def _expert_sizes(shape: Family, ranks: int) -> list[int]:
+    if not shape.num_experts:
         return [1]
-    return [size for size in _divisors(shape.experts, most=64) if ranks % size == 0]
+    return [size for size in _divisors(shape.num_experts, most=64) if ranks % size == 0]

@@ -105,7 +105,7 @@ class Clock:
 
     def __init__(self, layout: Layout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
         self.layout, self.flops, self.hardware, self.assumed = layout, flops, hardware, assumed
-        self.layers = layout.parallel.stage_layers(layout.shape.layers)
+        self.layers = layout.parallel.stage_layers(layout.shape.num_hidden_layers)
         parts = stage_parts(layout.shape, layout.parallel)
         self.expert_layers = [sum(layout.shape.has_experts(n) for part in own for n in part.layers) for own in parts]
 
@@ -160,7 +160,7 @@ class Clock:
         linear_rate = rate
         if layout.model.fp8 != "none" and self.hardware.fp8_tflops:
             linear_rate = self.hardware.fp8_tflops * 1e12 * self.assumed.fp8_efficiency * ranks
-        share = self.layers[stage] / layout.shape.layers
+        share = self.layers[stage] / layout.shape.num_hidden_layers
         linear = share * self.flops.per_token * row.tokens / linear_rate
         core = share * self.flops.per_pair * row.pairs / rate
         head = self.flops.per_scored * row.scored / rate if last else 0.0
@@ -181,7 +181,7 @@ class Clock:
         layout, shape, parallel = self.layout, self.layout.shape, self.layout.parallel
         layers, b = self.layers[stage], layout.dtype_bytes
         tokens = row.tokens // parallel.context
-        hidden = tokens * shape.hidden * b / 1e9
+        hidden = tokens * shape.hidden_size * b / 1e9
         again = 1 if layout.model.recompute == "full" else 0
         tensor, expert = (0.0, 0), (0.0, 0)
         if parallel.tensor > 1:
@@ -192,13 +192,13 @@ class Clock:
         context = (0.0, 0)
         if parallel.context > 1:
             queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
-            widths = 2 * queries + 2 * max(keys, parallel.context * shape.head)
+            widths = 2 * queries + 2 * max(keys, parallel.context * shape.head_dim)
             passes = 2 + (1 if layout.model.recompute != "none" else 0)
             sent = tokens * widths * b / 1e9 * (parallel.context - 1) / parallel.context
             context = (layers * passes * sent, 2 * layers * passes * num_rows)
         if parallel.expert > 1:
             own = tokens // layout.sequence_parts * shape.active_experts
-            sent = own * shape.hidden * b / 1e9 * (parallel.expert - 1) / parallel.expert
+            sent = own * shape.hidden_size * b / 1e9 * (parallel.expert - 1) / parallel.expert
             passes = 2 * (2 + again)
             expert = (self.expert_layers[stage] * passes * sent, self.expert_layers[stage] * passes * num_rows)
         # An inner stage receives and sends, forward and backward; each run of layers does.

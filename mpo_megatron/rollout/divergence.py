@@ -39,8 +39,8 @@ def measure(config: TrainConfig) -> None:
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     output, logps = Path(config.output), list[Float64]()
     with model_parallel(config.parallel, config.seed) as ranks:
-        shape = build_row_shape(config, ranks, build_flop_model(inputs.hf_config))
-        model = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+        shape = build_row_shape(config, ranks, build_flop_model(inputs.family))
+        model = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         for name, folder in (
             ("policy", config.model.checkpoint),
             ("reference", config.model.reference or config.model.checkpoint),

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers import PretrainedConfig
 
-from mpo_megatron.config import TrainConfig, require, validate_train
+from mpo_megatron.config import ConfigError, TrainConfig, require, validate_train
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import Family, load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.architecture import use_transformer_engine
@@ -33,7 +32,7 @@ from mpo_megatron.train.tracking import check_installed
 class Inputs:
     """What a run reads, checked before any weight is loaded."""
 
-    hf_config: PretrainedConfig
+    family: Family
     padded_vocab_size: int
     model_digest: str
     reference_digest: str
@@ -53,9 +52,9 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
-    hf_config, conversion = read_model(folder, config.parallel)
+    family, conversion = read_model(folder, config.parallel)
     use_transformer_engine(config.model)
-    validate_fp8(config.model, config.parallel, hf_config)
+    validate_fp8(config.model, config.parallel, family)
     choose_attention(config.model)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
@@ -65,7 +64,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     )
     reference = Path(config.model.reference) if config.model.reference else folder
     if reference != folder:
-        check_reference(reference, hf_config)
+        check_reference(reference, family)
     tokenizer = load_tokenizer(folder)
     opened = {}
     for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
@@ -78,8 +77,8 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"prepare it again: mpo prepare --tokenizer {folder} …",
         )
         require(
-            data.info.vocab_size <= hf_config.vocab_size,
-            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {hf_config.vocab_size} embeddings; "
+            data.info.vocab_size <= family.vocab_size,
+            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {family.vocab_size} embeddings; "
             f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
         )
         check_lengths(data, config.data.row_tokens, name)
@@ -89,7 +88,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     total_steps = config.max_steps or max(1, round(config.epochs * epoch_steps))
     check_space(config, total_steps)
     return Inputs(
-        hf_config=hf_config,
+        family=family,
         padded_vocab_size=conversion.padded_vocab_size,
         model_digest=weights_digest(folder),
         reference_digest=weights_digest(reference),
@@ -117,26 +116,20 @@ def check_space(config: TrainConfig, total_steps: int) -> None:
     )
 
 
-def check_reference(folder: Path, policy: PretrainedConfig) -> None:
+def check_reference(folder: Path, policy: Family) -> None:
     """Check that another reference model has the policy's architecture: it is loaded in the policy's place.
 
     Raises:
-        ConfigError: naming a field of config.json that differs.
+        ConfigError: naming a feature that differs.
     """
     checkpoint.verify(folder)
-    reference = load_hf_config(folder / "hf")
-    for name in (
-        *("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-        *("intermediate_size", "vocab_size", "tie_word_embeddings", "rope_parameters", "rms_norm_eps"),
-        *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob"),
-        *("mlp_only_layers", "decoder_sparse_step"),
-    ):
-        ours, theirs = getattr(policy, name, None), getattr(reference, name, None)
-        require(
-            ours == theirs,
-            f"model.reference = {folder} has {name} = {theirs}, model.checkpoint has {ours}; its reference must have "
-            "the same architecture.",
-        )
+    reference = load_family(folder / "hf")
+    name = policy.difference(reference)
+    if name is None:
+        return
+    ours, theirs = getattr(policy, name), getattr(reference, name)
+    values = f"{name} = {theirs}, model.checkpoint has {ours}" if isinstance(ours, int | float | str) else f"other {name}"
+    raise ConfigError(f"model.reference = {folder} has {values}; its reference must have the same architecture.")
 
 
 def weights_digest(folder: Path) -> str:

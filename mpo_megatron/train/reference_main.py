@@ -40,8 +40,8 @@ def compute(config: TrainConfig) -> None:
     """
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:
-        shape = build_row_shape(config, ranks, build_flop_model(inputs.hf_config))
-        policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+        shape = build_row_shape(config, ranks, build_flop_model(inputs.family))
+        policy = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         references = compute_references(config, inputs, policy, ranks, shape)
         if ranks.is_main:
             for path, logps in references.items():

@@ -69,9 +69,9 @@ def open_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Run:
         ConfigError: a checkpoint does not fit or is damaged.
         DataError: the reference's log-probs cannot be written.
     """
-    flops = build_flop_model(inputs.hf_config)
+    flops = build_flop_model(inputs.family)
     shape = build_row_shape(config, ranks, flops)
-    policy = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+    policy = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     references = compute_references(config, inputs, policy, ranks, shape)
     checkpoint.load_weights(policy, config.model.checkpoint, ranks)
     model = optimizer.wrap_data_parallel(policy, config.optimizer, ranks)
@@ -103,7 +103,7 @@ def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowS
 
 def load_reference_model(config: TrainConfig, inputs: Inputs, ranks: Ranks, shape: RowShape) -> Resident:
     """The reference model in memory, without gradients, cut over ranks as the policy is."""
-    parts = build_policy(inputs.hf_config, config.model, config.parallel, ranks, inputs.padded_vocab_size)
+    parts = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
     checkpoint.load_weights(parts, config.model.reference or config.model.checkpoint, ranks)
     return Resident(parts, offload=config.model.resident_offload)
 

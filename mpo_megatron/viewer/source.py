@@ -131,7 +131,7 @@ def num_replicas(run: Path) -> int:
 
 def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
     """As the run cuts its rows (train/run.py: build_row_shape)."""
-    from mpo_megatron.hf.config import load_hf_config
+    from mpo_megatron.families import load_family
     from mpo_megatron.hf.flops import build_flop_model
     from mpo_megatron.hf.fp8 import token_multiple
 
@@ -141,7 +141,7 @@ def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
         multiple=token_multiple(train.model) * train.parallel.row_parts,
         num_replicas=replicas,
         replica=replica,
-        pair_weight=build_flop_model(load_hf_config(Path(train.model.checkpoint) / "hf")).pair_weight,
+        pair_weight=build_flop_model(load_family(Path(train.model.checkpoint) / "hf")).pair_weight,
         rows_multiple=train.parallel.rows_multiple,
     )
 

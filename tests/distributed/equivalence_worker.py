@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mpo_megatron.config import LossConfig, ModelConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -50,7 +50,7 @@ def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Pat
     with model_parallel(parallel, seed=1) as ranks:
         conversion = load_conversion(folder / "policy")
         [policy] = build_policy(
-            load_hf_config(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size
+            load_family(folder / "policy" / "hf"), model_config, parallel, ranks, conversion.padded_vocab_size
         )
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False, grad_reduce_in_fp32=True)
         model = [DistributedDataParallel(get_model_config(policy), settings, policy, pg_collection=ranks.groups)]
@@ -131,7 +131,7 @@ def compare(
 def load_resident(parallel: ParallelConfig, ranks: Ranks, folder: Path, offload: bool) -> Resident:
     model_config = ModelConfig(checkpoint=str(folder / "reference"), precision="fp32")
     padded = load_conversion(folder / "reference").padded_vocab_size
-    parts = build_policy(load_hf_config(folder / "reference" / "hf"), model_config, parallel, ranks, padded)
+    parts = build_policy(load_family(folder / "reference" / "hf"), model_config, parallel, ranks, padded)
     checkpoint.load_weights(parts, folder / "reference", ranks)
     return Resident(parts, offload=offload)
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import Policy, build_policy
@@ -59,7 +59,7 @@ def gradients(folder: Path, case: dict[str, Any], parallel: ParallelConfig, rank
     name = case["model"]
     config = ModelConfig(checkpoint=str(folder / name), precision="fp32")
     conversion = load_conversion(folder / name)
-    (policy,) = build_policy(load_hf_config(folder / name / "hf"), config, parallel, ranks, conversion.padded_vocab_size)
+    (policy,) = build_policy(load_family(folder / name / "hf"), config, parallel, ranks, conversion.padded_vocab_size)
     checkpoint.load_weights([policy], folder / name, ranks)
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=case["distributed"], overlap_grad_reduce=case["overlap"], grad_reduce_in_fp32=True

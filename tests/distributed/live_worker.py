@@ -23,7 +23,7 @@ from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, ParallelCon
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
@@ -83,11 +83,11 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
     parallel = ParallelConfig(**layout)
     with model_parallel(parallel, seed=1) as ranks:
         padded = load_conversion(folder / "policy").padded_vocab_size
-        hf_config = load_hf_config(folder / "policy" / "hf")
+        family = load_family(folder / "policy" / "hf")
 
         def load(role: str) -> list[torch.nn.Module]:
             model_config = ModelConfig(checkpoint=str(folder / role), precision="fp32")
-            parts = build_policy(hf_config, model_config, parallel, ranks, padded)
+            parts = build_policy(family, model_config, parallel, ranks, padded)
             checkpoint.load_weights(parts, folder / role, ranks)
             return parts
 
@@ -104,12 +104,12 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
             found: dict[str, Tensor] = {}
             wanted = dist.get_rank() == 0
             send_weights(
-                model, hf_config, padded, ranks, (lambda name, tensor: found.update({name: tensor.clone()})) if wanted else None
+                model, family, padded, ranks, (lambda name, tensor: found.update({name: tensor.clone()})) if wanted else None
             )
             return found
 
         weights = collect()
-        drawn = draw(model, hf_config, padded, ranks, folder)
+        drawn = draw(model, family, padded, ranks, folder)
         both, kl = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=True)
         loss_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=False, with_loss=True)
         kl_alone, _ = kl_and_loss(model, resident, ranks, parallel, folder, with_kl=True, with_loss=False)
@@ -139,15 +139,15 @@ def gather_experts(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Weights of a model with experts, against its Hugging Face checkpoint, and samples of it."""
     parallel = ParallelConfig(**layout)
     with model_parallel(parallel, seed=1) as ranks:
-        padded, hf_config = load_conversion(folder / "experts").padded_vocab_size, load_hf_config(folder / "experts" / "hf")
+        padded, family = load_conversion(folder / "experts").padded_vocab_size, load_family(folder / "experts" / "hf")
         model_config = ModelConfig(checkpoint=str(folder / "experts"), precision="fp32")
-        parts = build_policy(hf_config, model_config, parallel, ranks, padded)
+        parts = build_policy(family, model_config, parallel, ranks, padded)
         checkpoint.load_weights(parts, folder / "experts", ranks)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False)
         model = [DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in parts]
         found: dict[str, Tensor] = {}
-        send_weights(model, hf_config, padded, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
-        drawn = draw(model, hf_config, padded, ranks, folder)
+        send_weights(model, family, padded, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
+        drawn = draw(model, family, padded, ranks, folder)
     expected = load_file(folder / "experts-hf" / "model.safetensors")
     return {
         "layout": layout,
@@ -157,14 +157,14 @@ def gather_experts(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def draw(model: list[Any], hf_config: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:
+def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:
     """Samples of the policy; whatever the layout, the same are asked for."""
     config = TrainConfig(
         output=str(folder / "run"),
         model=ModelConfig(checkpoint=str(folder / "policy"), precision="fp32"),
         data=DataConfig(train=str(folder / "groups")),
     )
-    inputs: Any = SimpleNamespace(hf_config=hf_config, padded_vocab_size=padded)
+    inputs: Any = SimpleNamespace(family=family, padded_vocab_size=padded)
     prompts = [
         Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=())
         for group in samples_of(folder)

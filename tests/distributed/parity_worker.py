@@ -20,7 +20,7 @@ from torch import Tensor
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.hf.config import load_hf_config
+from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.live_weights import send_weights
@@ -80,19 +80,19 @@ class Leg:
         folder = Path(spec["folder"])
         folders = {role: folder / f"{case['model']}-{role}" for role in ("policy", "reference")}
         settings = ModelConfig(checkpoint=str(folders["policy"]), precision="fp32", **case["layers"])
-        self.hf_config = load_hf_config(folders["policy"] / "hf")
+        self.family = load_family(folders["policy"] / "hf")
         self.padded_vocab = load_conversion(folders["policy"]).padded_vocab_size
         self.objective = build_objective(LossConfig(name=case["loss"], params=case["params"]))
         self.shape = row_shape(case, parallel, ranks)
         data = load_groups(folder / "groups")
         self.batch = build_step(0, data, np.arange(len(data)), self.objective.select, self.shape)
-        self.parts = build_policy(self.hf_config, settings, parallel, ranks, self.padded_vocab)
+        self.parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab)
         checkpoint.load_weights(self.parts, folders["reference"], ranks)
         self.reference = forward_step(self.parts, self.batch, self.objective, ranks)
         checkpoint.load_weights(self.parts, folders["policy"], ranks)
         self.resident = None
         if self.objective.needs.token_kl:
-            self.resident = Resident(build_policy(self.hf_config, settings, parallel, ranks, self.padded_vocab))
+            self.resident = Resident(build_policy(self.family, settings, parallel, ranks, self.padded_vocab))
             checkpoint.load_weights(self.resident.parts, folders["reference"], ranks)
         config = OptimizerConfig(**spec["optimizer"], **case["optimizer"])
         self.model: list[Any] = optimizer.wrap_data_parallel(self.parts, config, ranks)
@@ -116,7 +116,7 @@ class Leg:
         def keep(key: str, tensor: Tensor) -> None:
             tensors[key] = tensor.clone()
 
-        send_weights(self.model, self.hf_config, self.padded_vocab, self.ranks, keep)
+        send_weights(self.model, self.family, self.padded_vocab, self.ranks, keep)
         if self.ranks.is_main:
             save_file(tensors, f"{self.case['output']}-{name}.safetensors")
 

@@ -160,14 +160,14 @@ def compare(folder: Path, parallel: ParallelConfig, precision: Any, ranks: Any, 
     """Load the converted checkpoint at this layout, and compare its logits with those of `transformers`."""
     from megatron.core import dist_checkpointing
 
-    from mpo_megatron.hf.config import load_hf_config
+    from mpo_megatron.families import load_family
     from mpo_megatron.hf.conversion import load_conversion
     from mpo_megatron.model.policy import build_policy
 
-    hf_config = load_hf_config(folder / "hf")
+    family = load_family(folder / "hf")
     settings = ModelConfig(checkpoint=str(folder / "converted"), precision=precision)
     padded = load_conversion(folder / "converted").padded_vocab_size
-    [model] = build_policy(hf_config, settings, parallel, ranks, padded)
+    [model] = build_policy(family, settings, parallel, ranks, padded)
     model = getattr(model, "module", model).eval()
     loaded = dist_checkpointing.load(model.sharded_state_dict(), str(folder / "converted" / "megatron"))
     model.load_state_dict(loaded, strict=True)
@@ -180,7 +180,7 @@ def compare(folder: Path, parallel: ParallelConfig, precision: Any, ranks: Any, 
     if logits is None:
         return {}
     reference = load_file(folder / "logits.safetensors")
-    vocab, expected, exact = hf_config.vocab_size, reference[precision], reference["fp32"]
+    vocab, expected, exact = family.vocab_size, reference[precision], reference["fp32"]
     return {
         "difference": (logits[:, :vocab] - expected).abs().max().item(),
         "padding": logits[:, vocab:].abs().max().item(),

@@ -7,11 +7,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, Qwen3Config
+from transformers import Qwen3Config
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.families import Family, read_family
 from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
@@ -26,10 +27,10 @@ OBJECTIVE = build_objective(LossConfig(name="mpo", params={"beta": 0.1}))
 GROUPS = cast(PreparedGroups, random_groups(16, seed=1, vocab_size=VOCAB, prompt_tokens=(20, 90), response_tokens=(1, 80)))
 
 
-def hf_config(**changes: Any) -> PretrainedConfig:
+def family(**changes: Any) -> Family:
     """Every side of every matrix is a multiple of 128, so that any recipe will do."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
-    return Qwen3Config(**{**sizes, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCAB, **changes})
+    return read_family(Qwen3Config(**{**sizes, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCAB, **changes}))
 
 
 def model_config(**options: Any) -> ModelConfig:
@@ -49,7 +50,7 @@ def row_shape(config: ModelConfig) -> RowShape:
 
 def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Module]:
     """The policy in this precision, always with the same weights."""
-    parts = build_policy(hf_config(**changes), config, ParallelConfig(), ranks, 1024)
+    parts = build_policy(family(**changes), config, ParallelConfig(), ranks, 1024)
     generator = torch.Generator().manual_seed(0)
     values = {}
     with torch.no_grad():

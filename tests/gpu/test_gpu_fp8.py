@@ -50,13 +50,13 @@ def test_a_missing_recipe_is_refused() -> None:
     for name in RECIPES:
         if missing_for_recipe(name):
             with pytest.raises(ConfigError, match=f"model.fp8 = {name}, but "):
-                validate_fp8(small.model_config(fp8=name), ParallelConfig(), small.hf_config())
+                validate_fp8(small.model_config(fp8=name), ParallelConfig(), small.family())
 
 
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_starts_at_the_exact_loss_and_learns(ranks: Ranks, options: dict[str, object], two_phase: bool) -> None:
     config = small.model_config(**options)
-    validate_fp8(config, ParallelConfig(), small.hf_config())
+    validate_fp8(config, ParallelConfig(), small.family())
     batch = small.batch(config)
     parts = small.build(config, ranks)
     reference = forward_step(parts, batch, small.OBJECTIVE, ranks)

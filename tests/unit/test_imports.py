@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
+from mpo_megatron.families.published import MODELS
 from mpo_megatron.hf.conversion import Conversion
-from mpo_megatron.plan.models import MODELS
 from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
@@ -34,18 +34,19 @@ MAY_IMPORT = {
     "digests": {"config"},
     "data": {"config", "digests"},
     "device": {"config"},
-    "hf": {"config", "device", "digests"},
-    "model": {"config", "device", "digests", "data", "losses", "hf"},
-    "train": {"config", "device", "digests", "data", "losses", "hf", "model"},
-    "rollout": {"config", "device", "digests", "data", "losses", "hf", "model", "train"},
-    "evaluate": {"config", "device", "digests", "data", "losses", "hf", "model", "train", "rollout"},
+    "families": {"config", "digests"},
+    "hf": {"config", "device", "digests", "families"},
+    "model": {"config", "device", "digests", "data", "losses", "families", "hf"},
+    "train": {"config", "device", "digests", "data", "losses", "families", "hf", "model"},
+    "rollout": {"config", "device", "digests", "data", "losses", "families", "hf", "model", "train"},
+    "evaluate": {"config", "device", "digests", "data", "losses", "families", "hf", "model", "train", "rollout"},
     "launch": {"config"},
     "report": {"config", "digests", "data"},
-    "viewer": {"config", "digests", "data", "losses", "hf", "train"},
-    "plan": {"config", "device", "digests", "data", "losses", "hf", "train"},
+    "viewer": {"config", "digests", "data", "losses", "families", "hf", "train"},
+    "plan": {"config", "device", "digests", "data", "losses", "families", "hf", "train"},
     "cli": {
-        *("plan", "config", "launch", "report", "viewer", "device", "data", "losses", "hf", "model", "train", "rollout"),
-        "evaluate",
+        *("plan", "config", "launch", "report", "viewer", "device", "data", "losses", "families"),
+        *("hf", "model", "train", "rollout", "evaluate"),
     },
 }
 """What each part of the package may import of the package, besides itself."""
@@ -103,6 +104,11 @@ def test_megatron_is_confined(path: Path) -> None:
 
 
 @by_file
+def test_only_families_know_the_names_of_models(path: Path) -> None:
+    assert part_of(path) == "families" or "model_type" not in path.read_text(encoding="utf-8")
+
+
+@by_file
 def test_one_module_sets_up_ranks(path: Path) -> None:
     if path == PACKAGE / "model" / "parallel.py":
         return
@@ -134,9 +140,7 @@ def write_model(folder: Path) -> None:
     for name in ("model/megatron", "model/hf", "groups"):
         (folder / name).mkdir(parents=True)
     (folder / "model/hf/config.json").write_text(json.dumps(MODELS["Qwen3-14B"]))
-    record = Conversion(
-        architecture="", model_type="qwen3", vocab_size=151936, padded_vocab_size=151936, dtype="bfloat16", digest=""
-    )
+    record = Conversion(architecture="", vocab_size=151936, padded_vocab_size=151936, dtype="bfloat16", digest="")
     (folder / "model/conversion.json").write_text(json.dumps(dataclasses.asdict(record)))
     (folder / "groups/prepare.json").write_text("{}")
 

@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.distributed import all_gather_object, get_world_size
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.families import Family
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
@@ -54,7 +55,7 @@ class LivePolicy:
         self.inputs, self.ranks = inputs, ranks
         self.engine: LiveEngine | None = None
         if ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0:
-            self.engine = build_live_engine(config, inputs.hf_config)
+            self.engine = build_live_engine(config, inputs.family)
 
     def sample(self, model: list[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Answers of the policy as it is now, in the order of the prompts; all ranks call it and get the same.
@@ -64,7 +65,7 @@ class LivePolicy:
         """
         gather_weights(model)
         receive: Callable[[str, Tensor], None] | None = None if self.engine is None else self.engine.receive
-        send_weights(model, self.inputs.hf_config, self.inputs.padded_vocab_size, self.ranks, receive)
+        send_weights(model, self.inputs.family, self.inputs.padded_vocab_size, self.ranks, receive)
         own = prompts[self.ranks.data_rank :: self.ranks.data_size]
         generations = [] if self.engine is None else list(self.engine.generate(own, sampling))
         everyone = [generations]
@@ -86,8 +87,8 @@ class EmbeddedLiveEngine:
     puts them in place (experts, for example, become one tensor).
     """
 
-    def __init__(self, hf_config: PretrainedConfig, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-        self.hf_config, self.tokenizer, self.dtype = hf_config, tokenizer, dtype
+    def __init__(self, family: Family, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
+        self.hf_config, self.tokenizer, self.dtype = family.config, tokenizer, dtype
         self.weights: dict[str, Tensor] = {}
 
     def receive(self, name: str, weight: Tensor) -> None:
@@ -111,7 +112,7 @@ class EmbeddedLiveEngine:
             engine.close()
 
 
-def build_live_engine(config: TrainConfig, hf_config: PretrainedConfig) -> LiveEngine:
+def build_live_engine(config: TrainConfig, family: Family) -> LiveEngine:
     """The engine that `online.engine` names, on this rank.
 
     Raises:
@@ -121,5 +122,5 @@ def build_live_engine(config: TrainConfig, hf_config: PretrainedConfig) -> LiveE
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
     tokenizer = load_tokenizer(folder)
     if config.online.engine == "transformers":
-        return EmbeddedLiveEngine(hf_config, tokenizer, dtype)
+        return EmbeddedLiveEngine(family, tokenizer, dtype)
     return VllmLiveEngine(folder / "hf", tokenizer, dtype, config.online.vllm_memory_fraction)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
+from mpo_megatron.families import read_family
 from mpo_megatron.model.safetensors_io import INDEX
 from mpo_megatron.model.weight_map import build_weight_map
 from tests.waiting import TIMEOUT
@@ -55,7 +56,7 @@ def write_checkpoint(folder: Path, config: Qwen2Config) -> int:
     config.architectures = ["Qwen2ForCausalLM"]
     config.save_pretrained(folder)
     files: dict[str, dict[str, torch.Tensor]] = {}
-    for item in build_weight_map(config, config.vocab_size):
+    for item in build_weight_map(read_family(config), config.vocab_size):
         for placement in item.placements:
             bits = torch.randint(-(2**15), 2**15, placement.shape, dtype=torch.int16)
             name = f"layer-{'.'.join(map(str, item.index))}.safetensors"

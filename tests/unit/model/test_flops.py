@@ -9,12 +9,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
 
+from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import build_flop_model
 
 SIZES: dict[str, Any] = {
     **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"vocab_size": 250, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48},
+    **{"vocab_size": 250},
 }
+EXPERTS: dict[str, Any] = {**SIZES, "num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 48}
 TOKENS = 16
 
 
@@ -22,8 +24,8 @@ TOKENS = 16
     "config",
     [
         Qwen3Config(**SIZES, head_dim=32),
-        Qwen3MoeConfig(**SIZES, head_dim=32),
-        Qwen2MoeConfig(**SIZES, shared_expert_intermediate_size=80, mlp_only_layers=[1]),
+        Qwen3MoeConfig(**EXPERTS, head_dim=32),
+        Qwen2MoeConfig(**EXPERTS, shared_expert_intermediate_size=80, mlp_only_layers=[1]),
     ],
     ids=lambda config: config.model_type,
 )
@@ -32,7 +34,7 @@ def test_operations_of_a_row(config: PretrainedConfig) -> None:
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.arange(TOKENS)[None])
-    flops = build_flop_model(config)
+    flops = build_flop_model(read_family(config))
     # Eager attention computes all pairs of tokens, also those that a mask hides; and the logits of all tokens.
     expected = flops.per_token * TOKENS + flops.per_pair * TOKENS**2 + flops.per_scored * TOKENS
     rotary = 2 * 16 * TOKENS if config.model_type == "qwen2_moe" else 2 * 32 * TOKENS

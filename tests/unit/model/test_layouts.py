@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Con
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
-from mpo_megatron.hf.config import check_supported
+from mpo_megatron.families import read_family
 from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.optimizer import check_offload
@@ -30,7 +30,7 @@ EXPERTS = Qwen2MoeConfig(
 
 def test_heads_are_shared_out_whole() -> None:
     for layout in ({"context": 8}, {"context": 40}, {"tensor": 8, "context": 5}, {"tensor": 2, "context": 20}):
-        validate_layout(DENSE, ParallelConfig(**layout), 1024)
+        validate_layout(read_family(DENSE), ParallelConfig(**layout), 1024)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_heads_are_shared_out_whole() -> None:
             {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 2},
             "together 3 layers, the model has num_hidden_layers = 4",
         ),
-        (DENSE, {"expert": 2}, "parallel.expert = 2, but a qwen3 has no experts"),
+        (DENSE, {"expert": 2}, "parallel.expert = 2, but the model has no experts"),
         (
             EXPERTS,
             {"expert": 8},
@@ -71,7 +71,7 @@ def test_heads_are_shared_out_whole() -> None:
 )
 def test_layouts_a_model_refuses(config: PretrainedConfig, layout: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        validate_layout(config, ParallelConfig(**layout), 1024)
+        validate_layout(read_family(config), ParallelConfig(**layout), 1024)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +133,12 @@ def test_layers_of_stages(num_layers: int, layout: dict[str, int], expected: tup
         ),
         (Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]), "no layer has experts; as a dense model it is qwen3"),
         (Qwen2MoeConfig(num_experts_per_tok=61), "num_experts_per_tok = 61 of num_experts = 60"),
-        (Qwen2MoeConfig(qkv_bias=False), "qkv_bias = false"),
+        (Qwen2MoeConfig(qkv_bias=False), "qkv_bias = False .default True.: published models have a bias"),
     ],
 )
 def test_experts_that_are_not_implemented(config: PretrainedConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_supported(config)
+        read_family(config)
 
 
 def test_offloading_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,4 +167,4 @@ def test_offloading_float32_weights_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_dense_and_sparse_models_are_supported() -> None:
     for config in (Qwen2Config(), Qwen3Config(), Qwen2MoeConfig(), Qwen3MoeConfig()):
-        check_supported(config)
+        read_family(config)

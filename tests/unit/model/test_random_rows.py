@@ -15,6 +15,7 @@ from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, group_table, pack
 from mpo_megatron.data.packing import Piece, Row, build_row
+from mpo_megatron.families import read_family
 from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -40,7 +41,7 @@ def ranks() -> Iterator[Ranks]:
 def build(ranks: Ranks, attention: str = "auto") -> list[torch.nn.Module]:
     """The same weights each time; norms near 1."""
     config = ModelConfig(checkpoint="", precision="fp32", attention=attention, logprob_chunk=7)
-    parts = build_policy(CONFIG, config, ParallelConfig(), ranks, PADDED_VOCAB)
+    parts = build_policy(read_family(CONFIG), config, ParallelConfig(), ranks, PADDED_VOCAB)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in parts[0].parameters():

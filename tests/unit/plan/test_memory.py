@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.families import read_family
+from mpo_megatron.families.published import build_config
 from mpo_megatron.plan.memory import Kernels, Layout, chunks_in_flight, layer_kept, stage_memory
-from mpo_megatron.plan.models import build_config
-from mpo_megatron.plan.parameters import Shape, Weight, buffer_size
+from mpo_megatron.plan.parameters import Weight, buffer_size
 from mpo_megatron.plan.rows import RowCounts
 
 ROW = RowCounts(tokens=8192, pairs=8_000_000, scored=6000, responses=6000, context=6000, rectangles=9_000_000)
@@ -21,7 +22,7 @@ def build_layout(
     name: str = "Qwen3-14B", *, world: int = 64, fp8: Any = "none", recompute: Any = "none", **parallel: Any
 ) -> Layout:
     return Layout(
-        shape=Shape(build_config(name)),
+        shape=read_family(build_config(name)),
         padded_vocab=152064,
         model=ModelConfig(checkpoint="", fp8=fp8, recompute=recompute),
         parallel=ParallelConfig(**parallel),

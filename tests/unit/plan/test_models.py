@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo_megatron.config import ConfigError, ParallelConfig
-from mpo_megatron.hf.config import check_supported
-from mpo_megatron.plan.models import MODELS, build_config, find_model
-from mpo_megatron.plan.parameters import Shape, count_parameters, part_weights, stage_parts
+from mpo_megatron.families import read_family
+from mpo_megatron.families.published import MODELS, build_config
+from mpo_megatron.plan.models import find_model
+from mpo_megatron.plan.parameters import count_parameters, part_weights, stage_parts
 from tests.tiny import save_model
 
 PUBLISHED = {
@@ -40,12 +41,12 @@ def test_parameters_are_those_of_the_real_model(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     real = sum(parameter.numel() for parameter in model.parameters())
-    assert count_parameters(Shape(config)) == real == PUBLISHED[name]
+    assert count_parameters(read_family(config)) == real == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models_can_be_trained(name: str) -> None:
-    check_supported(build_config(name))
+    read_family(build_config(name))
 
 
 @pytest.mark.parametrize(
@@ -58,14 +59,12 @@ def test_models_can_be_trained(name: str) -> None:
 )
 @pytest.mark.parametrize("name", ["Qwen2.5-14B", "Qwen3-30B-A3B"])
 def test_cutting_loses_and_repeats_nothing(name: str, parallel: ParallelConfig) -> None:
-    shape = Shape(build_config(name))
+    shape = read_family(build_config(name))
     stages = stage_parts(shape, parallel)
-    assert sorted(layer for parts in stages for part in parts for layer in part.layers) == list(range(shape.layers))
-    weights = [
-        weight for parts in stages for part in parts for weight in part_weights(shape, parallel, part, int(shape.hf.vocab_size))
-    ]
+    assert sorted(layer for parts in stages for part in parts for layer in part.layers) == list(range(shape.num_hidden_layers))
+    weights = [weight for parts in stages for part in parts for weight in part_weights(shape, parallel, part, shape.vocab_size)]
     # Norms and the router are on every tensor-parallel rank; everything else is cut.
-    whole = {"norm", "final norm", "norm of queries or keys", "router"}
+    whole = {rule.megatron for rule in shape.rules if rule.shard is None}
     experts = sum(weight.size for weight in weights if weight.expert)
     cut = sum(weight.size for weight in weights if not weight.expert and weight.name not in whole)
     uncut = sum(weight.size for weight in weights if weight.name in whole)
@@ -73,13 +72,13 @@ def test_cutting_loses_and_repeats_nothing(name: str, parallel: ParallelConfig) 
 
 
 def test_tied_embeddings_lie_on_both_ends_of_a_pipeline() -> None:
-    shape = Shape(build_config("Qwen2.5-3B"))
+    shape = read_family(build_config("Qwen2.5-3B"))
     stages = stage_parts(shape, ParallelConfig(pipeline=2))
     names = [
         {weight.name for part in parts for weight in part_weights(shape, ParallelConfig(), part, 151936)} for parts in stages
     ]
-    assert "embedding" in names[0] - names[1]
-    assert "output layer" in names[1] - names[0]
+    assert "embedding.word_embeddings.weight" in names[0] - names[1]
+    assert "output_layer.weight" in names[1] - names[0]
 
 
 def test_names_and_folders_are_found(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -13,7 +13,6 @@ import pytest
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
 from mpo_megatron.data.store import write_groups
 from mpo_megatron.plan.hardware import TABLE
-from mpo_megatron.plan.models import build_config
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
 from mpo_megatron.plan.search import Problem, search
 from mpo_megatron.train.throughput import peak_flops
@@ -152,8 +151,7 @@ def test_fp8_that_does_not_divide_a_matrix_is_refused() -> None:
     problem.evaluate(ParallelConfig(), "none", 8192)
     # On two ranks 448 = 14 · 32 channels of queries, 576 = 18 · 32 with keys and values, 2,432 = 76 · 32 of the MLP.
     problem.evaluate(ParallelConfig(tensor=2), "none", 8192)
-    odd = dataclasses.replace(problem, hf_config=build_config("Qwen2.5-0.5B"))
-    odd.hf_config.intermediate_size = 4864 + 32
+    odd = dataclasses.replace(problem, family=dataclasses.replace(problem.family, intermediate_size=4864 + 32))
     with pytest.raises(
         ConfigError, match=r"model.fp8 = mxfp8 multiplies .* multiples of 32, but the model's intermediate_size is 2448"
     ):

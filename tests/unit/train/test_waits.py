@@ -15,6 +15,7 @@ from transformers import Qwen3Config
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
+from mpo_megatron.families import read_family
 from mpo_megatron.model import attention
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -55,7 +56,7 @@ def ranks() -> Iterator[Ranks]:
 
 def count_waits(objective: Objective, ranks: Ranks, row_tokens: int, *, two_phase: bool) -> tuple[int, Counter[str]]:
     """Rows of a step, and what it waits for."""
-    parts = build_policy(CONFIG, ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, 256)
+    parts = build_policy(read_family(CONFIG), ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, 256)
     model: list[Any] = optimizer.wrap_data_parallel(parts, OptimizerConfig(), ranks)
     prepare_schedules(model)
     shape = RowShape(row_tokens=row_tokens, layout="shared", multiple=16, num_replicas=1, replica=0, pair_weight=1e-3)

@@ -1,0 +1,11 @@
+"""Model families: what config.json says, as features, and where the weights lie. Needs no Megatron-Core.
+
+family    `Family`: features, never names           rules    weight rules that families share
+fields    what all families read of config.json     reading  config.json → `Family`
+qwen …    one file a family                         published  shapes of published models
+"""
+
+from mpo_megatron.families.family import Experts, Family, LayerAttention, Rope
+from mpo_megatron.families.reading import load_family, read_family
+
+__all__ = ["Experts", "Family", "LayerAttention", "Rope", "load_family", "read_family"]

@@ -1,0 +1,190 @@
+"""What every family reads of a Hugging Face config in the same way, and the refusal of what it does not read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, Literal
+
+import torch
+from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.families.family import LayerAttention, Rope
+
+DECODER = frozenset(
+    {
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+        *("vocab_size", "tie_word_embeddings", "max_position_embeddings", "rms_norm_eps", "hidden_act"),
+        *("rope_parameters", "rope_theta", "rope_scaling"),
+    }
+)
+"""Fields that every family represents."""
+
+HARMLESS = frozenset(
+    {
+        # what the folder holds, and how its model is started, trained or generated with elsewhere
+        *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"),
+        *("initializer_range", "use_cache", "cache_implementation", "_attn_implementation_autoset", "is_llama_config"),
+        *("transformers.js_config", "unsloth_version", "unsloth_fixed", "tokenizer_class", "quantization_config"),
+        *("router_aux_loss_coef", "output_router_logits"),
+        # what generation stops and starts at
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        # of every config: what a forward pass returns, and labels of classifiers
+        *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
+        *("id2label", "label2id", "problem_type"),
+    }
+)
+"""Fields that change no log-probability and no gradient of a causal language model."""
+
+REASONS = {
+    "attention_dropout": "policy and reference must be deterministic; set 0",
+    "attention_bias": "a bias on the output projection is not implemented",
+    "mlp_bias": "a bias in the MLP is not implemented",
+    "qkv_bias": "published models have a bias on queries, keys and values",
+    "use_bidirectional_attention": "only causal attention is implemented",
+}
+"""Why a field is refused, where its name does not say it."""
+
+ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""config.json's names of what the MLP's gate goes through."""
+
+
+def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None:
+    """Refuse a field that is not represented and whose value is not the default of transformers' config class.
+
+    Raises:
+        ConfigError: naming the field and its value.
+    """
+    defaults = type(config)().to_dict()
+    for name, value in config.to_dict().items():
+        if name in represented or name in HARMLESS or (name in defaults and value == defaults[name]):
+            continue
+        if name not in defaults and not value:
+            continue  # switched off, whatever it is
+        if name in defaults:
+            hint = REASONS.get(name, "only the default is implemented")
+            raise ConfigError(f"config.json: {name} = {value!r} (default {defaults[name]!r}): {hint}.")
+        raise ConfigError(
+            f"config.json: {name} = {value!r} is unknown to {type(config).__name__} of transformers, which ignores it; remove it "
+            "from config.json if the model was trained without it."
+        )
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Channels of one attention head; many families set it apart from hidden_size / num_attention_heads."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def activation(config: PretrainedConfig, field: str = "hidden_act") -> Literal["silu", "gelu_tanh"]:
+    """The MLP's activation.
+
+    Raises:
+        ConfigError: one that is not implemented.
+    """
+    name = getattr(config, field)
+    require(name in ACTIVATIONS, f"config.json: {field} = {name!r}; implemented are {', '.join(ACTIVATIONS)}.")
+    return ACTIVATIONS[name]
+
+
+def decoder_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """Sizes that every family has, under the names that `Family` gives them."""
+    return {
+        "config": config,
+        "num_hidden_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": head_dim(config),
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "tie_word_embeddings": bool(config.tie_word_embeddings),
+        "rms_norm_eps": config.rms_norm_eps,
+        "query_scale": head_dim(config) ** -0.5,
+    }
+
+
+def rule_sizes(config: PretrainedConfig) -> dict[str, Any]:
+    """The same under the names of `llama_rules`."""
+    return {
+        "hidden": config.hidden_size,
+        "ffn": config.intermediate_size,
+        "heads": config.num_attention_heads,
+        "groups": config.num_key_value_heads,
+        "channels": head_dim(config),
+        "vocab": config.vocab_size,
+        "tied": bool(config.tie_word_embeddings),
+    }
+
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
+"""Kinds of rotary embeddings whose frequencies do not depend on the sequence, within `Rope.limit`."""
+
+
+def read_ropes(config: PretrainedConfig) -> tuple[Rope, ...]:
+    """The rotary embedding of all layers.
+
+    Raises:
+        ConfigError: a kind that is not implemented.
+    """
+    return (_read_rope(config, dict(config.rope_parameters), None),)
+
+
+def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[str, int]]:
+    """The rotary embeddings of a config that has one for each kind of layer, each once, and the index of each kind's.
+
+    Raises:
+        ConfigError: a kind that is not implemented.
+    """
+    ropes: list[Rope] = []
+    index = {}
+    for kind in sorted(set(config.layer_types)):
+        rope = _read_rope(config, dict(config.rope_parameters[kind]), kind)
+        if rope not in ropes:
+            ropes.append(rope)
+        index[kind] = ropes.index(rope)
+    return tuple(ropes), index
+
+
+def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type: str | None) -> Rope:
+    kind, size = parameters.get("rope_type", "default"), head_dim(config)
+    require(kind in ROPE_TYPES, f"config.json: rope_type = {kind!r} is not implemented; implemented are {', '.join(ROPE_TYPES)}.")
+    share = parameters.get("partial_rotary_factor", 1.0)
+    require(share == 1.0, f"config.json: partial_rotary_factor = {share}; only whole heads are rotated (1.0).")
+    if kind in ("default", "dynamic"):  # the latter scales from `limit` on
+        exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
+        frequencies, factor = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
+    limit = config.max_position_embeddings if kind == "dynamic" else None
+    return Rope(inverse_frequencies=tuple(frequencies.tolist()), factor=float(factor), limit=limit)
+
+
+def read_layers(config: PretrainedConfig, kinds: list[str] | None = None, rope: dict[str, int] | None = None) -> Any:
+    """Window and rotary embedding of every layer.
+
+    Args:
+        kinds: `full_attention` or `sliding_attention` of every layer; by default config.json's `layer_types`
+        rope: index of the rotary embedding of each kind; by default the first of all
+    Raises:
+        ConfigError: another kind, or a window without a size.
+    """
+    kinds = config.layer_types if kinds is None else kinds
+    require(
+        len(kinds) == config.num_hidden_layers,
+        f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {config.num_hidden_layers}.",
+    )
+    layers = []
+    for kind in kinds:
+        require(
+            kind in ("full_attention", "sliding_attention"),
+            f"config.json: layer_types has {kind!r}; implemented are full_attention and sliding_attention.",
+        )
+        window = config.sliding_window if kind == "sliding_attention" else None
+        require(
+            kind == "full_attention" or (isinstance(window, int) and window > 0),
+            f"config.json: layer_types has sliding_attention, but sliding_window = {window!r}; set the window's tokens.",
+        )
+        layers.append(LayerAttention(window=window, rope=(rope or {}).get(kind, 0)))
+    return tuple(layers)

@@ -1,0 +1,61 @@
+"""From config.json to a `Family`: the one place that looks at a model's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PretrainedConfig
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.digests import check_file
+from mpo_megatron.families import qwen
+from mpo_megatron.families.family import Family
+
+READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
+    "qwen2": qwen.read_qwen2,
+    "qwen3": qwen.read_qwen3,
+    "qwen2_moe": qwen.read_qwen2_moe,
+    "qwen3_moe": qwen.read_qwen3_moe,
+}
+"""`model_type` of config.json → what reads it."""
+
+
+def load_family(folder: str | Path) -> Family:
+    """The model that config.json in `folder` describes.
+
+    Raises:
+        ConfigError: no config.json there, one that does not parse or is damaged, or a model that cannot be represented.
+    """
+    path = Path(folder) / "config.json"
+    require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
+    check_file(path)
+    try:
+        model_type = json.loads(path.read_bytes()).get("model_type")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
+    _require_known(model_type, f"{path}: ")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
+    return read_family(config)
+
+
+def read_family(config: PretrainedConfig) -> Family:
+    """The model that a Hugging Face config describes.
+
+    Raises:
+        ConfigError: it cannot be represented; the message names the field of config.json.
+    """
+    _require_known(config.model_type)
+    return READERS[config.model_type](config)
+
+
+def _require_known(model_type: object, where: str = "") -> None:
+    require(
+        model_type in READERS,
+        f"{where}model_type = {model_type!r} is not supported; supported are {', '.join(READERS)}.",
+    )

@@ -1,0 +1,149 @@
+"""Rules that say which rows of which Hugging Face tensors make up a Megatron tensor, and those that many families share.
+
+Both sides store a matrix as rows, and conversion only ever moves whole rows: Megatron stacks gate on up, and interleaves q, k
+and v by query group. A rule also says how tensor parallelism shards the Megatron tensor, so that the planner counts the weights
+of a rank with the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+HF_LAYER = "model.layers.{layer}."
+LAYER = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One Megatron tensor (of one layer, and of one expert, if its parts name a `{layer}` or `{expert}`), as rows of Hugging Face
+    tensors."""
+
+    megatron: str
+    """Key in the Megatron checkpoint. Layers and experts share a key: Megatron stacks them on first axes."""
+    parts: dict[str, int]
+    """Hugging Face name → rows that it gives to each block, in Megatron's order."""
+    columns: int | None = None
+    """Row length; None for a vector, whose rows are its elements."""
+    blocks: int = 1
+    """How often the parts repeat: a block is [part 1's rows, part 2's rows, …]."""
+    padded: bool = False
+    """Whether zero rows pad it to the padded vocabulary."""
+    shard: Literal["rows", "columns"] | None = None
+    """What tensor-parallel ranks (expert-tensor-parallel ones, of an expert) share out; None if each holds all of it."""
+    experts: int | None = None
+    """Number of experts that have one."""
+    layers: frozenset[int] | None = None
+    """Layers that have one; None: all."""
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether every layer has one."""
+        return all("{layer}" in name for name in self.parts)
+
+    @property
+    def rows(self) -> int:
+        """Rows without padding."""
+        return self.blocks * sum(self.parts.values())
+
+
+def embedding_rules(vocab: int, hidden: int, *, tied: bool) -> list[Rule]:
+    """The embedding, and the output layer's weight if it is another one."""
+    rules = [Rule("embedding.word_embeddings.weight", {EMBEDDING: vocab}, hidden, padded=True, shard="rows")]
+    if not tied:
+        rules.append(Rule("output_layer.weight", {OUTPUT: vocab}, hidden, padded=True, shard="rows"))
+    return rules
+
+
+def norm_rule(megatron: str, name: str, size: int, layers: frozenset[int] | None = None) -> Rule:
+    """A layer's RMS norm; `megatron` is the key after `decoder.layers.`."""
+    return Rule(LAYER + megatron, {HF_LAYER + name: size}, layers=layers)
+
+
+def attention_rules(hidden: int, heads: int, groups: int, channels: int, *, qkv_bias: bool = False) -> list[Rule]:
+    """Projections of queries, keys and values, and of the result."""
+    # Megatron: [query heads of group 0, its key head, its value head, query heads of group 1, …]
+    rows = {"q": heads // groups * channels, "k": channels, "v": channels}
+
+    def qkv(kind: str) -> dict[str, int]:
+        return {f"{HF_LAYER}self_attn.{name}_proj.{kind}": number for name, number in rows.items()}
+
+    key = LAYER + "self_attention."
+    rules = [Rule(key + "linear_qkv.weight", qkv("weight"), hidden, blocks=groups, shard="rows")]
+    if qkv_bias:
+        rules.append(Rule(key + "linear_qkv.bias", qkv("bias"), blocks=groups, shard="rows"))
+    output = {HF_LAYER + "self_attn.o_proj.weight": hidden}
+    return [*rules, Rule(key + "linear_proj.weight", output, heads * channels, shard="columns")]
+
+
+def qk_norm_rules(queries: int, keys: int, *, shard: Literal["rows"] | None = None) -> list[Rule]:
+    """RMS norms of queries and keys."""
+    return [
+        Rule(
+            f"{LAYER}self_attention.{letter}_layernorm.weight",
+            {f"{HF_LAYER}self_attn.{letter}_norm.weight": size},
+            shard=shard,
+        )
+        for letter, size in (("q", queries), ("k", keys))
+    ]
+
+
+def gated_rules(
+    megatron: str,
+    names: Sequence[str],
+    hidden: int,
+    ffn: int,
+    *,
+    layers: frozenset[int] | None = None,
+    experts: int | None = None,
+) -> list[Rule]:
+    """Gate and up, stacked, and down.
+
+    Args:
+        megatron: key of the MLP after `decoder.layers.`, with a dot at its end
+        names: of gate, up and down after `model.layers.N.`
+    """
+    gate, up, down = (HF_LAYER + name for name in names)
+    return [
+        Rule(f"{LAYER}{megatron}linear_fc1.weight", {gate: ffn, up: ffn}, hidden, shard="rows", layers=layers, experts=experts),
+        Rule(f"{LAYER}{megatron}linear_fc2.weight", {down: hidden}, ffn, shard="columns", layers=layers, experts=experts),
+    ]
+
+
+def mlp_names(prefix: str) -> list[str]:
+    """Gate, up and down as most families name them."""
+    return [f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down")]
+
+
+def final_norm_rule(hidden: int) -> Rule:
+    """The norm after the last layer."""
+    return Rule("decoder.final_layernorm.weight", {"model.norm.weight": hidden})
+
+
+def llama_rules(
+    *,
+    hidden: int,
+    ffn: int,
+    heads: int,
+    groups: int,
+    channels: int,
+    vocab: int,
+    tied: bool,
+    qkv_bias: bool = False,
+    qk_norm: bool = False,
+) -> tuple[Rule, ...]:
+    """Llama's table, which most dense families share: a norm before attention and one before the MLP."""
+    embedding, *output = embedding_rules(vocab, hidden, tied=tied)
+    return (
+        embedding,
+        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
+        *attention_rules(hidden, heads, groups, channels, qkv_bias=qkv_bias),
+        *(qk_norm_rules(channels, channels) if qk_norm else []),
+        norm_rule("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
+        *gated_rules("mlp.", mlp_names("mlp."), hidden, ffn),
+        final_norm_rule(hidden),
+        *output,
+    )
