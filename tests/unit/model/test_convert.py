@@ -337,11 +337,11 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rope scaling": (
         lambda folder: edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        r"config.json: .*rope_type = 'yarn': only default rotary embeddings are implemented",
+        r"config.json: .*rope_type = 'yarn' is not implemented; implemented are default, linear",
     ),
     "rope scaling of older checkpoints": (
-        lambda folder: edit_config(folder, rope_scaling={"type": "linear", "factor": 4.0}),
-        r"config.json: .*rope_type = 'linear': only default rotary embeddings are implemented",
+        lambda folder: edit_config(folder, rope_scaling={"type": "dynamic", "factor": 4.0}),
+        r"config.json: .*rope_type = 'dynamic' is not implemented; implemented are default, linear",
     ),
     "shape": (
         lambda folder: edit_config(folder, intermediate_size=128),
@@ -360,7 +360,10 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         r"quantization_config is set; a quantized checkpoint cannot be trained",
     ),
     "pickles": (pickle_only, r"only as pickles \(pytorch_model.bin\).*save_pretrained\(NEW_FOLDER\)"),
-    "sliding window": (lambda folder: edit_config(folder, use_sliding_window=True), r"use_sliding_window"),
+    "layers of another kind": (
+        lambda folder: edit_config(folder, layer_types=["full_attention", "chunked_attention"]),
+        r"config.json: .*chunked_attention",
+    ),
     "architecture": (lambda folder: edit_config(folder, model_type="llama"), r"model_type = 'llama' is not supported"),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
