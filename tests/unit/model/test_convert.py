@@ -361,7 +361,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pickles": (pickle_only, r"only as pickles \(pytorch_model.bin\).*save_pretrained\(NEW_FOLDER\)"),
     "layers of another kind": (
-        lambda folder: edit_config(folder, layer_types=["full_attention", "chunked_attention"]),
+        lambda folder: edit_config(folder, layer_types=["full_attention"] * 2 + ["chunked_attention"]),
         r"config.json: .*chunked_attention",
     ),
     "architecture": (lambda folder: edit_config(folder, model_type="llama"), r"model_type = 'llama' is not supported"),
