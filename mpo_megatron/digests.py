@@ -23,10 +23,10 @@ LIST = "mpo_digests.json"
 """The list of a folder that the package writes once: a converted or exported checkpoint."""
 STATE = "state.json"
 """The list of a step's folder, which says other things, too."""
-STAGE_LISTS = {"samples.jsonl": "generate.json", "scored.jsonl": "score.json", "groups.jsonl": "select.json"}
-"""The file that a finished stage of `mpo generate`, `score` or `select` describes its lines in, by the name of the lines."""
-DIGEST, LINE_DIGEST = "digest", "xxh3"
-"""Keys of the digest in sealed JSON and in a sealed line."""
+STAGES = {"samples": "generate", "scored": "score", "groups": "select"}
+"""Names of the lines of a stage, and of the summary that lists them when they are complete; a shard's have a suffix."""
+DIGEST, LINE_DIGEST, END = "digest", "xxh3", "lines"
+"""Keys of the digest in sealed JSON and in a sealed line, and of the number of lines in the last one."""
 WEIGHTS = (".distcp", ".safetensors")
 """Suffixes of the files that hold a checkpoint's weights."""
 PIECE = 1 << 26
@@ -87,36 +87,71 @@ def unseal(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- lines of JSON
 
 
-def seal_line(record: Mapping[str, Any]) -> bytes:
-    """The record as one line, newline included, with its digest in the field `xxh3`."""
+def seal_line(record: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
+    """The record as one line, newline included, with its digest in the field `xxh3`.
+
+    Raises:
+        ValueError: a number is not finite, and only Python would read it.
+    """
     content = {name: value for name, value in record.items() if name != LINE_DIGEST}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(content, allow_nan=allow_nan)
     return json.dumps({**content, LINE_DIGEST: _line_digest(json.loads(text))}, ensure_ascii=False).encode() + b"\n"
 
 
-def unseal_line(line: bytes) -> Any:
-    """What a line holds, without its digest; a line that has none, such as a user's own, is taken as it is.
+def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
+    """What a line holds, without its digest.
 
+    Args:
+        sealed: it must have a digest; otherwise a line without one, such as a user's own, is taken as it is
     Raises:
         ValueError: it is not JSON, or not what was written.
     """
     try:
-        return unseal_record(json.loads(line))
+        record = json.loads(line)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if isinstance(record, dict) and LINE_DIGEST in record:
+        check_record(record)
+    elif sealed:
+        raise ValueError("it has no digest")
+    return record
 
 
-def unseal_record(record: Any) -> Any:
-    """A parsed line without its digest, which must match if it is there.
+def check_record(record: dict[str, Any]) -> None:
+    """Take the digest out of a parsed line; it must match.
 
     Raises:
-        ValueError: the digest does not match.
+        ValueError: it does not.
     """
-    if isinstance(record, dict) and LINE_DIGEST in record:
-        found = record.pop(LINE_DIGEST)
-        if found != _line_digest(record):
-            raise ValueError(f"its digest does not match; if you changed it yourself, remove its field {LINE_DIGEST}")
-    return record
+    if record.pop(LINE_DIGEST) != _line_digest(record):
+        raise ValueError(f"its digest does not match; if you changed it yourself, remove its field {LINE_DIGEST}")
+
+
+def seal_lines(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
+    """The records as sealed lines, and a last line that says how many they are: for a file that is written at once."""
+    number = 0
+    for record in records:
+        yield seal_line(record, allow_nan=True)
+        number += 1
+    yield seal_line({END: number})
+
+
+def unseal_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
+    """What `seal_lines` was given.
+
+    Raises:
+        DamagedError: a line is not what was written, or one is missing; it ends with the remedy.
+        OSError: the file cannot be read.
+    """
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            records.append(unseal_line(line, sealed=True))
+        except ValueError as error:
+            raise DamagedError(f"{path}:{number}: damaged or changed ({error}); {remedy}.") from error
+    if not records or records.pop() != {END: len(records)}:
+        raise DamagedError(f"{path}: damaged: lines are missing at its end; {remedy}.")
+    return records
 
 
 # --------------------------------------------------------------------------------------------------- digests in names
@@ -250,8 +285,11 @@ def check_lines(path: Path) -> None:
     Raises:
         DamagedError: they are not what was written, or the summary is damaged.
     """
-    summary = path.with_name(STAGE_LISTS.get(path.name, path.name))
-    if summary != path and summary.is_file():
+    if (path.parent / LIST).is_file():
+        check_file(path)
+    lines, dash, shard = path.stem.partition("-")
+    summary = path.with_name(f"{STAGES.get(lines)}{dash}{shard}.json")
+    if lines in STAGES and summary.is_file():
         try:
             files = _entries(summary)
             check_pieces(path.parent, {path.name: files[path.name]} if path.name in files else {})

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, TrainConfig, to_dict
+from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.digests import seal_line
 from mpo_megatron.train.tracking.facts import record_start
 
 HOSTILE = (
@@ -67,7 +67,7 @@ def write_run(
         loss=LossConfig(name="mpo", params={"beta": beta}),
         max_steps=total_steps,
     )
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    (folder / "config.yaml").write_bytes(seal_yaml(to_dict(config)))
     record_start(
         folder,
         config,
@@ -101,7 +101,7 @@ def write_run(
                 write_outcomes(
                     folder, step, [_outcome(data, index, share, chosen) for index in range(len(data))], data.info.data_digest
                 )
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "metrics.jsonl").write_bytes(b"".join(map(seal_line, lines)))
     return folder
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import yaml
 
 from mpo_megatron.config.checks import ConfigError, require
+from mpo_megatron.config.sealed import check_seal
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 """What a value of a type is called in a message."""
@@ -69,7 +70,9 @@ def check_file(kind: type[Any], path: str | Path) -> None:
     require(Path(path).exists(), f"config = {path}; no such file.")
     require(Path(path).is_file(), f"config = {path}; not a file; name a YAML file.")
     try:
-        root = yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = Path(path).read_text(encoding="utf-8")
+        check_seal(Path(path), text)
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}.") from error

@@ -1,4 +1,4 @@
-"""What a policy makes of held-out groups: one file per evaluation of a run, `<run>/groups/step_*.parquet`.
+"""What a policy makes of held-out groups: one file per evaluation of a run, `<run>/groups/step_<step>.<digest>.parquet`.
 
 Legend: K responses of a group.
 """
@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from mpo_megatron.digests import name_digest, read_named
 
 FOLDER = "groups"
 SCHEMA = pa.schema(
@@ -55,16 +57,26 @@ def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step_{step:08d}.parquet"
-    columns = {name: [getattr(outcome, name) for outcome in outcomes] for name in SCHEMA.names}
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"data_digest": data_digest})), partial)
+    name = f"step_{step:08d}"
+    columns = {column: [getattr(outcome, column) for outcome in outcomes] for column in SCHEMA.names}
+    stream = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"data_digest": data_digest})), stream)
+    content = stream.getvalue().to_pybytes()
+    path, partial = folder / name_digest(name, content, ".parquet"), folder / f".{name}.partial"
+    partial.write_bytes(content)
     os.replace(partial, path)
+    for other in folder.glob(f"{name}.*"):
+        if other != path:  # of this step, by a start of the run that went on from an earlier one
+            other.unlink()
     return path
 
 
 def read_outcomes(path: Path) -> list[GroupOutcome]:
-    """The outcomes of one evaluation."""
+    """The outcomes of one evaluation.
+
+    Raises:
+        DamagedError: the file is not what was written.
+    """
     return [
         GroupOutcome(
             index=row["index"],
@@ -73,7 +85,7 @@ def read_outcomes(path: Path) -> list[GroupOutcome]:
             reference_logps=tuple(row["reference_logps"]),
             sets=tuple(row["sets"]),
         )
-        for row in pq.read_table(path).to_pylist()
+        for row in pq.read_table(pa.BufferReader(read_named(path))).to_pylist()
     ]
 
 
@@ -82,12 +94,18 @@ def outcome_files(run: Path, data_digest: str | None = None) -> dict[int, Path]:
 
     Args:
         data_digest: only evaluations on this data; a run may go on with other held-out groups
+    Raises:
+        DamagedError: a file is not what was written; only with `data_digest`.
     """
-    files = {int(path.stem.removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}
+    files = {int(path.name.split(".")[0].removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}
     return {step: path for step, path in files.items() if data_digest in (None, read_digest(path))}
 
 
 def read_digest(path: Path) -> str:
-    """Digest of the held-out data of an evaluation."""
-    digest: bytes = pq.read_schema(path).metadata[b"data_digest"]
+    """Digest of the held-out data of an evaluation.
+
+    Raises:
+        DamagedError: the file is not what was written.
+    """
+    digest: bytes = pq.read_schema(pa.BufferReader(read_named(path))).metadata[b"data_digest"]
     return digest.decode()

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import load_groups
+from mpo_megatron.digests import seal_lines, unseal_lines
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.convert import find_megatron_checkpoint
@@ -135,12 +135,16 @@ def summarize(groups: list[GroupMetrics], *, num_resamples: int, seed: int) -> d
 
 def write_groups(path: Path, groups: list[GroupMetrics]) -> None:
     """One line a group: what it contributes to each metric."""
-    replace_file(path, (json.dumps(vars(group)).encode() + b"\n" for group in groups))
+    replace_file(path, seal_lines(map(vars, groups)))
 
 
 def read_groups(path: Path) -> list[GroupMetrics]:
-    """What `write_groups` wrote."""
-    return [GroupMetrics(**json.loads(line)) for line in path.read_bytes().splitlines()]
+    """What `write_groups` wrote.
+
+    Raises:
+        DamagedError: the file is damaged.
+    """
+    return [GroupMetrics(**record) for record in unseal_lines(path, "run the command again")]
 
 
 def _ratio(totals: Floats, counts: Floats) -> Callable[[Floats], float]:

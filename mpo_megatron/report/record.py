@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,17 @@ import numpy as np
 import yaml
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.config.sealed import check_seal
 from mpo_megatron.data import DataError
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
 from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.digests import DamagedError, unseal, unseal_line, unseal_lines
 
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
+
+REMOVE = "copy it again, or remove it to go without"
+"""The remedy for a file that a report can do without."""
 
 Status = Literal["finished", "running", "stopped"]
 Line = dict[str, Any]
@@ -80,14 +84,14 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        ConfigError: there is no run.
+        ConfigError: there is no run, or a file of it is damaged.
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(f"runs: {folder} has no metrics.jsonl; name the folder that was `mpo train`'s --output.")
     lines = read_lines(metrics)
     config = _read_yaml(folder / "config.yaml")
-    facts = json.loads((folder / "run.json").read_text()) if (folder / "run.json").is_file() else {}
+    facts = unseal(folder / "run.json", REMOVE) if (folder / "run.json").is_file() else {}
     digests = facts["starts"][-1]["digests"] if facts.get("starts") else {}
     everything = outcome_files(folder)
     files = outcome_files(folder, read_digest(everything[max(everything)])) if everything else {}
@@ -102,7 +106,7 @@ def read_run(folder: Path) -> RunRecord:
         facts=facts,
         config=config,
         outcomes={step: read_outcomes(path) for step, path in files.items()},
-        incidents=tuple(line for path in sorted(incidents.glob("*.jsonl")) for line in read_lines(path)),
+        incidents=tuple(line for path in sorted(incidents.glob("*.jsonl")) for line in unseal_lines(path, REMOVE)),
         hangs=tuple(path.name for path in sorted(incidents.glob("hang_*"))),
         train_data=_open(config, "train", digests.get("train")),
         held_out_data=_open(config, "eval", digests.get("eval")),
@@ -111,8 +115,18 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a JSONL file: the last one may be half written, and texts may hold what `str` takes for a line's end."""
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    """The whole lines of a JSONL file: the last one may be half written, and texts may hold what `str` takes for a line's end.
+
+    Raises:
+        DamagedError: a line is not what was written.
+    """
+    lines: list[Line] = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            lines.append(unseal_line(line))
+        except ValueError as error:
+            raise DamagedError(f"{path}:{number}: damaged or changed ({error}); remove the line.") from error
+    return lines
 
 
 def _is_evaluation(line: Line) -> bool:
@@ -124,7 +138,21 @@ def _strip(line: Line) -> Line:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    config: dict[str, Any] = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    """A run's config.yaml; empty if there is none.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        text = path.read_text(encoding="utf-8")
+        check_seal(path, text)
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: damaged, it does not parse ({' '.join(str(error).split())}); {REMOVE}.") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path}: damaged, it holds no options; {REMOVE}.")
     return config
 
 

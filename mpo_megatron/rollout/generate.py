@@ -29,6 +29,7 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.digests import list_files
 from mpo_megatron.rollout.draws import Group, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
@@ -107,8 +108,9 @@ def require_package(name: str, why: str) -> None:
 
 
 def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sampling:
-    path = side_files(checkpoint) / "generation_config.json"
-    eos = read_summary(path).get("eos_token_id") if path.is_file() else None
+    name = "generation_config.json"
+    settings = read_model_settings(checkpoint, name) if (side_files(checkpoint) / name).is_file() else {}
+    eos = settings.get("eos_token_id")
     ends = {chat.end_token_id, chat.tokenizer.eos_id, *(eos if isinstance(eos, list) else [eos])}
     return Sampling(
         num_responses=config.num_responses,
@@ -272,6 +274,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
     return {
         "identity": identity,
         "samples_digest": digest_lines(samples),
+        "files": list_files(samples.parent, [samples.name]),
         "counts": {**counts, **found},
         "prompts": dict(prompts.counts),
         "config": to_dict(config),

@@ -33,6 +33,7 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import INFO_FILE
+from mpo_megatron.digests import write_list
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
@@ -121,6 +122,7 @@ def write_prompts(plan: Plan, console: Console) -> None:
     files = {"held-out.jsonl": split.held_out} | {f"round-{n:02d}.jsonl": rows for n, rows in enumerate(split.rounds, start=1)}
     for name, rows in files.items():
         replace_file(plan.folder / "prompts" / name, map(encode_line, rows))
+    write_list(plan.folder / "prompts")
     sizes = ", ".join(str(len(rows)) for rows in split.rounds)
     duplicates = f"; {split.num_duplicates} duplicates left out" if split.num_duplicates else ""
     console.print(f"prompts: {sizes} in the rounds, {len(split.held_out)} held out{duplicates}", soft_wrap=True)

@@ -86,13 +86,13 @@ def model_digest(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-def read_model_settings(checkpoint: Path) -> dict[str, Any]:
-    """config.json of a located checkpoint.
+def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str, Any]:
+    """config.json, or another JSON file, of a located checkpoint.
 
     Raises:
         ConfigError: it is damaged.
     """
-    path = side_files(checkpoint) / "config.json"
+    path = side_files(checkpoint) / name
     check_file(path)
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

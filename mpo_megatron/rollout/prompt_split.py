@@ -12,6 +12,7 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError, read_id, read_prompt
 from mpo_megatron.data.rewards import hash_unit
+from mpo_megatron.digests import unseal_line
 from mpo_megatron.rollout.records import find_repeated
 
 Row = dict[str, Any]
@@ -73,7 +74,7 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
         DataError: it is no object with a prompt, or its id is unusable.
     """
     try:
-        row = json.loads(line)
+        row = unseal_line(line)
         if not isinstance(row, dict):
             raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
         messages, own = read_prompt(row), read_id(row)

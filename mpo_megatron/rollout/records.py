@@ -5,6 +5,8 @@
     for record in read_lines(path): …
     write_summary(folder / "score.json", …) # appears by rename, last: a folder that has it is complete
 
+Lines and summary carry digests: a damaged line is refused, and so is a file that is not the one its summary lists.
+
 A line holds one prompt:
 
     {"group_id": "…", "prompt": [{"role": "user", "content": "…"}, …], "reference_answer": …, "meta": {…},
@@ -26,6 +28,7 @@ from typing import Any, BinaryIO, final
 from mpo_megatron.config import require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file, writing
+from mpo_megatron.digests import check_lines, seal, seal_line, unseal, unseal_line
 
 Record = dict[str, Any]
 """One group line."""
@@ -36,17 +39,19 @@ GROUPS_FILE, SELECT_FILE = "groups.jsonl", "select.json"
 
 
 def encode_line(record: Record) -> bytes:
-    """The record as one line, newline included."""
-    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    """The record as one line, newline and digest included."""
+    return seal_line(record)
 
 
 def read_lines(path: str | Path) -> Iterator[Record]:
     """All records of a file in its order; a last line that a kill cut off is passed over.
 
     Raises:
-        DataError: no such file, or a line is not a group line; it names file and line.
+        DataError: no such file, or a line is damaged or not a group line; it names file and line.
+        DamagedError: it is a finished stage's, and not the file that its summary lists.
     """
     path = Path(path)
+    check_lines(path)
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and not _is_json(line):
@@ -72,9 +77,10 @@ def _is_json(line: bytes) -> bool:
 
 def _decode(line: bytes, where: str) -> Record:
     try:
-        record = json.loads(line)
+        record = unseal_line(line)
     except ValueError as error:
-        raise DataError(f"{where}: is not valid JSON ({error}); remove the line to have it made again.") from error
+        reason = f"is not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else f"damaged or changed: {error}"
+        raise DataError(f"{where}: {reason}; remove the line to have it made again.") from error
     if isinstance(record, dict) and isinstance(record.get("group_id"), str):
         return record
     group_id = record.get("group_id") if isinstance(record, dict) else None
@@ -187,21 +193,20 @@ def find_lines(source: str | Path, name: str, summary: str) -> Path:
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
     """Write a stage's JSON file, by rename."""
-    replace_file(path, [json.dumps(summary, indent=2, ensure_ascii=False).encode() + b"\n"])
+    replace_file(path, [seal(summary)])
 
 
 def read_summary(path: Path) -> dict[str, Any]:
     """What `write_summary` wrote.
 
     Raises:
-        DataError: it is missing or damaged.
+        DataError: it cannot be read.
+        DamagedError: it is not what was written.
     """
-    with _open(path) as file:
-        try:
-            summary: dict[str, Any] = json.load(file)
-        except ValueError as error:
-            raise DataError(f"{path}: is not valid JSON ({error}); remove it and repeat the command that writes it.") from error
-    return summary
+    try:
+        return unseal(path, "remove it and repeat the command that writes it")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str) -> None:
@@ -240,6 +245,8 @@ def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> i
     """
     places: dict[str, tuple[int, int]] = {}
     with contextlib.ExitStack() as stack:
+        for path in sources:
+            check_lines(path)
         files = [stack.enter_context(_open(path)) for path in sources]
         for index, (path, file) in enumerate(zip(sources, files, strict=True)):
             position = 0

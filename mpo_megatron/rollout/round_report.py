@@ -6,8 +6,7 @@ independent; the answers to one prompt count together.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.digests import DamagedError, unseal_line
 from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, write_summary
@@ -102,9 +102,23 @@ def standard_error(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        DamagedError: a line is not what was written.
+    """
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield unseal_line(line)
+            except ValueError as error:
+                raise DamagedError(f"{path}:{number}: damaged or changed ({error}); remove the line.") from error
+
+
 def read_last_metrics(path: Path, stop_after: int | None) -> dict[str, Any]:
     """Training's own numbers at the round's last step, on its batch: see `train/metrics.py`."""
-    rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    rows = list(read_metrics(path))
     steps = [row for row in rows if row.get("loss") is not None and (stop_after is None or row["step"] <= stop_after)]
     last = steps[-1] if steps else {}
     return {name: last[name] for name in ("step", "loss", "accuracy", "margin") if name in last}

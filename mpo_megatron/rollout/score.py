@@ -28,6 +28,7 @@ from mpo_megatron.config import ScoreConfig, require, to_dict, validate_score
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
+from mpo_megatron.digests import list_files
 from mpo_megatron.rollout.generate import require_package
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.records import (
@@ -80,7 +81,7 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
             stack.enter_context(hold(output / f".{own.name}.lock", own))
             _score_groups(config, source, own, scorers, shard)
             if shard.total > 1:
-                write_summary(output / shard.name(SCORE_FILE), identity)
+                write_summary(output / shard.name(SCORE_FILE), {**identity, "files": list_files(output, [own.name])})
             else:
                 _join(config, source, output, shard, identity)
     if not join_shards(output, shard, SCORE_FILE, lambda: _join(config, source, output, shard, identity), console):
@@ -224,7 +225,7 @@ def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identit
     summary = _summarize(sources, identity, replace(config, shard=None)) | {"groups_read": len(order)}
     gone = {record["group_id"] for path in sources for record in read_lines(path) if not record["responses"]}
     join_lines(sources, output / SCORED_FILE, [group_id for group_id in order if group_id not in gone])
-    write_summary(output / SCORE_FILE, summary)
+    write_summary(output / SCORE_FILE, {**summary, "files": list_files(output, [SCORED_FILE])})
 
 
 def _summarize(sources: Sequence[Path], identity: Mapping[str, Any], config: ScoreConfig) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.group import Float64
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
+from mpo_megatron.digests import list_files
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import apply_rules, is_number
 from mpo_megatron.rollout.records import (
@@ -101,7 +102,8 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
                 lines.write(line)
         if not selection.rewards:
             raise NothingLeftError(explain_nothing_left(source, selection))
-        info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), **summarize(selection)}
+        files = list_files(partial.path, [GROUPS_FILE])
+        info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), "files": files, **summarize(selection)}
         write_summary(partial.path / SELECT_FILE, info)
         plot_spacing(selection.rewards, selection.labels, partial.path / PLOT_FILE)
         partial.commit()

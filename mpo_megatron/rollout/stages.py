@@ -8,10 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpo_megatron import device
 from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
+from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.train.launcher import end_with_parent, launch
 
@@ -45,5 +44,5 @@ def run_ranks(name: str, module: str, config: Path, num_ranks: int) -> None:
 
 def save_config(path: Path, config: object) -> Path:
     """A stage's configuration as a file that its command takes."""
-    replace_file(path, [yaml.safe_dump(to_dict(config), sort_keys=False).encode()])
+    replace_file(path, [seal_yaml(to_dict(config))])
     return path

@@ -6,7 +6,6 @@ same. A step that is skipped leaves weights and optimizer as they are; data and 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -21,6 +20,7 @@ from torch import Tensor
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.data.loader import StepBatch
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.digests import seal_lines
 from mpo_megatron.train.objective import Logps
 
 NORMAL_MAD = 1.4826
@@ -141,7 +141,7 @@ def broken_groups(batch: StepBatch, losses: Tensor) -> str:
 
 
 def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Path:
-    """Write the groups of a step to `step_….jsonl`, one line each, the worst first; the file."""
+    """Write the groups of a step to `step_….jsonl`, one line each, the worst first, and their number; the file."""
     batch, values = evidence.batch, evidence.losses.tolist()
     order = sorted(range(len(values)), key=lambda slot: -values[slot] if math.isfinite(values[slot]) else -math.inf)
     contributing = [slot for slot in order if batch.contributes[slot]][:MOST_GROUPS]
@@ -162,10 +162,10 @@ def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Pat
         ]
         head = {"step": batch.step + 1, "wrong": wrong, "grad_norm": _number(evidence.norm), "group_id": group.group_id}
         body = {"loss": _number(values[slot]), "prompt": decode(group.prompt_tokens.tolist()), "responses": responses}
-        lines.append(json.dumps({**head, **body}, ensure_ascii=False) + "\n")
+        lines.append({**head, **body})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{batch.step + 1:08d}.jsonl"
-    path.write_text("".join(lines))
+    path.write_bytes(b"".join(seal_lines(lines)))
     return path
 
 

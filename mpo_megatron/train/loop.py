@@ -12,10 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
+from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
@@ -225,9 +224,9 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     if not run.ranks.is_main:
         return []
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_dict(run.config), sort_keys=False)
-    replace_file(run.folder / "config.yaml", [text.encode()])
-    print(f"# {run.folder / 'config.yaml'}\n{text}", flush=True)
+    text = seal_yaml(to_dict(run.config))
+    replace_file(run.folder / "config.yaml", [text])
+    print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
     forget_later(run.folder, done)
     inputs = run.inputs
     facts = record_start(

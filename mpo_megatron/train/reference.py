@@ -1,10 +1,12 @@
 """Reference log-probs: computed once per model and data, kept on disk beside the groups, resumed when killed.
 
-    <prepared data>/reference/<key>/part-00000000-00000127.parquet     index of each group in the data, log-probs of its responses
-    <prepared data>/reference/<key>/tokens-00000000-00000127.parquet   the same, and the log-probs of their tokens
+    <prepared data>/reference/<key>/part-00000000-00000127.<digest>.parquet     index of each group in the data, log-probs of
+                                                                                its responses
+    <prepared data>/reference/<key>/tokens-00000000-00000127.<digest>.parquet   the same, and the log-probs of their tokens
 
 The key is a digest of everything the numbers depend on, so a stale cache is never read: it has another name. Parts say
-which groups they hold, so any later run can use them, whatever its batch size and its layout over ranks.
+which groups they hold, so any later run can use them, whatever its batch size and its layout over ranks. A part is read only
+if its bytes have the digest in its name; its groups are computed again otherwise.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from mpo_megatron.config import ModelConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.digests import DamagedError, name_digest, read_named
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
 from mpo_megatron.train.agreement import on_main
@@ -159,7 +162,7 @@ def reference_logps(
     with _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
         for indices, batch in zip(chunks, batches, strict=True):
             part = _compute_part(data, indices, batch, model, ranks, tokens)
-            path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}.parquet"
+            path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}"
             _write_on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
             logps.fill(part)
             progress.add(len(indices), batch.plan.num_tokens)
@@ -173,9 +176,9 @@ def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool
         kinds = [_prefix(True)] if tokens else [_prefix(False), _prefix(True)]
         for path in sorted(path for kind in kinds for path in folder.glob(f"{kind}-*-*.parquet")):
             try:
-                logps.fill(pq.read_table(path))
-            except (pa.ArrowException, OSError) as error:
-                print(f"{path}: damaged ({error}); its groups are computed again.", flush=True)
+                logps.fill(pq.read_table(pa.BufferReader(read_named(path))))
+            except (DamagedError, OSError) as error:
+                print(f"{error} Its groups are computed again.", flush=True)
     for array in (logps.response, logps.token):
         if array is not None and torch.distributed.get_world_size() > 1:
             tensor = torch.from_numpy(array).to(device.device())  # on a CPU the same memory
@@ -240,12 +243,19 @@ def select_all(table: GroupTable) -> tuple[Bools, Bools]:
 
 
 def _write_part(part: pa.Table, path: Path) -> None:
-    partial = path.with_name(path.name + ".partial")
+    """Write a part; its digest and suffix are added to the name. Damaged parts of the same groups are removed."""
+    stream = pa.BufferOutputStream()
+    pq.write_table(part, stream)
+    content = stream.getvalue().to_pybytes()
+    final, partial = path.with_name(name_digest(path.name, content, ".parquet")), path.with_name(path.name + ".partial")
     try:
-        pq.write_table(part, partial)
-        os.replace(partial, path)
+        partial.write_bytes(content)
+        os.replace(partial, final)
     finally:
         partial.unlink(missing_ok=True)
+    for other in path.parent.glob(f"{path.name}.*.parquet"):
+        if other != final:
+            other.unlink()
 
 
 class _Progress:

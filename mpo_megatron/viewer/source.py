@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from mpo_megatron.data.loader import GroupTable, RowShape, build_step, group_tab
 from mpo_megatron.data.packing import Row, build_row, plan_rows
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.digests import unseal
 
 Sets = npt.NDArray[np.int64]
 
@@ -121,11 +121,15 @@ def _row_of_run(config: InspectConfig) -> Sight:
 
 
 def num_replicas(run: Path) -> int:
-    """Model replicas at the run's last start, as run.json says; 1 without it."""
+    """Model replicas at the run's last start, as run.json says; 1 without it.
+
+    Raises:
+        DamagedError: it is not what the run wrote.
+    """
     path = run / "run.json"
     if not path.is_file():
         return 1
-    replicas: int = json.loads(path.read_text())["starts"][-1]["layout"]["data"]
+    replicas: int = unseal(path)["starts"][-1]["layout"]["data"]
     return replicas
 
 

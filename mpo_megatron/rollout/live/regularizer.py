@@ -19,10 +19,11 @@ from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import Ints, step_indices
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.digests import seal_lines, unseal_lines
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
-from mpo_megatron.rollout.records import Record, encode_line, read_lines
+from mpo_megatron.rollout.records import Record
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.run import Run, load_reference_model
 
@@ -78,7 +79,7 @@ class SampleRegularizer:
         path = self.folder / f"samples_{due:08d}.jsonl"
         records: list[list[Record] | None] = [None]
         if self.run.ranks.is_main and path.is_file():
-            records = [list(read_lines(path))]
+            records = [unseal_lines(path, f"remove it: step {step + 1} then goes on with samples of the policy as it is now")]
         if get_world_size() > 1:  # other nodes may not see the main process's disk
             broadcast_object_list(records, src=0)
         found = records[0]
@@ -87,7 +88,7 @@ class SampleRegularizer:
                 print(f"{path}: missing; step {step + 1} goes on with samples of the policy as it is now.", flush=True)
             found = self.draw(due)
             if self.run.ranks.is_main:
-                replace_file(path, map(encode_line, found))
+                replace_file(path, seal_lines(found))
         return [self.tokenized(record) for record in found]
 
     def draw(self, due: int) -> list[Record]:

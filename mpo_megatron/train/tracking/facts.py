@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import socket
@@ -23,6 +22,7 @@ from mpo_megatron import device
 from mpo_megatron.config import TrainConfig, to_dict
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.digests import DamagedError, seal, unseal
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1
@@ -76,7 +76,7 @@ def record_start(
         "config": to_dict(config),
         "starts": [*(earlier_starts(path) if step else []), facts],
     }
-    replace_file(path, [json.dumps(run, indent=2).encode() + b"\n"])
+    replace_file(path, [seal(run)])
     return facts
 
 
@@ -85,9 +85,9 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        starts: list[dict[str, Any]] = json.loads(path.read_bytes())["starts"]
-    except (ValueError, KeyError, TypeError) as error:
-        print(f"{path}: damaged ({error!r}); facts about earlier starts of this run are lost.", flush=True)
+        starts: list[dict[str, Any]] = unseal(path, "facts about earlier starts of this run are lost")["starts"]
+    except DamagedError as error:
+        print(error, flush=True)
         return []
     return starts
 

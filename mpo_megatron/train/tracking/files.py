@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO
+from typing import BinaryIO
 
 from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.digests import seal_line, unseal_line
 from mpo_megatron.train.tracking.tracker import Cell, SampleTable
 
 
@@ -20,34 +20,35 @@ class JsonlTracker:
         self.samples = _continue(folder / "samples.jsonl", start_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self.metrics.write(json.dumps({"step": step, **{name: _finite(value) for name, value in metrics.items()}}) + "\n")
+        self.metrics.write(seal_line({"step": step, **{name: _finite(value) for name, value in metrics.items()}}))
 
     def log_samples(self, step: int, samples: SampleTable) -> None:
         for row in samples.rows:
             cells = {name: _finite(cell) for name, cell in zip(samples.columns, row, strict=True)}
-            self.samples.write(json.dumps({"step": step, **cells}, ensure_ascii=False) + "\n")
+            self.samples.write(seal_line({"step": step, **cells}))
 
     def close(self) -> None:
         self.metrics.close()
         self.samples.close()
 
 
-def _continue(path: Path, start_step: int) -> IO[str]:
+def _continue(path: Path, start_step: int) -> BinaryIO:
     """The file opened behind its lines of steps up to `start_step`; the later ones, and half a line at the end, are gone."""
     kept, damaged = [], 0
     if start_step and path.is_file():
         with path.open("rb") as file:
             for line in file:
-                if line.endswith(b"\n"):
-                    try:
-                        if json.loads(line)["step"] <= start_step:
-                            kept.append(line)
-                    except (ValueError, KeyError, TypeError):  # of a machine that went down; no reason not to go on
-                        damaged += 1
+                try:
+                    if not line.endswith(b"\n"):
+                        raise ValueError("half a line")
+                    if unseal_line(line)["step"] <= start_step:
+                        kept.append(line)
+                except (ValueError, KeyError, TypeError):  # of a machine that went down; no reason not to go on
+                    damaged += 1
     if damaged:
-        print(f"{path}: {damaged} lines are damaged and left out.", flush=True)
+        print(f"{path}: {damaged} lines are damaged, or written half, and left out.", flush=True)
     replace_file(path, kept)
-    return path.open("a", buffering=1, encoding="utf-8")
+    return path.open("ab", buffering=0)
 
 
 def _finite(value: Cell) -> Cell:

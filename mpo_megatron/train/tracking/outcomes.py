@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.data.loader import StepBatch
-from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_outcomes, write_outcomes
+from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.digests import DamagedError
 from mpo_megatron.train.metrics import compute_sets
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker
@@ -96,14 +97,24 @@ def log_outcomes(
     run: Path, step: int, outcomes: Sequence[GroupOutcome], data: PreparedGroups, num_samples: int, trackers: Sequence[Tracker]
 ) -> None:
     """Keep the outcomes of the evaluation after `step` steps, and log some as samples: the same groups every time."""
-    earlier = [path for done, path in outcome_files(run, data.info.data_digest).items() if done < step]
     write_outcomes(run, step, outcomes, data.info.data_digest)
     wanted = evenly_spaced(len(outcomes), num_samples)
     if wanted:
-        before = read_outcomes(earlier[-1]) if earlier else []
+        before = outcomes_before(run, step, data.info.data_digest)
         table = sample_table([outcomes[place] for place in wanted], before, data)
         for tracker in trackers:
             tracker.log_samples(step, table)
+
+
+def outcomes_before(run: Path, step: int, data_digest: str) -> list[GroupOutcome]:
+    """Outcomes of the evaluation before `step`; empty if there was none, on these groups, or if its file is damaged."""
+    try:
+        for done, path in reversed(outcome_files(run).items()):
+            if done < step and read_digest(path) == data_digest:
+                return read_outcomes(path)
+    except DamagedError as error:
+        print(f"{error} The samples of step {step} are logged without the evaluation before.", flush=True)
+    return []
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:

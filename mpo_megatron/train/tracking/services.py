@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, LoggingConfig
+from mpo_megatron.digests import seal, unseal
 from mpo_megatron.train.tracking.tracker import SampleTable
 
 MLFLOW_PARAMS = 100
@@ -42,6 +43,20 @@ class TensorBoardTracker:
         self.writer.close()
 
 
+def write_id(path: Path, run_id: str) -> None:
+    """Keep the id that a service gave a run."""
+    path.write_bytes(seal({"id": run_id}))
+
+
+def read_id(path: Path) -> str:
+    """What `write_id` kept.
+
+    Raises:
+        DamagedError: the file is not what was written.
+    """
+    return str(unseal(path, "remove it to begin a new run at the service")["id"])
+
+
 class WandbTracker:
     """A Weights & Biases run; WANDB_MODE=offline keeps it in the run's folder."""
 
@@ -53,14 +68,14 @@ class WandbTracker:
         self.run = wandb.init(
             project=logging.wandb_project,
             name=logging.wandb_run,
-            id=name_file.read_text().strip() if name_file.is_file() else None,
+            id=read_id(name_file) if name_file.is_file() else None,
             resume="allow",
             dir=str(run_folder),
             config=config,
         )
         # Facts of a restart differ from those of the start: another machine, perhaps other packages.
         self.run.config.update({"run": facts}, allow_val_change=True)
-        name_file.write_text(f"{self.run.id}\n")
+        write_id(name_file, self.run.id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         self.run.log(dict(metrics), step=step)
@@ -95,7 +110,7 @@ class MlflowTracker:
         self.broken, self.sent = False, {"": -1, "eval/": -1}
         id_file = run_folder / "mlflow_run_id"
         if id_file.is_file():
-            self.run_id = id_file.read_text().strip()
+            self.run_id = read_id(id_file)
             self._send(lambda: self._go_on(facts))
             return
         try:
@@ -107,7 +122,7 @@ class MlflowTracker:
                 f"logging.mlflow_experiment = {logging.mlflow_experiment}; MLflow cannot keep this run ({error}); start its "
                 "server, mend logging.mlflow_uri, or leave both out."
             ) from error
-        id_file.write_text(f"{self.run_id}\n")
+        write_id(id_file, self.run_id)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         from mlflow.entities import Metric

@@ -15,6 +15,7 @@ import pytest
 from mpo_megatron.config import ConfigError, ReportConfig
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.digests import seal_lines
 from mpo_megatron.report.content import content, differences, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings
@@ -42,6 +43,7 @@ def edit_lines(folder: Path, change: Any) -> None:
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines:
+        del line["xxh3"]
         change(line)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -208,7 +210,8 @@ def test_healthy_runs_and_sick_ones_are_told_apart(tmp_path: Path, data: Prepare
         "prompt": "p",
     }
     response = {"text": HOSTILE, "num_tokens": 3, "reward": 1.0, "logp": -1.0, "reference_logp": -2.0}
-    (sick / "incidents" / "step_00000007.jsonl").write_text(json.dumps({**incident, "responses": [response]}) + "\n")
+    lines = seal_lines([{**incident, "responses": [response]}])
+    (sick / "incidents" / "step_00000007.jsonl").write_bytes(b"".join(lines))
     (sick / "incidents" / "hang_step_9_rank_00001.txt").write_text("stacks")
     ill = titles(sick)
     assert ill["Ranks hung"] == "bad"

@@ -19,6 +19,7 @@ from mpo_megatron.config import ConfigError, GenerateConfig, IterateConfig, load
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
+from mpo_megatron.digests import unseal
 from mpo_megatron.rollout import stages
 from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts
@@ -231,7 +232,7 @@ def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> Non
     plan = build_plan(IterateConfig(**options))
     open_plan(plan)
     before = {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()}
-    assert set(before) == {"held-out.jsonl", "round-01.jsonl", "round-02.jsonl"}
+    assert set(before) == {"held-out.jsonl", "round-01.jsonl", "round-02.jsonl", "mpo_digests.json"}
     open_plan(plan)
     assert {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()} == before
     options["train"] = {"optimizer": {"lr": 2e-3}}
@@ -339,7 +340,7 @@ def test_combined_report(tmp_path: Path) -> None:
         for number in (1, 2)
     ]
     write_report(tmp_path, reports)
-    assert json.loads((tmp_path / "report.json").read_text()) == {"rounds": reports}
+    assert unseal(tmp_path / "report.json") == {"rounds": reports}
     lines = (tmp_path / "report.md").read_text().splitlines()
     assert "| start | 0.1 ± 0.01 |  |  | 4.0 | 0.0% |  |  |  |" in lines
     row = "| round 2 | 0.3 ± 0.01 | 60.0% ± 2.0% (10% tied) | 0.5 ± 0.1 | 4.0 | 0.0% | `mpo` (beta = 0.1) | 0.001 | 8 of 10 |"

@@ -10,6 +10,7 @@ import pytest
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.digests import DamagedError, list_files, seal_line
 from mpo_megatron.rollout.records import (
     LineWriter,
     check_started,
@@ -17,6 +18,7 @@ from mpo_megatron.rollout.records import (
     join_lines,
     read_ids,
     read_lines,
+    read_summary,
     write_summary,
 )
 from mpo_megatron.rollout.shards import choose_shard
@@ -33,7 +35,7 @@ def test_an_incomplete_line_is_dropped(tmp_path: Path, rest: bytes) -> None:
     assert [record["group_id"] for record in read_lines(path)] == ["a", "b"]
     with LineWriter(path) as lines:
         lines.write({"group_id": "d"})
-    assert path.read_bytes() == whole + b'{"group_id": "d"}\n'
+    assert path.read_bytes() == whole + seal_line({"group_id": "d"})
     assert read_ids(path) == {"a", "b", "d"}
 
 
@@ -46,6 +48,31 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         path.write_bytes(line)
         with pytest.raises(DataError, match=rf'lines\.jsonl:1: .* it has {found}; give each group .*"group_id": "1", "prompt"'):
             list(read_lines(path))
+
+
+def test_lines_that_changed_are_refused(tmp_path: Path) -> None:
+    """A line by itself in a file that grows, and the whole file once a summary lists it."""
+    path = tmp_path / "samples.jsonl"
+    with LineWriter(path) as lines:
+        lines.write({"group_id": "a", "text": "one"})
+        lines.write({"group_id": "b", "text": "two"})
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b"two", b"twp"))
+    with pytest.raises(
+        DataError, match=r"samples\.jsonl:2: damaged or changed: .* remove its field xxh3; remove the line to have"
+    ):
+        list(read_lines(path))
+    path.write_bytes(whole)
+    write_summary(tmp_path / "generate.json", {"files": list_files(tmp_path, ["samples.jsonl"])})
+    assert len(list(read_lines(path))) == 2
+    path.write_bytes(whole.splitlines(keepends=True)[0])
+    with pytest.raises(DamagedError, match=r"samples\.jsonl: damaged: has .* bytes, .* give the file another name"):
+        list(read_lines(path))
+    path.rename(tmp_path / "mine.jsonl")
+    assert len(list(read_lines(tmp_path / "mine.jsonl"))) == 1
+    (tmp_path / "generate.json").write_text("{}")
+    with pytest.raises(DamagedError, match=r"generate\.json: damaged, or written by an earlier version"):
+        read_summary(tmp_path / "generate.json")
 
 
 def test_lines_are_joined_in_order_once_each(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from mpo_megatron.config import ConfigError, PrepareConfig, SelectConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
+from mpo_megatron.digests import seal, unseal
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import apply_rules
 from mpo_megatron.rollout.select import Selection, filter_groups, label_groups, select, split_groups
@@ -149,10 +150,10 @@ def test_files_counts_and_prepare(tmp_path: Path) -> None:
     groups[1]["responses"][0]["reward"] = None
     (tmp_path / "scored").mkdir()
     write_lines(tmp_path / "scored" / "scored.jsonl", groups)
-    (tmp_path / "scored" / "score.json").write_text("{}")
+    (tmp_path / "scored" / "score.json").write_bytes(seal({}))
     config = SelectConfig(input=str(tmp_path / "scored"), output=str(tmp_path / "selected"), sets="top_bottom")
     info = select(config, Console(quiet=True))
-    assert info == json.loads((tmp_path / "selected" / "select.json").read_text())
+    assert json.loads(json.dumps(info)) == unseal(tmp_path / "selected" / "select.json")
     assert info["responses_read"] == 27 == info["responses_written"] + sum(info["dropped_responses"].values())
     # Two of each are not there in groups of 2, of 3, and of 4 with a reward missing.
     assert info["dropped_groups"] == {"no_contrast": 3}

@@ -17,6 +17,7 @@ from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.outcomes import outcome_files, read_outcomes
 from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.digests import unseal_line
 from mpo_megatron.losses import build_params
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.throughput import peak_flops
@@ -68,7 +69,7 @@ def test_resumed_files_drop_later_and_broken_lines(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert lines[0]["margin"] is None
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    samples = [unseal_line(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()]
     assert [line["step"] for line in samples] == [1, 1, 2, 2]
     assert samples[0] == {"step": 1, "response": "yes | no\n<b>", "reward": 0.5}
 
@@ -87,7 +88,7 @@ def test_texts_with_separators_and_damaged_lines_do_not_keep_a_run_from_going_on
     JsonlTracker(tmp_path, start_step=2).close()
     assert f"{path}: 3 lines are damaged" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]
-    assert [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [
+    assert [unseal_line(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines()] == [
         {"step": step, "response": odd.rows[0][0]} for step in (1, 2)
     ]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import json
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.packing import Row, build_row, plan_rows
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.digests import seal
 from mpo_megatron.viewer.blocks import Block, attention_mask, blocks_of
 from mpo_megatron.viewer.inspect import inspect
 from mpo_megatron.viewer.source import look
@@ -158,7 +158,7 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
         loss=LossConfig(name="dpo"),
     )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
-    (tmp_path / "run.json").write_text(json.dumps({"starts": [{"layout": {"data": 1}}]}))
+    (tmp_path / "run.json").write_bytes(seal({"starts": [{"layout": {"data": 1}}]}))
     from mpo_megatron.data.loader import step_indices
 
     for step in (1, 2):

@@ -1,0 +1,38 @@
+"""Configurations saved as YAML, with a digest in a comment before them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+import yaml
+
+from mpo_megatron.config.checks import require
+
+MARK = "# xxh3: "
+"""How the first line begins."""
+
+
+def seal_yaml(options: Mapping[str, Any]) -> bytes:
+    """The options as YAML that `check_seal` takes for unchanged."""
+    text = yaml.safe_dump(dict(options), sort_keys=False)
+    return f"{MARK}{_digest(text)}\n{text}".encode()
+
+
+def check_seal(path: Path, text: str) -> None:
+    """Refuse a saved configuration that is not what was saved; one without a digest is somebody's own, and passes.
+
+    Raises:
+        ConfigError: it was damaged or changed.
+    """
+    first, _, body = text.partition("\n")
+    require(
+        not first.startswith(MARK) or first.removeprefix(MARK) == _digest(body),
+        f"{path}: damaged or changed: the digest in its first line does not match; if you changed it yourself, remove that line.",
+    )
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
