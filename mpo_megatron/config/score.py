@@ -105,19 +105,27 @@ class RegexScorer:
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionScorer:
-    """A Python function of yours: `reward(response: str, group: dict) -> float`; None counts as missing."""
+    """A Python function of yours, called by the names of its parameters; None counts as missing.
+
+    One response a call: `response` (or completion, solution_str), `prompt`, `messages`, `group`, and a group's field by its name.
+    One group a call, which returns K numbers: `responses` with `prompt`, `messages` or `group`.
+    Many responses a call, every argument a list, as TRL calls it: `completions` (or responses, solution_strs) without them.
+    """
 
     kind: ClassVar[str] = "function"
     function: str
     """`package.module:function` or `path/to/file.py:function`."""
     params: Options = field(default_factory=dict)
     """Keyword arguments for it."""
+    timeout: float = 60.0
+    """Seconds that one call may take; then its scores are missing, and the process that it runs in is started anew."""
 
     def __post_init__(self) -> None:
         require(
             re.fullmatch(r".+:[A-Za-z_]\w*", self.function) is not None,
             f"function = {self.function}; write package.module:function or path/to/file.py:function.",
         )
+        require(0 < self.timeout < float("inf"), f"timeout = {self.timeout}; it must be a positive number of seconds.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,23 +139,53 @@ class JudgeScorer:
     """File with a Jinja template of the question to the judge; it sees prompt, messages, group, and response, or a and b."""
     mode: Literal["grade", "compare"] = "grade"
     """`grade`: one number a response; `compare`: which of two is better, the score being the share of comparisons won."""
-    parse: str = r"(?i)(?:score|rating|verdict)\s*[:=]?\s*\[*\s*(-?\d+(?:\.\d+)?|[AB]\b|tie\b)"
-    """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare)."""
+    parse: str | None = None
+    """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare). By default
+    the usual forms are read: "Score: 7", "[[7]]", "Verdict: A", "[[A>>B]]", <verdict>A</verdict>, and JSON with such a key."""
+    scale: list[float] = field(default_factory=list)
+    """For mode = grade: lowest and highest grade; a number outside is no verdict."""
+    structured: bool = False
+    """Have the server force the verdict into JSON by a schema, {"reason": …, "score": …} or {"reason": …, "winner": …}: vLLM,
+    SGLang, llama.cpp and others do; `transformers serve` ignores schemas and is refused."""
     comparisons: Literal["all", "tournament"] = "all"
     """For mode = compare: which pairs are asked, as for the kind pairwise."""
     temperature: float = 0.0
     """Of the judge."""
     max_tokens: int = 1024
-    """Longest verdict."""
+    """Longest verdict; a longer one is cut, and counts as none."""
     garbage_retries: int = 2
     """How often an answer without a verdict is asked for again; then the score is missing."""
     both_orders: bool = True
-    """For mode = compare: ask each pair in both orders; verdicts that contradict each other are a tie."""
+    """For mode = compare: ask each pair in both orders, so that the place of a response does not count."""
+    contradictions: Literal["tie", "missing", "group_missing"] = "tie"
+    """For both_orders: what a pair is whose two orders do not agree: a tie; a comparison that does not count; or the end of its
+    group's scores (SPO keeps a ranking only if both orders give it)."""
+    prompt_price: float = 0.0
+    """Price of a million tokens that the judge reads; with it, the cost is shown."""
+    completion_price: float = 0.0
+    """Price of a million tokens that the judge writes."""
 
     def __post_init__(self) -> None:
         _check_pattern(self.parse, "parse")
-        require(re.compile(self.parse).groups >= 1, f"parse = {self.parse}; it needs a group (…) around the verdict.")
+        require(
+            self.parse is None or re.compile(self.parse).groups >= 1,
+            f"parse = {self.parse}; it needs a group (…) around the verdict.",
+        )
         require(self.garbage_retries >= 0, f"garbage_retries = {self.garbage_retries}; it must be 0 or more.")
+        require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
+        require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
+        for name in ("prompt_price", "completion_price"):
+            require(0 <= getattr(self, name) < float("inf"), f"{name} = {getattr(self, name)}; it must be 0 or positive.")
+        require(
+            not self.scale or (len(self.scale) == 2 and self.scale[0] < self.scale[1]),
+            f"scale = {self.scale}; write the lowest and the highest grade, for example [1, 10].",
+        )
+        require(not self.scale or self.mode == "grade", f"scale = {self.scale}; it is for mode = grade; leave it out.")
+        require(
+            self.contradictions == "tie" or (self.mode == "compare" and self.both_orders),
+            f"contradictions = {self.contradictions}; it needs mode = compare and both_orders = true.",
+        )
+        require(not (self.structured and self.parse), "parse is set, and structured verdicts are JSON; leave one of them out.")
 
 
 AnyScorer = RewardModelScorer | PairwiseScorer | MatchScorer | RegexScorer | FunctionScorer | JudgeScorer

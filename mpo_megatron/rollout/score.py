@@ -21,10 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from mpo_megatron.config import ScoreConfig, require, to_dict, validate_score
+from mpo_megatron.config import ScoreConfig, require, validate_score
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
@@ -48,6 +46,7 @@ from mpo_megatron.rollout.records import (
     read_summary,
     write_summary,
 )
+from mpo_megatron.rollout.score_summary import print_summary, summarize
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 
@@ -80,13 +79,17 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
         if not (output / shard.name(SCORE_FILE)).is_file():
             stack.enter_context(hold(output / f".{own.name}.lock", own))
             _score_groups(config, source, own, scorers, shard)
+            for scorer in scorers:
+                report = scorer.report()
+                if report is not None:
+                    console.print(f"{scorer.name}: {report}.", highlight=False, markup=False, soft_wrap=True)
             if shard.total > 1:
                 write_summary(output / shard.name(SCORE_FILE), {**identity, "files": list_files(output, [own.name])})
             else:
                 _join(config, source, output, shard, identity)
     if not join_shards(output, shard, SCORE_FILE, lambda: _join(config, source, output, shard, identity), console):
         return own
-    _print_summary(console, scored, read_summary(output / SCORE_FILE))
+    print_summary(console, scored, read_summary(output / SCORE_FILE))
     return scored
 
 
@@ -222,71 +225,12 @@ def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identit
     """Put the lines into the input's order, without groups that lost all their responses; then say that they are complete."""
     sources = [output / name for name in shard.all_names(SCORED_FILE)]
     order = _read_order(source)
-    summary = _summarize(sources, identity, replace(config, shard=None)) | {"groups_read": len(order)}
+    records = itertools.chain.from_iterable(map(read_lines, sources))
+    summary = summarize(records, replace(config, shard=None))
+    if not summary["counts"].get("responses"):
+        found = {name: summary[name] for name in ("missing_scores", "notes")}
+        raise DataError(f"{sources[0]}: no response has a reward; {found}.")
+    summary = {"identity": dict(identity), **summary, "groups_read": len(order)}
     gone = {record["group_id"] for path in sources for record in read_lines(path) if not record["responses"]}
     join_lines(sources, output / SCORED_FILE, [group_id for group_id in order if group_id not in gone])
     write_summary(output / SCORE_FILE, {**summary, "files": list_files(output, [SCORED_FILE])})
-
-
-def _summarize(sources: Sequence[Path], identity: Mapping[str, Any], config: ScoreConfig) -> dict[str, Any]:
-    """score.json: taken from the lines, so that it does not depend on how often a run was continued."""
-    values: dict[str, list[float]] = {name: [] for name in (*config.scorers, "reward")}
-    spreads, best, notes, missing = [], [], dict[str, Counter[str]](), Counter[str]()
-    counts = Counter[str]()
-    for record in itertools.chain.from_iterable(map(read_lines, sources)):
-        rewards = [response["reward"] for response in record["responses"]]
-        counts["groups"] += bool(rewards)
-        counts["groups_dropped"] += not rewards
-        counts["responses"] += len(rewards)
-        counts["groups_of_equal_rewards"] += len(rewards) > 1 and min(rewards) == max(rewards)
-        missing.update(record.get("missing", {}))
-        for name, found in record.get("notes", {}).items():
-            notes.setdefault(name, Counter()).update(found)
-        for response in record["responses"]:
-            values["reward"].append(response["reward"])
-            for name in config.scorers:
-                values[name].append(response["scores"][name])
-        if rewards:
-            spreads.append(max(rewards) - min(rewards))
-            best.append(max(rewards))
-    if not counts["responses"]:
-        raise DataError(f"{sources[0]}: no response has a reward; {dict(missing)} scores are missing, notes: {notes}.")
-    return {
-        "identity": identity,
-        "counts": dict(counts),
-        "missing_scores": dict(missing),
-        "notes": {name: dict(found) for name, found in notes.items()},
-        "statistics": {name: _describe(items) for name, items in values.items()},
-        "best_reward": statistics.fmean(best),
-        "reward_spread": statistics.fmean(spreads),
-        "config": to_dict(config),
-    }
-
-
-def _describe(values: Sequence[float]) -> dict[str, float]:
-    return {"mean": statistics.fmean(values), "std": statistics.pstdev(values), "min": min(values), "max": max(values)}
-
-
-def _print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -> None:
-    counts = summary["counts"]
-    title = escape(f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses")
-    table = Table(title=title, title_justify="left")
-    for column in ("", "mean", "std", "min", "max", "missing"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name, values in summary["statistics"].items():
-        cells = [f"{values[key]:.4g}" for key in ("mean", "std", "min", "max")]
-        table.add_row(name, *cells, f"{summary['missing_scores'].get(name, 0):,}" if name != "reward" else "")
-    console.print(table)
-    console.print(
-        f"best of a group {summary['best_reward']:.4g}, spread in a group {summary['reward_spread']:.4g}, "
-        f"{counts['groups_of_equal_rewards']:,} groups of equal rewards, {counts['groups_dropped']:,} groups dropped.",
-        highlight=False,
-        soft_wrap=True,
-    )
-    for name, notes in summary["notes"].items():
-        console.print(
-            f"{name}: {', '.join(f'{count:,} × {what}' for what, count in notes.items())}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )

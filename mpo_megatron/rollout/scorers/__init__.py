@@ -57,6 +57,10 @@ class Scorer(abc.ABC):
         """Identity of the scorer: the same digest gives the same scores."""
         return hashlib.sha256(json.dumps([self.config.kind, self.settings()], sort_keys=True, default=str).encode()).hexdigest()
 
+    def report(self) -> str | None:
+        """What is worth telling about this run, for example how fast a judge answered; None if nothing is."""
+        return None
+
     def close(self) -> None:  # noqa: B027 - most scorers have nothing to free
         """Free devices and connections, if it has any."""
 
@@ -79,14 +83,16 @@ def build_scorer(name: str, config: AnyScorer) -> Scorer:
         from mpo_megatron.rollout.scorers.judge import Judge
 
         return Judge(name, config)
+    if isinstance(config, FunctionScorer):
+        from mpo_megatron.rollout.scorers.function import Function
+
+        return Function(name, config)
     from mpo_megatron.rollout.scorers import verifiable
 
     if isinstance(config, MatchScorer):
         return verifiable.Match(name, config)
-    if isinstance(config, RegexScorer):
-        return verifiable.Regex(name, config)
-    assert isinstance(config, FunctionScorer)
-    return verifiable.Function(name, config)
+    assert isinstance(config, RegexScorer)
+    return verifiable.Regex(name, config)
 
 
 def join_messages(messages: Sequence[Mapping[str, str]]) -> str:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scores
@@ -65,6 +65,7 @@ def score_by_comparison(
     tournament: bool,
     both_orders: bool,
     notes: dict[str, Counter[str]] | None = None,
+    contradictions: Literal["tie", "missing", "group_missing"] = "tie",
 ) -> Scores:
     """Share of comparisons won, in [0, 1], for each response; 0.5 for a lone one, None for one without any verdict.
 
@@ -73,40 +74,75 @@ def score_by_comparison(
         compare: judges pairs, all of a round at once
         tournament: rounds among equals instead of every pair
         both_orders: ask (a, b) and (b, a), and take the mean of P(a > b) and 1 − P(b > a)
-        notes: by group id, where pairs that tie are counted as `ties`
+        notes: by group id, where ties, wins of either place and (dis)agreements of the orders are counted
+        contradictions: what becomes of a pair whose orders disagree; `group_missing`: its group has no scores
     """
     tables = [_Table(size=len(group["responses"])) for group in groups]
+    void: set[int] = set()
     for number in range(max((_num_rounds(table.size) for table in tables), default=0) if tournament else 1):
         pairs: list[Pair] = []
         for index, table in enumerate(tables):
             if not tournament:
                 chosen = list(itertools.combinations(range(table.size), 2))
             else:
-                chosen = table.pairs() if number < _num_rounds(table.size) else []
+                chosen = table.pairs() if number < _num_rounds(table.size) and index not in void else []
             pairs += [Pair(index, *pair) for pair in chosen]
-        for pair, value in zip(pairs, _judge(pairs, compare, both_orders), strict=True):
-            if value == 0.5 and notes is not None:
-                notes.setdefault(groups[pair.group]["group_id"], Counter())["ties"] += 1
+        for pair, (ahead, behind) in zip(pairs, _judge(pairs, compare, both_orders), strict=True):
+            noted = Counter[str]() if notes is None else notes.setdefault(groups[pair.group]["group_id"], Counter())
+            value = _settle(ahead, behind, both_orders, contradictions, noted)
             if value is not None:
                 table = tables[pair.group]
                 table.met[pair.a].add(pair.b)
                 table.met[pair.b].add(pair.a)
                 table.won[pair.a] += value
                 table.won[pair.b] += 1.0 - value
-    return [[0.5] if table.size == 1 else [table.share(index) for index in range(table.size)] for table in tables]
+            elif contradictions == "group_missing" and ahead is not None and behind is not None:
+                void.add(pair.group)
+    return [
+        [None] * table.size
+        if index in void
+        else [0.5]
+        if table.size == 1
+        else [table.share(place) for place in range(table.size)]
+        for index, table in enumerate(tables)
+    ]
 
 
 def _num_rounds(size: int) -> int:
     return math.ceil(math.log2(size)) if size > 1 else 0
 
 
-def _judge(pairs: Sequence[Pair], compare: Compare, both_orders: bool) -> list[float | None]:
-    """P(a > b) of each pair; with both orders, None if either has no verdict."""
+def _judge(pairs: Sequence[Pair], compare: Compare, both_orders: bool) -> list[tuple[float | None, float | None]]:
+    """P(a > b) of each pair as asked, and P(b > a) asked the other way round; None without a verdict, or if it was not asked."""
     if not both_orders:
-        return compare(pairs)
+        return [(value, None) for value in compare(pairs)]
     values = compare([*pairs, *(Pair(pair.group, pair.b, pair.a) for pair in pairs)])
-    forward, backward = values[: len(pairs)], values[len(pairs) :]
-    return [
-        None if ahead is None or behind is None else (ahead + 1.0 - behind) / 2
-        for ahead, behind in zip(forward, backward, strict=True)
-    ]
+    return list(zip(values[: len(pairs)], values[len(pairs) :], strict=True))
+
+
+def _settle(
+    ahead: float | None, behind: float | None, both_orders: bool, contradictions: str, noted: Counter[str]
+) -> float | None:
+    """P(a > b) from the verdicts in either order; None without them, or if they contradict each other and that is wanted."""
+    for value in (ahead, behind):
+        if value is not None and value != 0.5:
+            noted["first_place_won" if value > 0.5 else "second_place_won"] += 1
+    if not both_orders:
+        if ahead == 0.5:
+            noted["ties"] += 1
+        return ahead
+    if ahead is None or behind is None:
+        return None
+    agree = _sign(ahead) == -_sign(behind)
+    noted["orders_agree" if agree else "orders_differ"] += 1
+    if not agree and contradictions != "tie":
+        return None
+    value = (ahead + 1.0 - behind) / 2
+    if value == 0.5:
+        noted["ties"] += 1
+    return value
+
+
+def _sign(value: float) -> int:
+    """1 for the first, −1 for the second, 0 for neither."""
+    return (value > 0.5) - (value < 0.5)

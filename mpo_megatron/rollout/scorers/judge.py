@@ -1,29 +1,31 @@
-"""A language model behind an endpoint as the judge: a template asks, a regular expression reads the verdict."""
+"""A language model behind an endpoint as the judge: a template asks, and the verdict is read from a complete answer."""
 
 from __future__ import annotations
 
 import functools
-import math
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from mpo_megatron.config import ConfigError, to_dict
+from mpo_megatron.config import ConfigError, require, to_dict
 from mpo_megatron.config.score import JudgeScorer
 from mpo_megatron.data.bounded import LimitError
 from mpo_megatron.data.templates import Renderer, fill
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import read_finish_reason, response_seed
 from mpo_megatron.rollout.engines.answers import find_choice, read_text
+from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern
+from mpo_megatron.rollout.scorers.verdicts import read_comparison, read_grade, to_number, to_winner
 
-_WINNERS = {"a": 1.0, "b": 0.0, "tie": 0.5, "c": 0.5}
-"""P(a > b) of a verdict; some templates call a tie C."""
+_STRUCTURED: frozenset[ServerKind] = frozenset({"vllm", "sglang", "llamacpp", "openai"})
+"""Kinds of server that take a JSON schema; any other may not say that it ignores one."""
 
 
 class _Question(NamedTuple):
@@ -48,8 +50,10 @@ class Judge(Scorer):
         """
         super().__init__(name, config)
         self.client = Client(config.endpoint)
+        self._checked = False
+        self._num_answers, self._seconds = 0, 0.0
         self._source = Path(config.template).read_text(encoding="utf-8")
-        self._parse = Pattern(config.parse)
+        self._parse = Pattern(config.parse) if config.parse is not None else None
         try:
             self._fill = Renderer(fill, f"scorers.{name}.template = {config.template}")
             self._fill(self._source, None)
@@ -69,6 +73,7 @@ class Judge(Scorer):
                 tournament=self.config.comparisons == "tournament",
                 both_orders=self.config.both_orders,
                 notes=self.notes,
+                contradictions=self.config.contradictions,
             )
         questions = [
             self._question(group, str(number), {"response": response["text"]})
@@ -103,7 +108,9 @@ class Judge(Scorer):
         """The verdict on each question; what has none is asked again with another seed, `garbage_retries` times."""
         values: list[float | None] = [None] * len(questions)
         places = list(range(len(questions)))
-        for attempt in range(self.config.garbage_retries + 1):
+        started = time.monotonic()
+        for attempt in range(self.config.garbage_retries + 1 if questions else 0):
+            self._check_server()
             again: list[int] = []
             asked = [questions[place]._replace(attempt=attempt) for place in places]
             for position, verdict, failure in self.client.ask_all(asked, self._ask):
@@ -116,7 +123,24 @@ class Judge(Scorer):
                 else:
                     self.note(questions[place].group_id, f"failed: {failure.reason}")
             places = sorted(again)
+        self._seconds += time.monotonic() - started
         return values
+
+    def _check_server(self) -> None:
+        """Refuse a server that is known to ignore what the configuration asks of it.
+
+        Raises:
+            ConfigError: naming the option.
+        """
+        if not self.config.structured or self._checked:
+            return
+        kind = find_kind(self.config.endpoint, self.client)
+        require(
+            kind in _STRUCTURED,
+            f"scorers.{self.name}.structured = true; a server of kind {kind} ignores JSON schemas; leave it out, or choose "
+            "another server.",
+        )
+        self._checked = True
 
     async def _ask(self, client: Any, question: _Question) -> float:
         """The verdict in the judge's answer.
@@ -132,17 +156,40 @@ class Judge(Scorer):
             "max_tokens": config.max_tokens,
             "seed": response_seed(0, f"{question.group_id}/{question.key}", 0, question.attempt),
         }
-        choice = find_choice(await client.post("/chat/completions", cast_to=object, body=body))
+        if config.structured:
+            schema = {"name": "verdict", "strict": True, "schema": self._schema()}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        answer = await client.post("/chat/completions", cast_to=object, body=body)
+        self._count(question.group_id, answer)
+        choice = find_choice(answer)
         message = choice.get("message")
         text = read_text(message if isinstance(message, dict) else {}, "content")
         if read_finish_reason(choice.get("finish_reason")) != "stop":
-            raise UnusableAnswerError(
-                "cut", f"it is cut at max_tokens = {config.max_tokens}, so that what it ends with is no verdict"
-            )
+            raise UnusableAnswerError("cut", f"it is cut at max_tokens = {config.max_tokens}: what it ends with is no verdict")
         verdict = self.read_verdict(text)
         if verdict is None:
             raise UnusableAnswerError("garbage", "it states no verdict")
         return verdict
+
+    def _schema(self) -> dict[str, Any]:
+        """JSON schema of a structured verdict; the reason comes first, so that the judge thinks before it decides."""
+        if self.config.mode == "compare":
+            verdict: tuple[str, dict[str, Any]] = ("winner", {"type": "string", "enum": ["A", "B", "tie"]})
+        else:
+            limits = dict(zip(("minimum", "maximum"), self.config.scale, strict=False))
+            verdict = ("score", {"type": "number", **limits})
+        properties = {"reason": {"type": "string"}, verdict[0]: verdict[1]}
+        return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+
+    def _count(self, group_id: str, answer: Any) -> None:
+        """Note an answer and its tokens, as the server counts them."""
+        self._num_answers += 1
+        self.note(group_id, "answers")
+        usage = answer.get("usage") if isinstance(answer, dict) else None
+        for name in ("prompt_tokens", "completion_tokens"):
+            count = usage.get(name) if isinstance(usage, dict) else None
+            if isinstance(count, int) and not isinstance(count, bool) and 0 < count < 10**9:
+                self.note(group_id, name, count)
 
     def read_verdict(self, text: str) -> float | None:
         """The number, or P(a > b), that an answer states last; None if it states none.
@@ -150,18 +197,25 @@ class Judge(Scorer):
         Raises:
             UnusableAnswerError: `parse` takes too long on it.
         """
-        [verdict] = self._parse.last([text])
-        if isinstance(verdict, LimitError):
-            raise UnusableAnswerError(TOO_SLOW, f"parse = {self.config.parse}: {verdict}") from verdict
-        verdict = verdict or ""
-        if self.config.mode == "compare":
-            return _WINNERS.get(verdict.strip().casefold())
-        try:
-            value = float(verdict)
-        except ValueError:
+        compares = self.config.mode == "compare"
+        if self._parse is None:
+            value = read_comparison(text) if compares else read_grade(text)
+        else:
+            [verdict] = self._parse.last([text])
+            if isinstance(verdict, LimitError):
+                raise UnusableAnswerError(TOO_SLOW, f"parse = {self.config.parse}: {verdict}") from verdict
+            value = to_winner(verdict or "") if compares else to_number(verdict or "")
+        scale = self.config.scale
+        return value if value is None or not scale or scale[0] <= value <= scale[1] else None
+
+    def report(self) -> str | None:
+        """How fast the judge answered in this run."""
+        if not self._num_answers:
             return None
-        return value if math.isfinite(value) else None
+        rate = self._num_answers / max(self._seconds, 1e-9)
+        return f"{self._num_answers:,} answers in {self._seconds:.1f} s, {rate:,.1f} a second"
 
     def settings(self) -> dict[str, Any]:
-        """The judge's name, the template's text and all options but where and how fast it is asked."""
-        return to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}
+        """The judge's name, the template's text and all options but where, how fast and at what price it is asked."""
+        settings = to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}
+        return {name: value for name, value in settings.items() if not name.endswith("_price")}

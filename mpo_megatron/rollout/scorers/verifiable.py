@@ -1,18 +1,13 @@
-"""Rewards that can be checked: an answer that matches, a pattern that is found, a function of yours."""
+"""Rewards that can be checked: an answer that matches, a pattern that is found."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mpo_megatron.config import ConfigError, require
-from mpo_megatron.config.score import FunctionScorer, MatchScorer, RegexScorer
+from mpo_megatron.config.score import MatchScorer, RegexScorer
 from mpo_megatron.data import DataError
 from mpo_megatron.data.bounded import LimitError
 from mpo_megatron.rollout.records import Record
@@ -122,72 +117,3 @@ class Regex(Scorer):
             else:
                 scores.append(self.config.found if found else self.config.absent)
         return scores
-
-
-class Function(Scorer):
-    """What does a function of the user's say?"""
-
-    config: FunctionScorer
-
-    def __init__(self, name: str, config: FunctionScorer) -> None:
-        """Import the function.
-
-        Raises:
-            ConfigError: there is no such module, file or function.
-        """
-        super().__init__(name, config)
-        module = _import(name, config.function)
-        function = getattr(module, config.function.rpartition(":")[2], None)
-        require(callable(function), f"scorers.{name}.function = {config.function}; there is no such function in it.")
-        assert callable(function)
-        self._function: Callable[..., Any] = function
-        source = Path(getattr(module, "__file__", None) or "")  # built-in modules have none
-        self._source = source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
-
-    def score(self, groups: Sequence[Record]) -> Scores:
-        """The function's value a response.
-
-        Raises:
-            DataError: the function raises, or returns something that is no number.
-        """
-        return [
-            [self._call(group, number, response["text"]) for number, response in enumerate(group["responses"])]
-            for group in groups
-        ]
-
-    def _call(self, group: Record, number: int, text: str) -> float | None:
-        where = f"scorers.{self.name}: {self.config.function}, group {group['group_id']}, response {number}"
-        try:
-            value = self._function(text, group, **self.config.params)
-        except Exception as error:  # anybody's code may raise anything
-            raise DataError(f"{where}: raised {type(error).__name__}: {error}") from error
-        if value is None:
-            return None
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            raise DataError(f"{where}: returned {value!r}; it has to be a number, or None for a missing score.") from None
-
-    def settings(self) -> dict[str, Any]:
-        """The file the function stands in, and its parameters."""
-        return {"source": self._source, "name": self.config.function.rpartition(":")[2], "params": self.config.params}
-
-
-def _import(name: str, function: str) -> ModuleType:
-    """The module, or the file, that a function stands in."""
-    place = function.rpartition(":")[0]
-    where = f"scorers.{name}.function = {function}"
-    try:
-        if not place.endswith(".py"):
-            return importlib.import_module(place)
-        require(Path(place).is_file(), f"{where}; no such file.")
-        spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except ConfigError:
-        raise
-    except Exception as error:  # anybody's code may raise anything
-        raise ConfigError(f"{where}; it cannot be imported: {type(error).__name__}: {error}") from error
-    return module

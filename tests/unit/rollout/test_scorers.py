@@ -229,34 +229,6 @@ def test_regex() -> None:
     assert build("regex", pattern=r"\w+", full=True, found=0.5, absent=-1).score([group]) == [[-1.0, -1.0, 0.5]]
 
 
-def test_function(tmp_path: Path) -> None:
-    path = tmp_path / "rewards.py"
-    path.write_text(
-        "def reward(response, group, scale=1):\n"
-        "    if response == 'bad': raise KeyError('oops')\n"
-        "    if response == 'text': return 'high'\n"
-        "    return None if response == 'none' else scale * len(response) + group['meta']['bonus']\n"
-    )
-    scorer = build("function", function=f"{path}:reward", params={"scale": 2})
-    assert scorer.score([group_line("a", "xy", "none", meta={"bonus": 0.5})]) == [[4.5, None]]
-    with pytest.raises(DataError, match=r"rewards\.py:reward, group g, response 1: raised KeyError: 'oops'"):
-        scorer.score([group_line("g", "x", "bad", meta={"bonus": 0})])
-    with pytest.raises(DataError, match=r"response 0: returned 'high'; it has to be a number"):
-        scorer.score([group_line("g", "text")])
-    before = scorer.digest()
-    path.write_text(path.read_text() + "# changed\n")
-    assert build("function", function=f"{path}:reward", params={"scale": 2}).digest() != before
-    for function in ("math:hypot", "builtins:len"):  # modules without a source
-        assert build("function", function=function).score([]) == []
-    for function, message in (
-        ("nowhere:x", "ModuleNotFoundError"),
-        ("math:nothing", "no such function"),
-        ("no.py:f", "no such file"),
-    ):
-        with pytest.raises(ConfigError, match=message):
-            build("function", function=function)
-
-
 # --------------------------------------------------------------------------------------------------- judge
 
 
@@ -304,11 +276,13 @@ def test_judge_compares_and_ties(server: Server, tmp_path: Path) -> None:
     server.answer = answer
     scorer = judge(server, template, mode="compare")
     assert scorer.score([group_line("a", "x", "yyy", "zzz")]) == [pytest.approx([0.0, 0.75, 0.75])]
-    assert scorer.notes == {"a": {"ties": 1}}
+    told = {"answers": 6, "prompt_tokens": 6, "completion_tokens": 18}
+    assert scorer.notes == {"a": {"ties": 1, "first_place_won": 2, "second_place_won": 2, "orders_agree": 3, **told}}
     server.answer = lambda path, body: completion("Verdict: A")
     biased = judge(server, template, mode="compare")
     assert biased.score([group_line("a", "x", "yyy")]) == [[0.5, 0.5]]
-    assert biased.notes == {"a": {"ties": 1}}
+    told = {"answers": 2, "prompt_tokens": 2, "completion_tokens": 6}
+    assert biased.notes == {"a": {"ties": 1, "first_place_won": 2, "orders_differ": 1, **told}}
 
 
 def test_judge_templates_are_checked(server: Server, tmp_path: Path) -> None:

@@ -1,0 +1,137 @@
+"""Rewards from a function of the user's: called by the names of its parameters, in a process of its own, within a time limit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config.score import FunctionScorer
+from mpo_megatron.data import DataError
+from mpo_megatron.rollout.records import Record
+from mpo_megatron.rollout.scorers import Scorer, Scores
+from mpo_megatron.rollout.scorers.reading import Call, Parameter, find_reading, read_values
+
+_START_SECONDS = 600.0
+"""Longest import of a user's module: one may load a model."""
+
+
+class _Worker:
+    """A process with the function in it."""
+
+    def __init__(self, where: str, function: str) -> None:
+        """Start it and import the function.
+
+        Raises:
+            ConfigError: the function cannot be imported.
+        """
+        theirs_in, mine_out = os.pipe()
+        mine_in, theirs_out = os.pipe()
+        command = [sys.executable, "-m", "mpo_megatron.rollout.scorers.function_worker", str(theirs_in), str(theirs_out)]
+        self.process = subprocess.Popen(command, pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL)
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._requests, self._answers = Connection(mine_out, readable=False), Connection(mine_in, writable=False)
+        self._requests.send({"function": function, "path": sys.path})
+        answer = self._receive(_START_SECONDS)
+        if answer[0] != "ready":
+            self.close()
+            raise ConfigError(f"{where}; it cannot be imported: {answer[1]}")
+        _, described, self.source, self.is_coroutine = answer
+        self.parameters = [Parameter(*item) for item in described]
+
+    def call(self, arguments: dict[str, Any], many: bool, seconds: float) -> tuple[Any, ...]:
+        """("value", numbers), ("error", what was raised), or ("timed_out" or "crashed", why there is neither)."""
+        with contextlib.suppress(OSError):  # it has ended: that shows when its answer is read
+            self._requests.send((arguments, many, seconds))
+        return self._receive(seconds)
+
+    def _receive(self, seconds: float) -> tuple[Any, ...]:
+        try:
+            if self._answers.poll(seconds):
+                answer: tuple[Any, ...] = self._answers.recv()
+                return answer
+        except (EOFError, OSError):
+            return "crashed", "its process ended"
+        return "timed_out", f"it took more than {seconds:g} s"
+
+    def close(self) -> None:
+        """End it, whatever it is doing."""
+        self._requests.close()
+        self._answers.close()
+        self.process.kill()
+        self.process.wait()
+
+
+class Function(Scorer):
+    """What does a function of the user's say?"""
+
+    config: FunctionScorer
+
+    def __init__(self, name: str, config: FunctionScorer) -> None:
+        """Import the function, in its process, and find out how it wants to be called.
+
+        Raises:
+            ConfigError: there is no such module, file or function, or no reading of its parameters fits.
+        """
+        super().__init__(name, config)
+        place = config.function.rpartition(":")[0]
+        where = f"scorers.{name}.function = {config.function}"
+        require(not place.endswith(".py") or Path(place).is_file(), f"{where}; no such file.")
+        self._where = where
+        self._worker: _Worker | None = _Worker(where, config.function)
+        self._source = self._worker.source
+        try:
+            require(not self._worker.is_coroutine, f"{where}; it is asynchronous; give a plain function.")
+            self._reading = find_reading(where, self._worker.parameters, config.params)
+        except ConfigError:
+            self.close()
+            raise
+
+    def score(self, groups: Sequence[Record]) -> Scores:
+        """The function's value a response; None where it gave none, or took too long.
+
+        Raises:
+            ConfigError: a parameter is no field of a group.
+            DataError: the function raises, or returns something that is no number.
+        """
+        scores: Scores = [[None] * len(group["responses"]) for group in groups]
+        for call in self._reading.calls(groups):
+            for value, (index, number) in zip(self._call(call, groups), call.places, strict=True):
+                scores[index][number] = value
+                if value is not None and not math.isfinite(value):
+                    self.note(groups[index]["group_id"], "not_finite")
+        return scores
+
+    def _call(self, call: Call, groups: Sequence[Record]) -> list[float | None]:
+        if self._worker is None:
+            self._worker = _Worker(self._where, self.config.function)
+        answer = self._worker.call(call.arguments, self._reading.unit != "response", self.config.timeout)
+        group_id, number = groups[call.places[0][0]]["group_id"], call.places[0][1]
+        where = f"scorers.{self.name}: {self.config.function}"
+        if answer[0] in ("timed_out", "crashed"):
+            self.close()
+            for index, _ in call.places:
+                self.note(groups[index]["group_id"], answer[0])
+            return [None] * len(call.places)
+        if answer[0] == "error":
+            which = f", response {number}" if self._reading.unit == "response" else ""
+            raise DataError(f"{where}, group {group_id}{which}: raised {answer[1]}")
+        return read_values(where, call, answer[1], groups)
+
+    def settings(self) -> dict[str, Any]:
+        """The file the function stands in, and its parameters."""
+        return {"source": self._source, "name": self.config.function.rpartition(":")[2], "params": self.config.params}
+
+    def close(self) -> None:
+        """End the function's process."""
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None

@@ -1,0 +1,95 @@
+"""The process that a user's reward function runs in: it may hang, crash or write to standard output, and harms nobody.
+
+    python -m mpo_megatron.rollout.scorers.function_worker IN OUT       # numbers of two open pipes
+
+First comes a description of what to import; the answer describes the function. Then calls come, and their values go.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import math
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def load_function(function: str) -> tuple[Callable[..., Any], str]:
+    """A function by `module:name` or `file.py:name`, and the source of its file ("" if it has none)."""
+    place, _, name = function.rpartition(":")
+    module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    source = Path(getattr(module, "__file__", None) or "")
+    found: Callable[..., Any] = getattr(module, name)
+    return found, source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
+
+
+def _load_file(path: Path) -> ModuleType:
+    sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look a class's module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def describe(function: Callable[..., Any]) -> list[tuple[str, str, bool]]:
+    """Name, kind and whether it has a default, of every parameter."""
+    parameters = inspect.signature(function).parameters.values()
+    return [(item.name, item.kind.name, item.default is not inspect.Parameter.empty) for item in parameters]
+
+
+def as_number(value: Any) -> float | str | None:
+    """A finite or infinite number, None, or a description of what is neither."""
+    if value is None:
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except (TypeError, ValueError):
+        return repr(value)[:200]
+
+
+def main() -> None:
+    """Serve calls until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    requests, answers = Connection(int(sys.argv[1]), writable=False), Connection(int(sys.argv[2]), readable=False)
+    os.dup2(2, 1)  # what the function prints must not mix with the command's own output
+    first = requests.recv()
+    sys.path[:] = first["path"]
+    try:
+        function, source = load_function(first["function"])
+        if not callable(function):
+            raise TypeError(f"it is of type {type(function).__name__}, not a function")
+        description = describe(function)
+    except BaseException as error:  # noqa: BLE001 - anybody's code may raise anything
+        answers.send(("error", f"{type(error).__name__}: {error}"))
+        return
+    answers.send(("ready", description, source, inspect.iscoroutinefunction(function)))
+    while True:
+        try:
+            arguments, many, seconds = requests.recv()
+        except EOFError:
+            return
+        signal.alarm(math.ceil(seconds) + 5)  # ends a call that nobody waits for any more
+        try:
+            value = function(**arguments)
+            numbers = [as_number(item) for item in value] if many else [as_number(value)]
+        except BaseException as error:  # noqa: BLE001 - anybody's code may raise anything
+            answers.send(("error", f"{type(error).__name__}: {error}"))
+        else:
+            answers.send(("value", numbers))
+        signal.alarm(0)
+
+
+if __name__ == "__main__":
+    main()
