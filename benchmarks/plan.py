@@ -88,6 +88,7 @@ CASES = {
         Case(name="one rank"),
         Case(name="selective recomputation", model={"recompute": "selective"}),
         Case(name="full recomputation", model={"recompute": "full"}),
+        Case(name="recomputed MLPs", model={"recompute": "selective", "recompute_modules": ["mlp"]}),
         Case(name="longer rows", lengths=(512, 320, 5)),
     ),
     2: (

@@ -32,6 +32,12 @@ FACTORIES = (
 POWER_OF_TWO_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
 """Environment variable that Transformer Engine reads at import."""
 
+MEANINGLESS = (
+    "Apex is not installed. Falling back to Torch Norm",  # norms are Transformer Engine's, or model/architecture.py's
+    "If you are using transformer_engine as the transformer implementation, the core_attn",  # it is model/attention.py's
+)
+"""How those warnings of Megatron-Core begin that do not hold for this package's layers."""
+
 COMPILED_VARIANTS = 64
 """Limit of `compile_for_any_length`, for each function."""
 
@@ -105,6 +111,11 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
 
+def gpu_bytes() -> int | None:
+    """Memory of this process's GPU; None on a CPU."""
+    return int(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) if has_gpu() else None
+
+
 def gpu_name() -> str | None:
     """What the GPU calls itself, such as `NVIDIA H100 80GB HBM3`; None on a CPU."""
     return torch.cuda.get_device_name() if has_gpu() else None
@@ -123,9 +134,8 @@ def prepare() -> None:
     # Read when Transformer Engine is imported. With scales that are powers of 2, FP8's `current` recipe rounds a token the same
     # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/fp8.md).
     os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
-    # Megatron-Core tells at import what optional packages are missing, and torch that Megatron-Core uses names it is about
-    # to rename; a user can do nothing about either.
-    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    quiet_megatron()
+    # Megatron-Core uses names that torch is about to rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     # NCCL's groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
@@ -144,6 +154,15 @@ def prepare() -> None:
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
     _prepare_megatron()
+
+
+def quiet_megatron() -> None:
+    """Hide warnings of Megatron-Core that tell a user nothing. One that may name lost speed is shown, by the main rank."""
+    if not has_gpu() or os.environ.get("RANK", "0") != "0":  # on a CPU all that they miss is a GPU
+        warnings.filterwarnings("ignore", module=r"megatron\..*")
+        return
+    for message in MEANINGLESS:
+        warnings.filterwarnings("ignore", message=message, module=r"megatron\..*")
 
 
 def cuda_stand_ins() -> dict[str, Any]:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpo_megatron.config.checks import require
+
+CHUNKS = (1024, 2048, 4096, 8192)
+"""Sizes that `logprob_chunk` takes by default: each one reads and writes the weight's float32 gradient, so large is fast."""
+CHUNK_SHARE = 0.04
+"""Share of a GPU's memory that a chunk's logits may take."""
+CHUNK_BYTES = 8
+"""Bytes of a logit while its gradient is computed: bf16 logits, float32 probabilities and the bf16 gradient."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +36,40 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Attention kernel: `sdpa` is exact and runs anywhere; `flex` and `varlen` (flash attention) need a GPU; `auto` chooses."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward pass: nothing, the attention core, or every layer."""
+    """Activation recomputation in the backward pass: nothing, `recompute_modules`, or every layer."""
+    recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]] = field(
+        default_factory=lambda: ["core_attn"]  # type: ignore[arg-type]
+    )
+    """What `recompute: selective` computes again: attention's core, norms, whole MLPs, layers of experts, their activation, or
+    the shared expert."""
+    offload_layers: int = 0
+    """Number of first layers whose activations wait in host memory for the backward pass; needs Transformer Engine, and
+    `parallel.pipeline` = 1."""
     resident_offload: bool = False
     """Keep the weights of a reference model that runs beside the policy (token-wise KL) in host memory while it does not run."""
-    logprob_chunk: int = 1024
-    """Response tokens whose vocabulary logits exist at one time."""
+    logprob_chunk: int | None = None
+    """Response tokens whose vocabulary logits exist at one time; by default as many as 4 % of a GPU hold, 1,024 to 8,192."""
 
     def __post_init__(self) -> None:
-        require(self.logprob_chunk >= 1, f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.")
+        require(
+            self.logprob_chunk is None or self.logprob_chunk >= 1,
+            f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.",
+        )
+        require(
+            bool(self.recompute_modules) and len(set(self.recompute_modules)) == len(self.recompute_modules),
+            f"model.recompute_modules = {self.recompute_modules}; name at least one module, and each once.",
+        )
+        require(
+            self.recompute == "selective" or self.recompute_modules == ["core_attn"],
+            f"model.recompute_modules = {self.recompute_modules} with model.recompute = {self.recompute}, which does not read "
+            "it; set model.recompute to selective.",
+        )
+        require(self.offload_layers >= 0, f"model.offload_layers = {self.offload_layers}; it must be 0 or more.")
+        require(
+            not self.offload_layers or self.recompute == "none",
+            f"model.offload_layers = {self.offload_layers} with model.recompute = {self.recompute}: Megatron does one of them; "
+            "set offload_layers to 0, or recompute to none.",
+        )
         require(self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers = {self.fp8_bf16_layers}; it must be 0 or more.")
         require(
             not (self.resident_offload and self.fp8_params),
@@ -59,3 +92,23 @@ class ModelConfig:
             f"model.fp8_params = true with model.fp8 = {self.fp8}, which needs gradient buffers shared with gathered weights; "
             "set model.fp8 to current or blockwise.",
         )
+
+    def with_recompute(self, recompute: str) -> ModelConfig:
+        """The same model with another `recompute`, and without the options that go only with the one it has."""
+        if recompute == self.recompute:
+            return self
+        return replace(self, recompute=recompute, recompute_modules=["core_attn"], offload_layers=0)  # type: ignore[arg-type]
+
+    def chunk(self, vocabulary: int, gpu_bytes: int | None) -> int:
+        """`logprob_chunk`, or where it is left open the largest of CHUNKS that fits.
+
+        It follows from the GPU's whole memory, not from what is free at the time: a run that resumes adds in the same order.
+
+        Args:
+            vocabulary: rows of the output weight on a rank
+            gpu_bytes: memory of its GPU; None on a CPU, whose caches like small chunks
+        """
+        if self.logprob_chunk is not None:
+            return self.logprob_chunk
+        room = 0 if gpu_bytes is None else int(CHUNK_SHARE * gpu_bytes)
+        return max((size for size in CHUNKS if size * vocabulary * CHUNK_BYTES <= room), default=CHUNKS[0])

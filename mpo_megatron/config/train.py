@@ -73,9 +73,9 @@ class OptimizerConfig:
     """AdamW's ε."""
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 clips nothing."""
-    overlap: Literal["none", "gradients", "all"] = "none"
+    overlap: Literal["auto", "none", "gradients", "all"] = "auto"
     """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
-    updated weights during the next forward pass, too."""
+    updated weights during the next forward pass, too. `auto`: all on several GPUs, else none."""
     cpu_offload: float = 0.0
     """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU, Transformer Engine and bf16."""
 

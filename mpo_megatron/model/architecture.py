@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -23,6 +23,7 @@ from mpo_megatron.families import Family
 from mpo_megatron.model.attention import GroupAttention, RowAttention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
+from mpo_megatron.model.recompute import offload_settings, recompute_settings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each `model.precision`."""
@@ -48,11 +49,6 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 def build_transformer_config(family: Family, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron-Core's TransformerConfig for this model, precision and layout."""
     dtype = DTYPES[model.precision]
-    recompute: dict[str, Any] = {}
-    if model.recompute == "full":
-        recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    elif model.recompute == "selective":
-        recompute = {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
     return TransformerConfig(
         num_layers=family.num_hidden_layers,
         hidden_size=family.hidden_size,
@@ -96,11 +92,16 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         bias_activation_fusion=device.has_gpu(),
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
+        gradient_accumulation_fusion=use_transformer_engine(model),
         apply_rope_fusion=use_transformer_engine(model),
-        **expert_settings(family, model, parallel, transformer_engine=use_transformer_engine(model)),
+        # The core of attention is GroupAttention, which may use cuDNN's kernel of Transformer Engine, and no other of its. With
+        # another value here Megatron-Core refuses the environment variables that say so (attention_varlen.py).
+        attention_backend=AttnBackend.fused,
+        **expert_settings(family, model, parallel, from_engine=use_transformer_engine(model)),
         **fp8_settings(model),
-        **recompute,
+        **recompute_settings(model),
+        **offload_settings(model),
     )
 
 

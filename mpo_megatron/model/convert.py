@@ -1,7 +1,7 @@
 """`mpo convert`: a Hugging Face checkpoint to a Megatron one, and back, a few rows at a time.
 
 A Megatron checkpoint folder holds
-    megatron/          torch_dist checkpoint: what GPTModel.sharded_state_dict() names, loadable at any TP × PP
+    megatron/          torch_dist checkpoint: the names of Megatron-Core's GPTModel, loadable at any TP × PP
     hf/                everything of the Hugging Face folder but the weights
     conversion.json    what export and training must know (`Conversion`)
     mpo_digests.json   size and digests of all these files

@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from megatron.core.extensions import transformer_engine
 from megatron.core.transformer.moe import moe_utils
 
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
 
 
-def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig, *, transformer_engine: bool) -> dict[str, Any]:
+def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig, *, from_engine: bool) -> dict[str, Any]:
     """What Megatron-Core's TransformerConfig is told of experts.
 
     Raises:
@@ -48,9 +49,29 @@ def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig
         "moe_router_load_balancing_type": "none",
         "moe_shared_expert_intermediate_size": experts.shared_channels,
         "moe_shared_expert_gate": experts.shared_channels is not None,
-        "moe_grouped_gemm": transformer_engine,
+        "moe_grouped_gemm": from_engine,
+        **(fused_kernels() if from_engine else {}),
         "expert_model_parallel_size": parallel.expert,
         "expert_tensor_parallel_size": parallel.expert_tensor,
+    }
+
+
+PERMUTE_KERNELS = (
+    *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
+    *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
+)
+"""Transformer Engine's kernels that sort tokens by expert and back, by Megatron-Core's names; None where it lacks one."""
+
+
+def fused_kernels() -> dict[str, bool]:
+    """Settings for what Transformer Engine fuses: sorting tokens by expert, and softmax with the choice of experts."""
+
+    def present(*names: str) -> bool:
+        return all(getattr(transformer_engine, name, None) is not None for name in names)
+
+    return {
+        "moe_permute_fusion": present(*PERMUTE_KERNELS),
+        "moe_router_fusion": present("fused_topk_with_score_function"),
     }
 
 

@@ -1,17 +1,23 @@
-"""The policy: Megatron-Core's GPTModel that reads packed rows of groups and yields log-probs of response tokens."""
+"""The policy: Megatron-Core's transformer that reads packed rows of groups and yields log-probs of response tokens."""
 
 from __future__ import annotations
 
-from typing import Any
+import copy
 
 import numpy as np
 import torch
-from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
+from megatron.core.models.common.language_module.language_module import LanguageModule
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.enums import ModelType
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from mpo_megatron import device
@@ -28,21 +34,82 @@ from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistic
 from mpo_megatron.model.parallel import Ranks
 
 
-class Policy(GPTModel):
+class Policy(LanguageModule):
     """One pipeline stage of the policy, or one of its runs of layers (the whole model without pipeline parallelism).
 
-    Two things differ from GPTModel: rotary angles follow explicit position ids, since positions restart after a shared
-    prompt; and the last stage returns log-probs of the scored tokens, since all logits of a row would not fit.
+    It has the weights of Megatron-Core's GPTModel, by the same names, and differs in three ways. Rotary angles follow explicit
+    position ids, since positions restart after a shared prompt. The last stage returns log-probs of the scored tokens, since all
+    logits of a row would not fit. And the output layer has no GEMM of its own: `logprobs` multiplies by its weight.
     """
 
-    def __init__(self, *, family: Family, logprob_chunk: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layers: TransformerBlockSubmodules,
+        *,
+        family: Family,
+        padded_vocab_size: int,
+        logprob_chunk: int,
+        groups: ProcessGroupCollection,
+        pre_process: bool,
+        post_process: bool,
+        vp_stage: int | None,
+    ) -> None:
+        """The attributes that are set here have the names by which Megatron-Core's schedules and optimizers look for them.
+
+        Args:
+            pre_process: it begins with the embedding
+            post_process: it ends with the output layer
+            vp_stage: number of this run of layers in an interleaved schedule
+        """
+        super().__init__(config=config, pg_collection=groups)
+        self.model_type = ModelType.encoder_or_decoder
+        self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
+        self.share_embeddings_and_output_weights = family.tie_word_embeddings
         self.real_vocab_size = family.vocab_size
         # Not a buffer: in bf16 it stays float32.
         self.inverse_frequencies = torch.tensor(family.ropes[0].inverse_frequencies, device=device.device())
         self.logprob_chunk = logprob_chunk
         self.overlap_grad_reduce = False
         """Set by whoever wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
+        if pre_process:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=padded_vocab_size,
+                max_sequence_length=0,
+                position_embedding_type="rope",
+                tp_group=groups.tp,
+            )
+        self.decoder = TransformerBlock(
+            config=config,
+            spec=layers,
+            pre_process=pre_process,
+            post_process=post_process,
+            pg_collection=groups,
+            vp_stage=vp_stage,
+        )
+        if post_process:
+            # Transformer Engine's layers add weight gradients inside the GEMM. Megatron-Core's own layer, of which only
+            # the weight is used here, would ask for NVIDIA's apex to do so.
+            unfused = copy.copy(config)
+            unfused.gradient_accumulation_fusion = False
+            self.output_layer = ColumnParallelLinear(
+                config.hidden_size,
+                padded_vocab_size,
+                config=unfused,
+                init_method=config.init_method,
+                bias=False,
+                gather_output=False,
+                skip_weight_param_allocation=pre_process and family.tie_word_embeddings,
+                tp_group=groups.tp,
+            )
+        if pre_process or post_process:
+            self.setup_embeddings_and_output_layer()
+
+    def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
+        """Take the hidden states that the stage before sent; Megatron-Core's schedules call it."""
+        (hidden,) = input_tensor
+        self.decoder.set_input_tensor(hidden)
 
     def forward(
         self,
@@ -168,19 +235,16 @@ def build_policy(
     parts = []
     for chunk in range(parallel.virtual_pipeline):
         part = Policy(
-            family=family,
-            logprob_chunk=model.logprob_chunk,
-            config=config,
-            transformer_layer_spec=build_block_spec(
+            config,
+            build_block_spec(
                 config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(choose_attention(model))
             ),
-            vocab_size=padded_vocab_size,
-            max_sequence_length=family.max_position_embeddings,
+            family=family,
+            padded_vocab_size=padded_vocab_size,
+            logprob_chunk=model.chunk(padded_vocab_size // parallel.tensor, device.gpu_bytes()),
+            groups=ranks.groups,
             pre_process=ranks.is_first_stage and chunk == 0,
             post_process=ranks.is_last_stage and chunk == parallel.virtual_pipeline - 1,
-            share_embeddings_and_output_weights=family.tie_word_embeddings,
-            position_embedding_type="rope",
-            pg_collection=ranks.groups,
             vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
         ).to(device.device())
         mark_experts(part)

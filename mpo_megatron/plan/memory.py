@@ -12,6 +12,7 @@ log-prob chunk, V vocabulary rows on one rank, b bytes of the compute dtype.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,8 @@ STATE_BYTES = 8
 """AdamW's two moments in float32."""
 MASTER_BYTES = 4
 """Float32 master weights beside bf16 ones; float32 weights are their own."""
+LEAVING = 2
+"""Layers whose activations are on their way to host memory, or back, at one time (`model.offload_layers`)."""
 GRADIENT_BYTES = 4
 """Gradients are summed and reduced in float32."""
 INDEX_BYTES = 8
@@ -57,6 +60,8 @@ class Layout:
     """A reference model stays beside the policy, for token-wise divergences."""
     sampler: bool = False
     """One rank of every replica holds a whole copy of the policy to sample from (`online.kl_weight`)."""
+    gpu_bytes: int | None = None
+    """Memory of a GPU, which the log-prob kernel's chunks follow; None on a CPU."""
 
     @property
     def replicas(self) -> int:
@@ -89,6 +94,15 @@ class Layout:
     def sequence_parts(self) -> int:
         """s."""
         return self.parallel.tensor if self.parallel.sequence_parallel else 1
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+        return self.padded_vocab // self.parallel.tensor
+
+    def recomputes(self, module: str) -> bool:
+        """Whether a module of each layer is computed again, by itself."""
+        return self.model.recompute == "selective" and module in self.model.recompute_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,21 +239,38 @@ def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
     if layout.model.recompute == "full":
         angles = _tokens(layout, row) * layout.shape.head_dim * 4
         return len(part.layers) * hidden * b + angles + sent
-    return sum(layer_kept(layout, row, experts=layout.shape.has_experts(layer)) for layer in part.layers) + sent
+    layers = [layer_kept(layout, row, experts=layout.shape.has_experts(layer)) for layer in part.layers]
+    if layout.model.offload_layers:  # one leaves while the next one computes
+        return sum(layers[layout.model.offload_layers :]) + LEAVING * max(layers) + sent
+    return sum(layers) + sent
 
 
 def layer_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
-    """Bytes that autograd keeps of one layer for one row, with nothing or the attention core recomputed."""
-    kept = _norms_kept(layout, row) + _projections_kept(layout, row)
-    kept += _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
-    return kept if layout.model.recompute == "selective" else kept + _core_kept(layout, row)
+    """Bytes that autograd keeps of one layer for one row, but for what is computed again."""
+    kept = _norms_kept(layout, row, experts=experts) + _projections_kept(layout, row)
+    kept += 0 if layout.recomputes("moe" if experts else "mlp") else _second_half(layout, row, experts=experts)
+    return kept if layout.recomputes("core_attn") else kept + _core_kept(layout, row)
 
 
-def _norms_kept(layout: Layout, row: RowCounts) -> int:
-    """Two norms: input (the residual) and output (the matrix product's input), unfused the normalized input, too; 1 / rms."""
-    tokens, b = _tokens(layout, row), layout.dtype_bytes
-    each = b + layout.linear_input_bytes + (0 if layout.kernels.gpu else b)
-    return 2 * (_hidden(layout, row) * each + 4 * tokens // layout.sequence_parts)
+def _second_half(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+    """What follows the second norm: experts or a dense MLP."""
+    return _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
+
+
+def _norms_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
+    """Two norms: input (the residual) and output (the matrix product's input), unfused the normalized input, too; 1 / rms.
+
+    Transformer Engine computes them within the products that follow, but for the one before experts.
+    """
+    tokens, b, engine = _tokens(layout, row), layout.dtype_bytes, layout.kernels.layers == "transformer_engine"
+    hidden = _hidden(layout, row)
+    output = hidden * (layout.linear_input_bytes + (0 if layout.kernels.gpu else b)) + 4 * tokens // layout.sequence_parts
+    outputs = 2 * output
+    if layout.recomputes("layernorm"):
+        outputs -= int(experts) * output
+    elif layout.recomputes("mlp") and not experts and engine:
+        outputs -= output
+    return 2 * hidden * b + outputs
 
 
 def _projections_kept(layout: Layout, row: RowCounts) -> int:
@@ -267,7 +298,7 @@ def _projections_kept(layout: Layout, row: RowCounts) -> int:
 
 def _core_keeps_inputs(layout: Layout, row: RowCounts) -> bool:
     """Whether the attention core's inputs are kept as they come: it is recomputed from them, or reads them where they lie."""
-    if layout.model.recompute == "selective":
+    if layout.recomputes("core_attn"):
         return True
     return layout.parallel.context == 1 and not (layout.kernels.attention == "varlen" and row.context)
 
@@ -301,9 +332,9 @@ def _moe_kept(layout: Layout, row: RowCounts) -> int:
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     own = _tokens(layout, row) // layout.sequence_parts
     routed = own * shape.active_experts * parallel.expert_tensor
-    inner = shape.expert_ffn // parallel.expert_tensor * (3 if layout.kernels.gpu else 5)
+    inner = shape.expert_ffn // parallel.expert_tensor * ((3 if layout.kernels.gpu else 5) - int(layout.recomputes("moe_act")))
     kept = own * shape.num_experts * 4 * 3 + routed * b * (3 * shape.hidden_size + inner)
-    if shape.shared_ffn:
+    if shape.shared_ffn and not layout.recomputes("shared_experts"):
         kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden_size * b
     return kept
 
@@ -323,16 +354,19 @@ def _kept_by_head(layout: Layout, part: Part, row: RowCounts) -> int:
 def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], row: RowCounts, kept: int) -> tuple[str, int]:
     """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
     moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
+    kinds = {layout.shape.has_experts(layer) for part in parts for layer in part.layers}  # with experts, without, or both
     if layout.model.recompute == "full":
-        again = max(layer_kept(layout, row, experts=layout.shape.has_experts(n)) for part in parts for n in part.layers)
+        again = max(layer_kept(layout, row, experts=experts) for experts in kinds)
         moments["backward of an MLP"] += again - _hidden(layout, row) * layout.dtype_bytes
     elif layout.model.recompute == "selective":
-        moments["backward of attention"] = (
-            _core_kept(layout, row)
-            + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes
-            - _kept_by_head(layout, parts[-1], row)
-            - _mlp_kept(layout, row)
-        )
+        moments["backward of an MLP"] += max(_recomputed(layout, row, experts=experts) for experts in kinds)
+        if layout.recomputes("core_attn"):
+            moments["backward of attention"] = (
+                _core_kept(layout, row)
+                + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes
+                - _kept_by_head(layout, parts[-1], row)
+                - (0 if layout.recomputes("mlp") else _mlp_kept(layout, row))
+            )
     if layout.parallel.context > 1:
         moments["all-to-all"] = moments["backward of an MLP"] - _backward(layout, row) - _mlp_kept(layout, row)
         moments["all-to-all"] += _all_to_all(layout, row)
@@ -352,6 +386,16 @@ def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], 
         moments["AdamW"] = 2 * 4 * (share if layout.kernels.gpu else min(share, max(sizes))) - kept
     name = max(moments, key=lambda moment: moments[moment])
     return name, max(0, moments[name])
+
+
+def _recomputed(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+    """What there is again of the modules that are computed again, when the backward pass is at a layer's second half."""
+
+    def kept(modules: set[str]) -> int:
+        model = dataclasses.replace(layout.model, recompute_modules=sorted(modules))  # type: ignore[arg-type]
+        return layer_kept(dataclasses.replace(layout, model=model), row, experts=experts)
+
+    return kept({"core_attn"}) - kept({"core_attn", *layout.model.recompute_modules})
 
 
 def _backward(layout: Layout, row: RowCounts) -> int:
@@ -379,8 +423,8 @@ def _head(layout: Layout, row: RowCounts) -> int:
     """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens."""
     shape, b = layout.shape, layout.dtype_bytes
     scored = row.scored // layout.parallel.context
-    chunk = min(layout.model.logprob_chunk, scored)
-    logits = chunk * (layout.padded_vocab // layout.parallel.tensor)
+    chunk = min(layout.model.chunk(layout.vocabulary, layout.gpu_bytes), scored)
+    logits = chunk * layout.vocabulary
     each = 4 + (b if b == 4 else 2 * b)  # bf16: logits, float32 probabilities, the gradient
     if layout.resident:
         each += 2 * b + 8

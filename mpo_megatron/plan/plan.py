@@ -231,7 +231,7 @@ def remedies(problem: Problem, candidate: Candidate) -> list[str]:
     half = candidate.row_tokens // 2
     if half >= problem.sequences.longest:
         works(f"data.row_tokens = {half}", row_tokens=half)
-    if candidate.model.logprob_chunk > 256:
+    if candidate.model.logprob_chunk is None or candidate.model.logprob_chunk > 256:
         small = dataclasses.replace(problem, model=dataclasses.replace(problem.model, logprob_chunk=256))
         works("model.logprob_chunk = 256", tried=small)
     for field in ("tensor", "pipeline", "context"):

@@ -12,6 +12,7 @@ from mpo_megatron.families import Family
 from mpo_megatron.hf.flops import FlopModel
 from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
 from mpo_megatron.hf.layout import validate_layout
+from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
 from mpo_megatron.plan.rows import PackedSteps, Sequences
@@ -89,7 +90,8 @@ class Problem:
         check_ranks(parallel, gpus)
         validate_layout(self.family, parallel, self.padded_vocab)
         validate_fp8_layout(self.model, parallel, self.family)
-        model = dataclasses.replace(self.model, recompute=recompute)  # type: ignore[arg-type]
+        model = self.model.with_recompute(recompute)
+        validate_recompute(model, parallel, self.family, from_engine=self.kernels.layers == "transformer_engine")
         layout = Layout(
             shape=self.family,
             padded_vocab=self.padded_vocab,
@@ -100,6 +102,7 @@ class Problem:
             kernels=self.kernels,
             resident=self.resident,
             sampler=self.sampler,
+            gpu_bytes=round(self.hardware.memory_gib * GIB),
         )
         packed = self.sequences.pack(
             row_tokens=row_tokens,

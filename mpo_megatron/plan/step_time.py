@@ -164,7 +164,7 @@ class Clock:
         linear = share * self.flops.per_token * row.tokens / linear_rate
         core = share * self.flops.per_pair * row.pairs / rate
         head = self.flops.per_scored * row.scored / rate if last else 0.0
-        again = {"none": 0.0, "selective": core, "full": linear + core}[layout.model.recompute] + head
+        again = {"none": 0.0, "selective": self._again(linear, core), "full": linear + core}[layout.model.recompute] + head
         seconds = {
             name: volume * 1e9 / self._bytes_per_second(name) + count * self.assumed.latency_us * 1e-6
             for name, (volume, count) in self._row_volumes(row, num_rows, stage).items()
@@ -176,6 +176,19 @@ class Clock:
             **seconds,
         )
 
+    def _again(self, linear: float, core: float) -> float:
+        """Seconds of the modules that are computed again; norms and activations take no time beside matrix products."""
+        layout, shape = self.layout, self.layout.shape
+        sparse = sum(self.expert_layers) / shape.num_hidden_layers
+        attention = 2 * (shape.queries + shape.keys)  # multiply-adds a token, in units of the hidden size
+        dense, experts, shared = 3 * shape.intermediate_size, 3 * shape.expert_ffn * shape.active_experts, 3 * shape.shared_ffn
+        total = attention + (1 - sparse) * dense + sparse * (experts + shared)
+        found = core if layout.recomputes("core_attn") else 0.0
+        found += linear * (1 - sparse) * dense / total if layout.recomputes("mlp") else 0.0
+        if layout.recomputes("moe"):
+            return found + linear * sparse * (experts + shared) / total
+        return found + (linear * sparse * shared / total if layout.recomputes("shared_experts") else 0.0)
+
     def _row_volumes(self, row: RowCounts, num_rows: int, stage: int) -> dict[str, tuple[float, int]]:
         """GB that a rank sends for rows, and in how many messages; forward, backward and recomputation."""
         layout, shape, parallel = self.layout, self.layout.shape, self.layout.parallel
@@ -183,23 +196,24 @@ class Clock:
         tokens = row.tokens // parallel.context
         hidden = tokens * shape.hidden_size * b / 1e9
         again = 1 if layout.model.recompute == "full" else 0
+        half = 0.5 if layout.recomputes("mlp") or layout.recomputes("moe") else again
         tensor, expert = (0.0, 0), (0.0, 0)
         if parallel.tensor > 1:
             # With sequence parallelism a gather and a scatter around each half of a layer; backward the same, and inputs gathered
             # once more for the weights' gradients. Without it two sums each way, each of the volume of a gather and a scatter.
-            count = layers * (4 + 6 + 4 * again if parallel.sequence_parallel else 2 * (2 + 2 + 2 * again))
+            count = round(layers * (4 + 6 + 4 * half if parallel.sequence_parallel else 2 * (2 + 2 + 2 * half)))
             tensor = (count * hidden * (parallel.tensor - 1) / parallel.tensor, count * num_rows)
         context = (0.0, 0)
         if parallel.context > 1:
             queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
             widths = 2 * queries + 2 * max(keys, parallel.context * shape.head_dim)
-            passes = 2 + (1 if layout.model.recompute != "none" else 0)
+            passes = 2 + (again or int(layout.recomputes("core_attn")))
             sent = tokens * widths * b / 1e9 * (parallel.context - 1) / parallel.context
             context = (layers * passes * sent, 2 * layers * passes * num_rows)
         if parallel.expert > 1:
             own = tokens // layout.sequence_parts * shape.active_experts
             sent = own * shape.hidden_size * b / 1e9 * (parallel.expert - 1) / parallel.expert
-            passes = 2 * (2 + again)
+            passes = 2 * (2 + (again or int(layout.recomputes("moe"))))
             expert = (self.expert_layers[stage] * passes * sent, self.expert_layers[stage] * passes * num_rows)
         # An inner stage receives and sends, forward and backward; each run of layers does.
         borders = (stage > 0) + (stage < parallel.pipeline - 1)
@@ -232,9 +246,9 @@ class Clock:
         scatter = memory.parameters * GRADIENT_BYTES * ring / rate
         gather = memory.parameters * self._gathered_bytes() * ring / rate
         overlap = self.layout.optimizer.overlap
-        if overlap != "none":
+        if overlap != "none":  # a plan is for GPUs, where `auto` is `all`
             scatter = max(0.0, scatter - last_row)
-        if overlap == "all":
+        if overlap in ("auto", "all"):
             gather = max(0.0, gather - last_row / BACKWARD)
         return scatter + gather
 

@@ -58,9 +58,11 @@ def run(train: Callable[[TrainConfig], str | None]) -> int:
 
 def _run(train: Callable[[TrainConfig], str | None]) -> int:
     from mpo_megatron.config import ConfigError, TrainConfig, parse
+    from mpo_megatron.train.environment import set_environment
 
     try:
         config = parse(TrainConfig, program="mpo train")
+        set_environment(config)  # before anything starts CUDA
         from mpo_megatron.data import DataError
         from mpo_megatron.train.incidents import TrainingError
         from mpo_megatron.train.step_folders import SaveError

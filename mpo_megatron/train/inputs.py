@@ -18,9 +18,11 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.hf.layout import read_model
+from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.precision import validate_fp8
+from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload
@@ -53,7 +55,9 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
     family, conversion = read_model(folder, config.parallel)
-    use_transformer_engine(config.model)
+    from_engine = use_transformer_engine(config.model)
+    validate_recompute(config.model, config.parallel, family, from_engine=from_engine)
+    check_offload_kernel(config.model)
     validate_fp8(config.model, config.parallel, family)
     choose_attention(config.model)
     check_offload(config.optimizer, config.model.precision)

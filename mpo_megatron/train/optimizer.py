@@ -21,11 +21,12 @@ from mpo_megatron.model.precision import missing_for_transformer_engine
 
 def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ranks: Ranks) -> list[torch.nn.Module]:
     """The policy's parts with gradient buffers that are reduced over replicas, in float32."""
+    overlap = choose_overlap(config, ranks)
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=config.overlap != "none",
-        overlap_param_gather=config.overlap == "all",
+        overlap_grad_reduce=overlap != "none",
+        overlap_param_gather=overlap == "all",
         fp8_param_gather=get_model_config(parts[0]).fp8_param,
     )
     wrapped = []
@@ -44,6 +45,13 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
             )
         )
     return wrapped
+
+
+def choose_overlap(config: OptimizerConfig, ranks: Ranks) -> str:
+    """What ranks exchange while they compute: `none`, `gradients` or `all`."""
+    if config.overlap != "auto":
+        return config.overlap
+    return "all" if device.has_gpu() and ranks.groups.dp_cp.size() > 1 else "none"
 
 
 def check_offload(config: OptimizerConfig, precision: str) -> None:

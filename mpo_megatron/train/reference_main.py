@@ -12,6 +12,7 @@ from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.ending import complain, end
+from mpo_megatron.train.environment import set_environment
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.run import build_row_shape, compute_references
 
@@ -24,7 +25,9 @@ def main() -> int:
 def run(work: Callable[[TrainConfig], None], program: str) -> int:
     """Parse the command line and work; a message instead of a traceback for what a user can mend. Returns the exit code."""
     try:
-        work(parse(TrainConfig, program=program))
+        config = parse(TrainConfig, program=program)
+        set_environment(config)
+        work(config)
     except (ConfigError, DataError, PackingError) as error:
         complain(program, error)
         return 2

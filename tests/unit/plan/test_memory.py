@@ -117,3 +117,45 @@ def test_experts_are_shared_out() -> None:
     assert eight.parameters < one.parameters / 4
     # Experts of eight ranks, and a rank's share of their states is what it was: the same ranks own each state once.
     assert eight.optimizer == pytest.approx(one.optimizer, rel=0.01)
+
+
+def test_modules_that_are_computed_again_are_not_kept() -> None:
+    """Per layer of a dense model: SwiGLU's three tensors, and the output of the norm that is fused with the first product."""
+    plain = build_layout(tensor=4)
+    model = ModelConfig(checkpoint="", recompute="selective", recompute_modules=["mlp"])
+    again = dataclasses.replace(plain, model=model)
+    swiglu, norm = 3 * 17408 // 4 * 2 * ROW.tokens, (5120 * 2 + 4) * ROW.tokens // 4
+    assert layer_kept(plain, ROW) - layer_kept(again, ROW) == swiglu + norm
+    both = dataclasses.replace(plain, model=dataclasses.replace(model, recompute_modules=["core_attn", "mlp"]))
+    core = dataclasses.replace(plain, model=dataclasses.replace(model, recompute_modules=["core_attn"]))
+    assert layer_kept(core, ROW) - layer_kept(both, ROW) == swiglu + norm
+    peaks = [stage_memory(layout, 0, ROW, 16).dynamic for layout in (plain, again)]
+    assert peaks[1] < 0.7 * peaks[0]  # one layer's are there again at the peak
+
+
+def test_what_experts_compute_again_is_not_kept() -> None:
+    plain = build_layout("Qwen3-30B-A3B")
+    kept = {}
+    for module in ("moe_act", "layernorm", "moe"):
+        model = ModelConfig(checkpoint="", recompute="selective", recompute_modules=[module])  # type: ignore[list-item]
+        kept[module] = layer_kept(dataclasses.replace(plain, model=model), ROW, experts=True)
+    assert layer_kept(plain, ROW, experts=True) - kept["moe_act"] == ROW.tokens * 8 * 768 * 2
+    assert layer_kept(plain, ROW, experts=True) - kept["layernorm"] == ROW.tokens * (2048 * 2 + 4)
+    assert kept["moe"] < kept["moe_act"] / 3
+
+
+def test_offloaded_layers_leave_two_on_their_way() -> None:
+    plain = build_layout(world=8)
+    layers = plain.shape.num_hidden_layers
+    kept = [
+        stage_memory(dataclasses.replace(plain, model=ModelConfig(checkpoint="", offload_layers=number)), 0, ROW, 4).activations
+        for number in (0, layers - 10)
+    ]
+    assert kept[1] / kept[0] == pytest.approx(12 / layers, rel=0.05)
+
+
+def test_chunks_of_log_probs_follow_the_gpus_memory() -> None:
+    sizes = [
+        stage_memory(dataclasses.replace(build_layout(), gpu_bytes=gib * 2**30), 0, ROW, 4).log_probs for gib in (24, 80, 141)
+    ]
+    assert sizes == sorted(set(sizes))

@@ -1,0 +1,67 @@
+"""Environment variables that a rank on GPUs runs faster with: it sets them itself, whatever started it, before CUDA reads them.
+
+What the user has set stays. The choices are those of NVIDIA's performance recipes (Megatron-Bridge,
+scripts/performance/perf_plugins.py), and of the libraries' own warnings.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+
+from mpo_megatron.config import TrainConfig
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Names that PyTorch reads its allocator's options from: the new one and the old one."""
+
+FIRST_BLACKWELL = 10
+"""Major compute capability from which communication and GEMMs overlap without a common queue."""
+
+
+def set_environment(config: TrainConfig) -> dict[str, str]:
+    """Set what is recommended for this run and not set yet; the main rank prints it. Returns what was set."""
+    capability = compute_capability()
+    if capability is None:
+        return {}
+    given = os.environ.keys()
+    wanted = recommended(config, capability)
+    if any(name in given for name in ALLOCATOR):
+        wanted.pop(ALLOCATOR[0], None)
+    chosen = {name: value for name, value in wanted.items() if name not in given}
+    os.environ.update(chosen)
+    if chosen and os.environ.get("RANK", "0") == "0":
+        print("set for speed:", *(f"{name}={value}" for name, value in chosen.items()), flush=True)
+    return chosen
+
+
+def recommended(config: TrainConfig, capability: int) -> dict[str, str]:
+    """Variables for a layout on GPUs of this major compute capability."""
+    parallel = config.parallel
+    found = {}
+    if capability >= FIRST_BLACKWELL:
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for each stream: else they wait for each other
+    elif parallel.tensor > 1 or parallel.context > 1:
+        # One queue keeps the host's order: communication starts before the GEMM that it overlaps with and that fills the GPU.
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    if not (config.online.kl_weight and config.online.engine == "vllm"):  # its sleep mode refuses them
+        found[ALLOCATOR[0]] = "expandable_segments:True"  # rows differ in length: fixed segments leave gaps
+    if config.optimizer.overlap != "none":
+        # Norms leave some processors to the communication that runs beside them.
+        found |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
+    if parallel.pipeline > 1:
+        found["NCCL_P2P_NET_CHUNKSIZE"] = str(2**21)  # activations between stages are large messages
+    return found
+
+
+def compute_capability() -> int | None:
+    """Major compute capability of this machine's GPUs; None without one. PyTorch would start CUDA to answer."""
+    program = shutil.which("nvidia-smi")
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+        return None
+    command = [program, "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+        return int(float(done.stdout.split()[0]))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # a driver that does not answer: CUDA will say why
+        return None

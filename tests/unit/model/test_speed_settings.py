@@ -1,0 +1,134 @@
+"""What is switched on for speed where a machine has it: fused kernels, overlapped exchange, warnings that are shown."""
+
+from __future__ import annotations
+
+import logging
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from megatron.core.extensions import transformer_engine
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.tensor_parallel import layers
+from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
+
+from mpo_megatron import device
+from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.families import read_family
+from mpo_megatron.model import architecture
+from mpo_megatron.model.architecture import build_transformer_config
+from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.optimizer import choose_overlap
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+DENSE = Qwen3Config(**SIZES, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=False)
+FAMILY = read_family(DENSE)
+EXPERTS = Qwen3MoeConfig(
+    **SIZES,
+    num_key_value_heads=2,
+    vocab_size=50,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    norm_topk_prob=True,
+)
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with model_parallel(ParallelConfig(), seed=1) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_weight_gradients_are_fused_in_transformer_engines_layers(engine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(architecture, "use_transformer_engine", lambda model: engine)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", print)  # Transformer Engine's
+    config = build_transformer_config(FAMILY, ModelConfig(checkpoint=""), ParallelConfig())
+    assert config.gradient_accumulation_fusion == engine
+
+
+def test_the_output_layer_needs_no_fused_kernel(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core's own layer raises if it is to fuse and NVIDIA's apex is not there; its GEMM is never run."""
+    fused = build_transformer_config(FAMILY, ModelConfig(checkpoint=""), ParallelConfig())
+    fused.gradient_accumulation_fusion = True
+    monkeypatch.setattr("mpo_megatron.model.policy.build_transformer_config", lambda *_: fused)
+    with pytest.raises(RuntimeError, match="install APEX"):  # local layers
+        build_policy(FAMILY, ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", True)
+    (part,) = build_policy(FAMILY, ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
+    found = {name: getattr(module, "gradient_accumulation_fusion", None) for name, module in part.named_modules()}
+    assert found.pop("module.output_layer") is False
+    assert {value for value in found.values() if value is not None} == {True}
+
+
+def test_nothing_deprecated_is_built(ranks: Ranks, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        build_policy(FAMILY, ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
+    messages = [*(record.getMessage() for record in caplog.records), *(str(warning.message) for warning in caught)]
+    assert not [message for message in messages if "deprecated" in message.lower() and "GPTModel" in message]
+
+
+@pytest.mark.parametrize("missing", [None, PERMUTE_KERNELS[-1], "fused_topk_with_score_function"])
+def test_experts_kernels_are_fused_where_they_are(missing: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*PERMUTE_KERNELS, "fused_topk_with_score_function"):
+        monkeypatch.setattr(transformer_engine, name, None if name == missing else print, raising=False)
+    found = expert_settings(read_family(EXPERTS), ModelConfig(checkpoint=""), ParallelConfig(), from_engine=True)
+    assert found["moe_permute_fusion"] == (missing not in PERMUTE_KERNELS)
+    assert found["moe_router_fusion"] == (missing != "fused_topk_with_score_function")
+    local = expert_settings(read_family(EXPERTS), ModelConfig(checkpoint=""), ParallelConfig(), from_engine=False)
+    assert not local.get("moe_permute_fusion")
+    assert not local.get("moe_router_fusion")
+
+
+@pytest.mark.parametrize(
+    ("overlap", "gpu", "replicas", "expected"),
+    [
+        ("auto", True, 2, "all"),
+        ("auto", True, 1, "none"),
+        ("auto", False, 2, "none"),
+        ("gradients", True, 2, "gradients"),
+        ("none", True, 2, "none"),
+        ("all", False, 1, "all"),
+    ],
+)
+def test_gpus_exchange_while_they_compute(
+    overlap: Any, gpu: bool, replicas: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    group = types.SimpleNamespace(size=lambda: replicas)
+    ranks = cast(Ranks, types.SimpleNamespace(groups=types.SimpleNamespace(dp_cp=group)))
+    assert choose_overlap(OptimizerConfig(overlap=overlap), ranks) == expected
+
+
+LOST_SPEED = "When using sequence parallelism it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS to 1"
+
+
+@pytest.mark.parametrize(("gpu", "rank", "shown"), [(True, "0", True), (True, "1", False), (False, "0", False)])
+def test_a_warning_that_names_lost_speed_is_shown(gpu: bool, rank: str, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    monkeypatch.setenv("RANK", rank)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        device.quiet_megatron()
+        for message in (LOST_SPEED, *device.MEANINGLESS):
+            warnings.warn_explicit(message, UserWarning, "layers.py", 1, module="megatron.core.tensor_parallel.layers")
+    assert [str(warning.message) for warning in caught] == ([LOST_SPEED] if shown else [])
+
+
+def test_rotary_frequencies_are_transformers(ranks: Ranks) -> None:
+    config = Qwen2Config(
+        **{name: size for name, size in SIZES.items() if name != "head_dim"}, num_key_value_heads=2, vocab_size=50
+    )
+    (part,) = build_policy(read_family(config), ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+    found = part.module.inverse_frequencies  # type: ignore[union-attr]
+    assert found.dtype is torch.float32
+    torch.testing.assert_close(found, Qwen2RotaryEmbedding(config).inv_freq)
