@@ -30,7 +30,7 @@ from mpo_megatron.model.logprobs import WeightGradient, add_product, vocab_paral
 from mpo_megatron.model.parallel import model_parallel
 
 CHUNK = 1024
-"""The trainer's default, `model.logprob_chunk`."""
+"""The least that `model.logprob_chunk` is by default; on a GPU it follows the memory."""
 FULL_LIMIT = {"cpu": 6.0, "cuda": 100.0}
 """GiB that full logits may take; beyond it their side is not run, and its memory is extrapolated from the largest that was."""
 FULL_COPIES = 4

@@ -241,6 +241,7 @@ def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBa
             gpu=device.has_gpu(),
         ),
         resident=False,
+        gpu_bytes=device.gpu_bytes(),
     )
     largest = max(batch.rows, key=lambda row: len(row.tokens))
     return stage_memory(layout, stage, count_row(largest), len(batch.rows))
