@@ -38,7 +38,7 @@ class ModelConfig:
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, `recompute_modules`, or every layer."""
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]] = field(
-        default_factory=lambda: ["core_attn"]  # type: ignore[arg-type]
+        default_factory=lambda: ["core_attn"]
     )
     """What `recompute: selective` computes again: attention's core, norms, whole MLPs, layers of experts, their activation, or
     the shared expert."""

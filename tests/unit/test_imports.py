@@ -105,7 +105,8 @@ def test_megatron_is_confined(path: Path) -> None:
 
 @by_file
 def test_only_families_know_the_names_of_models(path: Path) -> None:
-    assert part_of(path) == "families" or "model_type" not in path.read_text(encoding="utf-8")
+    text = path.read_text(encoding="utf-8").replace("self.model_type = ModelType.", "")  # Megatron-Core's schedules ask for it
+    assert part_of(path) == "families" or "model_type" not in text
 
 
 @by_file
