@@ -17,6 +17,7 @@ REQUIRED = [
     "numpy>=1.26",
     "xxhash>=3",
     "einops>=0.8",  # megatron-core imports it without declaring it
+    "packaging>=24",
     "psutil>=5.9",  # so does its checkpoint writer
     "jsonargparse[signatures]>=4.49,<5",  # config/parsing.py reads its error messages, which 5 may word otherwise
     "PyYAML>=6",

@@ -174,6 +174,13 @@ def losses(arguments: Sequence[str]) -> int:
     return 0
 
 
+def doctor(arguments: Sequence[str]) -> int:
+    """What is installed here, whether it works together, what a run would use of it; problems with their cures."""
+    from mpo_megatron.doctor.doctor import doctor as run
+
+    return run(arguments)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "convert": convert,
     "prepare": prepare,
@@ -189,6 +196,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": report,
     "plan": plan,
     "losses": losses,
+    "doctor": doctor,
 }
 
 

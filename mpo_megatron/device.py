@@ -22,6 +22,9 @@ import torch
 from torch.utils._device import _device_constructors
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.stack.imports import diagnose, import_error
+from mpo_megatron.stack.transformer_engine import MODULE as TRANSFORMER_ENGINE
+from mpo_megatron.stack.transformer_engine import is_installed
 
 FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "full", "full_like", "ones", "ones_like",
@@ -254,20 +257,22 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _import_transformer_engine() -> None:
-    """Import it if it is there, before Megatron-Core does, to which any failure but an ImportError is the end."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError:  # it counts as absent; who asks for it is told (model/precision.py)
+    """Import Transformer Engine first, where it is installed: Megatron-Core tolerates no other failure of it than ImportError.
+
+    After an ImportError Megatron-Core runs without it, as it may on a machine without a GPU; with a GPU `mpo train` refuses then
+    (stack/checks.py).
+    """
+    if not is_installed():
         return
-    except Exception as error:
-        package = importlib.util.find_spec("transformer_engine")
-        where = os.path.dirname(package.origin) if package is not None and package.origin else "transformer_engine"
-        raise ConfigError(
-            f"{where}: this installation of Transformer Engine is broken ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); remove it (pip uninstall transformer_engine transformer_engine_torch "
-            "transformer_engine_cu12, or …_cu13), and on GPUs install one that fits torch and CUDA: "
-            "pip install 'mpo-megatron[gpu]'."
-        ) from error
+    error = import_error(TRANSFORMER_ENGINE)
+    if error is None or error.startswith(("ImportError:", "ModuleNotFoundError:")):
+        return
+    package = importlib.util.find_spec("transformer_engine")
+    where = os.path.dirname(package.origin) if package is not None and package.origin else "transformer_engine"
+    raise ConfigError(
+        f"{where}: {diagnose('transformer-engine', error)}; without it: pip uninstall transformer-engine "
+        "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13."
+    )
 
 
 def _prepare_megatron() -> None:

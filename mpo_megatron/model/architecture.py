@@ -40,8 +40,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     missing = missing_for_transformer_engine()
     require(
         model.backend == "auto" or missing is None,
-        f"model.backend = transformer_engine, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with "
-        "a GPU, or set model.backend to local.",
+        f"model.backend = transformer_engine, but {missing}. Or set model.backend to local.",
     )
     return missing is None
 

@@ -20,6 +20,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
 from mpo_megatron.hf.fp8 import RECIPES, validate_fp8_layout
+from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
 
 UNROUNDED = "_high_precision_init_val"
 """Where Transformer Engine keeps the values that an FP8 parameter was made of; `get_high_precision_init_val` returns them."""
@@ -56,8 +57,7 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -
     missing = missing_for_transformer_engine()
     require(
         missing is None,
-        f"model.fp8 = {model.fp8}, but {missing}; install it (pip install 'mpo-megatron[gpu]') on a machine with a GPU, or set "
-        "model.fp8 to none.",
+        f"model.fp8 = {model.fp8}, but {missing}. Or set model.fp8 to none.",
     )
     missing = missing_for_recipe(model.fp8)
     require(missing is None, f"model.fp8 = {model.fp8}, but {missing}; set model.fp8 to another recipe, or to none.")
@@ -65,14 +65,13 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -
 
 
 def missing_for_transformer_engine() -> str | None:
-    """Why layers cannot come from Transformer Engine here; None if they can."""
+    """Why layers cannot come from Transformer Engine here, and what cures it; None if they can."""
     if not device.has_gpu():
-        return "this machine has no GPU"
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-    except ImportError as error:
-        return f"transformer_engine does not import ({error})"
-    return None
+        return "this machine has no GPU; use one that has"
+    if not is_installed():
+        return f"Transformer Engine is not installed; {install_transformer_engine()}"
+    problem = broken_transformer_engine()
+    return None if problem is None else str(problem)
 
 
 def missing_for_recipe(name: str) -> str | None:

@@ -23,6 +23,7 @@ from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
+from mpo_megatron.stack.checks import require_working_gpus
 from mpo_megatron.train import checkpoint
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload
@@ -50,6 +51,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     Raises:
         ConfigError: naming the field, the rule and the fix.
     """
+    require_working_gpus(config.model.backend)
     validate_train(config, world_size)
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)

@@ -18,7 +18,9 @@ from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
+from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.parallel import model_parallel
+from mpo_megatron.stack.checks import shortfalls
 from mpo_megatron.train import checkpoint, optimizer
 from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import Supervisor, seed_everything
@@ -227,6 +229,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     text = seal_yaml(to_dict(run.config))
     replace_file(run.folder / "config.yaml", [text])
     print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
+    for shortfall in shortfalls(transformer_engine=use_transformer_engine(run.config.model)):
+        print(f"slower than it could be: {shortfall}", flush=True)
     forget_later(run.folder, done)
     inputs = run.inputs
     facts = record_start(

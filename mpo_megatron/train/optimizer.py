@@ -71,8 +71,7 @@ def check_offload(config: OptimizerConfig, precision: str) -> None:
     missing = missing_for_transformer_engine()
     require(
         missing is None,
-        f"optimizer.cpu_offload = {config.cpu_offload}, but {missing}, and Megatron offloads only with its Adam; install it "
-        "(pip install 'mpo-megatron[gpu]'), or leave it out.",
+        f"optimizer.cpu_offload = {config.cpu_offload} needs the Adam of Transformer Engine, but {missing}. Or leave it out.",
     )
     require(
         precision == "bf16",

@@ -137,14 +137,17 @@ def test_a_broken_transformer_engine_is_one_message(tmp_path: Path, failing: str
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr.startswith(
-        f"mpo convert: {package}: this installation of Transformer Engine is broken (RuntimeError: undefined symbol: _ZN3c10); "
-        "remove it (pip uninstall transformer_engine"
+        f"mpo convert: {package}: transformer-engine is installed but does not import (RuntimeError: undefined symbol: _ZN3c10): "
+        "it is built for another torch; "
     )
+    assert "without it: pip uninstall transformer-engine " in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_transformer_engine_that_does_not_import_counts_as_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+@pytest.mark.parametrize("error", [None, "ImportError: libcuda.so.1", "ModuleNotFoundError: No module named 'pydantic'"])
+def test_megatron_tolerates_an_import_error_of_transformer_engine(monkeypatch: pytest.MonkeyPatch, error: str | None) -> None:
+    monkeypatch.setattr(device, "is_installed", lambda: True)
+    monkeypatch.setattr(device, "import_error", lambda module: error)
     device._import_transformer_engine()
 
 

@@ -68,7 +68,9 @@ def test_refused_without_a_gpu(name: str) -> None:
 def test_refused_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision.device, "has_gpu", lambda: True)
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    with pytest.raises(ConfigError, match=r"model.fp8 = current, but transformer_engine does not import .*pip install"):
+    with pytest.raises(
+        ConfigError, match=r"model.fp8 = current, but Transformer Engine is not installed; .*pip install .* Or set"
+    ):
         validate_fp8(ModelConfig(checkpoint="", fp8="current"), ParallelConfig(), HF)
 
 

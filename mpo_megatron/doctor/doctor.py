@@ -1,0 +1,102 @@
+"""`mpo doctor [--config run.yaml] [--json]`: versions, GPUs, what imports and what works, what a run would use, and cures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, TrainConfig, load_yaml, require
+from mpo_megatron.doctor import abilities, peers
+from mpo_megatron.doctor.machine import describe_machine
+from mpo_megatron.doctor.page import render
+from mpo_megatron.doctor.software import ABSENT, BROKEN, describe_software
+from mpo_megatron.stack.cuda import gpu_files
+from mpo_megatron.stack.problem import Problem
+
+
+def doctor(arguments: Sequence[str]) -> int:
+    """Examine this machine and print what was found; the exit code: 1 if a run would fail, 0 otherwise.
+
+    Raises:
+        ConfigError: an unknown option, or a configuration file that does not exist.
+    """
+    options = _read(arguments)
+    found = examine(options.config)
+    if peers.count_peers() > 1:
+        store, rank, size = peers.open_store()
+        found["peers"] = peers.exchange(store, rank, size, _comparable(found))
+        if rank:
+            return 0
+        found["problems"] += map(asdict, peers.compare(found["peers"]))
+    print(json.dumps(found, indent=1) if options.json else render(found))
+    return int(any(problem["severity"] == "error" for problem in found["problems"]))
+
+
+def examine(config: str | None) -> dict[str, Any]:
+    """All that can be told of this machine, as JSON holds it: software, machine, abilities, run, problems."""
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(abilities.ask, config)
+        software, software_problems = describe_software(has_gpus=bool(gpu_files()))
+        machine, machine_problems = describe_machine(_output(config))
+        able = asked.result()
+    problems = [*machine_problems, *software_problems]
+    if "error" in able:
+        problems.append(Problem(what=f"Megatron-Core's model does not load: {able['error']}", cure="see the problems above"))
+    run = able.pop("run", None)
+    if run and run["refused"]:
+        problems.append(Problem(what=f"mpo train refuses {run['config']}: {run['refused'].rstrip('.')}", cure="as it says"))
+    return {
+        "software": software,
+        "machine": machine,
+        "abilities": able,
+        "run": run,
+        "problems": [asdict(problem) for problem in dict.fromkeys(problems)],
+    }
+
+
+def _read(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="mpo doctor",
+        description=__doc__,
+        allow_abbrev=False,
+        exit_on_error=False,
+        formatter_class=argparse.RawTextHelpFormatter,
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", help="A configuration of `mpo train`: say what its run would use here, and why."
+    )
+    parser.add_argument("--json", action="store_true", help="Print JSON.")
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}.") from error
+    require(not unknown, f"{' '.join(unknown)}: `mpo doctor` has the options --config FILE and --json.")
+    require(options.config is None or Path(options.config).is_file(), f"--config {options.config}: there is no such file.")
+    return options
+
+
+def _output(config: str | None) -> Path:
+    """Folder that a run would write in; this one without a run."""
+    try:
+        return Path(load_yaml(TrainConfig, config).output) if config else Path.cwd()
+    except ConfigError:  # reported with the run
+        return Path.cwd()
+
+
+def _comparable(found: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same on all machines, and the host's name."""
+    machine = found["machine"]
+    return {
+        "host": machine["host"],
+        "python": machine["python"],
+        "driver": machine["driver"],
+        "nccl": machine["nccl"],
+        "cudnn": machine["cudnn"],
+        "gpus": [gpu["name"] for gpu in machine["gpus"]],
+        **{row["package"]: row["state"] if row["state"] in (ABSENT, BROKEN) else row["version"] for row in found["software"]},
+    }

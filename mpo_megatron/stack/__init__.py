@@ -1,0 +1,1 @@
+"""The installed software and the GPUs: whether they fit each other, and the command that cures it where they do not."""

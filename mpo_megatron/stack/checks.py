@@ -1,0 +1,62 @@
+"""What `mpo train` checks of the installation before anything loads."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.stack.cuda import unsupported_gpus, unusable_gpus
+from mpo_megatron.stack.imports import diagnose, import_error
+from mpo_megatron.stack.packages import PACKAGES, is_importable
+from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
+
+ATTENTION = ("flash-attn", "flash-attn-3", "nvidia-cudnn-frontend")
+"""Packages whose kernels are chosen by themselves where they import."""
+
+APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
+"""Module of NVIDIA's apex that adds weight gradients to their buffer inside the GEMM; Transformer Engine's layers need none."""
+
+
+def require_working_gpus(backend: str) -> None:
+    """Refuse to train on a CPU beside a GPU that torch cannot use, or on slow layers beside a Transformer Engine that is broken.
+
+    Args:
+        backend: `model.backend`
+    Raises:
+        ConfigError: with the cure.
+    """
+    if (problem := unusable_gpus() or unsupported_gpus()) is not None:
+        raise ConfigError(f"{problem}.")
+    if torch.cuda.is_available() and backend != "local" and (problem := broken_transformer_engine()) is not None:
+        raise ConfigError(f"model.backend = {backend}, but {problem}. Or set model.backend to local: no FP8, and slower layers.")
+
+
+def has_fused_gradients() -> bool:
+    """Whether layers that are not Transformer Engine's can add weight gradients inside the GEMM: NVIDIA's apex is there."""
+    return torch.cuda.is_available() and importlib.util.find_spec(APEX_EXTENSION) is not None
+
+
+def shortfalls(*, transformer_engine: bool) -> list[str]:
+    """What makes a run on GPUs slower than it could be, one line each; nothing on a CPU.
+
+    Args:
+        transformer_engine: whether layers come from it
+    """
+    if not torch.cuda.is_available():
+        return []
+    found = []
+    if not transformer_engine and not is_installed():
+        found.append(
+            f"Transformer Engine is not installed: layers are slower, and there is no FP8; {install_transformer_engine()}"
+        )
+    if not transformer_engine and not has_fused_gradients():
+        found.append(
+            "NVIDIA's apex is not installed: without Transformer Engine, weight gradients are added in a pass of their own; "
+            "install either"
+        )
+    for package in PACKAGES:
+        if package.name in ATTENTION and is_importable(package) and (error := import_error(package.module)) is not None:
+            found.append(f"attention does without {package.name}: {diagnose(package.name, error)}")
+    return found

@@ -1,0 +1,151 @@
+"""The packages that a run on GPUs uses: versions, the CUDA each is built for, and whether they fit each other."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import mmap
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+from mpo_megatron.stack.cuda import torch_cuda
+from mpo_megatron.stack.imports import REBUILD, version_of
+from mpo_megatron.stack.problem import Problem
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package, and what it serves here."""
+
+    name: str
+    """Its distribution."""
+    module: str
+    """What to import."""
+    serves: str
+    """What a run has of it, or loses without it."""
+    compiled: tuple[str, ...] = ()
+    """Distributions with its compiled part, where that is not its own."""
+    optional: bool = True
+
+
+PACKAGES = (
+    Package(name="torch", module="torch", serves="everything", optional=False),
+    Package(name="megatron-core", module="megatron.core", serves="model, optimizer, checkpoints", optional=False),
+    Package(name="transformers", module="transformers", serves="configurations, tokenizers, embedded generation", optional=False),
+    Package(
+        name="transformer-engine",
+        module="transformer_engine.pytorch",
+        serves="fused layers, FP8, optimizer offload",
+        compiled=("transformer-engine-torch", "transformer-engine-cu12", "transformer-engine-cu13"),
+    ),
+    Package(name="flash-attn", module="flash_attn", serves="attention: FlashAttention 2"),
+    Package(name="flash-attn-3", module="flash_attn_interface", serves="attention: FlashAttention 3 (Hopper)"),
+    Package(name="nvidia-cudnn-frontend", module="cudnn", serves="attention: cuDNN, through Transformer Engine"),
+    Package(
+        name="apex",
+        module="apex",
+        serves="without Transformer Engine: fused weight gradients, fused Adam",
+    ),
+    Package(name="nvidia-resiliency-ext", module="nvidia_resiliency_ext", serves="asynchronous checkpoints by worker processes"),
+    Package(name="vllm", module="vllm", serves="fast generation, also during training"),
+    Package(name="triton", module="triton", serves="torch.compile on GPUs"),
+)
+"""In the order in which `mpo doctor` lists them."""
+
+CUDA_LIBRARY = re.compile(rb"lib(?:cudart|cublas|cublasLt|nvrtc)\.so\.(\d+)")
+"""What a shared library says of the CUDA that it is linked to."""
+
+SELF_CHECKED = ("torch", "triton", "transformer-engine")
+"""Not compared with torch's CUDA by what they are linked to: the first two are torch's, the third has a name for each CUDA."""
+
+
+def is_importable(package: Package) -> bool:
+    """Whether there is something to import, working or not."""
+    root = package.module.partition(".")[0]
+    return sys.modules.get(root) is not None or (root not in sys.modules and importlib.util.find_spec(root) is not None)
+
+
+def linked_cuda(package: Package) -> int | None:
+    """Major version of the CUDA that a package's libraries are linked to; None if they name none, or have none."""
+    for name in package.compiled or (package.name,):
+        try:
+            files = importlib.metadata.distribution(name).files or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in files:
+            if ".so" in file.name and (major := cuda_of_library(Path(str(file.locate())))) is not None:
+                return major
+    return None
+
+
+def cuda_of_library(path: Path) -> int | None:
+    """Major version of the CUDA that a shared library is linked to; None if it names none."""
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            found = CUDA_LIBRARY.search(content)
+            return int(found[1]) if found else None
+    except (OSError, ValueError):  # gone, or empty
+        return None
+
+
+def other_cudas() -> list[Problem]:
+    """Packages that are linked to another CUDA than torch's."""
+    ours, found = torch_cuda(), []
+    for package in PACKAGES:
+        major = linked_cuda(package) if package.name not in SELF_CHECKED else None
+        if ours is not None and major is not None and major != ours[0]:
+            version = version_of(package.name) or ""
+            rebuild = REBUILD.get(package.name, "pip install --force-reinstall {name}").format(name=package.name, version=version)
+            found.append(
+                Problem(
+                    what=f"{package.name} {version} is built for CUDA {major}, torch {version_of('torch')} for CUDA "
+                    f"{ours[0]}.{ours[1]}",
+                    cure=f"{rebuild}; or without it: pip uninstall {package.name}",
+                )
+            )
+    return found
+
+
+def unmet_requirements() -> list[Problem]:
+    """Versions outside what this package or another of the table asks for, such as a vllm built for another torch."""
+    found = []
+    for name in ("mpo-megatron", *(package.name for package in PACKAGES)):
+        try:
+            texts = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for requirement in map(Requirement, texts):
+            extras = ("", "gpu", "rollout", "tracking") if name == "mpo-megatron" else ("",)
+            if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
+                continue
+            version = version_of(requirement.name)
+            if version is None or requirement.specifier.contains(version, prereleases=True):
+                continue
+            ours = name == "mpo-megatron"
+            found.append(
+                Problem(
+                    what=f"{requirement.name} {version} is installed, but {name} {version_of(name)} needs "
+                    f"{requirement.name}{requirement.specifier}",
+                    cure=f"pip install '{requirement.name}{requirement.specifier}'",
+                    severity="error" if ours or requirement.name == "torch" else "warning",
+                )
+            )
+    return found
+
+
+def other_apex() -> Problem | None:
+    """The package index's `apex`, which is not NVIDIA's; None if it is not there."""
+    if version_of("apex") is None or importlib.util.find_spec("apex") is None:
+        return None
+    places = importlib.util.find_spec("apex").submodule_search_locations or []  # type: ignore[union-attr]
+    if any((Path(place) / "multi_tensor_apply").is_dir() for place in places):
+        return None
+    return Problem(
+        what=f"apex {version_of('apex')} is the package index's, another project than NVIDIA's apex",
+        cure="pip uninstall apex, and if you want NVIDIA's: pip install --no-build-isolation git+https://github.com/NVIDIA/apex",
+        severity="warning",
+    )

@@ -1,0 +1,20 @@
+"""What is wrong with an installation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Something that does not work here, and its cure."""
+
+    what: str
+    cure: str
+    """A command, or what else to do."""
+    severity: Literal["error", "warning"] = "error"
+    """A warning costs speed or an option; with an error, runs that need it are refused."""
+
+    def __str__(self) -> str:
+        return f"{self.what}; {self.cure}"

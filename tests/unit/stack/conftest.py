@@ -1,0 +1,1 @@
+from tests.unit.stack.packages import site  # noqa: F401

@@ -1,0 +1,161 @@
+"""`mpo doctor`: what it prints and returns, with the machine's answers replaced."""
+
+from __future__ import annotations
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.distributed import HashStore
+
+from mpo_megatron.cli import main
+from mpo_megatron.doctor import abilities, doctor, machine, peers, software
+from mpo_megatron.stack.problem import Problem
+
+ABLE = {"layers": {"local": "usable"}, "attention": {"sdpa": "usable"}, "fp8": {"current": "this machine has no GPU"}}
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """No processes: what they would answer."""
+    able: dict[str, Any] = dict(ABLE)
+    monkeypatch.setattr(abilities, "ask", lambda config: dict(able))
+    monkeypatch.setattr(software, "import_error_apart", lambda module: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    return able
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_page_names_versions_and_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "describe_machine", lambda folder: (machine.describe_machine(folder)[0], []))
+    assert main(["doctor"]) == 0
+    page = capsys.readouterr().out
+    assert torch.__version__.partition("+")[0] in page
+    for heading in ("Software\n", "Machine\n", "Works here\n"):
+        assert heading in page
+    assert f"{os.cpu_count()} cores" in page
+    assert page.rstrip().endswith("No problems found.")
+
+
+@pytest.mark.usefixtures("quick")
+def test_problems_come_last_and_set_the_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [Problem(what="it is slow", cure="make it fast", severity="warning")]
+    monkeypatch.setattr(doctor, "describe_machine", lambda folder: (machine.describe_machine(folder)[0], problems))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out.endswith("Problems\n  warning: it is slow.\n    cure: make it fast\n")
+    problems.append(Problem(what="it fails", cure="mend it"))
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["problems"][-1] == {"what": "it fails", "cure": "mend it", "severity": "error"}
+    assert {"software", "machine", "abilities", "run", "problems"} == found.keys()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "--config none.yaml: there is no such file."),
+        (["--conf", "x"], "--conf x: `mpo doctor` has the options"),
+        (["--config"], "--config: expected one argument."),
+    ],
+)
+def test_unknown_options_and_files(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert main(["doctor", *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"mpo doctor: {message}")
+
+
+def test_a_model_that_does_not_load_is_a_problem(quick: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    quick.clear()
+    quick["error"] = "ModuleNotFoundError: No module named 'megatron'"
+    assert main(["doctor"]) == 1
+    assert "error: Megatron-Core's model does not load: ModuleNotFoundError" in capsys.readouterr().out
+
+
+def test_what_works_here_and_what_a_run_would_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Answered by this process instead of one of its own."""
+    config = tmp_path / "run.yaml"
+    options = {
+        "output": "run",
+        "model": {"checkpoint": str(tmp_path / "none"), "precision": "fp32"},
+        "data": {"train": "none"},
+        "parallel": {"tensor": 2},
+    }
+    config.write_text(yaml.safe_dump(options))
+    assert abilities.main([str(config)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["attention"]["sdpa"] == "usable"
+    assert found["fp8"].keys() == {"current", "blockwise", "mxfp8"}
+    if not torch.cuda.is_available():
+        assert "no GPU" in found["attention"]["flex"]
+        assert "no GPU" in found["fp8"]["mxfp8"]
+    uses = {row["what"]: (row["choice"], row["why"]) for row in found["run"]["uses"]}
+    assert uses["ranks"][0].endswith("tensor 2 × pipeline 1 × context 1 × 1 replicas") or torch.cuda.is_available()
+    assert uses["attention"][0] == "sdpa"
+    assert "none" in found["run"]["refused"]
+    assert "because: " in doctor.render(
+        {"software": [], "machine": _facts(), "abilities": ABLE, "run": found["run"], "problems": []}
+    )
+
+
+def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("outptu: run\n")
+    assert abilities.main([str(config)]) == 0
+    run = json.loads(capsys.readouterr().out.splitlines()[-1])["run"]
+    assert "outptu" in run["refused"]
+
+
+def _facts(**changes: Any) -> dict[str, Any]:
+    return machine.describe_machine(Path.cwd())[0] | changes
+
+
+def test_what_a_gpu_machine_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machine, "unusable_gpus", lambda: None)
+    monkeypatch.setattr(machine, "torch_cuda", lambda: (13, 0))
+    monkeypatch.setattr(machine.sysconfig, "get_path", lambda name: str(tmp_path))
+    facts = _facts(
+        gpu_files=["/dev/nvidia0"],
+        driver="550.54.14",
+        compiler=None,
+        shared_memory_gib=0.06,
+        disks_gib={"/run": 3.0, "/data": 900.0},
+    )
+    found = {problem.what: problem for problem in [*machine._gpu_problems(facts), *machine._space_problems(facts)]}
+    assert "driver 550.54.14 is older than 580.65, the oldest that CUDA 13 supports" in found
+    assert found["there is no C compiler, and Triton needs one (torch.compile)"].cure == "apt install gcc"
+    assert found["/dev/shm has 0.06 GiB free; NCCL may need more between GPUs"].severity == "warning"
+    assert "/run has 3.0 GiB free" in found
+    assert len(found) == 4
+    (headers,) = machine._gpu_problems(facts | {"compiler": "gcc", "driver": "580.95.05"})
+    assert "there is no Python.h" in headers.what
+    (hidden,) = machine._gpu_problems(facts | {"gpu_files": []})
+    assert "docker run --gpus all" in hidden.cure
+
+
+def test_machines_are_compared_and_their_clocks_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, facts = HashStore(), {"driver": "580", "gpus": ["H100"]}
+
+    class Late:
+        """The second machine's store, with a clock that is 100 seconds behind."""
+
+        def set(self, key: str, value: str) -> None:
+            store.set(key, repr(float(value) - 100) if key.startswith("pong") else value)
+
+        def get(self, key: str) -> bytes:
+            return store.get(key)
+
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(peers.exchange, Late(), 1, 2, {"host": "b", **facts})
+        found = peers.exchange(store, 0, 2, {"host": "a", **facts})
+        assert other.result(timeout=60) == []
+    assert [peer["host"] for peer in found] == ["a", "b"]
+    assert found[1]["clock_seconds"] == pytest.approx(-100, abs=found[1]["clock_error"] + 1e-3)
+    (problem,) = peers.compare(found)
+    assert problem.what == f"the clock of b is {found[1]['clock_seconds']:+.1f} s off a's"
+    found[1]["driver"] = "535"
+    assert peers.compare(found)[0].what == "driver differs between machines: 580 on a; 535 on b"
