@@ -19,7 +19,8 @@ set -euo pipefail
 trap : TERM USR1 # these are for the ranks; where they come here, too, this script goes on
 
 MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
-export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}"
+# Below the ephemeral ports, from 32768 on, which any connection may be given.
+export MASTER_ADDR MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 12768))}"
 if [[ -z "${SLURM_JOB_END_TIME:-}" ]]; then # older Slurms do not set it; the run saves in time by it
     SLURM_JOB_END_TIME="$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s)" || unset SLURM_JOB_END_TIME
 fi

@@ -32,9 +32,10 @@ class McpoParams(Hyperparameters):
     """Candidates drawn with probability ∝ e^{β s} under the current policy (Algorithm 1) | uniformly (RNCE);
     or those of highest | lowest weight, without sampling (mc-po §5)."""
     chain_steps: Count = 1
-    """Steps of the kernel; each redraws from the group's candidates, so that more than one matters only with include_current."""
+    """Steps of the kernel. On a group's fixed candidates one step already draws from the kernel's stationary distribution: more
+    steps draw other negatives, with the same probabilities."""
     include_current: bool = False
-    """Keep the chain's state y_0 among the categories, as Algorithm 1 writes it: it may then be drawn as its own negative."""
+    """Keep the chain's start y_0 among the categories at every step, as Algorithm 1 writes it: y_0 may be its own negative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,13 +66,13 @@ def draw_negatives(batch: GroupBatch, params: McpoParams, logits: Tensor) -> Ten
         return candidates & (compute_rank(-weights, candidates) < params.num_negatives)
     if params.sampling == "random":
         return candidates & (compute_rank(draw_uniform(batch), candidates) < params.num_negatives)
-    at_best = torch.ones_like(best[..., :1])  # [G, 1]: the chain starts at y_0
+    # Whatever the chain's state is, it is among these: a step from any state draws from softmax(β s) over the same pool, which
+    # therefore is the stationary distribution, reached in one step. A pool without y_0 once the chain has left it is another one.
+    pool = candidates | best if params.include_current else candidates
     drawn = candidates
     for _ in range(params.chain_steps):
-        pool = candidates | (best & at_best) if params.include_current else candidates
         keys = weights - torch.log(-torch.log1p(-draw_uniform(batch)))
         drawn = pool & (compute_rank(keys, pool) < params.num_negatives)
-        at_best = (drawn & best).any(dim=-1, keepdim=True)
     return drawn
 
 
@@ -92,7 +93,7 @@ def compute_mcpo(batch: GroupBatch, params: McpoParams) -> Tensor:
 
     The gradient reaches y_0 and the drawn negatives; it is exactly zero for all others, which so need no backward pass.
     Deviation: candidates are the group's strictly worse responses, fixed over the chain's steps (Algorithm 1
-    proposes new ones at each). Drawn with include_current, y_0 counts twice in the sum.
+    proposes new ones at each). With include_current, a drawn y_0 counts twice in the sum.
     Source: MC-PO, Algorithm 1, Eq. 7, Table 5.
     """
     logits = params.beta * compute_log_ratios(batch)

@@ -46,7 +46,7 @@ from mpo_megatron.rollout.records import (
     read_summary,
     write_summary,
 )
-from mpo_megatron.rollout.score_summary import print_summary, summarize
+from mpo_megatron.rollout.score_summary import TOLD, print_summary, summarize
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 
@@ -183,7 +183,8 @@ def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Cou
 
 def _quote_notes(record: Record) -> str:
     """What the scorers noticed about a group, in brackets."""
-    notes = "; ".join(f"{name}: {', '.join(what)}" for name, what in record.get("notes", {}).items())
+    found = {name: [what for what in notes if what not in TOLD] for name, notes in record.get("notes", {}).items()}
+    notes = "; ".join(f"{name}: {', '.join(what)}" for name, what in found.items() if what)
     return f" ({notes})" if notes else ""
 
 

@@ -34,6 +34,13 @@ _MANY = 0.1
 """From this share of missing scores on, they are pointed out."""
 
 
+TOLD = {
+    *("first_place_won", "second_place_won", "orders_agree", "orders_differ"),
+    *("answers", "prompt_tokens", "completion_tokens"),
+}
+"""Notes that only count what went well; `print_summary` puts them into words."""
+
+
 @dataclass(kw_only=True)
 class _Tally:
     """One score, over all responses."""
@@ -184,18 +191,11 @@ def print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) ->
     for name, judge in summary["judges"].items():
         say(f"{name}: {', '.join(_tell_judge(judge))}.")
     for name, notes in summary["notes"].items():
-        told = {what: count for what, count in notes.items() if what not in _TOLD}
+        told = {what: count for what, count in notes.items() if what not in TOLD}
         if told:
             say(f"{name}: {', '.join(f'{count:,} × {what}' for what, count in told.items())}")
     for fault in summary["warnings"]:
         console.print(f"Warning: {escape(fault)}", style="yellow", highlight=False, soft_wrap=True)
-
-
-_TOLD = {
-    *("first_place_won", "second_place_won", "orders_agree", "orders_differ"),
-    *("answers", "prompt_tokens", "completion_tokens"),
-}
-"""Notes that `_tell_judge` puts into words."""
 
 
 def _tell_judge(judge: Mapping[str, Any]) -> Iterable[str]:

@@ -76,13 +76,25 @@ def test_more_negatives_than_candidates_takes_all():
 
 
 def test_current_state_may_be_its_own_negative():
-    """Algorithm 1 to the letter: with probability w_0 the chain stays at y_0; the loss is ln 2, with no gradient."""
+    """Algorithm 1 to the letter: the chain ends at y_0 with probability w_0; the loss is then ln 2, with no gradient."""
     stay = torch.softmax(RATIOS, dim=0)[0].item()
-    for steps in (1, 2):
+    for steps in (1, 2, 5):
         values, drawn = draw("mcpo", beta=1.0, include_current=True, chain_steps=steps)
         stayed = ~drawn.any(dim=-1)
-        assert_frequency(stayed, stay**steps)
+        assert_frequency(stayed, stay)
         assert (values[stayed] - math.log(2)).abs().max() < 1e-15
+
+
+def test_chains_of_any_length_are_exact_on_fixed_candidates():
+    """Chi-square of where the chain ends against softmax(β s) over y_0 and all candidates."""
+    expected = torch.softmax(RATIOS, dim=0) * NUM_GROUPS
+    for steps in (1, 2, 3, 8):
+        _, drawn = draw("mcpo", beta=1.0, include_current=True, chain_steps=steps)
+        seen = drawn[:, 1:].sum(dim=0).double()
+        seen = torch.cat([(NUM_GROUPS - seen.sum())[None], seen])
+        statistic = ((seen - expected) ** 2 / expected).sum()
+        # p > 1e-4 on 3 degrees of freedom; the seed is fixed. A chain that cannot return to y_0 gives 806 at two steps.
+        assert torch.special.gammaincc(torch.tensor(1.5).double(), statistic / 2) > 1e-4
 
 
 def test_max_and_min_take_the_extreme_weights():
