@@ -153,7 +153,7 @@ def read_texts(source: Path, max_rows: int) -> list[str]:
     from mpo_megatron.data.readers import read_groups
 
     groups = [item for item in read_groups(str(source), max_rows=max_rows).items if isinstance(item, Group)]
-    return [text for group in groups for text in (*(message["content"] for message in group.prompt), *group.responses)]
+    return [text for group in groups for text in (*(message["content"] for message in group.prompt), *map(str, group.responses))]
 
 
 def read_prepared(folder: Path) -> dict[str, Any]:

@@ -41,6 +41,12 @@ def describe_type(expected: Any) -> str:
     return KINDS.get(expected, "a mapping, such as {name: value}")
 
 
+def collection_of(expected: Any) -> type[Any] | None:
+    """list or dict, if a value of this type is one or may be one; else None."""
+    kinds = [get_origin(item) for item in (expected, *(get_args(expected) if get_origin(expected) in (Union, UnionType) else ()))]
+    return next((kind for kind in (list, dict) if kind in kinds), None)
+
+
 def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
     """That there is no option of this name, and which was meant, or which there are.
 

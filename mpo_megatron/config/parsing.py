@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from mpo_megatron.config.checks import ConfigError
-from mpo_megatron.config.names import check_file, check_names, describe_type, options_of, unknown_option
+from mpo_megatron.config.checks import ConfigError, require
+from mpo_megatron.config.names import check_file, check_names, collection_of, describe_type, options_of, unknown_option
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -41,7 +43,7 @@ def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str
         ConfigError: an option is unknown or missing, is of another type, or breaks a rule.
     """
     parser = build_parser(kind, program, epilog)
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    arguments = join_lists(kind, sys.argv[1:] if arguments is None else list(arguments))
     for option, following in itertools.pairwise([*arguments, ""]):
         name, _, value = option.partition("=")
         if name == "--config" and (value or following):
@@ -50,6 +52,53 @@ def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str
         return instantiate(parser, kind, parser.parse_args(arguments))
     except ArgumentError as error:
         raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
+
+
+def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--list a b`, `--list a --list b` and `--mapping x=1 y=2` each as one value, as the parser takes them.
+
+    Raises:
+        ConfigError: a part of a mapping is not written as name=value.
+    """
+    types = {f"--{name}": expected for name, expected in options_of(kind).items()}
+    values: dict[str, list[str]] = {}
+    joined: list[str] = []
+    current: str | None = None
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        option, equals, value = argument.partition("=")
+        if collection_of(types.get(option)) is not None:
+            current = option
+            if option not in values or not (equals or _is_value(following)):  # without a value the parser says what is missing
+                joined.append(option)
+            values.setdefault(option, []).extend([value] if equals else [])
+        elif current is not None and _is_value(argument):
+            values[current].append(argument)
+        else:
+            current = None
+            joined.append(argument)
+    for option, given in values.items():
+        if given:
+            joined.insert(joined.index(option) + 1, _join(option, types[option], given))
+    return joined
+
+
+def _is_value(argument: str) -> bool:
+    """Whether an argument is no option: a text, a number below 0, or `-`."""
+    return argument == "-" or re.match(r"-(?!\.?\d)", argument) is None
+
+
+def _join(option: str, expected: Any, given: Sequence[str]) -> str:
+    """The values of a list or of a mapping, as one argument."""
+    kind = collection_of(expected)
+    if len(given) == 1 and (given[0].lstrip()[:1] in ("[", "{") or get_origin(expected) is not kind):
+        return given[0]
+    names = get_args(kind and next(item for item in (expected, *get_args(expected)) if get_origin(item) is kind))
+    if kind is list:
+        return json.dumps([part if names == (str,) else yaml.safe_load(part) for part in given])
+    for part in given:
+        require("=" in part, f"{option} {part}: write name=value, or several: {option} a=1 b=2.")
+    pairs = [part.split("=", 1) for part in given]
+    return json.dumps({name: value if names == (str, str) else yaml.safe_load(value) for name, value in pairs})
 
 
 def load_yaml[C](kind: type[C], path: str | Path) -> C:

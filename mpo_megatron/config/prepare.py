@@ -12,20 +12,30 @@ from mpo_megatron.config.checks import check_seed, require
 class PrepareConfig:
     """`mpo prepare`: prompts with K responses and rewards → tokenized groups in Arrow."""
 
-    input: str
-    """A .jsonl / .json / .parquet file, a folder of them, a folder written by `datasets`, or a dataset's hub name."""
+    input: str | list[str]
+    """A .jsonl / .json / .csv / .tsv / .parquet file (text also .gz, .zst, .bz2, .xz), a pattern such as 'data/*.jsonl', a
+    folder, a folder written by `datasets`, a dataset's hub name, or `-` for standard input (JSONL); or several of them."""
     output: str
     """Folder to write the groups to; it must not exist yet, or be empty."""
     tokenizer: str
-    """Folder with the tokenizer: a Hugging Face or Megatron checkpoint, or a SentencePiece .model file."""
-    format: Literal["auto", "groups", "ultrafeedback", "nectar", "pairs", "ratings"] = "auto"
+    """Folder with the tokenizer: a Hugging Face or Megatron checkpoint, or a SentencePiece .model file; or a model's hub name."""
+    weights: list[float] = field(default_factory=list)
+    """Shares of several inputs in the training groups, for example 0.7 0.3: groups are left out at random, none is repeated."""
+    format: Literal["auto", "groups", "ultrafeedback", "nectar", "pairs", "comparison", "unpaired", "ratings"] = "auto"
     """What a row looks like; `auto` decides from the columns. See docs/data.md."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where the columns have other names: ours=yours, for example prompt=question responses=answers rewards=scores."""
     split: str = "train"
     """Split to read when the input is a dataset with splits."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     rating: str | None = None
     """Field(s) that hold the reward, joined by `+` to average several (ratings, ultrafeedback); by default the format's own."""
+    drop_ranks: list[int] = field(default_factory=list)
+    """Ranks whose answers are left out (nectar), for example 2 as in the MC-PO paper."""
+    prompt_format: Literal["auto", "chat", "templated"] = "auto"
+    """`templated`: prompts are text that the chat template has been applied to, and are taken as they are. `chat`: the template
+    is applied whatever a prompt looks like. `auto`: as `chat`, but stops if most prompts look templated."""
     system_prompt: str | None = None
     """System message put before prompts that have none of their own; one that is there is never doubled."""
     chat_template: str | None = None
@@ -50,12 +60,34 @@ class PrepareConfig:
     """Standard deviation σ of Gaussian noise added to the training groups' rewards, before anything else is done to them."""
     reward_normalization: Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"] = "none"
     """Shift and scale rewards by their group's mean and std (zscore) or range (minmax), or by the whole data set's."""
+    check_every: int = 100
+    """Compare every n-th group with plain `apply_chat_template`, and stop on a difference; 0: never."""
     seed: int = 1234
-    """Seed of `held_out`, `fraction`, `responses_per_prompt` and `reward_noise`."""
+    """Seed of `weights`, `held_out`, `fraction`, `responses_per_prompt` and `reward_noise`."""
     num_workers: int = 1
     """Processes that tokenize; the result does not depend on it."""
 
+    @property
+    def inputs(self) -> list[str]:
+        """The inputs, one or several."""
+        return [self.input] if isinstance(self.input, str) else self.input
+
     def __post_init__(self) -> None:
+        require(bool(self.inputs), "input is an empty list; name at least one.")
+        require(len(set(self.inputs)) == len(self.inputs), f"input = {self.input}; an input is named twice; name each once.")
+        require(
+            not self.weights or len(self.weights) == len(self.inputs),
+            f"weights = {self.weights}; there are {len(self.inputs)} inputs; give one weight for each.",
+        )
+        for weight in self.weights:
+            require(0 < weight < float("inf"), f"weights = {self.weights}; each must be positive and finite.")
+        require(self.check_every >= 0, f"check_every = {self.check_every}; it must be 0 (never) or more.")
+        for ours, theirs in self.columns.items():
+            require(bool(ours and theirs), f"columns = {self.columns}; write ours=yours, for example prompt=question.")
+        require(
+            len(set(self.columns.values())) == len(self.columns),
+            f"columns = {self.columns}; one column of the input stands for two; name each once.",
+        )
         check_seed(self.seed)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")
         require(self.max_response_tokens >= 1, f"max_response_tokens = {self.max_response_tokens}; it must be at least 1.")

@@ -1,34 +1,67 @@
 """From chat messages to token ids: exactly what the model sees before it answers, and what it would then generate.
 
-The prompt is the chat template's text with its generation prompt. A response is tokenized on its own: in one text with
-the prompt, a response's first characters could merge with the template's last ones (ChatML's newline with a response
+The prompt is the chat template's text with its generation prompt. A response that is text is the model's own output and follows
+the prompt as it is; one that is messages is what the template writes behind the prompt (turns.py). A response is tokenized on its
+own: in one text with the prompt, its first characters could merge with the template's last ones (ChatML's newline with a response
 that starts with one) into a token that generation never produces. The token that ends a turn is read off the template.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.data.group import Int32, Message
+from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.group import Answer, Bools, Int32, Message
+from mpo_megatron.data.thoughts import continue_prompt, find_seam
 from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.data.turns import Turn, write_turns
 
 _QUESTION, _ANSWER = "Question", "Answer"
 """Contents of the conversation that a template is probed with."""
 _ANCHORS = ("\n", "\0", "¶")
 """Characters a response is tokenized behind when the tokenizer would otherwise put a space before it."""
+_MARKERS = re.compile(
+    r"\s*(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<start_of_turn>|<bos>|<s>\s*\[INST\]|\[INST\]|<\|user\|>|<｜User｜>"
+    r"|<｜begin▁of▁sentence｜>|<\|begin▁of▁sentence\|>)"
+)
+"""How texts begin that some model's template has been applied to."""
+_PIECE, _SLACK = 1 << 16, 256
+"""Characters of a long text that are counted at a time, and tokens that a cut between two pieces may add."""
+_TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
+"""What a template may raise over messages that it does not expect."""
+
+
+class Tokens(NamedTuple):
+    """A response as the model would generate it."""
+
+    text: str
+    """Without the end token."""
+    ids: Int32
+    """[R], the end token last."""
+    scored: Bools | None
+    """[R] False for tokens that the model did not generate; None if it generated all."""
+    exact: bool = True
+    """Whether the template writes the whole conversation just so; else its earlier turns stand as they were generated."""
 
 
 class Chat:
     """A tokenizer with its chat template: messages to prompt ids, responses to response ids."""
 
     def __init__(
-        self, tokenizer: Tokenizer, *, system_prompt: str | None = None, variables: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Tokenizer,
+        *,
+        system_prompt: str | None = None,
+        variables: Mapping[str, Any] | None = None,
+        templated: bool = False,
     ) -> None:
         """Probe the template.
 
@@ -36,15 +69,17 @@ class Chat:
             tokenizer: the tokenizer; its template renders.
             system_prompt: system message put before prompts that have none of their own.
             variables: extra variables for the template, for example {"enable_thinking": False}.
+            templated: prompts are text that the template has been applied to; they are taken as they are.
 
         Raises:
             ConfigError: the template refuses a plain conversation or a system message, or no end token can be found.
         """
         self.tokenizer, self.system_prompt, self.variables = tokenizer, system_prompt, dict(variables or {})
+        self.templated = False
         question: list[Message] = [{"role": "user", "content": _QUESTION}]
         try:
             prompt, _ = self.prompt(question)
-            whole = self._render([*question, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
+            whole = self.render([*question, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
         except TemplateError as error:
             what = "a system message" if system_prompt is not None else "a question and an answer"
             raise ConfigError(f"chat_template: the template refuses {what}: {error}") from error
@@ -54,11 +89,20 @@ class Chat:
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
         """What the template writes between the generation prompt and the assistant's words; "" in most templates."""
+        self.seam = find_seam(prompt)
+        """The thought that the generation prompt opens or closes, if it does."""
+        self._cue = prompt.rpartition(_QUESTION)[2].strip()
         names = [name for token in sorted(tokenizer.special_ids) if (name := tokenizer.decode([token]))]
-        self._end = tokenizer.decode([self.end_token_id])
+        self.end = tokenizer.decode([self.end_token_id])
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
+        end_ids = (self.end_token_id, tokenizer.eos_id, tokenizer.pad_id)
+        ends = {tokenizer.decode([token]) for token in end_ids if token is not None}
+        self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, sorted(filter(None, ends))))})\s*)+\Z")
+        self._last_special = re.compile(rf"({'|'.join(map(re.escape, names))})\s*\Z") if names else None
+        self._tail = after.removeprefix(self.end) if after.startswith(self.end) else after
         self._adds_space = tokenizer.encode(_ANSWER) != self._behind(_ANSWER, "\n")
         self._read_lead(prompt, whole)
+        self.templated = templated
 
     def _find_end(self, after: str) -> int:
         """The first special token behind the assistant's words, else the tokenizer's end of text."""
@@ -79,39 +123,151 @@ class Chat:
         lead = self.lead if self.lead.isspace() else ""
         for start in (("", False), ("", True), (lead, False), (lead, True)):
             self._prefix, self._anchored = start
-            ids = [*prompt_ids, *self._response_ids(_ANSWER)]
+            ids = [*prompt_ids, *self._text_ids(self._prefix + _ANSWER)]
             if whole_ids[: len(ids)] == ids:
                 return
         self._prefix, self._anchored = "", False
 
-    def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+    def with_system(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages, behind the system prompt if they have none of their own."""
         if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
-        return self.tokenizer.render(messages, add_generation_prompt=add_generation_prompt, variables=self.variables)
+            return [{"role": "system", "content": self.system_prompt}, *messages]
+        return list(messages)
 
-    def prompt(self, messages: Sequence[Message]) -> tuple[str, Int32]:
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """The template's text for a conversation.
+
+        Raises:
+            jinja2.TemplateError: the template refuses it.
+        """
+        messages = self.with_system(messages)
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "variables": self.variables, "tools": tools}
+        try:
+            return self.tokenizer.render(messages, **options)
+        except _TEMPLATE_FAILURES as error:
+            if any(message.get("tool_calls") for message in messages):  # DeepSeek's want a call's arguments as text
+                with contextlib.suppress(*_TEMPLATE_FAILURES):
+                    return self.tokenizer.render([with_text_arguments(message) for message in messages], **options)
+            if isinstance(error, TemplateError):
+                raise
+            raise TemplateError(f"it fails with {type(error).__name__}: {error}") from error
+
+    def prompt(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), limit: int | None = None
+    ) -> tuple[str, Int32]:
         """The rendered prompt and its ids [P].
+
+        Args:
+            limit: of a text with far more tokens, only somewhat more than this many are made
 
         Raises:
             jinja2.TemplateError: the template refuses the conversation, for example for its order of roles.
         """
-        text = self._render(messages, add_generation_prompt=True)
-        return text, np.array(self.tokenizer.encode(text), np.int32)
+        if self.templated:
+            if len(messages) != 1:
+                raise TemplateError(f"prompt_format = templated takes a text, and these are {len(messages)} messages")
+            text = str(messages[0]["content"])
+        else:
+            messages = [_with_content(message, self.shorten(message["content"], limit)) for message in messages]
+            text = self.render(messages, add_generation_prompt=True, tools=tools)
+        return text, np.array(self.tokenizer.encode(self.shorten(text, limit)), np.int32)
 
-    def response(self, text: str) -> Int32:
-        """Ids [R] of one response, its end token last (once, even if the text writes it out)."""
-        ids = self._response_ids(text)
-        if not ids or ids[-1] != self.end_token_id:
-            ids.append(self.end_token_id)
+    def response(self, text: str, prompt_text: str | None = None, limit: int | None = None) -> Int32:
+        """Ids [R] of one response that is text, its end token last: once, even if the text writes it out.
+
+        Args:
+            prompt_text: the prompt that it follows, if it is not one that the template ends
+            limit: as for `prompt`
+
+        Raises:
+            RowError: it has a thought, and the prompt closes it.
+        """
+        text = continue_prompt(self.seam if prompt_text is None else find_seam(prompt_text), self.strip_end(text))
+        ids = [*self._text_ids(self.shorten(self._prefix + text, limit)), self.end_token_id]
         return np.array(ids, np.int32)
+
+    def strip_end(self, text: str) -> str:
+        """The text without end tokens, and white space behind them, that it writes out."""
+        return self._ends.sub("", text)
+
+    def answer(
+        self,
+        prompt_text: str,
+        messages: Sequence[Message],
+        answer: Answer,
+        tools: Sequence[dict[str, Any]] = (),
+        limit: int | None = None,
+    ) -> Tokens:
+        """A response behind its prompt.
+
+        Args:
+            prompt_text: the prompt's messages, rendered
+            limit: as for `prompt`
+
+        Raises:
+            RowError: the template does not write a part of the answer, or writes another conversation.
+        """
+        if isinstance(answer, str):
+            text = continue_prompt(find_seam(prompt_text), self.strip_end(answer))
+            return Tokens(text, self.response(answer, prompt_text, limit), None)
+        if self.templated:
+            raise RowError("", "holds messages; behind a prompt that is templated already only text can stand")
+        said = [_with_content(message, self.shorten(message["content"], limit)) for message in answer]
+        try:
+            turns, exact = write_turns(self, list(messages), said, tools)
+        except TemplateError as error:
+            raise RowError("", f"is refused by the chat template: {error}") from error
+        ids: list[int] = []
+        scored: list[bool] = []
+        for turn in turns:
+            part = self.turn_ids(turn, limit)
+            ids += part
+            scored += [turn.scored] * len(part)
+        text = "".join(f"{turn.text}{turn.end if turn is not turns[-1] else ''}" for turn in turns)
+        mask = None if all(scored) else np.array(scored, np.bool_)
+        return Tokens(text, np.array(ids, np.int32), mask, exact)
+
+    def turn_ids(self, turn: Turn, limit: int | None = None) -> list[int]:
+        """Ids of a part of a response."""
+        text = self.shorten(self._prefix + turn.text if turn.is_plain else turn.text, limit)
+        if not turn.scored:  # behind an end token: nothing merges with it
+            return self.tokenizer.encode(text)
+        return [*self._text_ids(text), *(self.tokenizer.encode(turn.end) or [self.end_token_id])]
+
+    def cut_end(self, text: str) -> tuple[str, str]:
+        """A turn as the template writes it, cut into what the model says and the token that ends it."""
+        found = self._last_special.search(text) if self._last_special else None
+        if found:
+            return text[: found.start()], found[1]
+        return text.removesuffix(self._tail), self.end
+
+    def looks_templated(self, messages: Sequence[Message]) -> bool:
+        """Whether a prompt is text that a chat template has been applied to already."""
+        if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
+            return False
+        content = messages[0]["content"]
+        return _MARKERS.match(content) is not None or bool(len(self._cue) > 3 and content.strip().endswith(self._cue))
 
     def spells_special(self, messages: Sequence[Message], responses: Iterable[str]) -> bool:
         """Whether a text writes out a special token, and so is read with it; a response may end with its end token."""
-        texts = [*(message["content"] for message in messages), *(text.removesuffix(self._end) for text in responses)]
+        texts = [str(message["content"] or "") for message in messages]
+        texts += [self.strip_end(text) for text in responses]
         return self._special is not None and any(map(self._special.search, texts))
 
-    def _response_ids(self, text: str) -> list[int]:
-        text = self._prefix + text
+    def shorten[Text: (str, str | None)](self, text: Text, limit: int | None) -> Text:
+        """A text, or the beginning of one that has more than `limit` tokens anyway: tokenizers take 250 bytes a character."""
+        if text is None or limit is None or len(text) <= max(_PIECE, 32 * limit):
+            return text
+        tokens = 0
+        for end in range(_PIECE, len(text) + _PIECE, _PIECE):
+            tokens += len(self.tokenizer.encode(text[end - _PIECE : end]))
+            if tokens > limit + _SLACK * (end // _PIECE):
+                return text[:end]
+        return text
+
+    def _text_ids(self, text: str) -> list[int]:
+        if not text:
+            return []
         if not (self._adds_space and self._anchored):
             return self.tokenizer.encode(text)
         for anchor in _ANCHORS:
@@ -124,3 +280,20 @@ class Chat:
         """Ids of a text as they are behind `anchor`; None if the two merge."""
         alone, together = self.tokenizer.encode(anchor), self.tokenizer.encode(anchor + text)
         return together[len(alone) :] if together[: len(alone)] == alone else None
+
+
+def _with_content(message: Message, content: str | None) -> Message:
+    return message if content is message["content"] else message | {"content": content}
+
+
+def with_text_arguments(message: Message) -> Message:
+    """The message with its calls' arguments as JSON text."""
+    calls = message.get("tool_calls")
+    if not calls:
+        return message
+    texts = [json.dumps(call["function"]["arguments"], ensure_ascii=False) for call in calls]
+    return message | {
+        "tool_calls": [
+            call | {"function": call["function"] | {"arguments": text}} for call, text in zip(calls, texts, strict=True)
+        ]
+    }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 RewardKind = Literal["scores", "ranks", "labels"]
-Message = dict[str, str]
-"""One chat message: {"role": ..., "content": ...}."""
+Message = dict[str, Any]
+"""One chat message: {"role": …, "content": …}, and what the template reads besides: tool_calls, reasoning_content, …"""
+Answer = str | tuple[Message, ...]
+"""A response: the model's own output as text, or messages that the chat template writes out: an assistant's, and with tools
+several, of which the first and the last are the assistant's."""
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Int8 = npt.NDArray[np.int8]
@@ -25,13 +28,19 @@ class Group:
     group_id: str
     prompt: tuple[Message, ...]
     """Chat messages; the last one is not the assistant's."""
-    responses: tuple[str, ...]
+    responses: tuple[Answer, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    """Tools that the prompt offers, as JSON schemas."""
     rewards: tuple[float, ...] | None = None
     """K rewards, higher is better; None if the data only has labels."""
     labels: tuple[int, ...] | None = None
     """K labels, 1 chosen and 0 rejected; None if the data has none."""
     where: str = ""
     """Where the group was read: `file:line`, lines counted from 1."""
+    source: int = 0
+    """Which input it was read from, counted from 0."""
+    dropped: tuple[str, ...] = ()
+    """Of each response that could not be used, the field and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +61,7 @@ class TokenizedGroup:
     prompt_text: str = ""
     """The rendered prompt, for reports."""
     response_texts: tuple[str, ...] = ()
-    """The K responses as they were read, for reports."""
+    """The K responses as text, messages written out by the template; for reports."""
     where: str = ""
     """Where the group was read: `file:line`."""
 

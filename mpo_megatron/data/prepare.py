@@ -2,60 +2,45 @@
 
     mpo prepare --input pairs.jsonl --tokenizer checkpoints/qwen --output data/pairs --held_out 200 --num_workers 8
 
-Two passes. The first reads rows in order, tokenizes them in parallel, and keeps what passes in a temporary file. The
-second, which needs to have seen all groups, splits off the held-out ones and applies the options of `rewards.py`. Nothing
-depends on the number of workers: chunks come back in the order they left.
+Two passes. The first reads rows in order, tokenizes them in parallel (tokenizing.py), and keeps what passes in a temporary file.
+The second, which needs to have seen all groups, splits off the held-out ones (choice.py) and applies the options of `rewards.py`.
+Nothing depends on the number of workers: chunks come back in the order they left. Memory holds some chunks, some bytes a group.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
-import json
-import multiprocessing
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jinja2 import TemplateError
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import Layout
-from mpo_megatron.data.group import Group, TokenizedGroup
-from mpo_megatron.data.readers import Rejection, read_groups
-from mpo_megatron.data.rewards import (
-    RewardScale,
-    add_noise,
-    choose_responses,
-    hash_unit,
-    in_fraction,
-    measure_scale,
-    normalize,
-)
-from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, to_batch, write_arrow, write_info
+from mpo_megatron.data.group import Group, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.data.preview import print_group
+from mpo_megatron.data.progress import track
+from mpo_megatron.data.readers import GroupStream, read_inputs
+from mpo_megatron.data.rewards import RewardScale, add_noise, choose_responses, measure_scale, normalize
+from mpo_megatron.data.sources import Rejection
+from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, write_arrow, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
-from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, cut_chunks, load_chat, map_in_order, tokenize_chunk
 
 REJECTED_FILE = "rejected.jsonl"
-_CHUNK = 32
-"""Groups that one task tokenizes."""
-_AHEAD = 4
-"""Chunks per worker that may be under way: keeps workers busy and memory bounded."""
+_PEEKED = 64
+"""Groups that tell whether prompts are templated already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,129 +55,19 @@ class PrepareSummary:
     seconds: float
 
 
-# --------------------------------------------------------------------------------------------------- tokenizing
+@dataclass(kw_only=True)
+class Accepted:
+    """What is remembered of each accepted group, a few bytes each."""
 
+    prompt_keys: bytearray = field(default_factory=bytearray)
+    holds: bytearray = field(default_factory=bytearray)
+    inputs: bytearray = field(default_factory=bytearray)
 
-def load_chat(config: PrepareConfig) -> Chat:
-    """The tokenizer with its template; each process loads it once."""
-    variables = json.dumps(config.chat_template_kwargs, sort_keys=True)
-    return _load_chat(config.tokenizer, config.chat_template, config.system_prompt, variables)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_chat(tokenizer: str, chat_template: str | None, system_prompt: str | None, variables: str) -> Chat:
-    return Chat(load_tokenizer(tokenizer, chat_template), system_prompt=system_prompt, variables=json.loads(variables))
-
-
-class Chunk(NamedTuple):
-    """A worker's answer, in the order of its items."""
-
-    batch: pa.RecordBatch | None
-    prompt_keys: list[str]
-    """Of each accepted group, a hash of its prompt's messages."""
-    rejections: list[Rejection]
-    num_overlong: int
-    """Responses that were too long."""
-    num_special: int
-    """Accepted groups with a special token written out in their text."""
-
-
-def tokenize_group(group: Group, chat: Chat, config: PrepareConfig) -> tuple[TokenizedGroup, int]:
-    """Token ids of a group, and how many of its responses were over-long.
-
-    Raises:
-        RowError: the template refuses the prompt, it is too long, or fewer than two responses remain.
-    """
-    try:
-        prompt_text, prompt_tokens = chat.prompt(group.prompt)
-    except TemplateError as error:
-        raise RowError("prompt", f"is refused by the chat template: {error}") from error
-    if len(prompt_tokens) > config.max_prompt_tokens:
-        limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
-        raise RowError("prompt", f"has {len(prompt_tokens)} tokens, {limit}")
-    tokens = [chat.response(response) for response in group.responses]
-    fits = [len(ids) <= config.max_response_tokens for ids in tokens]
-    keep = [index for index, fit in enumerate(fits) if fit or config.overlong == "truncate"]
-    if len(keep) < 2:
-        limit = f"max_response_tokens = {config.max_response_tokens}"
-        raise RowError("responses", f"leave K = {len(keep)} of {len(tokens)} within {limit}; a group needs at least two")
-    tokenized = TokenizedGroup(
-        group_id=group.group_id,
-        prompt_tokens=prompt_tokens,
-        response_tokens=tuple(tokens[index][: config.max_response_tokens] for index in keep),
-        rewards=None if group.rewards is None else np.array(group.rewards, np.float64)[keep],
-        labels=None if group.labels is None else np.array(group.labels, np.int8)[keep],
-        prompt_text=prompt_text,
-        response_texts=tuple(group.responses[index] for index in keep),
-        where=group.where,
-    )
-    return tokenized, fits.count(False)
-
-
-def tokenize_chunk(config: PrepareConfig, items: list[Group | Rejection]) -> Chunk:
-    """Tokenize a run of groups; rejections among them pass through in their place."""
-    chat = load_chat(config)
-    groups: list[TokenizedGroup] = []
-    keys: list[str] = []
-    rejections: list[Rejection] = []
-    num_overlong = num_special = 0
-    for item in items:
-        if isinstance(item, Rejection):
-            rejections.append(item)
-            continue
-        try:
-            group, overlong = tokenize_group(item, chat, config)
-        except RowError as error:
-            file, _, line = item.where.rpartition(":")
-            rejections.append(
-                Rejection(file=file, line=int(line), group_id=item.group_id, field=error.field, reason=error.reason)
-            )
-            continue
-        groups.append(group)
-        keys.append(hashlib.sha256(json.dumps(item.prompt, sort_keys=True).encode()).hexdigest()[:32])
-        num_overlong += overlong
-        num_special += chat.spells_special(item.prompt, group.response_texts)
-    return Chunk(
-        batch=to_batch(groups) if groups else None,
-        prompt_keys=keys,
-        rejections=rejections,
-        num_overlong=num_overlong,
-        num_special=num_special,
-    )
-
-
-def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map` over processes, results in the order of the items, a bounded number of them under way."""
-    if num_workers == 1:
-        yield from map(function, items)
-        return
-    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, its children start clean.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
-    under_way: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-        try:
-            for item in items:
-                under_way.append(pool.submit(function, item))
-                if len(under_way) >= _AHEAD * num_workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"num_workers = {num_workers}; a tokenizing process died, perhaps for lack of memory; use fewer."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _chunks[Item](items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    iterator = iter(items)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
-
-
-# --------------------------------------------------------------------------------------------------- both passes
+    def add(self, chunk: Chunk) -> None:
+        """Append a chunk's groups."""
+        self.prompt_keys += chunk.prompt_keys
+        self.holds += chunk.holds
+        self.inputs += np.array(chunk.inputs, dtype=np.uint16).tobytes()
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSummary:
@@ -209,178 +84,256 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     for folder in (output, held_out) if config.held_out else (output,):
         require(is_free(folder), f"output = {folder}; exists and is not an empty folder; remove it, or choose another output.")
     chat = load_chat(config)
-    if chat.lead.strip():
-        console.print(
-            f"[yellow]The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it; "
-            "responses are taken as they stand. If the model should not think, set chat_template_kwargs (Qwen3: "
-            "enable_thinking: false).[/yellow]"
-        )
-    stream = read_groups(
-        config.input,
+    streams = open_streams(config)
+    tally = Tally(notes=list(dict.fromkeys(note for stream in streams for note in stream.layout.notes)))
+    _print_start(console, config, chat, streams)
+    with AtomicFolder(output) as partial:
+        spool = partial.path / "tokenized.arrow"
+        rejected = partial.path / REJECTED_FILE
+        accepted = _tokenize(config, chat, streams, spool, rejected, tally)
+        if not accepted.holds:
+            raise DataError(_nothing_left(config, streams, tally))
+        groups = StoredGroups(spool)
+        kind = _reward_kind(config, streams, accepted)
+        usable = _reject_without_rewards(groups, accepted, kind, rejected, output, tally)
+        keys, inputs = read_keys(accepted.prompt_keys), np.frombuffer(bytes(accepted.inputs), np.uint16)
+        tally.duplicate_prompts = len(usable) - count_prompts(keys[usable])
+        ids = groups.group_ids() if config.weights or config.fraction < 1 else []
+        train, evaluation, tally.outside_weights, tally.outside_fraction = choose_groups(usable, keys, inputs, ids, config)
+        rewards = groups.all_rewards()
+        scale = None if rewards is None else measure_scale(rewards)
+        finish = functools.partial(_finish, scale=scale, labels=_all_labelled(accepted, usable))
+        untouched = replace(config, reward_noise=0.0, responses_per_prompt=None)
+        write = functools.partial(_write, config, chat, _stored_format(config, streams), kind, tally)
+        eval_info = None
+        with writing(output):
+            chosen = track("writing", (finish(groups[index], config) for index in train), len(train))
+            info = write(partial.path, chosen)
+            if len(evaluation):
+                with AtomicFolder(held_out) as eval_partial:
+                    eval_info = write(eval_partial.path, (finish(groups[index], untouched) for index in evaluation))
+                    eval_partial.commit()
+            sample = finish(groups[train[0]], config)
+            print_group(console, sample, chat.tokenizer)
+            spool.unlink()
+            partial.commit()  # last: whoever sees it sees everything
+    summary = PrepareSummary(output=output, train=info, eval=eval_info, tally=tally, seconds=time.monotonic() - started)
+    _print_end(console, summary, held_out)
+    return summary
+
+
+def open_streams(config: PrepareConfig) -> list[GroupStream]:
+    """The groups of each input."""
+    return read_inputs(
+        config.inputs,
         format_name=config.format,
         split=config.split,
         subset=config.subset,
         rating=config.rating,
+        columns=config.columns,
+        drop_ranks=config.drop_ranks,
         max_rows=config.max_rows,
     )
-    _check_reward_options(config, stream.layout)
-    tally = Tally()
-    with AtomicFolder(output) as partial:
-        spool = partial.path / "tokenized.arrow"
-        prompt_keys = _tokenize(config, stream.items, stream.total, spool, tally)
-        if not prompt_keys:
-            raise DataError(_nothing_left(config.input, tally))
-        groups = StoredGroups(spool)
-        train, evaluation = _split(groups, prompt_keys, config, tally)
-        rewards = groups.all_rewards()
-        scale = None if rewards is None else measure_scale(rewards)
-        untouched = replace(config, reward_noise=0.0, responses_per_prompt=None)
-        write = functools.partial(_write, config, chat, stream.layout, tally)
-        eval_info = None
-        with writing(output):
-            info = write(partial.path, (_finish(groups[index], config, scale) for index in train))
-            if evaluation:
-                with AtomicFolder(held_out) as eval_partial:
-                    eval_info = write(eval_partial.path, (_finish(groups[index], untouched, scale) for index in evaluation))
-                    eval_partial.commit()
-            spool.unlink()
-            partial.commit()  # last: whoever sees it sees everything
-    summary = PrepareSummary(output=output, train=info, eval=eval_info, tally=tally, seconds=time.monotonic() - started)
-    _print(console, summary, held_out)
-    return summary
 
 
-def _check_reward_options(config: PrepareConfig, layout: Layout) -> None:
-    if layout.reward_kind != "labels":
-        return
-    for name, off in (("reward_noise", 0.0), ("reward_normalization", "none")):
-        value = getattr(config, name)
-        require(value == off, f"{name} = {value}; the data has labels and no rewards; leave it out.")
+def _stored_format(config: PrepareConfig, streams: list[GroupStream]) -> str:
+    return streams[0].layout.format if len(streams) == 1 else config.format
 
 
-def _nothing_left(source: str, tally: Tally) -> str:
-    reasons = "; ".join(f"{count} × {name}: {tally.examples[name]}" for name, count in tally.rejected.most_common(5))
-    return f"input = {source}; not one of {tally.rows} groups is usable: {reasons}."
+def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: list[GroupStream]) -> None:
+    for source, stream in zip(config.inputs, streams, strict=True):
+        console.print(Text(f"{source}: format {stream.layout.format}, because {stream.layout.why}."), soft_wrap=True)
+    if chat.lead.strip() and not chat.templated:
+        console.print(
+            f"[yellow]The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "
+            "Answers given as messages get it; answers given as text are taken as they are. If the model should not think, set "
+            "chat_template_kwargs (Qwen3: enable_thinking: false).[/yellow]"
+        )
 
 
-def _tokenize(config: PrepareConfig, items: Iterable[Group | Rejection], total: int, spool: Path, tally: Tally) -> list[str]:
-    """First pass: accepted groups to `spool`, rejections to the file beside it; the accepted groups' prompt keys."""
-    output = Path(config.output)
-    prompt_keys: list[str] = []
+# --------------------------------------------------------------------------------------------------- first pass
+
+
+def _tokenize(
+    config: PrepareConfig, chat: Chat, streams: list[GroupStream], spool: Path, rejected_file: Path, tally: Tally
+) -> Accepted:
+    """Accepted groups to `spool`, rejections to the file beside it."""
+    accepted = Accepted()
+    totals = [stream.total for stream in streams]
+    total = None if None in totals else sum(count for count in totals if count is not None)
+    items = itertools.chain.from_iterable(stream.items for stream in streams)
     with (
-        writing(output),  # around the others: closing a file writes too; readers turn their own failures into DataError
+        writing(
+            Path(config.output)
+        ),  # around the others: closing a file writes too; readers turn their own failures into DataError
         pa.OSFile(str(spool), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
-        spool.with_name(REJECTED_FILE).open("w", encoding="utf-8") as rejected,
-        _progress() as progress,
+        rejected_file.open("w", encoding="utf-8") as rejected,
     ):
-        task = progress.add_task("tokenizing", total=total)
-        tokenize = functools.partial(tokenize_chunk, config)
-        for chunk in map_in_order(tokenize, _chunks(items, _CHUNK), config.num_workers):
+        chunks = map_in_order(
+            functools.partial(tokenize_chunk, config), cut_chunks(_peek(config, chat, items)), config.num_workers
+        )
+        for chunk in track("tokenizing", chunks, total, weigh=lambda chunk: len(chunk.holds) + len(chunk.rejections)):
             if chunk.batch is not None:
                 writer.write_batch(chunk.batch)
             rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections)
-            prompt_keys += chunk.prompt_keys
-            _count(tally, chunk, config.overlong)
-            progress.update(task, completed=tally.rows, total=max(total, tally.rows))
-    tally.duplicate_prompts = len(prompt_keys) - len(set(prompt_keys))
-    return prompt_keys
+            accepted.add(chunk)
+            _count(tally, chunk)
+    for stream in streams:
+        tally.unused += stream.unused
+    return accepted
 
 
-def _count(tally: Tally, chunk: Chunk, overlong: str) -> None:
+def _peek(config: PrepareConfig, chat: Chat, items: Iterator[Group | Rejection]) -> Iterator[Group | Rejection]:
+    """The items, after a look at the first ones.
+
+    Raises:
+        ConfigError: most prompts look as if a chat template had been applied to them already.
+    """
+    head = list(itertools.islice(items, _PEEKED))
+    groups = [item for item in head if isinstance(item, Group)]
+    templated = [group for group in groups if chat.looks_templated(group.prompt)]
+    require(
+        config.prompt_format != "auto" or 2 * len(templated) <= len(groups),
+        f"prompt_format = auto; {len(templated)} of the first {len(groups)} prompts look as if a chat template had been applied "
+        f"to them already, for example {templated[0].where if templated else ''}; set prompt_format to templated to take them as "
+        "they are, or to chat to apply the template to them again.",
+    )
+    return itertools.chain(head, items)
+
+
+def _count(tally: Tally, chunk: Chunk) -> None:
     for rejection in chunk.rejections:
         name = rejection.field.split("[")[0].split(".")[0]
         tally.rejected[name] += 1
         where = f"{rejection.file}:{rejection.line}"
         tally.examples.setdefault(name, f"{where}: {rejection.field} {rejection.reason}")
-    tally.rows += len(chunk.prompt_keys) + len(chunk.rejections)
-    if overlong == "truncate":
-        tally.overlong_truncated += chunk.num_overlong
-    else:
-        tally.overlong_dropped += chunk.num_overlong
-    tally.special_tokens += chunk.num_special
+    tally.rows += len(chunk.holds) + len(chunk.rejections)
+    for name, number in chunk.counts.items():
+        setattr(tally, name, getattr(tally, name) + number)
+    for name, example in chunk.examples.items():
+        tally.examples.setdefault(name, example)
+    tally.dropped += chunk.dropped
+    tally.not_written += chunk.not_written
 
 
-def _split(groups: StoredGroups, prompt_keys: list[str], config: PrepareConfig, tally: Tally) -> tuple[list[int], list[int]]:
-    """Indices of the training and of the held-out groups, each in the input's order."""
-    held: set[str] = set()
-    num_held = 0
-    of_prompt = Counter(prompt_keys)
-    for key in sorted(of_prompt, key=lambda key: hash_unit(config.seed, "held_out", key)):
-        if num_held >= config.held_out:
-            break
-        held.add(key)
-        num_held += of_prompt[key]
-    evaluation = [index for index, key in enumerate(prompt_keys) if key in held]
-    rest = [index for index, key in enumerate(prompt_keys) if key not in held]
+def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tally) -> str:
+    reasons = "; ".join(f"{count} × {name}: {tally.examples[name]}" for name, count in tally.rejected.most_common(5))
+    read = ", ".join(f"{stream.layout.format} because {stream.layout.why}" for stream in streams)
+    unused = f"; columns not used: {', '.join(sorted(tally.unused))}" if tally.unused else ""
+    names = " and ".join(config.inputs)
+    return f"input = {names}; not one of {tally.rows} groups is usable (format {read}{unused}): {reasons}."
+
+
+# --------------------------------------------------------------------------------------------------- between the passes
+
+
+def _reward_kind(config: PrepareConfig, streams: list[GroupStream], accepted: Accepted) -> RewardKind:
+    """What the accepted groups' rewards are: those of the inputs that have any.
+
+    Raises:
+        ConfigError: inputs have scores and ranks, or an option for rewards meets labels.
+    """
+    holds, inputs = np.frombuffer(bytes(accepted.holds), np.uint8), np.frombuffer(bytes(accepted.inputs), np.uint16)
+    kinds = {_kind_of(streams[number].layout) for number in np.unique(inputs[(holds & REWARDS) > 0])}
     require(
-        bool(rest),
-        f"held_out = {config.held_out}; only {len(prompt_keys)} groups are usable, none would be left to train on; lower it.",
+        len(kinds) <= 1,
+        f"input = {config.input}; some have scores and some ranks, which no scale compares; prepare them one by one.",
     )
-    ids = groups.group_ids()
-    train = [index for index in rest if in_fraction(ids[index], config.fraction, seed=config.seed)]
-    require(bool(train), f"fraction = {config.fraction}; none of {len(rest)} groups would be left; raise it.")
-    tally.outside_fraction = len(rest) - len(train)
-    return train, evaluation
+    if kinds:
+        return kinds.pop()
+    for name, off in (("reward_noise", 0.0), ("reward_normalization", "none")):
+        value = getattr(config, name)
+        require(value == off, f"{name} = {value}; the data has labels and no rewards; leave it out.")
+    return "labels"
 
 
-def _finish(group: TokenizedGroup, config: PrepareConfig, scale: RewardScale | None) -> TokenizedGroup:
+def _kind_of(layout: Layout) -> RewardKind:
+    return "scores" if layout.reward_kind == "labels" else layout.reward_kind  # scores that first appear behind the first rows
+
+
+def _reject_without_rewards(
+    groups: StoredGroups, accepted: Accepted, kind: RewardKind, rejected: Path, output: Path, tally: Tally
+) -> Int64:
+    """Places of the groups that have what the others have; the rest is rejected."""
+    holds = np.frombuffer(bytes(accepted.holds), np.uint8)
+    needed = LABELS if kind == "labels" else REWARDS
+    lacking = np.flatnonzero((holds & needed) == 0)
+    if len(lacking):
+        name = "labels" if kind == "labels" else "rewards"
+        reason = f"are missing, and {len(holds) - len(lacking)} other groups have them"
+        with writing(output), rejected.open("a", encoding="utf-8") as file:
+            for index in lacking.tolist():
+                group = groups[index]
+                path, _, line = group.where.rpartition(":")
+                rejection = Rejection(file=path, line=int(line), group_id=group.group_id, field=name, reason=reason)
+                file.write(rejection.as_json() + "\n")
+                tally.rejected[name] += 1
+                tally.examples.setdefault(name, f"{group.where}: {name} {reason}")
+    usable = np.flatnonzero((holds & needed) > 0)
+    labelled = int(((holds[usable] & LABELS) > 0).sum())
+    if 0 < labelled < len(usable):
+        tally.notes.append(f"labels: only {labelled:,} of {len(usable):,} groups have them; none is kept")
+    return usable
+
+
+def _all_labelled(accepted: Accepted, usable: Int64) -> bool:
+    return bool((np.frombuffer(bytes(accepted.holds), np.uint8)[usable] & LABELS).all())
+
+
+# --------------------------------------------------------------------------------------------------- second pass
+
+
+def _finish(group: TokenizedGroup, config: PrepareConfig, *, scale: RewardScale | None, labels: bool) -> TokenizedGroup:
     """Apply the options that act on one group: noise on all its rewards, then the choice of responses, then the scale.
 
     Args:
         scale: statistics of all accepted groups' rewards, before noise and choice; None if there are only labels
+        labels: whether labels are kept
     """
-    rewards, labels = group.rewards, group.labels
+    rewards = group.rewards
     if rewards is not None and config.reward_noise > 0:
         rewards = add_noise(rewards, config.reward_noise, group.group_id, seed=config.seed)
     keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed)
     if rewards is not None:
         rewards = normalize(rewards[keep], config.reward_normalization, scale)
+    masks = None if group.scored is None else tuple(group.scored[index] for index in keep)
     return replace(
         group,
         response_tokens=tuple(group.response_tokens[index] for index in keep),
+        scored=None if masks is None or all(mask.all() for mask in masks) else masks,
         response_texts=tuple(group.response_texts[index] for index in keep),
         rewards=rewards,
-        labels=None if labels is None else labels[keep],
+        labels=None if group.labels is None or not labels else group.labels[keep],
     )
 
 
 def _write(
-    config: PrepareConfig, chat: Chat, layout: Layout, tally: Tally, folder: Path, groups: Iterable[TokenizedGroup]
+    config: PrepareConfig,
+    chat: Chat,
+    format_name: str,
+    kind: RewardKind,
+    tally: Tally,
+    folder: Path,
+    groups: Iterable[TokenizedGroup],
 ) -> PreparedInfo:
     """Write `groups.arrow` and `prepare.json`."""
     arrow = folder / GROUPS_FILE
-    counts = write_arrow(arrow, groups)
+    counts: dict[str, Any] = write_arrow(arrow, groups)
     info = PreparedInfo(
         tokenizer_digest=chat.tokenizer.digest(),
         vocab_size=chat.tokenizer.vocab_size,
         end_token_ids=(chat.end_token_id,),
-        reward_kind=layout.reward_kind,
+        reward_kind=kind,
         statistics=compute_statistics(StoredGroups(arrow)) | {"preparation": tally.as_dict()},
-        config=to_dict(config) | {"format": layout.format},
+        config=to_dict(config) | {"format": format_name},
         **counts,
     )
     write_info(folder, info)
     return info
 
 
-# --------------------------------------------------------------------------------------------------- printing
-
-
-class _Rate(ProgressColumn):
-    """Groups per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text(f"{speed:,.0f} groups/s" if speed else "", style="progress.data.speed")
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True)
-
-
-def _print(console: Console, summary: PrepareSummary, held_out: Path) -> None:
+def _print_end(console: Console, summary: PrepareSummary, held_out: Path) -> None:
     print_summary(console, f"{summary.output}", summary.train)
     if summary.eval is not None:
         print_summary(console, f"{held_out} (held out)", summary.eval)

@@ -327,7 +327,7 @@ class StoredGroups:
 
     def _row(self, index: int, name: str) -> Any:
         """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
-        batch, row = self._locate(index, piece=1 if name.endswith("tokens") else 0)
+        batch, row = self._locate(index, piece=1 if name.endswith(("tokens", "scored")) else 0)
         values = batch[name][row].values
         return None if values is None else values.to_numpy(zero_copy_only=values.type != pa.bool_())  # booleans are bits there
 
@@ -359,7 +359,7 @@ class StoredGroups:
         return list_flatten(self._column(name)).to_numpy()
 
     def _has(self, name: str) -> bool:
-        return len(self) > 0 and self._batches[0][name].null_count == 0
+        return any(batch[name].null_count < batch.num_rows for batch in self._batches)
 
     def group_ids(self) -> list[str]:
         """[G] the groups' ids."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from mpo_megatron.data.group import Float64, Int64
+from mpo_megatron.data.group import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups
 
@@ -36,8 +36,30 @@ class Tally:
     """Responses that were cut."""
     special_tokens: int = 0
     """Accepted groups whose texts write out special tokens; kept, and read as these tokens."""
+    templated_prompts: int = 0
+    """Accepted groups whose prompt looks as if a chat template had been applied to it before."""
+    repeated_thoughts: int = 0
+    """Responses that opened a thought which the prompt opens already; the second opening was left out."""
+    open_thoughts: int = 0
+    """Responses that never close the thought which the prompt opens; kept."""
+    without_lead: int = 0
+    """Responses without what the template writes before an answer's words (an empty thought); kept as they are."""
+    rewritten_turns: int = 0
+    """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
+    checked: int = 0
+    """Groups compared with plain `apply_chat_template`."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Responses that left their group because they could not be used, by field."""
+    unused: Counter[str] = field(default_factory=Counter)
+    """Columns and keys that no group is made of, with the number of rows that have them."""
+    not_written: Counter[str] = field(default_factory=Counter)
+    """Parts of prompts that the chat template does not show, with the number of groups that have them."""
+    notes: list[str] = field(default_factory=list)
+    """What else the user should know of how the input was read."""
     duplicate_prompts: int = 0
     """Accepted groups whose prompt an earlier group has; kept."""
+    outside_weights: int = 0
+    """Accepted groups that `weights` left out."""
     outside_fraction: int = 0
     """Accepted groups that `fraction` left out."""
 
@@ -55,13 +77,20 @@ class Tally:
             "overlong_dropped": self.overlong_dropped,
             "overlong_truncated": self.overlong_truncated,
             "special_tokens": self.special_tokens,
+            "templated_prompts": self.templated_prompts,
+            "repeated_thoughts": self.repeated_thoughts,
+            "open_thoughts": self.open_thoughts,
+            "without_lead": self.without_lead,
+            "rewritten_turns": self.rewritten_turns,
+            "checked": self.checked,
+            "unusable_responses_by_field": dict(sorted(self.dropped.items())),
+            "unused_columns": dict(sorted(self.unused.items())),
+            "not_written_by_template": dict(sorted(self.not_written.items())),
+            "notes": self.notes,
             "duplicate_prompts": self.duplicate_prompts,
+            "outside_weights": self.outside_weights,
             "outside_fraction": self.outside_fraction,
         }
-
-
-def _cut(values: npt.NDArray[Any] | None, offsets: Int64) -> Iterator[npt.NDArray[Any]]:
-    return iter(() if values is None else np.split(values, offsets[1:-1]))
 
 
 def _describe(values: npt.NDArray[Any]) -> dict[str, float]:
@@ -71,29 +100,36 @@ def _describe(values: npt.NDArray[Any]) -> dict[str, float]:
 
 def _lengths(values: Int64) -> dict[str, Any]:
     """Spread of token counts, and how many lie in (2^(n−1), 2^n]."""
-    powers = Counter(int(2 ** np.ceil(np.log2(max(1, value)))) for value in values.tolist())
-    return _describe(values) | {"histogram": {str(power): powers[power] for power in sorted(powers)}}
+    powers, counts = np.unique(np.ceil(np.log2(np.maximum(values, 1))).astype(np.int64), return_counts=True)
+    histogram = {str(2 ** int(power)): int(count) for power, count in zip(powers, counts, strict=True)}
+    return _describe(values) | {"histogram": histogram}
 
 
 def compute_statistics(groups: StoredGroups) -> dict[str, Any]:
     """Histograms and spreads of stored groups; reads lengths, rewards, labels and response texts, no tokens."""
-    sizes, offsets = Counter(groups.num_responses().tolist()), groups.response_offsets()
-    rewards: list[Float64] = list(_cut(groups.all_rewards(), offsets))
-    contrast = rewards or list(_cut(groups.all_labels(), offsets))
-    texts = (groups.text(index)[1] for index in range(len(groups)))
-    duplicates = [len(group) - len(set(group)) for group in texts]
+    sizes, counts = np.unique(groups.num_responses(), return_counts=True)
+    starts = groups.response_offsets()[:-1]
+    rewards = groups.all_rewards()
+    contrast = rewards if rewards is not None else groups.all_labels()
+    assert contrast is not None  # every group has rewards or labels
+    spreads = np.maximum.reduceat(contrast, starts) - np.minimum.reduceat(contrast, starts)
+    repeated, with_repeated = 0, 0
+    for index in range(len(groups)):
+        texts = groups.text(index)[1]
+        count = len(texts) - len(set(texts))
+        repeated, with_repeated = repeated + count, with_repeated + (count > 0)
     statistics: dict[str, Any] = {
-        "num_responses": {str(size): sizes[size] for size in sorted(sizes)},
+        "num_responses": {str(size): int(count) for size, count in zip(sizes, counts, strict=True)},
         "prompt_tokens": _lengths(groups.prompt_lengths()),
         "response_tokens": _lengths(groups.all_response_lengths()),
-        "without_contrast": sum(bool((values == values[0]).all()) for values in contrast),
-        "groups_with_duplicate_responses": sum(count > 0 for count in duplicates),
-        "duplicate_responses": sum(duplicates),
+        "without_contrast": int((spreads == 0).sum()),
+        "groups_with_duplicate_responses": with_repeated,
+        "duplicate_responses": repeated,
     }
-    if rewards:
-        statistics["reward"] = _describe(np.concatenate(rewards))
-        statistics["reward_spread"] = _describe(np.array([values.max() - values.min() for values in rewards]))
-        statistics["reward_spacing"] = summarize_spacing(rewards)
+    if rewards is not None:
+        statistics["reward"] = _describe(rewards)
+        statistics["reward_spread"] = _describe(spreads)
+        statistics["reward_spacing"] = summarize_spacing(np.split(rewards, starts[1:]))
     return statistics
 
 
@@ -129,6 +165,15 @@ def print_summary(console: Console, title: str, info: PreparedInfo) -> None:
     console.print(table)
 
 
+_SEAMS = {
+    "repeated_thoughts": "thoughts opened by prompt and response",
+    "open_thoughts": "responses that do not end the prompt's thought",
+    "without_lead": "responses without the template's empty thought",
+    "rewritten_turns": "responses whose earlier turns the template shows otherwise",
+}
+"""Rows of the table that are shown where they count something."""
+
+
 def print_tally(console: Console, tally: Tally) -> None:
     """What did not come through, and why."""
     table = Table(title="On the way", title_justify="left", show_header=False)
@@ -137,7 +182,7 @@ def print_tally(console: Console, tally: Tally) -> None:
     table.add_row("rows read as groups", f"{tally.rows:,}")
     table.add_row("rejected", f"{tally.num_rejected:,}" + (", see rejected.jsonl" if tally.num_rejected else ""))
     for name, count in tally.rejected.most_common():
-        table.add_row(f"  {name}", f"{count:,}, for example {tally.examples[name]}")
+        table.add_row(f"  {name}", Text(f"{count:,}, for example {tally.examples[name]}"))
     for label, count in (
         ("over-long responses dropped", tally.overlong_dropped),
         ("over-long responses truncated", tally.overlong_truncated),
@@ -145,9 +190,34 @@ def print_tally(console: Console, tally: Tally) -> None:
         ("groups outside fraction", tally.outside_fraction),
     ):
         table.add_row(label, f"{count:,}")
+    if tally.outside_weights:
+        table.add_row("groups outside weights", f"{tally.outside_weights:,}")
     meaning = ": the model reads them as control tokens, not as text" if tally.special_tokens else ""
     table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}{meaning}")
+    for name, count in tally.dropped.most_common():
+        example = tally.examples.get(f"dropped {name}", "")
+        table.add_row("unusable responses left out", Text(f"{count:,} × {name}, for example {example}"))
+    for name, meaning in _SEAMS.items():
+        if count := getattr(tally, name):
+            table.add_row(meaning, Text(f"{count:,}, for example {tally.examples.get(name, '')}"))
+    for name, count in tally.not_written.most_common():
+        table.add_row("not shown by the chat template", Text(f"{name}: {count:,} groups", style="yellow"))
+    for name, count in tally.unused.most_common():
+        table.add_row("column or key not used", Text(f"{name}: {count:,} rows", style="yellow"))
+    if tally.checked:
+        table.add_row("groups equal to apply_chat_template", f"{tally.checked:,} compared")
     console.print(table)
+    for note in tally.notes:
+        console.print(Text(note, style="yellow"))
+    if tally.templated_prompts:
+        console.print(
+            Text(
+                f"WARNING: {tally.templated_prompts:,} prompts look as if a chat template had been applied to them already, and "
+                f"it was applied again: for example {tally.examples.get('templated_prompts', '')}. If so, set prompt_format to "
+                "templated.",
+                style="bold red",
+            )
+        )
 
 
 def _spread(values: dict[str, float]) -> str:

@@ -51,13 +51,24 @@ class Tokenizer(Protocol):
     def special_ids(self) -> frozenset[int]:
         """Control tokens: begin, end, turn markers."""
 
+    @property
+    def pad_id(self) -> int | None:
+        """The token that fills a text up, if the tokenizer names one."""
+
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens written out in it are recognised; none are added."""
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids."""
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
         """The chat template's text for a conversation. Raises `jinja2.TemplateError` if the template refuses it."""
 
     def digest(self) -> str:
@@ -88,6 +99,11 @@ class HuggingFaceTokenizer:
         eos: int | None = self.backend.eos_token_id
         return eos
 
+    @property
+    def pad_id(self) -> int | None:
+        pad: int | None = self.backend.pad_token_id
+        return pad
+
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         added = self.backend.added_tokens_decoder.items()
@@ -101,8 +117,16 @@ class HuggingFaceTokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        return self._renderer(self.backend.chat_template, list(messages), add_generation_prompt, dict(variables))
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        options = {"tools": list(tools) or None, **variables}
+        return self._renderer(self.backend.chat_template, list(messages), add_generation_prompt, options)
 
     def _render(self, template: Any, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         self.backend.chat_template = template  # what it was when the process that renders began may be another
@@ -141,6 +165,11 @@ class SentencePieceTokenizer:
         index = int(self.processor.eos_id())
         return None if index < 0 else index
 
+    @property
+    def pad_id(self) -> int | None:
+        index = int(self.processor.pad_id())
+        return None if index < 0 else index
+
     def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         parts: list[str] = self._split.split(text) if self._split else [text]
@@ -161,8 +190,16 @@ class SentencePieceTokenizer:
                 parts += [names[index] for index in run]
         return "".join(parts)
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool, variables: Mapping[str, Any]) -> str:
-        return self._renderer(self.template, list(messages), add_generation_prompt, dict(variables))
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        options = {"tools": list(tools) or None, **variables}
+        return self._renderer(self.template, list(messages), add_generation_prompt, options)
 
     def _render(self, template: str, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with

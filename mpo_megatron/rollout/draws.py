@@ -52,6 +52,7 @@ class Group:
             group_id=group_id,
             token_ids=self.token_ids,
             messages=tuple(self.record["prompt"]),
+            tools=tuple(self.record.get("tools", ())),
             seeds=tuple(response_seed(sampling.seed, group_id, index, self.attempts.get(index, 0)) for index in indices),
         )
 

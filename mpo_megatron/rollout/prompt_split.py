@@ -10,7 +10,9 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.fields import RowError, read_id, read_prompt
+from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.fields import RowError, read_id
+from mpo_megatron.data.record import Record
 from mpo_megatron.data.rewards import hash_unit
 from mpo_megatron.digests import unseal_line
 from mpo_megatron.rollout.records import find_repeated
@@ -77,10 +79,12 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
         row = unseal_line(line)
         if not isinstance(row, dict):
             raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-        messages, own = read_prompt(row), read_id(row)
+        record = Record(row)
+        messages, tools, own = read_prompt(record), read_tools(record), read_id(record)
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
     except ValueError as error:
         raise DataError(f"{where}: is not valid JSON ({error}).") from error
-    key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    content = [messages, tools] if tools else messages
+    key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {**row, "group_id": own or key[:20]}, key

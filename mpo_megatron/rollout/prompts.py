@@ -19,20 +19,23 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.fields import RowError, read_id, read_prompt
+from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.formats import Layout, detect, parse
 from mpo_megatron.data.group import Message
-from mpo_megatron.data.readers import RawRow, Rejection, open_source, read_groups
+from mpo_megatron.data.readers import read_inputs
+from mpo_megatron.data.record import Record as Row
+from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.rollout.records import Record
 
 _SAMPLE = 64
 """Rows that the format is told from."""
 _NOT_META = {
-    *("prompt", "messages", "instruction", "question", "system", "system_prompt", "group_id", "id", "meta", "reference_answer"),
+    *("group_id", "id", "meta", "reference_answer", "messages", "question", "instruction"),
     *("responses", "all_generated_responses", "rewards", "scores", "all_rm_scores", "labels"),
 }
-"""Fields of a row that are read, or belong to responses that are not taken over."""
+"""Fields of a row that belong elsewhere in a line, or to responses that are not taken over."""
 
 
 @dataclass(kw_only=True)
@@ -76,7 +79,8 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             found.rejections.append(item)
             found.counts["invalid"] += 1
             continue
-        group_id, key = item["group_id"], json.dumps(item["prompt"], sort_keys=True)
+        tools = item.get("tools", [])
+        group_id, key = item["group_id"], json.dumps([item["prompt"], tools], sort_keys=True)
         if key in seen:
             found.leave_out("duplicates", where, group_id, f"repeats the prompt of {seen[key]}")
             continue
@@ -84,7 +88,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             raise DataError(f"{where}: group_id = {group_id} is that of another prompt, {lines_of[group_id]}; give each its own.")
         seen[key] = lines_of[group_id] = where
         try:
-            ids = tuple(chat.prompt(item["prompt"])[1].tolist())
+            ids = tuple(chat.prompt(item["prompt"], tools)[1].tolist())
         except TemplateError as error:
             found.leave_out("refused", where, group_id, f"is refused by the chat template: {error}")
             continue
@@ -122,7 +126,7 @@ def _detect(head: Iterable[RawRow]) -> Layout | None:
     """How to find the prompt in a row, if not by the fields of a prompt file."""
     sample = [row.value for row in head if isinstance(row.value, dict)]
     try:
-        layout = detect(sample, "auto", None)
+        layout = detect(sample)
     except DataError:
         return None  # prompts without responses, or responses without rewards
     return None if layout.format == "groups" else layout
@@ -136,17 +140,25 @@ def _read_row(row: Any, layout: Layout | None) -> Record:
     """
     if layout is not None:
         parsed = parse(row, layout)
-        return _build(parsed.prompt, parsed.group_id, {})
+        return _build(parsed.prompt, parsed.tools, parsed.group_id, {})
     if not isinstance(row, Mapping):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-    return _build(read_prompt(row), read_id(row), row)
+    record = Row(row)
+    prompt, tools, group_id = read_prompt(record), read_tools(record), read_id(record)
+    return _build(prompt, tools, group_id, {name: value for name, value in row.items() if name not in record.used})
 
 
-def _build(prompt: tuple[Message, ...], group_id: str | None, row: Mapping[str, Any]) -> Record:
+def _build(
+    prompt: tuple[Message, ...], tools: tuple[dict[str, Any], ...], group_id: str | None, row: Mapping[str, Any]
+) -> Record:
+    """The line of one prompt, with the fields of its row that are left."""
     messages = [dict(message) for message in prompt]
     if group_id is None:
-        group_id = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()[:20]
+        content = [messages, tools] if tools else messages
+        group_id = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
     record: Record = {"group_id": group_id, "prompt": messages}
+    if tools:
+        record["tools"] = list(tools)
     if row.get("reference_answer") is not None:
         record["reference_answer"] = row["reference_answer"]
     own = row.get("meta") or {}
@@ -170,15 +182,17 @@ def _read_prepared(folder: Path) -> Iterator[tuple[str, Record]]:
     if source is None:
         raise DataError(f"prompts = {folder}; it does not say what it was prepared from; name a file with the prompts.")
     try:
-        stream = read_groups(
-            source, format_name=options["format"], split=options["split"], subset=options["subset"], rating=options["rating"]
+        streams = read_inputs(
+            [source] if isinstance(source, str) else source,
+            format_name=options["format"],
+            **{name: options[name] for name in ("split", "subset", "rating", "columns", "drop_ranks")},
         )
     except DataError as error:
         raise DataError(f"prompts = {folder}; what it was prepared from cannot be read: {error}") from error
-    for item in stream.items:
+    for item in itertools.chain.from_iterable(stream.items for stream in streams):
         if not isinstance(item, Rejection) and item.group_id in wanted:
             wanted.remove(item.group_id)
-            yield item.where, _build(item.prompt, item.group_id, {})
+            yield item.where, _build(item.prompt, item.tools, item.group_id, {})
     if wanted:
         raise DataError(
             f"prompts = {folder}; {len(wanted)} of its groups, for example {min(wanted)}, are no longer in {source}, which it "

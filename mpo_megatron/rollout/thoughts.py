@@ -16,8 +16,8 @@ from mpo_megatron.rollout.client import UnusableAnswerError
 class Thoughts:
     """Writes the thoughts of answers to one conversation."""
 
-    def __init__(self, chat: Chat, messages: Sequence[Message]) -> None:
-        self.chat, self.messages = chat, messages
+    def __init__(self, chat: Chat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
+        self.chat, self.messages, self.tools = chat, messages, tools
 
     def put_back(self, thought: str, answer: str) -> str:
         """What the model wrote: all between the prompt and the end token in the template's rendering of thought and answer.
@@ -26,14 +26,11 @@ class Thoughts:
             ConfigError: the template does not write the thought there.
             UnusableAnswerError: the template refuses the answer.
         """
-        prompt, _ = self.chat.prompt(self.messages)
-        system = self.chat.system_prompt
-        messages: list[Any] = [*self.messages, {"role": "assistant", "content": answer, "reasoning_content": thought}]
-        if system is not None and messages[0]["role"] != "system":
-            messages = [{"role": "system", "content": system}, *messages]
+        prompt, _ = self.chat.prompt(self.messages, self.tools)
+        messages: list[Message] = [*self.messages, {"role": "assistant", "content": answer, "reasoning_content": thought}]
         tokenizer = self.chat.tokenizer
         try:
-            whole = tokenizer.render(messages, add_generation_prompt=False, variables=self.chat.variables)
+            whole = self.chat.render(messages, add_generation_prompt=False, tools=self.tools)
         except TemplateError as error:
             raise UnusableAnswerError("template", f"the chat template refuses it: {error}") from error
         written = whole[len(prompt) :].rpartition(tokenizer.decode([self.chat.end_token_id]))[0]

@@ -77,6 +77,8 @@ class Prompt:
     """[P] the rendered prompt, as `mpo prepare` would store it."""
     messages: tuple[Message, ...]
     """The same conversation, for engines that render it themselves."""
+    tools: tuple[dict[str, Any], ...] = ()
+    """The tools it offers."""
     seeds: tuple[int, ...] = ()
     """Seeds of the responses wanted; without any, those of responses 0 … K − 1."""
 

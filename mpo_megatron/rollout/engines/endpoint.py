@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.data import DataError
-from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.chat import Chat, with_text_arguments
+from mpo_megatron.data.group import Message
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.answers import read_answer
@@ -89,6 +90,8 @@ class EndpointEngine:
         body = {"model": self.config.model} | request_fields(self.kind, sampling, question.seed)
         if api == "chat":
             body["messages"] = self._messages(prompt)
+            if prompt.tools:
+                body["tools"] = list(prompt.tools)
             if self.chat.variables:
                 body["chat_template_kwargs"] = dict(self.chat.variables)
         elif api == "text":
@@ -101,17 +104,14 @@ class EndpointEngine:
                 body["stop_token_ids"] = list(sampling.stop_token_ids)  # servers that take token ids know this, too
         path = "/chat/completions" if api == "chat" else "/completions"
         answer = await client.post(path, cast_to=object, body=body)
-        thoughts = Thoughts(self.chat, prompt.messages) if prompt.messages else None
+        thoughts = Thoughts(self.chat, prompt.messages, prompt.tools) if prompt.messages else None
         return read_answer(
             answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.chat.tokenizer, thoughts=thoughts
         )
 
-    def _messages(self, prompt: Prompt) -> list[dict[str, str]]:
-        """The conversation, with the system message that `Chat` puts before it."""
-        messages = [dict(message) for message in prompt.messages]
-        if self.chat.system_prompt is not None and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.chat.system_prompt})
-        return messages
+    def _messages(self, prompt: Prompt) -> list[Message]:
+        """The conversation, with the system message that `Chat` puts before it, and with calls' arguments as text."""
+        return [with_text_arguments(message) for message in self.chat.with_system(prompt.messages)]
 
     def close(self) -> None:
         """Nothing is kept open between calls."""

@@ -95,8 +95,13 @@ def build_scorer(name: str, config: AnyScorer) -> Scorer:
     return verifiable.Regex(name, config)
 
 
-def join_messages(messages: Sequence[Mapping[str, str]]) -> str:
-    """A conversation as plain text: a lone question as it stands, else a paragraph a turn behind its role."""
+def join_messages(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A conversation as plain text: a lone question as it stands, else a paragraph a turn behind its role, calls as JSON."""
     if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+        return str(messages[0]["content"])
+    return "\n\n".join(f"{message['role'].capitalize()}: {_text_of(message)}" for message in messages)
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.get("tool_calls") or ()]
+    return "\n".join([*([message["content"]] if message["content"] else []), *calls])

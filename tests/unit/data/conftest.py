@@ -35,18 +35,23 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of about 400 entries with ChatML."""
+def train_bpe(folder: Path, special: list[str], **settings: Any) -> Path:
+    """Save a byte-level BPE of about 400 entries; ChatML is its template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(QWEN_PATTERN), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(TEXTS * 4, trainer)
-    return save_tokenizer(tokenizer, tmp_path_factory.mktemp("bpe"))
+    return save_tokenizer(tokenizer, folder, **settings)
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small byte-level BPE with ChatML."""
+    return train_bpe(tmp_path_factory.mktemp("bpe"), SPECIAL)
 
 
 @pytest.fixture(scope="session")

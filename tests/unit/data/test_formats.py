@@ -6,13 +6,21 @@ import pytest
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import Layout, build_group, detect, parse
+from mpo_megatron.data.formats import Layout, Options, build_group, detect, parse
 from mpo_megatron.data.group import Group
 
 
 def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[Layout, Group]:
-    layout = detect([row], format_name, rating)
+    layout = detect([row], format_name, Options(ratings=tuple(rating.split("+")) if rating else ()))
     return layout, build_group(parse(row, layout), "rows.jsonl:1")
+
+
+def texts(group: Group) -> tuple[Any, ...]:
+    """The responses; those that are one message without more, as its text."""
+    return tuple(
+        answer[0]["content"] if isinstance(answer, tuple) and [{*part} for part in answer] == [{"role", "content"}] else answer
+        for answer in group.responses
+    )
 
 
 def user(text: str) -> dict[str, str]:
@@ -48,7 +56,7 @@ def test_groups(row: dict[str, Any]) -> None:
     layout, group = read(row)
     assert (layout.format, layout.reward_kind) == ("groups", "scores")
     assert group.prompt == (user("Q"),)
-    assert group.responses == ("A", "B")
+    assert texts(group) == ("A", "B")
     assert group.rewards == (1.0, -0.5)
 
 
@@ -123,7 +131,7 @@ def test_nectar() -> None:
 def test_pairs(row: dict[str, Any]) -> None:
     layout, group = read(row)
     assert (layout.format, layout.reward_kind) == ("pairs", "labels")
-    assert (group.prompt, group.responses) == ((user("Q"),), ("A", "B"))
+    assert (group.prompt, texts(group)) == ((user("Q"),), ("A", "B"))
     assert (group.rewards, group.labels) == (None, (1, 0))
 
 
@@ -144,35 +152,36 @@ def test_pairs_with_scores(names: tuple[str, str]) -> None:
 
 def test_ratings() -> None:
     row = {"prompt": "Q", "response": "A", "helpfulness": 3, "correctness": 4, "verbosity": 1}
-    layout = detect([row], "auto", None)
+    layout = detect([row])
     assert (layout.format, layout.ratings) == ("ratings", ("helpfulness",))
     assert parse(row, layout).rewards == (3.0,)
-    assert parse(row, detect([row], "auto", "helpfulness+correctness")).rewards == (3.5,)
-    assert detect([{"prompt": "Q", "response": "A", "quality": 1.5}], "auto", None).ratings == ("quality",)
+    assert parse(row, detect([row], options=Options(ratings=("helpfulness", "correctness")))).rewards == (3.5,)
+    assert detect([{"prompt": "Q", "response": "A", "quality": 1.5}]).ratings == ("quality",)
 
 
 def test_ratings_of_a_conversation_written_in_one_string() -> None:
     text = "Q1\n\n<extra_id_1>Assistant\nA1\n\n<extra_id_1>User\nQ2\n"
     row = {"prompt": text, "response": "A", "helpfulness": 3}
-    assert parse(row, detect([row], "auto", None)).prompt == (user("Q1"), assistant("A1"), user("Q2"))
+    assert parse(row, detect([row])).prompt == (user("Q1"), assistant("A1"), user("Q2"))
 
 
 # ------------------------------------------------------------------------------------------ detection
 
 
-def test_an_unknown_format_lists_the_columns() -> None:
-    with pytest.raises(DataError, match=r"the columns \['text', 'url'\] fit no known format \(groups: prompt and responses"):
-        detect([{"text": "…", "url": "…"}], "auto", None)
+def test_an_unknown_format_lists_the_columns_and_how_to_map_them() -> None:
+    message = r"the columns \['text', 'url'\] fit no known format .*groups: a prompt and a list of responses"
+    with pytest.raises(DataError, match=message + ".*--columns prompt=question"):
+        detect([{"text": "…", "url": "…"}])
 
 
 def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
     row = {"prompt": "Q", "response": "A", "clarity": 3, "depth": 4, "id": 9}
     with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['clarity', 'depth'\]"):
-        detect([row], "auto", None)
+        detect([row])
     with pytest.raises(DataError, match=r"no column width; numeric columns are \['clarity', 'depth'\]"):
-        detect([row], "auto", "clarity+width")
+        detect([row], options=Options(ratings=("clarity", "width")))
     with pytest.raises(DataError, match="no column chosen_stars or rejected_stars"):
-        detect([{"prompt": "Q", "chosen": "A", "rejected": "B"}], "auto", "stars")
+        detect([{"prompt": "Q", "chosen": "A", "rejected": "B"}], options=Options(ratings=("stars",)))
 
 
 # ------------------------------------------------------------------------------------------ bad rows
@@ -186,8 +195,8 @@ def with_first(**changes: Any) -> dict[str, Any]:
 
 BAD = [
     (["a", "list"], "row", "is of type list, not an object with fields"),
-    ({"responses": GOOD["responses"]}, "prompt", "is missing"),
-    (GOOD | {"prompt": None}, "prompt", "is missing"),
+    ({"responses": GOOD["responses"]}, "prompt", "is missing, and responses hold an answer only"),
+    (GOOD | {"prompt": None}, "prompt", "is missing, and responses hold an answer only"),
     (GOOD | {"prompt": " \n"}, "prompt", "is empty"),
     (GOOD | {"prompt": 3}, "prompt", "is of type int, not a list"),
     (GOOD | {"prompt": []}, "prompt", "is empty"),
@@ -209,11 +218,11 @@ BAD = [
     (GOOD | {"responses": GOOD["responses"][:1]}, "responses", "has K = 1 response; a group needs at least two"),
     (with_first(text=""), "responses[0].text", "is empty"),
     (with_first(text=None), "responses[0].text", "is missing"),
-    (with_first(text=5), "responses[0].text", "is of type int, not a string"),
+    (with_first(text=5), "responses[0].text", "is of type int, not a string or messages"),
     (with_first(text="half \ud83d pair"), "responses[0].text", "has half a surrogate pair at character 5"),
     (with_first(reward=None), "responses[0].reward", "is missing"),
-    (with_first(reward="high"), "responses[0].reward", "is of type str, not a number"),
-    (with_first(reward=True), "responses[0].reward", "is of type bool, not a number"),
+    (with_first(reward="high"), "responses[0].reward", "is 'high', not a number"),
+    (with_first(reward=[1]), "responses[0].reward", "is of type list, not a number"),
     (with_first(reward=float("nan")), "responses[0].reward", "is nan; a reward must be finite"),
     (with_first(reward=float("-inf")), "responses[0].reward", "is -inf; a reward must be finite"),
     (with_first(reward=10**400), "responses[0].reward", "is inf; a reward must be finite"),
@@ -227,7 +236,7 @@ BAD = [
 
 @pytest.mark.parametrize(("row", "field", "reason"), BAD, ids=[f"{field}: {reason[:40]}" for _, field, reason in BAD])
 def test_each_fault_has_its_message(row: Any, field: str, reason: str) -> None:
-    layout = detect([GOOD], "auto", None)
+    layout = detect([GOOD])
     with pytest.raises(RowError) as caught:
         build_group(parse(row, layout), "rows.jsonl:1")
     assert (caught.value.field, caught.value.reason) == (field, reason)
@@ -254,12 +263,12 @@ BAD_PAIRS = [
 @pytest.mark.parametrize(("row", "field", "reason"), BAD_PAIRS)
 def test_each_fault_of_a_pair_has_its_message(row: Any, field: str, reason: str) -> None:
     with pytest.raises(RowError) as caught:
-        build_group(parse(row, detect([PAIR], "auto", None)), "rows.jsonl:1")
+        build_group(parse(row, detect([PAIR])), "rows.jsonl:1")
     assert (caught.value.field, caught.value.reason) == (field, reason)
 
 
 def test_a_missing_score_of_a_pair_is_named() -> None:
-    layout = detect([PAIR | {"chosen_score": 2, "rejected_score": 1}], "auto", None)
+    layout = detect([PAIR | {"chosen_score": 2, "rejected_score": 1}])
     with pytest.raises(RowError, match="rejected_score is missing"):
         parse(PAIR | {"chosen_score": 2}, layout)
 

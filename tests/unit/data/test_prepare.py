@@ -21,7 +21,7 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig
 from mpo_megatron.data import DataError
-from mpo_megatron.data import prepare as module
+from mpo_megatron.data import tokenizing as module
 from mpo_megatron.data.prepare import PrepareSummary, prepare
 from mpo_megatron.data.store import PreparedGroups, load_groups
 
@@ -282,7 +282,8 @@ def test_a_thinking_template_is_pointed_out(run: Run, write_lines: Writer, tmp_p
 def test_no_usable_group_is_an_error(run: Run, write_lines: Writer, tmp_path: Path) -> None:
     path = write_lines(row(0, 1), row(1, prompt=""), name="bad.jsonl")
     with pytest.raises(
-        DataError, match=r"not one of 2 groups is usable: 1 × responses: .*:1: responses has K = 1 .*; 1 × prompt: "
+        DataError,
+        match=r"not one of 2 groups is usable .format groups because .*: 1 × responses: .*:1: responses has K = 1 .*; 1 × prompt",
     ):
         run(path)
     assert os.listdir(tmp_path) == ["bad.jsonl"]

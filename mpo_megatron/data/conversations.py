@@ -1,0 +1,344 @@
+"""Conversations of a row: messages with tools and thoughts, prompts in all their forms, and where answers begin.
+
+A prompt may be a string, messages, messages as a JSON string, a transcript, or an instruction with input and history. Several
+answers may each repeat the whole conversation, or continue it; what all share belongs to the prompt.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text
+from mpo_megatron.data.group import Answer, Message
+from mpo_megatron.data.record import Record
+
+PROMPT_FIELDS = (
+    *("prompt", "messages", "conversations", "conversation", "context", "trajectory"),
+    *("instruction", "question", "query", "input"),
+)
+_LISTS_ONLY = ("context",)
+"""Fields that hold a prompt only if they hold messages: as text they are something beside the question."""
+_SYSTEM_FIELDS = ("system", "system_prompt")
+_ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
+    **{name: name for name in ("system", "developer")},
+}
+_EXTRAS = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id", "tool_plan")
+"""What a message may hold besides role and content; templates read it."""
+_SYSTEM_ROLES = ("system", "developer")
+_TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
+_HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
+
+# --------------------------------------------------------------------------------------------------- messages
+
+
+def is_conversation(value: Any) -> bool:
+    """Whether a value is a list of messages, each with a role and something to say."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, dict) and _role_name(item) is not None and _says(item) for item in value)
+    )
+
+
+def _role_name(item: dict[str, Any]) -> Any:
+    return item.get("role", item.get("from"))
+
+
+def _says(item: dict[str, Any]) -> bool:
+    return any(item.get(name) is not None for name in ("content", "value", "tool_calls"))
+
+
+def as_messages(value: Any) -> Any:
+    """Messages that a JSON string holds, and one message as a list of one; any other value itself."""
+    parsed = parse_json(value, "[")
+    if isinstance(value, str):
+        return parsed if is_conversation(parsed) else value
+    return [value] if isinstance(value, dict) and _role_name(value) is not None else value
+
+
+def read_messages(row: Record, value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
+    """A conversation: known roles, system only first, ending with the assistant's turn exactly if `last_assistant`."""
+    messages = tuple(_read_message(row, item, f"{field}[{index}]", index) for index, item in enumerate(read_list(value, field)))
+    if (messages[-1]["role"] == "assistant") != last_assistant:
+        wanted = "must end with the assistant's message" if last_assistant else "ends with an assistant message, not a question"
+        raise RowError(field, wanted)
+    if messages[-1]["role"] in _SYSTEM_ROLES:
+        raise RowError(field, "has a system message and no question")
+    return messages
+
+
+def _read_message(row: Record, item: Any, place: str, index: int) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(place, f"is of type {type(item).__name__}, not a message")
+    record = row.within(item, place)
+    given = record.get(record.find(("role", "from")) or "role")
+    role = _ROLES.get(str(given))
+    if role is None:
+        name = "None" if given is None else repr(str(given)[:40])
+        raise RowError(f"{place}.role", f"is {name}; use system, user, assistant or tool")
+    if role in _SYSTEM_ROLES and index:
+        raise RowError(f"{place}.role", "is system; only the first message can be")
+    content = _join_parts(record.get(record.find(("content", "value")) or "content"), f"{place}.content")
+    extras = {name: record.get(name) for name in _EXTRAS if record.has(name)}
+    if record.has("reasoning"):
+        thought = record.get("reasoning")
+        if extras.get("reasoning_content", thought) != thought:
+            raise RowError(f"{place}.reasoning", f"contradicts {place}.reasoning_content")
+        extras["reasoning_content"] = thought
+    for name in ("reasoning_content", "thinking"):
+        said = extras.get(name, "")
+        if not isinstance(said, str):
+            raise RowError(f"{place}.{name}", "is not a string")
+        if not check_unicode(said, f"{place}.{name}").strip():
+            extras.pop(name, None)
+    if given == "function_call":  # ShareGPT: the call is the message's text
+        extras["tool_calls"], content = parse_json(parse_json(content, "{"), "["), None
+    if "tool_calls" in extras:
+        calls = parse_json(extras.pop("tool_calls"), "[")
+        if calls not in ([], {}, ""):
+            extras["tool_calls"] = _read_calls(calls, f"{place}.tool_calls")
+    if role == "tool" and isinstance(content, dict | list):
+        content = json.dumps(drop_none(content), ensure_ascii=False)
+    if not content and ("tool_calls" in extras or (role == "tool" and content == "")):
+        return {"role": role, "content": content, **extras}
+    return {"role": role, "content": read_text(content, f"{place}.content"), **extras}
+
+
+def _join_parts(content: Any, place: str) -> Any:
+    """Text of content that is given in parts."""
+    if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
+        return content
+    for index, part in enumerate(content):
+        if part["type"] != "text":
+            raise RowError(f"{place}[{index}]", f"is of type {str(part['type'])[:40]!r}; only text is read")
+    return "".join(str(part.get("text") or "") for part in content)
+
+
+def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Tool calls as OpenAI writes them, arguments as an object: what templates expect, and what inference engines pass them."""
+    calls = []
+    for index, item in enumerate(read_list([value] if isinstance(value, dict) else value, place)):
+        item = parse_json(item, "{")
+        if not isinstance(item, dict):
+            raise RowError(f"{place}[{index}]", f"is of type {type(item).__name__}, not a call")
+        outer = {} if "function" not in item else {key: value for key, value in item.items() if key != "function"}
+        function = item.get("function", item)
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise RowError(f"{place}[{index}].function.name", "is missing")
+        arguments = parse_json(function.get("arguments", function.get("parameters")), "{")
+        function = {key: value for key, value in function.items() if key != "parameters"}
+        calls.append(drop_none({"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}))
+    try:
+        check_unicode(json.dumps(calls, ensure_ascii=False, allow_nan=False), place)
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RowError):
+            raise
+        raise RowError(place, f"cannot be written as JSON: {error}") from error
+    return calls
+
+
+def read_tools(row: Record) -> tuple[dict[str, Any], ...]:
+    """The tools that a row offers; none if it has no such column."""
+    if not row.has("tools"):
+        return ()
+    value = row.get("tools")
+    tools = parse_json(value, "[")
+    if tools in ("", [], {}) or (isinstance(tools, str) and not tools.strip()):
+        return ()
+    found = []
+    for index, item in enumerate(read_list([tools] if isinstance(tools, dict) and "name" in tools else tools, "tools")):
+        item = parse_json(item, "{")
+        if not isinstance(item, dict):
+            raise RowError(f"tools[{index}]", f"is of type {type(item).__name__}, not an object")
+        found.append(drop_none(item))
+    try:
+        check_unicode(json.dumps(found, ensure_ascii=False, allow_nan=False), "tools")
+    except (TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, RowError):
+            raise
+        raise RowError("tools", f"cannot be written as JSON: {error}") from error
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------------------------- prompts
+
+
+def split_transcript(text: str) -> list[Message]:
+    """Messages of "\\n\\nHuman: …\\n\\nAssistant: …" text, or of HelpSteer's marks; empty if it is not written so."""
+    if "<extra_id_1>" in text and _HELPSTEER_TURNS.search(text):
+        head, *rest = _HELPSTEER_TURNS.split(text)
+        messages: list[Message] = [{"role": "user", "content": head}] if head.strip() else []
+    elif text.startswith("\n\nHuman:") or (text.startswith("Human:") and "\n\nAssistant:" in text):
+        _, *rest = _TRANSCRIPT.split("\n\n" + text.lstrip("\n"))
+        messages = []
+    else:
+        return []
+    for speaker, content in zip(rest[::2], rest[1::2], strict=True):
+        messages.append({"role": "assistant" if speaker == "Assistant" else "user", "content": content.strip()})
+    return messages
+
+
+def read_prompt(row: Record, *, required: bool = True) -> tuple[Message, ...]:
+    """The row's prompt: its messages, with the history and the system message that stand in fields of their own."""
+    field = find_prompt(row)
+    if field is None:
+        if required:
+            raise RowError("prompt", "is missing")
+        return ()
+    return _with_system(row, _read_turns(row, row.get(field), field), field)
+
+
+def find_prompt(row: Record) -> str | None:
+    """The field that holds the row's prompt; it counts as read."""
+    names = [name for name in PROMPT_FIELDS if name not in _LISTS_ONLY or not isinstance(as_messages(row.values.get(name)), str)]
+    return row.find(names)
+
+
+def _read_turns(row: Record, value: Any, field: str) -> tuple[Message, ...]:
+    value = as_messages(value)
+    if not isinstance(value, str):
+        return read_messages(row, value, field)
+    turns = split_transcript(value)
+    if turns and turns[-1] == {"role": "assistant", "content": ""}:
+        turns.pop()
+    if turns:
+        return read_messages(Record({}), turns, field)
+    text = read_text(value, field)
+    if field == "instruction" and row.has("input") and row.get("input") != "":
+        text = f"{text}\n{read_text(row.get('input'), 'input')}"
+    return (*_read_history(row), {"role": "user", "content": text})
+
+
+def _read_history(row: Record) -> tuple[Message, ...]:
+    """Earlier turns: messages, or pairs of a question and its answer."""
+    if not row.has("history"):
+        return ()
+    value = parse_json(row.get("history"), "[")
+    if value in ("", []):
+        return ()
+    if is_conversation(value):
+        return read_messages(row, value, "history", last_assistant=True)
+    messages: list[Message] = []
+    for index, turn in enumerate(read_list(value, "history")):
+        if not isinstance(turn, list | tuple) or len(turn) != 2:
+            raise RowError(f"history[{index}]", "is not a pair of a question and its answer")
+        for role, part in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": read_text(part, f"history[{index}]")})
+    return tuple(messages)
+
+
+def _with_system(row: Record, messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+    """The messages with the system message that the row names in a field of its own."""
+    name = row.find(_SYSTEM_FIELDS)
+    value = None if name is None else row.get(name)
+    if name is None or value == "":
+        return messages
+    system = read_text(value, name)
+    if messages and messages[0]["role"] in _SYSTEM_ROLES:
+        if messages[0]["content"].strip() != system.strip():
+            raise RowError(name, f"contradicts the system message in {field}[0]")
+        return messages
+    return ({"role": "system", "content": system}, *messages)
+
+
+# --------------------------------------------------------------------------------------------------- answers
+
+
+def read_answer(row: Record, value: Any, field: str) -> Answer:
+    """An answer as its text, or as messages that may repeat the conversation before it."""
+    value = as_messages(value)
+    if isinstance(value, str):
+        turns = split_transcript(value)
+        if len(turns) > 1 and turns[-1]["role"] == "assistant":
+            return read_messages(Record({}), turns, field, last_assistant=True)
+        return read_text(value, field)
+    if value is None:
+        raise RowError(field, "is missing")
+    if not isinstance(value, list):
+        raise RowError(field, f"is of type {type(value).__name__}, not a string or messages")
+    return read_messages(row, value, field, last_assistant=True)
+
+
+def join_answers(row: Record, answers: Sequence[tuple[str, Answer]]) -> tuple[tuple[Message, ...], list[Answer]]:
+    """The prompt, and what is left of each answer: whatever they all share is part of the prompt.
+
+    Args:
+        answers: each answer with the field it stands in
+
+    Raises:
+        RowError: an answer belongs to another conversation than the prompt, or than its siblings; both places are named.
+    """
+    field = find_prompt(row) if _needs_prompt(row, answers) else None
+    own = read_prompt(row, required=False) if field is not None else ()
+    wholes: list[tuple[Any, ...]] = []
+    for place, answer in answers:
+        if isinstance(answer, str):
+            wholes.append((*own, answer))
+        elif answer[0]["role"] == "assistant":
+            wholes.append((*own, *answer))
+        else:
+            wholes.append(_check_whole(row, own, field, place, _with_system(row, answer, place)))
+    shared, first = 0, wholes[0]
+    if len(wholes) == 1 and own:
+        shared = len(own)
+    while len(wholes) > 1 and all(len(whole) > shared + 1 and whole[shared] == first[shared] for whole in wholes):
+        shared += 1
+    if len(wholes) == 1 and not own:
+        shared = len(first) - 1
+    while shared and not _starts_answer(wholes, shared):
+        shared -= 1
+    if shared == 0:
+        if any(len(whole) > 1 and whole[0] != first[0] for whole in wholes) or (own and len(wholes) > 1):
+            place, other = answers[-1][0], answers[0][0]
+            raise RowError(place, f"answers another conversation than {other}: their messages differ before the last one")
+        places = " and ".join(sorted({re.sub(r"\[\d+\]", "", place) for place, _ in answers}))
+        raise RowError("prompt", f"is missing, and {places} hold an answer only")
+    rest = [whole[shared:] for whole in wholes]
+    return first[:shared], [part[0] if isinstance(part[0], str) else part for part in rest]
+
+
+def _starts_answer(wholes: Sequence[tuple[Any, ...]], place: int) -> bool:
+    """Whether the assistant begins to speak there, in each of them."""
+    before = wholes[0][place - 1]
+    speaks = all(isinstance(whole[place], str) or whole[place]["role"] == "assistant" for whole in wholes)
+    return speaks and before["role"] not in ("assistant", *_SYSTEM_ROLES)
+
+
+def _needs_prompt(row: Record, answers: Sequence[tuple[str, Answer]]) -> bool:
+    """Whether a prompt field has a say: `messages` beside answers that hold the whole conversation is one of them again."""
+    wholes = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for _, answer in answers)
+    field = Record(row.values)
+    name = find_prompt(field)
+    if name is None or not wholes:
+        return name is not None
+    value = as_messages(row.values[name])
+    ends = value[-1] if isinstance(value, list) and value and isinstance(value[-1], dict) else {}
+    return _ROLES.get(str(_role_name(ends))) != "assistant"
+
+
+def _check_whole(
+    row: Record, own: tuple[Message, ...], field: str | None, place: str, whole: tuple[Message, ...]
+) -> tuple[Message, ...]:
+    """The conversation of an answer that repeats it, checked against the row's prompt."""
+    if field is None:
+        return whole
+    if own == whole[: len(own)]:
+        return whole
+    texts = [message["content"].strip() for message in whole if message["role"] == "user" and message["content"]]
+    said = own[-1]["content"]
+    as_text = isinstance(as_messages(row.values[field]), str)
+    bare = tuple(message for message in own if message["role"] not in _SYSTEM_ROLES)
+    rest = tuple(message for message in whole if message["role"] not in _SYSTEM_ROLES)
+    if (as_text and len(bare) == 1 and said is not None and said.strip() in texts) or bare == rest[: len(bare)]:
+        if len(bare) == len(own) or own[0] == whole[0]:
+            return whole
+        if whole[0]["role"] not in _SYSTEM_ROLES:  # the system message stands with the prompt alone
+            return (own[0], *whole)
+        raise RowError(place, f"contradicts {field}: their system messages differ")
+    raise RowError(place, f"contradicts {field}: it answers another conversation")

@@ -1,0 +1,47 @@
+"""A row that notes which of its fields are read, so that every other one can be named."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_INDEX = re.compile(r"\[\d+\]")
+
+
+class Record:
+    """A row, or a record within one. What `get` and `first` never asked for is unused."""
+
+    def __init__(self, values: Mapping[str, Any], place: str = "", parent: Record | None = None) -> None:
+        self.values, self.place, self.used = values, place, set[str]()
+        self.inner: list[Record] = []
+        if parent is not None:
+            parent.inner.append(self)
+
+    def has(self, name: str) -> bool:
+        """Whether a field holds something; does not count as reading it."""
+        return self.values.get(name) is not None
+
+    def get(self, name: str) -> Any:
+        """The value of a field, None if it is absent."""
+        self.used.add(name)
+        return self.values.get(name)
+
+    def find(self, names: Sequence[str]) -> str | None:
+        """The first of these fields that holds something; it counts as read."""
+        name = next((name for name in names if self.has(name)), None)
+        if name is not None:
+            self.used.add(name)
+        return name
+
+    def within(self, value: Mapping[str, Any], place: str) -> Record:
+        """A record that is part of this one, for example `responses[0]`."""
+        return Record(value, f"{self.place}{place}.", self)
+
+    def unused(self) -> Iterator[str]:
+        """Names of fields that hold something and were not read; places in lists as `[]`."""
+        for name, value in self.values.items():
+            if name not in self.used and value is not None and value not in ("", [], {}):
+                yield _INDEX.sub("[]", f"{self.place}{name}")
+        for record in self.inner:
+            yield from record.unused()
