@@ -114,6 +114,9 @@ class GenerateConfig:
     """K."""
     temperature: float = 1.0
     """Logits are divided by it; 0 takes the likeliest token, and then all K responses are equal."""
+    temperatures: list[float] = field(default_factory=list)
+    """Several temperatures in one run, in place of `temperature`: response k is drawn at the (k mod n)-th of n, for example
+    [0.6, 0.8, 1.0] as in MC-PO; each line notes its own."""
     top_p: float = 1.0
     """Draw from the fewest tokens that together have this probability."""
     top_k: int = 0
@@ -160,13 +163,23 @@ class GenerateConfig:
         for name in ("num_responses", "max_tokens", "max_prompt_tokens", "max_attempts"):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
+        for temperature in self.temperatures:
+            require(0 <= temperature < float("inf"), f"temperatures = {self.temperatures}; each must be 0 or positive.")
+        require(
+            not self.temperatures or self.temperature == 1.0,
+            f"temperature = {self.temperature}, temperatures = {self.temperatures}; leave one of them out.",
+        )
+        require(
+            len(self.temperatures) <= self.num_responses,
+            f"temperatures = {self.temperatures}; num_responses = {self.num_responses} are fewer: some would not be used.",
+        )
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
         require(self.top_k >= 0, f"top_k = {self.top_k}; it must be 0 (all tokens) or positive.")
         require(all(self.stop), "stop holds an empty text, which every response would end with; remove it.")
         require(self.max_prompts is None or self.max_prompts >= 1, f"max_prompts = {self.max_prompts}; it must be at least 1.")
         require(0 <= self.max_failed < 1, f"max_failed = {self.max_failed}; it is a share: at least 0 and below 1.")
         require(
-            self.temperature > 0 or self.duplicates != "resample",
+            min([self.temperature, *self.temperatures]) > 0 or self.duplicates != "resample",
             "duplicates = resample, temperature = 0: drawing again gives the same text; raise temperature, or keep or drop.",
         )
         if self.shard is not None:

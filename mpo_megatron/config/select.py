@@ -39,7 +39,8 @@ class SelectConfig:
     max_length_ratio: float | None = None
     """A response this many times longer, or shorter, than its group's median is dropped."""
     truncated: Literal["drop", "keep"] = "drop"
-    """What happens to responses that ended at the token limit: training would teach them to end there."""
+    """What happens to responses that ended at the token limit, or because the engine saw them repeat themselves: training on
+    their text would teach the policy to end there. Aborted and filtered responses are always dropped."""
     duplicates: Literal["drop", "drop_normalized", "keep"] = "drop"
     """Of equal responses to a prompt the first stays; `drop_normalized` ignores case and white space."""
     reward_noise: float = 0.0

@@ -44,10 +44,10 @@ class Group:
         """Indices of the responses that are still to be drawn."""
         return [index for index in range(sampling.num_responses) if index not in self.responses and index not in self.given_up]
 
-    def prompt(self, sampling: Sampling) -> Prompt:
-        """The prompt with the seeds of what is missing."""
+    def prompt(self, sampling: Sampling, indices: Sequence[int] | None = None) -> Prompt:
+        """The prompt with the seeds of these responses, by default of all that are missing."""
         group_id = self.record["group_id"]
-        indices = self.missing(sampling)
+        indices = self.missing(sampling) if indices is None else indices
         return Prompt(
             group_id=group_id,
             token_ids=self.token_ids,
@@ -56,11 +56,11 @@ class Group:
             seeds=tuple(response_seed(sampling.seed, group_id, index, self.attempts.get(index, 0)) for index in indices),
         )
 
-    def receive(self, generation: Generation, sampling: Sampling, max_attempts: int) -> None:
-        """Take over what came, by its seed: responses, and misses, which are drawn again with another seed or given up."""
+    def receive(self, generation: Generation, sampling: Sampling, indices: Sequence[int], max_attempts: int) -> None:
+        """Take over what came for these responses, by its seed; misses are drawn again with another one, or given up."""
         came: dict[int, Response | Miss] = {miss.seed: miss for miss in generation.misses}
         came |= {response.seed: response for response in generation.responses}
-        for index, seed in zip(self.missing(sampling), self.prompt(sampling).seeds, strict=True):
+        for index, seed in zip(indices, self.prompt(sampling, indices).seeds, strict=True):
             draw = came.get(seed)
             if draw is None:
                 if generation.error is not None:
@@ -99,23 +99,24 @@ class Group:
             self.draws[index] = max(self.draws[index], 1)
         return bool(again)
 
-    def as_record(self, config: GenerateConfig) -> Record:
+    def as_record(self, config: GenerateConfig, sampling: Sampling) -> Record:
         """The finished group line; `unusable` counts all draws that gave no response, `dropped` the responses it lacks."""
         faults = {index: fault for index, fault in self.faults().items() if getattr(config, fault) == "drop"}
-        kept = [self.as_line(index) for index in sorted(self.responses) if index not in faults]
+        kept = [self.as_line(index, sampling) for index in sorted(self.responses) if index not in faults]
         dropped = Counter(faults.values()) + Counter(miss.label for miss in self.given_up.values())
         record = self.record | {"responses": kept}
         record |= {"dropped": dict(sorted(dropped.items()))} if dropped else {}
         return record | ({"unusable": dict(sorted(self.misses.items()))} if self.misses else {})
 
-    def as_line(self, index: int) -> Record:
-        """One response of the group line; `attempt` tells how often it was drawn again."""
+    def as_line(self, index: int, sampling: Sampling) -> Record:
+        """One response of the group line; `attempt` tells how often it was drawn again, `temperature` at which of several."""
         line, attempt = self.responses[index].as_line(), self.attempts.get(index, 0)
+        line |= {"temperature": sampling.temperature_of(index)} if sampling.temperatures else {}
         return line | {"attempt": attempt} if attempt else line
 
-    def as_failure(self, error: str) -> Record:
+    def as_failure(self, error: str, sampling: Sampling) -> Record:
         """A line of failures.jsonl: why, what did arrive, and where the next run goes on."""
-        arrived = [self.as_line(index) | {"index": index} for index in sorted(self.responses)]
+        arrived = [self.as_line(index, sampling) | {"index": index} for index in sorted(self.responses)]
         line = {"group_id": self.record["group_id"], "error": error, "responses": arrived}
         attempts = {str(index): attempt for index, attempt in self.attempts.items() if index not in self.responses}
         return line | ({"attempts": attempts} if attempts else {})
@@ -139,21 +140,33 @@ def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: 
         again = []
         for group, error in _draw(engine, waiting, sampling, config.max_attempts):
             if error is not None:
-                yield group.as_failure(error)
+                yield group.as_failure(error, sampling)
             elif group.drop_to_redraw(config) or group.missing(sampling):
                 again.append(group)
             elif group.given_up and not group.responses:
-                yield group.as_failure(group.explain_misses())
+                yield group.as_failure(group.explain_misses(), sampling)
             else:
-                yield group.as_record(config)
+                yield group.as_record(config, sampling)
         waiting = again
 
 
 def _draw(engine: Engine, groups: Sequence[Group], sampling: Sampling, max_attempts: int) -> Iterator[tuple[Group, str | None]]:
     """Each group once the engine has drawn what it lacked, and why something still is missing; whole ones first."""
-    lacking = {group.record["group_id"]: group for group in groups if group.missing(sampling)}
-    yield from ((group, None) for group in groups if group.record["group_id"] not in lacking)
-    for generation in engine.generate([group.prompt(sampling) for group in lacking.values()], sampling):
-        group = lacking[generation.group_id]
-        group.receive(generation, sampling, max_attempts)
-        yield group, generation.error
+    by_id = {group.record["group_id"]: group for group in groups}
+    errors: dict[str, str] = {}
+    wanted: dict[float, dict[str, list[int]]] = {}
+    for group_id, group in by_id.items():
+        for index in group.missing(sampling):
+            wanted.setdefault(sampling.temperature_of(index), {}).setdefault(group_id, []).append(index)
+    passes = Counter(group_id for of_group in wanted.values() for group_id in of_group)
+    yield from ((group, None) for group_id, group in by_id.items() if not passes[group_id])
+    for temperature, of_group in wanted.items():
+        prompts = [by_id[group_id].prompt(sampling, indices) for group_id, indices in of_group.items()]
+        for generation in engine.generate(prompts, sampling.at(temperature)):
+            group_id = generation.group_id
+            by_id[group_id].receive(generation, sampling, of_group[group_id], max_attempts)
+            if generation.error is not None:
+                errors[group_id] = generation.error
+            passes[group_id] -= 1
+            if not passes[group_id]:
+                yield by_id[group_id], errors.get(group_id)

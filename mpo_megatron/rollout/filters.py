@@ -53,6 +53,21 @@ def find_truncated(responses: Sequence[Response], config: SelectConfig) -> list[
     return [config.truncated == "drop" and response.get("finish_reason") == "length" for response in responses]
 
 
+def find_repeating(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Ended by the engine because it repeated itself."""
+    return [config.truncated == "drop" and response.get("finish_reason") == "repetition" for response in responses]
+
+
+def find_aborted(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Ended by the engine before its end, for example when a server shut down."""
+    return [response.get("finish_reason") in ("abort", "aborted", "error") for response in responses]
+
+
+def find_filtered(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+    """Cut by a content filter."""
+    return [response.get("finish_reason") == "content_filter" for response in responses]
+
+
 def find_too_short(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
     """Below `min_length`."""
     if not config.min_length:
@@ -119,6 +134,9 @@ RULES: dict[str, Rule] = {
     "no_reward": find_unscored,
     "empty": find_empty,
     "truncated": find_truncated,
+    "repeating": find_repeating,
+    "aborted": find_aborted,
+    "filtered": find_filtered,
     "too_short": find_too_short,
     "too_long": find_too_long,
     "unlike_length": find_unlike_length,

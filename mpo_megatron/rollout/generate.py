@@ -115,6 +115,7 @@ def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sam
     return Sampling(
         num_responses=config.num_responses,
         temperature=config.temperature,
+        temperatures=tuple(config.temperatures),
         top_p=config.top_p,
         top_k=config.top_k,
         max_tokens=config.max_tokens,
@@ -154,7 +155,7 @@ def _identity(
         "model": model,
         "tokenizer": tokenizer.digest(),
         "prompts": prompts.digest(),
-        "sampling": asdict(sampling) | {"stop": [*sampling.stop], "stop_token_ids": [*sampling.stop_token_ids]},
+        "sampling": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(sampling).items()},
         "empty": config.empty,
         "duplicates": config.duplicates,
         "max_attempts": config.max_attempts,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from mpo_megatron.data.group import Message
@@ -66,6 +66,16 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; not part of its text."""
     seed: int = 1234
+    temperatures: tuple[float, ...] = ()
+    """If there are any, response k is drawn at temperature k mod their number; engines are asked for one at a time."""
+
+    def temperature_of(self, index: int) -> float:
+        """The temperature that response `index` of a group is drawn at."""
+        return self.temperatures[index % len(self.temperatures)] if self.temperatures else self.temperature
+
+    def at(self, temperature: float) -> Sampling:
+        """The same at one temperature."""
+        return replace(self, temperature=temperature, temperatures=())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,7 +127,11 @@ class SampleRegularizer:
 
 def as_record(index: int, data: PreparedGroups, generation: Generation, limit: int) -> Record:
     """A group line of at most `limit` samples; with the group's place in the data, and token ids."""
-    responses = [response.as_line() | {"tokens": list(response.token_ids)} for response in generation.responses[:limit]]
+    responses = []
+    for response in generation.responses[:limit]:
+        line = response.as_line() | {"tokens": list(response.token_ids)}
+        line.pop("token_ids", None)  # `tokens` are there for every response, also one that a stop text cut
+        responses.append(line)
     group = data[index]
     return {"group_id": group.group_id, "index": index, "prompt": group.prompt_text, "responses": responses}
 

@@ -161,6 +161,36 @@ def test_empty_and_equal_responses_are_drawn_again(config: GenerateConfig, monke
     assert (counts["resampled"], counts["duplicates"], counts["empty"]) == (6, 2, 0)
 
 
+def test_several_temperatures_in_one_run(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Response k is what a run at its own temperature draws as response k; a run that lost some asks at the right temperature."""
+    hot, cold = (
+        dataclasses.replace(config, num_responses=4, temperature=value, output=str(tmp_path / str(value))) for value in (1.0, 0.5)
+    )
+    mixed = dataclasses.replace(config, num_responses=4, temperatures=[1.0, 0.5])
+    expected = [[list(read_lines(run(item))) for item in (hot, cold)][index] for index in (0, 1)]
+    for index, record in enumerate(read_lines(run(mixed))):
+        assert [response["temperature"] for response in record["responses"]] == [1.0, 0.5, 1.0, 0.5]
+        for place, response in enumerate(record["responses"]):
+            assert response["text"] == expected[place % 2][index]["responses"][place]["text"]
+    asked = []
+
+    class Recording(Scripted):
+        def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
+            asked.append((sampling.temperature, sum(len(prompt.seeds) for prompt in prompts)))
+            return super().generate(prompts, sampling)
+
+    engine = Recording(lambda group_id, index, attempt: None if (group_id, index) == ("p3", 1) else f"answer {index}")
+    monkeypatch.setattr(stage, "_load_engine", lambda *_: engine)
+    again = dataclasses.replace(mixed, output=str(tmp_path / "again"))
+    with pytest.raises(DataError, match="1 of 20 prompts failed"):
+        run(again)
+    engine.script = lambda group_id, index, attempt: f"answer {index}"
+    run(again)
+    assert asked == [(1.0, 40), (0.5, 40), (0.5, 1)]
+    with pytest.raises(ConfigError, match=r"temperature = 0\.3, temperatures = .*leave one of them out"):
+        dataclasses.replace(mixed, temperature=0.3)
+
+
 def test_empty_and_equal_responses_are_dropped(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, lambda group_id, index, attempt: {"p1": "", "p2": "same"}.get(group_id, f"answer {index}"))
     config = dataclasses.replace(config, empty="drop", duplicates="drop")
