@@ -83,17 +83,29 @@ def read_groups(
         raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields; the first: {first}.")
     missing = sorted(ours for ours in renamed if not any(ours in row for row in sample))
     if missing:
-        found = sorted({name for row in sample for name in row})
+        found = sorted({renamed.get(name, name) for row in sample for name in row})
         raise DataError(
             f"columns: {missing[0]} = {renamed[missing[0]]}; {source} has no such column in its first rows; found {found}."
         )
     layout = detect(sample, format_name, Options(ratings=parse_rating(rating), drop_ranks=tuple(drop_ranks)))
     unused = Counter[str]()
-    parsed = _parse_rows(itertools.chain(head, rows), layout, unused)
-    own = seen or Spill()
+    items = build_groups(itertools.chain(head, rows), layout, unused, seen or Spill(), number=number, id_prefix=id_prefix)
+    return GroupStream(layout, total, items, unused)
+
+
+def build_groups(
+    rows: Iterable[RawRow], layout: Layout, unused: Counter[str], seen: Spill, *, number: int = 0, id_prefix: str = ""
+) -> Iterator[Group | Rejection]:
+    """Groups of rows whose format is settled.
+
+    Args:
+        unused: receives the columns and keys that are not read
+        seen: remembers ids, and rows of formats whose groups are made of several
+    """
+    parsed = _parse_rows(rows, layout, unused)
     if find_format(layout.format).joins_rows:
-        parsed = _gather(parsed, own)
-    return GroupStream(layout, total, _build(parsed, own, number, id_prefix), unused)
+        parsed = _gather(parsed, seen)
+    return _build(parsed, seen, number, id_prefix)
 
 
 def read_inputs(sources: Sequence[str], **options: Any) -> list[GroupStream]:
