@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, load_yaml
 from mpo_megatron.data import DataError
+from mpo_megatron.stack.checks import has_fused_gradients
 
 USABLE = "usable"
 
@@ -66,7 +68,8 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
     from mpo_megatron import device
     from mpo_megatron.model.architecture import use_transformer_engine
     from mpo_megatron.model.attention_backends import choose_attention
-    from mpo_megatron.model.precision import missing_for_transformer_engine
+    from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine
+    from mpo_megatron.train.environment import compute_capability, recommended
     from mpo_megatron.train.launcher import count_ranks
 
     model, parallel = config.model, config.parallel
@@ -94,12 +97,33 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
     else:
         why = "the fastest kernel that is installed" if attention == "varlen" else "no variable-length kernel is installed"
     rows.append(("attention", f"{attention} ({_kernel()})" if attention == "varlen" else attention, why))
-    rows.append(("fp8", model.fp8, "model.fp8"))
+    rows.append(("fp8", model.fp8, "model.fp8" if model.fp8 == "none" else missing or missing_for_recipe(model.fp8) or "usable"))
+    rows.append(("weight gradients", *_weight_gradients(engine)))
     rows.append(("recompute", model.recompute, "model.recompute"))
-    rows.append(("optimizer overlap", config.optimizer.overlap, "optimizer.overlap"))
+    rows.append(("optimizer overlap", *_overlap(config)))
+    capability = compute_capability()
+    if capability is not None:
+        for name, value in recommended(config, capability).items():
+            rows.append((name, os.environ.get(name, value), "the environment" if name in os.environ else "set by mpo train"))
     if config.online.kl_weight:
         rows.append(("live samples", config.online.engine, "online.engine"))
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
+
+
+def _weight_gradients(engine: bool) -> tuple[str, str]:
+    if engine:
+        return "added inside the GEMM", "layers of Transformer Engine"
+    if has_fused_gradients():
+        return "added inside the GEMM", "NVIDIA's apex"
+    return "added in a pass of their own", "neither Transformer Engine nor NVIDIA's apex is in use"
+
+
+def _overlap(config: TrainConfig) -> tuple[str, str]:
+    from mpo_megatron import device
+
+    if config.optimizer.overlap != "auto":
+        return config.optimizer.overlap, "optimizer.overlap"
+    return ("all, where there are replicas", "GPUs") if device.has_gpu() else ("none", "no GPU")
 
 
 def refusal(config: TrainConfig) -> str | None:

@@ -24,6 +24,7 @@ from mpo_megatron.model.attention import GroupAttention, RowAttention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 from mpo_megatron.model.recompute import offload_settings, recompute_settings
+from mpo_megatron.stack.checks import has_fused_gradients
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each `model.precision`."""
@@ -92,7 +93,7 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
-        gradient_accumulation_fusion=use_transformer_engine(model),
+        gradient_accumulation_fusion=use_transformer_engine(model) or has_fused_gradients(),
         apply_rope_fusion=use_transformer_engine(model),
         # The core of attention is GroupAttention, which may use cuDNN's kernel of Transformer Engine, and no other of its. With
         # another value here Megatron-Core refuses the environment variables that say so (attention_varlen.py).

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
 from mpo_megatron.config import ConfigError
@@ -35,7 +33,7 @@ def require_working_gpus(backend: str) -> None:
 
 def has_fused_gradients() -> bool:
     """Whether layers that are not Transformer Engine's can add weight gradients inside the GEMM: NVIDIA's apex is there."""
-    return torch.cuda.is_available() and importlib.util.find_spec(APEX_EXTENSION) is not None
+    return torch.cuda.is_available() and import_error(APEX_EXTENSION) is None
 
 
 def shortfalls(*, transformer_engine: bool) -> list[str]:
