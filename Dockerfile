@@ -12,7 +12,7 @@ RUN python3 -m venv /opt/venv && pip install --no-cache-dir 'uv>=0.9,<1'
 
 WORKDIR /opt/mpo-megatron
 COPY requirements-gpu.txt ./
-# First what Transformer Engine's extension is built against, then everything; README.md, "On GPUs", says the same.
+# First what Transformer Engine's extension is built against, then everything; docs/installation.md has the reasons.
 ARG MAX_JOBS=8
 RUN uv pip install --no-cache --constraint requirements-gpu.txt torch 'cuda-toolkit[cccl,nvcc]' setuptools wheel ninja pybind11
 RUN NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_FRAMEWORK=pytorch \

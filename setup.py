@@ -37,8 +37,8 @@ DOCS = [
 TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"]
 
 EXTRAS = {
-    # Installs only after torch and without build isolation: README.md, "On GPUs". model/precision.py uses its global FP8 state,
-    # which moves between minor versions. 2.11 is the first that fits torch 2.11.
+    # Installs only after torch and without build isolation: docs/installation.md. Names of its FP8 (model/precision.py) change
+    # between minor versions; 2.11 is the one for torch 2.11.
     "gpu": [
         "transformer-engine[core_cu13,pytorch]>=2.11,<2.21",
         "cuda-toolkit[cccl,nvcc]>=13,<14",  # headers for that, of the version torch itself pins; core_cu13 is for CUDA 13

@@ -25,7 +25,7 @@ def doctor(arguments: Sequence[str]) -> int:
     Raises:
         ConfigError: an unknown option, or a configuration file that does not exist.
     """
-    options = _read(arguments)
+    options = read_options(arguments)
     found = examine(options.config)
     if peers.count_peers() > 1:
         store, rank, size = peers.open_store()
@@ -59,7 +59,12 @@ def examine(config: str | None) -> dict[str, Any]:
     }
 
 
-def _read(arguments: Sequence[str]) -> argparse.Namespace:
+def read_options(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line's `config` and `json`.
+
+    Raises:
+        ConfigError: an unknown option, or a file that does not exist.
+    """
     parser = argparse.ArgumentParser(
         prog="mpo doctor",
         description=__doc__,

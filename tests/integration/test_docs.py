@@ -19,6 +19,7 @@ from examples.quickstart.task import build_groups
 from mpo_megatron import config as configs
 from mpo_megatron.cli import main
 from mpo_megatron.config import build_parser
+from mpo_megatron.doctor.doctor import read_options
 from mpo_megatron.launch.launch import TARGETS
 from mpo_megatron.losses import group_loss, registry
 from tests.tiny import save_model
@@ -105,6 +106,9 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
     _, name, *arguments = shlex.split(command.replace("…", ""))
     if name in ("losses", "report"):
         return  # their arguments are names of losses and folders; the pipeline below runs `report`
+    if name == "doctor":
+        assert read_options([argument for argument in arguments if argument != "--config" and "." not in argument])
+        return
     kind = TARGETS[arguments.pop(0)] if name == "launch" else KINDS[name]
     options = {item.split("=")[0].removeprefix("--").split(".")[0] for item in arguments if re.match(r"--[a-z]", item)}
     known = set(kind.__dataclass_fields__) | {"config", "print_config", "help"} | {item[2:] for item in LAUNCHER_OPTIONS}
