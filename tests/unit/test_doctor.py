@@ -104,10 +104,10 @@ def test_what_works_here_and_what_a_run_would_use(tmp_path: Path, capsys: pytest
 
 def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text("outptu: run\n")
+    config.write_text("paralel: {}\n")
     assert abilities.main([str(config)]) == 0
     run = json.loads(capsys.readouterr().out.splitlines()[-1])["run"]
-    assert "outptu" in run["refused"]
+    assert "paralel" in run["refused"]
 
 
 def _facts(**changes: Any) -> dict[str, Any]:
