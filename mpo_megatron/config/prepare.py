@@ -56,6 +56,11 @@ class PrepareConfig:
     """Share of the training groups kept, drawn by id: a larger share keeps all that a smaller one keeps."""
     responses_per_prompt: int | None = None
     """Keep this many responses of each training group, drawn at random; larger numbers keep what smaller ones keep."""
+    keep_best: bool = False
+    """With `responses_per_prompt`: the best response of a group always stays (MC-PO)."""
+    swapped_negatives: int = 0
+    """Negatives added to each training group: copies of its best response in which two tokens have changed places, with the
+    group's lowest reward (MC-PO's noise samples)."""
     reward_noise: float = 0.0
     """Standard deviation σ of Gaussian noise added to the training groups' rewards, before anything else is done to them."""
     reward_normalization: Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"] = "none"
@@ -63,7 +68,7 @@ class PrepareConfig:
     check_every: int = 100
     """Compare every n-th group with plain `apply_chat_template`, and stop on a difference; 0: never."""
     seed: int = 1234
-    """Seed of `weights`, `held_out`, `fraction`, `responses_per_prompt` and `reward_noise`."""
+    """Seed of `weights`, `held_out`, `fraction`, `responses_per_prompt`, `swapped_negatives` and `reward_noise`."""
     num_workers: int = 1
     """Processes that tokenize; the result does not depend on it."""
 
@@ -99,6 +104,11 @@ class PrepareConfig:
             self.responses_per_prompt is None or self.responses_per_prompt >= 2,
             f"responses_per_prompt = {self.responses_per_prompt}; a group needs at least 2 responses.",
         )
+        require(
+            not self.keep_best or self.responses_per_prompt is not None,
+            "keep_best = true; it has an effect only with responses_per_prompt; set that, or leave it out.",
+        )
+        require(self.swapped_negatives >= 0, f"swapped_negatives = {self.swapped_negatives}; it must be 0 or more.")
         require(
             0 <= self.reward_noise < float("inf"),
             f"reward_noise = {self.reward_noise}; it is a standard deviation: 0 (off) or positive.",

@@ -1,7 +1,7 @@
 """Groups: from the formats people have, to token ids on disk, to packed rows.
 
     fields, formats, readers     a field of a row; a row → a group; files, folders and datasets → groups
-    tokenizer, chat              text → token ids, by the chat template
+    tokenizer, chat, drawn       text → token ids, by the chat template, or as they were drawn
     prepare, rewards, summary    `mpo prepare`: its two passes, what it may do to rewards, what it tells of the data
     group, store                 a group; prepared groups on disk
     packing, loader              groups → packed rows; a step's rows, built ahead

@@ -85,6 +85,8 @@ class Parsed:
     """Responses that cannot be used, and why."""
     unused: tuple[str, ...] = ()
     """Columns and keys of the row that say something and were not read."""
+    drawn: tuple[tuple[int, ...] | None, ...] = ()
+    """As `Group.drawn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,4 +226,5 @@ def build_group(parsed: Parsed, where: str, source: int = 0) -> Group:
         where=where,
         source=source,
         dropped=tuple(str(error) for error in parsed.dropped),
+        drawn=parsed.drawn,
     )

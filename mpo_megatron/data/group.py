@@ -41,6 +41,8 @@ class Group:
     """Which input it was read from, counted from 0."""
     dropped: tuple[str, ...] = ()
     """Of each response that could not be used, the field and the reason."""
+    drawn: tuple[tuple[int, ...] | None, ...] = ()
+    """Of each response the token ids that it was drawn as, end token included, where they are known; empty: of none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

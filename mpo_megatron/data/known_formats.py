@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.conversations import PROMPT_FIELDS, as_messages, is_conversation, join_answers, read_answer
+from mpo_megatron.data.drawn import Drawn, read_drawn
 from mpo_megatron.data.fields import RowError, is_number, parse_json, read_id, read_label, read_list, read_number
 from mpo_megatron.data.formats import Format, Layout, Options, Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
@@ -144,11 +146,12 @@ def _parse_groups(row: Record, layout: Layout) -> Parsed:
     has_labels = any(map(labels.given, items))
     if not (has_rewards or has_ranks or has_labels or layout.ratings):
         raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
-    found, places = Responses(), list[str]()
+    found, places, drawn = Responses(), list[str](), list[Drawn | None]()
     for index, item in enumerate(items):
 
         def read(index: int = index, item: Any = item) -> tuple[Any, float | None, int | None]:
             response, record = _read_item(row, item, f"{field}[{index}]")
+            ids = read_drawn(row, record)
             reward = None
             if layout.ratings:
                 reward = _average(record, layout.ratings)
@@ -158,10 +161,12 @@ def _parse_groups(row: Record, layout: Layout) -> Parsed:
                 reward = -ranks.read(record, index)
             label = labels.read(record, index) if has_labels else None
             places.append(f"{field}[{index}]")
+            drawn.append(ids if isinstance(response, str) else None)
             return response, reward, label
 
         found.read(read)
-    return _finish(row, found, places)
+    parsed = _finish(row, found, places)
+    return replace(parsed, drawn=tuple(drawn)) if any(drawn) else parsed
 
 
 # --------------------------------------------------------------------------------------------------- ultrafeedback, nectar

@@ -28,11 +28,18 @@ from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import Layout
-from mpo_megatron.data.group import Group, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.data.group import Float64, Group, Int64, RewardKind, TokenizedGroup
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import GroupStream, read_inputs
-from mpo_megatron.data.rewards import RewardScale, add_noise, choose_responses, measure_scale, normalize
+from mpo_megatron.data.rewards import (
+    RewardScale,
+    add_noise,
+    choose_responses,
+    measure_scale,
+    normalize,
+    swap_two_tokens,
+)
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, write_arrow, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
@@ -102,8 +109,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         train, evaluation, tally.outside_weights, tally.outside_fraction = choose_groups(usable, keys, inputs, ids, config)
         rewards = groups.all_rewards()
         scale = None if rewards is None else measure_scale(rewards)
-        finish = functools.partial(_finish, scale=scale, labels=_all_labelled(accepted, usable))
-        untouched = replace(config, reward_noise=0.0, responses_per_prompt=None)
+        finish = functools.partial(_finish, chat=chat, scale=scale, labels=_all_labelled(accepted, usable))
+        untouched = replace(config, reward_noise=0.0, responses_per_prompt=None, keep_best=False, swapped_negatives=0)
         write = functools.partial(_write, config, chat, _stored_format(config, streams), kind, tally)
         eval_info = None
         with writing(output):
@@ -284,8 +291,10 @@ def _all_labelled(accepted: Accepted, usable: Int64) -> bool:
 # --------------------------------------------------------------------------------------------------- second pass
 
 
-def _finish(group: TokenizedGroup, config: PrepareConfig, *, scale: RewardScale | None, labels: bool) -> TokenizedGroup:
-    """Apply the options that act on one group: noise on all its rewards, then the choice of responses, then the scale.
+def _finish(
+    group: TokenizedGroup, config: PrepareConfig, *, chat: Chat, scale: RewardScale | None, labels: bool
+) -> TokenizedGroup:
+    """Apply the options that act on one group: noise on all its rewards, the choice of responses, the scale, added negatives.
 
     Args:
         scale: statistics of all accepted groups' rewards, before noise and choice; None if there are only labels
@@ -294,17 +303,50 @@ def _finish(group: TokenizedGroup, config: PrepareConfig, *, scale: RewardScale 
     rewards = group.rewards
     if rewards is not None and config.reward_noise > 0:
         rewards = add_noise(rewards, config.reward_noise, group.group_id, seed=config.seed)
-    keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed)
+    best = int(np.argmax(_preference(group, rewards))) if config.keep_best else None
+    keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed, best=best)
     if rewards is not None:
         rewards = normalize(rewards[keep], config.reward_normalization, scale)
     masks = None if group.scored is None else tuple(group.scored[index] for index in keep)
-    return replace(
+    chosen = replace(
         group,
         response_tokens=tuple(group.response_tokens[index] for index in keep),
         scored=None if masks is None or all(mask.all() for mask in masks) else masks,
         response_texts=tuple(group.response_texts[index] for index in keep),
         rewards=rewards,
         labels=None if group.labels is None or not labels else group.labels[keep],
+    )
+    return _add_negatives(chosen, config, chat) if config.swapped_negatives else chosen
+
+
+def _preference(group: TokenizedGroup, rewards: Float64 | None) -> Float64:
+    """[K] what tells the best response: rewards, or labels without them."""
+    if rewards is not None:
+        return rewards
+    assert group.labels is not None
+    return group.labels.astype(np.float64)
+
+
+def _add_negatives(group: TokenizedGroup, config: PrepareConfig, chat: Chat) -> TokenizedGroup:
+    """The group with copies of its best response in which two tokens are swapped; as it is where none is better than another."""
+    preference = _preference(group, group.rewards)
+    best = int(np.argmax(preference))
+    if preference.min() == preference.max():
+        return group
+    tokens = group.response_tokens[best]
+    movable = np.ones(len(tokens), np.bool_) if group.scored is None else group.scored[best].copy()
+    movable[-1] &= tokens[-1] != chat.end_token_id
+    swapped = swap_two_tokens(tokens, movable, config.swapped_negatives, group.group_id, seed=config.seed)
+    number = len(swapped)
+    texts = tuple(chat.tokenizer.decode(copy.tolist(), skip_special=True) for copy in swapped)
+    lowest = None if group.rewards is None else np.concatenate([group.rewards, np.full(number, group.rewards.min())])
+    return replace(
+        group,
+        response_tokens=(*group.response_tokens, *swapped),
+        scored=None if group.scored is None else (*group.scored, *(group.scored[best],) * number),
+        response_texts=(*group.response_texts, *texts),
+        rewards=lowest,
+        labels=None if group.labels is None else np.concatenate([group.labels, np.zeros(number, np.int8)]),
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mpo_megatron.data.group import Float64, Int64
+from mpo_megatron.data.group import Bools, Float64, Int32, Int64
 
 Normalization = Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"]
 
@@ -48,15 +48,41 @@ def add_noise(rewards: Float64, sigma: float, group_id: str, *, seed: int) -> Fl
     return rewards + sigma * _generator(seed, "reward_noise", group_id).standard_normal(len(rewards))
 
 
-def choose_responses(num_responses: int, keep: int | None, group_id: str, *, seed: int) -> Int64:
+def choose_responses(num_responses: int, keep: int | None, group_id: str, *, seed: int, best: int | None = None) -> Int64:
     """Indices, ascending, of `keep` of K responses drawn at random (all if `keep` is None or K is smaller).
 
     Nested: with a larger `keep`, the chosen ones stay chosen. Source: MPO figure 4 and table 7 (responses per prompt).
+
+    Args:
+        best: a response that stays, whatever is drawn (MC-PO: the preferred one, with fewer candidates beside it)
     """
     if keep is None or keep >= num_responses:
         return np.arange(num_responses, dtype=np.int64)
     order = _generator(seed, "responses_per_prompt", group_id).permutation(num_responses)
+    if best is not None:
+        order = np.concatenate([[best], order[order != best]])
     return np.sort(order[:keep]).astype(np.int64)
+
+
+def swap_two_tokens(tokens: Int32, movable: Bools, number: int, group_id: str, *, seed: int) -> list[Int32]:
+    """Up to `number` copies of a response [R], in each of which two different tokens, drawn at random, have changed places.
+
+    Source: MC-PO section 5 and table 2 (noise samples among the candidates).
+
+    Args:
+        movable: [R] tokens that may be moved: not the end token, nor one that the model did not generate
+    """
+    places = np.flatnonzero(movable)
+    if len(np.unique(tokens[places])) < 2:
+        return []
+    generator, copies = _generator(seed, "swap", group_id), list[Int32]()
+    while len(copies) < number:
+        first, second = generator.choice(places, size=2, replace=False)
+        if tokens[first] != tokens[second]:
+            copy = tokens.copy()
+            copy[[first, second]] = copy[[second, first]]
+            copies.append(copy)
+    return copies
 
 
 class RewardScale(NamedTuple):

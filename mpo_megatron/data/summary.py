@@ -46,6 +46,12 @@ class Tally:
     """Responses without what the template writes before an answer's words (an empty thought); kept as they are."""
     rewritten_turns: int = 0
     """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
+    drawn_responses: int = 0
+    """Responses whose token ids came with them, and are trained on as they were drawn."""
+    drawn_otherwise: int = 0
+    """Of these, responses whose text encoded again gives other tokens."""
+    drawn_of_another_text: int = 0
+    """Responses whose token ids the tokenizer does not decode to their text; the text was encoded."""
     checked: int = 0
     """Groups compared with plain `apply_chat_template`."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -82,6 +88,9 @@ class Tally:
             "open_thoughts": self.open_thoughts,
             "without_lead": self.without_lead,
             "rewritten_turns": self.rewritten_turns,
+            "drawn_responses": self.drawn_responses,
+            "drawn_otherwise": self.drawn_otherwise,
+            "drawn_of_another_text": self.drawn_of_another_text,
             "checked": self.checked,
             "unusable_responses_by_field": dict(sorted(self.dropped.items())),
             "unused_columns": dict(sorted(self.unused.items())),
@@ -200,6 +209,13 @@ def print_tally(console: Console, tally: Tally) -> None:
     for name, meaning in _SEAMS.items():
         if count := getattr(tally, name):
             table.add_row(meaning, Text(f"{count:,}, for example {tally.examples.get(name, '')}"))
+    if tally.drawn_responses:
+        share = f"{tally.drawn_otherwise / tally.drawn_responses:.2%} would be encoded to other tokens"
+        table.add_row("responses trained on as drawn", f"{tally.drawn_responses:,}; {share}")
+    if tally.drawn_of_another_text:
+        example = tally.examples.get("drawn_of_another_text", "")
+        told = f"{tally.drawn_of_another_text:,}: their text was encoded, for example {example}"
+        table.add_row("responses with token ids of another text", Text(told, style="yellow"))
     for name, count in tally.not_written.most_common():
         table.add_row("not shown by the chat template", Text(f"{name}: {count:,} groups", style="yellow"))
     for name, count in tally.unused.most_common():

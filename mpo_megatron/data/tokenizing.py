@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat, Tokens
+from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
@@ -99,6 +100,8 @@ def tokenize_group(group: Group, chat: Chat, config: PrepareConfig, chunk: Chunk
         except RowError as error:
             faults.append(RowError(f"responses[{index}]{error.field}", error.reason))
             continue
+        if group.drawn and (drawn := group.drawn[index]) is not None:
+            tokens = _prefer_drawn(tokens, str(response), drawn, chat, chunk, group.where)
         if len(tokens.ids) > config.max_response_tokens:
             num_overlong += 1
             if config.overlong == "drop":
@@ -130,6 +133,17 @@ def tokenize_group(group: Group, chat: Chat, config: PrepareConfig, chunk: Chunk
         ),
         where=group.where,
     )
+
+
+def _prefer_drawn(tokens: Tokens, text: str, drawn: Drawn, chat: Chat, chunk: Chunk, where: str) -> Tokens:
+    """The response as the ids that it was drawn as, where they are those of its text."""
+    ids = take_drawn(chat, text, drawn)
+    if ids is None:
+        chunk.count("drawn_of_another_text", where)
+        return tokens
+    chunk.count("drawn_responses", where)
+    chunk.count("drawn_otherwise", where, differs(chat, ids, tokens.ids))
+    return tokens._replace(ids=ids)
 
 
 def _truncate(tokens: Tokens, limit: int) -> Tokens:

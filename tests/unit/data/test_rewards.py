@@ -11,6 +11,7 @@ from mpo_megatron.data.rewards import (
     normalize,
     spacing,
     summarize_spacing,
+    swap_two_tokens,
 )
 
 IDS = [f"group-{index}" for index in range(4000)]
@@ -39,6 +40,28 @@ def test_chosen_responses_are_nested_and_uniform() -> None:
     assert abs(counts - 2000).max() < 160
     assert choose_responses(3, None, "a", seed=3).tolist() == [0, 1, 2]
     assert choose_responses(3, 8, "a", seed=3).tolist() == [0, 1, 2]
+
+
+def test_the_best_response_stays() -> None:
+    others = np.zeros(8)
+    for name in IDS[:800]:
+        chosen = [choose_responses(8, keep, name, seed=3, best=5).tolist() for keep in (2, 4)]
+        assert 5 in chosen[0]
+        assert set(chosen[0]) < set(chosen[1])
+        others[chosen[0]] += 1
+    # Each of the seven others is the second one with probability 1/7: 114 of 800, standard deviation 10; five of these.
+    assert abs(np.delete(others, 5) - 800 / 7).max() < 50
+
+
+def test_two_tokens_change_places() -> None:
+    tokens = np.array([7, 7, 8, 9, 1], np.int32)
+    movable = np.array([True, True, True, False, False])
+    copies = swap_two_tokens(tokens, movable, 40, "a", seed=1)
+    assert {tuple(copy.tolist()) for copy in copies} == {(8, 7, 7, 9, 1), (7, 8, 7, 9, 1)}
+    assert tokens.tolist() == [7, 7, 8, 9, 1]
+    np.testing.assert_array_equal(copies, swap_two_tokens(tokens, movable, 40, "a", seed=1))
+    assert swap_two_tokens(tokens, np.array([True, True, False, False, False]), 2, "a", seed=1) == []
+    assert swap_two_tokens(tokens, np.zeros(5, np.bool_), 2, "a", seed=1) == []
 
 
 def test_fractions_are_nested() -> None:

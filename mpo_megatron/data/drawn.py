@@ -1,0 +1,60 @@
+"""Token ids that a response was drawn as: what the policy generated, which its text encoded again need not be.
+
+A sampler draws "un" + "able" where the tokenizer writes "unable": another sequence, with another probability. So ids that come
+with a response are trained on, if they are those of its text by the tokenizer at hand; else the text is encoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.group import Int32
+from mpo_megatron.data.record import Record
+
+Drawn = tuple[int, ...]
+_NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "scores", "reward_before_noise")
+"""Fields of a response that earlier stages write and training does not need."""
+_NOTED_OF_GROUP = ("reference_answer", "meta", "dropped", "unusable", "missing", "notes")
+"""The same of a group."""
+
+
+def read_drawn(row: Record, response: Record) -> Drawn | None:
+    """The token ids beside a response's text, end token included; None if there are none.
+
+    Raises:
+        RowError: they are no token ids.
+    """
+    if response.has("num_tokens") and response.has("seed"):  # a line of `mpo generate`
+        for record, names in ((response, _NOTED), (row, _NOTED_OF_GROUP)):
+            for name in names:
+                record.get(name)
+    ids: Any = response.get("token_ids")
+    if ids is None or ids == []:
+        return None
+    if not isinstance(ids, list) or not all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**31 for item in ids
+    ):
+        raise RowError(f"{response.place}token_ids", "is not a list of token ids")
+    return tuple(ids)
+
+
+def take_drawn(chat: Chat, text: str, drawn: Drawn) -> Int32 | None:
+    """The ids as an array [R], if the tokenizer decodes them to the response's text; else None."""
+    if max(drawn) >= chat.tokenizer.vocab_size:
+        return None
+    words = drawn[:-1] if drawn[-1] in chat.tokenizer.special_ids else drawn  # the text has no end token
+    for ids in (words, drawn[:-1]):  # a token that is not special may end a response, too
+        if ids and chat.tokenizer.decode(ids, skip_special=True) == text:
+            return np.array(drawn, np.int32)
+    return None
+
+
+def differs(chat: Chat, drawn: Int32, encoded: Int32) -> bool:
+    """Whether a text encoded again gives other tokens than were drawn, but for the end token."""
+    ends = {chat.end_token_id, *chat.tokenizer.special_ids}
+    first, second = (ids[:-1] if len(ids) and int(ids[-1]) in ends else ids for ids in (drawn, encoded))
+    return not np.array_equal(first, second)
