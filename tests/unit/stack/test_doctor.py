@@ -15,7 +15,9 @@ from torch.distributed import HashStore
 
 from mpo_megatron.cli import main
 from mpo_megatron.doctor import abilities, doctor, machine, peers, software
+from mpo_megatron.model import precision
 from mpo_megatron.stack.problem import Problem
+from tests.unit.stack.packages import install
 
 ABLE = {"layers": {"local": "usable"}, "attention": {"sdpa": "usable"}, "fp8": {"current": "this machine has no GPU"}}
 
@@ -100,6 +102,45 @@ def test_what_works_here_and_what_a_run_would_use(tmp_path: Path, capsys: pytest
     assert "because: " in doctor.render(
         {"software": [], "machine": _facts(), "abilities": ABLE, "run": found["run"], "problems": []}
     )
+
+
+def test_recipes_that_the_gpu_is_too_old_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    too_old = "Device compute capability 10.0 or higher required for MXFP8"
+    monkeypatch.setattr(precision, "missing_for_transformer_engine", lambda: None)
+    monkeypatch.setattr(precision, "missing_for_recipe", lambda name: too_old if name == "mxfp8" else None)
+    able = abilities.abilities()
+    assert able["layers"]["transformer_engine"] == "usable"
+    assert able["fp8"] == {"current": "usable", "blockwise": "usable", "mxfp8": too_old}
+    able["attention"] = ABLE["attention"]
+    page = doctor.render({"software": [], "machine": _facts(), "abilities": able, "run": None, "problems": []})
+    assert f"fp8 mxfp8                  {too_old}" in page
+
+
+def test_what_is_installed_but_does_not_import(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error where there are GPUs if it is Transformer Engine, a warning elsewhere."""
+    install(site, "transformer-engine", "2.20.2", module="transformer_engine.pytorch")
+    install(site, "flash-attn", "2.8.3", module="flash_attn", library=b"libcudart.so.13\0")
+    failing = {"transformer_engine.pytorch": "ImportError: undefined symbol: _ZN3c10", "flash_attn": "ImportError: no"}
+    monkeypatch.setattr(software, "import_error_apart", failing.get)
+    for has_gpus, severity in ((True, "error"), (False, "warning")):
+        rows, problems = software.describe_software(has_gpus=has_gpus)
+        states = {row["package"]: (row["version"], row["cuda"], row["state"], row["error"]) for row in rows}
+        assert states["flash-attn"] == ("2.8.3", "13", "does not import", "ImportError: no")
+        assert states["apex"] == (None, None, "absent", None)
+        assert states["torch"][2] == "installed"
+        found = {problem.what.partition(" ")[0]: problem for problem in problems}
+        assert found["transformer-engine"].severity == severity
+        assert "it is built for another torch" in found["transformer-engine"].what
+        assert found["flash-attn"].severity == "warning"
+
+
+def test_a_gpu_machine_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(software, "import_error_apart", lambda module: None)
+    monkeypatch.setattr(software, "is_installed", lambda: False)
+    _, problems = software.describe_software(has_gpus=True)
+    (problem,) = [problem for problem in problems if problem.what.startswith("Transformer Engine is not installed")]
+    assert "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install" in problem.cure
+    assert not [problem for problem in software.describe_software(has_gpus=False)[1] if "not installed" in problem.what]
 
 
 def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
