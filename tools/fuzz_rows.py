@@ -157,7 +157,8 @@ def check_rows(rows: list[dict[str, Any]], base: dict[str, Any], chat: Chat, cou
                 chunk = Chunk()
                 counts["groups"] += 1
                 try:
-                    group = tokenize_group(item, chat, config, chunk)
+                    [prompt] = chat.prompts([(item.prompt, item.tools)])
+                    group = tokenize_group(item, prompt, chat, config, chunk)
                     lost = len(item.responses) - group.num_responses
                     if lost != sum(chunk.dropped.values()) + chunk.counts["overlong_dropped"]:
                         wrong.append(f"a response is lost: {row!r}")

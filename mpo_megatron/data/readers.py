@@ -83,7 +83,7 @@ def read_groups(
         raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields; the first: {first}.")
     missing = sorted(ours for ours in renamed if not any(ours in row for row in sample))
     if missing:
-        found = sorted({renamed.get(name, name) for row in sample for name in row})
+        found = sorted({str(renamed.get(name, name)) for row in sample for name in row})
         raise DataError(
             f"columns: {missing[0]} = {renamed[missing[0]]}; {source} has no such column in its first rows; found {found}."
         )

@@ -27,6 +27,10 @@ _REFUSALS = {kind.__name__ for kind in (TemplateError, TemplateSyntaxError, Temp
 """Jinja's exceptions, whose messages stand for themselves."""
 
 
+def _refusal(kind: str, message: str) -> TemplateError:
+    return TemplateError(message if kind in _REFUSALS else str(FailedError(kind, message)))
+
+
 class Renderer:
     """A function that renders, whose texts are bounded."""
 
@@ -38,6 +42,25 @@ class Renderer:
             name: the option that gave the template, for messages
         """
         self._render, self._name, self._num_limits = Bounded(render, cpu_seconds), name, 0
+        self._render_many = Bounded(functools.partial(_try_each, render), cpu_seconds)
+
+    def many(self, calls: list[tuple[Any, ...]]) -> list[str | TemplateError]:
+        """The texts of several calls, or what `__call__` would raise; the process is asked once for all of them.
+
+        Raises:
+            ConfigError: as `__call__`.
+        """
+        try:
+            found = self._render_many(calls)
+        except (FailedError, LimitError):  # one of them breaks a bound: find out which
+            return [self._one(arguments) for arguments in calls]
+        return [result[0] if len(result) == 1 else _refusal(*result) for result in found]
+
+    def _one(self, arguments: tuple[Any, ...]) -> str | TemplateError:
+        try:
+            return self(*arguments)
+        except TemplateError as error:
+            return error
 
     def __call__(self, *arguments: Any) -> str:
         """The text.
@@ -49,12 +72,25 @@ class Renderer:
         try:
             return str(self._render(*arguments))
         except FailedError as error:
-            raise TemplateError(error.message if error.kind in _REFUSALS else str(error)) from error
+            raise _refusal(error.kind, error.message) from error
         except LimitError as error:
             self._num_limits += 1
             if self._num_limits >= MAX_LIMITS:
                 raise ConfigError(f"{self._name}: the template does not come to an end: {error}; mend it.") from error
             raise TemplateError(str(error)) from error
+
+
+def _try_each(render: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[list[str]]:
+    """Of each call its text, or the kind and the message of what it raised."""
+    results = []
+    for arguments in calls:
+        try:
+            results.append([render(*arguments)])
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 as `Bounded` does with one call
+            results.append([type(error).__name__, str(error)[:2000]])
+    return results
 
 
 @functools.lru_cache

@@ -17,6 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from jinja2 import TemplateError
+
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.templates import Renderer
@@ -58,6 +60,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of a text. Special tokens written out in it are recognised; none are added."""
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, as `encode` gives them; faster than one by one."""
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids."""
 
@@ -70,6 +75,11 @@ class Tokenizer(Protocol):
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The chat template's text for a conversation. Raises `jinja2.TemplateError` if the template refuses it."""
+
+    def render_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
+    ) -> list[str | TemplateError]:
+        """For conversations with their tools the template's texts with a generation prompt, or why it refuses them."""
 
     def digest(self) -> str:
         """sha256 of the vocabulary and of how a probe text is cut: the same wherever the tokenizer is loaded from."""
@@ -113,6 +123,13 @@ class HuggingFaceTokenizer:
         ids: list[int] = self.backend.encode(text, add_special_tokens=False, verbose=False)
         return ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
+        ids: list[list[int]] = self.backend(list(texts), **options)["input_ids"]
+        return ids
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
@@ -127,6 +144,16 @@ class HuggingFaceTokenizer:
     ) -> str:
         options = {"tools": list(tools) or None, **variables}
         return self._renderer(self.backend.chat_template, list(messages), add_generation_prompt, options)
+
+    def render_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
+    ) -> list[str | TemplateError]:
+        return self._renderer.many(
+            [
+                (self.backend.chat_template, list(messages), True, {"tools": list(tools) or None, **variables})
+                for messages, tools in conversations
+            ]
+        )
 
     def _render(self, template: Any, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         self.backend.chat_template = template  # what it was when the process that renders began may be another
@@ -180,6 +207,9 @@ class SentencePieceTokenizer:
                 ids.extend(self.processor.encode(part))
         return ids
 
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self.encode(text) for text in texts]
+
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         names = {index: name for name, index in self.markers.items()}
         parts: list[str] = []
@@ -200,6 +230,16 @@ class SentencePieceTokenizer:
     ) -> str:
         options = {"tools": list(tools) or None, **variables}
         return self._renderer(self.template, list(messages), add_generation_prompt, options)
+
+    def render_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
+    ) -> list[str | TemplateError]:
+        return self._renderer.many(
+            [
+                (self.template, list(messages), True, {"tools": list(tools) or None, **variables})
+                for messages, tools in conversations
+            ]
+        )
 
     def _render(self, template: str, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with

@@ -23,7 +23,7 @@ from mpo_megatron.data.chat import Chat, Tokens
 from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.group import Group, Message, TokenizedGroup
+from mpo_megatron.data.group import Group, Int32, Message, TokenizedGroup
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import to_batch
 from mpo_megatron.data.thoughts import find_seam, leaves_open
@@ -78,27 +78,30 @@ class Chunk:
             self.examples.setdefault(name, where)
 
 
-def tokenize_group(group: Group, chat: Chat, config: PrepareConfig, chunk: Chunk) -> TokenizedGroup:
+def tokenize_group(
+    group: Group, prompt: tuple[str, Int32] | TemplateError, chat: Chat, config: PrepareConfig, chunk: Chunk
+) -> TokenizedGroup:
     """Token ids of a group; what happens to its responses is counted in `chunk`.
+
+    Args:
+        prompt: its prompt from `Chat.prompts`
 
     Raises:
         RowError: the template refuses the prompt, it is too long, or fewer than two responses remain.
     """
-    try:
-        prompt_text, prompt_tokens = chat.prompt(group.prompt, group.tools, limit=config.max_prompt_tokens)
-    except TemplateError as error:
-        raise RowError("prompt", f"is refused by the chat template: {error}") from error
+    if isinstance(prompt, TemplateError):
+        raise RowError("prompt", f"is refused by the chat template: {prompt}") from prompt
+    prompt_text, prompt_tokens = prompt
     if len(prompt_tokens) > config.max_prompt_tokens:
         limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
         raise RowError("prompt", f"has {len(prompt_tokens)} tokens, {limit}")
     kept: list[int] = []
     answers: list[Tokens] = []
     num_overlong, faults = 0, list[RowError]()
-    for index, response in enumerate(group.responses):
-        try:
-            tokens = chat.answer(prompt_text, group.prompt, response, group.tools, limit=config.max_response_tokens)
-        except RowError as error:
-            faults.append(RowError(f"responses[{index}]{error.field}", error.reason))
+    found = chat.answers(prompt_text, group.prompt, group.responses, group.tools, limit=config.max_response_tokens)
+    for index, tokens in enumerate(found):
+        if isinstance(tokens, RowError):
+            faults.append(RowError(f"responses[{index}]{tokens.field}", tokens.reason))
             continue
         if group.drawn and (drawn := group.drawn[index]) is not None:
             tokens = _prefer_drawn(tokens, str(response), drawn, chat, chunk, group.where)
@@ -185,12 +188,14 @@ def tokenize_chunk(config: PrepareConfig, numbered: tuple[int, list[Group | Reje
     chat, chunk = load_chat(config), Chunk()
     groups: list[TokenizedGroup] = []
     first, items = numbered
+    conversations = [(item.prompt, item.tools) for item in items if isinstance(item, Group)]
+    prompts = iter(chat.prompts(conversations, limit=config.max_prompt_tokens))
     for place, item in enumerate(items, start=first):
         if isinstance(item, Rejection):
             chunk.rejections.append(item)
             continue
         try:
-            group = tokenize_group(item, chat, config, chunk)
+            group = tokenize_group(item, next(prompts), chat, config, chunk)
         except RowError as error:
             file, _, line = item.where.rpartition(":")
             chunk.rejections.append(

@@ -24,7 +24,7 @@ from mpo_megatron.data.prepare import PrepareSummary, prepare
 from mpo_megatron.data.readers import read_groups, read_inputs
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import StoredGroups, load_groups
-from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
 from tests.unit.data.conftest import train_bpe
 from tests.unit.data.templates import SPECIAL, read_template
 
@@ -447,11 +447,13 @@ def test_inputs_are_mixed_by_weight(run: Any, write_lines: Writer) -> None:
 def test_a_difference_from_apply_chat_template_stops_the_run(
     run: Any, write_lines: Writer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mpo_megatron.data.chat import Chat
-
     path = write_lines({"prompt": "Q", "responses": ["A", "B"], "rewards": [1, 0]})
-    original = Chat.render
-    monkeypatch.setattr(Chat, "render", lambda self, *given, **options: original(self, *given, **options).replace("user", "User"))
+    original = HuggingFaceTokenizer.render_many
+
+    def render(self: HuggingFaceTokenizer, *given: Any, **options: Any) -> list[Any]:
+        return [str(text).replace("user", "User") for text in original(self, *given, **options)]
+
+    monkeypatch.setattr(HuggingFaceTokenizer, "render_many", render)
     with pytest.raises(DataError, match=r"rows.jsonl:1: group .*: prompt is not what apply_chat_template gives: '.*User"):
         run(path)
 
