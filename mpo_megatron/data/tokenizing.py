@@ -104,7 +104,7 @@ def tokenize_group(
             faults.append(RowError(f"responses[{index}]{tokens.field}", tokens.reason))
             continue
         if group.drawn and (drawn := group.drawn[index]) is not None:
-            tokens = _prefer_drawn(tokens, str(response), drawn, chat, chunk, group.where)
+            tokens = _prefer_drawn(tokens, str(group.responses[index]), drawn, chat, chunk, group.where)
         if len(tokens.ids) > config.max_response_tokens:
             num_overlong += 1
             if config.overlong == "drop":
