@@ -228,20 +228,26 @@ def dense_attention(query: Any, key: Any, value: Any, *, block_mask: Any, enable
     """What flex attention computes, by a mask of all entries."""
     rows, columns = (torch.arange(part.shape[2], device=part.device) for part in (query, key))
     mask = block_mask.mask_mod(None, None, rows[:, None], columns[None])
-    return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=enable_gqa)
+    assert "score_mod" not in options
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=enable_gqa, scale=options.get("scale")
+    )
 
 
 def segment_attention(
-    query: Any, key: Any, value: Any, query_ends: Any, key_ends: Any, *longest: int, window_size: Any, enable_gqa: bool
+    query: Any, key: Any, value: Any, query_ends: Any, key_ends: Any, *longest: int, **options: Any
 ) -> torch.Tensor:
     """What torch's variable-length attention computes, segment by segment: causal, aligned at the bottom right."""
+    assert options["window_size"] == (-1, 0)
     assert on_gpu(query_ends)
     assert on_gpu(key_ends)
     segments = []
     for (first, last), (start, end) in zip(pairwise(query_ends.tolist()), pairwise(key_ends.tolist()), strict=True):
         parts = (part.transpose(0, 1) for part in (query[first:last], key[start:end], value[start:end]))
         mask = causal_mask(last - first, end - start)
-        attended = torch.nn.functional.scaled_dot_product_attention(*parts, attn_mask=mask, enable_gqa=enable_gqa)
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            *parts, attn_mask=mask, enable_gqa=True, scale=options["scale"]
+        )
         segments.append(attended.transpose(0, 1))
     return torch.cat(segments)
 

@@ -10,6 +10,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
@@ -27,7 +34,13 @@ CHATML = (
 )
 
 
-CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "qwen2_moe": Qwen2MoeConfig, "qwen3_moe": Qwen3MoeConfig}
+CONFIGS: dict[str, Any] = {
+    config.model_type: config
+    for config in (
+        *(Qwen2Config, Qwen3Config, Qwen2MoeConfig, Qwen3MoeConfig, LlamaConfig, MistralConfig, MixtralConfig),
+        *(Gemma2Config, Gemma3TextConfig, Olmo2Config, Olmo3Config),
+    )
+}
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -44,7 +57,7 @@ def save_tokenizer(folder: Path) -> int:
 
 
 def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, seed: int = 0, **changes: Any) -> Path:
-    """Write a random Qwen checkpoint in Hugging Face format, tokenizer included, to `folder`."""
+    """Write a random checkpoint in Hugging Face format, tokenizer included, to `folder`."""
     vocab_size = save_tokenizer(folder)
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -57,8 +70,14 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
         "tie_word_embeddings": tied,
         **changes,
     }
-    if model_type.startswith("qwen3"):
+    if model_type.startswith(("qwen3", "gemma")):
         sizes["head_dim"] = 32
+    if model_type.startswith(("gemma", "olmo")):  # transformers gives a padding token's embedding no gradient
+        sizes = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None} | sizes
+    if model_type.startswith("gemma"):
+        sizes = {"query_pre_attn_scalar": 24} | sizes
+    if model_type == "mixtral":
+        sizes = {"num_local_experts": 4, "num_experts_per_tok": 2} | sizes
     if model_type.endswith("_moe"):
         sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} | sizes
     if model_type == "qwen2_moe":

@@ -118,7 +118,7 @@ def rule_sizes(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 """Kinds of rotary embeddings whose frequencies do not depend on the sequence, within `Rope.limit`."""
 
 
@@ -177,7 +177,6 @@ def read_layers(config: PretrainedConfig, kinds: list[str] | None = None, rope: 
     )
     layers = []
     for kind in kinds:
-        require(kind != "sliding_attention", "config.json: layer_types: sliding_attention is not implemented.")
         require(
             kind in ("full_attention", "sliding_attention"),
             f"config.json: layer_types has {kind!r}; implemented are full_attention and sliding_attention.",

@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.digests import check_file
-from mpo_megatron.families import qwen
+from mpo_megatron.families import gemma, llama, mistral, olmo, qwen
 from mpo_megatron.families.family import Family
 
 READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
@@ -19,6 +19,13 @@ READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
     "qwen3": qwen.read_qwen3,
     "qwen2_moe": qwen.read_qwen2_moe,
     "qwen3_moe": qwen.read_qwen3_moe,
+    "llama": llama.read_llama,
+    "mistral": mistral.read_mistral,
+    "mixtral": mistral.read_mixtral,
+    "gemma2": gemma.read_gemma2,
+    "gemma3_text": gemma.read_gemma3,
+    "olmo2": olmo.read_olmo2,
+    "olmo3": olmo.read_olmo3,
 }
 """`model_type` of config.json → what reads it."""
 

@@ -1,30 +1,24 @@
-"""From a Hugging Face config to Megatron-Core's: transformer config and layer spec."""
+"""From a model's features to Megatron-Core's TransformerConfig; model/layers.py has its layers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.gpt.gpt_layer_specs import (
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
 from megatron.core.transformer.enums import AttnBackend
-from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
-from mpo_megatron.model.attention import GroupAttention, RowAttention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 from mpo_megatron.model.recompute import offload_settings, recompute_settings
 from mpo_megatron.stack.checks import has_fused_gradients
+
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+"""The MLP's activation by `Family.activation`."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each `model.precision`."""
@@ -57,9 +51,10 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         num_query_groups=family.num_key_value_heads,
         kv_channels=family.head_dim,
         normalization="RMSNorm",
+        layernorm_zero_centered_gamma=family.norm_offset,
         layernorm_epsilon=family.rms_norm_eps,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=ACTIVATIONS[family.activation],
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm == "head",
@@ -89,7 +84,7 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         perform_initialization=True,
         init_method=_leave_uninitialized,
         output_layer_init_method=_leave_uninitialized,
-        bias_activation_fusion=device.has_gpu(),
+        bias_activation_fusion=device.has_gpu() and family.activation == "silu",
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
@@ -107,51 +102,3 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
 
 def _leave_uninitialized(weight: torch.Tensor) -> torch.Tensor:
     return weight
-
-
-class RMSNorm(torch.nn.RMSNorm):
-    """RMS norm for the local layer spec that, unlike Megatron-Core's own wrapper, takes part in sequence parallelism."""
-
-    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
-        # Each rank sees a part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-
-
-def build_block_spec(
-    config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, chunk: int, attend: RowAttention
-) -> TransformerBlockSubmodules:
-    """One run of layers of one pipeline stage: Transformer Engine's or Megatron-Core's local ones, with our attention core."""
-    norm: Callable[..., torch.nn.Module] = RMSNorm
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TENorm
-
-        norm = TENorm
-    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
-    first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
-    pattern = config.moe_layer_freq
-    layers = []
-    for layer in range(first, first + num_layers):
-        sparse = config.num_moe_experts is not None and (not isinstance(pattern, list) or bool(pattern[layer]))
-        layers.append(_layer_spec(config, transformer_engine, config.num_moe_experts if sparse else None, attend))
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
-
-
-def _layer_spec(config: TransformerConfig, transformer_engine: bool, num_experts: int | None, attend: RowAttention) -> ModuleSpec:
-    """One layer, with experts or a dense MLP."""
-    if transformer_engine:
-        layer = get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm, num_experts=num_experts, moe_grouped_gemm=config.moe_grouped_gemm
-        )
-    else:
-        layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, num_experts=num_experts, normalization="RMSNorm")
-        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
-        if num_experts is not None:  # in checkpoints the norm has a place of its own then, as with Transformer Engine
-            layer.submodules.sharded_state_dict_keys_map = {
-                old: new for old, new in layer.submodules.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
-            }
-        if config.qk_layernorm:
-            attention = layer.submodules.self_attention.submodules
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-    layer.submodules.self_attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend)
-    return layer

@@ -2,8 +2,9 @@
 
 A row is a run of segments. A prompt is a segment with nothing before it; a response is a segment whose context is its
 group's prompt. A token attends to its segment's context and, causally, to its segment: never to a sibling response or to
-another group. This module has the exact back end, `sdpa`, which the others (attention_flex, attention_varlen) are held against,
-and the module that Megatron-Core calls.
+another group. With a window of W it attends to the last W of these tokens, itself included: positions count, so a response's
+window reaches back into its prompt. This module has the exact back end, `sdpa`, which the others (attention_flex,
+attention_varlen) are held against, and the module that Megatron-Core calls.
 
 Legend: T tokens of the row, A attention heads of this rank, Q key/value heads of this rank, D channels.
 """
@@ -35,6 +36,22 @@ class Segment(NamedTuple):
     context_end: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a layer does with the products of queries and keys before the softmax."""
+
+    scale: float | None = None
+    """Factor of products; None: 1 / √D."""
+    window: int | None = None
+    """Tokens that a token attends to, itself included; None: all of its context and past."""
+    cap: float | None = None
+    """Scores s become cap · tanh(s / cap)."""
+
+
+PLAIN = Scores()
+"""Scaled products of all visible tokens."""
+
+
 @dataclass
 class RowLayout(PackedSeqParams):
     """The segments of one packed row. A PackedSeqParams, since that is what Megatron-Core hands down to the attention core."""
@@ -43,19 +60,19 @@ class RowLayout(PackedSeqParams):
     """Keeps Megatron-Core on its [sequence, batch, head, channel] path, where rotary angles are taken token by token."""
     segments: tuple[Segment, ...] = ()
     """Segments in row order; together they cover the row."""
-    indices: dict[Callable[..., Any], Any] = field(default_factory=dict)
-    """What back ends made of the segments, by the function that made it."""
+    indices: dict[tuple[Callable[..., Any], int | None], Any] = field(default_factory=dict)
+    """What back ends made of the segments, by the function that made it and the window."""
 
-    def index[Index](self, build: Callable[[tuple[Segment, ...]], Index]) -> Index:
-        """`build(segments)`, made once per row and shared by all layers."""
-        if build not in self.indices:
-            self.indices[build] = build(self.segments)
-        result: Index = self.indices[build]
+    def index[Index](self, build: Callable[[tuple[Segment, ...], int | None], Index], window: int | None = None) -> Index:
+        """`build(segments, window)`, made once per row and shared by all layers with this window."""
+        if (build, window) not in self.indices:
+            self.indices[build, window] = build(self.segments, window)
+        result: Index = self.indices[build, window]
         return result
 
 
-RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout], Tensor]
-"""A back end: query [T, A, D], key and value [T, Q, D] and the row's layout to [T, A, D]."""
+RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, Scores], Tensor]
+"""A back end: query [T, A, D], key and value [T, Q, D], the row's layout and what the layer does with scores, to [T, A, D]."""
 
 
 def row_layout(segments: Iterable[tuple[int, int, int, int]]) -> RowLayout:
@@ -63,16 +80,16 @@ def row_layout(segments: Iterable[tuple[int, int, int, int]]) -> RowLayout:
     return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments))
 
 
-def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN) -> Tensor:
     """`segment_attention` over a row's segments."""
-    return segment_attention(query, key, value, layout.segments)
+    return segment_attention(query, key, value, layout.segments, scores)
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment]) -> Tensor:
+def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scores: Scores = PLAIN) -> Tensor:
     """Exact attention, one segment at a time: softmax(q·kᵀ/√D)·v over each segment's context and causal past.
 
     What a segment yields depends on nothing outside it and its context, which is another segment. Work and memory are those of
-    the attended pairs.
+    the attended pairs; a segment longer than the window computes all its pairs.
 
     Args:
         query: [T, A, D]
@@ -85,21 +102,46 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seque
     number_of = {(segment.start, segment.end): number for number, segment in enumerate(segments)}
     outputs = []
     for segment, queries, keys, values in zip(segments, *parts, strict=True):
-        num_queries, mask = len(queries), None
-        if segment.context_end > segment.context_start:
+        if segment.context_end > segment.context_start and scores.window != 1:
             context = number_of[segment.context_start, segment.context_end]
-            keys, values = torch.cat((parts[1][context], keys)), torch.cat((parts[2][context], values))
-            mask = causal_lower_right(num_queries, len(keys))
-        output = F.scaled_dot_product_attention(
-            heads_first(queries),
-            heads_first(keys),
-            heads_first(values),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
-        outputs.append(output.squeeze(0).transpose(0, 1))
+            first = 0 if scores.window is None else -(scores.window - 1)  # what the segment's first token sees of it
+            keys = torch.cat((parts[1][context][first:], keys))
+            values = torch.cat((parts[2][context][first:], values))
+        outputs.append(_attend(queries, keys, values, scores))
     return torch.cat(outputs)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+    """Attention of the last tokens [q, A, D] to all tokens [k, Q, D], causal and within the window."""
+    num_queries, num_keys = len(query), len(key)
+    parts = heads_first(query), heads_first(key), heads_first(value)
+    mask: Any = None
+    if scores.cap is not None or (scores.window is not None and num_keys > scores.window):
+        mask = window_mask(num_queries, num_keys, scores.window, query.device)
+    elif num_keys > num_queries:
+        mask = causal_lower_right(num_queries, num_keys)
+    if scores.cap is not None:
+        output = _capped_attention(*parts, mask, scores.scale or query.shape[-1] ** -0.5, scores.cap)
+    else:
+        output = F.scaled_dot_product_attention(
+            *parts, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scores.scale
+        )
+    return output.squeeze(0).transpose(0, 1)
+
+
+def window_mask(num_queries: int, num_keys: int, window: int | None, on: torch.device) -> Tensor:
+    """[q, k] which keys each of the last queries sees."""
+    behind = torch.arange(num_keys - num_queries, num_keys, device=on)[:, None] - torch.arange(num_keys, device=on)
+    return (behind >= 0) & (behind < (window or num_keys))
+
+
+def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
+    """Attention [1, A, q, D] with capped scores, which PyTorch's function does not offer; softmax in float32 or better."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    capped = cap * torch.tanh(query @ key.transpose(2, 3) * (scale / cap))
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    weights = capped.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=dtype)
+    return weights.to(query.dtype) @ value
 
 
 def heads_first(tensor: Tensor) -> Tensor:
@@ -121,11 +163,12 @@ class GroupAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         attend: RowAttention = sdpa_row_attention,
+        scores: Scores = PLAIN,
     ) -> None:
         super().__init__()
         if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
-            raise ValueError("GroupAttention computes causal self-attention with the default scale only.")
-        self.attend = attend
+            raise ValueError("GroupAttention computes causal self-attention; `scores` has the scale.")
+        self.attend, self.scores = attend, scores
         self.context_group = pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
 
     def forward(
@@ -152,7 +195,7 @@ class GroupAttention(torch.nn.Module):
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
         if self.context_group is not None:
             query, key, value = tokens_to_heads(query, key, value, self.context_group)
-        output = self.attend(query, key, value, packed_seq_params)
+        output = self.attend(query, key, value, packed_seq_params, self.scores)
         if self.context_group is not None:
             output = heads_to_tokens(output, self.context_group)
         return output.reshape(output.shape[0], 1, -1)

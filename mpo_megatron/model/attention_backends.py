@@ -7,17 +7,19 @@ from mpo_megatron.config import ModelConfig, require
 from mpo_megatron.model.attention import RowAttention, sdpa_row_attention
 
 
-def choose_attention(model: ModelConfig) -> str:
+def choose_attention(model: ModelConfig, *, capped: bool = False) -> str:
     """The back end for this machine: `sdpa`, `flex` or `varlen`.
 
     `auto` is `sdpa` without a GPU and in float32, where exactness is asked for; with bf16 on a GPU it is `varlen` if a kernel is
     installed, else `flex`.
 
+    Args:
+        capped: the model caps its scores, which not every kernel does
     Raises:
         ConfigError: a back end is asked for that does not work here, with the reason.
     """
     if model.attention != "auto":
-        missing = _missing(model)
+        missing = _missing(model) or (_missing_cap(model) if capped else None)
         require(
             missing is None,
             f"model.attention = {model.attention}, but {missing}; set model.attention to auto or sdpa.",
@@ -27,7 +29,7 @@ def choose_attention(model: ModelConfig) -> str:
         return "sdpa"
     from mpo_megatron.model.attention_varlen import find_kernel
 
-    return "flex" if find_kernel() is None else "varlen"
+    return "flex" if (find_kernel(capped=True) if capped else find_kernel()) is None else "varlen"
 
 
 def _missing(model: ModelConfig) -> str | None:
@@ -42,6 +44,15 @@ def _missing(model: ModelConfig) -> str | None:
         if find_kernel() is None:
             return NO_KERNEL
     return None
+
+
+def _missing_cap(model: ModelConfig) -> str | None:
+    """Why the back end that the configuration names cannot cap scores; None if it can."""
+    if model.attention != "varlen":
+        return None
+    from mpo_megatron.model.attention_varlen import find_kernel
+
+    return None if find_kernel(capped=True) is not None else "the model caps attention scores, which only flash-attn's kernels do"
 
 
 def attention_function(name: str) -> RowAttention:

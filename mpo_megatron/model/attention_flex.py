@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mpo_megatron import device
-from mpo_megatron.model.attention import RowLayout, Segment, heads_first
+from mpo_megatron.model.attention import PLAIN, RowLayout, Scores, Segment, heads_first
 
 BLOCK = 128
 """B: tokens of a block, the unit in which the kernel skips."""
@@ -22,12 +23,25 @@ KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 """Not the kernel for decoding, which rows of less than a block would get: it has trouble with lengths that change."""
 
 
-def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout) -> Tensor:
+def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN) -> Tensor:
     """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout."""
-    mask = layout.index(build_block_mask)
+    mask = layout.index(build_block_mask, scores.window)
+    options: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}
+    if scores.cap is not None:
+        options["score_mod"] = _cap(scores.cap)
     parts = (heads_first(part) for part in (query, key, value))
-    output = _compiled()(*parts, block_mask=mask, enable_gqa=True, kernel_options=KERNEL_OPTIONS)
+    output = _compiled()(*parts, block_mask=mask, enable_gqa=True, kernel_options=KERNEL_OPTIONS, **options)
     return output.squeeze(0).transpose(0, 1)
+
+
+@functools.cache
+def _cap(cap: float) -> Callable[..., Tensor]:
+    """The modification of scores that caps them: one function for each cap, so that nothing is compiled twice."""
+
+    def modify(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return modify
 
 
 @functools.cache
@@ -35,7 +49,7 @@ def _compiled() -> Callable[..., Tensor]:
     return device.compile_for_any_length(flex_attention)
 
 
-def build_block_mask(segments: Sequence[Segment]) -> BlockMask:
+def build_block_mask(segments: Sequence[Segment], window: int | None = None) -> BlockMask:
     """Which blocks of the row's scores are computed, and which of them need no mask inside.
 
     torch's own `create_block_mask` would spell out all T² entries first; counting intervals gives the same.
@@ -45,6 +59,9 @@ def build_block_mask(segments: Sequence[Segment]) -> BlockMask:
     start, _, context_start, context_end = (column.contiguous() for column in per_token.unbind(dim=1))
     num_tokens = len(start)
     token = torch.arange(num_tokens, dtype=torch.int32, device=start.device)
+    if window is not None:  # a response's first token is the prompt's next
+        context_start = torch.maximum(context_start, context_end + (token - start) - (window - 1))
+        start = torch.maximum(start, token - (window - 1))
     first = torch.arange(0, num_tokens, BLOCK, dtype=torch.int32, device=start.device)  # of each block of keys
 
     def overlap(low: Tensor, high: Tensor) -> Tensor:

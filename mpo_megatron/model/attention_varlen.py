@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from mpo_megatron import device
-from mpo_megatron.model.attention import RowLayout, Segment
+from mpo_megatron.model.attention import PLAIN, RowLayout, Scores, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenIndex:
-    """Where each segment's queries and keys lie; the same for all layers of a row."""
+    """Where each segment's queries and keys lie; the same for all layers of a row with the same window."""
 
     key_index: Tensor | None
     """[E] token of the row that each gathered key is of; None if no segment has a context: keys are the row's then."""
@@ -42,13 +42,15 @@ class VarlenIndex:
     empty without gathering."""
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex, Scores], Tensor]
 """Bottom-right causal attention: query [T, A, D], key and value [E, Q, D] → [T, A, D]."""
 
 
-def build_varlen_index(segments: Sequence[Segment]) -> VarlenIndex:
-    """Index tensors of a row, on this rank's device."""
+def build_varlen_index(segments: Sequence[Segment], window: int | None = None) -> VarlenIndex:
+    """Index tensors of a row, on this rank's device; of a context, what the window of the segment's first token sees."""
     edges = np.array(segments, dtype=np.int64).reshape(-1, 4)
+    if window is not None:
+        edges[:, 2] = np.maximum(edges[:, 2], edges[:, 3] - (window - 1))
     queries, contexts = edges[:, 1] - edges[:, 0], edges[:, 3] - edges[:, 2]
     keys = queries + contexts
     parts = [np.arange(*span) for start, end, *context in edges for span in (context, (start, end))]
@@ -106,21 +108,23 @@ class _Gather(torch.autograd.Function):
         return total, None
 
 
-def varlen_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, kernel: Kernel | None = None) -> Tensor:
+def varlen_row_attention(
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN, kernel: Kernel | None = None
+) -> Tensor:
     """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout.
 
     Args:
         kernel: by default the first of `find_kernel`
     """
-    index = layout.index(build_varlen_index)
+    index = layout.index(build_varlen_index, scores.window)
     if index.key_index is not None:
         key, value = (_Gather.apply(part, index) for part in (key, value))
-    return (kernel or require_kernel())(query, key, value, index)
+    return (kernel or require_kernel(scores))(query, key, value, index, scores)
 
 
-def require_kernel() -> Kernel:
+def require_kernel(scores: Scores) -> Kernel:
     """The kernel in use; `ImportError` if there is none."""
-    kernel = find_kernel()
+    kernel = find_kernel() if scores.cap is None else find_kernel(capped=True)
     if kernel is None:
         raise ImportError(NO_KERNEL)
     return kernel
@@ -137,14 +141,14 @@ CUDNN_CHANNELS = 128
 
 
 @functools.cache
-def find_kernel() -> Kernel | None:
-    """The fastest variable-length kernel that is installed.
+def find_kernel(*, capped: bool = False) -> Kernel | None:
+    """The fastest variable-length kernel that is installed; of flash-attn's if it must cap scores, which others do not.
 
     On Hopper FlashAttention 3 is ahead of cuDNN's kernel, and both reach 1.5 to 2 times the speed of FlashAttention 2, which
     flash-attn and torch compile for it (arXiv:2407.08608, figures 5 and 6). On Blackwell cuDNN's is the one made for it;
     Transformer Engine prefers cuDNN's from Hopper on, too. Older GPUs have FlashAttention 2.
     """
-    finders = (_flash_attn_3, _transformer_engine, _flash_attn, _torch)
+    finders = (_flash_attn_3, _flash_attn) if capped else (_flash_attn_3, _transformer_engine, _flash_attn, _torch)
     return next((kernel for kernel in (find() for find in finders) if kernel is not None), None)
 
 
@@ -156,9 +160,11 @@ def _flash_attn_3() -> Kernel | None:
     except ImportError:
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         output = flash_attn_varlen_func(  # causal means bottom-right aligned
-            query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys, causal=True
+            *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
+            causal=True,
+            **_flash_options(scores),
         )
         result: Tensor = output[0] if isinstance(output, tuple) else output  # its first versions return log-sum-exps, too
         return result
@@ -172,12 +178,24 @@ def _flash_attn() -> Kernel | None:
     except ImportError:
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         return flash_attn_varlen_func(  # causal means bottom-right aligned since flash-attn 2.1
-            query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys, causal=True
+            *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
+            causal=True,
+            **_flash_options(scores),
         )
 
     return kernel
+
+
+def _flash_options(scores: Scores) -> dict[str, Any]:
+    """Options of flash-attn's functions, none where they have the default."""
+    options: dict[str, Any] = {} if scores.scale is None else {"softmax_scale": scores.scale}
+    if scores.window is not None:
+        options["window_size"] = (scores.window - 1, 0)  # tokens before, and after
+    if scores.cap is not None:
+        options["softcap"] = scores.cap
+    return options
 
 
 def _torch() -> Kernel | None:
@@ -188,10 +206,12 @@ def _torch() -> Kernel | None:
     if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         output = varlen_attn(
             *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
-            window_size=(-1, 0),  # causal; the flash kernel beneath aligns it at the bottom right
+            scale=scores.scale,
+            # −1: no limit; causal, and the flash kernel beneath aligns it at the bottom right
+            window_size=(-1 if scores.window is None else scores.window - 1, 0),
             enable_gqa=True,
         )
         assert isinstance(output, Tensor)  # it is a pair only if auxiliary outputs are asked for
@@ -214,7 +234,7 @@ def _transformer_engine() -> Kernel | None:
     wider = _flash_attn() or _torch()  # for wider heads, which not every cuDNN takes in backward
 
     @functools.cache
-    def core(heads: int, channels: int, groups: int) -> Any:
+    def core(heads: int, channels: int, groups: int, scores: Scores) -> Any:
         return DotProductAttention(
             heads,
             channels,
@@ -222,12 +242,14 @@ def _transformer_engine() -> Kernel | None:
             attention_dropout=0.0,
             qkv_format="thd",
             attn_mask_type="padding_causal_bottom_right",
+            softmax_scale=scores.scale,
+            window_size=None if scores.window is None else (scores.window - 1, 0),
         )
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         if query.shape[2] > CUDNN_CHANNELS and wider is not None:
-            return wider(query, key, value, index)
-        output = core(query.shape[1], query.shape[2], key.shape[1])(
+            return wider(query, key, value, index, scores)
+        output = core(query.shape[1], query.shape[2], key.shape[1], scores)(
             *(query.contiguous(), key.contiguous(), value.contiguous()),
             cu_seqlens_q=index.query_ends,
             cu_seqlens_kv=index.key_ends,

@@ -62,6 +62,7 @@ def vocab_parallel_statistics(
     entropy: bool = False,
     reference: tuple[Tensor, Tensor] | None = None,
     gradient: WeightGradient | None = None,
+    logit_cap: float | None = None,
 ) -> TokenStatistics:
     """log π(target | hidden) of each scored token and, on demand, entropy and KL divergence from a reference; nats.
 
@@ -78,8 +79,9 @@ def vocab_parallel_statistics(
         entropy: compute it
         reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
         gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
+        logit_cap: logits z, also the reference's, become cap · tanh(z / cap)
     """
-    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy, gradient)
+    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy, gradient, logit_cap)
     reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)
     logps, entropies, kl = _VocabParallelStatistics.apply(hidden, weight, targets, reference_hidden, reference_weight, shape)
     return TokenStatistics(logps, entropies if entropy else None, None if reference is None else kl)
@@ -94,6 +96,7 @@ class _Shape(NamedTuple):
     tp_group: ProcessGroup
     entropy: bool
     gradient: WeightGradient | None
+    cap: float | None
 
 
 class _VocabParallelStatistics(torch.autograd.Function):
@@ -115,10 +118,10 @@ class _VocabParallelStatistics(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = hidden.new_zeros((len(_Sums._fields), len(targets)), dtype=dtype)
         for part in _chunks(len(targets), shape.chunk):
-            logits = compute_logits(hidden[part], weight, shape.local_vocab)
+            logits = compute_logits(hidden[part], weight, shape.local_vocab, shape.cap)
             other = None
             if reference_hidden is not None and reference_weight is not None:
-                other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab)
+                other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab, shape.cap)
             sums[:, part] = _fused(reduce_logits)(logits, other, local[part], shape.entropy, dtype)
         extras = shape.entropy or reference_hidden is not None
         totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
@@ -133,6 +136,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, local, owned, reference_hidden, reference_weight, *saved = ctx.saved_tensors
+        cap = ctx.shape.cap
         totals = _Sums(*saved)
         grad_logps, grad_entropy, grad_kl = (grad.to(totals.target.dtype) for grad in grad_outputs)
         grad_hidden, local_vocab = torch.empty_like(hidden), ctx.shape.local_vocab
@@ -148,16 +152,20 @@ class _VocabParallelStatistics(torch.autograd.Function):
                 if reference_hidden is None
                 else (
                     *(grad_kl[part], totals.kl[part]),
-                    *(compute_logits(reference_hidden[part], reference_weight, local_vocab), totals.reference[part]),
+                    *(compute_logits(reference_hidden[part], reference_weight, local_vocab, cap), totals.reference[part]),
                 ),
             )
+            logits = compute_logits(hidden[part], weight, local_vocab, cap)
             grad_logits = _fused(differentiate_logits)(
-                compute_logits(hidden[part], weight, local_vocab),
+                logits,
                 (local[part], owned[part]),
                 totals.log_normalizer[part],
                 grad_logps[part],
                 extras,
             )
+            if cap is not None:  # ∂ cap·tanh(z / cap) / ∂z = 1 − tanh²; padding rows have no gradient
+                real = slice(max(local_vocab, 0))
+                grad_logits[:, real] *= 1 - (logits[:, real] / cap).square()
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, hidden[part])
@@ -193,9 +201,11 @@ class _Sums(NamedTuple):
     """between the distributions that are normalized over this part"""
 
 
-def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int) -> Tensor:
-    """Logits [C, V] of one chunk, those of padding rows so low that they count nothing."""
+def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int, cap: float | None = None) -> Tensor:
+    """Logits [C, V] of one chunk, capped if so asked, those of padding rows so low that they count nothing."""
     logits = hidden @ weight.T
+    if cap is not None:
+        logits = cap * torch.tanh(logits / cap)
     logits[:, max(local_vocab, 0) :] = PADDING_LOGIT
     return logits
 

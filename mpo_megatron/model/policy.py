@@ -25,11 +25,12 @@ from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.packing import Ints
 from mpo_megatron.families import Family
 from mpo_megatron.hf.layout import validate_layout
-from mpo_megatron.model.architecture import build_block_spec, build_transformer_config, use_transformer_engine
+from mpo_megatron.model.architecture import build_transformer_config, use_transformer_engine
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function, choose_attention
 from mpo_megatron.model.context_parallel import sum_parts, take_part
 from mpo_megatron.model.experts import mark_experts
+from mpo_megatron.model.layers import build_block_spec
 from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
@@ -67,8 +68,9 @@ class Policy(LanguageModule):
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = family.tie_word_embeddings
         self.real_vocab_size = family.vocab_size
+        self.embedding_scale, self.logit_cap = family.embedding_scale, family.logit_cap
         # Not a buffer: in bf16 it stays float32.
-        self.inverse_frequencies = torch.tensor(family.ropes[0].inverse_frequencies, device=device.device())
+        self.inverse_frequencies = torch.tensor([rope.inverse_frequencies for rope in family.ropes], device=device.device())
         self.logprob_chunk = logprob_chunk
         self.overlap_grad_reduce = False
         """Set by whoever wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
@@ -150,6 +152,7 @@ class Policy(LanguageModule):
             tp_group=self.pg_collection.tp,
             reference=reference,
             gradient=self.output_weight_gradient(),
+            logit_cap=self.logit_cap,
         )
         result = found.logps if found.kl is None else torch.stack((found.logps, found.kl))
         if context.size() == 1:
@@ -179,6 +182,9 @@ class Policy(LanguageModule):
         """
         tokens, position_ids = (take_part(part, self.pg_collection.cp) for part in (tokens, position_ids))
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
+        if embedded is not None and self.embedding_scale != 1:
+            # Rounded to the compute dtype first, as `transformers` does it.
+            embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype, device=embedded.device)
         return self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -187,9 +193,9 @@ class Policy(LanguageModule):
         )
 
     def rotary_angles(self, position_ids: Tensor) -> Tensor:
-        """Rotary angle of every token and channel: [T, 1, 1, D], float32."""
-        angles = torch.outer(position_ids[0].float(), self.inverse_frequencies)
-        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+        """Angle of every token and channel in each of the rotary embeddings: [R, T, 1, 1, D], float32."""
+        angles = position_ids[0].float()[:, None] * self.inverse_frequencies[:, None]
+        return torch.cat((angles, angles), dim=-1)[:, :, None, None]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all tokens of this context-parallel rank on every tensor-parallel rank: [T (/ context), 1, H].
@@ -232,12 +238,13 @@ def build_policy(
     """
     validate_layout(family, parallel, padded_vocab_size)
     config = build_transformer_config(family, model, parallel)
+    attention = choose_attention(model, capped=family.score_cap is not None)
     parts = []
     for chunk in range(parallel.virtual_pipeline):
         part = Policy(
             config,
             build_block_spec(
-                config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(choose_attention(model))
+                family, config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(attention)
             ),
             family=family,
             padded_vocab_size=padded_vocab_size,

@@ -61,7 +61,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     validate_recompute(config.model, config.parallel, family, from_engine=from_engine)
     check_offload_kernel(config.model)
     validate_fp8(config.model, config.parallel, family)
-    choose_attention(config.model)
+    choose_attention(config.model, capped=family.score_cap is not None)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
     require(
@@ -88,6 +88,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
             f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
         )
         check_lengths(data, config.data.row_tokens, name)
+        check_positions(data, family, name)
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
     num_groups = len(opened["data.train"])
     epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
@@ -146,6 +147,27 @@ def weights_digest(folder: Path) -> str:
     _, files = read_state(folder)
     weights = sorted((name, digest) for name, (_, digest) in files.items() if name.startswith("megatron/"))
     return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
+def check_positions(data: PreparedGroups, family: Family, name: str) -> None:
+    """Check that no sequence is so long that `transformers` would change the rotary frequencies for it.
+
+    A prompt is computed once for responses of all lengths, so its keys cannot have the frequencies of each.
+
+    Raises:
+        ConfigError: naming the longest offender.
+    """
+    limits = [rope.limit for rope in family.ropes if rope.limit is not None]
+    if not limits:
+        return
+    tokens = data.prompt_lengths() + np.maximum.reduceat(data.all_response_lengths(), data.response_offsets()[:-1])
+    worst = int(tokens.argmax())
+    require(
+        tokens[worst] <= min(limits),
+        f"{name} = {data.path}: group {data[worst].group_id} has a prompt and response of {tokens[worst]} tokens; beyond "
+        f"{min(limits)} (max_position_embeddings) the model's dynamic rotary embedding depends on the sequence; prepare the data "
+        "with smaller limits.",
+    )
 
 
 def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:

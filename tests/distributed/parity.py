@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import TokenizedGroup
@@ -56,8 +56,45 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-moe": {"model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen2-moe": {"model_type": "qwen2_moe", "mlp_only_layers": [0]},
     "qwen2-moe-tied": {"model_type": "qwen2_moe", "tied": True, "num_experts_per_tok": 3},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        **{"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2},
+        "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+    },
+    "llama": {
+        "model_type": "llama",
+        "rope_parameters": {
+            **{"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            **{"original_max_position_embeddings": 16, "rope_theta": 1e4},
+        },
+    },
+    "smollm": {"model_type": "llama", "tied": True},
+    "mistral": {"model_type": "mistral", "sliding_window": 5},
+    "mixtral": {"model_type": "mixtral", "sliding_window": 7},
+    "gemma2": {
+        "model_type": "gemma2",
+        "tied": True,
+        **{"sliding_window": 5, "attn_logit_softcapping": 0.5, "final_logit_softcapping": 2.0},
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "tied": True,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "olmo2": {"model_type": "olmo2"},
+    "olmo3": {
+        "model_type": "olmo3",
+        "sliding_window": 5,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+            },
+        },
+    },
 }
-"""Arguments of `save_model`."""
+"""Arguments of `save_model`; windows are shorter than most prompts and responses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +165,18 @@ CASES = [
     Case(model="qwen3-moe", core=True),
     Case(model="qwen2-moe", **SPLIT),
     Case(model="qwen2-moe-tied", layers={"recompute": "selective"}),
+    Case(model="qwen2-window", layers={"attention": "varlen"}),
+    Case(model="llama", core=True),
+    Case(model="smollm", **SPLIT),
+    Case(model="mistral", core=True),
+    Case(model="mistral", layers={"attention": "varlen", "recompute": "full"}),
+    Case(model="mistral", **UNSHARED),
+    Case(model="mixtral"),
+    Case(model="gemma2", loss="spo", core=True),
+    Case(model="gemma2", layers={"attention": "varlen"}, **SPLIT),
+    Case(model="gemma3", layers={"recompute": "full"}),
+    Case(model="olmo2"),
+    Case(model="olmo3", layers={"attention": "varlen"}),
     # two ranks
     Case(model="qwen3", ranks=2),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
@@ -152,6 +201,26 @@ CASES = [
     Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2, "expert": 2}),
     Case(model="qwen2-moe-tied", ranks=2, parallel={"tensor": 2, "expert_tensor": 2}, layers={"recompute": "full"}),
     Case(model="qwen2-moe", ranks=2, parallel={"context": 2, "expert": 2}, core=True),
+    Case(model="qwen2-window", ranks=2, parallel={"context": 2}, layers={"recompute": "selective"}, core=True),
+    Case(model="llama", ranks=2, parallel={"tensor": 2}, core=True),
+    Case(model="llama", ranks=2, parallel={"context": 2}),
+    Case(model="smollm", ranks=2, parallel={"pipeline": 2}),
+    Case(model="mistral", ranks=2, parallel={"tensor": 2}, **SPLIT),
+    Case(model="mistral", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}),
+    Case(model="mistral", ranks=2, parallel={"context": 2}, core=True),
+    Case(model="mixtral", ranks=2, parallel={"expert": 2}, core=True),
+    Case(model="mixtral", ranks=2, parallel={"tensor": 2}, **SPLIT),
+    Case(model="gemma2", ranks=2, parallel={"tensor": 2}, core=True),
+    Case(model="gemma2", ranks=2, parallel={"tensor": 2, "sequence": False}, **SPLIT),
+    Case(model="gemma2", ranks=2, parallel={"pipeline": 2}),
+    Case(model="gemma2", ranks=2, parallel={"context": 2}),
+    Case(model="gemma3", ranks=2, parallel={"pipeline": 2}, core=True),
+    Case(model="gemma3", ranks=2, parallel={"tensor": 2}, loss="spo"),
+    Case(model="gemma3", ranks=2, parallel={"context": 2}, **SPLIT),
+    Case(model="olmo2", ranks=2, parallel={"tensor": 2}),
+    Case(model="olmo2", ranks=2, parallel={"pipeline": 2}, layers={"recompute": "full"}),
+    Case(model="olmo3", ranks=2, parallel={"tensor": 2, "sequence": False}),
+    Case(model="olmo3", ranks=2, parallel={"context": 2}),
     # four ranks
     Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}),
     Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -171,6 +240,10 @@ CASES = [
     Case(model="qwen2-moe", ranks=4, parallel={"pipeline": 2, "virtual_pipeline": 2, "expert": 2}, core=True),
     Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, optimizer={"overlap": "all"}, **SPLIT),
     Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "expert_tensor": 2}),
+    Case(model="mistral", ranks=4, parallel={"tensor": 2, "context": 2}),
+    Case(model="mixtral", ranks=4, parallel={"tensor": 2, "expert": 2, "pipeline": 2}),
+    Case(model="gemma3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, resume={"context": 2}),
+    Case(model="olmo3", ranks=4, parallel={"tensor": 2, "context": 2}, resume={"pipeline": 2, "virtual_pipeline": 2}, core=True),
     Case(model="qwen3-moe", ranks=4, parallel={"expert": 4}, resume={"tensor": 2, "expert": 2, "pipeline": 2}, core=True),
     Case(model="qwen2-moe", ranks=4, parallel={"pipeline": 2, "expert": 2}, resume={"tensor": 2}),
     Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, resume={"pipeline": 2, "virtual_pipeline": 2}),
@@ -297,7 +370,11 @@ class World:
     def truth(self, model: str, loss: str) -> Truth:
         """Three steps of plain `transformers`."""
         policy, reference = (
-            AutoModelForCausalLM.from_pretrained(f"{self.checkpoint(model, role)}-hf", dtype=torch.float32)
+            AutoModelForCausalLM.from_pretrained(
+                f"{self.checkpoint(model, role)}-hf",
+                dtype=torch.float32,
+                attn_implementation="eager" if model == "gemma2" else None,  # others leave caps out
+            )
             for role in ("policy", "reference")
         )
 
@@ -332,7 +409,8 @@ class World:
 def weights_of(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
     """Copies of a model's weights, or of their gradients, under the names they have in checkpoints."""
     named = {name: (weight.grad if gradients else weight).detach().clone() for name, weight in model.named_parameters()}
-    return split_experts(named)
+    split = split_experts(named)
+    return mixtral_names(split) if isinstance(model.config, MixtralConfig) else split
 
 
 def split_experts(named: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -348,6 +426,19 @@ def split_experts(named: dict[str, Tensor]) -> dict[str, Tensor]:
             for part, rows in (parts if kind == "gate_up_proj" else {kind: matrix}).items():
                 split[f"{prefix}.{expert}.{part}.weight"] = rows
     return split
+
+
+MIXTRAL_NAMES = {".mlp.": ".block_sparse_moe.", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+
+
+def mixtral_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Mixtral's names in checkpoints; those in `transformers` are every family's."""
+    renamed = {}
+    for name, tensor in named.items():
+        for new, old in MIXTRAL_NAMES.items():
+            name = name.replace(new, old)
+        renamed[name] = tensor
+    return renamed
 
 
 def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_megatron.model.attention import Segment
+from mpo_megatron.model.attention import Scores, Segment
 from mpo_megatron.model.attention_varlen import VarlenIndex
 
 
@@ -31,13 +31,13 @@ def random_groups_row(seed: int, *, max_groups: int = 4, max_responses: int = 16
     return segments
 
 
-def visible_pairs(segments: list[Segment]) -> Tensor:
+def visible_pairs(segments: list[Segment], window: int | None = None) -> Tensor:
     """[T, T] which key each query sees, spelled out."""
     visible = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.bool)
     for segment in segments:
         for token in range(segment.start, segment.end):
-            visible[token, segment.context_start : segment.context_end] = True
-            visible[token, segment.start : token + 1] = True
+            seen = [*range(segment.context_start, segment.context_end), *range(segment.start, token + 1)]
+            visible[token, seen[-(window or len(seen)) :]] = True
     return visible
 
 
@@ -51,7 +51,7 @@ def random_qkv(
     return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
 
 
-def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
     """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     outputs = []
@@ -62,6 +62,10 @@ def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: Varlen
         assert 0 < num_queries <= index.max_queries
         assert 0 < num_keys <= index.max_keys
         hidden = torch.ones(num_queries, num_keys, dtype=torch.bool).triu(num_keys - num_queries + 1)
-        scores = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) / math.sqrt(query.shape[2])
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(dim=-1), value[keys]))
+        if scores.window is not None:
+            hidden |= torch.ones(num_queries, num_keys, dtype=torch.bool).tril(num_keys - num_queries - scores.window)
+        products = torch.einsum("qhd,khd->hqk", query[queries], key[keys]) * (scores.scale or 1 / math.sqrt(query.shape[2]))
+        if scores.cap is not None:
+            products = scores.cap * torch.tanh(products / scores.cap)
+        outputs.append(torch.einsum("hqk,khd->qhd", products.masked_fill(hidden, float("-inf")).softmax(dim=-1), value[keys]))
     return torch.cat(outputs)

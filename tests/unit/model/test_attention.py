@@ -8,20 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_megatron.model.attention import Segment, row_layout, segment_attention
+from mpo_megatron.model.attention import PLAIN, Scores, Segment, row_layout, segment_attention
+from tests.unit.model.rows import visible_pairs
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment]) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scores: Scores) -> Tensor:
     """softmax(q·kᵀ/√D)·v with a boolean mask over the whole row, heads repeated by hand."""
-    num_tokens, heads, channels = query.shape
+    _, heads, channels = query.shape
     key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
-    visible = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    for segment in segments:
-        for token in range(segment.start, segment.end):
-            visible[token, segment.context_start : segment.context_end] = True
-            visible[token, segment.start : token + 1] = True
-    scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(channels)
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
+    products = torch.einsum("qhd,khd->hqk", query, key) * (scores.scale or 1 / math.sqrt(channels))
+    if scores.cap is not None:
+        products = scores.cap * torch.tanh(products / scores.cap)
+    visible = visible_pairs(segments, scores.window)
+    weights = products.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
@@ -50,12 +49,13 @@ def random_inputs(num_tokens: int, heads: int, groups: int, seed: int = 0) -> li
     return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-def test_equals_dense_attention(seed: int, heads: int, groups: int) -> None:
+@pytest.mark.parametrize("scores", [PLAIN, Scores(window=4), Scores(window=1), Scores(window=7, scale=0.2, cap=0.5)], ids=str)
+def test_equals_dense_attention(seed: int, heads: int, groups: int, scores: Scores) -> None:
     segments = random_row(seed)
     inputs = random_inputs(segments[-1].end, heads, groups)
-    ours, dense = segment_attention(*inputs, segments), dense_attention(*inputs, segments)
+    ours, dense = segment_attention(*inputs, segments, scores), dense_attention(*inputs, segments, scores)
     torch.testing.assert_close(ours, dense)
     weights = torch.randn_like(dense)
     for left, right in zip(

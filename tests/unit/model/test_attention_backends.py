@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig
 from mpo_megatron.model import attention_flex
-from mpo_megatron.model.attention import row_layout, segment_attention
+from mpo_megatron.model.attention import PLAIN, Scores, row_layout, segment_attention
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
 from mpo_megatron.model.attention_varlen import (
@@ -31,14 +31,18 @@ from mpo_megatron.model.attention_varlen import (
 )
 from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
 
+SCORES = [PLAIN, Scores(window=5), Scores(window=1), Scores(window=3, scale=0.1, cap=0.5)]
+"""Windows shorter than most prompts and responses, or of a token alone."""
 
-@pytest.mark.parametrize("seed", range(8))
+
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-def test_varlen_equals_sdpa(seed: int, heads: int, groups: int) -> None:
+@pytest.mark.parametrize("scores", SCORES, ids=str)
+def test_varlen_equals_sdpa(seed: int, heads: int, groups: int, scores: Scores) -> None:
     segments = random_groups_row(seed, max_tokens=9)
     inputs = random_qkv(segments[-1].end, heads, groups)
-    varlen = varlen_row_attention(*inputs, row_layout(segments), kernel=plain_varlen_kernel)
-    sdpa = segment_attention(*inputs, segments)
+    varlen = varlen_row_attention(*inputs, row_layout(segments), scores, kernel=plain_varlen_kernel)
+    sdpa = segment_attention(*inputs, segments, scores)
     torch.testing.assert_close(varlen, sdpa)
     weights = torch.randn_like(sdpa)
     for left, right in zip(
@@ -58,7 +62,7 @@ def test_gathered_keys_sum_their_gradients_in_float32() -> None:
     layout = row_layout([(0, 1, 0, 0), *((token, token + 1, 0, 1) for token in range(1, 2049))])
     query, key, value = random_qkv(2049, 1, 1, dtype=torch.bfloat16)
 
-    def sum_of_values(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def sum_of_values(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         return value
 
     varlen_row_attention(query, key, value, layout, kernel=sum_of_values).sum().backward()
@@ -80,7 +84,7 @@ def test_gathered_keys_sum_their_gradients_in_one_order(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     weights: list[Tensor] = []
 
-    def weighted(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex) -> Tensor:
+    def weighted(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
         weights.append(torch.randn_like(value))
         return value * weights[0]
 
@@ -98,11 +102,12 @@ def test_index_is_made_once_per_row() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_flex_mask_is_exact(seed: int) -> None:
+@pytest.mark.parametrize("window", [None, 20, 200])
+def test_flex_mask_is_exact(seed: int, window: int | None) -> None:
     segments = random_groups_row(seed, max_tokens=90, max_responses=6)
     num_tokens = segments[-1].end
-    visible = visible_pairs(segments)
-    ours = build_block_mask(segments)
+    visible = visible_pairs(segments, window)
+    ours = build_block_mask(segments, window)
     assert torch.equal(create_mask(ours.mask_mod, 1, 1, num_tokens, num_tokens, device="cpu")[0, 0], visible)
     theirs = create_block_mask(lambda b, h, q, k: visible[q, k], 1, 1, num_tokens, num_tokens, device="cpu", BLOCK_SIZE=BLOCK)
     for name in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
@@ -166,7 +171,7 @@ def test_first_versions_of_flash_attention_3_return_a_pair(monkeypatch: pytest.M
         monkeypatch.setattr(sys.modules["flash_attn_interface"], "flash_attn_varlen_func", lambda *_, output=output, **__: output)
         kernel = find_kernel.__wrapped__()
         assert kernel is not None
-        assert kernel(tensor, tensor, tensor, index) is tensor
+        assert kernel(tensor, tensor, tensor, index, PLAIN) is tensor
 
 
 def test_wide_heads_do_not_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +181,7 @@ def test_wide_heads_do_not_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kernel is not None
     for channels, expected in ((CUDNN_CHANNELS, "cudnn"), (CUDNN_CHANNELS + 8, "flash_attn")):
         tensor = torch.zeros(2, 1, channels)
-        assert kernel(tensor, tensor, tensor, index)[0, 0, 0] == {"cudnn": 1, "flash_attn": 2}[expected]
+        assert kernel(tensor, tensor, tensor, index, PLAIN)[0, 0, 0] == {"cudnn": 1, "flash_attn": 2}[expected]
 
 
 def install(

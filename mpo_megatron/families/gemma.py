@@ -1,0 +1,97 @@
+"""Gemma 2 and the text models of Gemma 3: norms on both sides of attention and MLP, scaled embeddings, alternating windows.
+
+Gemma 2 caps attention scores and logits; Gemma 3 normalizes queries and keys, and layers with a window have a rotary embedding
+of their own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from mpo_megatron.families.family import Family
+from mpo_megatron.families.fields import (
+    DECODER,
+    activation,
+    check_fields,
+    decoder_sizes,
+    read_layer_ropes,
+    read_layers,
+    read_ropes,
+    rule_sizes,
+)
+from mpo_megatron.families.rules import (
+    Rule,
+    attention_rules,
+    embedding_rules,
+    final_norm_rule,
+    gated_rules,
+    mlp_names,
+    norm_rule,
+    qk_norm_rules,
+)
+
+FIELDS = DECODER | {
+    *("hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
+    *("final_logit_softcapping", "attn_logit_softcapping"),
+    # published files also have these, which transformers reads into the fields above or not at all
+    *("hidden_act", "sliding_window_size", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
+}
+
+
+def read_gemma2(config: PretrainedConfig) -> Family:
+    """Gemma 2."""
+    check_fields(config, FIELDS)
+    return Family(
+        **_features(config),
+        score_cap=config.attn_logit_softcapping,
+        logit_cap=config.final_logit_softcapping,
+        ropes=read_ropes(config),
+        attention=read_layers(config),
+        rules=_rules(config, qk_norm=False),
+    )
+
+
+def read_gemma3(config: PretrainedConfig) -> Family:
+    """The text model of Gemma 3."""
+    check_fields(config, FIELDS)
+    ropes, index = read_layer_ropes(config)
+    return Family(
+        **_features(config),
+        qk_norm="head",
+        score_cap=config.attn_logit_softcapping,
+        logit_cap=config.final_logit_softcapping,
+        ropes=ropes,
+        attention=read_layers(config, rope=index),
+        rules=_rules(config, qk_norm=True),
+    )
+
+
+def _features(config: PretrainedConfig) -> dict[str, Any]:
+    return decoder_sizes(config) | {
+        "activation": activation(config, "hidden_activation"),
+        "norm_offset": True,
+        "post_norms": True,
+        "query_scale": config.query_pre_attn_scalar**-0.5,
+        "embedding_scale": torch.tensor(config.hidden_size**0.5).item(),
+    }
+
+
+def _rules(config: PretrainedConfig, *, qk_norm: bool) -> tuple[Rule, ...]:
+    sizes = rule_sizes(config)
+    hidden, channels = sizes["hidden"], sizes["channels"]
+    embedding, *output = embedding_rules(sizes["vocab"], hidden, tied=sizes["tied"])
+    return (
+        embedding,
+        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
+        *attention_rules(hidden, sizes["heads"], sizes["groups"], channels),
+        *(qk_norm_rules(channels, channels) if qk_norm else []),
+        norm_rule("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", hidden),
+        norm_rule("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", hidden),
+        *gated_rules("mlp.", mlp_names("mlp."), hidden, sizes["ffn"]),
+        norm_rule("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", hidden),
+        final_norm_rule(hidden),
+        *output,
+    )

@@ -1,0 +1,190 @@
+"""Layers of the policy: Transformer Engine's or Megatron-Core's local ones, with our attention core and what a family adds.
+
+Megatron-Core builds a layer with a norm before attention and one before the MLP. Here norms may also follow them, queries and
+keys may be normalized over all heads, and layers may differ in window and rotary embedding.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.nn.functional import all_reduce
+
+from mpo_megatron import device
+from mpo_megatron.families import Family
+from mpo_megatron.model.attention import GroupAttention, RowAttention, Scores
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMS norm for the local layer spec that, unlike Megatron-Core's own wrapper, takes part in sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
+        self.offset = config.layernorm_zero_centered_gamma
+        # Each rank sees a part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x / rms(x) times the weight, or 1 + the weight."""
+        if not self.offset:
+            return super().forward(x)
+        return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+class WidthNorm(torch.nn.Module):
+    """RMS norm of queries or keys over all heads together; each tensor-parallel rank has the weights of its heads."""
+
+    def __init__(self, config: TransformerConfig, heads: int, channels: int, group: ProcessGroup) -> None:
+        super().__init__()
+        self.eps, self.group = config.layernorm_epsilon, group
+        self.weight = torch.nn.Parameter(torch.ones(heads * channels, dtype=config.params_dtype, device=device.device()))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, 1, heads of this rank, channels], normalized.
+
+        Communication: the sum of squares [T, 1, 1] is summed over tensor-parallel ranks, and so is its gradient.
+        """
+        exact = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+        total = exact.square().sum(dim=-1, keepdim=True)
+        if self.group.size() > 1:
+            total = all_reduce(total, group=self.group)
+        normalized = exact * torch.rsqrt(total / (exact.shape[-1] * self.group.size()) + self.eps)
+        return (self.weight * normalized.to(x.dtype)).view_as(x)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> Any:
+        """The weight, sharded over tensor-parallel ranks."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": self.group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
+        return make_sharded_tensors_for_checkpoint(state, prefix, {"weight": 0}, sharded_offsets, **groups)
+
+
+class RowSelfAttention(SelfAttention):
+    """Megatron-Core's self-attention that picks its layer's rotary angles and may normalize queries and keys over all heads."""
+
+    def __init__(self, config: TransformerConfig, *arguments: Any, rope: int, width_norm: bool, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        self.rope = rope
+        if width_norm:  # not by `qk_layernorm`, with which Megatron sums the gradients of its weights over tensor-parallel ranks
+            sizes = {"q": self.num_attention_heads_per_partition, "k": self.num_query_groups_per_partition}
+            norms = {
+                name: WidthNorm(config, heads, self.hidden_size_per_attention_head, self.pg_collection.tp)
+                for name, heads in sizes.items()
+            }
+            self.q_layernorm, self.k_layernorm = norms["q"], norms["k"]
+
+    def forward(self, *arguments: Any, rotary_pos_emb: Tensor, **options: Any) -> Any:
+        """Args:
+        rotary_pos_emb: [R, T, 1, 1, D] angles of each of the model's rotary embeddings
+        """
+        return super().forward(*arguments, rotary_pos_emb=rotary_pos_emb[self.rope], **options)
+
+
+def output_normed(linear: type) -> type:
+    """A row-parallel linear layer whose output goes through a norm."""
+
+    class NormedOutput(linear):  # type: ignore[misc]
+        def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **options)
+            self.post_layernorm = norm_type(linear)(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+
+        def forward(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x, *arguments, **options)
+            return self.post_layernorm(output), bias
+
+    return NormedOutput
+
+
+def norm_type(linear: type) -> Any:
+    """Transformer Engine's norm beside its linear layers, ours beside Megatron-Core's."""
+    if linear.__module__.endswith("transformer_engine"):
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        return TENorm
+    return RMSNorm
+
+
+def build_block_spec(
+    family: Family, config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, chunk: int, attend: RowAttention
+) -> TransformerBlockSubmodules:
+    """One run of layers of one pipeline stage."""
+    norm: Any = RMSNorm
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TENorm
+
+        norm = TENorm
+    num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
+    first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
+    layers = [_layer_spec(family, layer, transformer_engine, attend) for layer in range(first, first + num_layers)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _layer_spec(family: Family, number: int, transformer_engine: bool, attend: RowAttention) -> ModuleSpec:
+    """The layer of this number, from 0."""
+    num_experts = family.num_experts if family.has_experts(number) else None
+    head_norm = family.qk_norm == "head"
+    if transformer_engine:
+        layer = get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=head_norm, num_experts=num_experts, moe_grouped_gemm=family.experts is not None
+        )
+    else:
+        layer = get_gpt_layer_local_spec(qk_layernorm=head_norm, num_experts=num_experts, normalization="RMSNorm")
+        layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if num_experts is not None:  # in checkpoints the norm has a place of its own then, as with Transformer Engine
+            layer.submodules.sharded_state_dict_keys_map = {
+                old: new for old, new in layer.submodules.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
+            }
+    attention = layer.submodules.self_attention
+    if head_norm and not transformer_engine:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    attention.module = RowSelfAttention
+    attention.params = {
+        **attention.params,
+        "rope": family.attention[number].rope,
+        "width_norm": family.qk_norm == "width",
+    }
+    attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend, scores=layer_scores(family, number))
+    mlp = layer.submodules.mlp.keywords["submodules"] if num_experts is None else None
+    if not family.pre_norms:
+        _drop_input_norms(layer, mlp, transformer_engine)
+    if family.post_norms:
+        attention.submodules.linear_proj = output_normed(attention.submodules.linear_proj)
+        mlp.linear_fc2 = output_normed(mlp.linear_fc2)
+    return layer
+
+
+def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> None:
+    """Without norms before attention and MLP."""
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
+    if transformer_engine:  # its linear layers contain the norms
+        from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
+
+        layer.submodules.self_attention.submodules.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
+
+
+def layer_scores(family: Family, number: int) -> Scores:
+    """What a layer does with products of queries and keys."""
+    scale = family.score_scale(number)
+    return Scores(
+        scale=None if scale == family.head_dim**-0.5 else scale,
+        window=family.attention[number].window,
+        cap=family.score_cap,
+    )
