@@ -101,7 +101,7 @@ class RowSelfAttention(SelfAttention):
 def output_normed(linear: type) -> type:
     """A row-parallel linear layer whose output goes through a norm."""
 
-    class NormedOutput(linear):  # type: ignore[misc]
+    class NormedOutput(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
             super().__init__(input_size, output_size, config=config, **options)
             self.post_layernorm = norm_type(linear)(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
@@ -162,7 +162,7 @@ def _layer_spec(family: Family, number: int, transformer_engine: bool, attend: R
         "width_norm": family.qk_norm == "width",
     }
     attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend, scores=layer_scores(family, number))
-    mlp = layer.submodules.mlp.keywords["submodules"] if num_experts is None else None
+    mlp: Any = layer.submodules.mlp.keywords["submodules"]
     if not family.pre_norms:
         _drop_input_norms(layer, mlp, transformer_engine)
     if family.post_norms:
