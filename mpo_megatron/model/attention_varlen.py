@@ -122,7 +122,7 @@ def varlen_row_attention(
     return (kernel or require_kernel(scores))(query, key, value, index, scores)
 
 
-def require_kernel(scores: Scores) -> Kernel:
+def require_kernel(scores: Scores = PLAIN) -> Kernel:
     """The kernel in use; `ImportError` if there is none."""
     kernel = find_kernel() if scores.cap is None else find_kernel(capped=True)
     if kernel is None:
