@@ -12,6 +12,7 @@ from transformers import Qwen2Config
 
 from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, TrainConfig, parse
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.families import read_family
 from mpo_megatron.hf.fp8 import RECIPES, TOKEN_MULTIPLE, token_multiple
 from mpo_megatron.model import precision
 from mpo_megatron.model.architecture import build_transformer_config
@@ -21,7 +22,7 @@ from mpo_megatron.train.reference import cache_key
 
 FP8 = sorted(RECIPES)
 SIZES = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
-HF = Qwen2Config(**SIZES, num_key_value_heads=4)
+HF = read_family(Qwen2Config(**SIZES, num_key_value_heads=4))
 
 
 def engine(monkeypatch: pytest.MonkeyPatch, *, power_of_two: bool = True, **available: bool) -> None:
@@ -122,7 +123,7 @@ def test_sizes(
     monkeypatch: pytest.MonkeyPatch, name: str, changes: dict[str, int], parallel: dict[str, int], message: str | None
 ) -> None:
     engine(monkeypatch)
-    config = Qwen2Config(**{**SIZES, **changes}, num_key_value_heads=4)
+    config = read_family(Qwen2Config(**{**SIZES, **changes}, num_key_value_heads=4))
     model = ModelConfig(checkpoint="", fp8=name, fp8_bf16_layers=2)
     if message is None:
         validate_fp8(model, ParallelConfig(**parallel), config)

@@ -129,6 +129,6 @@ def test_rotary_frequencies_are_transformers(ranks: Ranks) -> None:
     (part,) = build_policy(read_family(config), ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-    found = part.module.inverse_frequencies  # type: ignore[union-attr]
+    (found,) = part.module.inverse_frequencies  # type: ignore[union-attr]
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, Qwen2RotaryEmbedding(config).inv_freq)
