@@ -34,6 +34,8 @@ from mpo_megatron.config import (
     validate_train,
 )
 from mpo_megatron.data import DataError
+from mpo_megatron.interruption import interruptible, say_interrupted
+from mpo_megatron.train.output import outlive_readers
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -117,7 +119,7 @@ def iterate(arguments: Sequence[str]) -> int:
     try:
         run(config)
     except StageError as error:
-        print(f"mpo iterate: {error}", file=sys.stderr)
+        print(f"mpo iterate: {error}", file=sys.stderr, flush=True)
         return error.status
     return 0
 
@@ -152,7 +154,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     try:
         run(config, launcher.nproc)
     except StageError as error:
-        print(f"mpo evaluate: {error}", file=sys.stderr)
+        print(f"mpo evaluate: {error}", file=sys.stderr, flush=True)
         return error.status
     return 0
 
@@ -200,6 +202,9 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
+OUTLIVES_READERS = ("convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
+"""Commands whose work does not end when nobody reads what they print, as after `mpo train | head`."""
+
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 """Errors of files that no check foresaw, and that are the machine's: no permission, or no space."""
 
@@ -228,8 +233,11 @@ def _run(arguments: list[str]) -> int:
         meant = f"did you mean {' or '.join(near)}? " if near else ""
         print(f"mpo: there is no command {name!r}; {meant}`mpo --help` lists them.", file=sys.stderr)
         return 2
+    if name in OUTLIVES_READERS:
+        outlive_readers()
     try:
-        return COMMANDS[name](rest)
+        with interruptible():
+            return COMMANDS[name](rest)
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {error}", file=sys.stderr)
         return 2
@@ -238,9 +246,8 @@ def _run(arguments: list[str]) -> int:
             raise
         print(f"mpo {name}: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"mpo {name}: interrupted.", file=sys.stderr)
-        return 128 + signal.SIGINT
+    except KeyboardInterrupt as error:
+        return say_interrupted(name, error)
 
 
 def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:
@@ -257,7 +264,11 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
     read_model(Path(config.model.checkpoint), config.parallel)
     from mpo_megatron.train.inputs import check_inputs
 
-    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    inputs = check_inputs(config, num_ranks)  # once more on every rank; here it gives one message before any rank has started
+    if name == "train":
+        from mpo_megatron.train.resumption import check_resumption
+
+        check_resumption(config, inputs)
     return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)
 
 

@@ -26,6 +26,7 @@ from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.launcher import count_ranks
 
 EVALUATION_FILE, PICTURE_FILE, CONFIG_FILE = "evaluation.json", "evaluation.png", "evaluate.yaml"
+HELD_OUT_MODULE = "mpo_megatron.evaluate.held_out_main"
 
 
 def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Console | None = None) -> Path:
@@ -76,7 +77,7 @@ def run_held_out(config: HeldOutConfig, output: Path, num_ranks: int) -> list[he
     Raises:
         StageError: they ended with an error.
     """
-    run_ranks("held_out", held_out.__name__, output / CONFIG_FILE, num_ranks)
+    run_ranks("held_out", HELD_OUT_MODULE, output / CONFIG_FILE, num_ranks)
     return held_out.read_groups(output / held_out.GROUPS_FILE)
 
 

@@ -1,7 +1,7 @@
 """Held-out groups, by the policy's implicit reward: does log π − log π_ref put the preferred responses above the others?
 
-`torchrun … -m mpo_megatron.evaluate.held_out --config FILE --key value` is one rank of it; `mpo evaluate` starts them. It writes
-`held_out.jsonl`, one line a group, beside what `mpo evaluate` writes.
+held_out_main.py is one rank of it; `mpo evaluate` starts them. It writes `held_out.jsonl`, one line a group, beside what
+`mpo evaluate` writes.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, HeldOutConfig, LossConfig, TrainConfig, parse, require
+from mpo_megatron.config import DataConfig, HeldOutConfig, LossConfig, TrainConfig, require
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import build_step
-from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.digests import seal_lines, unseal_lines
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
@@ -28,7 +27,6 @@ from mpo_megatron.model.convert import find_megatron_checkpoint
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import checkpoint
-from mpo_megatron.train.ending import complain, end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
@@ -59,6 +57,7 @@ def evaluate_held_out(config: HeldOutConfig, output: Path, *, groups_per_step: i
     Raises:
         ConfigError: models, groups and layout do not fit together.
         DataError: groups or cache are damaged.
+        Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
     """
     training = as_training(config, output, groups_per_step)
     inputs = check_inputs(training, int(os.environ.get("WORLD_SIZE", "1")))
@@ -153,20 +152,3 @@ def _ratio(totals: Floats, counts: Floats) -> Callable[[Floats], float]:
 
 def _newest(folder: str) -> str:
     return str(find_megatron_checkpoint(Path(folder)) or folder)
-
-
-def main() -> int:
-    """One rank: parse the command line of `mpo evaluate` and do its held-out part."""
-    try:
-        config = parse(EvaluateConfig, program="mpo evaluate")
-        require(config.held_out is not None, "held_out is not configured.")
-        assert config.held_out is not None
-        evaluate_held_out(config.held_out, Path(config.output))
-    except (ConfigError, DataError, PackingError) as error:
-        complain("mpo evaluate", error)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    end(main)

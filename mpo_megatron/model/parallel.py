@@ -106,9 +106,10 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     try:
         yield Ranks(ProcessGroupCollection.use_mpu_process_groups())
     except BaseException:
-        # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure: this
-        # process is about to end, and takes them along (train/ending.py).
-        if not device.has_gpu() or torch.distributed.get_world_size() == 1:
+        # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure; and they
+        # would fail of lost connections before this rank has said why. This process is about to end, and takes the groups along
+        # (train/ending.py).
+        if torch.distributed.get_world_size() == 1 or not (started or device.has_gpu()):
             _take_down(started)
         raise
     _take_down(started)

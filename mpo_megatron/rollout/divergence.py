@@ -1,4 +1,4 @@
-"""`torchrun … -m mpo_megatron.rollout.divergence --config FILE`: KL(π ‖ π_ref) on samples of π; one rank of it.
+"""KL(π ‖ π_ref) on samples of π; divergence_main.py is one rank of it.
 
 Takes the configuration of `mpo train`, with π as model.checkpoint, π_ref as model.reference and samples of π, prepared, as
 data.train; writes `<output>/kl.json`. With samples y ~ π the mean of log π(y) − log π_ref(y) is an unbiased estimate.
@@ -20,22 +20,20 @@ from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train import checkpoint
-from mpo_megatron.train.ending import end
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
-from mpo_megatron.train.reference_main import run
 from mpo_megatron.train.run import build_row_shape
+from mpo_megatron.train.stopping import Deadline, Stopped
 
 KL_FILE = "kl.json"
 
 
-def main() -> int:
-    """Parse the command line and measure."""
-    return run(measure, "mpo iterate")
+def measure(config: TrainConfig) -> str | None:
+    """Log-probs of all samples under both models, one after the other in the same memory; every rank calls it.
 
-
-def measure(config: TrainConfig) -> None:
-    """Log-probs of all samples under both models, one after the other in the same memory; every rank calls it."""
+    Returns:
+        None when all is measured; why it stopped if it was asked to.
+    """
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     output, logps = Path(config.output), list[Float64]()
     with model_parallel(config.parallel, config.seed) as ranks:
@@ -45,20 +43,25 @@ def measure(config: TrainConfig) -> None:
             ("policy", config.model.checkpoint),
             ("reference", config.model.reference or config.model.checkpoint),
         ):
-            values = reference_logps(
-                inputs.train,
-                output / name,
-                functools.partial(load, model, folder, ranks),
-                ranks,
-                shape,
-                groups_per_part=config.data.groups_per_step,
-                tokens=False,
-            )
+            try:
+                values = reference_logps(
+                    inputs.train,
+                    output / name,
+                    functools.partial(load, model, folder, ranks),
+                    ranks,
+                    shape,
+                    groups_per_part=config.data.groups_per_step,
+                    tokens=False,
+                    deadline=Deadline(config.faults),
+                )
+            except Stopped as request:
+                return str(request)
             logps.append(values.response)
         if ranks.is_main:
             ours, theirs = logps
             offsets, lengths = inputs.train.response_offsets(), inputs.train.all_response_lengths()
             write_summary(output / KL_FILE, summarize(ours, theirs, offsets, lengths))
+    return None
 
 
 def load(model: list[torch.nn.Module], folder: str, ranks: Ranks) -> list[torch.nn.Module]:
@@ -84,7 +87,3 @@ def summarize(policy: Float64, reference: Float64, offsets: Int64, lengths: Int6
         "prompts": len(by_prompt),
         "responses": len(ratios),
     }
-
-
-if __name__ == "__main__":
-    end(main)

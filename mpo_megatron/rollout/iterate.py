@@ -51,9 +51,10 @@ from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
 from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.resumption import check_resumption
 
 STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
-KL_MODULE = "mpo_megatron.rollout.divergence"
+KL_MODULE = "mpo_megatron.rollout.divergence_main"
 
 
 def iterate(config: IterateConfig, console: Console | None = None) -> None:
@@ -166,7 +167,8 @@ def measure_policy(policy: Policy, start: Path, console: Console) -> None:
 
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
     """Train, or go on training; the round's `train.json` says where the result is."""
-    check_inputs(config, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+    # Both once more on every rank; here they give one message before any rank has started.
+    check_resumption(config, check_inputs(config, num_ranks))
     run_ranks("train", config.entry_point, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))
     assert trained is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,14 +13,22 @@ from mpo_megatron import device
 from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.train.launcher import end_with_parent, launch
+from mpo_megatron.train.launched import end_with_parent
+from mpo_megatron.train.launcher import launch
+
+ASKED_TO_STOP = (75, 128 + signal.SIGINT)
+"""Exit codes of stages that have saved and can be resumed."""
 
 
 class StageError(RuntimeError):
     """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
 
     def __init__(self, stage: str, status: int) -> None:
-        super().__init__(f"{stage} ended with exit status {status}; what is done stays: mend it and repeat the command.")
+        if status in ASKED_TO_STOP:
+            text = f"{stage} was asked to stop; what is done stays: run the same command again to resume."
+        else:
+            text = f"{stage} ended with exit status {status}; what is done stays: fix it, and run the same command again."
+        super().__init__(text)
         self.status = status
 
 
@@ -30,7 +39,13 @@ def run_command(name: str, function: Callable[[Any], object], config: GenerateCo
         return
     path = save_config(Path(f"{config.output}.yaml"), config)
     command = [sys.executable, "-m", "mpo_megatron.cli", name, "--config", str(path)]
-    status = subprocess.run(command, check=False, preexec_fn=end_with_parent).returncode
+    with subprocess.Popen(command, preexec_fn=end_with_parent) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # a request to stop: the stage gets it, too, and ends in good order
+            process.terminate()
+            process.wait()
+            raise
     if status:
         raise StageError(name, status)
 

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from mpo_megatron.train import launched
+
 ALONE_SECONDS = 3.0
 """A rank that has not been ended by then is the only one of its machine that has failed."""
 
@@ -26,8 +28,10 @@ def end(main: Callable[[], int]) -> NoReturn:
     except SystemExit:  # --help
         raise
     except BaseException:  # noqa: BLE001  # printed as Python itself would; not all of torch's errors are an Exception
-        print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed:", file=sys.stderr)
-        traceback.print_exc()
+        # What fails after a rank that has said why fails because of it.
+        if launched.is_first_to_fail() or launched.read(launched.LAST_WORDS) is None:
+            print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed:", file=sys.stderr)
+            traceback.print_exc()
         code = 1
     if code == 0:
         sys.exit()
@@ -36,11 +40,14 @@ def end(main: Callable[[], int]) -> NoReturn:
     os._exit(code)
 
 
-def complain(program: str, error: Exception) -> None:
-    """Print what a person must mend: once a machine if all its ranks say the same, as they may be the only ones that see it."""
+def complain(program: str, message: str) -> None:
+    """Say what a person must fix: through the launcher, or once a machine if all its ranks say the same, as they may be the only
+    ones that see it."""
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
+    where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+    if launched.say_last(f"{program}: {where}{message}"):
+        return
     if local != "0":  # if others say the same, whoever started the ranks ends this one now
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALONE_SECONDS)
-    where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
-    print(f"{program}: {where}{error}", file=sys.stderr, flush=True)
+    print(f"{program}: {where}{message}", file=sys.stderr, flush=True)

@@ -16,14 +16,15 @@ from mpo_megatron.train.tracking import Tracker
 from mpo_megatron.train.tracking.outcomes import group_outcomes, log_outcomes
 
 
-def evaluate(run: Run, step: int, trackers: list[Tracker], beat: Callable[[str], None]) -> dict[str, float]:
+def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], None]) -> dict[str, float]:
     """Metrics over all held-out groups, also written down; all ranks call it. Nothing without held-out groups.
 
     Args:
-        beat: told that it goes on
+        pause: called after each batch; raises `Stopped` if the run is to leave
     Raises:
         ConfigError: no held-out group carries a contrast, or they have no metric `checkpoint.best_metric`.
         TrainingError: a group's loss is not finite.
+        Stopped: the run was asked to stop; nothing is written down then.
     """
     data, best = run.inputs.held_out, run.config.checkpoint
     if data is None:
@@ -32,7 +33,6 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], beat: Callable[[str],
     size = run.config.data.groups_per_step
     chunks = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
     for batch in build_ahead(lambda indices: build_step(0, data, indices, run.inputs.objective.select, run.shape), chunks):
-        beat(f"evaluation at step {step}")
         if batch.contributes.any():
             policy = forward_step(run.model, batch, run.inputs.objective, run.ranks, run.resident)
             reference = run.reference(data, batch)
@@ -41,6 +41,7 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], beat: Callable[[str],
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
             parts.append(learned)
             outcomes += group_outcomes(batch, policy, reference, run.inputs.objective.params)
+        pause()
     if not parts:
         raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
     metrics = {f"eval/{name}": value for name, value in combine(parts).items()}

@@ -10,12 +10,10 @@ from __future__ import annotations
 import faulthandler
 import os
 import random
-import signal
 import socket
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,28 +25,20 @@ from megatron.core.utils import get_model_config
 
 from mpo_megatron import device
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train import signals
+from mpo_megatron.train import launched
+from mpo_megatron.train.stopping import Deadline, Pauses, name_request, own_request
 
 STEP_SEEDS = 1_000_003
 """Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""
 
-RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+RESTARTS = (launched.RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Environment variables that count how often a job was started again."""
-
-WALLTIME = 1000
-"""Stands for "the time is over" where a signal's number stands for a signal."""
 
 SLOW_RATIO, SLOW_STEPS = 1.1, 20
 """A rank is told of that takes so many times the mean, so many steps in a row (and then ten times as many, and so on)."""
 
-LEAST_MARGIN = 60.0
-"""Seconds kept for the last save at least."""
-
 DISK_SECONDS = 30
 """How long a rank that has hung may take to write its stacks down."""
-
-STARTED = "MPO_STARTED"
-"""Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +51,6 @@ class Agreement:
     """Whether every rank is done with its part of the save under way."""
     metrics: dict[str, float]
     """Who was slow: see `Supervisor.after_step`."""
-
-
-class Deadline:
-    """When the run must have saved: `walltime_minutes` after its start, or when Slurm ends the job."""
-
-    def __init__(self, config: FaultConfig) -> None:
-        end: float | None = None
-        if config.walltime_minutes is not None:
-            end = float(os.environ.get(STARTED, time.time())) + 60 * config.walltime_minutes
-        elif "SLURM_JOB_END_TIME" in os.environ:
-            end = float(os.environ["SLURM_JOB_END_TIME"])
-        # From here on by a clock that nobody sets.
-        self.time = None if end is None else time.monotonic() + end - time.time()
-        self.slow_steps: deque[float] = deque(maxlen=32)
-
-    def is_near(self, step_seconds: float, save_seconds: float) -> bool:
-        """Whether another step might leave too little time to save: the margin is the slowest of the last steps, twice the
-        slowest save, and a minute at least."""
-        self.slow_steps.append(step_seconds)
-        if self.time is None:
-            return False
-        return time.monotonic() + max(self.slow_steps) + max(2 * save_seconds, LEAST_MARGIN) > self.time
 
 
 class Watchdog:
@@ -205,9 +173,7 @@ class Supervisor:
             save_seconds: what saves take
         """
         working = self.reduction_started - self.step_started
-        request: int = signals.requested() or 0
-        if not request and self.deadline.is_near(time.perf_counter() - self.step_started, save_seconds):
-            request = WALLTIME
+        request = own_request(self.deadline, time.perf_counter() - self.step_started, save_seconds)
         own = torch.tensor([request, has_written, working, self.data_wait], dtype=torch.float64, device=device.device())
         everyone = own.new_empty(self.world * len(own))
         torch.distributed.all_gather_into_tensor(everyone, own)  # over all ranks; no gradients
@@ -218,7 +184,7 @@ class Supervisor:
         if told is not None and self.rank == 0:
             print(told, flush=True)
         return Agreement(
-            stop=_reason(int(requests.max())),
+            stop=name_request(int(requests.max())),
             all_written=bool(written.all()),
             metrics={
                 "slowest_rank": slowest,
@@ -226,6 +192,17 @@ class Supervisor:
                 "data_wait": float(waits.max()),
             },
         )
+
+    def pauses(self, doing: str, save_seconds: float) -> Callable[[], None]:
+        """What a longer work within the run (an evaluation) calls after each of its pieces; it raises `Stopped` on all ranks."""
+        pauses = Pauses(self.deadline)
+
+        def pause() -> None:
+            self.watchdog.beat(doing)
+            pauses.stop_if_asked(save_seconds)
+
+        self.watchdog.beat(doing)
+        return pause
 
     def close(self) -> None:
         """The run is over; nobody need watch it."""
@@ -243,9 +220,3 @@ def seed_everything(seed: int, step: int) -> None:
     random.seed(seed + STEP_SEEDS * step)
     np.random.seed((seed + STEP_SEEDS * step) % 2**32)
     torch.manual_seed(seed + STEP_SEEDS * step)
-
-
-def _reason(request: int) -> str | None:
-    if request == 0:
-        return None
-    return "the time is nearly over" if request == WALLTIME else signal.Signals(request).name

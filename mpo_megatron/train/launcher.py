@@ -1,33 +1,32 @@
-"""`mpo train` around torchrun: signals for the ranks, restarts, and the exit code, which torchrun does not pass on."""
+"""`mpo train` around torchrun's agent: requests to stop for the ranks, restarts, the exit code, and what is printed last."""
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
+import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import psutil
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.train.__main__ import EXIT_FILE
-from mpo_megatron.train.signals import SIGNALS
+from mpo_megatron.train import launched
+from mpo_megatron.train.stopping import STARTED
 
-STARTED = "MPO_STARTED"
-"""Environment variable with the time of the start, which a run's wall time counts from, whatever restarts its ranks."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Requests to stop; SIGHUP comes when a terminal is closed."""
 
-PR_SET_PDEATHSIG = 1
-"""Linux prctl: the signal that a process gets when its parent ends."""
-
-REPEAT_SECONDS = 5.0
-"""A request to stop is sent again after this time, as ranks that are just starting may not hear it yet."""
+ELASTIC_LOGGER = "torch.distributed.elastic"
 
 
 def count_ranks(parallel: ParallelConfig) -> int:
@@ -36,67 +35,121 @@ def count_ranks(parallel: ParallelConfig) -> int:
 
 
 def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-    """Start ranks of a module on this machine through torchrun and wait for them; the exit code.
+    """Start ranks of a module on this machine through torchrun's agent and wait for them; the exit code.
 
-    SIGTERM and SIGUSR1 are not for torchrun, which would give the ranks 30 seconds: the ranks get them, as SIGUSR1, and stop when
+    Requests to stop are not for the agent, which would give the ranks 30 seconds: the ranks find them in a file, and stop when
     their step is done and saved.
 
     Args:
-        max_restarts: how often all ranks are started again when one fails
+        max_restarts: how often all ranks are started again when one fails unexpectedly
     """
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"),
-        *(f"--max-restarts={max_restarts}", "-m", module, *arguments),
-    ]
-    with tempfile.TemporaryDirectory() as folder, _requests() as requests:
-        exit_file = Path(folder) / "exit_code"
-        environment = {**os.environ, EXIT_FILE: str(exit_file), STARTED: str(time.time())}
-        # Ranks that are started again would find addresses of those before them in a shared store (PyTorch issue 135712).
-        environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
-        # A session of its own: signals to this process's group (a terminal's, Slurm's) reach torchrun only through this process.
-        process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_prepare_child)
-        try:
-            _wait(process, requests)
-        except BaseException:  # Ctrl-C: torchrun ends its ranks when it is ended
-            process.terminate()
-            process.wait()
-            raise
-        code = int(exit_file.read_text()) if exit_file.is_file() else 0
-    return code or process.returncode
+    environment = {STARTED: str(time.time())}
+    environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    for attempt in range(max_restarts + 1):
+        # A new agent a time: ranks that are started again would find addresses of those before them in its store.
+        with tempfile.TemporaryDirectory(prefix="mpo-") as folder, _requests(Path(folder), module):
+            environment |= {launched.RESTART_COUNT: str(attempt)}
+            failure = _run_agent(Path(folder), module, arguments, num_ranks, environment)
+            asked = launched.read_request(Path(folder))
+            left = launched.read(launched.EXIT_CODE, Path(folder))
+            last_words = launched.read(launched.LAST_WORDS, Path(folder))
+        code = int(left) if left else int(failure is not None)
+        if code and asked == signal.SIGINT:
+            code = 128 + signal.SIGINT
+        if failure is None or left or asked is not None:
+            break
+        if attempt < max_restarts:
+            print(f"mpo: {failure}; starting all ranks again ({attempt + 1} of {max_restarts}).", file=sys.stderr, flush=True)
+    if last_words is not None or failure is not None:
+        text = last_words or f"mpo: {failure}. Run the same command again: it resumes from the newest checkpoint."
+        print(text, file=sys.stderr, flush=True)
+    return code
 
 
-def _wait(process: subprocess.Popen[bytes], requests: Sequence[int]) -> None:
-    """Wait for torchrun to end; as long as there is a request to stop, pass it on to the ranks."""
-    sent = 0.0
-    while process.poll() is None:
-        if requests and time.monotonic() - sent > REPEAT_SECONDS:
-            sent = time.monotonic()
-            with contextlib.suppress(psutil.NoSuchProcess):
-                for rank in psutil.Process(process.pid).children():
-                    rank.send_signal(signal.SIGUSR1)
-        time.sleep(0.1)
-
-
-def _prepare_child() -> None:
-    """torchrun and ranks that are starting do not end of a request to stop: ranks hear it when they listen."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    end_with_parent()
-
-
-def end_with_parent() -> None:
-    """In a new process: do not outlive the one that started it; the next start would find this one at work in the same folder."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+def _run_agent(folder: Path, module: str, arguments: Sequence[str], num_ranks: int, environment: dict[str, str]) -> str | None:
+    """Run ranks to their end; what to say if one has failed."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=num_ranks,
+        run_id=str(uuid.uuid4()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        signals_to_handle="SIGQUIT",  # the others are handled here
+    )
+    own = {launched.FOLDER: str(folder), launched.EXIT_FILE: str(folder / launched.EXIT_CODE)}
+    try:
+        with _environment({**environment, **own}), _quiet_agent():
+            elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
+    except ChildFailedError as error:
+        rank, first = error.get_first_failure()
+        said = launched.read(launched.FAILED, folder)
+        if said is not None:
+            return f"rank {said} failed; its traceback is the first one above"
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            reason = "; often the machine is out of memory: see dmesg" if name == "SIGKILL" else ""
+            return f"rank {rank} was ended by {name}{reason}"
+        return f"rank {rank} failed with exit code {first.exitcode}"
+    return None
 
 
 @contextlib.contextmanager
-def _requests() -> Iterator[list[int]]:
-    """Note requests to stop instead of ending."""
-    received: list[int] = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number)) for number in SIGNALS}
+def _requests(folder: Path, module: str) -> Iterator[None]:
+    """Pass requests to stop on to the ranks instead of ending; a second Ctrl-C ends them and this process."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if launched.read_request(folder) == signal.SIGINT:
+                for rank in ranks_of(module):
+                    rank.kill()
+                raise KeyboardInterrupt
+            print("interrupted: the run saves and leaves; Ctrl-C again ends it at once.", file=sys.stderr, flush=True)
+        launched.write_request(signal.Signals(number), folder)
+
+    before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
     try:
-        yield received
+        for number in SIGNALS:
+            if before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's background job SIGINT
+                signal.signal(number, ask)
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def ranks_of(module: str) -> list[psutil.Process]:
+    """This process's ranks of a module."""
+    ranks = []
+    for child in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if module in child.cmdline():
+                ranks.append(child)
+    return ranks
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Within it, these environment variables are set: ranks inherit them."""
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _quiet_agent() -> Iterator[None]:
+    """Within it, torchrun's agent logs nothing: it repeats what ranks have said, in many lines and after them."""
+    logger = logging.getLogger(ELASTIC_LOGGER)
+    null, propagate = logging.NullHandler(), logger.propagate
+    logger.addHandler(null)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(null)
+        logger.propagate = propagate

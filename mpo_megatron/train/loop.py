@@ -21,7 +21,7 @@ from mpo_megatron.data.packing import PackingError
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.stack.checks import shortfalls
-from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train import checkpoint, optimizer, signals
 from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import Supervisor, seed_everything
 from mpo_megatron.train.incidents import Evidence, Guard, TrainingError, report
@@ -31,6 +31,7 @@ from mpo_megatron.train.run import Run, open_run
 from mpo_megatron.train.saving import Saver
 from mpo_megatron.train.step import fused_step, two_phase_step
 from mpo_megatron.train.step_folders import RunState
+from mpo_megatron.train.stopping import Stopped
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.throughput import throughput
 from mpo_megatron.train.tracking import Tracker, build_trackers
@@ -44,7 +45,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
     Args:
         build_term: makes a term to add to every step's loss, once the models are loaded
     Returns:
-        None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved.
+        None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved what there was.
     Raises:
         ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
         TrainingError: a step's loss is not finite; the weights are those before that step.
@@ -58,8 +59,16 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
     )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks, only_run(Path(config.output), ranks):
-        run = open_run(config, inputs, ranks)
-        return train_steps(run, None if build_term is None else build_term(run))
+        try:
+            run = open_run(config, inputs, ranks)
+        except Stopped as request:  # in the reference pass, which has written its parts
+            return str(request)
+        term = None if build_term is None else build_term(run)
+        with signals.deferred():  # from here on there is something to save
+            stopped = train_steps(run, term)
+            if stopped is None:
+                signals.ignore()
+            return stopped
 
 
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
@@ -79,7 +88,7 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
     trackers = start_tracking(run, done)
     try:
         if evaluates(run, done) and not saved.held_out:
-            evaluate(run, done, trackers, supervisor.watchdog.beat)
+            evaluate(run, done, trackers, supervisor.pauses(f"evaluation at step {done}", saver.seconds))
         for batch in supervisor.watch_data(batches(run, range(done, last))):
             supervisor.watchdog.beat(f"step {batch.step + 1}")
             metrics = take_step(run, batch, adam, term, guard)
@@ -91,17 +100,22 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
             if agreement.all_written:
                 saver.finish()
             held_out: dict[str, float] = {}
-            stops = agreement.stop is not None and done < last
-            if evaluates(run, done) and not stops:
-                held_out = evaluate(run, done, trackers, supervisor.watchdog.beat)
-            if stops or done == last or (config.checkpoint.every and done % config.checkpoint.every == 0):
+            stop = agreement.stop if done < last else None
+            if evaluates(run, done) and stop is None:
+                try:
+                    held_out = evaluate(run, done, trackers, supervisor.pauses(f"evaluation at step {done}", saver.seconds))
+                except Stopped as request:  # the resumed run evaluates this step
+                    stop = str(request)
+            if stop is not None or done == last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 supervisor.watchdog.beat(f"save at step {done}")
                 saver.start(state_after(run, done, held_out, guard), run.model, adam)
-            if stops:
+            if stop is not None:
                 saver.finish()
-                return agreement.stop
+                return stop
         supervisor.watchdog.beat(f"the last save at step {done}")
         saver.finish()
+    except Stopped as request:  # in the evaluation before the first step: nothing new to save
+        return str(request)
     except TrainingError:  # raised by all ranks at the same place, so that they can finish together what they began to save
         saver.finish()
         raise

@@ -37,9 +37,11 @@ from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.digests import DamagedError, name_digest, read_named
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
+from mpo_megatron.train import signals
 from mpo_megatron.train.agreement import on_main
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import collect_logps, run_rows
+from mpo_megatron.train.stopping import Deadline, Pauses
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -141,6 +143,7 @@ def reference_logps(
     *,
     groups_per_part: int,
     tokens: bool,
+    deadline: Deadline,
 ) -> ReferenceLogps:
     """Read the cache in `folder`, computing and writing the groups it lacks; all ranks call it and get the same.
 
@@ -148,7 +151,9 @@ def reference_logps(
         load_model: gives the reference model; called only if something is missing
         groups_per_part: groups computed between two writes
         tokens: per-token log-probs are needed, too
+        deadline: when to stop between two writes
     Raises:
+        Stopped: asked to stop; what is computed is written. On all ranks.
         DataError: the cache cannot be written, or a log-prob is not finite; on all ranks.
     """
     logps = read_cache(folder, data, ranks, tokens=tokens)
@@ -159,13 +164,15 @@ def reference_logps(
     model = load_model()
     chunks = [missing[start : start + groups_per_part] for start in range(0, len(missing), groups_per_part)]
     batches = build_ahead(lambda indices: build_step(0, data, indices, select_all, shape), chunks)
-    with _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
+    pauses = Pauses(deadline)
+    with signals.deferred(), _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
         for indices, batch in zip(chunks, batches, strict=True):
             part = _compute_part(data, indices, batch, model, ranks, tokens)
             path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}"
             _write_on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
             logps.fill(part)
             progress.add(len(indices), batch.plan.num_tokens)
+            pauses.stop_if_asked()
     return logps
 
 

@@ -114,6 +114,51 @@ def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
+def check_resumption(config: TrainConfig, inputs: Inputs) -> None:
+    """Refuse a run that could not resume, as far as its newest checkpoint's state tells, before ranks are started for it.
+
+    Raises:
+        ConfigError: what it was trained with is not what it would resume with, or no checkpoint is whole.
+    """
+    run = Path(config.output)
+    steps = complete_steps(run) if config.checkpoint.resume else []
+    if not steps:
+        require_whole([], damaged_steps(run) if config.checkpoint.resume else [], run)
+        return
+    try:
+        saved, _ = read_state(steps[-1])
+    except DamagedError:  # the ranks look for an older one, and say so
+        return
+    check_start(config, inputs, saved, steps[-1])
+
+
+def require_whole(steps: list[Path], damaged: list[str], run: Path) -> None:
+    """Refuse to start over where every checkpoint is damaged.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+    """
+    if not steps and damaged:
+        raise DamagedError(
+            f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
+            "or start anew with checkpoint.resume = false or another output."
+        )
+
+
+def check_start(config: TrainConfig, inputs: Inputs, saved: RunState, folder: Path) -> None:
+    """Refuse to resume from a step's folder what would take another course.
+
+    Raises:
+        ConfigError: naming the first thing that changed.
+    """
+    fixed, first_step = fixed_options(config, inputs), config.data.first_step
+    check_first_step(first_step, saved.step, folder)
+    before = saved
+    if saved.step == first_step:  # other groups may have led up to here
+        before = RunState(step=saved.step, fixed={**saved.fixed, "groups of data.train": fixed["groups of data.train"]})
+    check_same_run(before, fixed, folder)
+
+
 def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
     """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
 
@@ -128,11 +173,7 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
         print(f"checkpoint.resume = false: earlier checkpoints and metrics are now in {aside}", flush=True)
     while True:
         steps, damaged = on_main(ranks, lambda: (complete_steps(run), damaged_steps(run)))
-        if not steps and damaged:
-            raise DamagedError(
-                f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
-                "or start anew with checkpoint.resume = false or another output."
-            )
+        require_whole(steps, damaged, run)
         folder = steps[-1] if steps else None
         problem = None if folder is None else damage_of(folder)
         if folder is None or problem is None:
@@ -151,16 +192,12 @@ def resume(config: TrainConfig, inputs: Inputs, model: list[Any], adam: Any, ran
     Raises:
         ConfigError: what it was trained with is not what it would go on with.
     """
-    run, fixed, first_step = Path(config.output), fixed_options(config, inputs), config.data.first_step
+    run = Path(config.output)
     folder = choose_checkpoint(run, ranks, resume=config.checkpoint.resume or was_restarted())
     if folder is None:
-        check_first_step(first_step, 0, run)
-        return RunState(step=0, fixed=fixed)
+        check_first_step(config.data.first_step, 0, run)
+        return RunState(step=0, fixed=fixed_options(config, inputs))
     saved, _ = read_state(folder)
-    check_first_step(first_step, saved.step, folder)
-    before = saved
-    if saved.step == first_step:  # other groups may have led up to here
-        before = RunState(step=saved.step, fixed={**saved.fixed, "groups of data.train": fixed["groups of data.train"]})
-    check_same_run(before, fixed, folder)
+    check_start(config, inputs, saved, folder)
     checkpoint.load(folder, model, adam, ranks)
     return saved

@@ -25,6 +25,7 @@ from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import prepare_schedules
+from mpo_megatron.train.stopping import Deadline
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,7 @@ def open_run(config: TrainConfig, inputs: Inputs, ranks: Ranks) -> Run:
     Raises:
         ConfigError: a checkpoint does not fit or is damaged.
         DataError: the reference's log-probs cannot be written.
+        Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
     """
     flops = build_flop_model(inputs.family)
     shape = build_row_shape(config, ranks, flops)
@@ -114,8 +116,11 @@ def compute_references(
     """Reference log-probs of the training and held-out groups, by folder; the policy lends its memory to the reference model.
 
     Losses without a reference get them too: margins, log-ratios and KL mean the same for every method then.
+
+    Raises:
+        Stopped: asked to stop; what is computed is written.
     """
-    loaded = False
+    loaded, deadline = False, Deadline(config.faults)
 
     def load_reference() -> list[torch.nn.Module]:
         nonlocal loaded
@@ -142,5 +147,6 @@ def compute_references(
                 shape,
                 groups_per_part=config.data.groups_per_step,
                 tokens=inputs.objective.needs.tokens,
+                deadline=deadline,
             )
     return references

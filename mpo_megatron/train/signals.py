@@ -1,37 +1,86 @@
-"""Requests to stop, heard from a rank's first moment on. Imports nothing heavy: signals may come while torch is still loading.
+"""Requests to stop, received from a rank's first moment on. Imports nothing heavy: signals may come while torch is still loading.
 
-SIGTERM and SIGUSR1 ask a run to finish its step, save and leave. Python runs handlers between two of its own instructions
-in the main thread, which may sit in a collective for minutes; so the handlers do nothing, and a thread reads the signals' numbers
-from the pipe that the interpreter writes them to at once.
+SIGTERM and SIGUSR1 ask a run to save and leave. While there is nothing to save (start-up, loading of weights), a rank that is
+asked leaves at once, with the exit code that says "start me again". Within `deferred()` a request is only noted: whoever
+defers asks `requested()` after each piece of work, agrees with the other ranks, and saves.
 
-torchrun, too, sends SIGTERM: to the ranks that are left when one has failed. These can finish no step. They are told by the rank
-that is missing beside them, and leave at once, instead of waiting for it until they are killed.
+Python runs handlers between two of its own instructions in the main thread, which may sit in a collective or read weights for
+minutes; so the handlers do nothing, and a thread reads the signals' numbers from the pipe that the interpreter writes them to.
+
+torchrun, too, sends SIGTERM: to the ranks that are left when one has failed. These can finish no step, so they leave at once
+when a rank beside them is missing, instead of waiting for it until they are killed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import time
+from collections.abc import Iterator
+
+from mpo_megatron.train import launched
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+POLL_SECONDS = 0.2
+"""How often a rank looks for a request that its launcher, or another rank, has received."""
+
+REQUEUE_CODE = 75
+"""Exit code of a rank that was asked to stop before its configuration was read (`faults.requeue_code` afterwards)."""
+
+LOOKS = 10
+"""How often a rank that got SIGTERM looks for a missing neighbour, a tenth of a second apart: one may be just ending."""
 
 _received: list[signal.Signals] = []
 
 
-def listen() -> None:
-    """From now on, requests to stop are noted instead of ending this process. Call it in the main thread, once."""
+class _Manner:
+    """How this process answers a request."""
+
+    program = "mpo train"
+    requeue_code = REQUEUE_CODE
+    deferrals = 0
+    ignores = False
+
+
+def listen(program: str = "mpo train") -> None:
+    """From now on, a request to stop ends this process in good order. Call it in the main thread, once.
+
+    Args:
+        program: named in what is printed
+    """
     reader, writer = socket.socketpair()
+    reader.settimeout(POLL_SECONDS)
     writer.setblocking(False)
     for number in SIGNALS:
         signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     _received.clear()
+    _Manner.program, _Manner.requeue_code, _Manner.deferrals, _Manner.ignores = program, REQUEUE_CODE, 0, False
+    parent = os.getppid()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launched.end_with_parent()
     # The thread holds both ends: a closed one would end it.
-    threading.Thread(target=_read, args=(reader, writer), name="signals", daemon=True).start()
+    threading.Thread(target=_read, args=(reader, writer, parent), name="signals", daemon=True).start()
+
+
+def leave_with(code: int) -> None:
+    """Set the exit code of a process that leaves because it was asked to."""
+    _Manner.requeue_code = code
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[None]:
+    """Within it, requests are noted and end nothing: there is something to save, and `requested` is asked now and then."""
+    _Manner.deferrals += 1
+    try:
+        yield
+    finally:
+        _Manner.deferrals -= 1
 
 
 def requested() -> signal.Signals | None:
@@ -41,29 +90,77 @@ def requested() -> signal.Signals | None:
 
 def ignore() -> None:
     """From now on, requests to stop change nothing: the process is about to end. Python itself would go back to dying of them."""
+    _Manner.ignores = True
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _read(reader: socket.socket, writer: socket.socket) -> None:
+def requeue_code() -> int:
+    """The exit code of a process that leaves because it was asked to."""
+    return _Manner.requeue_code
+
+
+def leave_if_others_have() -> None:
+    """End this process if the work it failed in failed because other ranks have left, as they were asked to."""
+    if not _received and (asked := launched.read_request()) is not None:
+        _received.append(asked)
+    if _received and launched.has_left():
+        _Manner.deferrals = 0
+    leave_if_asked()
+
+
+def leave_if_asked() -> None:
+    """End this process if there is a request and nothing to save."""
+    if not _received or _Manner.deferrals or _Manner.ignores:
+        return
+    text = f"{_Manner.program}: stopped ({_received[0].name}) before there was anything new to save; run the same command again."
+    if not launched.say_last(text) and os.environ.get("LOCAL_RANK", "0") == "0":
+        print(text, file=sys.stderr, flush=True)
+    os._exit(launched.leave(_Manner.requeue_code))
+
+
+def _read(reader: socket.socket, writer: socket.socket, parent: int) -> None:
     while True:
-        for number in reader.recv(64):
+        numbers = b""
+        with contextlib.suppress(TimeoutError):
+            numbers = reader.recv(64)
+        for number in numbers:
             if number in SIGNALS:
-                _received.append(signal.Signals(number))
-                if number == signal.SIGTERM:
-                    _leave_if_alone()
+                _note(signal.Signals(number), parent)
+        if not _received and (asked := launched.read_request()) is not None:
+            _received.append(asked)
+        leave_if_asked()
 
 
-def _leave_if_alone() -> None:
+def _note(number: signal.Signals, parent: int) -> None:
+    """Note a signal, and let the other ranks of this machine know; unless it says that one of them has failed."""
+    if number == signal.SIGTERM and os.getppid() == parent:
+        _leave_if_alone(parent)
+    _received.append(number)
+    launched.write_request(number)
+
+
+def _leave_if_alone(parent: int) -> None:
     """End this process if torchrun has lost a rank of this machine; it looks for a moment, as the loss may be just happening."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    import psutil
-
-    for _ in range(10):
-        ranks = [child for child in psutil.Process(os.getppid()).children() if child.status() != psutil.STATUS_ZOMBIE]
-        if len(ranks) < int(os.environ["LOCAL_WORLD_SIZE"]):
+    for _ in range(LOOKS):
+        if _count_ranks(parent) < int(os.environ["LOCAL_WORLD_SIZE"]):
             rank = os.environ.get("RANK")
-            print(f"rank {rank}: another rank has failed, and SIGTERM came; leaving", file=sys.stderr, flush=True)
+            if launched.read(launched.LAST_WORDS) is None:
+                print(f"rank {rank}: another rank has failed, and SIGTERM came; leaving", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGTERM)
         time.sleep(0.1)
+
+
+def _count_ranks(parent: int) -> int:
+    """Ranks of this machine that are alive: children of the same parent, started with the same command."""
+    import psutil
+
+    count = 0
+    with contextlib.suppress(psutil.NoSuchProcess):  # the parent itself may end while it is asked
+        command = psutil.Process().cmdline()
+        for child in psutil.Process(parent).children():
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended since it was listed
+                count += child.status() != psutil.STATUS_ZOMBIE and child.cmdline() == command
+    return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -31,12 +32,11 @@ def main() -> int:
             raise RuntimeError("out of memory")
         while not process.exists():
             time.sleep(0.01)
-        failed = psutil.Process(int(process.read_text())) if psutil.pid_exists(int(process.read_text())) else None
-        for _ in range(600):
-            if failed is None or not failed.is_running() or failed.status() == psutil.STATUS_ZOMBIE:
-                print("rank 1 has ended", flush=True)
-                break
-            time.sleep(0.1)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+            failed = psutil.Process(int(process.read_text()))
+            while failed.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.1)
+        print("rank 1 has ended", flush=True)
         os._exit(0)
 
 

@@ -46,7 +46,9 @@ MAY_IMPORT = {
     "viewer": {"config", "digests", "data", "losses", "families", "hf", "train"},
     "plan": {"config", "device", "digests", "data", "losses", "families", "hf", "train"},
     "doctor": {"config", "device", "stack", "data", "hf", "model", "train"},
+    "interruption": set(),
     "cli": {
+        "interruption",
         *("plan", "config", "doctor", "launch", "report", "viewer", "device", "data", "losses", "families"),
         *("hf", "model", "train", "rollout", "evaluate"),
     },

@@ -10,11 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
+import psutil
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.faults import LEAST_MARGIN, RESTARTS, SLOW_STEPS, STARTED, Deadline, SlowRanks, was_restarted
+from mpo_megatron.train import launched, signals
+from mpo_megatron.train.faults import RESTARTS, SLOW_STEPS, SlowRanks, was_restarted
+from mpo_megatron.train.stopping import LEAST_MARGIN, STARTED, Deadline
 from tests.distributed.launch import ROOT
 from tests.waiting import TIMEOUT
 
@@ -72,15 +76,13 @@ def test_a_slow_rank_is_told_of_with_its_machine_when_it_stays_slow() -> None:
 
 
 FULL = """
-import errno, os, sys
-from mpo_megatron.config import TrainConfig
-from mpo_megatron.train.__main__ import run
+import os
+from mpo_megatron.train.rank import be_rank
 
-def train(config):
+def work():
     raise OSError(int(os.environ["NUMBER"]), "no more", "run/metrics.jsonl")
 
-sys.argv = ["mpo train", "--output", "x", "--model.checkpoint", "m", "--data.train", "t"]
-sys.exit(run(train))
+be_rank("mpo train", work)
 """
 
 
@@ -93,9 +95,10 @@ def test_a_full_disk_needs_a_person_whichever_rank_and_file_meets_it(
     process = python(FULL)
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, errors
-    assert ("mend it, and start the same command again: it resumes" in errors) == (code == 2)
     assert "run/metrics.jsonl" in errors
-    assert ("output = x: " in errors) == (code == 2)
+    last = f"mpo train: rank 3 on {socket.gethostname()}: run/metrics.jsonl: no more; fix it, and run the same command again"
+    assert (last in errors) == (code == 2)
+    assert ("Traceback" in errors) == (code == 1)
 
 
 def test_a_run_that_was_started_again_is_told_by_torchrun_or_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,12 +122,13 @@ class Slow:
         os.kill(os.getpid(), signal.SIGUSR1)
         time.sleep(0.1)
 
-signals.listen()
-print("listening", flush=True)
-while signals.requested() is None:
-    time.sleep(0.01)
-print(signals.requested().name, flush=True)
-signals.ignore()
+signals.listen("mpo train")
+with signals.deferred():
+    print("listening", flush=True)
+    while signals.requested() is None:
+        time.sleep(0.01)
+    print(signals.requested().name, flush=True)
+    signals.ignore()
 slow = Slow()
 """
 
@@ -139,28 +143,69 @@ def test_signals_are_noted_and_end_no_process_even_at_its_end(number: signal.Sig
     assert (process.returncode, output) == (0, f"{number.name}\n"), errors
 
 
+LOADING = """
+import time
+from mpo_megatron.train import signals
+signals.listen("mpo reference")
+signals.leave_with(143)
+print("loading", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("launcher", [False, True])
+@pytest.mark.parametrize("sent", ["signal", "file"])
+def test_a_rank_with_nothing_to_save_leaves_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: bool, sent: str
+) -> None:
+    if launcher:
+        monkeypatch.setenv(launched.FOLDER, str(tmp_path))
+        monkeypatch.setenv(launched.EXIT_FILE, str(tmp_path / launched.EXIT_CODE))
+    elif sent == "file":
+        pytest.skip("without a launcher there is no file")
+    process = python(LOADING)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "loading\n"
+    if sent == "signal":
+        process.send_signal(signal.SIGUSR1)
+    else:
+        launched.write_request(signal.SIGINT, tmp_path)
+    _, errors = process.communicate(timeout=TIMEOUT)
+    name = "SIGUSR1" if sent == "signal" else "SIGINT"
+    sentence = f"mpo reference: stopped ({name}) before there was anything new to save; run the same command again."
+    if launcher:  # which prints the sentence when all ranks have ended, and leaves with the code
+        assert (process.returncode, errors) == (0, "")
+        assert (tmp_path / launched.EXIT_CODE).read_text() == "143"
+        assert (tmp_path / launched.LAST_WORDS).read_text() == sentence
+        assert launched.read_request(tmp_path) == signal.Signals[name]  # the other ranks look for it
+    else:
+        assert (process.returncode, errors) == (143, sentence + "\n")
+
+
 ALONE = """
 import os, signal, subprocess, sys, time
+from mpo_megatron.train import signals
 if len(sys.argv) == 1:  # torchrun, with one rank of two left
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
     command = [sys.executable, "-c", os.environ["CODE"], "rank"]
-    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) for _ in range(2)]
+    ranks = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    other = subprocess.Popen(["sleep", "1000"])  # no rank
     for rank in ranks:
         rank.stdout.readline()
     if os.environ["DEAD"] == "1":
         ranks[0].kill()
     ranks[1].send_signal(signal.SIGTERM)
-    try:
-        print(ranks[1].wait(timeout=float(os.environ["PATIENCE"])), flush=True)
-    except subprocess.TimeoutExpired:
-        print("goes on", flush=True)
-    for rank in ranks:
-        rank.kill()
+    print(ranks[1].stdout.readline().strip() or ranks[1].wait(), flush=True)
+    for process in (*ranks, other):
+        process.kill()
 else:
-    from mpo_megatron.train import signals
     signals.listen()
-    print("listening", flush=True)
-    time.sleep(1000)  # a collective that never ends
+    with signals.deferred():
+        print("listening", flush=True)
+        while signals.requested() is None:
+            time.sleep(0.01)  # a collective
+        print("goes on", flush=True)
+        time.sleep(1000)
 """
 
 
@@ -171,6 +216,43 @@ def test_a_rank_whose_neighbour_has_died_leaves_at_once(monkeypatch: pytest.Monk
     monkeypatch.setenv("PATIENCE", str(TIMEOUT if dead else 3.0))  # one that wrongly leaves does so within a second
     output, errors = python(ALONE).communicate(timeout=TIMEOUT)
     assert output.strip() == outcome, errors
+
+
+def test_neighbours_that_end_while_they_are_counted_end_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, unreadable = mock.Mock(), mock.Mock()
+    gone.status.side_effect = psutil.NoSuchProcess(1)
+    unreadable.cmdline.side_effect = psutil.AccessDenied(2)
+    alive = mock.Mock(**{"status.return_value": psutil.STATUS_RUNNING, "cmdline.return_value": ["rank"]})
+    parent = mock.Mock(**{"children.return_value": [gone, alive, unreadable], "cmdline.return_value": ["rank"]})
+    monkeypatch.setattr(psutil, "Process", lambda *_: parent)
+    assert signals._count_ranks(1) == 1
+    parent.children.side_effect = psutil.NoSuchProcess(3)
+    assert signals._count_ranks(1) == 0
+
+
+ORPHAN = """
+import os, subprocess, sys, time
+from mpo_megatron.train import signals
+if len(sys.argv) == 1:
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
+    rank = subprocess.Popen([sys.executable, "-c", os.environ["CODE"], "rank"], env=environment, stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    os._exit(0)  # as if killed
+else:
+    signals.listen()
+    with signals.deferred():
+        print("listening", flush=True)
+        while signals.requested() is None:
+            time.sleep(0.01)
+        print(signals.requested().name, file=sys.stderr, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a death signal is Linux's")
+def test_a_rank_whose_launcher_is_killed_is_asked_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CODE", ORPHAN)
+    _, errors = python(ORPHAN).communicate(timeout=TIMEOUT)
+    assert errors == "SIGTERM\n"
 
 
 HANG = """

@@ -1,0 +1,59 @@
+"""Requests to stop a command that runs in one process: context managers clean up, and it leaves with a code and a sentence."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+
+REQUEUE_CODE = 75
+"""Exit code of a command that was asked to stop: run it again, and it resumes."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A request to stop came; not an Exception, so that nothing takes it for a failure of its own."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Within it, a request to stop raises `Interrupted` in the main thread, once."""
+    process = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:  # a worker, forked from this process: it ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        for other in SIGNALS:  # a second one must not disturb the cleaning up
+            signal.signal(other, signal.SIG_IGN)
+        raise Interrupted(signal.Signals(number))
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say_interrupted(name: str, error: KeyboardInterrupt) -> int:
+    """Say on stderr that a command was interrupted, and what to do; its exit code."""
+    number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+    print(
+        f"mpo {name}: stopped ({number.name}); what is complete stays: run the same command again to resume.",
+        file=sys.stderr,
+        flush=True,
+    )
+    return REQUEUE_CODE if isinstance(error, Interrupted) else 128 + signal.SIGINT

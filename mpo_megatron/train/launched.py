@@ -1,0 +1,114 @@
+"""What a rank and the process that launched it tell each other, through files. Imports nothing heavy.
+
+`mpo train` gives its ranks a folder (`MPO_LAUNCHER`):
+
+    exit_code    the code to leave with, which torchrun does not pass on
+    request      name of the signal that asks the run to stop; every rank looks for it
+    last_words   what to print last, when all ranks have ended
+    failed       the rank that failed first: what fails after it may fail because of it
+
+Ranks that Slurm or torchrun started have no such folder; Slurm's job names the first file alone (`MPO_EXIT_FILE`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+from pathlib import Path
+
+FOLDER = "MPO_LAUNCHER"
+"""Environment variable with the folder of the files above."""
+
+EXIT_FILE = "MPO_EXIT_FILE"
+"""Environment variable with the file that the exit code goes to."""
+
+RESTART_COUNT = "MPO_RESTART_COUNT"
+"""Environment variable that counts how often `mpo train` has started its ranks again."""
+
+EXIT_CODE, REQUEST, LAST_WORDS, FAILED = "exit_code", "request", "last_words", "failed"
+
+PR_SET_PDEATHSIG = 1
+"""Linux prctl: the signal that a process gets when its parent ends."""
+
+
+def leave(code: int) -> int:
+    """The exit code for a rank that leaves in good order, which is no failure to torchrun: it would answer one with a restart."""
+    path = os.environ.get(EXIT_FILE)
+    if path is None:
+        return code
+    _write_once(Path(path), str(code))
+    return 0
+
+
+def has_left() -> bool:
+    """Whether a rank of this machine has left with an exit code of its own."""
+    return EXIT_FILE in os.environ and os.path.exists(os.environ[EXIT_FILE])
+
+
+def leave_failed(code: int) -> int:
+    """The exit code for a rank that a person must help; to torchrun a failure, so that it ends the others."""
+    leave(code)
+    return code
+
+
+def read_request(folder: Path | None = None) -> signal.Signals | None:
+    """The signal that asks the run to stop, or None."""
+    name = read(REQUEST, folder) or ""
+    return signal.Signals[name] if name in signal.Signals.__members__ else None
+
+
+def write_request(number: signal.Signals, folder: Path | None = None) -> None:
+    """Ask all ranks of this machine to stop."""
+    write(REQUEST, number.name, folder)
+
+
+def say_last(text: str) -> bool:
+    """Leave to the launcher what it prints when all ranks have ended, of several ranks' texts the first; False without one."""
+    return write(LAST_WORDS, text) is not None
+
+
+def is_first_to_fail() -> bool:
+    """Whether no rank of this machine has failed before; from now on this one has."""
+    return write(FAILED, os.environ.get("RANK", "0")) is not False
+
+
+def read(name: str, folder: Path | None = None) -> str | None:
+    """The text of one of the files, None if it is not there."""
+    folder = folder or _folder()
+    if folder is None:
+        return None
+    try:
+        return (folder / name).read_text()
+    except OSError:
+        return None
+
+
+def write(name: str, text: str, folder: Path | None = None) -> bool | None:
+    """Write one of the files unless it is there; whether this call has written it, None where there is no launcher."""
+    folder = folder or _folder()
+    return None if folder is None else _write_once(folder / name, text)
+
+
+def end_with_parent() -> None:
+    """Send this process SIGTERM when the one that started it ends: the next start would find it at work in the same folder."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _folder() -> Path | None:
+    path = os.environ.get(FOLDER)
+    return None if path is None else Path(path)
+
+
+def _write_once(path: Path, text: str) -> bool:
+    with contextlib.suppress(OSError):  # it is there, or the launcher has ended and taken its folder along
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+        return True
+    return False

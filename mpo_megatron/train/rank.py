@@ -1,0 +1,93 @@
+"""What every rank's program shares: requests to stop from its first moment on, messages instead of tracebacks, exit codes.
+
+Exit codes: 0 the work is complete; 2 a person must fix something, the message says what; `faults.requeue_code` (75) the rank was
+asked to stop, has saved, and resumes when the same command is run again; anything else: a failure, run it again.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+from mpo_megatron.train import launched, signals
+from mpo_megatron.train.ending import complain, end
+from mpo_megatron.train.output import outlive_readers
+
+if TYPE_CHECKING:
+    from mpo_megatron.config import TrainConfig
+
+NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
+"""Errors of the file system that starting again does not fix: no space, or no permission."""
+
+
+def be_rank(program: str, work: Callable[[], str | None]) -> NoReturn:
+    """Do a rank's work, and end this process with its exit code.
+
+    Args:
+        program: the command that a user has called, named in messages
+        work: parses the command line and works; returns why it stopped early, or None
+    """
+    end(lambda: run(program, work))
+
+
+def run(program: str, work: Callable[[], str | None]) -> int:
+    """Do a rank's work; a message instead of a traceback for what a user can fix. Returns the exit code."""
+    signals.listen(program)  # before anything heavy is imported
+    outlive_readers()
+    try:
+        return _run(program, work)
+    finally:
+        signals.ignore()
+
+
+def parse_train(program: str) -> TrainConfig:
+    """The configuration that a rank's command line names; its exit code counts from now on.
+
+    Raises:
+        ConfigError: it cannot work.
+    """
+    from mpo_megatron.config import TrainConfig, parse
+    from mpo_megatron.train.environment import set_environment
+
+    config = parse(TrainConfig, program=program)
+    set_environment(config)  # before anything starts CUDA
+    signals.leave_with(config.faults.requeue_code)
+    return config
+
+
+def _run(program: str, work: Callable[[], str | None]) -> int:
+    try:
+        stopped = work()
+    except Exception as error:
+        message = _explain(error)
+        if message is None:
+            signals.leave_if_others_have()  # they were faster, and this one lost its connection to them
+            raise
+        complain(program, message)
+        return launched.leave_failed(2)
+    if stopped is None:
+        return 0
+    if os.environ.get("RANK", "0") == "0":
+        text = f"{program}: stopped ({stopped}) and saved; run the same command again to resume."
+        if not launched.say_last(text):
+            print(text, file=sys.stderr, flush=True)
+    return launched.leave(signals.requeue_code())
+
+
+def _explain(error: Exception) -> str | None:
+    """What to tell a user about an error that was to be expected; None for others."""
+    from mpo_megatron.config import ConfigError
+    from mpo_megatron.data import DataError
+
+    if isinstance(error, ConfigError | DataError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in NEEDS_A_PERSON:  # of one rank; the others end because it does
+        return f"{error.filename or 'a file'}: {error.strerror}; fix it, and run the same command again: it resumes."
+    from mpo_megatron.data.packing import PackingError
+    from mpo_megatron.train.incidents import TrainingError
+    from mpo_megatron.train.step_folders import SaveError
+
+    return str(error) if isinstance(error, PackingError | SaveError | TrainingError) else None
