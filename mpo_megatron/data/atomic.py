@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import final
 
 from mpo_megatron.data import DataError
+from mpo_megatron.data.partial import find_writer, partial_file, partial_folder
 
 
 @contextlib.contextmanager
@@ -33,16 +31,14 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
     Raises:
         DataError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")  # process ids repeat on other machines
-    with writing(path.parent), contextlib.ExitStack() as stack:
+    with writing(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stack.callback(partial.unlink, missing_ok=True)
-        with partial.open("wb") as file:
+        with partial_file(path) as (partial, file):
             for chunk in chunks:
                 file.write(chunk)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
 
 
 def sync(path: Path) -> None:
@@ -66,7 +62,7 @@ class AtomicFolder:
     """A folder that appears under its name complete, or not at all.
 
     Files are written to `self.path`, a hidden sibling; `commit` forces them to disk and renames. Leaving the `with` block
-    without a commit removes the sibling; only a killed process leaves it behind.
+    without a commit removes the sibling; a killed process leaves it behind, and the next one that writes the folder clears it.
     """
 
     def __init__(self, target: Path) -> None:
@@ -76,10 +72,11 @@ class AtomicFolder:
         self.final = target.resolve()  # of a link: the folder that it stands for, on whatever disk
         if self.final.is_mount():
             raise DataError(f"{target}: a disk is mounted there, which no folder can take the place of; name a folder in it.")
+        require_no_writer(self.final)
         with writing(target):
             self.final.parent.mkdir(parents=True, exist_ok=True)
-            self.path = Path(tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=self.final.parent))
-            self.path.chmod(0o777 & ~_umask())
+            self._partial = partial_folder(self.final)
+            self.path = self._partial.__enter__()
 
     def commit(self) -> None:
         """Force everything to disk, then rename the folder to its final name."""
@@ -93,10 +90,14 @@ class AtomicFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+        self._partial.__exit__(None, None, None)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def require_no_writer(target: Path) -> None:
+    """Refuse a folder that another process is writing.
+
+    Raises:
+        DataError: naming the process.
+    """
+    if writer := find_writer(target):
+        raise DataError(f"{target}: another run is writing it ({writer}); wait for it, end it, or name another output.")

@@ -5,7 +5,6 @@ Legend: K responses of a group.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.digests import name_digest, read_named
 
 FOLDER = "groups"
@@ -62,9 +62,8 @@ def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_
     stream = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=SCHEMA.with_metadata({"data_digest": data_digest})), stream)
     content = stream.getvalue().to_pybytes()
-    path, partial = folder / name_digest(name, content, ".parquet"), folder / f".{name}.partial"
-    partial.write_bytes(content)
-    os.replace(partial, path)
+    path = folder / name_digest(name, content, ".parquet")
+    replace_file(path, [content])
     for other in folder.glob(f"{name}.*"):
         if other != path:  # of this step, by a start of the run that went on from an earlier one
             other.unlink()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -77,6 +78,10 @@ class Accepted:
         self.inputs += np.array(chunk.inputs, dtype=np.uint16).tobytes()
 
 
+UNFINISHED = ".unfinished"
+"""A file in the held-out groups' folder until the other groups have theirs, too."""
+
+
 def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSummary:
     """Write prepared groups to `config.output` (and held-out ones to `<output>-eval`), and print a summary.
 
@@ -88,6 +93,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     output = Path(config.output.rstrip("/"))
     held_out = output.with_name(output.name + "-eval")
     check_writable(output, "output")
+    if is_free(output) and (held_out / UNFINISHED).is_file():  # a run was killed between its two folders
+        shutil.rmtree(held_out)
     for folder in (output, held_out) if config.held_out else (output,):
         require(is_free(folder), f"output = {folder}; exists and is not an empty folder; remove it, or choose another output.")
     chat = load_chat(config)
@@ -119,11 +126,14 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
             if len(evaluation):
                 with AtomicFolder(held_out) as eval_partial:
                     eval_info = write(eval_partial.path, (finish(groups[index], untouched) for index in evaluation))
+                    (eval_partial.path / UNFINISHED).touch()
                     eval_partial.commit()
             sample = finish(groups[train[0]], config)
             print_group(console, sample, chat.tokenizer)
             spool.unlink()
             partial.commit()  # last: whoever sees it sees everything
+            if eval_info is not None:
+                (held_out / UNFINISHED).unlink()
     summary = PrepareSummary(output=output, train=info, eval=eval_info, tally=tally, seconds=time.monotonic() - started)
     _print_end(console, summary, held_out)
     return summary

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.data.atomic import sync
+from mpo_megatron.data.atomic import require_no_writer, sync
+from mpo_megatron.data.partial import partial_folder
 from mpo_megatron.digests import LIST
 from mpo_megatron.hf.conversion import CheckpointError
 
@@ -82,6 +83,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
 
     Raises:
         ConfigError: the disk has, or turns out to have, too little space.
+        DataError: another process is writing it.
     """
     output = output.resolve()  # of a link: the folder that it stands for, on whatever disk
     require(
@@ -96,20 +98,18 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
         free > needed_bytes,
         f"output = {output}: {need}, but only {free / 2**30:,.2f} GiB are free on its disk; make room.",
     )
-    folder = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-    folder.mkdir()
+    require_no_writer(output)
     try:
-        yield folder
-        for path in [*folder.rglob("*"), folder]:
-            sync(path)
-        os.rename(folder, output)  # atomic; replaces an empty folder
-        sync(parent)
+        with partial_folder(output) as folder:
+            yield folder
+            for path in [*folder.rglob("*"), folder]:
+                sync(path)
+            os.rename(folder, output)  # atomic; replaces an empty folder
+            sync(parent)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConfigError(f"output = {output}: {error.strerror} while writing {need}; make room and run again.") from error
         raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

@@ -33,6 +33,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
 from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
+from mpo_megatron.data.partial import partial_file
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.digests import DamagedError, name_digest, read_named
 from mpo_megatron.model.parallel import Ranks
@@ -201,9 +202,8 @@ def _prefix(tokens: bool) -> str:
 def _prepare_folder(folder: Path) -> None:
     """Make the folder, and find out before anything is computed whether it can be written."""
     folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{os.getpid()}"
-    probe.touch()
-    probe.unlink()
+    with partial_file(folder / "probe"):
+        pass
 
 
 def _write_on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> None:
@@ -254,15 +254,14 @@ def _write_part(part: pa.Table, path: Path) -> None:
     stream = pa.BufferOutputStream()
     pq.write_table(part, stream)
     content = stream.getvalue().to_pybytes()
-    final, partial = path.with_name(name_digest(path.name, content, ".parquet")), path.with_name(path.name + ".partial")
-    try:
-        partial.write_bytes(content)
+    final = path.with_name(name_digest(path.name, content, ".parquet"))
+    with partial_file(final) as (partial, file):  # another run may be computing the same part
+        file.write(content)
+        file.flush()
         os.replace(partial, final)
-    finally:
-        partial.unlink(missing_ok=True)
     for other in path.parent.glob(f"{path.name}.*.parquet"):
         if other != final:
-            other.unlink()
+            other.unlink(missing_ok=True)
 
 
 class _Progress:

@@ -1,0 +1,136 @@
+"""What killed processes left is cleared by the next one that writes the same; what a live one writes stays."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpo_megatron.config import ConfigError
+from mpo_megatron.data import DataError
+from mpo_megatron.data.atomic import AtomicFolder, replace_file
+from mpo_megatron.data.partial import clear_leftovers, find_writer, partial_file, partial_folder
+from mpo_megatron.model.convert_folder import staged
+from tests.distributed.launch import ROOT
+
+WRITE = """
+import sys, time
+from pathlib import Path
+from mpo_megatron.data.partial import partial_file, partial_folder
+target = Path(sys.argv[1])
+with partial_folder(target) as folder, partial_file(target) as (path, file):
+    (folder / "weights").write_text("1")
+    print(folder, path, flush=True)
+    time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path):
+    """A process that is writing a folder and a file `out`, and the paths that it writes to."""
+    command = [sys.executable, "-c", WRITE, str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    yield process, *map(Path, process.stdout.readline().split())
+    process.kill()
+    process.wait()
+
+
+def test_what_a_live_process_writes_stays_and_it_is_named(tmp_path: Path, writer) -> None:
+    process, folder, path = writer
+    clear_leftovers(tmp_path / "out")
+    assert (folder / "weights").is_file()
+    assert path.is_file()
+    assert (find_writer(tmp_path / "out") or "").startswith(f"process {process.pid} on ")
+    for refused in (lambda: AtomicFolder(tmp_path / "out"), staged(tmp_path / "out", 1).__enter__):
+        with pytest.raises(DataError, match=rf"out: another run is writing it \(process {process.pid} on .+\); wait for it"):
+            refused()
+    replace_file(tmp_path / "out", [b"1"])  # of files the last one counts
+    assert path.is_file()
+
+
+@pytest.mark.parametrize("rerun", ["folder", "staged", "file"])
+def test_a_rerun_clears_what_a_killed_process_left_and_only_that(tmp_path: Path, writer, rerun: str) -> None:
+    process, folder, path = writer
+    process.kill()
+    process.wait()
+    assert find_writer(tmp_path / "out") is None
+    others = [tmp_path / name for name in (".out2.partial-0", ".out.partial", "out.partial-0")]
+    for other in others:
+        other.mkdir()
+    assert folder.is_dir()
+    if rerun == "folder":
+        with AtomicFolder(tmp_path / "out") as output:
+            output.commit()
+    elif rerun == "staged":
+        with staged(tmp_path / "out", 1):
+            pass
+    else:
+        replace_file(tmp_path / "out", [b"1"])
+    assert not folder.exists()
+    assert not path.exists()
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "out", *others])
+
+
+def test_a_folder_without_an_owner_is_cleared(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial-1" / "deep").mkdir(parents=True)
+    with partial_folder(tmp_path / "out"):
+        assert not (tmp_path / ".out.partial-1").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_same_process_id_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container every start of a command is process 1."""
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    with partial_folder(tmp_path / "out") as first:
+        pass
+    first.mkdir()  # as if killed
+    with partial_folder(tmp_path / "out") as second:
+        assert not first.exists()
+        assert second != first
+
+
+def test_a_file_that_was_taken_for_a_leftover_before_it_was_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, calls = fcntl.flock, []
+
+    def late(file, operation: int) -> None:
+        calls.append(operation)
+        if len(calls) == 1:
+            monkeypatch.setattr(fcntl, "flock", flock)
+            clear_leftovers(tmp_path / "out")
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with partial_file(tmp_path / "out") as (path, _):
+        assert path.is_file()
+    assert len(calls) == 1
+
+
+def test_where_there_are_no_locks_nothing_that_may_be_alive_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with partial_folder(tmp_path / "out") as first, partial_folder(tmp_path / "out") as second:
+        assert first.is_dir()
+        assert second.is_dir()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_conversion_that_failed_leaves_nothing(tmp_path: Path) -> None:
+    def fill() -> None:
+        with staged(tmp_path / "out", 1) as folder:
+            (folder / "weights").write_text("1")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ConfigError, match="No space left on device"):
+        fill()
+    assert list(tmp_path.iterdir()) == []
