@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def check_checkpoint(folder: Path, name: str) -> None:
     )
     raise ConfigError(
         f"{name} = {folder} holds no Megatron checkpoint; convert it first: "
-        f"`mpo convert --input {folder} --output {folder}-megatron`."
+        f"`mpo convert --input {shlex.quote(str(folder))} --output {shlex.quote(f'{folder}-megatron')}`."
     )
 
 

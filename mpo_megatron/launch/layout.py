@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import posixpath
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
 
 from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, require
 from mpo_megatron.config.parallel import check_ranks
@@ -27,6 +29,24 @@ def load_run(job: JobConfig) -> TrainConfig:
         f"talk after every layer and must share a machine; choose a divisor of {job.ranks}.",
     )
     return config
+
+
+def require_kept(job: JobConfig, config: TrainConfig, option: str, mounts: Iterable[str]) -> None:
+    """Check that the run's folder outlives the job's machines.
+
+    Args:
+        option: the job's option that mounts storage
+        mounts: where it is mounted
+    Raises:
+        ConfigError: the folder lies within the machine.
+    """
+    output, places = PurePosixPath(posixpath.normpath(config.output)), sorted(mounts)
+    where = f"below {' or '.join(places)}" if places else "where it is mounted"
+    require(
+        any(output.is_relative_to(place) for place in places),
+        f"output = {config.output} in {job.train} lies in the job's own file system, which is lost with it; mount storage with "
+        f"--{option}, and name an absolute path {where} as output.",
+    )
 
 
 def describe(job: JobConfig, config: TrainConfig) -> str:

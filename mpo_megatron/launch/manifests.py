@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from mpo_megatron.config import KubernetesJob, SkypilotJob
-from mpo_megatron.launch.layout import describe, load_run
+from mpo_megatron.launch.layout import describe, load_run, require_kept
 from mpo_megatron.launch.scripts import preamble
 
 PORT = 29500
@@ -21,6 +21,7 @@ GRACE_SECONDS = 600
 def kubernetes_manifest(job: KubernetesJob) -> str:
     """A ConfigMap with the run's configuration, and the job that mounts it."""
     run = load_run(job)
+    require_kept(job, run, "volumes", job.volumes.values())
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -118,6 +119,7 @@ def shell_lines(setup: str, environment: dict[str, str], command: str) -> str:
 def skypilot_task(job: SkypilotJob) -> str:
     """A SkyPilot task, for `sky jobs launch`."""
     run = load_run(job)
+    require_kept(job, run, "mounts", job.mounts)
     command = (
         f"exec python -m torch.distributed.run --nproc-per-node={job.ranks} --nnodes={job.nodes}"
         ' --node-rank="$SKYPILOT_NODE_RANK" --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'

@@ -69,7 +69,6 @@ def describe(run: RunRecord, name: str, *, max_groups: int, max_characters: int)
         "evaluations": shown_evaluations(run),
         "groups": group_rows(run, max_groups, max_characters),
         "num_groups": len(run.outcomes[max(run.outcomes)]) if run.outcomes else 0,
-        "has_texts": run.held_out_data is not None,
         "incidents": [incident(line, max_characters) for line in run.incidents[:MOST_INCIDENTS]],
         "facts": facts(run),
         "config": flat(run.config),

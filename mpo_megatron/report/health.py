@@ -38,7 +38,7 @@ class Finding:
 def findings(run: RunRecord) -> list[Finding]:
     """What there is to say, the worst first."""
     checks: tuple[Callable[[RunRecord], Iterator[Finding]], ...] = (
-        *(_progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
+        *(_missing_data, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
         *(_gradients, _skipped, _speed, _stragglers, _data_wait),
     )
     order = {"bad": 0, "warn": 1, "note": 2, "good": 3}
@@ -48,6 +48,20 @@ def findings(run: RunRecord) -> list[Finding]:
 def count(number: int, thing: str) -> str:
     """`1 step`, `2 steps`."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def _missing_data(run: RunRecord) -> Iterator[Finding]:
+    if run.missing:
+        yield Finding(level="warn", title="Data is missing from this page", text=missing_data(run))
+
+
+def missing_data(run: RunRecord) -> str:
+    """What of a run's data cannot be shown, and what to do."""
+    return (
+        f"{'; '.join(run.missing)}. Prompts, responses and rewards of these groups are not shown, nor the charts of rewards and "
+        f"lengths. If they were moved, name the new path in {run.folder / 'config.yaml'}, remove its first line (the "
+        "digest), and make the page again."
+    )
 
 
 def _progress(run: RunRecord) -> Iterator[Finding]:

@@ -11,6 +11,7 @@ import numpy as np
 import yaml
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.config.run_paths import candidates
 from mpo_megatron.config.sealed import check_seal
 from mpo_megatron.data import DataError
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
@@ -47,9 +48,11 @@ class RunRecord:
     hangs: tuple[str, ...]
     """Names of the files with stacks of ranks that hung."""
     train_data: PreparedGroups | None
-    """None if the data is no longer where the run found it."""
+    """None if it cannot be found, or has changed since."""
     held_out_data: PreparedGroups | None
-    """The same; None, too, if it has changed since."""
+    """The same."""
+    missing: tuple[str, ...]
+    """What is said of data that is not there: option, path, why."""
     age: float
     """Seconds since the run wrote metrics."""
 
@@ -99,6 +102,8 @@ def read_run(folder: Path) -> RunRecord:
     training = {line["step"]: line for line in lines if not _is_evaluation(line)}
     held_out = {line["step"]: _strip(line) for line in lines if _is_evaluation(line)}
     incidents = folder / "incidents"
+    train_data, no_training = _open(folder, config, "train", digests.get("train"))
+    held_out_data, no_held_out = _open(folder, config, "eval", digests.get("eval"))
     return RunRecord(
         folder=folder,
         training=tuple(training[step] for step in sorted(training)),
@@ -108,8 +113,9 @@ def read_run(folder: Path) -> RunRecord:
         outcomes={step: read_outcomes(path) for step, path in files.items()},
         incidents=tuple(line for path in sorted(incidents.glob("*.jsonl")) for line in unseal_lines(path, REMOVE)),
         hangs=tuple(path.name for path in sorted(incidents.glob("hang_*"))),
-        train_data=_open(config, "train", digests.get("train")),
-        held_out_data=_open(config, "eval", digests.get("eval")),
+        train_data=train_data,
+        held_out_data=held_out_data,
+        missing=tuple(reason for reason in (no_training, no_held_out) if reason is not None),
         age=time.time() - metrics.stat().st_mtime,
     )
 
@@ -156,13 +162,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return config
 
 
-def _open(config: dict[str, Any], name: str, digest: str | None) -> PreparedGroups | None:
-    """The run's data if it is still there and the same; a report without texts is better than none."""
-    path = config.get("data", {}).get(name)
-    if path is None:
-        return None
-    try:
-        data = load_groups(path)
-    except DataError:
-        return None
-    return data if digest in (None, data.info.data_digest) else None
+def _open(run: Path, config: dict[str, Any], name: str, digest: str | None) -> tuple[PreparedGroups | None, str | None]:
+    """The run's data if it is there and the same, and else what to say: a report without texts is better than none."""
+    places = candidates(run, config, "data", name)
+    changed: Path | None = None
+    for place in places:
+        try:
+            data = load_groups(place)
+        except DataError:
+            continue
+        if digest in (None, data.info.data_digest):
+            return data, None
+        changed = place
+    if not places:
+        return None, None
+    if changed is not None:
+        return None, f"data.{name} = {changed}: these are not the groups that the run used"
+    return None, f"data.{name} = {' or '.join(map(str, dict.fromkeys(places)))}: no prepared groups there"

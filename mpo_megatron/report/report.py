@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from markupsafe import Markup
 from mpo_megatron.config import ConfigError, ReportConfig, check_writable
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.report.content import content
+from mpo_megatron.report.health import missing_data
 from mpo_megatron.report.record import read_run
 
 PAGE = Path(__file__).parent / "page"
@@ -28,6 +30,9 @@ def report(config: ReportConfig) -> None:
         raise ConfigError(f"output = {output}: that is a folder; name a file, such as {output / 'report.html'}.")
     check_writable(output.parent, "output")
     runs = [read_run(Path(folder)) for folder in config.runs]
+    for run in runs:
+        if run.missing:
+            print(f"{run.folder}: {missing_data(run)}", file=sys.stderr)
     shown = content(runs, max_groups=config.max_groups, max_characters=config.max_characters)
     text = render(shown).encode()
     replace_file(output, [text])

@@ -9,6 +9,7 @@ the reference's log-probs on its way, kept in parts as `mpo reference` keeps the
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -54,6 +55,8 @@ from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.resumption import check_resumption
 
 STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
+PATHS = ("output", "model", "prompts")
+"""Options with paths of what digests are kept of."""
 KL_MODULE = "mpo_megatron.rollout.divergence_main"
 
 
@@ -104,11 +107,15 @@ def open_folder(plan: Plan) -> None:
     }
     path = plan.folder / STATE_FILE
     if not path.is_file():
-        others = [entry.name for entry in plan.folder.iterdir() if entry.name != ".lock"]
+        # Hidden are the lock, and what a run left that was killed as it wrote its first file.
+        others = [entry.name for entry in plan.folder.iterdir() if not entry.name.startswith(".")]
         require(not others, f"output = {plan.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
         write_summary(path, state)
         return
-    changed = find_change(read_summary(path), state)
+    before = read_summary(path)
+    for summary in (before, state):  # the folder and its inputs may have been moved: these are known by their digests
+        summary["config"] = {name: value for name, value in summary["config"].items() if name not in PATHS}
+    changed = find_change(before, state)
     if changed is not None:
         name, before, now = changed
         name = name.removeprefix("config.")
@@ -152,7 +159,7 @@ def run_round(plan: Plan, item: Round, start: Path, num_ranks: int, console: Con
     stage("prepare", folder / "groups" / INFO_FILE, lambda: prepare(item.prepare, console), console)
     config = start_training(plan, item, start)
     stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, num_ranks), console)
-    return Path(read_summary(folder / TRAIN_FILE)["checkpoint"])
+    return read_trained(folder)
 
 
 def measure_policy(policy: Policy, start: Path, console: Console) -> None:
@@ -172,7 +179,14 @@ def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
     run_ranks("train", config.entry_point, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))
     assert trained is not None
-    write_summary(folder / TRAIN_FILE, {"checkpoint": str(trained)})
+    write_summary(folder / TRAIN_FILE, {"checkpoint": os.path.relpath(trained, folder)})
+
+
+def read_trained(folder: Path) -> Path:
+    """The checkpoint that a round ended with; recorded from the round's folder on, so that both may be moved."""
+    recorded = read_summary(folder / TRAIN_FILE)["checkpoint"]
+    found = Path(os.path.normpath(folder / recorded))
+    return found if found.exists() else Path(recorded)
 
 
 def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console) -> dict[str, Any] | None:

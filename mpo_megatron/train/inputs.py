@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,12 +81,12 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         require(
             data.info.tokenizer_digest == tokenizer.digest(),
             f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
-            f"prepare it again: mpo prepare --tokenizer {folder} …",
+            f"prepare it again: mpo prepare --tokenizer {shlex.quote(str(folder))} …",
         )
         require(
             data.info.vocab_size <= family.vocab_size,
             f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {family.vocab_size} embeddings; "
-            f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {folder} …",
+            f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {shlex.quote(str(folder))} …",
         )
         check_lengths(data, config.data.row_tokens, name)
         check_positions(data, family, name)

@@ -14,6 +14,7 @@ from typing import Any
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
+from mpo_megatron.config.run_paths import with_absolute_paths
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
@@ -64,11 +65,8 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
         except Stopped as request:  # in the reference pass, which has written its parts
             return str(request)
         term = None if build_term is None else build_term(run)
-        with signals.deferred():  # from here on there is something to save
-            stopped = train_steps(run, term)
-            if stopped is None:
-                signals.ignore()
-            return stopped
+        signals.defer()  # from here on there is something to save
+        return train_steps(run, term)
 
 
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
@@ -240,7 +238,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     if not run.ranks.is_main:
         return []
     run.folder.mkdir(parents=True, exist_ok=True)
-    text = seal_yaml(to_dict(run.config))
+    config = with_absolute_paths(run.config)  # the folder is looked at from other directories, too
+    text = seal_yaml(to_dict(config))
     replace_file(run.folder / "config.yaml", [text])
     print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
     for shortfall in shortfalls(transformer_engine=use_transformer_engine(run.config.model)):
@@ -249,7 +248,7 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     inputs = run.inputs
     facts = record_start(
         run.folder,
-        run.config,
+        config,
         step=done,
         total_steps=inputs.total_steps,
         train=inputs.train,

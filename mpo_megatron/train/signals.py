@@ -1,7 +1,7 @@
 """Requests to stop, received from a rank's first moment on. Imports nothing heavy: signals may come while torch is still loading.
 
 SIGTERM and SIGUSR1 ask a run to save and leave. While there is nothing to save (start-up, loading of weights), a rank that is
-asked leaves at once, with the exit code that says "start me again". Within `deferred()` a request is only noted: whoever
+asked leaves at once, with the exit code that says "start me again". After `defer()` a request is only noted: whoever
 defers asks `requested()` after each piece of work, agrees with the other ranks, and saves.
 
 Python runs handlers between two of its own instructions in the main thread, which may sit in a collective or read weights for
@@ -73,14 +73,17 @@ def leave_with(code: int) -> None:
     _Manner.requeue_code = code
 
 
+def defer() -> None:
+    """From now on, requests are noted and end nothing: there is something to save, and `requested` is asked now and then."""
+    _Manner.deferrals += 1
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within it, requests are noted and end nothing: there is something to save, and `requested` is asked now and then."""
-    _Manner.deferrals += 1
-    try:
-        yield
-    finally:
-        _Manner.deferrals -= 1
+    """Within it as after `defer`; and after an exception, as the work is about to end with it."""
+    defer()
+    yield
+    _Manner.deferrals -= 1
 
 
 def requested() -> signal.Signals | None:

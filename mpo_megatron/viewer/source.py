@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from mpo_megatron.config import ConfigError, InspectConfig, TrainConfig, load_yaml, require
+from mpo_megatron.config import ConfigError, InspectConfig, TrainConfig, load_yaml, require, to_dict
+from mpo_megatron.config.run_paths import find_input
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import GroupTable, RowShape, build_step, group_table, step_indices, steps_per_epoch
 from mpo_megatron.data.packing import Row, build_row, plan_rows
@@ -89,7 +90,7 @@ def find_group(data: PreparedGroups, wanted: str) -> int:
 def _row_of_run(config: InspectConfig) -> Sight:
     folder = Path(str(config.run))
     require((folder / "config.yaml").is_file(), f"run = {folder} has no config.yaml; name the --output of an `mpo train`.")
-    train = load_yaml(TrainConfig, folder / "config.yaml")
+    train = _find_inputs(load_yaml(TrainConfig, folder / "config.yaml"), folder)
     data = load_groups(train.data.train)
     replicas = num_replicas(folder)
     require(config.replica < replicas, f"replica = {config.replica}: the run has {replicas} model replicas, counted from 0.")
@@ -118,6 +119,13 @@ def _row_of_run(config: InspectConfig) -> Sight:
         sets=_sets(train, batch.groups),
         tokenizer=_tokenizer(train.model.checkpoint, data, "model.checkpoint"),
     )
+
+
+def _find_inputs(train: TrainConfig, run: Path) -> TrainConfig:
+    """The run's configuration with the paths that its inputs have now."""
+    recorded = to_dict(train)
+    data = replace(train.data, train=find_input(run, recorded, "data", "train"))
+    return replace(train, data=data, model=replace(train.model, checkpoint=find_input(run, recorded, "model", "checkpoint")))
 
 
 def num_replicas(run: Path) -> int:

@@ -166,7 +166,11 @@ def test_losses(loss: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "mpo convert: interrupted.\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "mpo convert: stopped (SIGINT); what is complete stays: run the same command again to resume.\n",
+        ),
         (
             PermissionError(13, "Permission denied", "model/a.safetensors"),
             2,

@@ -23,7 +23,7 @@ def config(tmp_path: Path) -> str:
     folder = tmp_path / "my runs"
     folder.mkdir()
     path = folder / "train.yaml"
-    path.write_text("output: run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparallel: {tensor: 2, pipeline: 2}\n")
+    path.write_text("output: /data/run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparallel: {tensor: 2, pipeline: 2}\n")
     (folder / "score.yaml").write_text("input: samples\noutput: scored\nscorers: {exact: {kind: match}}\n")
     (folder / "generate.yaml").write_text("prompts: prompts.jsonl\nmodel: model\noutput: samples\n")
     return str(path)
@@ -134,9 +134,21 @@ def check_pod(pod: dict[str, Any], config_map: str) -> None:
     subprocess.run(["bash", "-n", "-c", container["args"][0]], check=True)
 
 
+@pytest.mark.parametrize("output", ["run", "/data/../run", "/database/run", "~/run"])
+def test_a_run_whose_folder_would_be_lost_with_its_machines_is_refused(config: str, output: str) -> None:
+    Path(config).write_text(Path(config).read_text().replace("/data/run", output))
+    message = rf"output = {output} in .*train.yaml lies in the job's own file system, .* mount storage with "
+    for volumes, where in (({}, "where it is mounted"), ({"claim": "/data"}, "below /data")):
+        with pytest.raises(ConfigError, match=rf"{message}--volumes, and name an absolute path {where} as output"):
+            render(KubernetesJob(train=config, image="registry/mpo:1", volumes=volumes))
+        mounts = {path: f"s3://{claim}" for claim, path in volumes.items()}
+        with pytest.raises(ConfigError, match=rf"{message}--mounts, and name an absolute path {where} as output"):
+            render(SkypilotJob(train=config, accelerators="H100", mounts=mounts))
+
+
 def test_skypilot_task(config: str) -> None:
     job = SkypilotJob(
-        train=config, accelerators="H100", nodes=2, spot=True, mounts={"/runs": "s3://bucket"}, setup="pip install x"
+        train=config, accelerators="H100", nodes=2, spot=True, mounts={"/data": "s3://bucket"}, setup="pip install x"
     )
     text, submit = render(job)
     task = yaml.safe_load(text)
@@ -144,7 +156,7 @@ def test_skypilot_task(config: str) -> None:
     assert task["num_nodes"] == 2
     assert task["resources"]["accelerators"] == "H100:8"
     assert task["resources"]["use_spot"] is True
-    assert task["file_mounts"] == {"/tmp/mpo/train.yaml": config, "/runs": "s3://bucket"}
+    assert task["file_mounts"] == {"/tmp/mpo/train.yaml": config, "/data": "s3://bucket"}
     subprocess.run(["bash", "-n", "-c", task["run"]], check=True)
 
 
@@ -216,7 +228,7 @@ def test_arrays_of_another_command_are_refused(config: str) -> None:
 
 def test_a_broken_training_configuration_is_named(tmp_path: Path) -> None:
     path = tmp_path / "train.yaml"
-    path.write_text("output: run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparalel: {tensor: 2}\n")
+    path.write_text("output: /data/run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparalel: {tensor: 2}\n")
     with pytest.raises(ConfigError, match=r"train\.yaml:4: paralel: .* did you mean parallel"):
         render(TorchrunJob(train=str(path)))
 

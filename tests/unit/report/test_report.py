@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mpo_megatron.config import ConfigError, ReportConfig
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
@@ -99,15 +100,50 @@ def test_no_held_out_data_and_nothing_but_metrics(tmp_path: Path, data: Prepared
     assert titles(bare)["The loss was not finite"] == "bad"
 
 
-def test_data_that_is_gone_or_changed_leaves_a_report_without_texts(tmp_path: Path) -> None:
+def test_data_that_is_gone_or_changed_leaves_a_report_without_texts_that_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     moved = write_data(tmp_path / "groups")
     folder = write_run(tmp_path / "run", moved)
     shutil.rmtree(tmp_path / "groups")
     [shown] = content([read_run(folder)], max_groups=10, max_characters=100)["runs"]
-    assert not shown["has_texts"]
     assert shown["groups"][0]["prompt"] is None
+    assert titles(folder)["Data is missing from this page"] == "warn"
+    assert read_run(folder).missing == tuple(
+        f"data.{name} = {tmp_path / 'groups'}: no prepared groups there" for name in ("train", "eval")
+    )
+    report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
+    said = capsys.readouterr().err
+    assert said.startswith(f"{folder}: data.train = {tmp_path / 'groups'}: no prepared groups there; data.eval = ")
+    assert f"name the new path in {folder / 'config.yaml'}" in said
     write_data(tmp_path / "groups", num_groups=20, seed=1)
-    assert read_run(folder).held_out_data is None
+    record = read_run(folder)
+    assert record.held_out_data is None
+    assert record.missing[1] == f"data.eval = {tmp_path / 'groups'}: these are not the groups that the run used"
+
+
+@pytest.mark.parametrize("recorded", ["absolute", "relative"])
+def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
+) -> None:
+    """Runs of older versions recorded paths as they were given."""
+    home = tmp_path / "home"
+    home.mkdir()
+    folder = write_run(home / "run", write_data(home / "groups"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    start = str(home) + "/" if recorded == "absolute" else ""
+    config |= {"output": start + "run", "data": {"train": start + "groups", "eval": start + "groups"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.chdir(home)
+    expected = content([read_run(Path("run"))], max_groups=10, max_characters=100)["runs"][0]["groups"]
+    assert expected[0]["prompt"] is not None
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert content([read_run(Path("../home/run"))], max_groups=10, max_characters=100)["runs"][0]["groups"] == expected
+    home.rename(tmp_path / "moved")
+    record = read_run(Path("../moved/run"))
+    assert record.missing == ()
+    assert content([record], max_groups=10, max_characters=100)["runs"][0]["groups"] == expected
 
 
 def test_a_run_that_went_on_with_other_held_out_groups(tmp_path: Path, data: PreparedGroups) -> None:

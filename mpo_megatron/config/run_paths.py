@@ -1,0 +1,57 @@
+"""Where a run finds what it was trained on, from whatever directory one looks at it, and after it was moved.
+
+A run's config.yaml names its folder and its inputs by absolute paths. A run that was moved together with its inputs finds
+them by the way from its folder to them, which is then the same.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config.train import TrainConfig
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The same configuration, its paths independent of the working directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else os.path.abspath(path)
+
+    model, data = config.model, config.data
+    return replace(
+        config,
+        output=os.path.abspath(config.output),
+        model=replace(model, checkpoint=os.path.abspath(model.checkpoint), reference=absolute(model.reference)),
+        data=replace(data, train=os.path.abspath(data.train), eval=absolute(data.eval)),
+    )
+
+
+def candidates(run: Path, config: dict[str, Any], section: str, name: str) -> list[Path]:
+    """Where an input of a run may be now, the likeliest place first; empty if the run has none.
+
+    Args:
+        run: the run's folder, where it is now
+        config: what its config.yaml holds
+        section, name: the option that names the input, such as `data` and `train`
+    """
+    path = (config.get(section) or {}).get(name)
+    if path is None:
+        return []
+    found = [Path(path)]
+    output = config.get("output")
+    if isinstance(output, str):
+        found.append(Path(os.path.normpath(run.absolute() / os.path.relpath(path, output))))
+    if not os.path.isabs(
+        path
+    ):  # written by an older version: from where the run was started, which the way from its folder knows
+        found.reverse()
+    return found
+
+
+def find_input(run: Path, config: dict[str, Any], section: str, name: str) -> str:
+    """The path of an input of a run as it is now; the recorded one if it is nowhere."""
+    places = candidates(run, config, section, name)
+    return str(next((place for place in places if place.exists()), places[0]))
