@@ -83,16 +83,24 @@ def _run_agent(folder: Path, module: str, arguments: Sequence[str], num_ranks: i
         with _environment({**environment, **own}), _quiet_agent():
             elastic_launch(config, sys.executable)("-u", "-m", module, *arguments)
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        said = launched.read(launched.FAILED, folder)
-        if said is not None:
-            return f"rank {said} failed; its traceback is the first one above"
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            reason = "; often the machine is out of memory: see dmesg" if name == "SIGKILL" else ""
-            return f"rank {rank} was ended by {name}{reason}"
-        return f"rank {rank} failed with exit code {first.exitcode}"
+        return _describe(error, launched.read(launched.FAILED, folder))
     return None
+
+
+def _describe(error: ChildFailedError, first: str | None) -> str:
+    """Which rank failed first, and how.
+
+    Args:
+        first: the rank that was the first to print a traceback; one that was killed could not
+    """
+    for rank, failure in error.failures.items():
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # which the agent sends to the ranks that are left
+            name = signal.Signals(-failure.exitcode).name
+            return f"rank {rank} was ended by {name}" + ("; often memory is short: see dmesg" if name == "SIGKILL" else "")
+    if first is not None:
+        return f"rank {first} failed; its traceback is the first one above"
+    rank, failure = error.get_first_failure()
+    return f"rank {rank} failed with exit code {failure.exitcode}"
 
 
 @contextlib.contextmanager

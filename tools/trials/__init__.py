@@ -1,0 +1,1 @@
+"""Disturbances of every stage; see `python -m tools.trials --help`."""
