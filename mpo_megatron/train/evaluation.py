@@ -20,7 +20,7 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
     """Metrics over all held-out groups, also written down; all ranks call it. Nothing without held-out groups.
 
     Args:
-        pause: called after each batch; raises `Stopped` if the run is to leave
+        pause: called between two batches; raises `Stopped` if the run is to leave
     Raises:
         ConfigError: no held-out group carries a contrast, or they have no metric `checkpoint.best_metric`.
         TrainingError: a group's loss is not finite.
@@ -32,7 +32,10 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
     parts, outcomes = [], []
     size = run.config.data.groups_per_step
     chunks = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-    for batch in build_ahead(lambda indices: build_step(0, data, indices, run.inputs.objective.select, run.shape), chunks):
+    batches = build_ahead(lambda indices: build_step(0, data, indices, run.inputs.objective.select, run.shape), chunks)
+    for number, batch in enumerate(batches):
+        if number:
+            pause()
         if batch.contributes.any():
             policy = forward_step(run.model, batch, run.inputs.objective, run.ranks, run.resident)
             reference = run.reference(data, batch)
@@ -41,7 +44,6 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
             parts.append(learned)
             outcomes += group_outcomes(batch, policy, reference, run.inputs.objective.params)
-        pause()
     if not parts:
         raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
     metrics = {f"eval/{name}": value for name, value in combine(parts).items()}
