@@ -112,16 +112,18 @@ def open_folder(plan: Plan) -> None:
         require(not others, f"output = {plan.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
         write_summary(path, state)
         return
-    before = read_summary(path)
-    for summary in (before, state):  # the folder and its inputs may have been moved: these are known by their digests
-        summary["config"] = {name: value for name, value in summary["config"].items() if name not in PATHS}
-    changed = find_change(before, state)
+    changed = find_change(_without_paths(read_summary(path)), _without_paths(state))
     if changed is not None:
         name, before, now = changed
         name = name.removeprefix("config.")
         raise ConfigError(
             f"output = {plan.folder} was started with {name} = {before}, now it is {now}; use the old value, or another output."
         )
+
+
+def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
+    """The state but for what may have been moved, and is known by its digest."""
+    return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
 
 
 def write_prompts(plan: Plan, console: Console) -> None:

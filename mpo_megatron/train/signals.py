@@ -137,18 +137,24 @@ def _read(reader: socket.socket, writer: socket.socket, parent: int) -> None:
 
 def _note(number: signal.Signals, parent: int) -> None:
     """Note a signal, and let the other ranks of this machine know; unless it says that one of them has failed."""
-    if number == signal.SIGTERM and os.getppid() == parent:
+    if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
         _leave_if_alone(parent)
     _received.append(number)
     launched.write_request(number)
 
 
 def _leave_if_alone(parent: int) -> None:
-    """End this process if torchrun has lost a rank of this machine; it looks for a moment, as the loss may be just happening."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
+    """End this process if torchrun has lost a rank of this machine; it looks for a moment, as the loss may be just happening.
+
+    If torchrun itself has ended, nobody is missing: the ranks are asked to stop.
+    """
+    missing = 0
     for _ in range(LOOKS):
-        if _count_ranks(parent) < int(os.environ["LOCAL_WORLD_SIZE"]):
+        if os.getppid() != parent:
+            return
+        # Twice: a process that is ending has lost its children before these have another parent.
+        missing = missing + 1 if _count_ranks(parent) < int(os.environ["LOCAL_WORLD_SIZE"]) else 0
+        if missing == 2:
             rank = os.environ.get("RANK")
             if launched.read(launched.LAST_WORDS) is None:
                 print(f"rank {rank}: another rank has failed, and SIGTERM came; leaving", file=sys.stderr, flush=True)

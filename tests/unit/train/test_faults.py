@@ -213,7 +213,6 @@ else:
 def test_a_rank_whose_neighbour_has_died_leaves_at_once(monkeypatch: pytest.MonkeyPatch, dead: bool, outcome: str) -> None:
     monkeypatch.setenv("CODE", ALONE)
     monkeypatch.setenv("DEAD", str(int(dead)))
-    monkeypatch.setenv("PATIENCE", str(TIMEOUT if dead else 3.0))  # one that wrongly leaves does so within a second
     output, errors = python(ALONE).communicate(timeout=TIMEOUT)
     assert output.strip() == outcome, errors
 
