@@ -128,8 +128,9 @@ class Bounded:
 
     def _serve(self, connection: Connection, parent: int) -> None:
         """The forked process: answer calls until the other end is gone."""
-        assert self._connection is not None
-        self._connection.close()  # our copy of the other end would keep it open
+        # Copies of what the parent has open would outlive it: locks, and the other end of the connection.
+        os.closerange(3, connection.fileno())
+        os.closerange(connection.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGPROF):
             signal.signal(number, signal.SIG_DFL)

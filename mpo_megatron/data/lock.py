@@ -53,4 +53,8 @@ def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
         with writing(lock.parent):
             file.truncate(0)
             print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
-        yield
+        try:
+            yield
+        finally:  # explicitly: a process that was forked in the meantime has a copy of the file, and with it the lock
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)

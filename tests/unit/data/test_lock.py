@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -55,3 +56,16 @@ def test_where_there_are_no_locks_work_goes_on(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(fcntl, "flock", flock)
     with hold(tmp_path / ".lock", tmp_path), hold(tmp_path / ".lock", tmp_path):
         pass
+
+
+def test_a_process_that_was_forked_meanwhile_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with hold(tmp_path / ".lock", tmp_path):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with hold(tmp_path / ".lock", tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import psutil
@@ -106,12 +106,26 @@ def test_too_few_prompts(tmp_path: Path) -> None:
 def test_a_command_of_its_own_gets_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind the dot of a temperature is no suffix."""
     monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
-    monkeypatch.setattr(stages.subprocess, "run", lambda *_, **__: Mock(returncode=3))
+    process = MagicMock(**{"wait.return_value": 3})
+    process.__enter__.return_value = process
+    monkeypatch.setattr(stages.subprocess, "Popen", lambda *_, **__: process)
     for name in ("turn-1-temperature-0.1", "turn-1-temperature-0.7"):
         config = GenerateConfig(prompts="p", model="m", output=str(tmp_path / name), num_responses=1)
         with pytest.raises(stages.StageError, match="generate ended with exit status 3"):
             stages.run_command("generate", print, config)
         assert load_yaml(GenerateConfig, tmp_path / f"{name}.yaml") == config
+
+
+def test_a_command_of_its_own_is_asked_to_stop_before_the_process_that_started_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
+    process = MagicMock(**{"wait.side_effect": [KeyboardInterrupt, 75]})
+    process.__enter__.return_value = process
+    monkeypatch.setattr(stages.subprocess, "Popen", lambda *_, **__: process)
+    with pytest.raises(KeyboardInterrupt):
+        stages.run_command("generate", print, GenerateConfig(prompts="p", model="m", output=str(tmp_path / "o"), num_responses=1))
+    assert [call[0] for call in process.method_calls] == ["wait", "terminate", "wait"]
 
 
 def test_a_command_of_its_own_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
