@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, TrainConfig, load_yaml, require
-from mpo_megatron.doctor import abilities, peers
-from mpo_megatron.doctor.machine import describe_machine
+from mpo_megatron.doctor import peers
 from mpo_megatron.doctor.page import render
 from mpo_megatron.doctor.software import ABSENT, BROKEN, describe_software
 from mpo_megatron.stack.cuda import gpu_files
@@ -39,6 +38,9 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def examine(config: str | None) -> dict[str, Any]:
     """All that can be told of this machine, as JSON holds it: software, machine, abilities, run, problems."""
+    from mpo_megatron.doctor import abilities  # they import torch: --help does not wait for it
+    from mpo_megatron.doctor.machine import describe_machine
+
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(abilities.ask, config)
         software, software_problems = describe_software(has_gpus=bool(gpu_files()))

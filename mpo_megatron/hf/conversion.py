@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,9 +45,7 @@ def load_conversion(folder: str | Path) -> Conversion:
         raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
     check_file(path)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        known = {item.name for item in dataclasses.fields(Conversion)}  # other versions write more
-        return Conversion(**{name: value for name, value in record.items() if name in known})
+        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
 
