@@ -302,6 +302,8 @@ def _prepare_megatron() -> None:
 
 @contextlib.contextmanager
 def _quiet_imports() -> Iterator[None]:
+    # "No CUDA runtime is found": that nvcc is there without a GPU is no news.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
