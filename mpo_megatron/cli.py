@@ -178,6 +178,9 @@ def losses(arguments: Sequence[str]) -> int:
 
 def doctor(arguments: Sequence[str]) -> int:
     """What is installed here, whether it works together, what a run would use of it; problems with their cures."""
+    from mpo_megatron.doctor.options import read_options
+
+    read_options(arguments)  # --help and mistakes do not wait for torch
     from mpo_megatron.doctor.doctor import doctor as run
 
     return run(arguments)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,8 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, TrainConfig, load_yaml, require
-from mpo_megatron.doctor import peers
+from mpo_megatron.config import ConfigError, TrainConfig, load_yaml
+from mpo_megatron.doctor import abilities, peers
+from mpo_megatron.doctor.machine import describe_machine
+from mpo_megatron.doctor.options import read_options
 from mpo_megatron.doctor.page import render
 from mpo_megatron.doctor.software import ABSENT, BROKEN, describe_software
 from mpo_megatron.stack.cuda import gpu_files
@@ -38,9 +39,6 @@ def doctor(arguments: Sequence[str]) -> int:
 
 def examine(config: str | None) -> dict[str, Any]:
     """All that can be told of this machine, as JSON holds it: software, machine, abilities, run, problems."""
-    from mpo_megatron.doctor import abilities  # they import torch: --help does not wait for it
-    from mpo_megatron.doctor.machine import describe_machine
-
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(abilities.ask, config)
         software, software_problems = describe_software(has_gpus=bool(gpu_files()))
@@ -59,32 +57,6 @@ def examine(config: str | None) -> dict[str, Any]:
         "run": run,
         "problems": [asdict(problem) for problem in dict.fromkeys(problems)],
     }
-
-
-def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line's `config` and `json`.
-
-    Raises:
-        ConfigError: an unknown option, or a file that does not exist.
-    """
-    parser = argparse.ArgumentParser(
-        prog="mpo doctor",
-        description=__doc__,
-        allow_abbrev=False,
-        exit_on_error=False,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument(
-        "--config", metavar="FILE", help="A configuration of `mpo train`: say what its run would use here, and why."
-    )
-    parser.add_argument("--json", action="store_true", help="Print JSON.")
-    try:
-        options, unknown = parser.parse_known_args(arguments)
-    except argparse.ArgumentError as error:
-        raise ConfigError(f"{error.argument_name}: {error.message}.") from error
-    require(not unknown, f"{' '.join(unknown)}: `mpo doctor` has the options --config FILE and --json.")
-    require(options.config is None or Path(options.config).is_file(), f"--config {options.config}: there is no such file.")
-    return options
 
 
 def _output(config: str | None) -> Path:

@@ -19,7 +19,7 @@ from examples.quickstart.task import build_groups
 from mpo_megatron import config as configs
 from mpo_megatron.cli import main
 from mpo_megatron.config import build_parser
-from mpo_megatron.doctor.doctor import read_options
+from mpo_megatron.doctor.options import read_options
 from mpo_megatron.launch.launch import TARGETS
 from mpo_megatron.losses import group_loss, registry
 from tests.tiny import save_model
