@@ -33,6 +33,7 @@ from mpo_megatron.config import (
     validate_folders,
     validate_train,
 )
+from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.data import DataError
 from mpo_megatron.interruption import interruptible, say_interrupted
 from mpo_megatron.train.output import outlive_readers
@@ -282,9 +283,11 @@ def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = Fals
         ConfigError: a value that no rank could be started with.
     """
     parser = argparse.ArgumentParser(prog=f"mpo {name}", usage="", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nproc", type=int, help="Ranks to start; by default one per GPU, or what the layout needs.")
+    parser.add_argument("--nproc", type=_read_whole, help="Ranks to start; by default one per GPU, or what the layout needs.")
     if restarts:
-        parser.add_argument("--max_restarts", type=int, default=0, help="Times all ranks are started again when one fails.")
+        parser.add_argument(
+            "--max_restarts", type=_read_whole, default=0, help="Times all ranks are started again when one fails."
+        )
     try:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -294,6 +297,13 @@ def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = Fals
         require(value is None or value >= least, f"--{option} = {value}; it must be at least {least}.")
     options.epilog = " ".join(parser.format_help().split())
     return options, others
+
+
+def _read_whole(text: str) -> int:
+    """The number that digits spell; Python's `int` also reads 1_000 and other scripts' digits."""
+    if WHOLE.fullmatch(text) is None or len(text) > 9:
+        raise argparse.ArgumentTypeError(show(text))
+    return int(text)
 
 
 def _usage() -> str:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpo_megatron.config.checks import check_writable, require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertConfig:
+class ConvertConfig(Section):
     """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input."""
 
     input: str
@@ -22,6 +23,7 @@ class ConvertConfig:
     """Largest safetensors file written on the way out, in GiB, unless one tensor alone is larger."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
         require(self.max_shard_gib > 0, f"max_shard_gib = {self.max_shard_gib}; it must be positive; try 4.")
 

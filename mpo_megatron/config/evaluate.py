@@ -9,10 +9,11 @@ from typing import Any
 from mpo_megatron.config.checks import check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOutConfig:
+class HeldOutConfig(Section, prefix="held_out."):
     """Implicit reward log π − log π_ref on held-out groups: how often, and by how much, the preferred responses are above."""
 
     groups: str
@@ -26,7 +27,7 @@ class HeldOutConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
+class EvaluateConfig(Section):
     """`mpo evaluate`: held-out groups, sampled reward and win rate, answers for the judges of public benchmarks."""
 
     output: str
@@ -60,6 +61,7 @@ class EvaluateConfig:
     """Seed of the bootstrap."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         require(self.num_resamples >= 2, f"num_resamples = {self.num_resamples}; it must be at least 2.")
         for section, reserved in (("generate", ("prompts", "model", "output", "shard")), ("score", ("input", "output", "shard"))):

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpo_megatron.config.checks import check_seed, check_writable, require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformersConfig:
+class TransformersConfig(Section, prefix="transformers."):
     """The embedded engine."""
 
     device: str = "auto"
@@ -22,11 +23,12 @@ class TransformersConfig:
     """Responses that are generated side by side."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.batch_size >= 1, f"transformers.batch_size = {self.batch_size}; it must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VllmConfig:
+class VllmConfig(Section, prefix="vllm."):
     """The offline engine of vLLM."""
 
     tensor_parallel: int = 1
@@ -45,6 +47,7 @@ class VllmConfig:
     """Further arguments of vLLM's `EngineArgs`, for example `enforce_eager: true`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("tensor_parallel", "pipeline_parallel", "max_in_flight"):
             require(getattr(self, name) >= 1, f"vllm.{name} = {getattr(self, name)}; it must be at least 1.")
         require(
@@ -57,7 +60,7 @@ class VllmConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EndpointConfig:
+class EndpointConfig(Section):
     """A server that speaks the OpenAI protocol. The key comes from the environment and is stored nowhere."""
 
     base_url: str = ""
@@ -83,6 +86,7 @@ class EndpointConfig:
     """Longest pause between two tries, in seconds; a longer Retry-After is cut to it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             not self.base_url or re.match(r"https?://[^/]", self.base_url) is not None,
             f"base_url = {self.base_url}; it must start with http:// or https://, for example http://localhost:8000/v1.",
@@ -97,7 +101,7 @@ class EndpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Section):
     """`mpo generate`: prompts → K responses each, drawn from a model."""
 
     prompts: str
@@ -159,6 +163,7 @@ class GenerateConfig:
     """The server of `engine: openai`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         for name in ("num_responses", "max_tokens", "max_prompt_tokens", "max_attempts"):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")

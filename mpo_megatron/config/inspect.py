@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectConfig:
+class InspectConfig(Section):
     """`mpo inspect`: a group (`data`, `group`), or a packed row of a run (`run`, `step`, `row`), as the model sees it."""
 
     data: str | None = None
@@ -36,6 +37,7 @@ class InspectConfig:
     """Tokens shown on the terminal; the page shows all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             (self.data is None) != (self.run is None),
             "name one thing to show: --data FOLDER with --group ID, or --run FOLDER with --step N and --row R.",

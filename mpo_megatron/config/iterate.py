@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.values import Section
 
 STAGES = ("generate", "score", "select", "prepare", "train")
 """Sections of the configuration, each the options of the command of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class IterateConfig:
+class IterateConfig(Section):
     """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, resumable anywhere."""
 
     output: str
@@ -52,6 +53,7 @@ class IterateConfig:
     """Seed of the split of prompts; a stage without a seed of its own takes this plus the number of the round."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
         require(self.held_out >= 2, f"held_out = {self.held_out}; the reports need at least 2 held-out prompts.")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 JOB_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
@@ -15,7 +16,7 @@ SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class JobConfig:
+class JobConfig(Section):
     """What every target needs to know of a training job."""
 
     train: str
@@ -38,6 +39,7 @@ class JobConfig:
     """Write or print the job without submitting it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.nodes >= 1, f"nodes = {self.nodes}; it must be at least 1.")
         require(self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node}; it must be 0 (CPUs only) or more.")
         require(
@@ -114,7 +116,7 @@ class SlurmJob(JobConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmArray:
+class SlurmArray(Section):
     """`mpo launch slurm-array`: responses for many prompts, or scores for many groups, each array task one shard."""
 
     generate: str | None = None
@@ -149,6 +151,7 @@ class SlurmArray:
     """Write or print the job without submitting it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             (self.generate is None) != (self.score is None),
             "give either generate, a YAML file of `mpo generate`, or score, one of `mpo score`.",

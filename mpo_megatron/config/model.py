@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 CHUNKS = (1024, 2048, 4096, 8192)
 """Sizes that `logprob_chunk` takes by default: each one reads and writes the weight's float32 gradient, so large is fast."""
@@ -16,7 +17,7 @@ CHUNK_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Section, prefix="model."):
     """The policy, and how its layers compute."""
 
     checkpoint: str
@@ -51,6 +52,7 @@ class ModelConfig:
     """Response tokens whose vocabulary logits exist at one time; by default as many as 4 % of a GPU hold, 1,024 to 8,192."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.logprob_chunk is None or self.logprob_chunk >= 1,
             f"model.logprob_chunk = {self.logprob_chunk}; it must be at least 1.",

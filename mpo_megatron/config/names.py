@@ -1,50 +1,36 @@
-"""Names of options: does one exist, which was meant, and does a YAML file give each once."""
+"""Names of options: does one exist, which was meant, and does a YAML file give each once, with a value of its type."""
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 
 from mpo_megatron.config.checks import ConfigError, require
 from mpo_megatron.config.sealed import check_seal
+from mpo_megatron.config.values import NUMBER, WHOLE, check_written, field_types, section_of, show
+from mpo_megatron.config.visible import visible
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-"""What a value of a type is called in a message."""
+MAX_NODES, MAX_DEPTH = 100_000, 30
+"""Values of a YAML file, and how deep they may be nested: far beyond any configuration."""
+
+MAX_DIGITS = 400
+"""Characters of a number; Python refuses to read some thousands."""
 
 
 def options_of(kind: type[Any]) -> dict[str, Any]:
     """Name → type of every option of a configuration, sections and what is in them: `model`, `model.checkpoint`, …"""
-    types = typing.get_type_hints(kind)
     options = {}
-    for field in dataclasses.fields(kind):
-        options[field.name] = types[field.name]
-        if dataclasses.is_dataclass(types[field.name]):
-            options.update({f"{field.name}.{name}": inner for name, inner in options_of(types[field.name]).items()})
+    for name, expected in field_types(kind).items():
+        options[name] = expected
+        section = section_of(expected)
+        if section is not None:
+            options.update({f"{name}.{inner}": kind_of_inner for inner, kind_of_inner in options_of(section).items()})
     return options
-
-
-def describe_type(expected: Any) -> str:
-    """What a value must be, in words."""
-    if get_origin(expected) is Literal:
-        return f"one of {', '.join(map(str, get_args(expected)))}"
-    if get_origin(expected) in (Union, UnionType):
-        return ", or ".join("null" if item is NoneType else describe_type(item) for item in get_args(expected))
-    if get_origin(expected) is list:
-        return "a list, such as [a, b]"
-    return KINDS.get(expected, "a mapping, such as {name: value}")
-
-
-def collection_of(expected: Any) -> type[Any] | None:
-    """list or dict, if a value of this type is one or may be one; else None."""
-    kinds = [get_origin(item) for item in (expected, *(get_args(expected) if get_origin(expected) in (Union, UnionType) else ()))]
-    return next((kind for kind in (list, dict) if kind in kinds), None)
 
 
 def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
@@ -55,8 +41,8 @@ def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
     """
     section, _, last = name.rpartition(".")
     options = options_of(kind)
-    if dataclasses.is_dataclass(options.get(section)):
-        inner: Any = options[section]
+    inner = section_of(options.get(section))
+    if inner is not None:
         return unknown_option(inner, last, f"{prefix}{section}.")
     same = [option for option in options if option.rpartition(".")[2] == last]
     begun = [option for option in options if option.startswith(name) and option.count(".") == name.count(".")]
@@ -67,8 +53,8 @@ def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
     return f"there is no such option; there are {', '.join(prefix + option for option in names)}."
 
 
-def check_file(kind: type[Any], path: str | Path) -> None:
-    """Check that a YAML file holds options of this configuration, each once; values are not looked at.
+def read_file(kind: type[Any], path: str | Path) -> dict[str, Any]:
+    """The options in a YAML file: of this configuration, each once, with values of their types.
 
     Raises:
         ConfigError: with the line.
@@ -82,45 +68,116 @@ def check_file(kind: type[Any], path: str | Path) -> None:
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}.") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: not valid YAML: it is nested without end.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
-    require(isinstance(root, yaml.MappingNode), f"{path}: holds no options; write one a line, as `name: value`.")
-    check_names(kind, root, str(path))
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: holds no options; write one a line, as `name: value`.")
+    options: dict[str, Any] = _Values().read(root, str(path))
+    check_options(kind, options, str(path))
+    return options
 
 
-def check_names(kind: type[Any] | None, options: Any, where: str, prefix: str = "") -> None:
-    """Check the names in a mapping: plain, or a node of a YAML file.
+class _Mapping(dict[str, Any]):
+    """A mapping of a YAML file, with the line of each name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: dict[str, int] = {}
+
+
+def read_text(text: str, where: str) -> Any:
+    """The value that a text spells in YAML, with the numbers of a YAML file; the text itself if it is no YAML.
+
+    Raises:
+        ConfigError: a number is written as it must not be.
+    """
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, RecursionError):
+        return text
+    return None if node is None else _Values().read(node, where)
+
+
+class _Values:
+    """Values of a YAML file's nodes. A number that YAML 1.1 reads as another than it looks like is refused."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def read(self, node: yaml.Node, where: str, name: str = "", depth: int = 0) -> Any:
+        """The value of a node.
+
+        Raises:
+            ConfigError: with the line.
+        """
+        self.count += 1
+        place = f"{where}:{node.start_mark.line + 1}"
+        if self.count > MAX_NODES or depth > MAX_DEPTH:  # a few lines of aliases stand for billions of values
+            raise ConfigError(f"{place}: {name} holds too much, or itself; write its values out.")
+        if isinstance(node, yaml.SequenceNode):
+            return [self.read(item, where, name, depth + 1) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            return _read_scalar(node, place, name)
+        values = _Mapping()
+        for key, value in node.value:
+            own = str(key.value)
+            inner = f"{name}.{own}" if name else own
+            if key.tag == "tag:yaml.org,2002:merge":
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    for other, item in self.read(merged, where, name, depth + 1).items():
+                        values.setdefault(other, item)
+                continue
+            if own in values.lines:
+                line = f"{where}:{key.start_mark.line + 1}"
+                raise ConfigError(f"{line}: {inner} stands there a second time, and what came first would be lost; join them.")
+            values[own] = self.read(value, where, inner, depth + 1)
+            values.lines[own] = key.start_mark.line + 1
+        return values
+
+
+def _read_scalar(node: yaml.Node, place: str, name: str) -> Any:
+    text, kind = str(node.value), node.tag.rpartition(":")[2]
+    if kind == "str" and getattr(node, "style", None) is None and NUMBER.fullmatch(text):
+        kind = "float"  # 1e-6, which only YAML 1.2 takes for a number
+    if kind in ("str", "null", "bool"):
+        return {"str": text, "null": None, "bool": text.lower() in ("true", "yes", "on")}[kind]
+    if kind not in ("int", "float"):
+        raise ConfigError(f"{place}: {name} = {show(text)}; YAML takes it for something else ({kind}); put it in quotes.")
+    if len(text) > MAX_DIGITS or (WHOLE if kind == "int" else NUMBER).fullmatch(text) is None:
+        raise ConfigError(
+            f"{place}: {name} = {show(text)}; it must be a number, and finite: digits, with a point or an exponent; a text that "
+            "looks so goes into quotes."
+        )
+    return int(text) if kind == "int" else float(text)
+
+
+def check_options(kind: type[Any] | None, options: Mapping[str, Any], where: str, prefix: str = "") -> None:
+    """Check names and values in a mapping of options.
 
     Args:
-        kind: what has these options; None if they are free, and only repeated ones are refused
+        kind: what has these options; None if they are free
         where: what holds them, for messages
     Raises:
-        ConfigError: an unknown name, one that stands there twice, or a section without options.
+        ConfigError: an unknown name, a value of another type, or a section without options.
     """
-    known, seen = options_of(kind) if kind else {}, set()
-    for name, value, line in _items(options):
-        place = where if line is None else f"{where}:{line}"
-        require(
-            name not in seen, f"{place}: {prefix}{name} stands there a second time, and what came first would be lost; join them."
-        )
-        seen.add(name)
+    known = options_of(kind) if kind else {}
+    places = {name: f"{where}:{line}" for name, line in options.lines.items()} if isinstance(options, _Mapping) else {}
+    for name in map(str, options):
         if kind and name not in known:
-            raise ConfigError(f"{place}: {prefix}{name}: {unknown_option(kind, name, prefix)}")
-        section = known.get(name)
-        if not dataclasses.is_dataclass(section):
-            section = None
-        if isinstance(value, Mapping | yaml.MappingNode):
-            check_names(section, value, where, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif section is not None:
+            place = places.get(name, where)
+            raise ConfigError(f"{place}: {prefix}{visible(name)}: {visible(unknown_option(kind, name, prefix))}")
+    for name, value in options.items():
+        place = places.get(name, where)
+        expected = known.get(name)
+        inner = section_of(expected)
+        if inner is not None and isinstance(value, Mapping):
+            check_options(inner, value, where, f"{prefix}{name}.")
+        elif inner is not None and not (value is None and NoneType in get_args(expected)):
             raise ConfigError(f"{place}: {prefix}{name} is a section; give options under it, or take it out.")
-
-
-def _items(options: Any) -> Iterator[tuple[str, Any, int | None]]:
-    """(name, value, line) of a mapping's entries."""
-    if isinstance(options, yaml.MappingNode):
-        for key, value in options.value:
-            if key.tag != "tag:yaml.org,2002:merge":
-                yield str(key.value), value, key.start_mark.line + 1
-    else:
-        for name, value in options.items():
-            yield str(name), value, None
+        elif inner is None and kind:
+            try:
+                check_written(expected, value, f"{prefix}{name}")
+            except ConfigError as error:
+                raise ConfigError(f"{place}: {error}") from None

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParallelConfig:
+class ParallelConfig(Section, prefix="parallel."):
     """How the model is cut over ranks; what is left of the world size is data parallelism."""
 
     tensor: int = 1
@@ -35,6 +36,7 @@ class ParallelConfig:
     """A collective that hangs longer than this ends the run."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("tensor", "pipeline", "virtual_pipeline", "context", "expert", "expert_tensor"):
             require(getattr(self, name) >= 1, f"parallel.{name} = {getattr(self, name)}; it must be at least 1.")
         require(

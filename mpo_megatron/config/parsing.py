@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from mpo_megatron.config.checks import ConfigError, require
-from mpo_megatron.config.names import check_file, check_names, collection_of, describe_type, options_of, unknown_option
+from mpo_megatron.config.names import check_options, options_of, read_file, read_text, unknown_option
+from mpo_megatron.config.values import check_written, collection_of, convert, describe_type, field_types, is_single, section_of
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -28,10 +28,31 @@ def build_parser(kind: type[Any], program: str, epilog: str | None = None) -> Ar
     return parser
 
 
-def instantiate[C](parser: ArgumentParser, kind: type[C], namespace: Namespace) -> C:
-    """The dataclass that a parsed namespace describes; nested dataclasses are built by the parser."""
-    built = parser.instantiate(namespace)
-    return kind(**{item.name: built[item.name] for item in dataclasses.fields(kind)})  # type: ignore[arg-type]
+def instantiate[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
+    """The dataclass that checked values describe, and those of its sections.
+
+    Args:
+        prefix: put before names in messages
+    Raises:
+        ConfigError: an option without a default is missing, or a value breaks a rule.
+    """
+    required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
+    missing = [f"{prefix}{name}" for name in required if name not in values]
+    if missing:
+        raise ConfigError(f"missing: {', '.join(missing)}.")
+    fields = {}
+    for name, expected in field_types(kind).items():
+        if name in values:
+            section, value = section_of(expected), values[name]
+            if section is None or value is None:
+                fields[name] = convert(expected, value)
+            else:
+                fields[name] = instantiate(section, value, f"{prefix}{name}.")
+    return kind(**fields)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo", epilog: str | None = None) -> C:
@@ -47,9 +68,11 @@ def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str
     for option, following in itertools.pairwise([*arguments, ""]):
         name, _, value = option.partition("=")
         if name == "--config" and (value or following):
-            check_file(kind, value or following)
+            read_file(kind, value or following)
+        elif option.startswith("--") and ("=" in option or (following and not following.startswith("--"))):
+            _check_argument(kind, name.removeprefix("--"), value if "=" in option else following)
     try:
-        return instantiate(parser, kind, parser.parse_args(arguments))
+        return instantiate(kind, parser.parse_args(arguments).as_dict())
     except ArgumentError as error:
         raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
 
@@ -94,11 +117,25 @@ def _join(option: str, expected: Any, given: Sequence[str]) -> str:
         return given[0]
     names = get_args(kind and next(item for item in (expected, *get_args(expected)) if get_origin(item) is kind))
     if kind is list:
-        return json.dumps([part if names == (str,) else yaml.safe_load(part) for part in given])
+        return json.dumps([part if names == (str,) else read_text(part, option) for part in given])
     for part in given:
         require("=" in part, f"{option} {part}: write name=value, or several: {option} a=1 b=2.")
     pairs = [part.split("=", 1) for part in given]
-    return json.dumps({name: value if names == (str, str) else yaml.safe_load(value) for name, value in pairs})
+    return json.dumps({name: value if names == (str, str) else read_text(value, f"{option} {name}") for name, value in pairs})
+
+
+def _check_argument(kind: type[Any], name: str, text: str) -> None:
+    """Check what follows an option on the command line.
+
+    Raises:
+        ConfigError: no value of its type is written so.
+    """
+    options = options_of(kind)
+    expected = options.get(name)
+    if name in options and is_single(expected):
+        check_written(expected, text, name)
+    else:  # a list or a mapping in one text, or an entry of a mapping
+        read_text(text, f"--{name}")
 
 
 def load_yaml[C](kind: type[C], path: str | Path) -> C:
@@ -107,14 +144,10 @@ def load_yaml[C](kind: type[C], path: str | Path) -> C:
     Raises:
         ConfigError: the file is missing, has an unknown key, or a value breaks a rule.
     """
-    check_file(kind, path)
-    parser = build_parser(kind, "mpo")
     try:
-        return instantiate(parser, kind, parser.parse_path(str(path)))
-    except ArgumentError as error:
-        raise ConfigError(f"{path}: {explain(kind, str(error))}") from error
+        return instantiate(kind, read_file(kind, path))
     except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from error
 
 
 def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
@@ -125,12 +158,9 @@ def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
     Raises:
         ConfigError: an unknown key, a missing one, or a value that breaks a rule.
     """
-    check_names(kind, options, where)
-    parser = build_parser(kind, "mpo")
+    check_options(kind, options, where)
     try:
-        return instantiate(parser, kind, parser.parse_object(dict(options)))
-    except ArgumentError as error:
-        raise ConfigError(f"{where}: {explain(kind, str(error))}") from error
+        return instantiate(kind, options)
     except ConfigError as error:
         raise ConfigError(f"{where}.{error}") from error
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
+class PlanConfig(Section):
     """`mpo plan`: memory, communication and time of a run before it is submitted, and the best layouts for it."""
 
     gpus: int
@@ -64,6 +65,7 @@ class PlanConfig:
     """File for the whole plan as JSON."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.gpus >= 1, f"gpus = {self.gpus}; it must be at least 1.")
         require(
             self.model is not None or self.train is not None,

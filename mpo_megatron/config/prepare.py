@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Section):
     """`mpo prepare`: prompts with K responses and rewards → tokenized groups in Arrow."""
 
     input: str | list[str]
@@ -78,6 +79,7 @@ class PrepareConfig:
         return [self.input] if isinstance(self.input, str) else self.input
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.inputs), "input is an empty list; name at least one.")
         require(len(set(self.inputs)) == len(self.inputs), f"input = {self.input}; an input is named twice; name each once.")
         require(

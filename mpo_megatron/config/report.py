@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mpo_megatron.config.checks import require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportConfig:
+class ReportConfig(Section):
     """`mpo report RUN [RUN2 …]`: a page that shows how runs went, or go."""
 
     runs: list[str]
@@ -23,6 +24,7 @@ class ReportConfig:
     """Longer prompts and responses are cut."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(len(self.runs) >= 1, "runs is empty; name a run's folder: mpo report RUN")
         require(self.max_groups >= 2, f"max_groups = {self.max_groups}; it must be at least 2.")
         require(self.max_characters >= 1, f"max_characters = {self.max_characters}; it must be at least 1.")

@@ -12,10 +12,11 @@ from mpo_megatron.config.checks import ConfigError, check_writable, require
 from mpo_megatron.config.generate import EndpointConfig, parse_shard, validate_endpoint
 from mpo_megatron.config.options import Options
 from mpo_megatron.config.parsing import from_dict
+from mpo_megatron.config.values import Section, check_value, show
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelScorer:
+class ModelScorer(Section):
     """What scorers that are Hugging Face models have in common."""
 
     model: str
@@ -34,6 +35,7 @@ class ModelScorer:
     """Run Python code that comes with the checkpoint (ArmoRM); only for checkpoints you trust."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.batch_size >= 1, f"batch_size = {self.batch_size}; it must be at least 1.")
         require(self.max_length >= 2, f"max_length = {self.max_length}; it must be at least 2.")
 
@@ -64,7 +66,7 @@ class PairwiseScorer(ModelScorer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MatchScorer:
+class MatchScorer(Section):
     """1 if the answer extracted from a response equals the group's reference answer, else 0."""
 
     kind: ClassVar[str] = "match"
@@ -81,12 +83,13 @@ class MatchScorer:
     """For mode = numeric: relative difference that still counts as equal."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pattern(self.extract, "extract")
         require(self.tolerance >= 0, f"tolerance = {self.tolerance}; it must be 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegexScorer:
+class RegexScorer(Section):
     """`found` if a regular expression matches somewhere in the response, else `absent`."""
 
     kind: ClassVar[str] = "regex"
@@ -100,11 +103,12 @@ class RegexScorer:
     """Score where it does not."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pattern(self.pattern, "pattern")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FunctionScorer:
+class FunctionScorer(Section):
     """A Python function of yours, called by the names of its parameters; None counts as missing.
 
     One response a call: `response` (or completion, solution_str), `prompt`, `messages`, `group`, and a group's field by its name.
@@ -121,6 +125,7 @@ class FunctionScorer:
     """Seconds that one call may take; then its scores are missing, and the process that it runs in is started anew."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             re.fullmatch(r".+:[A-Za-z_]\w*", self.function) is not None,
             f"function = {self.function}; write package.module:function or path/to/file.py:function.",
@@ -129,7 +134,7 @@ class FunctionScorer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeScorer:
+class JudgeScorer(Section):
     """A language model behind an endpoint that grades a response, or compares two."""
 
     kind: ClassVar[str] = "judge"
@@ -166,6 +171,7 @@ class JudgeScorer:
     """Price of a million tokens that the judge writes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check_pattern(self.parse, "parse")
         require(
             self.parse is None or re.compile(self.parse).groups >= 1,
@@ -195,7 +201,7 @@ KINDS: dict[str, type[Any]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
+class ScoreConfig(Section):
     """`mpo score`: generated responses → scores, and the reward made of them."""
 
     input: str
@@ -214,6 +220,7 @@ class ScoreConfig:
     """`i/n`: part i (from 0) of n of the groups; by default a Slurm array's task. The last part to finish joins all."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(bool(self.scorers), "scorers is empty; name at least one, for example {exact: {kind: match}}.")
         require(self.chunk_groups >= 1, f"chunk_groups = {self.chunk_groups}; it must be at least 1.")
         if self.shard is not None:
@@ -230,8 +237,7 @@ def read_weight(name: str, options: Mapping[str, Any]) -> float:
         ConfigError: it is not a finite number.
     """
     weight = options.get("weight", 1.0)
-    fine = isinstance(weight, int | float) and not isinstance(weight, bool) and abs(weight) < float("inf")
-    require(fine, f"scorers.{name}.weight = {weight}; it must be a number.")
+    check_value(float, weight, f"scorers.{name}.weight")
     return float(weight)
 
 
@@ -241,9 +247,9 @@ def build_scorer_config(name: str, options: Mapping[str, Any]) -> AnyScorer:
     Raises:
         ConfigError: the kind or an option is unknown, or a value breaks a rule; it names the scorer.
     """
-    require(isinstance(options, Mapping), f"scorers.{name} = {options}; give its options, for example {{kind: match}}.")
+    require(isinstance(options, Mapping), f"scorers.{name} = {show(options)}; give its options, for example {{kind: match}}.")
     kind = options.get("kind")
-    require(kind in KINDS, f"scorers.{name}.kind = {kind}; choose one of {', '.join(KINDS)}.")
+    require(isinstance(kind, str) and kind in KINDS, f"scorers.{name}.kind = {show(kind)}; choose one of {', '.join(KINDS)}.")
     chosen = KINDS[str(kind)]
     given = {key: value for key, value in options.items() if key not in ("kind", "weight")}
     built: AnyScorer = from_dict(chosen, given, f"scorers.{name}")

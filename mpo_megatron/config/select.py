@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectConfig:
+class SelectConfig(Section):
     """`mpo select`: scored groups → the groups, responses and sets to train on."""
 
     input: str
@@ -49,6 +50,7 @@ class SelectConfig:
     """Seed of `reward_noise`."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_seed(self.seed)
         for name in ("num_top", "num_bottom"):
             value = getattr(self, name)

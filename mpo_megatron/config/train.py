@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 from mpo_megatron.config.checks import check_checkpoint, check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig, check_ranks
+from mpo_megatron.config.values import Section
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Section, prefix="data."):
     """Which groups a step sees, and how they are laid out in rows."""
 
     train: str
@@ -34,13 +35,14 @@ class DataConfig:
     had before (segments of OnMC-PO)."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.groups_per_step >= 1, f"data.groups_per_step = {self.groups_per_step}; it must be at least 1.")
         require(self.row_tokens >= 2, f"data.row_tokens = {self.row_tokens}; a row holds at least two tokens.")
         require(self.first_step >= 0, f"data.first_step = {self.first_step}; it must be 0 or more.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class LossConfig:
+class LossConfig(Section, prefix="loss."):
     """Which loss over a group, with its hyper-parameters; `mpo losses` lists them."""
 
     name: str = "mpo"
@@ -52,7 +54,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section, prefix="optimizer."):
     """AdamW through Megatron's distributed optimizer, and the learning-rate schedule."""
 
     lr: float = 5e-7
@@ -80,6 +82,7 @@ class OptimizerConfig:
     """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU, Transformer Engine and bf16."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.lr < math.inf, f"optimizer.lr = {self.lr}; it must be positive, and finite.")
         require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr = {self.min_lr}; it must lie between 0 and optimizer.lr.")
         require(
@@ -97,7 +100,7 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Section, prefix="checkpoint."):
     """When the run is saved, and what is kept."""
 
     every: int = 100
@@ -117,6 +120,7 @@ class CheckpointConfig:
     torchrun or Slurm starts the run again."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.every >= 0, f"checkpoint.every = {self.every}; it must be 0 or more.")
         require(self.keep >= 1, f"checkpoint.keep = {self.keep}; at least the newest checkpoint is kept.")
         require(self.keep_best >= 0, f"checkpoint.keep_best = {self.keep_best}; it must be 0 (off) or more.")
@@ -127,7 +131,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaultConfig:
+class FaultConfig(Section, prefix="faults."):
     """What the run does when something goes wrong, and when it stops by itself; docs/faults.md explains."""
 
     on_nan: Literal["stop", "skip"] = "stop"
@@ -148,6 +152,7 @@ class FaultConfig:
     """Exit code of a run that was asked to stop and has saved: start it again, and it goes on. (75: EX_TEMPFAIL.)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.spike_threshold > 0, f"faults.spike_threshold = {self.spike_threshold}; it must be positive.")
         require(self.spike_window >= 8, f"faults.spike_window = {self.spike_window}; it must be at least 8.")
         require(self.max_skips >= 1, f"faults.max_skips = {self.max_skips}; it must be at least 1.")
@@ -160,7 +165,7 @@ class FaultConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoggingConfig:
+class LoggingConfig(Section, prefix="logging."):
     """Where metrics and samples go, besides the terminal and the files in the run's folder; docs/watching.md explains."""
 
     tensorboard: bool = False
@@ -180,6 +185,7 @@ class LoggingConfig:
     """Where output is no terminal, a step's line comes at most this often; 0: every step has its line."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.num_samples >= 0, f"logging.num_samples = {self.num_samples}; it must be 0 (none) or more.")
         require(
             self.seconds_between_lines >= 0,
@@ -197,7 +203,7 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnlineConfig:
+class OnlineConfig(Section, prefix="online."):
     """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples of the policy as it trains (SPO, Eq. 15)."""
 
     kl_weight: float = 0.0
@@ -216,6 +222,7 @@ class OnlineConfig:
     """Share of a GPU's memory that `engine: vllm` takes while it samples."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             0 <= self.kl_weight < math.inf,
             f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive, and finite.",
@@ -230,7 +237,7 @@ class OnlineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """`mpo train`: train a policy on groups."""
 
     output: str
@@ -256,6 +263,7 @@ class TrainConfig:
     """Seed of data order, sampling and initialisation."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(0 < self.epochs < math.inf, f"epochs = {self.epochs}; it must be positive, and finite.")
         require(self.max_steps is None or self.max_steps >= 1, f"max_steps = {self.max_steps}; it must be at least 1.")
         require(

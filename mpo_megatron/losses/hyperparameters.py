@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+LARGEST = 1e15
+"""Of any number; its square is far from the end of float32."""
 
 
 class Rule(NamedTuple):
@@ -43,6 +45,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def show(value: Any) -> str:
+    """A value as a message quotes it: Python refuses to write numbers of more than some thousand digits."""
+    is_long = isinstance(value, int) and value.bit_length() > 256
+    return f"a number of {value.bit_length():,} bits" if is_long else repr(value)
+
+
 def check_field(name: str, value: Any, hint: Any, default: Any) -> None:
     """Raise `ValueError` unless `value` is as `hint` says: bool, int, float (which may be an int), Literal, or one with rules."""
     if get_origin(hint) is Annotated:
@@ -53,12 +61,13 @@ def check_field(name: str, value: Any, hint: Any, default: Any) -> None:
     elif get_origin(hint) is Literal:
         choices = get_args(hint)
         known = any(type(value) is type(choice) and value == choice for choice in choices)
-        require(known, f"{name} = {value!r}; it must be one of {', '.join(map(str, choices))}; try {default}.")
+        require(known, f"{name} = {show(value)}; it must be one of {', '.join(map(str, choices))}; try {default}.")
     elif hint is float:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        require(is_number and math.isfinite(value), f"{name} = {value!r}; it must be a finite number; try {default}.")
+        require(is_number and abs(value) <= LARGEST, f"{name} = {show(value)}; it must be a finite number; try {default}.")
     else:
-        require(type(value) is hint, f"{name} = {value!r}; it must be of type {hint.__name__}; try {default}.")
+        require(type(value) is hint, f"{name} = {show(value)}; it must be of type {hint.__name__}; try {default}.")
+        require(hint is not int or abs(value) < 2**31, f"{name} = {show(value)}; it must be below 2^31; try {default}.")
 
 
 def check_unused(params: Hyperparameters, condition: str, *names: str) -> None:

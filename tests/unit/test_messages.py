@@ -50,7 +50,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --loss.params beta", "mpo train: --loss.params beta: write name=value, or several: --loss.params a=1 b=2."),
         ("prepare --weights a", "mpo prepare: weights = a; it must be a list, such as [a, b]."),
         ("train --model qwen", "mpo train: --model is a section; give its options one by one, such as --model.checkpoint."),
-        ("train --nproc two", "mpo train: --nproc: invalid int value: 'two'; it must be a whole number."),
+        ("train --nproc two", "mpo train: --nproc: two; it must be a whole number."),
         ("train --nproc 0", "mpo train: --nproc = 0; it must be at least 1."),
         ("evaluate --nproc -2", "mpo evaluate: --nproc = -2; it must be at least 1."),
         ("train --max_restarts -1", "mpo train: --max_restarts = -1; it must be at least 0."),

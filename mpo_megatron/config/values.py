@@ -1,0 +1,236 @@
+"""Types and ranges of options: the one place that says which values an option takes, whatever it comes from.
+
+    what is written       texts of a command line, nodes of a YAML file, values of a dictionary: `check_written`
+    what a field gets     `Section`, the base of every configuration, checks its fields when it is made
+
+Both refuse null, NaN, infinity, true, texts and absurd sizes where they do not belong, and name the field. Rules of single
+fields beyond that (a fraction is at most 1) stand with the fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
+
+from mpo_megatron.config.checks import ConfigError
+from mpo_megatron.config.options import Options
+from mpo_megatron.config.visible import visible
+
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+"""What a value of a type is called in a message."""
+
+LARGEST_WHOLE = 2**31 - 1
+"""Of any whole number but a seed: sizes and positions are 32-bit integers in what we hand them to."""
+
+LARGEST = 1e15
+"""Of any other number; larger ones overflow when they are multiplied."""
+
+_LARGEST_OF = {"seed": 2**63 - 1, "epochs": 1e6, "timeout": 1e8, "max_wait": 1e8, "seconds_between_lines": 1e8}
+"""Largest number of fields that have a limit of their own: times in seconds, about three years."""
+
+_LARGEST_MINUTES = 1e6
+
+WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+"""How numbers are written: no underscores, other bases, minutes or other scripts' digits, which Python or YAML would read."""
+
+_SHOWN = 100
+"""Characters of a value that a message shows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """Base of every configuration: making one raises `ConfigError` unless every field has its declared type, in range."""
+
+    _prefix: ClassVar[str] = ""
+
+    def __init_subclass__(cls, prefix: str = "") -> None:
+        """Name the section.
+
+        Args:
+            prefix: put before a field's name in a message, for example `data.`
+        """
+        super().__init_subclass__()
+        if prefix:
+            cls._prefix = prefix
+
+    def __post_init__(self) -> None:
+        for name, expected in field_types(type(self)).items():
+            check_value(expected, getattr(self, name), f"{self._prefix}{name}")
+
+
+_types: dict[type[Any], dict[str, Any]] = {}
+"""What `field_types` has found."""
+
+
+def field_types(kind: type[Any]) -> dict[str, Any]:
+    """Name → type of a dataclass's fields, without those of its sections."""
+    if kind not in _types:
+        types = typing.get_type_hints(kind)
+        _types[kind] = {field.name: types[field.name] for field in dataclasses.fields(kind)}
+    return _types[kind]
+
+
+def section_of(expected: Any) -> type[Any] | None:
+    """The dataclass that a section's type names, alone or beside null; None for all other types."""
+    kinds = (expected, *get_args(expected)) if get_origin(expected) in (Union, UnionType) else (expected,)
+    return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
+
+
+def collection_of(expected: Any) -> type[Any] | None:
+    """list or dict, if a value of this type is one or may be one; else None."""
+    kinds = [get_origin(item) for item in (expected, *(get_args(expected) if get_origin(expected) in (Union, UnionType) else ()))]
+    return next((kind for kind in (list, dict) if kind in kinds), None)
+
+
+def is_single(expected: Any) -> bool:
+    """Whether an option of this type has one value: a number, a text, true or false, or a choice, or null beside it."""
+    kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    return all(kind in (*KINDS, NoneType) or get_origin(kind) is Literal for kind in kinds)
+
+
+def check_value(expected: Any, value: Any, name: str) -> None:
+    """Check what a field is given.
+
+    Raises:
+        ConfigError: it is of another type, or out of range.
+    """
+    _check(expected, value, name, written=False)
+
+
+def check_written(expected: Any, value: Any, name: str) -> None:
+    """Check what was written for an option; a number may be a text that spells it, as on a command line.
+
+    Raises:
+        ConfigError: no value of the option's type is written so.
+    """
+    _check(expected, value, name, written=True)
+
+
+def convert(expected: Any, value: Any) -> Any:
+    """The value of an option that `check_written` accepts: numbers, true and false of texts that spell them."""
+    kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
+    if Any in kinds and isinstance(value, str):
+        return value
+    if str not in kinds and isinstance(value, str):
+        if value == "null" and NoneType in kinds:
+            return None
+        if bool in kinds:
+            return value.lower() in ("true", "yes", "on")
+        if int in kinds:
+            return int(value)
+    if isinstance(value, list | Mapping):
+        of = list if isinstance(value, list) else dict
+        inner = next((get_args(kind)[-1] for kind in kinds if get_origin(kind) is of), Any)
+        if isinstance(value, list):
+            return [convert(inner, item) for item in value]
+        return {name: convert(inner, item) for name, item in value.items()}
+    if float in kinds and isinstance(value, str | int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def describe_type(expected: Any) -> str:
+    """What a value must be, in words."""
+    if get_origin(expected) is Literal:
+        return f"one of {', '.join(map(str, get_args(expected)))}"
+    if get_origin(expected) in (Union, UnionType):
+        return ", or ".join("null" if item is NoneType else describe_type(item) for item in get_args(expected))
+    if get_origin(expected) is list:
+        return "a list, such as [a, b]"
+    return KINDS.get(expected, "a mapping, such as {name: value}")
+
+
+def show(value: Any) -> str:
+    """A value as a message quotes it: short, and without characters that a terminal obeys."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
+        return f"{'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))} or so"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        text = visible(value if isinstance(value, str) else repr(value))
+    except ValueError:  # a very long number somewhere inside
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _check(expected: Any, value: Any, name: str, *, written: bool) -> None:
+    problem = _find_problem(expected, value, name, written)
+    if problem is not None:
+        raise ConfigError(f"{name} = {show(value)}; {problem}.")
+
+
+def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | None:
+    """What is wrong with a value; None if nothing is."""
+    wrong = f"it must be {describe_type(expected)}"
+    origin, arguments = get_origin(expected), get_args(expected)
+    if origin in (Union, UnionType):
+        if value is None or (written and value == "null"):
+            return None if NoneType in arguments else wrong
+        problems = [_find_problem(item, value, name, written) for item in arguments if item is not NoneType]
+        if None in problems:
+            return None
+        return problems[0] if len(problems) == 1 and not str(problems[0]).startswith("it must be ") else wrong
+    if origin is Literal:
+        return None if any(type(value) is type(choice) and value == choice for choice in arguments) else wrong
+    if origin is list:
+        if not isinstance(value, list):
+            return wrong
+        return next((problem for item in value if (problem := _find_problem(arguments[0], item, name, written))), None)
+    if origin is dict or expected is Options:
+        return _find_problem_in_mapping(arguments[1] if arguments else Any, value, name, written, wrong)
+    if expected is Any:
+        return None
+    if expected is bool:
+        spelled = written and isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "on", "off")
+        return None if isinstance(value, bool) or spelled else wrong
+    if expected is int or expected is float:
+        return _find_number_problem(expected, value, name, written, wrong)
+    if expected is str:
+        if not isinstance(value, str):
+            return wrong + "; put it in quotes" if written and isinstance(value, bool | int | float) else wrong
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            return "it holds a zero byte, or bytes that are no UTF-8; take them out"
+        return None
+    if dataclasses.is_dataclass(expected):
+        return None if isinstance(value, typing.cast(type, expected)) else wrong
+    raise TypeError(f"{name}: an option of type {expected!r}, which nothing here checks")
+
+
+def _find_problem_in_mapping(inner: Any, value: Any, name: str, written: bool, wrong: str) -> str | None:
+    if not isinstance(value, Mapping):
+        return wrong
+    if not all(isinstance(key, str) for key in value):
+        return "its names must be texts; put them in quotes"
+    for key, item in value.items():
+        problem = _find_problem(inner, item, name, written)
+        if problem is not None:
+            return f"of {visible(key)}, {show(item)}, {problem}"
+    return None
+
+
+def _find_number_problem(expected: Any, value: Any, name: str, written: bool, wrong: str) -> str | None:
+    if written and isinstance(value, str):
+        spelled = (WHOLE if expected is int else NUMBER).fullmatch(value)
+        if spelled is None:
+            return wrong
+        value = float(value) if expected is float or len(value) > 30 else int(value)
+    elif isinstance(value, bool) or not isinstance(value, int if expected is int else int | float):
+        return wrong
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it has to be finite"
+    field = name.rpartition(".")[2]
+    default = LARGEST_WHOLE if expected is int else _LARGEST_MINUTES if field.endswith("_minutes") else LARGEST
+    largest = _LARGEST_OF.get(field, default)
+    if abs(value) <= largest:
+        return None
+    shown = f"{largest:,.0f}" if expected is int else f"{largest:g}"
+    return f"it must lie between -{shown} and {shown}"

@@ -1,0 +1,31 @@
+"""Text of others, shown: characters that a terminal obeys, or that reorder what a reader sees, become visible escapes."""
+
+from __future__ import annotations
+
+import re
+
+_OBEYED = (
+    "\x00-\x1f\x7f-\x9f"  # ESC, CSI, OSC, backspace, carriage return and their like, C1 among them
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of writing direction
+    "\u2028\u2029"  # separators of lines and paragraphs
+    "\ud800-\udfff"  # halves of a character, which no output can encode
+    "\U000e0000-\U000e007f"  # tags: invisible
+)
+_ONE_LINE = re.compile(f"[{_OBEYED}]")
+_LINES = re.compile(f"(?![\n\t])[{_OBEYED}]")
+_NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def visible(text: object, *, lines: bool = False) -> str:
+    """The text with every such character as its escape, for example `\\x1b`; all other text is as it was.
+
+    Args:
+        lines: leave line breaks and tabs as they are, for a text of several lines that may break into lines of its own
+    """
+    return (_LINES if lines else _ONE_LINE).sub(_escape, str(text))
+
+
+def _escape(match: re.Match[str]) -> str:
+    character = match[0]
+    code = ord(character)
+    return _NAMES.get(character) or (f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" if code < 65536 else f"\\U{code:08x}")
