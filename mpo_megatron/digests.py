@@ -11,6 +11,7 @@ Digests are xxh3's: they find every accidental change, at the speed of memory, a
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ STAGES = {"samples": "generate", "scored": "score", "groups": "select"}
 """Names of the lines of a stage, and of the summary that lists them when they are complete; a shard's have a suffix."""
 DIGEST, LINE_DIGEST, END = "digest", "xxh3", "lines"
 """Keys of the digest in sealed JSON and in a sealed line, and of the number of lines in the last one."""
+FINISHED = re.compile(rb'"xxh3": "[0-9a-f]{16}"\}.', re.DOTALL)
+"""The end of a sealed line, and what should be its newline."""
 WEIGHTS = (".distcp", ".safetensors")
 """Suffixes of the files that hold a checkpoint's weights."""
 PIECE = 1 << 26
@@ -115,6 +118,11 @@ def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
     elif sealed:
         raise ValueError("it has no digest")
     return record
+
+
+def is_unfinished(end: bytes) -> bool:
+    """Whether what stands behind a file's last newline can be a sealed line that a kill cut off; otherwise it is damage."""
+    return b"\0" not in end and not FINISHED.search(end)
 
 
 def check_record(record: dict[str, Any]) -> None:

@@ -67,11 +67,11 @@ def read_file(kind: type[Any], path: str | Path) -> dict[str, Any]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}.") from error
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}; fix the line.") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: not valid YAML: it is nested without end.") from error
+        raise ConfigError(f"{path}: not valid YAML: it is nested without end; fix it.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from error
+        raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix it, or copy it again.") from error
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: holds no options; write one a line, as `name: value`.")
     options: dict[str, Any] = _Values().read(root, str(path))

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
+from mpo_megatron.digests import LINE_DIGEST, check_lines, check_record
 
 STANDARD_INPUT = "-"
 _SPLITS = {
@@ -103,6 +104,7 @@ def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRo
 
 
 def _read_jsonl(path: Path) -> Source:
+    check_lines(path)
     total = None
     if path.suffix not in _COMPRESSED:
         with path.open("rb") as file:
@@ -121,9 +123,19 @@ def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
             yield RawRow(name, number, _decode(line.strip()))
 
 
+def _unsealed(row: Any) -> Any:
+    """A row without the digest that a line of ours carries; a `RowError` if it does not match."""
+    try:
+        if isinstance(row, dict) and LINE_DIGEST in row:
+            check_record(row)
+    except ValueError as error:
+        return RowError("row", f"is damaged or changed: {error}")
+    return row
+
+
 def _decode(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return _unsealed(json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return RowError("row", f"is not UTF-8 (byte {error.start})")
     except json.JSONDecodeError as error:

@@ -309,8 +309,12 @@ def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokeniz
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, ImportError) as error:
-        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it: {error}") from error
+    except Exception as error:
+        # tokenizers, in Rust, raises Exception itself; on damaged files transformers stumbles over what it does not find.
+        if type(error) is not Exception and not isinstance(error, ValueError | OSError | LookupError | ImportError | TypeError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error
     if template is not None:
         tokenizer.chat_template = template
     require(

@@ -16,7 +16,7 @@ from mpo_megatron.config.sealed import check_seal
 from mpo_megatron.data import DataError
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
 from mpo_megatron.data.store import PreparedGroups, load_groups
-from mpo_megatron.digests import DamagedError, unseal, unseal_line, unseal_lines
+from mpo_megatron.digests import DamagedError, is_unfinished, unseal, unseal_line, unseal_lines
 
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
@@ -127,7 +127,10 @@ def read_lines(path: Path) -> list[Line]:
         DamagedError: a line is not what was written.
     """
     lines: list[Line] = []
-    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+    *whole, end = path.read_bytes().split(b"\n")
+    if not is_unfinished(end):
+        raise DamagedError(f"{path}:{len(whole) + 1}: damaged; remove the line.")
+    for number, line in enumerate(whole, start=1):
         try:
             lines.append(unseal_line(line))
         except ValueError as error:

@@ -84,7 +84,7 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
     except RowError as error:
         raise DataError(f"{where}: {error}") from error
     except ValueError as error:
-        raise DataError(f"{where}: is not valid JSON ({error}).") from error
+        raise DataError(f"{where}: is not valid JSON ({error}); fix or remove the line.") from error
     content = [messages, tools] if tools else messages
     key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return {**row, "group_id": own or key[:20]}, key

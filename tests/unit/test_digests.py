@@ -139,3 +139,10 @@ def test_a_digest_in_a_name(tmp_path: Path) -> None:
     path.write_bytes(b"numberz")
     with pytest.raises(DamagedError, match=r"part-1\..*\.parquet: damaged: its digest is not the one in its name; remove it"):
         digests.read_named(path)
+
+
+def test_half_a_line_is_told_from_a_damaged_one() -> None:
+    line = digests.seal_line(CONTENT)
+    assert all(digests.is_unfinished(line[:place]) for place in range(len(line)))
+    assert not digests.is_unfinished(line[:-1] + b"\x0b")
+    assert not digests.is_unfinished(line[:40] + bytes(len(line) - 40))

@@ -82,11 +82,11 @@ def test_options(arguments: str, message: str, capsys: pytest.CaptureFixture[str
         ("model: qwen\n", ":1: model is a section; give options under it, or take it out."),
         ("optimizer: {lr: 5e-7x}\n", "optimizer.lr = 5e-7x; it must be a number."),
         ("optimizer: {lr: -1}\n", "optimizer.lr = -1.0; it must be positive, and finite."),
-        ("input: [a\n", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'."),
-        ("model:\n\tcheckpoint: a\n", ":2: not valid YAML: found character '\\t' that cannot start any token."),
+        ("input: [a\n", ":2: not valid YAML: expected ',' or ']', but got '<stream end>'; fix the line."),
+        ("model:\n\tcheckpoint: a\n", ":2: not valid YAML: found character '\\t' that cannot start any token; fix the line."),
         ("- a\n- b\n", ": holds no options; write one a line, as `name: value`."),
         ("", ": holds no options; write one a line, as `name: value`."),
-        ("\x00", ": cannot be read: "),
+        ("\x00", ": cannot be read ("),
     ],
 )
 def test_files(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ import pytest
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from tests.tiny import save_tokenizer
 
 QWEN2_5 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}
@@ -292,3 +293,14 @@ def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> Non
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ConfigError, match="it has no chat template; give one with chat_template = FILE"):
         load_tokenizer(bare)
+
+
+def test_a_damaged_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    """Rust raises a plain Exception for these."""
+    save_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    whole = path.read_text()
+    for damaged in (whole.replace('"merges"', '"nerges"'), whole.replace('"content"', '"kontent"', 1)):
+        path.write_text(damaged)
+        with pytest.raises(ConfigError, match=r"transformers cannot load it \(.*\); copy the tokenizer again\.$"):
+            load_tokenizer(tmp_path)
