@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import logging
 import os
@@ -19,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from packaging.version import Version
 from torch.utils._device import _device_constructors
 
 from mpo_megatron.config import ConfigError
@@ -34,6 +36,9 @@ FACTORIES = (
 
 POWER_OF_TWO_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
 """Environment variable that Transformer Engine reads at import."""
+
+RESILIENCY_EXTENSION = "0.6.0"
+"""Oldest nvidia-resiliency-ext that Megatron-Core can be imported beside; none at all will do, too."""
 
 MEANINGLESS = (
     "Apex is not installed. Falling back to Torch Norm",  # norms are Transformer Engine's, or model/architecture.py's
@@ -128,7 +133,8 @@ def prepare() -> None:
     """Make Megatron-Core importable and runnable on this machine; safe to call again.
 
     Raises:
-        ConfigError: Transformer Engine is installed, but broken: Megatron-Core could not be imported.
+        ConfigError: Transformer Engine is installed, but broken, or nvidia-resiliency-ext is too old: Megatron-Core could not be
+            imported.
     """
     global _prepared
     if _prepared:
@@ -138,6 +144,7 @@ def prepare() -> None:
     # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/fp8.md).
     os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
     quiet_megatron()
+    _check_resiliency_extension()
     # Megatron-Core uses names that torch is about to rename; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     # NCCL's groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
@@ -157,6 +164,19 @@ def prepare() -> None:
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
     _prepare_megatron()
+
+
+def _check_resiliency_extension() -> None:
+    """Refuse a version of nvidia-resiliency-ext that Megatron-Core fails to import beside: it looks for names of later ones."""
+    try:
+        found = importlib.metadata.version("nvidia-resiliency-ext")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if Version(found) < Version(RESILIENCY_EXTENSION):
+        raise ConfigError(
+            f"nvidia-resiliency-ext {found} is installed, and Megatron-Core cannot be imported beside a version before "
+            f"{RESILIENCY_EXTENSION}; remove it (pip uninstall nvidia-resiliency-ext), or install a newer one."
+        )
 
 
 def quiet_megatron() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelLoadStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import (
     TorchDistLoadShardedStrategy,
@@ -35,6 +34,7 @@ from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.optimizer import gather_now, gather_weights
 from mpo_megatron.train.step_folders import is_step
 from mpo_megatron.train.verification import check_whole
+from mpo_megatron.train.writer import choose_strategy, keep_results_here
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
@@ -50,9 +50,6 @@ def verify(folder: Path) -> None:
     Raises:
         ConfigError: a file is missing, truncated or damaged.
     """
-    require(
-        (folder / "megatron" / "common.pt").is_file(), f"{folder}/megatron/common.pt: no such file; copy the checkpoint again."
-    )
     digests.require_list(folder)
     digests.check_folder(folder, weights=False)
     reader = CheckpointReader(folder / "megatron")
@@ -86,10 +83,11 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
         keep_exact_weights(_unwrap(part), loaded[name])
 
 
-def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> AsyncRequest:
-    """Plan a checkpoint over all ranks: what this rank is to write, and what finishes the checkpoint when all have.
+def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> Any:
+    """Plan a checkpoint over all ranks: the writer's request (writer.py), with what this rank is to write.
 
-    All ranks call it. Optimizer states that this rank is to write are gathered and copied here, weights are not.
+    All ranks call it. Optimizer states that this rank is to write are gathered and copied here; weights on a CPU are copied, and
+    those on a GPU when the request is staged.
     """
     gather_weights(model)
     states: dict[str, Any] = _model_states(model, ranks)
@@ -98,13 +96,15 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
         states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
     _leave_out_classes(states["optimizer"])
     force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
+    strategy = choose_strategy()
+    keep_results_here(strategy)
     request = dist_checkpointing.save(
         states,
         str(folder / "megatron"),
         # One file a rank.
         SaveOwnShare(TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1), ranks.groups.dp_cp, reserved),
         async_sharded_save=True,
-        async_strategy="mcore",
+        async_strategy=strategy,
         content_metadata=CONTENT,
     )
     assert request is not None

@@ -40,7 +40,11 @@ class Reserved:
     buffer: int
     """Index of the gradient buffer."""
     numbers: dict[str, Tensor]
-    """[weights of the buffer] float32 on the host, by kind; memory is taken only where it is written to."""
+    """[weights of the buffer] float32 on the host, by kind. Nothing is written to it, so it takes no memory."""
+
+
+Place = tuple[int, int, Tensor]
+"""Where a range of a buffer's numbers begins and ends, and the tensor [end − start] that takes it."""
 
 
 @contextlib.contextmanager
@@ -93,25 +97,31 @@ class SaveOwnShare(FullyParallelSaveStrategyWrapper):
         """Decide who writes what, and gather it."""
         super().apply_saving_parallelization(sharded_state_dict)
         tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
-        own = [tensor for tensor in tensors if is_main_replica(tensor.replica_id) and tensor.key.startswith("optimizer.state.")]
-        places: dict[int, list[tuple[int, int]]] = {}
-        for tensor in own:
-            assert tensor.data.is_contiguous(), tensor.key
-            start = tensor.data.storage_offset()
-            places.setdefault(tensor.data.untyped_storage().data_ptr(), []).append((start, start + tensor.data.numel()))
+        places: dict[int, list[Place]] = {}
+        for tensor in tensors:
+            if not is_main_replica(tensor.replica_id):
+                continue
+            if tensor.key.startswith("optimizer.state."):
+                assert tensor.data.is_contiguous(), tensor.key
+                room, start = tensor.data.untyped_storage().data_ptr(), tensor.data.storage_offset()
+                # Memory of its own: of a part of the room the writer would make a copy.
+                tensor.data = torch.empty_like(tensor.data)
+                places.setdefault(room, []).append((start, start + tensor.data.numel(), tensor.data.view(-1)))
+            elif tensor.data.device.type == "cpu":  # training is about to change it, and the writer copies from GPUs only
+                tensor.data = tensor.data.detach().clone()
         for room in self.reserved:
             wanted = {kind: places.pop(numbers.untyped_storage().data_ptr(), []) for kind, numbers in room.numbers.items()}
             fill(room, wanted)
         assert not places, "states that lie elsewhere"
 
 
-def fill(room: Reserved, wanted: dict[str, list[tuple[int, int]]]) -> None:
-    """Write the wanted ranges of numbers into the reserved room; all ranks that share the states call it.
+def fill(room: Reserved, wanted: dict[str, list[Place]]) -> None:
+    """Write the wanted ranges of a buffer's numbers to where they are wanted; all ranks that share the states call it.
 
     Communication: an all-gather over these ranks of each piece, whoever wants it; no gradients.
 
     Args:
-        wanted: by kind, where the ranges begin and end
+        wanted: by kind
     """
     group = room.optimizer.data_parallel_group
     first = 0  # of the bucket, in the numbers
@@ -121,21 +131,22 @@ def fill(room: Reserved, wanted: dict[str, list[tuple[int, int]]]) -> None:
             (place["gbuf_local"].start, place["gbuf_local"].end, room.optimizer._get_main_param_and_optimizer_states(weight))
             for weight, place in ranges["param_map"].items()
         ]
-        piece = max(1, PIECE // group.size())
+        piece = min(share, max(1, PIECE // group.size()))
+        whole_own = torch.empty(piece, device=device.device())
+        whole_gathered = whole_own.new_empty(group.size() * piece)
         for begin in range(0, share, piece):
             size = min(piece, share - begin)
-            for kind, numbers in room.numbers.items():
-                own = torch.zeros(size, device=device.device())
+            for kind in room.numbers:
+                own, gathered = whole_own[:size].zero_(), whole_gathered[: group.size() * size]
                 for start, end, states in held:
                     low, high = max(start, begin), min(end, begin + size)
                     if low < high:
                         own[low - begin : high - begin] = states[kind].detach().view(-1)[low - start : high - start]
-                gathered = own.new_empty(group.size() * size)
                 all_gather_into_tensor(gathered, own, group=group)
                 for rank, part in enumerate(gathered.split(size)):
                     offset = rank * share + begin  # in the bucket, whose end is padding
                     valid = max(0, min(size, bucket.numel_unpadded - offset))
-                    _copy_wanted(part[:valid], numbers, first + offset, wanted[kind])
+                    _copy_wanted(part[:valid], first + offset, wanted[kind])
         first += bucket.numel_unpadded
 
 
@@ -145,9 +156,9 @@ def _bucket_ranges(room: Reserved) -> list[dict[str, Any]]:
     return list(ranges)
 
 
-def _copy_wanted(part: Tensor, numbers: Tensor, first: int, wanted: Sequence[tuple[int, int]]) -> None:
+def _copy_wanted(part: Tensor, first: int, wanted: Sequence[Place]) -> None:
     """Copy what is wanted of `part`, which begins at `first`."""
-    for start, end in wanted:
+    for start, end, target in wanted:
         low, high = max(start, first), min(end, first + len(part))
         if low < high:
-            numbers[low:high] = part[low - first : high - first].cpu()
+            target[low - start : high - start] = part[low - first : high - first].cpu()

@@ -13,24 +13,18 @@ Only one save is under way at a time: the next one finishes it first.
 
 from __future__ import annotations
 
-import queue
 import secrets
 import shutil
-import socket
-import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.optimizer import MegatronOptimizer
-from torch.distributed import all_gather_object, broadcast_object_list, get_rank, get_world_size
+from torch.distributed import all_gather_object, broadcast_object_list, get_world_size
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
@@ -50,6 +44,7 @@ from mpo_megatron.train.step_folders import (
     step_folder,
     write_state,
 )
+from mpo_megatron.train.writer import Bucket, report, stage, write_bucket
 
 SLOW_DISK = 2e8
 """Bytes a second and rank that a save is expected to write before one was measured."""
@@ -64,7 +59,7 @@ class Writing:
 
     state: RunState
     partial: Path
-    request: AsyncRequest
+    request: Any
     started: float
     files: Files = field(default_factory=dict)
     """What this rank has written."""
@@ -108,25 +103,14 @@ class Saver:
         final = step_folder(self.run, state.step)
         partial = self._open(final)
         device.synchronize()
-        filesystem_async._results_queue = queue.Queue()  # Megatron would start a process a rank to hold its own
-        try:
-            request = prepare_save(partial, model, optimizer, self.ranks)
-        except (OSError, RuntimeError) as error:  # on one rank, amid Megatron's collectives: the others end because it does
-            if not _is_write_error(error):
-                raise
-            message = _message(partial, _reason(error))
-            if self.ranks.is_main:
-                shutil.rmtree(partial, ignore_errors=True)
-            else:  # the others still look into the folder, and what the main rank has to say is printed in any case
-                print(f"rank {get_rank()} on {socket.gethostname()}: {message}", file=sys.stderr, flush=True)
-            raise SaveError(message) from error
+        request = prepare_save(partial, model, optimizer, self.ranks)
         self.writing = Writing(state=state, partial=partial, request=request, started=started)
+        buckets = stage(request)
         if self.config.asynchronous:
-            buckets = stage(request)
             self.writing.thread = threading.Thread(target=write, args=(self.writing, buckets), name="checkpoint", daemon=True)
             self.writing.thread.start()
         else:
-            write(self.writing, request.async_fn_args[1] if request.async_fn else [])
+            write(self.writing, buckets)
             self.finish()
 
     def finish(self) -> None:
@@ -208,43 +192,17 @@ class Saver:
             raise SaveError(_message(path, str(error))) from error
 
 
-def stage(request: AsyncRequest) -> list[WriteBucket]:
-    """Copies in host memory of what this rank is to write, so that training may go on."""
-    if request.async_fn is None:  # nothing falls to this rank
-        return []
-
-    def copy(tensor: torch.Tensor) -> torch.Tensor:
-        # What is on the host beside a GPU are optimizer states, gathered for this save.
-        return tensor.to("cpu", copy=not device.has_gpu(), non_blocking=True)
-
-    copies = [
-        (path, key, (objects, [(item, copy(tensor)) for item, tensor in tensors]))
-        for path, key, (objects, tensors) in request.async_fn_args[1]
-    ]
-    device.synchronize()
-    return copies
-
-
-def write(writing: Writing, buckets: list[WriteBucket]) -> None:
-    """Write this rank's files with Megatron's writer, and note their digests, or what went wrong."""
-    if not buckets:
-        return
-    assert writing.request.async_fn is not None
-    transforms, results = writing.request.async_fn.args[0], {}
+def write(writing: Writing, buckets: Sequence[Bucket]) -> None:
+    """Write this rank's files, and note their digests, or what went wrong."""
+    results = {}
     try:
-        for index, (path, key, (objects, tensors)) in enumerate(buckets):
-            held = (path, key, (objects, [(item, tensor.cpu()) for item, tensor in tensors]))
-            # Megatron's writer reports as a process would; here both ends are in this thread.
-            done, count = queue.SimpleQueue[tuple[int, Any]](), queue.Queue[int]()
-            count.put(index)
-            FileSystemWriterAsync.write_preloaded_data(transforms, index, held, done, count, use_fsync=True)
-            _, results[index] = done.get_nowait()
-            if isinstance(results[index], Exception):
-                raise results[index]
-            writing.files[Path(path).relative_to(writing.partial).as_posix()] = digest_file(Path(path))
+        for index, bucket in enumerate(buckets):
+            results[index] = write_bucket(writing.request, index, bucket)
+            path = Path(bucket[0])
+            writing.files[path.relative_to(writing.partial).as_posix()] = digest_file(path)
     except (OSError, RuntimeError) as error:
         writing.error = _reason(error)
-    writing.request.async_fn_args[2].put(results)
+    report(writing.request, results)
 
 
 def read_side_files(source: Path) -> dict[str, bytes]:
@@ -267,11 +225,6 @@ def _reason(error: BaseException) -> str:
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
     return str(cause or error)
-
-
-def _is_write_error(error: OSError | RuntimeError) -> bool:
-    """Whether a file could not be written; torch says so in words of its own where it opens files itself."""
-    return isinstance(error, OSError) or any(words in str(error) for words in ("iostream error", "PytorchStreamWriter"))
 
 
 def _message(path: Path, reason: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import torch._dynamo
 
 from mpo_megatron import device
+from mpo_megatron.config import ConfigError
 
 device.prepare()
 
@@ -172,3 +174,20 @@ def test_compiled_once_for_all_lengths_and_never_silently_uncompiled(monkeypatch
     assert len(graphs) == 14
     with torch._dynamo.config.patch(recompile_limit=8), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         compiled(torch.ones(3), "")
+
+
+@pytest.mark.parametrize(("installed", "refused"), [(None, False), ("0.4.1", True), ("0.6.0", False), ("0.7.0.dev12", False)])
+def test_an_old_resiliency_extension_is_named(installed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core ends in an AttributeError beside one; PyPI's newest is one."""
+
+    def version(name: str) -> str:
+        if installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if not refused:
+        device._check_resiliency_extension()
+        return
+    with pytest.raises(ConfigError, match=r"nvidia-resiliency-ext 0\.4\.1 is installed, .* remove it \(pip uninstall"):
+        device._check_resiliency_extension()

@@ -1,0 +1,59 @@
+"""What writes checkpoints beside training: nvidia-resiliency-ext's writer where it is installed, else Megatron-Core's.
+
+Both hand over a request with the same parts: what copies this rank's tensors to host memory, what writes them, and what finishes
+the checkpoint when all ranks have written. Both mean to be run by a process of their own; here a thread runs them, which ends
+with its rank.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+from typing import Any
+
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategies
+
+Bucket = tuple[Any, str, tuple[list[Any], list[Any]]]
+"""What goes into one file: its path, its name, and (objects, tensors)."""
+
+
+def choose_strategy() -> str:
+    """Megatron-Core's name of the writer to use."""
+    return "nvrx" if getattr(strategies, "HAVE_NVRX", False) else "mcore"
+
+
+def keep_results_here(strategy: str) -> None:
+    """Have the writer report to this process. By default it starts another one on each rank to hold a queue."""
+    if strategy == "nvrx":
+        from nvidia_resiliency_ext.checkpointing.async_ckpt import filesystem_async as module
+    else:
+        module = filesystem_async
+    if not hasattr(module, "_results_queue"):
+        raise AttributeError(f"{module.__name__}._results_queue no longer exists; mpo_megatron.train.writer must follow")
+    module._results_queue = queue.Queue()
+
+
+def stage(request: Any) -> list[Bucket]:
+    """Copy what this rank is to write to host memory, so that training may go on; nothing if no tensor falls to this rank."""
+    return [] if request.async_fn is None else list(request.preload_fn())
+
+
+def write_bucket(request: Any, index: int, bucket: Bucket) -> list[Any]:
+    """Write one file and force it to disk; what the checkpoint's metadata says of it.
+
+    Raises:
+        OSError: the file cannot be written. (The writer's function for all files would hide the reason.)
+    """
+    transforms, _, *open_file = request.async_fn.args  # nvidia-resiliency-ext also passes what opens files
+    writer = sys.modules[request.async_fn.func.__module__].FileSystemWriterAsync
+    _, result = writer.write_preloaded_data(transforms, *open_file, index, bucket, None, None, True)
+    if isinstance(result, Exception):
+        raise result
+    return list(result)
+
+
+def report(request: Any, results: dict[int, list[Any]]) -> None:
+    """Tell the request what was written, by the files' indices; its `finalize_fns` read it."""
+    if request.async_fn is not None:
+        request.async_fn_args[2].put(results)
