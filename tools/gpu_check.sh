@@ -1,42 +1,83 @@
 #!/usr/bin/env bash
-# gpu_check.sh [OUTPUT]: everything that a first look at a GPU machine should tell, in less than 10 minutes.
+# gpu_check.sh [OUTPUT]: everything that a first look at a GPU should tell, in less than 10 minutes, what tells most first.
 #
-#   1. packages     versions, GPU, which Transformer Engine recipes and attention kernels are there       → machine.json
-#   2. tests        tests/gpu, and without them nothing else is believed                                  → tests.json
-#   3. benchmarks   where a step's time goes, shared prompts, log-prob kernel, FP8 against bf16           → <name>.json
+#   part       seconds  question                                                              file in OUTPUT
+#   machine         40  versions, GPU, recipes and attention kernels that are there           machine.json
+#   smoke           75  does each kernel run: attention, layers, every FP8 recipe             smoke.json
+#   exactness      120  bf16 and FP8 start at the exact loss; gradients; resuming             exactness.jsonl
+#   breakdown       75  a step's time and MFU at 3B                                           breakdown.json
+#   layouts         70  shared against unshared prompts, and what the FLOP model says         layouts.json
+#   fp8             75  FP8 against bf16: speed, and the loss curves                          fp8.json
+#   plan            55  peak memory against `mpo plan`                                        plan.json
+#   tests           60  the other tests of tests/gpu, as many as there is time for            tests.jsonl
 #
-# Each part has a time limit, and writes to check.log; a part that fails does not keep the others from running, and shows in
-# summary.json and in the exit code. BENCHMARK_SIZE (default 1.5b; see benchmarks/setup.py) changes the size, TEST_SECONDS the
-# limit of the tests, CHECK_SECONDS that of everything: 9 minutes, so that a machine lent for 10 has one to unpack and copy. The
-# tests and benchmarks that tell most come first; a benchmark that runs out of its share of the time reports what it has.
+# Each part is a process of its own with a time limit, and writes its file as it goes: what one found stays if it, or the next
+# one, dies. parts/NAME.json has its exit code and seconds, check.log all that was printed, summary.json everything in short.
+# The exit code is 1 if a part failed.
+#
+#   BENCHMARK_SIZE   size of the benchmarks (3b; see benchmarks/setup.py)
+#   CHECK_SECONDS    all parts together (570); later parts get less, or nothing, where earlier ones took long
+#   PARTS            only these, in this order: PARTS="smoke breakdown"
+#   PYTHON           interpreter (python3)
 set -u
 cd "$(dirname "$0")/.." || exit
 output=${1:-gpu-check}
-mkdir -p "$output"
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 CUDA_DEVICE_MAX_CONNECTIONS=1 NVTE_FRAMEWORK=pytorch
+mkdir -p "$output/parts"
+output=$(cd "$output" && pwd)
+rm -f "$output"/parts/*.json "$output"/*.jsonl "$output/check.log"
+# As ranks set it for themselves (mpo_megatron/train/environment.py), on one GPU.
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 NVTE_FRAMEWORK=pytorch
 python=${PYTHON:-python3}
-size=${BENCHMARK_SIZE:-1.5b}
+size=${BENCHMARK_SIZE:-3b}
+deadline=$((SECONDS + ${CHECK_SECONDS:-570}))
 
-part() { # part NAME SECONDS COMMAND…: run it, note seconds and exit code; interrupted, pytest still reports what it did
-  local name=$1 limit=$2 started=$SECONDS code
+part() { # part NAME SECONDS COMMAND…: run it within the limit and what is left, and note how it ended
+  local name=$1 limit=$2 started=$SECONDS code=124
   shift 2
+  ((limit = limit < deadline - SECONDS ? limit : deadline - SECONDS))
   echo "== $name" | tee -a "$output/check.log"
-  timeout -s INT -k 10 "$((limit > 0 ? limit : 1))" "$@" >>"$output/check.log" 2>&1 # 0 would be no limit
-  code=$?
-  sed "0,/^== $name\$/d" "$output/check.log" | tail -n 25
-  echo "{\"part\": \"$name\", \"exit_code\": $code, \"seconds\": $((SECONDS - started))}" >>"$output/parts.jsonl"
+  if ((limit > 0)); then
+    # Interrupted, benchmarks and pytest report what they have; 10 seconds later they are killed.
+    timeout -s INT -k 10 "$limit" "$@" >"$output/parts/$name.log" 2>&1
+    code=$?
+  else
+    echo "no time left" >"$output/parts/$name.log"
+  fi
+  tail -n 25 "$output/parts/$name.log"
+  cat "$output/parts/$name.log" >>"$output/check.log"
+  rm "$output/parts/$name.log"
+  printf '{"part": "%s", "exit_code": %d, "seconds": %d, "limit": %d}\n' "$name" "$code" $((SECONDS - started)) "$limit" \
+    >"$output/parts/$name.json"
 }
 
-rm -f "$output/parts.jsonl" "$output/check.log"
-part machine 50 "$python" -m tests.gpu.machine "$output/machine.json"
-# Of whole runs only the one in bf16: each takes a minute or so.
-part tests "${TEST_SECONDS:-210}" "$python" -m pytest tests/gpu/test_gpu_{policy,logprobs,train,attention,fp8,offload}.py -q \
-  -k "not (test_gpu_train and (current or blockwise))" \
-  -p no:cacheprovider --disable-warnings --junitxml "$output/tests.xml"
-left=4
-for name in breakdown layouts logprobs fp8; do
-  part "$name" $(((${CHECK_SECONDS:-540} - SECONDS) / left)) "$python" -m "benchmarks.$name" --size "$size" --repeat 1 \
-    --output "$output"
-  left=$((left - 1))
+tests() { # tests NAME SECONDS ARGUMENTS…: pytest, each outcome written at once
+  local name=$1 limit=$2
+  shift 2
+  GPU_CHECK_TESTS="$output/$name.jsonl" part "$name" "$limit" "$python" -m pytest -p tests.gpu.results -p no:cacheprovider \
+    --disable-warnings -q "$@"
+}
+
+benchmark() { # benchmark NAME SECONDS OPTIONS…
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$python" -m "benchmarks.$name" --size "$size" --repeat 1 --output "$output" "$@"
+}
+
+exact="exact_loss or log_probs or gradients or near_bf16 or resumes or layers_compute"
+for each in ${PARTS:-machine smoke exactness breakdown layouts fp8 plan tests}; do
+  case $each in
+    machine) part machine 40 "$python" -m tests.gpu.machine "$output/machine.json" ;;
+    smoke) part smoke 75 "$python" -m tests.gpu.smoke "$output/smoke.json" ;;
+    exactness) tests exactness 120 tests/gpu/test_gpu_{policy,fp8}.py -k "$exact" ;;
+    breakdown) benchmark breakdown 75 ;;
+    layouts) benchmark layouts 70 ;;
+    fp8) benchmark fp8 75 --steps 8 ;;
+    plan) benchmark plan 55 --ranks 1 ;;
+    # Of whole runs only the one in bf16: each takes a minute or so.
+    tests) tests tests 60 tests/gpu/test_gpu_{attention,logprobs,train,offload,policy,fp8}.py \
+      -k "not (test_gpu_train and (current or blockwise)) and not ($exact)" ;;
+    *) echo "gpu_check.sh: PARTS has $each; there is no such part" >&2 && exit 2 ;;
+  esac
 done
 "$python" -m tests.gpu.machine --summary "$output"

@@ -10,7 +10,6 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 
 def main(arguments: list[str]) -> int:
@@ -51,35 +50,38 @@ def describe() -> dict[str, Any]:
 
 
 def summarize(folder: Path) -> int:
-    """Write summary.json and tests.json; the exit code: 1 if a part failed or no test ran."""
-    parts = [json.loads(line) for line in (folder / "parts.jsonl").read_text().splitlines()]
-    tests = []
-    if (folder / "tests.xml").is_file():
-        for case in ElementTree.parse(folder / "tests.xml").getroot().iter("testcase"):
-            outcome = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-            tests.append(
-                {
-                    "test": f"{case.get('classname')}::{case.get('name')}",
-                    "outcome": "passed" if outcome is None else outcome.tag,
-                    "seconds": float(case.get("time", 0)),
-                    "message": None if outcome is None else (outcome.get("message") or "")[:1000],
-                }
-            )
-        (folder / "tests.json").write_text(json.dumps(tests, indent=1) + "\n")
-        (folder / "tests.xml").unlink()
+    """Write summary.json; the exit code: 1 if a part failed or nothing was tested."""
+    parts = [
+        json.loads(path.read_text())
+        for path in sorted((folder / "parts").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    ]
+    tests = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
     counts: dict[str, int] = {}
     for test in tests:
         counts[test["outcome"]] = counts.get(test["outcome"], 0) + 1
+    smoke = json.loads((folder / "smoke.json").read_text()) if (folder / "smoke.json").is_file() else []
     summary = {
         "parts": parts,
         "tests": counts,
-        "failed": [test["test"] for test in tests if test["outcome"] in ("failure", "error")],
+        "failed": [test["test"] for test in tests if test["outcome"] == "failed"],
+        "smoke": {piece["piece"]: piece["outcome"] for piece in smoke},
+        "figures": figures(folder),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    (folder / "parts.jsonl").unlink()
     print(json.dumps(summary, indent=1))
     # Where no test ran, as without a GPU, nothing was checked.
     return int(any(part["exit_code"] for part in parts) or not counts.get("passed"))
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """The tables of the benchmarks that were measured, by name."""
+    found = {}
+    for name in ("breakdown", "layouts", "fp8", "plan"):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            content = json.loads(path.read_text())
+            found[name] = content.get("table", content["rows"])
+    return found
 
 
 if __name__ == "__main__":

@@ -97,9 +97,8 @@ def test_what_was_measured_before_an_interruption_is_reported(options: Any) -> N
 
 
 def test_the_gpu_check_names_every_gpu_test() -> None:
-    named = re.search(r"test_gpu_{(.*?)}\.py", (ROOT / "tools" / "gpu_check.sh").read_text())
-    assert named is not None
-    assert {f"test_gpu_{name}" for name in named[1].split(",")} == {
+    named = re.findall(r"test_gpu_{(.*?)}\.py", (ROOT / "tools" / "gpu_check.sh").read_text())
+    assert {f"test_gpu_{name}" for names in named for name in names.split(",")} == {
         path.stem for path in (ROOT / "tests" / "gpu").glob("test_*.py")
     }
 
