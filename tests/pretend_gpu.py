@@ -121,6 +121,8 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     plain_args, plain_kwargs = tree_map_only(GPUTensor, memory_of, (args, kwargs))
     if func.name() == "aten::addmm.dtype_out":  # the CPU has no such kernel
         return kwargs["out"].add_(args[1].to(args[3]) @ args[2].to(args[3]))
+    if func.name() == "aten::_fused_rms_norm_backward":  # nor this one
+        return tree_map_only(torch.Tensor, to_gpu, rms_norm_backward(*plain_args))
     with OwnRandomness() if gpu and torch.Tag.nondeterministic_seeded in func.tags else contextlib.nullcontext():
         out = func(*plain_args, **plain_kwargs)
     written = [value for argument, value in arguments_of(func, args, kwargs) if writes(argument)]
@@ -129,6 +131,23 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             written[0].data = to_gpu(out) if gpu else out
         return written[0]
     return tree_map_only(torch.Tensor, to_gpu, out) if gpu else out
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor,
+    values: torch.Tensor,
+    shape: list[int],
+    scale: torch.Tensor,
+    weight: torch.Tensor | None,
+    wanted: list[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of values · scale · weight, scale = 1 / √(mean(values²) + ε), over the last dimension."""
+    assert len(shape) == 1
+    normalized, outer = values.float() * scale, gradient.float()
+    inner = outer if weight is None else outer * weight.float()
+    of_values = scale * (inner - normalized * (inner * normalized).mean(dim=-1, keepdim=True))
+    of_weight = None if weight is None else (outer * normalized).flatten(0, -2).sum(dim=0).to(weight.dtype)
+    return of_values.to(values.dtype) if wanted[0] else None, of_weight if wanted[1] else None
 
 
 def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Sequence[torch.Tensor], gpu: bool) -> None:
