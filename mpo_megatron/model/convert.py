@@ -14,6 +14,7 @@ import dataclasses
 import itertools
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
@@ -29,6 +30,7 @@ from mpo_megatron.families.rules import EMBEDDING, OUTPUT
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
 from mpo_megatron.model.convert_folder import copy_side_files, find_megatron_checkpoint, progress, set_config_dtype, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.model.hf_names import base_model, check_kind, is_adapter, read_names
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
     PlannedTensor,
@@ -59,6 +61,8 @@ def convert(config: ConvertConfig) -> None:
     if megatron is not None:
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
         return
+    if is_adapter(source):
+        raise CheckpointError(f"input = {source} is a LoRA adapter of {base_model(source)}; merge it into that model first.")
     require(
         (source / "config.json").is_file(),
         f"input = {source} is neither a Hugging Face checkpoint (no config.json) nor a Megatron one (no megatron/, no "
@@ -83,20 +87,17 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
     """
     digests.check_folder(source, weights=True)
     family = load_family(source)
-    require(
-        getattr(family.config, "quantization_config", None) is None,
-        f"{source / 'config.json'}: quantization_config is set; a quantized checkpoint cannot be trained: convert the "
-        "original one.",
-    )
+    check_kind(source, family)
     padded_vocab = padded_vocab_size(family.vocab_size, vocab_multiple)
     slices = build_weight_map(family, padded_vocab)
-    tensors = list_tensors(source)
+    tensors = read_names(list_tensors(source), family, source)
     tied_output = tensors.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(tensors, slices, source)
     dtypes = _dtype_of_keys(tensors, slices)
     homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
     total = sum(chunk.num_bytes for chunk in homes)
     digest = WeightsDigest()
+    odd: dict[str, int] = {}
 
     with staged(output, total) as folder, RowReader() as reader, progress("Hugging Face → Megatron", total) as advance:
         if tied_output is not None:
@@ -104,9 +105,15 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
 
         def resolve(chunk: Chunk) -> Tensor:
             advance(chunk.num_bytes)
-            return _gather_rows(chunk, homes[chunk], tensors, reader, digest)
+            data = _gather_rows(chunk, homes[chunk], tensors, reader, digest)
+            count = data.numel() - int(torch.isfinite(data).sum())
+            if count:
+                odd[chunk.key] = odd.get(chunk.key, 0) + count
+            return data
 
         write_checkpoint(folder / "megatron", list(homes), extra_state_keys(family), resolve)
+        for key, count in odd.items():
+            print(f"warning: {source}: {count:,} values of {key} are NaN or infinite", file=sys.stderr)
         copy_side_files(source, folder / "hf")
         conversion = Conversion(
             architecture=(family.config.architectures or [""])[0],

@@ -58,7 +58,8 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a Hugging Face checkpoint, from its index or its single file; reads headers only.
+    """All tensors of a Hugging Face checkpoint, from its single file or else its index, as `transformers` loads them; reads
+    headers only.
 
     Raises:
         CheckpointError: no safetensors there, a missing or truncated file, an index that contradicts its files.
@@ -87,10 +88,10 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name → file name; for a checkpoint without index, its one file under an empty name."""
     path = folder / INDEX
-    if not path.is_file():
-        if not (folder / SINGLE).is_file():
-            raise CheckpointError(_why_no_weights(folder))
+    if (folder / SINGLE).is_file():  # an index beside it is of an older save
         return {"": SINGLE}
+    if not path.is_file():
+        raise CheckpointError(_why_no_weights(folder))
     try:
         index = json.loads(path.read_bytes())["weight_map"]
         complete = bool(index) and all(isinstance(item, str) for pair in index.items() for item in pair)

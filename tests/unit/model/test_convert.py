@@ -17,7 +17,21 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen2MoeConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, ConvertConfig
@@ -44,6 +58,13 @@ MODELS: dict[str, PretrainedConfig] = {
     "qwen3": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=False),  # head_dim ≠ hidden / heads
     "qwen3-tied": Qwen3Config(**SIZES, head_dim=32, tie_word_embeddings=True),
     "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=32),
+    "llama": LlamaConfig(**SIZES, tie_word_embeddings=False),
+    "mistral": MistralConfig(**SIZES, sliding_window=8),
+    "mixtral": MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "gemma2": Gemma2Config(**SIZES, head_dim=32),
+    "gemma3": Gemma3TextConfig(**SIZES, head_dim=32),
+    "olmo2": Olmo2Config(**SIZES),
+    "olmo3": Olmo3Config(**SIZES),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=80, mlp_only_layers=[0]),
 }
 SIDE_FILES = {
@@ -280,7 +301,24 @@ def to_float32(tensors: dict[str, Tensor], name: str) -> None:
     tensors[name] = tensors[name].float()
 
 
+def rename(folder: Path, new_name: Callable[[str], str]) -> None:
+    """Give all weights other names."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        renamed = {new_name(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    rewrite(folder, change)
+
+
+def adapter_only(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2.5-7B"}')
+
+
 UP = "model.layers.1.mlp.up_proj.weight"
+LONGROPE = {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.0] * 8, "original_max_position_embeddings": 64}
 BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing shard": (
         lambda folder: first_shard(folder).unlink(),
@@ -336,12 +374,12 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         r"config.json: .*'hidden_size' expected int, got str",
     ),
     "rope scaling": (
-        lambda folder: edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 4.0}),
-        r"config.json: .*rope_type = 'yarn' is not implemented; implemented are default, linear",
+        lambda folder: edit_config(folder, rope_scaling={"rope_type": "longrope", **LONGROPE}),
+        r"config.json: .*rope_type = 'longrope' is not implemented; implemented are default, linear",
     ),
     "rope scaling of older checkpoints": (
-        lambda folder: edit_config(folder, rope_scaling={"type": "dynamic", "factor": 4.0}),
-        r"config.json: .*rope_type = 'dynamic' is not implemented; implemented are default, linear",
+        lambda folder: edit_config(folder, rope_scaling={"type": "longrope", **LONGROPE}),
+        r"config.json: .*rope_type = 'longrope' is not implemented; implemented are default, linear",
     ),
     "shape": (
         lambda folder: edit_config(folder, intermediate_size=128),
@@ -359,12 +397,39 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: edit_config(folder, quantization_config={"quant_method": "fp8"}),
         r"quantization_config is set; a quantized checkpoint cannot be trained",
     ),
+    "wrapped": (
+        lambda folder: rename(folder, lambda name: f"module.{name}"),
+        r"names of weights begin with 'module.' .*as DistributedDataParallel saves them",
+    ),
+    "compiled": (lambda folder: rename(folder, lambda name: f"_orig_mod.{name}"), r"begin with '_orig_mod.' .*a compiled model"),
+    "base model": (
+        lambda folder: rename(folder, lambda name: name.removeprefix("model.")),
+        r"holds a base model .*lm_head.weight is missing",
+    ),
+    "adapter beside a model": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        r"adapter_config.json: a LoRA adapter, not a whole model; merge it",
+    ),
+    "adapter": (adapter_only, r"is a LoRA adapter of Qwen/Qwen2.5-7B; merge it into that model first"),
+    "reward model": (
+        lambda folder: edit_config(folder, architectures=["Qwen2ForSequenceClassification"]),
+        r"architectures = Qwen2ForSequenceClassification: a reward model or classifier",
+    ),
+    "reward model's weights": (
+        lambda folder: rename(folder, lambda name: name.replace("lm_head.", "score.")),
+        r"holds a reward model or classifier \(score.weight\), not a language model",
+    ),
+    "unknown field": (lambda folder: edit_config(folder, residual_scale=0.5), r"residual_scale = 0.5 is unknown to Qwen"),
+    "bias": (
+        lambda folder: edit_config(folder, attention_dropout=0.1),
+        r"attention_dropout = 0.1 .*must be deterministic; set 0",
+    ),
     "pickles": (pickle_only, r"only as pickles \(pytorch_model.bin\).*save_pretrained\(NEW_FOLDER\)"),
     "layers of another kind": (
         lambda folder: edit_config(folder, layer_types=["full_attention"] * 2 + ["chunked_attention"]),
         r"config.json: .*chunked_attention",
     ),
-    "architecture": (lambda folder: edit_config(folder, model_type="llama"), r"model_type = 'llama' is not supported"),
+    "architecture": (lambda folder: edit_config(folder, model_type="gpt2"), r"model_type = 'gpt2' is not supported"),
     "no config": (
         lambda folder: (folder / "config.json").unlink(),
         r"neither a Hugging Face checkpoint \(no config.json\)",
@@ -569,3 +634,63 @@ def test_tools_convert_without_the_command(qwen3: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 1
     assert "no megatron/" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def converted_back(source: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """All weights after both conversions."""
+    convert(ConvertConfig(input=str(source), output=str(folder / "megatron")))
+    convert(ConvertConfig(input=str(folder / "megatron"), output=str(folder / "back")))
+    return load_all(folder / "back")
+
+
+def load_all(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def test_a_single_file_comes_before_an_older_index(tmp_path: Path) -> None:
+    """As transformers loads them: a folder that was saved to twice, first in shards."""
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(MODELS["qwen2"]).save_pretrained(tmp_path / "hf", max_shard_size="50KB")
+    assert (tmp_path / "hf" / INDEX).is_file()
+    torch.manual_seed(2)
+    model = AutoModelForCausalLM.from_config(MODELS["qwen2"])
+    save_file(model.state_dict(), tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    back = converted_back(tmp_path / "hf", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
+    assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+
+
+def test_rotary_frequencies_in_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(MODELS["qwen2-no-groups"])
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    model.save_pretrained(tmp_path / "hf")
+    buffers = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(8) for layer in range(3)}
+    save_file(tensors | buffers, tmp_path / "hf" / "model.safetensors")
+    assert load_all(tmp_path / "hf").keys() > converted_back(tmp_path / "hf", tmp_path).keys()
+
+
+def test_a_tied_base_model_is_a_whole_model(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(MODELS["qwen2-no-groups"])
+    model.save_pretrained(tmp_path / "hf")
+    expected = load_all(tmp_path / "hf")
+    save_file({name.removeprefix("model."): tensor for name, tensor in expected.items()}, tmp_path / "hf" / "model.safetensors")
+    back = converted_back(tmp_path / "hf", tmp_path)
+    assert all(torch.equal(back[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("name", ["qwen3-moe", "mixtral"])
+def test_stacked_experts_are_taken_apart(name: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(MODELS[name])
+    model.save_pretrained(tmp_path / "hf")
+    expected = load_all(tmp_path / "hf")
+    save_file({key: tensor.contiguous() for key, tensor in model.state_dict().items()}, tmp_path / "hf" / "model.safetensors")
+    assert any(key.endswith("experts.gate_up_proj") for key in load_all(tmp_path / "hf"))
+    back = converted_back(tmp_path / "hf", tmp_path)
+    assert back.keys() == expected.keys()
+    assert all(torch.equal(back[key], tensor) for key, tensor in expected.items())
+
+
+def test_weights_that_are_no_numbers_are_reported(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(hf, lambda tensors: tensors[UP].view(-1)[:3].fill_(float("nan")))
+    convert(ConvertConfig(input=str(hf), output=str(tmp_path / "megatron")))
+    assert "3 values of decoder.layers.mlp.linear_fc1.weight are NaN or infinite" in capsys.readouterr().err

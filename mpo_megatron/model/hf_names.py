@@ -1,0 +1,140 @@
+"""Names of a Hugging Face checkpoint's tensors as `transformers` reads them, and kinds of checkpoints that are no language model.
+
+`transformers` ignores buffers of rotary frequencies, adds the prefix that the checkpoint of a base model lacks, and knows experts
+that are stacked in one tensor. What it would fill with random numbers is refused here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from mpo_megatron.config import require
+from mpo_megatron.families import Family
+from mpo_megatron.families.rules import EMBEDDING, Rule
+from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.model.safetensors_io import StoredTensor
+
+WRAPPERS = {
+    "module.": "as DistributedDataParallel saves them",
+    "_orig_mod.": "as a compiled model saves them",
+    "base_model.model.": "as PEFT saves them; merge the adapter into its base model first (merge_and_unload)",
+}
+"""Prefixes of names, and where they come from."""
+HEADS = {
+    "score.": "a reward model or classifier",
+    "classifier.": "a classifier",
+    "v_head.": "a policy with a value head",
+    "value_head.": "a policy with a value head",
+}
+"""Beginnings of the names of output layers that are no language model's."""
+
+
+def check_kind(source: Path, family: Family) -> None:
+    """Refuse folders that hold something else than the weights of a language model.
+
+    Raises:
+        ConfigError: an adapter, a quantized checkpoint, or the architecture of a classifier.
+    """
+    adapter = source / "adapter_config.json"
+    require(
+        not adapter.is_file(),
+        f"{adapter}: a LoRA adapter, not a whole model; merge it into its base model first, in peft: merge_and_unload().",
+    )
+    config = source / "config.json"
+    quantization = getattr(family.config, "quantization_config", None)
+    require(
+        quantization is None,
+        f"{config}: quantization_config is set; a quantized checkpoint cannot be trained: convert the original one.",
+    )
+    for architecture in family.config.architectures or []:
+        require(
+            architecture.endswith(("ForCausalLM", "Model")),
+            f"{config}: architectures = {architecture}: a reward model or classifier has no output layer for tokens; convert a "
+            "model ...ForCausalLM. To score responses with it, name its folder in mpo score.",
+        )
+
+
+def is_adapter(source: Path) -> bool:
+    """Whether a folder has an adapter and no model."""
+    return (source / "adapter_config.json").is_file() and not (source / "config.json").is_file()
+
+
+def read_names(tensors: dict[str, StoredTensor], family: Family, source: Path) -> dict[str, StoredTensor]:
+    """The tensors by the names that weight rules use.
+
+    Raises:
+        CheckpointError: names of wrapped models, of adapters, or of other output layers.
+    """
+    _refuse_other_models(tensors, source)
+    named = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if EMBEDDING not in named and EMBEDDING.removeprefix("model.") in named:
+        if not family.tie_word_embeddings:
+            raise CheckpointError(
+                f"{source} holds a base model (its names begin without `model.`), so lm_head.weight is missing; save the model "
+                "...ForCausalLM."
+            )
+        named = {f"model.{name}": dataclasses.replace(tensor, name=f"model.{name}") for name, tensor in named.items()}
+    return _split_experts(named, family)
+
+
+def _refuse_other_models(names: Iterable[str], source: Path) -> None:
+    for name in names:
+        if ".lora_" in name:
+            raise CheckpointError(f"{source} holds the weights of a LoRA adapter ({name}); merge it into its base model first.")
+        for prefix, origin in WRAPPERS.items():
+            if name.startswith(prefix):
+                raise CheckpointError(
+                    f"{source}: the names of weights begin with {prefix!r} ({name}), {origin}; save the model inside instead."
+                )
+        for head, kind in HEADS.items():
+            if name.startswith(head):
+                raise CheckpointError(f"{source} holds {kind} ({name}), not a language model; convert a model ...ForCausalLM.")
+
+
+def _split_experts(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
+    """Experts one by one where a layer's are stacked in `mlp.experts.gate_up_proj` and `down_proj`, without a copy."""
+    found = dict(tensors)
+    for layer in range(family.num_hidden_layers) if family.experts else ():
+        fused = False
+        for rule in family.rules:
+            if rule.experts is None:
+                continue
+            kind = "gate_up_proj" if len(rule.parts) == 2 else "down_proj"
+            stacked = found.pop(f"model.layers.{layer}.mlp.experts.{kind}", None)
+            if stacked is not None:
+                fused = True
+                found |= _experts_of(stacked, rule, layer)
+        router = found.pop(f"model.layers.{layer}.mlp.gate.weight", None) if fused else None
+        if router is not None:  # families that name it otherwise in checkpoints do not when experts are stacked
+            [name] = next(rule.parts for rule in family.rules if rule.megatron.endswith("router.weight"))
+            name = name.format(layer=layer)
+            found[name] = dataclasses.replace(router, name=name)
+    return found
+
+
+def _experts_of(stacked: StoredTensor, rule: Rule, layer: int) -> dict[str, StoredTensor]:
+    expected = (rule.experts, rule.rows, rule.columns)
+    if stacked.shape != expected:
+        raise CheckpointError(
+            f"{stacked.name} is {list(stacked.shape)} in {stacked.file}, but {list(expected)} by config.json. Is config.json the "
+            "one of these weights?"
+        )
+    parts, start = {}, stacked.start
+    for expert in range(rule.experts or 0):
+        for pattern, rows in rule.parts.items():
+            name, shape = pattern.format(layer=layer, expert=expert), (rows, *stacked.shape[2:])
+            parts[name] = StoredTensor(name, stacked.file, stacked.dtype, shape, start)
+            start += math.prod(shape) * stacked.dtype.itemsize
+    return parts
+
+
+def base_model(source: Path) -> str:
+    """The model that an adapter belongs to, for messages."""
+    try:
+        return str(json.loads((source / "adapter_config.json").read_bytes()).get("base_model_name_or_path"))
+    except (ValueError, AttributeError):
+        return "its base model"
