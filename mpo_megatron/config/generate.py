@@ -135,6 +135,8 @@ class GenerateConfig(Section):
     """Folder or .model file of the tokenizer, if not the model's."""
     system_prompt: str | None = None
     """System message put before prompts that have none; as in `mpo prepare`."""
+    prompt_format: Literal["auto", "chat", "templated"] = "auto"
+    """Whether prompts are text that the chat template has been applied to already; as in `mpo prepare`."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's; as in `mpo prepare`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)

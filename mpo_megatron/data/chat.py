@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jinja2 import TemplateError
 
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Bools, Int32, Message
 from mpo_megatron.data.thoughts import continue_prompt, find_seam
@@ -327,6 +327,21 @@ class Chat:
         """Ids of a text as they are behind `anchor`; None if the two merge."""
         alone, together = self.tokenizer.encode(anchor), self.tokenizer.encode(anchor + text)
         return together[len(alone) :] if together[: len(alone)] == alone else None
+
+
+def check_templated(prompts: Sequence[Sequence[Message]], chat: Chat) -> None:
+    """Check that not most of these prompts are text that a chat template has been applied to.
+
+    Raises:
+        ConfigError: they are; the message shows one.
+    """
+    templated = [prompt for prompt in prompts if chat.looks_templated(prompt)]
+    require(
+        2 * len(templated) <= len(prompts),
+        f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had been applied "
+        f"to them already, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to templated "
+        "to take them as they are, or to chat to apply the template to them again.",
+    )
 
 
 def _with_content(message: Message, content: str | None) -> Message:

@@ -26,7 +26,7 @@ from rich.text import Text
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
-from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import Layout
 from mpo_megatron.data.group import Float64, Group, Int64, RewardKind, TokenizedGroup
@@ -209,13 +209,8 @@ def _peek(config: PrepareConfig, chat: Chat, items: Iterator[Group | Rejection])
     """
     head = list(itertools.islice(items, _PEEKED))
     groups = [item for item in head if isinstance(item, Group)]
-    templated = [group for group in groups if chat.looks_templated(group.prompt)]
-    require(
-        config.prompt_format != "auto" or 2 * len(templated) <= len(groups),
-        f"prompt_format = auto; {len(templated)} of the first {len(groups)} prompts look as if a chat template had been applied "
-        f"to them already, for example {templated[0].where if templated else ''}; set prompt_format to templated to take them as "
-        "they are, or to chat to apply the template to them again.",
-    )
+    if config.prompt_format == "auto":
+        check_templated([group.prompt for group in groups], chat)
     return itertools.chain(head, items)
 
 

@@ -271,7 +271,8 @@ class SentencePieceTokenizer:
 
 
 def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) -> Tokenizer:
-    """Load a tokenizer: a Hugging Face folder, a Megatron checkpoint (its `hf` folder), or a SentencePiece `.model` file.
+    """Load a tokenizer: a Hugging Face folder, a Megatron checkpoint (its `hf` folder), a SentencePiece `.model` file,
+    or a model's name on the hub.
 
     `chat_template` is a file with a Jinja template that replaces the tokenizer's own. A SentencePiece model without a
     template gets `PLAIN_TEMPLATE`; any other tokenizer without one is refused, for inference would have none either.
@@ -285,6 +286,8 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
         require(source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder.")
         check_file(source)
         return _load_sentencepiece(source, template)
+    if not source.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
+        source = _download(str(path))
     require(source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file.")
     folder = source / "hf" if (source / "hf").is_dir() else source
     check_folder(folder, weights=False)
@@ -297,6 +300,33 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
 def _read_template(path: Path) -> str:
     require(path.is_file(), f"chat_template = {path}; no such file; give a file with a Jinja template.")
     return path.read_text(encoding="utf-8")
+
+
+def _download(name: str) -> Path:
+    """The folder of the hub's cache with the tokenizer of a model; no code and no weights.
+
+    Raises:
+        ConfigError: there is no such model, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download  # only names of the hub need it
+
+    patterns = [
+        "tokenizer*",
+        "*.model",
+        "vocab*",
+        "merges*",
+        "special_tokens*",
+        "added_tokens*",
+        "chat_template*",
+        "*config.json",
+    ]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"tokenizer = {name}; no such folder here, and as a name on the hub it cannot be loaded: {reason}"
+        ) from error
 
 
 def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokenizer:

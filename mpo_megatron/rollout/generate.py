@@ -26,7 +26,7 @@ from rich.console import Console
 from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.digests import list_files
@@ -72,8 +72,15 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     shard, output = choose_shard(config.shard), Path(config.output)
     checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai")
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
-    chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
+    chat = Chat(
+        tokenizer,
+        system_prompt=config.system_prompt,
+        variables=config.chat_template_kwargs,
+        templated=config.prompt_format == "templated",
+    )
     prompts = load_prompts(config.prompts, chat, max_prompt_tokens=config.max_prompt_tokens, max_prompts=config.max_prompts)
+    if config.prompt_format == "auto":
+        check_templated([record["prompt"] for record in prompts.records[:64]], chat)
     sampling = _build_sampling(config, chat, checkpoint)
     if config.engine != "openai":
         _check_context(prompts, config.max_tokens, checkpoint)

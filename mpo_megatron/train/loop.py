@@ -230,7 +230,7 @@ def build_saver(run: Run) -> Saver:
     """What writes this run's checkpoints."""
     source = Path(run.config.model.checkpoint)
     size = checkpoint.estimate_bytes(source, run.config.model.precision)
-    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size)
+    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size, run.inputs.train.info.end_token_ids)
 
 
 def start_tracking(run: Run, done: int) -> list[Tracker]:

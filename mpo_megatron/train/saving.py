@@ -13,6 +13,7 @@ Only one save is under way at a time: the next one finishes it first.
 
 from __future__ import annotations
 
+import json
 import secrets
 import shutil
 import threading
@@ -70,17 +71,20 @@ class Writing:
 class Saver:
     """Writes a run's checkpoints; all ranks call its methods at the same steps."""
 
-    def __init__(self, run: Path, config: CheckpointConfig, ranks: Ranks, source: Path, size: int) -> None:
+    def __init__(
+        self, run: Path, config: CheckpointConfig, ranks: Ranks, source: Path, size: int, end_token_ids: Sequence[int] = ()
+    ) -> None:
         """Prepare saves into the folder of a run.
 
         Args:
             source: checkpoint folder of the model, whose side files go along
             size: bytes a checkpoint is expected to have
+            end_token_ids: tokens that the run's data trains the model to end a response with
         Raises:
             DamagedError: a side file is not what was written.
         """
         self.run, self.config, self.ranks, self.size = run, config, ranks, size
-        self.side_files = read_side_files(source) if ranks.is_main else {}
+        self.side_files = add_end_tokens(read_side_files(source), end_token_ids) if ranks.is_main else {}
         self.writing: Writing | None = None
         self.seconds = size / (SLOW_DISK * get_world_size())
         """What the slowest save so far took, from its start to its name; before the first one, what a slow disk would take."""
@@ -217,6 +221,22 @@ def read_side_files(source: Path) -> dict[str, bytes]:
     for path in paths:
         check_file(path)
     return {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+
+
+def add_end_tokens(files: dict[str, bytes], end_token_ids: Sequence[int]) -> dict[str, bytes]:
+    """The side files, with generation settings by which engines stop at these tokens.
+
+    A base model's own settings name the token that ends a text; a chat template ends responses with another one.
+    """
+    path = "hf/generation_config.json"
+    settings: dict[str, Any] = json.loads(files.get(path, b"{}"))
+    named = settings.get("eos_token_id", json.loads(files.get("hf/config.json", b"{}")).get("eos_token_id"))
+    known = [] if named is None else named if isinstance(named, list) else [named]
+    missing = [int(token) for token in end_token_ids if token not in known]
+    if not missing:
+        return files
+    settings["eos_token_id"] = [*missing, *known]
+    return files | {path: json.dumps(settings, indent=2).encode() + b"\n"}
 
 
 def _reason(error: BaseException) -> str:

@@ -390,7 +390,7 @@ def test_a_templated_prompt_stops_the_run_or_is_taken_as_it_is(run: Any, model: 
     text = "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n"
     path = write_lines({"prompt": text, "responses": ["A", "B"], "rewards": [1, 0]})
     with pytest.raises(
-        ConfigError, match=r"1 of the first 1 prompts look as if a chat template had been applied .*rows.jsonl:1; set"
+        ConfigError, match=r"1 of the first 1 prompts look as if a chat template had been applied .*im_start.*user.*; set"
     ):
         run(path)
     _, groups, _ = run(path, prompt_format="templated")

@@ -269,6 +269,24 @@ def test_tokens_added_beside_a_sentencepiece_model(sentencepiece_model: Path, tm
     assert tokenizer.decode(tokenizer.encode("a<|end|>b"), skip_special=True) == "ab"
 
 
+def test_a_name_on_the_hub(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options))
+        if name == "owner/none":
+            raise OSError("404 Client Error\nmore")
+        return str(bpe_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_tokenizer("owner/model").digest() == load_tokenizer(bpe_folder).digest()
+    assert not any(pattern.endswith((".py", ".safetensors")) for pattern in asked[0][1]["allow_patterns"])
+    with pytest.raises(ConfigError, match=r"tokenizer = owner/none; no such folder here, .* hub .*: 404 Client Error$"):
+        load_tokenizer("owner/none")
+
+
 def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="tokenizer = nowhere; no such folder or file"):
         load_tokenizer("nowhere")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import queue
 import resource
 import shutil
@@ -96,6 +97,18 @@ def small_run(folder: Path) -> TrainConfig:
         checkpoint=CheckpointConfig(every=1),
         max_steps=3,
     )
+
+
+def test_engines_stop_at_the_token_that_was_scored() -> None:
+    """A base model ends texts with one token, and a chat template responses with another."""
+    base = {"hf/config.json": b'{"eos_token_id": 3}', "conversion.json": b"{}"}
+    files = saving.add_end_tokens(base, [5])
+    assert json.loads(files.pop("hf/generation_config.json")) == {"eos_token_id": [5, 3]}
+    assert files == base
+    instruct = base | {"hf/generation_config.json": b'{"eos_token_id": [5, 7], "top_p": 0.8}'}
+    assert saving.add_end_tokens(instruct, [5]) == instruct
+    added = saving.add_end_tokens(instruct, [9, 7])["hf/generation_config.json"]
+    assert json.loads(added) == {"eos_token_id": [9, 5, 7], "top_p": 0.8}
 
 
 def test_room_is_looked_for_where_checkpoints_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
