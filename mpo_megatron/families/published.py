@@ -7,10 +7,11 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 
-def _shape(
-    model_type: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int, tied: bool
+def _decoder(
+    model_type: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int, **fields: Any
 ) -> dict[str, Any]:
-    shape: dict[str, Any] = {
+    """Fields that every config.json has, and others."""
+    return {
         "model_type": model_type,
         "hidden_size": hidden,
         "intermediate_size": ffn,
@@ -18,35 +19,113 @@ def _shape(
         "num_attention_heads": heads,
         "num_key_value_heads": groups,
         "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "max_position_embeddings": 32768 if model_type == "qwen2" else 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "hidden_act": "silu",
+        "tie_word_embeddings": False,
         "attention_dropout": 0.0,
-        "use_sliding_window": False,
+        **fields,
     }
-    if model_type != "qwen2":
-        shape |= {"head_dim": 128, "attention_bias": False}
-    return shape
 
 
-_EXPERTS = {"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1}
+def _qwen(model_type: str, *sizes: int, tied: bool, **fields: Any) -> dict[str, Any]:
+    fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
+    if model_type == "qwen2":
+        fields |= {"max_position_embeddings": 32768, "max_window_layers": sizes[2]}
+    else:
+        fields |= {"max_position_embeddings": 40960, "head_dim": 128, "attention_bias": False}
+    return _decoder(model_type, *sizes, tie_word_embeddings=tied, **fields)
+
+
+def _llama(*sizes: int, positions: int, theta: float, tied: bool = False, factor: float | None = None, **fields: Any) -> Any:
+    """Llama and its like; `factor` of Llama 3.1's scaled rotary embedding."""
+    fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": positions}
+    fields |= {"rope_theta": theta, "pretraining_tp": 1, "tie_word_embeddings": tied}
+    if factor is not None:
+        fields["rope_scaling"] = {
+            **{"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "original_max_position_embeddings": 8192,
+        }
+    return _decoder("llama", *sizes, **fields)
+
+
+def _mistral(*sizes: int, theta: float, window: int | None = None, **fields: Any) -> dict[str, Any]:
+    fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "max_position_embeddings": 32768, "rope_theta": theta}
+    return _decoder("mistral", *sizes, sliding_window=window, **fields)
+
+
+def _gemma2(*sizes: int, head: int, scalar: int) -> dict[str, Any]:
+    return _decoder(
+        "gemma2",
+        *sizes,
+        **{"head_dim": head, "query_pre_attn_scalar": scalar, "tie_word_embeddings": True, "max_position_embeddings": 8192},
+        **{"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6},
+        **{"rope_theta": 10000.0, "sliding_window": 4096, "sliding_window_size": 4096, "cache_implementation": "hybrid"},
+        **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention_bias": False},
+    )
+
+
+def _olmo(model_type: str, *sizes: int, **fields: Any) -> dict[str, Any]:
+    fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 500000}
+    return _decoder(model_type, *sizes, **fields)
+
+
+_EXPERTS = {
+    **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
+    "norm_topk_prob": True,
+}
 
 MODELS: dict[str, dict[str, Any]] = {
-    "Qwen2.5-0.5B": _shape("qwen2", 896, 4864, 24, 14, 2, 151936, True),
-    "Qwen2.5-1.5B": _shape("qwen2", 1536, 8960, 28, 12, 2, 151936, True),
-    "Qwen2.5-3B": _shape("qwen2", 2048, 11008, 36, 16, 2, 151936, True),
-    "Qwen2.5-7B": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, False),
-    "Qwen2.5-14B": _shape("qwen2", 5120, 13824, 48, 40, 8, 152064, False),
-    "Qwen2.5-32B": _shape("qwen2", 5120, 27648, 64, 40, 8, 152064, False),
-    "Qwen3-0.6B": _shape("qwen3", 1024, 3072, 28, 16, 8, 151936, True),
-    "Qwen3-1.7B": _shape("qwen3", 2048, 6144, 28, 16, 8, 151936, True),
-    "Qwen3-4B": _shape("qwen3", 2560, 9728, 36, 32, 8, 151936, True),
-    "Qwen3-8B": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, False),
-    "Qwen3-14B": _shape("qwen3", 5120, 17408, 40, 40, 8, 151936, False),
-    "Qwen3-32B": _shape("qwen3", 5120, 25600, 64, 64, 8, 151936, False),
-    "Qwen3-30B-A3B": _shape("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, False) | _EXPERTS | {"norm_topk_prob": True},
+    "Qwen2.5-0.5B": _qwen("qwen2", 896, 4864, 24, 14, 2, 151936, tied=True),
+    "Qwen2.5-1.5B": _qwen("qwen2", 1536, 8960, 28, 12, 2, 151936, tied=True),
+    "Qwen2.5-3B": _qwen("qwen2", 2048, 11008, 36, 16, 2, 151936, tied=True),
+    "Qwen2.5-7B": _qwen("qwen2", 3584, 18944, 28, 28, 4, 152064, tied=False),
+    "Qwen2.5-14B": _qwen("qwen2", 5120, 13824, 48, 40, 8, 152064, tied=False),
+    "Qwen2.5-32B": _qwen("qwen2", 5120, 27648, 64, 40, 8, 152064, tied=False),
+    "Qwen3-0.6B": _qwen("qwen3", 1024, 3072, 28, 16, 8, 151936, tied=True),
+    "Qwen3-1.7B": _qwen("qwen3", 2048, 6144, 28, 16, 8, 151936, tied=True),
+    "Qwen3-4B": _qwen("qwen3", 2560, 9728, 36, 32, 8, 151936, tied=True),
+    "Qwen3-8B": _qwen("qwen3", 4096, 12288, 36, 32, 8, 151936, tied=False),
+    "Qwen3-14B": _qwen("qwen3", 5120, 17408, 40, 40, 8, 151936, tied=False),
+    "Qwen3-32B": _qwen("qwen3", 5120, 25600, 64, 64, 8, 151936, tied=False),
+    "Qwen3-30B-A3B": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, tied=False, **_EXPERTS),
+    "Qwen2.5-72B": _qwen("qwen2", 8192, 29568, 80, 64, 8, 152064, tied=False),
+    "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 32000, positions=4096, theta=10000.0),
+    "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, 32000, positions=4096, theta=10000.0),
+    "Llama-2-70B": _llama(8192, 28672, 80, 64, 8, 32000, positions=4096, theta=10000.0),
+    "Llama-3-8B": _llama(4096, 14336, 32, 32, 8, 128256, positions=8192, theta=500000.0),
+    "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
+    "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
+    "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 8, 128256, positions=131072, theta=500000.0, factor=32.0, tied=True, head_dim=64),
+    "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, 128256, positions=131072, theta=500000.0, factor=32.0, tied=True, head_dim=128),
+    "Llama-3.3-70B": _llama(8192, 28672, 80, 64, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
+    "SmolLM2-135M": _llama(576, 1536, 30, 9, 3, 49152, positions=8192, theta=100000, tied=True, is_llama_config=True),
+    "SmolLM2-360M": _llama(960, 2560, 32, 15, 5, 49152, positions=8192, theta=100000, tied=True, is_llama_config=True),
+    "SmolLM2-1.7B": _llama(2048, 8192, 24, 32, 32, 49152, positions=8192, theta=130000, tied=True),
+    "TinyLlama-1.1B": _llama(2048, 5632, 22, 32, 4, 32000, positions=2048, theta=10000.0),
+    "stories15M": _llama(288, 768, 6, 6, 6, 32000, positions=256, theta=10000.0, tied=True),
+    "Mistral-7B-v0.1": _mistral(4096, 14336, 32, 32, 8, 32000, theta=10000.0, window=4096),
+    "Mistral-7B-v0.2": _mistral(4096, 14336, 32, 32, 8, 32000, theta=1e6),
+    "Mistral-7B-v0.3": _mistral(4096, 14336, 32, 32, 8, 32768, theta=1e6),
+    "Mistral-Small-24B": _mistral(5120, 32768, 40, 32, 8, 131072, theta=1e8, head_dim=128),
+    "Mixtral-8x7B": _mistral(4096, 14336, 32, 32, 8, 32000, theta=1e6, num_local_experts=8, num_experts_per_tok=2)
+    | {"model_type": "mixtral", "router_aux_loss_coef": 0.02},
+    "Gemma-2-2B": _gemma2(2304, 9216, 26, 8, 4, 256000, head=256, scalar=256),
+    "Gemma-2-9B": _gemma2(3584, 14336, 42, 16, 8, 256000, head=256, scalar=256),
+    "Gemma-2-27B": _gemma2(4608, 36864, 46, 32, 16, 256000, head=128, scalar=144),
+    "Gemma-3-1B": _decoder(
+        *("gemma3_text", 1152, 6912, 26, 4, 1, 262144),
+        **{"head_dim": 256, "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "max_position_embeddings": 32768},
+        **{"hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6, "rope_theta": 1000000, "sliding_window": 512},
+        **{"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "attention_bias": False},
+    ),
+    "OLMo-2-7B": _olmo("olmo2", 4096, 11008, 32, 32, 32, 100352, max_position_embeddings=4096),
+    "OLMo-2-13B": _olmo("olmo2", 5120, 13824, 40, 40, 40, 100352, max_position_embeddings=4096),
+    "OLMo-3-7B": _olmo(
+        *("olmo3", 4096, 11008, 32, 32, 32, 100278),
+        **{"max_position_embeddings": 65536, "sliding_window": 4096},
+        rope_scaling={
+            **{"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192, "beta_fast": 32, "beta_slow": 1},
+            "attention_factor": 1.2079441541679836,
+        },
+    ),
 }
 """Published config.json fields by name; base and instruction-tuned models share them."""
 

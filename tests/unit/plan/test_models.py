@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from mpo_megatron.config import ConfigError, ParallelConfig
 from mpo_megatron.families import read_family
 from mpo_megatron.families.published import MODELS, build_config
+from mpo_megatron.hf.conversion import padded_vocab_size
+from mpo_megatron.model.weight_map import build_weight_map
 from mpo_megatron.plan.models import find_model
 from mpo_megatron.plan.parameters import count_parameters, part_weights, stage_parts
+from tests.distributed.parity import mixtral_names, split_experts
 from tests.tiny import save_model
 
 PUBLISHED = {
@@ -27,6 +30,33 @@ PUBLISHED = {
     "Qwen3-14B": 14_768_307_200,
     "Qwen3-32B": 32_762_123_264,
     "Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen2.5-72B": 72_706_203_648,
+    "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
+    "Llama-2-70B": 68_976_648_192,
+    "Llama-3-8B": 8_030_261_248,
+    "Llama-3.1-8B": 8_030_261_248,
+    "Llama-3.1-70B": 70_553_706_496,
+    "Llama-3.2-1B": 1_235_814_400,
+    "Llama-3.2-3B": 3_212_749_824,
+    "Llama-3.3-70B": 70_553_706_496,
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "SmolLM2-1.7B": 1_711_376_384,
+    "TinyLlama-1.1B": 1_100_048_384,
+    "stories15M": 15_191_712,
+    "Mistral-7B-v0.1": 7_241_732_096,
+    "Mistral-7B-v0.2": 7_241_732_096,
+    "Mistral-7B-v0.3": 7_248_023_552,
+    "Mistral-Small-24B": 23_572_403_200,
+    "Mixtral-8x7B": 46_702_792_704,
+    "Gemma-2-2B": 2_614_341_888,
+    "Gemma-2-9B": 9_241_705_984,
+    "Gemma-2-27B": 27_227_128_320,
+    "Gemma-3-1B": 999_885_952,
+    "OLMo-2-7B": 7_298_617_344,
+    "OLMo-2-13B": 13_716_198_400,
+    "OLMo-3-7B": 7_298_011_136,
 }
 """Parameters of the checkpoints on the hub; a tied embedding counts once."""
 
@@ -41,7 +71,16 @@ def test_parameters_are_those_of_the_real_model(name: str) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     real = sum(parameter.numel() for parameter in model.parameters())
-    assert count_parameters(read_family(config)) == real == PUBLISHED[name]
+    family = read_family(config)
+    assert count_parameters(family) == real == PUBLISHED[name]
+    stored = split_experts(dict(model.named_parameters()))
+    if isinstance(config, MixtralConfig):
+        stored = mixtral_names(stored)
+    slices = build_weight_map(family, padded_vocab_size(family.vocab_size, 128))
+    placements = [placement for item in slices for placement in item.placements]
+    shapes = {key: tuple(tensor.shape) for key, tensor in stored.items()}
+    assert {placement.name: placement.shape for placement in placements} == shapes
+    assert len(placements) == len(stored), "a tensor has two places"
 
 
 @pytest.mark.parametrize("name", MODELS)
