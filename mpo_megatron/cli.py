@@ -34,6 +34,7 @@ from mpo_megatron.config import (
     validate_train,
 )
 from mpo_megatron.config.values import WHOLE, show
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data import DataError
 from mpo_megatron.interruption import interruptible, say_interrupted
 from mpo_megatron.train.output import outlive_readers
@@ -120,7 +121,7 @@ def iterate(arguments: Sequence[str]) -> int:
     try:
         run(config)
     except StageError as error:
-        print(f"mpo iterate: {error}", file=sys.stderr, flush=True)
+        print(f"mpo iterate: {visible(error, lines=True)}", file=sys.stderr, flush=True)
         return error.status
     return 0
 
@@ -155,7 +156,7 @@ def evaluate(arguments: Sequence[str]) -> int:
     try:
         run(config, launcher.nproc)
     except StageError as error:
-        print(f"mpo evaluate: {error}", file=sys.stderr, flush=True)
+        print(f"mpo evaluate: {visible(error, lines=True)}", file=sys.stderr, flush=True)
         return error.status
     return 0
 
@@ -243,12 +244,12 @@ def _run(arguments: list[str]) -> int:
         with interruptible():
             return COMMANDS[name](rest)
     except (ConfigError, DataError) as error:
-        print(f"mpo {name}: {error}", file=sys.stderr)
+        print(f"mpo {name}: {visible(error, lines=True)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        print(f"mpo {name}: {error.filename or 'a file'}: {error.strerror}.", file=sys.stderr)
+        print(f"mpo {name}: {visible(error.filename or 'a file')}: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return say_interrupted(name, error)

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from rich.console import Console
 from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
+from mpo_megatron.config.console import Console
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat, check_templated
@@ -162,9 +162,10 @@ def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: l
         console.print(Text(f"{source}: format {stream.layout.format}, because {stream.layout.why}."), soft_wrap=True)
     if chat.lead.strip() and not chat.templated:
         console.print(
-            f"[yellow]The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "
+            f"The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "
             "Answers given as messages get it; answers given as text are taken as they are. If the model should not think, set "
-            "chat_template_kwargs (Qwen3: enable_thinking: false).[/yellow]"
+            "chat_template_kwargs (Qwen3: enable_thinking: false).",
+            style="yellow",
         )
 
 

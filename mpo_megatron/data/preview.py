@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import re
 
-from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.tokenizer import Tokenizer
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.group import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups

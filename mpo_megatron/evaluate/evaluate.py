@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-from rich.console import Console
 
 from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
+from mpo_megatron.config.console import Console
 from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers

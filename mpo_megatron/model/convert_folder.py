@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.atomic import require_no_writer, sync
 from mpo_megatron.data.partial import partial_folder
 from mpo_megatron.digests import LIST

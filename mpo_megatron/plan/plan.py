@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron.config import (
@@ -22,6 +21,7 @@ from mpo_megatron.config import (
     load_yaml,
     require,
 )
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info

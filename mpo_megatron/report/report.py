@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpo_megatron.config import ConfigError, ReportConfig, check_writable
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.report.content import content
 from mpo_megatron.report.health import missing_data
@@ -32,11 +33,11 @@ def report(config: ReportConfig) -> None:
     runs = [read_run(Path(folder)) for folder in config.runs]
     for run in runs:
         if run.missing:
-            print(f"{run.folder}: {missing_data(run)}", file=sys.stderr)
+            print(visible(f"{run.folder}: {missing_data(run)}"), file=sys.stderr)
     shown = content(runs, max_groups=config.max_groups, max_characters=config.max_characters)
     text = render(shown).encode()
     replace_file(output, [text])
-    print(f"{output}: {', '.join(run['name'] for run in shown['runs'])} ({len(text) / 2**20:.1f} MB)")
+    print(f"{output}: {visible(', '.join(run['name'] for run in shown['runs']))} ({len(text) / 2**20:.1f} MB)")
     if config.png is not None:
         from mpo_megatron.report.pictures import write_pictures
 

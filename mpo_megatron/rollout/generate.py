@@ -21,9 +21,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
+from mpo_megatron.config.console import Console
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.chat import Chat, check_templated

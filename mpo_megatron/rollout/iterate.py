@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
@@ -30,6 +28,7 @@ from mpo_megatron.config import (
     to_dict,
 )
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare

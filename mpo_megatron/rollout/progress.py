@@ -7,8 +7,9 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mpo_megatron.config.console import Console
 
 _SECONDS = 10.0
 """Between two lines where there is no terminal."""

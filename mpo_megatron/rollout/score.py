@@ -20,9 +20,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from mpo_megatron.config import ScoreConfig, require, validate_score
+from mpo_megatron.config.console import Console
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold

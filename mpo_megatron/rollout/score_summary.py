@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import ScoreConfig, to_dict
+from mpo_megatron.config.console import Console
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config
 from mpo_megatron.rollout.records import Record
 

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
+from mpo_megatron.config.console import Console
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.group import Float64

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
-
 from mpo_megatron.config import parse_shard, require
+from mpo_megatron.config.console import Console
 from mpo_megatron.data.lock import hold
 
 

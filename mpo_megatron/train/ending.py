@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from mpo_megatron.config.visible import visible
 from mpo_megatron.train import launched
 
 ALONE_SECONDS = 3.0
@@ -45,6 +46,7 @@ def complain(program: str, message: str) -> None:
     ones that see it."""
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
+    message = visible(message, lines=True)
     if launched.say_last(f"{program}: {where}{message}"):
         return
     if local != "0":  # if others say the same, whoever started the ranks ends this one now

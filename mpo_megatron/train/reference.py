@@ -25,12 +25,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch.distributed import broadcast
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
+from mpo_megatron.config.console import Console
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
 from mpo_megatron.data.partial import partial_file
@@ -186,7 +187,7 @@ def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool
             try:
                 logps.fill(pq.read_table(pa.BufferReader(read_named(path))))
             except (DamagedError, OSError) as error:
-                print(f"{error} Its groups are computed again.", flush=True)
+                print(f"{visible(error)} Its groups are computed again.", flush=True)
     for array in (logps.response, logps.token):
         if array is not None and torch.distributed.get_world_size() > 1:
             tensor = torch.from_numpy(array).to(device.device())  # on a CPU the same memory

@@ -12,6 +12,7 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data import DataError
 from mpo_megatron.data.lock import hold
 from mpo_megatron.digests import DamagedError
@@ -183,7 +184,7 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
             return folder
         new_name = on_main(ranks, functools.partial(mark_damaged, folder))
         if ranks.is_main:
-            print(f"DAMAGED checkpoint: {problem} It is now {new_name}; looking for an older one.", flush=True)
+            print(f"DAMAGED checkpoint: {visible(problem)} It is now {new_name}; looking for an older one.", flush=True)
 
 
 def resume(config: TrainConfig, inputs: Inputs, model: list[Any], adam: Any, ranks: Ranks) -> RunState:

@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.atomic import sync
 from mpo_megatron.digests import check_file, digest_file
 from mpo_megatron.model.parallel import Ranks
@@ -184,7 +185,7 @@ class Saver:
         try:
             remove_old(self.run, self.config)
         except OSError as error:  # a network file system's, where someone reads it; what was to be saved is saved
-            print(f"an old checkpoint could not be deleted ({error}); the next save tries again", flush=True)
+            print(f"an old checkpoint could not be deleted ({visible(error)}); the next save tries again", flush=True)
 
     def _on_main(self, action: Callable[[], None], path: Path) -> None:
         """Do something to the folder of a save on the main rank; if it fails there, the folder goes, and all ranks raise."""

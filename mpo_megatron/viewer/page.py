@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.viewer.blocks import PADDING, PROMPT, Block, attention_mask, owners
 from mpo_megatron.viewer.source import Sight
-from mpo_megatron.viewer.terminal import heading, visible
+from mpo_megatron.viewer.terminal import heading, mark_ends
 
 COLOURS = ("#2f9e62", "#2a8fbd", "#a34ea6", "#b98a1e", "#3b6fd4", "#c9514b", "#7a8b2e", "#8a5a3c")
 """Of responses, in turn; as on the terminal."""
@@ -25,7 +26,7 @@ def write_page(sight: Sight, blocks: Sequence[Block], path: Path) -> None:
     """Write the page: one file that needs nothing else."""
     environment = Environment(loader=PackageLoader("mpo_megatron.viewer", "page"), autoescape=True, undefined=StrictUndefined)
     text = environment.get_template("inspect.html.j2").render(
-        title=sight.title,
+        title=visible(sight.title),
         num_tokens=len(sight.row.tokens),
         num_scored=len(sight.row.targets),
         num_padding=len(sight.row.tokens) - sight.row.num_tokens,
@@ -40,7 +41,7 @@ def _block(block: Block, sight: Sight) -> dict[str, Any]:
     colour = {"prompt": PROMPT_COLOUR, "padding": PADDING_COLOUR, "left out": PADDING_COLOUR}.get(block.role)
     tokens = [
         {
-            "text": visible(token.text),
+            "text": mark_ends(token.text),
             "about": f"id {token.id}"
             + ("" if token.position is None else f", position {token.position}")
             + (", scored" if token.scored else "")

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 from rich.rule import Rule
 from rich.text import Text
 
+from mpo_megatron.config.console import Console
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.viewer.blocks import Block, Token, attention_mask
 from mpo_megatron.viewer.source import Sight
@@ -111,13 +112,14 @@ def tokens_text(tokens: Sequence[Token], style: str, *, response: bool) -> Text:
         parts.append("bold" if token.scored else "dim" if response else "")
         if token.scored and token.position is None:
             parts.append("underline")
-        text.append(visible(token.text), style=" ".join(parts))
+        text.append(mark_ends(token.text), style=" ".join(parts))
     return text
 
 
-def visible(text: str) -> str:
-    """A token's text with line ends that can be seen."""
-    return text.replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "→\t")
+def mark_ends(text: str) -> str:
+    """A token's text with line ends that can be seen, and without characters that a terminal or a reader's eye obeys."""
+    marked = text.replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "→\t")
+    return visible(marked, lines=True)
 
 
 def mask_text(sight: Sight, most_cells: int) -> Text:

@@ -20,6 +20,7 @@ import torch
 import mpo_megatron
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig, to_dict
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.digests import DamagedError, seal, unseal
@@ -87,7 +88,7 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
     try:
         starts: list[dict[str, Any]] = unseal(path, "facts about earlier starts of this run are lost")["starts"]
     except DamagedError as error:
-        print(error, flush=True)
+        print(visible(error), flush=True)
         return []
     return starts
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.loader import StepBatch
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
@@ -113,7 +114,7 @@ def outcomes_before(run: Path, step: int, data_digest: str) -> list[GroupOutcome
             if done < step and read_digest(path) == data_digest:
                 return read_outcomes(path)
     except DamagedError as error:
-        print(f"{error} The samples of step {step} are logged without the evaluation before.", flush=True)
+        print(f"{visible(error)} The samples of step {step} are logged without the evaluation before.", flush=True)
     return []
 
 

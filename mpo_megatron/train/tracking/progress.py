@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from mpo_megatron.config.console import Console
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker
 
 CURVE = 32
@@ -138,7 +139,7 @@ class LiveProgress:
             lines.append(Text("  ".join(_learning(self.training)), style="yellow"))
         if self.training:
             lines += [Text(), Text("  ·  ".join(_speed(self.training)), style="cyan")]
-        return Panel(Group(*lines), title=f"[bold]{self.name}", title_align="left", border_style="blue", padding=(0, 1))
+        return Panel(Group(*lines), title=Text(self.name, style="bold"), title_align="left", border_style="blue", padding=(0, 1))
 
     def _head(self) -> RenderableType:
         pace = self.pace

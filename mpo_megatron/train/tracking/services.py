@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, LoggingConfig
+from mpo_megatron.config.visible import visible
 from mpo_megatron.digests import seal, unseal
 from mpo_megatron.train.tracking.tracker import SampleTable
 
@@ -178,7 +179,7 @@ class MlflowTracker:
                 send()
         except self.failure as error:
             self.broken = True
-            print(f"MLflow: {error}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
+            print(f"MLflow: {visible(error)}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
 
 
 def markdown_table(samples: SampleTable) -> str:

@@ -29,7 +29,7 @@ from mpo_megatron.digests import seal
 from mpo_megatron.viewer.blocks import Block, attention_mask, blocks_of
 from mpo_megatron.viewer.inspect import inspect
 from mpo_megatron.viewer.source import look
-from mpo_megatron.viewer.terminal import visible
+from mpo_megatron.viewer.terminal import mark_ends
 from tests.tiny import save_groups, save_model
 
 PROMPTS = ["<|im_start|>user\nname two <i>fruits</i>\n<|im_end|>\n", "<|im_start|>to 東"]
@@ -123,7 +123,7 @@ def test_tokens_show_as_they_are(data: PreparedGroups, model: Path) -> None:
     assert "\ufffd" not in foreign
     assert blocks[-1].role == "left out"
     assert not any(token.scored for token in blocks[-1].tokens)
-    assert visible("a\n\tb") == "a⏎\n→\tb"
+    assert mark_ends("a\n\tb") == "a⏎\n→\tb"
 
 
 def shown(config: InspectConfig, width: int = 120) -> str:
