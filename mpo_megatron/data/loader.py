@@ -82,6 +82,8 @@ class RowShape:
     pair_weight: float
     """Cost of an attending pair relative to a token, for balancing replicas."""
     rows_multiple: int = 1
+    window: tuple[int, float] | None = None
+    """Tokens of the model's sliding window, and the share of layers that have it."""
 
 
 def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
@@ -150,6 +152,7 @@ def pack(table: GroupTable, groups: Sequence[TokenizedGroup], scored: Bools, sha
         num_replicas=shape.num_replicas,
         layout=shape.layout,
         pair_weight=shape.pair_weight,
+        window=shape.window,
         rows_multiple=shape.rows_multiple,
         names=table.group_ids,
     )

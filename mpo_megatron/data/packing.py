@@ -39,6 +39,10 @@ class Tokens(Protocol):
     def scored(self) -> Sequence[npt.NDArray[np.bool_]] | None: ...
 
 
+Window = tuple[int, float]
+"""Tokens of a sliding window, and the share of layers that have it."""
+
+
 class Piece(NamedTuple):
     """Responses of one group that lie in one row: the whole group, or a part of one that is longer than a row."""
 
@@ -49,7 +53,7 @@ class Piece(NamedTuple):
     num_tokens: int
     """Tokens it takes in the row."""
     num_pairs: int
-    """Pairs of tokens that attend."""
+    """Pairs of tokens that attend, as a mean over layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +106,7 @@ def plan_rows(
     pair_weight: float = 0.0,
     rows_multiple: int = 1,
     names: Sequence[str] | None = None,
+    window: Window | None = None,
 ) -> Plan:
     """Cut groups into pieces, find by first-fit-decreasing how many rows they need, and level the rows' and replicas' work.
 
@@ -115,6 +120,7 @@ def plan_rows(
         pair_weight: cost of an attending pair of tokens relative to that of a token in the linear layers
         rows_multiple: the number of rows per replica is a multiple of this
         names: [G] group ids for messages
+        window: of the model, if it has one
     Raises:
         PackingError: a prompt with a single response is longer than a row.
     """
@@ -122,7 +128,7 @@ def plan_rows(
     split: set[int] = set()
     for slot, (prompt, lengths) in enumerate(zip(prompt_lengths, response_lengths, strict=True)):
         wanted = [k for k in range(len(lengths)) if scored[slot, k]]
-        parts = _cut_group(slot, prompt, lengths, wanted, row_tokens, layout, names)
+        parts = _cut_group(slot, prompt, lengths, wanted, row_tokens, layout, names, window)
         pieces += parts
         if len(parts) > 1:
             split.add(slot)
@@ -138,17 +144,18 @@ def _cut_group(
     row_tokens: int,
     layout: Layout,
     names: Sequence[str] | None,
+    window: Window | None,
 ) -> list[Piece]:
     """The group as one piece if it fits a row, else as few pieces as a greedy cut needs, the prompt repeated in each."""
     parts: list[Piece] = []
     current: list[int] = []
     for k in wanted:
-        if current and _measure(slot, prompt, lengths, [*current, k], layout).num_tokens > row_tokens:
-            parts.append(_measure(slot, prompt, lengths, current, layout))
+        if current and _measure(slot, prompt, lengths, [*current, k], layout, window).num_tokens > row_tokens:
+            parts.append(_measure(slot, prompt, lengths, current, layout, window))
             current = []
         current.append(k)
     if current:
-        parts.append(_measure(slot, prompt, lengths, current, layout))
+        parts.append(_measure(slot, prompt, lengths, current, layout, window))
     for part in parts:
         if part.num_tokens > row_tokens:
             name = names[slot] if names is not None else f"#{slot}"
@@ -159,12 +166,29 @@ def _cut_group(
     return parts
 
 
-def _measure(slot: int, prompt: int, lengths: Sequence[int], responses: Sequence[int], layout: Layout) -> Piece:
+def _measure(
+    slot: int, prompt: int, lengths: Sequence[int], responses: Sequence[int], layout: Layout, window: Window | None
+) -> Piece:
     """Tokens and attending pairs of one prompt with these responses."""
     inputs = [lengths[k] - 1 for k in responses]
-    within = sum(n * (n + 1) // 2 + n * prompt for n in inputs)
+    within = sum(count_pairs(n, prompt, window) for n in inputs)
     copies = 1 if layout == "shared" else len(responses)
-    return Piece(slot, tuple(responses), copies * prompt + sum(inputs), copies * prompt * (prompt + 1) // 2 + within)
+    return Piece(slot, tuple(responses), copies * prompt + sum(inputs), copies * count_pairs(prompt, 0, window) + within)
+
+
+def count_pairs(length: int, context: int, window: Window | None = None) -> int:
+    """Pairs of tokens that attend: of a segment's tokens with its context and causal past, as a mean over layers."""
+    full = length * (length + 1) // 2 + length * context
+    if window is None:
+        return full
+    tokens, share = window
+
+    def seen(count: int) -> int:
+        """What the first `count` tokens of a sequence see within the window."""
+        inside = min(count, tokens)
+        return inside * (inside + 1) // 2 + (count - inside) * tokens
+
+    return full - round(share * (full - seen(context + length) + seen(context)))
 
 
 def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tuple[Piece, ...]]:

@@ -17,9 +17,11 @@ class FlopModel:
     per_token: int
     """Linear layers of the decoder, for one token of a row; of experts, those that a token goes to."""
     per_pair: int
-    """Attention scores and values, for one pair of attending tokens."""
+    """Attention scores and values, for one pair of attending tokens (as a mean over layers)."""
     per_scored: int
     """Output layer, for one scored token."""
+    window: tuple[int, float] | None = None
+    """Tokens of the layers' sliding window, and the share of layers that have it; pairs are counted with it."""
 
     @property
     def pair_weight(self) -> float:
@@ -39,6 +41,7 @@ def build_flop_model(family: Family) -> FlopModel:
         per_token=2 * (layers * attention_weights + sum(_mlp_weights(family))),
         per_pair=4 * layers * family.queries,
         per_scored=2 * hidden * family.vocab_size,
+        window=None if family.window is None else (family.window, family.num_windowed / layers),
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from mpo_megatron.config import require
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import Bools, GroupTable, Selection, group_table
-from mpo_megatron.data.packing import Layout, Piece, Row, plan_rows
+from mpo_megatron.data.packing import Layout, Piece, Row, Window, count_pairs, plan_rows
 from mpo_megatron.data.store import load_groups
 
 SAMPLED_STEPS = 4
@@ -29,7 +29,7 @@ class RowCounts:
     tokens: int
     """T, padding included."""
     pairs: int
-    """Pairs of tokens that attend."""
+    """Pairs of tokens that attend, as a mean over layers."""
     scored: int
     """Tokens whose log-probs are computed."""
     responses: int
@@ -40,14 +40,14 @@ class RowCounts:
     """Queries × keys of the responses, keys of the prompt included: what a dense mask for each takes."""
 
 
-def count_row(row: Row) -> RowCounts:
+def count_row(row: Row, window: Window | None = None) -> RowCounts:
     """The counts of a row that was built."""
     start, end, context_start, context_end = row.segments.T
     length, context = end - start, context_end - context_start
     sees = context > 0
     return RowCounts(
         tokens=len(row.tokens),
-        pairs=int((length * (length + 1) // 2 + length * context).sum()),
+        pairs=sum(count_pairs(int(own), int(before), window) for own, before in zip(length, context, strict=True)),
         scored=len(row.targets),
         responses=int(length[sees].sum()),
         context=int(context.sum()),
@@ -117,14 +117,22 @@ class Sequences:
         return max(int((table.prompt_lengths[:, None] + table.lengths - 1).max()) for table, _ in self.steps)
 
     def pack(
-        self, *, row_tokens: int, replicas: int, multiple: int, rows_multiple: int, layout: Layout, pair_weight: float
+        self,
+        *,
+        row_tokens: int,
+        replicas: int,
+        multiple: int,
+        rows_multiple: int,
+        layout: Layout,
+        pair_weight: float,
+        window: Window | None = None,
     ) -> PackedSteps:
         """The rows of every sampled step.
 
         Raises:
             PackingError: a prompt with one response is longer than a row.
         """
-        key = (row_tokens, replicas, multiple, rows_multiple, layout, pair_weight)
+        key = (row_tokens, replicas, multiple, rows_multiple, layout, pair_weight, *(window or ()))
         if key in self.packings:
             return self.packings[key]
         steps, split = [], 0
@@ -139,19 +147,25 @@ class Sequences:
                 num_replicas=replicas,
                 layout=layout,
                 pair_weight=pair_weight,
+                window=window,
                 rows_multiple=rows_multiple,
                 names=table.group_ids,
             )
             split += len(plan.split_groups)
             steps.append(
-                tuple(tuple(_count_pieces(row, prompts, lengths, layout, multiple) for row in rows) for rows in plan.rows)
+                tuple(tuple(_count_pieces(row, prompts, lengths, layout, multiple, window) for row in rows) for rows in plan.rows)
             )
         self.packings[key] = PackedSteps(rows=tuple(steps), split_groups=split, multiple=multiple)
         return self.packings[key]
 
 
 def _count_pieces(
-    pieces: Sequence[Piece], prompts: Sequence[int], lengths: Sequence[Sequence[int]], layout: Layout, multiple: int
+    pieces: Sequence[Piece],
+    prompts: Sequence[int],
+    lengths: Sequence[Sequence[int]],
+    layout: Layout,
+    multiple: int,
+    window: Window | None,
 ) -> RowCounts:
     """The counts of a row that is only planned: equal to `count_row` of what `build_row` makes of it."""
     tokens = sum(piece.num_tokens for piece in pieces)
@@ -167,7 +181,7 @@ def _count_pieces(
             rectangles += sum(length * (length + prompt) for length in inputs)
     return RowCounts(
         tokens=padded,
-        pairs=sum(piece.num_pairs for piece in pieces) + padding * (padding + 1) // 2,
+        pairs=sum(piece.num_pairs for piece in pieces) + count_pairs(padding, 0, window),
         scored=sum(lengths[piece.slot][k] for piece in pieces for k in piece.responses),
         responses=responses,
         context=context,

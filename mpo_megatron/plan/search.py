@@ -111,6 +111,7 @@ class Problem:
             rows_multiple=parallel.rows_multiple,
             layout=self.data.layout,
             pair_weight=self.flops.pair_weight,
+            window=self.flops.window,
         )
         row, num_rows = packed.full_row(row_tokens), max(len(step[0]) for step in packed.rows)
         overhead = round(self.overhead_gib * GIB)

@@ -99,6 +99,7 @@ def build_row_shape(config: TrainConfig, ranks: Ranks, flops: FlopModel) -> RowS
         num_replicas=ranks.data_size,
         replica=ranks.data_rank,
         pair_weight=flops.pair_weight,
+        window=flops.window,
         rows_multiple=config.parallel.rows_multiple,
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpo_megatron.data.loader import RowShape, group_table, iterate_steps, pack, step_indices, steps_per_epoch
-from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, plan_rows
+from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, count_pairs, plan_rows
 from tests.tiny import random_groups, save_groups, save_model
 
 BUDGET = 128
@@ -242,3 +242,11 @@ def test_lengths_that_losses_divide_by_leave_out_what_is_not_scored() -> None:
     for index, (slot, k) in enumerate(row.responses):
         assert table.scored_lengths[slot, k] == max(1, (row.response_of == index).sum())
     assert (table.scored_lengths < table.lengths)[table.valid].any()
+
+
+@pytest.mark.parametrize(("length", "context"), [(5, 0), (5, 7), (1, 9), (12, 3), (0, 4)])
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_pairs_within_a_window_are_those_that_attend(length: int, context: int, window: int) -> None:
+    spelled_out = sum(min(context + token + 1, window) for token in range(length))
+    assert count_pairs(length, context, (window, 1.0)) == spelled_out
+    assert count_pairs(length, context, (window, 0.0)) == count_pairs(length, context)
