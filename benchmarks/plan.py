@@ -95,6 +95,7 @@ CASES = {
         Case(name="data 2"),
         Case(name="data 2, selective recomputation", model={"recompute": "selective"}),
         Case(name="data 2, full recomputation", model={"recompute": "full"}),
+        Case(name="data 2, recomputed MLPs", model={"recompute": "selective", "recompute_modules": ["mlp"]}),
         Case(name="data 2, longer rows", lengths=(512, 256, 5)),
         Case(name="data 2, small chunks of log-probs", model={"logprob_chunk": 64}),
         Case(name="tensor 2", parallel={"tensor": 2}),
