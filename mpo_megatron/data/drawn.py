@@ -18,7 +18,7 @@ from mpo_megatron.data.record import Record
 Drawn = tuple[int, ...]
 _NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "scores", "reward_before_noise")
 """Fields of a response that earlier stages write and training does not need."""
-_NOTED_OF_GROUP = ("reference_answer", "meta", "dropped", "unusable", "missing", "notes")
+_NOTED_OF_GROUP = ("reference_answer", "meta", "dropped", "unusable", "uncontrolled", "missing", "notes")
 """The same of a group."""
 
 

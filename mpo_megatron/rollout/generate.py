@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import itertools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,11 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     samples = output / shard.name(SAMPLES_FILE)
     if not (output / shard.name(GENERATE_FILE)).is_file():
         with hold(output / f".{samples.name}.lock", samples):
-            uncontrolled = _generate_shard(config, checkpoint, chat, prompts, sampling, shard)
-            _join([samples], shard, prompts, identity, config, uncontrolled)
-
-    def join() -> None:
-        parts = [output / name for name in shard.all_names(SAMPLES_FILE)]
-        summaries = [read_summary(output / name) for name in shard.all_names(GENERATE_FILE)]
-        uncontrolled = {name for summary in summaries for name in summary.get("uncontrolled", ())}
-        _join(parts, Shard(0, 1), prompts, identity, replace(config, shard=None), uncontrolled)
-
-    if not join_shards(output, shard, GENERATE_FILE, join, console):
+            _generate_shard(config, checkpoint, chat, prompts, sampling, shard)
+            _join([samples], shard, prompts, identity, config)
+    parts = [output / name for name in shard.all_names(SAMPLES_FILE)]
+    whole = replace(config, shard=None)
+    if not join_shards(output, shard, GENERATE_FILE, lambda: _join(parts, Shard(0, 1), prompts, identity, whole), console):
         return samples
     _print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
     return output / SAMPLES_FILE
@@ -173,13 +168,12 @@ def _identity(
 
 def _generate_shard(
     config: GenerateConfig, checkpoint: Path, chat: Chat, prompts: PromptSet, sampling: Sampling, shard: Shard
-) -> Collection[str]:
-    """Answer the shard's prompts that have no line yet; the sampling parameters that the engine cannot control."""
+) -> None:
+    """Answer the shard's prompts that have no line yet."""
     output = Path(config.output)
     samples, failures = (output / shard.name(name) for name in (SAMPLES_FILE, FAILURES_FILE))
     mine = prompts.records[shard.part :: shard.total]
     failed: list[Record] = []
-    uncontrolled: Collection[str] = ()
     with LineWriter(samples) as lines:
         done = read_ids(samples)
         pending = [record for record in mine if record["group_id"] not in done]
@@ -194,21 +188,20 @@ def _generate_shard(
                 LineWriter(failures) as failure_lines,
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
-                uncontrolled = getattr(engine, "uncontrolled", ())
+                uncontrolled = {"uncontrolled": list(names)} if (names := getattr(engine, "uncontrolled", ())) else {}
                 while window := list(itertools.islice(groups, _WINDOW)):
                     for line in answer(engine, window, sampling, config):
                         if "error" in line:
                             failure_lines.write(line)
                             failed.append(line)
                         else:
-                            lines.write(line)
+                            lines.write(line | uncontrolled)
                             advance(1, sum(response["num_tokens"] for response in line["responses"]))
         _settle_failures(failures, failed, len(mine), config.max_failed)
         arrived = {line["group_id"]: line for line in failed if line["responses"]}
         for record in pending:
             if record["group_id"] in arrived:
-                lines.write(keep_arrived(record, arrived[record["group_id"]], config.num_responses))
-    return uncontrolled
+                lines.write(keep_arrived(record, arrived[record["group_id"]], config.num_responses) | uncontrolled)
 
 
 def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_failed: float) -> None:
@@ -251,19 +244,19 @@ def _join(
     prompts: PromptSet,
     identity: Mapping[str, Any],
     config: GenerateConfig,
-    uncontrolled: Collection[str],
 ) -> None:
     """Put lines into the order of the shard's prompts, in its file; then say that they are complete."""
     output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
     join_lines(sources, samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
-    summary = _summarize(samples, prompts, identity, config) | {"uncontrolled": sorted(uncontrolled)}
+    summary = _summarize(samples, prompts, identity, config)
     write_summary(output / shard.name(GENERATE_FILE), summary)
 
 
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
     """generate.json: counts are taken from the lines, so that they do not depend on how often a run was continued."""
     counts, reasons, dropped, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    uncontrolled = set[str]()
     for record in read_lines(samples):
         texts = [response["text"] for response in record["responses"]]
         counts["groups"] += 1
@@ -275,6 +268,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
         reasons.update(response["finish_reason"] for response in record["responses"])
         counts["with_token_ids"] += sum("token_ids" in response for response in record["responses"])
+        uncontrolled.update(record.get("uncontrolled", ()))
         dropped.update(record.get("dropped", {}))
         unusable.update(record.get("unusable", {}))
     found = {"dropped": dict(dropped), "unusable": dict(unusable), "finish_reasons": dict(sorted(reasons.items()))}
@@ -283,6 +277,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         "samples_digest": digest_lines(samples),
         "files": list_files(samples.parent, [samples.name]),
         "counts": {**counts, **found},
+        "uncontrolled": sorted(uncontrolled),
         "prompts": dict(prompts.counts),
         "config": to_dict(config),
     }

@@ -43,6 +43,8 @@ class Server:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.answer: Answer = lambda path, body: completion("fine")
+        self.pages: dict[str, Any] = {}
+        """By path: what is there to GET."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,6 +62,14 @@ class Server:
                     self.wfile.write(content)
                 except OSError:  # the client has given up
                     pass
+
+            def do_GET(self) -> None:
+                content = json.dumps(outer.pages.get(self.path, {})).encode()
+                self.send_response(200 if self.path in outer.pages else 404)
+                self.send_header("content-type", "application/json")
+                self.send_header("content-length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -67,6 +67,46 @@ def test_what_is_asked(server: Server, model_folder: Path) -> None:
     assert answers["a"].responses[1].seed == PROMPTS[0].response_seeds(SAMPLING)[1]
 
 
+@pytest.mark.parametrize(
+    "pages, kind, sent",
+    [
+        (
+            {"/v1/models": {"data": [{"id": "m", "owned_by": "vllm"}]}},
+            "vllm",
+            {"top_k": 7, "min_p": 0.0, "repetition_penalty": 1.0},
+        ),
+        ({"/v1/models": {"data": [{"id": "m", "owned_by": "sglang"}]}}, "sglang", {"top_k": 7, "return_token_ids": True}),
+        ({"/v1/models": {"data": [{"id": "m", "owned_by": "llamacpp"}]}}, "llamacpp", {"top_k": 7, "repeat_penalty": 1.0}),
+        ({"/openapi.json": {"paths": {"/load_model": {}}}}, "transformers", {"max_tokens": 5}),
+        ({"/v1/models": {"data": "none"}, "/openapi.json": [1]}, "openai", {"top_k": 7}),
+        ({}, "openai", {"top_k": 7}),
+    ],
+)
+def test_servers_are_sent_all_they_know(
+    server: Server, model_folder: Path, pages: dict[str, Any], kind: str, sent: dict[str, Any]
+) -> None:
+    server.pages = pages
+    engine = EndpointEngine(EndpointConfig(base_url=server.url, model="m"), Chat(load_tokenizer(model_folder)))
+    assert engine.kind == kind
+    assert engine.uncontrolled == (("top_k", "min_p", "repetition_penalty") if kind == "openai" else ())
+    list(engine.generate(PROMPTS[:1], SAMPLING))
+    common = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 5, "stop": ["x"]}
+    assert all((common | sent).items() <= body.items() for body in server.requests)
+    if kind == "transformers":
+        settings = json.loads(server.requests[0]["generation_config"])
+        limits = {"max_new_tokens": 5, "eos_token_id": [256], "pad_token_id": 256}
+        assert settings == {"do_sample": True, "top_k": 7, "repetition_penalty": 1.0, **limits}
+
+
+def test_a_server_that_is_not_there_is_named(model_folder: Path, pauses: list[float]) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(DataError, match="cannot be reached: no connection"):
+        EndpointEngine(EndpointConfig(base_url=url, model="m", retries=1), Chat(load_tokenizer(model_folder)))
+    assert len(pauses) == 1
+
+
 def test_busy_servers_say_when(server: Server, model_folder: Path, pauses: list[float]) -> None:
     refused: set[int] = set()
 
