@@ -277,6 +277,12 @@ def test_columns_are_mapped(write_lines: Writer) -> None:
         PrepareConfig, ["--input", "a", "--output", "o", "--tokenizer", "t", "--columns", "prompt=Frage", "rewards=Noten"]
     )
     assert config.columns == {"prompt": "Frage", "rewards": "Noten"}
+    several = parse(PrepareConfig, ["--input", "a", "--output", "o", "--tokenizer", "t", "--input", "b", "--weights", "1", "0.5"])
+    assert (several.inputs, several.weights) == (["a", "b"], [1.0, 0.5])
+    with pytest.raises(ConfigError, match=r"--input.*: expected one argument"):
+        parse(PrepareConfig, ["--input", "a", "--output", "o", "--tokenizer", "t", "--input"])
+    with pytest.raises(ConfigError, match="there are 2 inputs; give one weight for each"):
+        PrepareConfig(input=["a", "b"], output="o", tokenizer="t", weights=[1.0])
 
 
 def test_several_inputs_have_ids_of_their_own(write_lines: Writer) -> None:

@@ -98,6 +98,24 @@ def test_every_token_is_in_the_block_it_belongs_to(data: PreparedGroups, model: 
 
 
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
+def test_tokens_that_the_model_did_not_generate_show_as_not_scored(data: PreparedGroups, model: Path, layout: str) -> None:
+    groups = [
+        dataclasses.replace(group, scored=tuple(np.arange(len(part)) % 3 != 1 for part in group.response_tokens))
+        for group in data
+    ]
+    lengths = [[len(part) for part in group.response_tokens] for group in groups]
+    prompts, wanted = [len(group.prompt_tokens) for group in groups], np.array([[True] * 3, [True, True, False]])
+    plan = plan_rows(prompts, lengths, wanted, row_tokens=10_000, num_replicas=1, layout=layout)  # type: ignore[arg-type]
+    row = build_row(plan.rows[0][0], groups, layout=layout, multiple=16)  # type: ignore[arg-type]
+    for block in blocks_of(row, groups, load_tokenizer(model), []):
+        if block.role == "response":
+            group = groups[block.slot or 0]
+            assert group.scored is not None
+            assert ids(block) == group.response_tokens[block.response or 0].tolist()
+            assert [token.scored for token in block.tokens] == group.scored[block.response or 0].tolist()
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
 def test_the_mask_is_what_attention_computes(data: PreparedGroups, layout: str) -> None:
     from mpo_megatron.model.attention import row_layout, sdpa_row_attention
 
