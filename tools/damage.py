@@ -42,7 +42,7 @@ RIGHT = ("no difference", "refused", "computed again", "as after a kill")
 """Results that are right; the last is a file of lines without those from the damage on, the last or a file's cut end."""
 SECONDS = 120
 """A reader that takes longer hangs."""
-REMEDY = re.compile(r"\b(again|remove|copy|older|fix)\b")
+REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write)\b")
 
 
 @dataclasses.dataclass(frozen=True)
