@@ -77,6 +77,8 @@ class Kind:
     """Prepares a reader, once per process."""
     lines: bool = False
     """The result is a list of lines, and a file cut at the end of a line is as a killed command leaves it."""
+    slow: bool = False
+    """A reader that takes seconds: it gets a fifth of the trials."""
     again: bool = False
     """Damaged parts of the result may be None: they are computed again, and a message says so."""
 
@@ -185,6 +187,7 @@ def kinds(root: Path) -> list[Kind]:
             name="mpo train, all of it",
             files=[root / "train" / "groups.arrow", *files_of(model / "megatron", "*.distcp"), *files_of(cache)],
             open=plain(lambda: trained(root)),
+            slow=True,
         ),
         Kind(name="reference cache", files=files_of(cache), open=lambda: cached(root / "train", cache), again=True),
         *(

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.digests import LINE_DIGEST, check_lines, check_record
+from mpo_megatron.digests import check_lines, check_record
 
 STANDARD_INPUT = "-"
 _SPLITS = {
@@ -126,8 +126,7 @@ def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
 def _unsealed(row: Any) -> Any:
     """A row without the digest that a line of ours carries; a `RowError` if it does not match."""
     try:
-        if isinstance(row, dict) and LINE_DIGEST in row:
-            check_record(row)
+        check_record(row)
     except ValueError as error:
         return RowError("row", f"is damaged or changed: {error}")
     return row

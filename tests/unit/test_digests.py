@@ -40,16 +40,9 @@ def test_every_byte_of_sealed_json_counts(tmp_path: Path, seal: Callable[[Any], 
 def test_a_line_is_what_was_written_or_refused() -> None:
     line = digests.seal_line(CONTENT)
     assert digests.unseal_line(line) == CONTENT
-    found = 0
     for changed in damage(line[:-1]):
-        try:
-            record = digests.unseal_line(changed)
-        except ValueError:
-            found += 1
-            continue
-        record = {name: value for name, value in record.items() if name in CONTENT}  # the digest itself has another name now
-        assert record == CONTENT
-    assert found > 3 * len(line)
+        with pytest.raises(ValueError, match=r"."):
+            digests.unseal_line(changed)
     rewritten = json.dumps(dict(reversed(json.loads(line).items())), separators=(",", ":")).encode()
     assert digests.unseal_line(rewritten) == CONTENT
     with pytest.raises(ValueError, match="it has no digest"):
