@@ -52,6 +52,34 @@ def test_tokens_are_those_of_prepare(tmp_path: Path, model_folder: Path, system:
     assert from_folder.records[1]["prompt"] == ROWS[1]["prompt"]
 
 
+def test_tools_histories_and_json_are_rendered_as_in_prepare(tmp_path: Path, model_folder: Path) -> None:
+    tool = {"type": "function", "function": {"name": "get_sky", "parameters": {"type": "object", "properties": {}}}}
+    responses = {"responses": ["No.", "Yes."], "rewards": [0.0, 1.0]}
+    rows: list[dict[str, Any]] = [
+        {"id": 1, "prompt": [{"role": "user", "content": "Sky?"}], "tools": json.dumps([tool])} | responses,
+        {"id": 2, "instruction": "Translate:", "input": "Sky", "history": [["Hi", "Hello"]], "system": "Be brief."} | responses,
+        {"id": 3, "prompt": json.dumps([{"role": "user", "content": "Sea?"}])} | responses,
+    ]
+    path = write_lines(tmp_path / "rows.jsonl", rows)
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{{ (tools | tojson) if tools else '' }}{% for m in messages %}{{ '<|im_start|>' + m.role + m.content + '<|im_end|>' }}"
+        "{% endfor %}{{ '<|im_start|>assistant' if add_generation_prompt else '' }}"
+    )
+    config = PrepareConfig(
+        input=str(path), output=str(tmp_path / "out"), tokenizer=str(model_folder), chat_template=str(template)
+    )
+    prepare(config, Console(quiet=True))
+    prepared = {group.group_id: tuple(group.prompt_tokens.tolist()) for group in load_groups(tmp_path / "out")}
+    chat = Chat(load_tokenizer(model_folder, template))
+    found = load_prompts(str(path), chat, max_prompt_tokens=2048)
+    assert found.token_ids == prepared
+    assert found.records[0]["tools"] == [tool]
+    assert [len(record["prompt"]) for record in found.records] == [1, 4, 1]
+    assert not any("meta" in record for record in found.records)
+    assert load_prompts(str(tmp_path / "out"), chat, max_prompt_tokens=2048).token_ids == prepared
+
+
 def test_held_out_prompts_stay_apart(tmp_path: Path, model_folder: Path) -> None:
     rows = [ROWS[0] | {"id": index, "prompt": f"Question {index}"} for index in range(20)]
     path = write_lines(tmp_path / "rows.jsonl", rows)
