@@ -182,10 +182,10 @@ def doctor(arguments: Sequence[str]) -> int:
     """What is installed here, whether it works together, what a run would use of it; problems with their cures."""
     from mpo_megatron.doctor.options import read_options
 
-    read_options(arguments)  # --help and mistakes do not wait for torch
+    options = read_options(arguments)
     from mpo_megatron.doctor.doctor import doctor as run
 
-    return run(arguments)
+    return run(options.config, as_json=options.json)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {

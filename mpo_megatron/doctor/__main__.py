@@ -1,8 +1,23 @@
 """`torchrun … -m mpo_megatron.doctor`: `mpo doctor` on several machines, which are compared."""
 
+from __future__ import annotations
+
 import sys
 
+from mpo_megatron.config import ConfigError
 from mpo_megatron.doctor.doctor import doctor
+from mpo_megatron.doctor.options import read_options
+
+
+def main() -> int:
+    """Examine this machine; a message instead of a traceback for a wrong option."""
+    try:
+        options = read_options(sys.argv[1:])
+    except ConfigError as error:
+        print(f"mpo doctor: {error}", file=sys.stderr)
+        return 2
+    return doctor(options.config, as_json=options.json)
+
 
 if __name__ == "__main__":
-    sys.exit(doctor(sys.argv[1:]))
+    sys.exit(main())

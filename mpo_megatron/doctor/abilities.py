@@ -140,7 +140,11 @@ def refusal(config: TrainConfig) -> str | None:
 
 def main(arguments: list[str]) -> int:
     """Print abilities, and with a configuration what it would use."""
-    found = abilities()
+    try:
+        found = abilities()
+    except ConfigError as error:  # a package that Megatron-Core cannot do with
+        print(json.dumps({"error": str(error).rstrip(".")}))
+        return 0
     if arguments:
         try:
             config = load_yaml(TrainConfig, Path(arguments[0]))

@@ -1,9 +1,8 @@
-"""`mpo doctor [--config run.yaml] [--json]`: versions, GPUs, what imports and what works, what a run would use, and cures."""
+"""Versions, GPUs, what imports and what works, what a run would use, and cures, put together."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -12,28 +11,26 @@ from typing import Any
 from mpo_megatron.config import ConfigError, TrainConfig, load_yaml
 from mpo_megatron.doctor import abilities, peers
 from mpo_megatron.doctor.machine import describe_machine
-from mpo_megatron.doctor.options import read_options
 from mpo_megatron.doctor.page import render
 from mpo_megatron.doctor.software import ABSENT, BROKEN, describe_software
 from mpo_megatron.stack.cuda import gpu_files
 from mpo_megatron.stack.problem import Problem
 
 
-def doctor(arguments: Sequence[str]) -> int:
+def doctor(config: str | None, *, as_json: bool) -> int:
     """Examine this machine and print what was found; the exit code: 1 if a run would fail, 0 otherwise.
 
-    Raises:
-        ConfigError: an unknown option, or a configuration file that does not exist.
+    Args:
+        config: file with a configuration of `mpo train`
     """
-    options = read_options(arguments)
-    found = examine(options.config)
+    found = examine(config)
     if peers.count_peers() > 1:
         store, rank, size = peers.open_store()
         found["peers"] = peers.exchange(store, rank, size, _comparable(found))
         if rank:
             return 0
         found["problems"] += map(asdict, peers.compare(found["peers"]))
-    print(json.dumps(found, indent=1) if options.json else render(found))
+    print(json.dumps(found, indent=1) if as_json else render(found))
     return int(any(problem["severity"] == "error" for problem in found["problems"]))
 
 

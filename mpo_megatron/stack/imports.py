@@ -14,13 +14,17 @@ from mpo_megatron.stack.problem import Problem
 
 REBUILD = {
     "transformer-engine": "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-cache-dir --force-reinstall --no-deps "
-    "--no-build-isolation transformer-engine-torch=={version}",
-    "flash-attn": "pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation flash-attn=={version}",
+    "--no-build-isolation transformer-engine-torch{pin}",
+    "flash-attn": "pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation flash-attn{pin}",
     "flash-attn-3": "build it again in flash-attention's folder hopper: pip install --no-build-isolation .",
     "apex": "build it again: pip install --no-build-isolation git+https://github.com/NVIDIA/apex",
-    "vllm": "pip install vllm=={version}, which brings the torch it is built for",
+    "vllm": "pip install vllm{pin}, which brings the torch it is built for",
 }
-"""The command that builds, or fetches a package's compiled part anew."""
+"""The command that builds or fetches a package's compiled part anew; `{pin}` is its version."""
+EXTENSION = "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation 'transformer-engine[pytorch]{pin}'"
+"""The command that adds Transformer Engine's extension for PyTorch to its core."""
+NO_EXTENSION = ("transformer_engine_torch", "Could not find `transformer-engine", "empty `transformer-engine")
+"""What its core says without that extension."""
 
 FAILED = 3
 """Exit code of this module as a program: the module it was asked for does not import, and the last line says why."""
@@ -64,16 +68,23 @@ def version_of(distribution: str) -> str | None:
         return None
 
 
+def reinstall(distribution: str, version: str | None) -> str:
+    """The command that installs a package anew, in the version that is there."""
+    command = REBUILD.get(distribution, "pip install --force-reinstall {name}{pin}")
+    return command.format(name=distribution, pin=f"=={version}" if version else "")
+
+
 def diagnose(distribution: str, error: str) -> Problem:
     """What an import's error means.
 
     Args:
         error: as `import_error` gives it
     """
-    version = version_of(distribution) or "*"
-    what = f"{distribution} {version} is installed but does not import ({error})".replace(" * ", " ")
-    rebuild = REBUILD.get(distribution, "pip install --force-reinstall {name}=={version}")
-    rebuild = rebuild.format(name=distribution, version=version)
+    version = version_of(distribution)
+    if version is None and distribution == "transformer-engine":  # its core alone
+        version = version_of("transformer-engine-cu13") or version_of("transformer-engine-cu12")
+    what = f"{' '.join(filter(None, (distribution, version)))} is installed but does not import ({error})"
+    rebuild = reinstall(distribution, version)
     if "undefined symbol" in error:
         return Problem(what=f"{what}: it is built for another torch", cure=rebuild)
     library = re.search(r"(lib[\w-]+)\.so[.\d]*: cannot open shared object", error)
@@ -88,8 +99,10 @@ def diagnose(distribution: str, error: str) -> Problem:
     if found := re.search(r"GLIBC(?:XX)?_[\d.]+", error):
         return Problem(what=f"{what}: it is built for a system with {found[0]}", cure=rebuild)
     missing = re.match(r"ModuleNotFoundError: No module named '([\w.]+)'", error)
-    if missing and distribution == "transformer-engine" and missing[1].startswith("transformer_engine"):
-        return Problem(what=f"{what}: its extension for PyTorch is missing", cure=rebuild)
+    if version_of("transformer-engine-torch") is None and any(sign in error for sign in NO_EXTENSION):
+        return Problem(
+            what=f"{what}: its extension for PyTorch is missing", cure=EXTENSION.format(pin=f"=={version}" if version else "")
+        )
     if missing:
         return Problem(what=what, cure=f"pip install {missing[1].partition('.')[0]}, or reinstall: {rebuild}")
     return Problem(what=what, cure=rebuild)

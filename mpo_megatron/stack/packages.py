@@ -7,13 +7,14 @@ import importlib.util
 import mmap
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
 from mpo_megatron.stack.cuda import torch_cuda
-from mpo_megatron.stack.imports import REBUILD, version_of
+from mpo_megatron.stack.imports import reinstall, version_of
 from mpo_megatron.stack.problem import Problem
 
 
@@ -70,26 +71,31 @@ def is_importable(package: Package) -> bool:
 
 
 def linked_cuda(package: Package) -> int | None:
-    """Major version of the CUDA that a package's libraries are linked to; None if they name none, or have none."""
+    """Major version of the CUDA that a package's libraries name: torch's if it is among several; None if they name none."""
+    ours = torch_cuda()
+    found: set[int] = set()
     for name in package.compiled or (package.name,):
         try:
             files = importlib.metadata.distribution(name).files or []
         except importlib.metadata.PackageNotFoundError:
             continue
         for file in files:
-            if ".so" in file.name and (major := cuda_of_library(Path(str(file.locate())))) is not None:
-                return major
-    return None
+            if ".so" in file.name:
+                for major in cudas_of_library(Path(str(file.locate()))):
+                    if ours is not None and major == ours[0]:
+                        return major
+                    found.add(major)
+    return max(found, default=None)
 
 
-def cuda_of_library(path: Path) -> int | None:
-    """Major version of the CUDA that a shared library is linked to; None if it names none."""
+def cudas_of_library(path: Path) -> Iterator[int]:
+    """Major versions of the CUDA libraries that a shared library names; one that opens them by name may know several."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            found = CUDA_LIBRARY.search(content)
-            return int(found[1]) if found else None
+            for match in CUDA_LIBRARY.finditer(content):
+                yield int(match[1])
     except (OSError, ValueError):  # gone, or empty
-        return None
+        return
 
 
 def other_cudas() -> list[Problem]:
@@ -98,13 +104,12 @@ def other_cudas() -> list[Problem]:
     for package in PACKAGES:
         major = linked_cuda(package) if package.name not in SELF_CHECKED else None
         if ours is not None and major is not None and major != ours[0]:
-            version = version_of(package.name) or ""
-            rebuild = REBUILD.get(package.name, "pip install --force-reinstall {name}").format(name=package.name, version=version)
+            version = version_of(package.name)
             found.append(
                 Problem(
                     what=f"{package.name} {version} is built for CUDA {major}, torch {version_of('torch')} for CUDA "
                     f"{ours[0]}.{ours[1]}",
-                    cure=f"{rebuild}; or without it: pip uninstall {package.name}",
+                    cure=f"{reinstall(package.name, version)}; or without it: pip uninstall {package.name}",
                 )
             )
     return found

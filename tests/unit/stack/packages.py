@@ -35,7 +35,7 @@ def install(
     information.mkdir()
     lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {text}" for text in requires)]
     (information / "METADATA").write_text("\n".join(lines) + "\n")
-    (information / "RECORD").write_text("\n".join(record) + "\n")
+    (information / "RECORD").write_text("".join(f"{line}\n" for line in record))
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import yaml
 from torch.distributed import HashStore
 
 from mpo_megatron.cli import main
+from mpo_megatron.config import ConfigError
 from mpo_megatron.doctor import abilities, doctor, machine, peers, software
 from mpo_megatron.model import precision
 from mpo_megatron.stack.problem import Problem
@@ -55,6 +58,13 @@ def test_problems_come_last_and_set_the_exit_code(capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["problems"][-1] == {"what": "it fails", "cure": "mend it", "severity": "error"}
     assert {"software", "machine", "abilities", "run", "problems"} == found.keys()
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None\nfrom mpo_megatron.cli import main; main(['doctor', '--help'])"
+    root = Path(__file__).parents[3]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    assert "--config FILE" in done.stdout
 
 
 @pytest.mark.usefixtures("quick")
@@ -119,6 +129,7 @@ def test_recipes_that_the_gpu_is_too_old_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_is_installed_but_does_not_import(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error where there are GPUs if it is Transformer Engine, a warning elsewhere."""
     install(site, "transformer-engine", "2.20.2", module="transformer_engine.pytorch")
+    install(site, "transformer-engine-torch", "2.20.2")
     install(site, "flash-attn", "2.8.3", module="flash_attn", library=b"libcudart.so.13\0")
     failing = {"transformer_engine.pytorch": "ImportError: undefined symbol: _ZN3c10", "flash_attn": "ImportError: no"}
     monkeypatch.setattr(software, "import_error_apart", failing.get)
@@ -141,6 +152,15 @@ def test_a_gpu_machine_without_transformer_engine(monkeypatch: pytest.MonkeyPatc
     (problem,) = [problem for problem in problems if problem.what.startswith("Transformer Engine is not installed")]
     assert "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install" in problem.cure
     assert not [problem for problem in software.describe_software(has_gpus=False)[1] if "not installed" in problem.what]
+
+
+def test_a_package_that_megatron_cannot_do_with(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refuse() -> None:
+        raise ConfigError("transformer-engine does not import; mend it.")
+
+    monkeypatch.setattr(abilities, "abilities", refuse)
+    assert abilities.main([]) == 0
+    assert json.loads(capsys.readouterr().out) == {"error": "transformer-engine does not import; mend it"}
 
 
 def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

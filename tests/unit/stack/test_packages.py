@@ -38,6 +38,7 @@ def forget_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_engine_for_another_torch_is_an_error_of_train(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forget_engine(monkeypatch)
     install(site, "transformer-engine", "2.20.2", module=ENGINE, source=UNDEFINED)
+    install(site, "transformer-engine-torch", "2.20.2")
     with pytest.raises(ConfigError) as refused:
         checks.require_working_gpus("auto")
     message = str(refused.value)
@@ -115,7 +116,10 @@ def test_a_library_tells_its_cuda(site: Path, monkeypatch: pytest.MonkeyPatch) -
     assert problem.cure.startswith(
         "pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation flash-attn==2.8.3"
     )
+    (site / "flash-attn.so").write_bytes(b"libcublas.so.12\0libcublas.so.13\0")  # it opens what is there
+    assert linked_cuda(FLASH) == 13
     monkeypatch.setattr(packages, "torch_cuda", lambda: (12, 9))
+    assert linked_cuda(FLASH) == 12
     assert not [found for found in other_cudas() if found.what.startswith("flash-attn")]
 
 
@@ -159,17 +163,25 @@ def test_the_other_apex(site: Path) -> None:
         ("OSError: libcudnn.so.9: cannot open shared object file", "there is no cuDNN", "nvidia-cudnn-cu13"),
         ("ImportError: libcuda.so.1: cannot open shared object file", "no NVIDIA driver", "--gpus all"),
         ("ImportError: /lib/libstdc++.so.6: version `GLIBCXX_3.4.32' not found", "a system with GLIBCXX_3.4.32", "pip install"),
-        ("ModuleNotFoundError: No module named 'transformer_engine_torch'", "extension for PyTorch is missing", "engine-torch=="),
         ("ModuleNotFoundError: No module named 'pydantic'", "does not import", "pip install pydantic, or"),
         ("RuntimeError: something else", "does not import (RuntimeError: something else)", "transformer-engine-torch=="),
     ],
 )
 def test_what_an_error_means(site: Path, error: str, what: str, cure: str) -> None:
     install(site, "transformer-engine", "2.20.2")
+    install(site, "transformer-engine-torch", "2.20.2")
     problem = diagnose("transformer-engine", error)
     assert what in problem.what
     assert cure in problem.cure
     assert error in problem.what
+
+
+def test_a_core_without_its_extension(site: Path) -> None:
+    install(site, "transformer-engine-cu13", "2.20.2")
+    problem = diagnose("transformer-engine", "AssertionError: Could not find `transformer-engine`.")
+    assert problem.what.startswith("transformer-engine 2.20.2 is installed but does not import (AssertionError: Could not find")
+    assert problem.what.endswith("its extension for PyTorch is missing")
+    assert problem.cure.endswith("pip install --no-build-isolation 'transformer-engine[pytorch]==2.20.2'")
 
 
 @pytest.mark.parametrize(
