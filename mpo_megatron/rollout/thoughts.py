@@ -1,4 +1,4 @@
-"""Thoughts that a server takes out of an answer, put back as the chat template writes them."""
+"""Thoughts and calls that a server takes out of an answer, put back as the chat template writes them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from mpo_megatron.rollout.client import UnusableAnswerError
 
 
 class Thoughts:
-    """Writes the thoughts of answers to one conversation."""
+    """Writes the thoughts and calls of answers to one conversation."""
 
     def __init__(self, chat: Chat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
         self.chat, self.messages, self.tools = chat, messages, tools
 
-    def put_back(self, thought: str, answer: str) -> str:
-        """What the model wrote behind the prompt, by the template's rendering of thought and answer.
+    def put_back(self, answer: str, thought: str | None = None, calls: Sequence[dict[str, Any]] = ()) -> str:
+        """What the model wrote behind the prompt, by the template's rendering of thought, answer and calls.
 
         Raises:
-            ConfigError: the template does not write the thought there.
+            ConfigError: the template does not write one of them.
             UnusableAnswerError: the template refuses the answer.
         """
-        message: Message = {"role": "assistant", "content": answer, "reasoning_content": thought}
+        message: Message = {"role": "assistant", "content": answer}
+        message |= {"reasoning_content": thought} if thought is not None else {}
+        message |= {"tool_calls": list(calls)} if calls else {}
         try:
             prompt, _ = self.chat.prompt(self.messages, self.tools)
             return self.chat.answer(prompt, self.messages, (message,), self.tools).text
@@ -35,7 +37,7 @@ class Thoughts:
             raise UnusableAnswerError("template", f"the chat template refuses it: {error}") from error
         except RowError as error:
             raise ConfigError(
-                "endpoint: the server returns a thought beside the answer (reasoning_content), and the tokenizer's chat template "
-                f"does not write thoughts into an answer ({error.reason}); start the server without its reasoning parser, set "
-                "endpoint.api = tokens or text, or give a chat_template that writes reasoning_content."
+                "endpoint: the server returns a thought or a call beside the answer (reasoning_content, tool_calls), and the "
+                f"tokenizer's chat template does not write it into an answer ({error.field} {error.reason}); start the server "
+                "without its parser, set endpoint.api = tokens or text, or give a chat_template that writes it."
             ) from error

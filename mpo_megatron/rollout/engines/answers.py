@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -28,17 +29,20 @@ def read_answer(
 
     Args:
         answer: the JSON value
-        thoughts: puts a thought that stands beside the answer back before it; None without messages
+        thoughts: puts a thought or calls that stand beside the answer back into it; None without messages
     Raises:
         UnusableAnswerError: it holds none.
         ConfigError: it holds a thought, and the chat template writes none.
     """
     choice = find_choice(answer)
-    reason = read_finish_reason(choice.get("finish_reason"))
     message = choice.get("message") if api == "chat" else choice
     if not isinstance(message, dict):
         raise UnusableAnswerError("no_choice", f"its choice has no message ({shorten(choice)})")
-    text = read_text(message, "content" if api == "chat" else "text")
+    calls = _read_calls(message) if thoughts is not None and thoughts.tools else []
+    ended_by_call = calls and choice.get("finish_reason") == "tool_calls"
+    reason = read_finish_reason("stop" if ended_by_call else choice.get("finish_reason"))
+    only_calls = calls and message.get("content") is None
+    text = "" if only_calls else read_text(message, "content" if api == "chat" else "text")
     ids = _read_ids(choice.get("token_ids"), sampling, tokenizer)
     num_tokens = _read_count(answer, ids, sampling)
     drawn = None if ids is None else tokenizer.decode(_without_end(ids, sampling), skip_special=True)
@@ -48,9 +52,9 @@ def read_answer(
             text=whole, finish_reason=reason, num_tokens=len(ids or ()), seed=seed, token_ids=tuple(ids or ()), cut=whole != drawn
         )
     thought = _read_thought(message)
-    if thought is not None:
+    if thought is not None or calls:
         assert thoughts is not None
-        text = thoughts.put_back(thought, text)
+        text = thoughts.put_back(text, thought, calls)
     if num_tokens is None:
         num_tokens = len(tokenizer.encode(text))
     return Response(text=text, finish_reason=reason, num_tokens=num_tokens, seed=seed)
@@ -106,6 +110,27 @@ def _read_thought(message: dict[str, Any]) -> str | None:
         if isinstance(thought, str) and thought.strip():
             return _check_unicode(thought, field)
     return None
+
+
+def _read_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
+    """The calls of tools in a message, arguments decoded, as chat templates want them.
+
+    Raises:
+        UnusableAnswerError: a call has no name, or its arguments are no JSON object.
+    """
+    calls = []
+    for item in message.get("tool_calls") or []:
+        function = item.get("function") if isinstance(item, dict) else None
+        name = function.get("name") if isinstance(function, dict) else None
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        try:
+            values = json.loads(arguments) if isinstance(arguments, str) else arguments
+        except (ValueError, RecursionError):
+            values = None
+        if not isinstance(name, str) or not isinstance(values, dict):
+            raise UnusableAnswerError("tool_call", f"its call {shorten(item)} has no name, or no object of arguments")
+        calls.append({"type": "function", "function": {"name": name, "arguments": values}})
+    return calls
 
 
 def _read_ids(value: Any, sampling: Sampling, tokenizer: Tokenizer) -> list[int] | None:

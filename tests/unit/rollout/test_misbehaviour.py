@@ -35,7 +35,8 @@ MESSAGES = ({"role": "user", "content": "Why is the sky blue?"},)
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
-    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{{ m['content'] }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -117,7 +118,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "MAX_BODY_BYTES", 2**18)
 
 
-def draw(bad: Bad, chat: Chat, misbehave: Callable[[Handler], None], **changes: Any) -> Record:
+def draw(
+    bad: Bad, chat: Chat, misbehave: Callable[[Handler], None], tools: list[dict[str, Any]] | None = None, **changes: Any
+) -> Record:
     """What becomes of one group, and what was asked for it in `bad.asked`."""
     bad.misbehave, bad.asked = misbehave, []
     options = {
@@ -131,7 +134,8 @@ def draw(bad: Bad, chat: Chat, misbehave: Callable[[Handler], None], **changes: 
     }
     engine = EndpointEngine(EndpointConfig(**options | changes), chat)
     config = GenerateConfig(prompts="p", model="m", output="o", num_responses=K, max_attempts=ATTEMPTS, empty="keep")
-    group = Group(record={"group_id": "g", "prompt": list(MESSAGES)}, token_ids=tuple(chat.prompt(MESSAGES)[1].tolist()))
+    record = {"group_id": "g", "prompt": list(MESSAGES)} | ({"tools": tools} if tools else {})
+    group = Group(record=record, token_ids=tuple(chat.prompt(MESSAGES)[1].tolist()))
     [record] = answer(engine, [group], SAMPLING, config)
     encode_line(record)  # can be written
     return record
@@ -340,8 +344,22 @@ def test_thoughts_are_put_back_as_the_template_writes_them(bad: Bad, model_folde
     assert record["responses"][BAD]["num_tokens"] == 8
 
 
+@pytest.mark.parametrize("arguments", ['{"city": "Ulm"}', {"city": "Ulm"}, "{city", None])
+def test_calls_of_offered_tools_are_put_back(bad: Bad, model_folder: Path, arguments: Any) -> None:
+    tokenizer = load_tokenizer(model_folder)
+    tokenizer.backend.chat_template = THINKING
+    calls = [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}]
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+    record = draw(bad, Chat(tokenizer), reply(body(None, "tool_calls", message={"tool_calls": calls})), tools)
+    if arguments in ("{city", None):
+        assert record["dropped"] == {"tool_call": 1}
+        return
+    text = '<call>{"name": "weather", "arguments": {"city": "Ulm"}}</call>'
+    assert record["responses"][BAD] | {"text": text, "finish_reason": "stop"} == record["responses"][BAD]
+
+
 def test_thoughts_that_the_template_does_not_write_are_refused(bad: Bad, chat: Chat) -> None:
-    with pytest.raises(ConfigError, match=r"returns a thought .* chat template does not write thoughts .* reasoning parser"):
+    with pytest.raises(ConfigError, match=r"returns a thought .* chat template does not write it .* without its parser"):
         draw(bad, chat, reply(body(message={"reasoning_content": "It scatters."})))
 
 
