@@ -24,7 +24,7 @@ device.prepare()
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
 from mpo_megatron.data import DataError  # noqa: E402
 from mpo_megatron.data.lock import hold  # noqa: E402
-from mpo_megatron.train import agreement, faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
+from mpo_megatron.train import agreement, evaluation, faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
 from mpo_megatron.train.incidents import TrainingError  # noqa: E402
 from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
 
@@ -68,6 +68,22 @@ def at_step(step: int, action: Callable[[], None], rank: int | None = None) -> A
         return original(run, batch, *arguments)
 
     return mock.patch.object(loop, "take_step", patched)
+
+
+def asked_in_evaluation(step: int) -> Any:
+    """A patch: rank 0 is asked to stop while the held-out groups are evaluated after a step."""
+    original, evaluated = loop.evaluate, evaluation.forward_step
+
+    def patched(run: Any, done: int, *arguments: Any) -> Any:
+        def forward(*inner: Any) -> Any:
+            if done == step and torch.distributed.get_rank() == 0:
+                signals._received.append(signal.SIGTERM)
+            return evaluated(*inner)
+
+        with mock.patch.object(evaluation, "forward_step", forward):
+            return original(run, done, *arguments)
+
+    return mock.patch.object(loop, "evaluate", patched)
 
 
 def bad_norm(*steps: int) -> Any:
@@ -236,6 +252,8 @@ def main() -> None:
     requested = at_step(3, lambda: signals._received.append(signal.SIGUSR1), rank=1)
     results["request"] = run("request", patches=(requested,))
     results["request, resumed"] = run("request")
+    results["asked in evaluation"] = run("evaluating", "--data.groups_per_step", "4", patches=(asked_in_evaluation(3),))
+    results["asked in evaluation, resumed"] = run("evaluating", "--data.groups_per_step", "4")
     results["time over"] = run("time_over", "--faults.walltime_minutes", "0.5")
 
     folder = copy_run("whole", "damaged", 5)

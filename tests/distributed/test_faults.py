@@ -138,6 +138,15 @@ def test_a_request_on_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(inputs:
     assert learning(run) == learning(whole)
 
 
+def test_a_request_in_an_evaluation_is_answered_and_the_resumed_run_evaluates(inputs: Path, results: dict[str, Any]) -> None:
+    assert results["asked in evaluation"] == {"stopped": "SIGTERM", "error": None}
+    assert results["asked in evaluation, resumed"] == {"stopped": None, "error": None}
+    run = inputs / "runs" / "evaluating"
+    assert steps(run) == list(range(1, STEPS + 1))
+    evaluated = [line["step"] for line in metrics(run) if "eval/loss" in line]
+    assert evaluated == [0, 3, 6]
+
+
 def test_a_run_stops_before_its_time_is_over(inputs: Path, results: dict[str, Any]) -> None:
     assert results["time over"] == {"stopped": "the time is nearly over", "error": None}
     assert steps(inputs / "runs" / "time_over") == [1]

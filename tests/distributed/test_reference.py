@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -16,6 +18,7 @@ from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import group_table
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.model.convert import convert
+from mpo_megatron.train import reference, signals
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.reference_main import compute
 from tests.distributed.launch import kill_ranks_when, run_ranks
@@ -70,9 +73,9 @@ def files(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
-def compute_here(inputs: Path, data: Path, *more: str) -> None:
-    """`mpo reference` on one rank, which is this process."""
-    compute(parse(TrainConfig, options(inputs, data, *more)))
+def compute_here(inputs: Path, data: Path, *more: str) -> str | None:
+    """`mpo reference` on one rank, which is this process; why it stopped early."""
+    return compute(parse(TrainConfig, options(inputs, data, *more)))
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +229,29 @@ def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch:
     monkeypatch.undo()
     compute_here(inputs, data)
     assert len(read(cache)) == NUM_GROUPS
+
+
+def test_asked_to_stop_it_keeps_the_part_under_way(inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, requests = reference._write_part, list[signal.Signals]()
+
+    def asked_meanwhile(part: pa.Table, path: Path) -> None:
+        requests.append(signal.SIGUSR1)
+        write(part, path)
+
+    monkeypatch.setattr(signals, "_received", requests)
+    monkeypatch.setattr(reference, "_write_part", asked_meanwhile)
+    assert compute_here(inputs, data, "--data.groups_per_step", "4") == "SIGUSR1"
+    (cache,) = caches(data / "train")
+    assert len(read(cache)) == 4
+    monkeypatch.undo()
+    assert compute_here(inputs, data) is None
+    assert len(read(cache)) == NUM_GROUPS
+
+
+def test_before_its_time_is_over_it_stops_after_a_part(inputs: Path, data: Path) -> None:
+    assert compute_here(inputs, data, "--faults.walltime_minutes", "0.5") == "the time is nearly over"
+    (cache,) = caches(data / "train")
+    assert 0 < len(read(cache)) < NUM_GROUPS
 
 
 def test_unwritable_folder_is_named_by_all_ranks_together(inputs: Path, data: Path) -> None:
