@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -83,14 +84,29 @@ class AtomicFolder:
         with writing(self.target):
             for path in [*sorted(self.path.rglob("*")), self.path]:
                 sync(path)
-            os.rename(self.path, self.final)  # atomic; replaces an empty folder
-            sync(self.final.parent)
+            appear(self.path, self.final)
 
     def __enter__(self) -> AtomicFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._partial.__exit__(None, None, None)
+
+
+def appear(partial: Path, final: Path) -> None:
+    """Give a complete folder its name, at which there is nothing or an empty folder.
+
+    Raises:
+        DataError: another process was faster.
+        OSError: it cannot be written.
+    """
+    try:
+        os.rename(partial, final)  # atomic; replaces an empty folder
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        raise DataError(f"{final}: another run has written it in the meantime; this one leaves it as it is.") from error
+    sync(final.parent)
 
 
 def require_no_writer(target: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import resource
 import shutil
 import sys
@@ -17,7 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.console import Console
-from mpo_megatron.data.atomic import require_no_writer, sync
+from mpo_megatron.data.atomic import appear, require_no_writer, sync
 from mpo_megatron.data.partial import partial_folder
 from mpo_megatron.digests import LIST
 from mpo_megatron.hf.conversion import CheckpointError
@@ -104,8 +103,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
             yield folder
             for path in [*folder.rglob("*"), folder]:
                 sync(path)
-            os.rename(folder, output)  # atomic; replaces an empty folder
-            sync(parent)
+            appear(folder, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise ConfigError(f"output = {output}: {error.strerror} while writing {need}; make room and run again.") from error

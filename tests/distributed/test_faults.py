@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConvertConfig
+from mpo_megatron.digests import unseal_line, unseal_lines
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.train.step_folders import check_files, complete_steps, damaged_steps, read_state, step_folder
@@ -51,7 +52,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [unseal_line(line) for line in (run / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def learning(run: Path) -> list[dict[str, Any]]:
@@ -96,7 +97,7 @@ def test_the_groups_of_a_bad_step_are_written_down(inputs: Path, results: dict[s
     run = inputs / "runs" / "skip"
     [path] = (run / "incidents").iterdir()
     assert path.name == "step_00000003.jsonl"
-    groups = [json.loads(line) for line in path.read_text().splitlines()]
+    groups = unseal_lines(path, "copy it again")
     line = next(line for line in metrics(run) if line["step"] == 3 and "lr" in line)
     assert len(groups) == 8 - line["skipped_groups"]
     assert "gradient norm nan" in groups[0]["wrong"]

@@ -134,3 +134,23 @@ def test_a_conversion_that_failed_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No space left on device"):
         fill()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "staged"])
+def test_of_two_that_began_together_the_second_leaves_what_the_first_has_written(tmp_path: Path, kind: str) -> None:
+    def write() -> None:
+        if kind == "folder":
+            with AtomicFolder(tmp_path / "out") as output:
+                other()
+                output.commit()
+        else:
+            with staged(tmp_path / "out", 1):
+                other()
+
+    def other() -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "weights").write_text("1")
+
+    with pytest.raises(DataError, match=r"out: another run has written it in the meantime"):
+        write()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "weights"]
