@@ -46,7 +46,7 @@ def _places(facts: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _abilities(able: dict[str, Any]) -> str:
     if "error" in able:
-        return f"Works here\n  unknown: {able['error']}"
+        return "Works here\n  unknown, as Megatron-Core's model does not load"
     rows = [(f"{kind} {name}", state) for kind in ("layers", "attention", "fp8") for name, state in able[kind].items()]
     return "Works here\n" + _table(rows)
 
