@@ -45,9 +45,16 @@ def upcast(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
+LARGEST = 1e15
+"""Of a log-probability in nats; its square, times any hyper-parameter, is far from the end of float32."""
+
+
 def mask_padding(values: Tensor, valid: Tensor) -> Tensor:
-    """`values`, upcast, with 0 (and zero gradient) where `valid` is False, whatever stood there."""
-    return torch.where(valid, upcast(values), 0.0)
+    """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False, whatever stood there.
+
+    Beyond `LARGEST` the gradient is zero, too: bf16 goes up to 3e38, whose square is infinite.
+    """
+    return torch.where(valid, upcast(values), 0.0).clamp(-LARGEST, LARGEST)
 
 
 def compute_policy_logps(batch: GroupBatch) -> Tensor:

@@ -5,6 +5,7 @@ The checks read values back from the device; the trainer calls `Loss.compute`, w
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -78,15 +79,28 @@ def group_loss(
 
 
 def check_matrix(name: str, values: Tensor) -> None:
-    """Refuse anything but a floating-point [G, K]."""
+    """Refuse anything but a floating-point [G, K] with at least one group and one response."""
+    check_tensor(name, values)
     if values.dim() != 2:
         raise ValueError(f"{name}.shape = {tuple(values.shape)}; it must be [groups, responses]; add the missing dimension.")
+    if values.numel() == 0:
+        raise ValueError(f"{name}.shape = {tuple(values.shape)}; there are no groups, or no responses; pass at least one group.")
     if not values.is_floating_point():
         raise ValueError(f"{name}.dtype = {values.dtype}; log-probabilities are floating-point; convert it.")
 
 
+def check_tensor(name: str, values: object) -> None:
+    """Refuse what is no tensor: a list, a NumPy array, None."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{name} is of type {type(values).__name__}; it must be a tensor; convert it with torch.as_tensor.")
+
+
 def check_shapes(batch: GroupBatch) -> None:
-    """Refuse tensors whose shape is not that of `policy_logps`, and masks that are not boolean."""
+    """Refuse what is no tensor, tensors whose shape is not that of `policy_logps`, and masks that are not boolean."""
+    for field in dataclasses.fields(batch):
+        given = getattr(batch, field.name)
+        if given is not None and field.name != "generator":
+            check_tensor(field.name, given)
     expected = tuple(batch.policy_logps.shape)
     for name in ("valid", "reference_logps", "rewards", "labels", "lengths", "token_kl"):
         values = getattr(batch, name)

@@ -232,3 +232,52 @@ def test_supervised_target_is_never_a_rejected_response() -> None:
     labels = torch.tensor([[0, 0], [0, 1]], dtype=torch.int8)
     losses = group_loss("sft", logps, labels=labels, normalization="sequence")
     assert losses.tolist() == [0.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("logps", "message"),
+    [
+        (None, "policy_logps is of type NoneType; it must be a tensor"),
+        ([[-1.0, -2.0]], "policy_logps is of type list; it must be a tensor"),
+        (POLICY.numpy(), "policy_logps is of type ndarray; it must be a tensor"),
+        (torch.zeros(0, 3), r"policy_logps.shape = \(0, 3\); there are no groups"),
+        (torch.zeros(2, 0), r"policy_logps.shape = \(2, 0\); there are no groups, or no responses"),
+        (torch.zeros(3), r"policy_logps.shape = \(3,\)"),
+        (torch.zeros(2, 3, dtype=torch.long), "policy_logps.dtype = torch.int64"),
+    ],
+)
+def test_log_probs_that_are_none(logps, message):
+    for loss in list_losses():
+        with pytest.raises(ValueError, match=message):
+            group_loss(loss.name, logps, logps, logps)
+
+
+@pytest.mark.parametrize("name", ["reference_logps", "rewards", "valid", "labels", "lengths", "token_logps", "token_kl"])
+def test_other_inputs_that_are_no_tensors(name):
+    given = {"reference_logps": REFERENCE, "rewards": REWARDS} | {name: [[1.0, 2.0, 3.0]] * 2}
+    with pytest.raises(ValueError, match=f"{name} is of type list; it must be a tensor"):
+        group_loss("mpo", POLICY, **given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)
+def test_the_ends_of_a_dtype_give_finite_losses_and_gradients(loss, dtype):
+    ends = torch.tensor([[-3e38, 0.0, -1e4], [0.0, -3e38, -3e38], [-1.0, -3e38, 0.0], [-3e38, -1e4, -3e38]])
+    for reference in (ends.flip(0), ends.roll(1, 1), torch.zeros_like(ends)):
+        policy = ends.to(dtype).clone().requires_grad_()
+        tokens = (ends / 4).to(dtype).unsqueeze(-1).repeat(1, 1, 4).requires_grad_()
+        losses = group_loss(
+            loss.name,
+            policy,
+            reference.to(dtype),
+            torch.tensor([[1.0, 0.0, 2.0]] * 3 + [[0.0, 1e38, 2e38]]),
+            lengths=torch.full((4, 3), 4),
+            labels=torch.tensor([[1, 0, 0]] * 4, dtype=torch.int8),
+            token_logps=tokens,
+            reference_token_logps=(reference / 4).to(dtype).unsqueeze(-1).repeat(1, 1, 4),
+            token_kl=-reference.to(dtype),
+            generator=torch.Generator().manual_seed(0),
+        )
+        losses.sum().backward()
+        assert losses.isfinite().all()
+        assert all(values.grad is None or values.grad.isfinite().all() for values in (policy, tokens))
