@@ -36,6 +36,7 @@ from mpo_megatron.config import (
 from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.config.visible import visible
 from mpo_megatron.data import DataError
+from mpo_megatron.data.partial import clear_leftovers
 from mpo_megatron.interruption import interruptible, say_interrupted
 from mpo_megatron.train.output import outlive_readers
 
@@ -43,6 +44,7 @@ from mpo_megatron.train.output import outlive_readers
 def convert(arguments: Sequence[str]) -> int:
     """Hugging Face checkpoint to Megatron checkpoint, or back."""
     config = parse(ConvertConfig, arguments, "mpo convert")
+    clear_leftovers(Path(config.output).resolve())  # also where a complete output is refused
     validate_convert(config)  # once more below; a wrong path need not wait for the imports
     from mpo_megatron.model.convert import convert as run
 

@@ -30,6 +30,7 @@ from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import Layout
 from mpo_megatron.data.group import Float64, Group, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.data.partial import clear_leftovers
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import GroupStream, read_inputs
@@ -93,6 +94,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     output = Path(config.output.rstrip("/"))
     held_out = output.with_name(output.name + "-eval")
     check_writable(output, "output")
+    clear_leftovers(output.resolve())  # also where a complete output is refused
     if is_free(output) and (held_out / UNFINISHED).is_file():  # a run was killed between its two folders
         shutil.rmtree(held_out)
     for folder in (output, held_out) if config.held_out else (output,):

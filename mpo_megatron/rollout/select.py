@@ -30,6 +30,7 @@ from mpo_megatron.config.console import Console
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.group import Float64
+from mpo_megatron.data.partial import clear_leftovers
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
 from mpo_megatron.digests import list_files
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
@@ -92,6 +93,7 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     """
     source, output = find_lines(config.input, SCORED_FILE, SCORE_FILE), Path(config.output.rstrip("/"))
     check_writable(output, "output")
+    clear_leftovers(output.resolve())  # also where a complete output is refused
     require(is_free(output), f"output = {output}; exists and is not an empty folder; remove it, or choose another output.")
     selection, digest = Selection(), hashlib.sha256()
     with AtomicFolder(output) as partial, writing(output):

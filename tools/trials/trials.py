@@ -65,7 +65,7 @@ class Bench:
     def finish(self, command: Command, folder: Path, where: str) -> str | None:
         """Run the command again, undisturbed, and compare; what is wrong."""
         outcome = Child(lambda: command.run(folder), folder).outcome()
-        there = command.refuses_what_is_there and outcome.code == 2 and "exists" in outcome.output
+        there = command.refuses_what_is_there and outcome.code == 2 and re.search("exists|is not empty", outcome.output)
         if outcome.code and not there:
             return f"{where}: run again, it ended with {outcome.code}:\n{outcome.output[-3000:]}"
         return self.compare(command, folder, where)
