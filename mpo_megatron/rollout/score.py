@@ -158,6 +158,26 @@ def _read_order(source: Path) -> list[str]:
     return order
 
 
+def _read_prompt(record: Record) -> None:
+    """Make a group line's prompt messages: a text is a question.
+
+    Raises:
+        DataError: it is neither a text nor messages.
+    """
+    prompt = record.get("prompt")
+    if isinstance(prompt, str):
+        record["prompt"] = [{"role": "user", "content": prompt}]
+    elif (
+        not isinstance(prompt, list)
+        or not prompt
+        or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt)
+    ):
+        raise DataError(
+            f"group {record['group_id']}: prompt is neither a text nor messages, "
+            '[{"role": "user", "content": …}, …]; write one of them.'
+        )
+
+
 def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
     """Put scores and notes into group lines; of each group, by scorer how many scores are missing."""
     missing: list[Counter[str]] = [Counter() for _ in chunk]
@@ -166,6 +186,7 @@ def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Cou
             isinstance(response, dict) and isinstance(response.get("text"), str) for response in record["responses"]
         ):
             raise DataError(f"group {record['group_id']}: its responses are not as `mpo generate` writes them, {{text: …}} each.")
+        _read_prompt(record)
     for scorer in scorers:
         for record, gone, values in zip(chunk, missing, scorer.score(chunk), strict=True):
             for response, value in zip(record["responses"], values, strict=True):

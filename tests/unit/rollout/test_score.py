@@ -189,3 +189,25 @@ def test_texts_in_options_are_taken_as_they_stand(tmp_path: Path, way: str) -> N
     assert config.scorers == scorers
     built = [build_scorer_config(name, config.scorers[name]) for name in scorers]
     assert [scorer.pattern for scorer in built if isinstance(scorer, RegexScorer)] == ["[a-z]", "no"]
+
+
+@pytest.mark.parametrize("prompt", ["What?", [{"role": "user", "content": "What?"}]])
+def test_a_text_is_a_question(prompt: object, tmp_path: Path) -> None:
+    line = {"group_id": "1", "prompt": prompt, "responses": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    score(
+        ScoreConfig(
+            input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"), scorers={"x": {"kind": "regex", "pattern": "a"}}
+        )
+    )
+    scored = json.loads((tmp_path / "out" / "scored.jsonl").read_text().splitlines()[0])
+    assert scored["prompt"] == [{"role": "user", "content": "What?"}]
+
+
+@pytest.mark.parametrize("prompt", [None, 3, [], ["text"], {"role": "user"}, [{"content": "no role"}]])
+def test_a_prompt_that_is_none(prompt: object, tmp_path: Path) -> None:
+    line = {"group_id": "1", "prompt": prompt, "responses": [{"text": "a"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    options = ScoreConfig(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"), scorers={"x": {"kind": "match"}})
+    with pytest.raises(DataError, match=r"group 1: prompt is neither a text nor messages"):
+        score(options)
