@@ -27,9 +27,10 @@ HARMLESS = frozenset(
         *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"),
         *("initializer_range", "use_cache", "cache_implementation", "_attn_implementation_autoset", "is_llama_config"),
         *("transformers.js_config", "unsloth_version", "unsloth_fixed", "tokenizer_class", "quantization_config"),
+        *("_model_name_or_path", "_commit_hash", "name_or_path", "_attn_implementation", "attn_implementation"),
         *("router_aux_loss_coef", "output_router_logits"),
-        # what generation stops and starts at
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        # what generation starts and stops at, and how it draws; older files have it here
+        *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "do_sample", "temperature", "top_p", "top_k"),
         # of every config: what a forward pass returns, and labels of classifiers
         *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
         *("id2label", "label2id", "problem_type"),

@@ -6,26 +6,20 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    "vocab_size",
+)
+"""Fields in the order in which the entries below have them."""
 
-def _decoder(
-    model_type: str, hidden: int, ffn: int, layers: int, heads: int, groups: int, vocab: int, **fields: Any
-) -> dict[str, Any]:
+
+def _decoder(model_type: str, /, *sizes: int, **fields: Any) -> dict[str, Any]:
     """Fields that every config.json has, and others."""
-    return {
-        "model_type": model_type,
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "vocab_size": vocab,
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
-        **fields,
-    }
+    common = {"model_type": model_type, "tie_word_embeddings": False, "attention_dropout": 0.0}
+    return {**common, **dict(zip(SIZES, sizes, strict=True)), **fields}
 
 
-def _qwen(model_type: str, *sizes: int, tied: bool, **fields: Any) -> dict[str, Any]:
+def _qwen(model_type: str, /, *sizes: int, tied: bool, **fields: Any) -> dict[str, Any]:
     fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e6, "use_sliding_window": False}
     if model_type == "qwen2":
         fields |= {"max_position_embeddings": 32768, "max_window_layers": sizes[2]}
@@ -62,12 +56,12 @@ def _gemma2(*sizes: int, head: int, scalar: int) -> dict[str, Any]:
     )
 
 
-def _olmo(model_type: str, *sizes: int, **fields: Any) -> dict[str, Any]:
+def _olmo(model_type: str, /, *sizes: int, **fields: Any) -> dict[str, Any]:
     fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "attention_bias": False, "rope_theta": 500000}
     return _decoder(model_type, *sizes, **fields)
 
 
-_EXPERTS = {
+_EXPERTS: dict[str, Any] = {
     **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
     "norm_topk_prob": True,
 }
