@@ -24,6 +24,7 @@ from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
 from mpo_megatron.config.console import Console
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data import DataError
 from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat, check_templated
@@ -161,7 +162,7 @@ def _stored_format(config: PrepareConfig, streams: list[GroupStream]) -> str:
 
 def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: list[GroupStream]) -> None:
     for source, stream in zip(config.inputs, streams, strict=True):
-        console.print(Text(f"{source}: format {stream.layout.format}, because {stream.layout.why}."), soft_wrap=True)
+        console.print(Text(visible(f"{source}: format {stream.layout.format}, because {stream.layout.why}.")), soft_wrap=True)
     if chat.lead.strip() and not chat.templated:
         console.print(
             f"The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import re
 
 from rich.rule import Rule
 from rich.text import Text
 
 from mpo_megatron.config.console import Console
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.tokenizer import Tokenizer
 
@@ -17,7 +17,6 @@ SCORED = ("⟦", "⟧")
 _SHOWN = 2000
 """Characters of a prompt or response that are shown; the middle of a longer one is left out."""
 _RESPONSES = 4
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
 
 
 def print_group(console: Console, group: TokenizedGroup, tokenizer: Tokenizer) -> None:
@@ -46,4 +45,4 @@ def _shorten(text: str) -> str:
     """Text that is safe on a terminal, without its middle if it is long."""
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]} … {len(text) - _SHOWN:,} characters … {text[-_SHOWN // 2 :]}"
-    return _CONTROL.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    return visible(text, lines=True)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mpo_megatron.config.console import Console
+from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups
@@ -191,7 +192,7 @@ def print_tally(console: Console, tally: Tally) -> None:
     table.add_row("rows read as groups", f"{tally.rows:,}")
     table.add_row("rejected", f"{tally.num_rejected:,}" + (", see rejected.jsonl" if tally.num_rejected else ""))
     for name, count in tally.rejected.most_common():
-        table.add_row(f"  {name}", Text(f"{count:,}, for example {tally.examples[name]}"))
+        table.add_row(f"  {name}", Text(visible(f"{count:,}, for example {tally.examples[name]}")))
     for label, count in (
         ("over-long responses dropped", tally.overlong_dropped),
         ("over-long responses truncated", tally.overlong_truncated),
@@ -205,7 +206,7 @@ def print_tally(console: Console, tally: Tally) -> None:
     table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}{meaning}")
     for name, count in tally.dropped.most_common():
         example = tally.examples.get(f"dropped {name}", "")
-        table.add_row("unusable responses left out", Text(f"{count:,} × {name}, for example {example}"))
+        table.add_row("unusable responses left out", Text(visible(f"{count:,} × {name}, for example {example}")))
     for name, meaning in _SEAMS.items():
         if count := getattr(tally, name):
             table.add_row(meaning, Text(f"{count:,}, for example {tally.examples.get(name, '')}"))
@@ -217,9 +218,9 @@ def print_tally(console: Console, tally: Tally) -> None:
         told = f"{tally.drawn_of_another_text:,}: their text was encoded, for example {example}"
         table.add_row("responses with token ids of another text", Text(told, style="yellow"))
     for name, count in tally.not_written.most_common():
-        table.add_row("not shown by the chat template", Text(f"{name}: {count:,} groups", style="yellow"))
+        table.add_row("not shown by the chat template", Text(visible(f"{name}: {count:,} groups"), style="yellow"))
     for name, count in tally.unused.most_common():
-        table.add_row("column or key not used", Text(f"{name}: {count:,} rows", style="yellow"))
+        table.add_row("column or key not used", Text(visible(f"{name}: {count:,} rows"), style="yellow"))
     if tally.checked:
         table.add_row("groups equal to apply_chat_template", f"{tally.checked:,} compared")
     console.print(table)
