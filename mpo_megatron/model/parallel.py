@@ -105,6 +105,8 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     model_parallel_cuda_manual_seed(seed)
     try:
         yield Ranks(ProcessGroupCollection.use_mpu_process_groups())
+    except GeneratorExit:
+        raise  # nobody left the block: this is the interpreter's end, where half of torch is gone, and so is what would be undone
     except BaseException:
         # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure; and they
         # would fail of lost connections before this rank has said why. This process is about to end, and takes the groups along

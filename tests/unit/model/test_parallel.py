@@ -1,0 +1,20 @@
+"""The process groups of a block that nobody leaves."""
+
+from __future__ import annotations
+
+import torch
+
+from mpo_megatron.config import ParallelConfig
+from mpo_megatron.model import parallel
+
+
+def test_a_block_that_the_interpreters_end_closes_undoes_nothing() -> None:
+    block = parallel.model_parallel(ParallelConfig(), seed=1)
+    with block:
+        assert torch.distributed.is_initialized()
+    assert not torch.distributed.is_initialized()
+    block = parallel.model_parallel(ParallelConfig(), seed=1)
+    block.__enter__()
+    block.gen.close()  # type: ignore[attr-defined]
+    assert torch.distributed.is_initialized()
+    parallel._take_down(started=True)
