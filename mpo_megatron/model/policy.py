@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,6 +108,12 @@ class Policy(LanguageModule):
             )
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
+
+    def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> dict[str, Any]:
+        """GPTModel's: it stores no extra state of the output layer, so checkpoints have none."""
+        states: dict[str, Any] = super().sharded_state_dict(prefix, *arguments, **options)
+        states.pop(f"{prefix}output_layer._extra_state", None)
+        return states
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
         """Take the hidden states that the stage before sent; Megatron-Core's schedules call it."""

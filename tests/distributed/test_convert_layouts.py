@@ -201,7 +201,7 @@ def megatron_logits(model: Any, row: Tensor, ranks: Any) -> Tensor | None:
     if not ranks.is_first_stage:
         hidden = torch.empty(rows, 1, model.config.hidden_size, dtype=model.config.params_dtype)
         torch.distributed.recv(hidden, group=ranks.pipeline, group_src=0)
-        model.set_input_tensor(hidden)
+        model.set_input_tensor([hidden])
     hidden = model.hidden_states(row, positions, layout)
     if not ranks.is_last_stage:
         torch.distributed.send(hidden.contiguous(), group=ranks.pipeline, group_dst=1)
