@@ -124,7 +124,10 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "online" / f"samples_{step:08d}.jsonl").read_text().splitlines()]
+    """The records of a step's file, whose last line says how many there are."""
+    *records, last = map(json.loads, (run / "online" / f"samples_{step:08d}.jsonl").read_text().splitlines())
+    assert "index" not in last
+    return records
 
 
 def weights(run: Path, step: int, target: Path) -> dict[str, torch.Tensor]:
