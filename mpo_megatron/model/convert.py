@@ -106,7 +106,8 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
         def resolve(chunk: Chunk) -> Tensor:
             advance(chunk.num_bytes)
             data = _gather_rows(chunk, homes[chunk], tensors, reader, digest)
-            count = data.numel() - int(torch.isfinite(data).sum())
+            # Block by block: a mask of all would be one more piece in memory.
+            count = sum(len(block) - int(torch.isfinite(block).sum()) for block in data.flatten().split(1 << 20))
             if count:
                 odd[chunk.key] = odd.get(chunk.key, 0) + count
             return data

@@ -156,6 +156,7 @@ def test_megatron_reads_metadata_through_the_list(model: Path, tmp_path: Path, m
 
 
 def test_no_other_place_of_the_package_reads_pickles() -> None:
+    """But for what a process itself put into a database that has no name and that no other process can open."""
     package = Path(unpickling.__file__).parents[1]
     readers = ("pickle.load", "Unpickler", "torch.load(", "FileSystemReader(", "joblib", "allow_pickle", "load_common_state_dict")
     found = {
@@ -163,4 +164,4 @@ def test_no_other_place_of_the_package_reads_pickles() -> None:
         for path in package.rglob("*.py")
         if any(name in path.read_text(encoding="utf-8") for name in readers) and path != Path(unpickling.__file__)
     }
-    assert not found
+    assert found == {"spill.py"}
