@@ -227,6 +227,8 @@ class Names(TorchFunctionMode):
             if on_gpu(args[0]):
                 raise RuntimeError(f"cannot pin '{args[0].type()}' only dense CPU tensors can be pinned")
             return args[0].clone()
+        elif func is torch.nn.functional.scaled_dot_product_attention and on_gpu(args[0]):  # which asks for cuDNN's version
+            return plain_attention(*args, **kwargs)
         elif func is torch.Tensor.tolist:  # refused for subclasses
             args = (args[0].cpu(),)
         elif func == torch.Tensor.data.__set__ and on_gpu(args[1]) and not isinstance(args[0], GPUTensor):  # type: ignore[attr-defined]
@@ -269,6 +271,16 @@ def segment_attention(
         )
         segments.append(attended.transpose(0, 1))
     return torch.cat(segments)
+
+
+def plain_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """`scaled_dot_product_attention` in plain operations, whatever kernels there are."""
+    dropout, causal = options.pop("dropout_p", 0.0), options.pop("is_causal", False)
+    if attn_mask is not None:  # to be added to the scores
+        attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
+    return torch._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout, causal, None, **options)[0]
 
 
 def causal_mask(rows: int, columns: int) -> torch.Tensor:

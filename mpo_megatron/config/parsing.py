@@ -162,7 +162,7 @@ def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
     try:
         return instantiate(kind, options)
     except ConfigError as error:
-        raise ConfigError(f"{where}.{error}") from error
+        raise ConfigError(f"{where}{': ' if str(error).startswith('missing') else '.'}{error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:

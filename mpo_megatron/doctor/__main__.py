@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.config.visible import visible
 from mpo_megatron.doctor.doctor import doctor
 from mpo_megatron.doctor.options import read_options
 
@@ -14,7 +15,7 @@ def main() -> int:
     try:
         options = read_options(sys.argv[1:])
     except ConfigError as error:
-        print(f"mpo doctor: {error}", file=sys.stderr)
+        print(visible(f"mpo doctor: {error}", lines=True), file=sys.stderr)
         return 2
     return doctor(options.config, as_json=options.json)
 

@@ -63,7 +63,7 @@ def test_a_part_that_hangs_is_ended_and_the_rest_gets_what_is_left(tmp_path: Pat
     found = parts(output)
     assert found["breakdown"]["exit_code"] == 137  # it ignored the interrupt, and was killed
     assert found["breakdown"]["limit"] <= 3
-    assert found["plan"] == {"part": "plan", "exit_code": 124, "seconds": 0, "limit": found["plan"]["limit"]}
+    assert found["plan"]["exit_code"] == 124
     assert found["plan"]["limit"] <= 0
     summary = json.loads((output / "summary.json").read_text())
     assert summary["figures"] == {"breakdown": [{"mfu": 0.5}]}

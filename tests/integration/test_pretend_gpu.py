@@ -56,7 +56,7 @@ def test_training_is_that_of_the_cpu(results: dict[str, Any], folder: Path) -> N
 def test_offloaded_states_train_alike_and_resume(results: dict[str, Any]) -> None:
     assert len(results["bf16"]) == 5
     for ours, theirs in zip(results["bf16"], results["offloaded"], strict=True):
-        assert theirs == pytest.approx(ours, rel=1e-4)  # two implementations of Adam, weights rounded to bf16
+        assert theirs == pytest.approx(ours, rel=1e-3)  # two Adams: a weight that is rounded the other way moves by 2⁻⁸
 
 
 def test_mistakes_are_found(results: dict[str, Any]) -> None:
