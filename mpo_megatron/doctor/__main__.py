@@ -15,7 +15,8 @@ def main() -> int:
     try:
         options = read_options(sys.argv[1:])
     except ConfigError as error:
-        print(visible(f"mpo doctor: {error}", lines=True), file=sys.stderr)
+        text = visible(f"mpo doctor: {error}", lines=True)
+        print(text, file=sys.stderr)
         return 2
     return doctor(options.config, as_json=options.json)
 
