@@ -35,7 +35,7 @@ import torch  # noqa: E402
 from mpo_megatron.config import ConvertConfig  # noqa: E402
 from mpo_megatron.model.convert import convert  # noqa: E402
 from mpo_megatron.model.convert_torch_dist import CheckpointReader  # noqa: E402
-from mpo_megatron.train import loop  # noqa: E402, F401  (imported for the ranks)
+from mpo_megatron.train import launched, loop  # noqa: E402, F401  (loop is imported for the ranks)
 from mpo_megatron.train.__main__ import main as train_rank  # noqa: E402
 from mpo_megatron.train.step_folders import complete_steps, step_folder  # noqa: E402
 from tests.distributed.launch import free_port  # noqa: E402
@@ -96,9 +96,10 @@ class Life:
         ranks, own = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         port = free_port()
         self.codes: dict[int, int | None] = {}
+        shared = tempfile.mkdtemp(dir=log.parent)  # by which ranks pass a request on, as under `mpo train`
         for rank in range(ranks):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment["TORCHELASTIC_RUN_ID"] = "chaos"  # what a rank knows torchrun by
+            environment |= {"TORCHELASTIC_RUN_ID": "chaos", launched.FOLDER: shared}  # what a rank knows its launcher by
             pid = os.fork()
             if pid == 0:
                 be_rank({**environment, "MASTER_ADDR": "127.0.0.1"}, [*options, *own], log)
