@@ -22,9 +22,9 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES, TrainStep, bench
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig
-from mpo_megatron.train.checkpoint import _fill_optimizer_state
-from mpo_megatron.train.saving import Saver
-from mpo_megatron.train.step_folders import RunState, step_folder
+from mpo_megatron.train.checkpoints.checkpoint import _fill_optimizer_state
+from mpo_megatron.train.checkpoints.saving import Saver
+from mpo_megatron.train.checkpoints.step_folders import RunState, step_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

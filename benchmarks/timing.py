@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mpo_megatron import device
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl")
 """Whose versions are written beside the numbers."""

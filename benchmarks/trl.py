@@ -36,7 +36,7 @@ from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import iterate_steps
 from mpo_megatron.model.convert import convert
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import forward_step
 

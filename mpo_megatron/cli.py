@@ -34,11 +34,11 @@ from mpo_megatron.config import (
     validate_train,
 )
 from mpo_megatron.config.values import WHOLE, show
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data import DataError
-from mpo_megatron.data.partial import clear_leftovers
-from mpo_megatron.interruption import interruptible, say_interrupted
-from mpo_megatron.train.output import outlive_readers
+from mpo_megatron.files import DataError
+from mpo_megatron.files.partial import clear_leftovers
+from mpo_megatron.terminal.interruption import interruptible, say_interrupted
+from mpo_megatron.terminal.output import outlive_readers
+from mpo_megatron.terminal.visible import visible
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -273,7 +273,7 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
 
     inputs = check_inputs(config, num_ranks)  # once more on every rank; here it gives one message before any rank has started
     if name == "train":
-        from mpo_megatron.train.resumption import check_resumption
+        from mpo_megatron.train.checkpoints.resumption import check_resumption
 
         check_resumption(config, inputs)
     return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)

@@ -37,7 +37,7 @@ from mpo_megatron.model.convert import convert  # noqa: E402
 from mpo_megatron.model.convert_torch_dist import CheckpointReader  # noqa: E402
 from mpo_megatron.train import launched, loop  # noqa: E402, F401  (loop is imported for the ranks)
 from mpo_megatron.train.__main__ import main as train_rank  # noqa: E402
-from mpo_megatron.train.step_folders import complete_steps, step_folder  # noqa: E402
+from mpo_megatron.train.checkpoints.step_folders import complete_steps, step_folder  # noqa: E402
 from tests.distributed.launch import free_port  # noqa: E402
 from tests.tiny import random_groups, save_groups, save_model  # noqa: E402
 

@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from tools.damage_kinds import Kind, kinds, write_inputs
 
 RIGHT = ("no difference", "refused", "computed again", "as after a kill")

@@ -35,8 +35,8 @@ from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.sources import open_source
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.digests import DamagedError, seal_lines, unseal_lines, write_list
 from mpo_megatron.evaluate import held_out
+from mpo_megatron.files.digests import DamagedError, seal_lines, unseal_lines, write_list
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
@@ -51,13 +51,14 @@ from mpo_megatron.rollout.records import LineWriter, encode_line, find_lines, re
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import select
 from mpo_megatron.rollout.stages import save_config
-from mpo_megatron.train import checkpoint, loop
+from mpo_megatron.train import loop
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.checkpoints.step_folders import complete_steps, read_state
+from mpo_megatron.train.checkpoints.verification import check_whole
 from mpo_megatron.train.reference import read_cache
-from mpo_megatron.train.step_folders import complete_steps, read_state
 from mpo_megatron.train.tracking.facts import earlier_starts
 from mpo_megatron.train.tracking.files import JsonlTracker
 from mpo_megatron.train.tracking.services import read_id, write_id
-from mpo_megatron.train.verification import check_whole
 from mpo_megatron.viewer.source import num_replicas
 from tests.tiny import random_groups, save_groups, save_model
 

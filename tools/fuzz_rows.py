@@ -24,7 +24,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from mpo_megatron.config import PrepareConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import detect
@@ -35,6 +34,7 @@ from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer
 from mpo_megatron.data.tokenizing import Chunk, tokenize_group
+from mpo_megatron.files import DataError
 
 TEMPLATE = (
     "{% if tools %}{{ '<|im_start|>system\n' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"

@@ -33,7 +33,7 @@ from examples.on_policy.plot import plot_rounds
 from examples.quickstart.model import write_model
 from examples.quickstart.run import TASK_SIZES, mpo
 from examples.quickstart.task import COUNTS, OCCASIONS, PEOPLE, TEMPLATES, WORDS, build_groups, write_groups
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
 
 CONFIG = Path(__file__).with_name("iterate.yaml")
 METHODS = Path(__file__).with_name("methods.yaml")

@@ -13,7 +13,7 @@ import yaml
 from mpo_megatron.config.checks import ConfigError, require
 from mpo_megatron.config.sealed import check_seal
 from mpo_megatron.config.values import NUMBER, WHOLE, check_written, field_types, section_of, show
-from mpo_megatron.config.visible import visible
+from mpo_megatron.terminal.visible import visible
 
 MAX_NODES, MAX_DEPTH = 100_000, 30
 """Values of a YAML file, and how deep they may be nested: far beyond any configuration."""

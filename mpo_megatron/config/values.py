@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from mpo_megatron.config.checks import ConfigError
 from mpo_megatron.config.options import Options
-from mpo_megatron.config.visible import visible
+from mpo_megatron.terminal.visible import visible
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 """What a value of a type is called in a message."""

@@ -12,11 +12,6 @@
     group, store                 a group; prepared groups on disk
     packing, loader              groups → packed rows; a step's rows, built ahead
     outcomes                     what a policy makes of held-out groups, on disk
-    atomic, lock                 files and folders that appear whole; one writer at a time
 
 Importing it needs neither Megatron nor a GPU.
 """
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file or folder, what is wrong, and the fix."""

@@ -7,10 +7,10 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group, TokenizedGroup
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer
+from mpo_megatron.files import DataError
 
 
 def check_group(group: Group, tokenized: TokenizedGroup, chat: Chat) -> None:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.conversations import read_tools
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Group, Message, RewardKind
 from mpo_megatron.data.record import Record
+from mpo_megatron.files import DataError
 
 Row = dict[str, Any]
 

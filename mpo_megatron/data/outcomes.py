@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.digests import name_digest, read_named
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import name_digest, read_named
 
 FOLDER = "groups"
 SCHEMA = pa.schema(

@@ -23,15 +23,10 @@ import pyarrow as pa
 from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import Layout
 from mpo_megatron.data.group import Float64, Group, Int64, RewardKind, TokenizedGroup
-from mpo_megatron.data.partial import clear_leftovers
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import GroupStream, read_inputs
@@ -47,6 +42,11 @@ from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, write_arrow, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
 from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, cut_chunks, load_chat, map_in_order, tokenize_chunk
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
+from mpo_megatron.files.partial import clear_leftovers
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 
 REJECTED_FILE = "rejected.jsonl"
 _PEEKED = 64

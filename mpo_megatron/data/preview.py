@@ -7,10 +7,10 @@ import itertools
 from rich.rule import Rule
 from rich.text import Text
 
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 
 SCORED = ("⟦", "⟧")
 """Marks around scored tokens; readable without colours."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mpo_megatron.config.console import Console
+from mpo_megatron.terminal.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
 

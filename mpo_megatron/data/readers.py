@@ -17,12 +17,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Layout, Options, Parsed, build_group, detect, find_format, parse, rename
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.spill import Spill
+from mpo_megatron.files import DataError
 
 SAMPLE = 64
 """Rows that the format is detected from."""

@@ -20,9 +20,9 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.digests import check_lines, check_record
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import check_lines, check_record
 
 STANDARD_INPUT = "-"
 _SPLITS = {

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 
 _CACHE_KIB = 64 * 1024
 """Memory that the database keeps; what goes beyond is in a temporary file."""

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 
 _BAR = 24
 """Width of a histogram's longest bar, in characters."""

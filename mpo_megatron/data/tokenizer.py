@@ -22,7 +22,7 @@ from jinja2 import TemplateError
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.templates import Renderer
-from mpo_megatron.digests import check_file, check_folder
+from mpo_megatron.files.digests import check_file, check_folder
 
 PLAIN_TEMPLATE = (
     "{{ bos_token }}"

@@ -18,7 +18,6 @@ import pyarrow as pa
 from jinja2 import TemplateError
 
 from mpo_megatron.config import PrepareConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat, Tokens
 from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
@@ -28,6 +27,7 @@ from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import to_batch
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 
 _CHUNK_GROUPS, _CHUNK_CHARACTERS = 32, 1 << 20
 """What one task tokenizes at most: groups, and characters of their responses (at least one group)."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.config.visible import visible
 from mpo_megatron.doctor.doctor import doctor
 from mpo_megatron.doctor.options import read_options
+from mpo_megatron.terminal.visible import visible
 
 
 def main() -> int:

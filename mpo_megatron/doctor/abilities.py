@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, load_yaml
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.stack.checks import has_fused_gradients
 
 USABLE = "usable"

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import EvaluateConfig, GenerateConfig, from_dict
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import Message
 from mpo_megatron.evaluate.benchmarks import Answer, Benchmark, Question
 from mpo_megatron.evaluate.samples import is_model, prompt_key, read_texts
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (
     GENERATE_FILE,

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
 
 Benchmark = Literal["alpaca_eval", "arena_hard", "mt_bench"]
 

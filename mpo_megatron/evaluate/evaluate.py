@@ -14,7 +14,6 @@ from typing import Any, get_args
 import numpy as np
 
 from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
-from mpo_megatron.config.console import Console
 from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
@@ -22,6 +21,7 @@ from mpo_megatron.evaluate.plot import plot_evaluation
 from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_scored, read_samples, summarize_samples
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.stages import run_ranks, save_config
+from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.launcher import count_ranks
 

@@ -16,17 +16,17 @@ import numpy as np
 import torch
 
 from mpo_megatron.config import DataConfig, HeldOutConfig, LossConfig, TrainConfig, require
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.digests import seal_lines, unseal_lines
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import seal_lines, unseal_lines
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.convert import find_megatron_checkpoint
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups

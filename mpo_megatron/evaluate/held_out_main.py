@@ -15,7 +15,7 @@ def work() -> str | None:
     require(config.held_out is not None, "held_out is not configured.")
     assert config.held_out is not None
     from mpo_megatron.evaluate.held_out import evaluate_held_out
-    from mpo_megatron.train.stopping import Stopped
+    from mpo_megatron.train.faults.stopping import Stopped
 
     try:
         evaluate_held_out(config.held_out, Path(config.output))

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import EvaluateConfig, GenerateConfig, ScoreConfig, from_dict, require
-from mpo_megatron.data import DataError
 from mpo_megatron.evaluate.statistics import (
     Comparison,
     Estimate,
@@ -23,6 +22,7 @@ from mpo_megatron.evaluate.statistics import (
     compute_length_controlled_win_rate,
     compute_win_rate,
 )
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (

@@ -10,9 +10,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.digests import check_file
 from mpo_megatron.families import gemma, llama, mistral, olmo, qwen
 from mpo_megatron.families.family import Family
+from mpo_megatron.files.digests import check_file
 
 READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
     "qwen2": qwen.read_qwen2,

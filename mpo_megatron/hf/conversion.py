@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.digests import check_file
+from mpo_megatron.files.digests import check_file
 
 
 class CheckpointError(ConfigError):

@@ -23,10 +23,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpo_megatron import digests
 from mpo_megatron.config import ConvertConfig, require, validate_convert
 from mpo_megatron.families import load_family
 from mpo_megatron.families.rules import EMBEDDING, OUTPUT
+from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
 from mpo_megatron.model.convert_folder import copy_side_files, find_megatron_checkpoint, progress, set_config_dtype, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint

@@ -15,11 +15,11 @@ from pathlib import Path
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.config.console import Console
-from mpo_megatron.data.atomic import appear, require_no_writer, sync
-from mpo_megatron.data.partial import partial_folder
-from mpo_megatron.digests import LIST
+from mpo_megatron.files.atomic import appear, require_no_writer, sync
+from mpo_megatron.files.digests import LIST
+from mpo_megatron.files.partial import partial_folder
 from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.terminal.console import Console
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
 """Files of a Hugging Face folder that are weights, in whatever format."""

@@ -110,7 +110,7 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     except BaseException:
         # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure; and they
         # would fail of lost connections before this rank has said why. This process is about to end, and takes the groups along
-        # (train/ending.py).
+        # (train/faults/ending.py).
         if torch.distributed.get_world_size() == 1 or not (started or device.has_gpu()):
             _take_down(started)
         raise

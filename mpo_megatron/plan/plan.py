@@ -21,10 +21,9 @@ from mpo_megatron.config import (
     load_yaml,
     require,
 )
-from mpo_megatron.config.console import Console
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.plan.hardware import find_hardware
@@ -34,6 +33,7 @@ from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
 from mpo_megatron.plan.search import Candidate, Problem, search
 from mpo_megatron.plan.step_time import Assumptions
+from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 
 DEFAULT_GROUPS = 60_000

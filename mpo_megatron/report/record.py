@@ -13,10 +13,10 @@ import yaml
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.run_paths import candidates
 from mpo_megatron.config.sealed import check_seal
-from mpo_megatron.data import DataError
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
 from mpo_megatron.data.store import PreparedGroups, load_groups
-from mpo_megatron.digests import DamagedError, is_unfinished, unseal, unseal_line, unseal_lines
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import DamagedError, is_unfinished, unseal, unseal_line, unseal_lines
 
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""

@@ -26,7 +26,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 
 MAX_BODY_BYTES = 16 * 2**20
 """Largest body of an answer: 10⁵ tokens, as text and as ids, with as many ids of the prompt, are 3 MB."""

@@ -19,11 +19,11 @@ from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.faults.stopping import Deadline, Stopped
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
 from mpo_megatron.train.run import build_row_shape
-from mpo_megatron.train.stopping import Deadline, Stopped
 
 KL_FILE = "kl.json"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mpo_megatron.config import SelectConfig
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 
 Response = Mapping[str, Any]
 Rule = Callable[[Sequence[Response], SelectConfig], list[bool]]

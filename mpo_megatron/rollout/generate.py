@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
-from mpo_megatron.config.console import Console
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.chat import Chat, check_templated
-from mpo_megatron.data.lock import hold
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mpo_megatron.digests import list_files
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import list_files
+from mpo_megatron.files.lock import hold
 from mpo_megatron.rollout.draws import Group, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
@@ -50,6 +49,7 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
+from mpo_megatron.terminal.console import Console
 
 REJECTED_FILE = "rejected.jsonl"
 STARTED_FILE = "generate.started.json"

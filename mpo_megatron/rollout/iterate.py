@@ -28,12 +28,11 @@ from mpo_megatron.config import (
     to_dict,
 )
 from mpo_megatron.config.checks import find_change
-from mpo_megatron.config.console import Console
-from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.data.lock import hold
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import INFO_FILE
-from mpo_megatron.digests import write_list
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import write_list
+from mpo_megatron.files.lock import hold
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
@@ -50,8 +49,9 @@ from mpo_megatron.rollout.rounds import Plan, Policy, Round, build_plan, start_t
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.train.checkpoints.resumption import check_resumption
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.resumption import check_resumption
 
 STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
 PATHS = ("output", "model", "prompts")

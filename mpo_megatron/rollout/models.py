@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, check_writable, require
-from mpo_megatron.data.lock import hold
-from mpo_megatron.digests import check_file, check_folder
+from mpo_megatron.files.digests import check_file, check_folder
+from mpo_megatron.files.lock import hold
 
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""

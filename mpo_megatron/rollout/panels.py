@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
 
 BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mpo_megatron.config.console import Console
+from mpo_megatron.terminal.console import Console
 
 _SECONDS = 10.0
 """Between two lines where there is no terminal."""

@@ -17,7 +17,6 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.conversations import read_prompt, read_tools
 from mpo_megatron.data.fields import RowError, read_id
@@ -27,6 +26,7 @@ from mpo_megatron.data.readers import read_inputs
 from mpo_megatron.data.record import Record as Row
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.store import INFO_FILE, load_groups
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 
 _SAMPLE = 64

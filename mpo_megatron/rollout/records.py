@@ -26,9 +26,9 @@ from types import TracebackType
 from typing import Any, BinaryIO, final
 
 from mpo_megatron.config import require
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file, writing
-from mpo_megatron.digests import check_lines, seal, seal_line, unseal, unseal_line
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file, writing
+from mpo_megatron.files.digests import check_lines, seal, seal_line, unseal, unseal_line
 
 Record = dict[str, Any]
 """One group line."""

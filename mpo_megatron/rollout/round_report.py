@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import TrainConfig
-from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.digests import DamagedError, unseal_line
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import DamagedError, unseal_line
 from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, write_summary

@@ -37,7 +37,7 @@ from mpo_megatron.config import (
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.inputs import weights_digest
 from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ScoreConfig, require, validate_score
-from mpo_megatron.config.console import Console
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
-from mpo_megatron.data import DataError
-from mpo_megatron.data.lock import hold
-from mpo_megatron.digests import list_files
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import list_files
+from mpo_megatron.files.lock import hold
 from mpo_megatron.rollout.generate import require_package
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.records import (
@@ -48,6 +47,7 @@ from mpo_megatron.rollout.records import (
 from mpo_megatron.rollout.score_summary import TOLD, print_summary, summarize
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
+from mpo_megatron.terminal.console import Console
 
 STARTED_FILE = "score.started.json"
 """What the folder's lines were scored with; a run that scores otherwise is refused."""

@@ -18,9 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import ScoreConfig, to_dict
-from mpo_megatron.config.console import Console
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config
 from mpo_megatron.rollout.records import Record
+from mpo_megatron.terminal.console import Console
 
 _LENGTH_ALONE = 0.98
 """From this r of score and length on, a score says little but the length."""

@@ -26,13 +26,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
-from mpo_megatron.config.console import Console
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.data.group import Float64
-from mpo_megatron.data.partial import clear_leftovers
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
-from mpo_megatron.digests import list_files
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
+from mpo_megatron.files.digests import list_files
+from mpo_megatron.files.partial import clear_leftovers
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import apply_rules, is_number
 from mpo_megatron.rollout.records import (
@@ -47,6 +46,7 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.spacing_plot import plot_spacing
+from mpo_megatron.terminal.console import Console
 
 PLOT_FILE = "reward_spacing.png"
 _CHUNK = 512

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mpo_megatron.config import parse_shard, require
-from mpo_megatron.config.console import Console
-from mpo_megatron.data.lock import hold
+from mpo_megatron.files.lock import hold
+from mpo_megatron.terminal.console import Console
 
 
 class Shard(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 from mpo_megatron import device
 from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
 from mpo_megatron.config.sealed import seal_yaml
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.train.launched import end_with_parent
 from mpo_megatron.train.launcher import launch
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.loader import build_ahead, build_step
-from mpo_megatron.train.incidents import TrainingError, broken_groups
+from mpo_megatron.train.faults.incidents import TrainingError, broken_groups
 from mpo_megatron.train.metrics import combine
 from mpo_megatron.train.run import Run
 from mpo_megatron.train.step import forward_step

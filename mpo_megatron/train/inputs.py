@@ -25,10 +25,10 @@ from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.checkpoints.step_folders import complete_steps, is_step, read_state, require_space
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload
-from mpo_megatron.train.step_folders import complete_steps, is_step, read_state, require_space
 from mpo_megatron.train.tracking import check_installed
 
 

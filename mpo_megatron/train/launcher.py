@@ -21,7 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpo_megatron.config import ParallelConfig
 from mpo_megatron.train import launched
-from mpo_megatron.train.stopping import STARTED
+from mpo_megatron.train.faults.stopping import STARTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 """Requests to stop; SIGHUP comes when a terminal is closed."""

@@ -1,7 +1,7 @@
 """A training run, from configuration to the last checkpoint: it reads top to bottom.
 
 What a run works with is in run.py, a step's forward and backward pass in step.py, held-out groups in evaluation.py, checkpoints
-in saving.py and step_folders.py, where a run goes on in resumption.py, what is watched in faults.py and incidents.py.
+and where a run resumes in checkpoints/, what is watched in faults/.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from mpo_megatron import device
 from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
 from mpo_megatron.config.run_paths import with_absolute_paths
 from mpo_megatron.config.sealed import seal_yaml
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.stack.checks import shortfalls
-from mpo_megatron.train import checkpoint, optimizer, signals
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.checkpoints.resumption import fixed_options, only_run, resume
+from mpo_megatron.train.checkpoints.saving import Saver
+from mpo_megatron.train.checkpoints.step_folders import RunState
 from mpo_megatron.train.evaluation import evaluate
-from mpo_megatron.train.faults import Supervisor, seed_everything
-from mpo_megatron.train.incidents import Evidence, Guard, TrainingError, report
+from mpo_megatron.train.faults import signals
+from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
+from mpo_megatron.train.faults.stopping import Stopped
+from mpo_megatron.train.faults.supervisor import Supervisor, seed_everything
 from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.resumption import fixed_options, only_run, resume
 from mpo_megatron.train.run import Run, open_run
-from mpo_megatron.train.saving import Saver
 from mpo_megatron.train.step import fused_step, two_phase_step
-from mpo_megatron.train.step_folders import RunState
-from mpo_megatron.train.stopping import Stopped
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.throughput import throughput
 from mpo_megatron.train.tracking import Tracker, build_trackers

@@ -12,9 +12,10 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
-from mpo_megatron.train import launched, signals
-from mpo_megatron.train.ending import complain, end
-from mpo_megatron.train.output import outlive_readers
+from mpo_megatron.terminal.output import outlive_readers
+from mpo_megatron.train import launched
+from mpo_megatron.train.faults import signals
+from mpo_megatron.train.faults.ending import complain, end
 
 if TYPE_CHECKING:
     from mpo_megatron.config import TrainConfig
@@ -80,14 +81,14 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
 def _explain(error: Exception) -> str | None:
     """What to tell a user about an error that was to be expected; None for others."""
     from mpo_megatron.config import ConfigError
-    from mpo_megatron.data import DataError
+    from mpo_megatron.files import DataError
 
     if isinstance(error, ConfigError | DataError):
         return str(error)
     if isinstance(error, OSError) and error.errno in NEEDS_A_PERSON:  # of one rank; the others end because it does
         return f"{error.filename or 'a file'}: {error.strerror}; fix it, and run the same command again: it resumes."
     from mpo_megatron.data.packing import PackingError
-    from mpo_megatron.train.incidents import TrainingError
-    from mpo_megatron.train.step_folders import SaveError
+    from mpo_megatron.train.checkpoints.step_folders import SaveError
+    from mpo_megatron.train.faults.incidents import TrainingError
 
     return str(error) if isinstance(error, PackingError | SaveError | TrainingError) else None

@@ -30,20 +30,20 @@ from torch.distributed import broadcast
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
-from mpo_megatron.data.partial import partial_file
 from mpo_megatron.data.store import PreparedGroups
-from mpo_megatron.digests import DamagedError, name_digest, read_named
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import DamagedError, name_digest, read_named
+from mpo_megatron.files.partial import partial_file
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
-from mpo_megatron.train import signals
-from mpo_megatron.train.agreement import on_main
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
+from mpo_megatron.train.faults import signals
+from mpo_megatron.train.faults.agreement import on_main
+from mpo_megatron.train.faults.stopping import Deadline, Pauses
 from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.step import collect_logps, run_rows
-from mpo_megatron.train.stopping import Deadline, Pauses
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]

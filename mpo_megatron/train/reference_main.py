@@ -29,9 +29,9 @@ def compute(config: TrainConfig) -> str | None:
     from mpo_megatron.hf.flops import build_flop_model
     from mpo_megatron.model.parallel import model_parallel
     from mpo_megatron.model.policy import build_policy
+    from mpo_megatron.train.faults.stopping import Stopped
     from mpo_megatron.train.inputs import check_inputs
     from mpo_megatron.train.run import build_row_shape, compute_references
-    from mpo_megatron.train.stopping import Stopped
 
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     with model_parallel(config.parallel, config.seed) as ranks:

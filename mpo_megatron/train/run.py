@@ -17,15 +17,16 @@ from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train import checkpoint, optimizer
-from mpo_megatron.train.faults import STEP_SEEDS
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.faults.stopping import Deadline
+from mpo_megatron.train.faults.supervisor import STEP_SEEDS
 from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import prepare_schedules
-from mpo_megatron.train.stopping import Deadline
 
 
 @dataclass(frozen=True, kw_only=True)

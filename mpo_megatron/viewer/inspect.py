@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpo_megatron.config import InspectConfig
-from mpo_megatron.config.console import Console
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.terminal.console import Console
 from mpo_megatron.viewer.blocks import blocks_of
 from mpo_megatron.viewer.page import draw_mask, write_page
 from mpo_megatron.viewer.source import look

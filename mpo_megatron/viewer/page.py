@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data.atomic import replace_file
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.terminal.visible import visible
 from mpo_megatron.viewer.blocks import PADDING, PROMPT, Block, attention_mask, owners
 from mpo_megatron.viewer.source import Sight
 from mpo_megatron.viewer.terminal import heading, mark_ends

@@ -16,7 +16,7 @@ from mpo_megatron.data.loader import GroupTable, RowShape, build_step, group_tab
 from mpo_megatron.data.packing import Row, build_row, plan_rows
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from mpo_megatron.digests import unseal
+from mpo_megatron.files.digests import unseal
 
 Sets = npt.NDArray[np.int64]
 

@@ -9,9 +9,9 @@ import numpy as np
 from rich.rule import Rule
 from rich.text import Text
 
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
 from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 from mpo_megatron.viewer.blocks import Block, Token, attention_mask
 from mpo_megatron.viewer.source import Sight
 

@@ -23,7 +23,7 @@ from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import build_objective
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step, loss_coefficients, prepare_schedules, run_rows, two_phase_step

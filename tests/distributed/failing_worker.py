@@ -18,7 +18,7 @@ device.prepare()
 
 from mpo_megatron.config import ParallelConfig  # noqa: E402
 from mpo_megatron.model.parallel import model_parallel  # noqa: E402
-from mpo_megatron.train.ending import end  # noqa: E402
+from mpo_megatron.train.faults.ending import end  # noqa: E402
 
 
 def main() -> int:

@@ -22,11 +22,13 @@ from mpo_megatron import device
 device.prepare()
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
-from mpo_megatron.data import DataError  # noqa: E402
-from mpo_megatron.data.lock import hold  # noqa: E402
-from mpo_megatron.train import agreement, evaluation, faults, loop, optimizer, resumption, saving, signals, step_folders  # noqa: E402
-from mpo_megatron.train.incidents import TrainingError  # noqa: E402
-from mpo_megatron.train.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
+from mpo_megatron.files import DataError  # noqa: E402
+from mpo_megatron.files.lock import hold  # noqa: E402
+from mpo_megatron.train import evaluation, loop, optimizer  # noqa: E402
+from mpo_megatron.train.checkpoints import resumption, saving, step_folders  # noqa: E402
+from mpo_megatron.train.checkpoints.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
+from mpo_megatron.train.faults import agreement, signals, supervisor  # noqa: E402
+from mpo_megatron.train.faults.incidents import TrainingError  # noqa: E402
 
 INPUTS = Path(sys.argv[1])
 STEPS = 6
@@ -128,7 +130,7 @@ def slow(name: str, rank: int) -> Iterator[None]:
             clock.ahead += 1000
         return original(*arguments, **named)
 
-    with mock.patch.object(loop, name, patched), mock.patch.object(faults, "time", clock):
+    with mock.patch.object(loop, name, patched), mock.patch.object(supervisor, "time", clock):
         yield
 
 
@@ -143,7 +145,7 @@ def slow_data(rank: int) -> Iterator[None]:
                 clock.ahead += 1000
             yield batch
 
-    with mock.patch.object(loop, "iterate_steps", patched), mock.patch.object(faults, "time", clock):
+    with mock.patch.object(loop, "iterate_steps", patched), mock.patch.object(supervisor, "time", clock):
         yield
 
 
@@ -227,13 +229,13 @@ def stay_away_from_the_collective() -> None:
 def hang() -> None:
     """Rank 1 does not come to the collectives of step 3; until then a busy machine has the time it needs."""
     torch.distributed.init_process_group("gloo")
-    original = faults.Watchdog.beat
+    original = supervisor.Watchdog.beat
 
-    def beat(watchdog: faults.Watchdog, doing: str) -> None:
+    def beat(watchdog: supervisor.Watchdog, doing: str) -> None:
         original(watchdog, doing)
         watchdog.seconds = 8 if doing == "step 3" else 600
 
-    patches = (at_step(3, stay_away_from_the_collective, rank=1), mock.patch.object(faults.Watchdog, "beat", beat))
+    patches = (at_step(3, stay_away_from_the_collective, rank=1), mock.patch.object(supervisor.Watchdog, "beat", beat))
     run("hang", "--faults.hang_minutes", "10", patches=patches)
 
 

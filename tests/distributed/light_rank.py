@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 from mpo_megatron.train.rank import be_rank
 
 

@@ -31,7 +31,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
-from mpo_megatron.train import checkpoint
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import finalize_gradients, fused_step, prepare_schedules

@@ -26,7 +26,8 @@ from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
-from mpo_megatron.digests import write_list
+from mpo_megatron.files.digests import write_list
 from tests.distributed.launch import run_ranks
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.digests import unseal_line, unseal_lines
+from mpo_megatron.files.digests import unseal_line, unseal_lines
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
-from mpo_megatron.train.step_folders import check_files, complete_steps, damaged_steps, read_state, step_folder
+from mpo_megatron.train.checkpoints.step_folders import check_files, complete_steps, damaged_steps, read_state, step_folder
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
 

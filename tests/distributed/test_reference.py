@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from mpo_megatron.config import ConvertConfig, TrainConfig, parse
-from mpo_megatron.data import DataError
 from mpo_megatron.data.loader import group_table
 from mpo_megatron.data.store import load_groups
+from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
-from mpo_megatron.train import reference, signals
+from mpo_megatron.train import reference
+from mpo_megatron.train.faults import signals
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.reference_main import compute
 from tests.distributed.launch import kill_ranks_when, run_ranks

@@ -15,7 +15,7 @@ import pytest
 
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.model.convert import convert
-from mpo_megatron.train.step_folders import check_files, complete_steps, step_folder
+from mpo_megatron.train.checkpoints.step_folders import check_files, complete_steps, step_folder
 from tests.distributed.launch import ROOT
 from tests.tiny import random_groups, save_groups, save_model
 from tests.waiting import TIMEOUT

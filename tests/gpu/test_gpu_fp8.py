@@ -14,7 +14,8 @@ from mpo_megatron.config import ConfigError, ParallelConfig
 from mpo_megatron.hf.fp8 import RECIPES
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine, validate_fp8
-from mpo_megatron.train import checkpoint, optimizer
+from mpo_megatron.train import optimizer
+from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.step import forward_step, fused_step, two_phase_step
 from tests.gpu import small
 

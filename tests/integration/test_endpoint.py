@@ -20,9 +20,9 @@ import torch
 from rich.console import Console
 
 from mpo_megatron.config import EndpointConfig, GenerateConfig, ScoreConfig, TransformersConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.engines import Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.engines.sampling import filter_logits

@@ -19,7 +19,7 @@ from mpo_megatron.model.attention import row_layout
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.checkpoint import load_weights
+from mpo_megatron.train.checkpoints.checkpoint import load_weights
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, GenerateConfig, load_yaml, to_dict
 from mpo_megatron.config.sealed import seal_yaml
-from mpo_megatron.digests import DamagedError
+from mpo_megatron.files import digests
+from mpo_megatron.files.digests import DamagedError
 
 CONTENT: dict[str, Any] = {"b": [1, 2.5, None, "ü\u2028"], "a": {"9": 1, "10": True}, "long": "x" * 50}
 

@@ -57,7 +57,7 @@ def test_a_forked_worker_is_ended_by_its_signal(monkeypatch: pytest.MonkeyPatch)
 HEAD = """
 import sys
 from pathlib import Path
-from mpo_megatron.train.output import outlive_readers
+from mpo_megatron.terminal.output import outlive_readers
 outlive_readers()
 outlive_readers()
 for number in range(100_000):

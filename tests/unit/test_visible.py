@@ -14,8 +14,8 @@ from rich.text import Text
 
 import mpo_megatron
 from mpo_megatron.cli import main
-from mpo_megatron.config.console import Console
-from mpo_megatron.config.visible import visible
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 
 PACKAGE = Path(mpo_megatron.__file__).parent
 OBEYED = [
@@ -72,10 +72,10 @@ def test_an_error_that_quotes_data(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_every_console_is_ours() -> None:
     users = [path for path in PACKAGE.rglob("*.py") if "from rich.console import Console" in path.read_text(encoding="utf-8")]
-    assert users == [PACKAGE / "config" / "console.py"]
+    assert users == [PACKAGE / "terminal" / "console.py"]
 
 
 def test_errors_are_printed_visibly() -> None:
     bare = re.compile(r"(?<![._])print\([^)]*\{(error|message|problem|reason)[}!:]")
     found = [path.name for path in PACKAGE.rglob("*.py") if bare.search(path.read_text(encoding="utf-8"))]
-    assert set(found) <= {"ending.py", "faults.py", "incidents.py"}, "their texts are made visible before, or are numbers"
+    assert set(found) <= {"ending.py", "supervisor.py", "incidents.py"}, "their texts are made visible before, or are numbers"

@@ -19,10 +19,11 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import stages
-from mpo_megatron.train import loop, reference_main, resumption
+from mpo_megatron.train import loop, reference_main
 from mpo_megatron.train.__main__ import work as train_work
+from mpo_megatron.train.checkpoints import resumption
+from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from mpo_megatron.train.rank import run as run_rank
-from mpo_megatron.train.step_folders import complete_steps
 from tests.tiny import random_groups, save_groups, save_model
 
 Result = dict[str, Any]

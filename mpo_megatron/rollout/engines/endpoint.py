@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig, require
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat, with_text_arguments
 from mpo_megatron.data.group import Message
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.answers import read_answer

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from mpo_megatron.config import EndpointConfig
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Sampling
 

@@ -18,9 +18,9 @@ from transformers.utils import logging as transformers_logging
 
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.families import Family
+from mpo_megatron.files import DataError
 from mpo_megatron.model.live_weights import send_weights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling

@@ -15,11 +15,11 @@ import numpy as np
 from torch.distributed import barrier, broadcast_object_list, get_world_size
 
 from mpo_megatron.config import TrainConfig, require
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import Ints, step_indices
 from mpo_megatron.data.store import PreparedGroups
-from mpo_megatron.digests import seal_lines, unseal_lines
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import seal_lines, unseal_lines
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients

@@ -14,7 +14,7 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.score import FunctionScorer
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores
 from mpo_megatron.rollout.scorers.reading import Call, Parameter, find_reading, read_values

@@ -9,7 +9,7 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import PairwiseScorer
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.classifier import Classifier

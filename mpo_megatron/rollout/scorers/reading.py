@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import join_messages
 

@@ -8,8 +8,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mpo_megatron.config.score import RewardModelScorer
-from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores
 from mpo_megatron.rollout.scorers.classifier import Classifier

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mpo_megatron.config.score import MatchScorer, RegexScorer
-from mpo_megatron.data import DataError
 from mpo_megatron.data.bounded import LimitError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores
 from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern

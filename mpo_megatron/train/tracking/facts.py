@@ -20,10 +20,10 @@ import torch
 import mpo_megatron
 from mpo_megatron import device
 from mpo_megatron.config import TrainConfig, to_dict
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data.atomic import replace_file
 from mpo_megatron.data.store import PreparedGroups
-from mpo_megatron.digests import DamagedError, seal, unseal
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import DamagedError, seal, unseal
+from mpo_megatron.terminal.visible import visible
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 1

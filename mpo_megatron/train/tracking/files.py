@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.digests import seal_line, unseal_line
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import seal_line, unseal_line
 from mpo_megatron.train.tracking.tracker import Cell, SampleTable
 
 

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config.visible import visible
 from mpo_megatron.data.loader import StepBatch
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
-from mpo_megatron.digests import DamagedError
+from mpo_megatron.files.digests import DamagedError
+from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.metrics import compute_sets
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker

@@ -15,7 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from mpo_megatron.config.console import Console
+from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker
 
 CURVE = 32

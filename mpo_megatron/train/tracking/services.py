@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, LoggingConfig
-from mpo_megatron.config.visible import visible
-from mpo_megatron.digests import seal, unseal
+from mpo_megatron.files.digests import seal, unseal
+from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.tracking.tracker import SampleTable
 
 MLFLOW_PARAMS = 100

@@ -15,7 +15,6 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig, parse
-from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Layout, Options, build_group, detect
 from mpo_megatron.data.formats import parse as parse_row
@@ -25,6 +24,7 @@ from mpo_megatron.data.readers import read_groups, read_inputs
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import StoredGroups, load_groups
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from mpo_megatron.files import DataError
 from tests.unit.data.conftest import train_bpe
 from tests.unit.data.templates import SPECIAL, read_template
 

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Layout, Options, build_group, detect, parse
 from mpo_megatron.data.group import Group
+from mpo_megatron.files import DataError
 
 
 def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[Layout, Group]:

@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.data import DataError
-from mpo_megatron.data.lock import hold
+from mpo_megatron.files import DataError
+from mpo_megatron.files.lock import hold
 from tests.distributed.launch import ROOT
 from tests.waiting import TIMEOUT
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from mpo_megatron.data.lock import hold
+from mpo_megatron.files.lock import hold
 with hold(Path(sys.argv[1]), Path("run")):
     print("held", flush=True)
     time.sleep(1000)

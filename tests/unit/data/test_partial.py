@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import AtomicFolder, replace_file
-from mpo_megatron.data.partial import clear_leftovers, find_writer, partial_file, partial_folder
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import AtomicFolder, replace_file
+from mpo_megatron.files.partial import clear_leftovers, find_writer, partial_file, partial_folder
 from mpo_megatron.model.convert_folder import staged
 from tests.distributed.launch import ROOT
 
 WRITE = """
 import sys, time
 from pathlib import Path
-from mpo_megatron.data.partial import partial_file, partial_folder
+from mpo_megatron.files.partial import partial_file, partial_folder
 target = Path(sys.argv[1])
 with partial_folder(target) as folder, partial_file(target) as (path, file):
     (folder / "weights").write_text("1")

@@ -20,10 +20,10 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data import tokenizing as module
 from mpo_megatron.data.prepare import PrepareSummary, prepare
 from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.files import DataError
 
 Writer = Callable[..., str]
 Run = Callable[..., PrepareSummary]

@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.sources import Rejection
+from mpo_megatron.files import DataError
 
 ROWS = [
     {"prompt": f"Q{index}", "responses": [{"text": "A", "reward": float(index)}, {"text": "B", "reward": -1.0}]}

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_megatron.data import DataError
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, read_info, write_groups
-from mpo_megatron.digests import seal
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import seal
 
 
 def make_groups(count: int, *, labels: bool = False, rewards: bool = True, masks: bool = False) -> list[TokenizedGroup]:

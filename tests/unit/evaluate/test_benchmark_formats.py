@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.data import DataError
 from mpo_megatron.evaluate.benchmarks import Answer, count_markdown, read_questions, write_answers
+from mpo_megatron.files import DataError
 
 TEXT = "# Title\n\n1. one\n2. **two**\n- three\n```\n# no header\n- no item\n```\n"
 

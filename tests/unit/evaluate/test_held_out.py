@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mpo_megatron.config import ConfigError, ConvertConfig, HeldOutConfig, ModelConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.evaluate.held_out import evaluate_held_out, read_groups, summarize
+from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
 from tests.tiny import random_groups, save_groups, save_model
 

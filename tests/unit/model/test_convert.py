@@ -33,8 +33,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, ConvertConfig
+from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.model.convert import convert, export_to_hf, import_from_hf
 from mpo_megatron.model.convert_torch_dist import CheckpointReader

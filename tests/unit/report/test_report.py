@@ -16,7 +16,7 @@ import yaml
 from mpo_megatron.config import ConfigError, ReportConfig
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
-from mpo_megatron.digests import seal_lines
+from mpo_megatron.files.digests import seal_lines
 from mpo_megatron.report.content import content, differences, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings

@@ -16,9 +16,9 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import _retry_after
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine

@@ -23,8 +23,9 @@ from mpo_megatron.rollout import score as scoring
 from mpo_megatron.rollout import select as selecting
 from mpo_megatron.rollout.round_report import read_last_metrics
 from mpo_megatron.rollout.rounds import build_plan, start_training
-from mpo_megatron.train import loop, saving
-from mpo_megatron.train.step_folders import complete_steps
+from mpo_megatron.train import loop
+from mpo_megatron.train.checkpoints import saving
+from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from tests.kills import Killed, raise_at
 
 

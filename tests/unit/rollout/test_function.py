@@ -11,7 +11,7 @@ import pytest
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import build_scorer_config
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.scorers import Scores, build_scorer
 from mpo_megatron.rollout.scorers.function import Function
 from mpo_megatron.rollout.scorers.function_worker import describe

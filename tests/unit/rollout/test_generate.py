@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, GenerateConfig
-from mpo_megatron.data import DataError
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout import generate as stage
 from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.records import read_lines

@@ -17,9 +17,9 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, GenerateConfig, IterateConfig, load_yaml
 from mpo_megatron.config.checks import find_change
-from mpo_megatron.data import DataError
-from mpo_megatron.data.lock import hold
-from mpo_megatron.digests import unseal
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import unseal
+from mpo_megatron.files.lock import hold
 from mpo_megatron.rollout import stages
 from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts

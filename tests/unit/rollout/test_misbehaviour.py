@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout import client as client_module
 from mpo_megatron.rollout.draws import Group, answer
 from mpo_megatron.rollout.engines import Sampling, response_seed

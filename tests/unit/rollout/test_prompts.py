@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import PrepareConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
 from tests.unit.rollout.conftest import write_lines
 

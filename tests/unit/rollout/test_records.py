@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import replace_file
-from mpo_megatron.digests import DamagedError, list_files, seal_line
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.files.digests import DamagedError, list_files, seal_line
 from mpo_megatron.rollout.records import (
     LineWriter,
     check_started,

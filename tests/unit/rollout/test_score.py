@@ -14,9 +14,9 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig, ScoreConfig, load_yaml, parse
 from mpo_megatron.config.score import RegexScorer, build_scorer_config
-from mpo_megatron.data import DataError
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import read_lines
 from mpo_megatron.rollout.score import score, standardize
 from tests.unit.rollout.conftest import group_line, write_lines

@@ -16,8 +16,8 @@ from transformers.models.qwen3 import Qwen3ForSequenceClassification
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import KINDS, build_scorer_config
-from mpo_megatron.data import DataError
 from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison

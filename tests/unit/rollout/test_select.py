@@ -13,10 +13,10 @@ import torch
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig, SelectConfig
-from mpo_megatron.data import DataError
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.digests import seal, unseal
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import seal, unseal
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import apply_rules
 from mpo_megatron.rollout.select import Selection, filter_groups, label_groups, select, split_groups

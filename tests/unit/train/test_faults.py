@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train import launched, signals
-from mpo_megatron.train.faults import RESTARTS, SLOW_STEPS, SlowRanks, was_restarted
-from mpo_megatron.train.stopping import LEAST_MARGIN, STARTED, Deadline
+from mpo_megatron.train import launched
+from mpo_megatron.train.faults import signals
+from mpo_megatron.train.faults.stopping import LEAST_MARGIN, STARTED, Deadline
+from mpo_megatron.train.faults.supervisor import RESTARTS, SLOW_STEPS, SlowRanks, was_restarted
 from tests.distributed.launch import ROOT
 from tests.waiting import TIMEOUT
 
@@ -115,7 +116,7 @@ def test_a_run_that_was_started_again_is_told_by_torchrun_or_slurm(monkeypatch: 
 
 LISTEN = """
 import os, signal, sys, time
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 assert not {"torch", "psutil", "numpy"} & set(sys.modules)  # heard before anything heavy is imported
 class Slow:
     def __del__(self):  # at the interpreter's end, when it has gone back to dying of signals
@@ -145,7 +146,7 @@ def test_signals_are_noted_and_end_no_process_even_at_its_end(number: signal.Sig
 
 LOADING = """
 import time
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 signals.listen("mpo reference")
 signals.leave_with(143)
 print("loading", flush=True)
@@ -184,7 +185,7 @@ def test_a_rank_with_nothing_to_save_leaves_at_once(
 
 ALONE = """
 import os, signal, subprocess, sys, time
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 if len(sys.argv) == 1:  # torchrun, with one rank of two left
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "2", "RANK": "1"}
     command = [sys.executable, "-c", os.environ["CODE"], "rank"]
@@ -231,7 +232,7 @@ def test_neighbours_that_end_while_they_are_counted_end_no_thread(monkeypatch: p
 
 ORPHAN = """
 import os, subprocess, sys, time
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 if len(sys.argv) == 1:
     environment = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "1", "RANK": "0"}
     rank = subprocess.Popen([sys.executable, "-c", os.environ["CODE"], "rank"], env=environment, stdout=subprocess.PIPE)
@@ -258,7 +259,7 @@ HANG = """
 import sys, threading
 from pathlib import Path
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.faults import Watchdog
+from mpo_megatron.train.faults.supervisor import Watchdog
 
 def all_reduce_that_never_returns():
     threading.Event().wait()

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train.incidents import Guard
+from mpo_megatron.train.faults.incidents import Guard
 
 RECORDED = {
     "quickstart, MPO": (

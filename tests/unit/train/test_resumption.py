@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 
 from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from mpo_megatron.train import resumption
-from mpo_megatron.train.step_folders import DamagedError, RunState, step_folder, write_state
+from mpo_megatron.train.checkpoints import resumption
+from mpo_megatron.train.checkpoints.step_folders import DamagedError, RunState, step_folder, write_state
 
 
 def config(run: Path, **changes: Any) -> TrainConfig:

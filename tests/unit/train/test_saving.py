@@ -18,8 +18,9 @@ import pytest
 
 from mpo_megatron.config import CheckpointConfig, ConfigError, ConvertConfig, DataConfig, ModelConfig, TrainConfig
 from mpo_megatron.model.convert import convert
-from mpo_megatron.train import loop, saving, writer
-from mpo_megatron.train.step_folders import SaveError, check_files, complete_steps, require_space
+from mpo_megatron.train import loop
+from mpo_megatron.train.checkpoints import saving, writer
+from mpo_megatron.train.checkpoints.step_folders import SaveError, check_files, complete_steps, require_space
 from tests.tiny import random_groups, save_groups, save_model
 
 

@@ -25,7 +25,7 @@ from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.packing import Row, build_row, plan_rows
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.digests import seal
+from mpo_megatron.files.digests import seal
 from mpo_megatron.viewer.blocks import Block, attention_mask, blocks_of
 from mpo_megatron.viewer.inspect import inspect
 from mpo_megatron.viewer.source import look

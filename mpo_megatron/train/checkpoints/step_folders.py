@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
-from mpo_megatron.data.atomic import sync
-from mpo_megatron.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
+from mpo_megatron.files.atomic import sync
+from mpo_megatron.files.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
 
 FORMAT = 1
 """Of `state.json`; another one is refused."""

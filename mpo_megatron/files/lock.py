@@ -12,8 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mpo_megatron.data import DataError
-from mpo_megatron.data.atomic import writing
+from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import writing
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 """What file systems say that have no locks, such as Lustre mounted without `flock`; nothing is held there."""

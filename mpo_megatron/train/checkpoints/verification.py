@@ -7,8 +7,8 @@ from pathlib import Path
 from torch.distributed import all_gather_object, get_rank, get_world_size
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.digests import DamagedError, check_pieces, require_list
-from mpo_megatron.train.step_folders import check_files, is_step
+from mpo_megatron.files.digests import DamagedError, check_pieces, require_list
+from mpo_megatron.train.checkpoints.step_folders import check_files, is_step
 
 
 def check_whole(folder: Path) -> None:

@@ -24,17 +24,17 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mpo_megatron import digests
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.files import digests
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.model.unpickling import reading_safely
-from mpo_megatron.train.gathering import SaveOwnShare, own_share, reserving
+from mpo_megatron.train.checkpoints.gathering import SaveOwnShare, own_share, reserving
+from mpo_megatron.train.checkpoints.step_folders import is_step
+from mpo_megatron.train.checkpoints.verification import check_whole
+from mpo_megatron.train.checkpoints.writer import choose_strategy, keep_results_here
 from mpo_megatron.train.optimizer import gather_now, gather_weights
-from mpo_megatron.train.step_folders import is_step
-from mpo_megatron.train.verification import check_whole
-from mpo_megatron.train.writer import choose_strategy, keep_results_here
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where

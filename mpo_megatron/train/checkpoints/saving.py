@@ -30,13 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data.atomic import sync
-from mpo_megatron.digests import check_file, digest_file
+from mpo_megatron.files.atomic import sync
+from mpo_megatron.files.digests import check_file, digest_file
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.train.agreement import machines_without, on_main
-from mpo_megatron.train.checkpoint import prepare_save
-from mpo_megatron.train.step_folders import (
+from mpo_megatron.terminal.visible import visible
+from mpo_megatron.train.checkpoints.checkpoint import prepare_save
+from mpo_megatron.train.checkpoints.step_folders import (
     Files,
     RunState,
     SaveError,
@@ -46,7 +45,8 @@ from mpo_megatron.train.step_folders import (
     step_folder,
     write_state,
 )
-from mpo_megatron.train.writer import Bucket, report, stage, write_bucket
+from mpo_megatron.train.checkpoints.writer import Bucket, report, stage, write_bucket
+from mpo_megatron.train.faults.agreement import machines_without, on_main
 
 SLOW_DISK = 2e8
 """Bytes a second and rank that a save is expected to write before one was measured."""

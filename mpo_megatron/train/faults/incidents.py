@@ -20,7 +20,7 @@ from torch import Tensor
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.data.loader import StepBatch
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.digests import seal_lines
+from mpo_megatron.files.digests import seal_lines
 from mpo_megatron.train.objective import Logps
 
 NORMAL_MAD = 1.4826

@@ -26,7 +26,7 @@ from megatron.core.utils import get_model_config
 from mpo_megatron import device
 from mpo_megatron.config import FaultConfig
 from mpo_megatron.train import launched
-from mpo_megatron.train.stopping import Deadline, Pauses, name_request, own_request
+from mpo_megatron.train.faults.stopping import Deadline, Pauses, name_request, own_request
 
 STEP_SEEDS = 1_000_003
 """Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""

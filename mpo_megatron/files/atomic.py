@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import final
 
-from mpo_megatron.data import DataError
-from mpo_megatron.data.partial import find_writer, partial_file, partial_folder
+from mpo_megatron.files import DataError
+from mpo_megatron.files.partial import find_writer, partial_file, partial_folder
 
 
 @contextlib.contextmanager

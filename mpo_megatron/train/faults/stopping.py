@@ -11,7 +11,7 @@ import torch
 
 from mpo_megatron import device
 from mpo_megatron.config import FaultConfig
-from mpo_megatron.train import signals
+from mpo_megatron.train.faults import signals
 
 STARTED = "MPO_STARTED"
 """Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""

@@ -12,16 +12,13 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.checks import find_change
-from mpo_megatron.config.visible import visible
-from mpo_megatron.data import DataError
-from mpo_megatron.data.lock import hold
-from mpo_megatron.digests import DamagedError
+from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import DamagedError
+from mpo_megatron.files.lock import hold
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.train import checkpoint
-from mpo_megatron.train.agreement import machines_without, on_main
-from mpo_megatron.train.faults import was_restarted
-from mpo_megatron.train.inputs import Inputs
-from mpo_megatron.train.step_folders import (
+from mpo_megatron.terminal.visible import visible
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.checkpoints.step_folders import (
     RunState,
     complete_steps,
     damaged_steps,
@@ -30,7 +27,10 @@ from mpo_megatron.train.step_folders import (
     remove_leftovers,
     set_run_aside,
 )
-from mpo_megatron.train.verification import damage_of
+from mpo_megatron.train.checkpoints.verification import damage_of
+from mpo_megatron.train.faults.agreement import machines_without, on_main
+from mpo_megatron.train.faults.supervisor import was_restarted
+from mpo_megatron.train.inputs import Inputs
 
 FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction")}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""

@@ -9,7 +9,7 @@ from rich.console import Console as RichConsole
 from rich.console import ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from mpo_megatron.config.visible import visible
+from mpo_megatron.terminal.visible import visible
 
 
 class Console(RichConsole):

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from mpo_megatron.config.visible import visible
+from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train import launched
 
 ALONE_SECONDS = 3.0

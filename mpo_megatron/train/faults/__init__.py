@@ -1,0 +1,7 @@
+"""What may go wrong in a run, and how it stops.
+
+supervisor           what is watched: ranks that hang, ranks that are slow, the time that is left
+incidents            steps that look wrong
+signals, stopping    requests to stop; when all ranks stop
+agreement, ending    what one rank does for all; how a rank ends, and who says what went wrong
+"""
