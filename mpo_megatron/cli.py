@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -269,7 +270,10 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
     num_ranks = launcher.nproc or count_ranks(config.parallel)
     validate_train(config, num_ranks)
     read_model(Path(config.model.checkpoint), config.parallel)
+    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
     from mpo_megatron.train.inputs import check_inputs
+
+    config = replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
 
     inputs = check_inputs(config, num_ranks)  # once more on every rank; here it gives one message before any rank has started
     if name == "train":

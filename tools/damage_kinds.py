@@ -275,20 +275,18 @@ def groups(folder: Path) -> Read:
 def check_model(folder: Path) -> Any:
     """What training reads of a checkpoint before its weights."""
     checkpoint.verify(folder)
-    family, conversion = read_model(folder, ParallelConfig())
+    family, padded_vocab = read_model(folder, ParallelConfig())
     tokenizer = load_tokenizer(folder)
     text = tokenizer.render([{"role": "user", "content": "Why?"}], add_generation_prompt=True, variables={})
-    return family, conversion, tokenizer.digest(), text
+    return family, padded_vocab, tokenizer.digest(), text
 
 
 @contextlib.contextmanager
 def trained_from(folder: Path) -> Iterator[Read]:
     """Weights, and what else training reads of a checkpoint."""
-    family, conversion = read_model(folder, ParallelConfig())
+    family, padded_vocab = read_model(folder, ParallelConfig())
     with model_parallel(ParallelConfig(), 1) as ranks:
-        parts = build_policy(
-            family, ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, conversion.padded_vocab_size
-        )
+        parts = build_policy(family, ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, padded_vocab)
 
         def read() -> Any:
             found = check_model(folder)

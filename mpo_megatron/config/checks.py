@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,12 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def check_checkpoint(folder: Path, name: str) -> None:
-    """Raise `ConfigError` unless `folder` holds a Megatron checkpoint; of a run's folder, it names the newest step's."""
-    require(folder.is_dir(), f"{name} = {folder}; no such folder; write it with `mpo convert`.")
-    if (folder / "megatron").is_dir():
+    """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; of a run's folder, it names the newest one."""
+    require(
+        folder.is_dir(),
+        f"{name} = {folder}; no such folder; name a Hugging Face folder, or one that `mpo convert` wrote.",
+    )
+    if (folder / "megatron").is_dir() or is_hugging_face(folder):
         return
     steps = [path for parent in (folder, folder / "checkpoints") for path in parent.glob("step_*") if not path.suffix]
     # Which one a run has as its newest changes while it goes on, and a run that is resumed must start from what it started from.
@@ -51,9 +53,13 @@ def check_checkpoint(folder: Path, name: str) -> None:
         f"{name} = {folder} is the folder of a run without a complete checkpoint; start that run again, or name another model.",
     )
     raise ConfigError(
-        f"{name} = {folder} holds no Megatron checkpoint; convert it first: "
-        f"`mpo convert --input {shlex.quote(str(folder))} --output {shlex.quote(f'{folder}-megatron')}`."
+        f"{name} = {folder} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint (no megatron/); name one."
     )
+
+
+def is_hugging_face(folder: Path) -> bool:
+    """Whether a folder is a Hugging Face checkpoint's, and no checkpoint or run of ours."""
+    return (folder / "config.json").is_file() and not any((folder / name).is_dir() for name in ("megatron", "checkpoints"))
 
 
 def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:

@@ -19,7 +19,8 @@ class HeldOutConfig(Section, prefix="held_out."):
     groups: str
     """Folder with held-out prepared groups."""
     model: ModelConfig
-    """`checkpoint`: the policy, a folder that `mpo convert` wrote, a training run or one of its steps; `reference`: its start."""
+    """`checkpoint`: the policy, a Hugging Face folder, one that `mpo convert` wrote, a run or one of its steps; `reference`: its
+    start."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How both are cut over ranks."""
     row_tokens: int = 8192

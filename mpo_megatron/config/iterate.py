@@ -19,7 +19,7 @@ class IterateConfig(Section):
     output: str
     """Folder of all rounds; repeating the command continues there."""
     model: str
-    """Megatron checkpoint that the first round starts from (`mpo convert`)."""
+    """The policy that the first round starts from: a Hugging Face folder, or what `mpo convert` or a run wrote."""
     prompts: str
     """.jsonl file, an object with `prompt` (text or messages) a line; other fields, such as a reference answer, reach scorers."""
     rounds: int = 3

@@ -21,9 +21,10 @@ class ModelConfig(Section, prefix="model."):
     """The policy, and how its layers compute."""
 
     checkpoint: str
-    """Megatron checkpoint folder written by `mpo convert`."""
+    """The model to train: a folder that `mpo convert` or a run wrote, or a Hugging Face one, which is converted once into
+    `<output>/converted`."""
     reference: str | None = None
-    """Checkpoint of the reference policy π_ref; by default the one training starts from."""
+    """The reference policy π_ref, a folder of the same kinds; by default the model that training starts from."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer states and master weights are float32 in both."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"

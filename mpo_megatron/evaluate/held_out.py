@@ -23,6 +23,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
 from mpo_megatron.hf.flops import build_flop_model
+from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
 from mpo_megatron.model.convert import find_megatron_checkpoint
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -89,11 +90,12 @@ def as_training(config: HeldOutConfig, output: Path, groups_per_step: int) -> Tr
         reference is not None,
         "held_out.model.reference = None; the implicit reward is log π − log π_ref: give what training started from.",
     )
+    newest = replace(config.model, checkpoint=_newest(config.model.checkpoint), reference=_newest(str(reference)))
     data = load_groups(config.groups)
     labels_only = data.info.reward_kind == "labels"
     return TrainConfig(
         output=str(output),
-        model=replace(config.model, checkpoint=_newest(config.model.checkpoint), reference=_newest(str(reference))),
+        model=with_megatron_checkpoints(newest, output, "held_out."),
         data=DataConfig(train=config.groups, groups_per_step=groups_per_step, row_tokens=config.row_tokens),
         parallel=config.parallel,
         loss=LossConfig(name="mpo", params={"partition": "labels"} if labels_only else {}),

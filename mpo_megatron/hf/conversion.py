@@ -50,6 +50,10 @@ def load_conversion(folder: str | Path) -> Conversion:
         raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
 
 
-def padded_vocab_size(vocab_size: int, multiple: int) -> int:
+VOCAB_MULTIPLE = 128
+"""The vocabulary is padded to a multiple of this where no other is asked for."""
+
+
+def padded_vocab_size(vocab_size: int, multiple: int = VOCAB_MULTIPLE) -> int:
     """`vocab_size` rounded up to a multiple of `multiple`, so that tensor-parallel ranks can share it out."""
     return -(-vocab_size // multiple) * multiple

@@ -5,20 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from mpo_megatron import device
-from mpo_megatron.config import ParallelConfig, require
+from mpo_megatron.config import ParallelConfig, is_hugging_face, require
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.hf.conversion import Conversion, load_conversion
+from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 
 
-def read_model(folder: Path, parallel: ParallelConfig) -> tuple[Family, Conversion]:
-    """What the folder of a Megatron checkpoint says of its model, which can be cut as `parallel` asks.
+def read_model(folder: Path, parallel: ParallelConfig) -> tuple[Family, int]:
+    """What the folder of a Megatron checkpoint, or of a Hugging Face one, says of its model, which can be cut as `parallel` asks,
+    and its padded vocabulary's size.
 
     Raises:
         ConfigError: it cannot, or a file is missing or damaged.
     """
-    family, conversion = load_family(folder / "hf"), load_conversion(folder)
-    validate_layout(family, parallel, conversion.padded_vocab_size)
-    return family, conversion
+    if is_hugging_face(folder):
+        family = load_family(folder)
+        padded_vocab = padded_vocab_size(family.vocab_size)
+    else:
+        family, padded_vocab = load_family(folder / "hf"), load_conversion(folder).padded_vocab_size
+    validate_layout(family, parallel, padded_vocab)
+    return family, padded_vocab
 
 
 def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int) -> None:

@@ -51,13 +51,22 @@ def copy_side_files(source: Path, target: Path) -> None:
         CheckpointError: a JSON file does not parse.
     """
     target.mkdir(exist_ok=True)
+    for path in side_files(source):
+        _check_json(path)
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def side_files(source: Path) -> list[Path]:
+    """All files of a Hugging Face folder but weights, and but those in hidden folders."""
+    found = []
     for path in sorted(source.rglob("*")):
-        name = path.relative_to(source)
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
-        if path.is_file() and not is_weight and path.name != LIST and not any(part.startswith(".") for part in name.parts[:-1]):
-            _check_json(path)
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / name)
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts[:-1])
+        if path.is_file() and not is_weight and path.name != LIST and not hidden:
+            found.append(path)
+    return found
 
 
 def _check_json(path: Path) -> None:

@@ -28,9 +28,10 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
+from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.draws import Group, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
-from mpo_megatron.rollout.models import hugging_face_folder, locate_model, model_digest, read_model_settings, side_files
+from mpo_megatron.rollout.models import hugging_face_folder, locate_model, read_model_settings, side_files
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
 from mpo_megatron.rollout.records import (

@@ -33,6 +33,7 @@ from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.files.lock import hold
+from mpo_megatron.model.checkpoint_folder import CONVERTED
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
@@ -72,7 +73,7 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
     with hold(plan.folder / ".lock", plan.folder):
         open_folder(plan)
         write_prompts(plan, console)
-        start = Path(config.model)
+        start = Path(plan.config.model)
         console.rule("policy 0: the one that the first round starts from")
         measure_policy(plan.policies[0], start, console)
         reports = []
@@ -107,7 +108,7 @@ def open_folder(plan: Plan) -> None:
     path = plan.folder / STATE_FILE
     if not path.is_file():
         # Hidden are the lock, and what a run left that was killed as it wrote its first file.
-        others = [entry.name for entry in plan.folder.iterdir() if not entry.name.startswith(".")]
+        others = [entry.name for entry in plan.folder.iterdir() if not entry.name.startswith(".") and entry.name != CONVERTED]
         require(not others, f"output = {plan.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
         write_summary(path, state)
         return

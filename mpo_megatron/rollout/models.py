@@ -1,8 +1,7 @@
-"""Checkpoints as generating and scoring need them: a Hugging Face folder, exported once if it is one of ours, and its digest."""
+"""Checkpoints as generating and scoring need them: a Hugging Face folder, exported once if it is one of ours."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -15,8 +14,6 @@ from mpo_megatron.files.lock import hold
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
 _MAX_SHARD_BYTES = 4 * 2**30
-_BLOCK, _NUM_BLOCKS = 2**16, 64
-"""Bytes of a weight file that enter its digest: this many blocks, evenly spread."""
 
 
 def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False) -> Path:
@@ -64,26 +61,6 @@ def hugging_face_folder(checkpoint: Path) -> Path:
         if not target.is_dir():
             export_to_hf(checkpoint, target, max_shard_bytes=_MAX_SHARD_BYTES)
     return target
-
-
-def model_digest(checkpoint: Path) -> str:
-    """A fingerprint of a checkpoint's weights and config: names, sizes and evenly spread blocks of every weight file.
-
-    Not every byte is read, so that naming the model of 30 GB takes no minutes; two checkpoints of one training differ in almost
-    every byte.
-    """
-    digest = hashlib.sha256()
-    weights = checkpoint / "megatron" if (checkpoint / "megatron").is_dir() else checkpoint
-    for path in sorted([*weights.glob("*.safetensors"), *weights.glob("*.bin"), *weights.glob("*.distcp")]):
-        size = path.stat().st_size
-        digest.update(f"{path.name}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for start in sorted({max(0, size - _BLOCK) * index // (_NUM_BLOCKS - 1) for index in range(_NUM_BLOCKS)}):
-                file.seek(start)
-                digest.update(file.read(_BLOCK))
-    config = side_files(checkpoint) / "config.json"
-    digest.update(config.read_bytes() if config.is_file() else b"")
-    return digest.hexdigest()
 
 
 def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str, Any]:

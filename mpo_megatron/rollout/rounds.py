@@ -36,6 +36,7 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.hf.layout import read_model
+from mpo_megatron.model.checkpoint_folder import megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.inputs import weights_digest
@@ -113,21 +114,23 @@ def build_plan(config: IterateConfig) -> Plan:
                 f"{stage}.{name} is set by mpo iterate itself; leave it out.",
             )
     check_writable(Path(config.output), "output")
-    model = Path(config.model)
-    check_checkpoint(model, "model")
-    checkpoint.verify(model)
-    rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
+    check_checkpoint(Path(config.model), "model")
     policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
-    num_ranks = [config.nproc or count_ranks(item.train.parallel) for item in rounds]
-    for item, ranks in zip(rounds, num_ranks, strict=True):
-        check_round(item, model, ranks)
+    num_ranks = []
+    for number in range(1, config.rounds + 1):
+        item = build_round(config, number)
+        num_ranks.append(config.nproc or count_ranks(item.train.parallel))
+        check_round(item, Path(config.model), num_ranks[-1])
     prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
+    config = replace(config, model=megatron_checkpoint(config.model, Path(config.output), "model"))
+    checkpoint.verify(Path(config.model))
+    rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
     if config.optimizer == "continued":
         rounds = join_runs(config, rounds, [len(rows) for rows in prompts.rounds])
     return Plan(
         config=config,
         prompts=prompts,
-        model_digest=weights_digest(model),
+        model_digest=weights_digest(Path(config.model)),
         num_ranks=num_ranks,
         policies=policies,
         rounds=rounds,

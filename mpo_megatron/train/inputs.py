@@ -57,7 +57,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
-    family, conversion = read_model(folder, config.parallel)
+    family, padded_vocab = read_model(folder, config.parallel)
     from_engine = use_transformer_engine(config.model)
     validate_recompute(config.model, config.parallel, family, from_engine=from_engine)
     check_offload_kernel(config.model)
@@ -97,7 +97,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
     check_space(config, total_steps)
     return Inputs(
         family=family,
-        padded_vocab_size=conversion.padded_vocab_size,
+        padded_vocab_size=padded_vocab,
         model_digest=weights_digest(folder),
         reference_digest=weights_digest(reference),
         train=opened["data.train"],

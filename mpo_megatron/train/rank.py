@@ -10,6 +10,8 @@ import errno
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpo_megatron.terminal.output import outlive_readers
@@ -45,7 +47,7 @@ def run(program: str, work: Callable[[], str | None]) -> int:
 
 
 def parse_train(program: str) -> TrainConfig:
-    """The configuration that a rank's command line names; its exit code counts from now on.
+    """The configuration that a rank's command line names, with Megatron checkpoints; its exit code counts from now on.
 
     Raises:
         ConfigError: it cannot work.
@@ -56,7 +58,9 @@ def parse_train(program: str) -> TrainConfig:
     config = parse(TrainConfig, program=program)
     set_environment(config)  # before anything starts CUDA
     signals.leave_with(config.faults.requeue_code)
-    return config
+    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
+
+    return replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
 
 
 def _run(program: str, work: Callable[[], str | None]) -> int:

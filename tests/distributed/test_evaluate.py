@@ -20,9 +20,9 @@ pytestmark = pytest.mark.distributed
 
 def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "launch", launch_ranks)
-    for role, seed in (("policy", 1), ("reference", 2)):
-        hf = save_model(tmp_path / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32)
-        convert(ConvertConfig(input=str(hf), output=str(tmp_path / role)))
+    for role, seed in (("policy-hf", 1), ("reference", 2)):
+        save_model(tmp_path / role, seed=seed, num_hidden_layers=2, hidden_size=32)
+    convert(ConvertConfig(input=str(tmp_path / "policy-hf"), output=str(tmp_path / "policy")))
     save_groups(tmp_path / "groups", random_groups(9, seed=5), tmp_path / "policy-hf")
     options = [
         *("--held_out.groups", str(tmp_path / "groups"), "--held_out.row_tokens", "256", "--held_out.model.precision", "fp32"),
@@ -31,7 +31,8 @@ def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixtu
     command = ["evaluate", "--output", str(tmp_path / "out"), "--num_resamples", "50", *options]
     assert main(command) == 2
     assert "held_out.model.reference = None" in capfd.readouterr().err
-    assert main([*command, "--held_out.model.reference", str(tmp_path / "reference")]) == 0
+    assert main([*command, "--held_out.model.reference", str(tmp_path / "reference")]) == 0  # a Hugging Face folder
+    assert len([path for path in (tmp_path / "out" / "converted").iterdir() if path.is_dir()]) == 1
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())["held_out"]
     model = ModelConfig(checkpoint=str(tmp_path / "policy"), reference=str(tmp_path / "reference"), precision="fp32")
     config = HeldOutConfig(groups=str(tmp_path / "groups"), model=model, row_tokens=256)

@@ -128,7 +128,8 @@ def test_resume_on_another_layout(inputs: Path, undisturbed: Path, tmp_path: Pat
     shutil.copytree(undisturbed, output)
     for step in range(4, STEPS + 1):
         shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
-    train(inputs, output, 2, "--parallel.pipeline", "2")
+    train(inputs, output, 2, "--parallel.pipeline", "2", "--model.checkpoint", str(inputs / "hf"))  # of the same weights
+    assert len(list((output / "converted").iterdir())) == 1
     expected, resumed = weights(undisturbed), weights(output)
     # Two float32 computations in another order, through three Adam steps of lr 1e-3.
     assert max((resumed[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
@@ -197,8 +198,11 @@ def test_groups_of_another_tokenizer_are_refused(inputs: Path, tmp_path: Path, c
     write_groups(
         tmp_path / "other", random_groups(4), tokenizer_digest="other", vocab_size=250, end_token_ids=[], reward_kind="scores"
     )
-    assert main(["train", *options(inputs, tmp_path / "run", "--data.train", str(tmp_path / "other"))]) == 2
-    assert "prepared with another tokenizer" in capsys.readouterr().err
+    model = ("--model.checkpoint", str(inputs / "hf"))
+    assert main(["train", *options(inputs, tmp_path / "run", "--data.train", str(tmp_path / "other"), *model)]) == 2
+    said = capsys.readouterr()
+    assert "prepared with another tokenizer" in said.err
+    assert "is a Hugging Face folder: converting it, once" in said.out
 
 
 def test_a_reference_of_another_architecture_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

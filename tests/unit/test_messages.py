@@ -131,7 +131,10 @@ def test_a_runs_folder_is_answered_with_its_newest_step(command: str, capsys: py
             f"the newest is {newest}.\n"
         )
     Path("early/checkpoints").mkdir(parents=True)
-    for folder, message in (("early", "is the folder of a run without a complete checkpoint"), ("out/..", "convert it first")):
+    for folder, message in (
+        ("early", "is the folder of a run without a complete checkpoint"),
+        ("out/..", "is neither a Hugging Face folder"),
+    ):
         Path("out").mkdir(exist_ok=True)
         assert main([command, "--output", "out", "--model.checkpoint", folder, "--data.train", "groups"]) == 2
         assert message in capsys.readouterr().err

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.score import ModelScorer
-from mpo_megatron.rollout.models import choose_device, model_digest, read_model_settings
+from mpo_megatron.hf.fingerprint import model_digest
+from mpo_megatron.rollout.models import choose_device, read_model_settings
 
 
 class Classifier:

@@ -242,6 +242,15 @@ def open_plan(plan: Plan) -> None:
     write_prompts(plan, Console(quiet=True))
 
 
+def test_it_starts_from_a_hugging_face_folder(options: dict[str, Any], model: Path) -> None:
+    plan = build_plan(IterateConfig(**{**options, "model": str(model.parent / "hf")}))
+    converted = Path(plan.config.model)
+    assert converted.parent == plan.folder / "converted"
+    assert {item.train.model.checkpoint for item in plan.rounds} == {str(converted)}
+    open_plan(plan)
+    open_plan(build_plan(IterateConfig(**options)))  # the same weights, converted by hand
+
+
 def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> None:
     plan = build_plan(IterateConfig(**options))
     open_plan(plan)

@@ -1,0 +1,71 @@
+"""The Megatron checkpoint that an option such as `model.checkpoint` names: the one place that decides.
+
+A folder of ours is taken as it is. A Hugging Face folder is converted once, into `<run>/converted/<its name>-<its digest>`: the
+same folder is found again when the run resumes, and another model, or another tokenizer, under the same path is another folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from pathlib import Path
+
+from mpo_megatron.config import ConfigError, ModelConfig, check_checkpoint, is_hugging_face, require
+from mpo_megatron.files.lock import hold
+from mpo_megatron.hf.conversion import VOCAB_MULTIPLE
+from mpo_megatron.hf.fingerprint import folder_digest
+from mpo_megatron.model.convert_folder import side_files
+
+CONVERTED = "converted"
+"""Folder of a run that keeps the Megatron form of the Hugging Face folders that its configuration names."""
+
+
+def with_megatron_checkpoints(model: ModelConfig, run: Path, prefix: str = "") -> ModelConfig:
+    """The same model, its checkpoint and its reference named by Megatron checkpoint folders.
+
+    Args:
+        run: the run's folder
+        prefix: of the options' names in messages
+    Raises:
+        ConfigError: a Hugging Face folder that cannot be converted.
+    """
+    checkpoint = megatron_checkpoint(model.checkpoint, run, f"{prefix}model.checkpoint")
+    reference = model.reference
+    if reference is not None:
+        reference = megatron_checkpoint(reference, run, f"{prefix}model.reference")
+    return dataclasses.replace(model, checkpoint=checkpoint, reference=reference)
+
+
+def megatron_checkpoint(path: str, run: Path, name: str) -> str:
+    """The Megatron checkpoint folder that `path` means; whoever comes first converts a Hugging Face folder, others wait.
+
+    Args:
+        run: the folder beside whose files the conversion is kept
+        name: of the option, for messages
+    Raises:
+        ConfigError: no checkpoint is there, or it cannot be converted: the disk is too small, say.
+    """
+    folder = Path(path)
+    check_checkpoint(folder, name)
+    if not is_hugging_face(folder):
+        return path
+    require(
+        not run.resolve().is_relative_to(folder.resolve()),
+        f"output = {run} lies inside {name} = {folder}, a Hugging Face folder; choose a folder beside it.",
+    )
+    digest = folder_digest(folder, side_files(folder))
+    target = run / CONVERTED / f"{folder.resolve().name}-{digest[:12]}"
+    if not target.is_dir():
+        from mpo_megatron.model.convert import import_from_hf  # imports Megatron: seconds
+
+        with hold(target.with_name(f".{target.name}.lock"), target, wait_seconds=math.inf):
+            if not target.is_dir():
+                print(f"{name} = {folder} is a Hugging Face folder: converting it, once, to {target}", flush=True)
+                try:
+                    import_from_hf(folder, target, vocab_multiple=VOCAB_MULTIPLE)
+                except ConfigError as error:
+                    raise ConfigError(f"{name} = {folder}, a Hugging Face folder, cannot be converted: {error}") from error
+    elif "RANK" not in os.environ:  # once, not on every rank
+        print(f"{name} = {folder} is a Hugging Face folder: using its conversion {target}", flush=True)
+    return str(target)
