@@ -35,10 +35,10 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def check_checkpoint(folder: Path, name: str) -> None:
-    """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; of a run's folder, it names the newest one."""
+    """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; of a run's, it names the newest step's."""
     require(
         folder.is_dir(),
-        f"{name} = {folder}; no such folder; name a Hugging Face folder, or one that `mpo convert` wrote.",
+        f"{name} = {folder}; no such folder; name a Hugging Face folder, or write one with `mpo convert`.",
     )
     if (folder / "megatron").is_dir() or is_hugging_face(folder):
         return

@@ -32,7 +32,7 @@ def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixtu
     assert main(command) == 2
     assert "held_out.model.reference = None" in capfd.readouterr().err
     assert main([*command, "--held_out.model.reference", str(tmp_path / "reference")]) == 0  # a Hugging Face folder
-    assert len([path for path in (tmp_path / "out" / "converted").iterdir() if path.is_dir()]) == 1
+    assert len(list((tmp_path / "out" / "converted").glob("reference-*"))) == 1
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())["held_out"]
     model = ModelConfig(checkpoint=str(tmp_path / "policy"), reference=str(tmp_path / "reference"), precision="fp32")
     config = HeldOutConfig(groups=str(tmp_path / "groups"), model=model, row_tokens=256)

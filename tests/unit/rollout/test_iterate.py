@@ -206,7 +206,7 @@ def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: li
         ),
         ({"per_round": {"train.optimizer.lr": [1e-3, -1.0]}}, r"train\.optimizer\.lr = -1\.0"),
         ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),
-        ({"model": "nowhere"}, r"model = nowhere; no such folder; write it with `mpo convert`"),
+        ({"model": "nowhere"}, r"model = nowhere; no such folder; .* write one with `mpo convert`"),
         ({"prompts": "nowhere.jsonl"}, r"prompts = nowhere\.jsonl; cannot be read"),
         ({"held_out": 99, "generate": {"num_response": 4}}, r"generate: .*num_response"),  # before prompts are counted
         ({"held_out": 99, "train": {"loss": {"name": "mpoo"}}}, r"round 1: loss.*mpoo"),
