@@ -5,7 +5,7 @@
 `validate_*` functions and run before anything loads.
 """
 
-from mpo_megatron.config.checks import ConfigError, check_checkpoint, check_writable, is_hugging_face, require
+from mpo_megatron.config.checks import ConfigError, check_checkpoint, check_writable, is_hub_name, is_hugging_face, require
 from mpo_megatron.config.convert import ConvertConfig, validate_convert
 from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
 from mpo_megatron.config.generate import (
@@ -77,6 +77,7 @@ __all__ = [
     "check_checkpoint",
     "check_writable",
     "from_dict",
+    "is_hub_name",
     "is_hugging_face",
     "load_yaml",
     "parse",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def check_checkpoint(folder: Path, name: str) -> None:
     """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; of a run's, it names the newest step's."""
     require(
         folder.is_dir(),
-        f"{name} = {folder}; no such folder; name a Hugging Face folder, or write one with `mpo convert`.",
+        f"{name} = {folder}; no such folder; name a Hugging Face folder, or write one with `mpo convert`, which also "
+        "takes a name on the hub.",
     )
     if (folder / "megatron").is_dir() or is_hugging_face(folder):
         return
@@ -55,6 +57,11 @@ def check_checkpoint(folder: Path, name: str) -> None:
     raise ConfigError(
         f"{name} = {folder} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint (no megatron/); name one."
     )
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether a path is nothing on this disk and has the form of a name on the Hugging Face hub: owner/model."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 def is_hugging_face(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpo_megatron.config.checks import check_writable, require
+from mpo_megatron.config.checks import check_writable, is_hub_name, require
 from mpo_megatron.config.values import Section
 
 
@@ -14,9 +14,15 @@ class ConvertConfig(Section):
     """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input."""
 
     input: str
-    """Folder to read: a Hugging Face checkpoint (config.json + safetensors), or a Megatron one (convert's or train's output)."""
+    """What to read: a Hugging Face folder (config.json + safetensors), a model's name on the hub, or a Megatron checkpoint
+    (convert's or train's output)."""
     output: str
     """Folder to write; it must not exist yet, or be empty."""
+    revision: str | None = None
+    """Branch, tag or commit of a model on the hub; by default main."""
+    resize_vocabulary: bool = False
+    """Where the tokenizer has more tokens than the embedding has rows: add rows to it and to the output layer, each the mean of
+    those that are there, and raise vocab_size in config.json."""
     vocab_multiple: int = 128
     """The Megatron checkpoint's vocabulary is padded to a multiple of this; any tensor-parallel size dividing it can load it."""
     max_shard_gib: float = 4.0
@@ -35,11 +41,13 @@ def validate_convert(config: ConvertConfig) -> None:
         ConfigError: naming the field, the rule and the fix.
     """
     source, output = Path(config.input), Path(config.output)
-    require(
-        source.exists(),
-        f"input = {source}; no such folder; download one first: hf download Qwen/Qwen3-14B --local-dir Qwen3-14B.",
-    )
-    require(source.is_dir(), f"input = {source}; it is a file; name the checkpoint's folder.")
+    if not is_hub_name(config.input):
+        require(source.exists(), f"input = {source}; no such folder, and no name on the hub, such as Qwen/Qwen3-14B.")
+        require(source.is_dir(), f"input = {source}; it is a file; name the checkpoint's folder.")
+        require(
+            config.revision is None,
+            f"revision = {config.revision}, but input = {source} is a folder; a model on the hub has revisions: leave it out.",
+        )
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
         f"output = {output} is not empty; choose a new folder, or remove it.",

@@ -19,8 +19,9 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config import ConfigError, is_hub_name, require
 from mpo_megatron.data.group import Message
+from mpo_megatron.data.hub import TOKENIZER, download
 from mpo_megatron.data.templates import Renderer
 from mpo_megatron.files.digests import check_file, check_folder
 
@@ -36,6 +37,8 @@ PLAIN_TEMPLATE = (
 """Chat template of a SentencePiece model that comes without one."""
 _PROBE = "Naïve café, 東京  (2 spaces)\n\n\tx = 10_000;  don't <b>UPPER</b> 🙂\r\n end "
 """Text whose ids enter the digest: white space, digits, contractions, several scripts, an emoji."""
+HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
+"""Of which a folder with a tokenizer of `transformers` has at least one."""
 
 
 class Tokenizer(Protocol):
@@ -286,14 +289,13 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
         require(source.suffix == ".model", f"tokenizer = {path}; a file must be a SentencePiece .model; give its folder.")
         check_file(source)
         return _load_sentencepiece(source, template)
-    if not source.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(path)):
-        source = _download(str(path))
+    if is_hub_name(str(path)):
+        source = download(str(path), "tokenizer", TOKENIZER)
     require(source.is_dir(), f"tokenizer = {path}; no such folder or file; give a checkpoint's folder or a .model file.")
     folder = source / "hf" if (source / "hf").is_dir() else source
     check_folder(folder, weights=False)
-    model = folder / "tokenizer.model"
-    if model.is_file() and not (folder / "tokenizer.json").is_file():
-        return _load_sentencepiece(model, template)
+    if _is_sentencepiece(folder):
+        return _load_sentencepiece(folder / "tokenizer.model", template)
     return _load_hugging_face(folder, template)
 
 
@@ -302,49 +304,30 @@ def _read_template(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _download(name: str) -> Path:
-    """The folder of the hub's cache with the tokenizer of a model; no code and no weights.
+def count_tokens(folder: Path) -> int | None:
+    """Rows that an embedding needs for a folder's tokenizer: its largest id and one; None if the folder has no tokenizer.
 
     Raises:
-        ConfigError: there is no such model, or the hub cannot be reached.
+        ConfigError: it cannot be loaded.
     """
-    from huggingface_hub import snapshot_download  # only names of the hub need it
+    if _is_sentencepiece(folder):
+        return _load_sentencepiece(folder / "tokenizer.model", None).vocab_size
+    if not any((folder / name).is_file() for name in HUGGING_FACE_FILES):
+        return None
+    return HuggingFaceTokenizer(_load_backend(folder)).vocab_size
 
-    patterns = [
-        "tokenizer*",
-        "*.model",
-        "vocab*",
-        "merges*",
-        "special_tokens*",
-        "added_tokens*",
-        "chat_template*",
-        "*config.json",
-    ]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"tokenizer = {name}; no such folder here, and as a name on the hub it cannot be loaded: {reason}"
-        ) from error
+
+def _is_sentencepiece(folder: Path) -> bool:
+    return (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
 
 
 def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokenizer:
-    names = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
     require(
-        any((folder / name).is_file() for name in names),
-        f"tokenizer = {folder}; it holds none of {', '.join(names)}, tokenizer.model; copy the tokenizer's files there.",
+        any((folder / name).is_file() for name in HUGGING_FACE_FILES),
+        f"tokenizer = {folder}; it holds none of {', '.join(HUGGING_FACE_FILES)}, tokenizer.model; copy the tokenizer's files "
+        "there.",
     )
-    from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is wanted
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
-        # tokenizers, in Rust, raises Exception itself; on damaged files transformers stumbles over what it does not find.
-        if type(error) is not Exception and not isinstance(error, ValueError | OSError | LookupError | ImportError | TypeError):
-            raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error
+    tokenizer = _load_backend(folder)
     if template is not None:
         tokenizer.chat_template = template
     require(
@@ -352,6 +335,19 @@ def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokeniz
         f"tokenizer = {folder}; it has no chat template; give one with chat_template = FILE (docs/data.md shows a plain one).",
     )
     return HuggingFaceTokenizer(tokenizer)
+
+
+def _load_backend(folder: Path) -> Any:
+    from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is wanted
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        # tokenizers, in Rust, raises Exception itself; on damaged files transformers stumbles over what it does not find.
+        if type(error) is not Exception and not isinstance(error, ValueError | OSError | LookupError | ImportError | TypeError):
+            raise
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error
 
 
 def _load_sentencepiece(model: Path, template: str | None) -> SentencePieceTokenizer:

@@ -23,14 +23,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import ConvertConfig, require, validate_convert
+from mpo_megatron.config import ConvertConfig, is_hub_name, require, validate_convert
+from mpo_megatron.data.hub import download_model
 from mpo_megatron.families import load_family
 from mpo_megatron.families.rules import EMBEDDING, OUTPUT
 from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
-from mpo_megatron.model.convert_folder import copy_side_files, find_megatron_checkpoint, progress, set_config_dtype, staged
+from mpo_megatron.model.convert_folder import (
+    change_config,
+    copy_side_files,
+    find_megatron_checkpoint,
+    progress,
+    set_config_dtype,
+    staged,
+)
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.model.hf_names import base_model, check_kind, is_adapter, read_names
+from mpo_megatron.model.resizing import grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
     PlannedTensor,
@@ -57,8 +66,14 @@ def convert(config: ConvertConfig) -> None:
     """
     validate_convert(config)
     source, output = Path(config.input), Path(config.output)
+    if is_hub_name(config.input):
+        source = download_model(config.input, "input", config.revision)
     megatron = find_megatron_checkpoint(source)
     if megatron is not None:
+        require(
+            not config.resize_vocabulary,
+            f"resize_vocabulary = true, but input = {source} is a Megatron checkpoint; it is for the way in: leave it out.",
+        )
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
         return
     if is_adapter(source):
@@ -68,19 +83,27 @@ def convert(config: ConvertConfig) -> None:
         f"input = {source} is neither a Hugging Face checkpoint (no config.json) nor a Megatron one (no megatron/, no "
         "checkpoints/step_*).",
     )
-    import_from_hf(source, output, vocab_multiple=config.vocab_multiple)
+    import_from_hf(source, output, vocab_multiple=config.vocab_multiple, resize_vocabulary=config.resize_vocabulary)
 
 
 # --------------------------------------------------------------------------------------------------- in
 
 
-def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk_bytes: int = MAX_CHUNK_BYTES) -> None:
+def import_from_hf(
+    source: Path,
+    output: Path,
+    *,
+    vocab_multiple: int,
+    resize_vocabulary: bool = False,
+    max_chunk_bytes: int = MAX_CHUNK_BYTES,
+) -> None:
     """Write the Megatron checkpoint folder `output` from the Hugging Face checkpoint `source`.
 
     Args:
         source: folder with config.json and safetensors
         output: folder to create; may exist empty
         vocab_multiple: the vocabulary is padded, with zero rows, to a multiple of this
+        resize_vocabulary: add rows for tokens of the tokenizer that have none
         max_chunk_bytes: largest box that is stored, and held in memory, as a whole
     Raises:
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
@@ -88,11 +111,15 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
     digests.check_folder(source, weights=True)
     family = load_family(source)
     check_kind(source, family)
-    padded_vocab = padded_vocab_size(family.vocab_size, vocab_multiple)
+    vocab_size = vocabulary_needed(source, family, resize=resize_vocabulary)
+    stored = read_names(list_tensors(source), family, source)
+    tied_output = stored.pop(OUTPUT, None) if family.tie_word_embeddings else None
+    _check_hf_tensors(stored, build_weight_map(family, family.vocab_size), source)
+    family = resize_family(family, vocab_size)
+    padded_vocab = padded_vocab_size(vocab_size, vocab_multiple)
     slices = build_weight_map(family, padded_vocab)
-    tensors = read_names(list_tensors(source), family, source)
-    tied_output = tensors.pop(OUTPUT, None) if family.tie_word_embeddings else None
-    _check_hf_tensors(tensors, slices, source)
+    with RowReader() as reader:
+        tensors = grow_vocabulary(stored, family, reader, max_chunk_bytes)
     dtypes = _dtype_of_keys(tensors, slices)
     homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
     total = sum(chunk.num_bytes for chunk in homes)
@@ -101,7 +128,7 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
 
     with staged(output, total) as folder, RowReader() as reader, progress("Hugging Face → Megatron", total) as advance:
         if tied_output is not None:
-            _check_tied_output(reader, tensors[EMBEDDING], tied_output, max_chunk_bytes)
+            _check_tied_output(reader, stored[EMBEDDING], tied_output, max_chunk_bytes)
 
         def resolve(chunk: Chunk) -> Tensor:
             advance(chunk.num_bytes)
@@ -116,6 +143,8 @@ def import_from_hf(source: Path, output: Path, *, vocab_multiple: int, max_chunk
         for key, count in odd.items():
             print(f"warning: {source}: {count:,} values of {key} are NaN or infinite", file=sys.stderr)
         copy_side_files(source, folder / "hf")
+        if tensors[EMBEDDING].shape != stored[EMBEDDING].shape:
+            change_config(folder / "hf" / "config.json", "vocab_size", vocab_size)
         conversion = Conversion(
             architecture=(family.config.architectures or [""])[0],
             vocab_size=family.vocab_size,

@@ -80,8 +80,13 @@ def _check_json(path: Path) -> None:
 def set_config_dtype(path: Path, dtype: str) -> None:
     """Change the dtype that a config.json declares, under the name it has there."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    name = "torch_dtype" if "torch_dtype" in settings else "dtype"
-    settings[name] = dtype
+    change_config(path, "torch_dtype" if "torch_dtype" in settings else "dtype", dtype)
+
+
+def change_config(path: Path, name: str, value: str | int) -> None:
+    """Change a field of a config.json, and nothing else of it."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings[name] = value
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

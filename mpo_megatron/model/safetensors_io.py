@@ -49,6 +49,16 @@ class StoredTensor:
         return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class GrownTensor(StoredTensor):
+    """A tensor with more rows than its file holds."""
+
+    added: int
+    """Number of last rows that the file does not hold."""
+    row: Tensor
+    """What each of them is."""
+
+
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor, without a copy."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
@@ -183,6 +193,10 @@ class RowReader:
 
     def read(self, tensor: StoredTensor, first_row: int, into: Tensor) -> None:
         """Fill `into` ([n, …], contiguous, of the tensor's dtype) with the tensor's rows from `first_row`."""
+        if isinstance(tensor, GrownTensor):
+            held = max(0, tensor.shape[0] - tensor.added - first_row)
+            into[held:] = tensor.row
+            into = into[:held]
         if self._path != tensor.file or self._file is None:
             self.__exit__()
             self._path, self._file = tensor.file, tensor.file.open("rb", buffering=0)

@@ -1,0 +1,79 @@
+"""Rows for tokens that a model's tokenizer has and its embedding has not (`mpo convert --resize_vocabulary true`)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data.tokenizer import count_tokens
+from mpo_megatron.families import Family, read_family
+from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.model.safetensors_io import GrownTensor, RowReader, StoredTensor
+
+
+def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
+    """Rows that the embedding is to have: the model's own, or with `resize` those that its tokenizer needs.
+
+    Raises:
+        ConfigError: the tokenizer has more tokens than the embedding has rows, and nothing is to be resized; or there is no
+            tokenizer to resize to.
+    """
+    try:
+        tokens = count_tokens(source)
+    except ConfigError as error:
+        require(not resize, str(error))
+        print(f"warning: {error}", file=sys.stderr)  # a conversion moves it as it is
+        return family.vocab_size
+    require(tokens is not None or not resize, f"resize_vocabulary = true, but {source} has no tokenizer to resize to.")
+    if tokens is None or tokens <= family.vocab_size:
+        return family.vocab_size
+    if not resize:
+        raise CheckpointError(
+            f"{source}: its tokenizer has {tokens:,} tokens, its embedding only {family.vocab_size:,} rows (vocab_size in "
+            "config.json); add the rows with `mpo convert --resize_vocabulary true`, or take the tokenizer that the model was "
+            "trained with."
+        )
+    print(f"{source}: {tokens - family.vocab_size:,} rows are added to the vocabulary of {family.vocab_size:,}", flush=True)
+    return tokens
+
+
+def resize_family(family: Family, vocab_size: int) -> Family:
+    """The same model with another number of embeddings."""
+    config = copy.deepcopy(family.config)
+    config.vocab_size = vocab_size
+    return read_family(config)
+
+
+def grow_vocabulary(
+    tensors: dict[str, StoredTensor], family: Family, reader: RowReader, max_bytes: int
+) -> dict[str, StoredTensor]:
+    """The tensors, those with a row for every token grown to `family.vocab_size` rows.
+
+    An added row is the mean of the others, as in `resize_token_embeddings` of transformers but for its noise, whose variance is
+    10⁻⁹ of theirs: the new tokens begin as likely as an average one (Hewitt, 2021), and two conversions give the same model.
+    """
+    grown = dict(tensors)
+    for name in (name for rule in family.rules if rule.padded for name in rule.parts):
+        tensor = tensors[name]
+        added = family.vocab_size - tensor.shape[0]
+        if added > 0:
+            shape = (family.vocab_size, *tensor.shape[1:])
+            plain = {item.name: getattr(tensor, item.name) for item in dataclasses.fields(tensor)}
+            grown[name] = GrownTensor(**{**plain, "shape": shape}, added=added, row=_mean_row(tensor, reader, max_bytes))
+    return grown
+
+
+def _mean_row(tensor: StoredTensor, reader: RowReader, max_bytes: int) -> torch.Tensor:
+    rows = tensor.shape[0]
+    total = torch.zeros(tensor.shape[1:], dtype=torch.float64)
+    step = max(1, max_bytes // (4 * tensor.row_bytes))  # in float64 a row takes up to four times as much
+    for first in range(0, rows, step):
+        block = torch.empty((min(step, rows - first), *tensor.shape[1:]), dtype=tensor.dtype)
+        reader.read(tensor, first, block)
+        total += block.double().sum(dim=0)
+    return (total / rows).to(tensor.dtype)
