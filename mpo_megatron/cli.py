@@ -262,7 +262,10 @@ def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Seq
     """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
     launcher, own = _read_launcher(name, arguments, restarts=True)
     config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
-    validate_folders(config)  # once more below, as the next two; what is wrong here need not wait for Megatron-Core's import
+    validate_folders(config)  # once more below, as the next ones; what is wrong here need not wait for Megatron-Core's import
+    from mpo_megatron.train.checkpoints.course import check_early
+
+    check_early(config, resumes=name == "train")
     from mpo_megatron.hf.layout import read_model
     from mpo_megatron.train.launcher import count_ranks
     from mpo_megatron.train.launcher import launch as start

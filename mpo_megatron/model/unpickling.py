@@ -52,6 +52,9 @@ _ALLOWED = {
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath")}
 """Where a checkpoint was written: not used, so that a plain path may stand for any."""
 
+PICKLES = (".metadata", "common.pt")
+"""Names of a checkpoint's files that are one pickle, in its folder `megatron`."""
+
 DAMAGE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
     *(OverflowError, RecursionError, MemoryError, RuntimeError, zipfile.BadZipFile),
@@ -95,6 +98,31 @@ def read_metadata(folder: Path) -> Metadata:
     if problem is not None:
         raise CheckpointError(f"{path}: damaged ({problem}); copy the checkpoint again.")
     return metadata
+
+
+def check_pickles(folder: Path) -> None:
+    """Read a torch_dist checkpoint's small pickles for the sake of their refusals; nothing that they name is run.
+
+    Raises:
+        CheckpointError: one is damaged, or names what could run commands.
+    """
+    read_metadata(folder)
+    path = folder / "common.pt"
+    try:
+        if path.is_file():
+            torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}.") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(common_refusal(path, error)) from error
+    except DAMAGE as error:
+        raise CheckpointError(f"{path}: damaged ({error!r}); copy the checkpoint again.") from error
+
+
+def common_refusal(path: Path, error: pickle.UnpicklingError) -> str:
+    """Why torch does not read a `common.pt`, in one sentence; its own message advises to trust the file."""
+    first = str(error).splitlines()[0]
+    return f"{path}: refused ({first}); it could run commands: take the checkpoint from a source that you trust."
 
 
 def refusal(path: Path, error: UnsafePickleError) -> str:

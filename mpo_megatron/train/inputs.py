@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import math
 import shlex
 from dataclasses import dataclass
@@ -13,11 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mpo_megatron.config import ConfigError, TrainConfig, require, validate_train
-from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.model.architecture import use_transformer_engine
@@ -26,7 +22,8 @@ from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
 from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.checkpoints.step_folders import complete_steps, is_step, read_state, require_space
+from mpo_megatron.train.checkpoints.course import count_steps, weights_digest
+from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
 from mpo_megatron.train.objective import Objective, build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload
 from mpo_megatron.train.tracking import check_installed
@@ -91,9 +88,7 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         check_lengths(data, config.data.row_tokens, name)
         check_positions(data, family, name)
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
-    num_groups = len(opened["data.train"])
-    epoch_steps = steps_per_epoch(num_groups, config.data.groups_per_step)
-    total_steps = config.max_steps or max(1, round(config.epochs * epoch_steps))
+    total_steps = count_steps(config, len(opened["data.train"]))
     check_space(config, total_steps)
     return Inputs(
         family=family,
@@ -138,16 +133,6 @@ def check_reference(folder: Path, policy: Family) -> None:
     ours, theirs = getattr(policy, name), getattr(reference, name)
     values = f"{name} = {theirs}, model.checkpoint has {ours}" if isinstance(ours, int | float | str) else f"other {name}"
     raise ConfigError(f"model.reference = {folder} has {values}; its reference must have the same architecture.")
-
-
-def weights_digest(folder: Path) -> str:
-    """Identity of a checkpoint's weights: what `mpo convert` computed, or that of the files of a run's step, which carries the
-    conversion record of the model it began with."""
-    if not is_step(folder):
-        return load_conversion(folder).digest
-    _, files = read_state(folder)
-    weights = sorted((name, digest) for name, (_, digest) in files.items() if name.startswith("megatron/"))
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
 
 
 def check_positions(data: PreparedGroups, family: Family, name: str) -> None:

@@ -24,7 +24,7 @@ from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.stack.checks import shortfalls
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.checkpoints.resumption import fixed_options, only_run, resume
+from mpo_megatron.train.checkpoints.resumption import only_run, resume, run_options
 from mpo_megatron.train.checkpoints.saving import Saver
 from mpo_megatron.train.checkpoints.step_folders import RunState
 from mpo_megatron.train.evaluation import evaluate
@@ -220,7 +220,7 @@ def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -
     """Where the run stands after `step` steps."""
     return RunState(
         step=step,
-        fixed=fixed_options(run.config, run.inputs),
+        fixed=run_options(run.config, run.inputs),
         held_out=held_out,
         recent_losses=list(guard.losses),
         recent_norms=list(guard.norms),

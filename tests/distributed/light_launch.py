@@ -11,12 +11,15 @@ from pathlib import Path
 
 import psutil
 
+from tests.foreground import obey_signals
+
 ROOT = Path(__file__).parents[2]
 
 
 def be_launcher(folder: Path, phase: str, num_ranks: int, max_restarts: int) -> None:
     """In a forked process: launch light ranks, and end with their exit code."""
     code = 1
+    obey_signals()
     try:
         output = os.open(folder / "output", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         for descriptor in (1, 2):

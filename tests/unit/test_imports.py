@@ -14,6 +14,7 @@ import pytest
 
 from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
 from mpo_megatron.families.published import MODELS
+from mpo_megatron.files.digests import write_list
 from mpo_megatron.hf.conversion import Conversion
 from tests.waiting import TIMEOUT
 
@@ -146,6 +147,7 @@ def write_model(folder: Path) -> None:
     (folder / "model/hf/config.json").write_text(json.dumps(MODELS["Qwen3-14B"]))
     record = Conversion(architecture="", vocab_size=151936, padded_vocab_size=151936, dtype="bfloat16", digest="")
     (folder / "model/conversion.json").write_text(json.dumps(dataclasses.asdict(record)))
+    write_list(folder / "model")
     (folder / "groups/prepare.json").write_text("{}")
 
 

@@ -6,12 +6,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from mpo_megatron.cli import COMMANDS, OUTLIVES_READERS, main
 from tests.distributed.launch import ROOT
+from tests.foreground import obey_signals
+
+
+@pytest.fixture(autouse=True)
+def obeyed() -> Iterator[None]:
+    """Signals as in a terminal."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    obey_signals()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGUSR1", 75), ("SIGHUP", 75), ("SIGINT", 130)])
@@ -56,6 +68,7 @@ def test_a_forked_worker_is_ended_by_its_signal(monkeypatch: pytest.MonkeyPatch)
 
 HEAD = """
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from mpo_megatron.terminal.output import outlive_readers
 outlive_readers()

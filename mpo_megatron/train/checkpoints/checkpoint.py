@@ -29,7 +29,7 @@ from mpo_megatron.files import digests
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
-from mpo_megatron.model.unpickling import reading_safely
+from mpo_megatron.model.unpickling import check_pickles, common_refusal, reading_safely
 from mpo_megatron.train.checkpoints.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.checkpoints.step_folders import is_step
 from mpo_megatron.train.checkpoints.verification import check_whole
@@ -52,6 +52,7 @@ def verify(folder: Path) -> None:
     """
     digests.require_list(folder)
     digests.check_folder(folder, weights=False)
+    check_pickles(folder / "megatron")
     reader = CheckpointReader(folder / "megatron")
     reader.check_files(set(reader.tensors))
     require(
@@ -168,10 +169,7 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str
             f"{folder}: rank {rank} cannot load it ({cause}); copy the checkpoint again, or convert again."
         ) from error
     except pickle.UnpicklingError as error:  # of common.pt, whose message is torch's advice to trust it
-        first = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{path}/common.pt: refused ({first}); it could run commands: take the checkpoint from a source that you trust."
-        ) from error
+        raise ConfigError(common_refusal(Path(path) / "common.pt", error)) from error
     except CheckpointingException as error:
         raise ConfigError(f"{folder}: does not fit this model ({error}); is it of the same architecture?") from error
     # What is no tensor is merged in, and Transformer Engine would unpickle a module's state in it.

@@ -20,7 +20,7 @@ def config(run: Path, **changes: Any) -> TrainConfig:
 def test_a_run_that_would_take_another_course_is_refused_by_its_newest_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resumption, "fixed_options", lambda *_: {"seed": 2})
+    monkeypatch.setattr(resumption, "run_options", lambda *_: {"seed": 2})
     resumption.check_resumption(config(tmp_path), Mock())  # nothing is there yet
     for step, seed in ((3, 1), (4, 2)):
         step_folder(tmp_path, step).mkdir(parents=True)

@@ -13,6 +13,7 @@ import pytest
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.files.digests import DamagedError, digest_file, seal_sorted
 from mpo_megatron.train.checkpoints import step_folders
+from mpo_megatron.train.checkpoints.course import weights_digest
 from mpo_megatron.train.checkpoints.step_folders import (
     RunState,
     appear,
@@ -29,7 +30,6 @@ from mpo_megatron.train.checkpoints.step_folders import (
     step_folder,
     write_state,
 )
-from mpo_megatron.train.inputs import weights_digest
 
 SIZES = {"megatron/__0_0.distcp": 5000, "megatron/__1_0.distcp": 1, "megatron/.metadata": 300, "hf/config.json": 40, "empty": 0}
 

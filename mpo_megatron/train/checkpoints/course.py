@@ -1,0 +1,171 @@
+"""What a run's course depends on, compared with what its newest checkpoint was trained with. Needs no torch.
+
+`mpo train` calls `check_early` before it imports anything heavy, so that a run which cannot resume is refused at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.config.checks import find_change
+from mpo_megatron.data.loader import steps_per_epoch
+from mpo_megatron.data.store import load_groups
+from mpo_megatron.files import digests
+from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, is_step, read_state
+
+FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction")}
+"""Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
+
+
+def fixed_options(
+    config: TrainConfig, *, total_steps: int, data_digest: str, reference_digest: str, loss: dict[str, Any]
+) -> dict[str, Any]:
+    """What must stay as it is for a run to take the course it would have taken, as JSON holds it, named as in the configuration.
+
+    Not in it: what changes rounding only (layout, rows, fused or two-phase steps), and what is watched, kept and logged.
+
+    Args:
+        loss: its `name`, and all its hyper-parameters as `params`
+    """
+    model = config.model
+    fixed: dict[str, Any] = {
+        "seed": config.seed,
+        "number of steps": total_steps,
+        "groups of data.train": data_digest,
+        "data": {"groups_per_step": config.data.groups_per_step, "shuffle": config.data.shuffle},
+        "reference model": reference_digest,
+        "model": {"precision": model.precision, "fp8": model.fp8, "fp8_bf16_layers": model.fp8_bf16_layers},
+        "loss": loss,
+        "optimizer": asdict(config.optimizer),
+        "online": asdict(config.online) if config.online.kl_weight else {"kl_weight": 0.0},
+    }
+    for section, names in FREE.items():
+        for name in names:
+            fixed[section].pop(name, None)
+    as_read: dict[str, Any] = json.loads(json.dumps(fixed))
+    return as_read
+
+
+def count_steps(config: TrainConfig, num_groups: int) -> int:
+    """Optimizer steps of the whole run."""
+    return config.max_steps or max(1, round(config.epochs * steps_per_epoch(num_groups, config.data.groups_per_step)))
+
+
+def weights_digest(folder: Path) -> str:
+    """Identity of a checkpoint's weights: what `mpo convert` computed, or that of the files of a run's step, which carries the
+    conversion record of the model it began with."""
+    if not is_step(folder):
+        return load_conversion(folder).digest
+    _, files = read_state(folder)
+    weights = sorted((name, digest) for name, (_, digest) in files.items() if name.startswith("megatron/"))
+    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
+
+
+def check_early(config: TrainConfig, *, resumes: bool) -> None:
+    """Refuse what small files tell: a damaged model, and a run that would resume with other options, data or models.
+
+    Hyper-parameters of the loss that the configuration leaves to their defaults are compared later, as only the losses know them.
+
+    Args:
+        resumes: False for a command that computes only what comes before a run
+    Raises:
+        ConfigError: naming the file that is damaged, or the first thing that changed.
+    """
+    for folder in {Path(config.model.checkpoint), Path(config.model.reference or config.model.checkpoint)}:
+        digests.require_list(folder)
+        digests.check_folder(folder, weights=False)
+    newest = newest_state(config) if resumes else None
+    if newest is None:
+        return
+    saved, folder = newest
+    data = load_groups(config.data.train)
+    loss: dict[str, Any] = {"name": config.loss.name, "params": config.loss.params}
+    before = saved.fixed.get("loss", {})
+    if before.get("name") == config.loss.name:  # what they have not, or what is no number, the losses refuse by name
+        given = {name: value for name, value in config.loss.params.items() if type(value) in (int, float)}
+        loss["params"] = {name: given.get(name, value) for name, value in before["params"].items()}
+    fixed = fixed_options(
+        config,
+        total_steps=count_steps(config, len(data)),
+        data_digest=data.info.data_digest,
+        reference_digest=weights_digest(Path(config.model.reference or config.model.checkpoint)),
+        loss=loss,
+    )
+    check_start(fixed, config.data.first_step, saved, folder)
+
+
+def newest_state(config: TrainConfig) -> tuple[RunState, Path] | None:
+    """The state and the folder of the checkpoint that the run would resume from, None if it would start or look for an older one.
+
+    Raises:
+        ConfigError: no checkpoint is whole, or another version wrote it.
+    """
+    run = Path(config.output)
+    steps = complete_steps(run) if config.checkpoint.resume else []
+    if not steps:
+        require_whole([], damaged_steps(run) if config.checkpoint.resume else [], run)
+        return None
+    try:
+        return read_state(steps[-1])[0], steps[-1]
+    except digests.DamagedError:  # the ranks look for an older one, and say so
+        return None
+
+
+def require_whole(steps: list[Path], damaged: list[str], run: Path) -> None:
+    """Refuse to start over where every checkpoint is damaged.
+
+    Raises:
+        DamagedError: there are checkpoints, and none is whole.
+    """
+    if not steps and damaged:
+        raise digests.DamagedError(
+            f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
+            "or start anew with checkpoint.resume = false or another output."
+        )
+
+
+def check_start(fixed: dict[str, Any], first_step: int, saved: RunState, folder: Path) -> None:
+    """Refuse to resume from a step's folder what would take another course.
+
+    Raises:
+        ConfigError: naming the first thing that changed.
+    """
+    check_first_step(first_step, saved.step, folder)
+    before = saved.fixed
+    if saved.step == first_step:  # other groups may have led up to here
+        before = {**before, "groups of data.train": fixed["groups of data.train"]}
+    check_same_run(before, fixed, folder)
+
+
+def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) -> None:
+    """Refuse to continue a run that would take another course.
+
+    Raises:
+        ConfigError: naming the first thing that changed.
+    """
+    changed = find_change(before, fixed)
+    if changed is not None:
+        name, then, now = changed
+        raise ConfigError(
+            f"cannot resume from {folder}: it was trained with {name} = {then}, now it is {now}; use the old value, or begin "
+            f"a new run: another output (from these weights: model.checkpoint = {folder}), or checkpoint.resume = false."
+        )
+
+
+def check_first_step(first_step: int, done: int, folder: Path) -> None:
+    """Refuse data that begins at a step which the run has not reached.
+
+    Raises:
+        ConfigError: naming both steps.
+    """
+    require(
+        first_step <= done,
+        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first "
+        "(mpo iterate does, if train.json of the round before is removed).",
+    )
