@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.config import ConfigError, TrainConfig, is_hugging_face, require
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import load_groups
@@ -70,16 +70,19 @@ def weights_digest(folder: Path) -> str:
 def check_early(config: TrainConfig, *, resumes: bool) -> None:
     """Refuse what small files tell: a damaged model, and a run that would resume with other options, data or models.
 
-    Hyper-parameters of the loss that the configuration leaves to their defaults are compared later, as only the losses know them.
+    Hyper-parameters of the loss that the configuration leaves to their defaults are compared later, as only the losses know them;
+    so are Hugging Face folders, which are converted first.
 
     Args:
         resumes: False for a command that computes only what comes before a run
     Raises:
         ConfigError: naming the file that is damaged, or the first thing that changed.
     """
-    for folder in {Path(config.model.checkpoint), Path(config.model.reference or config.model.checkpoint)}:
-        digests.require_list(folder)
-        digests.check_folder(folder, weights=False)
+    reference = Path(config.model.reference or config.model.checkpoint)
+    for folder in {Path(config.model.checkpoint), reference}:
+        if not is_hugging_face(folder):
+            digests.require_list(folder)
+            digests.check_folder(folder, weights=False)
     newest = newest_state(config) if resumes else None
     if newest is None:
         return
@@ -94,7 +97,7 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
         config,
         total_steps=count_steps(config, len(data)),
         data_digest=data.info.data_digest,
-        reference_digest=weights_digest(Path(config.model.reference or config.model.checkpoint)),
+        reference_digest=saved.fixed.get("reference model", "") if is_hugging_face(reference) else weights_digest(reference),
         loss=loss,
     )
     check_start(fixed, config.data.first_step, saved, folder)
