@@ -97,7 +97,8 @@ class Chat:
         self._special = re.compile("|".join(map(re.escape, names))) if names else None
         end_ids = (self.end_token_id, tokenizer.eos_id, tokenizer.pad_id)
         ends = {tokenizer.decode([token]) for token in end_ids if token is not None}
-        self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, sorted(filter(None, ends))))})\s*)+\Z")
+        self._end_names = tuple(sorted(filter(None, ends)))
+        self._ends = re.compile(rf"(?:(?:{'|'.join(map(re.escape, self._end_names))})\s*)+\Z")
         self._last_special = re.compile(rf"({'|'.join(map(re.escape, names))})\s*\Z") if names else None
         self._tail = after.removeprefix(self.end) if after.startswith(self.end) else after
         self._adds_space = tokenizer.encode(_ANSWER) != self._behind(_ANSWER, "\n")
@@ -235,6 +236,8 @@ class Chat:
 
     def strip_end(self, text: str) -> str:
         """The text without end tokens, and white space behind them, that it writes out."""
+        if not text.rstrip().endswith(self._end_names):  # nearly all; the expression reads the whole text
+            return text
         return self._ends.sub("", text)
 
     def answer(

@@ -127,11 +127,19 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        options = {"add_special_tokens": False, "return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        ids: list[list[int]] = self.backend(list(texts), **options)["input_ids"]
-        return ids
+        if (fast := self._fast) is None:
+            return [self.encode(text) for text in texts]
+        return [found.ids for found in fast.encode_batch_fast(texts, add_special_tokens=False)]
+
+    @functools.cached_property
+    def _fast(self) -> Any:
+        """The Rust tokenizer under that of `transformers`, for ids alone; None under one in Python."""
+        fast = getattr(self.backend, "backend_tokenizer", None)
+        if fast is not None:  # as transformers sets it at each call; its file may ask for others
+            fast.no_truncation()
+            fast.no_padding()
+            fast.encode_special_tokens = bool(getattr(self.backend, "split_special_tokens", False))
+        return fast
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data.chat import Chat
@@ -202,6 +203,37 @@ def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> N
 
 
 # ------------------------------------------------------------------------------------------ SentencePiece
+
+
+@pytest.mark.parametrize("split_special_tokens", [False, True])
+def test_many_texts_at_once_get_the_ids_of_each(tmp_path: Path, bpe_folder: Path, split_special_tokens: bool) -> None:
+    """Also where the tokenizer's file asks for truncation and padding, which inference does not apply."""
+    settings = json.loads((bpe_folder / "tokenizer.json").read_text())
+    settings["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    settings["padding"] = {
+        "strategy": {"Fixed": 6},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "<|endoftext|>",
+    }
+    shutil.copytree(bpe_folder, tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(settings))
+    config_file = tmp_path / "tokenizer" / "tokenizer_config.json"
+    config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"split_special_tokens": split_special_tokens}))
+    texts = ["", " ", "a", "What is <|im_end|> here?\n\n", "é́ 東京 🙂", *AWKWARD, "word " * 400, "\u0000\ufeff"]
+    expected = [HuggingFaceTokenizer(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")).encode(text) for text in texts]
+    assert load_tokenizer(tmp_path / "tokenizer").encode_many(texts) == expected
+    assert load_tokenizer(tmp_path / "tokenizer").encode_many([]) == []
+    assert (len(expected[3]) > 12) == split_special_tokens
+
+
+def test_an_end_token_is_taken_off_however_often_it_stands_there(tokenizer: HuggingFaceTokenizer) -> None:
+    chat = Chat(tokenizer)
+    for text, rest in (("Four.", "Four."), ("Four.\n", "Four.\n"), ("Four.<|im_end|>\n<|im_end|> \x1f\n", "Four."), ("", "")):
+        assert chat.strip_end(text) == rest
+    assert chat.strip_end("<|im_end|> is a token.") == "<|im_end|> is a token."
 
 
 def test_sentencepiece_is_read_by_sentencepiece(sentencepiece_model: Path) -> None:
