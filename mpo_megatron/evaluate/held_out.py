@@ -28,6 +28,7 @@ from mpo_megatron.model.convert import find_megatron_checkpoint
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
@@ -64,7 +65,7 @@ def evaluate_held_out(config: HeldOutConfig, output: Path, *, groups_per_step: i
     inputs = check_inputs(training, int(os.environ.get("WORLD_SIZE", "1")))
     data = inputs.train
     results = []
-    with model_parallel(training.parallel, training.seed) as ranks:
+    with model_parallel(training.parallel, training.seed) as ranks, spreading_requests():
         shape = build_row_shape(training, ranks, build_flop_model(inputs.family))
         policy = build_policy(inputs.family, training.model, training.parallel, ranks, inputs.padded_vocab_size)
         references = compute_references(training, inputs, policy, ranks, shape)[data.path]

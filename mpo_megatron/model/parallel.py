@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from mpo_megatron import device
 from mpo_megatron.config import ParallelConfig
+from mpo_megatron.config.rendezvous import RendezvousError
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,14 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
     """Start `torch.distributed` from torchrun's environment, cut the world into Megatron's groups, seed them; undo it at the end.
 
     A process started without torchrun is a world of its own.
+
+    Raises:
+        RendezvousError: the other ranks did not come.
     """
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
     started = not torch.distributed.is_initialized()
     if started:
-        in_torchrun = "RANK" in os.environ
-        torch.distributed.init_process_group(
-            device.distributed_backend(),
-            init_method="env://" if in_torchrun else "tcp://127.0.0.1:0",
-            timeout=datetime.timedelta(minutes=config.timeout_minutes),
-            rank=-1 if in_torchrun else 0,  # −1: as the environment says
-            world_size=-1 if in_torchrun else 1,
-        )
+        _join_ranks(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.tensor,
         pipeline_model_parallel_size=config.pipeline,
@@ -115,6 +112,20 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
             _take_down(started)
         raise
     _take_down(started)
+
+
+def _join_ranks(config: ParallelConfig) -> None:
+    in_torchrun = "RANK" in os.environ
+    try:
+        torch.distributed.init_process_group(
+            device.distributed_backend(),
+            init_method="env://" if in_torchrun else "tcp://127.0.0.1:0",
+            timeout=datetime.timedelta(minutes=config.timeout_minutes),
+            rank=-1 if in_torchrun else 0,  # −1: as the environment says
+            world_size=-1 if in_torchrun else 1,
+        )
+    except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:
+        raise RendezvousError(config.timeout_minutes) from error
 
 
 def _take_down(started: bool) -> None:

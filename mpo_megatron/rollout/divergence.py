@@ -20,6 +20,7 @@ from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Deadline, Stopped
 from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.reference import reference_logps
@@ -36,7 +37,7 @@ def measure(config: TrainConfig) -> str | None:
     """
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
     output, logps = Path(config.output), list[Float64]()
-    with model_parallel(config.parallel, config.seed) as ranks:
+    with model_parallel(config.parallel, config.seed) as ranks, spreading_requests():
         shape = build_row_shape(config, ranks, build_flop_model(inputs.family))
         model = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         for name, folder in (

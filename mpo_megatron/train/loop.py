@@ -30,6 +30,7 @@ from mpo_megatron.train.checkpoints.step_folders import RunState
 from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
+from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Stopped
 from mpo_megatron.train.faults.supervisor import Supervisor, seed_everything
 from mpo_megatron.train.inputs import check_inputs
@@ -61,7 +62,7 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
         f"`torchrun -m {config.entry_point}`, as `mpo train` does.",
     )
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with model_parallel(config.parallel, config.seed) as ranks, only_run(Path(config.output), ranks):
+    with model_parallel(config.parallel, config.seed) as ranks, spreading_requests(), only_run(Path(config.output), ranks):
         try:
             run = open_run(config, inputs, ranks)
         except Stopped as request:  # in the reference pass, which has written its parts

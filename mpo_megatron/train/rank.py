@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from mpo_megatron.config.rendezvous import RendezvousError
 from mpo_megatron.terminal.output import outlive_readers
 from mpo_megatron.train import launched
 from mpo_megatron.train.faults import signals
@@ -66,6 +67,10 @@ def parse_train(program: str) -> TrainConfig:
 def _run(program: str, work: Callable[[], str | None]) -> int:
     try:
         stopped = work()
+    except RendezvousError as error:  # it may pass: another start, but no traceback
+        signals.leave_if_others_have()
+        complain(program, str(error))
+        return 1
     except Exception as error:
         message = _explain(error)
         if message is None:

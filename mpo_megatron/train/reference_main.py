@@ -29,12 +29,13 @@ def compute(config: TrainConfig) -> str | None:
     from mpo_megatron.hf.flops import build_flop_model
     from mpo_megatron.model.parallel import model_parallel
     from mpo_megatron.model.policy import build_policy
+    from mpo_megatron.train.faults.spreading import spreading_requests
     from mpo_megatron.train.faults.stopping import Stopped
     from mpo_megatron.train.inputs import check_inputs
     from mpo_megatron.train.run import build_row_shape, compute_references
 
     inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with model_parallel(config.parallel, config.seed) as ranks:
+    with model_parallel(config.parallel, config.seed) as ranks, spreading_requests():
         shape = build_row_shape(config, ranks, build_flop_model(inputs.family))
         policy = build_policy(inputs.family, config.model, config.parallel, ranks, inputs.padded_vocab_size)
         try:

@@ -9,6 +9,10 @@ minutes; so the handlers do nothing, and a thread reads the signals' numbers fro
 
 torchrun, too, sends SIGTERM: to the ranks that are left when one has failed. These can finish no step, so they leave at once
 when a rank beside them is missing, instead of waiting for it until they are killed.
+
+Ranks learn of each other's requests through their launcher's folder (launched.py). Those without one, on several machines or
+under srun, would wait for a rank that has left: so a rank that is asked before it has joined the others joins them first, for
+`JOIN_SECONDS` at most, and tells them through a `Channel` as it leaves.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import Protocol
 
 from mpo_megatron.train import launched
 
@@ -35,7 +40,24 @@ REQUEUE_CODE = 75
 LOOKS = 10
 """How often a rank that got SIGTERM looks for a missing neighbour, a tenth of a second apart: one may be just ending."""
 
+JOIN_SECONDS = 25.0
+"""How long a rank that was asked to stop goes on towards the others that wait for it; then it leaves alone. Slurm, Kubernetes and
+torchrun kill 30 seconds after SIGTERM."""
+
+TELL_SECONDS = 1.0
+"""How often a rank looks whether another one leaves; one that leaves stays twice as long, as the store may end with it."""
+
 _received: list[signal.Signals] = []
+
+
+class Channel(Protocol):
+    """How ranks without a launcher tell each other that they leave."""
+
+    def tell(self, number: signal.Signals) -> None:
+        """Let the other ranks know that this one leaves for a signal."""
+
+    def told(self) -> signal.Signals | None:
+        """The signal that another rank leaves for, or None."""
 
 
 class _Manner:
@@ -45,6 +67,13 @@ class _Manner:
     requeue_code = REQUEUE_CODE
     deferrals = 0
     ignores = False
+    must_join = False
+    """Whether the other ranks would wait for this one if it left."""
+    channel: Channel | None = None
+    others_leave = False
+    """Whether another rank has left because it was asked to."""
+    asked_at: float | None = None
+    """When this rank itself was asked, on the monotonic clock."""
 
 
 def listen(program: str = "mpo train") -> None:
@@ -61,11 +90,31 @@ def listen(program: str = "mpo train") -> None:
     signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     _received.clear()
     _Manner.program, _Manner.requeue_code, _Manner.deferrals, _Manner.ignores = program, REQUEUE_CODE, 0, False
+    _Manner.must_join, _Manner.channel, _Manner.others_leave, _Manner.asked_at = is_on_its_own(), None, False, None
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launched.end_with_parent()
     # The thread holds both ends: a closed one would end it.
     threading.Thread(target=_read, args=(reader, writer, parent), name="signals", daemon=True).start()
+
+
+def is_on_its_own() -> bool:
+    """Whether nobody tells the other ranks when this one leaves: no `mpo train`, and no single torchrun that has them all."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    under_one_agent = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks
+    return ranks > 1 and launched.FOLDER not in os.environ and not under_one_agent
+
+
+def join(channel: Channel) -> None:
+    """From now on the other ranks learn through a channel that this one leaves, if nobody else tells them."""
+    if _Manner.must_join:
+        _Manner.channel, _Manner.must_join = channel, False
+        leave_if_asked()
+
+
+def part() -> None:
+    """From now on the channel is used no more: its store ends."""
+    _Manner.channel = None
 
 
 def leave_with(code: int) -> None:
@@ -107,6 +156,7 @@ def leave_if_others_have() -> None:
     """End this process if the work it failed in failed because other ranks have left, as they were asked to."""
     if not _received and (asked := launched.read_request()) is not None:
         _received.append(asked)
+    _look_at_channel()
     if _received and launched.has_left():
         _Manner.deferrals = 0
     leave_if_asked()
@@ -114,8 +164,14 @@ def leave_if_others_have() -> None:
 
 def leave_if_asked() -> None:
     """End this process if there is a request and nothing to save."""
-    if not _received or _Manner.deferrals or _Manner.ignores:
+    if not _received or _Manner.ignores or (_Manner.deferrals and not _Manner.others_leave):
         return
+    if _Manner.must_join and _Manner.asked_at is not None and time.monotonic() < _Manner.asked_at + JOIN_SECONDS:
+        return
+    channel = _Manner.channel
+    if channel is not None and not _Manner.others_leave:
+        channel.tell(_received[0])
+        time.sleep(2 * TELL_SECONDS)
     text = f"{_Manner.program}: stopped ({_received[0].name}) before there was anything new to save; run the same command again."
     if not launched.say_last(text) and os.environ.get("LOCAL_RANK", "0") == "0":
         print(text, file=sys.stderr, flush=True)
@@ -123,6 +179,7 @@ def leave_if_asked() -> None:
 
 
 def _read(reader: socket.socket, writer: socket.socket, parent: int) -> None:
+    looked = time.monotonic()
     while True:
         numbers = b""
         with contextlib.suppress(TimeoutError):
@@ -132,13 +189,27 @@ def _read(reader: socket.socket, writer: socket.socket, parent: int) -> None:
                 _note(signal.Signals(number), parent)
         if not _received and (asked := launched.read_request()) is not None:
             _received.append(asked)
+        if time.monotonic() > looked + TELL_SECONDS:
+            looked = time.monotonic()
+            _look_at_channel()
         leave_if_asked()
+
+
+def _look_at_channel() -> None:
+    """Note that another rank leaves: nothing that needs all ranks can be finished then, whatever was deferred."""
+    channel = _Manner.channel
+    told = None if channel is None or _Manner.others_leave else channel.told()
+    if told is not None:
+        _Manner.others_leave = True
+        _received.append(told)
 
 
 def _note(number: signal.Signals, parent: int) -> None:
     """Note a signal, and let the other ranks of this machine know; unless it says that one of them has failed."""
     if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
         _leave_if_alone(parent)
+    if _Manner.asked_at is None:
+        _Manner.asked_at = time.monotonic()
     _received.append(number)
     launched.write_request(number)
 

@@ -1,0 +1,17 @@
+"""What a rank says when the others did not come. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import os
+
+
+class RendezvousError(RuntimeError):
+    """Not all ranks came; the message says how long this one waited, and where to look. Another start may help."""
+
+    def __init__(self, timeout_minutes: float) -> None:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        super().__init__(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} waited for the others at {place}, for at most "
+            f"parallel.timeout_minutes = {timeout_minutes:g} minutes, and not all of them came; look for a rank that ended or "
+            "never started, and whether every machine reaches that address; then run the same command again."
+        )
