@@ -409,6 +409,16 @@ class StoredGroups:
         batch, row = self._locate(index, piece=2)
         return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
 
+    def check_texts(self) -> None:
+        """Compare the pieces that `text` reads with their digests.
+
+        Raises:
+            DataError: one differs.
+        """
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            if batch.num_rows:
+                self._locate(start, piece=2)
+
     def compute_digest(self) -> str:
         """The digest of what is stored; equal to `PreparedInfo.data_digest` unless the file changed. Reads everything."""
         digest = hashlib.sha256()

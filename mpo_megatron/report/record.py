@@ -14,7 +14,7 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.config.run_paths import candidates
 from mpo_megatron.config.sealed import check_seal
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
-from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.store import INFO_FILE, PreparedGroups, load_groups
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError, is_unfinished, unseal, unseal_line, unseal_lines
 
@@ -48,7 +48,7 @@ class RunRecord:
     hangs: tuple[str, ...]
     """Names of the files with stacks of ranks that hung."""
     train_data: PreparedGroups | None
-    """None if it cannot be found, or has changed since."""
+    """None if it cannot be found, is damaged, or has changed since."""
     held_out_data: PreparedGroups | None
     """The same."""
     missing: tuple[str, ...]
@@ -168,17 +168,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _open(run: Path, config: dict[str, Any], name: str, digest: str | None) -> tuple[PreparedGroups | None, str | None]:
     """The run's data if it is there and the same, and else what to say: a report without texts is better than none."""
     places = candidates(run, config, "data", name)
-    changed: Path | None = None
+    problem: str | None = None
     for place in places:
+        if not (place / INFO_FILE).is_file():
+            continue
         try:
             data = load_groups(place)
-        except DataError:
+            if name == "eval":  # of which the page shows texts
+                data.check_texts()
+        except DataError as error:
+            problem = f"data.{name}: {str(error).rstrip('.')}"
             continue
         if digest in (None, data.info.data_digest):
             return data, None
-        changed = place
+        problem = f"data.{name} = {place}: these are not the groups that the run used"
     if not places:
         return None, None
-    if changed is not None:
-        return None, f"data.{name} = {changed}: these are not the groups that the run used"
-    return None, f"data.{name} = {' or '.join(map(str, dict.fromkeys(places)))}: no prepared groups there"
+    return None, problem or f"data.{name} = {' or '.join(map(str, dict.fromkeys(places)))}: no prepared groups there"

@@ -31,12 +31,15 @@ def load_function(function: str) -> tuple[Callable[..., Any], str]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = path.stem
+    if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name) is not None:
+        name = f"scorer of {name.replace('.', ' ')}"  # what the file imports may need the other module of this name
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look a class's module up
+    sys.modules[name] = module  # dataclasses and pickles look a class's module up
+    sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
     spec.loader.exec_module(module)
     return module
 

@@ -122,6 +122,39 @@ def test_data_that_is_gone_or_changed_leaves_a_report_without_texts_that_says_so
     assert record.missing[1] == f"data.eval = {tmp_path / 'groups'}: these are not the groups that the run used"
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "why"),
+    [
+        ("prepare.json", 0.5, "damaged"),
+        ("groups.pieces", 0.5, "damaged or missing"),
+        ("groups.arrow", 0.3, "damaged: bytes "),
+        ("groups.arrow", None, " bytes, prepare.json says "),
+        ("groups.arrow", "answer 0 to question 5", "damaged: bytes "),  # among the texts, which are read last
+    ],
+)
+def test_damaged_data_is_named_on_the_page_and_on_the_terminal(
+    tmp_path: Path, name: str, place: float | str | None, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_run(tmp_path / "run", write_data(tmp_path / "groups"))
+    path = tmp_path / "groups" / name
+    changed = bytearray(path.read_bytes())
+    if place is None:
+        del changed[-1:]
+    else:
+        at = changed.index(place.encode()) if isinstance(place, str) else int(place * len(changed))
+        changed[at] ^= 1
+    path.write_bytes(changed)
+    report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
+    [said] = capsys.readouterr().err.splitlines()
+    assert f"data.eval: {tmp_path / 'groups' / name}:" in said
+    assert why in said
+    assert "no prepared groups there" not in said
+    [finding] = [
+        found for found in embedded(tmp_path / "page.html")["runs"][0]["findings"] if found["title"].startswith("Data is")
+    ]
+    assert finding["text"] in said
+
+
 @pytest.mark.parametrize("recorded", ["absolute", "relative"])
 def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str

@@ -158,6 +158,31 @@ def test_in_a_process_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[st
     changed.close()
 
 
+ANNOTATED = """
+from __future__ import annotations
+import dataclasses, pickle
+
+@dataclasses.dataclass
+class Rule:
+    letter: str = "x"
+    weight: float = 2.0
+
+@dataclasses.dataclass(kw_only=True)
+class Rules(Rule):
+    factor: dataclasses.InitVar[float] = 1.0
+
+def reward(response):
+    rule = pickle.loads(pickle.dumps(Rules()))
+    return rule.weight * response.count(rule.letter)
+"""
+
+
+@pytest.mark.parametrize("name", ["mine.py", "my.rules.py", "dataclasses.py", "json.py"])
+def test_a_file_may_define_dataclasses_and_be_called_as_another_module(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(ANNOTATED + "import json\nassert json.dumps([1]) == '[1]'\n")
+    assert build(f"{tmp_path / name}:reward").score(GROUPS) == [[2.0, 0.0], [0.0]]
+
+
 def test_a_call_that_hangs_or_crashes_costs_its_own_score(tmp_path: Path) -> None:
     function = write(
         tmp_path,
