@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,8 +30,6 @@ from mpo_megatron.config import (
     parse,
     require,
     validate_convert,
-    validate_folders,
-    validate_train,
 )
 from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.files import DataError
@@ -91,12 +88,12 @@ def select(arguments: Sequence[str]) -> int:
 
 def reference(arguments: Sequence[str]) -> int:
     """Reference log-probs of prepared groups, once for all runs; takes the configuration of `mpo train`."""
-    return _start_ranks("reference", lambda config: "mpo_megatron.train.reference_main", arguments)
+    return _start_ranks("reference", "mpo_megatron.train.reference_main", arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
     """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
-    return _start_ranks("train", lambda config: config.entry_point, arguments)
+    return _start_ranks("train", "mpo_megatron.train", arguments)
 
 
 def launch(arguments: Sequence[str]) -> int:
@@ -258,32 +255,21 @@ def _run(arguments: list[str]) -> int:
         return say_interrupted(name, error)
 
 
-def _start_ranks(name: str, module: Callable[[TrainConfig], str], arguments: Sequence[str]) -> int:
-    """Check a training configuration, then start this machine's ranks of the module it names through torchrun."""
+def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
+    """Check a training configuration, then start this machine's ranks of a module through torchrun."""
     launcher, own = _read_launcher(name, arguments, restarts=True)
     config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
-    validate_folders(config)  # once more below, as the next ones; what is wrong here need not wait for Megatron-Core's import
-    from mpo_megatron.train.checkpoints.course import check_early
+    from mpo_megatron.train.setup import build_setup
 
-    check_early(config, resumes=name == "train")
-    from mpo_megatron.hf.layout import read_model
-    from mpo_megatron.train.launcher import count_ranks
-    from mpo_megatron.train.launcher import launch as start
-
-    num_ranks = launcher.nproc or count_ranks(config.parallel)
-    validate_train(config, num_ranks)
-    read_model(Path(config.model.checkpoint), config.parallel)
-    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
-    from mpo_megatron.train.inputs import check_inputs
-
-    config = replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
-
-    inputs = check_inputs(config, num_ranks)  # once more on every rank; here it gives one message before any rank has started
+    # Every rank builds its own; here it gives one message before any has started.
+    setup = build_setup(config, launcher.nproc, resumes=name == "train")
     if name == "train":
         from mpo_megatron.train.checkpoints.resumption import check_resumption
 
-        check_resumption(config, inputs)
-    return start(module(config), own, num_ranks=num_ranks, max_restarts=launcher.max_restarts)
+        check_resumption(setup)
+    from mpo_megatron.train.launcher import launch as start
+
+    return start(module, own, num_ranks=setup.num_ranks, max_restarts=launcher.max_restarts)
 
 
 def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = False) -> tuple[argparse.Namespace, list[str]]:

@@ -36,8 +36,9 @@ from mpo_megatron.config import ConvertConfig  # noqa: E402
 from mpo_megatron.model.convert import convert  # noqa: E402
 from mpo_megatron.model.convert_torch_dist import CheckpointReader  # noqa: E402
 from mpo_megatron.train import launched, loop  # noqa: E402, F401  (loop is imported for the ranks)
-from mpo_megatron.train.__main__ import main as train_rank  # noqa: E402
+from mpo_megatron.train.__main__ import work  # noqa: E402
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, step_folder  # noqa: E402
+from mpo_megatron.train.rank import run as run_rank  # noqa: E402
 from tests.distributed.launch import free_port  # noqa: E402
 from tests.tiny import random_groups, save_groups, save_model  # noqa: E402
 
@@ -146,7 +147,7 @@ def be_rank(environment: dict[str, object], options: list[str], log: Path) -> No
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.argv = ["mpo train", *options]
-        code = train_rank()
+        code = run_rank("mpo train", work)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

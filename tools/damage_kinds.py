@@ -56,6 +56,7 @@ from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, read_state
 from mpo_megatron.train.checkpoints.verification import check_whole
 from mpo_megatron.train.reference import read_cache
+from mpo_megatron.train.setup import build_setup
 from mpo_megatron.train.tracking.facts import earlier_starts
 from mpo_megatron.train.tracking.files import JsonlTracker
 from mpo_megatron.train.tracking.services import read_id, write_id
@@ -116,7 +117,7 @@ def write_inputs(root: Path) -> None:
     prepare(PrepareConfig(input=str(chosen), output=str(root / "prepared"), tokenizer=str(root / "model")), quiet)
     for name, seed in (("train", 1), ("eval", 2)):
         save_groups(root / name, random_groups(NUMBER_GROUPS, seed=seed), root / "model")
-    loop.train(train_config(root))
+    loop.train(build_setup(train_config(root), 1))
     convert(ConvertConfig(input=str(newest(root)), output=str(root / "export")))
     write_rest(root)
 
@@ -314,7 +315,7 @@ def trained(root: Path) -> Any:
     """Losses and last weights of a whole run."""
     config = train_config(root)
     try:
-        loop.train(replace(config, output=str(root / "again"), data=replace(config.data, eval=None)))
+        loop.train(build_setup(replace(config, output=str(root / "again"), data=replace(config.data, eval=None)), 1))
         [step] = complete_steps(root / "again")
         reader = CheckpointReader(step / "megatron")
         tensors = {key: reader.read(key, [0] * len(entry.size), list(entry.size)) for key, entry in reader.tensors.items()}

@@ -38,7 +38,6 @@ from mpo_megatron.config.train import (
     OptimizerConfig,
     TrainConfig,
     validate_folders,
-    validate_train,
 )
 
 __all__ = [
@@ -90,5 +89,4 @@ __all__ = [
     "validate_folders",
     "validate_generate",
     "validate_score",
-    "validate_train",
 ]

@@ -96,6 +96,12 @@ class ModelConfig(Section, prefix="model."):
             "set model.fp8 to current or blockwise.",
         )
 
+    @property
+    def from_engine(self) -> bool:
+        """Whether layers are Transformer Engine's; known once `backend` is decided."""
+        assert self.backend != "auto", "the machine decides: model/resolution.py"
+        return self.backend == "transformer_engine"
+
     def with_recompute(self, recompute: str) -> ModelConfig:
         """The same model with another `recompute`, and without the options that go only with the one it has."""
         if recompute == self.recompute:

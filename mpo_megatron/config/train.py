@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import check_checkpoint, check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
-from mpo_megatron.config.parallel import ParallelConfig, check_ranks
+from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
 
 
@@ -272,21 +272,6 @@ class TrainConfig(Section):
         )
         require(self.eval_every >= 0, f"eval_every = {self.eval_every}; it must be 0 or more.")
         check_seed(self.seed)
-
-    @property
-    def entry_point(self) -> str:
-        """The module of which `torchrun -m` starts ranks: one that can sample if the run does, else one that needs no engine."""
-        return "mpo_megatron.rollout.train_main" if self.online.kl_weight > 0 else "mpo_megatron.train"
-
-
-def validate_train(config: TrainConfig, world_size: int) -> None:
-    """Checks across fields and against the file system that need no model: run them before anything loads.
-
-    Raises:
-        ConfigError: naming the field, the rule and the fix.
-    """
-    check_ranks(config.parallel, world_size)
-    validate_folders(config)
 
 
 def validate_folders(config: TrainConfig) -> None:

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, load_yaml
+from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, is_hugging_face, load_yaml
 from mpo_megatron.files import DataError
 from mpo_megatron.stack.checks import has_fused_gradients
 
@@ -128,11 +128,13 @@ def _overlap(config: TrainConfig) -> tuple[str, str]:
 
 def refusal(config: TrainConfig) -> str | None:
     """Why `mpo train` would refuse this configuration here; None if it would start."""
-    from mpo_megatron.train.inputs import check_inputs
-    from mpo_megatron.train.launcher import count_ranks
+    from mpo_megatron.train.setup import build_setup, read_layout
 
     try:
-        check_inputs(config, count_ranks(config.parallel))
+        if is_hugging_face(Path(config.model.checkpoint)):  # which `mpo train` would convert
+            read_layout(config)
+        else:
+            build_setup(config)
     except (ConfigError, DataError) as error:
         return str(error)
     return None

@@ -22,8 +22,7 @@ from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_score
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.stages import run_ranks, save_config
 from mpo_megatron.terminal.console import Console
-from mpo_megatron.train.inputs import check_inputs
-from mpo_megatron.train.launcher import count_ranks
+from mpo_megatron.train.setup import build_setup
 
 EVALUATION_FILE, PICTURE_FILE, CONFIG_FILE = "evaluation.json", "evaluation.png", "evaluate.yaml"
 HELD_OUT_MODULE = "mpo_megatron.evaluate.held_out_main"
@@ -45,9 +44,8 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
     files = config.benchmarks
     questions = {name: read_questions(name, Path(files[name])) for name in get_args(Benchmark) if name in files}
     if config.held_out is not None:
-        training = held_out.as_training(config.held_out, output, groups_per_step=128)
-        num_ranks = num_ranks or count_ranks(config.held_out.parallel)
-        check_inputs(training, num_ranks)  # once more on every rank; here it gives one message instead of one a rank
+        # Every rank builds its own; here it gives one message instead of one a rank.
+        num_ranks = build_setup(held_out.as_training(config), num_ranks).num_ranks
     save_config(output / CONFIG_FILE, config)
     results: dict[str, Any] = {"config": to_dict(config)}
     pictures: dict[str, Any] = {}

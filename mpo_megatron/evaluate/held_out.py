@@ -6,7 +6,6 @@ held_out_main.py is one rank of it; `mpo evaluate` starts them. It writes `held_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,25 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpo_megatron.config import DataConfig, HeldOutConfig, LossConfig, TrainConfig, require
+from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, LossConfig, TrainConfig, require
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
-from mpo_megatron.hf.flops import build_flop_model
 from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
 from mpo_megatron.model.convert import find_megatron_checkpoint
-from mpo_megatron.model.parallel import model_parallel
-from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.faults.spreading import spreading_requests
-from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
 from mpo_megatron.train.reference import select_all
-from mpo_megatron.train.run import build_row_shape, compute_references
+from mpo_megatron.train.session import session
+from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.step import forward_step
 
 GROUPS_FILE = "held_out.jsonl"
@@ -51,41 +45,42 @@ class GroupMetrics:
     counts: dict[str, float]
 
 
-def evaluate_held_out(config: HeldOutConfig, output: Path, *, groups_per_step: int = 128) -> list[GroupMetrics]:
+def evaluate_held_out(setup: Setup) -> list[GroupMetrics]:
     """Run policy and reference over all groups; every rank calls it and gets them all, the main one writes `held_out.jsonl`.
 
     The reference's log-probs come from, or go to, the cache that `mpo train` and `mpo reference` keep beside the groups.
 
+    Args:
+        setup: of `as_training`
     Raises:
         ConfigError: models, groups and layout do not fit together.
         DataError: groups or cache are damaged.
         Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
     """
-    training = as_training(config, output, groups_per_step)
-    inputs = check_inputs(training, int(os.environ.get("WORLD_SIZE", "1")))
-    data = inputs.train
+    data, size = setup.train, setup.config.data.groups_per_step
     results = []
-    with model_parallel(training.parallel, training.seed) as ranks, spreading_requests():
-        shape = build_row_shape(training, ranks, build_flop_model(inputs.family))
-        policy = build_policy(inputs.family, training.model, training.parallel, ranks, inputs.padded_vocab_size)
-        references = compute_references(training, inputs, policy, ranks, shape)[data.path]
-        checkpoint.load_weights(policy, training.model.checkpoint, ranks)
-        for start in range(0, len(data), groups_per_step):
-            indices = np.arange(start, min(start + groups_per_step, len(data)))
-            batch = build_step(0, data, indices, select_all, shape)
-            logps = forward_step(policy, batch, None, ranks)
-            results += measure_groups(batch.table, logps, references.select(batch.table), inputs.objective.params)
-        if ranks.is_main:
-            write_groups(output / GROUPS_FILE, results)
+    with session(setup) as place:
+        reference = place.references()[data.path]
+        policy = place.load(setup.model_folder)
+        for start in range(0, len(data), size):
+            indices = np.arange(start, min(start + size, len(data)))
+            batch = build_step(0, data, indices, select_all, place.shape)
+            logps = forward_step(policy, batch, None, place.ranks)
+            results += measure_groups(batch.table, logps, reference.select(batch.table), setup.objective.params)
+        if place.ranks.is_main:
+            write_groups(setup.folder / GROUPS_FILE, results)
     return results
 
 
-def as_training(config: HeldOutConfig, output: Path, groups_per_step: int) -> TrainConfig:
+def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> TrainConfig:
     """The training run whose step 0 evaluation is what is wanted: the checks and the cache's key are then the trainer's.
 
     Raises:
-        ConfigError: no checkpoint where one should be, or no reference.
+        ConfigError: nothing held out is configured, no checkpoint is where one should be, or no reference is named.
     """
+    config = evaluation.held_out
+    if config is None:
+        raise ConfigError("held_out is not configured.")
     reference = config.model.reference
     require(
         reference is not None,
@@ -95,8 +90,8 @@ def as_training(config: HeldOutConfig, output: Path, groups_per_step: int) -> Tr
     data = load_groups(config.groups)
     labels_only = data.info.reward_kind == "labels"
     return TrainConfig(
-        output=str(output),
-        model=with_megatron_checkpoints(newest, output, "held_out."),
+        output=evaluation.output,
+        model=with_megatron_checkpoints(newest, Path(evaluation.output), "held_out."),
         data=DataConfig(train=config.groups, groups_per_step=groups_per_step, row_tokens=config.row_tokens),
         parallel=config.parallel,
         loss=LossConfig(name="mpo", params={"partition": "labels"} if labels_only else {}),

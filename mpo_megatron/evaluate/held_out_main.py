@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from mpo_megatron.train.rank import be_rank
+from mpo_megatron.train.rank import be_rank, prepare_rank
 
 
-def work() -> str | None:
-    """Parse the command line of `mpo evaluate` and do its held-out part; why it stopped early, or None."""
-    from mpo_megatron.config import EvaluateConfig, parse, require
+def work() -> None:
+    """Do the held-out part of what the command line of `mpo evaluate` says."""
+    from mpo_megatron.config import EvaluateConfig, parse
+    from mpo_megatron.evaluate.held_out import as_training, evaluate_held_out
 
-    config = parse(EvaluateConfig, program="mpo evaluate")
-    require(config.held_out is not None, "held_out is not configured.")
-    assert config.held_out is not None
-    from mpo_megatron.evaluate.held_out import evaluate_held_out
-    from mpo_megatron.train.faults.stopping import Stopped
-
-    try:
-        evaluate_held_out(config.held_out, Path(config.output))
-    except Stopped as request:
-        return str(request)
-    return None
+    evaluate_held_out(prepare_rank(as_training(parse(EvaluateConfig, program="mpo evaluate"))))
 
 
 if __name__ == "__main__":

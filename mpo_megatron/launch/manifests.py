@@ -9,7 +9,7 @@ import yaml
 
 from mpo_megatron.config import KubernetesJob, SkypilotJob
 from mpo_megatron.launch.layout import describe, load_run, require_kept
-from mpo_megatron.launch.scripts import preamble
+from mpo_megatron.launch.scripts import RANK_MODULE, preamble
 
 PORT = 29500
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
@@ -29,7 +29,7 @@ def kubernetes_manifest(job: KubernetesJob) -> str:
         "data": {"train.yaml": Path(job.train).read_text()},
     }
     build = pytorch_job if job.kind == "pytorchjob" else job_set
-    resource = build(job, run.entry_point)
+    resource = build(job, RANK_MODULE)
     return f"# Layout: {describe(job, run)}.\n" + yaml.dump_all(
         [config_map, resource], Dumper=_Dumper, sort_keys=False, width=140
     )
@@ -123,7 +123,7 @@ def skypilot_task(job: SkypilotJob) -> str:
     command = (
         f"exec python -m torch.distributed.run --nproc-per-node={job.ranks} --nnodes={job.nodes}"
         ' --node-rank="$SKYPILOT_NODE_RANK" --master-addr="$(echo "$SKYPILOT_NODE_IPS" | head -n 1)"'
-        f" --master-port={PORT} -m {run.entry_point} --config /tmp/mpo/train.yaml"
+        f" --master-port={PORT} -m {RANK_MODULE} --config /tmp/mpo/train.yaml"
     )
     resources: dict[str, Any] = {"accelerators": f"{job.accelerators}:{job.gpus_per_node}"}
     if job.image:

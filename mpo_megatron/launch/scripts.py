@@ -22,6 +22,9 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.launch.layout import describe, load_run
 
+RANK_MODULE = "mpo_megatron.train"
+"""What every rank runs."""
+
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
 """A job that asks for no GPU must not see one: it would not be its own."""
 
@@ -72,7 +75,7 @@ def _render_run(template: str, job: JobConfig, **values: Any) -> str:
         on_cpus=job.gpus_per_node == 0,
         layout=describe(job, config),
         train=job.train,
-        module=config.entry_point,
+        module=RANK_MODULE,
         requeue_code=config.faults.requeue_code,
         **values,
     )

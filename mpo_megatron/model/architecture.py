@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
+from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 from mpo_megatron.model.recompute import offload_settings, recompute_settings
@@ -40,9 +42,20 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     return missing is None
 
 
+def resolve_model(model: ModelConfig, family: Family) -> ModelConfig:
+    """The same options with `backend` and `attention` as this machine has them.
+
+    Raises:
+        ConfigError: something is asked for that is missing here.
+    """
+    engine = use_transformer_engine(model)
+    attention = choose_attention(model, capped=family.score_cap is not None)
+    return replace(model, backend="transformer_engine" if engine else "local", attention=attention)  # type: ignore[arg-type]
+
+
 def build_transformer_config(family: Family, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
     """Megatron-Core's TransformerConfig for this model, precision and layout."""
-    dtype = DTYPES[model.precision]
+    dtype, engine = DTYPES[model.precision], use_transformer_engine(model)
     return TransformerConfig(
         num_layers=family.num_hidden_layers,
         hidden_size=family.hidden_size,
@@ -88,12 +101,12 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
-        gradient_accumulation_fusion=use_transformer_engine(model) or has_fused_gradients(),
-        apply_rope_fusion=use_transformer_engine(model),
+        gradient_accumulation_fusion=engine or has_fused_gradients(),
+        apply_rope_fusion=engine,
         # The core of attention is GroupAttention, which may use cuDNN's kernel of Transformer Engine, and no other of its. With
         # another value here Megatron-Core refuses the environment variables that say so (attention_varlen.py).
         attention_backend=AttnBackend.fused,
-        **expert_settings(family, model, parallel, from_engine=use_transformer_engine(model)),
+        **expert_settings(family, model, parallel, from_engine=engine),
         **fp8_settings(model),
         **recompute_settings(model),
         **offload_settings(model),

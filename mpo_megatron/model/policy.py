@@ -25,10 +25,9 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.packing import Ints
 from mpo_megatron.families import Family
-from mpo_megatron.hf.layout import validate_layout
-from mpo_megatron.model.architecture import build_transformer_config, use_transformer_engine
+from mpo_megatron.model.architecture import build_transformer_config, resolve_model
 from mpo_megatron.model.attention import RowLayout
-from mpo_megatron.model.attention_backends import attention_function, choose_attention
+from mpo_megatron.model.attention_backends import attention_function
 from mpo_megatron.model.context_parallel import sum_parts, take_part
 from mpo_megatron.model.experts import mark_experts
 from mpo_megatron.model.layers import build_block_spec
@@ -240,18 +239,16 @@ def build_policy(
     One part, or with interleaved pipelining one for each run of layers, in the order of the layers.
 
     Raises:
-        ConfigError: the layout does not divide the model, or something is asked for that is missing: Transformer Engine, or an
-            attention back end.
+        ConfigError: something is asked for that is missing: Transformer Engine, or an attention back end.
     """
-    validate_layout(family, parallel, padded_vocab_size)
+    model = resolve_model(model, family)
     config = build_transformer_config(family, model, parallel)
-    attention = choose_attention(model, capped=family.score_cap is not None)
     parts = []
     for chunk in range(parallel.virtual_pipeline):
         part = Policy(
             config,
             build_block_spec(
-                family, config, use_transformer_engine(model), ranks.pipeline.rank(), chunk, attention_function(attention)
+                family, config, model.from_engine, ranks.pipeline.rank(), chunk, attention_function(model.attention)
             ),
             family=family,
             padded_vocab_size=padded_vocab_size,

@@ -10,7 +10,7 @@ score.py       `mpo score`: scorers/ give the scores, score_summary.py says what
 select.py      `mpo select`: filters.py has the rules, spacing_plot.py draws the rewards
 iterate.py     `mpo iterate`: prompt_split.py deals prompts to rounds, rounds.py plans and checks all stages, stages.py starts
                those that need a process, divergence.py measures KL, round_report.py says what a round did
-live/          samples of the policy while it trains; train_main.py starts such a run
+live/          samples of the policy while it trains
 
 Shared: records.py (lines and summaries on disk), shards.py, models.py (checkpoints), progress.py, panels.py (pictures).
 """

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from mpo_megatron.train.rank import be_rank, parse_train
+from mpo_megatron.train.rank import be_rank, read_setup
 
 
-def work() -> str | None:
-    """Parse the command line and measure; why it stopped early, or None."""
-    config = parse_train("mpo iterate")
+def work() -> None:
+    """Measure as the command line says."""
+    setup = read_setup("mpo iterate")
     from mpo_megatron.rollout.divergence import measure
 
-    return measure(config)
+    measure(setup)
 
 
 if __name__ == "__main__":

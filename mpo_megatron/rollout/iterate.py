@@ -52,12 +52,12 @@ from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.checkpoints.resumption import check_resumption
-from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.setup import build_setup
 
 STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
 PATHS = ("output", "model", "prompts")
 """Options with paths of what digests are kept of."""
-KL_MODULE = "mpo_megatron.rollout.divergence_main"
+TRAIN_MODULE, KL_MODULE = "mpo_megatron.train", "mpo_megatron.rollout.divergence_main"
 
 
 def iterate(config: IterateConfig, console: Console | None = None) -> None:
@@ -176,9 +176,8 @@ def measure_policy(policy: Policy, start: Path, console: Console) -> None:
 
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
     """Train, or go on training; the round's `train.json` says where the result is."""
-    # Both once more on every rank; here they give one message before any rank has started.
-    check_resumption(config, check_inputs(config, num_ranks))
-    run_ranks("train", config.entry_point, save_config(folder / "train.yaml", config), num_ranks)
+    check_resumption(build_setup(config, num_ranks))  # the ranks do the same; here it gives one message before any has started
+    run_ranks("train", TRAIN_MODULE, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))
     assert trained is not None
     write_summary(folder / TRAIN_FILE, {"checkpoint": os.path.relpath(trained, folder)})

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import gc
+from typing import TYPE_CHECKING
 
-from mpo_megatron.train.rank import be_rank, parse_train, run
+from mpo_megatron.train.rank import be_rank, read_setup
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
-def main() -> int:
-    """One rank, in a process that goes on; the exit code."""
-    return run("mpo train", work)
+    from mpo_megatron.train.run import Run
+    from mpo_megatron.train.term import GradientTerm
+
+# Megatron's checkpoint writer may start processes that import this module again: keep it light and guarded.
 
 
 def work() -> str | None:
-    """Parse the command line and train; why it stopped early, or None."""
-    config = parse_train("mpo train")
+    """Train as the command line says, with a term on samples of the policy if it is configured; why it stopped early, or None."""
+    setup = read_setup("mpo train")
     from mpo_megatron.train.loop import train
 
+    build_term: Callable[[Run], GradientTerm] | None = None
+    if setup.config.online.kl_weight > 0:
+        from mpo_megatron.rollout.live.regularizer import build_regularizer as build_term
     gc.freeze()  # Megatron collects garbage in every save: a quarter of a second if it looks at all that was imported
-    return train(config)
+    return train(setup, build_term)
 
 
 if __name__ == "__main__":

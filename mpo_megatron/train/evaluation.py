@@ -26,24 +26,24 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
         TrainingError: a group's loss is not finite.
         Stopped: the run was asked to stop; nothing is written down then.
     """
-    data, best = run.inputs.held_out, run.config.checkpoint
+    data, best = run.setup.held_out, run.config.checkpoint
     if data is None:
         return {}
     parts, outcomes = [], []
     size = run.config.data.groups_per_step
     chunks = [np.arange(start, min(start + size, len(data))) for start in range(0, len(data), size)]
-    batches = build_ahead(lambda indices: build_step(0, data, indices, run.inputs.objective.select, run.shape), chunks)
+    batches = build_ahead(lambda indices: build_step(0, data, indices, run.setup.objective.select, run.shape), chunks)
     for number, batch in enumerate(batches):
         if number:
             pause()
         if batch.contributes.any():
-            policy = forward_step(run.model, batch, run.inputs.objective, run.ranks, run.resident)
+            policy = forward_step(run.model, batch, run.setup.objective, run.ranks, run.resident)
             reference = run.reference(data, batch)
             learned, losses = run.measure(batch, policy, reference)
             if not losses.isfinite().all():
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
             parts.append(learned)
-            outcomes += group_outcomes(batch, policy, reference, run.inputs.objective.params)
+            outcomes += group_outcomes(batch, policy, reference, run.setup.objective.params)
     if not parts:
         raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
     metrics = {f"eval/{name}": value for name, value in combine(parts).items()}

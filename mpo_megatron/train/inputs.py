@@ -1,65 +1,47 @@
-"""What a run reads, opened and checked before any weight is loaded: every message names the field, the rule and the fix."""
+"""What a run reads, opened and checked before any weight is loaded: the second half of `build_setup` (setup.py)."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from mpo_megatron.config import ConfigError, TrainConfig, require, validate_train
+from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.hf.layout import read_model
 from mpo_megatron.hf.recompute import validate_recompute
-from mpo_megatron.model.architecture import use_transformer_engine
-from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.architecture import resolve_model
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps, weights_digest
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
-from mpo_megatron.train.objective import Objective, build_objective, check_data
-from mpo_megatron.train.optimizer import check_offload
+from mpo_megatron.train.objective import build_objective, check_data
+from mpo_megatron.train.optimizer import check_offload, choose_overlap
+from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.tracking import check_installed
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What a run reads, checked before any weight is loaded."""
-
-    family: Family
-    padded_vocab_size: int
-    model_digest: str
-    reference_digest: str
-    train: PreparedGroups
-    held_out: PreparedGroups | None
-    objective: Objective
-    total_steps: int
-
-
-def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
-    """Open what the run reads and check that it all fits together.
+def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_vocab_size: int) -> Setup:
+    """The rest of `build_setup`, which needs torch and Megatron-Core.
 
     Raises:
         ConfigError: naming the field, the rule and the fix.
     """
     require_working_gpus(config.model.backend)
-    validate_train(config, world_size)
     objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
-    family, padded_vocab = read_model(folder, config.parallel)
-    from_engine = use_transformer_engine(config.model)
-    validate_recompute(config.model, config.parallel, family, from_engine=from_engine)
+    resolved = resolve(config, num_ranks, family)
+    validate_recompute(config.model, config.parallel, family, from_engine=resolved.model.from_engine)
     check_offload_kernel(config.model)
     validate_fp8(config.model, config.parallel, family)
-    choose_attention(config.model, capped=family.score_cap is not None)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
     require(
@@ -90,15 +72,34 @@ def check_inputs(config: TrainConfig, world_size: int) -> Inputs:
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
     total_steps = count_steps(config, len(opened["data.train"]))
     check_space(config, total_steps)
-    return Inputs(
+    return Setup(
+        given=config,
+        config=resolved,
+        num_ranks=num_ranks,
         family=family,
-        padded_vocab_size=padded_vocab,
+        padded_vocab_size=padded_vocab_size,
         model_digest=weights_digest(folder),
         reference_digest=weights_digest(reference),
         train=opened["data.train"],
         held_out=opened.get("data.eval"),
         objective=objective,
         total_steps=total_steps,
+    )
+
+
+def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:
+    """The configuration with what it leaves open decided, as far as that is the same for all steps and all ranks.
+
+    Raises:
+        ConfigError: something is asked for that is missing on this machine.
+    """
+    parallel = config.parallel
+    overlap = choose_overlap(config.optimizer, num_ranks // (parallel.tensor * parallel.pipeline))
+    return replace(
+        config,
+        model=resolve_model(config.model, family),
+        parallel=replace(parallel, sequence=parallel.sequence_parallel),
+        optimizer=replace(config.optimizer, overlap=overlap),  # type: ignore[arg-type]
     )
 
 

@@ -6,21 +6,17 @@ and where a run resumes in checkpoints/, what is watched in faults/.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from mpo_megatron import device
-from mpo_megatron.config import ConfigError, TrainConfig, require, to_dict
+from mpo_megatron.config import ConfigError, require, to_dict
 from mpo_megatron.config.run_paths import with_absolute_paths
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.files.atomic import replace_file
-from mpo_megatron.model.architecture import use_transformer_engine
-from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.stack.checks import shortfalls
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints import checkpoint
@@ -30,11 +26,11 @@ from mpo_megatron.train.checkpoints.step_folders import RunState
 from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
-from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Stopped
 from mpo_megatron.train.faults.supervisor import Supervisor, seed_everything
-from mpo_megatron.train.inputs import check_inputs
 from mpo_megatron.train.run import Run, open_run
+from mpo_megatron.train.session import session
+from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.step import fused_step, two_phase_step
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.throughput import throughput
@@ -43,7 +39,7 @@ from mpo_megatron.train.tracking.facts import record_start
 from mpo_megatron.train.tracking.outcomes import forget_later
 
 
-def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
+def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
     """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
 
     Args:
@@ -51,20 +47,20 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
     Returns:
         None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved what there was.
     Raises:
-        ConfigError: the configuration, its files and the layout do not fit together; raised before weights are loaded.
+        ConfigError: a checkpoint does not fit or is damaged, or a run that samples has nothing to sample with.
         TrainingError: a step's loss is not finite; the weights are those before that step.
         SaveError: a checkpoint could not be written.
         DataError: another run is at work in the folder.
     """
+    kl_weight = setup.config.online.kl_weight
     require(
-        build_term is not None or config.online.kl_weight == 0,
-        f"online.kl_weight = {config.online.kl_weight}; it needs an engine that samples: start ranks with "
-        f"`torchrun -m {config.entry_point}`, as `mpo train` does.",
+        build_term is not None or kl_weight == 0,
+        f"online.kl_weight = {kl_weight}; the run needs an engine that samples: start its ranks with "
+        "`torchrun -m mpo_megatron.train`, as `mpo train` does.",
     )
-    inputs = check_inputs(config, int(os.environ.get("WORLD_SIZE", "1")))
-    with model_parallel(config.parallel, config.seed) as ranks, spreading_requests(), only_run(Path(config.output), ranks):
+    with session(setup) as place, only_run(setup.folder, place.ranks):
         try:
-            run = open_run(config, inputs, ranks)
+            run = open_run(place)
         except Stopped as request:  # in the reference pass, which has written its parts
             return str(request)
         term = None if build_term is None else build_term(run)
@@ -74,10 +70,10 @@ def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None 
 
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
     """Resume or start, then step, evaluate and save until the last step, or until asked to stop; why it stopped early."""
-    config, total_steps = run.config, run.inputs.total_steps
+    config, total_steps = run.config, run.setup.total_steps
     last = min(total_steps, config.stop_after or total_steps)
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
-    saved = resume(config, run.inputs, run.model, adam, run.ranks)
+    saved = resume(run.setup, run.model, adam, run.ranks)
     done = saved.step
     if term is not None:
         term.resume(done)
@@ -130,7 +126,7 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
 def evaluates(run: Run, step: int) -> bool:
     """Whether the held-out groups are evaluated after a step."""
     every = run.config.eval_every
-    return step in (0, run.inputs.total_steps) or (every > 0 and step % every == 0)
+    return step in (0, run.setup.total_steps) or (every > 0 and step % every == 0)
 
 
 def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, guard: Guard) -> dict[str, float]:
@@ -143,7 +139,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     seed_everything(run.config.seed, batch.step)
     optimizer.zero_gradients(run.model, adam)
     learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
-    objective, reference = run.inputs.objective, run.reference(run.inputs.train, batch)
+    objective, reference = run.setup.objective, run.reference(run.setup.train, batch)
     added: dict[str, float] = {}
     if batch.contributes.any():
         if term is not None:
@@ -159,7 +155,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
         judgement = guard.judge(learned["loss"].value, norm)
         if judgement.wrong is not None:
             evidence = Evidence(batch=batch, losses=losses, policy=policy, reference=reference, norm=norm)
-            report(judgement, evidence, run.folder, Path(run.config.model.checkpoint), is_main=run.ranks.is_main)
+            report(judgement, evidence, run.folder, run.setup.model_folder, is_main=run.ranks.is_main)
         if judgement.apply:
             optimizer.update(run.model, adam)
     else:  # nothing to learn from: the weights stay as they are
@@ -171,11 +167,11 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
         **added,
         "grad_norm": norm,
         "lr": learning_rate,
-        "epoch": (batch.step + 1) / steps_per_epoch(len(run.inputs.train), run.config.data.groups_per_step),
+        "epoch": (batch.step + 1) / steps_per_epoch(len(run.setup.train), run.config.data.groups_per_step),
         "skipped_groups": int((~batch.contributes).sum()),
         **({"skipped_steps": guard.skipped} if guard.skipped else {}),
         **({"backward_share": backward_share} if backward_share < 1 else {}),
-        **throughput(run.flops, batch, seconds, run.config.model.precision),
+        **throughput(run.setup.flops, batch, seconds, run.config.model.precision),
         "peak_memory_gib": device.peak_memory_gib(),
     }
 
@@ -192,7 +188,7 @@ def two_phase(run: Run, batch: StepBatch) -> bool:
             f"loss.step = fused, but group {group} is longer than data.row_tokens = {run.config.data.row_tokens}; "
             "raise data.row_tokens, or set loss.step to auto."
         )
-    return run.config.loss.step == "two_phase" or run.inputs.objective.needs_whole_batch or bool(batch.plan.split_groups)
+    return run.config.loss.step == "two_phase" or run.setup.objective.needs_whole_batch or bool(batch.plan.split_groups)
 
 
 def batches(run: Run, steps: range) -> Iterator[StepBatch]:
@@ -205,8 +201,8 @@ def batches(run: Run, steps: range) -> Iterator[StepBatch]:
     try:
         yield from iterate_steps(
             steps,
-            run.inputs.train,
-            run.inputs.objective.select,
+            run.setup.train,
+            run.setup.objective.select,
             run.shape,
             groups_per_step=config.data.groups_per_step,
             seed=config.seed,
@@ -221,7 +217,7 @@ def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -
     """Where the run stands after `step` steps."""
     return RunState(
         step=step,
-        fixed=run_options(run.config, run.inputs),
+        fixed=run_options(run.setup),
         held_out=held_out,
         recent_losses=list(guard.losses),
         recent_norms=list(guard.norms),
@@ -231,9 +227,9 @@ def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -
 
 def build_saver(run: Run) -> Saver:
     """What writes this run's checkpoints."""
-    source = Path(run.config.model.checkpoint)
+    source = run.setup.model_folder
     size = checkpoint.estimate_bytes(source, run.config.model.precision)
-    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size, run.inputs.train.info.end_token_ids)
+    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size, run.setup.train.info.end_token_ids)
 
 
 def start_tracking(run: Run, done: int) -> list[Tracker]:
@@ -241,25 +237,25 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     if not run.ranks.is_main:
         return []
     run.folder.mkdir(parents=True, exist_ok=True)
-    config = with_absolute_paths(run.config)  # the folder is looked at from other directories, too
+    setup = run.setup
+    config = with_absolute_paths(setup.given)  # the folder is looked at from other directories, too
     text = seal_yaml(to_dict(config))
     replace_file(run.folder / "config.yaml", [text])
     print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
-    for shortfall in shortfalls(transformer_engine=use_transformer_engine(run.config.model)):
+    for shortfall in shortfalls(transformer_engine=run.config.model.from_engine):
         print(f"slower than it could be: {shortfall}", flush=True)
     forget_later(run.folder, done)
-    inputs = run.inputs
     facts = record_start(
         run.folder,
         config,
         step=done,
-        total_steps=inputs.total_steps,
-        train=inputs.train,
-        held_out=inputs.held_out,
-        model_digest=inputs.model_digest,
-        reference_digest=inputs.reference_digest,
+        total_steps=setup.total_steps,
+        train=setup.train,
+        held_out=setup.held_out,
+        model_digest=setup.model_digest,
+        reference_digest=setup.reference_digest,
         data_parallel=run.ranks.data_size,
     )
     return build_trackers(
-        run.config.logging, run.folder, to_dict(run.config), facts, start_step=done, total_steps=inputs.total_steps
+        run.config.logging, run.folder, to_dict(setup.given), facts, start_step=done, total_steps=setup.total_steps
     )

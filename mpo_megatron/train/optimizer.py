@@ -21,7 +21,7 @@ from mpo_megatron.model.precision import missing_for_transformer_engine
 
 def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ranks: Ranks) -> list[torch.nn.Module]:
     """The policy's parts with gradient buffers that are reduced over replicas, in float32."""
-    overlap = choose_overlap(config, ranks)
+    overlap = choose_overlap(config, ranks.groups.dp_cp.size())
     settings = DistributedDataParallelConfig(
         use_distributed_optimizer=True,
         grad_reduce_in_fp32=True,
@@ -47,11 +47,15 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
     return wrapped
 
 
-def choose_overlap(config: OptimizerConfig, ranks: Ranks) -> str:
-    """What ranks exchange while they compute: `none`, `gradients` or `all`."""
+def choose_overlap(config: OptimizerConfig, num_sharers: int) -> str:
+    """What ranks exchange while they compute: `none`, `gradients` or `all`.
+
+    Args:
+        num_sharers: ranks that hold the same weights and exchange their gradients
+    """
     if config.overlap != "auto":
         return config.overlap
-    return "all" if device.has_gpu() and ranks.groups.dp_cp.size() > 1 else "none"
+    return "all" if device.has_gpu() and num_sharers > 1 else "none"
 
 
 def check_offload(config: OptimizerConfig, precision: str) -> None:

@@ -10,8 +10,6 @@ import errno
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from mpo_megatron.config.rendezvous import RendezvousError
@@ -22,6 +20,7 @@ from mpo_megatron.train.faults.ending import complain, end
 
 if TYPE_CHECKING:
     from mpo_megatron.config import TrainConfig
+    from mpo_megatron.train.setup import Setup
 
 NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 """Errors of the file system that starting again does not fix: no space, or no permission."""
@@ -47,21 +46,29 @@ def run(program: str, work: Callable[[], str | None]) -> int:
         signals.ignore()
 
 
-def parse_train(program: str) -> TrainConfig:
-    """The configuration that a rank's command line names, with Megatron checkpoints; its exit code counts from now on.
+def read_setup(program: str) -> Setup:
+    """What the command line of a rank names, in the form of `mpo train`.
 
     Raises:
         ConfigError: it cannot work.
     """
     from mpo_megatron.config import TrainConfig, parse
-    from mpo_megatron.train.environment import set_environment
 
-    config = parse(TrainConfig, program=program)
+    return prepare_rank(parse(TrainConfig, program=program))
+
+
+def prepare_rank(config: TrainConfig) -> Setup:
+    """What this rank works with; its environment is set, and its exit code counts from now on.
+
+    Raises:
+        ConfigError: the configuration cannot work.
+    """
+    from mpo_megatron.train.environment import set_environment
+    from mpo_megatron.train.setup import build_setup
+
     set_environment(config)  # before anything starts CUDA
     signals.leave_with(config.faults.requeue_code)
-    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
-
-    return replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
+    return build_setup(config, int(os.environ.get("WORLD_SIZE", "1")))  # without torchrun, the world size is 1
 
 
 def _run(program: str, work: Callable[[], str | None]) -> int:
@@ -72,12 +79,14 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
         complain(program, str(error))
         return 1
     except Exception as error:
-        message = _explain(error)
-        if message is None:
-            signals.leave_if_others_have()  # they were faster, and this one lost its connection to them
-            raise
-        complain(program, message)
-        return launched.leave_failed(2)
+        stopped = _why_stopped(error)
+        if stopped is None:
+            message = _explain(error)
+            if message is None:
+                signals.leave_if_others_have()  # they were faster, and this one lost its connection to them
+                raise
+            complain(program, message)
+            return launched.leave_failed(2)
     if stopped is None:
         return 0
     if os.environ.get("RANK", "0") == "0":
@@ -85,6 +94,12 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
         if not launched.say_last(text):
             print(text, file=sys.stderr, flush=True)
     return launched.leave(signals.requeue_code())
+
+
+def _why_stopped(error: Exception) -> str | None:
+    """The reason that all ranks have agreed to stop for; None for an error."""
+    stopping = sys.modules.get("mpo_megatron.train.faults.stopping")  # who has not imported it was not stopped
+    return str(error) if stopping is not None and isinstance(error, stopping.Stopped) else None
 
 
 def _explain(error: Exception) -> str | None:

@@ -114,14 +114,7 @@ def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
     return [values.values.to_numpy() for values in lists]
 
 
-def cache_key(
-    model_digest: str,
-    data: PreparedGroups,
-    model: ModelConfig,
-    *,
-    transformer_engine: bool,
-    attention: str,
-) -> str:
+def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig) -> str:
     """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only."""
     fp8 = numerics(model)
     parts = {
@@ -129,8 +122,8 @@ def cache_key(
         "data": data.info.data_digest,
         "tokenizer": data.info.tokenizer_digest,
         "precision": model.precision,
-        "transformer_engine": transformer_engine,
-        "attention": attention,
+        "transformer_engine": model.from_engine,
+        "attention": model.attention,
         **({} if fp8 is None else {"fp8": fp8}),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -142,20 +142,13 @@ def num_replicas(run: Path) -> int:
 
 
 def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
-    """As the run cuts its rows (train/run.py: build_row_shape)."""
+    """As the run cuts its rows."""
     from mpo_megatron.families import load_family
     from mpo_megatron.hf.flops import build_flop_model
-    from mpo_megatron.hf.fp8 import token_multiple
+    from mpo_megatron.train.row_shape import build_row_shape
 
-    return RowShape(
-        row_tokens=train.data.row_tokens,
-        layout=train.data.layout,
-        multiple=token_multiple(train.model) * train.parallel.row_parts,
-        num_replicas=replicas,
-        replica=replica,
-        pair_weight=build_flop_model(load_family(Path(train.model.checkpoint) / "hf")).pair_weight,
-        rows_multiple=train.parallel.rows_multiple,
-    )
+    flops = build_flop_model(load_family(Path(train.model.checkpoint) / "hf"))
+    return build_row_shape(train, flops, num_replicas=replicas, replica=replica)
 
 
 def _sets(train: TrainConfig, groups: Sequence[TokenizedGroup]) -> Sets:

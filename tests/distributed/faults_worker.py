@@ -29,6 +29,7 @@ from mpo_megatron.train.checkpoints import resumption, saving, step_folders  # n
 from mpo_megatron.train.checkpoints.step_folders import SaveError, complete_steps, step_folder  # noqa: E402
 from mpo_megatron.train.faults import agreement, signals, supervisor  # noqa: E402
 from mpo_megatron.train.faults.incidents import TrainingError  # noqa: E402
+from mpo_megatron.train.setup import build_setup  # noqa: E402
 
 INPUTS = Path(sys.argv[1])
 STEPS = 6
@@ -50,7 +51,8 @@ def run(name: str, *more: str, patches: tuple[Any, ...] = ()) -> dict[str, Any]:
             stack.enter_context(patch)
         result: dict[str, Any] = {"stopped": None, "error": None}
         try:
-            result["stopped"] = loop.train(parse(TrainConfig, [*options(INPUTS / "runs" / name), *more], "mpo train"))
+            config = parse(TrainConfig, [*options(INPUTS / "runs" / name), *more], "mpo train")
+            result["stopped"] = loop.train(build_setup(config, 2))
         except (ConfigError, DataError, OSError, SaveError, TrainingError) as error:
             result["error"] = f"{type(error).__name__}: {error}"
     signals._received.clear()

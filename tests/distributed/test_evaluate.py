@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConvertConfig, HeldOutConfig, ModelConfig
-from mpo_megatron.evaluate.held_out import evaluate_held_out, summarize
+from mpo_megatron.config import ConvertConfig, EvaluateConfig, HeldOutConfig, ModelConfig
+from mpo_megatron.evaluate.held_out import as_training, evaluate_held_out, summarize
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import stages
+from mpo_megatron.train.setup import build_setup
 from tests.distributed.launch import launch_ranks
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -36,7 +37,11 @@ def test_held_out_groups_on_two_ranks(tmp_path: Path, capfd: pytest.CaptureFixtu
     result = json.loads((tmp_path / "out" / "evaluation.json").read_text())["held_out"]
     model = ModelConfig(checkpoint=str(tmp_path / "policy"), reference=str(tmp_path / "reference"), precision="fp32")
     config = HeldOutConfig(groups=str(tmp_path / "groups"), model=model, row_tokens=256)
-    expected = summarize(evaluate_held_out(config, tmp_path / "one"), num_resamples=50, seed=1234)
+    expected = summarize(
+        evaluate_held_out(build_setup(as_training(EvaluateConfig(output=str(tmp_path / "one"), held_out=config)), 1)),
+        num_resamples=50,
+        seed=1234,
+    )
     assert result["groups"] == 9
     assert result["accuracy"] == pytest.approx(expected["accuracy"])
     assert result["margin"] == pytest.approx(expected["margin"], abs=1e-4)

@@ -30,10 +30,10 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.live.regularizer import build_regularizer, choose_prompts
-from mpo_megatron.train.loop import train
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
 from tests.tolerances import reordered
+from tests.training import train
 
 pytestmark = pytest.mark.distributed
 
@@ -186,7 +186,7 @@ def test_a_killed_run_continues_bit_by_bit(inputs: Path, undisturbed: Path, tmp_
 def test_refusals(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"online\.max_tokens = 400"):
         train(run_config(inputs, tmp_path / "run", max_tokens=400), build_regularizer)
-    with pytest.raises(ConfigError, match=r"mpo_megatron\.rollout\.train_main"):
+    with pytest.raises(ConfigError, match=r"online\.kl_weight = 0.1; the run needs an engine"):
         train(run_config(inputs, tmp_path / "run"))
 
 

@@ -20,8 +20,10 @@ from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train import reference
 from mpo_megatron.train.faults import signals
+from mpo_megatron.train.faults.stopping import Stopped
 from mpo_megatron.train.reference import ReferenceLogps
-from mpo_megatron.train.reference_main import compute
+from mpo_megatron.train.session import session
+from mpo_megatron.train.setup import build_setup
 from tests.distributed.launch import kill_ranks_when, run_ranks
 from tests.distributed.test_train import metrics
 from tests.tiny import random_groups, save_groups, save_model
@@ -76,7 +78,12 @@ def files(cache: Path) -> dict[str, int]:
 
 def compute_here(inputs: Path, data: Path, *more: str) -> str | None:
     """`mpo reference` on one rank, which is this process; why it stopped early."""
-    return compute(parse(TrainConfig, options(inputs, data, *more)))
+    try:
+        with session(build_setup(parse(TrainConfig, options(inputs, data, *more)), 1)) as place:
+            place.references()
+    except Stopped as request:
+        return str(request)
+    return None
 
 
 @pytest.fixture(scope="module")

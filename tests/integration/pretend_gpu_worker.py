@@ -83,8 +83,9 @@ def training(folder: Path, name: str, *, precision: Any = "fp32", steps: int = 2
 def run(config: TrainConfig) -> list[list[float]]:
     """Loss and gradient norm of each step."""
     from mpo_megatron.train.loop import train
+    from mpo_megatron.train.setup import build_setup
 
-    train(config)
+    train(build_setup(config, 1))
     lines = [json.loads(line) for line in (Path(config.output) / "metrics.jsonl").read_text().splitlines()]
     return [[line["loss"], line["grad_norm"]] for line in lines if "loss" in line]
 

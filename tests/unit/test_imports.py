@@ -57,7 +57,9 @@ MAY_IMPORT = {
 
 
 def part_of(path: Path) -> str:
-    """The part of the package that a file belongs to: its folder, or its own name."""
+    """The part of the package that a file belongs to: its folder, or its own name. A program stands above them all, as `cli`."""
+    if path == PACKAGE / "train" / "__main__.py":
+        return "cli"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 

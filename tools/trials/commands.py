@@ -24,6 +24,7 @@ from mpo_megatron.train.__main__ import work as train_work
 from mpo_megatron.train.checkpoints import resumption
 from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from mpo_megatron.train.rank import run as run_rank
+from mpo_megatron.train.setup import build_setup
 from tests.tiny import random_groups, save_groups, save_model
 
 Result = dict[str, Any]
@@ -121,7 +122,7 @@ def run_rounds(inputs: Path, folder: Path) -> int:
     from mpo_megatron import cli as command_line
 
     def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-        loop.train(parse(TrainConfig, arguments, "mpo train"))
+        loop.train(build_setup(parse(TrainConfig, arguments, "mpo train"), num_ranks))
         return 0
 
     stages.launch = train_here  # type: ignore[assignment]

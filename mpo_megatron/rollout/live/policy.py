@@ -26,8 +26,8 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.live.vllm import VllmLiveEngine
-from mpo_megatron.train.inputs import Inputs
 from mpo_megatron.train.optimizer import gather_weights
+from mpo_megatron.train.setup import Setup
 
 BATCH_SIZE = 32
 """Responses that the embedded engine generates side by side."""
@@ -46,16 +46,16 @@ class LiveEngine(Protocol):
 class LivePolicy:
     """The policy as it is, to sample from."""
 
-    def __init__(self, config: TrainConfig, inputs: Inputs, ranks: Ranks) -> None:
+    def __init__(self, setup: Setup, ranks: Ranks) -> None:
         """Start the engine on the ranks that have one.
 
         Raises:
             ConfigError: the engine is not installed, or cannot be used here.
         """
-        self.inputs, self.ranks = inputs, ranks
+        self.setup, self.ranks = setup, ranks
         self.engine: LiveEngine | None = None
         if ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0:
-            self.engine = build_live_engine(config, inputs.family)
+            self.engine = build_live_engine(setup.config, setup.family)
 
     def sample(self, model: list[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Answers of the policy as it is now, in the order of the prompts; all ranks call it and get the same.
@@ -65,7 +65,7 @@ class LivePolicy:
         """
         gather_weights(model)
         receive: Callable[[str, Tensor], None] | None = None if self.engine is None else self.engine.receive
-        send_weights(model, self.inputs.family, self.inputs.padded_vocab_size, self.ranks, receive)
+        send_weights(model, self.setup.family, self.setup.padded_vocab_size, self.ranks, receive)
         own = prompts[self.ranks.data_rank :: self.ranks.data_size]
         generations = [] if self.engine is None else list(self.engine.generate(own, sampling))
         everyone = [generations]

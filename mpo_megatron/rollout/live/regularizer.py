@@ -25,7 +25,7 @@ from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.run import Run, load_reference_model
+from mpo_megatron.train.run import Run
 
 SEED_STRIDE = 1_000_003
 """Batches of samples draw from seeds this far apart."""
@@ -93,7 +93,7 @@ class SampleRegularizer:
 
     def draw(self, due: int) -> list[Record]:
         """Samples of the policy as it is, for prompts of the last T steps, as group lines with token ids; on every rank."""
-        data, config = self.run.inputs.train, self.run.config
+        data, config = self.run.setup.train, self.run.config
         indices, per_prompt = choose_prompts(data, config, due)
         sampling = Sampling(
             num_responses=per_prompt,
@@ -117,7 +117,7 @@ class SampleRegularizer:
 
     def tokenized(self, record: Record) -> TokenizedGroup:
         """A kept line as rows are built from it."""
-        prompt = self.run.inputs.train[record["index"]]
+        prompt = self.run.setup.train[record["index"]]
         return TokenizedGroup(
             group_id=record["group_id"],
             prompt_tokens=prompt.prompt_tokens,
@@ -158,13 +158,13 @@ def build_regularizer(run: Run) -> SampleRegularizer:
     Raises:
         ConfigError: samples would not fit a row, or the engine is not installed.
     """
-    config, data = run.config, run.inputs.train
+    config, data = run.config, run.setup.train
     longest = data.info.max_prompt_tokens + config.online.max_tokens - 1
     require(
         longest <= config.data.row_tokens,
         f"online.max_tokens = {config.online.max_tokens}: with the longest prompt of {data.path} a sample takes {longest} "
         f"tokens, data.row_tokens = {config.data.row_tokens}; raise data.row_tokens, or lower online.max_tokens.",
     )
-    sampler = LivePolicy(config, run.inputs, run.ranks)
-    resident = run.resident or load_reference_model(config, run.inputs, run.ranks, run.shape)
+    sampler = LivePolicy(run.setup, run.ranks)
+    resident = run.resident or run.session.resident()
     return SampleRegularizer(run, sampler, resident)

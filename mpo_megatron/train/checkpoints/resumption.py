@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import TrainConfig
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError, check_pieces
 from mpo_megatron.files.lock import hold
@@ -30,20 +29,21 @@ from mpo_megatron.train.checkpoints.step_folders import (
 from mpo_megatron.train.checkpoints.verification import damage_of
 from mpo_megatron.train.faults.agreement import machines_without, on_main
 from mpo_megatron.train.faults.supervisor import was_restarted
-from mpo_megatron.train.inputs import Inputs
+from mpo_megatron.train.setup import Setup
 
 LOCK_SECONDS = 100.0
 """How long another run in the same folder is waited for: a file server takes 90 to learn that a machine with a lock has died."""
 
 
-def run_options(config: TrainConfig, inputs: Inputs) -> dict[str, Any]:
+def run_options(setup: Setup) -> dict[str, Any]:
     """What must stay as it is for a run to take the course it would have taken (course.py)."""
+    objective = setup.objective
     return fixed_options(
-        config,
-        total_steps=inputs.total_steps,
-        data_digest=inputs.train.info.data_digest,
-        reference_digest=inputs.reference_digest,
-        loss={"name": inputs.objective.loss.name, "params": asdict(inputs.objective.params)},
+        setup.config,
+        total_steps=setup.total_steps,
+        data_digest=setup.train.info.data_digest,
+        reference_digest=setup.reference_digest,
+        loss={"name": objective.loss.name, "params": asdict(objective.params)},
     )
 
 
@@ -70,18 +70,18 @@ def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
         yield
 
 
-def check_resumption(config: TrainConfig, inputs: Inputs) -> None:
+def check_resumption(setup: Setup) -> None:
     """Refuse a run that could not resume, as far as its newest checkpoint's small files tell, before ranks are started for it.
 
     Raises:
         ConfigError: what it was trained with is not what it would resume with, no checkpoint is whole, or a file of the newest
             one could run commands.
     """
-    newest = newest_state(config)
+    newest = newest_state(setup.config)
     if newest is None:
         return
     saved, folder = newest
-    check_start(run_options(config, inputs), config.data.first_step, saved, folder)
+    check_start(run_options(setup), setup.config.data.first_step, saved, folder)
     check_step_pickles(folder)
 
 
@@ -126,19 +126,19 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
             print(f"DAMAGED checkpoint: {visible(problem)} It is now {new_name}; looking for an older one.", flush=True)
 
 
-def resume(config: TrainConfig, inputs: Inputs, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
+def resume(setup: Setup, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
     """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands.
 
     Raises:
         ConfigError: what it was trained with is not what it would go on with.
     """
-    run = Path(config.output)
+    run, config = setup.folder, setup.config
     folder = choose_checkpoint(run, ranks, resume=config.checkpoint.resume or was_restarted())
     if folder is None:
         check_first_step(config.data.first_step, 0, run)
-        return RunState(step=0, fixed=run_options(config, inputs))
+        return RunState(step=0, fixed=run_options(setup))
     saved, _ = read_state(folder)
-    check_start(run_options(config, inputs), config.data.first_step, saved, folder)
+    check_start(run_options(setup), config.data.first_step, saved, folder)
     check_step_pickles(folder)  # before torch opens them, which would print a traceback of its own
     checkpoint.load(folder, model, adam, ranks)
     return saved

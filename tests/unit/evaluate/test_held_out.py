@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, HeldOutConfig, ModelConfig
+from mpo_megatron.config import ConfigError, ConvertConfig, EvaluateConfig, HeldOutConfig, ModelConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.evaluate.held_out import evaluate_held_out, read_groups, summarize
+from mpo_megatron.evaluate.held_out import GroupMetrics, as_training, evaluate_held_out, read_groups, summarize
 from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
+from mpo_megatron.train.setup import build_setup
 from tests.tiny import random_groups, save_groups, save_model
 
 
@@ -34,6 +35,11 @@ def held_out(folder: Path, **model: str) -> HeldOutConfig:
     return HeldOutConfig(groups=str(folder / "groups"), model=ModelConfig(precision="fp32", **names), row_tokens=256)
 
 
+def evaluate(config: HeldOutConfig, output: Path, groups_per_step: int = 128) -> list[GroupMetrics]:
+    """On one rank, which is this process."""
+    return evaluate_held_out(build_setup(as_training(EvaluateConfig(output=str(output), held_out=config), groups_per_step), 1))
+
+
 def log_ratios(folder: Path, group: TokenizedGroup) -> np.ndarray:
     """log π − log π_ref of a group's responses."""
     values = []
@@ -51,7 +57,7 @@ def log_ratios(folder: Path, group: TokenizedGroup) -> np.ndarray:
 
 def test_accuracy_and_margin(folder: Path, tmp_path: Path) -> None:
     # Two groups at a time: results do not depend on how the data is cut.
-    results = evaluate_held_out(held_out(folder), tmp_path, groups_per_step=2)
+    results = evaluate(held_out(folder), tmp_path, groups_per_step=2)
     right, pairs, margins = 0.0, 0, []
     for group in load_groups(folder / "groups"):
         assert group.rewards is not None
@@ -71,7 +77,7 @@ def test_accuracy_and_margin(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_policy_that_is_its_reference_prefers_nothing(folder: Path, tmp_path: Path) -> None:
-    results = evaluate_held_out(held_out(folder, checkpoint=str(folder / "reference")), tmp_path)
+    results = evaluate(held_out(folder, checkpoint=str(folder / "reference")), tmp_path)
     summary = summarize(results, num_resamples=9, seed=1)
     assert summary["accuracy"]["value"] == 0.5
     assert summary["margin"]["value"] == pytest.approx(0, abs=1e-4)
@@ -80,12 +86,10 @@ def test_a_policy_that_is_its_reference_prefers_nothing(folder: Path, tmp_path: 
 def test_refusals(folder: Path, tmp_path: Path) -> None:
     config = held_out(folder)
     with pytest.raises(ConfigError, match="reference"):
-        evaluate_held_out(HeldOutConfig(groups=config.groups, model=ModelConfig(checkpoint=str(folder / "policy"))), tmp_path)
+        evaluate(HeldOutConfig(groups=config.groups, model=ModelConfig(checkpoint=str(folder / "policy"))), tmp_path)
     equal = [TokenizedGroup(**{**vars(group), "rewards": np.ones(group.num_responses)}) for group in random_groups(2)]
     save_groups(tmp_path / "equal", equal, folder / "policy-hf")
-    results = evaluate_held_out(
-        HeldOutConfig(groups=str(tmp_path / "equal"), model=config.model, row_tokens=256), tmp_path / "out"
-    )
+    results = evaluate(HeldOutConfig(groups=str(tmp_path / "equal"), model=config.model, row_tokens=256), tmp_path / "out")
     with pytest.raises(DataError, match="not one of 2 held-out groups"):
         summarize(results, num_resamples=9, seed=1)
     kept = read_groups(tmp_path / "out" / "held_out.jsonl")

@@ -188,14 +188,14 @@ def test_the_cache_of_reference_log_probs_knows_the_recipe() -> None:
     data = cast(PreparedGroups, types.SimpleNamespace(info=info))
     options: list[dict[str, Any]] = [
         {},
+        {"backend": "local"},
+        {"attention": "varlen"},
         {"precision": "fp32"},
         {"fp8": "current"},
         {"fp8": "current", "fp8_bf16_layers": 1},
         {"fp8": "current", "fp8_params": True},
         {"fp8": "blockwise"},
     ]
-    keys = [
-        cache_key("digest", data, ModelConfig(checkpoint="", **each), transformer_engine=True, attention="flex")
-        for each in options
-    ]
+    decided = {"checkpoint": "", "backend": "transformer_engine", "attention": "flex"}
+    keys = [cache_key("digest", data, ModelConfig(**{**decided, **each})) for each in options]
     assert len(set(keys)) == len(options)

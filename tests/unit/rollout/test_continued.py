@@ -27,6 +27,7 @@ from mpo_megatron.train import loop
 from mpo_megatron.train.checkpoints import saving
 from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from tests.kills import Killed, raise_at
+from tests.training import train
 
 
 def config(model: Path, tmp_path: Path, *, train: dict[str, Any] | None = None, **changes: Any) -> IterateConfig:
@@ -90,7 +91,7 @@ def test_a_round_reports_its_own_last_step(tmp_path: Path) -> None:
 
 def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
     """Training in this process instead of under torchrun."""
-    assert loop.train(parse(TrainConfig, arguments)) is None
+    assert train(parse(TrainConfig, arguments)) is None
     return 0
 
 

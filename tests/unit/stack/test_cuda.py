@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ import torch
 from mpo_megatron.config import ConfigError, TrainConfig, from_dict
 from mpo_megatron.stack import cuda
 from mpo_megatron.stack.checks import require_working_gpus
-from mpo_megatron.train.inputs import check_inputs
+from mpo_megatron.train.inputs import open_inputs
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_train_refuses_before_it_opens_anything(machine: Any) -> None:
     machine(driver_cuda=(12, 2))
     config = from_dict(TrainConfig, {"output": "run", "model": {"checkpoint": "none"}, "data": {"train": "none"}}, "test")
     with pytest.raises(ConfigError, match=r"the driver \(580.95.05\) is too old: it knows CUDA 12.2"):
-        check_inputs(config, 1)
+        open_inputs(config, 1, cast(Any, None), 0)
 
 
 @pytest.mark.parametrize(

@@ -13,27 +13,27 @@ from mpo_megatron.train.checkpoints import resumption
 from mpo_megatron.train.checkpoints.step_folders import DamagedError, RunState, step_folder, write_state
 
 
-def config(run: Path, **changes: Any) -> TrainConfig:
-    return TrainConfig(output=str(run), model=ModelConfig(checkpoint="m"), data=DataConfig(train="t"), **changes)
+def setup(run: Path) -> Any:
+    return Mock(folder=run, config=TrainConfig(output=str(run), model=ModelConfig(checkpoint="m"), data=DataConfig(train="t")))
 
 
 def test_a_run_that_would_take_another_course_is_refused_by_its_newest_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(resumption, "run_options", lambda *_: {"seed": 2})
-    resumption.check_resumption(config(tmp_path), Mock())  # nothing is there yet
+    resumption.check_resumption(setup(tmp_path))  # nothing is there yet
     for step, seed in ((3, 1), (4, 2)):
         step_folder(tmp_path, step).mkdir(parents=True)
         write_state(step_folder(tmp_path, step), RunState(step=step, fixed={"seed": seed}), {})
-    resumption.check_resumption(config(tmp_path), Mock())
+    resumption.check_resumption(setup(tmp_path))
     write_state(step_folder(tmp_path, 4), RunState(step=4, fixed={"seed": 1}), {})
     with pytest.raises(ConfigError, match=r"step_00000004: it was trained with seed = 1, now it is 2; use the old value"):
-        resumption.check_resumption(config(tmp_path), Mock())
+        resumption.check_resumption(setup(tmp_path))
     (step_folder(tmp_path, 4) / "state.json").write_text("damaged")
-    resumption.check_resumption(config(tmp_path), Mock())  # the ranks take an older one, and say so
+    resumption.check_resumption(setup(tmp_path))  # the ranks take an older one, and say so
 
 
 def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003.damaged").mkdir(parents=True)
     with pytest.raises(DamagedError, match=r"no checkpoint is whole; damaged are step_00000003\.damaged"):
-        resumption.check_resumption(config(tmp_path), Mock())
+        resumption.check_resumption(setup(tmp_path))

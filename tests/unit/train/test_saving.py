@@ -22,6 +22,7 @@ from mpo_megatron.train import loop
 from mpo_megatron.train.checkpoints import saving, writer
 from mpo_megatron.train.checkpoints.step_folders import SaveError, check_files, complete_steps, require_space
 from tests.tiny import random_groups, save_groups, save_model
+from tests.training import train
 
 
 def test_a_disk_that_is_full_already_when_a_save_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,23 +41,23 @@ def test_a_disk_that_is_full_already_when_a_save_begins(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(saving, "write", write)
     with pytest.raises(SaveError, match=r"step_00000002\.partial-.*: this checkpoint could not be written .*File too large"):
-        loop.train(config)
+        train(config)
     [step] = complete_steps(tmp_path / "run")
     assert step.name == "step_00000001"
     check_files(step)
     assert [path.name for path in step.parent.iterdir()] == [step.name]
     monkeypatch.undo()
-    assert loop.train(config) is None
+    assert train(config) is None
 
 
 def test_a_run_starts_from_the_step_of_another(tmp_path: Path) -> None:
     config = small_run(tmp_path)
-    loop.train(config)
+    train(config)
     step = complete_steps(tmp_path / "run")[-1]
     again = dataclasses.replace(
         config, output=str(tmp_path / "again"), model=dataclasses.replace(config.model, checkpoint=str(step)), max_steps=1
     )
-    assert loop.train(again) is None
+    assert train(again) is None
     [saved] = complete_steps(tmp_path / "again")
     assert saved.name == "step_00000001"
 
@@ -79,9 +80,9 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path: Path, mon
     taken = loop.take_step
     monkeypatch.setattr(saving, "write", write)
     monkeypatch.setattr(loop, "take_step", take_step)
-    loop.train(config)
+    train(config)
     monkeypatch.undo()
-    loop.train(dataclasses.replace(config, output=str(tmp_path / "short"), stop_after=1))
+    train(dataclasses.replace(config, output=str(tmp_path / "short"), stop_after=1))
     steps = [complete_steps(tmp_path / name)[0] for name in ("run", "short")]
     assert steps[0].name == steps[1].name == "step_00000001"
     files = [{path.name: path.read_bytes() for path in (step / "megatron").glob("*.distcp")} for step in steps]

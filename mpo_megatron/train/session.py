@@ -1,0 +1,85 @@
+"""A rank at work: its place among the others, its part of the models, and the reference's log-probs."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.faults.spreading import spreading_requests
+from mpo_megatron.train.faults.stopping import Deadline
+from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
+from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.row_shape import build_row_shape
+from mpo_megatron.train.setup import Setup
+
+
+@contextlib.contextmanager
+def session(setup: Setup) -> Iterator[Session]:
+    """Connect the ranks, and end their connections at the end; within it, requests to stop reach them all. All ranks call it."""
+    with model_parallel(setup.config.parallel, setup.config.seed) as ranks, spreading_requests():
+        yield Session(setup, ranks)
+
+
+class Session:
+    """What a rank works with."""
+
+    def __init__(self, setup: Setup, ranks: Ranks) -> None:
+        self.setup, self.ranks = setup, ranks
+        self.shape = build_row_shape(setup.config, setup.flops, num_replicas=ranks.data_size, replica=ranks.data_rank)
+
+    @functools.cached_property
+    def parts(self) -> list[torch.nn.Module]:
+        """This rank's parts of the model, which `load` gives their weights."""
+        return self._build()
+
+    def load(self, folder: Path) -> list[torch.nn.Module]:
+        """The parts, with a checkpoint's weights; all ranks call it.
+
+        Raises:
+            ConfigError: the checkpoint does not fit or is damaged.
+        """
+        checkpoint.load_weights(self.parts, folder, self.ranks)
+        return self.parts
+
+    def references(self) -> dict[Path, ReferenceLogps]:
+        """Reference log-probs of the training and held-out groups, by folder; the parts then hold the reference's weights.
+
+        Losses without a reference get them too: margins, log-ratios and KL mean the same for every method then.
+
+        Raises:
+            DataError: the log-probs cannot be written.
+            Stopped: asked to stop; what is computed is written.
+        """
+        setup, config = self.setup, self.setup.config
+        load, deadline = functools.cache(lambda: self.load(setup.reference_folder)), Deadline(config.faults)
+        return {
+            data.path: reference_logps(
+                data,
+                data.path / "reference" / cache_key(setup.reference_digest, data, config.model),
+                load,
+                self.ranks,
+                self.shape,
+                groups_per_part=config.data.groups_per_step,
+                tokens=setup.objective.needs.tokens,
+                deadline=deadline,
+            )
+            for data in (setup.train, setup.held_out)
+            if data is not None
+        }
+
+    def resident(self) -> Resident:
+        """The reference model in memory beside the policy, without gradients, cut over ranks as the policy is."""
+        parts = self._build()
+        checkpoint.load_weights(parts, self.setup.reference_folder, self.ranks)
+        return Resident(parts, offload=self.setup.config.model.resident_offload)
+
+    def _build(self) -> list[torch.nn.Module]:
+        config = self.setup.config
+        return build_policy(self.setup.family, config.model, config.parallel, self.ranks, self.setup.padded_vocab_size)

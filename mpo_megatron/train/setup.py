@@ -1,0 +1,99 @@
+"""A run as it will be: what it reads is opened, what it leaves open is decided, and all of it is checked, once a process.
+
+The command line builds a `Setup` before it starts ranks, so that a person reads one message instead of one a rank. Each rank
+builds the same from the same command line, and `session` (session.py) gives it its part of the models.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpo_megatron.config import TrainConfig, validate_folders
+from mpo_megatron.config.parallel import check_ranks
+from mpo_megatron.families import Family
+from mpo_megatron.train.checkpoints.course import check_early
+
+if TYPE_CHECKING:
+    from mpo_megatron.data.store import PreparedGroups
+    from mpo_megatron.hf.flops import FlopModel
+    from mpo_megatron.train.objective import Objective
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What every rank of a run knows before any weight is loaded."""
+
+    given: TrainConfig
+    """The configuration as the user wrote it, with Megatron checkpoints; saved with the run, which may resume on another machine."""
+    config: TrainConfig
+    """The same with what depends on the machine and the layout decided: layers, attention, overlap, sequence parallelism."""
+    num_ranks: int
+    family: Family
+    padded_vocab_size: int
+    model_digest: str
+    reference_digest: str
+    train: PreparedGroups
+    held_out: PreparedGroups | None
+    objective: Objective
+    total_steps: int
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output)
+
+    @property
+    def model_folder(self) -> Path:
+        """The checkpoint that training starts from."""
+        return Path(self.config.model.checkpoint)
+
+    @property
+    def reference_folder(self) -> Path:
+        """The checkpoint of the reference: the one that training starts from, where no other is given."""
+        return Path(self.config.model.reference or self.config.model.checkpoint)
+
+    @functools.cached_property
+    def flops(self) -> FlopModel:
+        """Operations of a step."""
+        from mpo_megatron.hf.flops import build_flop_model
+
+        return build_flop_model(self.family)
+
+
+def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: bool = False) -> Setup:
+    """Open what a run reads, decide what is left open, and check that all of it fits together.
+
+    What is cheap comes first: a wrong path, option or layout need not wait for the imports of torch and Megatron-Core. A Hugging
+    Face folder is converted.
+
+    Args:
+        num_ranks: of the whole run; by default one per GPU of this machine, or what the layout needs
+        resumes: the run may resume: compare it with its newest checkpoint as early as can be
+    Raises:
+        ConfigError: naming the field, the rule and the fix.
+    """
+    validate_folders(config)
+    check_early(config, resumes=resumes)
+    num_ranks, family, padded_vocab_size = read_layout(config, num_ranks)
+    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
+    from mpo_megatron.train.inputs import open_inputs
+
+    given = replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
+    return open_inputs(given, num_ranks, family, padded_vocab_size)
+
+
+def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int, Family, int]:
+    """Number of ranks, the model, and the size of its padded vocabulary, once it is sure that the model can be cut so.
+
+    Raises:
+        ConfigError: it cannot, or a file is missing or damaged.
+    """
+    from mpo_megatron.hf.layout import read_model
+    from mpo_megatron.train.launcher import count_ranks
+
+    num_ranks = num_ranks or count_ranks(config.parallel)
+    check_ranks(config.parallel, num_ranks)
+    return num_ranks, *read_model(Path(config.model.checkpoint), config.parallel)
