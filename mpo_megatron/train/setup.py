@@ -27,7 +27,7 @@ class Setup:
     """What every rank of a run knows before any weight is loaded."""
 
     given: TrainConfig
-    """The configuration as the user wrote it, with Megatron checkpoints; saved with the run, which may resume on another machine."""
+    """The configuration as the user wrote it, with Megatron checkpoints; saved, as the run may resume on another machine."""
     config: TrainConfig
     """The same with what depends on the machine and the layout decided: layers, attention, overlap, sequence parallelism."""
     num_ranks: int
