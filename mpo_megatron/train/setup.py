@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from mpo_megatron.config import TrainConfig, validate_folders
 from mpo_megatron.config.parallel import check_ranks
-from mpo_megatron.families import Family
 from mpo_megatron.train.checkpoints.course import check_early
 
 if TYPE_CHECKING:
     from mpo_megatron.data.store import PreparedGroups
+    from mpo_megatron.families import Family
     from mpo_megatron.hf.flops import FlopModel
     from mpo_megatron.train.objective import Objective
 

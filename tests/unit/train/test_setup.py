@@ -80,7 +80,7 @@ def test_every_check_runs_once_on_the_command_line_and_once_on_a_rank(
 def test_nothing_is_left_open(folder: Path, tmp_path: Path) -> None:
     given = parse(TrainConfig, [*options(folder, tmp_path), "--parallel.tensor", "2"], "mpo train")
     found = setup.build_setup(given, 2)
-    assert found.given is given
+    assert found.given == given
     model, parallel = found.config.model, found.config.parallel
     assert model.backend in ("local", "transformer_engine")
     assert model.attention in ("sdpa", "flex", "varlen")
