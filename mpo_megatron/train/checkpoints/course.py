@@ -24,7 +24,7 @@ FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memo
 
 
 def fixed_options(
-    config: TrainConfig, *, total_steps: int, data_digest: str, reference_digest: str | None, loss: dict[str, Any]
+    config: TrainConfig, *, total_steps: int, data_digest: str, reference_digest: str, loss: dict[str, Any]
 ) -> dict[str, Any]:
     """What must stay as it is for a run to take the course it would have taken, as JSON holds it, named as in the configuration.
 
