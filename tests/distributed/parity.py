@@ -210,6 +210,7 @@ CASES = [
     Case(model="mistral", ranks=2, parallel={"context": 2}, core=True),
     Case(model="mixtral", ranks=2, parallel={"expert": 2}, core=True),
     Case(model="mixtral", ranks=2, parallel={"tensor": 2}, **SPLIT),
+    Case(model="mixtral", ranks=2, parallel={"tensor": 2, "expert": 2}),
     Case(model="gemma2", ranks=2, parallel={"tensor": 2}, core=True),
     Case(model="gemma2", ranks=2, parallel={"tensor": 2, "sequence": False}, **SPLIT),
     Case(model="gemma2", ranks=2, parallel={"pipeline": 2}),
@@ -219,7 +220,9 @@ CASES = [
     Case(model="gemma3", ranks=2, parallel={"context": 2}, **SPLIT),
     Case(model="olmo2", ranks=2, parallel={"tensor": 2}),
     Case(model="olmo2", ranks=2, parallel={"pipeline": 2}, layers={"recompute": "full"}),
+    Case(model="olmo2", ranks=2, parallel={"context": 2}, **SPLIT),
     Case(model="olmo3", ranks=2, parallel={"tensor": 2, "sequence": False}),
+    Case(model="olmo3", ranks=2, parallel={"pipeline": 2}),
     Case(model="olmo3", ranks=2, parallel={"context": 2}),
     # four ranks
     Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}),
