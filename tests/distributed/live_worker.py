@@ -48,9 +48,9 @@ def main(spec_path: str) -> None:
     dist.init_process_group("gloo")
     expected = huggingface(folder) if dist.get_rank() == 0 else None
     results = [run_layout(layout, folder, expected) for layout in spec["layouts"]]
-    experts = [gather_experts(layout, folder) for layout in spec["expert_layouts"]]
+    gathered = [gather(name, layout, folder) for name, layout in spec["gathered"]]
     if dist.get_rank() == 0:
-        Path(spec["results"]).write_text(json.dumps({"layouts": results, "experts": experts}))
+        Path(spec["results"]).write_text(json.dumps({"layouts": results, "gathered": gathered}))
     dist.destroy_process_group()
 
 
@@ -135,24 +135,24 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
     }
 
 
-def gather_experts(layout: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Weights of a model with experts, against its Hugging Face checkpoint, and samples of it."""
+def gather(name: str, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Weights of a model against its Hugging Face checkpoint, and samples of it."""
     parallel = ParallelConfig(**layout)
     with model_parallel(parallel, seed=1) as ranks:
-        padded, family = load_conversion(folder / "experts").padded_vocab_size, load_family(folder / "experts" / "hf")
-        model_config = ModelConfig(checkpoint=str(folder / "experts"), precision="fp32")
+        padded, family = load_conversion(folder / name).padded_vocab_size, load_family(folder / name / "hf")
+        model_config = ModelConfig(checkpoint=str(folder / name), precision="fp32")
         parts = build_policy(family, model_config, parallel, ranks, padded)
-        checkpoint.load_weights(parts, folder / "experts", ranks)
+        checkpoint.load_weights(parts, folder / name, ranks)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False)
         model = [DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in parts]
         found: dict[str, Tensor] = {}
-        send_weights(model, family, padded, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
+        send_weights(model, family, padded, ranks, lambda key, tensor: found.update({key: tensor.clone()}))
         drawn = draw(model, family, padded, ranks, folder)
-    expected = load_file(folder / "experts-hf" / "model.safetensors")
+    expected = load_file(folder / f"{name}-hf" / "model.safetensors")
     return {
-        "layout": layout,
+        "model": f"{name} {layout}",
         "missing": sorted(set(expected) ^ set(found)),
-        "equal": all(torch.equal(found[name], weight) for name, weight in expected.items()),
+        "equal": all(torch.equal(found[key], weight) for key, weight in expected.items()),
         "samples": drawn,
     }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from mpo_megatron.config import (
     TrainConfig,
     TransformersConfig,
 )
+from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import step_indices
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
@@ -31,6 +33,7 @@ from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.live.regularizer import build_regularizer, choose_prompts
 from tests.distributed.launch import run_ranks
+from tests.distributed.parity import MODELS
 from tests.tiny import random_groups, save_groups, save_model
 from tests.tolerances import reordered
 from tests.training import train
@@ -39,21 +42,31 @@ pytestmark = pytest.mark.distributed
 
 # Of the largest gradient: float32 products of some 200 tokens against float64.
 TOLERANCE = reordered(200)
+GATHERED: list[tuple[str, dict[str, int]]] = [
+    ("qwen3-moe", {"expert": 2}),
+    ("qwen2-moe-tied", {"tensor": 2}),
+    ("llama", {"tensor": 2}),
+    ("mixtral", {"expert": 2}),
+    ("gemma2", {"tensor": 2}),
+    ("olmo3", {"pipeline": 2}),
+]
+"""Models whose weights are gathered, and their layouts."""
 
 
 def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     for role, seed in (("policy", 1), ("reference", 2)):
         hf = save_model(tmp_path / f"{role}-hf", seed=seed, num_hidden_layers=2, hidden_size=32, tied=True)
         convert(ConvertConfig(input=str(hf), output=str(tmp_path / role)))
-    hf = save_model(tmp_path / "experts-hf", model_type="qwen3_moe", num_hidden_layers=2, hidden_size=32)
-    convert(ConvertConfig(input=str(hf), output=str(tmp_path / "experts")))
+    for name in {name for name, _ in GATHERED}:
+        hf = save_model(tmp_path / f"{name}-hf", **{"num_hidden_layers": 2, "hidden_size": 32, **MODELS[name]})
+        convert(ConvertConfig(input=str(hf), output=str(tmp_path / name)))
     # Several rows and, with two replicas, samples of one prompt on both.
     save_groups(tmp_path / "samples", random_groups(5, seed=3, max_responses=4), tmp_path / "policy-hf")
     save_groups(tmp_path / "groups", random_groups(4, seed=4, tied_share=0), tmp_path / "policy-hf")
     spec = {
         "folder": str(tmp_path),
         "layouts": [{"tensor": 2}, {}, {"overlap": True}, {"context": 2}, {"pipeline": 2}],
-        "expert_layouts": [{"expert": 2}, {"tensor": 2}],
+        "gathered": GATHERED,
         "results": str(tmp_path / "results.json"),
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
@@ -72,11 +85,18 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
         # A step's gradients are the sum of both: nothing is reduced twice.
         assert result["sum"] <= TOLERANCE * max(result["largest"], result["loss_largest"]), result
         assert result["loss_largest"] > 0
-    first, second = found["experts"]
-    assert first["missing"] == second["missing"] == []
-    assert first["equal"]
-    assert second["equal"]
-    assert first["samples"] == second["samples"]
+    for (name, _), result in zip(GATHERED, found["gathered"], strict=True):
+        assert result["missing"] == [], result
+        assert result["equal"], result
+        assert result["samples"] == draw(tmp_path / f"{name}-hf", load_groups(tmp_path / "samples")), result["model"]
+
+
+def draw(folder: Path, groups: Iterable[TokenizedGroup]) -> list[list[list[int]]]:
+    """What the exported checkpoint answers, asked as the live policy is."""
+    engine = EmbeddedEngine.load(folder, load_tokenizer(folder), TransformersConfig(dtype="float32"))
+    prompts = [Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=()) for group in groups]
+    found = {answer.group_id: answer.responses for answer in engine.generate(prompts, Sampling(num_responses=2, max_tokens=6))}
+    return [[list(response.token_ids) for response in found[prompt.group_id]] for prompt in prompts]
 
 
 STEPS, EVERY = 6, 2
