@@ -164,12 +164,12 @@ def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path)
         model=ModelConfig(checkpoint=str(folder / "policy"), precision="fp32"),
         data=DataConfig(train=str(folder / "groups")),
     )
-    inputs: Any = SimpleNamespace(family=family, padded_vocab_size=padded)
+    setup: Any = SimpleNamespace(config=config, family=family, padded_vocab_size=padded)
     prompts = [
         Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=())
         for group in samples_of(folder)
     ]
-    found = LivePolicy(config, inputs, ranks).sample(model, prompts, Sampling(num_responses=2, max_tokens=6))
+    found = LivePolicy(setup, ranks).sample(model, prompts, Sampling(num_responses=2, max_tokens=6))
     return [[list(response.token_ids) for response in generation.responses] for generation in found]
 
 
