@@ -8,6 +8,7 @@
 from mpo_megatron.config.checks import ConfigError, check_checkpoint, check_writable, is_hub_name, is_hugging_face, require
 from mpo_megatron.config.convert import ConvertConfig, validate_convert
 from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
+from mpo_megatron.config.experts import ExpertsConfig, validate_experts
 from mpo_megatron.config.generate import (
     EndpointConfig,
     GenerateConfig,
@@ -47,6 +48,7 @@ __all__ = [
     "DataConfig",
     "EndpointConfig",
     "EvaluateConfig",
+    "ExpertsConfig",
     "FaultConfig",
     "GenerateConfig",
     "HeldOutConfig",
@@ -86,6 +88,7 @@ __all__ = [
     "validate_convert",
     "validate_endpoint",
     "validate_evaluate",
+    "validate_experts",
     "validate_folders",
     "validate_generate",
     "validate_score",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import check_checkpoint, check_seed, check_writable, require
+from mpo_megatron.config.experts import ExpertsConfig
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
@@ -246,6 +247,7 @@ class TrainConfig(Section):
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     faults: FaultConfig = field(default_factory=FaultConfig)

@@ -54,6 +54,8 @@ class Piece(NamedTuple):
     """Tokens it takes in the row."""
     num_pairs: int
     """Pairs of tokens that attend, as a mean over layers."""
+    leads: bool = True
+    """Whether it has the group's first response that lies in a row: of the prompt's copies, the one before it counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,12 @@ class Row:
     """[R, 2]: slot of the group in the step, and which of its responses."""
     inputs: Ints
     """[R, 2]: start and end in the row of each response's own input tokens: all of them but the last."""
+    slots: Ints
+    """[T] slot of the group that each token belongs to; −1 for padding."""
+    places: Ints
+    """[T] place of each token among its group's input tokens (prompt, then responses without their last); −1 for padding."""
+    counted: npt.NDArray[np.bool_]
+    """[T] False for padding and for further copies of a prompt, so that each of a group's tokens counts once."""
     num_tokens: int
     """Tokens without padding."""
 
@@ -156,6 +164,7 @@ def _cut_group(
         current.append(k)
     if current:
         parts.append(_measure(slot, prompt, lengths, current, layout, window))
+    parts[1:] = [part._replace(leads=False) for part in parts[1:]]
     for part in parts:
         if part.num_tokens > row_tokens:
             name = names[slot] if names is not None else f"#{slot}"
@@ -251,20 +260,34 @@ def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layo
     for piece in pieces:
         group = groups[piece.slot]
         prompt = group.prompt_tokens
-        context = row.add_segment(prompt, first_position=0) if layout == "shared" else None
-        for k in piece.responses:
+        first_places = response_places(group)
+        within = np.arange(len(prompt))
+        context = None
+        if layout == "shared":
+            context = row.add_segment(prompt, first_position=0)
+            row.place(piece.slot, within, counted=piece.leads)
+        for number, k in enumerate(piece.responses):
             response = group.response_tokens[k]
+            own = first_places[k] + np.arange(len(response) - 1)
             if context is None:
                 start, _ = row.add_segment(np.concatenate((prompt, response[:-1])), first_position=0)
+                row.place(piece.slot, within, counted=piece.leads and number == 0)
                 sources = start + len(prompt) - 1 + np.arange(len(response))
                 start += len(prompt)
             else:
                 start, _ = row.add_segment(response[:-1], first_position=len(prompt), context=context)
                 sources = np.concatenate(([context[1] - 1], start + np.arange(len(response) - 1)))
+            row.place(piece.slot, own, counted=True)
             generated = np.ones(len(response), dtype=bool) if group.scored is None else group.scored[k].copy()
             generated[0] &= len(prompt) > 0
             row.score(piece.slot, k, sources[generated], response[generated], start)
     return row.finish(multiple)
+
+
+def response_places(group: Tokens) -> Ints:
+    """[K + 1] place of each response's first token among the group's input tokens; and the number of these."""
+    lengths = [len(response) - 1 for response in group.response_tokens]
+    return len(group.prompt_tokens) + np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 class _RowBuilder:
@@ -279,6 +302,9 @@ class _RowBuilder:
         self.targets: list[npt.NDArray[np.int32]] = []
         self.responses: list[tuple[int, int]] = []
         self.inputs: list[tuple[int, int]] = []
+        self.slots: list[Ints] = []
+        self.places: list[Ints] = []
+        self.counted: list[npt.NDArray[np.bool_]] = []
 
     def add_segment(
         self, tokens: npt.NDArray[np.int32], first_position: int, context: tuple[int, int] | None = None
@@ -292,6 +318,12 @@ class _RowBuilder:
         self.length = end
         return start, end
 
+    def place(self, slot: int, places: Ints, *, counted: bool) -> None:
+        """Say which of a group's input tokens the next tokens of the row are, in the order in which they were added."""
+        self.slots.append(np.full(len(places), slot, dtype=np.int64))
+        self.places.append(places)
+        self.counted.append(np.full(len(places), counted))
+
     def score(self, slot: int, k: int, sources: Ints, targets: npt.NDArray[np.int32], start: int) -> None:
         """Score `targets`, each predicted by the token at `sources`; the response's inputs begin at `start`, and end the row."""
         self.sources.append(sources)
@@ -304,6 +336,7 @@ class _RowBuilder:
         num_tokens = self.length
         padding = max(multiple, -(-num_tokens // multiple) * multiple) - num_tokens
         self.add_segment(np.zeros(padding, dtype=np.int32), first_position=0)
+        self.place(-1, np.full(padding, -1, dtype=np.int64), counted=False)
         lengths = [len(targets) for targets in self.targets]
         return Row(
             tokens=_join(self.tokens),
@@ -314,9 +347,12 @@ class _RowBuilder:
             response_of=np.repeat(np.arange(len(lengths)), lengths),
             responses=np.array(self.responses, dtype=np.int64).reshape(-1, 2),
             inputs=np.array(self.inputs, dtype=np.int64).reshape(-1, 2),
+            slots=_join(self.slots),
+            places=_join(self.places),
+            counted=_join(self.counted).astype(bool),
             num_tokens=num_tokens,
         )
 
 
-def _join(parts: Sequence[npt.NDArray[np.integer]]) -> Ints:
+def _join(parts: Sequence[npt.NDArray[np.integer] | npt.NDArray[np.bool_]]) -> Ints:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)

@@ -60,6 +60,16 @@ class Experts:
         """Whether all layers have experts. Megatron's checkpoints stack the layers' tensors if so."""
         return all(self.layers)
 
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of an expert's number on disk."""
+        return 1 if self.num <= 256 else 2
+
+    @property
+    def choices(self) -> int:
+        """Choices of experts for a token, in all layers."""
+        return sum(self.layers) * self.per_token
+
 
 @dataclass(frozen=True, kw_only=True)
 class Family:

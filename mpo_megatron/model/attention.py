@@ -60,6 +60,8 @@ class RowLayout(PackedSeqParams):
     """Keeps Megatron-Core on its [sequence, batch, head, channel] path, where rotary angles are taken token by token."""
     segments: tuple[Segment, ...] = ()
     """Segments in row order; together they cover the row."""
+    routing: Any = None
+    """What routers of experts need of the row (model/routing.py), if anything."""
     indices: dict[tuple[Callable[..., Any], int | None], Any] = field(default_factory=dict)
     """What back ends made of the segments, by the function that made it and the window."""
 
@@ -75,9 +77,9 @@ RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, Scores], Tensor]
 """A back end: query [T, A, D], key and value [T, Q, D], the row's layout and what the layer does with scores, to [T, A, D]."""
 
 
-def row_layout(segments: Iterable[tuple[int, int, int, int]]) -> RowLayout:
+def row_layout(segments: Iterable[tuple[int, int, int, int]], routing: Any = None) -> RowLayout:
     """A RowLayout from (start, end, context_start, context_end) rows."""
-    return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments))
+    return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments), routing=routing)
 
 
 def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN) -> Tensor:

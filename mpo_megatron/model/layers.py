@@ -29,6 +29,7 @@ from torch.distributed.nn.functional import all_reduce
 from mpo_megatron import device
 from mpo_megatron.families import Family
 from mpo_megatron.model.attention import GroupAttention, RowAttention, Scores
+from mpo_megatron.model.routing import route_by_rows
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -168,6 +169,8 @@ def _layer_spec(family: Family, number: int, transformer_engine: bool, attend: R
     if family.post_norms:
         attention.submodules.linear_proj = output_normed(attention.submodules.linear_proj)
         mlp.linear_fc2 = output_normed(mlp.linear_fc2)
+    if num_experts is not None:
+        route_by_rows(layer, family, number)
     return layer
 
 

@@ -13,10 +13,10 @@ log-prob chunk, V vocabulary rows on one rank, b bytes of the compute dtype.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import Family
 from mpo_megatron.plan.parameters import Part, Weight, buffer_size, count_parameters, part_weights, stage_parts
 from mpo_megatron.plan.rows import RowCounts
@@ -60,6 +60,8 @@ class Layout:
     """A reference model stays beside the policy, for token-wise divergences."""
     sampler: bool = False
     """One rank of every replica holds a whole copy of the policy to sample from (`online.kl_weight`)."""
+    routing: ExpertsConfig = field(default_factory=ExpertsConfig)
+    """What routers of experts do besides."""
     gpu_bytes: int | None = None
     """Memory of a GPU, which the log-prob kernel's chunks follow; None on a CPU."""
 
@@ -164,7 +166,7 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
     kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
     moment, working = _peak(layout, parts, weights, row, kept)
-    rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows
+    rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows + _choices(layout, row, num_rows)
     return StageMemory(
         stage=stage,
         parameters=elements,
@@ -182,6 +184,14 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
         reference=_beside(layout, elements),
         overhead=overhead,
     )
+
+
+def _choices(layout: Layout, row: RowCounts, num_rows: int) -> int:
+    """The reference's recorded choices of experts for all tokens of a step, which every rank holds during it."""
+    experts = layout.shape.experts
+    if experts is None or not layout.routing.needs_choices or layout.resident:
+        return 0
+    return row.tokens * num_rows * layout.replicas * experts.choices * (1 if experts.id_bytes == 1 else 4)
 
 
 def _beside(layout: Layout, elements: int) -> int:
@@ -333,7 +343,9 @@ def _moe_kept(layout: Layout, row: RowCounts) -> int:
     own = _tokens(layout, row) // layout.sequence_parts
     routed = own * shape.active_experts * parallel.expert_tensor
     inner = shape.expert_ffn // parallel.expert_tensor * ((3 if layout.kernels.gpu else 5) - int(layout.recomputes("moe_act")))
-    kept = own * shape.num_experts * 4 * 3 + routed * b * (3 * shape.hidden_size + inner)
+    routing = layout.routing  # logits and probabilities; for the losses these again, and each token's density of loads
+    maps = 3 + 2 * (routing.balance_coeff > 0) + (routing.z_coeff > 0)
+    kept = own * shape.num_experts * 4 * maps + routed * b * (3 * shape.hidden_size + inner)
     if shape.shared_ffn and not layout.recomputes("shared_experts"):
         kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden_size * b
     return kept

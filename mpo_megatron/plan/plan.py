@@ -20,6 +20,7 @@ from mpo_megatron.config import (
     check_writable,
     load_yaml,
     require,
+    validate_experts,
 )
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
@@ -129,6 +130,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
     if train.model.fp8 != "none" and hardware.fp8_tflops is None:
         raise ConfigError(f"model.fp8 = {train.model.fp8}, but hardware = {hardware.name} has no FP8; set model.fp8 to none.")
     objective = build_objective(train.loss)
+    validate_experts(train.experts, num_experts=family.num_experts, loss_step=train.loss.step)
     data = train.data
     if config.groups_per_step:
         data = dataclasses.replace(data, groups_per_step=config.groups_per_step)
@@ -149,6 +151,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
         resident=objective.needs.token_kl or train.online.kl_weight > 0,
         sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
+        routing=train.experts,
         gpus=config.gpus,
         hardware=hardware,
         assumed=Assumptions(
@@ -156,7 +159,10 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
             fp8_efficiency=config.fp8_efficiency,
             network_efficiency=config.network_efficiency,
             latency_us=config.latency_us,
-            forward_only=train.loss.step == "two_phase" or objective.needs_whole_batch or objective.needs.token_kl,
+            forward_only=train.loss.step == "two_phase"
+            or objective.needs_whole_batch
+            or objective.needs.token_kl
+            or train.experts.needs_whole_batch,
         ),
         overhead_gib=config.overhead_gib,
         usable=config.usable,
@@ -319,6 +325,8 @@ def print_time(console: Console, problem: Problem, candidate: Candidate, groups:
         f"({summary['days']:.2f} days)",
         soft_wrap=True,
     )
+    if choices := summary.get("choices_gb"):
+        console.print(f"the reference's choices of experts take {choices:,.1f} GB of disk beside its log-probs", soft_wrap=True)
 
 
 def print_suggestions(console: Console, problem: Problem, found: list[Candidate]) -> None:
@@ -359,7 +367,18 @@ def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, 
         "hours": hours,
         "reference_hours": reference_hours,
         "days": (hours + reference_hours) / 24,
+        **choices_on_disk(problem),
     }
+
+
+def choices_on_disk(problem: Problem) -> dict[str, float]:
+    """GB of the reference's choices of experts for all groups of the data; nothing if they are not recorded."""
+    experts = problem.family.experts
+    if experts is None or not problem.routing.needs_choices or problem.resident:
+        return {}
+    means = [(t.prompt_lengths + ((t.lengths - 1) * t.valid).sum(axis=1)).mean() for t, _ in problem.sequences.steps]
+    tokens = float(sum(means) / len(means)) * problem.sequences.num_groups
+    return {"choices_gb": tokens * experts.choices * experts.id_bytes / 1e9}
 
 
 def describe(

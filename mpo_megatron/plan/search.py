@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ConfigError, DataConfig, ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.families import Family
 from mpo_megatron.hf.flops import FlopModel
@@ -68,6 +68,7 @@ class Problem:
     kernels: Kernels
     resident: bool
     sampler: bool
+    routing: ExpertsConfig
     gpus: int
     hardware: Hardware
     assumed: Assumptions
@@ -102,6 +103,7 @@ class Problem:
             kernels=self.kernels,
             resident=self.resident,
             sampler=self.sampler,
+            routing=self.routing,
             gpu_bytes=round(self.hardware.memory_gib * GIB),
         )
         packed = self.sequences.pack(

@@ -37,12 +37,13 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
         if number:
             pause()
         if batch.contributes.any():
-            policy = forward_step(run.model, batch, run.setup.objective, run.ranks, run.resident)
+            routing = run.routing(data, batch)
+            policy = forward_step(run.model, batch, run.setup.objective, run.ranks, run.resident, routing)
             reference = run.reference(data, batch)
             learned, losses = run.measure(batch, policy, reference)
             if not losses.isfinite().all():
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
-            parts.append(learned)
+            parts.append(learned if routing is None else learned | routing.measured)
             outcomes += group_outcomes(batch, policy, reference, run.setup.objective.params)
     if not parts:
         raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")

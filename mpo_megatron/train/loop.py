@@ -141,15 +141,16 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
     objective, reference = run.setup.objective, run.reference(run.setup.train, batch)
     added: dict[str, float] = {}
+    routing = run.routing(run.setup.train, batch) if batch.contributes.any() else None
     if batch.contributes.any():
         if term is not None:
             added = term.add(batch.step)
         if two_phase(run, batch):
             policy, backward_share = two_phase_step(
-                run.model, batch, reference, objective, run.ranks, run.shape, run.generator(batch.step), run.resident
+                run.model, batch, reference, objective, run.ranks, run.shape, run.generator(batch.step), run.resident, routing
             )
         else:
-            policy = fused_step(run.model, batch, reference, objective, run.ranks, run.resident)
+            policy = fused_step(run.model, batch, reference, objective, run.ranks, run.resident, routing)
         learned, losses = run.measure(batch, policy, reference)
         norm = optimizer.gradient_norm(adam)
         judgement = guard.judge(learned["loss"].value, norm)
@@ -164,6 +165,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     seconds = time.perf_counter() - started
     return {
         **{name: mean.value for name, mean in learned.items()},
+        **({} if routing is None else {name: mean.value for name, mean in routing.measured.items()}),
         **added,
         "grad_norm": norm,
         "lr": learning_rate,
@@ -188,7 +190,8 @@ def two_phase(run: Run, batch: StepBatch) -> bool:
             f"loss.step = fused, but group {group} is longer than data.row_tokens = {run.config.data.row_tokens}; "
             "raise data.row_tokens, or set loss.step to auto."
         )
-    return run.config.loss.step == "two_phase" or run.setup.objective.needs_whole_batch or bool(batch.plan.split_groups)
+    whole = run.setup.objective.needs_whole_batch or run.config.experts.needs_whole_batch
+    return run.config.loss.step == "two_phase" or whole or bool(batch.plan.split_groups)
 
 
 def batches(run: Run, steps: range) -> Iterator[StepBatch]:

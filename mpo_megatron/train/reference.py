@@ -4,6 +4,8 @@
                                                                                 its responses
     <prepared data>/reference/<key>/tokens-00000000-00000127.<digest>.parquet   the same, and the log-probs of their tokens
 
+With `experts.routing: replay` or `experts.measure_drift` the choices of experts lie beside them (choices.py).
+
 The key is a digest of everything the numbers depend on, so a stale cache is never read: it has another name. Parts say
 which groups they hold, so any later run can use them, whatever its batch size and its layout over ranks. A part is read only
 if its bytes have the digest in its name; its groups are computed again otherwise.
@@ -39,10 +41,12 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import numerics
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.visible import visible
+from mpo_megatron.train.choices import ReferenceChoices
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.agreement import on_main
 from mpo_megatron.train.faults.stopping import Deadline, Pauses
 from mpo_megatron.train.objective import Logps
+from mpo_megatron.train.routing import gather_choices, record_rows
 from mpo_megatron.train.step import collect_logps, run_rows
 
 Floats = npt.NDArray[np.float64]
@@ -139,6 +143,7 @@ def reference_logps(
     groups_per_part: int,
     tokens: bool,
     deadline: Deadline,
+    choices: ReferenceChoices | None = None,
 ) -> ReferenceLogps:
     """Read the cache in `folder`, computing and writing the groups it lacks; all ranks call it and get the same.
 
@@ -147,22 +152,28 @@ def reference_logps(
         groups_per_part: groups computed between two writes
         tokens: per-token log-probs are needed, too
         deadline: when to stop between two writes
+        choices: records the reference's choices of experts, too
     Raises:
         Stopped: asked to stop; what is computed is written. On all ranks.
         DataError: the cache cannot be written, or a log-prob is not finite; on all ranks.
     """
     logps = read_cache(folder, data, ranks, tokens=tokens)
-    missing = logps.missing()
+    missing = logps.missing() if choices is None else np.union1d(logps.missing(), choices.missing())
     if not len(missing):
         return logps
     _write_on_main(ranks, folder, lambda: _prepare_folder(folder))
+    if choices is not None:
+        _write_on_main(ranks, folder, choices.require_room)
     model = load_model()
     chunks = [missing[start : start + groups_per_part] for start in range(0, len(missing), groups_per_part)]
     batches = build_ahead(lambda indices: build_step(0, data, indices, select_all, shape), chunks)
     pauses = Pauses(deadline)
     with signals.deferred(), _Progress(data, len(data) - len(missing), enabled=ranks.is_main) as progress:
         for indices, batch in zip(chunks, batches, strict=True):
-            part = _compute_part(data, indices, batch, model, ranks, tokens)
+            part, ids = _compute_part(data, indices, batch, model, ranks, tokens, choices)
+            if choices is not None:
+                _write_on_main(ranks, folder, lambda indices=indices, ids=ids: choices.write(indices, ids))  # type: ignore[misc]
+                choices.there[indices] = True
             path = folder / f"{_prefix(tokens)}-{indices[0]:08d}-{indices[-1]:08d}"
             _write_on_main(ranks, folder, lambda part=part, path=path: _write_part(part, path))  # type: ignore[misc]
             logps.fill(part)
@@ -216,10 +227,22 @@ def _write_on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> No
 
 
 def _compute_part(
-    data: PreparedGroups, indices: Ints, batch: StepBatch, model: list[torch.nn.Module], ranks: Ranks, tokens: bool
-) -> pa.Table:
+    data: PreparedGroups,
+    indices: Ints,
+    batch: StepBatch,
+    model: list[torch.nn.Module],
+    ranks: Ranks,
+    tokens: bool,
+    choices: ReferenceChoices | None,
+) -> tuple[pa.Table, npt.NDArray[Any] | None]:
+    """Log-probs of these groups, and the choices of experts [Σ tokens, L, k] if they are to be recorded."""
     width = int(batch.table.lengths.max()) if tokens else None
-    logps = collect_logps(run_rows(model, batch.rows, ranks, row_loss=None), batch.table.valid.shape, ranks, width)
+    routings = None if choices is None else record_rows(batch.rows, ranks)
+    outputs = run_rows(model, batch.rows, ranks, row_loss=None, routings=routings)
+    logps = collect_logps(outputs, batch.table.valid.shape, ranks, width)
+    ids = None
+    if choices is not None and routings is not None:
+        ids = gather_choices(routings, batch.rows, batch.table, choices.experts, ranks)
     response = logps.response.numpy()
     broken = np.flatnonzero(~np.isfinite(response).all(axis=1))
     if len(broken):
@@ -235,7 +258,7 @@ def _compute_part(
     if logps.token is not None:
         scored = np.arange(logps.token.shape[2]) < batch.table.lengths[:, :, None]
         columns["token_logps"] = [row[mask] for row, mask in zip(logps.token.numpy(), scored, strict=True)]
-    return pa.table(columns)
+    return pa.table(columns), ids
 
 
 def select_all(table: GroupTable) -> tuple[Bools, Bools]:

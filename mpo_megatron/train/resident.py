@@ -9,6 +9,7 @@ while it runs; the output weight stays, since the head needs it during the polic
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch import Tensor
 from mpo_megatron import device
 from mpo_megatron.data.packing import Row
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.model.routing import RowRouting
+from mpo_megatron.train.routing import record_rows, recorded_choices
 from mpo_megatron.train.schedule import run_schedule, to_device
 
 Reference = tuple[Tensor, Tensor]
@@ -27,7 +30,13 @@ Reference = tuple[Tensor, Tensor]
 class Resident:
     """The reference model, without gradients, cut over ranks as the policy is."""
 
-    def __init__(self, parts: Sequence[torch.nn.Module], *, offload: bool = False) -> None:
+    def __init__(self, parts: Sequence[torch.nn.Module], *, offload: bool = False, replay: bool = False) -> None:
+        """Args:
+        replay: the policy's tokens go to the experts that the reference has chosen for them
+        """
+        self.replay = replay
+        self.choices: list[dict[int, Tensor]] = []
+        """Of each row of the last pass: the experts [T, k] of this rank's tokens by the layer's place; empty for dense models."""
         self.parts = [part.eval().requires_grad_(False) for part in parts]
         self.host: list[tuple[Tensor, Tensor]] = []
         if offload:
@@ -40,8 +49,10 @@ class Resident:
     @torch.no_grad()
     def run(self, rows: Sequence[Row], ranks: Ranks) -> list[Reference]:
         """What the policy's head needs of each row on the last pipeline stage; nothing on the others. All ranks call it."""
+        routings = record_rows(rows, ranks) if unwrap(self.parts[0]).config.num_moe_experts else None
         with self.on_device():
-            hidden = run_schedule(self.parts, rows, _forward, forward_only=True)
+            hidden = run_schedule(self.parts, rows, functools.partial(_forward, routings), forward_only=True)
+        self.choices = [recorded_choices(routing) for routing in routings or ()]
         if not ranks.is_last_stage:
             return []
         weight = unwrap(self.parts[-1]).output_weight()
@@ -73,9 +84,11 @@ def unwrap(part: Any) -> Any:
     return part
 
 
-def _forward(iterator: Any, part: Any) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
-    _, source = next(iterator)
-    row, model = to_device(source), unwrap(part)
+def _forward(
+    routings: Sequence[RowRouting] | None, iterator: Any, part: Any
+) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]]:
+    index, source = next(iterator)
+    row, model = to_device(source, None if routings is None else routings[index]), unwrap(part)
     arguments = (row.tokens, row.position_ids, row.layout)
     output = model.scored_hidden(*arguments, row.sources) if model.post_process else model.hidden_states(*arguments)
 

@@ -18,6 +18,7 @@ from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.routing import StepRouting
 from mpo_megatron.train.session import Session
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.step import prepare_schedules
@@ -62,6 +63,14 @@ class Run:
     def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps:
         """Reference log-probs of a batch."""
         return self.references[data.path].select(batch.table)
+
+    def routing(self, data: PreparedGroups, batch: StepBatch) -> StepRouting | None:
+        """What routers of experts are told of a batch; None where there is nothing to tell. All ranks call it."""
+        settings, experts, choices = self.config.experts, self.setup.family.experts, self.session.choices.get(data.path)
+        if experts is None or not (settings.has_terms or settings.needs_choices or self.resident is not None):
+            return None
+        chosen = None if choices is None else choices.select(batch.table, self.ranks)
+        return StepRouting(settings, experts, batch, self.ranks, chosen)
 
     def generator(self, step: int) -> torch.Generator:
         """Generator of what a loss draws at a step; the same on every rank."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from mpo_megatron import device
 from mpo_megatron.data.packing import Ints, Row
 from mpo_megatron.model.attention import RowLayout, row_layout
+from mpo_megatron.model.routing import RowRouting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class RowTensors:
     """[R] which of the row's groups a response belongs to."""
 
 
-def to_device(row: Row) -> RowTensors:
-    """Move a row to this rank's device, in one copy."""
+def to_device(row: Row, routing: RowRouting | None = None) -> RowTensors:
+    """Move a row to this rank's device, in one copy; its layout carries what routers of experts are told of it."""
     slots, group_of = np.unique(row.responses[:, 0], return_inverse=True)
     parts = (row.tokens, row.position_ids, row.targets, row.response_of, row.responses.ravel(), slots, group_of)
     moved = device.upload(np.concatenate(parts)).split([len(part) for part in parts])
@@ -48,7 +49,7 @@ def to_device(row: Row) -> RowTensors:
     return RowTensors(
         tokens=tokens[None],
         position_ids=position_ids[None],
-        layout=row_layout(row.segments),
+        layout=row_layout(row.segments, routing),
         sources=row.sources,
         targets=targets,
         response_of=response_of,

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import torch
 
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.choices import ReferenceChoices
 from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Deadline
 from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
@@ -48,6 +50,18 @@ class Session:
         checkpoint.load_weights(self.parts, folder, self.ranks)
         return self.parts
 
+    @functools.cached_property
+    def choices(self) -> dict[Path, ReferenceChoices]:
+        """The reference's recorded choices of experts, by the data's folder; all ranks read it together for the first time.
+
+        None where they are not needed, or where a resident reference chooses beside the policy.
+        """
+        setup, experts = self.setup, self.setup.family.experts
+        if experts is None or not setup.config.experts.needs_choices or setup.objective.needs.token_kl:
+            return {}
+        datasets = [data for data in (setup.train, setup.held_out) if data is not None]
+        return {data.path: ReferenceChoices.open(self._cache(data), data, experts, self.ranks) for data in datasets}
+
     def references(self) -> dict[Path, ReferenceLogps]:
         """Reference log-probs of the training and held-out groups, by folder; the parts then hold the reference's weights.
 
@@ -62,13 +76,14 @@ class Session:
         return {
             data.path: reference_logps(
                 data,
-                data.path / "reference" / cache_key(setup.reference_digest, data, config.model),
+                self._cache(data),
                 load,
                 self.ranks,
                 self.shape,
                 groups_per_part=config.data.groups_per_step,
                 tokens=setup.objective.needs.tokens,
                 deadline=deadline,
+                choices=self.choices.get(data.path),
             )
             for data in (setup.train, setup.held_out)
             if data is not None
@@ -78,7 +93,12 @@ class Session:
         """The reference model in memory beside the policy, without gradients, cut over ranks as the policy is."""
         parts = self._build()
         checkpoint.load_weights(parts, self.setup.reference_folder, self.ranks)
-        return Resident(parts, offload=self.setup.config.model.resident_offload)
+        config = self.setup.config
+        return Resident(parts, offload=config.model.resident_offload, replay=config.experts.routing == "replay")
+
+    def _cache(self, data: PreparedGroups) -> Path:
+        """Where what the reference computes of these groups is kept."""
+        return data.path / "reference" / cache_key(self.setup.reference_digest, data, self.setup.config.model)
 
     def _build(self) -> list[torch.nn.Module]:
         config = self.setup.config

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mpo_megatron.config import TrainConfig, validate_folders
+from mpo_megatron.config import TrainConfig, validate_experts, validate_folders
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.train.checkpoints.course import check_early
 
@@ -78,6 +78,7 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
     validate_folders(config)
     check_early(config, resumes=resumes)
     num_ranks, family, padded_vocab_size = read_layout(config, num_ranks)
+    validate_experts(config.experts, num_experts=family.num_experts, loss_step=config.loss.step)
     from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
     from mpo_megatron.train.inputs import open_inputs
 

@@ -28,8 +28,10 @@ from mpo_megatron import device
 from mpo_megatron.data.loader import RowShape, StepBatch, pack
 from mpo_megatron.data.packing import Row
 from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.model.routing import RowRouting
 from mpo_megatron.train.objective import Logps, Objective, group_batch, take_groups
 from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.routing import StepRouting, guide_rows
 from mpo_megatron.train.schedule import LossFunction, run_schedule, to_device
 from mpo_megatron.train.schedule import RowTensors as RowTensors  # loss functions of rows take them
 
@@ -66,19 +68,24 @@ def run_rows(
     ranks: Ranks,
     row_loss: RowLoss | None,
     resident: Resident | None = None,
+    routings: Sequence[RowRouting] | None = None,
 ) -> list[RowOutput]:
     """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or forward only without one.
 
     Args:
         resident: the reference model, to compute divergences from it
+        routings: what routers of experts are told of each row
     Returns:
         On the last pipeline stage the rows with what was computed of their scored tokens; on the others nothing.
     """
     references = None if resident is None else resident.run(rows, ranks)
+    told: Sequence[RowRouting | None] = routings if routings is not None else [None] * len(rows)
+    if resident is not None and resident.choices:
+        told = guide_rows(told, rows, resident.choices, ranks, replay=resident.replay)
 
     def forward(iterator: Any, part: torch.nn.Module) -> tuple[Tensor, LossFunction]:
         index, source = next(iterator)
-        row = to_device(source)
+        row = to_device(source, told[index])
         reference = references[index] if references else None
         output = part(row.tokens, row.position_ids, row.layout, row.sources, row.targets, reference)
 
@@ -141,9 +148,13 @@ def forward_step(
     objective: Objective | None,
     ranks: Ranks,
     resident: Resident | None = None,
+    routing: StepRouting | None = None,
 ) -> Logps:
     """Log-probs of the batch's scored responses, without gradients; per token too if the objective works on tokens."""
-    outputs = run_rows(model, batch.rows, ranks, None, resident)
+    routings = None if routing is None else routing.rows(batch.rows)
+    outputs = run_rows(model, batch.rows, ranks, None, resident, routings)
+    if routing is not None and routings is not None:
+        routing.finish(routings)
     return collect_logps(outputs, batch.table.valid.shape, ranks, _token_width(batch, objective), kl=resident is not None)
 
 
@@ -154,9 +165,12 @@ def fused_step(
     objective: Objective,
     ranks: Ranks,
     resident: Resident | None = None,
+    routing: StepRouting | None = None,
 ) -> Logps:
     """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
 
+    Args:
+        routing: of a model with experts; it adds its terms' gradients
     Returns:
         The policy's log-probs before the update.
     """
@@ -182,7 +196,10 @@ def fused_step(
         groups = replace(take_groups(step_groups, row.slots), policy_logps=response, token_logps=token, token_kl=kl)
         return objective.compute(groups).sum() / num_contributing
 
-    outputs = run_rows(model, batch.rows, ranks, row_loss, resident)
+    routings = None if routing is None else routing.rows(batch.rows, learn=True)
+    outputs = run_rows(model, batch.rows, ranks, row_loss, resident, routings)
+    if routing is not None and routings is not None:
+        routing.finish(routings)
     return collect_logps(outputs, batch.table.valid.shape, ranks, width, kl=resident is not None)
 
 
@@ -195,20 +212,31 @@ def two_phase_step(
     shape: RowShape,
     generator: torch.Generator,
     resident: Resident | None = None,
+    routing: StepRouting | None = None,
 ) -> tuple[Logps, float]:
     """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
 
-    Responses whose coefficient is zero (negatives that MC-PO did not draw) are left out of the backward pass.
+    Responses whose coefficient is zero (negatives that MC-PO did not draw) are left out of the backward pass, unless routers
+    add to the loss: then they have a gradient from there.
 
+    Args:
+        routing: of a model with experts; it adds its terms' gradients
     Returns:
         The policy's log-probs before the update, and the share of the forward pass's tokens that was backpropagated.
     """
-    policy = forward_step(model, batch, objective, ranks, resident)
+    routings = None if routing is None else routing.rows(batch.rows)
+    outputs = run_rows(model, batch.rows, ranks, None, resident, routings)
+    width = _token_width(batch, objective)
+    policy = collect_logps(outputs, batch.table.valid.shape, ranks, width, kl=resident is not None)
+    loads = None
+    if routing is not None and routings is not None:
+        loads = routing.loads(routings)
+        routing.finish(routings)
     coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
     weight = coefficients.abs() if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)
     needed = (weight if kl_coefficients is None else weight + kl_coefficients.abs()).numpy() != 0
     plan, rows = (batch.plan, batch.rows)
-    if (needed != batch.in_rows).any():
+    if (needed != batch.in_rows).any() and not (routing is not None and routing.adds_terms):
         plan, rows = pack(batch.table, batch.groups, needed, shape)
     coefficients = device.upload(coefficients)
     kl_coefficients = None if kl_coefficients is None else device.upload(kl_coefficients)
@@ -224,7 +252,10 @@ def two_phase_step(
             total = total + (kl_coefficients[slot, k] * sum_responses(row, token_kl)).sum()
         return total
 
-    run_rows(model, rows, ranks, row_loss, resident)
+    routings = None if routing is None else routing.rows(rows, learn=True, loads=loads)
+    run_rows(model, rows, ranks, row_loss, resident, routings)
+    if routing is not None and routings is not None:
+        routing.finish(routings, drift=False)
     return policy, plan.num_tokens / max(1, batch.plan.num_tokens)
 
 

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.model.convert import convert
+from tests.distributed.expert_oracle import Routed
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -115,11 +116,13 @@ class Case:
     row_tokens: int = 256
     two_phase: bool = False
     loss: str = "mpo"
+    experts: dict[str, Any] = field(default_factory=dict)
+    """Options of `experts`."""
     core: bool = False
     """Whether it is among those that run with all tests."""
 
     def __str__(self) -> str:
-        options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items()]
+        options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items(), *self.experts.items()]
         words = [f"{name} {str(value).lower()}" for name, value in options]
         if self.resume is not None:
             words.append(f"resumed on {' '.join(f'{name} {size}' for name, size in self.resume.items()) or 'replicas alone'}")
@@ -139,18 +142,22 @@ class Result:
     gradient_name: str
     weights: float
     weight_name: str
+    routing: float
+    """Of the metrics of routers."""
     report: dict[str, Any]
     """What the worker says besides."""
 
     @property
     def passed(self) -> bool:
         """Whether all is within tolerance."""
-        return max(self.loss, self.norm, self.gradients, self.weights) <= TOLERANCE
+        return max(self.loss, self.norm, self.gradients, self.weights, self.routing) <= TOLERANCE
 
 
 SPLIT = {"two_phase": True, "row_tokens": 64}
 """Short rows: groups lie in several rows, of several replicas."""
 UNSHARED = {"rows": "unshared", "row_tokens": 512}
+BALANCE = {"balance_coeff": 0.2, "z_coeff": 0.05}
+"""Large, so that the terms' gradients are of the size of the loss's."""
 
 CASES = [
     Case(model="qwen3", core=True),
@@ -177,6 +184,12 @@ CASES = [
     Case(model="gemma3", layers={"recompute": "full"}),
     Case(model="olmo2"),
     Case(model="olmo3", layers={"attention": "varlen"}),
+    Case(model="qwen3-moe", experts=BALANCE, layers={"recompute": "selective", "recompute_modules": ["moe"]}, core=True),
+    Case(model="qwen2-moe", experts={**BALANCE, "balance_over": "step"}, **SPLIT, core=True),
+    Case(model="mixtral", experts=BALANCE, **SPLIT),
+    Case(model="qwen2-moe-tied", experts=BALANCE, **UNSHARED),
+    Case(model="mixtral", experts={"routing": "replay"}, **UNSHARED, core=True),
+    Case(model="qwen3-moe", experts={"routing": "replay"}, loss="spo", layers={"recompute": "full"}),
     # two ranks
     Case(model="qwen3", ranks=2),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
@@ -224,6 +237,22 @@ CASES = [
     Case(model="olmo3", ranks=2, parallel={"tensor": 2, "sequence": False}),
     Case(model="olmo3", ranks=2, parallel={"pipeline": 2}),
     Case(model="olmo3", ranks=2, parallel={"context": 2}),
+    Case(model="mixtral", ranks=2, parallel={"expert": 2}, experts=BALANCE, core=True),
+    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2}, experts=BALANCE, layers={"recompute": "full"}, core=True),
+    Case(model="qwen2-moe-tied", ranks=2, experts={**BALANCE, "balance_over": "step"}, **SPLIT, core=True),
+    Case(model="qwen3-moe", ranks=2, parallel={"context": 2}, experts=BALANCE),
+    Case(model="qwen2-moe", ranks=2, parallel={"pipeline": 2}, experts=BALANCE, **SPLIT),
+    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2, "expert": 2}, experts={"routing": "replay"}, **SPLIT, core=True),
+    Case(
+        model="qwen2-moe",
+        ranks=2,
+        parallel={"pipeline": 2, "virtual_pipeline": 2},
+        layers={"recompute": "selective", "recompute_modules": ["moe"]},
+        experts={**BALANCE, "routing": "replay"},
+        core=True,
+    ),
+    Case(model="mixtral", ranks=2, parallel={"context": 2}, experts={"routing": "replay"}, **SPLIT),
+    Case(model="qwen2-moe-tied", ranks=2, experts={**BALANCE, "routing": "replay"}, layers={"recompute": "full"}, loss="spo"),
     # four ranks
     Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}),
     Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -244,6 +273,15 @@ CASES = [
     Case(model="qwen2-moe-tied", ranks=4, parallel={"tensor": 2, "expert": 2}, optimizer={"overlap": "all"}, **SPLIT),
     Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "expert_tensor": 2}),
     Case(model="mistral", ranks=4, parallel={"tensor": 2, "context": 2}),
+    Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "context": 2, "expert": 4}, experts=BALANCE, core=True),
+    Case(
+        model="mixtral",
+        ranks=4,
+        parallel={"pipeline": 2, "expert": 2},
+        resume={"tensor": 2},
+        experts={**BALANCE, "balance_over": "step", "routing": "replay"},
+        **SPLIT,
+    ),
     Case(model="mixtral", ranks=4, parallel={"tensor": 2, "expert": 2, "pipeline": 2}),
     Case(model="gemma3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, resume={"context": 2}),
     Case(model="olmo3", ranks=4, parallel={"tensor": 2, "context": 2}, resume={"pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -336,6 +374,8 @@ class Truth:
     gradients: dict[str, Tensor]
     before: dict[str, Tensor]
     after: dict[str, Tensor]
+    measured: dict[str, float]
+    """Metrics of routers in the first step."""
 
 
 def first_response(group: TokenizedGroup) -> TokenizedGroup:
@@ -370,8 +410,12 @@ class World:
         return folder
 
     @functools.cache  # noqa: B019 (a world lives as long as its process)
-    def truth(self, model: str, loss: str) -> Truth:
-        """Three steps of plain `transformers`."""
+    def truth(self, model: str, loss: str, experts: str = "{}") -> Truth:
+        """Three steps of plain `transformers`.
+
+        Args:
+            experts: options of `experts` as JSON
+        """
         policy, reference = (
             AutoModelForCausalLM.from_pretrained(
                 f"{self.checkpoint(model, role)}-hf",
@@ -396,13 +440,16 @@ class World:
             eps=OPTIMIZER["eps"],
         )
         before = weights_of(policy)
+        options = json.loads(experts)
+        routed = Routed(policy, reference, options) if options else None
         found: dict[str, Any] = {}
         for step in range(NUM_STEPS):
             adam.zero_grad()
-            value = LOSSES[loss][1](policy, self.groups, base, reference)
-            value.backward()
+            value = LOSSES[loss][1](policy if routed is None else routed, self.groups, base, reference)
+            added, measured = (0.0, {}) if routed is None else routed.terms(self.groups)
+            (value + added).backward()
             if step == 0:
-                found = {"loss": value.item(), "gradients": weights_of(policy, gradients=True)}
+                found = {"loss": value.item(), "gradients": weights_of(policy, gradients=True), "measured": measured}
             norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), OPTIMIZER["clip_grad"])
             found.setdefault("norm", norm.item())
             adam.step()
@@ -463,7 +510,7 @@ def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
 
 def compare(world: World, case: Case, output: Path) -> Result:
     """A case's files against the oracle."""
-    truth = world.truth(case.model, case.loss)
+    truth = world.truth(case.model, case.loss, json.dumps(case.experts))
     report = json.loads(output.with_suffix(".json").read_text())
     gradients, weights = (load_file(f"{output}-{name}.safetensors") for name in ("gradients", "weights"))
     largest = max(gradient.abs().max().item() for gradient in truth.gradients.values())
@@ -475,6 +522,8 @@ def compare(world: World, case: Case, output: Path) -> Result:
     weight, weight_name = farthest(
         weights, truth.after, {name: tensor.abs().max().item() for name, tensor in truth.after.items()}
     )
+    assert set(truth.measured) == set(report["measured"])
+    routing = [abs(report["measured"][name] - value) / max(abs(value), FLOOR) for name, value in truth.measured.items()]
     return Result(
         case=case,
         loss=abs(report["loss"] - truth.loss) / abs(truth.loss),
@@ -483,6 +532,7 @@ def compare(world: World, case: Case, output: Path) -> Result:
         gradient_name=gradient_name,
         weights=weight,
         weight_name=weight_name,
+        routing=max(routing, default=0.0),
         report=report,
     )
 

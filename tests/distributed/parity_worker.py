@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ExpertsConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.families import load_family
@@ -29,8 +30,10 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
+from mpo_megatron.train.reference import select_all
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, two_phase_step
+from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, group_tokens, record_rows
+from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, run_rows, two_phase_step
 from tests.unit.model.rows import plain_varlen_kernel
 
 from megatron.core.utils import get_model_config  # isort: skip
@@ -77,7 +80,7 @@ class Leg:
     """A run on one layout, ready for its first step."""
 
     def __init__(self, case: dict[str, Any], spec: dict[str, Any], parallel: ParallelConfig, ranks: Ranks) -> None:
-        self.case, self.ranks = case, ranks
+        self.case, self.ranks, self.experts = case, ranks, ExpertsConfig(**case["experts"])
         folder = Path(spec["folder"])
         folders = {role: folder / f"{case['model']}-{role}" for role in ("policy", "reference")}
         settings = ModelConfig(checkpoint=str(folders["policy"]), precision="fp32", **case["layers"])
@@ -85,15 +88,17 @@ class Leg:
         self.padded_vocab = load_conversion(folders["policy"]).padded_vocab_size
         self.objective = build_objective(LossConfig(name=case["loss"], params=case["params"]))
         self.shape = row_shape(case, parallel, ranks)
-        data = load_groups(folder / "groups")
+        self.data = data = load_groups(folder / "groups")
         self.batch = build_step(0, data, np.arange(len(data)), self.objective.select, self.shape)
         self.parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab)
         checkpoint.load_weights(self.parts, folders["reference"], ranks)
         self.reference = forward_step(self.parts, self.batch, self.objective, ranks)
+        self.choices = self.record_choices() if case["experts"] else None
         checkpoint.load_weights(self.parts, folders["policy"], ranks)
         self.resident = None
         if self.objective.needs.token_kl:
-            self.resident = Resident(build_policy(self.family, settings, parallel, ranks, self.padded_vocab))
+            parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab)
+            self.resident = Resident(parts, replay=self.experts.routing == "replay")
             checkpoint.load_weights(self.resident.parts, folders["reference"], ranks)
         config = OptimizerConfig(**spec["optimizer"], **case["optimizer"])
         self.model: list[Any] = optimizer.wrap_data_parallel(self.parts, config, ranks)
@@ -101,14 +106,34 @@ class Leg:
         self.adam = optimizer.build_optimizer(config, self.model, ranks)
         optimizer.build_scheduler(config, self.adam, total_steps=spec["steps"], start_step=0)  # the same rate in all steps
 
+    def record_choices(self) -> Choices:
+        """The choices of experts of the model that is loaded, from rows that are packed otherwise than those of the steps."""
+        other = {"shared": "unshared", "unshared": "shared"}[self.case["rows"]]
+        shape = replace(self.shape, row_tokens=96, layout=other)  # type: ignore[arg-type]
+        batch = build_step(0, self.data, np.arange(len(self.data)), select_all, shape)
+        routings = record_rows(batch.rows, self.ranks)
+        run_rows(self.parts, batch.rows, self.ranks, None, routings=routings)
+        assert self.family.experts is not None
+        ids = gather_choices(routings, batch.rows, batch.table, self.family.experts, self.ranks)
+        tokens = group_tokens(batch.table)
+        return Choices(ids=torch.from_numpy(ids), starts=np.cumsum(tokens) - tokens)
+
+    def build_routing(self) -> StepRouting | None:
+        """What a step's routers are told; a resident reference's choices, if there is one, are its own."""
+        if not self.case["experts"] or self.family.experts is None:
+            return None
+        choices = self.choices if self.resident is None else None
+        return StepRouting(self.experts, self.family.experts, self.batch, self.ranks, choices)
+
     def compute_gradients(self) -> Logps:
         """The policy's log-probs before the update."""
+        self.routing = self.build_routing()
         optimizer.zero_gradients(self.model, self.adam)
         step = (self.model, self.batch, self.reference, self.objective, self.ranks)
         if self.case["two_phase"]:
-            return two_phase_step(*step, self.shape, torch.Generator(), self.resident)[0]
+            return two_phase_step(*step, self.shape, torch.Generator(), self.resident, self.routing)[0]
         assert not self.batch.plan.split_groups
-        return fused_step(*step, self.resident)
+        return fused_step(*step, self.resident, self.routing)
 
     def write(self, name: str) -> None:
         """The weights, under their Hugging Face names, to `<output>-<name>.safetensors`."""
@@ -140,6 +165,7 @@ def first_step(leg: Leg) -> dict[str, Any]:
         "loss": float(losses.sum()) / int(leg.batch.contributes.sum()),
         "norm": norm,
         "rows": [len(rows) for rows in leg.batch.plan.rows],
+        "measured": {} if leg.routing is None else {name: mean.value for name, mean in leg.routing.measured.items()},
         "split": len(leg.batch.plan.split_groups),
     }
 

@@ -45,6 +45,8 @@ def fixed_options(
         "optimizer": asdict(config.optimizer),
         "online": asdict(config.online) if config.online.kl_weight else {"kl_weight": 0.0},
     }
+    if config.experts.has_terms or config.experts.routing != "free":  # measuring drift changes nothing
+        fixed["experts"] = {name: value for name, value in asdict(config.experts).items() if name != "measure_drift"}
     for section, names in FREE.items():
         for name in names:
             fixed[section].pop(name, None)
