@@ -28,6 +28,7 @@ from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
 from mpo_megatron.train.faults.stopping import Stopped
 from mpo_megatron.train.faults.supervisor import Supervisor, seed_everything
+from mpo_megatron.train.routing import unmeasured_drift
 from mpo_megatron.train.run import Run, open_run
 from mpo_megatron.train.session import session
 from mpo_megatron.train.setup import Setup
@@ -247,6 +248,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
     for shortfall in shortfalls(transformer_engine=run.config.model.from_engine):
         print(f"slower than it could be: {shortfall}", flush=True)
+    if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
+        print(note, flush=True)
     forget_later(run.folder, done)
     facts = record_start(
         run.folder,

@@ -151,6 +151,13 @@ class StepRouting:
             self.measured["router_drift"] = Mean(number - totals["agreed"], number)
 
 
+def unmeasured_drift(config: ExpertsConfig, experts: Experts | None, *, resident: bool) -> str | None:
+    """Why a run does not report `router_drift`, and what would; None if it does, or if the model has no experts."""
+    if experts is None or resident or config.needs_choices:
+        return None
+    return "router_drift is not measured: the reference's choices of experts are not recorded; set experts.measure_drift."
+
+
 def _all_found(routings: Sequence[RowRouting]) -> list[tuple[int, Found]]:
     return [item for row in routings for item in sorted(row.found.items())]
 

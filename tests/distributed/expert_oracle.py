@@ -95,7 +95,7 @@ class Routed:
             z = z + (everything[layer].logsumexp(dim=-1) ** 2).mean()
         measured = {"router_drift": 1 - agreed / number}
         if self.options.get("balance_coeff"):
-            measured["load_balancing_loss"] = float(balance) / len(layers)
+            measured["load_balancing_loss"] = balance.item() / len(layers)
         if self.options.get("z_coeff"):
-            measured["router_z_loss"] = float(z) / len(layers)
+            measured["router_z_loss"] = z.item() / len(layers)
         return self.options.get("balance_coeff", 0.0) * balance + self.options.get("z_coeff", 0.0) * z, measured

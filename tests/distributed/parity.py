@@ -158,6 +158,8 @@ SPLIT = {"two_phase": True, "row_tokens": 64}
 UNSHARED = {"rows": "unshared", "row_tokens": 512}
 BALANCE = {"balance_coeff": 0.2, "z_coeff": 0.05}
 """Large, so that the terms' gradients are of the size of the loss's."""
+OVER_STEP = {**BALANCE, "balance_over": "step"}
+REPLAY = {"routing": "replay"}
 
 CASES = [
     Case(model="qwen3", core=True),
@@ -185,11 +187,10 @@ CASES = [
     Case(model="olmo2"),
     Case(model="olmo3", layers={"attention": "varlen"}),
     Case(model="qwen3-moe", experts=BALANCE, layers={"recompute": "selective", "recompute_modules": ["moe"]}, core=True),
-    Case(model="qwen2-moe", experts={**BALANCE, "balance_over": "step"}, **SPLIT, core=True),
-    Case(model="mixtral", experts=BALANCE, **SPLIT),
-    Case(model="qwen2-moe-tied", experts=BALANCE, **UNSHARED),
-    Case(model="mixtral", experts={"routing": "replay"}, **UNSHARED, core=True),
-    Case(model="qwen3-moe", experts={"routing": "replay"}, loss="spo", layers={"recompute": "full"}),
+    Case(model="qwen3-moe", experts=BALANCE, **UNSHARED),
+    Case(model="qwen2-moe", experts=OVER_STEP, **SPLIT, core=True),
+    Case(model="mixtral", experts=REPLAY, **UNSHARED, core=True),
+    Case(model="qwen2-moe-tied", experts={**BALANCE, **REPLAY}, loss="spo", layers={"recompute": "full"}),
     # two ranks
     Case(model="qwen3", ranks=2),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
@@ -237,22 +238,23 @@ CASES = [
     Case(model="olmo3", ranks=2, parallel={"tensor": 2, "sequence": False}),
     Case(model="olmo3", ranks=2, parallel={"pipeline": 2}),
     Case(model="olmo3", ranks=2, parallel={"context": 2}),
-    Case(model="mixtral", ranks=2, parallel={"expert": 2}, experts=BALANCE, core=True),
+    Case(model="qwen3-moe", ranks=2, parallel={"expert": 2}, experts=BALANCE, **SPLIT, core=True),
     Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2}, experts=BALANCE, layers={"recompute": "full"}, core=True),
-    Case(model="qwen2-moe-tied", ranks=2, experts={**BALANCE, "balance_over": "step"}, **SPLIT, core=True),
     Case(model="qwen3-moe", ranks=2, parallel={"context": 2}, experts=BALANCE),
-    Case(model="qwen2-moe", ranks=2, parallel={"pipeline": 2}, experts=BALANCE, **SPLIT),
-    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2, "expert": 2}, experts={"routing": "replay"}, **SPLIT, core=True),
+    Case(model="mixtral", ranks=2, parallel={"expert": 2}, experts=BALANCE),
+    Case(model="qwen2-moe", ranks=2, experts=OVER_STEP, **SPLIT, core=True),
+    Case(model="qwen2-moe", ranks=2, parallel={"pipeline": 2}, experts=OVER_STEP, two_phase=True),
+    Case(model="mixtral", ranks=2, parallel={"tensor": 2, "expert": 2}, experts=REPLAY, **SPLIT, core=True),
     Case(
-        model="qwen2-moe",
+        model="mixtral",
         ranks=2,
         parallel={"pipeline": 2, "virtual_pipeline": 2},
         layers={"recompute": "selective", "recompute_modules": ["moe"]},
-        experts={**BALANCE, "routing": "replay"},
+        experts=REPLAY,
         core=True,
     ),
-    Case(model="mixtral", ranks=2, parallel={"context": 2}, experts={"routing": "replay"}, **SPLIT),
-    Case(model="qwen2-moe-tied", ranks=2, experts={**BALANCE, "routing": "replay"}, layers={"recompute": "full"}, loss="spo"),
+    Case(model="mixtral", ranks=2, parallel={"context": 2}, experts=REPLAY, **SPLIT),
+    Case(model="qwen2-moe-tied", ranks=2, experts={**BALANCE, **REPLAY}, loss="spo"),
     # four ranks
     Case(model="qwen3", ranks=4, parallel={"tensor": 2, "pipeline": 2}),
     Case(model="qwen2-tied", ranks=4, parallel={"tensor": 2, "pipeline": 2, "virtual_pipeline": 2}, core=True),
@@ -274,14 +276,7 @@ CASES = [
     Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "expert_tensor": 2}),
     Case(model="mistral", ranks=4, parallel={"tensor": 2, "context": 2}),
     Case(model="qwen3-moe", ranks=4, parallel={"tensor": 2, "context": 2, "expert": 4}, experts=BALANCE, core=True),
-    Case(
-        model="mixtral",
-        ranks=4,
-        parallel={"pipeline": 2, "expert": 2},
-        resume={"tensor": 2},
-        experts={**BALANCE, "balance_over": "step", "routing": "replay"},
-        **SPLIT,
-    ),
+    Case(model="mixtral", ranks=4, parallel={"pipeline": 2, "expert": 2}, resume={"tensor": 2}, experts=REPLAY, **SPLIT),
     Case(model="mixtral", ranks=4, parallel={"tensor": 2, "expert": 2, "pipeline": 2}),
     Case(model="gemma3", ranks=4, parallel={"tensor": 2, "pipeline": 2}, resume={"context": 2}),
     Case(model="olmo3", ranks=4, parallel={"tensor": 2, "context": 2}, resume={"pipeline": 2, "virtual_pipeline": 2}, core=True),

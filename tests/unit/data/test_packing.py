@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mpo_megatron.data.loader import RowShape, group_table, iterate_steps, pack, step_indices, steps_per_epoch
-from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, count_pairs, plan_rows
+from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, count_pairs, plan_rows, response_places
 from tests.tiny import random_groups, save_groups, save_model
 
 BUDGET = 128
@@ -250,3 +250,31 @@ def test_pairs_within_a_window_are_those_that_attend(length: int, context: int, 
     spelled_out = sum(min(context + token + 1, window) for token in range(length))
     assert count_pairs(length, context, (window, 1.0)) == spelled_out
     assert count_pairs(length, context, (window, 0.0)) == count_pairs(length, context)
+
+
+@pytest.mark.parametrize("layout", ["shared", "unshared"])
+@pytest.mark.parametrize("row_tokens", [64, 1024])
+def test_every_input_token_of_a_group_counts_once(layout, row_tokens) -> None:
+    """Whatever the packing, a group's prompt and the responses that lie in rows have one counted copy, each at its place."""
+    groups = [*random_groups(12, seed=5), *random_groups(4, seed=6, prompt_tokens=(0, 0))]
+    table = group_table(groups, np.arange(len(groups)))
+    scored = table.valid & (np.random.default_rng(0).random(table.valid.shape) < 0.7)
+    plan = make_plan(groups, scored, layout=layout, row_tokens=row_tokens)
+    found: dict[int, list[int]] = {slot: [] for slot in range(len(groups))}
+    for row in build_rows(groups, plan, layout):
+        assert (row.slots < 0).sum() == len(row.tokens) - row.num_tokens
+        for token, slot, place, counts in zip(row.tokens, row.slots, row.places, row.counted, strict=True):
+            if slot < 0:
+                assert (place, counts) == (-1, False)
+                continue
+            group = groups[slot]
+            everything = np.concatenate((group.prompt_tokens, *(response[:-1] for response in group.response_tokens)))
+            assert everything[place] == token
+            if counts:
+                found[slot].append(int(place))
+    for slot, group in enumerate(groups):
+        ends = response_places(group)
+        expected = list(range(ends[0])) if scored[slot].any() else []
+        for k in np.flatnonzero(scored[slot]):
+            expected += range(ends[k], ends[k + 1])
+        assert sorted(found[slot]) == expected
