@@ -211,7 +211,7 @@ class RowExperts(MoELayer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.again = bool(self.moe_layer_recompute)
+        self.again = self.config.recompute_granularity == "selective" and "moe" in self.config.recompute_modules
         self.moe_layer_recompute = False
         self.row: RowRouting | None = None
 
