@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from tools.trials.commands import Command, Result, build_inputs, commands
+from tools.trials.endless import endless_trials
 from tools.trials.launches import launch_trials
 from tools.trials.processes import Child, Disturbance, Outcome
 
@@ -196,7 +197,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-LAUNCHES = "launched ranks"
+LAUNCHES, ENDLESS = "launched ranks", "endless"
 
 
 def run_trials(folder: Path, each: int, rng: random.Random, only: Sequence[str] | None) -> list[str]:
@@ -222,11 +223,19 @@ def run_trials(folder: Path, each: int, rng: random.Random, only: Sequence[str] 
                 print(f"{command.name}: {len(outcomes)} × {name}, {len(wrong)} wrong", flush=True)
             for outcome in wrong:
                 print(f"WRONG {outcome}", flush=True)
-    if only is None or LAUNCHES in only:
-        outcomes = list(launch_trials(folder / "launches", max(1, each // 4), rng))
-        wrong = [outcome for outcome in outcomes if outcome is not None]
-        faults += wrong
-        total[LAUNCHES] += len(outcomes)
-        print("\n".join([f"{len(outcomes)} × {LAUNCHES}, {len(wrong)} wrong", *(f"WRONG {outcome}" for outcome in wrong)]))
+    others = {
+        LAUNCHES: lambda: launch_trials(folder / "launches", max(1, each // 4), rng),
+        ENDLESS: lambda: endless_trials(folder / "endless", bench.inputs),
+    }
+    for name, trials in others.items():
+        if only is None or name in only:
+            outcomes = list(trials())
+            wrong = [outcome for outcome in outcomes if outcome is not None]
+            faults += wrong
+            total[name] += len(outcomes)
+            print(
+                "\n".join([f"{len(outcomes)} × {name}, {len(wrong)} wrong", *(f"WRONG {outcome}" for outcome in wrong)]),
+                flush=True,
+            )
     print(f"{total.total()} trials ({', '.join(f'{count} × {name}' for name, count in total.items())}), {len(faults)} wrong")
     return faults

@@ -58,7 +58,7 @@ class Judge(Scorer):
             self._fill = Renderer(fill, f"scorers.{name}.template = {config.template}")
             self._fill(self._source, None)
         except TemplateError as error:
-            raise ConfigError(f"scorers.{name}.template = {config.template}; not a Jinja template: {error}") from error
+            raise ConfigError(f"scorers.{name}.template = {config.template}; it cannot be compiled: {error}") from error
 
     def score(self, groups: Sequence[Record]) -> Scores:
         """The grade, or the share of comparisons won; None where the judge gave no verdict.

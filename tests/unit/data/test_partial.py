@@ -5,18 +5,21 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from mpo_megatron.cli import main
 from mpo_megatron.config import ConfigError
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, replace_file
 from mpo_megatron.files.partial import clear_leftovers, find_writer, partial_file, partial_folder
 from mpo_megatron.model.convert_folder import staged
 from tests.distributed.launch import ROOT
+from tests.tiny import save_tokenizer
 
 WRITE = """
 import sys, time
@@ -154,3 +157,29 @@ def test_of_two_that_began_together_the_second_leaves_what_the_first_has_written
     with pytest.raises(DataError, match=r"out: another run has written it in the meantime"):
         write()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "weights"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "convert --input {0}/model --output {0}/out",
+        "prepare --input {0}/groups.jsonl --tokenizer {0}/hf --output {0}/out",
+        "select --input {0}/scored.jsonl --output {0}/out",
+    ],
+)
+def test_what_a_kill_after_the_last_rename_left_is_cleared_although_the_output_is_complete(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The output has its name, its writer's lock file is left, and nobody holds it."""
+    (tmp_path / "model" / "megatron").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "complete").touch()
+    for name in ("groups.jsonl", "scored.jsonl"):
+        (tmp_path / name).write_text('{"prompt": "p", "responses": [{"text": "a", "reward": 1}, {"text": "b", "reward": 0}]}\n')
+    save_tokenizer(tmp_path / "hf")
+    left = tmp_path / ".out.partial-1f3c9a2b.lock"
+    left.touch()
+    assert main(command.format(tmp_path).split()) == 2
+    assert re.search("is not an empty folder; remove it|is not empty; choose a new folder", capsys.readouterr().err)
+    assert not left.exists()
+    assert (tmp_path / "out" / "complete").is_file()

@@ -291,7 +291,7 @@ def test_judge_templates_are_checked(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be filled for group a: 'unknown' is undefined; it may use prompt"):
         judge(server, template).score([group_line("a", "x")])
     template.write_text("{% if %}")
-    with pytest.raises(ConfigError, match="not a Jinja template"):
+    with pytest.raises(ConfigError, match="it cannot be compiled"):
         judge(server, template)
     assert not server.requests
 
