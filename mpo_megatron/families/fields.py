@@ -11,6 +11,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.families.family import LayerAttention, Rope
+from mpo_megatron.families.rules import Sizes
 
 DECODER = frozenset(
     {
@@ -106,17 +107,17 @@ def decoder_sizes(config: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def rule_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """The same under the names of `llama_rules`."""
-    return {
-        "hidden": config.hidden_size,
-        "ffn": config.intermediate_size,
-        "heads": config.num_attention_heads,
-        "groups": config.num_key_value_heads,
-        "channels": head_dim(config),
-        "vocab": config.vocab_size,
-        "tied": bool(config.tie_word_embeddings),
-    }
+def rule_sizes(config: PretrainedConfig) -> Sizes:
+    """The same as weight rules take them."""
+    return Sizes(
+        hidden=config.hidden_size,
+        ffn=config.intermediate_size,
+        heads=config.num_attention_heads,
+        groups=config.num_key_value_heads,
+        channels=head_dim(config),
+        vocab=config.vocab_size,
+        tied=bool(config.tie_word_embeddings),
+    )
 
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")

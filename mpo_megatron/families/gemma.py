@@ -22,16 +22,7 @@ from mpo_megatron.families.fields import (
     read_ropes,
     rule_sizes,
 )
-from mpo_megatron.families.rules import (
-    Rule,
-    attention_rules,
-    embedding_rules,
-    final_norm_rule,
-    gated_rules,
-    mlp_names,
-    norm_rule,
-    qk_norm_rules,
-)
+from mpo_megatron.families.rules import Rule, decoder_rules, mlp_rules, normed_attention_rules, post_norm_rules
 
 FIELDS = DECODER | {
     *("hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
@@ -81,17 +72,13 @@ def _features(config: PretrainedConfig) -> dict[str, Any]:
 
 def _rules(config: PretrainedConfig, *, qk_norm: bool) -> tuple[Rule, ...]:
     sizes = rule_sizes(config)
-    hidden, channels = sizes["hidden"], sizes["channels"]
-    embedding, *output = embedding_rules(sizes["vocab"], hidden, tied=sizes["tied"])
-    return (
-        embedding,
-        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
-        *attention_rules(hidden, sizes["heads"], sizes["groups"], channels),
-        *(qk_norm_rules(channels, channels) if qk_norm else []),
-        norm_rule("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        norm_rule("mlp.linear_fc1.layer_norm_weight", "pre_feedforward_layernorm.weight", hidden),
-        *gated_rules("mlp.", mlp_names("mlp."), hidden, sizes["ffn"]),
-        norm_rule("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", hidden),
-        final_norm_rule(hidden),
-        *output,
+    attention_norm, mlp_norm = post_norm_rules(sizes.hidden)
+    return decoder_rules(
+        sizes,
+        [
+            *normed_attention_rules(sizes, qk_norm=qk_norm),
+            attention_norm,
+            *mlp_rules(sizes, "pre_feedforward_layernorm.weight"),
+            mlp_norm,
+        ],
     )

@@ -25,5 +25,5 @@ def read_llama(config: PretrainedConfig) -> Family:
         activation=activation(config),
         ropes=read_ropes(config),
         attention=read_layers(config, ["full_attention"] * config.num_hidden_layers),
-        rules=llama_rules(**rule_sizes(config)),
+        rules=llama_rules(rule_sizes(config)),
     )

@@ -16,15 +16,13 @@ from mpo_megatron.families.fields import (
     rule_sizes,
 )
 from mpo_megatron.families.rules import (
-    HF_LAYER,
-    LAYER,
     Rule,
-    attention_rules,
-    embedding_rules,
-    final_norm_rule,
+    decoder_rules,
     gated_rules,
     llama_rules,
     norm_rule,
+    normed_attention_rules,
+    router_rule,
 )
 
 
@@ -36,7 +34,7 @@ def read_mistral(config: PretrainedConfig) -> Family:
         activation=activation(config),
         ropes=read_ropes(config),
         attention=read_layers(config, _kinds(config)),
-        rules=llama_rules(**rule_sizes(config)),
+        rules=llama_rules(rule_sizes(config)),
     )
 
 
@@ -72,16 +70,13 @@ def _kinds(config: PretrainedConfig) -> list[str]:
 
 def _mixtral_rules(config: PretrainedConfig, experts: Experts) -> tuple[Rule, ...]:
     sizes = rule_sizes(config)
-    hidden = sizes["hidden"]
-    embedding, *output = embedding_rules(sizes["vocab"], hidden, tied=sizes["tied"])
     names = [f"block_sparse_moe.experts.{{expert}}.{name}.weight" for name in ("w1", "w3", "w2")]  # gate, up, down
-    return (
-        embedding,
-        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
-        *attention_rules(hidden, sizes["heads"], sizes["groups"], sizes["channels"]),
-        norm_rule("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        Rule(f"{LAYER}mlp.router.weight", {f"{HF_LAYER}block_sparse_moe.gate.weight": experts.num}, hidden),
-        *gated_rules("mlp.experts.experts.", names, hidden, experts.channels, experts=experts.num),
-        final_norm_rule(hidden),
-        *output,
+    return decoder_rules(
+        sizes,
+        [
+            *normed_attention_rules(sizes),
+            norm_rule("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", sizes.hidden),
+            router_rule("block_sparse_moe.gate.weight", experts.num, sizes.hidden),
+            *gated_rules("mlp.experts.experts.", names, sizes.hidden, experts.channels, experts=experts.num),
+        ],
     )

@@ -21,11 +21,10 @@ from mpo_megatron.families.fields import (
 from mpo_megatron.families.rules import (
     Rule,
     attention_rules,
-    embedding_rules,
-    final_norm_rule,
+    decoder_rules,
     gated_rules,
     mlp_names,
-    norm_rule,
+    post_norm_rules,
     qk_norm_rules,
 )
 
@@ -63,15 +62,14 @@ def read_olmo3(config: PretrainedConfig) -> Family:
 
 def _rules(config: PretrainedConfig) -> tuple[Rule, ...]:
     sizes = rule_sizes(config)
-    hidden, heads, groups, channels = (sizes[name] for name in ("hidden", "heads", "groups", "channels"))
-    embedding, *output = embedding_rules(sizes["vocab"], hidden, tied=sizes["tied"])
-    return (
-        embedding,
-        *attention_rules(hidden, heads, groups, channels),
-        *qk_norm_rules(heads * channels, groups * channels, shard="rows"),
-        norm_rule("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", hidden),
-        *gated_rules("mlp.", mlp_names("mlp."), hidden, sizes["ffn"]),
-        norm_rule("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", hidden),
-        final_norm_rule(hidden),
-        *output,
+    attention_norm, mlp_norm = post_norm_rules(sizes.hidden)
+    return decoder_rules(
+        sizes,
+        [
+            *attention_rules(sizes),
+            *qk_norm_rules(sizes.heads * sizes.channels, sizes.groups * sizes.channels, shard="rows"),
+            attention_norm,
+            *gated_rules("mlp.", mlp_names("mlp."), sizes.hidden, sizes.ffn),
+            mlp_norm,
+        ],
     )

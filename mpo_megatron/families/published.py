@@ -121,7 +121,12 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     ),
 }
-"""Published config.json fields by name; base and instruction-tuned models share them."""
+"""Published config.json fields by name; base and instruction-tuned models share them. Those of Qwen2.5 are Instruct's: bases
+have four times its positions, and from 14B on another `rms_norm_eps`.
+
+Sizes, heads, windows, caps and rotary fields agree with litgpt's config.py (June 2026) where it has the model; the fields of
+Gemma 2 and OLMo 3 with copies of their config.json in public repositories; parameter counts with the hub's (the tests have them).
+"""
 
 
 def build_config(name: str) -> PretrainedConfig:

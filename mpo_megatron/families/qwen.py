@@ -19,13 +19,12 @@ from mpo_megatron.families.rules import (
     HF_LAYER,
     LAYER,
     Rule,
-    attention_rules,
-    embedding_rules,
-    final_norm_rule,
+    decoder_rules,
     gated_rules,
     mlp_names,
     norm_rule,
-    qk_norm_rules,
+    normed_attention_rules,
+    router_rule,
 )
 
 ATTENTION = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
@@ -102,17 +101,8 @@ def _read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
 
 def _rules(config: PretrainedConfig, experts: Experts | None, *, qkv_bias: bool) -> tuple[Rule, ...]:
     sizes = rule_sizes(config)
-    hidden, channels = sizes["hidden"], sizes["channels"]
-    embedding, *output = embedding_rules(sizes["vocab"], hidden, tied=sizes["tied"])
-    return (
-        embedding,
-        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
-        *attention_rules(hidden, sizes["heads"], sizes["groups"], channels, qkv_bias=qkv_bias),
-        *([] if qkv_bias else qk_norm_rules(channels, channels)),
-        *_mlp_rules(config, experts),
-        final_norm_rule(hidden),
-        *output,
-    )
+    attention = normed_attention_rules(sizes, qkv_bias=qkv_bias, qk_norm=not qkv_bias)
+    return decoder_rules(sizes, [*attention, *_mlp_rules(config, experts)])
 
 
 def _mlp_rules(config: PretrainedConfig, experts: Experts | None) -> list[Rule]:
@@ -130,7 +120,7 @@ def _mlp_rules(config: PretrainedConfig, experts: Experts | None) -> list[Rule]:
         return rules
     rules += [
         norm_rule("pre_mlp_layernorm.weight", norm, hidden, sparse),
-        Rule(f"{LAYER}mlp.router.weight", {f"{HF_LAYER}mlp.gate.weight": experts.num}, hidden, layers=sparse),
+        router_rule("mlp.gate.weight", experts.num, hidden, sparse),
         *gated_rules(
             "mlp.experts.experts.",
             mlp_names("mlp.experts.{expert}."),

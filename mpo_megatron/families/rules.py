@@ -7,7 +7,7 @@ of a rank with the same table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +15,21 @@ EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 HF_LAYER = "model.layers.{layer}."
 LAYER = "decoder.layers."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What the shapes of a decoder's weights follow from."""
+
+    hidden: int
+    ffn: int
+    heads: int
+    groups: int
+    """Key/value heads."""
+    channels: int
+    """Of one head."""
+    vocab: int
+    tied: bool
 
 
 @dataclass(frozen=True)
@@ -50,12 +65,13 @@ class Rule:
         return self.blocks * sum(self.parts.values())
 
 
-def embedding_rules(vocab: int, hidden: int, *, tied: bool) -> list[Rule]:
-    """The embedding, and the output layer's weight if it is another one."""
-    rules = [Rule("embedding.word_embeddings.weight", {EMBEDDING: vocab}, hidden, padded=True, shard="rows")]
-    if not tied:
-        rules.append(Rule("output_layer.weight", {OUTPUT: vocab}, hidden, padded=True, shard="rows"))
-    return rules
+def decoder_rules(sizes: Sizes, layers: Iterable[Rule]) -> tuple[Rule, ...]:
+    """The table of a whole decoder: its embedding, the rules of its layers, the norm after them, the output layer if it is not
+    the embedding."""
+    embedding = Rule("embedding.word_embeddings.weight", {EMBEDDING: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
+    norm = Rule("decoder.final_layernorm.weight", {"model.norm.weight": sizes.hidden})
+    output = Rule("output_layer.weight", {OUTPUT: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
+    return (embedding, *layers, norm, *([] if sizes.tied else [output]))
 
 
 def norm_rule(megatron: str, name: str, size: int, layers: frozenset[int] | None = None) -> Rule:
@@ -63,8 +79,18 @@ def norm_rule(megatron: str, name: str, size: int, layers: frozenset[int] | None
     return Rule(LAYER + megatron, {HF_LAYER + name: size}, layers=layers)
 
 
-def attention_rules(hidden: int, heads: int, groups: int, channels: int, *, qkv_bias: bool = False) -> list[Rule]:
+def normed_attention_rules(sizes: Sizes, *, qkv_bias: bool = False, qk_norm: bool = False) -> list[Rule]:
+    """A norm on the input, and attention; with `qk_norm` also one of each head of queries and keys."""
+    return [
+        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", sizes.hidden),
+        *attention_rules(sizes, qkv_bias=qkv_bias),
+        *(qk_norm_rules(sizes.channels, sizes.channels) if qk_norm else []),
+    ]
+
+
+def attention_rules(sizes: Sizes, *, qkv_bias: bool = False) -> list[Rule]:
     """Projections of queries, keys and values, and of the result."""
+    hidden, heads, groups, channels = sizes.hidden, sizes.heads, sizes.groups, sizes.channels
     # Megatron: [query heads of group 0, its key head, its value head, query heads of group 1, …]
     rows = {"q": heads // groups * channels, "k": channels, "v": channels}
 
@@ -118,32 +144,27 @@ def mlp_names(prefix: str) -> list[str]:
     return [f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
-def final_norm_rule(hidden: int) -> Rule:
-    """The norm after the last layer."""
-    return Rule("decoder.final_layernorm.weight", {"model.norm.weight": hidden})
+def mlp_rules(sizes: Sizes, norm: str = "post_attention_layernorm.weight") -> list[Rule]:
+    """A norm on the input, by its name after `model.layers.N.`, and a dense MLP."""
+    return [
+        norm_rule("mlp.linear_fc1.layer_norm_weight", norm, sizes.hidden),
+        *gated_rules("mlp.", mlp_names("mlp."), sizes.hidden, sizes.ffn),
+    ]
 
 
-def llama_rules(
-    *,
-    hidden: int,
-    ffn: int,
-    heads: int,
-    groups: int,
-    channels: int,
-    vocab: int,
-    tied: bool,
-    qkv_bias: bool = False,
-    qk_norm: bool = False,
-) -> tuple[Rule, ...]:
-    """Llama's table, which most dense families share: a norm before attention and one before the MLP."""
-    embedding, *output = embedding_rules(vocab, hidden, tied=tied)
+def post_norm_rules(hidden: int) -> tuple[Rule, Rule]:
+    """Norms on the output of attention, and of the MLP."""
     return (
-        embedding,
-        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", hidden),
-        *attention_rules(hidden, heads, groups, channels, qkv_bias=qkv_bias),
-        *(qk_norm_rules(channels, channels) if qk_norm else []),
-        norm_rule("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", hidden),
-        *gated_rules("mlp.", mlp_names("mlp."), hidden, ffn),
-        final_norm_rule(hidden),
-        *output,
+        norm_rule("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", hidden),
+        norm_rule("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", hidden),
     )
+
+
+def router_rule(name: str, experts: int, hidden: int, layers: frozenset[int] | None = None) -> Rule:
+    """The router of a layer's experts, by its name after `model.layers.N.`."""
+    return Rule(f"{LAYER}mlp.router.weight", {HF_LAYER + name: experts}, hidden, layers=layers)
+
+
+def llama_rules(sizes: Sizes) -> tuple[Rule, ...]:
+    """Llama's table: a norm before attention and one before a dense MLP."""
+    return decoder_rules(sizes, [*normed_attention_rules(sizes), *mlp_rules(sizes)])

@@ -59,7 +59,6 @@ EXTRA_STATE_MODULES = (
     "decoder.layers.mlp.shared_experts.linear_fc1",
     "decoder.layers.mlp.shared_experts.linear_fc2",
     "decoder.final_layernorm",
-    "output_layer",
 )
 """Modules for which some layer implementation asks the checkpoint for an FP8 `_extra_state`. A converted checkpoint
 holds an empty one for each: loading ignores the ones it does not ask for, and fails on the ones it misses."""
