@@ -197,7 +197,7 @@ def train_policy(
     for batch, reference in zip(batches, references, strict=True):
         started = timing.now()
         optimizer.zero_gradients(wrapped, adam)
-        logps = fused_step(wrapped, batch, reference, objective, own.ranks)
+        logps = fused_step(wrapped, batch, reference, objective, own.ranks).policy
         optimizer.update(wrapped, adam)
         seconds.append(timing.now() - started)
         losses.append(mean_loss(batch, logps, reference, objective))

@@ -135,7 +135,7 @@ class TrainStep:
     def __call__(self, batch: StepBatch, reference: Logps) -> Logps:
         """One step; the policy's log-probs before it."""
         optimizer.zero_gradients(self.model, self.adam)
-        logps = fused_step(self.model, batch, reference, self.objective, self.bench.ranks)
+        logps = fused_step(self.model, batch, reference, self.objective, self.bench.ranks).policy
         self.update()
         return logps
 

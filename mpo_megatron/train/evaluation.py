@@ -40,9 +40,10 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
             routing = run.routing(data, batch)
             policy = forward_step(run.model, batch, run.setup.objective, run.ranks, run.resident, routing)
             reference = run.reference(data, batch)
-            learned, losses = run.measure(batch, policy, reference)
+            losses = run.losses(batch, policy, reference)
             if not losses.isfinite().all():
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")
+            learned = run.measure(batch, policy, reference, losses)
             parts.append(learned if routing is None else learned | routing.measured)
             outcomes += group_outcomes(batch, policy, reference, run.setup.objective.params)
     if not parts:

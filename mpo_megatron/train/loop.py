@@ -147,16 +147,17 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
         if term is not None:
             added = term.add(batch.step)
         if two_phase(run, batch):
-            policy, backward_share = two_phase_step(
+            result = two_phase_step(
                 run.model, batch, reference, objective, run.ranks, run.shape, run.generator(batch.step), run.resident, routing
             )
         else:
-            policy = fused_step(run.model, batch, reference, objective, run.ranks, run.resident, routing)
-        learned, losses = run.measure(batch, policy, reference)
+            result = fused_step(run.model, batch, reference, objective, run.ranks, run.resident, routing)
+        backward_share = result.backward_share
+        learned = run.measure(batch, result.policy, reference, result.losses)
         norm = optimizer.gradient_norm(adam)
         judgement = guard.judge(learned["loss"].value, norm)
         if judgement.wrong is not None:
-            evidence = Evidence(batch=batch, losses=losses, policy=policy, reference=reference, norm=norm)
+            evidence = Evidence(batch=batch, losses=result.losses, policy=result.policy, reference=reference, norm=norm)
             report(judgement, evidence, run.folder, run.setup.model_folder, is_main=run.ranks.is_main)
         if judgement.apply:
             optimizer.update(run.model, adam)

@@ -76,12 +76,16 @@ class Run:
         """Generator of what a loss draws at a step; the same on every rank."""
         return torch.Generator().manual_seed(self.config.seed + STEP_SEEDS * step)
 
-    def measure(self, batch: StepBatch, policy: Logps, reference: Logps) -> tuple[dict[str, Mean], torch.Tensor]:
-        """Metrics of a step from the log-probs of all its responses, and the loss of each group [G]; the same on every rank."""
+    def losses(self, batch: StepBatch, policy: Logps, reference: Logps) -> torch.Tensor:
+        """[G] loss of each group of a batch that no step is made with; the same on every rank."""
         groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
-        losses = self.setup.objective.compute(groups).detach()
+        return self.setup.objective.compute(groups).detach()
+
+    def measure(self, batch: StepBatch, policy: Logps, reference: Logps, losses: torch.Tensor) -> dict[str, Mean]:
+        """Metrics of a batch from the log-probs of all its responses and the losses [G]; the same on every rank."""
+        groups = group_batch(batch.table, policy, reference)
         contributes, computed = torch.from_numpy(batch.contributes), torch.from_numpy(batch.in_rows)
-        return compute_metrics(groups, losses, contributes, computed, self.setup.objective.params), losses
+        return compute_metrics(groups, losses, contributes, computed, self.setup.objective.params)
 
 
 def open_run(session: Session) -> Run:

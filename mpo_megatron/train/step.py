@@ -15,7 +15,7 @@ Legend: T tokens of a row, S its scored tokens, R its responses, G groups of a s
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ to backpropagate."""
 
 RowOutput = tuple[RowTensors, Tensor, Tensor | None]
 """A row with its log-probs [S] and, with a resident reference, divergences [S], detached."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What a step's passes have computed, the same on every rank, in the host's memory."""
+
+    policy: Logps
+    """The policy's log-probs before the update."""
+    losses: Tensor
+    """[G] loss of each group in nats; 0 where a group does not contribute."""
+    backward_share: float = 1.0
+    """Share of the forward pass's tokens that was backpropagated."""
 
 
 def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
@@ -131,15 +143,17 @@ def collect_logps(
         if token is not None:
             token[token_index(row)] = token_logps.float()
 
-    def share(tensor: Tensor) -> Tensor:
-        all_reduce(tensor, group=ranks.data)
-        if ranks.pipeline.size() > 1:
-            broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
-        return tensor.cpu()
-
-    shared = [None if tensor is None else share(tensor) for tensor in (response, token, divergence)]
+    shared = [None if tensor is None else _share(tensor, ranks) for tensor in (response, token, divergence)]
     assert shared[0] is not None
     return Logps(response=shared[0], token=shared[1], kl=shared[2])
+
+
+def _share(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """Sum over replicas, each of which has its own part, then a copy from the last pipeline stage to the others; on the host."""
+    all_reduce(tensor, group=ranks.data)
+    if ranks.pipeline.size() > 1:
+        broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
+    return tensor.cpu()
 
 
 def forward_step(
@@ -166,19 +180,19 @@ def fused_step(
     ranks: Ranks,
     resident: Resident | None = None,
     routing: StepRouting | None = None,
-) -> Logps:
+) -> StepResult:
     """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
 
     Args:
         routing: of a model with experts; it adds its terms' gradients
-    Returns:
-        The policy's log-probs before the update.
     """
     num_contributing = int(batch.contributes.sum())
     width = _token_width(batch, objective)
     # On the device once for all rows: what a row's loss needs is then there, and its backward pass follows without a wait.
     unknown = Logps(response=torch.zeros(batch.table.valid.shape, device=device.device()))
     step_groups = group_batch(batch.table, unknown, reference)
+    precision = torch.float64 if width is None else torch.float32  # that of responses' log-probs, and of tokens'
+    losses = torch.zeros(len(batch.table.valid), dtype=precision, device=device.device())
 
     def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         if len(row.responses) == 0:  # a filler row; its zero keeps the schedule's backward pass alive
@@ -194,13 +208,16 @@ def fused_step(
             zeros = token_logps.new_zeros((*shape, width), dtype=torch.float32)
             token = zeros.index_put((row.group_of[row.response_of], k, position), token_logps)
         groups = replace(take_groups(step_groups, row.slots), policy_logps=response, token_logps=token, token_kl=kl)
-        return objective.compute(groups).sum() / num_contributing
+        row_losses = objective.compute(groups)
+        losses[row.slots] = row_losses.detach().to(losses.dtype)
+        return row_losses.sum() / num_contributing
 
     routings = None if routing is None else routing.rows(batch.rows, learn=True)
     outputs = run_rows(model, batch.rows, ranks, row_loss, resident, routings)
     if routing is not None and routings is not None:
         routing.finish(routings)
-    return collect_logps(outputs, batch.table.valid.shape, ranks, width, kl=resident is not None)
+    policy = collect_logps(outputs, batch.table.valid.shape, ranks, width, kl=resident is not None)
+    return StepResult(policy=policy, losses=_share(losses, ranks))
 
 
 def two_phase_step(
@@ -213,7 +230,7 @@ def two_phase_step(
     generator: torch.Generator,
     resident: Resident | None = None,
     routing: StepRouting | None = None,
-) -> tuple[Logps, float]:
+) -> StepResult:
     """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
 
     Responses whose coefficient is zero (negatives that MC-PO did not draw) are left out of the backward pass, unless routers
@@ -221,8 +238,6 @@ def two_phase_step(
 
     Args:
         routing: of a model with experts; it adds its terms' gradients
-    Returns:
-        The policy's log-probs before the update, and the share of the forward pass's tokens that was backpropagated.
     """
     routings = None if routing is None else routing.rows(batch.rows)
     outputs = run_rows(model, batch.rows, ranks, None, resident, routings)
@@ -232,7 +247,7 @@ def two_phase_step(
     if routing is not None and routings is not None:
         loads = routing.loads(routings)
         routing.finish(routings)
-    coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+    losses, coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
     weight = coefficients.abs() if coefficients.dim() == 2 else coefficients.abs().sum(dim=-1)
     needed = (weight if kl_coefficients is None else weight + kl_coefficients.abs()).numpy() != 0
     plan, rows = (batch.plan, batch.rows)
@@ -256,14 +271,14 @@ def two_phase_step(
     run_rows(model, rows, ranks, row_loss, resident, routings)
     if routing is not None and routings is not None:
         routing.finish(routings, drift=False)
-    return policy, plan.num_tokens / max(1, batch.plan.num_tokens)
+    return StepResult(policy=policy, losses=losses, backward_share=plan.num_tokens / max(1, batch.plan.num_tokens))
 
 
 def loss_coefficients(
     batch: StepBatch, policy: Logps, reference: Logps, objective: Objective, generator: torch.Generator
-) -> tuple[Tensor, Tensor | None]:
-    """∂L/∂logp of every response [G, K], or of every token [G, K, T] for losses that work on tokens, L the mean loss; and
-    ∂L/∂KL of every response [G, K] for losses that regularise with it; on the host."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """On the host, L the mean loss: each group's loss [G]; ∂L/∂logp of every response [G, K], or of every token [G, K, T] for
+    losses that work on tokens; and ∂L/∂KL of every response [G, K] for losses that regularise with it."""
     by_token = policy.token is not None
     leaf = (policy.token if policy.token is not None else policy.response).detach().requires_grad_()
     kl = None if policy.kl is None else policy.kl.detach().requires_grad_()
@@ -271,7 +286,7 @@ def loss_coefficients(
     losses = objective.compute(group_batch(batch.table, logps, reference, generator=generator))
     mean = losses.sum() / int(batch.contributes.sum())
     coefficients = torch.autograd.grad(mean, [leaf] if kl is None else [leaf, kl])
-    return coefficients[0], None if kl is None else coefficients[1]
+    return losses.detach(), coefficients[0], None if kl is None else coefficients[1]
 
 
 def prepare_schedules(model: list[Any]) -> None:

@@ -79,7 +79,7 @@ def compare(
     ranks: Ranks,
     folder: Path,
 ) -> dict[str, Any]:
-    objective = build_objective(LossConfig(name=case["name"], params=case["params"]))
+    objective = build_objective(LossConfig(name=case["name"], function=case.get("function"), params=case["params"]))
     data = load_groups(folder / "groups")
     whole = RowShape(
         row_tokens=512,
@@ -104,16 +104,17 @@ def compare(
         return torch.Generator().manual_seed(3)
 
     model[0].zero_grad_buffer()
+    fused = None
     if objective.needs_whole_batch:
         everything_at_once(model, batch, reference, objective, ranks, generator(), resident)
     else:
-        fused_step(model, batch, reference, objective, ranks, resident)
+        fused = fused_step(model, batch, reference, objective, ranks, resident)
     expected = gradients(model)
     model[0].zero_grad_buffer()
-    two_phase_step(model, batch, reference, objective, ranks, whole, generator(), resident)
+    result = two_phase_step(model, batch, reference, objective, ranks, whole, generator(), resident)
     two_phase = gradients(model)
     model[0].zero_grad_buffer()
-    _, share = two_phase_step(model, split_batch, reference, objective, ranks, split, generator(), resident)
+    share = two_phase_step(model, split_batch, reference, objective, ranks, split, generator(), resident).backward_share
     in_parts = gradients(model)
     largest = max_over_ranks(max(gradient.abs().max().item() for gradient in expected))
     return {
@@ -124,6 +125,7 @@ def compare(
         "split": max_over_ranks(difference(expected, in_parts)) / largest,
         "split_groups": len(split_batch.plan.split_groups),
         "backward_share": share,
+        "losses": [result.losses.tolist(), None if fused is None else fused.losses.tolist()],
         "kl": kl,
     }
 
@@ -141,7 +143,7 @@ def everything_at_once(
 ) -> None:
     """Gradients of a loss that needs the whole batch, without the code under test dropping anything from the second pass."""
     policy = forward_step(model, batch, objective, ranks, resident)
-    coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
+    _, coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
 
     def row_loss(row: Any, token_logps: torch.Tensor, token_kl: torch.Tensor | None) -> torch.Tensor:
         slot, k = row.responses.unbind(dim=1)

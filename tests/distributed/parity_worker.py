@@ -131,9 +131,9 @@ class Leg:
         optimizer.zero_gradients(self.model, self.adam)
         step = (self.model, self.batch, self.reference, self.objective, self.ranks)
         if self.case["two_phase"]:
-            return two_phase_step(*step, self.shape, torch.Generator(), self.resident, self.routing)[0]
+            return two_phase_step(*step, self.shape, torch.Generator(), self.resident, self.routing).policy
         assert not self.batch.plan.split_groups
-        return fused_step(*step, self.resident, self.routing)
+        return fused_step(*step, self.resident, self.routing).policy
 
     def write(self, name: str) -> None:
         """The weights, under their Hugging Face names, to `<output>-<name>.safetensors`."""

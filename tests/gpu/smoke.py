@@ -118,7 +118,7 @@ def step(ranks: Ranks, **options: object) -> str:
     reference = forward_step(parts, batch, small.OBJECTIVE, ranks)
     model, adam = small.wrap(parts, ranks)
     optimizer.zero_gradients(model, adam)
-    policy = fused_step(model, batch, reference, small.OBJECTIVE, ranks)
+    policy = fused_step(model, batch, reference, small.OBJECTIVE, ranks).policy
     off = abs(small.mean_loss(batch, policy, reference) - small.first_loss(batch))
     changed, norm = optimizer.update(model, adam)
     assert changed, "the update was not applied"

@@ -67,11 +67,11 @@ def test_starts_at_the_exact_loss_and_learns(ranks: Ranks, options: dict[str, ob
     for _ in range(5):
         optimizer.zero_gradients(model, adam)
         if two_phase:
-            policy, _ = two_phase_step(
+            policy = two_phase_step(
                 model, batch, reference, small.OBJECTIVE, ranks, small.row_shape(config), torch.Generator()
-            )
+            ).policy
         else:
-            policy = fused_step(model, batch, reference, small.OBJECTIVE, ranks)
+            policy = fused_step(model, batch, reference, small.OBJECTIVE, ranks).policy
         losses.append(small.mean_loss(batch, policy, reference))
         changed, norm = optimizer.update(model, adam)
         assert changed
@@ -118,7 +118,7 @@ def test_resumes_where_it_was(ranks: Ranks, options: dict[str, object], tmp_path
 
     def step(model: list[torch.nn.Module], adam: object) -> torch.Tensor:
         optimizer.zero_gradients(model, adam)
-        logps = fused_step(model, batch, reference, small.OBJECTIVE, ranks).response
+        logps = fused_step(model, batch, reference, small.OBJECTIVE, ranks).policy.response
         optimizer.update(model, adam)
         return logps
 
