@@ -23,6 +23,14 @@ def check_seed(seed: int) -> None:
     require(0 <= seed < 2**63, f"seed = {seed}; it must be 0 or more, and below 2^63.")
 
 
+def check_function(name: str, function: str) -> None:
+    """Raise `ConfigError` unless `function` is written as a function of the user's is named."""
+    require(
+        re.fullmatch(r".+:[A-Za-z_]\w*", function) is not None,
+        f"{name} = {function}; write package.module:function or path/to/file.py:function.",
+    )
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise `ConfigError` if `folder` (or its nearest existing parent) cannot be written to."""
     parent = folder.absolute()

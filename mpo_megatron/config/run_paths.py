@@ -20,12 +20,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
     def absolute(path: str | None) -> str | None:
         return None if path is None else os.path.abspath(path)
 
-    model, data = config.model, config.data
+    model, data, loss = config.model, config.data, config.loss
+    place, _, name = (loss.function or "").rpartition(":")
     return replace(
         config,
         output=os.path.abspath(config.output),
         model=replace(model, checkpoint=os.path.abspath(model.checkpoint), reference=absolute(model.reference)),
         data=replace(data, train=os.path.abspath(data.train), eval=absolute(data.eval)),
+        loss=replace(loss, function=f"{os.path.abspath(place)}:{name}") if place.endswith(".py") else loss,
     )
 
 

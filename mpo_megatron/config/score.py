@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from mpo_megatron.config.checks import ConfigError, check_writable, require
+from mpo_megatron.config.checks import ConfigError, check_function, check_writable, require
 from mpo_megatron.config.generate import EndpointConfig, parse_shard, validate_endpoint
 from mpo_megatron.config.options import Options
 from mpo_megatron.config.parsing import from_dict
@@ -126,10 +126,7 @@ class FunctionScorer(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            re.fullmatch(r".+:[A-Za-z_]\w*", self.function) is not None,
-            f"function = {self.function}; write package.module:function or path/to/file.py:function.",
-        )
+        check_function("function", self.function)
         require(0 < self.timeout < float("inf"), f"timeout = {self.timeout}; it must be a positive number of seconds.")
 
 

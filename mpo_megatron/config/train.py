@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpo_megatron.config.checks import check_checkpoint, check_seed, check_writable, require
+from mpo_megatron.config.checks import check_checkpoint, check_function, check_seed, check_writable, require
 from mpo_megatron.config.experts import ExpertsConfig
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
@@ -48,10 +48,26 @@ class LossConfig(Section, prefix="loss."):
 
     name: str = "mpo"
     """Name of the loss."""
+    function: str | None = None
+    """A loss of yours in its place: `path/to/file.py:function` or `package.module:function`; see docs/extending.md."""
     params: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters that differ from the paper's defaults, for example `beta: 0.1`."""
     step: Literal["auto", "fused", "two_phase"] = "auto"
     """`fused`: loss and backward in one pass; `two_phase`: all log-probs first, then backward with the loss's coefficients."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.function is not None:
+            check_function("loss.function", self.function)
+            require(
+                self.name == LossConfig.name,
+                f"loss.name = {self.name} with loss.function = {self.function}, which takes its place; leave one of them out.",
+            )
+
+    @property
+    def title(self) -> str:
+        """What the loss is called: its name, or the file and the name of a function."""
+        return self.name if self.function is None else Path(self.function).name
 
 
 @dataclass(frozen=True, kw_only=True)

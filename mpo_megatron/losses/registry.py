@@ -107,10 +107,16 @@ def register[Params](
     def enter(function: Callable[[GroupBatch, Params], Tensor]) -> Callable[[GroupBatch, Params], Tensor]:
         if name in _LOSSES:
             raise ValueError(f"loss = {name!r}; it is registered already; choose another name.")
-        _LOSSES[name] = Loss(name, params, function, scored, find_needs, source)
+        enter_loss(Loss(name, params, function, scored, find_needs, source))
         return function
 
     return enter
+
+
+def enter_loss(loss: Loss) -> Loss:
+    """Enter a method in the table, in the place of one with the same name."""
+    _LOSSES[loss.name] = loss
+    return loss
 
 
 def get_loss(name: str) -> Loss:
@@ -141,7 +147,8 @@ def build_params(name: str, hyperparameters: dict[str, Any]) -> Any:
     valid = [field.name for field in dataclasses.fields(loss.params)]
     unknown = sorted(set(hyperparameters) - set(valid))
     if unknown:
-        raise ValueError(f"{name}.{unknown[0]}; {name} has no such hyper-parameter; it has {', '.join(valid)}.")
+        choices = f"it has {', '.join(valid)}" if valid else "it has none"
+        raise ValueError(f"{name}.{unknown[0]}; {name} has no such hyper-parameter; {choices}.")
     try:
         return loss.params(**hyperparameters)
     except ValueError as error:

@@ -43,7 +43,7 @@ def report_round(
         "selected": {name: selected[name] for name in ("groups_read", "groups_written", "responses_read", "responses_written")},
         "training_reward": selected["reward"]["mean"],
         "training": {
-            "loss": train.loss.name,
+            "loss": train.loss.title,
             "params": train.loss.params,
             "lr": train.optimizer.lr,
             "last_step": read_last_metrics(Path(train.output) / "metrics.jsonl", train.stop_after),

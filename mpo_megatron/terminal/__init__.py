@@ -1,6 +1,8 @@
 """Between a command and the terminal that it runs in.
 
-visible, console   text of others, shown without obeying it
-output             output that nobody reads any more
-interruption       requests to stop a command that runs in one process
+    visible, console   text of others, shown without obeying it
+    output             output that nobody reads any more
+    interruption       requests to stop a command that runs in one process
+
+It imports nothing else of the package.
 """

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from mpo_megatron.config import ConfigError, LossConfig
 from mpo_megatron.data.loader import Bools, GroupTable
+from mpo_megatron.files.functions import find_function
 from mpo_megatron.losses import GroupBatch, build_params, get_loss
+from mpo_megatron.losses.own import adopt, try_out
 from mpo_megatron.losses.registry import Loss, Needs
 
 
@@ -59,20 +61,40 @@ def build_objective(config: LossConfig) -> Objective:
     Raises:
         ConfigError: an unknown loss, a hyper-parameter it does not have, or a step that it cannot run with.
     """
+    loss = find_loss(config)
     try:
-        loss = get_loss(config.name)
+        params = build_params(loss.name, config.params)
     except ValueError as error:
-        raise ConfigError(f"loss.name = {str(error).removeprefix('loss = ')}") from error
-    try:
-        params = build_params(config.name, config.params)
-    except ValueError as error:
-        raise ConfigError(f"loss.params.{str(error).removeprefix(f'{config.name}.')}") from error
+        raise ConfigError(f"loss.params.{str(error).removeprefix(f'{loss.name}.')}") from error
+    if config.function is not None:
+        try:
+            try_out(loss, params)
+        except ValueError as error:
+            raise ConfigError(f"loss.function = {config.function}: {error}") from error
     objective = Objective(loss=loss, params=params, needs=loss.needs(params))
     if config.step == "fused" and objective.needs_whole_batch:
         raise ConfigError(
-            f"loss.step = fused; {config.name} needs the whole global batch at once; set loss.step to auto or two_phase."
+            f"loss.step = fused; {loss.name} needs the whole global batch at once; set loss.step to auto or two_phase."
         )
     return objective
+
+
+def find_loss(config: LossConfig) -> Loss:
+    """The method that the configuration names: one of the table, or a function of the user's.
+
+    Raises:
+        ConfigError: there is none, or its file cannot be imported.
+    """
+    if config.function is None:
+        try:
+            return get_loss(config.name)
+        except ValueError as error:
+            raise ConfigError(f"loss.name = {str(error).removeprefix('loss = ')}") from error
+    function = find_function("loss.function", config.function)
+    try:
+        return adopt(function, config.title)
+    except ValueError as error:
+        raise ConfigError(f"loss.function = {config.function}: {error}") from error
 
 
 def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, where: str) -> None:

@@ -22,6 +22,7 @@ from mpo_megatron.config import build_parser
 from mpo_megatron.doctor.options import read_options
 from mpo_megatron.launch.launch import TARGETS
 from mpo_megatron.losses import group_loss, registry
+from tests.guide import code_block
 from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
@@ -77,13 +78,6 @@ def commands(page: Path) -> list[str]:
     )
     lines = "\n".join([*fenced, *indented]).replace("\\\n", " ").splitlines()
     return [re.sub(r"\s+#\s.*$", "", line).strip() for line in lines if line.strip().startswith("mpo ")]
-
-
-def code_block(page: str, part: str) -> str:
-    """The one block of Python or YAML on a page of docs/ that holds `part`."""
-    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
-    (block,) = [block for block in re.findall(r"^```(?:python|yaml)\n(.*?)^```", text, re.DOTALL | re.MULTILINE) if part in block]
-    return str(block)
 
 
 DOCUMENTED = [(page.relative_to(ROOT), command) for page in PAGES for command in commands(page) if "→" not in command]

@@ -7,8 +7,6 @@ First comes a description of what to import; the answer describes the function. 
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import math
 import os
@@ -16,32 +14,9 @@ import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-
-def load_function(function: str) -> tuple[Callable[..., Any], str]:
-    """A function by `module:name` or `file.py:name`, and the source of its file ("" if it has none)."""
-    place, _, name = function.rpartition(":")
-    module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-    source = Path(getattr(module, "__file__", None) or "")
-    found: Callable[..., Any] = getattr(module, name)
-    return found, source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
-
-
-def _load_file(path: Path) -> ModuleType:
-    name = path.stem
-    if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name) is not None:
-        name = f"scorer of {name.replace('.', ' ')}"  # what the file imports may need the other module of this name
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look a class's module up
-    sys.path.append(str(path.parent.resolve()))  # what lies beside it can be imported
-    spec.loader.exec_module(module)
-    return module
+from mpo_megatron.files.functions import load_function
 
 
 def describe(function: Callable[..., Any]) -> list[tuple[str, str, bool]]:

@@ -11,11 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, TrainConfig, is_hugging_face, require
+from mpo_megatron.config import ConfigError, LossConfig, TrainConfig, is_hugging_face, require
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.files import digests
+from mpo_megatron.files.functions import source_digest
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, is_step, read_state
 
@@ -31,7 +32,7 @@ def fixed_options(
     Not in it: what changes rounding only (layout, rows, fused or two-phase steps), and what is watched, kept and logged.
 
     Args:
-        loss: its `name`, and all its hyper-parameters as `params`
+        loss: of `loss_options`, with all its hyper-parameters
     """
     model = config.model
     fixed: dict[str, Any] = {
@@ -52,6 +53,18 @@ def fixed_options(
             fixed[section].pop(name, None)
     as_read: dict[str, Any] = json.loads(json.dumps(fixed))
     return as_read
+
+
+def loss_options(config: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
+    """What a run's course depends on of its loss: its name, its hyper-parameters, and the file of a loss of the user's.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    options: dict[str, Any] = {"name": config.title, "params": params}
+    if config.function is not None:
+        options[f"digest of {config.title.rpartition(':')[0]}"] = source_digest("loss.function", config.function)
+    return options
 
 
 def count_steps(config: TrainConfig, num_groups: int) -> int:
@@ -90,9 +103,9 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
         return
     saved, folder = newest
     data = load_groups(config.data.train)
-    loss: dict[str, Any] = {"name": config.loss.name, "params": config.loss.params}
+    loss = loss_options(config.loss, config.loss.params)
     before = saved.fixed.get("loss", {})
-    if before.get("name") == config.loss.name:  # what they have not, or what is no number, the losses refuse by name
+    if before.get("name") == config.loss.title:  # what they have not, or what is no number, the losses refuse by name
         given = {name: value for name, value in config.loss.params.items() if type(value) in (int, float)}
         loss["params"] = {name: given.get(name, value) for name, value in before["params"].items()}
     fixed = fixed_options(

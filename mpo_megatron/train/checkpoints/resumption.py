@@ -16,7 +16,14 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.unpickling import PICKLES, check_pickles
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.checkpoints.course import check_first_step, check_start, fixed_options, newest_state, require_whole
+from mpo_megatron.train.checkpoints.course import (
+    check_first_step,
+    check_start,
+    fixed_options,
+    loss_options,
+    newest_state,
+    require_whole,
+)
 from mpo_megatron.train.checkpoints.step_folders import (
     RunState,
     complete_steps,
@@ -43,7 +50,7 @@ def run_options(setup: Setup) -> dict[str, Any]:
         total_steps=setup.total_steps,
         data_digest=setup.train.info.data_digest,
         reference_digest=setup.reference_digest,
-        loss={"name": objective.loss.name, "params": asdict(objective.params)},
+        loss=loss_options(setup.config.loss, asdict(objective.params)),
     )
 
 

@@ -1,0 +1,99 @@
+"""Functions of the user's, named in a configuration as `path/to/file.py:name` or `package.module:name`."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mpo_megatron.config import ConfigError
+
+_LOADED: dict[tuple[Path, str], ModuleType] = {}
+"""Files of users by path and digest."""
+
+
+def load_function(function: str) -> tuple[Callable[..., Any], str]:
+    """The function, and the source of its file ("" if it has none). A file that has not changed is imported once.
+
+    Raises:
+        AttributeError: the module has no such name.
+        Exception: whatever the import raises.
+    """
+    place, _, name = function.rpartition(":")
+    module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    source = Path(getattr(module, "__file__", None) or "")
+    found: Callable[..., Any] = getattr(module, name)
+    return found, source.read_text(encoding="utf-8") if source.suffix == ".py" else ""
+
+
+def find_function(option: str, function: str) -> Callable[..., Any]:
+    """The function that an option names.
+
+    Raises:
+        ConfigError: no such file, module or function, or the import fails; it names the option and what went wrong.
+    """
+    place, _, name = function.rpartition(":")
+    where = f"{option} = {function}"
+    source_digest(option, function)
+    try:
+        found, _ = load_function(function)
+    except AttributeError as error:
+        if getattr(error, "name", None) != name:
+            raise ConfigError(f"{where}; it cannot be imported: AttributeError: {error}.") from error
+        raise ConfigError(f"{where}; {place} has no function {name}; is it spelled as there?") from error
+    except (Exception, SystemExit) as error:  # anybody's file may raise anything
+        raise ConfigError(f"{where}; it cannot be imported: {type(error).__name__}: {error}.") from error
+    if not callable(found):
+        raise ConfigError(f"{where}; it is of type {type(found).__name__}, not a function.")
+    return found
+
+
+def source_digest(option: str, function: str) -> str:
+    """Digest of the file that holds the function; nothing is imported but the packages that a module lies in.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    place = function.rpartition(":")[0]
+    path: str | None = place
+    if not place.endswith(".py"):
+        try:
+            spec = importlib.util.find_spec(place)
+        except (Exception, SystemExit) as error:  # a package's own code runs
+            raise ConfigError(f"{option} = {function}; {place} cannot be found: {type(error).__name__}: {error}.") from error
+        path = None if spec is None else spec.origin
+    if path is None or not Path(path).is_file():
+        raise ConfigError(f"{option} = {function}; there is no file {place}; paths start where the command runs.")
+    return _digest(Path(path))
+
+
+def _load_file(path: Path) -> ModuleType:
+    digest, folder = _digest(path), str(path.parent.resolve())
+    if (path.resolve(), digest) in _LOADED:
+        return _LOADED[path.resolve(), digest]
+    name = path.stem
+    if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name) is not None:
+        name = f"{name.replace('.', '_')}_{digest}"  # what the file imports may need the other module of this name
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickles look a class's module up
+    if folder not in sys.path:
+        sys.path.append(folder)  # what lies beside it can be imported
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    _LOADED[path.resolve(), digest] = module
+    return module
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
