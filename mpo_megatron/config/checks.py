@@ -79,8 +79,7 @@ def is_hugging_face(folder: Path) -> bool:
 
 def find_change(before: Any, now: Any, name: str = "") -> tuple[str, Any, Any] | None:
     """The first place where two nested values differ: its dotted name, and both values."""
-    if isinstance(before, dict | None) and isinstance(now, dict | None):
-        before, now = before or {}, now or {}  # a section that is missing has nothing
+    if isinstance(before, dict) and isinstance(now, dict):
         for key in [*before, *(key for key in now if key not in before)]:
             changed = find_change(before.get(key), now.get(key), f"{name}.{key}" if name else key)
             if changed is not None:

@@ -62,6 +62,8 @@ class Layout:
     """One rank of every replica holds a whole copy of the policy to sample from (`online.kl_weight`)."""
     routing: ExpertsConfig = field(default_factory=ExpertsConfig)
     """What routers of experts do besides."""
+    records_choices: bool = False
+    """The reference's choices of experts come from its cache."""
     gpu_bytes: int | None = None
     """Memory of a GPU, which the log-prob kernel's chunks follow; None on a CPU."""
 
@@ -187,11 +189,12 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
 
 
 def _choices(layout: Layout, row: RowCounts, num_rows: int) -> int:
-    """The reference's recorded choices of experts for all tokens of a step, which every rank holds during it."""
+    """The reference's recorded choices of experts: on every rank those of a step, and once more those of its own tokens."""
     experts = layout.shape.experts
-    if experts is None or not layout.routing.needs_choices or layout.resident:
+    if experts is None or not layout.records_choices:
         return 0
-    return row.tokens * num_rows * layout.replicas * experts.choices * (1 if experts.id_bytes == 1 else 4)
+    tokens = row.tokens * num_rows * layout.replicas + _tokens(layout, row) // layout.sequence_parts * num_rows
+    return tokens * experts.choices * (1 if experts.id_bytes == 1 else 4)
 
 
 def _beside(layout: Layout, elements: int) -> int:

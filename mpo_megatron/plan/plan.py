@@ -152,6 +152,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         resident=objective.needs.token_kl or train.online.kl_weight > 0,
         sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
         routing=train.experts,
+        records_choices=train.experts.needs_choices and not objective.needs.token_kl,
         gpus=config.gpus,
         hardware=hardware,
         assumed=Assumptions(
@@ -374,7 +375,7 @@ def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, 
 def choices_on_disk(problem: Problem) -> dict[str, float]:
     """GB of the reference's choices of experts for all groups of the data; nothing if they are not recorded."""
     experts = problem.family.experts
-    if experts is None or not problem.routing.needs_choices or problem.resident:
+    if experts is None or not problem.records_choices:
         return {}
     means = [(t.prompt_lengths + ((t.lengths - 1) * t.valid).sum(axis=1)).mean() for t, _ in problem.sequences.steps]
     tokens = float(sum(means) / len(means)) * problem.sequences.num_groups

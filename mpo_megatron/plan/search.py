@@ -69,6 +69,7 @@ class Problem:
     resident: bool
     sampler: bool
     routing: ExpertsConfig
+    records_choices: bool
     gpus: int
     hardware: Hardware
     assumed: Assumptions
@@ -104,6 +105,7 @@ class Problem:
             resident=self.resident,
             sampler=self.sampler,
             routing=self.routing,
+            records_choices=self.records_choices,
             gpu_bytes=round(self.hardware.memory_gib * GIB),
         )
         packed = self.sequences.pack(

@@ -83,6 +83,20 @@ CHARTS = (
         about="Groups with equal rewards teach nothing and are skipped.",
     ),
     Chart(
+        section="Optimization",
+        title="Balance of experts",
+        unit="",
+        metrics=("load_balancing_loss",),
+        about="The load-balancing loss, mean over layers, without its coefficient: 1 where every expert gets its share.",
+    ),
+    Chart(
+        section="Optimization",
+        title="Router drift",
+        unit="share of choices",
+        metrics=("router_drift",),
+        about="Choices of experts, over tokens and layers, that are not the reference's.",
+    ),
+    Chart(
         section="Speed",
         title="Throughput",
         unit="tokens / s",

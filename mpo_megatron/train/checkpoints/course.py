@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, LossConfig, TrainConfig, is_hugging_face, require
+from mpo_megatron.config import ConfigError, ExpertsConfig, LossConfig, TrainConfig, is_hugging_face, require
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import load_groups
@@ -20,7 +20,7 @@ from mpo_megatron.files.functions import source_digest
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, is_step, read_state
 
-FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction")}
+FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction"), "experts": ("measure_drift",)}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
 
 
@@ -44,10 +44,9 @@ def fixed_options(
         "model": {"precision": model.precision, "fp8": model.fp8, "fp8_bf16_layers": model.fp8_bf16_layers},
         "loss": loss,
         "optimizer": asdict(config.optimizer),
+        "experts": asdict(config.experts),
         "online": asdict(config.online) if config.online.kl_weight else {"kl_weight": 0.0},
     }
-    if config.experts.has_terms or config.experts.routing != "free":  # measuring drift changes nothing
-        fixed["experts"] = {name: value for name, value in asdict(config.experts).items() if name != "measure_drift"}
     for section, names in FREE.items():
         for name in names:
             fixed[section].pop(name, None)
@@ -167,6 +166,9 @@ def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) 
     Raises:
         ConfigError: naming the first thing that changed.
     """
+    if "experts" in fixed:  # runs of earlier versions had no such options
+        defaults = {name: value for name, value in asdict(ExpertsConfig()).items() if name in fixed["experts"]}
+        before = {"experts": defaults, **before}
     changed = find_change(before, fixed)
     if changed is not None:
         name, then, now = changed

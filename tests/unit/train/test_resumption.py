@@ -8,8 +8,8 @@ from unittest.mock import Mock
 
 import pytest
 
-from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, TrainConfig
-from mpo_megatron.train.checkpoints import resumption
+from mpo_megatron.config import ConfigError, DataConfig, ExpertsConfig, ModelConfig, TrainConfig
+from mpo_megatron.train.checkpoints import course, resumption
 from mpo_megatron.train.checkpoints.step_folders import DamagedError, RunState, step_folder, write_state
 
 
@@ -37,3 +37,20 @@ def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003.damaged").mkdir(parents=True)
     with pytest.raises(DamagedError, match=r"no checkpoint is whole; damaged are step_00000003\.damaged"):
         resumption.check_resumption(setup(tmp_path))
+
+
+def test_routing_of_experts_belongs_to_a_runs_course_and_measuring_does_not(tmp_path: Path) -> None:
+    def options(**experts: Any) -> dict[str, Any]:
+        config = TrainConfig(
+            output="run", model=ModelConfig(checkpoint="m"), data=DataConfig(train="t"), experts=ExpertsConfig(**experts)
+        )
+        return course.fixed_options(config, total_steps=1, data_digest="d", reference_digest="r", loss={"name": "mpo"})
+
+    earlier = {name: value for name, value in options().items() if name != "experts"}
+    for before, now in ((options(), options(measure_drift=True)), (earlier, options()), (options(z_coeff=0.1),) * 2):
+        course.check_same_run(before, now, tmp_path)
+    for before in (options(), earlier):
+        with pytest.raises(ConfigError, match=r"trained with experts.routing = free, now it is replay"):
+            course.check_same_run(before, options(routing="replay"), tmp_path)
+    with pytest.raises(ConfigError, match=r"trained with experts.balance_coeff = 0.1, now it is 0.0"):
+        course.check_same_run(options(balance_coeff=0.1), options(), tmp_path)

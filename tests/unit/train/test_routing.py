@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import switch_load_balancing_loss_func
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from transformers import MixtralConfig
 
@@ -17,6 +18,7 @@ from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.families import read_family
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.model.routing import RowRouter
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective
 from mpo_megatron.train.reference import select_all
@@ -176,3 +178,33 @@ def test_what_is_not_known_is_said() -> None:
     note = unmeasured_drift(ExpertsConfig(), EXPERTS, resident=False)
     assert note is not None
     assert "router_drift is not measured" in note
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_routers_compute_in_float32(ranks: Ranks, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits are the exact products of hidden states and weights in the model's dtype, rounded to float32 and not before."""
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+    original = RowRouter.routing
+
+    def watch(self: RowRouter, logits: Tensor, padding_mask: None = None) -> Any:
+        seen.append((self.input, self.weight, logits))
+        return original(self, logits, padding_mask)
+
+    def gating(self: RowRouter, hidden: Tensor) -> Tensor:
+        self.input = hidden
+        return TopKRouter.gating(self, hidden)
+
+    monkeypatch.setattr(RowRouter, "routing", watch)
+    monkeypatch.setattr(RowRouter, "gating", gating)
+    model = ModelConfig(checkpoint="", precision=precision)
+    parts = build_policy(FAMILY, model, ParallelConfig(), ranks, 128)
+    with torch.no_grad():
+        for _, parameter in parts[0].named_parameters():
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    forward_step(parts, batch_of()[0], OBJECTIVE, ranks)
+    assert seen
+    for hidden, weight, logits in seen:
+        assert hidden.dtype == weight.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+        assert logits.dtype == torch.float32
+        exact = hidden.double() @ weight.double().T
+        assert (logits - exact).abs().max() < 32 * 2**-24 * exact.abs().max()  # sums of 32 products
