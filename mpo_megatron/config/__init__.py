@@ -21,6 +21,7 @@ from mpo_megatron.config.generate import (
 from mpo_megatron.config.inspect import InspectConfig
 from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
+from mpo_megatron.config.lora import LoraConfig
 from mpo_megatron.config.model import ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
@@ -57,6 +58,7 @@ __all__ = [
     "JobConfig",
     "KubernetesJob",
     "LoggingConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "OnlineConfig",

@@ -11,7 +11,8 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Section):
-    """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input."""
+    """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input. Adapters (LoRA)
+    go to and from PEFT's folders."""
 
     input: str
     """What to read: a Hugging Face folder (config.json + safetensors), a model's name on the hub, or a Megatron checkpoint
@@ -27,6 +28,10 @@ class ConvertConfig(Section):
     """The Megatron checkpoint's vocabulary is padded to a multiple of this; any tensor-parallel size dividing it can load it."""
     max_shard_gib: float = 4.0
     """Largest safetensors file written on the way out, in GiB, unless one tensor alone is larger."""
+    base: str | None = None
+    """Megatron checkpoint of the base model of an adapter; by default where it was when the adapter was trained."""
+    merge: bool = False
+    """Write the base model with the adapter added to its weights, as a Hugging Face checkpoint, instead of the adapter."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,6 +8,8 @@ from typing import Literal
 from mpo_megatron.config.checks import require
 from mpo_megatron.config.values import Section
 
+ADAPTER_OFF = "adapter_off"
+"""Value of `reference` that means no checkpoint."""
 CHUNKS = (1024, 2048, 4096, 8192)
 """Sizes that `logprob_chunk` takes by default: each one reads and writes the weight's float32 gradient, so large is fast."""
 CHUNK_SHARE = 0.04
@@ -24,7 +26,8 @@ class ModelConfig(Section, prefix="model."):
     """The model to train: a folder that `mpo convert` or a run wrote, or a Hugging Face one, which is converted once into
     `<output>/converted`."""
     reference: str | None = None
-    """The reference policy π_ref, a folder of the same kinds; by default the model that training starts from."""
+    """The reference policy π_ref, a folder of the same kinds; by default the model that training starts from. `adapter_off`: the
+    base model, which a run with `lora` computes in every step by switching its adapter off."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer states and master weights are float32 in both."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"

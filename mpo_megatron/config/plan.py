@@ -45,6 +45,8 @@ class PlanConfig(Section):
     """Global batch; by default that of `train`, or 128."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] | None = None
     """FP8 recipe to plan with, instead of that of `train`."""
+    lora_rank: int | None = None
+    """Plan adapters of this rank (`lora.rank`), instead of that of `train`; 0: all weights are trained."""
     attention: Literal["varlen", "flex"] = "varlen"
     """Attention kernel that `model.attention: auto` will find: `varlen` with flash-attn or a recent PyTorch."""
     efficiency: float = 0.55
@@ -75,6 +77,7 @@ class PlanConfig(Section):
             require(getattr(self, name) >= 1, f"{name} = {getattr(self, name)}; it must be at least 1.")
         require(self.responses >= 2, f"responses = {self.responses}; a group has at least 2.")
         require(0 <= self.spread < 1, f"spread = {self.spread}; it must be at least 0 and below 1.")
+        require(self.lora_rank is None or self.lora_rank >= 0, f"lora_rank = {self.lora_rank}; it must be 0 (off) or positive.")
         for name in ("gpus_per_node", "groups", "groups_per_step"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"{name} = {value}; it must be at least 1.")

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.config.train import TrainConfig
 
 
@@ -22,10 +23,12 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
     model, data, loss = config.model, config.data, config.loss
     place, _, name = (loss.function or "").rpartition(":")
+    reference = model.reference if model.reference == ADAPTER_OFF else absolute(model.reference)
     return replace(
         config,
         output=os.path.abspath(config.output),
-        model=replace(model, checkpoint=os.path.abspath(model.checkpoint), reference=absolute(model.reference)),
+        model=replace(model, checkpoint=os.path.abspath(model.checkpoint), reference=reference),
+        lora=replace(config.lora, base=absolute(config.lora.base)),
         data=replace(data, train=os.path.abspath(data.train), eval=absolute(data.eval)),
         loss=replace(loss, function=f"{os.path.abspath(place)}:{name}") if place.endswith(".py") else loss,
     )

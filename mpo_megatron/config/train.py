@@ -10,7 +10,8 @@ from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import check_checkpoint, check_function, check_seed, check_writable, require
 from mpo_megatron.config.experts import ExpertsConfig
-from mpo_megatron.config.model import ModelConfig
+from mpo_megatron.config.lora import LoraConfig
+from mpo_megatron.config.model import ADAPTER_OFF, ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
 
@@ -262,6 +263,7 @@ class TrainConfig(Section):
     model: ModelConfig
     data: DataConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     experts: ExpertsConfig = field(default_factory=ExpertsConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -299,7 +301,7 @@ def validate_folders(config: TrainConfig) -> None:
         ConfigError: naming the field, the rule and the fix.
     """
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
-        if folder is not None:
+        if folder is not None and folder != ADAPTER_OFF:
             check_checkpoint(Path(folder), name)
     for name, folder in (("data.train", config.data.train), ("data.eval", config.data.eval)):
         if folder is not None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, LossConfig, TrainConfig, require
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
@@ -86,7 +87,11 @@ def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> Train
         reference is not None,
         "held_out.model.reference = None; the implicit reward is log π − log π_ref: give what training started from.",
     )
-    newest = replace(config.model, checkpoint=_newest(config.model.checkpoint), reference=_newest(str(reference)))
+    newest = replace(
+        config.model,
+        checkpoint=_newest(config.model.checkpoint),
+        reference=reference if reference == ADAPTER_OFF else _newest(str(reference)),
+    )
     data = load_groups(config.groups)
     labels_only = data.info.reward_kind == "labels"
     return TrainConfig(

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 
 from mpo_megatron.config import ConfigError, ModelConfig, check_checkpoint, is_hugging_face, require
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.conversion import VOCAB_MULTIPLE
 from mpo_megatron.hf.fingerprint import folder_digest
@@ -32,7 +33,7 @@ def with_megatron_checkpoints(model: ModelConfig, run: Path, prefix: str = "") -
     """
     checkpoint = megatron_checkpoint(model.checkpoint, run, f"{prefix}model.checkpoint")
     reference = model.reference
-    if reference is not None:
+    if reference not in (None, ADAPTER_OFF):
         reference = megatron_checkpoint(reference, run, f"{prefix}model.reference")
     return dataclasses.replace(model, checkpoint=checkpoint, reference=reference)
 

@@ -26,9 +26,13 @@ from torch import Tensor
 from mpo_megatron.config import ConvertConfig, is_hub_name, require, validate_convert
 from mpo_megatron.data.hub import download_model
 from mpo_megatron.families import load_family
+from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.families.rules import EMBEDDING, OUTPUT
 from mpo_megatron.files import digests
+from mpo_megatron.hf.adapter import find_base
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
+from mpo_megatron.hf.identity import is_adapter_folder
+from mpo_megatron.model.convert_adapter import export_adapter, import_adapter, read_matrices, read_peft, require_base
 from mpo_megatron.model.convert_folder import (
     change_config,
     copy_side_files,
@@ -38,7 +42,8 @@ from mpo_megatron.model.convert_folder import (
     staged,
 )
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
-from mpo_megatron.model.hf_names import base_model, check_kind, is_adapter, read_names
+from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
+from mpo_megatron.model.merging import Rounding, merger
 from mpo_megatron.model.resizing import grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
@@ -69,6 +74,11 @@ def convert(config: ConvertConfig) -> None:
     if is_hub_name(config.input):
         source = download_model(config.input, "input", config.revision)
     megatron = find_megatron_checkpoint(source)
+    if is_adapter(source) or (megatron is not None and is_adapter_folder(megatron)):
+        _convert_adapter(config, megatron, output)
+        return
+    for name, value in (("base", config.base), ("merge", config.merge)):
+        require(not value, f"{name} = {value}, but input = {source} is a whole model, no adapter; leave it out.")
     if megatron is not None:
         require(
             not config.resize_vocabulary,
@@ -76,14 +86,41 @@ def convert(config: ConvertConfig) -> None:
         )
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
         return
-    if is_adapter(source):
-        raise CheckpointError(f"input = {source} is a LoRA adapter of {base_model(source)}; merge it into that model first.")
     require(
         (source / "config.json").is_file(),
         f"input = {source} is neither a Hugging Face checkpoint (no config.json) nor a Megatron one (no megatron/, no "
         "checkpoints/step_*).",
     )
     import_from_hf(source, output, vocab_multiple=config.vocab_multiple, resize_vocabulary=config.resize_vocabulary)
+
+
+def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path) -> None:
+    """An adapter from a PEFT folder, or from a Megatron one, to the other kind; or merged into its base model.
+
+    Args:
+        megatron: folder of the Megatron checkpoint; None if the input is PEFT's
+    """
+    source = Path(config.input)
+    if not config.merge:
+        if megatron is None:
+            import_adapter(source, output, require_base(config.base, source))
+        else:
+            export_adapter(megatron, output, config.base)
+        return
+    if megatron is None:
+        base = require_base(config.base, source)
+        adapter, matrices = read_peft(source, load_family(base / "hf"))
+    else:
+        record, matrices = read_matrices(megatron)
+        adapter, base = record.adapter, find_base(megatron, record, config.base, "base")
+    merge_to_hf(base, adapter, matrices, output, max_shard_bytes=config.max_shard_gib * 2**30)
+
+
+def merge_to_hf(base: Path, adapter: Adapter, matrices: dict[str, Tensor], output: Path, *, max_shard_bytes: float) -> None:
+    """Write the Hugging Face checkpoint `output` of a Megatron checkpoint with an adapter added to its weights."""
+    rounding = Rounding()
+    export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=merger(adapter, matrices, rounding))
+    print(rounding.describe(), file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------- in
@@ -251,13 +288,16 @@ def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: Store
 # --------------------------------------------------------------------------------------------------- out
 
 
-def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
+def export_to_hf(
+    source: Path, output: Path, *, max_shard_bytes: float, change: Callable[[str, int, Tensor], Tensor] | None = None
+) -> None:
     """Write the Hugging Face checkpoint `output` from the Megatron checkpoint folder `source`.
 
     Args:
         source: folder with megatron/, hf/ and conversion.json; other keys of a training checkpoint are ignored
         output: folder to create; may exist empty
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger
+        change: makes what is written of a weight's name, first row and rows
     Raises:
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
     """
@@ -282,8 +322,10 @@ def export_to_hf(source: Path, output: Path, *, max_shard_bytes: float) -> None:
 
         def rows_of(tensor: PlannedTensor) -> Iterator[Tensor]:
             item, placement = homes[tensor.name]
+            first = 0
             for rows in _scatter_rows(checkpoint, read_slice, item, placement):
-                yield rows
+                yield rows if change is None else change(tensor.name, first, rows)
+                first += len(rows)
                 advance(rows.numel() * rows.dtype.itemsize)
 
         write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)

@@ -7,7 +7,6 @@ that are stacked in one tensor. What it would fill with random numbers is refuse
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -42,7 +41,7 @@ def check_kind(source: Path, family: Family) -> None:
     adapter = source / "adapter_config.json"
     require(
         not adapter.is_file(),
-        f"{adapter}: a LoRA adapter, not a whole model; merge it into its base model first, in peft: merge_and_unload().",
+        f"{adapter}: a LoRA adapter beside a whole model; move one of them to a folder of its own.",
     )
     config = source / "config.json"
     quantization = getattr(family.config, "quantization_config", None)
@@ -130,11 +129,3 @@ def _experts_of(stacked: StoredTensor, rule: Rule, layer: int) -> dict[str, Stor
             parts[name] = StoredTensor(name, stacked.file, stacked.dtype, shape, start)
             start += math.prod(shape) * stacked.dtype.itemsize
     return parts
-
-
-def base_model(source: Path) -> str:
-    """The model that an adapter belongs to, for messages."""
-    try:
-        return str(json.loads((source / "adapter_config.json").read_bytes()).get("base_model_name_or_path"))
-    except (ValueError, AttributeError):
-        return "its base model"

@@ -28,6 +28,8 @@ from torch.distributed.nn.functional import all_reduce
 
 from mpo_megatron import device
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
+from mpo_megatron.model.adapters import adapted, adapted_grouped
 from mpo_megatron.model.attention import GroupAttention, RowAttention, Scores
 from mpo_megatron.model.routing import route_by_rows
 
@@ -99,13 +101,13 @@ class RowSelfAttention(SelfAttention):
         return super().forward(*arguments, rotary_pos_emb=rotary_pos_emb[self.rope], **options)
 
 
-def output_normed(linear: type) -> type:
+def output_normed(linear: type, norm: Any) -> type:
     """A row-parallel linear layer whose output goes through a norm."""
 
     class NormedOutput(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
             super().__init__(input_size, output_size, config=config, **options)
-            self.post_layernorm = norm_type(linear)(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
+            self.post_layernorm = norm(config=config, hidden_size=output_size, eps=config.layernorm_epsilon)
 
         def forward(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
             output, bias = super().forward(x, *arguments, **options)
@@ -124,7 +126,13 @@ def norm_type(linear: type) -> Any:
 
 
 def build_block_spec(
-    family: Family, config: TransformerConfig, transformer_engine: bool, pipeline_rank: int, chunk: int, attend: RowAttention
+    family: Family,
+    config: TransformerConfig,
+    transformer_engine: bool,
+    pipeline_rank: int,
+    chunk: int,
+    attend: RowAttention,
+    adapter: Adapter | None = None,
 ) -> TransformerBlockSubmodules:
     """One run of layers of one pipeline stage."""
     norm: Any = RMSNorm
@@ -134,11 +142,14 @@ def build_block_spec(
         norm = TENorm
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
     first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
-    layers = [_layer_spec(family, layer, transformer_engine, attend) for layer in range(first, first + num_layers)]
+    adapters = {} if adapter is None else linear_adapters(family, adapter)
+    layers = [_layer_spec(family, layer, transformer_engine, attend, adapters) for layer in range(first, first + num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
-def _layer_spec(family: Family, number: int, transformer_engine: bool, attend: RowAttention) -> ModuleSpec:
+def _layer_spec(
+    family: Family, number: int, transformer_engine: bool, attend: RowAttention, adapters: dict[str, LinearAdapter]
+) -> ModuleSpec:
     """The layer of this number, from 0."""
     num_experts = family.num_experts if family.has_experts(number) else None
     head_norm = family.qk_norm == "head"
@@ -166,12 +177,57 @@ def _layer_spec(family: Family, number: int, transformer_engine: bool, attend: R
     mlp: Any = layer.submodules.mlp.keywords["submodules"]
     if not family.pre_norms:
         _drop_input_norms(layer, mlp, transformer_engine)
+    norm_after = norm_type(attention.submodules.linear_proj)
+    if adapters:
+        if transformer_engine and family.pre_norms:
+            _split_input_norms(layer, mlp, dense=num_experts is None)
+        _add_adapters(layer, mlp, adapters, grouped=transformer_engine)
     if family.post_norms:
-        attention.submodules.linear_proj = output_normed(attention.submodules.linear_proj)
-        mlp.linear_fc2 = output_normed(mlp.linear_fc2)
+        attention.submodules.linear_proj = output_normed(attention.submodules.linear_proj, norm_after)
+        mlp.linear_fc2 = output_normed(mlp.linear_fc2, norm_after)
     if num_experts is not None:
         route_by_rows(layer, family, number)
     return layer
+
+
+def _split_input_norms(layer: ModuleSpec, mlp: Any, *, dense: bool) -> None:
+    """Norms as modules of their own, as in the local layers: an adapter needs the normed input, which Transformer Engine's layers
+    with a norm in them do not hand out. In checkpoints they keep their place."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    layer.submodules.input_layernorm = TENorm
+    layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    if dense:
+        layer.submodules.pre_mlp_layernorm = TENorm
+        mlp.linear_fc1 = TEColumnParallelLinear
+        keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    layer.submodules.sharded_state_dict_keys_map = {**layer.submodules.sharded_state_dict_keys_map, **keys}
+
+
+def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter], *, grouped: bool) -> None:
+    """Adapters in the linear layers that have any, by the key of the weight beside them.
+
+    Args:
+        mlp: submodules of the dense MLP, or those of the layer of experts
+        grouped: experts are computed together
+    """
+    experts = getattr(mlp, "experts", None)
+    homes: list[tuple[str, Any, str, bool]] = [
+        ("self_attention.linear_qkv", layer.submodules.self_attention.submodules, "linear_qkv", False),
+        ("self_attention.linear_proj", layer.submodules.self_attention.submodules, "linear_proj", False),
+    ]
+    if experts is None:
+        homes += [(f"mlp.{name}", mlp, name, False) for name in ("linear_fc1", "linear_fc2")]
+    else:
+        shared = mlp.shared_experts.keywords["submodules"] if mlp.shared_experts is not None else None
+        inner = experts.keywords["submodules"]
+        homes += [(f"mlp.experts.experts.{name}", inner, name, grouped) for name in ("linear_fc1", "linear_fc2")]
+        homes += [(f"mlp.shared_experts.{name}", shared, name, False) for name in ("linear_fc1", "linear_fc2")] if shared else []
+    for key, owner, name, together in homes:
+        plan = adapters.get(f"decoder.layers.{key}.weight")
+        if plan is not None:
+            setattr(owner, name, (adapted_grouped if together else adapted)(getattr(owner, name), plan))
 
 
 def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> None:

@@ -21,15 +21,16 @@ from torch.distributed import all_gather_object, broadcast, get_rank, get_world_
 
 from mpo_megatron import device
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import ADAPTER, Adapter
 from mpo_megatron.model.parallel import Ranks
-from mpo_megatron.model.weight_map import Slice, build_weight_map
+from mpo_megatron.model.weight_map import Slice, build_adapter_map, build_weight_map
 
 Receive = Callable[[str, Tensor], None]
 """Takes one whole weight by its Hugging Face name, on this rank's device; the tensor may not be kept without a copy."""
 
 
 @dataclass(frozen=True)
-class _Box:
+class Box:
     """A part of a checkpoint tensor that some rank holds."""
 
     key: str
@@ -43,6 +44,8 @@ class _Box:
 def send_weights(model: Sequence[Any], family: Family, padded_vocab: int, ranks: Ranks, receive: Receive | None) -> None:
     """Give the policy's weights, one after the other, to every rank that wants them; all ranks call it.
 
+    With adapters these are the base model's weights.
+
     Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
 
     Args:
@@ -51,13 +54,21 @@ def send_weights(model: Sequence[Any], family: Family, padded_vocab: int, ranks:
     Raises:
         RuntimeError: ranks together do not hold a tensor that the weight map names.
     """
-    held = _held_boxes(model, ranks)
+    _send(build_weight_map(family, padded_vocab), held_boxes(model, ranks, adapters=False), receive)
+
+
+def send_adapter(model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks, receive: Receive | None) -> None:
+    """The same for the matrices of the policy's adapter, under PEFT's names."""
+    _send(build_adapter_map(family, adapter), held_boxes(model, ranks, adapters=True), receive)
+
+
+def _send(slices: Sequence[Slice], held: dict[Box, Tensor], receive: Receive | None) -> None:
     owners = _find_owners(list(held))
-    for item in build_weight_map(family, padded_vocab):
+    for item in slices:
         whole: Tensor | None = None
         filled = 0
         for box, owner in owners[item.key]:
-            place = _place(box, item)
+            place = place_in(box, item)
             if place is None:
                 continue
             data = held[box] if owner == get_rank() else torch.empty(box.sizes, dtype=box.dtype, device=device.device())
@@ -83,7 +94,7 @@ def _hand_out(whole: Tensor, item: Slice, receive: Receive) -> None:
         receive(placement.name, tensor)
 
 
-def _place(box: _Box, item: Slice) -> tuple[slice, ...] | None:
+def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:
     """Where a box lies in a slice; None if it belongs to another layer."""
     leading = len(item.global_shape) - len(item.shape)
     if box.offsets[:leading] != item.index:
@@ -91,8 +102,8 @@ def _place(box: _Box, item: Slice) -> tuple[slice, ...] | None:
     return tuple(slice(start, start + size) for start, size in zip(box.offsets[leading:], box.sizes[leading:], strict=True))
 
 
-def _held_boxes(model: Sequence[Any], ranks: Ranks) -> dict[_Box, Tensor]:
-    """The boxes that this rank's parts of the model hold."""
+def held_boxes(model: Sequence[Any], ranks: Ranks, *, adapters: bool) -> dict[Box, Tensor]:
+    """The boxes that this rank's parts of the model hold, of its adapters or of all else; their data is the model's own."""
     boxes = {}
     for part in model:
         while hasattr(part, "module"):  # DistributedDataParallel, Float16Module
@@ -101,24 +112,24 @@ def _held_boxes(model: Sequence[Any], ranks: Ranks) -> dict[_Box, Tensor]:
         force_all_tensors_to_non_fp8(state)  # the bf16 numbers that FP8 weights stand for, as in a checkpoint
         apply_factories(state)
         for tensor in nested_values(state):
-            if isinstance(tensor, ShardedTensor) and tensor.data is not None:
+            if isinstance(tensor, ShardedTensor) and tensor.data is not None and (ADAPTER in tensor.key) == adapters:
                 sizes = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-                box = _Box(tensor.key, tuple(tensor.global_offset), sizes, tensor.dtype)
+                box = Box(tensor.key, tuple(tensor.global_offset), sizes, tensor.dtype)
                 boxes[box] = tensor.data.detach().reshape(sizes)
     return boxes
 
 
-def _find_owners(own: list[_Box]) -> dict[str, list[tuple[_Box, int]]]:
+def _find_owners(own: list[Box]) -> dict[str, list[tuple[Box, int]]]:
     """Every box of every tensor with the lowest rank that holds it, in the same order on all ranks."""
-    everyone: list[list[_Box]] = [own]
+    everyone: list[list[Box]] = [own]
     if get_world_size() > 1:
         everyone = [[] for _ in range(get_world_size())]
         all_gather_object(everyone, own)
-    owner: dict[_Box, int] = {}
+    owner: dict[Box, int] = {}
     for rank, boxes in enumerate(everyone):
         for box in boxes:
             owner.setdefault(box, rank)
-    owners: dict[str, list[tuple[_Box, int]]] = defaultdict(list)
+    owners: dict[str, list[tuple[Box, int]]] = defaultdict(list)
     for box, rank in owner.items():
         owners[box.key].append((box, rank))
     return owners

@@ -25,6 +25,8 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.packing import Ints
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter
+from mpo_megatron.model.adapters import freeze_base
 from mpo_megatron.model.architecture import build_transformer_config, resolve_model
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function
@@ -55,6 +57,7 @@ class Policy(LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
+        adapted: bool = False,
     ) -> None:
         """The attributes that are set here have the names by which Megatron-Core's schedules and optimizers look for them.
 
@@ -62,12 +65,14 @@ class Policy(LanguageModule):
             pre_process: it begins with the embedding
             post_process: it ends with the output layer
             vp_stage: number of this run of layers in an interleaved schedule
+            adapted: adapters are trained, and nothing else
         """
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = family.tie_word_embeddings
         self.real_vocab_size = family.vocab_size
+        self.adapted = adapted
         self.embedding_scale, self.logit_cap = family.embedding_scale, family.logit_cap
         # Not a buffer: in bf16 it stays float32.
         self.inverse_frequencies = torch.tensor([rope.inverse_frequencies for rope in family.ropes], device=device.device())
@@ -191,6 +196,9 @@ class Policy(LanguageModule):
         if embedded is not None and self.embedding_scale != 1:
             # Rounded to the compute dtype first, as `transformers` does it.
             embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype, device=embedded.device)
+        if embedded is not None and self.adapted and torch.is_grad_enabled():
+            # The embedding is frozen, and layers that are recomputed get gradients only from an input that has one.
+            embedded.requires_grad_()
         return self.decoder(
             hidden_states=embedded,
             attention_mask=None,
@@ -232,12 +240,19 @@ class Policy(LanguageModule):
 
 
 def build_policy(
-    family: Family, model: ModelConfig, parallel: ParallelConfig, ranks: Ranks, padded_vocab_size: int
+    family: Family,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    ranks: Ranks,
+    padded_vocab_size: int,
+    adapter: Adapter | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's parts of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
 
     One part, or with interleaved pipelining one for each run of layers, in the order of the layers.
 
+    Args:
+        adapter: adapters to train beside frozen weights; zeros until they are initialized or loaded
     Raises:
         ConfigError: something is asked for that is missing: Transformer Engine, or an attention back end.
     """
@@ -248,7 +263,13 @@ def build_policy(
         part = Policy(
             config,
             build_block_spec(
-                family, config, model.from_engine, ranks.pipeline.rank(), chunk, attention_function(model.attention)
+                family,
+                config,
+                model.from_engine,
+                ranks.pipeline.rank(),
+                chunk,
+                attention_function(model.attention),
+                adapter,
             ),
             family=family,
             padded_vocab_size=padded_vocab_size,
@@ -257,7 +278,10 @@ def build_policy(
             pre_process=ranks.is_first_stage and chunk == 0,
             post_process=ranks.is_last_stage and chunk == parallel.virtual_pipeline - 1,
             vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
+            adapted=adapter is not None,
         ).to(device.device())
         mark_experts(part)
+        if adapter is not None:
+            freeze_base(part)
         parts.append(Float16Module(config, part) if config.bf16 else part)
     return parts

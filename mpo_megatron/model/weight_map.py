@@ -8,9 +8,11 @@ some without, each has keys of its own instead.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.families.rules import Rule
 
 
@@ -73,14 +75,23 @@ def build_weight_map(family: Family, padded_vocab: int) -> list[Slice]:
     first = family.rules.index(per_layer[0])
     return [
         *(_slice(rule, padded_vocab) for rule in family.rules[:first]),
-        *(
-            _layer_slice(rule, layer, expert, family)
-            for layer in range(family.num_hidden_layers)
-            for rule in per_layer
-            if rule.layers is None or layer in rule.layers
-            for expert in range(rule.experts or 1)
-        ),
+        *_layer_slices(per_layer, family),
         *(_slice(rule, padded_vocab) for rule in family.rules[first:] if not rule.per_layer),
+    ]
+
+
+def build_adapter_map(family: Family, adapter: Adapter) -> list[Slice]:
+    """Every Megatron tensor of an adapter, layer by layer; its parts have PEFT's names."""
+    return _layer_slices(adapter_rules(family, adapter), family)
+
+
+def _layer_slices(rules: Sequence[Rule], family: Family) -> list[Slice]:
+    return [
+        _layer_slice(rule, layer, expert, family)
+        for layer in range(family.num_hidden_layers)
+        for rule in rules
+        if rule.layers is None or layer in rule.layers
+        for expert in range(rule.experts or 1)
     ]
 
 

@@ -18,7 +18,16 @@ from typing import Literal
 
 from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import Family
-from mpo_megatron.plan.parameters import Part, Weight, buffer_size, count_parameters, part_weights, stage_parts
+from mpo_megatron.families.adapters import Adapter, adapter_rules
+from mpo_megatron.plan.parameters import (
+    Part,
+    Weight,
+    adapter_weights,
+    buffer_size,
+    count_parameters,
+    part_weights,
+    stage_parts,
+)
 from mpo_megatron.plan.rows import RowCounts
 
 GIB = 2**30
@@ -64,6 +73,8 @@ class Layout:
     """What routers of experts do besides."""
     records_choices: bool = False
     """The reference's choices of experts come from its cache."""
+    adapter: Adapter | None = None
+    """Trained beside frozen weights."""
     gpu_bytes: int | None = None
     """Memory of a GPU, which the log-prob kernel's chunks follow; None on a CPU."""
 
@@ -116,6 +127,8 @@ class StageMemory:
     stage: int
     parameters: int
     """Elements, as laid out in buffers."""
+    trained: int
+    """Of these with gradients: all, or the adapters'."""
     rows_in_flight: float
     """Rows whose activations are kept at one time; with interleaving, sums of parts of rows."""
     weights: int
@@ -161,20 +174,25 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
     """
     parts = stage_parts(layout.shape, layout.parallel)[stage]
     weights = [part_weights(layout.shape, layout.parallel, part, layout.padded_vocab) for part in parts]
-    dense = sum(buffer_size([w for w in part if not w.expert], layout.sharing) for part in weights)
-    expert = sum(buffer_size([w for w in part if w.expert], layout.expert_sharing) for part in weights)
-    elements, stored = dense + expert, _weight_bytes(layout, weights, dense + expert)
+    trained = weights
+    if layout.adapter is not None:
+        trained = [adapter_weights(layout.shape, layout.adapter, layout.parallel, part) for part in parts]
+    dense = sum(buffer_size([w for w in part if not w.expert], layout.sharing) for part in trained)
+    expert = sum(buffer_size([w for w in part if w.expert], layout.expert_sharing) for part in trained)
+    frozen = 0 if layout.adapter is None else sum(weight.size for part in weights for weight in part)
+    elements, stored = dense + expert + frozen, _weight_bytes(layout, weights, dense + expert + frozen)
     state_bytes = STATE_BYTES + (MASTER_BYTES if layout.dtype_bytes == 2 else 0)
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
     kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
-    moment, working = _peak(layout, parts, weights, row, kept)
+    moment, working = _peak(layout, parts, trained, row, kept)
     rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows + _choices(layout, row, num_rows)
     return StageMemory(
         stage=stage,
         parameters=elements,
         rows_in_flight=chunks / len(parts),
         weights=stored,
-        gradients=elements * GRADIENT_BYTES,
+        trained=dense + expert,
+        gradients=(dense + expert) * GRADIENT_BYTES,
         optimizer=round(
             state_bytes * (dense // layout.sharing + expert // layout.expert_sharing) * (1 - layout.optimizer.cpu_offload)
         ),
@@ -260,9 +278,27 @@ def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
 
 def layer_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
     """Bytes that autograd keeps of one layer for one row, but for what is computed again."""
-    kept = _norms_kept(layout, row, experts=experts) + _projections_kept(layout, row)
+    kept = (
+        _norms_kept(layout, row, experts=experts) + _projections_kept(layout, row) + _adapters_kept(layout, row, experts=experts)
+    )
     kept += 0 if layout.recomputes("moe" if experts else "mlp") else _second_half(layout, row, experts=experts)
     return kept if layout.recomputes("core_attn") else kept + _core_kept(layout, row)
+
+
+def _adapters_kept(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+    """A x of each adapter in a layer [t, rank]; its input is that of the layer beside it, which is kept anyway.
+
+    A layer that is computed again keeps it no less than its own output, so recomputation is not looked at: it is small.
+    """
+    if layout.adapter is None:
+        return 0
+    tokens, narrow = _tokens(layout, row), 0
+    for rule in adapter_rules(layout.shape, layout.adapter):
+        if not rule.megatron.endswith("lora_A") or (".mlp." in rule.megatron and (".experts." in rule.megatron) != experts):
+            continue
+        times = layout.shape.active_experts if rule.experts is not None else 1
+        narrow += tokens * layout.adapter.rank * times // (layout.sequence_parts if rule.experts is not None else 1)
+    return narrow * layout.dtype_bytes
 
 
 def _second_half(layout: Layout, row: RowCounts, *, experts: bool) -> int:
@@ -387,7 +423,7 @@ def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], 
         moments["all-to-all"] += _all_to_all(layout, row)
     if parts[-1].last:
         moments["log-probs"] = _head(layout, row)
-    if parts[0].first:
+    if parts[0].first and layout.adapter is None:
         embedding = layout.padded_vocab // layout.parallel.tensor * layout.shape.hidden_size * layout.dtype_bytes
         done = _kept(layout, parts[0], row) + _kept_by_head(layout, parts[-1], row)
         moments["gradient of the embedding"] = (
@@ -424,6 +460,8 @@ def _backward(layout: Layout, row: RowCounts) -> int:
     else:
         ffn = shape.intermediate_size // parallel.tensor
         weight = shape.hidden_size * ffn
+    if layout.adapter is not None:  # no gradient of the weight
+        weight = 0
     whole = tokens * shape.hidden_size
     output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)
     freed = 1 if layout.kernels.gpu else 3  # of the 3F or 5F that were kept, when the gradient [2F] is there

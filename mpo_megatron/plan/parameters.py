@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from mpo_megatron.config import ParallelConfig
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.families.rules import Rule
 
 PARAMETER_ALIGNMENT = 64
@@ -70,6 +71,17 @@ def part_weights(family: Family, parallel: ParallelConfig, part: Part, padded_vo
             if rule.layers is None or layer in rule.layers:
                 weights += [_weight(rule, parallel, padded_vocab)] * ((rule.experts or parallel.expert) // parallel.expert)
     return weights
+
+
+def adapter_weights(family: Family, adapter: Adapter, parallel: ParallelConfig, part: Part) -> list[Weight]:
+    """The matrices of an adapter that one rank holds of a part of the model."""
+    return [
+        _weight(rule, parallel, 0)._replace(matrix=False)
+        for layer in part.layers
+        for rule in adapter_rules(family, adapter)
+        if rule.layers is None or layer in rule.layers
+        for _ in range((rule.experts or parallel.expert) // parallel.expert)
+    ]
 
 
 def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:

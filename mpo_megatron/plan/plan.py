@@ -22,8 +22,10 @@ from mpo_megatron.config import (
     require,
     validate_experts,
 )
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
+from mpo_megatron.families.adapters import choose_adapter
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 from mpo_megatron.hf.flops import build_flop_model
@@ -68,6 +70,8 @@ def plan(config: PlanConfig) -> None:
         check_writable(Path(config.output).parent, "output")
         require(not Path(config.output).is_dir(), f"output = {config.output}; it is a folder; name a file for the plan.")
     train = load_yaml(TrainConfig, config.train) if config.train else default_train(config)
+    if config.lora_rank is not None:
+        train = dataclasses.replace(train, lora=dataclasses.replace(train.lora, rank=config.lora_rank))
     if config.fp8 is not None:
         train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=config.fp8))
     problem = build_problem(config, train)
@@ -140,6 +144,9 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
     if attention == "auto":
         attention = "sdpa" if train.model.precision == "fp32" else config.attention
     layers = "local" if train.model.backend == "local" else "transformer_engine"
+    adapter = choose_adapter(family, train.lora)
+    # Then the reference is the policy with its adapter off, and no other model is in memory.
+    own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
     return Problem(
         family=family,
         padded_vocab=padded or padded_vocab_size(family.vocab_size, ConvertConfig(input="", output="").vocab_multiple),
@@ -149,10 +156,11 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         sequences=find_sequences(config, train, objective, data.groups_per_step),
         flops=build_flop_model(family),
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
-        resident=objective.needs.token_kl or train.online.kl_weight > 0,
+        resident=(objective.needs.token_kl or train.online.kl_weight > 0) and not own_reference,
         sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
         routing=train.experts,
         records_choices=train.experts.needs_choices and not objective.needs.token_kl,
+        adapter=adapter,
         gpus=config.gpus,
         hardware=hardware,
         assumed=Assumptions(
@@ -163,7 +171,8 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
             forward_only=train.loss.step == "two_phase"
             or objective.needs_whole_batch
             or objective.needs.token_kl
-            or train.experts.needs_whole_batch,
+            or train.experts.needs_whole_batch
+            or train.model.reference == ADAPTER_OFF,
         ),
         overhead_gib=config.overhead_gib,
         usable=config.usable,
@@ -272,7 +281,8 @@ def print_problem(console: Console, problem: Problem, config: PlanConfig) -> Non
     shape, hardware = problem.family, problem.hardware
     console.print(
         f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.num_hidden_layers} layers; "
-        f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
+        + (f"adapters of rank {problem.adapter.rank} are trained; " if problem.adapter else "")
+        + f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
         f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
         + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else ""),
         soft_wrap=True,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mpo_megatron.config import ConfigError, DataConfig, ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.hf.flops import FlopModel
 from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
 from mpo_megatron.hf.layout import validate_layout
@@ -70,6 +71,7 @@ class Problem:
     sampler: bool
     routing: ExpertsConfig
     records_choices: bool
+    adapter: Adapter | None
     gpus: int
     hardware: Hardware
     assumed: Assumptions
@@ -106,6 +108,7 @@ class Problem:
             sampler=self.sampler,
             routing=self.routing,
             records_choices=self.records_choices,
+            adapter=self.adapter,
             gpu_bytes=round(self.hardware.memory_gib * GIB),
         )
         packed = self.sequences.pack(

@@ -171,7 +171,7 @@ class Clock:
         }
         return _Stage(
             forward=linear + core + head,
-            backward=BACKWARD * (linear + core + head),
+            backward=BACKWARD * core + (BACKWARD if layout.adapter is None else 1) * (linear + head),
             recompute=again,
             **seconds,
         )
@@ -233,7 +233,7 @@ class Clock:
         return {
             **total,
             "gradients": memory.gradients / 1e9 * ring,
-            "weights": memory.parameters * self._gathered_bytes() / 1e9 * ring,
+            "weights": memory.trained * self._gathered_bytes() / 1e9 * ring,
         }
 
     def _gathered_bytes(self) -> int:
@@ -243,8 +243,8 @@ class Clock:
         """Reduce-scatter of gradients and all-gather of weights, less what `optimizer.overlap` hides."""
         ring = (self.layout.sharing - 1) / self.layout.sharing
         rate = self._bytes_per_second("data")
-        scatter = memory.parameters * GRADIENT_BYTES * ring / rate
-        gather = memory.parameters * self._gathered_bytes() * ring / rate
+        scatter = memory.trained * GRADIENT_BYTES * ring / rate
+        gather = memory.trained * self._gathered_bytes() * ring / rate
         overlap = self.layout.optimizer.overlap
         if overlap != "none":  # a plan is for GPUs, where `auto` is `all`
             scatter = max(0.0, scatter - last_row)
@@ -253,7 +253,7 @@ class Clock:
         return scatter + gather
 
     def _update(self, memory: StageMemory) -> float:
-        moved = memory.parameters / self.layout.sharing * UPDATE_BYTES + memory.gradients  # cleared before each step
+        moved = memory.trained / self.layout.sharing * UPDATE_BYTES + memory.gradients  # cleared before each step
         return moved / (self.hardware.memory_gbps * 1e9)
 
     def _bytes_per_second(self, kind: str) -> float:

@@ -31,7 +31,14 @@ from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.draws import Group, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
-from mpo_megatron.rollout.models import hugging_face_folder, locate_model, read_model_settings, side_files
+from mpo_megatron.rollout.models import (
+    base_folder,
+    hugging_face_folder,
+    is_peft,
+    locate_model,
+    read_model_settings,
+    side_files,
+)
 from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
 from mpo_megatron.rollout.records import (
@@ -226,14 +233,16 @@ def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat) -> Engine
         from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 
         return EndpointEngine(config.endpoint, chat)
-    folder = hugging_face_folder(checkpoint)
+    folder, adapter = hugging_face_folder(checkpoint), None
+    if is_peft(folder):
+        folder, adapter = base_folder(folder), folder
     if config.engine == "vllm":
         from mpo_megatron.rollout.engines.vllm_engine import VllmEngine
 
-        return VllmEngine(folder, chat.tokenizer, config.vllm)
+        return VllmEngine(folder, chat.tokenizer, config.vllm, adapter)
     from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 
-    return EmbeddedEngine.load(folder, chat.tokenizer, config.transformers)
+    return EmbeddedEngine.load(folder, chat.tokenizer, config.transformers, adapter)
 
 
 # --------------------------------------------------------------------------------------------------- completion

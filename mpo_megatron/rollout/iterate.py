@@ -33,8 +33,10 @@ from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.files.lock import hold
+from mpo_megatron.hf.identity import is_adapter_folder
 from mpo_megatron.model.checkpoint_folder import CONVERTED
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
+from mpo_megatron.model.convert_adapter import PEFT_CONFIG, export_adapter
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (
@@ -167,11 +169,20 @@ def run_round(plan: Plan, item: Round, start: Path, num_ranks: int, console: Con
 def measure_policy(policy: Policy, start: Path, console: Console) -> None:
     """Export a policy, let it answer the held-out prompts, and score the answers."""
     folder = policy.folder
-    export = ConvertConfig(input=str(start), output=str(policy.hf))
-    stage("export", policy.hf / "config.json", lambda: convert(export), console)
+    if is_adapter_folder(start):  # a small file: engines have the base model already
+        stage("export", policy.hf / PEFT_CONFIG, lambda: export_adapter(start, policy.hf, base_of_rounds(policy.hf)), console)
+    else:
+        export = ConvertConfig(input=str(start), output=str(policy.hf))
+        stage("export", policy.hf / "config.json", lambda: convert(export), console)
     done = folder / "samples" / GENERATE_FILE
     stage("generate held-out", done, lambda: run_command("generate", generate, policy.generate), console)
     stage("score held-out", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, policy.score), console)
+
+
+def base_of_rounds(hf: Path) -> str | None:
+    """What the adapter that is exported to a policy's folder calls its base model: the first policy, if that is a whole model."""
+    first = hf.parents[1] / "00" / hf.name
+    return str(first.absolute()) if (first / "config.json").is_file() else None
 
 
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:

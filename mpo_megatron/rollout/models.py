@@ -11,6 +11,7 @@ from mpo_megatron.config import ConfigError, check_writable, require
 from mpo_megatron.files.digests import check_file, check_folder
 from mpo_megatron.files.lock import hold
 
+PEFT_CONFIG = "adapter_config.json"
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
 _MAX_SHARD_BYTES = 4 * 2**30
@@ -32,11 +33,37 @@ def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False
     if checkpoint is not None:
         return checkpoint
     require(
-        tokenizer_only or (folder / "config.json").is_file(),
+        tokenizer_only or is_peft(folder) or (folder / "config.json").is_file(),
         f"{name} = {path}; it is neither a Hugging Face checkpoint (no config.json) nor one of ours (no megatron/, no "
-        "checkpoints/step_*).",
+        "checkpoints/step_*), nor a PEFT adapter (no adapter_config.json).",
     )
     return folder
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder is PEFT's, of an adapter without its base model."""
+    return (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def base_folder(folder: Path) -> Path:
+    """The Hugging Face folder of the base model that a PEFT adapter names.
+
+    Raises:
+        ConfigError: it names none, or none that is on this machine.
+    """
+    path = folder / PEFT_CONFIG
+    check_file(path)
+    try:
+        name = json.loads(path.read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: names no base model ({error!r}); copy the adapter again.") from error
+    require(
+        isinstance(name, str) and Path(name).is_dir(),
+        f"{path}: base_model_name_or_path = {name}; no such folder; put the base model's there.",
+    )
+    base = locate_model(name, f"{path}: base_model_name_or_path")
+    require(not is_peft(base), f"{path}: base_model_name_or_path = {name}, which is an adapter, too; merge that one first.")
+    return hugging_face_folder(base)
 
 
 def side_files(checkpoint: Path) -> Path:
@@ -47,6 +74,8 @@ def side_files(checkpoint: Path) -> Path:
 def hugging_face_folder(checkpoint: Path) -> Path:
     """The Hugging Face form of a located checkpoint; one of ours is exported into its own folder, once, whoever comes first.
 
+    That of an adapter is PEFT's folder; it names the base model's, which is exported likewise.
+
     Raises:
         ConfigError: the checkpoint cannot be exported, there is no place for it, or a file that `mpo convert` wrote is damaged.
     """
@@ -54,11 +83,17 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     if target.is_dir():
         check_folder(target, weights=True)
         return target
+    from mpo_megatron.hf.adapter import find_base, read_adapter
+    from mpo_megatron.hf.identity import is_adapter_folder
     from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
+    from mpo_megatron.model.convert_adapter import export_adapter
 
     check_writable(checkpoint, "model")
     with hold(checkpoint / f".{EXPORT_FOLDER}.lock", target, wait_seconds=math.inf):  # other shards wait here for the first
-        if not target.is_dir():
+        if not target.is_dir() and is_adapter_folder(checkpoint):
+            base = hugging_face_folder(find_base(checkpoint, read_adapter(checkpoint), None, "mpo convert --base"))
+            export_adapter(checkpoint, target, str(base.absolute()))
+        elif not target.is_dir():
             export_to_hf(checkpoint, target, max_shard_bytes=_MAX_SHARD_BYTES)
     return target
 
@@ -69,7 +104,8 @@ def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str
     Raises:
         ConfigError: it is damaged.
     """
-    path = side_files(checkpoint) / name
+    home = base_folder(checkpoint) if is_peft(checkpoint) and name == "config.json" else side_files(checkpoint)
+    path = home / name
     check_file(path)
     try:
         settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

@@ -35,11 +35,11 @@ from mpo_megatron.config import (
     validate_score,
 )
 from mpo_megatron.config.parallel import check_ranks
+from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.checkpoints.course import weights_digest
 from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.tracking import check_installed

@@ -10,17 +10,22 @@ from pathlib import Path
 
 import numpy as np
 
-from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.config import ConfigError, ExpertsConfig, TrainConfig, require
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family, load_family
+from mpo_megatron.families.adapters import adapter_rules
+from mpo_megatron.hf.adapter import AdapterRecord
+from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.model.architecture import resolve_model
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
+from mpo_megatron.train.adapting import choose_record
 from mpo_megatron.train.checkpoints import checkpoint
-from mpo_megatron.train.checkpoints.course import count_steps, weights_digest
+from mpo_megatron.train.checkpoints.course import count_steps
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
 from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.optimizer import check_offload, choose_overlap
@@ -48,8 +53,21 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         config.online.kl_weight == 0 or config.online.engine != "vllm" or importlib.util.find_spec("vllm") is not None,
         "online.engine = vllm, but vllm is not installed: pip install 'mpo-megatron[rollout]', or take transformers.",
     )
-    reference = Path(config.model.reference) if config.model.reference else folder
-    if reference != folder:
+    record = choose_record(config, family)
+    if record is not None:
+        checkpoint.verify(Path(record.base))
+    require(
+        config.model.reference != ADAPTER_OFF or record is not None,
+        "model.reference = adapter_off, but all weights are trained, so there is no adapter to switch off; set lora.rank, or "
+        "name a checkpoint.",
+    )
+    require(
+        record is None or config.experts == ExpertsConfig(),
+        "experts.* with lora: routers are frozen beside adapters; leave the options of experts out.",
+    )
+    base = None if record is None else Path(record.base)
+    reference = base if base and config.model.reference == ADAPTER_OFF else Path(config.model.reference or folder)
+    if reference not in (folder, base):
         check_reference(reference, family)
     tokenizer = load_tokenizer(folder)
     opened = {}
@@ -71,7 +89,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         check_positions(data, family, name)
         check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
     total_steps = count_steps(config, len(opened["data.train"]))
-    check_space(config, total_steps)
+    check_space(config, total_steps, checkpoint_bytes(config, family, record))
     return Setup(
         given=config,
         config=resolved,
@@ -84,6 +102,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         held_out=opened.get("data.eval"),
         objective=objective,
         total_steps=total_steps,
+        record=record,
     )
 
 
@@ -103,9 +122,17 @@ def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:
     )
 
 
-def check_space(config: TrainConfig, total_steps: int) -> None:
+def checkpoint_bytes(config: TrainConfig, family: Family, record: AdapterRecord | None) -> int:
+    """Size of one of the run's checkpoints."""
+    rules = None if record is None else adapter_rules(family, record.adapter)
+    return checkpoint.estimate_bytes(Path(config.model.checkpoint), config.model.precision, rules, family.num_hidden_layers)
+
+
+def check_space(config: TrainConfig, total_steps: int, size: int) -> None:
     """Check that the run's disk holds the checkpoints that will be there at one time, besides those that are there already.
 
+    Args:
+        size: bytes of a checkpoint
     Raises:
         ConfigError: it does not.
     """
@@ -113,7 +140,6 @@ def check_space(config: TrainConfig, total_steps: int) -> None:
     saves = math.ceil(total_steps / settings.every) if settings.every else 1
     most = min(saves, settings.keep + settings.keep_best + 1)  # while one is written, those to be kept are still there
     there = len(complete_steps(Path(config.output))) if settings.resume else 0
-    size = checkpoint.estimate_bytes(Path(config.model.checkpoint), config.model.precision)
     missing = max(1, most - there)
     require_space(
         Path(config.output) / "checkpoints", missing * size, f"room for {missing} checkpoints of about {size / 1e9:,.3f} GB"

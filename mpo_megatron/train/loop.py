@@ -17,9 +17,10 @@ from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.hf.identity import ADAPTER_FILE
+from mpo_megatron.model.adapter_weights import adapter_norm
 from mpo_megatron.stack.checks import shortfalls
 from mpo_megatron.train import optimizer
-from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.resumption import only_run, resume, run_options
 from mpo_megatron.train.checkpoints.saving import Saver
 from mpo_megatron.train.checkpoints.step_folders import RunState
@@ -28,6 +29,7 @@ from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
 from mpo_megatron.train.faults.stopping import Stopped
 from mpo_megatron.train.faults.supervisor import Supervisor, seed_everything
+from mpo_megatron.train.inputs import checkpoint_bytes
 from mpo_megatron.train.routing import unmeasured_drift
 from mpo_megatron.train.run import Run, open_run
 from mpo_megatron.train.session import session
@@ -140,6 +142,8 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     seed_everything(run.config.seed, batch.step)
     optimizer.zero_gradients(run.model, adam)
     learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
+    # Before the update: with `optimizer.overlap: all` the new weights come with the next forward pass.
+    adapter = {} if run.setup.adapter is None else {"adapter_norm": adapter_norm(run.model, run.ranks)}
     objective, reference = run.setup.objective, run.reference(run.setup.train, batch)
     added: dict[str, float] = {}
     routing = run.routing(run.setup.train, batch) if batch.contributes.any() else None
@@ -173,6 +177,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
         "lr": learning_rate,
         "epoch": (batch.step + 1) / steps_per_epoch(len(run.setup.train), run.config.data.groups_per_step),
         "skipped_groups": int((~batch.contributes).sum()),
+        **adapter,
         **({"skipped_steps": guard.skipped} if guard.skipped else {}),
         **({"backward_share": backward_share} if backward_share < 1 else {}),
         **throughput(run.setup.flops, batch, seconds, run.config.model.precision),
@@ -232,9 +237,10 @@ def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -
 
 def build_saver(run: Run) -> Saver:
     """What writes this run's checkpoints."""
-    source = run.setup.model_folder
-    size = checkpoint.estimate_bytes(source, run.config.model.precision)
-    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size, run.setup.train.info.end_token_ids)
+    source, record = run.setup.model_folder, run.setup.record
+    size = checkpoint_bytes(run.config, run.setup.family, record)
+    extra = {} if record is None else {ADAPTER_FILE: record.to_bytes()}
+    return Saver(run.folder, run.config.checkpoint, run.ranks, source, size, run.setup.train.info.end_token_ids, extra)
 
 
 def start_tracking(run: Run, done: int) -> list[Tracker]:

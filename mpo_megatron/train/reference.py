@@ -118,8 +118,12 @@ def _split(column: pa.ChunkedArray) -> list[npt.NDArray[Any]]:
     return [values.values.to_numpy() for values in lists]
 
 
-def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig) -> str:
-    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only."""
+def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, adapted: bool = False) -> str:
+    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only.
+
+    Args:
+        adapted: the model has adapters; in FP8 its norms are rounded to bf16 then, before they are quantized
+    """
     fp8 = numerics(model)
     parts = {
         "model": model_digest,
@@ -128,7 +132,7 @@ def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig) -> st
         "precision": model.precision,
         "transformer_engine": model.from_engine,
         "attention": model.attention,
-        **({} if fp8 is None else {"fp8": fp8}),
+        **({} if fp8 is None else {"fp8": fp8} | ({"adapted": True} if adapted else {})),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpo_megatron import device
 from mpo_megatron.data.packing import Row
+from mpo_megatron.model.adapters import adapters_off
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.routing import RowRouting
 from mpo_megatron.train.routing import record_rows, recorded_choices
@@ -77,8 +78,22 @@ class Resident:
                     getattr(module, "_fp8_workspaces", {}).clear()  # Transformer Engine's FP8 copies of weights
 
 
+class AdapterOff(Resident):
+    """The policy itself, with its adapter off: the base model without a copy of its weights."""
+
+    def __init__(self, model: Sequence[torch.nn.Module]) -> None:
+        self.replay, self.choices = False, []
+        self.parts, self.host = list(model), []
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        """Within it the adapter is off."""
+        with adapters_off(self.parts):
+            yield
+
+
 def unwrap(part: Any) -> Any:
-    """The policy in its wrappers (Float16Module)."""
+    """The policy in its wrappers (Float16Module, DistributedDataParallel)."""
     while hasattr(part, "module"):
         part = part.module
     return part

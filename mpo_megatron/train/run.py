@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from mpo_megatron.config import TrainConfig
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.loader import RowShape, StepBatch
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.model.adapters import adapters_off
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train import optimizer
+from mpo_megatron.train.adapting import start_adapters
 from mpo_megatron.train.faults.supervisor import STEP_SEEDS
 from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps
-from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.resident import AdapterOff, Resident
 from mpo_megatron.train.routing import StepRouting
 from mpo_megatron.train.session import Session
 from mpo_megatron.train.setup import Setup
-from mpo_megatron.train.step import prepare_schedules
+from mpo_megatron.train.step import forward_step, prepare_schedules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +33,7 @@ class Run:
 
     session: Session
     references: dict[Path, ReferenceLogps]
+    """Of the training and held-out groups, by folder; none with `model.reference: adapter_off`."""
     model: list[Any]
     """The policy's parts, with buffers for their gradients."""
     resident: Resident | None
@@ -61,8 +65,12 @@ class Run:
         return self.session.setup.folder
 
     def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps:
-        """Reference log-probs of a batch."""
-        return self.references[data.path].select(batch.table)
+        """Reference log-probs of a batch: of those kept beside the data, or those of the model with its adapter off; all ranks
+        call it."""
+        if data.path in self.references:
+            return self.references[data.path].select(batch.table)
+        with adapters_off(self.model):
+            return forward_step(self.model, batch, self.setup.objective, self.ranks)
 
     def routing(self, data: PreparedGroups, batch: StepBatch) -> StepRouting | None:
         """What routers of experts are told of a batch; None where there is nothing to tell. All ranks call it."""
@@ -97,9 +105,15 @@ def open_run(session: Session) -> Run:
         Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
     """
     setup = session.setup
-    references = session.references()
+    references = {} if setup.config.model.reference == ADAPTER_OFF else session.references()
     parts = session.load(setup.model_folder)
+    start_adapters(parts, setup, session.ranks)
     model = optimizer.wrap_data_parallel(parts, setup.config.optimizer, session.ranks)
     prepare_schedules(model)
-    resident = session.resident() if setup.objective.needs.token_kl else None
+    resident = reference_model(session, model) if setup.objective.needs.token_kl else None
     return Run(session=session, references=references, model=model, resident=resident)
+
+
+def reference_model(session: Session, model: list[Any]) -> Resident:
+    """The reference model beside the policy: the policy itself with its adapter off if that is the same, else a second one."""
+    return AdapterOff(model) if session.setup.adapter_off_is_reference else session.resident()

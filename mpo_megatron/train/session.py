@@ -12,7 +12,7 @@ import torch
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.adapting import load_model
 from mpo_megatron.train.choices import ReferenceChoices
 from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Deadline
@@ -47,7 +47,7 @@ class Session:
         Raises:
             ConfigError: the checkpoint does not fit or is damaged.
         """
-        checkpoint.load_weights(self.parts, folder, self.ranks)
+        load_model(self.parts, folder, self.setup.record, self.ranks)
         return self.parts
 
     @functools.cached_property
@@ -92,14 +92,17 @@ class Session:
     def resident(self) -> Resident:
         """The reference model in memory beside the policy, without gradients, cut over ranks as the policy is."""
         parts = self._build()
-        checkpoint.load_weights(parts, self.setup.reference_folder, self.ranks)
+        load_model(parts, self.setup.reference_folder, self.setup.record, self.ranks)
         config = self.setup.config
         return Resident(parts, offload=config.model.resident_offload, replay=config.experts.routing == "replay")
 
     def _cache(self, data: PreparedGroups) -> Path:
         """Where what the reference computes of these groups is kept."""
-        return data.path / "reference" / cache_key(self.setup.reference_digest, data, self.setup.config.model)
+        adapted = self.setup.adapter is not None
+        key = cache_key(self.setup.reference_digest, data, self.setup.config.model, adapted=adapted)
+        return data.path / "reference" / key
 
     def _build(self) -> list[torch.nn.Module]:
         config = self.setup.config
-        return build_policy(self.setup.family, config.model, config.parallel, self.ranks, self.setup.padded_vocab_size)
+        setup = self.setup
+        return build_policy(setup.family, config.model, config.parallel, self.ranks, setup.padded_vocab_size, setup.adapter)

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpo_megatron.config import TrainConfig, validate_experts, validate_folders
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.train.checkpoints.course import check_early
 
 if TYPE_CHECKING:
     from mpo_megatron.data.store import PreparedGroups
     from mpo_megatron.families import Family
+    from mpo_megatron.families.adapters import Adapter
+    from mpo_megatron.hf.adapter import AdapterRecord
     from mpo_megatron.hf.flops import FlopModel
     from mpo_megatron.train.objective import Objective
 
@@ -39,6 +42,18 @@ class Setup:
     held_out: PreparedGroups | None
     objective: Objective
     total_steps: int
+    record: AdapterRecord | None = None
+    """The adapter that is trained, and its base model; None if all weights are."""
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """The shape of the adapter that is trained."""
+        return None if self.record is None else self.record.adapter
+
+    @property
+    def adapter_off_is_reference(self) -> bool:
+        """Whether the policy without its adapter is the reference model, however it was named."""
+        return self.record is not None and self.record.base_digest == self.reference_digest
 
     @property
     def folder(self) -> Path:
@@ -53,6 +68,8 @@ class Setup:
     @property
     def reference_folder(self) -> Path:
         """The checkpoint of the reference: the one that training starts from, where no other is given."""
+        if self.record is not None and self.config.model.reference == ADAPTER_OFF:
+            return Path(self.record.base)
         return Path(self.config.model.reference or self.config.model.checkpoint)
 
     @functools.cached_property

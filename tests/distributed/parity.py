@@ -21,9 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, MixtralConfig
 
-from mpo_megatron.config import ConvertConfig
+from mpo_megatron.config import ConvertConfig, LoraConfig
 from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.families import read_family
+from mpo_megatron.families.adapters import choose_adapter
 from mpo_megatron.model.convert import convert
+from tests.distributed.adapters import attach_adapters
 from tests.distributed.expert_oracle import Routed
 from tests.distributed.launch import run_ranks
 from tests.tiny import random_groups, save_groups, save_model
@@ -118,6 +121,10 @@ class Case:
     loss: str = "mpo"
     experts: dict[str, Any] = field(default_factory=dict)
     """Options of `experts`."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Options of `lora`: adapters alone are trained then, and compared under PEFT's names."""
+    adapter_off: bool = False
+    """The reference is the policy with its adapter off, not another model."""
     core: bool = False
     """Whether it is among those that run with all tests."""
 
@@ -128,6 +135,7 @@ class Case:
             words.append(f"resumed on {' '.join(f'{name} {size}' for name, size in self.resume.items()) or 'replicas alone'}")
         words += ["two-phase"] * self.two_phase + ["split groups"] * (self.row_tokens < 256)
         words += ["unshared prompts"] * (self.rows == "unshared") + [self.loss] * (self.loss != "mpo")
+        words += [f"lora {name} {value}".lower() for name, value in self.lora.items()] + ["adapter off"] * self.adapter_off
         return f"{self.model}: {', '.join(words) or 'plain'}"
 
 
@@ -191,7 +199,24 @@ CASES = [
     Case(model="qwen2-moe", experts=OVER_STEP, **SPLIT, core=True),
     Case(model="mixtral", experts=REPLAY, **UNSHARED, core=True),
     Case(model="qwen2-moe-tied", experts={**BALANCE, **REPLAY}, loss="spo", layers={"recompute": "full"}),
+    Case(model="qwen3", lora={"rank": 4}, core=True),
+    Case(
+        model="qwen2-tied", lora={"rank": 3, "rslora": True, "target_modules": ["v_proj", "up_proj"]}, adapter_off=True, **SPLIT
+    ),
+    Case(model="qwen3", lora={"rank": 4}, adapter_off=True, loss="spo", layers={"recompute": "full"}, core=True),
+    Case(model="gemma2", lora={"rank": 2, "alpha": 3.0}, layers={"recompute": "selective"}, **UNSHARED),
+    Case(model="qwen2-moe", lora={"rank": 4}, core=True),
     # two ranks
+    Case(model="qwen3", ranks=2, lora={"rank": 4}, optimizer={"overlap": "all"}, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, core=True),
+    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}, lora={"rank": 4}, **SPLIT, core=True),
+    Case(model="gemma2", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, layers={"recompute": "full"}),
+    Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, lora={"rank": 4}, core=True),
+    Case(model="qwen3", ranks=2, parallel={"pipeline": 2}, lora={"rank": 4}, adapter_off=True, loss="spo"),
+    Case(model="qwen3", ranks=2, parallel={"context": 2}, lora={"rank": 4}, **UNSHARED, core=True),
+    Case(model="qwen2-moe", ranks=2, parallel={"expert": 2}, lora={"rank": 4}, **SPLIT, core=True),
+    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, layers={"recompute": "full"}),
+    Case(model="qwen3-moe", ranks=2, parallel={"tensor": 2, "expert_tensor": 2}, lora={"rank": 4}, core=True),
     Case(model="qwen3", ranks=2),
     Case(model="qwen2-tied", ranks=2, **SPLIT, core=True),
     Case(model="qwen2-tied", ranks=2, optimizer={"overlap": "gradients"}),
@@ -291,6 +316,8 @@ CASES = [
         resume={"pipeline": 2, "virtual_pipeline": 2},
         optimizer={"overlap": "all"},
     ),
+    Case(model="qwen3", ranks=4, parallel={"tensor": 2}, resume={"pipeline": 2}, lora={"rank": 4}, core=True),
+    Case(model="qwen3-moe", ranks=4, parallel={"expert": 2}, resume={"tensor": 2, "expert": 4}, lora={"rank": 4}, **SPLIT),
     # eight ranks
     Case(model="qwen3-deep", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2}),
     Case(model="qwen3-deep-tied", ranks=8, parallel={"tensor": 2, "pipeline": 2, "context": 2, "virtual_pipeline": 2}, **SPLIT),
@@ -405,11 +432,11 @@ class World:
         return folder
 
     @functools.cache  # noqa: B019 (a world lives as long as its process)
-    def truth(self, model: str, loss: str, experts: str = "{}") -> Truth:
-        """Three steps of plain `transformers`.
+    def truth(self, model: str, loss: str, experts: str = "{}", lora: str = "{}", adapter_off: bool = False) -> Truth:
+        """Three steps of plain `transformers`; with adapters, of PEFT.
 
         Args:
-            experts: options of `experts` as JSON
+            experts, lora: options of these sections as JSON
         """
         policy, reference = (
             AutoModelForCausalLM.from_pretrained(
@@ -417,15 +444,18 @@ class World:
                 dtype=torch.float32,
                 attn_implementation="eager" if model == "gemma2" else None,  # others leave caps out
             )
-            for role in ("policy", "reference")
+            for role in ("policy", "policy" if adapter_off else "reference")
         )
+        weights_of: Callable[..., dict[str, Tensor]] = copy_weights
+        if lora != "{}":
+            weights_of = attach_adapters(policy, choose_adapter(read_family(policy.config), LoraConfig(**json.loads(lora))))
 
         @functools.cache
         @torch.no_grad()
         def base(index: int, k: int) -> Tensor:
             return response_logp(reference, self.groups[index], k)
 
-        named = dict(policy.named_parameters())
+        named = {name: weight for name, weight in policy.named_parameters() if weight.requires_grad}
         decayed = [weight for weight in named.values() if weight.dim() > 1]
         others = [weight for weight in named.values() if weight.dim() == 1]  # biases and norms
         adam = torch.optim.AdamW(
@@ -451,7 +481,7 @@ class World:
         return Truth(**found, before=before, after=weights_of(policy))
 
 
-def weights_of(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
+def copy_weights(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:
     """Copies of a model's weights, or of their gradients, under the names they have in checkpoints."""
     named = {name: (weight.grad if gradients else weight).detach().clone() for name, weight in model.named_parameters()}
     split = split_experts(named)
@@ -505,7 +535,7 @@ def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
 
 def compare(world: World, case: Case, output: Path) -> Result:
     """A case's files against the oracle."""
-    truth = world.truth(case.model, case.loss, json.dumps(case.experts))
+    truth = world.truth(case.model, case.loss, json.dumps(case.experts), json.dumps(case.lora), case.adapter_off)
     report = json.loads(output.with_suffix(".json").read_text())
     gradients, weights = (load_file(f"{output}-{name}.safetensors") for name in ("gradients", "weights"))
     largest = max(gradient.abs().max().item() for gradient in truth.gradients.values())

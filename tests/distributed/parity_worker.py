@@ -18,22 +18,26 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mpo_megatron.config import ExpertsConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ExpertsConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.families import load_family
+from mpo_megatron.families.adapters import choose_adapter
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model import attention_backends, attention_varlen
-from mpo_megatron.model.live_weights import send_weights
+from mpo_megatron.model.adapter_weights import fill_adapters
+from mpo_megatron.model.adapters import adapters_off
+from mpo_megatron.model.live_weights import send_adapter, send_weights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.reference import select_all
-from mpo_megatron.train.resident import Resident
+from mpo_megatron.train.resident import AdapterOff, Resident
 from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, group_tokens, record_rows
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, run_rows, two_phase_step
+from tests.distributed.adapters import start_matrix
 from tests.unit.model.rows import plain_varlen_kernel
 
 from megatron.core.utils import get_model_config  # isort: skip
@@ -90,13 +94,20 @@ class Leg:
         self.shape = row_shape(case, parallel, ranks)
         self.data = data = load_groups(folder / "groups")
         self.batch = build_step(0, data, np.arange(len(data)), self.objective.select, self.shape)
-        self.parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab)
-        checkpoint.load_weights(self.parts, folders["reference"], ranks)
-        self.reference = forward_step(self.parts, self.batch, self.objective, ranks)
+        self.adapter = choose_adapter(self.family, LoraConfig(**case["lora"]))
+        self.parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab, self.adapter)
+        base = "policy" if case["adapter_off"] else "reference"
+        checkpoint.load_weights(self.parts, folders[base], ranks)
+        if self.adapter is not None:
+            fill_adapters(self.parts, self.family, self.adapter, ranks, start_matrix)
+        with adapters_off(self.parts):
+            self.reference = forward_step(self.parts, self.batch, self.objective, ranks)
         self.choices = self.record_choices() if case["experts"] else None
         checkpoint.load_weights(self.parts, folders["policy"], ranks)
-        self.resident = None
-        if self.objective.needs.token_kl:
+        self.resident: Resident | None = None
+        if self.objective.needs.token_kl and case["adapter_off"]:
+            self.resident = AdapterOff(self.parts)
+        elif self.objective.needs.token_kl:
             parts = build_policy(self.family, settings, parallel, ranks, self.padded_vocab)
             self.resident = Resident(parts, replay=self.experts.routing == "replay")
             checkpoint.load_weights(self.resident.parts, folders["reference"], ranks)
@@ -142,7 +153,10 @@ class Leg:
         def keep(key: str, tensor: Tensor) -> None:
             tensors[key] = tensor.clone()
 
-        send_weights(self.model, self.family, self.padded_vocab, self.ranks, keep)
+        if self.adapter is None:
+            send_weights(self.model, self.family, self.padded_vocab, self.ranks, keep)
+        else:
+            send_adapter(self.model, self.family, self.adapter, self.ranks, keep)
         if self.ranks.is_main:
             save_file(tensors, f"{self.case['output']}-{name}.safetensors")
 
@@ -151,7 +165,7 @@ def first_step(leg: Leg) -> dict[str, Any]:
     """A step whose gradients are written, and what there is to say of it."""
     keep_whole_gradients(leg.model, True)
     logps = leg.compute_gradients()
-    parameters = [parameter for part in leg.parts for parameter in part.parameters()]
+    parameters = [parameter for part in leg.parts for parameter in part.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
     for parameter in parameters:  # in the place of the weights, gradients have the weights' names
         parameter.data = parameter.main_grad

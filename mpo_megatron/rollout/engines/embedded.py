@@ -44,9 +44,11 @@ class EmbeddedEngine:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     @classmethod
-    def load(cls, folder: Path, tokenizer: Tokenizer, config: TransformersConfig) -> EmbeddedEngine:
+    def load(cls, folder: Path, tokenizer: Tokenizer, config: TransformersConfig, adapter: Path | None = None) -> EmbeddedEngine:
         """Load a checkpoint.
 
+        Args:
+            adapter: PEFT's folder of an adapter, which is added to the weights
         Raises:
             ConfigError: transformers cannot load it.
         """
@@ -54,9 +56,12 @@ class EmbeddedEngine:
 
         device = choose_device(config.device)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
-            )
+            if adapter is not None:
+                model = _load_merged(folder, adapter, config.dtype)
+            else:
+                model = AutoModelForCausalLM.from_pretrained(
+                    str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
+                )
         except (ValueError, OSError, KeyError, ImportError) as error:
             raise ConfigError(f"model = {folder}; transformers cannot load it: {error}") from error
         return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
@@ -172,6 +177,31 @@ class EmbeddedEngine:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
+    """The model in `folder` with an adapter added to its weights; these are on the host twice for a while.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+    """
+    from safetensors.torch import load_file
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    from mpo_megatron.families import load_family
+    from mpo_megatron.model.convert_adapter import read_peft
+    from mpo_megatron.model.merging import merger
+
+    family = load_family(folder)
+    shape, matrices = read_peft(adapter, family)
+    merge = merger(shape, matrices, None)
+    weights = {
+        name: merge(name, 0, weight) for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()
+    }
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)]
+    # With `auto` the type that config.json declares, as for a model without adapter.
+    chosen = getattr(family.config, "dtype", None) or next(iter(weights.values())).dtype if dtype == "auto" else dtype
+    return kind.from_pretrained(None, config=family.config, state_dict=weights, dtype=chosen)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

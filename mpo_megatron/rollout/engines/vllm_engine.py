@@ -7,6 +7,7 @@ and groups come out one by one.
 from __future__ import annotations
 
 import gc
+import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,13 +19,18 @@ from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
 
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `max_lora_rank` may be."""
+
 
 class VllmEngine:
     """Generates with vLLM in this process (and those it starts)."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, config: VllmConfig) -> None:
+    def __init__(self, folder: Path, tokenizer: Tokenizer, config: VllmConfig, adapter: Path | None = None) -> None:
         """Load a checkpoint.
 
+        Args:
+            adapter: PEFT's folder of an adapter, which vLLM computes beside the model's weights
         Raises:
             ConfigError: vLLM is absent, or refuses the checkpoint or an option.
         """
@@ -43,12 +49,18 @@ class VllmEngine:
             "gpu_memory_utilization": config.memory_fraction,
             "max_model_len": config.max_model_len,
             "enable_prefix_caching": True,
+            **({} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapter)}),
         }
         try:
             self.engine: Any = LLMEngine.from_engine_args(EngineArgs(**options | config.options))
         except (ValueError, TypeError) as error:
             raise ConfigError(f"vllm: the engine refuses the checkpoint or an option: {error}") from error
         self.tokenizer, self.max_in_flight = tokenizer, config.max_in_flight
+        self.request_options: dict[str, Any] = {}
+        if adapter is not None:
+            from vllm.lora.request import LoRARequest
+
+            self.request_options["lora_request"] = LoRARequest("policy", 1, str(adapter))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Answer every prompt; a group is yielded when its last response is."""
@@ -62,7 +74,8 @@ class VllmEngine:
                 prompt, index, seed = requests.popleft()
                 name = f"{prompt.group_id}/{index}/{seed}"
                 under_way[name] = (prompt, index, seed)
-                self.engine.add_request(name, {"prompt_token_ids": list(prompt.token_ids)}, self._parameters(seed, sampling))
+                tokens, parameters = {"prompt_token_ids": list(prompt.token_ids)}, self._parameters(seed, sampling)
+                self.engine.add_request(name, tokens, parameters, **self.request_options)
             for output in self.engine.step():
                 if not output.finished:
                     continue
@@ -118,3 +131,16 @@ class VllmEngine:
         """Free the GPUs."""
         del self.engine
         gc.collect()
+
+
+def _lora_rank(adapter: Path) -> int:
+    """The smallest of the ranks for which vLLM makes room that holds an adapter's.
+
+    Raises:
+        ConfigError: none does.
+    """
+    rank = json.loads((adapter / "adapter_config.json").read_bytes())["r"]
+    fitting = [size for size in LORA_RANKS if size >= rank]
+    if not fitting:
+        raise ConfigError(f"model: an adapter of rank {rank}; vLLM takes up to {LORA_RANKS[-1]}; take engine = transformers.")
+    return fitting[0]

@@ -21,7 +21,8 @@ from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.families import Family
 from mpo_megatron.files import DataError
-from mpo_megatron.model.live_weights import send_weights
+from mpo_megatron.model.live_weights import send_adapter, send_weights
+from mpo_megatron.model.merging import merger
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
@@ -53,6 +54,10 @@ class LivePolicy:
             ConfigError: the engine is not installed, or cannot be used here.
         """
         self.setup, self.ranks = setup, ranks
+        self.keeps_base = setup.adapter is not None and setup.config.online.engine == "transformers"
+        self.base: dict[str, Tensor] = {}
+        """The frozen weights on the host, so that only the adapter is sent again; where `keeps_base`, on ranks with an engine."""
+        self.base_sent = False
         self.engine: LiveEngine | None = None
         if ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0:
             self.engine = build_live_engine(setup.config, setup.family)
@@ -64,8 +69,7 @@ class LivePolicy:
             DataError: the engine has no answer to a prompt.
         """
         gather_weights(model)
-        receive: Callable[[str, Tensor], None] | None = None if self.engine is None else self.engine.receive
-        send_weights(model, self.setup.family, self.setup.padded_vocab_size, self.ranks, receive)
+        self._send(model)
         own = prompts[self.ranks.data_rank :: self.ranks.data_size]
         generations = [] if self.engine is None else list(self.engine.generate(own, sampling))
         everyone = [generations]
@@ -78,6 +82,42 @@ class LivePolicy:
                 reason = found[prompt.group_id].error
                 raise DataError(f"group {prompt.group_id}: the policy gave no sample ({reason}); look at the engine's log.")
         return [found[prompt.group_id] for prompt in prompts]
+
+    def _send(self, model: list[Any]) -> None:
+        """Give the engines the policy's weights: with an adapter, the sum of both; the base model's are sent once if kept."""
+        receive = None if self.engine is None else self.engine.receive
+        family, adapter = self.setup.family, self.setup.adapter
+        if adapter is None:
+            send_weights(model, family, self.setup.padded_vocab_size, self.ranks, receive)
+            return
+        matrices: dict[str, Tensor] = {}
+        keep_matrix = _keeper(matrices, "cpu" if self.keeps_base else device.device())
+        send_adapter(model, family, adapter, self.ranks, None if receive is None else keep_matrix)
+        merge = merger(adapter, matrices, None)
+
+        def receive_merged(name: str, weight: Tensor) -> None:
+            if receive is not None:
+                receive(name, merge(name, 0, weight))
+
+        if self.keeps_base:
+            if not self.base_sent:
+                keep_base = None if receive is None else _keeper(self.base, "cpu")
+                send_weights(model, family, self.setup.padded_vocab_size, self.ranks, keep_base)
+                self.base_sent = True
+            for name, weight in self.base.items():
+                receive_merged(name, weight)
+        else:
+            sent = None if receive is None else receive_merged
+            send_weights(model, family, self.setup.padded_vocab_size, self.ranks, sent)
+
+
+def _keeper(weights: dict[str, Tensor], where: str | torch.device) -> Callable[[str, Tensor], None]:
+    """What copies weights into a dictionary."""
+
+    def keep(name: str, weight: Tensor) -> None:
+        weights[name] = weight.detach().to(where, copy=True)
+
+    return keep
 
 
 class EmbeddedLiveEngine:

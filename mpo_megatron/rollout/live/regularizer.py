@@ -25,7 +25,7 @@ from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.run import Run
+from mpo_megatron.train.run import Run, reference_model
 
 SEED_STRIDE = 1_000_003
 """Batches of samples draw from seeds this far apart."""
@@ -166,5 +166,5 @@ def build_regularizer(run: Run) -> SampleRegularizer:
         f"tokens, data.row_tokens = {config.data.row_tokens}; raise data.row_tokens, or lower online.max_tokens.",
     )
     sampler = LivePolicy(run.setup, run.ranks)
-    resident = run.resident or run.session.resident()
+    resident = run.resident or reference_model(run.session, run.model)
     return SampleRegularizer(run, sampler, resident)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.families.adapters import ADAPTER
+from mpo_megatron.families.rules import Rule
 from mpo_megatron.files import digests
+from mpo_megatron.model.adapters import linear_adapters_of
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
@@ -62,36 +66,63 @@ def verify(folder: Path) -> None:
     )
 
 
-def estimate_bytes(model: Path, precision: str) -> int:
+def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = None, num_layers: int = 0) -> int:
     """Size of a run's checkpoint, from the metadata of the model it starts from: weights in the precision of training, and
-    float32 weights, gradient means and squares of Adam."""
-    reader = CheckpointReader(model / "megatron")
-    numbers = sum(math.prod(entry.size) for key, entry in reader.tensors.items() if not key.startswith("optimizer."))
+    float32 weights, gradient means and squares of Adam.
+
+    Args:
+        rules: of the adapter's weights, if it is an adapter alone that is trained
+        num_layers: of the model
+    """
+    if rules is not None:
+        numbers = sum(
+            rule.rows * (rule.columns or 1) * (rule.experts or 1) * (num_layers if rule.layers is None else len(rule.layers))
+            for rule in rules
+        )
+    else:
+        reader = CheckpointReader(model / "megatron")
+        numbers = sum(math.prod(entry.size) for key, entry in reader.tensors.items() if not key.startswith("optimizer."))
     return numbers * ({"bf16": 2, "fp32": 4}[precision] + 3 * 4)
 
 
 def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks) -> None:
     """Load the weights of a Megatron checkpoint folder (from `mpo convert` or a run's step) into the model, on any layout.
 
+    A model's adapters stay as they are.
+
     Raises:
         ConfigError: files are missing or damaged, or they belong to another model.
     """
     check_whole(Path(folder))
-    states = _model_states(model, ranks)
+    states = _model_states(model, ranks, adapters=False)
     loaded = _load(states, Path(folder), ranks)
     for name, part in zip(states, model, strict=True):
         _unwrap(part).load_state_dict(loaded[name], strict=False)
         keep_exact_weights(_unwrap(part), loaded[name])
 
 
+def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> None:
+    """Load an adapter's Megatron checkpoint folder (from `mpo convert` or a run's step) into the model's adapters, on any layout.
+
+    Raises:
+        ConfigError: files are missing or damaged, or they belong to another model.
+    """
+    check_whole(folder)
+    states = _model_states(model, ranks, adapters=True)
+    loaded = _load(states, folder, ranks)
+    for name, part in zip(states, model, strict=True):
+        _unwrap(part).load_state_dict(loaded[name], strict=False)
+
+
 def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> Any:
-    """Plan a checkpoint over all ranks: the writer's request (writer.py), with what this rank is to write.
+    """Plan a checkpoint over all ranks: the writer's request (writer.py), with what this rank is to write: of a model with
+    adapters, these alone.
 
     All ranks call it. Optimizer states that this rank is to write are gathered and copied here; weights on a CPU are copied, and
     those on a GPU when the request is staged.
     """
     gather_weights(model)
-    states: dict[str, Any] = _model_states(model, ranks)
+    states: dict[str, Any] = _model_states(model, ranks, adapters=trains_adapters(model))
     _fill_optimizer_state(optimizer)
     with reserving(optimizer) as reserved:
         states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
@@ -113,8 +144,8 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
-    """Restore weights and optimizer states from a step's folder, on any layout."""
-    models = _model_states(model, ranks)
+    """Restore weights and optimizer states from a step's folder, on any layout; of a model with adapters, theirs alone."""
+    models = _model_states(model, ranks, adapters=trains_adapters(model))
     _fill_optimizer_state(optimizer)
     with reserving(optimizer):
         states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
@@ -131,13 +162,20 @@ def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimize
             gather_now(part)
 
 
-def _model_states(model: list[torch.nn.Module], ranks: Ranks) -> dict[str, Any]:
-    """Sharded state dicts of the model's parts: their weights."""
+def trains_adapters(model: list[torch.nn.Module]) -> bool:
+    """Whether adapters are all that is trained, and saved."""
+    return any(linear_adapters_of(part) for part in model)
+
+
+def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, adapters: bool) -> dict[str, Any]:
+    """Sharded state dicts of the model's parts: their adapters' weights, or all others."""
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
     states = {}
     for name, part in zip(names, model, strict=True):
         state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
-        states[name] = {key: value for key, value in state.items() if not key.endswith(EXTRA_STATE)}
+        states[name] = {
+            key: value for key, value in state.items() if not key.endswith(EXTRA_STATE) and (ADAPTER in key) == adapters
+        }
     return states
 
 

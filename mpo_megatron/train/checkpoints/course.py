@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,19 +12,28 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, ExpertsConfig, LossConfig, TrainConfig, is_hugging_face, require
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.loader import steps_per_epoch
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.files import digests
 from mpo_megatron.files.functions import source_digest
-from mpo_megatron.hf.conversion import load_conversion
-from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, is_step, read_state
+from mpo_megatron.hf.identity import base_digest as digest_of_base
+from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
+from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, read_state
 
 FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm_memory_fraction"), "experts": ("measure_drift",)}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
 
 
 def fixed_options(
-    config: TrainConfig, *, total_steps: int, data_digest: str, reference_digest: str, loss: dict[str, Any]
+    config: TrainConfig,
+    *,
+    total_steps: int,
+    data_digest: str,
+    reference_digest: str,
+    loss: dict[str, Any],
+    lora: dict[str, Any] | None = None,
+    base_digest: str | None = None,
 ) -> dict[str, Any]:
     """What must stay as it is for a run to take the course it would have taken, as JSON holds it, named as in the configuration.
 
@@ -33,6 +41,8 @@ def fixed_options(
 
     Args:
         loss: of `loss_options`, with all its hyper-parameters
+        lora: shape of the adapter that is trained; None if all weights are
+        base_digest: identity of the weights beside it
     """
     model = config.model
     fixed: dict[str, Any] = {
@@ -46,6 +56,7 @@ def fixed_options(
         "optimizer": asdict(config.optimizer),
         "experts": asdict(config.experts),
         "online": asdict(config.online) if config.online.kl_weight else {"kl_weight": 0.0},
+        **({} if lora is None else {"lora": lora, "base model": base_digest}),
     }
     for section, names in FREE.items():
         for name in names:
@@ -71,16 +82,6 @@ def count_steps(config: TrainConfig, num_groups: int) -> int:
     return config.max_steps or max(1, round(config.epochs * steps_per_epoch(num_groups, config.data.groups_per_step)))
 
 
-def weights_digest(folder: Path) -> str:
-    """Identity of a checkpoint's weights: what `mpo convert` computed, or that of the files of a run's step, which carries the
-    conversion record of the model it began with."""
-    if not is_step(folder):
-        return load_conversion(folder).digest
-    _, files = read_state(folder)
-    weights = sorted((name, digest) for name, (_, digest) in files.items() if name.startswith("megatron/"))
-    return hashlib.sha256(json.dumps(weights).encode()).hexdigest()
-
-
 def check_early(config: TrainConfig, *, resumes: bool) -> None:
     """Refuse what small files tell: a damaged model, and a run that would resume with other options, data or models.
 
@@ -92,8 +93,10 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
     Raises:
         ConfigError: naming the file that is damaged, or the first thing that changed.
     """
-    reference = Path(config.model.reference or config.model.checkpoint)
-    for folder in {Path(config.model.checkpoint), reference}:
+    checkpoint = Path(config.model.checkpoint)
+    off = config.model.reference == ADAPTER_OFF
+    reference = checkpoint if off else Path(config.model.reference or checkpoint)
+    for folder in {checkpoint, reference}:
         if not is_hugging_face(folder):
             digests.require_list(folder)
             digests.check_folder(folder, weights=False)
@@ -111,10 +114,23 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
         config,
         total_steps=count_steps(config, len(data)),
         data_digest=data.info.data_digest,
-        reference_digest=saved.fixed.get("reference model", "") if is_hugging_face(reference) else weights_digest(reference),
+        reference_digest=saved.fixed.get("reference model", "")
+        if is_hugging_face(reference)
+        else (digest_of_base if off else weights_digest)(reference),
         loss=loss,
+        lora=expected_adapter(config, saved),
+        base_digest=saved.fixed.get("base model"),  # compared when it is read
     )
     check_start(fixed, config.data.first_step, saved, folder)
+
+
+def expected_adapter(config: TrainConfig, saved: RunState) -> dict[str, Any] | None:
+    """The adapter's shape as far as the options tell, the rest as it was saved; None if all weights are trained."""
+    lora = config.lora
+    if not lora.rank:
+        return saved.fixed.get("lora") if is_adapter_folder(Path(config.model.checkpoint)) else None
+    alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
+    return {**saved.fixed.get("lora", {}), "rank": lora.rank, "alpha": alpha, "rslora": lora.rslora}
 
 
 def newest_state(config: TrainConfig) -> tuple[RunState, Path] | None:

@@ -51,6 +51,8 @@ def run_options(setup: Setup) -> dict[str, Any]:
         data_digest=setup.train.info.data_digest,
         reference_digest=setup.reference_digest,
         loss=loss_options(setup.config.loss, asdict(objective.params)),
+        lora=None if setup.record is None else asdict(setup.record.adapter),
+        base_digest=None if setup.record is None else setup.record.base_digest,
     )
 
 

@@ -18,7 +18,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,14 @@ class Saver:
     """Writes a run's checkpoints; all ranks call its methods at the same steps."""
 
     def __init__(
-        self, run: Path, config: CheckpointConfig, ranks: Ranks, source: Path, size: int, end_token_ids: Sequence[int] = ()
+        self,
+        run: Path,
+        config: CheckpointConfig,
+        ranks: Ranks,
+        source: Path,
+        size: int,
+        end_token_ids: Sequence[int] = (),
+        extra: Mapping[str, bytes] | None = None,
     ) -> None:
         """Prepare saves into the folder of a run.
 
@@ -81,11 +88,12 @@ class Saver:
             source: checkpoint folder of the model, whose side files go along
             size: bytes a checkpoint is expected to have
             end_token_ids: tokens that the run's data trains the model to end a response with
+            extra: side files that the model's checkpoint does not have, by name
         Raises:
             DamagedError: a side file is not what was written.
         """
         self.run, self.config, self.ranks, self.size = run, config, ranks, size
-        self.side_files = add_end_tokens(read_side_files(source), end_token_ids) if ranks.is_main else {}
+        self.side_files = add_end_tokens(read_side_files(source), end_token_ids) | dict(extra or {}) if ranks.is_main else {}
         self.writing: Writing | None = None
         self.seconds = size / (SLOW_DISK * get_world_size())
         """What the slowest save so far took, from its start to its name; before the first one, what a slow disk would take."""

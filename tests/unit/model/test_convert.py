@@ -408,9 +408,9 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "adapter beside a model": (
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
-        r"adapter_config.json: a LoRA adapter, not a whole model; merge it",
+        r"adapter_config.json: a LoRA adapter beside a whole model; move one of them",
     ),
-    "adapter": (adapter_only, r"is a LoRA adapter of Qwen/Qwen2.5-7B; merge it into that model first"),
+    "adapter": (adapter_only, r"is a PEFT adapter; name its base model's Megatron checkpoint, too: base"),
     "reward model": (
         lambda folder: edit_config(folder, architectures=["Qwen2ForSequenceClassification"]),
         r"architectures = Qwen2ForSequenceClassification: a reward model or classifier",

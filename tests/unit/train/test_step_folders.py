@@ -12,8 +12,8 @@ import pytest
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.files.digests import DamagedError, digest_file, seal_sorted
+from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.train.checkpoints import step_folders
-from mpo_megatron.train.checkpoints.course import weights_digest
 from mpo_megatron.train.checkpoints.step_folders import (
     RunState,
     appear,

@@ -1,0 +1,155 @@
+"""Low-rank adapters (LoRA) of a model, by rules: which linear layers have one, and where its matrices lie on both sides.
+
+One Hugging Face layer has one pair of matrices, A [rank, inputs] and B [outputs, rank], as in PEFT, also where Megatron fuses
+layers (queries, keys and values; gate and up). So both sides hold the same tensors, and rules for them are like those of weights:
+conversion, checkpoints and the planner read the same table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from mpo_megatron.config import LoraConfig, require
+from mpo_megatron.families.family import Family
+from mpo_megatron.families.rules import Rule
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a model's modules."""
+
+ADAPTER = ".adapter."
+"""Within the keys of Megatron checkpoints: what belongs to an adapter."""
+
+GROUPS = {"attention": ".self_attn.", "mlp": ".mlp.", "all-linear": "."}
+"""Names for several layers, and what the Hugging Face names of these have in common; Mixtral's experts are no `.mlp.`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The shape of a model's adapter, alike in all layers."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    target_modules: tuple[str, ...]
+    """Last parts of the Hugging Face names of the layers that have one, in the model's order."""
+
+    @property
+    def scale(self) -> float:
+        """Factor of B · A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearAdapter:
+    """The adapters within one of Megatron's linear layers."""
+
+    rank: int
+    scale: float
+    column: bool
+    """Whether tensor parallelism shards the layer's outputs; else its inputs."""
+    rows: dict[str, int]
+    """Rows that each fused layer gives to a block of outputs, in Megatron's order."""
+    blocks: int
+    """How often these repeat."""
+    targets: frozenset[str]
+    """Which of the fused layers have an adapter."""
+
+
+def leaf(name: str) -> str:
+    """The last part of a layer's name, from that of its weight: `q_proj`."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def is_adaptable(rule: Rule) -> bool:
+    """Whether a rule's weight is that of linear layers which can have an adapter: not embedding, output layer or router."""
+    return rule.per_layer and rule.columns is not None and rule.shard is not None and rule.megatron.endswith(".weight")
+
+
+def adaptable_modules(family: Family) -> dict[str, str]:
+    """Last part of a name → whole name of the layers that can have an adapter, in the model's order."""
+    return {leaf(name): name for rule in family.rules if is_adaptable(rule) for name in rule.parts}
+
+
+def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
+    """The adapter that the options ask for; None without LoRA.
+
+    Raises:
+        ConfigError: a target that the model does not have.
+    """
+    if config.rank == 0:
+        return None
+    known = adaptable_modules(family)
+    chosen: set[str] = set()
+    for target in config.target_modules:
+        names = {name for name, whole in known.items() if _is_in(target, whole)} if target in GROUPS else {target} & set(known)
+        require(
+            bool(names),
+            f"lora.target_modules names {target}, which the model does not have, or which cannot have an adapter; choose from "
+            f"{', '.join(known)}, or {', '.join(GROUPS)}.",
+        )
+        chosen |= names
+    return Adapter(
+        rank=config.rank,
+        alpha=2.0 * config.rank if config.alpha is None else config.alpha,
+        rslora=config.rslora,
+        target_modules=tuple(name for name in known if name in chosen),
+    )
+
+
+def _is_in(group: str, name: str) -> bool:
+    attention = GROUPS["attention"] in name
+    return group == "all-linear" or attention == (group == "attention")
+
+
+def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter]:
+    """Adapters by the key of the weight beside them, for the linear layers that have any."""
+    found = {}
+    for rule in family.rules:
+        if not is_adaptable(rule):
+            continue
+        rows = {leaf(name): number for name, number in rule.parts.items()}
+        targets = frozenset(rows) & frozenset(adapter.target_modules)
+        if targets:
+            found[rule.megatron] = LinearAdapter(
+                rank=adapter.rank,
+                scale=adapter.scale,
+                column=rule.shard == "rows",
+                rows=rows,
+                blocks=rule.blocks,
+                targets=targets,
+            )
+    return found
+
+
+def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
+    """Where A and B of every layer lie: the rules of an adapter's weights, under PEFT's names."""
+    rules = []
+    for rule in family.rules:
+        if not is_adaptable(rule):
+            continue
+        for name, rows in rule.parts.items():
+            if leaf(name) not in adapter.target_modules:
+                continue
+            key = rule.megatron.removesuffix(".weight") + f"{ADAPTER}{leaf(name)}."
+            peft = PEFT_PREFIX + name.removesuffix(".weight")
+            same = dataclasses.replace(rule, blocks=1, padded=False)
+            column = rule.shard == "rows"
+            rules += [
+                dataclasses.replace(
+                    same,
+                    megatron=key + "lora_A",
+                    parts={f"{peft}.lora_A.weight": adapter.rank},
+                    columns=rule.columns,
+                    shard=None if column else "columns",
+                ),
+                dataclasses.replace(
+                    same,
+                    megatron=key + "lora_B",
+                    parts={f"{peft}.lora_B.weight": rule.blocks * rows},
+                    columns=adapter.rank,
+                    shard="rows" if column else None,
+                ),
+            ]
+    return tuple(rules)

@@ -1,0 +1,65 @@
+"""adapter.json of a Megatron checkpoint's folder that holds an adapter alone, and the base model that it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.families.adapters import Adapter
+from mpo_megatron.hf.identity import ADAPTER_FILE, is_adapter_folder, read_adapter_file, weights_digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterRecord:
+    """An adapter's shape, and the weights that it was trained beside."""
+
+    adapter: Adapter
+    base: str
+    """Folder of the base model when the adapter was written."""
+    base_digest: str
+    """Identity of the base model's weights (`weights_digest`)."""
+
+    def to_bytes(self) -> bytes:
+        """adapter.json."""
+        return json.dumps(dataclasses.asdict(self), indent=2).encode() + b"\n"
+
+
+def read_adapter(folder: Path) -> AdapterRecord:
+    """adapter.json of a folder.
+
+    Raises:
+        ConfigError: it is damaged, or not what this version writes.
+    """
+    content = read_adapter_file(folder)
+    try:
+        shape = content.pop("adapter")
+        return AdapterRecord(adapter=Adapter(**{**shape, "target_modules": tuple(shape["target_modules"])}), **content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{folder / ADAPTER_FILE}: does not parse ({error!r}); copy the adapter again.") from error
+
+
+def find_base(folder: Path, record: AdapterRecord, other: str | None, option: str) -> Path:
+    """The folder of an adapter's base model, which has the weights that the adapter was trained beside.
+
+    Args:
+        other: where the base model lies now; None: where it was
+        option: that names `other`, for messages
+    Raises:
+        ConfigError: it is not there, or holds other weights.
+    """
+    base = Path(other or record.base)
+    require(
+        (base / "megatron").is_dir() and not is_adapter_folder(base),
+        f"{folder} is an adapter of {record.base}; there is no Megatron checkpoint of a whole model in {base}; name its folder "
+        f"with {option}.",
+    )
+    found = weights_digest(base)
+    require(
+        found == record.base_digest,
+        f"{folder} is an adapter of {record.base}, whose weights have the digest {record.base_digest[:12]}; {base} holds other "
+        f"weights (digest {found[:12]}); name the folder of the right ones with {option}.",
+    )
+    return base

@@ -1,0 +1,240 @@
+"""Low-rank adapters (LoRA) within Megatron's linear layers: output + scale · B (A x), for every fused Hugging Face layer its own.
+
+Under tensor parallelism each matrix is sharded like the weight beside it, on the side of size H, and the other one is whole on
+every rank. What ranks exchange has the width of the rank, not of the layer (r: ranks of all adapters within a layer together):
+
+    column-parallel, inputs whole      A whole, B sharded by rows.     Backward sums the gradient of A x [T, r] over ranks.
+    column-parallel, inputs by tokens  (sequence parallelism)          Forward gathers A x [T, r], backward reduce-scatters it.
+    row-parallel, outputs whole        A sharded by columns, B whole.  Forward sums A x [T, r] over ranks.
+    row-parallel, outputs by tokens    (sequence parallelism)          Forward reduce-scatters A x [T, r], backward gathers it.
+    expert's                           The dispatcher sums outputs, and gradients of inputs, over ranks; backward sums the
+                                       gradient of the whole matrix.
+
+Where a rank has some of the tokens only, it has a part of the whole matrix's gradient: marked `sequence_parallel`, it is summed
+over tensor-parallel ranks with those of norms (megatron.core.distributed.finalize_model_grads).
+
+Legend: T tokens, H inputs or outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    reduce_scatter_to_sequence_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn.functional import linear
+
+from mpo_megatron import device
+from mpo_megatron.families.adapters import LinearAdapter
+
+NAME = "adapter"
+"""Of the module within a linear layer; checkpoints' keys have it, too."""
+
+
+class Pair(torch.nn.Module):
+    """A and B of one Hugging Face layer: this rank's parts."""
+
+    def __init__(self, rank: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        place: dict[str, Any] = {"dtype": dtype, "device": device.device()}
+        self.lora_A = torch.nn.Parameter(torch.zeros(rank, inputs, **place))
+        self.lora_B = torch.nn.Parameter(torch.zeros(outputs, rank, **place))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(A, B). A call, since DistributedDataParallel's hooks on modules wait for weights that are still on their way."""
+        return self.lora_A, self.lora_B
+
+
+class LinearAdapters(torch.nn.Module):
+    """The adapters within one linear layer (of one expert)."""
+
+    def __init__(self, plan: LinearAdapter, inputs: int, config: TransformerConfig, group: ProcessGroup, *, expert: bool) -> None:
+        """Make zeros of the shapes that this rank holds.
+
+        Args:
+            inputs: of the whole layer
+            group: ranks that share the layer out
+        """
+        super().__init__()
+        self.plan, self.group, self.expert = plan, group, expert
+        self.sequence_parallel = config.sequence_parallel and not expert and group.size() > 1
+        self.blocks = plan.blocks // group.size() if plan.column and plan.blocks > 1 else plan.blocks
+        parts = group.size()
+        for name, rows in plan.rows.items():
+            if name in plan.targets:
+                outputs = plan.blocks * rows
+                shape = (inputs, outputs // parts) if plan.column else (inputs // parts, outputs)
+                self.add_module(name, Pair(plan.rank, *shape, config.params_dtype))
+        for pair in self.pairs:
+            sharded, whole = (pair.lora_B, pair.lora_A) if plan.column else (pair.lora_A, pair.lora_B)
+            # Without the mark the norm of gradients counts the shards of one rank only.
+            set_tensor_model_parallel_attributes(sharded, True, 0 if plan.column else 1, 1)
+            whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Those of the fused layers that have one, in Megatron's order."""
+        return [pair for pair in self.children() if isinstance(pair, Pair)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to the layer's output, for the layer's input; shapes as the layer's own."""
+        return self._column(x) if self.plan.column else self._row(x)
+
+    def _column(self, x: Tensor) -> Tensor:
+        names = [name for name, _ in self.named_children()]
+        downs, ups = zip(*(pair() for pair in self.pairs), strict=True)
+        down = torch.cat(downs)
+        if self.expert:
+            down = self._summed_gradient(down)
+        narrow = linear(x, down) * self.plan.scale
+        if self.sequence_parallel:
+            narrow = gather_from_sequence_parallel_region(narrow, tensor_parallel_output_grad=True, group=self.group)
+        elif not self.expert:
+            narrow = self._summed_gradient(narrow)
+        outputs = [linear(part, up) for part, up in zip(narrow.split(self.plan.rank, dim=-1), ups, strict=True)]
+        return self._interleave(dict(zip(names, outputs, strict=True)), narrow)
+
+    def _interleave(self, outputs: dict[str, Tensor], like: Tensor) -> Tensor:
+        """Outputs of the fused layers in Megatron's order: block by block the rows of each, zeros for one without adapter."""
+        if len(self.plan.rows) == 1:
+            return next(iter(outputs.values()))
+        parts = []
+        for name, rows in self.plan.rows.items():
+            width = rows if self.plan.blocks > 1 else rows // self.group.size()
+            shape = (*like.shape[:-1], self.blocks, width)
+            parts.append(outputs[name].view(shape) if name in outputs else like.new_zeros(shape))
+        return torch.cat(parts, dim=-1).flatten(-2)
+
+    def _row(self, x: Tensor) -> Tensor:
+        (pair,) = self.pairs
+        down, up = pair()
+        narrow = linear(x, down) * self.plan.scale
+        if self.expert:
+            up = self._summed_gradient(up)
+        elif self.sequence_parallel:
+            narrow = reduce_scatter_to_sequence_parallel_region(narrow, group=self.group)
+        else:
+            narrow = reduce_from_tensor_model_parallel_region(narrow, group=self.group)
+        return linear(narrow, up)
+
+    def _summed_gradient(self, tensor: Tensor) -> Tensor:
+        """The same; backward sums its gradient over the layer's ranks."""
+        return copy_to_tensor_model_parallel_region(tensor, group=self.group)
+
+    def sharded(self, prefix: str, offsets: tuple[Any, ...], replicas: ProcessGroup | None) -> dict[str, Any]:
+        """The matrices as parts of a checkpoint's."""
+        axis = {"lora_B": 0} if self.plan.column else {"lora_A": 1}
+        axes = {f"{name}.{matrix}": dim for name, _ in self.named_children() for matrix, dim in axis.items()}
+        state = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": self.group, "dp_cp_group": replicas}
+        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, axes, offsets, **groups)
+        return found
+
+
+def adapted(base: type, plan: LinearAdapter) -> type:
+    """A linear layer of Megatron-Core or Transformer Engine, with adapters."""
+
+    class Adapted(base):
+        def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
+            super().__init__(input_size, output_size, config=config, **options)
+            group = getattr(self, "tp_group", None) or self._tp_group  # Megatron-Core's name, or its one for Transformer Engine
+            expert = bool(options.get("is_expert", False))
+            self.add_module(NAME, LinearAdapters(plan, input_size, config, group, expert=expert))
+            self.adapters_on = True
+
+        def forward(self, x: Tensor, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x, *arguments, **options)
+            return (output + self.adapter(x) if self.adapters_on else output), bias
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        ) -> dict[str, Any]:
+            state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            own = f"{prefix}{NAME}."
+            # The layer's own method takes them for weights that no rank shares out.
+            kept = {key: value for key, value in state.items() if not key.startswith(own)}
+            return kept | self.adapter.sharded(own, sharded_offsets, (metadata or {}).get("dp_cp_group"))
+
+    return Adapted
+
+
+def adapted_grouped(base: type, plan: LinearAdapter) -> type:
+    """The linear layers of all of a rank's experts, which Transformer Engine computes in one, with adapters."""
+
+    class AdaptedGroup(base):
+        def __init__(
+            self, num_gemms: int, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any
+        ) -> None:
+            super().__init__(num_gemms, input_size, output_size, config=config, **options)
+            own = [LinearAdapters(plan, input_size, config, self._tp_group, expert=True) for _ in range(num_gemms)]
+            self.add_module(NAME, torch.nn.ModuleList(own))
+            self.adapters_on = True
+
+        def forward(self, x: Tensor, splits: Sequence[int], *arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
+            output, bias = super().forward(x, splits, *arguments, **options)
+            if not self.adapters_on:
+                return output, bias
+            parts = x.split([int(size) for size in splits])
+            return output + torch.cat([own(part) for own, part in zip(self.adapter, parts, strict=True)]), bias
+
+        def sharded_state_dict(
+            self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+        ) -> dict[str, Any]:
+            """As SequentialMLP's: an axis for experts, after that for layers."""
+            state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+            groups, count = self._pg_collection, len(self.adapter)
+            for index, own in enumerate(self.adapter):
+                axis = (len(sharded_offsets), groups.ep.rank() * count + index, groups.ep.size() * count)
+                parts = own.sharded(f"{prefix}{NAME}.", (*sharded_offsets, axis), (metadata or {}).get("dp_cp_group"))
+                for key, value in parts.items():
+                    value.replica_id = (*value.replica_id[:2], groups.expt_dp.rank())
+                    state[key.replace(f"{prefix}{NAME}.", f"{prefix}{NAME}.{index}.", 1)] = value
+            return state
+
+    return AdaptedGroup
+
+
+def freeze_base(part: torch.nn.Module) -> None:
+    """Train adapters alone: the other weights get no gradients, so neither buffers for them nor optimizer states."""
+    adapters = {id(parameter) for module in linear_adapters_of(part) for parameter in module.parameters()}
+    for parameter in part.parameters():
+        parameter.requires_grad_(id(parameter) in adapters)
+
+
+def linear_adapters_of(part: torch.nn.Module) -> list[LinearAdapters]:
+    """All adapters of a part of the model, in its order."""
+    return [module for module in part.modules() if isinstance(module, LinearAdapters)]
+
+
+@torch.no_grad()
+def clear_adapters(parts: Sequence[torch.nn.Module]) -> None:
+    """Let adapters add nothing: B = 0."""
+    for part in parts:
+        for layer in linear_adapters_of(part):
+            for pair in layer.pairs:
+                pair.lora_B.zero_()
+
+
+@contextlib.contextmanager
+def adapters_off(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Within it the model computes as if it had no adapters: as the base model, to the last bit."""
+    layers: list[Any] = [module for part in parts for module in part.modules() if hasattr(module, "adapters_on")]
+    for layer in layers:
+        layer.adapters_on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.adapters_on = True

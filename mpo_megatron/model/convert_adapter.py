@@ -1,0 +1,243 @@
+"""Adapters in and out: PEFT's folders to Megatron checkpoints of an adapter alone, and back; and an adapter merged.
+
+A Megatron checkpoint's folder that holds an adapter alone has adapter.json besides (`hf.adapter`); its hf/ and conversion.json
+are those of the base model. Adapters are small, so their matrices are in memory as a whole; the base model's weights never are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mpo_megatron.config import ConfigError, require
+from mpo_megatron.families import Family, load_family
+from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf
+from mpo_megatron.files import digests
+from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
+from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.hf.identity import ADAPTER_FILE, weights_digest
+from mpo_megatron.model.convert_folder import copy_side_files, staged
+from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
+from mpo_megatron.model.weight_map import Slice, build_adapter_map
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+ORIGINAL = "peft"
+"""Folder that keeps a read adapter's own adapter_config.json."""
+
+READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"})
+"""Fields of adapter_config.json that say what the adapter computes, and that are represented."""
+HARMLESS = frozenset(
+    {
+        *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
+        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+        *("lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core", "layers_pattern", "exclude_modules"),
+    }
+)
+"""Fields that change nothing of what a trained adapter computes without dropout; the names of weights say the rest."""
+
+
+# --------------------------------------------------------------------------------------------------- reading
+
+
+def read_peft(source: Path, family: Family) -> tuple[Adapter, dict[str, Tensor]]:
+    """An adapter's shape and its matrices by their names in PEFT's folder.
+
+    Raises:
+        CheckpointError: it is not LoRA alone, it has weights for other layers than the model's that can have an adapter, or it is
+            damaged.
+    """
+    settings = _read_settings(source / PEFT_CONFIG)
+    require(
+        (source / PEFT_WEIGHTS).is_file(),
+        f"{source} has no {PEFT_WEIGHTS}; adapters saved as pickles (.bin) are not read: load and save it with peft once.",
+    )
+    stored = read_header(source / PEFT_WEIGHTS)
+    known = adaptable_modules(family)
+    named = {leaf(name.rpartition(".lora_")[0] + ".weight") for name in stored if ".lora_" in name}
+    rank = settings["r"]
+    adapter = Adapter(
+        rank=rank,
+        alpha=float(settings["lora_alpha"]),
+        rslora=bool(settings.get("use_rslora", False)),
+        target_modules=tuple(name for name in known if name in named),
+    )
+    _check_names(stored, build_adapter_map(family, adapter), source, known)
+    with RowReader() as reader:
+        matrices = {}
+        for name, tensor in stored.items():
+            matrices[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            reader.read(tensor, 0, matrices[name])
+    return adapter, matrices
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        kind, rank, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: not the configuration of a LoRA adapter ({error!r}); copy or download it again."
+        ) from error
+    require(kind == "LORA", f"{path}: peft_type = {kind}; only LORA is read.")
+    require(
+        isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float) and alpha > 0,
+        f"{path}: r = {rank}, lora_alpha = {alpha}; both must be positive.",
+    )
+    for name, value in settings.items():
+        if name not in READ | HARMLESS and value and (name, value) != ("bias", "none"):
+            raise CheckpointError(
+                f"{path}: {name} = {value}, which is not implemented; train the adapter without it, or merge it in peft "
+                "(merge_and_unload) and convert the merged model."
+            )
+    return settings
+
+
+def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], source: Path, known: dict[str, str]) -> None:
+    expected = {placement.name: placement.shape for item in slices for placement in item.placements}
+    unknown = [name for name in stored if name not in expected]
+    if unknown or not expected:
+        raise CheckpointError(
+            f"{source}: {len(unknown)} of {len(stored)} weights belong to no layer of the base model that can have an adapter: "
+            f"{', '.join(unknown[:3])}; those are {', '.join(known)}, in all layers. Is it an adapter of this model?"
+        )
+    missing = [name for name in expected if name not in stored]
+    require(
+        not missing,
+        f"{source}: {len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:3])}); all layers must have the "
+        "same adapters, A and B.",
+    )
+    for name, shape in expected.items():
+        require(
+            stored[name].shape == shape,
+            f"{source}: {name} is {list(stored[name].shape)}, but {list(shape)} by the base model's config.json and "
+            f"{PEFT_CONFIG}. Is it an adapter of this model?",
+        )
+
+
+def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
+    """An adapter and its matrices, by their names in PEFT, from a Megatron checkpoint's folder.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or a matrix has another shape.
+    """
+    digests.require_list(source)
+    digests.check_folder(source, weights=False)
+    record = read_adapter(source)
+    checkpoint = CheckpointReader(source / "megatron")
+    matrices = {}
+    for item in build_adapter_map(load_family(source / "hf"), record.adapter):
+        entry = checkpoint.tensors.get(item.key)
+        require(entry is not None, f"{source}: the adapter's weight {item.key} is missing; copy the checkpoint again.")
+        assert entry is not None
+        require(
+            tuple(entry.size) == item.global_shape and entry.properties.dtype in DTYPE_NAMES,
+            f"{source}: {item.key} is {list(entry.size)}, {entry.properties.dtype}; {list(item.global_shape)} by adapter.json.",
+        )
+        (placement,) = item.placements
+        offsets, sizes = [*item.index, *(0 for _ in item.shape)], [*(1 for _ in item.index), *item.shape]
+        matrices[placement.name] = checkpoint.read(item.key, offsets, sizes).reshape(item.shape)
+    return record, matrices
+
+
+# --------------------------------------------------------------------------------------------------- writing
+
+
+def export_adapter(source: Path, output: Path, base_name: str | None = None) -> None:
+    """Write PEFT's folder of the adapter in a Megatron checkpoint's folder.
+
+    Args:
+        base_name: what adapter_config.json calls the base model; by default its folder here
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    record, matrices = read_matrices(source)
+    with staged(output, _num_bytes(matrices.values())) as folder:
+        save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        original = source / ORIGINAL / PEFT_CONFIG
+        if original.is_file():
+            (folder / PEFT_CONFIG).write_bytes(original.read_bytes())
+        else:
+            settings = peft_settings(record.adapter, base_name or record.base)
+            (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        copy_side_files(source / "hf", folder)
+        (folder / "config.json").unlink()  # by it the folder would pass for a whole model
+        digests.write_list(folder)
+
+
+def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:
+    """adapter_config.json as PEFT and vLLM read it."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": adapter.rank,
+        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
+        "use_rslora": adapter.rslora,
+        "target_modules": list(adapter.target_modules),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def import_adapter(source: Path, output: Path, base: Path) -> None:
+    """Write the Megatron checkpoint's folder of the adapter in PEFT's folder `source`, which belongs to the model in `base`.
+
+    Raises:
+        ConfigError: the adapter does not fit the base model, or a file is damaged.
+    """
+    family = load_family(base / "hf")
+    adapter, matrices = read_peft(source, family)
+    _check_dtypes(matrices, source)
+    record = AdapterRecord(adapter=adapter, base=str(base.absolute()), base_digest=weights_digest(base))
+    homes = {}
+    for item in build_adapter_map(family, adapter):
+        (placement,) = item.placements
+        sizes = (*(1 for _ in item.index), *item.shape)
+        offsets = (*item.index, *(0 for _ in item.shape))
+        dtype = matrices[placement.name].dtype
+        homes[Chunk(item.key, dtype, item.global_shape, offsets, sizes)] = placement.name
+
+    def resolve(chunk: Chunk) -> Tensor:
+        return matrices[homes[chunk]].reshape(chunk.sizes)
+
+    with staged(output, _num_bytes(matrices.values())) as folder:
+        write_checkpoint(folder / "megatron", list(homes), [], resolve)
+        copy_side_files(base / "hf", folder / "hf")
+        (folder / "conversion.json").write_bytes((base / "conversion.json").read_bytes())
+        (folder / ADAPTER_FILE).write_bytes(record.to_bytes())
+        (folder / ORIGINAL).mkdir()
+        (folder / ORIGINAL / PEFT_CONFIG).write_bytes((source / PEFT_CONFIG).read_bytes())
+        digests.write_list(folder)
+
+
+def _check_dtypes(matrices: dict[str, Tensor], source: Path) -> None:
+    dtypes = {DTYPE_NAMES[matrix.dtype] for matrix in matrices.values()}
+    require(len(dtypes) == 1, f"{source}: its weights are {' and '.join(sorted(dtypes))}; save the adapter with one dtype.")
+
+
+def _num_bytes(matrices: Iterable[Tensor]) -> int:
+    return sum(matrix.numel() * matrix.dtype.itemsize for matrix in matrices)
+
+
+def require_base(base: str | None, source: Path) -> Path:
+    """The Megatron checkpoint of an adapter's base model, which PEFT's folder names only for people.
+
+    Raises:
+        ConfigError: it was not given, or is none.
+    """
+    if base is None:
+        raise ConfigError(f"input = {source} is a PEFT adapter; name its base model's Megatron checkpoint, too: base.")
+    require((Path(base) / "megatron").is_dir(), f"base = {base}; there is no Megatron checkpoint; convert the base model first.")
+    return Path(base)

@@ -1,0 +1,85 @@
+"""Adapters in a run: which one it trains, beside which weights, and how both get into the model.
+
+`model.checkpoint` is the base model, and a new adapter begins beside it; or it is an adapter that a run has saved, or
+`mpo convert` has read, and training continues with it beside its own base model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
+from mpo_megatron.hf.adapter import AdapterRecord, find_base, read_adapter
+from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
+from mpo_megatron.model.adapter_weights import initialize_adapters
+from mpo_megatron.model.adapters import clear_adapters
+from mpo_megatron.model.parallel import Ranks
+from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.setup import Setup
+
+
+def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
+    """The run's adapter and the base model's folder; None if all weights are trained.
+
+    Raises:
+        ConfigError: the options do not fit the adapter in `model.checkpoint`, or its base model is not there.
+    """
+    folder, wanted = Path(config.model.checkpoint), choose_adapter(family, config.lora)
+    if not is_adapter_folder(folder):
+        require(
+            config.lora.base is None,
+            f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, no adapter; leave it out.",
+        )
+        if wanted is None:
+            return None
+        return AdapterRecord(adapter=wanted, base=os.path.abspath(folder), base_digest=weights_digest(folder))
+    saved = read_adapter(folder)
+    if wanted is not None:
+        check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "leave lora.* out to continue with it")
+    base = find_base(folder, saved, config.lora.base, "lora.base")
+    return dataclasses.replace(saved, base=os.path.abspath(base))
+
+
+def check_shape(wanted: Adapter, found: Adapter, what: str, fix: str) -> None:
+    """Refuse an adapter of another shape.
+
+    Raises:
+        ConfigError: naming the first field that differs.
+    """
+    for item in dataclasses.fields(Adapter):
+        ours, theirs = getattr(wanted, item.name), getattr(found, item.name)
+        require(ours == theirs, f"{what} holds an adapter with {item.name} = {theirs}, but lora.{item.name} = {ours}; {fix}.")
+
+
+def load_model(parts: list[torch.nn.Module], folder: str | Path, record: AdapterRecord | None, ranks: Ranks) -> None:
+    """Load the weights in a folder: a whole model, to which adapters then add nothing, or an adapter with its base model.
+
+    Raises:
+        ConfigError: files are missing or damaged, or they belong to another model, or to an adapter of another shape.
+    """
+    folder = Path(folder)
+    if not is_adapter_folder(folder):
+        checkpoint.load_weights(parts, folder, ranks)
+        clear_adapters(parts)
+        return
+    if record is None:
+        raise ConfigError(
+            f"{folder} holds an adapter alone, and the other model here is a whole one; merge it: mpo convert --merge true "
+            f"--input {folder} --output …, and convert the output."
+        )
+    saved = read_adapter(folder)
+    check_shape(record.adapter, saved.adapter, str(folder), "policy and reference need adapters of one shape")
+    checkpoint.load_weights(parts, find_base(folder, saved, record.base, "lora.base"), ranks)
+    checkpoint.load_adapter(parts, folder, ranks)
+
+
+def start_adapters(parts: list[torch.nn.Module], setup: Setup, ranks: Ranks) -> None:
+    """Draw what a new adapter begins with; one that was loaded stays as it is."""
+    if setup.record is not None and not is_adapter_folder(setup.model_folder):
+        initialize_adapters(parts, setup.family, setup.record.adapter, ranks, setup.config.seed)

@@ -1,0 +1,264 @@
+"""Adapters: beginning, PEFT's folders in and out, merging, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, ModelConfig, ParallelConfig
+from mpo_megatron.families import Family, load_family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
+from mpo_megatron.files import digests
+from mpo_megatron.hf.adapter import read_adapter
+from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
+from mpo_megatron.model.adapter_weights import adapter_norm, fill_adapters, initial_matrix, initialize_adapters
+from mpo_megatron.model.adapters import adapters_off, linear_adapters_of
+from mpo_megatron.model.convert import convert
+from mpo_megatron.model.live_weights import send_adapter
+from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.checkpoints import checkpoint
+from tests.distributed.adapters import start_matrix
+from tests.tiny import save_model
+
+TOKENS = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 60]])
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with model_parallel(ParallelConfig(), seed=1) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model in both formats: hf and megatron."""
+    folder = tmp_path_factory.mktemp("base")
+    save_model(folder / "hf", model_type="qwen2", tied=True, num_hidden_layers=2)
+    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
+    return folder
+
+
+def save_peft(base: Path, folder: Path, **options: Any) -> PeftModel:
+    """An adapter of PEFT with B other than 0, saved, and its model."""
+    model = AutoModelForCausalLM.from_pretrained(base / "hf", dtype=torch.float32)
+    settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]} | options
+    adapted = get_peft_model(model, PeftConfig(task_type="CAUSAL_LM", **settings))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_" in name:
+                weight.copy_(start_matrix(name, tuple(weight.shape)))
+    adapted.save_pretrained(folder)
+    return adapted.eval()
+
+
+@pytest.fixture(scope="module")
+def peft(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """PEFT's folder of an adapter, and its logits of TOKENS."""
+    folder = tmp_path_factory.mktemp("peft") / "adapter"
+    model = save_peft(base, folder)
+    with torch.no_grad():
+        return folder, model(TOKENS).logits
+
+
+def build(base: Path, adapter: Adapter, ranks: Ranks) -> tuple[Family, list[torch.nn.Module]]:
+    family = load_family(base / "megatron" / "hf")
+    padded = load_conversion(base / "megatron").padded_vocab_size
+    settings = ModelConfig(checkpoint="", precision="fp32")
+    return family, build_policy(family, settings, ParallelConfig(), ranks, padded, adapter)
+
+
+def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:
+    megatron, out = tmp_path / "adapter", tmp_path / "out"
+    convert(ConvertConfig(input=str(peft[0]), output=str(megatron), base=str(base / "megatron")))
+    assert is_adapter_folder(megatron)
+    record = read_adapter(megatron)
+    assert record.base_digest == weights_digest(base / "megatron")
+    assert record.adapter == Adapter(
+        rank=3, alpha=5.0, rslora=False, target_modules=("q_proj", "v_proj", "o_proj", "gate_proj", "down_proj")
+    )
+    convert(ConvertConfig(input=str(megatron), output=str(out)))
+    before, after = (load_file(folder / "adapter_model.safetensors") for folder in (peft[0], out))
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
+    assert (out / "adapter_config.json").read_bytes() == (peft[0] / "adapter_config.json").read_bytes()
+    assert not (out / "config.json").exists()
+
+
+def test_a_merged_model_answers_as_the_adapter_does(
+    base: Path, peft: tuple[Path, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also straight from PEFT's folder; float32 weights are summed in float64, so that one rounding is all that differs."""
+    folder, logits = peft
+    megatron = tmp_path / "adapter"
+    convert(ConvertConfig(input=str(folder), output=str(megatron), base=str(base / "megatron")))
+    convert(ConvertConfig(input=str(megatron), output=str(tmp_path / "merged"), merge=True))
+    options = {"merge": True, "base": str(base / "megatron")}
+    convert(ConvertConfig(input=str(folder), output=str(tmp_path / "straight"), **options))  # type: ignore[arg-type]
+    assert "rounding changes 0.00% of it" in capsys.readouterr().err
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "straight")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        merged, plain = model(TOKENS).logits, AutoModelForCausalLM.from_pretrained(base / "hf")(TOKENS).logits
+    assert (plain - logits).abs().max() > 0.05
+    # 2⁻²⁴ of the largest values, through 2 layers of sums of about 100 products
+    assert (merged - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_our_export_loads_in_peft(base: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Its configuration is ours then: rsLoRA, and an alpha that is no whole number."""
+    model = save_peft(base, tmp_path / "peft", use_rslora=True, lora_alpha=7)
+    convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "adapter"), base=str(base / "megatron")))
+    (tmp_path / "adapter" / "peft" / "adapter_config.json").unlink()
+    (tmp_path / "adapter" / "mpo_digests.json").unlink()
+    digests.write_list(tmp_path / "adapter")
+    convert(ConvertConfig(input=str(tmp_path / "adapter"), output=str(tmp_path / "out")))
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base / "hf"), tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "use_dora = True, which is not implemented"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
+        ({"bias": "all"}, "bias = all"),
+        ({"peft_type": "IA3"}, "peft_type = IA3; only LORA is read"),
+        ({"r": 0}, "r = 0"),
+        ({"r": 4}, r"is \[3, 64\], but \[4, 64\]"),
+    ],
+)
+def test_what_peft_has_and_we_do_not_is_refused(
+    base: Path, peft: tuple[Path, Tensor], tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes((peft[0] / "adapter_model.safetensors").read_bytes())
+    settings = json.loads((peft[0] / "adapter_config.json").read_text()) | change
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigError, match=message):
+        convert(ConvertConfig(input=str(folder), output=str(tmp_path / "out"), base=str(base / "megatron")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """By its shapes from PEFT, by the weights' digest once it is ours."""
+    save_model(tmp_path / "hf", model_type="qwen2", tied=True, num_hidden_layers=2, seed=3)
+    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "other")))
+    convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "adapter"), base=str(base / "megatron")))
+    with pytest.raises(ConfigError, match=r"whose weights have the digest .*other holds other weights"):
+        convert(
+            ConvertConfig(input=str(tmp_path / "adapter"), output=str(tmp_path / "out"), merge=True, base=str(tmp_path / "other"))
+        )
+    save_model(tmp_path / "deep-hf", model_type="qwen2", tied=True, num_hidden_layers=3)
+    convert(ConvertConfig(input=str(tmp_path / "deep-hf"), output=str(tmp_path / "deep")))
+    with pytest.raises(ConfigError, match="weights are missing"):
+        convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out"), base=str(tmp_path / "deep")))
+    with pytest.raises(ConfigError, match="is a PEFT adapter; name its base model's"):
+        convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out")))
+    with pytest.raises(ConfigError, match="is a whole model, no adapter"):
+        convert(ConvertConfig(input=str(base / "megatron"), output=str(tmp_path / "out"), merge=True))
+
+
+def test_targets_by_name_and_by_group(base: Path) -> None:
+    family = load_family(base / "megatron" / "hf")
+    attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+
+    def targets(*names: str) -> tuple[str, ...]:
+        adapter = choose_adapter(family, LoraConfig(rank=2, target_modules=list(names)))
+        assert adapter is not None
+        return adapter.target_modules
+
+    assert targets("all-linear") == attention + mlp
+    assert targets("attention") == attention
+    assert targets("mlp") == mlp
+    assert targets("v_proj", "q_proj") == ("q_proj", "v_proj")
+    for name in ("lm_head", "embed_tokens", "qkv_proj"):
+        with pytest.raises(ConfigError, match=rf"names {name}, .*choose from q_proj, k_proj, .*down_proj, or attention"):
+            targets("q_proj", name)
+    assert choose_adapter(family, LoraConfig()) is None
+
+
+def test_scales() -> None:
+    adapter = Adapter(rank=16, alpha=8.0, rslora=False, target_modules=("q_proj",))
+    assert adapter.scale == 0.5
+    assert Adapter(rank=16, alpha=8.0, rslora=True, target_modules=("q_proj",)).scale == 2.0
+
+
+def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, ranks: Ranks) -> None:
+    """Log-probs with B = 0 equal the base model's to the last bit; A is uniform with PEFT's bound, other in each layer."""
+    adapter = Adapter(rank=8, alpha=16.0, rslora=False, target_modules=("q_proj", "k_proj", "o_proj", "up_proj", "down_proj"))
+    family, parts = build(base, adapter, ranks)
+    checkpoint.load_weights(parts, base / "megatron", ranks)
+    initialize_adapters(parts, family, adapter, ranks, seed=5)
+    assert adapter_norm(parts, ranks) == 0
+    found: dict[str, Tensor] = {}
+    send_adapter(parts, family, adapter, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
+    assert len(found) == 2 * 2 * 5
+    for name, tensor in found.items():
+        assert torch.equal(tensor, initial_matrix(name, tuple(tensor.shape), 5)), name
+        bound = tensor.shape[1] ** -0.5
+        assert not tensor.any() if ".lora_B." in name else 0.95 * bound < tensor.abs().max() <= bound
+    first = [tensor for name, tensor in found.items() if "q_proj.lora_A" in name]
+    assert not torch.equal(first[0], first[1])
+    assert not torch.equal(initial_matrix("x.lora_A.weight", (8, 64), 5), initial_matrix("x.lora_A.weight", (8, 64), 6))
+    layer = linear_adapters_of(parts[0])[0]
+    x = torch.randn(7, 1, 64, generator=torch.Generator().manual_seed(1))
+    module: Any = next(module for module in parts[0].modules() if getattr(module, "adapter", None) is layer)
+    on, _ = module(x)
+    with adapters_off(parts):
+        off, _ = module(x)
+    assert torch.equal(on, off)
+    fill_adapters(parts, family, adapter, ranks, start_matrix)
+    changed, _ = module(x)
+    with adapters_off(parts):
+        assert torch.equal(module(x)[0], off)
+    assert (changed - off).abs().max() > 0.01
+    trained = [name for name, parameter in parts[0].named_parameters() if parameter.requires_grad]
+    assert len(trained) == 20
+    assert all(".adapter." in name for name in trained)
+
+
+def test_the_norm_is_that_of_all_products(base: Path, ranks: Ranks) -> None:
+    adapter = Adapter(rank=2, alpha=3.0, rslora=True, target_modules=("v_proj", "down_proj"))
+    family, parts = build(base, adapter, ranks)
+    fill_adapters(parts, family, adapter, ranks, start_matrix)
+    found: dict[str, Tensor] = {}
+    send_adapter(parts, family, adapter, ranks, lambda name, tensor: found.update({name: tensor.clone().double()}))
+    squares = [
+        (adapter.scale * found[name.replace("lora_A", "lora_B")] @ down).square().sum()
+        for name, down in found.items()
+        if "lora_A" in name
+    ]
+    assert adapter_norm(parts, ranks) == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": -1}, "lora.rank = -1; it must be 0"),
+        ({"rank": 4, "alpha": 0.0}, "lora.alpha = 0.0; it must be positive"),
+        ({"alpha": 8.0}, "lora.alpha = 8.0 without lora.rank"),
+        ({"rslora": True}, "lora.rslora = True without lora.rank"),
+        ({"rank": 4, "target_modules": []}, "name at least one layer"),
+        ({"rank": 4, "target_modules": ["q_proj", "q_proj"]}, "each once"),
+    ],
+)
+def test_options_are_checked(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoraConfig(**options)
