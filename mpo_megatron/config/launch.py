@@ -12,6 +12,7 @@ from mpo_megatron.config.values import Section
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 JOB_NAME = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
 SLURM_WORD = re.compile(r"[\w./:@%+,=-]+")
+MOUNT = re.compile(r"[^\n:]+:[^\n]+")
 SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 
@@ -112,6 +113,15 @@ class SlurmJob(JobConfig):
             self.cpus_per_rank is None or self.cpus_per_rank >= 1,
             f"cpus_per_rank = {self.cpus_per_rank}; it must be at least 1, or absent.",
         )
+        require(self.container != "", "container is empty; name an image, or leave it out.")
+        require(
+            not self.mounts or self.container is not None,
+            f"mounts = {self.mounts}, but no container would see them; name its image as container, or leave them out.",
+        )
+        for mount in self.mounts:
+            require(
+                MOUNT.fullmatch(mount) is not None, f"mounts: {mount!r}; write outside:inside, such as /data:/data, on one line."
+            )
         _check_directives(self)
 
 
@@ -201,6 +211,7 @@ class KubernetesJob(JobConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require(self.image != "", "image is empty; name a container image with this package.")
         require(self.max_restarts >= 0, f"max_restarts = {self.max_restarts}; it must be 0 or more.")
 
 
@@ -216,3 +227,8 @@ class SkypilotJob(JobConfig):
     """`file_mounts`: path on the machine, and the bucket or local folder behind it; the run's folder must lie on a bucket."""
     spot: bool = False
     """Take machines that can be taken away; the run resumes on others."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.accelerators != "", "accelerators is empty; name a GPU type, such as H100.")
+        require(self.image != "", "image is empty; name one as docker:…, or leave it out.")

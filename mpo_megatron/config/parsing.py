@@ -131,11 +131,18 @@ def _check_argument(kind: type[Any], name: str, text: str) -> None:
         ConfigError: no value of its type is written so.
     """
     options = options_of(kind)
+    if name.partition(".")[0] not in options:
+        return  # the parser says which there are
     expected = options.get(name)
     if name in options and is_single(expected):
         check_written(expected, text, name)
-    else:  # a list or a mapping in one text, or an entry of a mapping
-        read_text(text, f"--{name}")
+        return
+    value = read_text(text, f"--{name}")  # a list or a mapping in one text, or an entry of a mapping
+    section = section_of(expected)
+    if section is not None and isinstance(value, Mapping):
+        check_options(section, value, f"--{name}")
+    elif section is None and name in options and isinstance(value, list | Mapping):
+        check_written(expected, value, name)
 
 
 def load_yaml[C](kind: type[C], path: str | Path) -> C:
@@ -183,11 +190,11 @@ def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
         return f"{name}: {unknown_option(kind, name.lstrip('-'), option_prefix)}"
     if match := re.match(r"the following arguments are required: (.+)", message):
         return f"missing: {', '.join(option_prefix + name for name in match[1].split(', '))}."
-    if match := re.match(r'Parser key "([^"]+)":\s+Unable to load config', message):
-        name = match[1]
+    key, value = re.match(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    if key and (section_of(options_of(kind).get(key[1])) is not None or "Unable to load config" in message):
+        name = key[1]
         inner = next((option for option in options_of(kind) if option.startswith(f"{name}.")), f"{name}.…")
         return f"{option_prefix}{name} is a section; give its options one by one, such as {option_prefix}{inner}."
-    key, value = re.match(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if key and value and key[1] in options_of(kind):
         return f"{key[1]} = {value[1]}; it must be {describe_type(options_of(kind)[key[1]])}."
     return re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))

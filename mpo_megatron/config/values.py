@@ -184,7 +184,11 @@ def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | 
     if origin is list:
         if not isinstance(value, list):
             return wrong
-        return next((problem for item in value if (problem := _find_problem(arguments[0], item, name, written))), None)
+        for item in value:
+            problem = _find_problem(arguments[0], item, name, written)
+            if problem is not None:
+                return f"of its entries, {show(item)}: {problem}"
+        return None
     if origin is dict or expected is Options:
         return _find_problem_in_mapping(arguments[1] if arguments else Any, value, name, written, wrong)
     if expected is Any:

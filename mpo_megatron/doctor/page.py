@@ -53,7 +53,7 @@ def _abilities(able: dict[str, Any]) -> str:
 
 def _run(run: dict[str, Any]) -> str:
     rows = [(row["what"], row["choice"], f"because: {row['why']}") for row in run["uses"]]
-    return f"What a run of {run['config']} uses here\n" + _table(rows)
+    return f"What a run of {run['config']} uses here\n" + (_table(rows) if rows else "  unknown, as `mpo train` refuses it")
 
 
 def _peers(peers: Sequence[dict[str, Any]]) -> str:

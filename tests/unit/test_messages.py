@@ -48,7 +48,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --model.fp8 e4m3", "model.fp8 = e4m3; it must be one of none, current, blockwise, mxfp8."),
         ("plan --gpus 8 --model m --fp8 x", "fp8 = x; it must be one of none, current, blockwise, mxfp8, or null."),
         ("train --loss.params beta", "mpo train: --loss.params beta: write name=value, or several: --loss.params a=1 b=2."),
-        ("prepare --weights a", "mpo prepare: weights = a; it must be a list, such as [a, b]."),
+        ("prepare --weights a", "mpo prepare: weights = ['a']; of its entries, a: it must be a number."),
         ("train --model qwen", "mpo train: --model is a section; give its options one by one, such as --model.checkpoint."),
         ("train --nproc two", "mpo train: --nproc: two; it must be a whole number."),
         ("train --nproc 0", "mpo train: --nproc = 0; it must be at least 1."),

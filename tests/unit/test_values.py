@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -221,3 +222,34 @@ def test_a_weight_of_a_scorer() -> None:
     for weight in (None, True, "1", 10**400, math.inf, math.nan, [1]):
         with pytest.raises(ConfigError, match=r"scorers.x.weight = "):
             ScoreConfig(input="a", output="b", scorers={"x": {"kind": "match", "weight": weight}})
+
+
+WRONG_INSIDE = [
+    ("launch slurm --train t --mounts [a:b,1]", "mounts = ['a:b', 1]; of its entries, 1: it must be a text"),
+    ("launch slurm --train t --mounts [a:b]", "mounts = ['a:b'], but no container would see them"),
+    ("launch slurm --train t --container i --mounts [a]", "mounts: 'a'; write outside:inside"),
+    ("launch slurm --train t --container=", "container is empty"),
+    ("launch kubernetes --train t --image=", "image is empty"),
+    ("launch skypilot --train t --accelerators=", "accelerators is empty"),
+    ("launch slurm-array --generate t --shards 1_0", "--shards: there is no such option"),
+    (
+        "generate --prompts p --model m --output o --temperatures [1,x]",
+        "temperatures = [1, 'x']; of its entries, x: it must be a number",
+    ),
+    ("generate --prompts p --model m --output o --temperatures [.nan]", "it must be a number, and finite"),
+    ("report --runs [[a]]", "runs = [['a']]; of its entries, ['a']: it must be a text"),
+    ("score --input a --output b --scorers {a:_3}", "scorers = {'a': 3}; of a, 3, it must be a mapping"),
+    ("score --input a --output b --scorers {1:_{kind:_match}}", "its names must be texts"),
+    ("evaluate --output o --held_out {}", "--held_out is a section; give its options one by one, such as --held_out.groups"),
+    ("evaluate --output o --held_out {groups:_[a]}", "groups = ['a']; it must be a text"),
+    ("evaluate --output o --held_out {groups:_g,_model:_{checkpoint:_[a]}}", "model.checkpoint = ['a']; it must be a text"),
+    ("evaluate --output o --held_out {nope:_1}", "nope: there is no such option"),
+]
+"""What is wrong inside a list, a mapping or a section in one text; `_` behind a colon or a comma stands for a blank."""
+
+
+@pytest.mark.parametrize(("command", "message"), WRONG_INSIDE)
+def test_values_inside_lists_mappings_and_sections(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([re.sub("(?<=[:,])_", " ", word) for word in command.split()]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert message in said

@@ -14,17 +14,16 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConvertConfig, IterateConfig, TrainConfig, parse
+from mpo_megatron.config import ConvertConfig, IterateConfig
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import stages
-from mpo_megatron.train import loop, reference_main
+from mpo_megatron.train import reference_main
 from mpo_megatron.train.__main__ import work as train_work
 from mpo_megatron.train.checkpoints import resumption
 from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from mpo_megatron.train.rank import run as run_rank
-from mpo_megatron.train.setup import build_setup
 from tests.tiny import random_groups, save_groups, save_model
 
 Result = dict[str, Any]
@@ -118,12 +117,11 @@ def rounds_config(inputs: Path, folder: Path) -> IterateConfig:
 
 
 def run_rounds(inputs: Path, folder: Path) -> int:
-    """`mpo iterate`, training in this process."""
+    """`mpo iterate`, whose training is a rank in this process."""
     from mpo_megatron import cli as command_line
 
     def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-        loop.train(build_setup(parse(TrainConfig, arguments, "mpo train"), num_ranks))
-        return 0
+        return be_rank(train_work, "mpo train", list(arguments))
 
     stages.launch = train_here  # type: ignore[assignment]
     config = rounds_config(inputs, folder)

@@ -169,6 +169,8 @@ def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.Capt
     assert abilities.main([str(config)]) == 0
     run = json.loads(capsys.readouterr().out.splitlines()[-1])["run"]
     assert "paralel" in run["refused"]
+    page = doctor.render({"software": [], "machine": _facts(), "abilities": ABLE, "run": run, "problems": []})
+    assert page.count("unknown, as `mpo train` refuses it") == 1
 
 
 def _facts(**changes: Any) -> dict[str, Any]:
