@@ -44,7 +44,7 @@ EXTRAS = {
         "cuda-toolkit[cccl,nvcc]>=13,<14",  # headers for that, of the version torch itself pins; core_cu13 is for CUDA 13
     ],
     # Engines of `mpo generate` besides the embedded one, which needs neither; `openai` also asks the judges of `mpo score`.
-    # vllm 0.26 is the first for torch 2.11; the live policy's sampling (rollout/live) calls internals of its engine.
+    # vllm 0.26 is the first for torch 2.11; a live engine (rollout/live) needs 0.33: stack/packages.py, tools/vllm_names.py.
     # cuda-python 13 is for the CUDA of torch; vllm would also take 12, and a resolver chooses it.
     "rollout": ["vllm>=0.26,<0.34", "cuda-python>=13,<14", "openai>=2"],
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.

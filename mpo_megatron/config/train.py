@@ -15,6 +15,12 @@ from mpo_megatron.config.model import ADAPTER_OFF, ModelConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
 
+LIVE_ENGINE_OPTIONS = (
+    *("model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization"),
+    *("load_format", "enable_sleep_mode", "weight_transfer_config", "distributed_executor_backend"),
+)
+"""Arguments of vLLM's `EngineArgs` that follow from the run."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, prefix="data."):
@@ -221,6 +227,32 @@ class LoggingConfig(Section, prefix="logging."):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LiveVllmConfig(Section, prefix="online.vllm."):
+    """vLLM beside the training."""
+
+    memory_fraction: float | None = None
+    """Share of a GPU's memory that it takes while it samples; by default what the model's weights, the samples' keys and values
+    and its kernels need."""
+    tensor_parallel: int = 1
+    """GPUs that share each layer: those of the first ranks of each model replica."""
+    pipeline_parallel: int = 1
+    """GPUs (or groups of them) that share the depth, likewise."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's `EngineArgs`, for example `quantization: fp8`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.memory_fraction is None or 0 < self.memory_fraction < 1,
+            f"online.vllm.memory_fraction = {self.memory_fraction}; it must be above 0 and below 1.",
+        )
+        for name in ("tensor_parallel", "pipeline_parallel"):
+            require(getattr(self, name) >= 1, f"online.vllm.{name} = {getattr(self, name)}; it must be at least 1.")
+        for name in LIVE_ENGINE_OPTIONS:
+            require(name not in self.options, f"online.vllm.options.{name} is set by mpo train itself; leave it out.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OnlineConfig(Section, prefix="online."):
     """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples of the policy as it trains (SPO, Eq. 15)."""
 
@@ -236,8 +268,8 @@ class OnlineConfig(Section, prefix="online."):
     """Sampling temperature; anything but 1 is not the policy's own distribution."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples, on one rank per model replica, from the live weights: the embedded model, or vLLM beside the training."""
-    vllm_memory_fraction: float = 0.3
-    """Share of a GPU's memory that `engine: vllm` takes while it samples."""
+    vllm: LiveVllmConfig = field(default_factory=LiveVllmConfig)
+    """The engine of `engine: vllm`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -249,8 +281,8 @@ class OnlineConfig(Section, prefix="online."):
             require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
         require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
         require(
-            0 < self.vllm_memory_fraction < 1,
-            f"online.vllm_memory_fraction = {self.vllm_memory_fraction}; it must be above 0 and below 1.",
+            self.engine == "vllm" or self.vllm == LiveVllmConfig(),
+            f"online.vllm is set, but online.engine = {self.engine}; set online.engine = vllm, or leave it out.",
         )
 
 

@@ -15,6 +15,8 @@ from typing import Any, Literal
 from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, is_hugging_face, load_yaml
 from mpo_megatron.files import DataError
 from mpo_megatron.stack.checks import has_fused_gradients
+from mpo_megatron.stack.imports import version_of
+from mpo_megatron.stack.packages import missing_for_live_vllm
 
 USABLE = "usable"
 
@@ -106,7 +108,7 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
         for name, value in recommended(config, capability).items():
             rows.append((name, os.environ.get(name, value), "the environment" if name in os.environ else "set by mpo train"))
     if config.online.kl_weight:
-        rows.append(("live samples", config.online.engine, "online.engine"))
+        rows.append(("live samples", *_live_engine(config)))
     return [{"what": what, "choice": choice, "why": why} for what, choice, why in rows]
 
 
@@ -116,6 +118,15 @@ def _weight_gradients(engine: bool) -> tuple[str, str]:
     if has_fused_gradients():
         return "added inside the GEMM", "NVIDIA's apex"
     return "added in a pass of their own", "neither Transformer Engine nor NVIDIA's apex is in use"
+
+
+def _live_engine(config: TrainConfig) -> tuple[str, str]:
+    """The engine that samples beside the training, and how weights reach it."""
+    online = config.online
+    if online.engine != "vllm":
+        return online.engine, "online.engine; weights pass through host memory"
+    spread = f"tensor {online.vllm.tensor_parallel} × pipeline {online.vllm.pipeline_parallel} a replica"
+    return f"vllm {version_of('vllm')}, {spread}", missing_for_live_vllm() or "online.engine; weights pass by CUDA IPC"
 
 
 def _overlap(config: TrainConfig) -> tuple[str, str]:

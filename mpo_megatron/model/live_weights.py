@@ -8,8 +8,9 @@ says which rows of those tensors make up a Hugging Face tensor, as it does for c
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,9 +26,6 @@ from mpo_megatron.families.adapters import ADAPTER, Adapter
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import Slice, build_adapter_map, build_weight_map
 
-Receive = Callable[[str, Tensor], None]
-"""Takes one whole weight by its Hugging Face name, on this rank's device; the tensor may not be kept without a copy."""
-
 
 @dataclass(frozen=True)
 class Box:
@@ -41,57 +39,94 @@ class Box:
     dtype: torch.dtype
 
 
-def send_weights(model: Sequence[Any], family: Family, padded_vocab: int, ranks: Ranks, receive: Receive | None) -> None:
-    """Give the policy's weights, one after the other, to every rank that wants them; all ranks call it.
+@dataclass(frozen=True)
+class WeightInfo:
+    """One whole weight as a Hugging Face checkpoint has it."""
 
-    With adapters these are the base model's weights.
-
-    Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
-
-    Args:
-        model: this rank's parts of the policy
-        receive: what to do with a weight; None if this rank wants none
-    Raises:
-        RuntimeError: ranks together do not hold a tensor that the weight map names.
-    """
-    _send(build_weight_map(family, padded_vocab), held_boxes(model, ranks, adapters=False), receive)
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
-def send_adapter(model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks, receive: Receive | None) -> None:
-    """The same for the matrices of the policy's adapter, under PEFT's names."""
-    _send(build_adapter_map(family, adapter), held_boxes(model, ranks, adapters=True), receive)
+class LiveWeights:
+    """Weights of the policy under their Hugging Face names, whatever the layout; all ranks use it alike."""
+
+    def __init__(self, model: Sequence[Any], ranks: Ranks, slices: Sequence[Slice], *, adapters: bool) -> None:
+        """Nothing is communicated yet.
+
+        Args:
+            model: this rank's parts of the policy
+            slices: what makes up the weights
+            adapters: whether they are its adapter's matrices, or all else
+        """
+        self.model, self.ranks, self.slices, self.adapters = model, ranks, slices, adapters
+
+    @classmethod
+    def of_policy(cls, model: Sequence[Any], family: Family, padded_vocab: int, ranks: Ranks) -> LiveWeights:
+        """The policy's weights; with adapters, those of the base model."""
+        return cls(model, ranks, build_weight_map(family, padded_vocab), adapters=False)
+
+    @classmethod
+    def of_adapter(cls, model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks) -> LiveWeights:
+        """The matrices of the policy's adapter, under PEFT's names."""
+        return cls(model, ranks, build_adapter_map(family, adapter), adapters=True)
+
+    @cached_property
+    def metadata(self) -> list[WeightInfo]:
+        """Every weight, in the order of `stream`: layer by layer.
+
+        Communication: on its first use, all ranks say what they hold.
+        """
+        return [
+            WeightInfo(placement.name, placement.shape, self._owners[item.key][0][0].dtype)
+            for item in self.slices
+            for placement in item.placements
+        ]
+
+    def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights as they are now, one after the other, on this rank's device; all ranks must exhaust it.
+
+        Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
+
+        Args:
+            wanted: whether this rank wants them; if not, it only takes part, and nothing is yielded
+        Raises:
+            RuntimeError: ranks together do not hold a tensor that the weight map names.
+        """
+        held = held_boxes(self.model, self.ranks, adapters=self.adapters)
+        for item in self.slices:
+            whole: Tensor | None = None
+            filled = 0
+            for box, owner in self._owners[item.key]:
+                place = place_in(box, item)
+                if place is None:
+                    continue
+                data = held[box] if owner == get_rank() else torch.empty(box.sizes, dtype=box.dtype, device=device.device())
+                data = data.contiguous()
+                if get_world_size() > 1:
+                    broadcast(data, src=owner)
+                filled += data.numel()
+                if wanted:
+                    whole = torch.empty(item.shape, dtype=box.dtype, device=data.device) if whole is None else whole
+                    whole[place] = data.view(whole[place].shape)
+            if filled != torch.Size(item.shape).numel():
+                raise RuntimeError(f"{item.key}: ranks hold {filled} of {torch.Size(item.shape).numel()} values.")
+            if whole is not None:
+                yield from _tensors_of(whole, item)
+
+    @cached_property
+    def _owners(self) -> dict[str, list[tuple[Box, int]]]:
+        """Which boxes each checkpoint tensor has, and who broadcasts each."""
+        return _find_owners(list(held_boxes(self.model, self.ranks, adapters=self.adapters)))
 
 
-def _send(slices: Sequence[Slice], held: dict[Box, Tensor], receive: Receive | None) -> None:
-    owners = _find_owners(list(held))
-    for item in slices:
-        whole: Tensor | None = None
-        filled = 0
-        for box, owner in owners[item.key]:
-            place = place_in(box, item)
-            if place is None:
-                continue
-            data = held[box] if owner == get_rank() else torch.empty(box.sizes, dtype=box.dtype, device=device.device())
-            data = data.contiguous()
-            if get_world_size() > 1:
-                broadcast(data, src=owner)
-            filled += data.numel()
-            if receive is not None:
-                whole = torch.empty(item.shape, dtype=box.dtype, device=data.device) if whole is None else whole
-                whole[place] = data.view(whole[place].shape)
-        if filled != torch.Size(item.shape).numel():
-            raise RuntimeError(f"{item.key}: ranks hold {filled} of {torch.Size(item.shape).numel()} values.")
-        if receive is not None and whole is not None:
-            _hand_out(whole, item, receive)
-
-
-def _hand_out(whole: Tensor, item: Slice, receive: Receive) -> None:
-    """The Hugging Face tensors that a Megatron tensor is made of."""
+def _tensors_of(whole: Tensor, item: Slice) -> Iterator[tuple[str, Tensor]]:
+    """The Hugging Face tensors that a Megatron tensor is made of, each with memory of its own."""
     for placement in item.placements:
         tensor = whole.new_empty(placement.shape)
         for run in placement.runs:
             tensor[run.hf_row : run.hf_row + run.num_rows] = whole[run.megatron_row : run.megatron_row + run.num_rows]
-        receive(placement.name, tensor)
+        yield placement.name, tensor
 
 
 def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:

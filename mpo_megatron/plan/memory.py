@@ -19,12 +19,12 @@ from typing import Literal
 from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, adapter_rules
+from mpo_megatron.hf.live_engine import EngineMemory
 from mpo_megatron.plan.parameters import (
     Part,
     Weight,
     adapter_weights,
     buffer_size,
-    count_parameters,
     part_weights,
     stage_parts,
 )
@@ -67,8 +67,8 @@ class Layout:
     kernels: Kernels
     resident: bool
     """A reference model stays beside the policy, for token-wise divergences."""
-    sampler: bool = False
-    """One rank of every replica holds a whole copy of the policy to sample from (`online.kl_weight`)."""
+    sampler: EngineMemory | None = None
+    """What samples from the policy between steps, on the busiest GPU (`online.kl_weight`)."""
     routing: ExpertsConfig = field(default_factory=ExpertsConfig)
     """What routers of experts do besides."""
     records_choices: bool = False
@@ -145,19 +145,23 @@ class StageMemory:
     all_to_all: int
     """Send and receive buffers of context parallelism; likewise."""
     reference: int
-    """Weights of a resident reference model, and of the copy of the policy that samples."""
+    """Weights of a resident reference model."""
+    asleep: int
+    """What an engine that samples keeps between two batches of samples."""
+    sampling: int
+    """What it takes besides while it samples, when no activations are there."""
     overhead: int
     """Context, communication buffers and workspaces of the GPU, as configured."""
 
     @property
     def static(self) -> int:
         """What is there between two steps."""
-        return self.weights + self.gradients + self.optimizer + self.reference
+        return self.weights + self.gradients + self.optimizer + self.reference + self.asleep
 
     @property
     def dynamic(self) -> int:
-        """What a step adds at its peak."""
-        return self.activations + self.working
+        """What a step adds at its peak, or sampling if that is more."""
+        return max(self.activations + self.working, self.sampling)
 
     @property
     def total(self) -> int:
@@ -185,6 +189,7 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
     kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
     moment, working = _peak(layout, parts, trained, row, kept)
+    sampler = layout.sampler if stage == 0 else None  # engines run beside the ranks of the first stage
     rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows + _choices(layout, row, num_rows)
     return StageMemory(
         stage=stage,
@@ -201,7 +206,9 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
         moment=moment,
         log_probs=_head(layout, row) if parts[-1].last else 0,
         all_to_all=_all_to_all(layout, row),
-        reference=_beside(layout, elements),
+        reference=elements * layout.dtype_bytes if layout.resident and not layout.model.resident_offload else 0,
+        asleep=sampler.asleep if sampler else 0,
+        sampling=sampler.awake - sampler.asleep if sampler else 0,
         overhead=overhead,
     )
 
@@ -213,12 +220,6 @@ def _choices(layout: Layout, row: RowCounts, num_rows: int) -> int:
         return 0
     tokens = row.tokens * num_rows * layout.replicas + _tokens(layout, row) // layout.sequence_parts * num_rows
     return tokens * experts.choices * (1 if experts.id_bytes == 1 else 4)
-
-
-def _beside(layout: Layout, elements: int) -> int:
-    """Weights of other models on the busiest rank."""
-    reference = elements * layout.dtype_bytes if layout.resident and not layout.model.resident_offload else 0
-    return reference + (count_parameters(layout.shape) * layout.dtype_bytes if layout.sampler else 0)
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int:

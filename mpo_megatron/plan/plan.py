@@ -49,7 +49,9 @@ PARTS = {
     "optimizer": ("optim.", "optimizer states"),
     "activations": ("kept", "activations"),
     "working": ("work", "working memory at the peak"),
-    "reference": ("ref.", "models beside the policy"),
+    "reference": ("ref.", "the reference model"),
+    "asleep": ("engine", "a sleeping engine"),
+    "sampling": ("awake", "the engine while it samples, in place of activations and working memory"),
     "overhead": ("other", "what the GPU's libraries take"),
 }
 """Parts of a rank's memory by the name of the field: as a column, and in words."""
@@ -157,7 +159,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
         flops=build_flop_model(family),
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
         resident=(objective.needs.token_kl or train.online.kl_weight > 0) and not own_reference,
-        sampler=train.online.kl_weight > 0 and train.online.engine == "transformers",
+        online=train.online,
         routing=train.experts,
         records_choices=train.experts.needs_choices and not objective.needs.token_kl,
         adapter=adapter,

@@ -116,6 +116,11 @@ class Sequences:
         """Tokens of the longest prompt with one response."""
         return max(int((table.prompt_lengths[:, None] + table.lengths - 1).max()) for table, _ in self.steps)
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(int(table.prompt_lengths.max()) for table, _ in self.steps)
+
     def pack(
         self,
         *,

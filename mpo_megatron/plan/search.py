@@ -6,21 +6,33 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mpo_megatron.config import ConfigError, DataConfig, ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import (
+    ConfigError,
+    DataConfig,
+    ExpertsConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.hf.flops import FlopModel
 from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
 from mpo_megatron.hf.layout import validate_layout
+from mpo_megatron.hf.live_engine import EngineMemory, engine_memory, validate_engine_layout
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
+from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import PackedSteps, Sequences
 from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
 
 ROW_TOKENS = (2048, 4096, 8192, 16384, 32768)
 """Token budgets that are tried."""
+EMBEDDED_BATCH = 32
+"""Responses that the embedded engine generates side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +80,7 @@ class Problem:
     flops: FlopModel
     kernels: Kernels
     resident: bool
-    sampler: bool
+    online: OnlineConfig
     routing: ExpertsConfig
     records_choices: bool
     adapter: Adapter | None
@@ -83,6 +95,26 @@ class Problem:
         """Bytes that a run may fill on a GPU, the overhead included."""
         return round((self.overhead_gib + (self.hardware.memory_gib - self.overhead_gib) * self.usable) * GIB)
 
+    @property
+    def samples(self) -> bool:
+        """Whether an engine samples from the policy between steps."""
+        return self.online.kl_weight > 0
+
+    def sampler(self, replicas: int) -> EngineMemory | None:
+        """What it needs on its busiest GPU; None if nothing samples."""
+        if not self.samples:
+            return None
+        sequences = -(-self.online.num_samples // replicas)
+        need = engine_memory(
+            self.family,
+            self.online.vllm,
+            parameters=count_parameters(self.family),
+            dtype_bytes=2 if self.model.precision == "bf16" else 4,
+            sequences=sequences if self.online.engine == "vllm" else min(sequences, EMBEDDED_BATCH),
+            tokens=self.sequences.longest_prompt + self.online.max_tokens,
+        )
+        return need if self.online.engine == "vllm" else dataclasses.replace(need, asleep=0, working=0)  # gone between batches
+
     def evaluate(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Candidate:
         """Memory and time of one layout.
 
@@ -93,6 +125,8 @@ class Problem:
         gpus = gpus or self.gpus
         check_ranks(parallel, gpus)
         validate_layout(self.family, parallel, self.padded_vocab)
+        if self.samples:
+            validate_engine_layout(self.online.vllm, parallel, self.family)
         validate_fp8_layout(self.model, parallel, self.family)
         model = self.model.with_recompute(recompute)
         validate_recompute(model, parallel, self.family, from_engine=self.kernels.layers == "transformer_engine")
@@ -105,7 +139,7 @@ class Problem:
             world_size=gpus,
             kernels=self.kernels,
             resident=self.resident,
-            sampler=self.sampler,
+            sampler=self.sampler(gpus // (parallel.tensor * parallel.pipeline * parallel.context)),
             routing=self.routing,
             records_choices=self.records_choices,
             adapter=self.adapter,

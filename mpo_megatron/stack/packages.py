@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from mpo_megatron.stack.cuda import torch_cuda
 from mpo_megatron.stack.imports import reinstall, version_of
@@ -62,6 +63,20 @@ CUDA_LIBRARY = re.compile(rb"lib(?:cudart|cublas|cublasLt|nvrtc)\.so\.(\d+)")
 
 SELF_CHECKED = ("torch", "triton", "transformer-engine")
 """Not compared with torch's CUDA by what they are linked to: the first two are torch's, the third has a name for each CUDA."""
+
+
+LIVE_VLLM = SpecifierSet(">=0.33,<0.34")
+"""Versions of vLLM with the interface by which a live engine takes weights (tools/vllm_names.py); others only generate."""
+
+
+def missing_for_live_vllm() -> str | None:
+    """Why no vLLM here can sample beside the training, with the cure; None if one can."""
+    version = version_of("vllm")
+    if version is None:
+        return f"vllm is not installed: pip install 'vllm{LIVE_VLLM}'"
+    if not LIVE_VLLM.contains(version, prereleases=True):
+        return f"vllm {version} takes weights by another interface than that of vllm{LIVE_VLLM}: pip install 'vllm{LIVE_VLLM}'"
+    return None
 
 
 def is_importable(package: Package) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import shlex
 from dataclasses import replace
@@ -18,11 +17,13 @@ from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import adapter_rules
 from mpo_megatron.hf.adapter import AdapterRecord
 from mpo_megatron.hf.identity import weights_digest
+from mpo_megatron.hf.live_engine import validate_engine_layout
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.model.architecture import resolve_model
 from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
+from mpo_megatron.stack.packages import missing_for_live_vllm
 from mpo_megatron.train.adapting import choose_record
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps
@@ -49,10 +50,10 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     validate_fp8(config.model, config.parallel, family)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
-    require(
-        config.online.kl_weight == 0 or config.online.engine != "vllm" or importlib.util.find_spec("vllm") is not None,
-        "online.engine = vllm, but vllm is not installed: pip install 'mpo-megatron[rollout]', or take transformers.",
-    )
+    if config.online.kl_weight > 0 and config.online.engine == "vllm":
+        missing = missing_for_live_vllm()
+        require(missing is None, f"online.engine = vllm, but {missing}; or set online.engine = transformers.")
+        validate_engine_layout(config.online.vllm, config.parallel, family)
     record = choose_record(config, family)
     if record is not None:
         checkpoint.verify(Path(record.base))

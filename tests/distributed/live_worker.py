@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -25,16 +26,18 @@ from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
-from mpo_megatron.model.live_weights import send_weights
+from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.live import vllm as live_vllm
 from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import finalize_gradients, fused_step, prepare_schedules
+from tests import vllm_stand_in
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
 from megatron.core.utils import get_model_config  # isort: skip
@@ -101,11 +104,11 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
         resident = Resident(load("reference"))
 
         def collect() -> dict[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            wanted = dist.get_rank() == 0
-            send_weights(
-                model, family, padded, ranks, (lambda name, tensor: found.update({name: tensor.clone()})) if wanted else None
-            )
+            live = LiveWeights.of_policy(model, family, padded, ranks)
+            found = dict(live.stream(wanted=dist.get_rank() == 0))
+            described = {info.name: (info.shape, info.dtype) for info in live.metadata}
+            assert all(described[name] == (tuple(tensor.shape), tensor.dtype) for name, tensor in found.items())
+            assert list(found) == (list(described) if dist.get_rank() == 0 else [])
             return found
 
         weights = collect()
@@ -145,16 +148,33 @@ def gather(name: str, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
         checkpoint.load_weights(parts, folder / name, ranks)
         settings = DistributedDataParallelConfig(use_distributed_optimizer=False)
         model = [DistributedDataParallel(get_model_config(part), settings, part, pg_collection=ranks.groups) for part in parts]
-        found: dict[str, Tensor] = {}
-        send_weights(model, family, padded, ranks, lambda key, tensor: found.update({key: tensor.clone()}))
+        found = dict(LiveWeights.of_policy(model, family, padded, ranks).stream())
         drawn = draw(model, family, padded, ranks, folder)
+        handed = hand_to_vllm(LiveWeights.of_policy(model, family, padded, ranks))
     expected = load_file(folder / f"{name}-hf" / "model.safetensors")
     return {
         "model": f"{name} {layout}",
         "missing": sorted(set(expected) ^ set(found)),
         "equal": all(torch.equal(found[key], weight) for key, weight in expected.items()),
+        "handed": [
+            worker.keys() == expected.keys() and all(torch.equal(worker[key], weight) for key, weight in expected.items())
+            for worker in handed
+        ],
         "samples": drawn,
     }
+
+
+def hand_to_vllm(weights: LiveWeights) -> list[dict[str, Tensor]]:
+    """What the workers of an engine on both ranks' GPUs have after its second update; on the rank that asks it."""
+    engine = vllm_stand_in.Engine(gpus=2) if dist.get_rank() == 0 else None
+    inner: Any = None if engine is None else SimpleNamespace(engine=engine)
+    with pytest.MonkeyPatch.context() as patch:
+        vllm_stand_in.install(patch)
+        patch.setattr(live_vllm, "LEAST_BUFFER_BYTES", 1)  # the largest weight decides: many chunks
+        live = live_vllm.VllmLiveEngine(weights, inner)
+        for _ in range(2):
+            live.update()
+    return [] if engine is None else [worker.loaded for worker in engine.workers]
 
 
 def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:
@@ -164,12 +184,14 @@ def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path)
         model=ModelConfig(checkpoint=str(folder / "policy"), precision="fp32"),
         data=DataConfig(train=str(folder / "groups")),
     )
-    setup: Any = SimpleNamespace(config=config, family=family, padded_vocab_size=padded)
+    setup: Any = SimpleNamespace(
+        config=config, model_folder=folder / "policy", family=family, padded_vocab_size=padded, adapter=None
+    )
     prompts = [
         Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=())
         for group in samples_of(folder)
     ]
-    found = LivePolicy(setup, ranks).sample(model, prompts, Sampling(num_responses=2, max_tokens=6))
+    found = LivePolicy(setup, ranks, model).sample(prompts, Sampling(num_responses=2, max_tokens=6))
     return [[list(response.token_ids) for response in generation.responses] for generation in found]
 
 

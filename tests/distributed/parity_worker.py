@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
 
 from mpo_megatron.config import ExpertsConfig, LoraConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
@@ -27,7 +26,7 @@ from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model import attention_backends, attention_varlen
 from mpo_megatron.model.adapter_weights import fill_adapters
 from mpo_megatron.model.adapters import adapters_off
-from mpo_megatron.model.live_weights import send_adapter, send_weights
+from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import optimizer
@@ -148,15 +147,11 @@ class Leg:
 
     def write(self, name: str) -> None:
         """The weights, under their Hugging Face names, to `<output>-<name>.safetensors`."""
-        tensors: dict[str, Tensor] = {}
-
-        def keep(key: str, tensor: Tensor) -> None:
-            tensors[key] = tensor.clone()
-
-        if self.adapter is None:
-            send_weights(self.model, self.family, self.padded_vocab, self.ranks, keep)
-        else:
-            send_adapter(self.model, self.family, self.adapter, self.ranks, keep)
+        tensors = dict(
+            LiveWeights.of_policy(self.model, self.family, self.padded_vocab, self.ranks).stream()
+            if self.adapter is None
+            else LiveWeights.of_adapter(self.model, self.family, self.adapter, self.ranks).stream()
+        )
         if self.ranks.is_main:
             save_file(tensors, f"{self.case['output']}-{name}.safetensors")
 

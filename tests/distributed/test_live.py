@@ -88,6 +88,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     for (name, _), result in zip(GATHERED, found["gathered"], strict=True):
         assert result["missing"] == [], result
         assert result["equal"], result
+        assert result["handed"] == [True, True], result
         assert result["samples"] == draw(tmp_path / f"{name}-hf", load_groups(tmp_path / "samples")), result["model"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
@@ -16,6 +17,7 @@ from mpo_megatron.data.loader import step_indices
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine
+from mpo_megatron.stack.packages import missing_for_live_vllm
 from tests.tiny import random_groups, save_groups, save_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
@@ -71,3 +73,28 @@ def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Pat
     assert np.mean(losses[4:]) < np.mean(losses[:4])  # every group is seen twice
     again = run(inputs, tmp_path / "run", "--model.fp8", fp8)  # all done: it resumes and has nothing to do
     assert [line["loss"] for line in again if "loss" in line] == losses
+
+
+@pytest.mark.skipif(missing_for_live_vllm() is not None, reason=str(missing_for_live_vllm()))
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tensor: int) -> None:
+    """At almost temperature 0 both engines give the likeliest tokens of each step's own weights; bf16 may break near ties."""
+    if torch.cuda.device_count() < tensor:
+        pytest.skip(f"{tensor} GPUs")
+    found = {}
+    for engine in ("transformers", "vllm"):
+        output = tmp_path / engine
+        options = ["--online.kl_weight", "0.1", "--online.every", "4", "--online.num_samples", "8", "--online.max_tokens", "12"]
+        options += ["--online.temperature", "1e-3", "--online.engine", engine, "--parallel.tensor", str(tensor)]
+        if engine == "vllm":
+            options += ["--online.vllm.tensor_parallel", str(tensor)]
+        run(inputs, output, *options, "--nproc", str(tensor))
+        found[engine] = [path.read_text().splitlines() for path in sorted((output / "online").glob("samples_*.jsonl"))]
+    equal = total = 0
+    assert [len(lines) for lines in found["vllm"]] == [len(lines) for lines in found["transformers"]]
+    for ours, theirs in zip(found["transformers"][-1], found["vllm"][-1], strict=True):  # of weights that were handed over twice
+        for one, other in zip(json.loads(ours).get("responses", ()), json.loads(theirs).get("responses", ()), strict=True):
+            equal += one["tokens"][:4] == other["tokens"][:4]
+            total += 1
+    assert total == 8
+    assert equal >= 6

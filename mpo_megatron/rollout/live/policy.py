@@ -1,13 +1,12 @@
 """Sampling from the policy while it trains: weights gathered from its shards into an engine, no checkpoint in between.
 
-One rank of each model replica (the first of its tensor, context and pipeline ranks) has an engine and samples its share of the
+One rank of each model replica (the first of its tensor, context and pipeline ranks) asks an engine and samples its share of the
 prompts; all ranks take part in gathering weights, and all get all samples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -17,16 +16,16 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from mpo_megatron import device
-from mpo_megatron.config import TrainConfig
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.families import Family
 from mpo_megatron.files import DataError
-from mpo_megatron.model.live_weights import send_adapter, send_weights
-from mpo_megatron.model.merging import merger
+from mpo_megatron.hf.live_engine import choose_memory_fraction, engine_memory
+from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.live.vllm import VllmLiveEngine
+from mpo_megatron.rollout.live.vllm import VllmLiveEngine, start_vllm
+from mpo_megatron.rollout.live.weights import MergedWeights, Weights
 from mpo_megatron.train.optimizer import gather_weights
 from mpo_megatron.train.setup import Setup
 
@@ -37,41 +36,40 @@ BATCH_SIZE = 32
 class LiveEngine(Protocol):
     """An engine whose weights can be replaced."""
 
-    def receive(self, name: str, weight: Tensor) -> None:
-        """Take one weight, by its Hugging Face name; the tensor belongs to the caller again afterwards."""
+    draws: bool
+    """Whether this rank asks it; on the others it only takes part in `update`."""
+
+    def update(self) -> None:
+        """Take the policy's weights as they are now; all ranks call it."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer every prompt with the weights received since the last call."""
+        """Answer every prompt with the weights of the last update, on a rank that `draws`."""
 
 
 class LivePolicy:
     """The policy as it is, to sample from."""
 
-    def __init__(self, setup: Setup, ranks: Ranks) -> None:
-        """Start the engine on the ranks that have one.
+    def __init__(self, setup: Setup, ranks: Ranks, model: list[Any]) -> None:
+        """Start the engines.
 
+        Args:
+            model: this rank's parts of the policy
         Raises:
             ConfigError: the engine is not installed, or cannot be used here.
         """
-        self.setup, self.ranks = setup, ranks
-        self.keeps_base = setup.adapter is not None and setup.config.online.engine == "transformers"
-        self.base: dict[str, Tensor] = {}
-        """The frozen weights on the host, so that only the adapter is sent again; where `keeps_base`, on ranks with an engine."""
-        self.base_sent = False
-        self.engine: LiveEngine | None = None
-        if ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0:
-            self.engine = build_live_engine(setup.config, setup.family)
+        self.ranks, self.model = ranks, model
+        self.engine = build_live_engine(setup, ranks, model)
 
-    def sample(self, model: list[Any], prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
+    def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
         """Answers of the policy as it is now, in the order of the prompts; all ranks call it and get the same.
 
         Raises:
             DataError: the engine has no answer to a prompt.
         """
-        gather_weights(model)
-        self._send(model)
+        gather_weights(self.model)
+        self.engine.update()
         own = prompts[self.ranks.data_rank :: self.ranks.data_size]
-        generations = [] if self.engine is None else list(self.engine.generate(own, sampling))
+        generations = list(self.engine.generate(own, sampling)) if self.engine.draws else []
         everyone = [generations]
         if get_world_size() > 1:
             everyone = [[] for _ in range(get_world_size())]
@@ -83,42 +81,6 @@ class LivePolicy:
                 raise DataError(f"group {prompt.group_id}: the policy gave no sample ({reason}); look at the engine's log.")
         return [found[prompt.group_id] for prompt in prompts]
 
-    def _send(self, model: list[Any]) -> None:
-        """Give the engines the policy's weights: with an adapter, the sum of both; the base model's are sent once if kept."""
-        receive = None if self.engine is None else self.engine.receive
-        family, adapter = self.setup.family, self.setup.adapter
-        if adapter is None:
-            send_weights(model, family, self.setup.padded_vocab_size, self.ranks, receive)
-            return
-        matrices: dict[str, Tensor] = {}
-        keep_matrix = _keeper(matrices, "cpu" if self.keeps_base else device.device())
-        send_adapter(model, family, adapter, self.ranks, None if receive is None else keep_matrix)
-        merge = merger(adapter, matrices, None)
-
-        def receive_merged(name: str, weight: Tensor) -> None:
-            if receive is not None:
-                receive(name, merge(name, 0, weight))
-
-        if self.keeps_base:
-            if not self.base_sent:
-                keep_base = None if receive is None else _keeper(self.base, "cpu")
-                send_weights(model, family, self.setup.padded_vocab_size, self.ranks, keep_base)
-                self.base_sent = True
-            for name, weight in self.base.items():
-                receive_merged(name, weight)
-        else:
-            sent = None if receive is None else receive_merged
-            send_weights(model, family, self.setup.padded_vocab_size, self.ranks, sent)
-
-
-def _keeper(weights: dict[str, Tensor], where: str | torch.device) -> Callable[[str, Tensor], None]:
-    """What copies weights into a dictionary."""
-
-    def keep(name: str, weight: Tensor) -> None:
-        weights[name] = weight.detach().to(where, copy=True)
-
-    return keep
-
 
 class EmbeddedLiveEngine:
     """A `transformers` model made anew for every batch of samples, and gone when they are drawn: training has its memory back.
@@ -127,13 +89,13 @@ class EmbeddedLiveEngine:
     puts them in place (experts, for example, become one tensor).
     """
 
-    def __init__(self, family: Family, tokenizer: Tokenizer, dtype: torch.dtype) -> None:
-        self.hf_config, self.tokenizer, self.dtype = family.config, tokenizer, dtype
+    def __init__(self, live: Weights, family: Family, tokenizer: Tokenizer, dtype: torch.dtype, *, draws: bool) -> None:
+        self.live, self.hf_config, self.tokenizer, self.dtype, self.draws = live, family.config, tokenizer, dtype, draws
         self.weights: dict[str, Tensor] = {}
 
-    def receive(self, name: str, weight: Tensor) -> None:
-        """Keep a copy on the host."""
-        self.weights[name] = weight.detach().to("cpu", copy=True)
+    def update(self) -> None:
+        """Keep a copy on the host, on a rank that `draws`."""
+        self.weights = {name: weight.to("cpu") for name, weight in self.live.stream(wanted=self.draws)}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Build the model, answer, and drop it."""
@@ -152,15 +114,41 @@ class EmbeddedLiveEngine:
             engine.close()
 
 
-def build_live_engine(config: TrainConfig, family: Family) -> LiveEngine:
-    """The engine that `online.engine` names, on this rank.
+def build_live_engine(setup: Setup, ranks: Ranks, model: list[Any]) -> LiveEngine:
+    """The engine that `online.engine` names, on every rank.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: it is not installed, or does not fit the GPU's memory beside the training.
     """
-    folder = Path(config.model.checkpoint)
+    config, folder, family = setup.config, setup.model_folder, setup.family
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
+    live = build_weights(setup, ranks, model)
+    draws = ranks.tensor.rank() == ranks.context.rank() == ranks.pipeline.rank() == 0
     tokenizer = load_tokenizer(folder)
     if config.online.engine == "transformers":
-        return EmbeddedLiveEngine(family, tokenizer, dtype)
-    return VllmLiveEngine(folder / "hf", tokenizer, dtype, config.online.vllm_memory_fraction)
+        return EmbeddedLiveEngine(live, family, tokenizer, dtype, draws=draws)
+    parameters = sum(torch.Size(info.shape).numel() for info in live.metadata)  # all ranks: it communicates
+    if not draws:
+        return VllmLiveEngine(live, None)
+    fraction = config.online.vllm.memory_fraction
+    if fraction is None:
+        free, total = torch.cuda.mem_get_info()
+        need = engine_memory(
+            family,
+            config.online.vllm,
+            parameters=parameters,
+            dtype_bytes=dtype.itemsize,
+            sequences=-(-config.online.num_samples // ranks.data_size),
+            tokens=setup.train.info.max_prompt_tokens + config.online.max_tokens,
+        )
+        fraction = choose_memory_fraction(need, free=free, total=total)
+    return VllmLiveEngine(live, start_vllm(folder / "hf", tokenizer, dtype, config.online.vllm, fraction))
+
+
+def build_weights(setup: Setup, ranks: Ranks, model: list[Any]) -> Weights:
+    """What engines are given of the policy, the adapter included if there is one."""
+    base = LiveWeights.of_policy(model, setup.family, setup.padded_vocab_size, ranks)
+    if setup.adapter is None:
+        return base
+    matrices = LiveWeights.of_adapter(model, setup.family, setup.adapter, ranks)
+    return MergedWeights(base, matrices, setup.adapter, keep_base=setup.config.online.engine == "transformers")

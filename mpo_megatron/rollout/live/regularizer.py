@@ -107,7 +107,7 @@ class SampleRegularizer:
             group = data[index]
             tokens = tuple(group.prompt_tokens.tolist())
             prompts.append(Prompt(group_id=f"{index} {group.group_id}", token_ids=tokens, messages=()))  # ids may repeat
-        generations = self.sampler.sample(self.run.model, prompts, sampling)
+        generations = self.sampler.sample(prompts, sampling)
         left = self.online.num_samples
         records = []
         for index, generation in zip(indices.tolist(), generations, strict=True):
@@ -165,6 +165,6 @@ def build_regularizer(run: Run) -> SampleRegularizer:
         f"online.max_tokens = {config.online.max_tokens}: with the longest prompt of {data.path} a sample takes {longest} "
         f"tokens, data.row_tokens = {config.data.row_tokens}; raise data.row_tokens, or lower online.max_tokens.",
     )
-    sampler = LivePolicy(run.setup, run.ranks)
+    sampler = LivePolicy(run.setup, run.ranks, run.model)
     resident = run.resident or reference_model(run.session, run.model)
     return SampleRegularizer(run, sampler, resident)

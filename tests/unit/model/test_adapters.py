@@ -25,7 +25,7 @@ from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.model.adapter_weights import adapter_norm, fill_adapters, initial_matrix, initialize_adapters
 from mpo_megatron.model.adapters import adapters_off, linear_adapters_of
 from mpo_megatron.model.convert import convert
-from mpo_megatron.model.live_weights import send_adapter
+from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.checkpoints import checkpoint
@@ -208,7 +208,7 @@ def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, r
     initialize_adapters(parts, family, adapter, ranks, seed=5)
     assert adapter_norm(parts, ranks) == 0
     found: dict[str, Tensor] = {}
-    send_adapter(parts, family, adapter, ranks, lambda name, tensor: found.update({name: tensor.clone()}))
+    found.update(LiveWeights.of_adapter(parts, family, adapter, ranks).stream())
     assert len(found) == 2 * 2 * 5
     for name, tensor in found.items():
         assert torch.equal(tensor, initial_matrix(name, tuple(tensor.shape), 5)), name
@@ -239,7 +239,7 @@ def test_the_norm_is_that_of_all_products(base: Path, ranks: Ranks) -> None:
     family, parts = build(base, adapter, ranks)
     fill_adapters(parts, family, adapter, ranks, start_matrix)
     found: dict[str, Tensor] = {}
-    send_adapter(parts, family, adapter, ranks, lambda name, tensor: found.update({name: tensor.clone().double()}))
+    found.update({name: tensor.double() for name, tensor in LiveWeights.of_adapter(parts, family, adapter, ranks).stream()})
     squares = [
         (adapter.scale * found[name.replace("lora_A", "lora_B")] @ down).square().sum()
         for name, down in found.items()

@@ -10,6 +10,7 @@ import pytest
 from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import read_family
 from mpo_megatron.families.published import build_config
+from mpo_megatron.hf.live_engine import EngineMemory
 from mpo_megatron.plan.memory import Kernels, Layout, chunks_in_flight, layer_kept, stage_memory
 from mpo_megatron.plan.parameters import Weight, buffer_size
 from mpo_megatron.plan.rows import RowCounts
@@ -44,6 +45,17 @@ def test_offloaded_states_take_no_memory() -> None:
     layout = build_layout(world=8, tensor=8)
     offloaded = dataclasses.replace(layout, optimizer=OptimizerConfig(cpu_offload=0.75))
     assert stage_memory(offloaded, 0, ROW, 4).optimizer == stage_memory(layout, 0, ROW, 4).optimizer / 4
+
+
+def test_an_engine_samples_where_activations_were() -> None:
+    layout = build_layout(world=8, tensor=4, pipeline=2)
+    without = [stage_memory(layout, stage, ROW, 4) for stage in range(2)]
+    for factor in (0.5, 3.0):
+        awake = round(factor * without[0].dynamic)
+        engine = EngineMemory(weights=awake, cache=0, sequence_cache=0, working=0, asleep=1000)
+        first, last = (stage_memory(dataclasses.replace(layout, sampler=engine), stage, ROW, 4) for stage in range(2))
+        assert first.total == without[0].total + 1000 + max(0, awake - without[0].dynamic)
+        assert last == without[1]  # engines run beside the ranks of the first stage
 
 
 def test_buffers_pad_parameters_and_their_end() -> None:

@@ -1,0 +1,177 @@
+"""vLLM's side of a live engine, on a CPU and without vLLM, by the names that tools/vllm_names.py finds in its sources.
+
+The buffer that CUDA IPC would share is a file in shared memory. As in vLLM it is exported once an update and used again for every
+chunk, so that a worker that kept a view of it would see later chunks.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ParamMeta:
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class WeightSource:
+    def __init_subclass__(cls) -> None:
+        assert isinstance(cls.__dict__["metadata"], cached_property)  # vLLM refuses any other
+
+
+@dataclass
+class IPCTrainerInitInfo:
+    packed: bool = False
+    packed_buffer_size_bytes: int = 2**30
+    rank: int = field(kw_only=True)
+
+
+class IPCTrainerWeightTransferEngine:
+    """Sends all weights of a source in chunks; every rank shares a buffer, the sender tells the engine where all are."""
+
+    def __init__(self, info: IPCTrainerInitInfo, client: Any, source: Any) -> None:
+        assert info.packed
+        self.info, self.client, self.source = info, client, source
+        self.sends = info.rank == 0
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: IPCTrainerInitInfo, *, client: Any, source: Any | None = None
+    ) -> IPCTrainerWeightTransferEngine:
+        engine = cls(init_info, client, source)
+        if engine.sends:
+            client.init_weight_transfer_engine({"packed": init_info.packed})
+        return engine
+
+    def send_weights(self) -> None:
+        if self.sends:
+            self.client.start_weight_update()
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            size = self.info.packed_buffer_size_bytes
+            file.truncate(size)
+            buffer = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
+            chunk: list[tuple[str, Tensor]] = []
+            for name, tensor in self.source.iter_full():
+                if chunk and sum(each.nbytes for _, each in chunk) + tensor.nbytes > size:
+                    self._send(chunk, buffer, file.name)
+                    chunk = []
+                chunk.append((name, tensor))
+            self._send(chunk, buffer, file.name)
+        if self.sends:
+            self.client.finish_weight_update()
+
+    def _send(self, chunk: list[tuple[str, Tensor]], buffer: Tensor, path: str) -> None:
+        parts = [tensor.contiguous().view(-1).view(torch.uint8) for _, tensor in chunk]
+        torch.cat(parts, out=buffer[: sum(map(len, parts))])
+        handles = [{f"GPU {dist.get_rank() if dist.is_initialized() else 0}": (path, len(buffer))}]
+        if dist.is_initialized():
+            dist.all_gather_object(everyone := [None] * dist.get_world_size(), handles[0])
+            handles = everyone  # type: ignore[assignment]
+        if self.sends:
+            self.client.update_weights(
+                {
+                    "names": [name for name, _ in chunk],
+                    "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in chunk],
+                    "shapes": [list(tensor.shape) for _, tensor in chunk],
+                    "ipc_handles": {gpu: handle for each in handles for gpu, handle in each.items()},
+                    "ipc_handles_pickled": None,
+                    "tensor_sizes": [len(part) for part in parts],
+                }
+            )
+        if dist.is_initialized():
+            dist.barrier()
+
+
+class Worker:
+    """A worker process of vLLM's: it keeps what its model's loaders are given."""
+
+    def __init__(self, gpu: str) -> None:
+        self.gpu, self.packed, self.active = gpu, False, False
+        self.loaded: dict[str, Tensor] = {}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.packed = init_info["packed"]
+
+    def start_weight_update(self) -> None:
+        assert not self.active
+        self.active, self.loaded = True, {}
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        assert self.active
+        assert self.packed
+        assert update_info.get("ipc_handles") is None  # classes of torch's would need a pickle of their own on the way
+        handles = pickle.loads(base64.b64decode(update_info["ipc_handles_pickled"]))
+        path, size = handles[self.gpu]
+        parts = torch.from_file(path, shared=True, size=size, dtype=torch.uint8)[: sum(update_info["tensor_sizes"])]
+        names, shapes, types = update_info["names"], update_info["shapes"], update_info["dtype_names"]
+        for name, shape, kind, part in zip(names, shapes, types, parts.split(update_info["tensor_sizes"]), strict=True):
+            assert name not in self.loaded
+            self.loaded[name] = part.clone().view(getattr(torch, kind)).view(shape)
+
+    def finish_weight_update(self) -> None:
+        assert self.active
+        self.active = False
+
+
+class Engine:
+    """`LLMEngine`, as far as weights go."""
+
+    def __init__(self, gpus: int = 1) -> None:
+        self.workers = [Worker(f"GPU {index}") for index in range(gpus)]
+        self.calls: list[str] = []
+        self.awake = {"weights", "kv_cache"}
+
+    def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
+        self.calls.append(method)
+        assert method == "init_weight_transfer_engine" or "weights" in self.awake
+        for worker in self.workers:
+            getattr(worker, method)(*args, **(kwargs or {}))
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        self.calls.append(f"wake {tags}")
+        self.awake |= set(tags or ())
+
+    def sleep(self, level: int = 1) -> None:
+        self.calls.append(f"sleep {level}")
+        self.awake = set()
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset")
+        return True
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the stand-in where vLLM would be imported from."""
+    for name, module in modules():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def modules() -> Iterator[tuple[str, ModuleType]]:
+    """vLLM's modules that a live engine imports."""
+    contents = {
+        "": (),
+        ".distributed": (),
+        ".distributed.weight_transfer": (),
+        ".distributed.weight_transfer.base": (ParamMeta, WeightSource),
+        ".distributed.weight_transfer.ipc_engine": (IPCTrainerInitInfo, IPCTrainerWeightTransferEngine),
+    }
+    for name, members in contents.items():
+        module = ModuleType(f"vllm{name}")
+        for member in members:
+            setattr(module, member.__name__, member)
+        yield module.__name__, module

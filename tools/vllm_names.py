@@ -1,0 +1,137 @@
+"""Check that vLLM still has every name of its that this package reads, with the parameters that it passes by name.
+
+    python -m tools.vllm_names FOLDER…       folders that have `vllm`: an installed environment's, or an unpacked wheel
+    python -m tools.vllm_names               the oldest and newest version for a live engine, downloaded (0.3 GB each)
+
+The sources are parsed, not imported, so it needs neither a GPU nor what vLLM depends on.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from tools.transformer_engine_names import Name, find_definition, parameter_names
+
+VERSIONS = ("0.33.0",)
+"""Oldest and newest version that a live engine supports (mpo_megatron/stack/packages.py)."""
+
+TRANSFER = "vllm.distributed.weight_transfer"
+ENGINE = "vllm.v1.engine.llm_engine"
+WORKER = "vllm.v1.worker.gpu_worker"
+NAMES = (
+    # rollout/engines/vllm_engine.py
+    Name(ENGINE, "LLMEngine.from_engine_args", ("engine_args",)),
+    Name(ENGINE, "LLMEngine.add_request", ("request_id", "prompt", "params")),
+    Name(ENGINE, "LLMEngine.step"),
+    *(
+        Name("vllm.engine.arg_utils", f"EngineArgs.{name}")
+        for name in (
+            *("model", "tensor_parallel_size", "pipeline_parallel_size", "dtype", "gpu_memory_utilization", "max_model_len"),
+            *("enable_prefix_caching", "load_format", "enable_sleep_mode", "weight_transfer_config"),
+            "distributed_executor_backend",
+        )
+    ),
+    *(
+        Name("vllm.sampling_params", f"SamplingParams.{name}")
+        for name in (
+            *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
+            *("max_tokens", "stop_token_ids", "stop", "seed", "detokenize", "output_kind"),
+        )
+    ),
+    Name("vllm.sampling_params", "RequestOutputKind"),
+    # rollout/live/vllm.py
+    Name(ENGINE, "LLMEngine.collective_rpc", ("method", "kwargs")),
+    Name(ENGINE, "LLMEngine.sleep", ("level",)),
+    Name(ENGINE, "LLMEngine.wake_up", ("tags",)),
+    Name(ENGINE, "LLMEngine.reset_prefix_cache"),
+    Name(WORKER, "Worker.init_weight_transfer_engine", ("init_info",)),
+    Name(WORKER, "Worker.start_weight_update"),
+    Name(WORKER, "Worker.update_weights", ("update_info",)),
+    Name(WORKER, "Worker.finish_weight_update"),
+    Name(f"{TRANSFER}.base", "ParamMeta.name"),
+    Name(f"{TRANSFER}.base", "ParamMeta.dtype"),
+    Name(f"{TRANSFER}.base", "ParamMeta.shape"),
+    Name(f"{TRANSFER}.base", "WeightSource.metadata"),
+    Name(f"{TRANSFER}.base", "WeightSource.iter_full"),
+    Name(f"{TRANSFER}.base", "TrainerInitInfo.rank"),
+    Name(f"{TRANSFER}.ipc_engine", "IPCTrainerInitInfo.packed"),
+    Name(f"{TRANSFER}.ipc_engine", "IPCTrainerInitInfo.packed_buffer_size_bytes"),
+    Name(f"{TRANSFER}.ipc_engine", "IPCWeightTransferUpdateInfo.ipc_handles_pickled"),
+    Name(f"{TRANSFER}.ipc_engine", "IPCTrainerWeightTransferEngine.trainer_init", ("init_info", "client", "source")),
+    Name(f"{TRANSFER}.ipc_engine", "IPCTrainerWeightTransferEngine.send_weights"),
+)
+"""What is imported, called, or a parameter of what is."""
+
+TEXTS = {
+    f"{TRANSFER}.ipc_engine": (
+        "self.client.init_weight_transfer_engine(",  # the four calls of rollout/live/vllm.py's client
+        "self.client.start_weight_update(",
+        "self.client.update_weights(",
+        "self.client.finish_weight_update(",
+        '"ipc_handles"',
+        "source.iter_full()",
+    ),
+    "vllm.envs": ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+}
+"""What must be written somewhere in a module; `engine.client` counts as `self.client`."""
+
+
+def missing_names(root: Path) -> list[str]:
+    """What of NAMES and TEXTS the `vllm` in a folder lacks, a line each."""
+    wanting = []
+    for each in NAMES:
+        found = find_definition(root, each.module, each.name)
+        if found is None:
+            wanting.append(f"{each.module}.{each.name}: no such name")
+        elif absent := [name for name in each.parameters if name not in parameter_names(found)]:
+            wanting.append(f"{each.module}.{each.name}: no parameter {', '.join(absent)}")
+    for module, texts in TEXTS.items():
+        file = root.joinpath(*module.split(".")).with_suffix(".py")
+        source = file.read_text(encoding="utf-8").replace("engine.client.", "self.client.") if file.is_file() else ""
+        wanting += [f"{module}: {text} is nowhere in it" for text in texts if text not in source]
+    return wanting
+
+
+def download(version: str, folder: Path) -> Path:
+    """Unpack the Python of a version into a folder.
+
+    Raises:
+        OSError: pip cannot download it.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary"]
+    command += [":all:", "--dest", str(folder), f"vllm=={version}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    if done.returncode:
+        raise OSError(f"vllm=={version}: pip cannot download it: {done.stderr.strip().splitlines()[-1:]}")
+    with zipfile.ZipFile(next(folder.glob("vllm-*.whl"))) as wheel:
+        wheel.extractall(folder, [name for name in wheel.namelist() if name.endswith(".py")])
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check each folder or version; the exit code is 1 if a name is missing."""
+    chosen = list(sys.argv[1:] if arguments is None else arguments) or list(VERSIONS)
+    if {"-h", "--help"} & set(chosen):
+        print(__doc__)
+        return 0
+    code = 0
+    for each in chosen:
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                root = Path(each) if Path(each, "vllm").is_dir() else download(each, Path(scratch))
+            except OSError as error:
+                print(error, file=sys.stderr)
+                return 1
+            wanting = missing_names(root)
+        print(f"vLLM {each}: " + ("; ".join(wanting) or f"has all of {len(NAMES) + sum(map(len, TEXTS.values()))} names"))
+        code |= bool(wanting)
+    return code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
