@@ -22,7 +22,8 @@ class ModelScorer(Section):
     model: str
     """Checkpoint folder."""
     device: str = "auto"
-    """`auto` takes the first GPU, or the CPU."""
+    """`auto` takes the first GPU (under torchrun, the rank's own), or the CPU; `balanced` spreads a model that is too large for
+    one over all GPUs, layer by layer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; `auto` is the checkpoint's own."""
     batch_size: int = 16
@@ -45,6 +46,33 @@ class RewardModelScorer(ModelScorer):
     """A sequence classifier with one logit (Skywork-Reward, GRM), or a model whose output is called `score` (ArmoRM)."""
 
     kind: ClassVar[str] = "reward_model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedRewardModelScorer(Section):
+    """A reward model that a server of vLLM's or SGLang's runs."""
+
+    kind: ClassVar[str] = "served_reward_model"
+    endpoint: EndpointConfig
+    """The server and the model's name there; the endpoints are found beside the `/v1` of `base_url`."""
+    api: Literal["classify", "pooling", "score"] = "classify"
+    """`classify` (vLLM, SGLang) and `pooling` (vLLM): the one output for the conversation; `score` (vLLM): that of a
+    cross-encoder for prompt and response as two texts."""
+    tokenizer: str = ""
+    """Folder of the reward model's tokenizer with its chat template; `api: score` needs none."""
+    max_length: int = 4096
+    """Longest sequence, in tokens; the server's own limit holds as well."""
+    too_long: Literal["error", "missing"] = "error"
+    """A longer sequence is never cut: it stops the command, which names it, or its score counts as missing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.max_length >= 2, f"max_length = {self.max_length}; it must be at least 2.")
+        require(
+            bool(self.tokenizer) == (self.api != "score"),
+            f"tokenizer = {self.tokenizer or None}, api = {self.api}; classify and pooling need the model's tokenizer, "
+            "and score takes plain text.",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,9 +219,20 @@ class JudgeScorer(Section):
         require(not (self.structured and self.parse), "parse is set, and structured verdicts are JSON; leave one of them out.")
 
 
-AnyScorer = RewardModelScorer | PairwiseScorer | MatchScorer | RegexScorer | FunctionScorer | JudgeScorer
+AnyScorer = (
+    RewardModelScorer | ServedRewardModelScorer | PairwiseScorer | MatchScorer | RegexScorer | FunctionScorer | JudgeScorer
+)
 KINDS: dict[str, type[Any]] = {
-    kind.kind: kind for kind in (RewardModelScorer, PairwiseScorer, MatchScorer, RegexScorer, FunctionScorer, JudgeScorer)
+    kind.kind: kind
+    for kind in (
+        RewardModelScorer,
+        ServedRewardModelScorer,
+        PairwiseScorer,
+        MatchScorer,
+        RegexScorer,
+        FunctionScorer,
+        JudgeScorer,
+    )
 }
 
 
@@ -206,7 +245,8 @@ class ScoreConfig(Section):
     output: str
     """Folder for scored.jsonl and score.json; a repeated command continues what is there."""
     scorers: dict[str, Options]
-    """By name: `kind` (reward_model, pairwise, match, regex, function, judge) with its options, and `weight` (default 1)."""
+    """By name: `kind` (reward_model, served_reward_model, pairwise, match, regex, function, judge) with its options, and `weight`
+    (default 1)."""
     combine: Literal["sum", "zscore"] = "sum"
     """The reward is the weighted sum of the scores as they are, or standardised within the group (all equal: 0) first."""
     missing: Literal["error", "drop_response", "drop_group"] = "error"
@@ -264,6 +304,12 @@ def validate_score(config: ScoreConfig) -> None:
         scorer = build_scorer_config(name, options)
         if isinstance(scorer, ModelScorer):
             require(Path(scorer.model).is_dir(), f"scorers.{name}.model = {scorer.model}; no such folder.")
+        if isinstance(scorer, ServedRewardModelScorer):
+            validate_endpoint(scorer.endpoint, f"scorers.{name}.endpoint")
+            require(
+                not scorer.tokenizer or Path(scorer.tokenizer).is_dir(),
+                f"scorers.{name}.tokenizer = {scorer.tokenizer}; no such folder.",
+            )
         if isinstance(scorer, JudgeScorer):
             require(Path(scorer.template).is_file(), f"scorers.{name}.template = {scorer.template}; no such file.")
             validate_endpoint(scorer.endpoint, f"scorers.{name}.endpoint")

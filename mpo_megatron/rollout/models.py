@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def choose_device(name: str) -> str:
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # torchrun's ranks share a stage, each with its own GPU
+        gpu = os.environ.get("LOCAL_RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
+        return ("cuda" if gpu is None else f"cuda:{gpu}") if torch.cuda.is_available() else "cpu"
     try:
         torch.ones(1).to(name)  # on a machine without a GPU `device` lets torch.empty take cuda for the CPU
     except (RuntimeError, AssertionError) as error:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ScoreConfig, require, validate_score
-from mpo_megatron.config.score import JudgeScorer, build_scorer_config, read_weight
+from mpo_megatron.config.score import JudgeScorer, ServedRewardModelScorer, build_scorer_config, read_weight
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
@@ -66,8 +66,8 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
     scored, own = output / SCORED_FILE, output / shard.name(SCORED_FILE)
     require(scored.resolve() != source.resolve(), f"output = {output}; it would write over its input; choose another folder.")
     kinds = {name: build_scorer_config(name, options) for name, options in config.scorers.items()}
-    if any(isinstance(kind, JudgeScorer) for kind in kinds.values()):
-        require_package("openai", "a judge")
+    if any(isinstance(kind, JudgeScorer | ServedRewardModelScorer) for kind in kinds.values()):
+        require_package("openai", "a scorer behind an endpoint")
     with contextlib.ExitStack() as stack:
         scorers: list[Scorer] = []
         for name, kind in kinds.items():

@@ -30,22 +30,30 @@ class Shard(NamedTuple):
 
 
 def choose_shard(text: str | None) -> Shard:
-    """The shard that the configuration names, or else this task's of a Slurm array.
+    """The shard that the configuration names, or else this task's of a Slurm array, and of that this rank's of torchrun.
 
     Raises:
         ConfigError: the array's tasks are not evenly spaced, as in `--array=1,3,7`: which part a task is, nothing says.
     """
     if text is not None:
         return Shard(*parse_shard(text))
+    ranks = Shard(*torchrun_rank())
     task = os.environ.get("SLURM_ARRAY_TASK_ID")
     if task is None:
-        return Shard(0, 1)
+        return ranks
     first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
     (part, rest), total = divmod(int(task) - first, step), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
     require(
         rest == 0 and part < total, f"task {task} of this Slurm array of {total} has no place in it; name the part: --shard i/n."
     )
-    return Shard(part, total)
+    return Shard(part * ranks.total + ranks.part, total * ranks.total)
+
+
+def torchrun_rank() -> tuple[int, int]:
+    """This process's rank and the number of ranks, if torchrun started it to share a stage; else 0 of 1."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], None], console: Console) -> bool:

@@ -21,6 +21,7 @@ from mpo_megatron.config.score import (
     PairwiseScorer,
     RegexScorer,
     RewardModelScorer,
+    ServedRewardModelScorer,
 )
 from mpo_megatron.rollout.records import Record
 
@@ -75,6 +76,10 @@ def build_scorer(name: str, config: AnyScorer) -> Scorer:
         from mpo_megatron.rollout.scorers.reward_model import RewardModel
 
         return RewardModel(name, config)
+    if isinstance(config, ServedRewardModelScorer):
+        from mpo_megatron.rollout.scorers.served import ServedRewardModel
+
+        return ServedRewardModel(name, config)
     if isinstance(config, PairwiseScorer):
         from mpo_megatron.rollout.scorers.pairwise import PairwiseRanker
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.score import ModelScorer
 from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.models import choose_device, read_model_settings
+
+BALANCED = "balanced"
+"""The device that means all GPUs: `transformers` (accelerate) deals the layers out evenly and moves what passes between them."""
 
 
 class Classifier:
@@ -30,7 +34,12 @@ class Classifier:
         self.name, self.config, self.folder = name, config, Path(config.model)
         self.settings = read_model_settings(self.folder)
         check_head(name, self.settings, config)
-        device = choose_device(config.device)
+        spread = config.device == BALANCED
+        require(
+            not spread or importlib.util.find_spec("accelerate") is not None,
+            f"scorers.{name}.device = {BALANCED} needs the package accelerate: pip install accelerate, or name one device.",
+        )
+        device = None if spread else choose_device(config.device)
         try:
             model, loading = AutoModelForSequenceClassification.from_pretrained(
                 str(self.folder),
@@ -38,6 +47,7 @@ class Classifier:
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                **({"device_map": BALANCED} if spread else {}),
             )
         except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
             raise ConfigError(f"scorers.{name}.model = {self.folder}; transformers cannot load it: {error}") from error
@@ -47,7 +57,7 @@ class Classifier:
             f"scorers.{name}.model = {self.folder}; {len(missing)} weights are not in the checkpoint, for example "
             f"{missing[0] if missing else ''}: they would be random, and so would the scores; choose a trained reward model.",
         )
-        self.model: Any = model.to(device).eval()
+        self.model: Any = model.eval() if device is None else model.to(device).eval()
         limit = self.settings.get("max_position_embeddings")
         self.max_length = min(config.max_length, limit) if isinstance(limit, int) and limit > 0 else config.max_length
 

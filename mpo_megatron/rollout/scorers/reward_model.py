@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mpo_megatron.config.score import RewardModelScorer
-from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores
@@ -41,7 +41,7 @@ class RewardModel(Scorer):
         sequences: list[list[int]] = []
         for index, group in enumerate(groups):
             for number, response in enumerate(group["responses"]):
-                ids = self._encode(group, response["text"])
+                ids = encode_conversation(self.name, self.tokenizer, group, response["text"])
                 if len(ids) <= self.classifier.max_length:
                     places.append((index, number))
                     sequences.append(ids)
@@ -57,16 +57,6 @@ class RewardModel(Scorer):
             scores[index][number] = value
         return scores
 
-    def _encode(self, group: Record, response: str) -> list[int]:
-        messages = [*group["prompt"], {"role": "assistant", "content": response}]
-        try:
-            text = self.tokenizer.render(messages, add_generation_prompt=False, variables={})
-        except TemplateError as error:
-            raise DataError(
-                f"scorers.{self.name}: group {group['group_id']}: the reward model's chat template refuses it: {error}"
-            ) from error
-        return self.tokenizer.encode(text)
-
     def settings(self) -> dict[str, Any]:
         """The checkpoint and its tokenizer."""
         return {
@@ -79,3 +69,19 @@ class RewardModel(Scorer):
     def close(self) -> None:
         """Free the model's memory."""
         self.classifier.close()
+
+
+def encode_conversation(name: str, tokenizer: Tokenizer, group: Record, response: str) -> list[int]:
+    """Token ids of a prompt and one response to it, as the reward model's chat template writes them.
+
+    Raises:
+        DataError: the template refuses the conversation.
+    """
+    messages = [*group["prompt"], {"role": "assistant", "content": response}]
+    try:
+        text = tokenizer.render(messages, add_generation_prompt=False, variables={})
+    except TemplateError as error:
+        raise DataError(
+            f"scorers.{name}: group {group['group_id']}: the reward model's chat template refuses it: {error}"
+        ) from error
+    return tokenizer.encode(text)

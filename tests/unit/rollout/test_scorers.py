@@ -18,10 +18,12 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import KINDS, build_scorer_config
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout.models import choose_device
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 from mpo_megatron.rollout.scorers.verifiable import read_number
+from mpo_megatron.rollout.shards import choose_shard
 from tests.tiny import save_tokenizer
 from tests.unit.rollout.conftest import Server, completion, group_line
 
@@ -317,4 +319,26 @@ def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
 
 
 def test_every_kind_has_a_name() -> None:
-    assert set(KINDS) == {"reward_model", "pairwise", "match", "regex", "function", "judge"}
+    assert set(KINDS) == {"reward_model", "served_reward_model", "pairwise", "match", "regex", "function", "judge"}
+
+
+def test_a_reward_model_spread_over_all_devices_scores_the_same(tmp_path: Path) -> None:
+    """Without GPUs all layers land on the CPU, by the path that spreads them."""
+    folder = save_classifier(tmp_path / "rm")
+    alone, spread = build("reward_model", model=str(folder)), build("reward_model", model=str(folder), device="balanced")
+    assert spread.score(GROUPS) == alone.score(GROUPS)
+
+
+def test_ranks_of_torchrun_share_the_groups_and_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID", raising=False)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert choose_shard(None) == (0, 1)  # of another launcher's job
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert choose_shard(None) == (5, 8)
+    assert choose_shard("1/3") == (1, 3)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto") == "cuda:1"
+    for name, value in {"TASK_ID": "3", "TASK_MIN": "1", "TASK_STEP": "2", "TASK_COUNT": "4"}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_{name}", value)
+    assert choose_shard(None) == (1 * 8 + 5, 4 * 8)
