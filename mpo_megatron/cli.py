@@ -15,6 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from mpo_megatron.config import (
+    AlignConfig,
+    ChatConfig,
     ConfigError,
     ConvertConfig,
     EvaluateConfig,
@@ -37,6 +39,30 @@ from mpo_megatron.files.partial import clear_leftovers
 from mpo_megatron.terminal.interruption import interruptible, say_interrupted
 from mpo_megatron.terminal.output import outlive_readers
 from mpo_megatron.terminal.visible import visible
+
+
+def align(arguments: Sequence[str]) -> int:
+    """A Hugging Face model and groups, or prompts, to an aligned Hugging Face model: all stages with one command."""
+    config = parse(AlignConfig, arguments, "mpo align")
+    from mpo_megatron.align.align import align as run
+    from mpo_megatron.rollout.stages import StageError
+
+    try:
+        run(config)
+    except StageError as error:
+        print(f"mpo align: {visible(error, lines=True)}", file=sys.stderr, flush=True)
+        return error.status
+    return 0
+
+
+def chat(arguments: Sequence[str]) -> int:
+    """Talk to a model in the terminal, or to two side by side: `mpo chat MODEL --beside BASE`."""
+    named = ["--model", arguments[0]] if arguments and not arguments[0].startswith("-") else []
+    config = parse(ChatConfig, [*named, *arguments[len(named[1:]) :]], "mpo chat")
+    from mpo_megatron.rollout.chat import chat as run
+
+    run(config)
+    return 0
 
 
 def convert(arguments: Sequence[str]) -> int:
@@ -189,6 +215,7 @@ def doctor(arguments: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "align": align,
     "convert": convert,
     "prepare": prepare,
     "generate": generate,
@@ -198,6 +225,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "iterate": iterate,
     "evaluate": evaluate,
+    "chat": chat,
     "launch": launch,
     "inspect": inspect,
     "report": report,
@@ -207,7 +235,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 }
 
 
-OUTLIVES_READERS = ("convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
+OUTLIVES_READERS = ("align", "convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
 """Commands whose work does not end when nobody reads what they print, as after `mpo train | head`."""
 
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)

@@ -5,6 +5,7 @@
 `validate_*` functions and run before anything loads.
 """
 
+from mpo_megatron.config.align import AlignConfig, ChatConfig
 from mpo_megatron.config.checks import ConfigError, check_checkpoint, check_writable, is_hub_name, is_hugging_face, require
 from mpo_megatron.config.convert import ConvertConfig, validate_convert
 from mpo_megatron.config.evaluate import EvaluateConfig, HeldOutConfig, validate_evaluate
@@ -44,6 +45,8 @@ from mpo_megatron.config.train import (
 )
 
 __all__ = [
+    "AlignConfig",
+    "ChatConfig",
     "CheckpointConfig",
     "ConfigError",
     "ConvertConfig",

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.generate import GenerateConfig
+from mpo_megatron.config.prepare import PrepareConfig
+from mpo_megatron.config.score import ScoreConfig
+from mpo_megatron.config.select import SelectConfig
+from mpo_megatron.config.train import TrainConfig
 from mpo_megatron.config.values import Section
 
-STAGES = ("generate", "score", "select", "prepare", "train")
+STAGES = {
+    "generate": GenerateConfig,
+    "score": ScoreConfig,
+    "select": SelectConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+}
 """Sections of the configuration, each the options of the command of that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterateConfig(Section):
     """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, resumable anywhere."""
+
+    STAGE_TYPES: ClassVar = STAGES
 
     output: str
     """Folder of all rounds; repeating the command continues there."""

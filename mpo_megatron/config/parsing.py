@@ -64,7 +64,8 @@ def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str
         ConfigError: an option is unknown or missing, is of another type, or breaks a rule.
     """
     parser = build_parser(kind, program, epilog)
-    arguments = join_lists(kind, sys.argv[1:] if arguments is None else list(arguments))
+    arguments, of_stages = take_stage_options(kind, sys.argv[1:] if arguments is None else list(arguments))
+    arguments = join_lists(kind, fill_flags(kind, arguments))
     for option, following in itertools.pairwise([*arguments, ""]):
         name, _, value = option.partition("=")
         if name == "--config" and (value or following):
@@ -72,9 +73,68 @@ def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str
         elif option.startswith("--") and ("=" in option or (following and not following.startswith("--"))):
             _check_argument(kind, name.removeprefix("--"), value if "=" in option else following)
     try:
-        return instantiate(kind, parser.parse_args(arguments).as_dict())
+        values = parser.parse_args(arguments).as_dict()
+        set_stage_options(kind, values, of_stages)
+        return instantiate(kind, values)
     except ArgumentError as error:
         raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
+
+
+def fill_flags(kind: type[Any], arguments: Sequence[str]) -> list[str]:
+    """The arguments, with `--plan` written as `--plan=true`: an option that is true or false needs no value to be true."""
+    flags = {f"--{name}" for name, expected in options_of(kind).items() if expected is bool}
+    pairs = itertools.pairwise([*arguments, "--"])
+    return [f"{option}=true" if option in flags and following.startswith("--") else option for option, following in pairs]
+
+
+def take_stage_options(kind: type[Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The other arguments, and the options of stages: `--train.loss.params.beta 0.1` as {"train.loss.params.beta": ["0.1"]}.
+
+    Raises:
+        ConfigError: an option without a value.
+    """
+    free = {name for name, expected in field_types(kind).items() if expected == dict[str, Any]}
+    others: list[str] = []
+    taken: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for argument in arguments:
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if argument.startswith("--"):
+            is_taken = "." in name and name.partition(".")[0] in free
+            current = taken.setdefault(name, []) if is_taken else None
+            if current is None:
+                others.append(argument)
+            else:
+                current.extend([value] if equals else [])
+        elif current is not None and _is_value(argument):
+            current.append(argument)
+        else:
+            others.append(argument)
+    for name, values in taken.items():
+        require(bool(values), f"--{name}: a value is missing.")
+    return others, taken
+
+
+def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[str, Sequence[str]]) -> None:
+    """Put options of stages where they belong among the values.
+
+    Raises:
+        ConfigError: one is a section, or lies in what is none.
+    """
+    for name, texts in taken.items():
+        stage, _, option = name.partition(".")
+        command = getattr(kind, "STAGE_TYPES", {}).get(stage)
+        expected = options_of(command).get(option) if command else None
+        single = expected is not None and is_single(expected)
+        read = list(texts) if single else [read_text(text, f"--{name}") for text in texts]
+        section: Any = values
+        *parents, last = name.split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            require(isinstance(section, dict), f"--{name}: {parent} holds no options.")
+        section[last] = read[0] if len(read) == 1 and collection_of(expected) is not list else read
+        if len(read) == 1 and isinstance(read[0], list):
+            section[last] = read[0]
 
 
 def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:

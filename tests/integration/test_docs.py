@@ -30,6 +30,8 @@ PAGES = sorted(
     {ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), ROOT / "tools" / "README.md"}
 )
 KINDS: dict[str, type[Any]] = {
+    "align": configs.AlignConfig,
+    "chat": configs.ChatConfig,
     "convert": configs.ConvertConfig,
     "prepare": configs.PrepareConfig,
     "generate": configs.GenerateConfig,

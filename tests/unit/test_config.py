@@ -8,7 +8,17 @@ import pytest
 import yaml
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConfigError, ParallelConfig, TrainConfig, load_yaml, parse, to_dict
+from mpo_megatron.config import (
+    AlignConfig,
+    ConfigError,
+    IterateConfig,
+    ParallelConfig,
+    TrainConfig,
+    from_dict,
+    load_yaml,
+    parse,
+    to_dict,
+)
 
 REQUIRED = ["--output", "run", "--model.checkpoint", "model", "--data.train", "groups"]
 
@@ -85,3 +95,42 @@ def test_layouts_that_do_not_divide_the_model(layout: dict[str, int], message: s
         validate_layout(family, ParallelConfig(**layout), 152064)
     with pytest.raises(ConfigError, match="padded vocabulary = 151937"):
         validate_layout(family, ParallelConfig(tensor=2), 151937)
+
+
+# --------------------------------------------------------------------------------------------------- options of stages
+
+
+def test_options_of_stages_stand_on_the_command_line_as_those_of_their_commands(tmp_path: Path) -> None:
+    """Typed as the stage's command has them, and over those of a file."""
+    (tmp_path / "i.yaml").write_text("train: {optimizer: {lr: 1e-5, schedule: linear}}\nprepare: {columns: {prompt: question}}\n")
+    arguments = ["--config", str(tmp_path / "i.yaml"), "--output", "o", "--model", "m", "--prompts", "p"]
+    arguments += ["--train.loss.params.beta", "0.2", "--train.loss.params.p=2", "--train.loss.name", "swepo"]
+    arguments += ["--train.optimizer.lr", "1e-6", "--generate.temperatures", "0.6", "0.8", "--prepare.system_prompt", "[a-z]"]
+    arguments += ["--generate.stop", "a", "--rounds", "2"]
+    config = parse(IterateConfig, arguments)
+    train = from_dict(TrainConfig, {**config.train, "output": "o", "model": {"checkpoint": "m"}, "data": {"train": "d"}}, "train")
+    assert (train.optimizer.lr, train.optimizer.schedule) == (1e-6, "linear")
+    assert (train.loss.name, train.loss.params) == ("swepo", {"beta": 0.2, "p": 2})
+    assert config.generate == {"temperatures": [0.6, 0.8], "stop": ["a"]}
+    assert config.prepare == {"columns": {"prompt": "question"}, "system_prompt": "[a-z]"}
+    assert config.rounds == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.optimizer.lr"], "--train.optimizer.lr: a value is missing"),
+        (["--train.loss.name", "--rounds", "2"], "--train.loss.name: a value is missing"),
+        (["--train.seed", "1", "--train.seed.x", "2"], "--train.seed.x: seed holds no options"),
+        (["--train.loss.params.beta", "1_000"], "must be a number"),
+    ],
+)
+def test_options_of_stages_that_cannot_be(arguments: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse(IterateConfig, ["--output", "o", "--model", "m", "--prompts", "p", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--plan"], ["--plan", "--seed", "1"], ["--plan", "true"], ["--plan=true"]])
+def test_an_option_that_is_true_or_false_needs_no_value_to_be_true(arguments: list[str]) -> None:
+    assert parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", *arguments]).plan
+    assert not parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", "--plan", "false"]).plan

@@ -43,6 +43,9 @@ MAY_IMPORT = {
     "train": {"terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
     "rollout": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train"},
     "evaluate": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train", "rollout"},
+    "align": {
+        *("terminal", "config", "files", "device", "data", "families", "hf", "model", "train", "rollout", "plan", "report"),
+    },
     "launch": {"config"},
     "report": {"terminal", "config", "files", "data"},
     "viewer": {"terminal", "config", "files", "data", "losses", "families", "hf", "train"},
@@ -50,7 +53,7 @@ MAY_IMPORT = {
     "doctor": {"terminal", "config", "files", "device", "stack", "data", "hf", "model", "train"},
     "cli": {
         *("terminal", "config", "files", "plan", "doctor", "launch", "report", "viewer", "device", "data", "losses", "families"),
-        *("hf", "model", "train", "rollout", "evaluate"),
+        *("hf", "model", "train", "rollout", "evaluate", "align"),
     },
 }
 """What each part of the package may import of the package, besides itself."""

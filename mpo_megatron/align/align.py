@@ -1,0 +1,167 @@
+"""`mpo align`: convert, prepare, train, export, compare, report; on-policy rounds where there are prompts in place of groups.
+
+The folders are the state, as in `mpo iterate`: a stage whose last file is there is skipped, any other is started or resumed.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from mpo_megatron.align.estimate import estimate
+from mpo_megatron.align.outcome import OUTCOME_FILE, describe_outcome, print_outcome
+from mpo_megatron.align.plan import Stages, build_rounds, build_stages, data_digest, find_folder
+from mpo_megatron.config import AlignConfig, ReportConfig, TrainConfig, require, to_dict
+from mpo_megatron.config.checks import find_change
+from mpo_megatron.data.prepare import prepare
+from mpo_megatron.data.store import INFO_FILE
+from mpo_megatron.files.atomic import AtomicFolder, replace_file
+from mpo_megatron.files.lock import hold
+from mpo_megatron.hf.fingerprint import model_digest
+from mpo_megatron.model.convert import convert
+from mpo_megatron.report.report import report
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.iterate import TRAIN_FILE, iterate, run_training, stage
+from mpo_megatron.rollout.records import GENERATE_FILE, read_summary, write_summary
+from mpo_megatron.rollout.stages import run_command
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
+from mpo_megatron.train.launcher import count_ranks
+
+STATE_FILE = "align.json"
+FREE = ("model", "output", "data", "prompts", "plan", "nproc")
+"""Options that a later run may give otherwise: paths, which digests stand for, and what changes no result."""
+
+
+def align(config: AlignConfig, console: Console | None = None) -> None:
+    """Run all stages, or what is left of them.
+
+    Raises:
+        ConfigError: the configuration cannot work, or is not the one this folder was started with.
+        DataError: a stage's input is unusable, or another `mpo align` is at work in the folder.
+        StageError: training failed, or was asked to stop.
+    """
+    console = console or Console(highlight=False)
+    model = find_folder(config.model)
+    if config.prompts is not None:
+        run_rounds(config, model, console)
+        return
+    stages = build_stages(config, model)
+    if config.plan:
+        print_plan(config, stages, console)
+        return
+    with hold(stages.folder / ".lock", stages.folder):
+        open_folder(config, stages)
+        groups, aligned = stages.folder / "groups", Path(stages.export.output)
+        stage("prepare", groups / INFO_FILE, lambda: prepare(stages.prepare, console), console)
+        stages = build_stages(config, model)  # once more: how many groups there are decides about training
+        num_ranks = config.nproc or count_ranks(stages.train.parallel)
+        for name, value in stages.chosen.items():
+            console.print(f"train.{name} = {value}: chosen by mpo align", soft_wrap=True)
+        stage(
+            "train", stages.folder / TRAIN_FILE, functools.partial(run_training, stages.folder, stages.train, num_ranks), console
+        )
+        stage("export", aligned / "config.json", functools.partial(convert, stages.export), console)
+        if config.answers:
+            for name, answers in (("before", stages.before), ("after", stages.after)):
+                done = Path(answers.output) / GENERATE_FILE
+                stage(f"answers {name}", done, functools.partial(run_command, "generate", generate, answers), console)
+        page = stages.folder / "report.html"
+        stage("report", page, lambda: report(ReportConfig(runs=[str(stages.folder / "run")], output=str(page))), console)
+        outcome = describe_outcome(stages, config.answers)
+        replace_file(stages.folder / OUTCOME_FILE, [outcome.as_markdown().encode()])
+        print_outcome(console, outcome, config.model, stages.folder)
+
+
+def open_folder(config: AlignConfig, stages: Stages) -> None:
+    """Note what must not change in a new folder; compare it in one that is there.
+
+    Raises:
+        ConfigError: naming the first thing that changed.
+    """
+    kept = {name: value for name, value in to_dict(config).items() if name not in FREE}
+    state: dict[str, Any] = {"config": kept, "model": model_digest(stages.model), "data": data_digest(config.data)}
+    path = stages.folder / STATE_FILE
+    if not path.is_file():
+        others = [entry.name for entry in stages.folder.iterdir() if not entry.name.startswith(".")]
+        require(not others, f"output = {stages.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
+        write_summary(path, state)
+        return
+    changed = find_change(read_summary(path), state)
+    if changed is not None:
+        name, before, now = changed
+        raise_changed(stages.folder, name.removeprefix("config."), before, now)
+
+
+def raise_changed(folder: Path, name: str, before: object, now: object) -> None:
+    """Refuse a folder that was started otherwise.
+
+    Raises:
+        ConfigError: always.
+    """
+    what = {"model": "another model", "data": "other data"}.get(name, f"{name} = {before}, now it is {now}")
+    require(False, f"output = {folder} was started with {what}; use the old value, or another output.")
+
+
+# ----------------------------------------------------------------------------------------------------- on-policy rounds
+
+
+def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
+    """`mpo iterate`, and its last policy as the result."""
+    rounds = build_rounds(config, model)
+    if config.plan:
+        lines = [f"rounds: {config.rounds} × (generate → score → select → prepare → train), in {rounds.output}"]
+        console.print("\n".join([*lines, "`mpo plan` estimates the training of a round."]), soft_wrap=True)
+        return
+    iterate(rounds, console)
+    last = Path(rounds.output) / "policies" / f"{config.rounds:02d}" / "hf"
+    aligned = Path(config.output) / "aligned"
+    if not aligned.is_dir():
+        with AtomicFolder(aligned) as partial:
+            for path in sorted(last.iterdir()):
+                link_or_copy(path, partial.path / path.name)
+            partial.commit()
+    console.print(f"the aligned model: {aligned}; what each round changed: {Path(rounds.output) / 'report.md'}", soft_wrap=True)
+    console.print(f"next:\n  mpo chat {shlex.quote(config.output)} --beside {shlex.quote(config.model)}", soft_wrap=True)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """The same file at another place, without its bytes twice where the file system can."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+# ----------------------------------------------------------------------------------------------------- the plan
+
+
+def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
+    """The stages, and about how long training takes; nothing is written."""
+    train: TrainConfig = stages.train
+    table = Table("stage", "what it does", "writes")
+    prepare_inputs = visible(", ".join(config.data))
+    rows = (
+        ("prepare", f"tokenize {prepare_inputs}; hold out {stages.prepare.held_out} groups", "groups, groups-eval"),
+        ("train", f"{train.loss.name}, lr {train.optimizer.lr:g}, {train.epochs:g} epochs", "run"),
+        ("export", "Megatron → Hugging Face", "aligned"),
+        ("answers", f"{config.answers} held-out prompts, before and after", "answers"),
+        ("report", "curves, held-out groups, what changed", "report.html, align.md"),
+    )
+    for row in rows:
+        table.add_row(*row)
+    console.print(Text(f"{config.model} → {stages.folder / 'aligned'}"))
+    console.print(table)
+    found = estimate(config, stages)
+    console.print(
+        f"training sees {found.groups:,} groups: about {found.minutes:,.0f} minutes at {found.peak_tflops:.2f} TFLOP/s, the "
+        "speed of a matrix product here now. For GPUs: mpo plan. Without --plan the command runs.",
+        soft_wrap=True,
+    )

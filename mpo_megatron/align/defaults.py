@@ -1,0 +1,98 @@
+"""Options of training that nobody set: by the model's size, the number of groups, and this machine's GPUs."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+from mpo_megatron import device
+from mpo_megatron.align.options import has_option, set_option
+from mpo_megatron.config import AlignConfig, ConfigError, ParallelConfig, PlanConfig, TrainConfig, from_dict
+from mpo_megatron.data.store import INFO_FILE, read_info
+from mpo_megatron.families import Family
+from mpo_megatron.plan.hardware import TABLE
+from mpo_megatron.plan.parameters import part_weights, stage_parts
+from mpo_megatron.plan.plan import build_problem, explain_nothing_fits
+from mpo_megatron.plan.search import Candidate, search
+
+LEARNING_RATES = ((1e9, 5e-6), (4e9, 2e-6), (math.inf, 5e-7))
+"""Peak learning rate for models of up to so many parameters: a start; the papers' 7B and 8B models take 5e-7."""
+MOST_GROUPS_PER_STEP, STEPS_AT_LEAST = 128, 16
+"""Groups of a step, so that an epoch has at least some steps."""
+
+
+def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[TrainConfig, dict[str, object]]:
+    """Training's configuration, and which options were chosen here.
+
+    Raises:
+        ConfigError: an option is wrong, or no layout fits the GPUs that are here.
+    """
+    output = Path(config.output)
+    options, chosen = copy.deepcopy(config.train), dict[str, object]()
+
+    def default(name: str, value: object) -> None:
+        if not has_option(options, name):
+            set_option(options, name, value)
+            chosen[name] = value
+
+    def fill(name: str, value: object) -> None:
+        set_option(options, name, value)
+
+    fill("output", str(output / "run"))
+    fill("model.checkpoint", str(model))
+    fill("data.train", str(output / "groups"))
+    fill("data.eval", str(output / "groups-eval"))
+    options.setdefault("seed", config.seed)
+    default("optimizer.lr", choose_learning_rate(family))
+    prepared = (output / "groups" / INFO_FILE).is_file()
+    if prepared:
+        info = read_info(output / "groups")
+        per_step = min(MOST_GROUPS_PER_STEP, max(1, info.num_groups // STEPS_AT_LEAST))
+        default("data.groups_per_step", per_step)
+        if info.reward_kind == "labels" and not has_option(options, "loss"):
+            default("loss.params", {"partition": "labels"})
+    if device.has_gpu() and prepared and not has_option(options, "parallel"):
+        best = choose_layout(from_dict(TrainConfig, options, "train"), model, output / "groups", config.nproc)
+        if best is not None:
+            for name, value in dataclasses.asdict(best.parallel).items():
+                default(f"parallel.{name}", value)
+            default("model.recompute", best.model.recompute)
+            default("data.row_tokens", best.row_tokens)
+    return from_dict(TrainConfig, options, "train"), chosen
+
+
+def choose_learning_rate(family: Family) -> float:
+    """A peak learning rate to start with."""
+    size = count_parameters(family)
+    return next(lr for most, lr in LEARNING_RATES if size <= most)
+
+
+def count_parameters(family: Family) -> int:
+    """Parameters of a model."""
+    parallel = ParallelConfig()
+    parts = [part for stage in stage_parts(family, parallel) for part in stage]
+    return sum(weight.size for part in parts for weight in part_weights(family, parallel, part, family.vocab_size))
+
+
+def choose_layout(train: TrainConfig, model: Path, groups: Path, nproc: int | None) -> Candidate | None:
+    """The fastest layout on this machine's GPUs; None if their kind is unknown.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    import torch
+
+    name = torch.cuda.get_device_name().upper()
+    hardware = next((known for known in TABLE if known.upper() in name), None)
+    if hardware is None:
+        return None
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    gpus = nproc or torch.cuda.device_count()
+    plan = PlanConfig(gpus=gpus, gpus_per_node=gpus, model=str(model), hardware=hardware, memory_gib=memory, data=str(groups))
+    problem = build_problem(plan, train)
+    found = search(problem)
+    if not found:
+        raise ConfigError(explain_nothing_fits(problem))
+    return found[0]

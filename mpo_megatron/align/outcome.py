@@ -1,0 +1,133 @@
+"""What changed: held-out numbers of the last evaluation, lengths, and answers before and after, side by side."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from mpo_megatron.align.plan import Stages
+from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines
+from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
+
+OUTCOME_FILE = "align.md"
+SHOWN = 400
+"""Characters of a text in the table of answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One prompt, and both models' answers."""
+
+    prompt: str
+    before: str
+    after: str
+    tokens: tuple[int, int]
+    """Of the two answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What `mpo align` ends with."""
+
+    numbers: tuple[tuple[str, str, str], ...]
+    """Rows of a table: what, before, after."""
+    pairs: tuple[Pair, ...]
+
+    def as_markdown(self) -> str:
+        """The same as a file."""
+        lines = ["| held-out groups | before | after |", "|---|---|---|"]
+        lines += [f"| {name} | {before} | {after} |" for name, before, after in self.numbers]
+        for pair in self.pairs:
+            for title, text in (("Prompt", pair.prompt), ("Before", pair.before), ("After", pair.after)):
+                lines += ["", f"**{title}**", "", *(f"> {line}" for line in visible(text, lines=True).splitlines() or [""])]
+            lines += ["", "---"]
+        return "\n".join(lines) + "\n"
+
+
+def describe_outcome(stages: Stages, num_answers: int) -> Outcome:
+    """Read what the stages left."""
+    pairs = read_pairs(Path(stages.before.output), Path(stages.after.output)) if num_answers else []
+    numbers = [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
+    return Outcome(numbers=tuple(numbers), pairs=tuple(pairs))
+
+
+def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
+    """The last evaluation's accuracy and margin; before training, π = π_ref by definition."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    evaluated = [row for row in rows if "eval/accuracy" in row]
+    if not evaluated:
+        return []
+    last, found = evaluated[-1], list[tuple[str, str, str]]()
+    found.append(("preferred above the others, by log π/π_ref", "50 % by definition", f"{last['eval/accuracy']:.1%}"))
+    for name, words in (
+        ("eval/margin", "margin of log π/π_ref, nats"),
+        ("eval/chosen_log_ratio", "log π/π_ref of preferred responses, nats"),
+        ("eval/rejected_log_ratio", "log π/π_ref of the others, nats"),
+    ):
+        if name in last:
+            found.append((words, "0 by definition", f"{last[name]:+.3g}"))
+    return found
+
+
+def compare_lengths(pairs: list[Pair]) -> list[tuple[str, str, str]]:
+    """Mean length of the answers."""
+    if not pairs:
+        return []
+    before, after = (sum(pair.tokens[side] for pair in pairs) / len(pairs) for side in (0, 1))
+    return [(f"tokens of an answer, mean of {len(pairs)}", f"{before:.0f}", f"{after:.0f}")]
+
+
+def read_pairs(before: Path, after: Path) -> list[Pair]:
+    """The prompts that both models answered."""
+    answered = {side: _read_answers(side) for side in (before, after)}
+    pairs = []
+    for group_id, line in answered[before].items():
+        other = answered[after].get(group_id)
+        if other is not None and line["responses"] and other["responses"]:
+            first, second = line["responses"][0], other["responses"][0]
+            tokens = (first["num_tokens"], second["num_tokens"])
+            pairs.append(Pair(prompt=_last_words(line), before=first["text"], after=second["text"], tokens=tokens))
+    return pairs
+
+
+def _read_answers(folder: Path) -> dict[str, Record]:
+    return {line["group_id"]: line for line in read_lines(find_lines(folder, SAMPLES_FILE, GENERATE_FILE))}
+
+
+def _last_words(line: Record) -> str:
+    prompt = line["prompt"]
+    return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+
+
+def print_outcome(console: Console, outcome: Outcome, model: str, folder: Path) -> None:
+    """Both tables, and the commands that come next."""
+    table = Table("held-out groups", "before", "after", title="What changed")
+    for row in outcome.numbers:
+        table.add_row(*row)
+    console.print(table)
+    if outcome.pairs:
+        answers = Table("prompt", "before", "after", title="Answers", show_lines=True)
+        for pair in outcome.pairs:
+            answers.add_row(*(_cut(text) for text in (pair.prompt, pair.before, pair.after)))
+        console.print(answers)
+    console.print(f"the aligned model: {folder / 'aligned'}", soft_wrap=True)
+    console.print("next:\n" + "\n".join(f"  {line}" for line in next_commands(model, folder)), soft_wrap=True)
+
+
+def next_commands(model: str, folder: Path) -> list[str]:
+    """What one would do now."""
+    quoted, base = shlex.quote(str(folder)), shlex.quote(model)
+    return [
+        f"mpo chat {quoted} --beside {base}    # talk to both",
+        f"open {shlex.quote(str(folder / 'report.html'))}    # curves, and how log-probabilities moved",
+        f"mpo inspect {quoted}/run    # a row as the model saw it",
+    ]
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]} …"

@@ -1,0 +1,184 @@
+"""Every stage's configuration, built and checked before anything runs, with defaults by the model, the data and the GPUs.
+
+<output>/align.json               the configuration, the model's and the data's digests: what must not change
+<output>/prepare.yaml, train.yaml what `mpo prepare` and `mpo train` are given
+<output>/groups, groups-eval      prepared groups
+<output>/run                      training; its checkpoints, its metrics, the converted model
+<output>/answers/before, after    answers of both models to held-out prompts
+<output>/aligned                  the Hugging Face model
+<output>/report.html, align.md    curves, and what changed
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpo_megatron.align.defaults import build_training, choose_learning_rate
+from mpo_megatron.align.options import has_option, set_option
+from mpo_megatron.config import (
+    AlignConfig,
+    ConvertConfig,
+    GenerateConfig,
+    IterateConfig,
+    PrepareConfig,
+    TrainConfig,
+    check_writable,
+    from_dict,
+    is_hub_name,
+    require,
+)
+from mpo_megatron.data.hub import download_model
+from mpo_megatron.data.sources import open_source
+from mpo_megatron.data.store import INFO_FILE, read_info
+from mpo_megatron.plan.models import find_model
+
+ANSWER_TOKENS = 256
+"""Longest answer in the comparison."""
+SET = {
+    "prepare": ("input", "output", "tokenizer", "held_out"),
+    "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.eval"),
+    "generate": ("prompts", "model", "output", "shard"),
+}
+"""Options that the command decides itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stages:
+    """The configurations of the stages."""
+
+    folder: Path
+    model: Path
+    """The Hugging Face folder."""
+    prepare: PrepareConfig
+    train: TrainConfig
+    export: ConvertConfig
+    before: GenerateConfig
+    after: GenerateConfig
+    chosen: dict[str, object]
+    """Options of training that nobody set, and what was chosen."""
+
+
+def find_folder(name: str) -> Path:
+    """The model's folder; of a name on the hub, the one in the hub's cache.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    folder = Path(name)
+    if not folder.exists() and is_hub_name(name):
+        return download_model(name, "model", None)
+    require(folder.is_dir(), f"model = {name}; no such folder; give a Hugging Face folder, or a name on the hub.")
+    require((folder / "config.json").is_file(), f"model = {name}; no Hugging Face folder: it has no config.json.")
+    return folder
+
+
+def check_sections(config: AlignConfig, fixed: Mapping[str, tuple[str, ...]]) -> None:
+    """Check that no section sets what the command decides itself.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for stage, names in fixed.items():
+        for name in names:
+            require(not has_option(getattr(config, stage), name), f"{stage}.{name} is set by mpo align itself; leave it out.")
+
+
+def build_stages(config: AlignConfig, model: Path) -> Stages:
+    """All stages; training's with the defaults for the prepared groups, if they are there already.
+
+    Raises:
+        ConfigError: naming the option, the rule and the fix.
+    """
+    output = Path(config.output)
+    check_writable(output, "output")
+    check_sections(config, SET)
+    family = find_model(str(model))
+    prepare = copy.deepcopy(config.prepare)
+    prepare |= {"input": config.data, "output": str(output / "groups"), "tokenizer": str(model)}
+    prepare.setdefault("seed", config.seed)
+    prepare["held_out"] = choose_held_out(config, output)
+    train, chosen = build_training(config, model, family)
+    answers = copy.deepcopy(config.generate) | {"prompts": str(output / "groups-eval"), "shard": "0/1"}
+    for name, value in (("temperature", 0.0), ("num_responses", 1), ("max_tokens", ANSWER_TOKENS), ("seed", config.seed)):
+        answers.setdefault(name, value)
+    answers |= {"max_prompts": max(1, config.answers), "empty": "keep"}
+
+    def answering(name: str, checkpoint: Path) -> GenerateConfig:
+        own = {"model": str(checkpoint), "output": str(output / "answers" / name)}
+        return from_dict(GenerateConfig, answers | own, "generate")
+
+    return Stages(
+        folder=output,
+        model=model,
+        prepare=from_dict(PrepareConfig, prepare, "prepare"),
+        train=train,
+        export=ConvertConfig(input=str(output / "run"), output=str(output / "aligned")),
+        before=answering("before", model),
+        after=answering("after", output / "aligned"),
+        chosen=chosen,
+    )
+
+
+def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
+    """The on-policy rounds that the prompts are for.
+
+    Raises:
+        ConfigError: naming the option, the rule and the fix.
+    """
+    train = copy.deepcopy(config.train)
+    family = find_model(str(model))
+    if not has_option(train, "optimizer.lr"):
+        set_option(train, "optimizer.lr", choose_learning_rate(family))
+    return IterateConfig(
+        output=str(Path(config.output) / "rounds"),
+        model=str(model),
+        prompts=str(config.prompts),
+        rounds=config.rounds,
+        held_out=config.held_out,
+        generate=copy.deepcopy(config.generate),
+        score=copy.deepcopy(config.score),
+        select=copy.deepcopy(config.select),
+        prepare=copy.deepcopy(config.prepare),
+        train=train,
+        nproc=config.nproc,
+        seed=config.seed,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- the data
+
+
+def choose_held_out(config: AlignConfig, output: Path) -> int:
+    """Groups to hold out: those that are, if the groups are prepared."""
+    if (output / "groups-eval" / INFO_FILE).is_file() and (output / "groups" / INFO_FILE).is_file():
+        return read_info(output / "groups-eval").num_groups
+    return min(config.held_out, max(1, count_rows(config.data, config.prepare) // 10))
+
+
+def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
+    """Rows of the inputs, which are groups in most formats."""
+    total = 0
+    for name in data:
+        source = open_source(name, split=prepare.get("split", "train"), subset=prepare.get("subset"))
+        total += source.total if source.total is not None else sum(1 for _ in source.rows)
+    return min(total, int(prepare.get("max_rows") or total))
+
+
+def data_digest(data: list[str]) -> str:
+    """A fingerprint of files that are inputs; of a folder, its files' names and sizes; of a dataset on the hub, its name."""
+    digest = hashlib.sha256()
+    for name in data:
+        path = Path(name)
+        digest.update(path.name.encode())
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        elif path.is_dir():
+            for item in sorted(path.rglob("*")):
+                digest.update(f"{item.relative_to(path)} {item.stat().st_size if item.is_file() else 0}".encode())
+    return digest.hexdigest()

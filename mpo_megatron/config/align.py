@@ -1,0 +1,107 @@
+"""Options of `mpo align` and `mpo chat`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from mpo_megatron.config.checks import check_seed, require
+from mpo_megatron.config.iterate import STAGES
+from mpo_megatron.config.values import Section
+
+ROUND_STAGES = ("score", "select")
+"""Sections that only on-policy rounds have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignConfig(Section):
+    """`mpo align`: a Hugging Face model and groups, or prompts → an aligned Hugging Face model, with one resumable command."""
+
+    STAGE_TYPES: ClassVar = STAGES
+
+    model: str
+    """Hugging Face folder, or name on the hub."""
+    output: str
+    """Folder for everything; the model is in `<output>/aligned`. Repeating the command resumes there."""
+    data: list[str] = field(default_factory=list)
+    """Groups to train on: anything `mpo prepare` reads."""
+    prompts: str | None = None
+    """Instead of data: prompts for on-policy rounds, as `mpo iterate` takes them; `score` says what rewards an answer."""
+    rounds: int = 3
+    """With prompts: rounds of sampling and training."""
+    held_out: int = 100
+    """Groups (or prompts) to measure on, at most a tenth of all; none of them is trained on."""
+    answers: int = 4
+    """Held-out prompts that the models before and after answer, side by side; 0: none."""
+    plan: bool = False
+    """Only show the stages, their configurations and an estimate of the time."""
+    nproc: int | None = None
+    """Ranks of training; by default one per GPU, or what the layout needs."""
+    prepare: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo prepare`: --prepare.max_prompt_tokens 512."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo train`: --train.loss.name dpo --train.optimizer.lr 1e-6. Left out are chosen by the model's size
+    (optimizer.lr), the data (data.groups_per_step) and, on GPUs, `mpo plan` (parallel, model.recompute, data.row_tokens)."""
+    generate: dict[str, Any] = field(default_factory=dict)
+    """Options of `mpo generate`, for the answers and the rounds: --generate.max_tokens 256."""
+    score: dict[str, Any] = field(default_factory=dict)
+    """With prompts: options of `mpo score`."""
+    select: dict[str, Any] = field(default_factory=dict)
+    """With prompts: options of `mpo select`."""
+    seed: int = 1234
+    """Seed of every stage that has none of its own."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+        require(
+            bool(self.data) != (self.prompts is not None),
+            "data, prompts: give one of them: groups with responses and rewards (--data FILE), or prompts to sample from "
+            "(--prompts FILE).",
+        )
+        require("-" not in self.data, "data = -; a resumed run could not read standard input again; write it to a file.")
+        require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
+        require(self.held_out >= 2, f"held_out = {self.held_out}; at least 2 tell whether the model got better.")
+        require(self.answers >= 0, f"answers = {self.answers}; it must be 0 (none) or more.")
+        require(self.nproc is None or self.nproc >= 1, f"nproc = {self.nproc}; it must be at least 1, or absent.")
+        if self.prompts is None:
+            for name in ROUND_STAGES:
+                require(not getattr(self, name), f"{name} is a stage of on-policy rounds; it has no effect without prompts.")
+        else:
+            require(bool(self.score), "score is missing; say what rewards an answer (docs/on_policy.md).")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(Section):
+    """`mpo chat MODEL [--beside BASE]`: talk to a model in the terminal, or to two at once."""
+
+    model: str
+    """What `mpo align` wrote, a Hugging Face folder, a run, or one of its checkpoints; `mpo chat MODEL` sets it."""
+    beside: str | None = None
+    """A second model that gets the same messages and keeps its own answers."""
+    prompt: str | None = None
+    """Ask this, print the answer, and end."""
+    system_prompt: str | None = None
+    """System message of the conversation."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Extra variables for the chat template, for example `enable_thinking: false`."""
+    max_tokens: int = 512
+    """Longest answer, its end token included."""
+    temperature: float = 0.7
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the fewest tokens that together have this probability."""
+    device: str = "auto"
+    """`auto` is a GPU if there is one."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the weights; `auto` is the checkpoint's own."""
+    seed: int = 1234
+    """Seed of the draws."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_seed(self.seed)
+        require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
+        require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
+        require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
+        require(self.prompt is None or bool(self.prompt.strip()), "prompt is empty; leave it out to talk.")

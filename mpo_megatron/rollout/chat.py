@@ -1,0 +1,168 @@
+"""`mpo chat`: a conversation in the terminal with one model, or with two that get the same messages."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+
+from mpo_megatron.config import ChatConfig, ConfigError, TransformersConfig, require
+from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.group import Message
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.rollout.models import hugging_face_folder, locate_model
+from mpo_megatron.terminal.visible import visible
+
+ALIGNED = "aligned"
+"""Where `mpo align` leaves its model."""
+EXIT, RESET = ("/exit", "/quit", "exit", "quit"), "/reset"
+HELP = f"Write a message. {RESET} begins anew, {EXIT[0]} or Ctrl-D ends."
+
+
+@dataclass(kw_only=True, eq=False)
+class Partner:
+    """A model with the conversation so far, its own answers in it."""
+
+    name: str
+    chat: Chat
+    model: Any
+    messages: list[Message] = field(default_factory=list)
+
+    def answer(self, message: str, config: ChatConfig, write: Callable[[str], object]) -> str:
+        """The answer to a message, written as it is drawn; both join the conversation.
+
+        Raises:
+            ConfigError: the chat template refuses the conversation, or it is too long for the model.
+        """
+        asked: list[Message] = [*self.messages, {"role": "user", "content": message}]
+        try:
+            _, ids = self.chat.prompt(asked)
+        except TemplateError as error:
+            raise ConfigError(f"model = {self.name}; its chat template refuses the conversation: {error}") from error
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        require(
+            limit is None or len(ids) + 1 <= limit,
+            f"the conversation has {len(ids)} tokens, and {self.name} reads {limit}; {RESET} begins anew.",
+        )
+        text = draw(self.model, self.chat, ids.tolist(), config, write)
+        self.messages = [*asked, {"role": "assistant", "content": text}]
+        return text
+
+
+def draw(model: Any, chat: Chat, prompt: list[int], config: ChatConfig, write: Callable[[str], object]) -> str:
+    """An answer by transformers' `generate`, whose words are written as they come."""
+    from transformers.generation.streamers import BaseStreamer
+
+    class Words(BaseStreamer):  # type: ignore[misc]
+        """Decodes what has come so far, and writes what is new of it and cannot change any more."""
+
+        def __init__(self) -> None:
+            self.ids: list[int] = []
+            self.text, self.is_prompt = "", True
+
+        def put(self, value: Any) -> None:
+            if self.is_prompt:
+                self.is_prompt = False
+                return
+            self.ids += value.flatten().tolist()
+            text = chat.tokenizer.decode(self.ids, skip_special=True)
+            if not text.endswith("\ufffd"):  # a character of several tokens
+                self.show(text)
+
+        def end(self) -> None:
+            self.show(chat.tokenizer.decode(self.ids, skip_special=True))
+
+        def show(self, text: str) -> None:
+            write(text[len(self.text) :])
+            self.text = text
+
+    words = Words()
+    ids = torch.tensor([prompt], device=model.device)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if config.temperature > 0:
+        sampling = {"do_sample": True, "temperature": config.temperature, "top_p": config.top_p, "top_k": 0}
+    ends = sorted({chat.end_token_id, *([] if chat.tokenizer.eos_id is None else [chat.tokenizer.eos_id])})
+    with torch.inference_mode():
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=config.max_tokens,
+            eos_token_id=ends,
+            pad_token_id=chat.tokenizer.pad_id if chat.tokenizer.pad_id is not None else ends[0],
+            repetition_penalty=1.0,
+            streamer=words,
+            **sampling,
+        )
+    return words.text
+
+
+def load(path: str, name: str, config: ChatConfig) -> Partner:
+    """A model with an empty conversation.
+
+    Raises:
+        ConfigError: no model is there.
+    """
+    aligned = Path(path) / ALIGNED
+    folder = hugging_face_folder(locate_model(str(aligned) if (aligned / "config.json").is_file() else path, name))
+    tokenizer = load_tokenizer(folder)
+    chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
+    settings = TransformersConfig(device=config.device, dtype=config.dtype)
+    model = EmbeddedEngine.load(folder, tokenizer, settings).model
+    model.generation_config = type(model.generation_config)()  # only what is asked for here decides about an answer
+    return Partner(name=path, chat=chat, model=model)
+
+
+def chat(config: ChatConfig) -> None:
+    """Answer `config.prompt`, or converse until the user ends it.
+
+    Raises:
+        ConfigError: a model cannot be loaded, or cannot answer.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    partners = [load(config.model, "model", config)]
+    if config.beside is not None:
+        partners.append(load(config.beside, "beside", config))
+    torch.manual_seed(config.seed)
+    if config.prompt is not None:
+        answer(partners, config.prompt, config)
+        return
+    if sys.stdin.isatty():
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (lines that are typed can be edited, and come back)
+        print(HELP)
+    while (message := ask()) is not None:
+        if message == RESET:
+            for partner in partners:
+                partner.messages = []
+        elif message:
+            try:
+                answer(partners, message, config)
+            except ConfigError as error:
+                print(visible(error, lines=True), file=sys.stderr)
+
+
+def ask() -> str | None:
+    """The next message; None at the end."""
+    try:
+        message = input("you: " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    return None if message.lower() in EXIT else message
+
+
+def answer(partners: list[Partner], message: str, config: ChatConfig) -> None:
+    """Print what each model says, one after the other."""
+    for partner in partners:
+        if len(partners) > 1:
+            print(f"\n── {visible(partner.name)}", flush=True)
+        partner.answer(message, config, lambda text: print(visible(text, lines=True), end="", flush=True))
+        print(flush=True)

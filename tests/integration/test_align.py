@@ -1,0 +1,215 @@
+"""`mpo align` on a tiny model: killed in every stage and repeated, from groups and from prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from mpo_megatron.align import align as aligning
+from mpo_megatron.align import defaults
+from mpo_megatron.align.align import align
+from mpo_megatron.align.plan import build_stages
+from mpo_megatron.config import AlignConfig, ConfigError
+from mpo_megatron.data import prepare as preparing
+from mpo_megatron.data.store import read_info
+from mpo_megatron.files import DataError
+from mpo_megatron.model import convert as converting
+from mpo_megatron.rollout import iterate as rounds
+from mpo_megatron.rollout import records, stages
+from mpo_megatron.terminal.console import Console
+from tests.distributed.launch import launch_ranks
+from tests.kills import Killed, raise_at
+from tests.tiny import save_model, save_tokenizer
+
+QUIET = Console(quiet=True)
+KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "prepare": lambda patch: raise_at(preparing, "_write", 1, patch),
+    "train": lambda patch: raise_at(stages, "launch", 0, patch),
+    "train, done and not noted": lambda patch: raise_at(rounds, "write_summary", 0, patch),
+    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "answers": lambda patch: raise_at(records.LineWriter, "write", 1, patch),
+    "report": lambda patch: raise_at(aligning, "report", 0, patch),
+    "outcome": lambda patch: raise_at(aligning, "replace_file", 0, patch),
+}
+"""One after the other: each kill is followed by the same command, which resumes and reaches the next."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Hugging Face model, groups and prompts."""
+    folder = tmp_path_factory.mktemp("inputs")
+    save_model(folder / "model", vocab_size=save_tokenizer(folder / "model"), num_hidden_layers=1, hidden_size=32)
+    draw = random.Random(0)
+    rows = [
+        {
+            "prompt": f"Say {index}.",
+            "responses": [{"text": text, "reward": draw.random()} for text in ("yes", "no", "well", "ok")],
+        }
+        for index in range(40)
+    ]
+    (folder / "groups.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:16]))
+    (folder / "vowels.py").write_text("def vowels(response, group):\n    return sum(c in 'aeiou' for c in response) / 8\n")
+    return folder
+
+
+def settings(inputs: Path, output: Path, **changes: Any) -> AlignConfig:
+    options: dict[str, Any] = {
+        "model": str(inputs / "model"),
+        "output": str(output),
+        "data": [str(inputs / "groups.jsonl")],
+        "answers": 2,
+        "train": {"model": {"precision": "fp32"}, "data": {"row_tokens": 256, "groups_per_step": 12}, "eval_every": 0},
+        "generate": {"max_tokens": 8},
+    }
+    return AlignConfig(**options | changes)
+
+
+@pytest.fixture(scope="module")
+def aligned(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a command that was killed in every stage."""
+    output = tmp_path_factory.mktemp("align") / "out"
+    for arm in KILLS.values():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(stages, "launch", launch_ranks)
+            arm(patch)
+            with pytest.raises(Killed):
+                align(settings(inputs, output), QUIET)
+    align(settings(inputs, output), QUIET)  # by now without training
+    return output
+
+
+@pytest.mark.distributed
+def test_groups_and_a_model_become_an_aligned_model(inputs: Path, aligned: Path) -> None:
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+        for folder in (inputs / "model", aligned / "aligned")
+    )
+    assert before.keys() == after.keys()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert read_info(aligned / "groups").num_groups == 36
+    assert read_info(aligned / "groups-eval").num_groups == 4  # a tenth of all
+    steps = [json.loads(line) for line in (aligned / "run" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in steps if "lr" in row]
+    assert [row["step"] for row in trained] == [1, 2, 3]
+    assert all(row["lr"] <= defaults.LEARNING_RATES[0][1] for row in trained)
+    page = (aligned / "align.md").read_text()
+    assert f"{steps[-1]['eval/accuracy']:.1%}" in page
+    assert page.count("**Before**") == page.count("**After**") == 2
+    assert (aligned / "report.html").is_file()
+
+
+@pytest.mark.distributed
+def test_repeating_it_runs_nothing_and_shows_the_end_again(inputs: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prepare", "run_training", "convert", "run_command", "report"):
+        monkeypatch.setattr(aligning, name, lambda *_: pytest.fail("a stage that was done"))
+    output = io.StringIO()
+    align(settings(inputs, aligned), Console(file=output, width=200))
+    assert output.getvalue().count("done before") == 6
+    assert f"mpo chat {aligned} --beside {inputs / 'model'}" in output.getvalue()
+
+
+@pytest.mark.distributed
+def test_a_folder_that_was_started_otherwise_is_refused(inputs: Path, aligned: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"started with generate.max_tokens = 8, now it is 9"):
+        align(settings(inputs, aligned, generate={"max_tokens": 9}), QUIET)
+    (tmp_path / "groups.jsonl").write_text((inputs / "groups.jsonl").read_text() + "\n")
+    with pytest.raises(ConfigError, match="started with other data"):
+        align(settings(inputs, aligned, data=[str(tmp_path / "groups.jsonl")]), QUIET)
+    save_model(tmp_path / "model", vocab_size=save_tokenizer(tmp_path / "model"), num_hidden_layers=1, hidden_size=32, seed=1)
+    with pytest.raises(ConfigError, match="started with another model"):
+        align(settings(inputs, aligned, model=str(tmp_path / "model")), QUIET)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    with pytest.raises(ConfigError, match=r"holds \['file'\], and no align.json"):
+        align(settings(inputs, tmp_path / "other"), QUIET)
+    shutil.copytree(inputs, tmp_path / "moved")
+    align(settings(tmp_path / "moved", aligned), QUIET)  # the same by its digests
+
+
+@pytest.mark.distributed
+def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    config = settings(
+        inputs,
+        tmp_path / "out",
+        data=[],
+        prompts=str(inputs / "prompts.jsonl"),
+        rounds=1,
+        held_out=4,
+        generate={"num_responses": 4, "max_tokens": 8, "empty": "keep"},
+        score={"scorers": {"vowels": {"kind": "function", "function": f"{inputs / 'vowels.py'}:vowels"}}},
+        select={"truncated": "keep", "duplicates": "keep"},
+    )
+    align(config, QUIET)
+    last = tmp_path / "out" / "rounds" / "policies" / "01" / "hf"
+    for path in last.iterdir():
+        assert (tmp_path / "out" / "aligned" / path.name).read_bytes() == path.read_bytes()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "aligned")
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    align(settings(inputs, tmp_path / "out", plan=True), Console(file=output, width=200))
+    assert "hold out 4 groups" in output.getvalue()
+    assert "training sees 40 groups: about" in output.getvalue()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": []}, "give one of them"),
+        ({"prompts": "p.jsonl"}, "give one of them"),
+        ({"data": ["-"]}, "a resumed run could not read standard input again"),
+        ({"score": {"scorers": {}}}, "score is a stage of on-policy rounds"),
+        ({"model": "none/at/all"}, "no such folder"),
+        ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
+        ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
+        ({"train": {"optimizer": {"lr": -1}}}, "train.optimizer.lr = -1"),
+        ({"train": {"optimzer": {}}}, "optimzer: there is no such option"),
+    ],
+)
+def test_what_cannot_work_is_named_before_anything_runs(
+    inputs: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        align(settings(inputs, tmp_path / "out", **changes), QUIET)
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_that_are_not_there(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        align(settings(inputs, tmp_path / "out", data=[str(tmp_path / "none.jsonl")]), QUIET)
+
+
+@pytest.mark.distributed
+def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's GPUs, played; the options that the user gave stay."""
+    monkeypatch.setattr(defaults.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 79 * 2**30}))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    config = settings(inputs, aligned, train={"data": {"groups_per_step": 12}})
+    found = build_stages(config, inputs / "model")
+    assert "parallel.tensor" in found.chosen
+    assert found.train.data.row_tokens == found.chosen["data.row_tokens"]
+    given = dataclasses.replace(config, train={"parallel": {"tensor": 2}, "optimizer": {"lr": 1e-7}})
+    found = build_stages(given, inputs / "model")
+    assert found.train.parallel.tensor == 2
+    assert not {"parallel.tensor", "optimizer.lr"} & found.chosen.keys()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
+    assert "parallel.tensor" not in build_stages(config, inputs / "model").chosen
