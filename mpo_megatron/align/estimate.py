@@ -48,7 +48,7 @@ def estimate(config: AlignConfig, stages: Stages) -> Estimate:
     return Estimate(groups=groups, minutes=60 * (figures["hours"] + figures["reference_hours"]), peak_tflops=peak)
 
 
-def sample_lengths(prepare: PrepareConfig) -> dict[str, int]:
+def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:
     """Mean lengths of the first rows, for `mpo plan`.
 
     Raises:

@@ -60,7 +60,7 @@ def draw(model: Any, chat: Chat, prompt: list[int], config: ChatConfig, write: C
     """An answer by transformers' `generate`, whose words are written as they come."""
     from transformers.generation.streamers import BaseStreamer
 
-    class Words(BaseStreamer):  # type: ignore[misc]
+    class Words(BaseStreamer):
         """Decodes what has come so far, and writes what is new of it and cannot change any more."""
 
         def __init__(self) -> None:
