@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from mpo_megatron import device
 from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
 from mpo_megatron.align.align import align
@@ -199,7 +200,7 @@ def test_data_that_are_not_there(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's GPUs, played; the options that the user gave stay."""
-    monkeypatch.setattr(defaults.device, "has_gpu", lambda: True)
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 79 * 2**30}))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

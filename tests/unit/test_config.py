@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -81,7 +82,7 @@ def test_command_line_help(capsys: pytest.CaptureFixture[str]) -> None:
         ({"pipeline": 5}, "parallel.pipeline = 5 does not divide the model's num_hidden_layers = 48"),
     ],
 )
-def test_layouts_that_do_not_divide_the_model(layout: dict[str, int], message: str) -> None:
+def test_layouts_that_do_not_divide_the_model(layout: dict[str, Any], message: str) -> None:
     from transformers import Qwen2Config
 
     from mpo_megatron.families import read_family

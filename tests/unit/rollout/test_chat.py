@@ -12,10 +12,10 @@ import pytest
 from mpo_megatron.config import ChatConfig, ConfigError, TransformersConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.rollout import chat as chatting
 from mpo_megatron.rollout.chat import Partner, chat, load
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.terminal.visible import visible
 from tests.tiny import save_model, save_tokenizer
 
 
@@ -77,7 +77,7 @@ def test_two_models_answer_and_a_conversation_begins_anew(
 def test_one_prompt(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat(ChatConfig(model=str(model_folder), prompt="Hello", temperature=0, max_tokens=12, device="cpu"))
     asked = [{"role": "user", "content": "Hello"}]
-    assert capsys.readouterr().out == chatting.visible(greedy(model_folder, asked, 12), lines=True) + "\n"
+    assert capsys.readouterr().out == visible(greedy(model_folder, asked, 12), lines=True) + "\n"
 
 
 def test_what_cannot_be_answered_is_said(model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
