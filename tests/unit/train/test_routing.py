@@ -13,6 +13,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from transformers import MixtralConfig
 
+from mpo_megatron import device
 from mpo_megatron.config import ExpertsConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.families import read_family
@@ -67,7 +68,7 @@ def swap_pairs(parts: list[Any]) -> None:
     with torch.no_grad():
         for name, parameter in parts[0].named_parameters():
             if name.endswith("router.weight"):
-                parameter.copy_(parameter[[2, 3, 0, 1]])
+                parameter.copy_(parameter.roll(2, dims=0))
 
 
 def record(parts: list[Any], batch: StepBatch, ranks: Ranks) -> Choices:
@@ -75,7 +76,7 @@ def record(parts: list[Any], batch: StepBatch, ranks: Ranks) -> Choices:
     run_rows(parts, batch.rows, ranks, None, routings=routings)
     tokens = group_tokens(batch.table)
     ids = gather_choices(routings, batch.rows, batch.table, EXPERTS, ranks)
-    return Choices(ids=torch.from_numpy(ids), starts=np.cumsum(tokens) - tokens)
+    return Choices(ids=device.upload(ids), starts=np.cumsum(tokens) - tokens)
 
 
 def test_replay_gives_the_references_log_probs_after_the_routers_alone_changed(ranks: Ranks) -> None:
@@ -83,7 +84,7 @@ def test_replay_gives_the_references_log_probs_after_the_routers_alone_changed(r
     batch, _ = batch_of()
     before = forward_step(parts, batch, OBJECTIVE, ranks)
     choices = record(parts, batch_of("unshared", row_tokens=64)[0], ranks)  # packed otherwise
-    assert ((choices.ids == torch.tensor([0, 1])) | (choices.ids == torch.tensor([2, 3]))).all()
+    assert ((choices.ids.cpu() == torch.tensor([0, 1])) | (choices.ids.cpu() == torch.tensor([2, 3]))).all()
     swap_pairs(parts)
     found = {}
     for name, config in {"free": ExpertsConfig(measure_drift=True), "replay": ExpertsConfig(routing="replay")}.items():
@@ -141,7 +142,7 @@ def gradients(ranks: Ranks, config: ExpertsConfig, *, two_phase: bool, row_token
     with torch.no_grad():  # no ties
         for name, parameter in parts[0].named_parameters():
             if name.endswith("router.weight"):
-                parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5))
+                parameter += device.upload(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)))
     model = optimizer.wrap_data_parallel(parts, OptimizerConfig(), ranks)
     prepare_schedules(model)
     batch, shape = batch_of(row_tokens=row_tokens, select=OBJECTIVE.select)
@@ -169,6 +170,24 @@ def test_terms_are_independent_of_packing_phases_and_recomputation(ranks: Ranks,
     ):
         for name, gradient in expected.items():  # float32 sums of some hundreds of tokens in another order
             assert (found[name] - gradient).abs().max() < 1e-5 * largest, name
+
+
+def test_terms_reach_responses_that_the_loss_does_not(ranks: Ranks) -> None:
+    """MC-PO backpropagates the negatives that it draws; with a term of the routers every response that lies in rows."""
+    objective = build_objective(LossConfig(name="mcpo", params={"beta": 0.1, "num_negatives": 1}))
+    batch, shape = batch_of(select=objective.select)
+    shares = {}
+    for config in (ExpertsConfig(), ExpertsConfig(z_coeff=0.1)):
+        parts = build(ranks)
+        model = optimizer.wrap_data_parallel(parts, OptimizerConfig(), ranks)
+        prepare_schedules(model)
+        reference = forward_step(model, batch, objective, ranks)
+        routing = StepRouting(config, EXPERTS, batch, ranks)
+        shares[config] = two_phase_step(
+            model, batch, reference, objective, ranks, shape, torch.Generator().manual_seed(0), routing=routing
+        ).backward_share
+    assert shares[ExpertsConfig()] < 1
+    assert shares[ExpertsConfig(z_coeff=0.1)] == 1
 
 
 def test_what_is_not_known_is_said() -> None:
