@@ -32,10 +32,16 @@ class ConvertConfig(Section):
     """Megatron checkpoint of the base model of an adapter; by default where it was when the adapter was trained."""
     merge: bool = False
     """Write the base model with the adapter added to its weights, as a Hugging Face checkpoint, instead of the adapter."""
+    compare_text: str | None = None
+    """Text file on which `merge` reports how rounding the merged weights changes log-probs; needs memory for a float32 model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
+        require(
+            self.compare_text is None or self.merge,
+            f"compare_text = {self.compare_text} without merge; set merge to true, or leave it out.",
+        )
         require(self.max_shard_gib > 0, f"max_shard_gib = {self.max_shard_gib}; it must be positive; try 4.")
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig, is_hub_name, require, validate_convert
 from mpo_megatron.data.hub import download_model
-from mpo_megatron.families import load_family
+from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.families.rules import EMBEDDING, OUTPUT
 from mpo_megatron.files import digests
@@ -43,6 +43,7 @@ from mpo_megatron.model.convert_folder import (
 )
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
 from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
+from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, merger
 from mpo_megatron.model.resizing import grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
@@ -113,7 +114,28 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
     else:
         record, matrices = read_matrices(megatron)
         adapter, base = record.adapter, find_base(megatron, record, config.base, "base")
+    family = load_family(base / "hf")
+    tokens = None if config.compare_text is None else read_tokens(Path(config.compare_text), base)
     merge_to_hf(base, adapter, matrices, output, max_shard_bytes=config.max_shard_gib * 2**30)
+    if tokens is not None:
+        merge = merger(adapter, matrices, None)
+
+        def exact() -> Iterator[tuple[str, Tensor]]:  # a float32 weight is summed in float64, and rounded to float32
+            return ((name, merge(name, 0, weight.float())) for name, weight in read_weights(base, family))
+
+        def rounded() -> Iterator[tuple[str, Tensor]]:
+            return ((name, merge(name, 0, weight)) for name, weight in read_weights(base, family))
+
+        print(describe_change(family, tokens, exact, rounded), file=sys.stderr)
+
+
+def read_weights(source: Path, family: Family) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a Megatron checkpoint's folder under their Hugging Face names, one after the other."""
+    checkpoint = CheckpointReader(source / "megatron")
+    read_slice = _LastSlice(checkpoint)
+    for item in build_weight_map(family, load_conversion(source).padded_vocab_size):
+        for placement in item.placements:
+            yield placement.name, torch.cat(list(_scatter_rows(checkpoint, read_slice, item, placement)))
 
 
 def merge_to_hf(base: Path, adapter: Adapter, matrices: dict[str, Tensor], output: Path, *, max_shard_bytes: float) -> None:

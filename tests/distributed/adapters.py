@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 from torch.nn.utils.parametrize import register_parametrization
 
@@ -50,6 +49,8 @@ class ExpertAdapters(torch.nn.Module):
 
 def attach_adapters(model: Any, adapter: Adapter | None) -> Callable[..., dict[str, Tensor]]:
     """Give the model adapters, all else frozen; returns what copies their matrices, or gradients, under PEFT's names."""
+    from peft import LoraConfig, inject_adapter_in_model  # seconds to import, for these cases alone
+
     assert adapter is not None
     experts = {
         name: module for name, module in model.named_modules() if name.endswith(".experts") and hasattr(module, "gate_up_proj")

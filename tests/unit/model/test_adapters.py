@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, ModelConfig, ParallelConfig
+from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.files import digests
@@ -28,7 +29,9 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.plan.parameters import Part, adapter_weights, buffer_size, part_weights
 from mpo_megatron.train.checkpoints import checkpoint
+from mpo_megatron.train.optimizer import wrap_data_parallel
 from tests.distributed.adapters import start_matrix
 from tests.tiny import save_model
 
@@ -116,6 +119,32 @@ def test_a_merged_model_answers_as_the_adapter_does(
     assert (plain - logits).abs().max() > 0.05
     # 2⁻²⁴ of the largest values, through 2 layers of sums of about 100 products
     assert (merged - logits).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_a_merge_reports_how_rounding_changes_log_probs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In bf16, against the same comparison made here with plain `transformers`."""
+    save_model(tmp_path / "hf", model_type="qwen2", num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
+    save_peft(tmp_path, tmp_path / "peft")
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog.")
+    options: dict[str, Any] = {"merge": True, "base": str(tmp_path / "megatron"), "compare_text": str(tmp_path / "text.txt")}
+    convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "merged"), **options))
+    reported = next(line for line in capsys.readouterr().err.splitlines() if "log-probs of" in line)
+    tokens = torch.tensor([list(load_tokenizer(tmp_path / "hf").encode("The quick brown fox jumps over the lazy dog."))])
+    exact = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32), tmp_path / "peft"
+    )
+    rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        ours, theirs = (model(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None]) for model in (rounded, exact))
+    change = (ours - theirs).abs()
+    found = [float(word) for word in reported.split() if "e-" in word and word[0].isdigit()]
+    assert found == pytest.approx([float(change.mean()), float(change.max())], rel=0.02)
+    assert found[1] > 1e-4
+    with pytest.raises(ConfigError, match="without merge"):
+        ConvertConfig(input="a", output="b", compare_text="c")
 
 
 def test_our_export_loads_in_peft(base: Path, ranks: Ranks, tmp_path: Path) -> None:
@@ -232,6 +261,22 @@ def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, r
     trained = [name for name, parameter in parts[0].named_parameters() if parameter.requires_grad]
     assert len(trained) == 20
     assert all(".adapter." in name for name in trained)
+
+
+def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
+    """Elements of Megatron's gradient buffers, and of the weights beside them."""
+    family = load_family(base / "megatron" / "hf")
+    adapter = choose_adapter(family, LoraConfig(rank=5))
+    assert adapter is not None
+    _, parts = build(base, adapter, ranks)
+    part = Part(layers=range(2), first=True, last=True)
+    padded = load_conversion(base / "megatron").padded_vocab_size
+    frozen = sum(parameter.numel() for parameter in parts[0].parameters() if not parameter.requires_grad)
+    assert sum(weight.size for weight in part_weights(family, ParallelConfig(), part, padded)) == frozen
+    (wrapped,) = wrap_data_parallel(parts, OptimizerConfig(), ranks)
+    planned = buffer_size(adapter_weights(family, adapter, ParallelConfig(), part), 1)
+    assert sum(buffer.grad_data.numel() for buffer in wrapped.buffers) == planned  # type: ignore[union-attr, operator]
+    assert not wrapped.expert_parallel_buffers  # type: ignore[operator]
 
 
 def test_the_norm_is_that_of_all_products(base: Path, ranks: Ranks) -> None:
