@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks import timing
 from benchmarks.setup import SHAPES, Bench, bench, make_groups
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.packing import Layout, Piece, Row, build_row, plan_rows
+from mpo_megatron.data.packing import Piece, PromptLayout, Row, build_row, plan_rows
 from mpo_megatron.train.step import RowTensors, run_rows
 
 CASES: dict[str, tuple[tuple[int, int, int, float], ...]] = {
@@ -108,7 +108,7 @@ def sum_logps(row: RowTensors, token_logps: Tensor, *others: Any) -> Tensor:
     return token_logps.sum()
 
 
-def packed(own: Bench, groups: Sequence[TokenizedGroup], row_tokens: int, layout: Layout) -> list[Row]:
+def packed(own: Bench, groups: Sequence[TokenizedGroup], row_tokens: int, layout: PromptLayout) -> list[Row]:
     """The groups in rows as training packs them."""
     lengths = [[len(tokens) for tokens in group.response_tokens] for group in groups]
     plan = plan_rows(

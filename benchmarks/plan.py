@@ -40,7 +40,7 @@ from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.plan.memory import Kernels, Layout, StageMemory, stage_memory
+from mpo_megatron.plan.memory import Kernels, MemoryLayout, StageMemory, stage_memory
 from mpo_megatron.plan.rows import count_row
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective
@@ -229,7 +229,7 @@ def build_batch(own: Ranked, case: Case) -> StepBatch:
 
 def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int) -> StageMemory:
     """What `mpo plan` says of this rank and these rows."""
-    layout = Layout(
+    layout = MemoryLayout(
         shape=read_family(own.config),
         padded_vocab=own.config.vocab_size,
         model=model,

@@ -15,7 +15,7 @@ from mpo_megatron import device
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
-from mpo_megatron.data.packing import Layout, Row
+from mpo_megatron.data.packing import PromptLayout, Row
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import FlopModel, build_flop_model
@@ -100,7 +100,7 @@ class Bench:
         prepare_schedules(model)
         return model
 
-    def shape(self, row_tokens: int, layout: Layout = "shared") -> RowShape:
+    def shape(self, row_tokens: int, layout: PromptLayout = "shared") -> RowShape:
         """How rows are cut."""
         return RowShape(
             row_tokens=row_tokens,

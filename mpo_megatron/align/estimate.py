@@ -24,7 +24,7 @@ SAMPLED_ROWS = 200
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class RunEstimate:
     """How long training may take."""
 
     groups: int
@@ -33,7 +33,7 @@ class Estimate:
     """Measured, of matrix products in float32."""
 
 
-def estimate(config: AlignConfig, stages: Stages) -> Estimate:
+def estimate(config: AlignConfig, stages: Stages) -> RunEstimate:
     """Time of training on this machine: arithmetic over a measured peak of matrix products, before anything is written."""
     rows = max(1, count_rows(config.data, config.prepare))
     lengths = sample_lengths(stages.prepare)
@@ -45,7 +45,7 @@ def estimate(config: AlignConfig, stages: Stages) -> Estimate:
     candidate = problem.evaluate(stages.train.parallel, stages.train.model.recompute, stages.train.data.row_tokens, 1)
     groups = num_groups(plan, stages.train, problem.sequences)
     figures = summarize(problem, candidate, groups)
-    return Estimate(groups=groups, minutes=60 * (figures["hours"] + figures["reference_hours"]), peak_tflops=peak)
+    return RunEstimate(groups=groups, minutes=60 * (figures["hours"] + figures["reference_hours"]), peak_tflops=peak)
 
 
 def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:

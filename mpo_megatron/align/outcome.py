@@ -20,7 +20,7 @@ SHOWN = 400
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair:
+class BothAnswers:
     """One prompt, and both models' answers."""
 
     prompt: str
@@ -31,12 +31,12 @@ class Pair:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class AlignOutcome:
     """What `mpo align` ends with."""
 
     numbers: tuple[tuple[str, str, str], ...]
     """Rows of a table: what, before, after."""
-    pairs: tuple[Pair, ...]
+    pairs: tuple[BothAnswers, ...]
 
     def as_markdown(self) -> str:
         """The same as a file."""
@@ -49,11 +49,11 @@ class Outcome:
         return "\n".join(lines) + "\n"
 
 
-def describe_outcome(stages: Stages, num_answers: int) -> Outcome:
+def describe_outcome(stages: Stages, num_answers: int) -> AlignOutcome:
     """Read what the stages left."""
     pairs = read_pairs(Path(stages.before.output), Path(stages.after.output)) if num_answers else []
     numbers = [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
-    return Outcome(numbers=tuple(numbers), pairs=tuple(pairs))
+    return AlignOutcome(numbers=tuple(numbers), pairs=tuple(pairs))
 
 
 def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
@@ -74,7 +74,7 @@ def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-def compare_lengths(pairs: list[Pair]) -> list[tuple[str, str, str]]:
+def compare_lengths(pairs: list[BothAnswers]) -> list[tuple[str, str, str]]:
     """Mean length of the answers."""
     if not pairs:
         return []
@@ -82,7 +82,7 @@ def compare_lengths(pairs: list[Pair]) -> list[tuple[str, str, str]]:
     return [(f"tokens of an answer, mean of {len(pairs)}", f"{before:.0f}", f"{after:.0f}")]
 
 
-def read_pairs(before: Path, after: Path) -> list[Pair]:
+def read_pairs(before: Path, after: Path) -> list[BothAnswers]:
     """The prompts that both models answered."""
     answered = {side: _read_answers(side) for side in (before, after)}
     pairs = []
@@ -91,7 +91,7 @@ def read_pairs(before: Path, after: Path) -> list[Pair]:
         if other is not None and line["responses"] and other["responses"]:
             first, second = line["responses"][0], other["responses"][0]
             tokens = (first["num_tokens"], second["num_tokens"])
-            pairs.append(Pair(prompt=_last_words(line), before=first["text"], after=second["text"], tokens=tokens))
+            pairs.append(BothAnswers(prompt=_last_words(line), before=first["text"], after=second["text"], tokens=tokens))
     return pairs
 
 
@@ -104,7 +104,7 @@ def _last_words(line: Record) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def print_outcome(console: Console, outcome: Outcome, model: str, folder: Path) -> None:
+def print_outcome(console: Console, outcome: AlignOutcome, model: str, folder: Path) -> None:
     """Both tables, and the commands that come next."""
     table = Table("held-out groups", "before", "after", title="What changed")
     for row in outcome.numbers:

@@ -18,8 +18,9 @@ import numpy as np
 from jinja2 import TemplateError
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.data.arrays import Bools, Int32
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.group import Answer, Bools, Int32, Message
+from mpo_megatron.data.group import Answer, Message
 from mpo_megatron.data.thoughts import continue_prompt, find_seam
 from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.data.turns import Turn, write_turns

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpo_megatron.config import PrepareConfig, require
-from mpo_megatron.data.group import Bools, Int64
+from mpo_megatron.data.arrays import Bools, Int64
 from mpo_megatron.data.rewards import hash_unit, in_fraction
 
 Keys = npt.NDArray[np.uint64]

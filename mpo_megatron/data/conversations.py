@@ -13,7 +13,7 @@ from typing import Any
 
 from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text
 from mpo_megatron.data.group import Answer, Message
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 
 PROMPT_FIELDS = (
     *("prompt", "messages", "conversations", "conversation", "context", "trajectory"),
@@ -62,7 +62,7 @@ def as_messages(value: Any) -> Any:
     return [value] if isinstance(value, dict) and _role_name(value) is not None else value
 
 
-def read_messages(row: Record, value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
+def read_messages(row: FieldRecord, value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
     """A conversation: known roles, system only first, ending with the assistant's turn exactly if `last_assistant`."""
     messages = tuple(_read_message(row, item, f"{field}[{index}]", index) for index, item in enumerate(read_list(value, field)))
     if (messages[-1]["role"] == "assistant") != last_assistant:
@@ -73,7 +73,7 @@ def read_messages(row: Record, value: Any, field: str, *, last_assistant: bool =
     return messages
 
 
-def _read_message(row: Record, item: Any, place: str, index: int) -> Message:
+def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Message:
     if not isinstance(item, dict):
         raise RowError(place, f"is of type {type(item).__name__}, not a message")
     record = row.within(item, place)
@@ -143,7 +143,7 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
     return calls
 
 
-def read_tools(row: Record) -> tuple[dict[str, Any], ...]:
+def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers; none if it has no such column."""
     if not row.has("tools"):
         return ()
@@ -184,7 +184,7 @@ def split_transcript(text: str) -> list[Message]:
     return messages
 
 
-def read_prompt(row: Record, *, required: bool = True) -> tuple[Message, ...]:
+def read_prompt(row: FieldRecord, *, required: bool = True) -> tuple[Message, ...]:
     """The row's prompt: its messages, with the history and the system message that stand in fields of their own."""
     field = find_prompt(row)
     if field is None:
@@ -194,13 +194,13 @@ def read_prompt(row: Record, *, required: bool = True) -> tuple[Message, ...]:
     return _with_system(row, _read_turns(row, row.get(field), field), field)
 
 
-def find_prompt(row: Record) -> str | None:
+def find_prompt(row: FieldRecord) -> str | None:
     """The field that holds the row's prompt; it counts as read."""
     names = [name for name in PROMPT_FIELDS if name not in _LISTS_ONLY or not isinstance(as_messages(row.values.get(name)), str)]
     return row.find(names)
 
 
-def _read_turns(row: Record, value: Any, field: str) -> tuple[Message, ...]:
+def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]:
     value = as_messages(value)
     if not isinstance(value, str):
         return read_messages(row, value, field)
@@ -208,14 +208,14 @@ def _read_turns(row: Record, value: Any, field: str) -> tuple[Message, ...]:
     if turns and turns[-1] == {"role": "assistant", "content": ""}:
         turns.pop()
     if turns:
-        return read_messages(Record({}), turns, field)
+        return read_messages(FieldRecord({}), turns, field)
     text = read_text(value, field)
     if field == "instruction" and row.has("input") and row.get("input") != "":
         text = f"{text}\n{read_text(row.get('input'), 'input')}"
     return (*_read_history(row), {"role": "user", "content": text})
 
 
-def _read_history(row: Record) -> tuple[Message, ...]:
+def _read_history(row: FieldRecord) -> tuple[Message, ...]:
     """Earlier turns: messages, or pairs of a question and its answer."""
     if not row.has("history"):
         return ()
@@ -233,7 +233,7 @@ def _read_history(row: Record) -> tuple[Message, ...]:
     return tuple(messages)
 
 
-def _with_system(row: Record, messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
+def _with_system(row: FieldRecord, messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
     """The messages with the system message that the row names in a field of its own."""
     name = row.find(_SYSTEM_FIELDS)
     value = None if name is None else row.get(name)
@@ -250,13 +250,13 @@ def _with_system(row: Record, messages: tuple[Message, ...], field: str) -> tupl
 # --------------------------------------------------------------------------------------------------- answers
 
 
-def read_answer(row: Record, value: Any, field: str) -> Answer:
+def read_answer(row: FieldRecord, value: Any, field: str) -> Answer:
     """An answer as its text, or as messages that may repeat the conversation before it."""
     value = as_messages(value)
     if isinstance(value, str):
         turns = split_transcript(value)
         if len(turns) > 1 and turns[-1]["role"] == "assistant":
-            return read_messages(Record({}), turns, field, last_assistant=True)
+            return read_messages(FieldRecord({}), turns, field, last_assistant=True)
         return read_text(value, field)
     if value is None:
         raise RowError(field, "is missing")
@@ -265,7 +265,7 @@ def read_answer(row: Record, value: Any, field: str) -> Answer:
     return read_messages(row, value, field, last_assistant=True)
 
 
-def join_answers(row: Record, answers: Sequence[tuple[str, Answer]]) -> tuple[tuple[Message, ...], list[Answer]]:
+def join_answers(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> tuple[tuple[Message, ...], list[Answer]]:
     """The prompt, and what is left of each answer: whatever they all share is part of the prompt.
 
     Args:
@@ -310,10 +310,10 @@ def _starts_answer(wholes: Sequence[tuple[Any, ...]], place: int) -> bool:
     return speaks and before["role"] not in ("assistant", *_SYSTEM_ROLES)
 
 
-def _needs_prompt(row: Record, answers: Sequence[tuple[str, Answer]]) -> bool:
+def _needs_prompt(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> bool:
     """Whether a prompt field has a say: `messages` beside answers that hold the whole conversation is one of them again."""
     wholes = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for _, answer in answers)
-    field = Record(row.values)
+    field = FieldRecord(row.values)
     name = find_prompt(field)
     if name is None or not wholes:
         return name is not None
@@ -323,7 +323,7 @@ def _needs_prompt(row: Record, answers: Sequence[tuple[str, Answer]]) -> bool:
 
 
 def _check_whole(
-    row: Record, own: tuple[Message, ...], field: str | None, place: str, whole: tuple[Message, ...]
+    row: FieldRecord, own: tuple[Message, ...], field: str | None, place: str, whole: tuple[Message, ...]
 ) -> tuple[Message, ...]:
     """The conversation of an answer that repeats it, checked against the row's prompt."""
     if field is None:

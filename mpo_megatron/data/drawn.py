@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mpo_megatron.data.arrays import Int32
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.group import Int32
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 
 Drawn = tuple[int, ...]
 _NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "scores", "reward_before_noise")
@@ -22,7 +22,7 @@ _NOTED_OF_GROUP = ("reference_answer", "meta", "dropped", "unusable", "uncontrol
 """The same of a group."""
 
 
-def read_drawn(row: Record, response: Record) -> Drawn | None:
+def read_drawn(row: FieldRecord, response: FieldRecord) -> Drawn | None:
     """The token ids beside a response's text, end token included; None if there are none.
 
     Raises:

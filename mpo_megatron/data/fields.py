@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 
 _LARGEST = 1e30
 """Largest size of a reward: differences, squares and single precision still hold it."""
@@ -121,7 +121,7 @@ def read_list(value: Any, field: str) -> list[Any]:
     return list(value)
 
 
-def read_id(row: Record) -> str | None:
+def read_id(row: FieldRecord) -> str | None:
     """The id a row gives its group, if it does."""
     name = row.find(("group_id", "id"))
     if name is None:

@@ -1,8 +1,8 @@
 """What a format is, how an input's format is found, and how a row becomes a group.
 
 A format is one `Format` in `FORMATS` (known_formats.py): its name, what it looks like, how its rows are recognised, settled and
-parsed. `detect` looks at the first rows once and settles what all rows must have (`Layout`); `parse` turns one row into its parts
-and names the columns that it did not use; `build_group` makes the record. Anything wrong raises `RowError`.
+parsed. `detect` looks at the first rows once and settles what all rows must have (`InputLayout`); `parse` turns one row into its
+parts and names the columns that it did not use; `build_group` makes the record. Anything wrong raises `RowError`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from typing import Any
 from mpo_megatron.data.conversations import read_tools
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Group, Message, RewardKind
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.files import DataError
 
-Row = dict[str, Any]
+RowValues = dict[str, Any]
 
 
 class Sample:
     """The first rows of an input: which columns hold something, and what."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
+    def __init__(self, rows: Sequence[RowValues]) -> None:
         self.rows = rows
         self.columns = {name for row in rows for name, value in row.items() if value is not None}
         self.empty = {name for row in rows for name in row} - self.columns
@@ -55,7 +55,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class InputLayout:
     """What the rows of an input have in common."""
 
     format: str
@@ -100,9 +100,9 @@ class Format:
     """The columns it reads, those that decide first."""
     fits: Callable[[Sample], bool]
     """Whether the columns are this format's."""
-    settle: Callable[[Sample, Options], Layout]
+    settle: Callable[[Sample, Options], InputLayout]
     """What the rows have in common. Raises DataError if an option fits nothing there."""
-    parse: Callable[[Record, Layout], Parsed]
+    parse: Callable[[FieldRecord, InputLayout], Parsed]
     """The parts of one row. Raises RowError."""
     joins_rows: bool = False
     """Whether a row holds one response, and the rows of a prompt make its group."""
@@ -127,7 +127,7 @@ def find_format(name: str) -> Format:
     return next(item for item in FORMATS if item.name == name)
 
 
-def detect(rows: Sequence[Row], format_name: str = "auto", options: Options | None = None) -> Layout:
+def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Options | None = None) -> InputLayout:
     """Settle the format, and what the reward is, from the input's first well-formed rows.
 
     Raises:
@@ -157,7 +157,7 @@ def detect(rows: Sequence[Row], format_name: str = "auto", options: Options | No
     return replace(layout, why=why)
 
 
-def parse(row: Any, layout: Layout) -> Parsed:
+def parse(row: Any, layout: InputLayout) -> Parsed:
     """The parts of a group that one row holds.
 
     Raises:
@@ -165,7 +165,7 @@ def parse(row: Any, layout: Layout) -> Parsed:
     """
     if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-    record = Record(row)
+    record = FieldRecord(row)
     parsed = find_format(layout.format).parse(record, layout)
     tools = read_tools(record)
     return replace(parsed, tools=tools, unused=tuple(dict.fromkeys(record.unused())))

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
+from mpo_megatron.data.arrays import Bools, Float64, Int8, Int32
 
 RewardKind = Literal["scores", "ranks", "labels"]
 Message = dict[str, Any]
@@ -14,11 +13,6 @@ Message = dict[str, Any]
 Answer = str | tuple[Message, ...]
 """A response: the model's own output as text, or messages that the chat template writes out: an assistant's, and with tools
 several, of which the first and the last are the assistant's."""
-Int32 = npt.NDArray[np.int32]
-Int64 = npt.NDArray[np.int64]
-Int8 = npt.NDArray[np.int8]
-Float64 = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)

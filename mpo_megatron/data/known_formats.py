@@ -9,9 +9,9 @@ from typing import Any
 from mpo_megatron.data.conversations import PROMPT_FIELDS, as_messages, is_conversation, join_answers, read_answer
 from mpo_megatron.data.drawn import Drawn, read_drawn
 from mpo_megatron.data.fields import RowError, is_number, parse_json, read_id, read_label, read_list, read_number
-from mpo_megatron.data.formats import Format, Layout, Options, Parsed, Responses, Sample
+from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.files import DataError
 
 _RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")
@@ -31,7 +31,7 @@ _LABELS = ("label", "kto_tag")
 # --------------------------------------------------------------------------------------------------- parts that formats share
 
 
-def _read_item(row: Record, item: Any, place: str, name: str = "text") -> tuple[Answer, Record]:
+def _read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> tuple[Answer, FieldRecord]:
     """A response that is given as text, as messages, or inside a record; and the record, for what else it holds."""
     if not isinstance(item, dict):
         return read_answer(row, item, place), row.within({}, place)
@@ -45,7 +45,7 @@ def _read_item(row: Record, item: Any, place: str, name: str = "text") -> tuple[
     return read_answer(row, text, f"{place}.{name}"), record
 
 
-def _average(record: Record, names: Sequence[str]) -> float:
+def _average(record: FieldRecord, names: Sequence[str]) -> float:
     """Mean of the named ratings of one record; a name may also be an UltraFeedback aspect."""
     total = 0.0
     for name in names:
@@ -64,7 +64,7 @@ class _Column:
     """One value per response: from the row's own list, or from inside the responses."""
 
     def __init__(
-        self, row: Record, size: int, inner: Sequence[str], outer: Sequence[str], read: Callable[[Any, str], Any]
+        self, row: FieldRecord, size: int, inner: Sequence[str], outer: Sequence[str], read: Callable[[Any, str], Any]
     ) -> None:
         self.inner, self.convert = inner, read
         self.outer = row.find(outer)
@@ -76,7 +76,7 @@ class _Column:
         """Whether a response, or the row, says a value at all."""
         return self.values is not None or (isinstance(item, dict) and any(name in item for name in self.inner))
 
-    def read(self, record: Record, index: int, default: str | None = None) -> Any:
+    def read(self, record: FieldRecord, index: int, default: str | None = None) -> Any:
         """The value of one response; both places must agree where both say it."""
         name = record.find(self.inner)
         if self.values is None:
@@ -88,7 +88,7 @@ class _Column:
         return value
 
 
-def _finish(row: Record, found: Responses, places: Sequence[str], *, least: int = 2) -> Parsed:
+def _finish(row: FieldRecord, found: Responses, places: Sequence[str], *, least: int = 2) -> Parsed:
     """The parts of a row whose responses are read."""
     found.require(least)
     if not found.responses:
@@ -115,7 +115,7 @@ def _fits_groups(sample: Sample) -> bool:
     return any(sample.any(name, lambda value: isinstance(parse_json(value, "["), list)) for name in _RESPONSES[2:])
 
 
-def _settle_groups(sample: Sample, options: Options) -> Layout:
+def _settle_groups(sample: Sample, options: Options) -> InputLayout:
     keys = set(sample.columns)
     for row in sample.rows:
         for field in _RESPONSES:
@@ -126,7 +126,7 @@ def _settle_groups(sample: Sample, options: Options) -> Layout:
     has_ranks = bool(keys & {*_RANKS, ".rank"})
     has_labels = bool(keys & {"labels", ".label"})
     kind: Any = "scores" if has_rewards else "ranks" if has_ranks else "labels" if has_labels else "scores"
-    return Layout(format="groups", reward_kind=kind, ratings=options.ratings, notes=_empty_scores(sample, _REWARDS))
+    return InputLayout(format="groups", reward_kind=kind, ratings=options.ratings, notes=_empty_scores(sample, _REWARDS))
 
 
 def _empty_scores(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
@@ -135,7 +135,7 @@ def _empty_scores(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
     return (f"{' and '.join(empty)}: empty in the first rows; labels stand for rewards there",) if empty else ()
 
 
-def _parse_groups(row: Record, layout: Layout) -> Parsed:
+def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     field = row.find(_RESPONSES) or "responses"
     items = read_list(row.get(field), field)
     rewards = _Column(row, len(items), ("reward", "score"), _REWARDS, read_number)
@@ -188,17 +188,17 @@ def _records(value: Any) -> list[Any]:
         return []
 
 
-def _settle_ultrafeedback(sample: Sample, options: Options) -> Layout:
+def _settle_ultrafeedback(sample: Sample, options: Options) -> InputLayout:
     scored = any(item.get("overall_score") is not None for value in sample.values("completions") for item in _records(value))
     ratings = options.ratings or (("overall_score",) if scored else _ASPECTS)
-    return Layout(format="ultrafeedback", reward_kind="scores", ratings=ratings)
+    return InputLayout(format="ultrafeedback", reward_kind="scores", ratings=ratings)
 
 
-def _parse_ultrafeedback(row: Record, layout: Layout) -> Parsed:
+def _parse_ultrafeedback(row: FieldRecord, layout: InputLayout) -> Parsed:
     return _parse_records(row, "completions", lambda record, place: _average(record, layout.ratings), "response")
 
 
-def _parse_records(row: Record, field: str, reward: Callable[[Record, str], float | None], text: str) -> Parsed:
+def _parse_records(row: FieldRecord, field: str, reward: Callable[[FieldRecord, str], float | None], text: str) -> Parsed:
     """Responses in records, each with what its reward is read from; None leaves a response out by choice."""
     found, places = Responses(), list[str]()
     for index, item in enumerate(read_list(row.get(field), field)):
@@ -222,15 +222,15 @@ def _fits_nectar(sample: Sample) -> bool:
     return sample.has(*PROMPT_FIELDS) and sample.any("answers", lambda value: any("rank" in item for item in _records(value)))
 
 
-def _settle_nectar(sample: Sample, options: Options) -> Layout:
+def _settle_nectar(sample: Sample, options: Options) -> InputLayout:
     if options.ratings:
         rating = "+".join(options.ratings)
         raise DataError(f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; leave it out.")
-    return Layout(format="nectar", reward_kind="ranks", drop_ranks=options.drop_ranks)
+    return InputLayout(format="nectar", reward_kind="ranks", drop_ranks=options.drop_ranks)
 
 
-def _parse_nectar(row: Record, layout: Layout) -> Parsed:
-    def reward(record: Record, place: str) -> float | None:
+def _parse_nectar(row: FieldRecord, layout: InputLayout) -> Parsed:
+    def reward(record: FieldRecord, place: str) -> float | None:
         rank = read_number(record.get("rank"), f"{record.place}rank")
         return None if rank in layout.drop_ranks else -rank
 
@@ -258,7 +258,7 @@ def _score_fields(side: str, names: Sequence[str]) -> list[str]:
     return [form for name in names or _SCORE_NAMES for form in (f"{sides}_{name}", f"{sides}-{name}", f"{name}_{sides}")]
 
 
-def _settle_pairs(sample: Sample, options: Options) -> Layout:
+def _settle_pairs(sample: Sample, options: Options) -> InputLayout:
     rating = "+".join(options.ratings)
     if len(options.ratings) > 1:
         raise DataError(f"rating = {rating}; format pairs takes one name, not several.")
@@ -268,7 +268,7 @@ def _settle_pairs(sample: Sample, options: Options) -> Layout:
         raise DataError(
             f"rating = {rating}; no column chosen_{rating} or rejected_{rating} holds anything; found {sorted(sample.columns)}."
         )
-    return Layout(
+    return InputLayout(
         format="pairs",
         reward_kind="scores" if scored else "labels",
         ratings=options.ratings,
@@ -276,7 +276,7 @@ def _settle_pairs(sample: Sample, options: Options) -> Layout:
     )
 
 
-def _parse_pairs(row: Record, layout: Layout) -> Parsed:
+def _parse_pairs(row: FieldRecord, layout: InputLayout) -> Parsed:
     present = {name for name in row.values if row.has(name)}
     sides = _sides(present) or _sides(row.values) or ("chosen", "rejected")
     scores = {side: row.find(_score_fields(side, layout.ratings)) for side in sides}
@@ -307,7 +307,7 @@ def _score_like(scores: Mapping[str, str | None], side: str, names: Sequence[str
     return forms[given[0] if given else 0]
 
 
-def _answers_of(row: Record, side: str) -> list[tuple[str, Any]]:
+def _answers_of(row: FieldRecord, side: str) -> list[tuple[str, Any]]:
     """A side's answer with its place; several if it holds a list of them."""
     value = parse_json(row.get(side), "[")
     if not isinstance(value, list) or is_conversation(value):
@@ -342,15 +342,15 @@ def _fits_comparison(sample: Sample) -> bool:
     return _compared(sample.columns) is not None and sample.has(*_WINNERS)
 
 
-def _settle_comparison(sample: Sample, options: Options) -> Layout:
+def _settle_comparison(sample: Sample, options: Options) -> InputLayout:
     if len(options.ratings) > 1 or any(name not in sample.columns for name in options.ratings):
         raise DataError(f"rating = {'+'.join(options.ratings)}; format comparison takes one column that says which is better.")
     winner = next((name for name in options.ratings or _WINNERS if name in sample.columns), "")
     by_strength = winner in ("overall_preference", "preference_strength")
-    return Layout(format="comparison", reward_kind="scores" if by_strength else "labels", ratings=(winner,))
+    return InputLayout(format="comparison", reward_kind="scores" if by_strength else "labels", ratings=(winner,))
 
 
-def _parse_comparison(row: Record, layout: Layout) -> Parsed:
+def _parse_comparison(row: FieldRecord, layout: InputLayout) -> Parsed:
     pair = _compared(row.values) or _COMPARED[0]
     (winner,) = layout.ratings
     value = row.get(winner)
@@ -405,19 +405,19 @@ def _is_answered(value: Any) -> bool:
     return is_conversation(messages) and str(messages[-1].get("role", messages[-1].get("from"))) in ("assistant", "gpt")
 
 
-def _settle_unpaired(sample: Sample, options: Options) -> Layout:
+def _settle_unpaired(sample: Sample, options: Options) -> InputLayout:
     if options.ratings:
         raise DataError(f"rating = {'+'.join(options.ratings)}; format unpaired has labels; leave it out.")
-    return Layout(format="unpaired", reward_kind="labels")
+    return InputLayout(format="unpaired", reward_kind="labels")
 
 
-def _parse_unpaired(row: Record, layout: Layout) -> Parsed:
+def _parse_unpaired(row: FieldRecord, layout: InputLayout) -> Parsed:
     label_field = row.find(_LABELS) or "label"
     label = read_label(row.get(label_field), label_field)
     return _one_answer(row, lambda: (None, label))
 
 
-def _one_answer(row: Record, judge: Callable[[], tuple[float | None, int | None]]) -> Parsed:
+def _one_answer(row: FieldRecord, judge: Callable[[], tuple[float | None, int | None]]) -> Parsed:
     """A row with one response: in a column of its own, or as the end of its conversation."""
     field = row.find(_COMPLETIONS) or next((name for name in ("messages", "conversations") if row.has(name)), "response")
     found = Responses()
@@ -429,7 +429,7 @@ def _fits_ratings(sample: Sample) -> bool:
     return sample.has(*PROMPT_FIELDS) and sample.has(*_COMPLETIONS)
 
 
-def _settle_ratings(sample: Sample, options: Options) -> Layout:
+def _settle_ratings(sample: Sample, options: Options) -> InputLayout:
     known = {*PROMPT_FIELDS, *_COMPLETIONS, "id", "group_id", "system", "system_prompt"}
     numbers = sorted(name for name in sample.columns - known if sample.any(name, is_number))
     missing = [name for name in options.ratings if name not in sample.columns]
@@ -439,10 +439,10 @@ def _settle_ratings(sample: Sample, options: Options) -> Layout:
     ratings = options.ratings or tuple(names[:1])
     if not ratings:
         raise DataError(f"format ratings: which column is the reward? Set rating to one or more (a+b) of {numbers}.")
-    return Layout(format="ratings", reward_kind="scores", ratings=ratings)
+    return InputLayout(format="ratings", reward_kind="scores", ratings=ratings)
 
 
-def _parse_ratings(row: Record, layout: Layout) -> Parsed:
+def _parse_ratings(row: FieldRecord, layout: InputLayout) -> Parsed:
     return _one_answer(row, lambda: (_average(row, layout.ratings), None))
 
 

@@ -15,35 +15,32 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from mpo_megatron.data.arrays import Bools, Float64, Int64
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.packing import Layout, Plan, Row, build_row, plan_rows
+from mpo_megatron.data.packing import PromptLayout, Row, RowPlan, build_row, plan_rows
 from mpo_megatron.data.store import PreparedGroups
-
-Bools = npt.NDArray[np.bool_]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTable:
     """The step's groups as padded matrices, the same on every rank. G groups, K the largest number of responses."""
 
-    indices: Ints
+    indices: Int64
     """[G] index of each group in the dataset."""
     group_ids: tuple[str, ...]
     """[G] the groups' ids."""
     valid: Bools
     """[G, K] False where a group has fewer responses than K."""
-    rewards: Floats | None
+    rewards: Float64 | None
     """[G, K] rewards, 0 where not valid; None if the data has labels only."""
     labels: npt.NDArray[np.int8] | None
     """[G, K] 1 chosen, 0 rejected, −1 neither or not valid; None if the data has none."""
-    lengths: Ints
+    lengths: Int64
     """[G, K] tokens of each response, its end token included."""
-    scored_lengths: Ints
+    scored_lengths: Int64
     """[G, K] tokens that a response's log-prob is the sum of, at least 1: all, but for those that the model did not generate
     (tool results), and but for the first where the prompt is empty."""
-    prompt_lengths: Ints
+    prompt_lengths: Int64
     """[G] tokens of each prompt."""
 
 
@@ -59,12 +56,12 @@ class StepBatch:
     """[G] groups that carry a contrast; the others are skipped and counted."""
     in_rows: Bools
     """[G, K] responses that lie in a row of some replica."""
-    plan: Plan
+    plan: RowPlan
     rows: tuple[Row, ...]
     """This replica's rows: its micro-batches."""
 
 
-Selection = Callable[[GroupTable], tuple[Bools, Bools]]
+Selector = Callable[[GroupTable], tuple[Bools, Bools]]
 """From a step's table to (contributes [G], scored [G, K]): which groups and responses the loss needs."""
 
 
@@ -73,7 +70,7 @@ class RowShape:
     """How rows are cut and spread; the same on every rank but for `replica`."""
 
     row_tokens: int
-    layout: Layout
+    layout: PromptLayout
     multiple: int
     """A row's length is a multiple of this."""
     num_replicas: int
@@ -91,14 +88,14 @@ def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
     return math.ceil(num_groups / groups_per_step)
 
 
-def step_indices(step: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Ints:
+def step_indices(step: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Int64:
     """Dataset indices of the groups of a step, counted from 0 over all epochs."""
     epoch, position = divmod(step, steps_per_epoch(num_groups, groups_per_step))
     order = np.random.default_rng((seed, epoch)).permutation(num_groups) if shuffle else np.arange(num_groups)
     return order[position * groups_per_step : (position + 1) * groups_per_step]
 
 
-def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
+def group_table(groups: Sequence[TokenizedGroup], indices: Int64) -> GroupTable:
     """The groups' rewards, labels and lengths as padded matrices."""
     width = max(len(group.response_tokens) for group in groups)
     shape = (len(groups), width)
@@ -128,7 +125,7 @@ def group_table(groups: Sequence[TokenizedGroup], indices: Ints) -> GroupTable:
     )
 
 
-def build_step(step: int, data: PreparedGroups, indices: Ints, select: Selection, shape: RowShape) -> StepBatch:
+def build_step(step: int, data: PreparedGroups, indices: Int64, select: Selector, shape: RowShape) -> StepBatch:
     """Read the step's groups, plan the rows of all replicas, and build this replica's.
 
     Raises:
@@ -142,7 +139,7 @@ def build_step(step: int, data: PreparedGroups, indices: Ints, select: Selection
     return StepBatch(step=step, groups=groups, table=table, contributes=contributes, in_rows=in_rows, plan=plan, rows=rows)
 
 
-def pack(table: GroupTable, groups: Sequence[TokenizedGroup], scored: Bools, shape: RowShape) -> tuple[Plan, tuple[Row, ...]]:
+def pack(table: GroupTable, groups: Sequence[TokenizedGroup], scored: Bools, shape: RowShape) -> tuple[RowPlan, tuple[Row, ...]]:
     """Plan the rows of all replicas for the `scored` responses and build this replica's."""
     plan = plan_rows(
         table.prompt_lengths.tolist(),
@@ -163,7 +160,7 @@ def pack(table: GroupTable, groups: Sequence[TokenizedGroup], scored: Bools, sha
 def iterate_steps(
     steps: Sequence[int],
     data: PreparedGroups,
-    select: Selection,
+    select: Selector,
     shape: RowShape,
     *,
     groups_per_step: int,

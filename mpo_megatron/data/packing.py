@@ -18,15 +18,16 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-Layout = Literal["shared", "unshared"]
-Ints = npt.NDArray[np.int64]
+from mpo_megatron.data.arrays import Int64
+
+PromptLayout = Literal["shared", "unshared"]
 
 
 class PackingError(ValueError):
     """A response that fits no row; the message names the group, its length and the fix."""
 
 
-class Tokens(Protocol):
+class HasTokens(Protocol):
     """What packing reads of a group."""
 
     @property
@@ -62,25 +63,25 @@ class Piece(NamedTuple):
 class Row:
     """One packed row."""
 
-    tokens: Ints
+    tokens: Int64
     """[T] input ids, padding included."""
-    position_ids: Ints
+    position_ids: Int64
     """[T] positions, restarting after each prompt."""
-    segments: Ints
+    segments: Int64
     """[segments, 4]: start, end, context_start, context_end; they cover the row."""
-    sources: Ints
+    sources: Int64
     """[S] index in the row of the token that predicts each scored token."""
-    targets: Ints
+    targets: Int64
     """[S] ids of the scored tokens."""
-    response_of: Ints
+    response_of: Int64
     """[S] which of the row's responses each scored token belongs to."""
-    responses: Ints
+    responses: Int64
     """[R, 2]: slot of the group in the step, and which of its responses."""
-    inputs: Ints
+    inputs: Int64
     """[R, 2]: start and end in the row of each response's own input tokens: all of them but the last."""
-    slots: Ints
+    slots: Int64
     """[T] slot of the group that each token belongs to; −1 for padding."""
-    places: Ints
+    places: Int64
     """[T] place of each token among its group's input tokens (prompt, then responses without their last); −1 for padding."""
     counted: npt.NDArray[np.bool_]
     """[T] False for padding and for further copies of a prompt, so that each of a group's tokens counts once."""
@@ -89,7 +90,7 @@ class Row:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RowPlan:
     """Which pieces lie in which row of each replica; every replica has the same number of rows."""
 
     rows: tuple[tuple[tuple[Piece, ...], ...], ...]
@@ -110,12 +111,12 @@ def plan_rows(
     *,
     row_tokens: int,
     num_replicas: int,
-    layout: Layout,
+    layout: PromptLayout,
     pair_weight: float = 0.0,
     rows_multiple: int = 1,
     names: Sequence[str] | None = None,
     window: Window | None = None,
-) -> Plan:
+) -> RowPlan:
     """Cut groups into pieces, find by first-fit-decreasing how many rows they need, and level the rows' and replicas' work.
 
     Deterministic, and the same on every rank. Responses that are not `scored` are left out.
@@ -141,7 +142,7 @@ def plan_rows(
         if len(parts) > 1:
             split.add(slot)
     rows = _first_fit_decreasing(pieces, row_tokens)
-    return Plan(rows=_spread(rows, row_tokens, num_replicas, pair_weight, rows_multiple), split_groups=frozenset(split))
+    return RowPlan(rows=_spread(rows, row_tokens, num_replicas, pair_weight, rows_multiple), split_groups=frozenset(split))
 
 
 def _cut_group(
@@ -150,7 +151,7 @@ def _cut_group(
     lengths: Sequence[int],
     wanted: Sequence[int],
     row_tokens: int,
-    layout: Layout,
+    layout: PromptLayout,
     names: Sequence[str] | None,
     window: Window | None,
 ) -> list[Piece]:
@@ -176,7 +177,7 @@ def _cut_group(
 
 
 def _measure(
-    slot: int, prompt: int, lengths: Sequence[int], responses: Sequence[int], layout: Layout, window: Window | None
+    slot: int, prompt: int, lengths: Sequence[int], responses: Sequence[int], layout: PromptLayout, window: Window | None
 ) -> Piece:
     """Tokens and attending pairs of one prompt with these responses."""
     inputs = [lengths[k] - 1 for k in responses]
@@ -248,7 +249,7 @@ def _spread(
     return tuple(tuple(tuple(sorted(row)) for row in own) for own in dealt)
 
 
-def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layout, multiple: int = 1) -> Row:
+def build_row(pieces: Sequence[Piece], groups: Sequence[HasTokens], *, layout: PromptLayout, multiple: int = 1) -> Row:
     """Lay pieces out as one row, padded to a multiple of `multiple` tokens (at least one multiple).
 
     Padding is a segment of its own: nothing attends to it and nothing of it is scored.
@@ -284,7 +285,7 @@ def build_row(pieces: Sequence[Piece], groups: Sequence[Tokens], *, layout: Layo
     return row.finish(multiple)
 
 
-def response_places(group: Tokens) -> Ints:
+def response_places(group: HasTokens) -> Int64:
     """[K + 1] place of each response's first token among the group's input tokens; and the number of these."""
     lengths = [len(response) - 1 for response in group.response_tokens]
     return len(group.prompt_tokens) + np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
@@ -296,14 +297,14 @@ class _RowBuilder:
     def __init__(self) -> None:
         self.length = 0
         self.tokens: list[npt.NDArray[np.int32]] = []
-        self.positions: list[Ints] = []
+        self.positions: list[Int64] = []
         self.segments: list[tuple[int, int, int, int]] = []
-        self.sources: list[Ints] = []
+        self.sources: list[Int64] = []
         self.targets: list[npt.NDArray[np.int32]] = []
         self.responses: list[tuple[int, int]] = []
         self.inputs: list[tuple[int, int]] = []
-        self.slots: list[Ints] = []
-        self.places: list[Ints] = []
+        self.slots: list[Int64] = []
+        self.places: list[Int64] = []
         self.counted: list[npt.NDArray[np.bool_]] = []
 
     def add_segment(
@@ -318,13 +319,13 @@ class _RowBuilder:
         self.length = end
         return start, end
 
-    def place(self, slot: int, places: Ints, *, counted: bool) -> None:
+    def place(self, slot: int, places: Int64, *, counted: bool) -> None:
         """Say which of a group's input tokens the next tokens of the row are, in the order in which they were added."""
         self.slots.append(np.full(len(places), slot, dtype=np.int64))
         self.places.append(places)
         self.counted.append(np.full(len(places), counted))
 
-    def score(self, slot: int, k: int, sources: Ints, targets: npt.NDArray[np.int32], start: int) -> None:
+    def score(self, slot: int, k: int, sources: Int64, targets: npt.NDArray[np.int32], start: int) -> None:
         """Score `targets`, each predicted by the token at `sources`; the response's inputs begin at `start`, and end the row."""
         self.sources.append(sources)
         self.targets.append(targets)
@@ -354,5 +355,5 @@ class _RowBuilder:
         )
 
 
-def _join(parts: Sequence[npt.NDArray[np.integer] | npt.NDArray[np.bool_]]) -> Ints:
+def _join(parts: Sequence[npt.NDArray[np.integer] | npt.NDArray[np.bool_]]) -> Int64:
     return np.concatenate([np.zeros(0, dtype=np.int64), *parts]).astype(np.int64)

@@ -23,10 +23,11 @@ import pyarrow as pa
 from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
+from mpo_megatron.data.arrays import Float64, Int64
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
-from mpo_megatron.data.formats import Layout
-from mpo_megatron.data.group import Float64, Group, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.data.formats import InputLayout
+from mpo_megatron.data.group import Group, RewardKind, TokenizedGroup
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import GroupStream, read_inputs
@@ -264,7 +265,7 @@ def _reward_kind(config: PrepareConfig, streams: list[GroupStream], accepted: Ac
     return "labels"
 
 
-def _kind_of(layout: Layout) -> RewardKind:
+def _kind_of(layout: InputLayout) -> RewardKind:
     return "scores" if layout.reward_kind == "labels" else layout.reward_kind  # scores that first appear behind the first rows
 
 

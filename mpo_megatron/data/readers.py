@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import Layout, Options, Parsed, build_group, detect, find_format, parse, rename
+from mpo_megatron.data.formats import InputLayout, Options, Parsed, build_group, detect, find_format, parse, rename
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.spill import Spill
@@ -31,7 +31,7 @@ SAMPLE = 64
 class GroupStream(NamedTuple):
     """Groups of an input in its order, and what they all have."""
 
-    layout: Layout
+    layout: InputLayout
     total: int | None
     """About how many items follow; for the progress bar."""
     items: Iterator[Group | Rejection]
@@ -94,7 +94,7 @@ def read_groups(
 
 
 def build_groups(
-    rows: Iterable[RawRow], layout: Layout, unused: Counter[str], seen: Spill, *, number: int = 0, id_prefix: str = ""
+    rows: Iterable[RawRow], layout: InputLayout, unused: Counter[str], seen: Spill, *, number: int = 0, id_prefix: str = ""
 ) -> Iterator[Group | Rejection]:
     """Groups of rows whose format is settled.
 
@@ -125,7 +125,7 @@ def _describe(value: Any) -> str:
     return str(value) if isinstance(value, RowError) else f"it is of type {type(value).__name__}"
 
 
-def _parse_rows(rows: Iterable[RawRow], layout: Layout, unused: Counter[str]) -> Iterator[tuple[RawRow, Parsed | RowError]]:
+def _parse_rows(rows: Iterable[RawRow], layout: InputLayout, unused: Counter[str]) -> Iterator[tuple[RawRow, Parsed | RowError]]:
     for row in rows:
         try:
             if isinstance(row.value, RowError):

@@ -9,12 +9,12 @@ from typing import Any
 _INDEX = re.compile(r"\[\d+\]")
 
 
-class Record:
+class FieldRecord:
     """A row, or a record within one. What `get` and `first` never asked for is unused."""
 
-    def __init__(self, values: Mapping[str, Any], place: str = "", parent: Record | None = None) -> None:
+    def __init__(self, values: Mapping[str, Any], place: str = "", parent: FieldRecord | None = None) -> None:
         self.values, self.place, self.used = values, place, set[str]()
-        self.inner: list[Record] = []
+        self.inner: list[FieldRecord] = []
         if parent is not None:
             parent.inner.append(self)
 
@@ -34,9 +34,9 @@ class Record:
             self.used.add(name)
         return name
 
-    def within(self, value: Mapping[str, Any], place: str) -> Record:
+    def within(self, value: Mapping[str, Any], place: str) -> FieldRecord:
         """A record that is part of this one, for example `responses[0]`."""
-        return Record(value, f"{self.place}{place}.", self)
+        return FieldRecord(value, f"{self.place}{place}.", self)
 
     def unused(self) -> Iterator[str]:
         """Names of fields that hold something and were not read; places in lists as `[]`."""

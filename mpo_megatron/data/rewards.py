@@ -14,9 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mpo_megatron.data.group import Bools, Float64, Int32, Int64
+from mpo_megatron.data.arrays import Bools, Float64, Int32, Int64
 
-Normalization = Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"]
+RewardNormalization = Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"]
 
 
 def hash_unit(seed: int, purpose: str, key: str) -> float:
@@ -100,7 +100,7 @@ def measure_scale(rewards: Float64) -> RewardScale:
     return RewardScale(float(rewards.mean()), float(rewards.std()), float(rewards.min()), float(rewards.max()))
 
 
-def normalize(rewards: Float64, kind: Normalization, scale: RewardScale | None = None) -> Float64:
+def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | None = None) -> Float64:
     """Rewards [K] shifted and scaled: by the group's own statistics, or by the data set's (`scale`).
 
     `zscore`: (S − mean) / std with the population std; `minmax`: (S − min) / (max − min). A constant group, or data set,

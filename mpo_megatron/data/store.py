@@ -31,7 +31,8 @@ import pyarrow as pa
 import xxhash
 from pyarrow.compute import list_flatten
 
-from mpo_megatron.data.group import Float64, Int8, Int32, Int64, RewardKind, TokenizedGroup
+from mpo_megatron.data.arrays import Float64, Int8, Int32, Int64
+from mpo_megatron.data.group import RewardKind, TokenizedGroup
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, writing
 from mpo_megatron.files.digests import DamagedError, seal, unseal

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rich.table import Table
 from rich.text import Text
 
-from mpo_megatron.data.group import Int64
+from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups
 from mpo_megatron.terminal.console import Console

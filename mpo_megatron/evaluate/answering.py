@@ -13,7 +13,7 @@ from typing import Any
 
 from mpo_megatron.config import EvaluateConfig, GenerateConfig, from_dict
 from mpo_megatron.data.group import Message
-from mpo_megatron.evaluate.benchmarks import Answer, Benchmark, Question
+from mpo_megatron.evaluate.benchmarks import Benchmark, Question, TurnAnswer
 from mpo_megatron.evaluate.samples import is_model, prompt_key, read_texts
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
@@ -30,14 +30,14 @@ from mpo_megatron.rollout.records import (
 from mpo_megatron.rollout.stages import run_command
 
 
-def answer_questions(config: EvaluateConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[list[Answer]]:
+def answer_questions(config: EvaluateConfig, benchmark: Benchmark, questions: Sequence[Question]) -> list[list[TurnAnswer]]:
     """One answer per question and turn.
 
     Raises:
         DataError: a question has no answer.
     """
     assert config.candidate is not None
-    answers: list[list[Answer]] = [[] for _ in questions]
+    answers: list[list[TurnAnswer]] = [[] for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         asked = [index for index, question in enumerate(questions) if turn < len(question.turns)]
         prompts = {index: conversation(questions[index], answers[index]) for index in asked}
@@ -53,11 +53,11 @@ def answer_questions(config: EvaluateConfig, benchmark: Benchmark, questions: Se
             found = texts.get(prompt_key({"prompt": prompts[index]}))
             if found is None:
                 raise DataError(_missing(config, benchmark, questions[index], turn))
-            answers[index].append(Answer(text=found["text"], num_tokens=found.get("num_tokens", 0)))
+            answers[index].append(TurnAnswer(text=found["text"], num_tokens=found.get("num_tokens", 0)))
     return answers
 
 
-def conversation(question: Question, answers: Sequence[Answer]) -> list[Message]:
+def conversation(question: Question, answers: Sequence[TurnAnswer]) -> list[Message]:
     """The messages up to the turn that follows the given answers."""
     messages: list[Message] = []
     for text, answer in zip(question.turns, answers, strict=False):

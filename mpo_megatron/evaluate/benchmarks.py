@@ -54,7 +54,7 @@ class Question:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class TurnAnswer:
     """What the model said in one turn."""
 
     text: str
@@ -84,7 +84,7 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
 
 
 def write_answers(
-    benchmark: Benchmark, folder: Path, generator: str, questions: Sequence[Question], answers: Sequence[Sequence[Answer]]
+    benchmark: Benchmark, folder: Path, generator: str, questions: Sequence[Question], answers: Sequence[Sequence[TurnAnswer]]
 ) -> Path:
     """Write one answer per question and turn, where the benchmark's judge looks for it; the file's path.
 
@@ -123,7 +123,7 @@ def _read_mt_bench(raw: dict[str, Any], number: int) -> Question:
     )
 
 
-def _write_alpaca_eval(question: Question, answers: Sequence[Answer], generator: str) -> dict[str, Any]:
+def _write_alpaca_eval(question: Question, answers: Sequence[TurnAnswer], generator: str) -> dict[str, Any]:
     return {
         "dataset": question.raw.get("dataset", "alpaca_eval"),
         "instruction": question.raw["instruction"],
@@ -132,7 +132,7 @@ def _write_alpaca_eval(question: Question, answers: Sequence[Answer], generator:
     }
 
 
-def _write_arena_hard(question: Question, answers: Sequence[Answer], generator: str) -> dict[str, Any]:
+def _write_arena_hard(question: Question, answers: Sequence[TurnAnswer], generator: str) -> dict[str, Any]:
     if "uid" not in question.raw:
         turns = [{"content": answer.text, "token_len": answer.num_tokens} for answer in answers]
         return _choices(question, turns, generator)
@@ -149,7 +149,7 @@ def _write_arena_hard(question: Question, answers: Sequence[Answer], generator: 
     }
 
 
-def _write_mt_bench(question: Question, answers: Sequence[Answer], generator: str) -> dict[str, Any]:
+def _write_mt_bench(question: Question, answers: Sequence[TurnAnswer], generator: str) -> dict[str, Any]:
     return _choices(question, [answer.text for answer in answers], generator)
 
 
@@ -187,7 +187,7 @@ _READERS: dict[str, Callable[[dict[str, Any], int], Question]] = {
     "arena_hard": _read_arena_hard,
     "mt_bench": _read_mt_bench,
 }
-_WRITERS: dict[str, Callable[[Question, Sequence[Answer], str], dict[str, Any]]] = {
+_WRITERS: dict[str, Callable[[Question, Sequence[TurnAnswer], str], dict[str, Any]]] = {
     "alpaca_eval": _write_alpaca_eval,
     "arena_hard": _write_arena_hard,
     "mt_bench": _write_mt_bench,

@@ -16,9 +16,10 @@ import torch
 
 from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, LossConfig, TrainConfig, require
 from mpo_megatron.config.model import ADAPTER_OFF
+from mpo_megatron.data.arrays import Float64
 from mpo_megatron.data.loader import build_step
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.evaluate.statistics import Estimate, Floats, bootstrap
+from mpo_megatron.evaluate.statistics import Estimate, bootstrap
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
@@ -149,7 +150,7 @@ def read_groups(path: Path) -> list[GroupMetrics]:
     return [GroupMetrics(**record) for record in unseal_lines(path, "run the command again")]
 
 
-def _ratio(totals: Floats, counts: Floats) -> Callable[[Floats], float]:
+def _ratio(totals: Float64, counts: Float64) -> Callable[[Float64], float]:
     return lambda weights: float(weights @ totals / (weights @ counts))
 
 

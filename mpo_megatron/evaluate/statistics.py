@@ -9,10 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from mpo_megatron.data.arrays import Float64, Int64
 
 CONFIDENCE = 0.95
 """Share of bootstrap resamples inside an interval."""
@@ -31,11 +29,11 @@ class Estimate:
 class Comparison:
     """Pairs of samples of the same prompts."""
 
-    prompt: Ints
+    prompt: Int64
     """[N] which prompt a pair belongs to, 0 … P−1."""
-    preference: Floats
+    preference: Float64
     """[N] 1 where the candidate's sample has the higher reward, 0 where the lower, ½ at a tie."""
-    length_difference: Floats
+    length_difference: Float64
     """[N] characters of the candidate's sample minus those of the baseline's."""
 
     @property
@@ -44,7 +42,7 @@ class Comparison:
         return int(self.prompt.max()) + 1
 
     @property
-    def weight(self) -> Floats:
+    def weight(self) -> Float64:
         """[N] 1 / number of the prompt's pairs: every prompt counts once, however many samples it has."""
         return 1.0 / np.bincount(self.prompt)[self.prompt]
 
@@ -58,9 +56,9 @@ class Comparison:
 class Samples:
     """The samples of one prompt, one entry each."""
 
-    rewards: Floats
+    rewards: Float64
     """[K]"""
-    lengths: Floats
+    lengths: Float64
     """[K] in characters."""
 
 
@@ -79,13 +77,13 @@ def compare(candidate: list[Samples], baseline: list[Samples]) -> Comparison:
     )
 
 
-def compute_win_rate(comparison: Comparison, prompt_weight: Floats) -> float:
+def compute_win_rate(comparison: Comparison, prompt_weight: Float64) -> float:
     """Share of pairs that the candidate wins, a tie half a win; prompts weighted by `prompt_weight` [P]."""
     weight = comparison.weight * prompt_weight[comparison.prompt]
     return float((weight * comparison.preference).sum() / weight.sum())
 
 
-def compute_length_controlled_win_rate(comparison: Comparison, prompt_weight: Floats) -> float:
+def compute_length_controlled_win_rate(comparison: Comparison, prompt_weight: Float64) -> float:
     """The win rate that a logistic model predicts for answers of equal length.
 
     logit P(win) = θ + φ · tanh(Δ / std(Δ)), Δ the difference of the lengths; the result is σ(θ). A tie is half a win and half a
@@ -107,7 +105,7 @@ def compute_length_controlled_win_rate(comparison: Comparison, prompt_weight: Fl
     return float(1 / (1 + np.exp(-model.intercept_[0])))
 
 
-def bootstrap(statistic: Callable[[Floats], float], num_prompts: int, *, num_resamples: int, seed: int) -> Estimate:
+def bootstrap(statistic: Callable[[Float64], float], num_prompts: int, *, num_resamples: int, seed: int) -> Estimate:
     """A statistic of weighted prompts, and its interval over resamples of the prompts with replacement.
 
     Args:
@@ -121,6 +119,6 @@ def bootstrap(statistic: Callable[[Floats], float], num_prompts: int, *, num_res
     return Estimate(value=statistic(np.ones(num_prompts)), low=float(low), high=float(high))
 
 
-def bootstrap_mean(values: Floats, *, num_resamples: int, seed: int) -> Estimate:
+def bootstrap_mean(values: Float64, *, num_resamples: int, seed: int) -> Estimate:
     """Mean of one number a prompt [P], with its interval."""
     return bootstrap(lambda w: float(w @ values / w.sum()), len(values), num_resamples=num_resamples, seed=seed)

@@ -11,7 +11,7 @@ LARGEST = 1e15
 """Of any number; its square is far from the end of float32."""
 
 
-class Rule(NamedTuple):
+class ValueRule(NamedTuple):
     """What the values of a field have in common besides their type."""
 
     words: str
@@ -20,11 +20,11 @@ class Rule(NamedTuple):
     """Whether a value of the right type does."""
 
 
-POSITIVE = Rule("be positive", lambda value: value > 0)
-BELOW_HALF = Rule("be in [0, 0.5)", lambda value: 0 <= value < 0.5)
+POSITIVE = ValueRule("be positive", lambda value: value > 0)
+BELOW_HALF = ValueRule("be in [0, 0.5)", lambda value: 0 <= value < 0.5)
 
 Positive = Annotated[float, POSITIVE]
-NonNegative = Annotated[float, Rule("not be negative", lambda value: value >= 0)]
+NonNegative = Annotated[float, ValueRule("not be negative", lambda value: value >= 0)]
 Count = Annotated[int, POSITIVE]
 Smoothing = Annotated[float, BELOW_HALF]
 

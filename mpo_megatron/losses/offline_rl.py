@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, mask_padding
-from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, Rule
+from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, ValueRule
 from mpo_megatron.losses.numerics import exp_with_linear_tail, masked_mean
 from mpo_megatron.losses.partition import compute_deviations, has_distinct_rewards
 from mpo_megatron.losses.registry import Needs, register
 
-BELOW_ONE = Rule("be below 1, or a ratio's lower bound is ≤ 0", lambda value: value < 1)
+BELOW_ONE = ValueRule("be below 1, or a ratio's lower bound is ≤ 0", lambda value: value < 1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from mpo_megatron.losses.pairing import PairParams, find_best, needs_pairs
 from mpo_megatron.losses.partition import PartitionParams, compute_partition
 from mpo_megatron.losses.registry import Needs, register
 
-Normalization = Literal["token", "sequence"]
+LogpNormalization = Literal["token", "sequence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +23,7 @@ class SftParams(PartitionParams):
 
     targets: Literal["best", "positives"] = "best"
     """What is imitated: the group's best response, or all of Y+ alike."""
-    normalization: Normalization = "token"
+    normalization: LogpNormalization = "token"
     """−log π(y) divided by |y| (nats per token), or not (nats per response)."""
 
     def __post_init__(self) -> None:
@@ -83,7 +83,7 @@ class SupervisedPairParams(PairParams):
     """Assumed share of flipped preferences, in [0, 0.5)."""
     sft_weight: NonNegative = 0.0
     """Weight of the winner's negative log-likelihood, added to the loss."""
-    sft_normalization: Normalization = "token"
+    sft_normalization: LogpNormalization = "token"
     """That likelihood per token (nats per token) or per sequence."""
 
     def __post_init__(self) -> None:

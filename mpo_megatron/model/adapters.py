@@ -43,7 +43,7 @@ NAME = "adapter"
 """Of the module within a linear layer; checkpoints' keys have it, too."""
 
 
-class Pair(torch.nn.Module):
+class AdapterPair(torch.nn.Module):
     """A and B of one Hugging Face layer: this rank's parts."""
 
     def __init__(self, rank: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
@@ -76,7 +76,7 @@ class LinearAdapters(torch.nn.Module):
             if name in plan.targets:
                 outputs = plan.blocks * rows
                 shape = (inputs, outputs // parts) if plan.column else (inputs // parts, outputs)
-                self.add_module(name, Pair(plan.rank, *shape, config.params_dtype))
+                self.add_module(name, AdapterPair(plan.rank, *shape, config.params_dtype))
         for pair in self.pairs:
             sharded, whole = (pair.lora_B, pair.lora_A) if plan.column else (pair.lora_A, pair.lora_B)
             # Without the mark the norm of gradients counts the shards of one rank only.
@@ -84,9 +84,9 @@ class LinearAdapters(torch.nn.Module):
             whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     @property
-    def pairs(self) -> list[Pair]:
+    def pairs(self) -> list[AdapterPair]:
         """Those of the fused layers that have one, in Megatron's order."""
-        return [pair for pair in self.children() if isinstance(pair, Pair)]
+        return [pair for pair in self.children() if isinstance(pair, AdapterPair)]
 
     def forward(self, x: Tensor) -> Tensor:
         """What is added to the layer's output, for the layer's input; shapes as the layer's own."""

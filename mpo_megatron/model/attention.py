@@ -37,7 +37,7 @@ class Segment(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
+class ScoreSettings:
     """What a layer does with the products of queries and keys before the softmax."""
 
     scale: float | None = None
@@ -48,7 +48,7 @@ class Scores:
     """Scores s become cap · tanh(s / cap)."""
 
 
-PLAIN = Scores()
+PLAIN = ScoreSettings()
 """Scaled products of all visible tokens."""
 
 
@@ -73,7 +73,7 @@ class RowLayout(PackedSeqParams):
         return result
 
 
-RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, Scores], Tensor]
+RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, ScoreSettings], Tensor]
 """A back end: query [T, A, D], key and value [T, Q, D], the row's layout and what the layer does with scores, to [T, A, D]."""
 
 
@@ -82,12 +82,14 @@ def row_layout(segments: Iterable[tuple[int, int, int, int]], routing: Any = Non
     return RowLayout(segments=tuple(Segment(*(int(edge) for edge in segment)) for segment in segments), routing=routing)
 
 
-def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN) -> Tensor:
+def sdpa_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: ScoreSettings = PLAIN) -> Tensor:
     """`segment_attention` over a row's segments."""
     return segment_attention(query, key, value, layout.segments, scores)
 
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scores: Scores = PLAIN) -> Tensor:
+def segment_attention(
+    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scores: ScoreSettings = PLAIN
+) -> Tensor:
     """Exact attention, one segment at a time: softmax(q·kᵀ/√D)·v over each segment's context and causal past.
 
     What a segment yields depends on nothing outside it and its context, which is another segment. Work and memory are those of
@@ -113,7 +115,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, segments: Seque
     return torch.cat(outputs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) -> Tensor:
     """Attention of the last tokens [q, A, D] to all tokens [k, Q, D], causal and within the window."""
     num_queries, num_keys = len(query), len(key)
     parts = heads_first(query), heads_first(key), heads_first(value)
@@ -165,7 +167,7 @@ class GroupAttention(torch.nn.Module):
         cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         attend: RowAttention = sdpa_row_attention,
-        scores: Scores = PLAIN,
+        scores: ScoreSettings = PLAIN,
     ) -> None:
         super().__init__()
         if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:

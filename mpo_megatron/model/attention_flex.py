@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from mpo_megatron import device
-from mpo_megatron.model.attention import PLAIN, RowLayout, Scores, Segment, heads_first
+from mpo_megatron.model.attention import PLAIN, RowLayout, ScoreSettings, Segment, heads_first
 
 BLOCK = 128
 """B: tokens of a block, the unit in which the kernel skips."""
@@ -23,7 +23,7 @@ KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 """Not the kernel for decoding, which rows of less than a block would get: it has trouble with lengths that change."""
 
 
-def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN) -> Tensor:
+def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: ScoreSettings = PLAIN) -> Tensor:
     """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout."""
     mask = layout.index(build_block_mask, scores.window)
     options: dict[str, Any] = {} if scores.scale is None else {"scale": scores.scale}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron import device
-from mpo_megatron.model.attention import PLAIN, RowLayout, Scores, Segment
+from mpo_megatron.model.attention import PLAIN, RowLayout, ScoreSettings, Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class VarlenIndex:
     empty without gathering."""
 
 
-Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex, Scores], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex, ScoreSettings], Tensor]
 """Bottom-right causal attention: query [T, A, D], key and value [E, Q, D] → [T, A, D]."""
 
 
@@ -109,7 +109,7 @@ class _Gather(torch.autograd.Function):
 
 
 def varlen_row_attention(
-    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: Scores = PLAIN, kernel: Kernel | None = None
+    query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: ScoreSettings = PLAIN, kernel: Kernel | None = None
 ) -> Tensor:
     """Attention [T, A, D] of query [T, A, D] over key and value [T, Q, D] in a row of this layout.
 
@@ -122,7 +122,7 @@ def varlen_row_attention(
     return (kernel or require_kernel(scores))(query, key, value, index, scores)
 
 
-def require_kernel(scores: Scores = PLAIN) -> Kernel:
+def require_kernel(scores: ScoreSettings = PLAIN) -> Kernel:
     """The kernel in use; `ImportError` if there is none."""
     kernel = find_kernel() if scores.cap is None else find_kernel(capped=True)
     if kernel is None:
@@ -160,7 +160,7 @@ def _flash_attn_3() -> Kernel | None:
     except ImportError:
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         output = flash_attn_varlen_func(  # causal means bottom-right aligned
             *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
             causal=True,
@@ -178,7 +178,7 @@ def _flash_attn() -> Kernel | None:
     except ImportError:
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         return flash_attn_varlen_func(  # causal means bottom-right aligned since flash-attn 2.1
             *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
             causal=True,
@@ -188,7 +188,7 @@ def _flash_attn() -> Kernel | None:
     return kernel
 
 
-def _flash_options(scores: Scores) -> dict[str, Any]:
+def _flash_options(scores: ScoreSettings) -> dict[str, Any]:
     """Options of flash-attn's functions, none where they have the default."""
     options: dict[str, Any] = {} if scores.scale is None else {"softmax_scale": scores.scale}
     if scores.window is not None:
@@ -206,7 +206,7 @@ def _torch() -> Kernel | None:
     if not {"window_size", "enable_gqa"} <= inspect.signature(varlen_attn).parameters.keys():
         return None
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         output = varlen_attn(
             *(query, key, value, index.query_ends, index.key_ends, index.max_queries, index.max_keys),
             scale=scores.scale,
@@ -234,7 +234,7 @@ def _transformer_engine() -> Kernel | None:
     wider = _flash_attn() or _torch()  # for wider heads, which not every cuDNN takes in backward
 
     @functools.cache
-    def core(heads: int, channels: int, groups: int, scores: Scores) -> Any:
+    def core(heads: int, channels: int, groups: int, scores: ScoreSettings) -> Any:
         return DotProductAttention(
             heads,
             channels,
@@ -246,7 +246,7 @@ def _transformer_engine() -> Kernel | None:
             window_size=None if scores.window is None else (scores.window - 1, 0),
         )
 
-    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         if query.shape[2] > CUDNN_CHANNELS and wider is not None:
             return wider(query, key, value, index, scores)
         output = core(query.shape[1], query.shape[2], key.shape[1], scores)(

@@ -41,7 +41,7 @@ from mpo_megatron.model.convert_folder import (
     set_config_dtype,
     staged,
 )
-from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
 from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, merger
@@ -189,7 +189,7 @@ def import_from_hf(
         if tied_output is not None:
             _check_tied_output(reader, stored[EMBEDDING], tied_output, max_chunk_bytes)
 
-        def resolve(chunk: Chunk) -> Tensor:
+        def resolve(chunk: StoredChunk) -> Tensor:
             advance(chunk.num_bytes)
             data = _gather_rows(chunk, homes[chunk], tensors, reader, digest)
             # Block by block: a mask of all would be one more piece in memory.
@@ -254,7 +254,7 @@ def _dtype_of_keys(tensors: dict[str, StoredTensor], slices: list[Slice]) -> dic
     return {key: tensor.dtype for key, tensor in first.items()}
 
 
-def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[Chunk]:
+def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[StoredChunk]:
     """Boxes of at most `max_bytes` that cover the slice, cut between rows, and where a contiguous part begins."""
     starts = [0]
     if all(len(placement.runs) == 1 for placement in item.placements):
@@ -268,10 +268,12 @@ def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[Chunk]:
             box = (min(rows, stop - first), *row_shape)
             offsets = (first, *(0 for _ in row_shape))
             leading = (1,) * len(item.index)
-            yield Chunk(item.key, dtype, item.global_shape, (*item.index, *offsets), (*leading, *box))
+            yield StoredChunk(item.key, dtype, item.global_shape, (*item.index, *offsets), (*leading, *box))
 
 
-def _gather_rows(chunk: Chunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest) -> Tensor:
+def _gather_rows(
+    chunk: StoredChunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest
+) -> Tensor:
     """The chunk's data: rows of Hugging Face tensors, read right where they belong, and zeros for padding."""
     data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
     axis = len(item.index)

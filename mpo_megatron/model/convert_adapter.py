@@ -23,7 +23,7 @@ from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.hf.identity import ADAPTER_FILE, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
-from mpo_megatron.model.convert_torch_dist import CheckpointReader, Chunk, write_checkpoint
+from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 
@@ -207,9 +207,9 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
         sizes = (*(1 for _ in item.index), *item.shape)
         offsets = (*item.index, *(0 for _ in item.shape))
         dtype = matrices[placement.name].dtype
-        homes[Chunk(item.key, dtype, item.global_shape, offsets, sizes)] = placement.name
+        homes[StoredChunk(item.key, dtype, item.global_shape, offsets, sizes)] = placement.name
 
-    def resolve(chunk: Chunk) -> Tensor:
+    def resolve(chunk: StoredChunk) -> Tensor:
         return matrices[homes[chunk]].reshape(chunk.sizes)
 
     with staged(output, _num_bytes(matrices.values())) as folder:

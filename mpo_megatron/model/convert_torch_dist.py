@@ -37,7 +37,7 @@ from mpo_megatron.model.unpickling import SafeReader
 
 
 @dataclass(frozen=True)
-class Chunk:
+class StoredChunk:
     """A box of one checkpoint tensor that is written (and later read) as a whole."""
 
     key: str
@@ -56,7 +56,7 @@ class Chunk:
 
 
 def write_checkpoint(
-    folder: Path, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]
+    folder: Path, chunks: Sequence[StoredChunk], extra_states: Sequence[str], resolve: Callable[[StoredChunk], Tensor]
 ) -> None:
     """Write a torch_dist checkpoint that `megatron.core.dist_checkpointing.load` reads at any layout.
 
@@ -87,7 +87,9 @@ def write_checkpoint(
 
 
 class _LazySavePlanner(DefaultSavePlanner):
-    def __init__(self, chunks: Sequence[Chunk], extra_states: Sequence[str], resolve: Callable[[Chunk], Tensor]) -> None:
+    def __init__(
+        self, chunks: Sequence[StoredChunk], extra_states: Sequence[str], resolve: Callable[[StoredChunk], Tensor]
+    ) -> None:
         super().__init__(flatten_state_dict=False)
         self._resolve = resolve
         self._chunks = {MetadataIndex(chunk.key, torch.Size(chunk.offsets)): chunk for chunk in chunks}
@@ -107,7 +109,7 @@ class _LazySavePlanner(DefaultSavePlanner):
         return self._resolve(self._chunks[write_item.index])
 
 
-def _write_data(chunk: Chunk) -> TensorWriteData:
+def _write_data(chunk: StoredChunk) -> TensorWriteData:
     return TensorWriteData(
         chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)),
         properties=TensorProperties(dtype=chunk.dtype),

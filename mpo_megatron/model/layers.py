@@ -30,7 +30,7 @@ from mpo_megatron import device
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
 from mpo_megatron.model.adapters import adapted, adapted_grouped
-from mpo_megatron.model.attention import GroupAttention, RowAttention, Scores
+from mpo_megatron.model.attention import GroupAttention, RowAttention, ScoreSettings
 from mpo_megatron.model.routing import route_by_rows
 
 
@@ -239,10 +239,10 @@ def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> 
         layer.submodules.self_attention.submodules.linear_qkv = mlp.linear_fc1 = TEColumnParallelLinear
 
 
-def layer_scores(family: Family, number: int) -> Scores:
+def layer_scores(family: Family, number: int) -> ScoreSettings:
     """What a layer does with products of queries and keys."""
     scale = family.score_scale(number)
-    return Scores(
+    return ScoreSettings(
         scale=None if scale == family.head_dim**-0.5 else scale,
         window=family.attention[number].window,
         cap=family.score_cap,

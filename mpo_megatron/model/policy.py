@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
-from mpo_megatron.data.packing import Ints
+from mpo_megatron.data.arrays import Int64
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.model.adapters import freeze_base
@@ -129,7 +129,7 @@ class Policy(LanguageModule):
         tokens: Tensor,
         position_ids: Tensor,
         layout: RowLayout,
-        sources: Ints,
+        sources: Int64,
         targets: Tensor,
         reference: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
@@ -170,18 +170,18 @@ class Policy(LanguageModule):
             return result
         return sum_parts(result.new_zeros((*result.shape[:-1], len(sources))).index_copy(-1, own, result), context)
 
-    def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Ints) -> Tensor:
+    def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Int64) -> Tensor:
         """Last hidden states of this rank's part of `sources`, for a model that is all in one stage: [S (own), H]."""
         return self.select_sources(self.hidden_states(tokens, position_ids, layout), sources)
 
-    def own_sources(self, sources: Ints) -> Ints:
+    def own_sources(self, sources: Int64) -> Int64:
         """[S (own)] which of `sources` lie in this context-parallel rank's part of the row: all without context parallelism.
 
         Found on the host: a GPU would have to be waited for, since their number decides shapes.
         """
         return np.flatnonzero(sources % self.pg_collection.cp.size() == self.pg_collection.cp.rank())
 
-    def select_sources(self, hidden: Tensor, sources: Ints) -> Tensor:
+    def select_sources(self, hidden: Tensor, sources: Int64) -> Tensor:
         """From this stage's output to the hidden states [S (own), H] of its own sources."""
         everything = self.gather_sequence(hidden).squeeze(1)
         return everything[device.upload(sources[self.own_sources(sources)] // self.pg_collection.cp.size())]

@@ -34,7 +34,8 @@ from torch import Tensor
 from torch.distributed import all_reduce
 
 from mpo_megatron import device
-from mpo_megatron.data.packing import Ints, Row
+from mpo_megatron.data.arrays import Int64
+from mpo_megatron.data.packing import Row
 from mpo_megatron.families import Family
 from mpo_megatron.model.parallel import Ranks
 
@@ -92,7 +93,7 @@ class RowRouting:
     """What each router found, by place."""
 
 
-def own_tokens(num_tokens: int, ranks: Ranks) -> Ints:
+def own_tokens(num_tokens: int, ranks: Ranks) -> Int64:
     """[T] which tokens of a row this rank's routers see: every context-th one, of which sequence parallelism takes a run."""
     tokens = np.arange(num_tokens)[ranks.context.rank() :: ranks.context.size()]
     share = len(tokens) // ranks.tensor.size()

@@ -17,7 +17,7 @@ from mpo_megatron.families.rules import Rule
 
 
 @dataclass(frozen=True)
-class Run:
+class RowRun:
     """Consecutive rows that are consecutive on both sides."""
 
     hf_row: int
@@ -31,7 +31,7 @@ class Placement:
 
     name: str
     shape: tuple[int, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[RowRun, ...]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _slice(rule: Rule, padded_vocab: int, **names: int) -> Slice:
     placements = []
     start = 0
     for name, rows in rule.parts.items():
-        runs = [Run(block * rows, block * block_rows + start, rows) for block in range(rule.blocks)]
+        runs = [RowRun(block * rows, block * block_rows + start, rows) for block in range(rule.blocks)]
         placements.append(Placement(name.format(**names), (rule.blocks * rows, *row_shape), tuple(runs)))
         start += rows
     return Slice(rule.megatron, (), shape, shape, tuple(placements))

@@ -54,7 +54,7 @@ class Kernels:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class MemoryLayout:
     """All that memory depends on besides the row."""
 
     shape: Family
@@ -169,7 +169,7 @@ class StageMemory:
         return self.static + self.dynamic + self.overhead
 
 
-def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, overhead: int = 0) -> StageMemory:
+def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int, overhead: int = 0) -> StageMemory:
     """The peak of a stage's rank when each of its rows is like `row`.
 
     Args:
@@ -213,7 +213,7 @@ def stage_memory(layout: Layout, stage: int, row: RowCounts, num_rows: int, over
     )
 
 
-def _choices(layout: Layout, row: RowCounts, num_rows: int) -> int:
+def _choices(layout: MemoryLayout, row: RowCounts, num_rows: int) -> int:
     """The reference's recorded choices of experts: on every rank those of a step, and once more those of its own tokens."""
     experts = layout.shape.experts
     if experts is None or not layout.records_choices:
@@ -234,7 +234,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int
     return min(num_rows * runs, warmup + 1)
 
 
-def _weight_bytes(layout: Layout, weights: list[list[Weight]], elements: int) -> int:
+def _weight_bytes(layout: MemoryLayout, weights: list[list[Weight]], elements: int) -> int:
     """Weights as they are stored, and with FP8 their quantized copies: row-wise and column-wise, one byte each."""
     matrices = sum(weight.size for part in weights for weight in part if weight.matrix)
     if layout.model.fp8 == "none":
@@ -246,17 +246,17 @@ def _weight_bytes(layout: Layout, weights: list[list[Weight]], elements: int) ->
 # --------------------------------------------------------------------------------------------- kept for the backward pass
 
 
-def _hidden(layout: Layout, row: RowCounts) -> int:
+def _hidden(layout: MemoryLayout, row: RowCounts) -> int:
     """Elements of a residual on one rank: t·H / s."""
     return _tokens(layout, row) * layout.shape.hidden_size // layout.sequence_parts
 
 
-def _tokens(layout: Layout, row: RowCounts) -> int:
+def _tokens(layout: MemoryLayout, row: RowCounts) -> int:
     """t."""
     return row.tokens // layout.parallel.context
 
 
-def _attention_widths(layout: Layout) -> tuple[int, int, int]:
+def _attention_widths(layout: MemoryLayout) -> tuple[int, int, int]:
     """(q, k, k') channels of one rank; k' with key/value heads repeated where context parallelism needs them."""
     shape, parallel = layout.shape, layout.parallel
     queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
@@ -264,7 +264,7 @@ def _attention_widths(layout: Layout) -> tuple[int, int, int]:
     return queries, keys, repeated
 
 
-def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
+def _kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
     """Bytes kept of one row for one run of layers, without the head."""
     hidden, b = _hidden(layout, row), layout.dtype_bytes
     sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends on
@@ -277,7 +277,7 @@ def _kept(layout: Layout, part: Part, row: RowCounts) -> int:
     return sum(layers) + sent
 
 
-def layer_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
+def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) -> int:
     """Bytes that autograd keeps of one layer for one row, but for what is computed again."""
     kept = (
         _norms_kept(layout, row, experts=experts) + _projections_kept(layout, row) + _adapters_kept(layout, row, experts=experts)
@@ -286,7 +286,7 @@ def layer_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
     return kept if layout.recomputes("core_attn") else kept + _core_kept(layout, row)
 
 
-def _adapters_kept(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
     """A x of each adapter in a layer [t, rank]; its input is that of the layer beside it, which is kept anyway.
 
     A layer that is computed again keeps it no less than its own output, so recomputation is not looked at: it is small.
@@ -302,12 +302,12 @@ def _adapters_kept(layout: Layout, row: RowCounts, *, experts: bool) -> int:
     return narrow * layout.dtype_bytes
 
 
-def _second_half(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+def _second_half(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
     """What follows the second norm: experts or a dense MLP."""
     return _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
 
 
-def _norms_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int:
+def _norms_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) -> int:
     """Two norms: input (the residual) and output (the matrix product's input), unfused the normalized input, too; 1 / rms.
 
     Transformer Engine computes them within the products that follow, but for the one before experts.
@@ -323,7 +323,7 @@ def _norms_kept(layout: Layout, row: RowCounts, *, experts: bool = False) -> int
     return 2 * hidden * b + outputs
 
 
-def _projections_kept(layout: Layout, row: RowCounts) -> int:
+def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Around the attention core: queries, keys and values before and after norm and rotation, and the result."""
     shape, tokens, b = layout.shape, _tokens(layout, row), layout.dtype_bytes
     queries, keys, _ = _attention_widths(layout)
@@ -346,14 +346,14 @@ def _projections_kept(layout: Layout, row: RowCounts) -> int:
     return kept * tokens
 
 
-def _core_keeps_inputs(layout: Layout, row: RowCounts) -> bool:
+def _core_keeps_inputs(layout: MemoryLayout, row: RowCounts) -> bool:
     """Whether the attention core's inputs are kept as they come: it is recomputed from them, or reads them where they lie."""
     if layout.recomputes("core_attn"):
         return True
     return layout.parallel.context == 1 and not (layout.kernels.attention == "varlen" and row.context)
 
 
-def _core_kept(layout: Layout, row: RowCounts) -> int:
+def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
@@ -370,14 +370,14 @@ def _core_kept(layout: Layout, row: RowCounts) -> int:
     return kept
 
 
-def _mlp_kept(layout: Layout, row: RowCounts, ffn: int | None = None) -> int:
+def _mlp_kept(layout: MemoryLayout, row: RowCounts, ffn: int | None = None) -> int:
     """SwiGLU: gate and value as one tensor (2F), the product (F); unfused a copy of the value and the activated gate (2F)."""
     width = layout.shape.intermediate_size // layout.parallel.tensor if ffn is None else ffn
     b = layout.dtype_bytes
     return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + (0 if layout.kernels.gpu else 2 * b))
 
 
-def _moe_kept(layout: Layout, row: RowCounts) -> int:
+def _moe_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Experts, with tokens spread evenly: routing probabilities, tokens sent and received (H each), SwiGLU, and results."""
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     own = _tokens(layout, row) // layout.sequence_parts
@@ -391,7 +391,7 @@ def _moe_kept(layout: Layout, row: RowCounts) -> int:
     return kept
 
 
-def _kept_by_head(layout: Layout, part: Part, row: RowCounts) -> int:
+def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
     """The final norm, the hidden states [S, H] of scored tokens, and five numbers of each."""
     if not part.last:
         return 0
@@ -403,7 +403,9 @@ def _kept_by_head(layout: Layout, part: Part, row: RowCounts) -> int:
 # ----------------------------------------------------------------------------------------------------- moments of a step
 
 
-def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], row: RowCounts, kept: int) -> tuple[str, int]:
+def _peak(
+    layout: MemoryLayout, parts: tuple[Part, ...], weights: list[list[Weight]], row: RowCounts, kept: int
+) -> tuple[str, int]:
     """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
     moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
     kinds = {layout.shape.has_experts(layer) for part in parts for layer in part.layers}  # with experts, without, or both
@@ -440,7 +442,7 @@ def _peak(layout: Layout, parts: tuple[Part, ...], weights: list[list[Weight]], 
     return name, max(0, moments[name])
 
 
-def _recomputed(layout: Layout, row: RowCounts, *, experts: bool) -> int:
+def _recomputed(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
     """What there is again of the modules that are computed again, when the backward pass is at a layer's second half."""
 
     def kept(modules: set[str]) -> int:
@@ -450,7 +452,7 @@ def _recomputed(layout: Layout, row: RowCounts, *, experts: bool) -> int:
     return kept({"core_attn"}) - kept({"core_attn", *layout.model.recompute_modules})
 
 
-def _backward(layout: Layout, row: RowCounts) -> int:
+def _backward(layout: MemoryLayout, row: RowCounts) -> int:
     """Of the MLP (experts: of one expert's matrices): gradients of its output, its product or halves, and a weight."""
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     tokens, hidden = _tokens(layout, row), _hidden(layout, row)
@@ -473,7 +475,7 @@ def _backward(layout: Layout, row: RowCounts) -> int:
     return b * max(second, halves, first)
 
 
-def _head(layout: Layout, row: RowCounts) -> int:
+def _head(layout: MemoryLayout, row: RowCounts) -> int:
     """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens."""
     shape, b = layout.shape, layout.dtype_bytes
     scored = row.scored // layout.parallel.context
@@ -488,7 +490,7 @@ def _head(layout: Layout, row: RowCounts) -> int:
     return max(working, spread)
 
 
-def _all_to_all(layout: Layout, row: RowCounts) -> int:
+def _all_to_all(layout: MemoryLayout, row: RowCounts) -> int:
     """Queries, keys and values: as they are sent, as they arrive, and in row order."""
     if layout.parallel.context == 1:
         return 0

@@ -34,7 +34,7 @@ from mpo_megatron.plan.memory import GIB, Kernels, StageMemory
 from mpo_megatron.plan.models import find_model
 from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
-from mpo_megatron.plan.search import Candidate, Problem, search
+from mpo_megatron.plan.search import Candidate, Workload, search
 from mpo_megatron.plan.step_time import Assumptions
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.objective import Objective, build_objective, check_data
@@ -114,7 +114,7 @@ def default_train(config: PlanConfig) -> TrainConfig:
     )
 
 
-def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
+def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     """Everything that layouts are judged by.
 
     Raises:
@@ -149,7 +149,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Problem:
     adapter = choose_adapter(family, train.lora)
     # Then the reference is the policy with its adapter off, and no other model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
-    return Problem(
+    return Workload(
         family=family,
         padded_vocab=padded or padded_vocab_size(family.vocab_size, ConvertConfig(input="", output="").vocab_multiple),
         model=train.model,
@@ -213,7 +213,7 @@ def num_groups(config: PlanConfig, train: TrainConfig, sequences: Sequences) -> 
 # ------------------------------------------------------------------------------------------------------ what does not fit
 
 
-def explain(problem: Problem, candidate: Candidate) -> str:
+def explain(problem: Workload, candidate: Candidate) -> str:
     """Why a layout does not fit, and what would."""
     worst = candidate.worst
     name = max((name for name in PARTS if name != "overhead"), key=lambda name: getattr(worst, name))
@@ -226,13 +226,13 @@ def explain(problem: Problem, candidate: Candidate) -> str:
     )
 
 
-def remedies(problem: Problem, candidate: Candidate) -> list[str]:
+def remedies(problem: Workload, candidate: Candidate) -> list[str]:
     """Single changes that make a layout fit, and the best layout of all."""
     parallel, ways = candidate.parallel, []
 
     def works(
         name: str,
-        tried: Problem = problem,
+        tried: Workload = problem,
         layout: ParallelConfig = parallel,
         recompute: str = candidate.model.recompute,
         row_tokens: int = candidate.row_tokens,
@@ -261,7 +261,7 @@ def remedies(problem: Problem, candidate: Candidate) -> list[str]:
     return [*ways, f"another layout, the fastest of which is {found[0].describe()}"] if found else ways
 
 
-def explain_nothing_fits(problem: Problem) -> str:
+def explain_nothing_fits(problem: Workload) -> str:
     """That no layout fits, and how many GPUs would do."""
     gpus = problem.gpus
     while gpus < MOST_GPUS:
@@ -278,7 +278,7 @@ def explain_nothing_fits(problem: Problem) -> str:
 # -------------------------------------------------------------------------------------------------------------- for people
 
 
-def print_problem(console: Console, problem: Problem, config: PlanConfig) -> None:
+def print_problem(console: Console, problem: Workload, config: PlanConfig) -> None:
     """What is planned."""
     shape, hardware = problem.family, problem.hardware
     console.print(
@@ -291,7 +291,7 @@ def print_problem(console: Console, problem: Problem, config: PlanConfig) -> Non
     )
 
 
-def print_memory(console: Console, problem: Problem, candidate: Candidate) -> None:
+def print_memory(console: Console, problem: Workload, candidate: Candidate) -> None:
     """GiB of a rank of each stage."""
     table = Table(title=f"GiB on each rank: {candidate.describe()}")
     for name in ("stage", "param.", *(short for short, _ in PARTS.values()), "peak", "rows", "which is at"):
@@ -317,7 +317,7 @@ def print_memory(console: Console, problem: Problem, candidate: Candidate) -> No
     )
 
 
-def print_time(console: Console, problem: Problem, candidate: Candidate, groups: int) -> None:
+def print_time(console: Console, problem: Workload, candidate: Candidate, groups: int) -> None:
     """Where a step's time goes, and how long the run takes."""
     time = candidate.time
     table = Table(title="a step: an estimate")
@@ -342,7 +342,7 @@ def print_time(console: Console, problem: Problem, candidate: Candidate, groups:
         console.print(f"the reference's choices of experts take {choices:,.1f} GB of disk beside its log-probs", soft_wrap=True)
 
 
-def print_suggestions(console: Console, problem: Problem, found: list[Candidate]) -> None:
+def print_suggestions(console: Console, problem: Workload, found: list[Candidate]) -> None:
     """The best layouts."""
     table = Table(title="layouts that fit, the fastest first")
     for name in ("layout", "GiB", "s / step", "bubble", "groups/s"):
@@ -361,7 +361,7 @@ def print_suggestions(console: Console, problem: Problem, found: list[Candidate]
 # ------------------------------------------------------------------------------------------------------------ for programs
 
 
-def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, float]:
+def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str, float]:
     """Figures of a whole run that goes through so many groups; the reference sees those of the data, each once."""
     time, step = candidate.time, problem.data.groups_per_step
     tokens = [
@@ -384,7 +384,7 @@ def summarize(problem: Problem, candidate: Candidate, groups: int) -> dict[str, 
     }
 
 
-def choices_on_disk(problem: Problem) -> dict[str, float]:
+def choices_on_disk(problem: Workload) -> dict[str, float]:
     """GB of the reference's choices of experts for all groups of the data; nothing if they are not recorded."""
     experts = problem.family.experts
     if experts is None or not problem.records_choices:
@@ -395,7 +395,7 @@ def choices_on_disk(problem: Problem) -> dict[str, float]:
 
 
 def describe(
-    config: PlanConfig, train: TrainConfig, problem: Problem, own: Candidate | None, found: list[Candidate]
+    config: PlanConfig, train: TrainConfig, problem: Workload, own: Candidate | None, found: list[Candidate]
 ) -> dict[str, Any]:
     """The whole plan as plain values: bytes, seconds, GB."""
     groups = num_groups(config, train, problem.sequences)

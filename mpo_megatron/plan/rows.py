@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 
 from mpo_megatron.config import require
+from mpo_megatron.data.arrays import Bools
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.loader import Bools, GroupTable, Selection, group_table
-from mpo_megatron.data.packing import Layout, Piece, Row, Window, count_pairs, plan_rows
+from mpo_megatron.data.loader import GroupTable, Selector, group_table
+from mpo_megatron.data.packing import Piece, PromptLayout, Row, Window, count_pairs, plan_rows
 from mpo_megatron.data.store import load_groups
 
 SAMPLED_STEPS = 4
@@ -128,7 +129,7 @@ class Sequences:
         replicas: int,
         multiple: int,
         rows_multiple: int,
-        layout: Layout,
+        layout: PromptLayout,
         pair_weight: float,
         window: Window | None = None,
     ) -> PackedSteps:
@@ -168,7 +169,7 @@ def _count_pieces(
     pieces: Sequence[Piece],
     prompts: Sequence[int],
     lengths: Sequence[Sequence[int]],
-    layout: Layout,
+    layout: PromptLayout,
     multiple: int,
     window: Window | None,
 ) -> RowCounts:
@@ -194,7 +195,7 @@ def _count_pieces(
     )
 
 
-def read_lengths(folder: str, select: Selection, groups_per_step: int) -> Sequences:
+def read_lengths(folder: str, select: Selector, groups_per_step: int) -> Sequences:
     """Steps spread evenly over prepared groups."""
     data = load_groups(folder)
     size = min(groups_per_step, len(data))
@@ -212,7 +213,7 @@ def draw_lengths(
     response: int,
     responses: int,
     spread: float,
-    select: Selection,
+    select: Selector,
     groups_per_step: int,
     num_groups: int,
     seed: int = 0,
@@ -244,7 +245,7 @@ def draw_lengths(
     return Sequences(tuple(steps), num_groups, where)
 
 
-def _select(groups: Sequence[TokenizedGroup], select: Selection) -> tuple[GroupTable, Bools]:
+def _select(groups: Sequence[TokenizedGroup], select: Selector) -> tuple[GroupTable, Bools]:
     table = group_table(groups, np.arange(len(groups)))
     contributes, scored = select(table)
     return table, scored & contributes[:, None]

@@ -24,7 +24,7 @@ from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.hf.live_engine import EngineMemory, engine_memory, validate_engine_layout
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.plan.hardware import Hardware
-from mpo_megatron.plan.memory import GIB, Kernels, Layout, StageMemory, stage_memory
+from mpo_megatron.plan.memory import GIB, Kernels, MemoryLayout, StageMemory, stage_memory
 from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import PackedSteps, Sequences
 from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
@@ -68,7 +68,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class Workload:
     """What a run is, without its layout."""
 
     family: Family
@@ -130,7 +130,7 @@ class Problem:
         validate_fp8_layout(self.model, parallel, self.family)
         model = self.model.with_recompute(recompute)
         validate_recompute(model, parallel, self.family, from_engine=self.kernels.layers == "transformer_engine")
-        layout = Layout(
+        layout = MemoryLayout(
             shape=self.family,
             padded_vocab=self.padded_vocab,
             model=model,
@@ -175,7 +175,7 @@ class Problem:
         return candidate.worst.total <= self.limit
 
 
-def search(problem: Problem, gpus: int | None = None) -> list[Candidate]:
+def search(problem: Workload, gpus: int | None = None) -> list[Candidate]:
     """Layouts that fit, the fastest first; of those that differ in runs of layers or recomputation only, the fastest."""
     found = [candidate for candidate in candidates(problem, gpus) if problem.fits(candidate)]
     best: dict[tuple[ParallelConfig, int], Candidate] = {}
@@ -184,7 +184,7 @@ def search(problem: Problem, gpus: int | None = None) -> list[Candidate]:
     return list(best.values())
 
 
-def candidates(problem: Problem, gpus: int | None = None) -> Iterator[Candidate]:
+def candidates(problem: Workload, gpus: int | None = None) -> Iterator[Candidate]:
     """Every layout that divides model and ranks: tensor parallelism within a machine, a group at least for each replica."""
     gpus = gpus or problem.gpus
     shape = problem.family

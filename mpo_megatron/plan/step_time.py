@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 from mpo_megatron.hf.flops import BACKWARD, FlopModel
 from mpo_megatron.plan.hardware import Hardware
-from mpo_megatron.plan.memory import GRADIENT_BYTES, Layout, StageMemory
+from mpo_megatron.plan.memory import GRADIENT_BYTES, MemoryLayout, StageMemory
 from mpo_megatron.plan.parameters import stage_parts
 from mpo_megatron.plan.rows import PackedSteps, RowCounts
 
@@ -103,7 +103,7 @@ class _Stage:
 class Clock:
     """Times of one layout on one kind of hardware."""
 
-    def __init__(self, layout: Layout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
+    def __init__(self, layout: MemoryLayout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
         self.layout, self.flops, self.hardware, self.assumed = layout, flops, hardware, assumed
         self.layers = layout.parallel.stage_layers(layout.shape.num_hidden_layers)
         parts = stage_parts(layout.shape, layout.parallel)

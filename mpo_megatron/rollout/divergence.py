@@ -10,7 +10,7 @@ import functools
 
 import numpy as np
 
-from mpo_megatron.data.group import Float64, Int64
+from mpo_megatron.data.arrays import Float64, Int64
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.train.faults.stopping import Deadline
 from mpo_megatron.train.reference import reference_logps

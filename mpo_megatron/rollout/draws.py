@@ -13,7 +13,7 @@ from mpo_megatron.rollout.records import Record
 
 
 @dataclass(kw_only=True)
-class Group:
+class DrawnGroup:
     """A group under way: its responses by index, and how often each was drawn again."""
 
     record: Record
@@ -29,7 +29,7 @@ class Group:
     """All draws that gave no response, by label."""
 
     @classmethod
-    def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> Group:
+    def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> DrawnGroup:
         """A group with what an earlier run's failure holds; what is missing goes on with the next attempt."""
         group = cls(record=record, token_ids=token_ids)
         for line in failure["responses"] if failure is not None else ():
@@ -133,7 +133,7 @@ def keep_arrived(record: Record, failure: Record, num_responses: int) -> Record:
     return record | {"responses": lines, "dropped": {"lost": num_responses - len(lines)}}
 
 
-def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: GenerateConfig) -> Iterator[Record]:
+def answer(engine: Engine, window: Sequence[DrawnGroup], sampling: Sampling, config: GenerateConfig) -> Iterator[Record]:
     """Finished lines of some groups, of failed ones the line with `error`; what is to be drawn again is, after the others."""
     waiting = list(window)
     while waiting:
@@ -150,7 +150,9 @@ def answer(engine: Engine, window: Sequence[Group], sampling: Sampling, config: 
         waiting = again
 
 
-def _draw(engine: Engine, groups: Sequence[Group], sampling: Sampling, max_attempts: int) -> Iterator[tuple[Group, str | None]]:
+def _draw(
+    engine: Engine, groups: Sequence[DrawnGroup], sampling: Sampling, max_attempts: int
+) -> Iterator[tuple[DrawnGroup, str | None]]:
     """Each group once the engine has drawn what it lacked, and why something still is missing; whole ones first."""
     by_id = {group.record["group_id"]: group for group in groups}
     errors: dict[str, str] = {}

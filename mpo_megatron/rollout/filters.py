@@ -14,12 +14,12 @@ from typing import Any
 from mpo_megatron.config import SelectConfig
 from mpo_megatron.files import DataError
 
-Response = Mapping[str, Any]
-Rule = Callable[[Sequence[Response], SelectConfig], list[bool]]
+ResponseLine = Mapping[str, Any]
+DropRule = Callable[[Sequence[ResponseLine], SelectConfig], list[bool]]
 """Of each response of a group, whether it goes."""
 
 
-def apply_rules(responses: Sequence[Response], config: SelectConfig) -> tuple[list[Response], Counter[str]]:
+def apply_rules(responses: Sequence[ResponseLine], config: SelectConfig) -> tuple[list[ResponseLine], Counter[str]]:
     """The responses that pass every rule, in their order, and by rule how many did not; a rule sees what earlier ones left.
 
     Raises:
@@ -33,7 +33,7 @@ def apply_rules(responses: Sequence[Response], config: SelectConfig) -> tuple[li
     return kept, +dropped
 
 
-def find_unscored(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_unscored(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """No reward, or one that is not finite: a scorer that failed on this response."""
     return [not is_number(response.get("reward")) for response in responses]
 
@@ -43,46 +43,46 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def find_empty(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_empty(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Nothing but white space."""
     return [not str(response.get("text") or "").strip() for response in responses]
 
 
-def find_truncated(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_truncated(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Ended at the token limit."""
     return [config.truncated == "drop" and response.get("finish_reason") == "length" for response in responses]
 
 
-def find_repeating(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_repeating(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Ended by the engine because it repeated itself."""
     return [config.truncated == "drop" and response.get("finish_reason") == "repetition" for response in responses]
 
 
-def find_aborted(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_aborted(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Ended by the engine before its end, for example when a server shut down."""
     return [response.get("finish_reason") in ("abort", "aborted", "error") for response in responses]
 
 
-def find_filtered(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_filtered(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Cut by a content filter."""
     return [response.get("finish_reason") == "content_filter" for response in responses]
 
 
-def find_too_short(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_too_short(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Below `min_length`."""
     if not config.min_length:
         return [False] * len(responses)
     return [length < config.min_length for length in measure_lengths(responses, config)]
 
 
-def find_too_long(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_too_long(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Above `max_length`."""
     if config.max_length is None:
         return [False] * len(responses)
     return [length > config.max_length for length in measure_lengths(responses, config)]
 
 
-def find_unlike_length(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_unlike_length(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """More than `max_length_ratio` times longer or shorter than the group's median."""
     if config.max_length_ratio is None:
         return [False] * len(responses)
@@ -91,7 +91,7 @@ def find_unlike_length(responses: Sequence[Response], config: SelectConfig) -> l
     return [length > ratio * median or ratio * length < median for length in lengths]
 
 
-def measure_lengths(responses: Sequence[Response], config: SelectConfig) -> list[int]:
+def measure_lengths(responses: Sequence[ResponseLine], config: SelectConfig) -> list[int]:
     """Tokens or characters of each response.
 
     Raises:
@@ -105,7 +105,7 @@ def measure_lengths(responses: Sequence[Response], config: SelectConfig) -> list
     return [int(length) for length in lengths if length is not None]
 
 
-def find_duplicates(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_duplicates(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Equal to an earlier response of the group."""
     if config.duplicates == "keep":
         return [False] * len(responses)
@@ -119,7 +119,7 @@ def find_duplicates(responses: Sequence[Response], config: SelectConfig) -> list
     return repeated
 
 
-def find_surplus(responses: Sequence[Response], config: SelectConfig) -> list[bool]:
+def find_surplus(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """Beyond `max_responses`: the best and the worst stay, and others evenly between them by rank of reward."""
     number, most = len(responses), config.max_responses
     if most is None or number <= most:
@@ -130,7 +130,7 @@ def find_surplus(responses: Sequence[Response], config: SelectConfig) -> list[bo
     return [index not in stays for index in range(number)]
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, DropRule] = {
     "no_reward": find_unscored,
     "empty": find_empty,
     "truncated": find_truncated,

@@ -29,7 +29,7 @@ from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.fingerprint import model_digest
-from mpo_megatron.rollout.draws import Group, answer, keep_arrived
+from mpo_megatron.rollout.draws import DrawnGroup, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import (
     base_folder,
@@ -187,7 +187,7 @@ def _generate_shard(
         pending = [record for record in mine if record["group_id"] not in done]
         before = {line["group_id"]: line for line in read_lines(failures)} if failures.is_file() else {}
         groups = (
-            Group.begin(record, prompts.token_ids[record["group_id"]], before.get(record["group_id"])) for record in pending
+            DrawnGroup.begin(record, prompts.token_ids[record["group_id"]], before.get(record["group_id"])) for record in pending
         )
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"

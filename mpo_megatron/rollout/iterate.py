@@ -48,7 +48,7 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report
-from mpo_megatron.rollout.rounds import Plan, Policy, Round, build_plan, start_training
+from mpo_megatron.rollout.rounds import Round, RoundPolicy, RoundsPlan, build_plan, start_training
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
@@ -95,7 +95,7 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
 # --------------------------------------------------------------------------------------------------- the folder
 
 
-def open_folder(plan: Plan) -> None:
+def open_folder(plan: RoundsPlan) -> None:
     """Note what must not change in a new folder; compare it in one that is there.
 
     Raises:
@@ -128,7 +128,7 @@ def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
 
 
-def write_prompts(plan: Plan, console: Console) -> None:
+def write_prompts(plan: RoundsPlan, console: Console) -> None:
     """The prompts of each round and the held-out ones; again the same if they are there."""
     split = plan.prompts
     files = {"held-out.jsonl": split.held_out} | {f"round-{n:02d}.jsonl": rows for n, rows in enumerate(split.rounds, start=1)}
@@ -154,7 +154,7 @@ def stage(name: str, done: Path, run: Callable[[], object], console: Console) ->
     console.print(f"{name}: {time.monotonic() - started:.0f} s")
 
 
-def run_round(plan: Plan, item: Round, start: Path, num_ranks: int, console: Console) -> Path:
+def run_round(plan: RoundsPlan, item: Round, start: Path, num_ranks: int, console: Console) -> Path:
     """All stages of a round; the checkpoint that it ends with."""
     folder = item.folder
     stage("generate", folder / "samples" / GENERATE_FILE, lambda: run_command("generate", generate, item.generate), console)
@@ -166,7 +166,7 @@ def run_round(plan: Plan, item: Round, start: Path, num_ranks: int, console: Con
     return read_trained(folder)
 
 
-def measure_policy(policy: Policy, start: Path, console: Console) -> None:
+def measure_policy(policy: RoundPolicy, start: Path, console: Console) -> None:
     """Export a policy, let it answer the held-out prompts, and score the answers."""
     folder = policy.folder
     if is_adapter_folder(start):  # a small file: engines have the base model already
@@ -201,7 +201,9 @@ def read_trained(folder: Path) -> Path:
     return found if found.exists() else Path(recorded)
 
 
-def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console) -> dict[str, Any] | None:
+def measure_kl(
+    plan: RoundsPlan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console
+) -> dict[str, Any] | None:
     """KL(π ‖ π_ref) on the new policy's answers to the held-out prompts; None if all of them were cut off at the limit."""
     policy = plan.policies[item.number]
     folder = policy.folder / "kl"
@@ -237,7 +239,7 @@ def measure_kl(plan: Plan, item: Round, trained: Path, start: Path, num_ranks: i
     return read_summary(folder / KL_FILE)
 
 
-def write_round_report(plan: Plan, item: Round, kl: dict[str, Any] | None, console: Console) -> dict[str, Any]:
+def write_round_report(plan: RoundsPlan, item: Round, kl: dict[str, Any] | None, console: Console) -> dict[str, Any]:
     """The round's report, from what its folders hold, and its main numbers on the terminal."""
     before, after = plan.policies[item.number - 1].folder, plan.policies[item.number].folder
     report = report_round(item.number, item.folder, before, after, kl, item.train)

@@ -11,21 +11,21 @@ from typing import Any
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.conversations import read_prompt, read_tools
 from mpo_megatron.data.fields import RowError, read_id
-from mpo_megatron.data.record import Record
+from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.data.rewards import hash_unit
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import unseal_line
 from mpo_megatron.rollout.records import find_repeated
 
-Row = dict[str, Any]
+PromptRow = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSplit:
     """The prompts of each round and the held-out ones, as rows of the file they came from, each with an id."""
 
-    rounds: list[list[Row]]
-    held_out: list[Row]
+    rounds: list[list[PromptRow]]
+    held_out: list[PromptRow]
     num_duplicates: int
     """Prompts that an earlier line has; left out."""
     digest: str
@@ -39,7 +39,7 @@ def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> Promp
         ConfigError: no such file, or too few prompts.
         DataError: a line has no usable prompt, or two have one id; the message names it.
     """
-    rows: dict[str, Row] = {}
+    rows: dict[str, PromptRow] = {}
     num_lines, digest = 0, hashlib.sha256()
     try:
         lines = path.read_bytes().splitlines()
@@ -69,7 +69,7 @@ def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> Promp
     )
 
 
-def read_row(line: bytes, where: str) -> tuple[Row, str]:
+def read_row(line: bytes, where: str) -> tuple[PromptRow, str]:
     """A line as a row with an id, and what makes its prompt the same as another's.
 
     Raises:
@@ -79,7 +79,7 @@ def read_row(line: bytes, where: str) -> tuple[Row, str]:
         row = unseal_line(line)
         if not isinstance(row, dict):
             raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-        record = Record(row)
+        record = FieldRecord(row)
         messages, tools, own = read_prompt(record), read_tools(record), read_id(record)
     except RowError as error:
         raise DataError(f"{where}: {error}") from error

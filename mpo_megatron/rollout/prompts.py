@@ -20,10 +20,10 @@ from jinja2 import TemplateError
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.conversations import read_prompt, read_tools
 from mpo_megatron.data.fields import RowError, read_id
-from mpo_megatron.data.formats import Layout, detect, parse
+from mpo_megatron.data.formats import InputLayout, detect, parse
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import read_inputs
-from mpo_megatron.data.record import Record as Row
+from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.files import DataError
@@ -122,7 +122,7 @@ def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
             yield f"{row.file}:{row.line}", row.reject(error)
 
 
-def _detect(head: Iterable[RawRow]) -> Layout | None:
+def _detect(head: Iterable[RawRow]) -> InputLayout | None:
     """How to find the prompt in a row, if not by the fields of a prompt file."""
     sample = [row.value for row in head if isinstance(row.value, dict)]
     try:
@@ -132,7 +132,7 @@ def _detect(head: Iterable[RawRow]) -> Layout | None:
     return None if layout.format == "groups" else layout
 
 
-def _read_row(row: Any, layout: Layout | None) -> Record:
+def _read_row(row: Any, layout: InputLayout | None) -> Record:
     """The group line of one row, without responses.
 
     Raises:
@@ -143,7 +143,7 @@ def _read_row(row: Any, layout: Layout | None) -> Record:
         return _build(parsed.prompt, parsed.tools, parsed.group_id, {})
     if not isinstance(row, Mapping):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-    record = Row(row)
+    record = FieldRecord(row)
     prompt, tools, group_id = read_prompt(record), read_tools(record), read_id(record)
     return _build(prompt, tools, group_id, {name: value for name, value in row.items() if name not in record.used})
 

@@ -55,7 +55,7 @@ FILLED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class RoundPolicy:
     """A policy, and its answers to the held-out prompts."""
 
     folder: Path
@@ -82,7 +82,7 @@ class Round:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class RoundsPlan:
     """All of `mpo iterate`, checked."""
 
     config: IterateConfig
@@ -90,7 +90,7 @@ class Plan:
     model_digest: str
     num_ranks: list[int]
     """Of each round's training."""
-    policies: list[Policy]
+    policies: list[RoundPolicy]
     """rounds + 1 of them."""
     rounds: list[Round]
 
@@ -100,7 +100,7 @@ class Plan:
         return Path(self.config.output)
 
 
-def build_plan(config: IterateConfig) -> Plan:
+def build_plan(config: IterateConfig) -> RoundsPlan:
     """Every stage's configuration, checked as far as it can be before the first round.
 
     Raises:
@@ -127,7 +127,7 @@ def build_plan(config: IterateConfig) -> Plan:
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
     if config.optimizer == "continued":
         rounds = join_runs(config, rounds, [len(rows) for rows in prompts.rounds])
-    return Plan(
+    return RoundsPlan(
         config=config,
         prompts=prompts,
         model_digest=weights_digest(Path(config.model)),
@@ -193,7 +193,7 @@ def build_round(config: IterateConfig, number: int) -> Round:
     )
 
 
-def build_policy_stages(config: IterateConfig, number: int) -> Policy:
+def build_policy_stages(config: IterateConfig, number: int) -> RoundPolicy:
     """What measures policy `number`: the sections as they are, without `per_round`, so that policies are measured alike."""
     folder = Path(config.output) / "policies" / f"{number:02d}"
     generate, score = copy.deepcopy(config.generate), copy.deepcopy(config.score)
@@ -201,14 +201,14 @@ def build_policy_stages(config: IterateConfig, number: int) -> Policy:
     fill(generate, prompts=Path(config.output) / "prompts" / "held-out.jsonl", model=folder / "hf", output=folder / "samples")
     fill(generate, num_responses=config.held_out_responses, shard="0/1")
     fill(score, input=folder / "samples", output=folder / "scored", shard="0/1")
-    return Policy(
+    return RoundPolicy(
         folder=folder,
         generate=from_dict(GenerateConfig, generate, "generate"),
         score=from_dict(ScoreConfig, score, "score"),
     )
 
 
-def start_training(plan: Plan, item: Round, start: Path) -> TrainConfig:
+def start_training(plan: RoundsPlan, item: Round, start: Path) -> TrainConfig:
     """The configuration that trains a round from the checkpoint `start`; one run that goes on has it already."""
     if plan.config.optimizer == "continued":
         return item.train

@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
-from mpo_megatron.data.group import Float64
+from mpo_megatron.data.arrays import Float64
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing

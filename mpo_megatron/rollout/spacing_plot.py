@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mpo_megatron.data.group import Float64
+from mpo_megatron.data.arrays import Float64
 from mpo_megatron.data.rewards import spacing
 from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 

@@ -28,6 +28,7 @@ from torch.distributed import broadcast, get_world_size
 
 from mpo_megatron import device
 from mpo_megatron.config import require
+from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.loader import GroupTable
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families.family import Experts
@@ -38,8 +39,6 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.faults.agreement import on_main
 from mpo_megatron.train.routing import Choices
-
-Ints = npt.NDArray[np.int64]
 
 
 def id_dtype(experts: Experts) -> npt.DTypeLike:
@@ -52,10 +51,10 @@ def token_bytes(experts: Experts) -> int:
     return experts.choices * experts.id_bytes
 
 
-def data_tokens(data: PreparedGroups) -> Ints:
+def data_tokens(data: PreparedGroups) -> Int64:
     """[groups] input tokens of every group: its prompt, and its responses without their last."""
     inputs = data.all_response_lengths() - 1
-    tokens: Ints = data.prompt_lengths() + np.add.reduceat(inputs, data.response_offsets()[:-1])
+    tokens: Int64 = data.prompt_lengths() + np.add.reduceat(inputs, data.response_offsets()[:-1])
     return tokens
 
 
@@ -65,7 +64,7 @@ class ReferenceChoices:
 
     folder: Path
     experts: Experts
-    tokens: Ints
+    tokens: Int64
     """[groups] input tokens of every group."""
     there: npt.NDArray[np.bool_]
     """[groups] which groups' choices are recorded; the same on every rank."""
@@ -90,7 +89,7 @@ class ReferenceChoices:
             choices.there = there.cpu().numpy().astype(bool)
         return choices
 
-    def missing(self) -> Ints:
+    def missing(self) -> Int64:
         """Indices of the groups whose choices are not recorded."""
         return np.flatnonzero(~self.there)
 
@@ -107,7 +106,7 @@ class ReferenceChoices:
             "some space, or set experts.routing to free and leave experts.measure_drift out.",
         )
 
-    def write(self, indices: Ints, ids: npt.NDArray[Any]) -> None:
+    def write(self, indices: Int64, ids: npt.NDArray[Any]) -> None:
         """Record the choices [Σ tokens, L, k] of these groups; on the main rank."""
         parts = np.split(ids.astype(id_dtype(self.experts)), np.cumsum(self.tokens[indices])[:-1])
         contents = [part.tobytes() for part in parts]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.config import ConfigError, LossConfig
-from mpo_megatron.data.loader import Bools, GroupTable
+from mpo_megatron.data.arrays import Bools
+from mpo_megatron.data.loader import GroupTable
 from mpo_megatron.files.functions import find_function
 from mpo_megatron.losses import GroupBatch, build_params, get_loss
 from mpo_megatron.losses.own import adopt, try_out

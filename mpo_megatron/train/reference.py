@@ -32,7 +32,8 @@ from torch.distributed import broadcast
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
-from mpo_megatron.data.loader import Bools, GroupTable, RowShape, StepBatch, build_ahead, build_step
+from mpo_megatron.data.arrays import Bools, Float64, Int64
+from mpo_megatron.data.loader import GroupTable, RowShape, StepBatch, build_ahead, build_step
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError, name_digest, read_named
@@ -49,9 +50,6 @@ from mpo_megatron.train.objective import Logps
 from mpo_megatron.train.routing import gather_choices, record_rows
 from mpo_megatron.train.step import collect_logps, run_rows
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-
 SECONDS_BETWEEN_LINES = 10.0
 """Where output is no terminal, progress is a line at most this often."""
 
@@ -60,13 +58,13 @@ SECONDS_BETWEEN_LINES = 10.0
 class ReferenceLogps:
     """log π_ref of every response of a dataset, in nats."""
 
-    response: Floats
+    response: Float64
     """[ΣK] group by group."""
     token: npt.NDArray[np.float32] | None
     """[ΣR] the tokens of every response, one after the other; None unless asked for."""
-    groups: Ints
+    groups: Int64
     """[groups + 1] where each group begins in `response`."""
-    responses: Ints
+    responses: Int64
     """[ΣK + 1] where each response begins in `token`."""
 
     @classmethod
@@ -88,7 +86,7 @@ class ReferenceLogps:
         """Where a group lies in `token`."""
         return slice(self.responses[self.groups[index]], self.responses[self.groups[index + 1]])
 
-    def missing(self) -> Ints:
+    def missing(self) -> Int64:
         """Indices of the groups that are not computed."""
         return np.flatnonzero(np.isnan(self.response[self.groups[:-1]]))
 
@@ -232,7 +230,7 @@ def _write_on_main(ranks: Ranks, folder: Path, action: Callable[[], None]) -> No
 
 def _compute_part(
     data: PreparedGroups,
-    indices: Ints,
+    indices: Int64,
     batch: StepBatch,
     model: list[torch.nn.Module],
     ranks: Ranks,

@@ -20,7 +20,8 @@ from torch.distributed import all_reduce
 
 from mpo_megatron import device
 from mpo_megatron.config import ExpertsConfig
-from mpo_megatron.data.loader import Bools, GroupTable, Ints, StepBatch
+from mpo_megatron.data.arrays import Bools, Int64
+from mpo_megatron.data.loader import GroupTable, StepBatch
 from mpo_megatron.data.packing import Row
 from mpo_megatron.families.family import Experts
 from mpo_megatron.model.parallel import Ranks
@@ -28,13 +29,13 @@ from mpo_megatron.model.routing import Found, RowRouting, Terms, own_tokens, row
 from mpo_megatron.train.metrics import Mean
 
 
-def group_tokens(table: GroupTable) -> Ints:
+def group_tokens(table: GroupTable) -> Int64:
     """[G] input tokens of each group: its prompt, and its responses without their last."""
-    tokens: Ints = table.prompt_lengths + ((table.lengths - 1) * table.valid).sum(axis=1)
+    tokens: Int64 = table.prompt_lengths + ((table.lengths - 1) * table.valid).sum(axis=1)
     return tokens
 
 
-def counted_tokens(table: GroupTable, in_rows: Bools) -> Ints:
+def counted_tokens(table: GroupTable, in_rows: Bools) -> Int64:
     """[G] input tokens of each group that lie in rows, the prompt once."""
     tokens = table.prompt_lengths + ((table.lengths - 1) * in_rows).sum(axis=1)
     return np.where(in_rows.any(axis=1), tokens, 0)
@@ -46,7 +47,7 @@ class Choices:
 
     ids: Tensor
     """[Σ tokens, L, k] experts, group by group; uint8, or int32 with more than 256 experts."""
-    starts: Ints
+    starts: Int64
     """[G] where each group begins."""
 
     def of(self, row: Row, ranks: Ranks) -> dict[int, Tensor]:

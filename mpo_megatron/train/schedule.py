@@ -12,7 +12,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mpo_megatron import device
-from mpo_megatron.data.packing import Ints, Row
+from mpo_megatron.data.arrays import Int64
+from mpo_megatron.data.packing import Row
 from mpo_megatron.model.attention import RowLayout, row_layout
 from mpo_megatron.model.routing import RowRouting
 
@@ -26,7 +27,7 @@ class RowTensors:
     position_ids: Tensor
     """[1, T]"""
     layout: RowLayout
-    sources: Ints
+    sources: Int64
     """[S] index of the token that predicts each scored token; on the host, see `Policy.own_sources`."""
     targets: Tensor
     """[S]"""

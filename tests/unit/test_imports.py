@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,32 @@ def test_losses_need_only_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "data"], ids=lambda path: path.name)
 def test_data_needs_no_gpu_stack(path: Path) -> None:
     assert not any(within(name, "torch.distributed", "torch.nn", "torch.cuda") for name in imported_names(path))
+
+
+def type_names(path: Path) -> set[str]:
+    """Public names of the types that a file defines: classes, and aliases such as `Rows = list[Row]`."""
+    found = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.TypeAlias):
+            found.add(node.name.id)
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp | ast.Attribute):
+            found |= {target.id for target in node.targets if isinstance(target, ast.Name) and not target.id.isupper()}
+    return {name for name in found if name[0].isupper()}
+
+
+SHARED_NAMES: set[str] = set()
+"""Names that two types may have, with the reason beside each."""
+
+
+def test_a_types_name_is_unique() -> None:
+    places = defaultdict(list)
+    for path in FILES:
+        for name in type_names(path):
+            places[name].append(str(path.relative_to(PACKAGE)))
+    assert len(places) > 200
+    assert {name: files for name, files in places.items() if len(files) > 1 and name not in SHARED_NAMES} == {}
 
 
 def test_megatron_may_be_absent() -> None:

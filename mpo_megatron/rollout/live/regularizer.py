@@ -15,8 +15,9 @@ import numpy as np
 from torch.distributed import barrier, broadcast_object_list, get_world_size
 
 from mpo_megatron.config import TrainConfig, require
+from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.loader import Ints, step_indices
+from mpo_megatron.data.loader import step_indices
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
@@ -136,7 +137,7 @@ def as_record(index: int, data: PreparedGroups, generation: Generation, limit: i
     return {"group_id": group.group_id, "index": index, "prompt": group.prompt_text, "responses": responses}
 
 
-def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple[Ints, int]:
+def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple[Int64, int]:
     """Which groups' prompts are sampled after `due` steps, and how many samples each gets.
 
     Prompts of the last T steps ("recently observed", SPO Algorithm 1), of the coming step at the run's start; without repetition,

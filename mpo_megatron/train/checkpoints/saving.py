@@ -36,9 +36,9 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.checkpoints.checkpoint import prepare_save
 from mpo_megatron.train.checkpoints.step_folders import (
-    Files,
     RunState,
     SaveError,
+    StepFiles,
     appear,
     remove_old,
     require_space,
@@ -63,7 +63,7 @@ class Writing:
     partial: Path
     request: Any
     started: float
-    files: Files = field(default_factory=dict)
+    files: StepFiles = field(default_factory=dict)
     """What this rank has written."""
     error: str | None = None
     thread: threading.Thread | None = None
@@ -163,9 +163,9 @@ class Saver:
             raise SaveError(_message(partial, f"{', '.join(machines)} do not see the folder"))
         return partial
 
-    def _gather(self, writing: Writing) -> Files:
+    def _gather(self, writing: Writing) -> StepFiles:
         """What all ranks have written; raises on all if one has failed."""
-        parts: list[tuple[Files, str | None]] = [({}, None)] * get_world_size()
+        parts: list[tuple[StepFiles, str | None]] = [({}, None)] * get_world_size()
         all_gather_object(parts, (writing.files, writing.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
         if errors:
@@ -174,7 +174,7 @@ class Saver:
             raise SaveError(_message(writing.partial, "; ".join(errors[:4])))
         return {name: entry for files, _ in parts for name, entry in files.items()}
 
-    def _complete(self, writing: Writing, files: Files) -> None:
+    def _complete(self, writing: Writing, files: StepFiles) -> None:
         """What one rank does for all: side files, digests, the state, the name, and the end of old checkpoints."""
         partial, final = writing.partial, step_folder(self.run, writing.state.step)
         for name, content in self.side_files.items():

@@ -62,11 +62,11 @@ class RunState:
     """Steps whose update was not applied, so far."""
 
 
-Files = dict[str, tuple[int, str]]
+StepFiles = dict[str, tuple[int, str]]
 """Size in bytes and digest of files, by their path in the checkpoint folder."""
 
 
-def write_state(folder: Path, state: RunState, files: Files) -> None:
+def write_state(folder: Path, state: RunState, files: StepFiles) -> None:
     """Write `state.json`, which makes the folder's files checkable."""
     with (folder / STATE).open("wb") as file:
         file.write(seal_sorted({"format": FORMAT, "state": asdict(state), "files": files}))
@@ -74,7 +74,7 @@ def write_state(folder: Path, state: RunState, files: Files) -> None:
         os.fsync(file.fileno())
 
 
-def read_state(folder: Path) -> tuple[RunState, Files]:
+def read_state(folder: Path) -> tuple[RunState, StepFiles]:
     """The run's state and the list of files in a step's folder.
 
     Raises:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig, parse
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import Layout, Options, build_group, detect
+from mpo_megatron.data.formats import InputLayout, Options, build_group, detect
 from mpo_megatron.data.formats import parse as parse_row
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.prepare import PrepareSummary, prepare
@@ -48,7 +48,7 @@ def tool(text: str) -> dict[str, Any]:
     return {"role": "tool", "content": text}
 
 
-def read(row: dict[str, Any], **options: Any) -> tuple[Layout, Group, tuple[str, ...]]:
+def read(row: dict[str, Any], **options: Any) -> tuple[InputLayout, Group, tuple[str, ...]]:
     layout = detect([row], options=Options(**options))
     parsed = parse_row(row, layout)
     return layout, build_group(parsed, "rows.jsonl:1"), parsed.unused

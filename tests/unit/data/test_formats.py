@@ -5,12 +5,12 @@ from typing import Any
 import pytest
 
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import Layout, Options, build_group, detect, parse
+from mpo_megatron.data.formats import InputLayout, Options, build_group, detect, parse
 from mpo_megatron.data.group import Group
 from mpo_megatron.files import DataError
 
 
-def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[Layout, Group]:
+def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[InputLayout, Group]:
     layout = detect([row], format_name, Options(ratings=tuple(rating.split("+")) if rating else ()))
     return layout, build_group(parse(row, layout), "rows.jsonl:1")
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from mpo_megatron.data.loader import RowShape, group_table, iterate_steps, pack, step_indices, steps_per_epoch
-from mpo_megatron.data.packing import PackingError, Plan, Row, build_row, count_pairs, plan_rows, response_places
+from mpo_megatron.data.packing import PackingError, Row, RowPlan, build_row, count_pairs, plan_rows, response_places
 from tests.tiny import random_groups, save_groups, save_model
 
 BUDGET = 128
 
 
-def make_plan(groups, scored=None, **options) -> Plan:
+def make_plan(groups, scored=None, **options) -> RowPlan:
     table = group_table(groups, np.arange(len(groups)))
     lengths = [[len(tokens) for tokens in group.response_tokens] for group in groups]
     settings = {"row_tokens": BUDGET, "num_replicas": 2, "layout": "shared"} | options

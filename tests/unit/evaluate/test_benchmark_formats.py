@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mpo_megatron.evaluate.benchmarks import Answer, count_markdown, read_questions, write_answers
+from mpo_megatron.evaluate.benchmarks import TurnAnswer, count_markdown, read_questions, write_answers
 from mpo_megatron.files import DataError
 
 TEXT = "# Title\n\n1. one\n2. **two**\n- three\n```\n# no header\n- no item\n```\n"
@@ -29,7 +29,7 @@ def test_alpaca_eval(tmp_path: Path) -> None:
     source.write_text(json.dumps(items))
     questions = read_questions("alpaca_eval", source)
     path = write_answers(
-        "alpaca_eval", tmp_path / "out", "our/model", questions, [[Answer(text=f"{i}", num_tokens=1)] for i in range(3)]
+        "alpaca_eval", tmp_path / "out", "our/model", questions, [[TurnAnswer(text=f"{i}", num_tokens=1)] for i in range(3)]
     )
     # AlpacaEval matches outputs with its references by instruction, and takes name and dataset from these keys.
     assert json.loads(path.read_text()) == [
@@ -47,7 +47,7 @@ def test_mt_bench_has_both_turns_and_its_temperatures(tmp_path: Path) -> None:
     )
     questions = read_questions("mt_bench", source)
     assert [question.temperature for question in questions] == [0.7, 0.0]
-    answers = [[Answer(text="a", num_tokens=1), Answer(text="b", num_tokens=1)]] * 2
+    answers = [[TurnAnswer(text="a", num_tokens=1), TurnAnswer(text="b", num_tokens=1)]] * 2
     path = write_answers("mt_bench", tmp_path / "out", "org/model", questions, answers)
     assert path == tmp_path / "out" / "model_answer" / "org--model.jsonl"
     records = lines(path)
@@ -67,7 +67,7 @@ def test_arena_hard_answers_follow_the_schema_of_their_questions(tmp_path: Path)
         tmp_path / "v01.jsonl",
         [{"question_id": "1f", "category": "arena-hard-v0.1", "cluster": "c", "turns": [{"content": "Sort."}]}],
     )
-    answers = [[Answer(text=TEXT, num_tokens=17)]]
+    answers = [[TurnAnswer(text=TEXT, num_tokens=17)]]
     (record,) = lines(write_answers("arena_hard", tmp_path / "new", "m", read_questions("arena_hard", new), answers))
     assert record["uid"] == "0a"
     assert record["model"] == "m"

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpo_megatron.model.attention import Scores, Segment
+from mpo_megatron.model.attention import ScoreSettings, Segment
 from mpo_megatron.model.attention_varlen import VarlenIndex
 
 
@@ -51,7 +51,7 @@ def random_qkv(
     return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
 
 
-def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
     """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     outputs = []

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_megatron.model.attention import PLAIN, Scores, Segment, row_layout, segment_attention
+from mpo_megatron.model.attention import PLAIN, ScoreSettings, Segment, row_layout, segment_attention
 from tests.unit.model.rows import visible_pairs
 
 
-def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scores: Scores) -> Tensor:
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scores: ScoreSettings) -> Tensor:
     """softmax(q·kᵀ/√D)·v with a boolean mask over the whole row, heads repeated by hand."""
     _, heads, channels = query.shape
     key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
@@ -51,8 +51,10 @@ def random_inputs(num_tokens: int, heads: int, groups: int, seed: int = 0) -> li
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
-@pytest.mark.parametrize("scores", [PLAIN, Scores(window=4), Scores(window=1), Scores(window=7, scale=0.2, cap=0.5)], ids=str)
-def test_equals_dense_attention(seed: int, heads: int, groups: int, scores: Scores) -> None:
+@pytest.mark.parametrize(
+    "scores", [PLAIN, ScoreSettings(window=4), ScoreSettings(window=1), ScoreSettings(window=7, scale=0.2, cap=0.5)], ids=str
+)
+def test_equals_dense_attention(seed: int, heads: int, groups: int, scores: ScoreSettings) -> None:
     segments = random_row(seed)
     inputs = random_inputs(segments[-1].end, heads, groups)
     ours, dense = segment_attention(*inputs, segments, scores), dense_attention(*inputs, segments, scores)

@@ -18,7 +18,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, ModelConfig
 from mpo_megatron.model import attention_flex
-from mpo_megatron.model.attention import PLAIN, Scores, row_layout, segment_attention
+from mpo_megatron.model.attention import PLAIN, ScoreSettings, row_layout, segment_attention
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_flex import BLOCK, build_block_mask, flex_row_attention
 from mpo_megatron.model.attention_varlen import (
@@ -31,14 +31,14 @@ from mpo_megatron.model.attention_varlen import (
 )
 from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
 
-SCORES = [PLAIN, Scores(window=5), Scores(window=1), Scores(window=3, scale=0.1, cap=0.5)]
+SCORES = [PLAIN, ScoreSettings(window=5), ScoreSettings(window=1), ScoreSettings(window=3, scale=0.1, cap=0.5)]
 """Windows shorter than most prompts and responses, or of a token alone."""
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
 @pytest.mark.parametrize("scores", SCORES, ids=str)
-def test_varlen_equals_sdpa(seed: int, heads: int, groups: int, scores: Scores) -> None:
+def test_varlen_equals_sdpa(seed: int, heads: int, groups: int, scores: ScoreSettings) -> None:
     segments = random_groups_row(seed, max_tokens=9)
     inputs = random_qkv(segments[-1].end, heads, groups)
     varlen = varlen_row_attention(*inputs, row_layout(segments), scores, kernel=plain_varlen_kernel)
@@ -62,7 +62,7 @@ def test_gathered_keys_sum_their_gradients_in_float32() -> None:
     layout = row_layout([(0, 1, 0, 0), *((token, token + 1, 0, 1) for token in range(1, 2049))])
     query, key, value = random_qkv(2049, 1, 1, dtype=torch.bfloat16)
 
-    def sum_of_values(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def sum_of_values(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         return value
 
     varlen_row_attention(query, key, value, layout, kernel=sum_of_values).sum().backward()
@@ -84,7 +84,7 @@ def test_gathered_keys_sum_their_gradients_in_one_order(monkeypatch: pytest.Monk
         monkeypatch.setattr(torch.Tensor, name, forbidden)
     weights: list[Tensor] = []
 
-    def weighted(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: Scores) -> Tensor:
+    def weighted(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
         weights.append(torch.randn_like(value))
         return value * weights[0]
 

@@ -18,14 +18,14 @@ from mpo_megatron.config import (
     TrainConfig,
 )
 from mpo_megatron.plan.plan import build_problem, choices_on_disk, plan
-from mpo_megatron.plan.search import Problem
+from mpo_megatron.plan.search import Workload
 
 LAYOUT = ParallelConfig(tensor=4, expert=8)
 CHOICES = 48 * 8
 """Of a token of Qwen3-30B-A3B: 48 layers, 8 of 128 experts."""
 
 
-def build(model: str = "Qwen3-30B-A3B", loss: LossConfig | None = None, **experts: object) -> Problem:
+def build(model: str = "Qwen3-30B-A3B", loss: LossConfig | None = None, **experts: object) -> Workload:
     config = PlanConfig(model=model, gpus=8, groups_per_step=32, groups=1000, spread=0.0, responses=4)
     train = TrainConfig(
         output="run",

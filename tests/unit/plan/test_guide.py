@@ -11,7 +11,7 @@ import pytest
 from mpo_megatron.config import ParallelConfig, TrainConfig, load_yaml
 from mpo_megatron.plan.memory import GIB
 from mpo_megatron.plan.plan import build_problem, summarize
-from mpo_megatron.plan.search import Candidate, Problem
+from mpo_megatron.plan.search import Candidate, Workload
 from tests.unit.plan.test_recipes import RECIPES, build_plan
 
 GUIDE = (Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8").partition("## Qwen3-32B on 64")[2]
@@ -20,7 +20,7 @@ TOLERANCE = 0.02
 """Of a number besides its rounding: what another way of packing changes may stay unsaid."""
 
 
-def evaluate(train: TrainConfig, gpus: int, groups_per_step: int, fp8: str | None = None) -> tuple[Problem, Candidate]:
+def evaluate(train: TrainConfig, gpus: int, groups_per_step: int, fp8: str | None = None) -> tuple[Workload, Candidate]:
     """The recipe's run on so many GPUs."""
     if fp8:
         train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=fp8))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import read_family
 from mpo_megatron.families.published import build_config
 from mpo_megatron.hf.live_engine import EngineMemory
-from mpo_megatron.plan.memory import Kernels, Layout, chunks_in_flight, layer_kept, stage_memory
+from mpo_megatron.plan.memory import Kernels, MemoryLayout, chunks_in_flight, layer_kept, stage_memory
 from mpo_megatron.plan.parameters import Weight, buffer_size
 from mpo_megatron.plan.rows import RowCounts
 
@@ -21,8 +21,8 @@ GPU = Kernels(layers="transformer_engine", attention="varlen", gpu=True)
 
 def build_layout(
     name: str = "Qwen3-14B", *, world: int = 64, fp8: Any = "none", recompute: Any = "none", **parallel: Any
-) -> Layout:
-    return Layout(
+) -> MemoryLayout:
+    return MemoryLayout(
         shape=read_family(build_config(name)),
         padded_vocab=152064,
         model=ModelConfig(checkpoint="", fp8=fp8, recompute=recompute),

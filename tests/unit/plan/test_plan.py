@@ -14,7 +14,7 @@ from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelCo
 from mpo_megatron.data.store import write_groups
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
-from mpo_megatron.plan.search import Problem, search
+from mpo_megatron.plan.search import Workload, search
 from mpo_megatron.train.throughput import peak_flops
 from tests.tiny import random_groups, save_groups, save_tokenizer
 
@@ -32,7 +32,7 @@ parallel:
 """
 
 
-def build(*, gpus: int = 8, parallel: ParallelConfig | None = None, **options: Any) -> Problem:
+def build(*, gpus: int = 8, parallel: ParallelConfig | None = None, **options: Any) -> Workload:
     config = PlanConfig(model="Qwen2.5-7B", gpus=gpus, groups_per_step=32, **options)
     model, data = ModelConfig(checkpoint="qwen"), DataConfig(train="groups")
     return build_problem(config, TrainConfig(output="run", model=model, data=data, parallel=parallel or ParallelConfig()))

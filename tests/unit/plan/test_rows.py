@@ -10,7 +10,7 @@ import pytest
 
 from mpo_megatron.config import LossConfig
 from mpo_megatron.data.loader import RowShape, build_step
-from mpo_megatron.data.packing import Layout
+from mpo_megatron.data.packing import PromptLayout
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.plan.rows import Sequences, count_row, draw_lengths, read_lengths
 from mpo_megatron.train.objective import build_objective
@@ -28,7 +28,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("layout", ["shared", "unshared"])
 @pytest.mark.parametrize(("name", "params"), [("mpo", {}), ("mpo", {"partition": "top_bottom"}), ("dpo", {})])
-def test_planned_rows_have_the_counts_of_built_ones(folder: Path, layout: Layout, name: str, params: dict[str, str]) -> None:
+def test_planned_rows_have_the_counts_of_built_ones(
+    folder: Path, layout: PromptLayout, name: str, params: dict[str, str]
+) -> None:
     objective = build_objective(LossConfig(name=name, params=params))
     sequences = read_lengths(str(folder), objective.select, groups_per_step=24)
     packed = sequences.pack(row_tokens=160, replicas=2, multiple=16, rows_multiple=2, layout=layout, pair_weight=0.01)

@@ -25,7 +25,7 @@ from mpo_megatron.rollout.divergence import summarize
 from mpo_megatron.rollout.iterate import iterate, measure_kl, open_folder, stage, write_prompts
 from mpo_megatron.rollout.prompt_split import split_prompts
 from mpo_megatron.rollout.round_report import compute_win_rate, format_report, summarize_answers, write_report
-from mpo_megatron.rollout.rounds import Plan, build_plan, start_training
+from mpo_megatron.rollout.rounds import RoundsPlan, build_plan, start_training
 from mpo_megatron.rollout.select import NothingLeftError
 from tests.waiting import TIMEOUT
 
@@ -236,7 +236,7 @@ def test_options(options: dict[str, Any], changes: dict[str, Any], message: str)
 # --------------------------------------------------------------------------------------------------- the folder
 
 
-def open_plan(plan: Plan) -> None:
+def open_plan(plan: RoundsPlan) -> None:
     plan.folder.mkdir(parents=True, exist_ok=True)
     open_folder(plan)
     write_prompts(plan, Console(quiet=True))

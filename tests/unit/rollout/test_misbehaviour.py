@@ -22,7 +22,7 @@ from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout import client as client_module
-from mpo_megatron.rollout.draws import Group, answer
+from mpo_megatron.rollout.draws import DrawnGroup, answer
 from mpo_megatron.rollout.engines import Sampling, response_seed
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 from mpo_megatron.rollout.records import Record, encode_line
@@ -135,7 +135,7 @@ def draw(
     engine = EndpointEngine(EndpointConfig(**options | changes), chat)
     config = GenerateConfig(prompts="p", model="m", output="o", num_responses=K, max_attempts=ATTEMPTS, empty="keep")
     record = {"group_id": "g", "prompt": list(MESSAGES)} | ({"tools": tools} if tools else {})
-    group = Group(record=record, token_ids=tuple(chat.prompt(MESSAGES)[1].tolist()))
+    group = DrawnGroup(record=record, token_ids=tuple(chat.prompt(MESSAGES)[1].tolist()))
     [record] = answer(engine, [group], SAMPLING, config)
     encode_line(record)  # can be written
     return record
@@ -331,7 +331,7 @@ def test_a_group_without_any_response_fails_and_goes_on_with_other_seeds(
     record = draw(bad, chat, reply(body(None, "content_filter")))
     assert record["error"] == "no usable response: 4 × filtered (finish_reason = 'content_filter')"
     assert record["attempts"] == {str(index): ATTEMPTS for index in range(K)}
-    again = Group.begin({"group_id": "g", "prompt": []}, (), record)
+    again = DrawnGroup.begin({"group_id": "g", "prompt": []}, (), record)
     assert set(again.prompt(SAMPLING).seeds).isdisjoint(every)
 
 
