@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import os
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from examples.on_policy.plot import plot_rounds
@@ -249,3 +251,27 @@ def test_summary_and_picture_of_the_example(tmp_path: Path) -> None:
     assert other["lead_error"] == pytest.approx([0, 0.1, 0.1])
     plot_rounds(summary, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rounds_hand_over_the_adapter_alone(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Policies after the first are PEFT's folders beside it; the second round continues the adapter of the first."""
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    config = settings(inputs, tmp_path / "out", measure_kl=True)
+    config = dataclasses.replace(config, train={**config.train, "lora": {"rank": 2}, "optimizer": {"lr": 0.05}})
+    rounds.iterate(config, QUIET)
+    policies = [tmp_path / "out" / "policies" / f"{number:02d}" / "hf" for number in range(3)]
+    assert (policies[0] / "model.safetensors").is_file()
+    matrices = []
+    for policy in policies[1:]:
+        assert not (policy / "model.safetensors").exists()
+        assert json.loads((policy / "adapter_config.json").read_text())["base_model_name_or_path"] == str(policies[0])
+        matrices.append(load_file(policy / "adapter_model.safetensors"))
+    assert matrices[0].keys() == matrices[1].keys()
+    assert all(tensor.abs().max() > 0 for tensor in matrices[0].values())
+    products = [2 * matrices[0][name.replace("lora_A", "lora_B")] @ matrices[0][name] for name in matrices[0] if "lora_A" in name]
+    metrics = (tmp_path / "out" / "rounds" / "02" / "run" / "metrics.jsonl").read_text().splitlines()
+    first = next(values for values in map(json.loads, metrics) if "adapter_norm" in values)
+    assert first["adapter_norm"] == pytest.approx(float(sum(product.square().sum() for product in products)) ** 0.5, rel=1e-5)
+    for number in (1, 2):
+        report = json.loads((tmp_path / "out" / "rounds" / f"{number:02d}" / "report.json").read_text())
+        assert report["kl"]["kl"] != 0
