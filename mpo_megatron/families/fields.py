@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any, Literal
 
@@ -21,6 +22,12 @@ DECODER = frozenset(
     }
 )
 """Fields that every family represents."""
+
+SIZES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 10**9),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 10**5),
+}
+"""Fields that are counts, and more than any model has of them: tables are as long."""
 
 HARMLESS = frozenset(
     {
@@ -53,11 +60,13 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_py
 
 
 def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None:
-    """Refuse a field that is not represented and whose value is not the default of transformers' config class.
+    """Refuse a field that is not represented and whose value is not the default of transformers' config class, and sizes that no
+    model has.
 
     Raises:
         ConfigError: naming the field and its value.
     """
+    _check_sizes(config)
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name in represented or name in HARMLESS or (name in defaults and value == defaults[name]):
@@ -71,6 +80,31 @@ def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None
             f"config.json: {name} = {value!r} is unknown to {type(config).__name__} of transformers, which ignores it; remove it "
             "from config.json if the model was trained without it."
         )
+
+
+def _check_sizes(config: PretrainedConfig) -> None:
+    for name in SIZES:
+        value = getattr(config, name, None)
+        if value is None and name == "head_dim":
+            continue
+        require(
+            isinstance(value, int) and 1 <= value <= SIZES[name],
+            f"config.json: {name} = {value!r}; it must be a whole number from 1 to {SIZES[name]:,}; is it damaged?",
+        )
+    dtype = getattr(config, "dtype", None)
+    require(
+        dtype in (None, torch.float32, torch.float16, torch.bfloat16),
+        f"config.json: dtype = {dtype}; weights must be float32, float16 or bfloat16.",
+    )
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    require(
+        heads % groups == 0,
+        f"config.json: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; is it damaged?",
+    )
+    require(
+        0 <= config.rms_norm_eps < 1,
+        f"config.json: rms_norm_eps = {config.rms_norm_eps}; it must be 0 or more, and small; is it damaged?",
+    )
 
 
 def head_dim(config: PretrainedConfig) -> int:
@@ -120,8 +154,40 @@ def rule_sizes(config: PretrainedConfig) -> Sizes:
     )
 
 
-ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
-"""Kinds of rotary embeddings whose frequencies do not depend on the sequence, within `Rope.limit`."""
+ROPE_FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
+    "default": (frozenset(), frozenset()),
+    "linear": (frozenset({"factor"}), frozenset()),
+    "llama3": (frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}), frozenset()),
+    "yarn": (
+        frozenset({"factor"}),
+        frozenset({"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}),
+    ),
+    "dynamic": (frozenset({"factor"}), frozenset()),
+}
+"""Kinds of rotary embeddings whose frequencies do not depend on the sequence, within `Rope.limit`: fields of `rope_parameters`
+that each needs, and those it may have besides."""
+
+ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
+"""Fields that any kind may have."""
+
+
+def _check_rope(parameters: dict[str, Any], kind: str) -> None:
+    needed, optional = ROPE_FIELDS[kind]
+    for name, value in parameters.items():
+        known = name in needed | optional | ROPE_COMMON
+        require(
+            known or not value,
+            f"config.json: {name} = {value!r} of the rotary embedding is not read with rope_type = {kind!r}; remove it if the "
+            "model was trained without it.",
+        )
+        if known and name not in ("rope_type", "type", "truncate") and value is not None:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            require(
+                number and 0 < value < math.inf,
+                f"config.json: {name} = {value!r} of the rotary embedding must be a positive number; is it damaged?",
+            )
+    missing = sorted(name for name in needed if parameters.get(name) is None)
+    require(not missing, f"config.json: rope_type = {kind!r} needs {', '.join(missing)}; is config.json complete?")
 
 
 def read_ropes(config: PretrainedConfig) -> tuple[Rope, ...]:
@@ -142,6 +208,7 @@ def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[s
     ropes: list[Rope] = []
     index = {}
     for kind in sorted(set(config.layer_types)):
+        _check_layer_type(kind)
         rope = _read_rope(config, dict(config.rope_parameters[kind]), kind)
         if rope not in ropes:
             ropes.append(rope)
@@ -151,7 +218,11 @@ def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[s
 
 def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type: str | None) -> Rope:
     kind, size = parameters.get("rope_type", "default"), head_dim(config)
-    require(kind in ROPE_TYPES, f"config.json: rope_type = {kind!r} is not implemented; implemented are {', '.join(ROPE_TYPES)}.")
+    require(
+        isinstance(kind, str) and kind in ROPE_FIELDS,
+        f"config.json: rope_type = {kind!r} is not implemented; implemented are {', '.join(ROPE_FIELDS)}.",
+    )
+    _check_rope(parameters, kind)
     share = parameters.get("partial_rotary_factor", 1.0)
     require(share == 1.0, f"config.json: partial_rotary_factor = {share}; only whole heads are rotated (1.0).")
     if kind in ("default", "dynamic"):  # the latter scales from `limit` on
@@ -161,6 +232,13 @@ def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type:
         frequencies, factor = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), layer_type=layer_type)
     limit = config.max_position_embeddings if kind == "dynamic" else None
     return Rope(inverse_frequencies=tuple(frequencies.tolist()), factor=float(factor), limit=limit)
+
+
+def _check_layer_type(kind: object) -> None:
+    require(
+        kind in ("full_attention", "sliding_attention"),
+        f"config.json: layer_types has {kind!r}; implemented are full_attention and sliding_attention.",
+    )
 
 
 def read_layers(config: PretrainedConfig, kinds: list[str] | None = None, rope: dict[str, int] | None = None) -> Any:
@@ -179,10 +257,7 @@ def read_layers(config: PretrainedConfig, kinds: list[str] | None = None, rope: 
     )
     layers = []
     for kind in kinds:
-        require(
-            kind in ("full_attention", "sliding_attention"),
-            f"config.json: layer_types has {kind!r}; implemented are full_attention and sliding_attention.",
-        )
+        _check_layer_type(kind)
         window = config.sliding_window if kind == "sliding_attention" else None
         require(
             kind == "full_attention" or (isinstance(window, int) and window > 0),

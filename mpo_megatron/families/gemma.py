@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from mpo_megatron.config import require
 from mpo_megatron.families.family import Family
 from mpo_megatron.families.fields import (
     DECODER,
@@ -61,11 +62,13 @@ def read_gemma3(config: PretrainedConfig) -> Family:
 
 
 def _features(config: PretrainedConfig) -> dict[str, Any]:
+    scalar = config.query_pre_attn_scalar
+    require(scalar > 0, f"config.json: query_pre_attn_scalar = {scalar}; it must be positive; is it damaged?")
     return decoder_sizes(config) | {
         "activation": activation(config, "hidden_activation"),
         "norm_offset": True,
         "post_norms": True,
-        "query_scale": config.query_pre_attn_scalar**-0.5,
+        "query_scale": scalar**-0.5,
         "embedding_scale": torch.tensor(config.hidden_size**0.5).item(),
     }
 

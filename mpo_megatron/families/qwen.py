@@ -74,6 +74,7 @@ def _read(config: PretrainedConfig, fields: set[str], *, qkv_bias: bool, experts
 
 def _read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
     dense, every = set(config.mlp_only_layers or ()), config.decoder_sparse_step
+    require(every >= 1, f"config.json: decoder_sparse_step = {every}; it must be 1 or more; is it damaged?")
     experts = Experts(
         num=config.num_experts,
         per_token=config.num_experts_per_tok,

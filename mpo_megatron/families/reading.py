@@ -40,13 +40,14 @@ def load_family(folder: str | Path) -> Family:
     require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
     check_file(path)
     try:
-        model_type = json.loads(path.read_bytes()).get("model_type")
+        settings = json.loads(path.read_bytes())
+        model_type = settings.get("model_type")
     except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
-    _require_known(model_type, f"{path}: ")
+    _require_known(model_type, f"{path}: ", of_several="text_config" in settings)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (StrictDataclassError, TypeError, ValueError) as error:
+    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
     return read_family(config)
 
@@ -61,8 +62,9 @@ def read_family(config: PretrainedConfig) -> Family:
     return READERS[config.model_type](config)
 
 
-def _require_known(model_type: object, where: str = "") -> None:
+def _require_known(model_type: object, where: str = "", *, of_several: bool = False) -> None:
+    hint = "; it has a text model within another: save that one by itself" if of_several else ""
     require(
-        model_type in READERS,
-        f"{where}model_type = {model_type!r} is not supported; supported are {', '.join(READERS)}.",
+        isinstance(model_type, str) and model_type in READERS,
+        f"{where}model_type = {model_type!r} is not supported; supported are {', '.join(READERS)}{hint}.",
     )

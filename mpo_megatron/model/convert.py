@@ -45,7 +45,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk,
 from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
 from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, merger
-from mpo_megatron.model.resizing import grow_vocabulary, resize_family, vocabulary_needed
+from mpo_megatron.model.resizing import check_padding, grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
     PlannedTensor,
@@ -170,11 +170,12 @@ def import_from_hf(
     digests.check_folder(source, weights=True)
     family = load_family(source)
     check_kind(source, family)
-    vocab_size = vocabulary_needed(source, family, resize=resize_vocabulary)
     stored = read_names(list_tensors(source), family, source)
     tied_output = stored.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(stored, build_weight_map(family, family.vocab_size), source)
+    vocab_size = vocabulary_needed(source, family, resize=resize_vocabulary)
     family = resize_family(family, vocab_size)
+    check_padding(source, family)
     padded_vocab = padded_vocab_size(vocab_size, vocab_multiple)
     slices = build_weight_map(family, padded_vocab)
     with RowReader() as reader:
@@ -221,9 +222,12 @@ def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], sou
     expected = {placement.name: placement for item in slices for placement in item.placements}
     missing = [name for name in expected if name not in tensors]
     if missing:
+        hint = "take the config.json of these weights"
+        if missing == [OUTPUT]:
+            hint = "set tie_word_embeddings to true if it is the embedding"
         raise CheckpointError(
-            f"{source}: {len(missing)} of {len(expected)} weights that config.json implies are missing: "
-            f"{_some(missing)}. Copy the checkpoint again; without lm_head.weight, tie_word_embeddings must be true."
+            f"{source}: {len(missing)} of {len(expected)} weights that config.json implies are missing: {_some(missing)}; copy "
+            f"the checkpoint again, or {hint}."
         )
     unknown = [name for name in tensors if name not in expected]
     if unknown:

@@ -23,6 +23,11 @@ WRAPPERS = {
     "base_model.model.": "as PEFT saves them; merge the adapter into its base model first (merge_and_unload)",
 }
 """Prefixes of names, and where they come from."""
+QUANTIZED = (
+    *("_scale", "_scale_inv", ".scales", ".weight_packed", ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map"),
+    *(".quant_state", ".SCB", ".weight_zero_point", ".zero_points"),
+)
+"""Ends of the names of what quantized weights come with."""
 HEADS = {
     "score.": "a reward model or classifier",
     "classifier.": "a classifier",
@@ -49,9 +54,15 @@ def check_kind(source: Path, family: Family) -> None:
         quantization is None,
         f"{config}: quantization_config is set; a quantized checkpoint cannot be trained: convert the original one.",
     )
-    for architecture in family.config.architectures or []:
+    architectures = family.config.architectures or []
+    require(
+        isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
+        f"{config}: architectures = {architectures!r}; it must be a list of names; is it damaged?",
+    )
+    for architecture in architectures:
+        base = architecture.endswith("Model") and not architecture.endswith(("RewardModel", "ValueModel"))
         require(
-            architecture.endswith(("ForCausalLM", "Model")),
+            architecture.endswith("ForCausalLM") or base,
             f"{config}: architectures = {architecture}: a reward model or classifier has no output layer for tokens; convert a "
             "model ...ForCausalLM. To score responses with it, name its folder in mpo score.",
         )
@@ -70,6 +81,12 @@ def read_names(tensors: dict[str, StoredTensor], family: Family, source: Path) -
     """
     _refuse_other_models(tensors, source)
     named = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    inner = next((name for name in named if name.endswith("." + EMBEDDING)), None)
+    if EMBEDDING not in named and inner is not None:
+        raise CheckpointError(
+            f"{source}: the names of weights begin with {inner.removesuffix(EMBEDDING)!r} ({inner}): they are part of another "
+            "model; save the language model inside by itself."
+        )
     if EMBEDDING not in named and EMBEDDING.removeprefix("model.") in named:
         if not family.tie_word_embeddings:
             raise CheckpointError(
@@ -89,6 +106,10 @@ def _refuse_other_models(names: Iterable[str], source: Path) -> None:
                 raise CheckpointError(
                     f"{source}: the names of weights begin with {prefix!r} ({name}), {origin}; save the model inside instead."
                 )
+        if name.endswith(QUANTIZED) or ".weight.quant_" in name:
+            raise CheckpointError(
+                f"{source} holds quantized weights ({name}); a quantized checkpoint cannot be trained: convert the original one."
+            )
         for head, kind in HEADS.items():
             if name.startswith(head):
                 raise CheckpointError(f"{source} holds {kind} ({name}), not a language model; convert a model ...ForCausalLM.")

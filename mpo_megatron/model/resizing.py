@@ -16,6 +16,20 @@ from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.model.safetensors_io import GrownTensor, RowReader, StoredTensor
 
 
+def check_padding(source: Path, family: Family) -> None:
+    """Refuse a padding token without a row: `transformers` cannot build such a model.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    pad = family.config.pad_token_id
+    if pad is not None and not 0 <= pad < family.vocab_size:
+        raise CheckpointError(
+            f"{source}: pad_token_id = {pad} in config.json is none of the {family.vocab_size:,} rows of the embedding; set it "
+            "to another token, or to null."
+        )
+
+
 def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
     """Rows that the embedding is to have: the model's own, or with `resize` those that its tokenizer needs.
 

@@ -44,6 +44,11 @@ class StoredTensor:
     """Position of its first byte in the file."""
 
     @property
+    def num_bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row (the tensor without its first axis)."""
         return math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -121,7 +126,12 @@ def _why_no_weights(folder: Path) -> str:
             "save them as safetensors first, in transformers: "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)."
         )
-    if any(folder.glob("*.safetensors")):
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if files and all(name.startswith("consolidated") for name in files):
+        return f"{folder} has only {files[0]}, its author's own format; copy the files of transformers: {SINGLE}, or its shards."
+    if len(files) == 1:
+        return f"{folder} has {files[0]}, but neither {SINGLE} nor {INDEX}; rename it to {SINGLE} if it holds the whole model."
+    if files:
         return f"{folder} has neither {SINGLE} nor {INDEX}; copy the index of its shards too."
     return f"{folder} has no weights: neither {SINGLE} nor {INDEX} is there."
 
@@ -151,10 +161,14 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{path}: its safetensors header does not parse ({error!r}); copy or download it again."
             ) from error
-    end = max(
-        (tensor.start + math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values()),
-        default=8 + length,
-    )
+    end = 8 + length
+    for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
+        if tensor.start != end:
+            raise CheckpointError(
+                f"{path}: damaged: by its header, {tensor.name} does not begin where the tensor before it ends; copy or download "
+                "it again."
+            )
+        end += tensor.num_bytes
     if size != end:
         raise CheckpointError(
             f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download it again."
