@@ -355,7 +355,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "missing tensor": (
         lambda folder: rewrite(folder, lambda tensors: tensors.pop(UP)),
-        rf"1 of 36 weights that config.json implies are missing: {UP}\.",
+        rf"1 of 36 weights that config.json implies are missing: {UP}; copy",
     ),
     "unknown tensor": (
         lambda folder: rewrite(folder, lambda tensors: tensors.update({"model.layers.0.extra": torch.ones(2)})),
