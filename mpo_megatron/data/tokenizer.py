@@ -345,6 +345,10 @@ def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokeniz
     return HuggingFaceTokenizer(tokenizer)
 
 
+DAMAGE = (ValueError, OSError, LookupError, ImportError, TypeError, AttributeError, RecursionError)
+"""What transformers raises on a damaged tokenizer."""
+
+
 def _load_backend(folder: Path) -> Any:
     from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is wanted
 
@@ -352,7 +356,7 @@ def _load_backend(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
         # tokenizers, in Rust, raises Exception itself; on damaged files transformers stumbles over what it does not find.
-        if type(error) is not Exception and not isinstance(error, ValueError | OSError | LookupError | ImportError | TypeError):
+        if type(error) is not Exception and not isinstance(error, DAMAGE):
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config.values import show
 from mpo_megatron.families import gemma, llama, mistral, olmo, qwen
 from mpo_megatron.families.family import Family
 from mpo_megatron.files.digests import check_file
@@ -30,6 +33,13 @@ READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
 """`model_type` of config.json → what reads it."""
 
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("vocab_size", "max_position_embeddings"),
+)
+"""Fields that count something there must be of; what is no whole number there, transformers refuses."""
+
+
 def load_family(folder: str | Path) -> Family:
     """The model that config.json in `folder` describes.
 
@@ -45,11 +55,25 @@ def load_family(folder: str | Path) -> Family:
     except (ValueError, RecursionError, AttributeError) as error:
         raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
     _require_known(model_type, f"{path}: ", of_several="text_config" in settings)
+    _require_possible(settings, path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
     return read_family(config)
+
+
+def _require_possible(fields: dict[str, Any], path: Path) -> None:
+    """Refuse sizes that are no sizes, and numbers that are not finite, which JSON does not have and Python reads.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for name, value in fields.items():
+        numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
+        possible = finite and (name not in SIZES or type(value) is not int or 0 < value < 2**31)
+        require(possible, f"{path}: {name} = {show(value)}; no model has that: is it damaged, or of another checkpoint?")
 
 
 def read_family(config: PretrainedConfig) -> Family:

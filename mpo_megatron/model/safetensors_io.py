@@ -155,7 +155,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             tensors = {
                 name: _parse_entry(path, 8 + length, name, entry) for name, entry in entries.items() if name != "__metadata__"
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -183,6 +183,8 @@ def _parse_entry(path: Path, data_start: int, name: str, entry: dict[str, Any]) 
             "A quantized checkpoint cannot be trained: convert the original one."
         )
     start, end = entry["data_offsets"]
+    if not all(type(number) is int and number >= 0 for number in (start, end, *entry["shape"])):
+        raise ValueError(f"{name} has the shape {entry['shape']} and the place {entry['data_offsets']}")
     tensor = StoredTensor(name, path, DTYPES[entry["dtype"]], tuple(entry["shape"]), data_start + start)
     if end - start != math.prod(tensor.shape) * tensor.dtype.itemsize:
         raise CheckpointError(

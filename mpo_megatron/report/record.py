@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,14 +73,15 @@ class RunRecord:
         """Whether the run is at its end, goes on, or fell silent."""
         if self.total_steps is not None and self.step >= self.total_steps:
             return "finished"
-        seconds = [line["seconds"] for line in self.training if line.get("seconds")]
+        _, seconds = self.values("seconds")
         quiet = 60 + QUIET_STEPS * float(np.median(seconds)) if seconds else 3600.0
         return "running" if self.age < quiet else "stopped"
 
     def values(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Steps and finite values of a metric."""
         lines = self.held_out if held_out else self.training
-        pairs = [(line["step"], float(line[name])) for line in lines if isinstance(line.get(name), int | float)]
+        given = [(line["step"], float(line[name])) for line in lines if type(line.get(name)) in (int, float)]
+        pairs = [(step, value) for step, value in given if math.isfinite(value)]
         return [step for step, _ in pairs], [value for _, value in pairs]
 
 
@@ -92,7 +94,7 @@ def read_run(folder: Path) -> RunRecord:
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
         raise ConfigError(f"runs: {folder} has no metrics.jsonl; name the folder that was `mpo train`'s --output.")
-    lines = read_lines(metrics)
+    lines = _metrics(metrics)
     config = _read_yaml(folder / "config.yaml")
     facts = unseal(folder / "run.json", REMOVE) if (folder / "run.json").is_file() else {}
     digests = facts["starts"][-1]["digests"] if facts.get("starts") else {}
@@ -135,6 +137,20 @@ def read_lines(path: Path) -> list[Line]:
             lines.append(unseal_line(line))
         except ValueError as error:
             raise DamagedError(f"{path}:{number}: damaged or changed ({error}); remove the line.") from error
+    return lines
+
+
+def _metrics(path: Path) -> list[Line]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        DamagedError: a line is not what was written, or has no step.
+    """
+    lines = read_lines(path)
+    for number, line in enumerate(lines, start=1):
+        step = line.get("step") if isinstance(line, dict) else None
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise DamagedError(f"{path}:{number}: no line of a run's metrics, it has no step; remove the line.")
     return lines
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
+import yaml
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConvertConfig, IterateConfig
+from mpo_megatron.config import ConvertConfig, IterateConfig, to_dict
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
-from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import stages
 from mpo_megatron.train import reference_main
 from mpo_megatron.train.__main__ import work as train_work
@@ -118,15 +118,14 @@ def rounds_config(inputs: Path, folder: Path) -> IterateConfig:
 
 def run_rounds(inputs: Path, folder: Path) -> int:
     """`mpo iterate`, whose training is a rank in this process."""
-    from mpo_megatron import cli as command_line
 
     def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
         return be_rank(train_work, "mpo train", list(arguments))
 
     stages.launch = train_here  # type: ignore[assignment]
-    config = rounds_config(inputs, folder)
-    command_line.COMMANDS["iterate"] = lambda arguments: rounds.iterate(config) or 0  # type: ignore[func-returns-value]
-    return main(["iterate"])
+    path = folder.with_name(f"{folder.name}.yaml")  # beside the folder whose file operations count
+    path.write_text(yaml.safe_dump(to_dict(rounds_config(inputs, folder))))
+    return main(["iterate", "--config", str(path)])
 
 
 def be_rank(work: Callable[[], str | None], program: str, arguments: list[str]) -> int:

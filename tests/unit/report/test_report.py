@@ -155,6 +155,19 @@ def test_damaged_data_is_named_on_the_page_and_on_the_terminal(
     assert finding["text"] in said
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["5", "null", "[1]", '{"loss": 1}', '{"step": "x"}', '{"step": 1e400}', '{"step": -1}', '{"step": null, "eval/loss": 1}'],
+)
+def test_lines_that_are_no_metrics_are_named(tmp_path: Path, line: str) -> None:
+    folder = write_run(tmp_path / "run", write_data(tmp_path / "groups"))
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": {"a": [1]}, "seconds": "x", "accuracy": NaN}\n' + line + "\n")
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: no line of a run's metrics"):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": {"a": [1]}, "seconds": "x", "accuracy": NaN}\n')
+    report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
+
+
 @pytest.mark.parametrize("recorded", ["absolute", "relative"])
 def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
