@@ -22,7 +22,7 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES, TrainStep, bench
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig
-from mpo_megatron.train.checkpoints.checkpoint import _fill_optimizer_state
+from mpo_megatron.mcore.optimizer_states import fill_states
 from mpo_megatron.train.checkpoints.saving import Saver
 from mpo_megatron.train.checkpoints.step_folders import RunState, step_folder
 
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[timing.Row] = []
     with bench(options.size) as own, tempfile.TemporaryDirectory() as scratch:
         step = TrainStep(own)
-        _fill_optimizer_state(step.adam)
+        fill_states(step.adam)
         for side in ("asynchronous", "synchronous"):
             config = CheckpointConfig(keep=1, asynchronous=side == "asynchronous")
             saver = Saver(Path(scratch) / side, config, own.ranks, Path(scratch), 0)

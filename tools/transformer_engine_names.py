@@ -46,7 +46,7 @@ TEXTS = (
     "_high_precision_init_val",  # model/precision.py: keep_exact_weights
     "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES",  # device.py
     "NVTE_UNFUSED_ATTN",  # model/attention_varlen.py
-    'group["step"]',  # train/checkpoints/checkpoint.py: Adam's count of steps
+    'group["step"]',  # mcore/optimizer_states.py: Adam's count of steps
 )
 """What is written somewhere in its Python sources: attributes, keys and environment variables."""
 

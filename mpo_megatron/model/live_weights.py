@@ -23,6 +23,7 @@ from torch.distributed import all_gather_object, broadcast, get_rank, get_world_
 from mpo_megatron import device
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import ADAPTER, Adapter
+from mpo_megatron.mcore.weights import unwrap
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import Slice, build_adapter_map, build_weight_map
 
@@ -141,9 +142,7 @@ def held_boxes(model: Sequence[Any], ranks: Ranks, *, adapters: bool) -> dict[Bo
     """The boxes that this rank's parts of the model hold, of its adapters or of all else; their data is the model's own."""
     boxes = {}
     for part in model:
-        while hasattr(part, "module"):  # DistributedDataParallel, Float16Module
-            part = part.module
-        state = part.sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
+        state = unwrap(part).sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
         force_all_tensors_to_non_fp8(state)  # the bf16 numbers that FP8 weights stand for, as in a checkpoint
         apply_factories(state)
         for tensor in nested_values(state):

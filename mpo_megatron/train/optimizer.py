@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.fp8_utils import is_float8tensor, post_all_gather_processing
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -15,6 +14,7 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from mpo_megatron import device
 from mpo_megatron.config import OptimizerConfig, require
+from mpo_megatron.mcore.weights import gather_now
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import missing_for_transformer_engine
 
@@ -157,16 +157,6 @@ def gather_weights(model: list[Any]) -> None:
     for part in model:
         if part.ddp_config.overlap_param_gather:
             gather_now(part)
-
-
-def gather_now(part: Any) -> None:
-    """Gather a part's weights from the shards of all ranks, and have those in FP8 transposed for the backward pass.
-
-    Megatron-Core transposes them in the next forward pass, but not if that finds them gathered already: it would then take the
-    weights of the step before for its gradients.
-    """
-    part.start_param_sync(force_sync=True)
-    post_all_gather_processing([parameter for parameter in part.parameters() if is_float8tensor(parameter)])
 
 
 def zero_gradients(model: list[Any], optimizer: MegatronOptimizer) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mpo_megatron import device
 from mpo_megatron.data.packing import Row
+from mpo_megatron.mcore.weights import unwrap
 from mpo_megatron.model.adapters import adapters_off
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.routing import RowRouting
@@ -90,13 +91,6 @@ class AdapterOff(Resident):
         """Within it the adapter is off."""
         with adapters_off(self.parts):
             yield
-
-
-def unwrap(part: Any) -> Any:
-    """The policy in its wrappers (Float16Module, DistributedDataParallel)."""
-    while hasattr(part, "module"):
-        part = part.module
-    return part
 
 
 def _forward(

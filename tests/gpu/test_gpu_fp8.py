@@ -12,6 +12,7 @@ import torch
 
 from mpo_megatron.config import ConfigError, ParallelConfig
 from mpo_megatron.hf.fp8 import RECIPES
+from mpo_megatron.mcore.weights import unwrap
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine, validate_fp8
 from mpo_megatron.train import optimizer
@@ -99,7 +100,7 @@ def test_the_layers_compute_in_fp8_and_the_head_does_not(ranks: Ranks, options: 
     per_layer = len(used) // 4
     edges = config.fp8_bf16_layers * per_layer
     assert used == [False] * edges + [True] * (len(used) - 2 * edges) + [False] * edges
-    policy = checkpoint._unwrap(parts[0])
+    policy = unwrap(parts[0])
     assert policy.output_weight().dtype is torch.bfloat16
     assert not quantized_modules([policy.output_layer, policy.embedding])
 

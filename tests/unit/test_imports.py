@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import defaultdict
@@ -40,8 +41,9 @@ MAY_IMPORT = {
     "device": {"config", "stack"},
     "families": {"config", "files"},
     "hf": {"config", "files", "device", "families"},
-    "model": {"terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf"},
-    "train": {"terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
+    "mcore": {"device"},
+    "model": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf"},
+    "train": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
     "rollout": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train"},
     "evaluate": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train", "rollout"},
     "align": {
@@ -109,7 +111,7 @@ def test_imports_point_down(path: Path) -> None:
 def test_megatron_is_confined(path: Path) -> None:
     names = imported_names(path)
     assert not any(within(name, "megatron.training", "megatron.legacy") for name in names)
-    if part_of(path) not in ("model", "train", "device", "rollout", "evaluate"):
+    if part_of(path) not in ("mcore", "model", "train", "device", "rollout", "evaluate"):
         assert not any(within(name, "megatron", "transformer_engine") for name in names)
 
 
@@ -136,6 +138,14 @@ def test_losses_need_only_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "data"], ids=lambda path: path.name)
 def test_data_needs_no_gpu_stack(path: Path) -> None:
     assert not any(within(name, "torch.distributed", "torch.nn", "torch.cuda") for name in imported_names(path))
+
+
+@by_file
+def test_private_parts_of_megatron_are_reached_in_one_room(path: Path) -> None:
+    if part_of(path) in ("mcore", "device") or not any(within(name, "megatron") for name in imported_names(path)):
+        return
+    private = re.compile(r"(?<!self)(?<!cls)\._[a-z]")  # of another object, or module, than the one at hand
+    assert {name for name in attributes(path) if private.search(name)} <= {"parallel_state._global_process_group_list"}
 
 
 def type_names(path: Path) -> set[str]:

@@ -21,7 +21,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
 )
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.utils import get_model_config
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -29,16 +28,18 @@ from mpo_megatron.config import ConfigError, require
 from mpo_megatron.families.adapters import ADAPTER
 from mpo_megatron.families.rules import Rule
 from mpo_megatron.files import digests
+from mpo_megatron.mcore.gathering import SaveOwnShare, own_share, reserving
+from mpo_megatron.mcore.optimizer_states import copy_master_weights, each_single, fill_states, leave_out_classes, load_states
+from mpo_megatron.mcore.weights import gather_now, unwrap
+from mpo_megatron.mcore.writer import choose_strategy, keep_results_here
 from mpo_megatron.model.adapters import linear_adapters_of
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
 from mpo_megatron.model.unpickling import check_pickles, common_refusal, reading_safely
-from mpo_megatron.train.checkpoints.gathering import SaveOwnShare, own_share, reserving
 from mpo_megatron.train.checkpoints.step_folders import is_step
 from mpo_megatron.train.checkpoints.verification import check_whole
-from mpo_megatron.train.checkpoints.writer import choose_strategy, keep_results_here
-from mpo_megatron.train.optimizer import gather_now, gather_weights
+from mpo_megatron.train.optimizer import gather_weights
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
 """Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
@@ -97,8 +98,8 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
     states = _model_states(model, ranks, adapters=False)
     loaded = _load(states, Path(folder), ranks)
     for name, part in zip(states, model, strict=True):
-        _unwrap(part).load_state_dict(loaded[name], strict=False)
-        keep_exact_weights(_unwrap(part), loaded[name])
+        unwrap(part).load_state_dict(loaded[name], strict=False)
+        keep_exact_weights(unwrap(part), loaded[name])
 
 
 def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> None:
@@ -111,11 +112,11 @@ def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> No
     states = _model_states(model, ranks, adapters=True)
     loaded = _load(states, folder, ranks)
     for name, part in zip(states, model, strict=True):
-        _unwrap(part).load_state_dict(loaded[name], strict=False)
+        unwrap(part).load_state_dict(loaded[name], strict=False)
 
 
 def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> Any:
-    """Plan a checkpoint over all ranks: the writer's request (writer.py), with what this rank is to write: of a model with
+    """Plan a checkpoint over all ranks: the writer's request (mcore/writer.py), with what this rank is to write: of a model with
     adapters, these alone.
 
     All ranks call it. Optimizer states that this rank is to write are gathered and copied here; weights on a CPU are copied, and
@@ -123,10 +124,10 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
     """
     gather_weights(model)
     states: dict[str, Any] = _model_states(model, ranks, adapters=trains_adapters(model))
-    _fill_optimizer_state(optimizer)
+    fill_states(optimizer)
     with reserving(optimizer) as reserved:
         states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
-    _leave_out_classes(states["optimizer"])
+    leave_out_classes(states["optimizer"])
     force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
     strategy = choose_strategy()
     keep_results_here(strategy)
@@ -146,18 +147,17 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
     """Restore weights and optimizer states from a step's folder, on any layout; of a model with adapters, theirs alone."""
     models = _model_states(model, ranks, adapters=trains_adapters(model))
-    _fill_optimizer_state(optimizer)
+    fill_states(optimizer)
     with reserving(optimizer):
         states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
-    own = {index: own_share(single, state.pop("param_state")) for index, single, state in _each(optimizer, states)}
+    own = {index: own_share(single, state.pop("param_state")) for index, single, state in each_single(optimizer, states)}
     loaded = _load({**models, "optimizer": states}, folder, ranks)
     moments = _load({"moments": own}, folder, None).get("moments", {})  # a rank may hold no part of any
     for name, part in zip(models, model, strict=True):
-        _unwrap(part).load_state_dict(loaded[name], strict=False)
-    _load_optimizer(optimizer, loaded["optimizer"], moments)
+        unwrap(part).load_state_dict(loaded[name], strict=False)
+    load_states(optimizer, loaded["optimizer"], moments)
     if get_model_config(model[0]).fp8_param:  # quantized from bf16 just now; after a step they are from the master weights
-        for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-            single._copy_main_params_to_model_params()
+        copy_master_weights(optimizer)
         for part in model:
             gather_now(part)
 
@@ -172,7 +172,7 @@ def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, adapters: bool)
     names = ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
     states = {}
     for name, part in zip(names, model, strict=True):
-        state = _unwrap(part).sharded_state_dict(metadata=_content(ranks))
+        state = unwrap(part).sharded_state_dict(metadata=_content(ranks))
         states[name] = {
             key: value for key, value in state.items() if not key.endswith(EXTRA_STATE) and (ADAPTER in key) == adapters
         }
@@ -215,71 +215,3 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str
         for key in [key for key in part if str(key).endswith(EXTRA_STATE)] if isinstance(part, dict) else ():
             del part[key]
     return loaded
-
-
-def _unwrap(part: Any) -> Any:
-    while hasattr(part, "module"):
-        part = part.module
-    return part
-
-
-def _fill_optimizer_state(optimizer: Any) -> None:
-    """Give an optimizer that has made no step yet the states of one: means 0, and no step counted.
-
-    Adam makes them only at its first step, and Megatron can neither save nor load what is not there. Its own way is a step
-    with gradients of 0, which counts, and with weight decay changes weights unless the learning rate is 0.
-    """
-    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if getattr(single, "is_stub_optimizer", False) or single.optimizer.state:
-            continue
-        groups = single.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        for group in groups:
-            group["lr"] = 0.0
-        single._init_optimizer_states_with_dummy_values()
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
-            if "step" in group:  # Transformer Engine's Adam counts by group
-                group["step"] = 0
-        for state in single.optimizer.state.values():
-            if "step" in state:
-                state["step"].zero_()
-
-
-def _leave_out_classes(states: dict[Any, Any]) -> None:
-    """Take the classes of Adam out of the options that Megatron's offloading optimizer keeps: torch would not load them again."""
-    for single in [states] if "optimizer" in states else states.values():
-        for group in single["optimizer"]["param_groups"] if "optimizer" in single else ():
-            for name in [name for name, value in group.items() if isinstance(value, type)]:
-                del group[name]
-
-
-def _each(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, dict[Any, Any]]]:
-    """Index, optimizer and its states: one for the dense weights, one for experts if there are any."""
-    chained = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [
-        (index, single, states if len(chained) == 1 else states[index])
-        for index, single in enumerate(chained)
-        if not getattr(single, "is_stub_optimizer", False)
-    ]
-
-
-def _load_optimizer(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any]) -> None:
-    """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
-
-    Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
-    count up once per parameter.
-    """
-    for index, single, state_dict in _each(optimizer, loaded):
-        single.load_state_dict(state_dict)
-        states = single.optimizer.state.values()
-        counts = [state.pop("step", None) for state in states]
-        single.load_parameter_state_from_fully_reshardable(moments.get(index, {}))
-        for state, count in zip(states, counts, strict=True):
-            if count is not None:
-                state["step"] = count.clone()
-        if isinstance(single.optimizer, HybridDeviceOptimizer):
-            # Before each of its steps it writes its groups' options over those of the optimizers that it leads, and with the
-            # loaded count of steps would set back Transformer Engine's, which counts by group.
-            for group in single.optimizer.param_groups:
-                group.pop("step", None)

@@ -32,6 +32,7 @@ from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.files.atomic import sync
 from mpo_megatron.files.digests import check_file, digest_file
+from mpo_megatron.mcore.writer import Bucket, report, stage, write_bucket
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.checkpoints.checkpoint import prepare_save
@@ -45,7 +46,6 @@ from mpo_megatron.train.checkpoints.step_folders import (
     step_folder,
     write_state,
 )
-from mpo_megatron.train.checkpoints.writer import Bucket, report, stage, write_bucket
 from mpo_megatron.train.faults.agreement import machines_without, on_main
 
 SLOW_DISK = 2e8

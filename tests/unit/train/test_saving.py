@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 
 from mpo_megatron.config import CheckpointConfig, ConfigError, ConvertConfig, DataConfig, ModelConfig, TrainConfig
+from mpo_megatron.mcore import writer
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train import loop
-from mpo_megatron.train.checkpoints import saving, writer
+from mpo_megatron.train.checkpoints import saving
 from mpo_megatron.train.checkpoints.step_folders import SaveError, check_files, complete_steps, require_space
 from tests.tiny import random_groups, save_groups, save_model
 from tests.training import train

@@ -30,9 +30,7 @@ def keep_results_here(strategy: str) -> None:
     else:
         module = filesystem_async
     if not hasattr(module, "_results_queue"):
-        raise AttributeError(
-            f"{module.__name__}._results_queue no longer exists; mpo_megatron.train.checkpoints.writer must follow"
-        )
+        raise AttributeError(f"{module.__name__}._results_queue no longer exists; mpo_megatron.mcore.writer must follow")
     module._results_queue = queue.Queue()
 
 

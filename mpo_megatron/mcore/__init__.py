@@ -1,0 +1,13 @@
+"""What reaches into Megatron-Core's private parts: read these modules again with every new version of it.
+
+    gathering, optimizer_states   ranges and states of its distributed optimizer; what its loading gets wrong
+    weights                       weights that are gathered, or copied, outside a step
+    writer                        the requests and queues of its checkpoint writer
+
+Besides these, `device.py` puts stand-ins in the place of its CUDA calls, and model/parallel.py alone touches its parallel state.
+Importing this package makes Megatron-Core ready for this machine's device.
+"""
+
+from mpo_megatron import device
+
+device.prepare()

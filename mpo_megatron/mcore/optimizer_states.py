@@ -1,0 +1,75 @@
+"""States of Megatron-Core's optimizers, where its own saving and loading would change them or fail."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+
+def fill_states(optimizer: Any) -> None:
+    """Give an optimizer that has made no step yet the states of one: means 0, and no step counted.
+
+    Adam makes them only at its first step, and Megatron can neither save nor load what is not there. Its own way is a step
+    with gradients of 0, which counts, and with weight decay changes weights unless the learning rate is 0.
+    """
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if getattr(single, "is_stub_optimizer", False) or single.optimizer.state:
+            continue
+        groups = single.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        for group in groups:
+            group["lr"] = 0.0
+        single._init_optimizer_states_with_dummy_values()
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+            if "step" in group:  # Transformer Engine's Adam counts by group
+                group["step"] = 0
+        for state in single.optimizer.state.values():
+            if "step" in state:
+                state["step"].zero_()
+
+
+def leave_out_classes(states: dict[Any, Any]) -> None:
+    """Take the classes of Adam out of the options that Megatron's offloading optimizer keeps: torch would not load them again."""
+    for single in [states] if "optimizer" in states else states.values():
+        for group in single["optimizer"]["param_groups"] if "optimizer" in single else ():
+            for name in [name for name, value in group.items() if isinstance(value, type)]:
+                del group[name]
+
+
+def each_single(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, dict[Any, Any]]]:
+    """Index, optimizer and its states: one for the dense weights, one for experts if there are any."""
+    chained = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [
+        (index, single, states if len(chained) == 1 else states[index])
+        for index, single in enumerate(chained)
+        if not getattr(single, "is_stub_optimizer", False)
+    ]
+
+
+def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any]) -> None:
+    """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
+
+    Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
+    count up once per parameter.
+    """
+    for index, single, state_dict in each_single(optimizer, loaded):
+        single.load_state_dict(state_dict)
+        states = single.optimizer.state.values()
+        counts = [state.pop("step", None) for state in states]
+        single.load_parameter_state_from_fully_reshardable(moments.get(index, {}))
+        for state, count in zip(states, counts, strict=True):
+            if count is not None:
+                state["step"] = count.clone()
+        if isinstance(single.optimizer, HybridDeviceOptimizer):
+            # Before each of its steps it writes its groups' options over those of the optimizers that it leads, and with the
+            # loaded count of steps would set back Transformer Engine's, which counts by group.
+            for group in single.optimizer.param_groups:
+                group.pop("step", None)
+
+
+def copy_master_weights(optimizer: Any) -> None:
+    """Set the model's weights to the optimizer's master weights, in the model's precision."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        single._copy_main_params_to_model_params()
