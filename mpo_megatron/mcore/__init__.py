@@ -4,7 +4,8 @@
     weights                       weights that are gathered, or copied, outside a step
     writer                        the requests and queues of its checkpoint writer
 
-Besides these, `device.py` puts stand-ins in the place of its CUDA calls, and model/parallel.py alone touches its parallel state.
+Besides these, `device.py` puts stand-ins in the place of its CUDA calls, model/parallel.py alone touches its parallel state, and
+model/routing.py overrides a private method of its layer.
 Importing this package makes Megatron-Core ready for this machine's device.
 """
 
