@@ -16,7 +16,7 @@ from mpo_megatron.families import Family
 MOST_TOKENS = 1024
 """Of the text; more take longer and say the same."""
 
-Weights = Callable[[], Iterator[tuple[str, Tensor]]]
+NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
 """Gives a model's weights by their Hugging Face names, one after the other."""
 
 
@@ -35,7 +35,7 @@ def read_tokens(path: Path, tokenizer: Path) -> list[int]:
     return tokens
 
 
-def describe_change(family: Family, tokens: list[int], exact: Weights, rounded: Weights) -> str:
+def describe_change(family: Family, tokens: list[int], exact: NamedTensors, rounded: NamedTensors) -> str:
     """Mean and largest change of a token's log-prob, for the terminal; one model at a time is in memory, in float32."""
     before, after = (_logps(family, tokens, weights) for weights in (exact, rounded))
     change = (after - before).abs()
@@ -46,7 +46,7 @@ def describe_change(family: Family, tokens: list[int], exact: Weights, rounded: 
 
 
 @torch.no_grad()
-def _logps(family: Family, tokens: list[int], weights: Weights) -> Tensor:
+def _logps(family: Family, tokens: list[int], weights: NamedTensors) -> Tensor:
     """Log-probs [T − 1] of the tokens after the first, computed in float32."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)]
     state = {name: weight.float() for name, weight in weights()}
