@@ -96,12 +96,44 @@ def _digest(vocabulary: Mapping[str, int], probe: Sequence[int]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-class HuggingFaceTokenizer:
+class _Templated:
+    """Conversations as texts, by a chat template in a process with limits."""
+
+    template: Any
+    _renderer: Renderer
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        options = {"tools": list(tools) or None, **variables}
+        return self._renderer(self.template, list(messages), add_generation_prompt, options)
+
+    def render_many(
+        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
+    ) -> list[str | TemplateError]:
+        return self._renderer.many(
+            [
+                (self.template, list(messages), True, {"tools": list(tools) or None, **variables})
+                for messages, tools in conversations
+            ]
+        )
+
+
+class HuggingFaceTokenizer(_Templated):
     """A tokenizer of `transformers`."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.backend = tokenizer
         self._renderer = Renderer(self._render, "chat_template")
+
+    @property
+    def template(self) -> Any:
+        return self.backend.chat_template
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -145,27 +177,6 @@ class HuggingFaceTokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
         return text
 
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
-        options = {"tools": list(tools) or None, **variables}
-        return self._renderer(self.backend.chat_template, list(messages), add_generation_prompt, options)
-
-    def render_many(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
-    ) -> list[str | TemplateError]:
-        return self._renderer.many(
-            [
-                (self.backend.chat_template, list(messages), True, {"tools": list(tools) or None, **variables})
-                for messages, tools in conversations
-            ]
-        )
-
     def _render(self, template: Any, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         self.backend.chat_template = template  # what it was when the process that renders began may be another
         text: str = self.backend.apply_chat_template(
@@ -180,7 +191,7 @@ class HuggingFaceTokenizer:
         self.backend.save_pretrained(str(folder))
 
 
-class SentencePieceTokenizer:
+class SentencePieceTokenizer(_Templated):
     """A SentencePiece model. Its control pieces (<s>, </s>), and tokens added beside it, are recognised in a text."""
 
     def __init__(self, model: Path, template: str, added: Mapping[str, int] | None = None) -> None:
@@ -230,27 +241,6 @@ class SentencePieceTokenizer:
             elif not skip_special:
                 parts += [names[index] for index in run]
         return "".join(parts)
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        add_generation_prompt: bool,
-        variables: Mapping[str, Any],
-        tools: Sequence[Mapping[str, Any]] = (),
-    ) -> str:
-        options = {"tools": list(tools) or None, **variables}
-        return self._renderer(self.template, list(messages), add_generation_prompt, options)
-
-    def render_many(
-        self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
-    ) -> list[str | TemplateError]:
-        return self._renderer.many(
-            [
-                (self.template, list(messages), True, {"tools": list(tools) or None, **variables})
-                for messages, tools in conversations
-            ]
-        )
 
     def _render(self, template: str, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with
