@@ -77,3 +77,16 @@ def validate_experts(experts: ExpertsConfig, *, num_experts: int, loss_step: str
         "experts.balance_over = step with loss.step = fused: the step's loads must be known before the backward pass; set "
         "loss.step to auto or two_phase, or experts.balance_over to group.",
     )
+
+
+def require_no_router_losses(experts: ExpertsConfig) -> None:
+    """Refuse losses of routers beside an adapter, whose routers are frozen.
+
+    Raises:
+        ConfigError: naming both fields and the fix.
+    """
+    require(
+        not experts.has_terms,
+        f"experts.balance_coeff = {experts.balance_coeff}, experts.z_coeff = {experts.z_coeff} with lora: routers are frozen "
+        "beside adapters; leave both out, or train all weights.",
+    )

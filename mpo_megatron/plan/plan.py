@@ -22,6 +22,7 @@ from mpo_megatron.config import (
     require,
     validate_experts,
 )
+from mpo_megatron.config.experts import require_no_router_losses
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
@@ -147,6 +148,8 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
         attention = "sdpa" if train.model.precision == "fp32" else config.attention
     layers = "local" if train.model.backend == "local" else "transformer_engine"
     adapter = choose_adapter(family, train.lora)
+    if adapter is not None:
+        require_no_router_losses(train.experts)
     # Then the reference is the policy with its adapter off, and no other model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
     return Workload(
@@ -387,7 +390,7 @@ def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str,
 def choices_on_disk(problem: Workload) -> dict[str, float]:
     """GB of the reference's choices of experts for all groups of the data; nothing if they are not recorded."""
     experts = problem.family.experts
-    if experts is None or not problem.records_choices:
+    if experts is None or not problem.records_choices or problem.model.reference == ADAPTER_OFF:
         return {}
     means = [(t.prompt_lengths + ((t.lengths - 1) * t.valid).sum(axis=1)).mean() for t, _ in problem.sequences.steps]
     tokens = float(sum(means) / len(means)) * problem.sequences.num_groups

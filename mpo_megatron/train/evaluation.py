@@ -38,8 +38,8 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
             pause()
         if batch.contributes.any():
             routing = run.routing(data, batch)
+            reference = run.reference(data, batch, routing)
             policy = forward_step(run.model, batch, run.setup.objective, run.ranks, run.resident, routing)
-            reference = run.reference(data, batch)
             losses = run.losses(batch, policy, reference)
             if not losses.isfinite().all():
                 raise TrainingError(f"step {step}: held out, the loss is not finite{broken_groups(batch, losses)}.")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mpo_megatron.config import ConfigError, ExpertsConfig, TrainConfig, require
+from mpo_megatron.config import ConfigError, TrainConfig, require
+from mpo_megatron.config.experts import require_no_router_losses
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
@@ -62,10 +63,8 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         "model.reference = adapter_off, but all weights are trained, so there is no adapter to switch off; set lora.rank, or "
         "name a checkpoint.",
     )
-    require(
-        record is None or config.experts == ExpertsConfig(),
-        "experts.* with lora: routers are frozen beside adapters; leave the options of experts out.",
-    )
+    if record is not None:
+        require_no_router_losses(config.experts)
     base = None if record is None else Path(record.base)
     reference = base if base and config.model.reference == ADAPTER_OFF else Path(config.model.reference or folder)
     if reference not in (folder, base):

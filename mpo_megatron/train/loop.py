@@ -144,9 +144,9 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
     # Before the update: with `optimizer.overlap: all` the new weights come with the next forward pass.
     adapter = {} if run.setup.adapter is None else {"adapter_norm": adapter_norm(run.model, run.ranks)}
-    objective, reference = run.setup.objective, run.reference(run.setup.train, batch)
-    added: dict[str, float] = {}
     routing = run.routing(run.setup.train, batch) if batch.contributes.any() else None
+    objective, reference = run.setup.objective, run.reference(run.setup.train, batch, routing)
+    added: dict[str, float] = {}
     if batch.contributes.any():
         if term is not None:
             added = term.add(batch.step)

@@ -244,7 +244,7 @@ def _compute_part(
     logps = collect_logps(outputs, batch.table.valid.shape, ranks, width)
     ids = None
     if choices is not None and routings is not None:
-        ids = gather_choices(routings, batch.rows, batch.table, choices.experts, ranks)
+        ids = gather_choices(routings, batch.rows, batch.table, choices.experts, ranks).ids.cpu().numpy()
     response = logps.response.numpy()
     broken = np.flatnonzero(~np.isfinite(response).all(axis=1))
     if len(broken):

@@ -82,8 +82,8 @@ class Resident:
 class AdapterOff(Resident):
     """The policy itself, with its adapter off: the base model without a copy of its weights."""
 
-    def __init__(self, model: Sequence[torch.nn.Module]) -> None:
-        self.replay, self.choices = False, []
+    def __init__(self, model: Sequence[torch.nn.Module], *, replay: bool = False) -> None:
+        self.replay, self.choices = replay, []
         self.parts, self.host = list(model), []
 
     @contextlib.contextmanager

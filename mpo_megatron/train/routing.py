@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +63,7 @@ class StepRouting:
     def __init__(
         self, config: ExpertsConfig, experts: Experts, batch: StepBatch, ranks: Ranks, choices: Choices | None = None
     ) -> None:
-        self.config, self.experts, self.ranks, self.choices = config, experts, ranks, choices
+        self.config, self.experts, self.batch, self.ranks, self.choices = config, experts, batch, ranks, choices
         self.num_layers = sum(experts.layers)
         self.tokens = counted_tokens(batch.table, batch.in_rows)
         self.measured: dict[str, Mean] = {}
@@ -190,11 +189,13 @@ def recorded_choices(routing: RowRouting) -> dict[int, Tensor]:
     return {place: found.choices for place, found in routing.found.items() if found.choices is not None}
 
 
-def gather_choices(routings: Sequence[RowRouting], rows: Sequence[Row], table: GroupTable, experts: Experts, ranks: Ranks) -> Any:
-    """[Σ tokens, L, k] the choices of all ranks for all of a batch's groups, as on the host of the main rank; all ranks call it.
+def gather_choices(
+    routings: Sequence[RowRouting], rows: Sequence[Row], table: GroupTable, experts: Experts, ranks: Ranks
+) -> Choices:
+    """The choices of all ranks in a recorded pass, on every rank; 0 for tokens that lie in no row. All ranks call it.
 
-    Each counted token of each layer was seen by one rank, so a sum over ranks has every choice. Of a prompt's copies, which
-    may differ by rounding, the one that counts is taken as a whole.
+    Communication: each counted token of each layer was seen by one rank, so a sum over ranks has every choice. Of a prompt's
+    copies, which may differ by rounding, the one that counts is taken as a whole.
     """
     tokens = group_tokens(table)
     starts = np.cumsum(tokens) - tokens
@@ -210,4 +211,16 @@ def gather_choices(routings: Sequence[RowRouting], rows: Sequence[Row], table: G
             assert found.choices is not None
             everything[places, place] = found.choices[there]
     all_reduce(everything)
-    return everything.cpu().numpy()
+    return Choices(ids=everything, starts=starts)
+
+
+class Recorder(StepRouting):
+    """The routing of a pass of the reference over a batch's rows, whose choices it keeps in memory."""
+
+    def rows(self, rows: Sequence[Row], *, learn: bool = False, loads: Tensor | None = None) -> list[RowRouting]:
+        """Routing that records."""
+        return record_rows(rows, self.ranks)
+
+    def finish(self, routings: Sequence[RowRouting], *, drift: bool = True) -> None:
+        """Take over what was recorded; all ranks call it."""
+        self.choices = gather_choices(routings, self.batch.rows, self.batch.table, self.experts, self.ranks)

@@ -21,7 +21,7 @@ from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
 from mpo_megatron.train.reference import ReferenceLogps
 from mpo_megatron.train.resident import AdapterOff, Resident
-from mpo_megatron.train.routing import StepRouting
+from mpo_megatron.train.routing import Recorder, StepRouting
 from mpo_megatron.train.session import Session
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.step import forward_step, prepare_schedules
@@ -64,13 +64,23 @@ class Run:
         """The run's folder."""
         return self.session.setup.folder
 
-    def reference(self, data: PreparedGroups, batch: StepBatch) -> Logps:
+    def reference(self, data: PreparedGroups, batch: StepBatch, routing: StepRouting | None = None) -> Logps:
         """Reference log-probs of a batch: of those kept beside the data, or those of the model with its adapter off; all ranks
-        call it."""
+        call it.
+
+        Args:
+            routing: gets the reference's choices of experts, if they are needed and this pass makes them
+        """
         if data.path in self.references:
             return self.references[data.path].select(batch.table)
+        recorder = None
+        if routing is not None and routing.config.needs_choices and self.resident is None:
+            recorder = Recorder(routing.config, routing.experts, batch, self.ranks)
         with adapters_off(self.model):
-            return forward_step(self.model, batch, self.setup.objective, self.ranks)
+            logps = forward_step(self.model, batch, self.setup.objective, self.ranks, routing=recorder)
+        if routing is not None and recorder is not None:
+            routing.choices = recorder.choices
+        return logps
 
     def routing(self, data: PreparedGroups, batch: StepBatch) -> StepRouting | None:
         """What routers of experts are told of a batch; None where there is nothing to tell. All ranks call it."""
@@ -116,4 +126,6 @@ def open_run(session: Session) -> Run:
 
 def reference_model(session: Session, model: list[Any]) -> Resident:
     """The reference model beside the policy: the policy itself with its adapter off if that is the same, else a second one."""
-    return AdapterOff(model) if session.setup.adapter_off_is_reference else session.resident()
+    if not session.setup.adapter_off_is_reference:
+        return session.resident()
+    return AdapterOff(model, replay=session.setup.config.experts.routing == "replay")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
@@ -54,10 +55,11 @@ class Session:
     def choices(self) -> dict[Path, ReferenceChoices]:
         """The reference's recorded choices of experts, by the data's folder; all ranks read it together for the first time.
 
-        None where they are not needed, or where a resident reference chooses beside the policy.
+        None where they are not needed, or where the reference computes beside the policy and its choices stay in memory.
         """
         setup, experts = self.setup, self.setup.family.experts
-        if experts is None or not setup.config.experts.needs_choices or setup.objective.needs.token_kl:
+        in_memory = setup.objective.needs.token_kl or setup.config.model.reference == ADAPTER_OFF
+        if experts is None or not setup.config.experts.needs_choices or in_memory:
             return {}
         datasets = [data for data in (setup.train, setup.held_out) if data is not None]
         return {data.path: ReferenceChoices.open(self._cache(data), data, experts, self.ranks) for data in datasets}

@@ -34,7 +34,7 @@ from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.objective import Logps, build_objective, group_batch
 from mpo_megatron.train.reference import select_all
 from mpo_megatron.train.resident import AdapterOff, Resident
-from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, group_tokens, record_rows
+from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, record_rows
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, run_rows, two_phase_step
 from tests.distributed.adapters import start_matrix
 from tests.unit.model.rows import plain_varlen_kernel
@@ -124,9 +124,7 @@ class Leg:
         routings = record_rows(batch.rows, self.ranks)
         run_rows(self.parts, batch.rows, self.ranks, None, routings=routings)
         assert self.family.experts is not None
-        ids = gather_choices(routings, batch.rows, batch.table, self.family.experts, self.ranks)
-        tokens = group_tokens(batch.table)
-        return Choices(ids=torch.from_numpy(ids), starts=np.cumsum(tokens) - tokens)
+        return gather_choices(routings, batch.rows, batch.table, self.family.experts, self.ranks)
 
     def build_routing(self) -> StepRouting | None:
         """What a step's routers are told; a resident reference's choices, if there is one, are its own."""

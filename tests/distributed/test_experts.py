@@ -101,6 +101,28 @@ def test_choices_are_recorded_where_only_log_probs_are_there(inputs: Path, tmp_p
         assert list(inputs.glob(f"{name}/reference/*/experts-*.choices"))
 
 
+def test_an_adapter_replays_the_choices_of_its_base_model(inputs: Path, tmp_path: Path) -> None:
+    """With the adapter off the reference chooses beside the policy; cached choices give the same run."""
+    found = {}
+    for name, reference in (("off", ("--model.reference", "adapter_off")), ("cached", ())):
+        files = set(inputs.glob("train/reference/*/experts-*"))
+        more = ("--max_steps", "2", "--lora.rank", "2", *LAYOUT, *EXPERTS[4:], *reference)
+        run_ranks(2, "mpo_megatron.train", options(inputs, tmp_path / name, *more))
+        found[name] = [line for line in metrics(tmp_path / name) if "router_drift" in line or "eval/router_drift" in line]
+        assert (set(inputs.glob("train/reference/*/experts-*")) == files) == (name == "off")
+    assert [line["step"] for line in found["off"]] == [0, 1, 2, 2]
+    assert found["off"][1]["router_drift"] == 0
+    assert found["off"][2]["router_drift"] > 0
+    for off, cached in zip(*found.values(), strict=True):
+        for name in {"loss", "grad_norm", "router_drift", "eval/loss", "eval/router_drift"} & set(off):
+            assert off[name] == pytest.approx(cached[name], rel=1e-4, abs=1e-6)
+
+
+def test_an_adapter_has_no_losses_of_routers(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *options(inputs, tmp_path / "run", "--lora.rank", "2", *EXPERTS[:4])]) == 2
+    assert "experts.balance_coeff = 0.01, experts.z_coeff = 0.001 with lora: routers are frozen" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("option", ["experts.balance_coeff", "experts.z_coeff"])
 def test_a_dense_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     convert(ConvertConfig(input=str(save_model(tmp_path / "hf", num_hidden_layers=1)), output=str(tmp_path / "model")))

@@ -24,7 +24,7 @@ from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective
 from mpo_megatron.train.reference import select_all
 from mpo_megatron.train.resident import Resident
-from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, group_tokens, record_rows, unmeasured_drift
+from mpo_megatron.train.routing import Choices, StepRouting, gather_choices, record_rows, unmeasured_drift
 from mpo_megatron.train.step import forward_step, fused_step, prepare_schedules, run_rows, two_phase_step
 from tests.tiny import random_groups
 
@@ -74,9 +74,7 @@ def swap_pairs(parts: list[Any]) -> None:
 def record(parts: list[Any], batch: StepBatch, ranks: Ranks) -> Choices:
     routings = record_rows(batch.rows, ranks)
     run_rows(parts, batch.rows, ranks, None, routings=routings)
-    tokens = group_tokens(batch.table)
-    ids = gather_choices(routings, batch.rows, batch.table, EXPERTS, ranks)
-    return Choices(ids=device.upload(ids), starts=np.cumsum(tokens) - tokens)
+    return gather_choices(routings, batch.rows, batch.table, EXPERTS, ranks)
 
 
 def test_replay_gives_the_references_log_probs_after_the_routers_alone_changed(ranks: Ranks) -> None:
