@@ -26,7 +26,7 @@ WORKER = "vllm.v1.worker.gpu_worker"
 NAMES = (
     # rollout/engines/vllm_engine.py
     Name(ENGINE, "LLMEngine.from_engine_args", ("engine_args",)),
-    Name(ENGINE, "LLMEngine.add_request", ("request_id", "prompt", "params")),
+    Name(ENGINE, "LLMEngine.add_request", ("request_id", "prompt", "params", "lora_request")),
     Name(ENGINE, "LLMEngine.step"),
     *(
         Name("vllm.engine.arg_utils", f"EngineArgs.{name}")
@@ -44,6 +44,8 @@ NAMES = (
         )
     ),
     Name("vllm.sampling_params", "RequestOutputKind"),
+    *(Name("vllm.engine.arg_utils", f"EngineArgs.{name}") for name in ("enable_lora", "max_loras", "max_lora_rank")),
+    *(Name("vllm.lora.request", f"LoRARequest.{name}") for name in ("lora_name", "lora_int_id", "lora_path")),
     # rollout/live/vllm.py
     Name(ENGINE, "LLMEngine.collective_rpc", ("method", "kwargs")),
     Name(ENGINE, "LLMEngine.sleep", ("level",)),

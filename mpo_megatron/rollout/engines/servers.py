@@ -48,7 +48,7 @@ async def _ask_kind(client: Any, base_url: str) -> ServerKind:
     """By the owner of its models, as vLLM, SGLang and llama.cpp name it, or by a path that only `transformers serve` has."""
     listed = await _get(client, "/models")
     models = listed.get("data") if isinstance(listed, dict) else None
-    owners = {model.get("owned_by") for model in models if isinstance(model, dict)} if isinstance(models, list) else set()
+    owners = [model.get("owned_by") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
     for kind in get_args(ServerKind):
         if kind in owners and kind != "openai":
             found: ServerKind = kind

@@ -79,6 +79,7 @@ def test_what_is_asked(server: Server, model_folder: Path) -> None:
         ({"/v1/models": {"data": [{"id": "m", "owned_by": "llamacpp"}]}}, "llamacpp", {"top_k": 7, "repeat_penalty": 1.0}),
         ({"/openapi.json": {"paths": {"/load_model": {}}}}, "transformers", {"max_tokens": 5}),
         ({"/v1/models": {"data": "none"}, "/openapi.json": [1]}, "openai", {"top_k": 7}),
+        ({"/v1/models": {"data": [{"owned_by": {"a": 1}}, {"owned_by": ["vllm"]}, 7, {}]}}, "openai", {"top_k": 7}),
         ({}, "openai", {"top_k": 7}),
     ],
 )
