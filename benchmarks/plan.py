@@ -32,9 +32,10 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES, TrainStep, hf_config, make_batch, make_groups, zero_reference
 from benchmarks.setup import Bench as Ranked
 from mpo_megatron import device
-from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import LoraConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch
 from mpo_megatron.families import read_family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.model import attention
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
@@ -63,6 +64,8 @@ class Case:
     """P, R, K."""
     shape: dict[str, Any] = field(default_factory=dict)
     """What of the model's configuration differs, on CPUs."""
+    lora: int = 0
+    """Rank of adapters in all linear layers, beside frozen weights; 0: all weights are trained."""
 
 
 QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -90,6 +93,8 @@ CASES = {
         Case(name="full recomputation", model={"recompute": "full"}),
         Case(name="recomputed MLPs", model={"recompute": "selective", "recompute_modules": ["mlp"]}),
         Case(name="longer rows", lengths=(512, 320, 5)),
+        Case(name="adapters", lora=8),
+        Case(name="adapters, full recomputation", lora=8, model={"recompute": "full"}),
     ),
     2: (
         Case(name="data 2"),
@@ -111,6 +116,9 @@ CASES = {
         LARGE_VOCABULARY,
         Case(name="experts, data 2", shape=EXPERTS),
         Case(name="experts, expert 2", parallel={"expert": 2}, shape=EXPERTS),
+        Case(name="adapters, data 2", lora=8),
+        Case(name="adapters, tensor 2", lora=8, parallel={"tensor": 2}),
+        Case(name="adapters, pipeline 2, full recomputation", lora=8, parallel={"pipeline": 2}, model={"recompute": "full"}),
     ),
 }
 """Cases by number of ranks."""
@@ -180,7 +188,9 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         own = Ranked(config=config, parallel=parallel, ranks=ranks)
         prompt, response, responses = case.lengths
         batch = build_batch(own, case)
-        parts = build_policy(read_family(config), model_config, parallel, ranks, config.vocab_size)
+        family = read_family(config)
+        adapter = choose_adapter(family, LoraConfig(rank=case.lora))
+        parts = build_policy(family, model_config, parallel, ranks, config.vocab_size, adapter)
         with torch.no_grad():
             for part in parts:
                 for parameter in part.parameters():  # spread, so that experts share the tokens
@@ -191,7 +201,7 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         step(batch, zero_reference(batch))  # makes the optimizer's states
         measured = measure_static(model, step.adam)
         measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
-        planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank())
+        planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank(), adapter)
     return {
         "case": case.name,
         "stage": planned.stage,
@@ -227,7 +237,9 @@ def build_batch(own: Ranked, case: Case) -> StepBatch:
     return make_batch(groups, build_objective(LossConfig(name="mpo")), shape)
 
 
-def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int) -> StageMemory:
+def plan(
+    own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int, adapter: Adapter | None
+) -> StageMemory:
     """What `mpo plan` says of this rank and these rows."""
     layout = MemoryLayout(
         shape=read_family(own.config),
@@ -242,6 +254,7 @@ def plan(own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBa
             gpu=device.has_gpu(),
         ),
         resident=False,
+        adapter=adapter,
         gpu_bytes=device.gpu_bytes(),
     )
     largest = max(batch.rows, key=lambda row: len(row.tokens))
@@ -289,7 +302,7 @@ def measure_static(model: list[Any], adam: Any) -> dict[str, int]:
     """Bytes of weights, gradient buffers and optimizer states as they lie in memory between two steps."""
     parameters = [parameter for part in model for parameter in part.parameters()]
     weights = count_bytes(parameters)
-    gradients = count_bytes(parameter.main_grad for parameter in parameters)
+    gradients = count_bytes(parameter.main_grad for parameter in parameters if parameter.requires_grad)
     states: dict[int, int] = {}
     for one in getattr(adam, "chained_optimizers", [adam]):
         own = [parameter for group in one.optimizer.param_groups for parameter in group["params"]]

@@ -19,6 +19,8 @@ from mpo_megatron.plan.search import Candidate, search
 
 LEARNING_RATES = ((1e9, 5e-6), (4e9, 2e-6), (math.inf, 5e-7))
 """Peak learning rate for models of up to so many parameters: a start; the papers' 7B and 8B models take 5e-7."""
+ADAPTER_RATE = 20
+"""Adapters (`lora.rank`) take so many times the rate of all weights."""
 MOST_GROUPS_PER_STEP, STEPS_AT_LEAST = 128, 16
 """Groups of a step, so that an epoch has at least some steps."""
 
@@ -45,7 +47,7 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
     fill("data.train", str(output / "groups"))
     fill("data.eval", str(output / "groups-eval"))
     options.setdefault("seed", config.seed)
-    default("optimizer.lr", choose_learning_rate(family))
+    default("optimizer.lr", choose_learning_rate(family, adapter=has_option(options, "lora.rank")))
     prepared = (output / "groups" / INFO_FILE).is_file()
     if prepared:
         info = read_info(output / "groups")
@@ -63,10 +65,11 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
     return from_dict(TrainConfig, options, "train"), chosen
 
 
-def choose_learning_rate(family: Family) -> float:
-    """A peak learning rate to start with."""
+def choose_learning_rate(family: Family, *, adapter: bool) -> float:
+    """A peak learning rate to start with, of all weights or of an adapter."""
     size = count_parameters(family)
-    return next(lr for most, lr in LEARNING_RATES if size <= most)
+    rate = next(lr for most, lr in LEARNING_RATES if size <= most)
+    return rate * ADAPTER_RATE if adapter else rate
 
 
 def count_parameters(family: Family) -> int:

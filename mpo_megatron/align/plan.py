@@ -133,7 +133,7 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
     train = copy.deepcopy(config.train)
     family = find_model(str(model))
     if not has_option(train, "optimizer.lr"):
-        set_option(train, "optimizer.lr", choose_learning_rate(family))
+        set_option(train, "optimizer.lr", choose_learning_rate(family, adapter=has_option(train, "lora.rank")))
     return IterateConfig(
         output=str(Path(config.output) / "rounds"),
         model=str(model),

@@ -106,6 +106,11 @@ class MemoryLayout:
         return self.dtype_bytes if self.model.fp8 == "none" else 1
 
     @property
+    def keeps_normalized(self) -> bool:
+        """Whether norms keep their normalized input, for the gradient of their weight: unfused, and not frozen."""
+        return not self.kernels.gpu and self.adapter is None
+
+    @property
     def sequence_parts(self) -> int:
         """s."""
         return self.parallel.tensor if self.parallel.sequence_parallel else 1
@@ -314,7 +319,7 @@ def _norms_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) 
     """
     tokens, b, engine = _tokens(layout, row), layout.dtype_bytes, layout.kernels.layers == "transformer_engine"
     hidden = _hidden(layout, row)
-    output = hidden * (layout.linear_input_bytes + (0 if layout.kernels.gpu else b)) + 4 * tokens // layout.sequence_parts
+    output = hidden * (layout.linear_input_bytes + (b if layout.keeps_normalized else 0)) + 4 * tokens // layout.sequence_parts
     outputs = 2 * output
     if layout.recomputes("layernorm"):
         outputs -= int(experts) * output
@@ -395,7 +400,7 @@ def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
     """The final norm, the hidden states [S, H] of scored tokens, and five numbers of each."""
     if not part.last:
         return 0
-    norm = _hidden(layout, row) * layout.dtype_bytes * (1 if layout.kernels.gpu else 2)
+    norm = _hidden(layout, row) * layout.dtype_bytes * (2 if layout.keeps_normalized else 1)
     scored = row.scored // layout.parallel.context
     return norm + scored * (layout.shape.hidden_size * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
 

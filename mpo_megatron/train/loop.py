@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mpo_megatron import device
-from mpo_megatron.config import ConfigError, require, to_dict
+from mpo_megatron.config import ConfigError, OptimizerConfig, require, to_dict
 from mpo_megatron.config.run_paths import with_absolute_paths
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
@@ -257,6 +257,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         print(f"slower than it could be: {shortfall}", flush=True)
     if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
         print(note, flush=True)
+    if run.setup.adapter is not None and config.optimizer.lr == OptimizerConfig().lr:
+        print(f"optimizer.lr = {config.optimizer.lr:g} is the default for all weights; adapters usually want 10 to 100 times it")
     forget_later(run.folder, done)
     facts = record_start(
         run.folder,

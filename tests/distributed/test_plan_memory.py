@@ -17,6 +17,10 @@ PADDING = 2e-4
 """Of optimizer states: Megatron's buffers end on a multiple of 128 elements, of which states hold only what is used."""
 
 
+COUNTS = 4 * 256
+"""Bytes: AdamW counts the steps of each weight, or matrix of an adapter, in four bytes of its own."""
+
+
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder: Path = tmp_path_factory.mktemp("plan")
@@ -35,7 +39,7 @@ def test_memory_is_as_planned(rows: list[dict[str, Any]]) -> None:
         for name in ("weights", "gradients"):
             if measured[name] != planned[name]:
                 wrong.append((row["case"], name, measured[name], planned[name]))
-        if abs(planned["optimizer"] / measured["optimizer"] - 1) > PADDING:
+        if abs(planned["optimizer"] - measured["optimizer"]) > PADDING * measured["optimizer"] + COUNTS:
             wrong.append((row["case"], "optimizer", measured["optimizer"], planned["optimizer"]))
         if abs(planned["dynamic"] / measured["dynamic"] - 1) > TOLERANCE:
             wrong.append((row["case"], "dynamic", measured["dynamic"], planned["dynamic"]))
@@ -50,3 +54,5 @@ def test_the_cases_are_told_apart(rows: list[dict[str, Any]]) -> None:
     assert dynamic["data 2, full recomputation"] < dynamic["data 2"] / 3
     assert dynamic["tensor 2"] < dynamic["data 2"] / 1.7
     assert dynamic["data 2, longer rows"] > 2 * dynamic["data 2"]
+    gradients = {row["case"]: row["measured"]["gradients"] for row in rows if row["stage"] == 0}
+    assert gradients["adapters, data 2"] < gradients["data 2"] / 20
