@@ -19,6 +19,7 @@ from examples.quickstart.task import build_groups
 from mpo_megatron import config as configs
 from mpo_megatron.cli import main
 from mpo_megatron.config import build_parser
+from mpo_megatron.config.parsing import fill_flags, join_lists, take_stage_options
 from mpo_megatron.doctor.options import read_options
 from mpo_megatron.launch.launch import TARGETS
 from mpo_megatron.losses import group_loss, registry
@@ -105,6 +106,7 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
     if name == "doctor":
         assert read_options([argument for argument in arguments if argument != "--config" and "." not in argument])
         return
+    arguments = ["--model", *arguments] if name == "chat" else arguments
     kind = TARGETS[arguments.pop(0)] if name == "launch" else KINDS[name]
     options = {item.split("=")[0].removeprefix("--").split(".")[0] for item in arguments if re.match(r"--[a-z]", item)}
     known = set(kind.__dataclass_fields__) | {"config", "print_config", "help"} | {item[2:] for item in LAUNCHER_OPTIONS}
@@ -117,7 +119,8 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
             del arguments[arguments.index(option) : arguments.index(option) + 2]
     parser = build_parser(kind, f"mpo {name}")
     parser.exit_on_error = False
-    parser.parse_args(arguments)
+    others, _ = take_stage_options(kind, arguments)
+    parser.parse_args(join_lists(kind, fill_flags(kind, others)))
 
 
 def test_quoted_messages_exist() -> None:
