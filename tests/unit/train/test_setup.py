@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +14,11 @@ import pytest
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig, TrainConfig, load_yaml, parse
 from mpo_megatron.hf import layout
+from mpo_megatron.losses import registry
 from mpo_megatron.model import architecture
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train import inputs, launcher, loop, setup
+from tests.guide import guide_loss
 from tests.tiny import random_groups, save_groups, save_model
 
 
@@ -75,6 +78,35 @@ def test_every_check_runs_once_on_the_command_line_and_once_on_a_rank(
     assert {name: calls[name] for name in once} == once
     saved = load_yaml(TrainConfig, tmp_path / "run" / "config.yaml")
     assert (saved.model.backend, saved.model.attention, saved.optimizer.overlap) == ("auto", "auto", "auto")
+
+
+def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
+    """In the place of `launcher.launch`: one rank, which is this process."""
+    loop.train(setup.build_setup(parse(TrainConfig, arguments, "mpo train"), num_ranks))
+    return 0
+
+
+def test_a_run_with_a_loss_of_the_users_resumes_with_the_same_file_only(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launcher, "launch", train_here)
+    monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
+    monkeypatch.chdir(tmp_path)
+    file = Path(guide_loss(tmp_path).rpartition(":")[0])
+    command = ["train", "--nproc", "1", *options(folder, tmp_path / "run"), "--loss.function", f"{file.name}:hinge"]
+    assert main([*command, "--stop_after", "1", "--max_steps", "2"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    # At the start, policy and reference are one, and every pair costs the margin.
+    assert [line["loss"] for line in lines if "grad_norm" in line] == pytest.approx([1.0])
+    saved = load_yaml(TrainConfig, tmp_path / "run" / "config.yaml")
+    assert saved.loss.function == f"{file}:hinge"  # whatever the working directory
+    before = file.read_text()
+    file.write_text(before.replace("margin - margins", "margin - 2 * margins"))
+    capsys.readouterr()
+    assert main([*command, "--max_steps", "2"]) == 2
+    assert "it was trained with loss.digest of my_losses.py = " in capsys.readouterr().err
+    file.write_text(before)
+    assert main([*command, "--max_steps", "2"]) == 0
 
 
 def test_nothing_is_left_open(folder: Path, tmp_path: Path) -> None:
