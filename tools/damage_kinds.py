@@ -43,8 +43,8 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.safetensors_io import RowReader, list_tensors
-from mpo_megatron.report.record import read_lines as read_metrics
-from mpo_megatron.report.record import read_run
+from mpo_megatron.report.run_record import read_lines as read_metrics
+from mpo_megatron.report.run_record import read_run
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.models import EXPORT_FOLDER, hugging_face_folder, read_model_settings
 from mpo_megatron.rollout.records import LineWriter, encode_line, find_lines, read_ids, read_lines, read_summary, write_summary

@@ -2,7 +2,7 @@
 
     sources, readers, spill      files, folders and datasets → rows → groups; what must be remembered of all rows, on disk
     formats, known_formats       what a format is; the formats people have
-    record, fields               a row that notes what is read of it; its values, checked
+    field_record, fields         a row that notes what is read of it; its values, checked
     conversations                prompts, messages, tools; where answers begin
     tokenizer, chat, drawn       text → token ids, by the chat template, or as they were drawn
     turns, thoughts              answers of several turns; thoughts that a prompt opens

@@ -11,9 +11,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text
 from mpo_megatron.data.group import Answer, Message
-from mpo_megatron.data.record import FieldRecord
 
 PROMPT_FIELDS = (
     *("prompt", "messages", "conversations", "conversation", "context", "trajectory"),

@@ -12,8 +12,8 @@ import numpy as np
 
 from mpo_megatron.data.arrays import Int32
 from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.record import FieldRecord
 
 Drawn = tuple[int, ...]
 _NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "scores", "reward_before_noise")

@@ -7,7 +7,7 @@ import math
 import re
 from typing import Any
 
-from mpo_megatron.data.record import FieldRecord
+from mpo_megatron.data.field_record import FieldRecord
 
 _LARGEST = 1e30
 """Largest size of a reward: differences, squares and single precision still hold it."""

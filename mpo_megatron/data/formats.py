@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpo_megatron.data.conversations import read_tools
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Group, Message, RewardKind
-from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.files import DataError
 
 RowValues = dict[str, Any]

@@ -8,10 +8,10 @@ from typing import Any
 
 from mpo_megatron.data.conversations import PROMPT_FIELDS, as_messages, is_conversation, join_answers, read_answer
 from mpo_megatron.data.drawn import Drawn, read_drawn
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, is_number, parse_json, read_id, read_label, read_list, read_number
 from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
-from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.files import DataError
 
 _RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")

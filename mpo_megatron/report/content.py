@@ -12,7 +12,7 @@ from typing import Any
 from mpo_megatron.report.curves import CHARTS, curves
 from mpo_megatron.report.health import findings
 from mpo_megatron.report.held_out import cut, data_histograms, drift, group_rows, lengths_and_ratios, shown_evaluations
-from mpo_megatron.report.record import RunRecord
+from mpo_megatron.report.run_record import RunRecord
 
 TILES = (
     ("accuracy", "Accuracy", True, "largest"),

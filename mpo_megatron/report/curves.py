@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpo_megatron.report.record import RunRecord
+from mpo_megatron.report.run_record import RunRecord
 
 MOST_POINTS = 2000
 """Points of a curve; more cannot be told apart on a screen."""

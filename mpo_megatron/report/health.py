@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from mpo_megatron.report.record import RunRecord
+from mpo_megatron.report.run_record import RunRecord
 
 RISE = 1.05
 """Held-out loss this many times its best is called rising again."""

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mpo_megatron.data.outcomes import GroupOutcome
-from mpo_megatron.report.record import RunRecord
+from mpo_megatron.report.run_record import RunRecord
 
 MOST_EVALUATIONS = 16
 """Evaluations whose log-ratios a response's curve shows: the first, the last, and others evenly between them."""

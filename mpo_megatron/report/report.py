@@ -14,7 +14,7 @@ from mpo_megatron.config import ConfigError, ReportConfig, check_writable
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.report.content import content
 from mpo_megatron.report.health import missing_data
-from mpo_megatron.report.record import read_run
+from mpo_megatron.report.run_record import read_run
 from mpo_megatron.terminal.visible import visible
 
 PAGE = Path(__file__).parent / "page"

@@ -10,8 +10,8 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
-from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.data.rewards import hash_unit
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import unseal_line

@@ -19,11 +19,11 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.formats import InputLayout, detect, parse
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import read_inputs
-from mpo_megatron.data.record import FieldRecord
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.files import DataError

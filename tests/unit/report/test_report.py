@@ -21,8 +21,8 @@ from mpo_megatron.report.content import content, differences, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings
 from mpo_megatron.report.held_out import bin_edges, choose, cut, histogram, score
-from mpo_megatron.report.record import read_run
 from mpo_megatron.report.report import report, script_json
+from mpo_megatron.report.run_record import read_run
 from tests.run_folder import HOSTILE, write_data, write_run
 
 
