@@ -121,6 +121,13 @@ def test_only_families_know_the_names_of_models(path: Path) -> None:
     assert part_of(path) == "families" or "model_type" not in text
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "config"], ids=lambda path: path.name)
+def test_options_name_no_module(path: Path) -> None:
+    """Which program runs with them is their readers' matter."""
+    texts = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Constant)]
+    assert not [text for text in texts if isinstance(text, str) and text.startswith("mpo_megatron.")]
+
+
 @by_file
 def test_one_module_sets_up_ranks(path: Path) -> None:
     if path == PACKAGE / "model" / "parallel.py":
