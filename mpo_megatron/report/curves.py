@@ -74,6 +74,13 @@ CHARTS = (
         metrics=("grad_norm",),
         about="Before clipping. Lone spikes are single batches; a rising trend asks for a smaller learning rate.",
     ),
+    Chart(
+        section="Optimization",
+        title="Adapter norm",
+        unit="",
+        metrics=("adapter_norm",),
+        about="Frobenius norm of what an adapter (LoRA) adds to all weights together, scale · B · A, before the step's update.",
+    ),
     Chart(section="Optimization", title="Learning rate", unit="", metrics=("lr",), about="The schedule, as it was applied."),
     Chart(
         section="Optimization",

@@ -14,8 +14,18 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, GenerateConfig, from_dict, load_yaml
+from mpo_megatron.config import (
+    ConfigError,
+    ConvertConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    HeldOutConfig,
+    ModelConfig,
+    from_dict,
+    load_yaml,
+)
 from mpo_megatron.config.train import TrainConfig
+from mpo_megatron.evaluate.held_out import as_training, evaluate_held_out
 from mpo_megatron.hf.adapter import read_adapter
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
@@ -141,6 +151,23 @@ def test_what_was_trained_answers_the_same_everywhere(inputs: Path, undisturbed:
         answers.append([[response["token_ids"] for response in json.loads(line).get("responses", [])] for line in lines])
     assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) >= 3
+
+
+def test_held_out_groups_are_measured_against_the_base_model(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """`mpo evaluate`, its reference named by `adapter_off` or by the base model's folder."""
+    found = []
+    for number, reference in enumerate(("adapter_off", str(inputs / "model"))):
+        held_out = HeldOutConfig(
+            groups=str(inputs / "train"),
+            model=ModelConfig(checkpoint=str(undisturbed), reference=reference, precision="fp32"),
+            row_tokens=256,
+        )
+        config = as_training(EvaluateConfig(output=str(tmp_path / str(number)), held_out=held_out))
+        found.append(evaluate_held_out(build_setup(config, 1)))
+    assert found[0] == found[1]
+    assert len(found[0]) == 24
+    accuracy = sum(group.totals["accuracy"] for group in found[0]) / sum(group.counts["accuracy"] for group in found[0])
+    assert accuracy > 0.55  # it was trained on them for two epochs
 
 
 def test_an_adapter_continues_and_refuses_another_base(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
