@@ -20,6 +20,7 @@ class FakeEngine:
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.waiting, self.asked, self.most = options, [], [], 0
+        self.adapters: set[Any] = set()
 
     @classmethod
     def from_engine_args(cls, options: SimpleNamespace) -> FakeEngine:
@@ -27,7 +28,8 @@ class FakeEngine:
             raise TypeError("unexpected keyword argument 'unknown'")
         return cls(vars(options))
 
-    def add_request(self, name: str, prompt: dict[str, Any], params: SimpleNamespace) -> None:
+    def add_request(self, name: str, prompt: dict[str, Any], params: SimpleNamespace, lora_request: Any = None) -> None:
+        self.adapters.add(lora_request)
         self.waiting.append((name, params))
         self.asked.append((prompt["prompt_token_ids"], params))
         self.most = max(self.most, len(self.waiting))
@@ -88,3 +90,22 @@ def test_a_stop_text_ends_the_text(model_folder: Path) -> None:
 def test_an_option_vllm_does_not_know_is_named(model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"the engine refuses the checkpoint or an option: .*unknown"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(options={"unknown": 1}))
+
+
+@pytest.mark.usefixtures("vllm")
+def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM keeps the base model; it makes room for ranks of certain sizes."""
+    module = ModuleType("vllm.lora.request")
+    module.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm.lora", ModuleType("vllm.lora"))
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", module)
+    (tmp_path / "adapter_config.json").write_text('{"r": 12}')
+    engine = VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
+    expected = {"model": str(model_folder), "enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    assert expected.items() <= engine.engine.options.items()
+    prompt = Prompt(group_id="a", token_ids=(1,), messages=(), seeds=(11, 13))
+    assert len(list(engine.generate([prompt], Sampling(num_responses=2, stop_token_ids=(256,))))) == 1
+    assert engine.engine.adapters == {("policy", 1, str(tmp_path))}
+    (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
+    with pytest.raises(ConfigError, match="rank 1024; vLLM takes up to 512; take engine = transformers"):
+        VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
