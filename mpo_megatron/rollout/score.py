@@ -249,8 +249,11 @@ def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identit
     records = itertools.chain.from_iterable(map(read_lines, sources))
     summary = summarize(records, replace(config, shard=None))
     if not summary["counts"].get("responses"):
-        found = {name: summary[name] for name in ("missing_scores", "notes")}
-        raise DataError(f"{sources[0]}: no response has a reward; {found}.")
+        if not order:
+            raise DataError(f"input = {source}: it holds no group.")
+        notes = [f"{count} × {what} ({name})" for name, found in summary["notes"].items() for what, count in found.items()]
+        missing = [f"{count} scores from {name} are missing" for name, count in summary["missing_scores"].items()]
+        raise DataError(f"{sources[0]}: no response has a reward: {'; '.join([*missing, *notes]) or 'there are no responses'}.")
     summary = {"identity": dict(identity), **summary, "groups_read": len(order)}
     gone = {record["group_id"] for path in sources for record in read_lines(path) if not record["responses"]}
     join_lines(sources, output / SCORED_FILE, [group_id for group_id in order if group_id not in gone])

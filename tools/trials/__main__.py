@@ -5,7 +5,8 @@
 For each command a small undisturbed run counts its file operations. Then, at places spread evenly over them, the disk is full
 from there on, or the process is killed, or it is stopped while a second one starts on the same output. After each the same
 command runs again, and must end with what the undisturbed run ended with, and leave no temporary files. Further trials: few
-open files, locks of other machines, runs that were moved while stopped, and launched ranks that are killed or asked to stop.
+open files, locks of other machines, runs that were moved while stopped, launched ranks that are killed or asked to stop, and
+expressions and templates that never end.
 
 Commands run in processes forked from this one, which has imported everything. File operations are counted in a library that is
 preloaded (failing_writes.c), so that those of Arrow, torch and safetensors count, too; it is compiled at the start, with `cc`.

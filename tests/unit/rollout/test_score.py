@@ -143,6 +143,18 @@ def test_missing_scores_are_dropped_and_counted(config: ScoreConfig, tmp_path: P
     assert [record["group_id"] for record in by_group] == ["b"]
 
 
+def test_that_nothing_could_be_scored_is_said_with_the_reasons(tmp_path: Path) -> None:
+    source = tmp_path / "groups.jsonl"
+    scorers = {"answer": {"kind": "match"}}
+    config = ScoreConfig(input=str(source), output=str(tmp_path / "out"), scorers=scorers, missing="drop_response")
+    write_lines(source, [group_line("a", "x", "y")])
+    with pytest.raises(DataError, match=r"has a reward: 2 scores from answer are missing; 1 × no_reference \(answer\)"):
+        score(config, Console(quiet=True))
+    source.write_text("")
+    with pytest.raises(DataError, match=r"groups.jsonl: it holds no group\.$"):
+        score(dataclasses.replace(config, output=str(tmp_path / "other")), Console(quiet=True))
+
+
 def test_one_id_for_two_groups_is_refused(config: ScoreConfig) -> None:
     """Lines are told apart by their ids: the second group would be lost, and the first one written twice."""
     write_lines(Path(config.input), [group_line("a", "x"), group_line("b", "y"), group_line("a", "z")])
