@@ -149,7 +149,7 @@ def test_the_new_loss_of_the_guide(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with what the README takes for granted, in which every line of its pipeline has run, as written but for sizes."""
     folder = tmp_path_factory.mktemp("docs")
-    save_model(folder / "Qwen3-14B", seed=3)
+    save_model(folder / "Qwen" / "Qwen3-14B", seed=3)  # in the place of the model on the hub
     with (folder / "groups.jsonl").open("w") as file:
         file.writelines(json.dumps(group) + "\n" for group in build_groups(64, seed=5))
     script = re.sub(r" +", " ", "\n".join(commands(ROOT / "README.md")))
@@ -189,7 +189,7 @@ def guides(readme: Path) -> Path:
     (readme / "data").mkdir()
     links = {
         "run": ("runs/mpo", "RUN", "OTHER", "THIRD"),
-        "Qwen3-14B": ("checkpoints/Qwen2.5-14B-Instruct", "path/to/checkpoint"),
+        "Qwen/Qwen3-14B": ("Qwen3-14B", "checkpoints/Qwen2.5-14B-Instruct", "path/to/checkpoint"),
         "groups": ("data/groups",),
         "groups.jsonl": ("pairs.jsonl",),
     }
