@@ -181,7 +181,7 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
         ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
         ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
         ({"train": {"optimizer": {"lr": -1}}}, "train.optimizer.lr = -1"),
-        ({"train": {"optimzer": {}}}, "optimzer: there is no such option"),
+        ({"train": {"optimizers": {}}}, "optimizers: there is no such option"),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_runs(
