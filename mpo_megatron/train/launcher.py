@@ -108,13 +108,13 @@ def _requests(folder: Path, module: str) -> Iterator[None]:
     """Pass requests to stop on to the ranks instead of ending; a second Ctrl-C ends them and this process."""
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and launched.read_request(folder) == signal.SIGINT:
+            for rank in ranks_of(module):
+                rank.kill()
+            raise KeyboardInterrupt
+        launched.write_request(signal.Signals(number), folder)  # before the words, which a second Ctrl-C may follow at once
         if number == signal.SIGINT:
-            if launched.read_request(folder) == signal.SIGINT:
-                for rank in ranks_of(module):
-                    rank.kill()
-                raise KeyboardInterrupt
             print("interrupted: the run saves and leaves; Ctrl-C again ends it at once.", file=sys.stderr, flush=True)
-        launched.write_request(signal.Signals(number), folder)
 
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
     try:
