@@ -23,12 +23,6 @@ DECODER = frozenset(
 )
 """Fields that every family represents."""
 
-SIZES = {
-    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 10**9),
-    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 10**5),
-}
-"""Fields that are counts, and more than any model has of them: tables are as long."""
-
 HARMLESS = frozenset(
     {
         # what the folder holds, and how its model is started, trained or generated with elsewhere
@@ -60,13 +54,13 @@ ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_py
 
 
 def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None:
-    """Refuse a field that is not represented and whose value is not the default of transformers' config class, and sizes that no
+    """Refuse a field that is not represented and whose value is not the default of transformers' config class, and values that no
     model has.
 
     Raises:
         ConfigError: naming the field and its value.
     """
-    _check_sizes(config)
+    _check_values(config)
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name in represented or name in HARMLESS or (name in defaults and value == defaults[name]):
@@ -82,15 +76,7 @@ def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None
         )
 
 
-def _check_sizes(config: PretrainedConfig) -> None:
-    for name in SIZES:
-        value = getattr(config, name, None)
-        if value is None and name == "head_dim":
-            continue
-        require(
-            isinstance(value, int) and 1 <= value <= SIZES[name],
-            f"config.json: {name} = {value!r}; it must be a whole number from 1 to {SIZES[name]:,}; is it damaged?",
-        )
+def _check_values(config: PretrainedConfig) -> None:
     dtype = getattr(config, "dtype", None)
     require(
         dtype in (None, torch.float32, torch.float16, torch.bfloat16),

@@ -33,11 +33,12 @@ READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
 """`model_type` of config.json → what reads it."""
 
 
-SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
-    *("vocab_size", "max_position_embeddings"),
-)
-"""Fields that count something there must be of; what is no whole number there, transformers refuses."""
+SIZES = {
+    **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 10**9),
+    **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 10**5),
+}
+"""Fields that count something there must be of, and more than any model has: tables are as long. What is no whole number there,
+transformers refuses."""
 
 
 def load_family(folder: str | Path) -> Family:
@@ -72,7 +73,7 @@ def _require_possible(fields: dict[str, Any], path: Path) -> None:
     for name, value in fields.items():
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
-        possible = finite and (name not in SIZES or type(value) is not int or 0 < value < 2**31)
+        possible = finite and (name not in SIZES or type(value) is not int or 0 < value <= SIZES[name])
         require(possible, f"{path}: {name} = {show(value)}; no model has that: is it damaged, or of another checkpoint?")
 
 

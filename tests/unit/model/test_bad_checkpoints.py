@@ -48,12 +48,12 @@ def with_fields(source: Path, target: Path, fields: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("llama", {"num_key_value_heads": 0}, r"num_key_value_heads = 0; it must be a whole number from 1"),
+        ("llama", {"num_key_value_heads": 0}, r"num_key_value_heads = 0; no model has that"),
         ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads = 3 does not divide num_attention_heads = 4"),
-        ("llama", {"num_attention_heads": 0}, r"config.json: .*zero; is it damaged"),
-        ("llama", {"num_hidden_layers": 10**7}, r"num_hidden_layers = 10000000; it must be a whole number from 1 to 100,000"),
-        ("llama", {"head_dim": -8}, r"head_dim = -8; it must be"),
-        ("llama", {"max_position_embeddings": 0}, r"max_position_embeddings = 0; it must be"),
+        ("llama", {"num_attention_heads": 0}, r"num_attention_heads = 0; no model has that"),
+        ("llama", {"num_hidden_layers": 10**7}, r"num_hidden_layers = 10000000; no model has that"),
+        ("llama", {"head_dim": -8}, r"head_dim = -8; no model has that"),
+        ("llama", {"max_position_embeddings": 0}, r"max_position_embeddings = 0; no model has that"),
         ("llama", {"rms_norm_eps": -1.0}, r"rms_norm_eps = -1.0; it must be 0 or more"),
         ("llama", {"dtype": "banana"}, r"config.json: .*banana"),
         ("llama", {"dtype": "float8_e4m3fn"}, r"dtype = torch.float8_e4m3fn; weights must be float32"),
