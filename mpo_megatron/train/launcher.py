@@ -107,8 +107,12 @@ def _describe(error: ChildFailedError, first: str | None) -> str:
 def _requests(folder: Path, module: str) -> Iterator[None]:
     """Pass requests to stop on to the ranks instead of ending; a second Ctrl-C ends them and this process."""
 
+    interruptions = 0
+
     def ask(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and launched.read_request(folder) == signal.SIGINT:
+        nonlocal interruptions
+        interruptions += number == signal.SIGINT
+        if number == signal.SIGINT and interruptions > 1:  # whatever was asked for before
             for rank in ranks_of(module):
                 rank.kill()
             raise KeyboardInterrupt
