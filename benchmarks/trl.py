@@ -96,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def save_checkpoint(folder: Path, size: str) -> Path:
-    """A random model with a tokenizer whose token number n is the word `tn`: any token ids can be written as text."""
+    """A random model; beside it (`tokenizer`) one whose token number n is the word `tn`: any token ids can be written as text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -108,7 +108,7 @@ def save_checkpoint(folder: Path, size: str) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"eos_token": f"t{config.eos_token_id}", "pad_token": f"t{config.pad_token_id}"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder.with_name("tokenizer"))
     return folder
 
 
@@ -203,8 +203,7 @@ def build_trainer(folder: Path, groups: Sequence[TokenizedGroup], pairing: str, 
     logging.disable_progress_bar()
     dtype = torch.bfloat16 if device.has_gpu() else torch.float32
     model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype, local_files_only=True, attn_implementation="sdpa")
-    # AutoTokenizer would take the model's own kind, and split the words.
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "hf", local_files_only=True)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer", local_files_only=True)
     rows = []
     for group in groups:
         words = [" ".join(f"t{token}" for token in tokens) for tokens in group.response_tokens]
