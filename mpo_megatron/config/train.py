@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from mpo_megatron.config.checks import check_checkpoint, check_function, check_seed, check_writable, require
+from mpo_megatron.config.checks import (
+    ConfigError,
+    check_checkpoint,
+    check_function,
+    check_seed,
+    check_writable,
+    find_change,
+    require,
+)
 from mpo_megatron.config.experts import ExpertsConfig
 from mpo_megatron.config.lora import LoraConfig
 from mpo_megatron.config.model import ADAPTER_OFF, ModelConfig
@@ -280,10 +288,10 @@ class OnlineConfig(Section, prefix="online."):
         for name in ("every", "num_samples", "max_tokens"):
             require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
         require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
-        require(
-            self.engine == "vllm" or self.vllm == LiveVllmConfig(),
-            f"online.vllm is set, but online.engine = {self.engine}; set online.engine = vllm, or leave it out.",
-        )
+        if self.engine != "vllm" and (changed := find_change(asdict(LiveVllmConfig()), asdict(self.vllm))):
+            raise ConfigError(
+                f"online.vllm.{changed[0]} is set, but online.engine = {self.engine}; set online.engine = vllm, or leave it out."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from mpo_megatron.data.tokenizer import count_tokens
 from mpo_megatron.families import Family, read_family
 from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.model.safetensors_io import GrownTensor, RowReader, StoredTensor
+from mpo_megatron.terminal.visible import visible
 
 
 def check_padding(source: Path, family: Family) -> None:
@@ -41,7 +42,7 @@ def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
         tokens = count_tokens(source)
     except ConfigError as error:
         require(not resize, str(error))
-        print(f"warning: {error}", file=sys.stderr)  # a conversion moves it as it is
+        print(f"warning: {visible(error)}", file=sys.stderr)  # a conversion moves it as it is
         return family.vocab_size
     require(tokens is not None or not resize, f"resize_vocabulary = true, but {source} has no tokenizer to resize to.")
     if tokens is None or tokens <= family.vocab_size:

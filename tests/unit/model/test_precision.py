@@ -14,6 +14,7 @@ from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig, TrainC
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families import read_family
 from mpo_megatron.hf.fp8 import RECIPES, TOKEN_MULTIPLE, token_multiple
+from mpo_megatron.mcore import weights
 from mpo_megatron.model import precision
 from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.precision import numerics, validate_fp8
@@ -168,8 +169,8 @@ def test_weights_that_are_gathered_early_are_transposed(monkeypatch: pytest.Monk
     """Megatron-Core leaves it out where a gather overlaps with the forward pass, and was forced before it."""
     events: list[object] = []
     in_8_bits, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
-    monkeypatch.setattr(optimizer, "is_float8tensor", lambda tensor: tensor is in_8_bits)
-    monkeypatch.setattr(optimizer, "post_all_gather_processing", lambda tensors: events.append([id(each) for each in tensors]))
+    monkeypatch.setattr(weights, "is_float8tensor", lambda tensor: tensor is in_8_bits)
+    monkeypatch.setattr(weights, "post_all_gather_processing", lambda tensors: events.append([id(each) for each in tensors]))
 
     class Wrapped(torch.nn.Module):
         ddp_config = types.SimpleNamespace(overlap_param_gather=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.model.adapter_weights import fill_adapters
 from mpo_megatron.model.convert import convert
+from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.live import policy as live
@@ -30,15 +32,15 @@ def test_engines_get_the_sum_of_base_and_adapter(engine: str, tmp_path: Path, mo
     save_model(tmp_path / "hf", num_hidden_layers=1)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "model")))
     family, adapter = load_family(tmp_path / "hf"), Adapter(rank=2, alpha=3.0, rslora=False, target_modules=("v_proj", "up_proj"))
-    received: dict[str, Tensor] = {}
-    monkeypatch.setattr(
-        live,
-        "build_live_engine",
-        lambda *_: SimpleNamespace(receive=lambda name, weight: received.update({name: weight.clone()})),
-    )
     sent: list[str] = []
-    original = live.send_weights
-    monkeypatch.setattr(live, "send_weights", lambda *arguments: (sent.append("base"), original(*arguments)))
+    original = LiveWeights.stream
+
+    def stream(self: LiveWeights, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
+        for name, weight in original(self, wanted=wanted):
+            sent.extend([name] if name in base else [])
+            yield name, weight
+
+    monkeypatch.setattr(LiveWeights, "stream", stream)
     padded = load_conversion(tmp_path / "model").padded_vocab_size
     setup = SimpleNamespace(
         adapter=adapter, family=family, padded_vocab_size=padded, config=SimpleNamespace(online=SimpleNamespace(engine=engine))
@@ -48,11 +50,10 @@ def test_engines_get_the_sum_of_base_and_adapter(engine: str, tmp_path: Path, mo
         settings = ModelConfig(checkpoint="", precision="fp32")
         parts = build_policy(family, settings, ParallelConfig(), ranks, padded, adapter)
         checkpoint.load_weights(parts, tmp_path / "model", ranks)
-        sampler = live.LivePolicy(cast(Any, setup), ranks)
+        weights = live.build_weights(cast(Any, setup), ranks, parts)
         for factor in (1.0, 2.0):  # the adapter learns between two batches of samples
             fill_adapters(parts, family, adapter, ranks, lambda name, shape, factor=factor: factor * start_matrix(name, shape))  # type: ignore[misc]
-            received.clear()
-            sampler._send(parts)
+            received = {name: weight.clone() for name, weight in weights.stream()}
             assert received.keys() == base.keys()
             for name, weight in base.items():
                 prefix = PEFT_PREFIX + name.removesuffix(".weight")
@@ -62,4 +63,4 @@ def test_engines_get_the_sum_of_base_and_adapter(engine: str, tmp_path: Path, mo
                     down, up = (factor * start_matrix(f"{prefix}.lora_{kind}.weight", shapes[kind]).double() for kind in "AB")
                     expected = expected + adapter.scale * up @ down
                 assert torch.equal(received[name], expected.float()), name
-    assert len(sent) == (1 if engine == "transformers" else 2)
+    assert len(sent) == len(base) * (1 if engine == "transformers" else 2)

@@ -142,7 +142,7 @@ def test_engines_that_fit_no_replica_are_refused(tmp_path: Path) -> None:
         ({"engine": "vllm", "vllm": {"memory_fraction": 1.0}}, "above 0 and below 1"),
         ({"engine": "vllm", "vllm": {"tensor_parallel": 0}}, "at least 1"),
         ({"engine": "vllm", "vllm": {"options": {"load_format": "auto"}}}, "load_format is set by mpo train itself"),
-        ({"vllm": {"tensor_parallel": 2}}, "online.vllm is set, but online.engine = transformers"),
+        ({"vllm": {"tensor_parallel": 2}}, "online.vllm.tensor_parallel is set, but online.engine = transformers"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
