@@ -36,7 +36,7 @@ from mpo_megatron.config import (
 from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.files import DataError
 from mpo_megatron.files.partial import clear_leftovers
-from mpo_megatron.terminal.interruption import interruptible, say_interrupted
+from mpo_megatron.terminal.interruption import StageError, interruptible, say_interrupted
 from mpo_megatron.terminal.output import outlive_readers
 from mpo_megatron.terminal.visible import visible
 
@@ -45,13 +45,8 @@ def align(arguments: Sequence[str]) -> int:
     """A Hugging Face model and groups, or prompts, to an aligned Hugging Face model: all stages with one command."""
     config = parse(AlignConfig, arguments, "mpo align")
     from mpo_megatron.align.align import align as run
-    from mpo_megatron.rollout.stages import StageError
 
-    try:
-        run(config)
-    except StageError as error:
-        print(f"mpo align: {visible(error, lines=True)}", file=sys.stderr, flush=True)
-        return error.status
+    run(config)
     return 0
 
 
@@ -142,13 +137,8 @@ def iterate(arguments: Sequence[str]) -> int:
     """On-policy rounds: generate, score, select, prepare and train, again and again; resumes wherever it was ended."""
     config = parse(IterateConfig, arguments, "mpo iterate")
     from mpo_megatron.rollout.iterate import iterate as run
-    from mpo_megatron.rollout.stages import StageError
 
-    try:
-        run(config)
-    except StageError as error:
-        print(f"mpo iterate: {visible(error, lines=True)}", file=sys.stderr, flush=True)
-        return error.status
+    run(config)
     return 0
 
 
@@ -177,13 +167,8 @@ def evaluate(arguments: Sequence[str]) -> int:
     launcher, own = _read_launcher("evaluate", arguments)
     config = parse(EvaluateConfig, own, "mpo evaluate", launcher.epilog)
     from mpo_megatron.evaluate.evaluate import evaluate as run
-    from mpo_megatron.rollout.stages import StageError
 
-    try:
-        run(config, launcher.nproc)
-    except StageError as error:
-        print(f"mpo evaluate: {visible(error, lines=True)}", file=sys.stderr, flush=True)
-        return error.status
+    run(config, launcher.nproc)
     return 0
 
 
@@ -281,6 +266,9 @@ def _run(arguments: list[str]) -> int:
     except (ConfigError, DataError) as error:
         print(f"mpo {name}: {visible(error, lines=True)}", file=sys.stderr)
         return 2
+    except StageError as error:
+        print(f"mpo {name}: {visible(error, lines=True)}", file=sys.stderr, flush=True)
+        return error.status
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise

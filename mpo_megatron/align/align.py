@@ -59,7 +59,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         return
     with hold(stages.folder / ".lock", stages.folder):
         open_folder(config, stages)
-        groups, aligned = stages.folder / "groups", Path(stages.export.output)
+        groups = stages.folder / "groups"
         stage("prepare", groups / INFO_FILE, lambda: prepare(stages.prepare, console), console)
         stages = build_stages(config, model)  # once more: how many groups there are decides about training
         num_ranks = config.nproc or count_ranks(stages.train.parallel)
@@ -68,7 +68,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         stage(
             "train", stages.folder / TRAIN_FILE, functools.partial(run_training, stages.folder, stages.train, num_ranks), console
         )
-        stage("export", aligned / "config.json", functools.partial(convert, stages.export), console)
+        stage("export", stages.exported, functools.partial(convert, stages.export), console)
         if config.answers:
             for name, answers in (("before", stages.before), ("after", stages.after)):
                 done = Path(answers.output) / GENERATE_FILE
@@ -159,9 +159,4 @@ def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
         table.add_row(*row)
     console.print(Text(f"{config.model} → {stages.folder / 'aligned'}"))
     console.print(table)
-    found = estimate(config, stages)
-    console.print(
-        f"training sees {found.groups:,} groups: about {found.minutes:,.0f} minutes at {found.peak_tflops:.2f} TFLOP/s, the "
-        "speed of a matrix product here now. For GPUs: mpo plan. Without --plan the command runs.",
-        soft_wrap=True,
-    )
+    console.print(f"{estimate(config, stages)} Without --plan the command runs.", soft_wrap=True)

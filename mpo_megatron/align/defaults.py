@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mpo_megatron import device
-from mpo_megatron.align.options import has_option, set_option
 from mpo_megatron.config import AlignConfig, ConfigError, ParallelConfig, PlanConfig, TrainConfig, from_dict
+from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.families import Family
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.parameters import part_weights, stage_parts
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits
-from mpo_megatron.plan.search import Candidate, search
+from mpo_megatron.plan.search import Candidate, Workload, search
 
 LEARNING_RATES = ((1e9, 5e-6), (4e9, 2e-6), (math.inf, 5e-7))
 """Peak learning rate for models of up to so many parameters: a start; the papers' 7B and 8B models take 5e-7."""
@@ -56,8 +60,10 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
         if info.reward_kind == "labels" and not has_option(options, "loss"):
             default("loss.params", {"partition": "labels"})
     if device.has_gpu() and prepared and not has_option(options, "parallel"):
-        best = choose_layout(from_dict(TrainConfig, options, "train"), model, output / "groups", config.nproc)
-        if best is not None:
+        groups = {"data": str(output / "groups")}
+        workload = machine_workload(from_dict(TrainConfig, options, "train"), model, config.nproc, groups)
+        if workload is not None:
+            best = fastest(workload)
             for name, value in dataclasses.asdict(best.parallel).items():
                 default(f"parallel.{name}", value)
             default("model.recompute", best.model.recompute)
@@ -79,23 +85,29 @@ def count_parameters(family: Family) -> int:
     return sum(weight.size for part in parts for weight in part_weights(family, parallel, part, family.vocab_size))
 
 
-def choose_layout(train: TrainConfig, model: Path, groups: Path, nproc: int | None) -> Candidate | None:
-    """The fastest layout on this machine's GPUs; None if their kind is unknown.
+def machine_workload(train: TrainConfig, model: Path, nproc: int | None, lengths: Mapping[str, Any]) -> Workload | None:
+    """The run on this machine's GPUs, for `mpo plan`; None if their kind is unknown.
 
-    Raises:
-        ConfigError: none fits.
+    Args:
+        lengths: `data`, the folder of prepared groups, or the options of `mpo plan` that stand for it
     """
-    import torch
-
     name = torch.cuda.get_device_name().upper()
     hardware = next((known for known in TABLE if known.upper() in name), None)
     if hardware is None:
         return None
     memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     gpus = nproc or torch.cuda.device_count()
-    plan = PlanConfig(gpus=gpus, gpus_per_node=gpus, model=str(model), hardware=hardware, memory_gib=memory, data=str(groups))
-    problem = build_problem(plan, train)
-    found = search(problem)
+    plan = PlanConfig(gpus=gpus, gpus_per_node=gpus, model=str(model), hardware=hardware, memory_gib=memory, **lengths)
+    return build_problem(plan, train)
+
+
+def fastest(workload: Workload) -> Candidate:
+    """The fastest layout.
+
+    Raises:
+        ConfigError: none fits.
+    """
+    found = search(workload)
     if not found:
-        raise ConfigError(explain_nothing_fits(problem))
+        raise ConfigError(explain_nothing_fits(workload))
     return found[0]

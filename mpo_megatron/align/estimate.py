@@ -2,50 +2,54 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mpo_megatron import device
+from mpo_megatron.align.defaults import fastest, machine_workload
 from mpo_megatron.align.plan import Stages, count_rows
 from mpo_megatron.config import AlignConfig, PlanConfig, PrepareConfig, require
+from mpo_megatron.config.sections import has_option
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group
-from mpo_megatron.data.readers import read_inputs
+from mpo_megatron.data.prepare import open_streams
 from mpo_megatron.data.tokenizing import load_chat
-from mpo_megatron.plan.plan import build_problem, num_groups, summarize
+from mpo_megatron.plan.hardware import TABLE
+from mpo_megatron.plan.plan import build_problem, summarize
+from mpo_megatron.train.launcher import count_ranks
 
 SAMPLED_ROWS = 200
 """Rows whose lengths stand for all."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunEstimate:
-    """How long training may take."""
-
-    groups: int
-    minutes: float
-    peak_tflops: float
-    """Measured, of matrix products in float32."""
-
-
-def estimate(config: AlignConfig, stages: Stages) -> RunEstimate:
-    """Time of training on this machine: arithmetic over a measured peak of matrix products, before anything is written."""
-    rows = max(1, count_rows(config.data, config.prepare))
-    lengths = sample_lengths(stages.prepare)
-    plan = PlanConfig(gpus=1, model=str(stages.model), groups=rows, hardware="h100", **lengths)
-    problem = build_problem(plan, stages.train)
-    peak = measure_peak()
-    hardware = dataclasses.replace(problem.hardware, bf16_tflops=peak, memory_gib=1e6)
-    problem = dataclasses.replace(problem, hardware=hardware)
-    candidate = problem.evaluate(stages.train.parallel, stages.train.model.recompute, stages.train.data.row_tokens, 1)
-    groups = num_groups(plan, stages.train, problem.sequences)
-    figures = summarize(problem, candidate, groups)
-    return RunEstimate(groups=groups, minutes=60 * (figures["hours"] + figures["reference_hours"]), peak_tflops=peak)
+def estimate(config: AlignConfig, stages: Stages) -> str:
+    """In words, how long training takes here: by `mpo plan` on GPUs that it knows, on a CPU by a measured matrix product."""
+    lengths = sample_lengths(stages.prepare) | {"groups": max(1, count_rows(config.data, config.prepare))}
+    train = stages.train
+    if device.has_gpu():
+        workload = machine_workload(train, stages.model, config.nproc, lengths)
+        if workload is None:
+            return f"no estimate: mpo plan does not know {torch.cuda.get_device_name()}; it knows {', '.join(TABLE)}."
+        candidate = None if has_option(config.train, "parallel") else fastest(workload)
+        speed = f"{workload.gpus} × {workload.hardware.name}"
+    else:
+        ranks = config.nproc or count_ranks(train.parallel)
+        peak = measure_peak()
+        plan = PlanConfig(gpus=ranks, model=str(stages.model), hardware="h100", **lengths)
+        workload = build_problem(plan, train)
+        hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
+        workload, candidate = replace(workload, hardware=hardware), None
+        speed = f"{peak:.2f} TFLOP/s, the speed of a matrix product here now"
+    if candidate is None:
+        candidate = workload.evaluate(train.parallel, train.model.recompute, train.data.row_tokens)
+    groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
+    figures = summarize(workload, candidate, groups)
+    minutes = 60 * (figures["hours"] + figures["reference_hours"])
+    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {speed}."
 
 
 def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:
@@ -55,7 +59,8 @@ def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:
         ConfigError: no row gives a group.
     """
     chat = load_chat(prepare)
-    groups = [item for stream in _streams(prepare, SAMPLED_ROWS) for item in stream if isinstance(item, Group)]
+    streams = open_streams(replace(prepare, max_rows=SAMPLED_ROWS))
+    groups = [item for stream in streams for item in stream.items if isinstance(item, Group)]
     require(bool(groups), f"data = {prepare.input}; none of the first {SAMPLED_ROWS} rows is a group.")
     prompts = [len(chat.prompt(group.prompt, group.tools)[1]) for group in groups]
     responses = [_length(chat, answer) for group in groups for answer in group.responses]
@@ -71,29 +76,12 @@ def _length(chat: Chat, answer: Any) -> int:
     return len(chat.tokenizer.encode(text)) + 1
 
 
-def _streams(prepare: PrepareConfig, max_rows: int) -> list[Any]:
-    streams = read_inputs(
-        prepare.inputs,
-        format_name=prepare.format,
-        split=prepare.split,
-        subset=prepare.subset,
-        rating=prepare.rating,
-        columns=prepare.columns,
-        drop_ranks=prepare.drop_ranks,
-        max_rows=max_rows,
-    )
-    return [stream.items for stream in streams]
-
-
 def measure_peak() -> float:
-    """TFLOP/s of a matrix product on this machine."""
-    where = "cuda" if device.has_gpu() else "cpu"
-    left = torch.randn(1024, 1024, device=where)
+    """TFLOP/s of a matrix product in float32 on this machine's processor."""
+    left = torch.randn(1024, 1024)
     best = math.inf
     for _ in range(5):
-        device.synchronize()
         began = time.perf_counter()
         left @ left
-        device.synchronize()
         best = min(best, time.perf_counter() - began)
     return 2 * 1024**3 / best / 1e12

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.align.defaults import build_training, choose_learning_rate
-from mpo_megatron.align.options import has_option, set_option
 from mpo_megatron.config import (
     AlignConfig,
     ConvertConfig,
@@ -32,11 +31,15 @@ from mpo_megatron.config import (
     is_hub_name,
     require,
 )
+from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.hub import download_model
 from mpo_megatron.data.sources import open_source
 from mpo_megatron.data.store import INFO_FILE, read_info
+from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
 
+HELD_OUT = 100
+"""Groups held out of 1,000 or more."""
 ANSWER_TOKENS = 256
 """Longest answer in the comparison."""
 SET = {
@@ -59,6 +62,8 @@ class Stages:
     export: ConvertConfig
     before: GenerateConfig
     after: GenerateConfig
+    exported: Path
+    """The file that the export ends with."""
     chosen: dict[str, object]
     """Options of training that nobody set, and what was chosen."""
 
@@ -120,6 +125,7 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
         export=ConvertConfig(input=str(output / "run"), output=str(output / "aligned")),
         before=answering("before", model),
         after=answering("after", output / "aligned"),
+        exported=output / "aligned" / (PEFT_CONFIG if train.lora.rank else "config.json"),
         chosen=chosen,
     )
 
@@ -139,7 +145,7 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
         model=str(model),
         prompts=str(config.prompts),
         rounds=config.rounds,
-        held_out=config.held_out,
+        held_out=config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}) // 10)),
         generate=copy.deepcopy(config.generate),
         score=copy.deepcopy(config.score),
         select=copy.deepcopy(config.select),
@@ -157,7 +163,7 @@ def choose_held_out(config: AlignConfig, output: Path) -> int:
     """Groups to hold out: those that are, if the groups are prepared."""
     if (output / "groups-eval" / INFO_FILE).is_file() and (output / "groups" / INFO_FILE).is_file():
         return read_info(output / "groups-eval").num_groups
-    return min(config.held_out, max(1, count_rows(config.data, config.prepare) // 10))
+    return config.held_out or min(HELD_OUT, max(2, count_rows(config.data, config.prepare) // 10))
 
 
 def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
@@ -174,11 +180,12 @@ def data_digest(data: list[str]) -> str:
     digest = hashlib.sha256()
     for name in data:
         path = Path(name)
-        digest.update(path.name.encode())
         if path.is_file():
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         elif path.is_dir():
             for item in sorted(path.rglob("*")):
                 digest.update(f"{item.relative_to(path)} {item.stat().st_size if item.is_file() else 0}".encode())
+        else:
+            digest.update(name.encode())
     return digest.hexdigest()

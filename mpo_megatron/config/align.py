@@ -29,8 +29,8 @@ class AlignConfig(Section):
     """Instead of data: prompts for on-policy rounds, as `mpo iterate` takes them; `score` says what rewards an answer."""
     rounds: int = 3
     """With prompts: rounds of sampling and training."""
-    held_out: int = 100
-    """Groups (or prompts) to measure on, at most a tenth of all; none of them is trained on."""
+    held_out: int | None = None
+    """Groups (or prompts) to measure on, none of which is trained on; by default 100, or a tenth of all if that is less."""
     answers: int = 4
     """Held-out prompts that the models before and after answer, side by side; 0: none."""
     plan: bool = False
@@ -61,7 +61,10 @@ class AlignConfig(Section):
         )
         require("-" not in self.data, "data = -; a resumed run could not read standard input again; write it to a file.")
         require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
-        require(self.held_out >= 2, f"held_out = {self.held_out}; at least 2 tell whether the model got better.")
+        require(
+            self.held_out is None or self.held_out >= 2,
+            f"held_out = {self.held_out}; at least 2 tell whether the model got better.",
+        )
         require(self.answers >= 0, f"answers = {self.answers}; it must be 0 (none) or more.")
         require(self.nproc is None or self.nproc >= 1, f"nproc = {self.nproc}; it must be at least 1, or absent.")
         if self.prompts is None:

@@ -11,6 +11,8 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import load_conversion
 
+PEFT_CONFIG = "adapter_config.json"
+"""What PEFT describes an adapter in."""
 ADAPTER_FILE = "adapter.json"
 """What a folder has besides if it holds an adapter alone; `hf.adapter` reads it whole."""
 

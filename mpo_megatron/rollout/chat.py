@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.models import hugging_face_folder, locate_model
+from mpo_megatron.rollout.models import base_folder, hugging_face_folder, is_peft, locate_model
 from mpo_megatron.terminal.visible import visible
 
 ALIGNED = "aligned"
@@ -51,7 +51,8 @@ class Partner:
             limit is None or len(ids) + 1 <= limit,
             f"the conversation has {len(ids)} tokens, and {self.name} reads {limit}; {RESET} begins anew.",
         )
-        text = draw(self.model, self.chat, ids.tolist(), config, write)
+        room = config.max_tokens if limit is None else min(config.max_tokens, limit - len(ids))
+        text = draw(self.model, self.chat, ids.tolist(), replace(config, max_tokens=room), write)
         self.messages = [*asked, {"role": "assistant", "content": text}]
         return text
 
@@ -110,11 +111,13 @@ def load(path: str, name: str, config: ChatConfig) -> Partner:
         ConfigError: no model is there.
     """
     aligned = Path(path) / ALIGNED
-    folder = hugging_face_folder(locate_model(str(aligned) if (aligned / "config.json").is_file() else path, name))
-    tokenizer = load_tokenizer(folder)
+    folder = hugging_face_folder(locate_model(str(aligned) if aligned.is_dir() else path, name))
+    tokenizer, adapter = load_tokenizer(folder), None
+    if is_peft(folder):
+        folder, adapter = base_folder(folder), folder
     chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
     settings = TransformersConfig(device=config.device, dtype=config.dtype)
-    model = EmbeddedEngine.load(folder, tokenizer, settings).model
+    model = EmbeddedEngine.load(folder, tokenizer, settings, adapter).model
     model.generation_config = type(model.generation_config)()  # only what is asked for here decides about an answer
     return Partner(name=path, chat=chat, model=model)
 

@@ -33,10 +33,10 @@ from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.files.lock import hold
-from mpo_megatron.hf.identity import is_adapter_folder
+from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
 from mpo_megatron.model.checkpoint_folder import CONVERTED
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
-from mpo_megatron.model.convert_adapter import PEFT_CONFIG, export_adapter
+from mpo_megatron.model.convert_adapter import export_adapter
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (

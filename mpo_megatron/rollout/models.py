@@ -11,8 +11,8 @@ from typing import Any
 from mpo_megatron.config import ConfigError, check_writable, require
 from mpo_megatron.files.digests import check_file, check_folder
 from mpo_megatron.files.lock import hold
+from mpo_megatron.hf.identity import PEFT_CONFIG
 
-PEFT_CONFIG = "adapter_config.json"
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
 _MAX_SHARD_BYTES = 4 * 2**30

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from mpo_megatron.config import (
     validate_score,
 )
 from mpo_megatron.config.parallel import check_ranks
+from mpo_megatron.config.sections import has_option
 from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import megatron_checkpoint
@@ -239,13 +240,6 @@ def options_of_round(config: IterateConfig, number: int) -> dict[str, dict[str, 
 def fill(section: dict[str, Any], **values: object) -> None:
     """Set options that `mpo iterate` decides; paths become text."""
     section.update({name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
-
-
-def has_option(section: Mapping[str, Any], name: str) -> bool:
-    """Whether a section sets an option, `a.b` being b under a."""
-    first, _, rest = name.partition(".")
-    inner = section.get(first)
-    return first in section and (not rest or (isinstance(inner, Mapping) and has_option(inner, rest)))
 
 
 def check_round(item: Round, model: Path, num_ranks: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,23 +12,9 @@ from mpo_megatron import device
 from mpo_megatron.config import GenerateConfig, ScoreConfig, to_dict
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.terminal.interruption import StageError
 from mpo_megatron.train.launched import end_with_parent
 from mpo_megatron.train.launcher import launch
-
-ASKED_TO_STOP = (75, 128 + signal.SIGINT)
-"""Exit codes of stages that have saved and can be resumed."""
-
-
-class StageError(RuntimeError):
-    """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
-
-    def __init__(self, stage: str, status: int) -> None:
-        if status in ASKED_TO_STOP:
-            text = f"{stage} was asked to stop; what is done stays: run the same command again to resume."
-        else:
-            text = f"{stage} ended with exit status {status}; what is done stays: fix it, and run the same command again."
-        super().__init__(text)
-        self.status = status
 
 
 def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:

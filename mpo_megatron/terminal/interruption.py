@@ -15,6 +15,22 @@ REQUEUE_CODE = 75
 """Exit code of a command that was asked to stop: run it again, and it resumes."""
 
 
+ASKED_TO_STOP = (REQUEUE_CODE, 128 + signal.SIGINT)
+"""Exit codes of stages that have saved and can be resumed."""
+
+
+class StageError(RuntimeError):
+    """A stage ended by itself, with an error that it has printed or because it was asked to; what is done stays."""
+
+    def __init__(self, stage: str, status: int) -> None:
+        if status in ASKED_TO_STOP:
+            text = f"{stage} was asked to stop; what is done stays: run the same command again to resume."
+        else:
+            text = f"{stage} ended with exit status {status}; what is done stays: fix it, and run the same command again."
+        super().__init__(text)
+        self.status = status
+
+
 class Interrupted(KeyboardInterrupt):
     """A request to stop came; not an Exception, so that nothing takes it for a failure of its own."""
 

@@ -19,14 +19,16 @@ from mpo_megatron import device
 from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
 from mpo_megatron.align.align import align
-from mpo_megatron.align.plan import build_stages
-from mpo_megatron.config import AlignConfig, ConfigError
+from mpo_megatron.align.estimate import estimate
+from mpo_megatron.align.plan import build_rounds, build_stages
+from mpo_megatron.config import AlignConfig, ChatConfig, ConfigError
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import read_info
 from mpo_megatron.files import DataError
 from mpo_megatron.model import convert as converting
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
+from mpo_megatron.rollout.chat import chat
 from mpo_megatron.terminal.console import Console
 from tests.distributed.launch import launch_ranks
 from tests.kills import Killed, raise_at
@@ -139,6 +141,23 @@ def test_a_folder_that_was_started_otherwise_is_refused(inputs: Path, aligned: P
 
 
 @pytest.mark.distributed
+def test_an_adapter_is_exported_once_and_answers(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    train = {"model": {"precision": "fp32"}, "data": {"row_tokens": 256}, "eval_every": 0, "lora": {"rank": 2}, "max_steps": 1}
+    config = settings(inputs, tmp_path / "out", train=train, answers=2)
+    align(config, QUIET)
+    assert (tmp_path / "out" / "aligned" / "adapter_model.safetensors").is_file()
+    output = io.StringIO()
+    align(config, Console(file=output, width=200))
+    assert output.getvalue().count("done before") == 6
+    capsys.readouterr()
+    chat(ChatConfig(model=str(tmp_path / "out"), prompt="Say 3.", temperature=0, max_tokens=4, device="cpu"))
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.distributed
 def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "launch", launch_ranks)
     config = settings(
@@ -168,6 +187,24 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     assert "hold out 4 groups" in output.getvalue()
     assert "training sees 40 groups: about" in output.getvalue()
     assert not (tmp_path / "out").exists()
+    two = settings(inputs, tmp_path / "out", plan=True, train={"parallel": {"tensor": 2}, "max_steps": 2})
+    align(two, Console(file=output, width=200))
+    assert "training sees 256 groups: about" in output.getvalue()
+
+
+@pytest.mark.parametrize(("given", "held_out"), [(None, 4), (7, 7)])
+def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path: Path, given: int | None, held_out: int) -> None:
+    """By default a tenth."""
+    assert build_stages(settings(inputs, tmp_path, held_out=given), inputs / "model").prepare.held_out == held_out
+    prompts = settings(
+        inputs,
+        tmp_path,
+        data=[],
+        prompts=str(inputs / "groups.jsonl"),
+        held_out=given,
+        score={"scorers": {"x": {"kind": "match"}}},
+    )
+    assert build_rounds(prompts, inputs / "model").held_out == held_out
 
 
 @pytest.mark.parametrize(
@@ -176,7 +213,7 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
         ({"data": []}, "give one of them"),
         ({"prompts": "p.jsonl"}, "give one of them"),
         ({"data": ["-"]}, "a resumed run could not read standard input again"),
-        ({"score": {"scorers": {}}}, "score is a stage of on-policy rounds"),
+        ({"score": {"scorers": {"x": {"kind": "match"}}}}, "score is a stage of on-policy rounds"),
         ({"model": "none/at/all"}, "no such folder"),
         ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
         ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
@@ -212,5 +249,8 @@ def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, mon
     found = build_stages(given, inputs / "model")
     assert found.train.parallel.tensor == 2
     assert not {"parallel.tensor", "optimizer.lr"} & found.chosen.keys()
+    assert "minutes on 2 × h100" in estimate(config, found)
+    assert "minutes on 2 × h100" in estimate(given, found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
     assert "parallel.tensor" not in build_stages(config, inputs / "model").chosen
+    assert "mpo plan does not know Another GPU; it knows a100-40" in estimate(config, found)

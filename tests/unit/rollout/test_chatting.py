@@ -74,6 +74,18 @@ def test_two_models_answer_and_a_conversation_begins_anew(
     assert "\x1b" not in printed
 
 
+def test_an_answer_ends_where_the_model_ends(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions beyond those that it was made for are never computed."""
+    config = ChatConfig(model=str(model_folder), temperature=0, max_tokens=12, device="cpu")
+    partner, asked = load(config.model, "model", config), list[int]()
+    monkeypatch.setattr("mpo_megatron.rollout.chat.draw", lambda *given: asked.append(given[3].max_tokens) or "")
+    length = len(partner.chat.prompt([{"role": "user", "content": "Hello"}])[1])
+    for room in (5, 12, 20):
+        partner.messages, partner.model.config.max_position_embeddings = [], length + room
+        partner.answer("Hello", config, print)
+    assert asked == [5, 12, 12]
+
+
 def test_one_prompt(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     chat(ChatConfig(model=str(model_folder), prompt="Hello", temperature=0, max_tokens=12, device="cpu"))
     asked = [{"role": "user", "content": "Hello"}]
