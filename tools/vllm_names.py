@@ -8,14 +8,11 @@ The sources are parsed, not imported, so it needs neither a GPU nor what vLLM de
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from tools.transformer_engine_names import Name, find_definition, parameter_names
+from tools.package_names import Name, check, missing
 
 VERSIONS = ("0.33.0",)
 """Oldest and newest version that a live engine supports (mpo_megatron/stack/packages.py)."""
@@ -85,34 +82,12 @@ TEXTS = {
 
 def missing_names(root: Path) -> list[str]:
     """What of NAMES and TEXTS the `vllm` in a folder lacks, a line each."""
-    wanting = []
-    for each in NAMES:
-        found = find_definition(root, each.module, each.name)
-        if found is None:
-            wanting.append(f"{each.module}.{each.name}: no such name")
-        elif absent := [name for name in each.parameters if name not in parameter_names(found)]:
-            wanting.append(f"{each.module}.{each.name}: no parameter {', '.join(absent)}")
+    wanting = missing(root, NAMES)
     for module, texts in TEXTS.items():
         file = root.joinpath(*module.split(".")).with_suffix(".py")
         source = file.read_text(encoding="utf-8").replace("engine.client.", "self.client.") if file.is_file() else ""
         wanting += [f"{module}: {text} is nowhere in it" for text in texts if text not in source]
     return wanting
-
-
-def download(version: str, folder: Path) -> Path:
-    """Unpack the Python of a version into a folder.
-
-    Raises:
-        OSError: pip cannot download it.
-    """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary"]
-    command += [":all:", "--dest", str(folder), f"vllm=={version}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
-    if done.returncode:
-        raise OSError(f"vllm=={version}: pip cannot download it: {done.stderr.strip().splitlines()[-1:]}")
-    with zipfile.ZipFile(next(folder.glob("vllm-*.whl"))) as wheel:
-        wheel.extractall(folder, [name for name in wheel.namelist() if name.endswith(".py")])
-    return folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,18 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(chosen):
         print(__doc__)
         return 0
-    code = 0
-    for each in chosen:
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                root = Path(each) if Path(each, "vllm").is_dir() else download(each, Path(scratch))
-            except OSError as error:
-                print(error, file=sys.stderr)
-                return 1
-            wanting = missing_names(root)
-        print(f"vLLM {each}: " + ("; ".join(wanting) or f"has all of {len(NAMES) + sum(map(len, TEXTS.values()))} names"))
-        code |= bool(wanting)
-    return code
+    return check("vllm", chosen, missing_names, len(NAMES) + sum(map(len, TEXTS.values())))
 
 
 if __name__ == "__main__":

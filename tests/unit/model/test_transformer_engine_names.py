@@ -10,7 +10,8 @@ import pytest
 from mpo_megatron import device
 from mpo_megatron.hf.fp8 import RECIPES
 from mpo_megatron.model.precision import UNROUNDED
-from tools.transformer_engine_names import NAMES, PYTORCH, TEXTS, VERSIONS, download, missing_names
+from tools.package_names import download
+from tools.transformer_engine_names import NAMES, PYTORCH, TEXTS, VERSIONS, missing_names
 
 PACKAGE = Path(__file__).parents[3] / "mpo_megatron"
 
@@ -75,7 +76,7 @@ def test_what_is_gone_is_reported(tmp_path: Path, changes: dict[str, str], expec
 @pytest.mark.parametrize("version", VERSIONS)
 def test_supported_versions_have_all_names(tmp_path: Path, version: str) -> None:
     try:
-        root = download(version, tmp_path)
+        root = download("transformer-engine", version, tmp_path)
     except OSError as error:  # without a network
         pytest.skip(str(error))
     assert missing_names(root) == []
