@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.table import Table
 
 from mpo_megatron.align.plan import Stages
 from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines
+from mpo_megatron.rollout.round_report import read_metrics
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.visible import visible
 
@@ -57,9 +57,12 @@ def describe_outcome(stages: Stages, num_answers: int) -> AlignOutcome:
 
 
 def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
-    """The last evaluation's accuracy and margin; before training, π = π_ref by definition."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    evaluated = [row for row in rows if "eval/accuracy" in row]
+    """The last evaluation's accuracy and margin; before training, π = π_ref by definition.
+
+    Raises:
+        DamagedError: a line is not what was written.
+    """
+    evaluated = [row for row in read_metrics(metrics) if "eval/accuracy" in row]
     if not evaluated:
         return []
     last, found = evaluated[-1], list[tuple[str, str, str]]()

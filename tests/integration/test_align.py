@@ -20,11 +20,13 @@ from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
 from mpo_megatron.align.align import align
 from mpo_megatron.align.estimate import estimate
+from mpo_megatron.align.outcome import read_numbers
 from mpo_megatron.align.plan import build_rounds, build_stages
 from mpo_megatron.config import AlignConfig, ChatConfig, ConfigError
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import read_info
 from mpo_megatron.files import DataError
+from mpo_megatron.files.digests import DamagedError
 from mpo_megatron.model import convert as converting
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
@@ -138,6 +140,18 @@ def test_a_folder_that_was_started_otherwise_is_refused(inputs: Path, aligned: P
         align(settings(inputs, tmp_path / "other"), QUIET)
     shutil.copytree(inputs, tmp_path / "moved")
     align(settings(tmp_path / "moved", aligned), QUIET)  # the same by its digests
+
+
+@pytest.mark.distributed
+def test_damaged_metrics_are_not_shown(aligned: Path, tmp_path: Path) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    text = (aligned / "run" / "metrics.jsonl").read_text()
+    metrics.write_text(text)
+    assert read_numbers(metrics)
+    metrics.write_text(text.replace('"eval/accuracy": 0', '"eval/accuracy": 1'))
+    assert metrics.read_text() != text
+    with pytest.raises(DamagedError, match=r"metrics.jsonl:"):
+        read_numbers(metrics)
 
 
 @pytest.mark.distributed
