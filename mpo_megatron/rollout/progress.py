@@ -54,3 +54,8 @@ def show_progress(title: str, total: int, unit: str, amount: str) -> Iterator[Ca
 def _clock(seconds: float) -> str:
     whole = round(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def describe_answers(number: int, seconds: float) -> str | None:
+    """How fast a server answered; None without an answer."""
+    return f"{number:,} answers in {seconds:.1f} s, {number / max(seconds, 1e-9):,.1f} a second" if number else None

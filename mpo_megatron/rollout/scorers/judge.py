@@ -18,6 +18,7 @@ from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import read_finish_reason, response_seed
 from mpo_megatron.rollout.engines.answers import find_choice, read_text
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
+from mpo_megatron.rollout.progress import describe_answers
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
@@ -210,10 +211,7 @@ class Judge(Scorer):
 
     def report(self) -> str | None:
         """How fast the judge answered in this run."""
-        if not self._num_answers:
-            return None
-        rate = self._num_answers / max(self._seconds, 1e-9)
-        return f"{self._num_answers:,} answers in {self._seconds:.1f} s, {rate:,.1f} a second"
+        return describe_answers(self._num_answers, self._seconds)
 
     def settings(self) -> dict[str, Any]:
         """The judge's name, the template's text and all options but where, how fast and at what price it is asked."""

@@ -19,6 +19,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines.answers import shorten
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
+from mpo_megatron.rollout.progress import describe_answers
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.reward_model import encode_conversation
@@ -138,10 +139,7 @@ class ServedRewardModel(Scorer):
 
     def report(self) -> str | None:
         """How fast the server answered in this run."""
-        if not self._num_answers:
-            return None
-        rate = self._num_answers / max(self._seconds, 1e-9)
-        return f"{self._num_answers:,} answers in {self._seconds:.1f} s, {rate:,.1f} a second"
+        return describe_answers(self._num_answers, self._seconds)
 
     def settings(self) -> dict[str, Any]:
         """The model's name, its tokenizer and all options but where and how fast it is asked."""
