@@ -10,6 +10,7 @@ Shapes: N rows (responses under way), P longest prompt of the batch, V vocabular
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,8 @@ class EmbeddedEngine:
     def __init__(self, model: Any, tokenizer: Tokenizer, *, batch_size: int) -> None:
         """Take a causal language model in evaluation mode, which has to keep keys and values (`use_cache`)."""
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        # transformers 5.24 renamed it, and 5.40 is to drop the old name.
+        self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     @classmethod
     def load(cls, folder: Path, tokenizer: Tokenizer, config: TransformersConfig, adapter: Path | None = None) -> EmbeddedEngine:
@@ -142,7 +145,7 @@ class EmbeddedEngine:
         """Logits [N, V] behind the last of `ids` [N, T]; adds them to the cache. Positions count from a row's first token."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{self._cache: cache}
         )
         logits: Tensor = output.logits[:, -1, : self.tokenizer.vocab_size]  # rows beyond the tokenizer's stand for no token
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,3 +49,27 @@ def greedy(model: torch.nn.Module, prompt: torch.Tensor, vocabulary: int, number
         token = model(input_ids=row[None], use_cache=False).logits[0, -1, :vocabulary].argmax()
         row = torch.cat((row, token[None]))
     return tuple(row[len(prompt) :].tolist())
+
+
+def test_a_model_may_call_its_cache_by_the_old_name(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, num_hidden_layers=1, hidden_size=32)
+    tokenizer, given = load_tokenizer(folder), list[Any]()
+
+    class Older(torch.nn.Module):
+        """As models of transformers before 5.24 are called."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = AutoModelForCausalLM.from_pretrained(folder)
+            self.config, self.device = self.inner.config, self.inner.device
+
+        def forward(self, *, past_key_values: Any, **options: Any) -> Any:
+            given.append(past_key_values)
+            return self.inner(cache=past_key_values, **options)
+
+    prompt = Prompt(group_id="a", token_ids=(1, 2, 3), messages=())
+    sampling = Sampling(num_responses=1, temperature=0.0, max_tokens=4)
+    engines = (EmbeddedEngine(model, tokenizer, batch_size=4) for model in (Older(), Older().inner))
+    older, newer = (next(iter(engine.generate([prompt], sampling))).responses[0].token_ids for engine in engines)
+    assert older == newer
+    assert len(given) == 4
