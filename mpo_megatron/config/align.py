@@ -34,7 +34,7 @@ class AlignConfig(Section):
     answers: int = 4
     """Held-out prompts that the models before and after answer, side by side; 0: none."""
     plan: bool = False
-    """Only show the stages, their configurations and an estimate of the time."""
+    """Only show the stages and, with data, an estimate of the time."""
     nproc: int | None = None
     """Ranks of training; by default one per GPU, or what the layout needs."""
     prepare: dict[str, Any] = field(default_factory=dict)

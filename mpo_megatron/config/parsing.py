@@ -132,9 +132,8 @@ def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[st
         for parent in parents:
             section = section.setdefault(parent, {})
             require(isinstance(section, dict), f"--{name}: {parent} holds no options.")
-        section[last] = read[0] if len(read) == 1 and collection_of(expected) is not list else read
-        if len(read) == 1 and isinstance(read[0], list):
-            section[last] = read[0]
+        value = read[0] if len(read) == 1 else read
+        section[last] = [value] if collection_of(expected) is list and not isinstance(value, list) else value
 
 
 def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
