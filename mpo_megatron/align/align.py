@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mpo_megatron.align.estimate import estimate
-from mpo_megatron.align.outcome import OUTCOME_FILE, describe_outcome, print_outcome
+from mpo_megatron.align.outcome import (
+    OUTCOME_FILE,
+    describe_outcome,
+    describe_rounds,
+    next_after_rounds,
+    next_commands,
+    print_outcome,
+)
 from mpo_megatron.align.plan import Stages, build_rounds, build_stages, data_digest, find_folder
 from mpo_megatron.config import AlignConfig, ReportConfig, TrainConfig, require, to_dict
 from mpo_megatron.config.checks import find_change
@@ -77,7 +83,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         stage("report", page, lambda: report(ReportConfig(runs=[str(stages.folder / "run")], output=str(page))), console)
         outcome = describe_outcome(stages, config.answers)
         replace_file(stages.folder / OUTCOME_FILE, [outcome.as_markdown().encode()])
-        print_outcome(console, outcome, config.model, stages.folder)
+        print_outcome(console, outcome, stages.folder / "aligned", next_commands(config.model, stages.folder))
 
 
 def open_folder(config: AlignConfig, stages: Stages) -> None:
@@ -128,8 +134,9 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
             for path in sorted(last.iterdir()):
                 link_or_copy(path, partial.path / path.name)
             partial.commit()
-    console.print(f"the aligned model: {aligned}; what each round changed: {Path(rounds.output) / 'report.md'}", soft_wrap=True)
-    console.print(f"next:\n  mpo chat {shlex.quote(config.output)} --beside {shlex.quote(config.model)}", soft_wrap=True)
+    outcome = describe_rounds(Path(rounds.output), config.rounds, config.answers)
+    replace_file(Path(config.output) / OUTCOME_FILE, [outcome.as_markdown().encode()])
+    print_outcome(console, outcome, aligned, next_after_rounds(config.model, Path(config.output), config.rounds))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.table import Table
 
 from mpo_megatron.align.plan import Stages
-from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines
-from mpo_megatron.rollout.round_report import read_metrics
+from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines, read_summary
+from mpo_megatron.rollout.round_report import REPORT_FILE, read_metrics
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.visible import visible
 
@@ -54,6 +55,20 @@ def describe_outcome(stages: Stages, num_answers: int) -> AlignOutcome:
     pairs = read_pairs(Path(stages.before.output), Path(stages.after.output)) if num_answers else []
     numbers = [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
     return AlignOutcome(numbers=tuple(numbers), pairs=tuple(pairs))
+
+
+def describe_rounds(rounds: Path, number: int, num_answers: int) -> AlignOutcome:
+    """Read what `mpo iterate` left: the first policy beside the last.
+
+    Args:
+        rounds: its folder
+        number: of rounds
+    """
+    reports = read_summary(rounds / REPORT_FILE)["rounds"]
+    first, last = reports[0]["before"], reports[-1]["after"]
+    pairs = read_pairs(*(rounds / "policies" / f"{policy:02d}" / "samples" for policy in (0, number)))
+    reward = ("reward of an answer, mean ± error", *(f"{side['reward']:.4g} ± {side['error']:.2g}" for side in (first, last)))
+    return AlignOutcome(numbers=(reward, *compare_lengths(pairs)), pairs=tuple(pairs[:num_answers]))
 
 
 def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
@@ -107,8 +122,8 @@ def _last_words(line: Record) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def print_outcome(console: Console, outcome: AlignOutcome, model: str, folder: Path) -> None:
-    """Both tables, and the commands that come next."""
+def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, commands: Sequence[str]) -> None:
+    """Both tables, the aligned model's folder, and the commands that come next."""
     table = Table("held-out groups", "before", "after", title="What changed")
     for row in outcome.numbers:
         table.add_row(*row)
@@ -118,12 +133,22 @@ def print_outcome(console: Console, outcome: AlignOutcome, model: str, folder: P
         for pair in outcome.pairs:
             answers.add_row(*(_cut(text) for text in (pair.prompt, pair.before, pair.after)))
         console.print(answers)
-    console.print(f"the aligned model: {folder / 'aligned'}", soft_wrap=True)
-    console.print("next:\n" + "\n".join(f"  {line}" for line in next_commands(model, folder)), soft_wrap=True)
+    console.print(f"the aligned model: {aligned}", soft_wrap=True)
+    console.print("next:\n" + "\n".join(f"  {line}" for line in commands), soft_wrap=True)
+
+
+def next_after_rounds(model: str, folder: Path, number: int) -> list[str]:
+    """What one would do after on-policy rounds."""
+    quoted, base = shlex.quote(str(folder)), shlex.quote(model)
+    return [
+        f"mpo chat {quoted} --beside {base}    # talk to both",
+        f"open {quoted}/rounds/report.png    # what each round changed; report.md has the numbers",
+        f"mpo report {quoted}/rounds/rounds/{number:02d}/run    # curves of the last round's training",
+    ]
 
 
 def next_commands(model: str, folder: Path) -> list[str]:
-    """What one would do now."""
+    """What one would do after training on groups."""
     quoted, base = shlex.quote(str(folder)), shlex.quote(model)
     return [
         f"mpo chat {quoted} --beside {base}    # talk to both",

@@ -45,7 +45,7 @@ ANSWER_TOKENS = 256
 SET = {
     "prepare": ("input", "output", "tokenizer", "held_out"),
     "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.eval"),
-    "generate": ("prompts", "model", "output", "shard"),
+    "generate": ("prompts", "model", "output", "shard", "num_responses", "max_prompts"),
 }
 """Options that the command decides itself."""
 
@@ -109,9 +109,9 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
     prepare["held_out"] = choose_held_out(config, output)
     train, chosen = build_training(config, model, family)
     answers = copy.deepcopy(config.generate) | {"prompts": str(output / "groups-eval"), "shard": "0/1"}
-    for name, value in (("temperature", 0.0), ("num_responses", 1), ("max_tokens", ANSWER_TOKENS), ("seed", config.seed)):
+    for name, value in (("temperature", 0.0), ("max_tokens", ANSWER_TOKENS), ("empty", "keep"), ("seed", config.seed)):
         answers.setdefault(name, value)
-    answers |= {"max_prompts": max(1, config.answers), "empty": "keep"}
+    answers |= {"num_responses": 1, "max_prompts": max(1, config.answers)}
 
     def answering(name: str, checkpoint: Path) -> GenerateConfig:
         own = {"model": str(checkpoint), "output": str(output / "answers" / name)}

@@ -185,7 +185,15 @@ def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest
         score={"scorers": {"vowels": {"kind": "function", "function": f"{inputs / 'vowels.py'}:vowels"}}},
         select={"truncated": "keep", "duplicates": "keep"},
     )
-    align(config, QUIET)
+    output = io.StringIO()
+    align(config, Console(file=output, width=200))
+    page = (tmp_path / "out" / "align.md").read_text()
+    (report,) = json.loads((tmp_path / "out" / "rounds" / "report.json").read_text())["rounds"]
+    for side in ("before", "after"):
+        assert f"{report[side]['reward']:.4g} ± {report[side]['error']:.2g}" in page
+    assert page.count("**Before**") == page.count("**After**") == 2
+    assert "tokens of an answer, mean of 4" in page
+    assert f"mpo chat {tmp_path / 'out'} --beside" in output.getvalue()
     last = tmp_path / "out" / "rounds" / "policies" / "01" / "hf"
     for path in last.iterdir():
         assert (tmp_path / "out" / "aligned" / path.name).read_bytes() == path.read_bytes()
@@ -230,6 +238,7 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
         ({"score": {"scorers": {"x": {"kind": "match"}}}}, "score is a stage of on-policy rounds"),
         ({"model": "none/at/all"}, "no such folder"),
         ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
+        ({"generate": {"max_prompts": 3}}, "generate.max_prompts is set by mpo align itself"),
         ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
         ({"train": {"optimizer": {"lr": -1}}}, "train.optimizer.lr = -1"),
         ({"train": {"optimizers": {}}}, "optimizers: there is no such option"),
