@@ -67,7 +67,8 @@ def describe_rounds(rounds: Path, number: int, num_answers: int) -> AlignOutcome
     reports = read_summary(rounds / REPORT_FILE)["rounds"]
     first, last = reports[0]["before"], reports[-1]["after"]
     pairs = read_pairs(*(rounds / "policies" / f"{policy:02d}" / "samples" for policy in (0, number)))
-    reward = ("reward of an answer, mean ± error", *(f"{side['reward']:.4g} ± {side['error']:.2g}" for side in (first, last)))
+    before, after = (f"{side['reward']:.4g} ± {side['error']:.2g}" for side in (first, last))
+    reward = ("reward of an answer, mean ± error", before, after)
     return AlignOutcome(numbers=(reward, *compare_lengths(pairs)), pairs=tuple(pairs[:num_answers]))
 
 
