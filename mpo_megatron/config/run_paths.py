@@ -40,7 +40,8 @@ def candidates(run: Path, config: dict[str, Any], section: str, name: str) -> li
     Args:
         run: the run's folder, where it is now
         config: what its config.yaml holds
-        section, name: the option that names the input, such as `data` and `train`
+        section: of the option that names the input, such as `data`
+        name: of that option, such as `train`
     """
     path = (config.get(section) or {}).get(name)
     if path is None:

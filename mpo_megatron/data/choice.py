@@ -66,7 +66,9 @@ def choose_groups(
 
     Args:
         usable: places of the groups to choose from
-        keys, inputs, ids: of all groups
+        keys: of all groups
+        inputs: of all groups
+        ids: of all groups
 
     Raises:
         ConfigError: nothing would be left to train on.

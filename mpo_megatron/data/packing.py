@@ -94,7 +94,7 @@ class RowPlan:
     """Which pieces lie in which row of each replica; every replica has the same number of rows."""
 
     rows: tuple[tuple[tuple[Piece, ...], ...], ...]
-    """[replica][row][piece]; a row without pieces is a filler."""
+    """Indexed `[replica][row][piece]`; a row without pieces is a filler."""
     split_groups: frozenset[int]
     """Slots of the groups that lie in more than one row."""
 
@@ -123,7 +123,7 @@ def plan_rows(
 
     Args:
         prompt_lengths: [G] tokens of each prompt
-        response_lengths: [G][K] tokens of each response
+        response_lengths: `[G][K]` tokens of each response
         scored: [G, K] responses whose log-probs the loss needs
         row_tokens: token budget of a row
         pair_weight: cost of an attending pair of tokens relative to that of a token in the linear layers

@@ -40,7 +40,8 @@ def group_loss(
         valid: [G, K] bool, False at padding of groups with fewer than K responses; default all True.
         lengths: [G, K] scored tokens per response.
         labels: [G, K] 1 chosen, 0 rejected, −1 neither.
-        token_logps, reference_token_logps: [G, K, T], for token-level methods.
+        token_logps: [G, K, T], for token-level methods.
+        reference_token_logps: [G, K, T], for token-level methods.
         token_kl: [G, K] KL(π_θ ‖ π_ref) over the vocabulary, summed over tokens, for methods that regularise with it.
         generator: seeded CPU generator, for methods that draw.
         hyperparameters: the method's own; defaults are its paper's.

@@ -97,7 +97,8 @@ def segment_attention(
 
     Args:
         query: [T, A, D]
-        key, value: [T, Q, D], A a multiple of Q
+        key: [T, Q, D], A a multiple of Q
+        value: [T, Q, D]
     Returns:
         [T, A, D]
     """
@@ -189,7 +190,8 @@ class GroupAttention(torch.nn.Module):
 
         Args:
             query: [T, 1, A, D]
-            key, value: [T, 1, Q, D]
+            key: [T, 1, Q, D]
+            value: [T, 1, Q, D]
             packed_seq_params: the whole row's layout
         Returns:
             [T, 1, A·D]

@@ -31,7 +31,8 @@ def tokens_to_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGro
 
     Args:
         query: [N, A, D]
-        key, value: [N, Q, D]
+        key: [N, Q, D]
+        value: [N, Q, D]
     Returns:
         [T, A / size, D] and twice [T, max(1, Q / size), D]
     """

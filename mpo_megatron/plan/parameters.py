@@ -42,7 +42,7 @@ class Part:
 
 
 def stage_parts(family: Family, parallel: ParallelConfig) -> tuple[tuple[Part, ...], ...]:
-    """[stage][run] the layers of every stage, in the order in which Megatron deals them."""
+    """The layers of every `[stage][run]`, in the order in which Megatron assigns them."""
     stages, runs = parallel.pipeline, parallel.virtual_pipeline
     counts = parallel.stage_layers(family.num_hidden_layers)
     parts: list[list[Part]] = [[] for _ in range(stages)]

@@ -64,7 +64,7 @@ class PackedSteps:
     """How steps lie in rows on some layout."""
 
     rows: tuple[tuple[tuple[RowCounts, ...], ...], ...]
-    """[step][replica][row]"""
+    """Indexed `[step][replica][row]`."""
     split_groups: int
     """Groups of these steps that lie in more than one row."""
     multiple: int
@@ -77,7 +77,7 @@ class PackedSteps:
 
     @functools.cached_property
     def sums(self) -> tuple[tuple[RowCounts, ...], ...]:
-        """[step][replica] the counts of all its rows together."""
+        """Counts of all rows together, indexed `[step][replica]`."""
         return tuple(tuple(_sum(rows) for rows in step) for step in self.rows)
 
     @functools.cached_property

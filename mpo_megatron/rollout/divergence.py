@@ -49,7 +49,8 @@ def summarize(policy: Float64, reference: Float64, offsets: Int64, lengths: Int6
     """The estimate in nats per response, with a standard error over prompts, and per token.
 
     Args:
-        policy, reference: [ΣK] log-probs of every response
+        policy: [ΣK] log-probs of every response
+        reference: [ΣK] log-probs of every response
         offsets: [G + 1] where each group begins
         lengths: [ΣK] tokens of every response
     """

@@ -18,7 +18,8 @@ def draw_panels(picture: Path, number: int, width: float, height: float = 3.6) -
     """Yields so many panels to draw on; then they are a PNG file.
 
     Args:
-        width, height: of the whole picture, in inches
+        width: of the whole picture, in inches
+        height: of the whole picture, in inches
     """
     import matplotlib
 

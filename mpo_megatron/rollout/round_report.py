@@ -29,7 +29,8 @@ def report_round(
 
     Args:
         folder: the round's
-        before, after: folders of the policies that the round started from and ended with
+        before: folder of the policy that the round started from
+        after: folder of the policy that the round ended with
         kl: KL(π ‖ π_ref) on the new policy's answers, if it was measured
     """
     old, new = read_answers(before), read_answers(after)
