@@ -1,1 +1,1 @@
-"""Ratios measured side by side in one run: `python -m benchmarks.<name> [--size small]`; see docs/benchmarks.md."""
+"""Ratios measured side by side in one run: `python -m benchmarks.<name> [--size small]`; see docs/experiments/benchmarks.md."""

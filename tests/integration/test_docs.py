@@ -28,7 +28,7 @@ from tests.tiny import save_model
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    {ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "examples").rglob("*.md"), ROOT / "tools" / "README.md"}
+    {ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"), ROOT / "tools" / "README.md"}
 )
 KINDS: dict[str, type[Any]] = {
     "align": configs.AlignConfig,
