@@ -33,7 +33,7 @@ def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int =
     parser.add_argument("--size", choices=sizes, default="small", help="tiny: a check that it runs; small: CPU; others: one GPU")
     parser.add_argument("--output", type=Path, default=Path("benchmarks-out"), help="folder for <name>.json")
     parser.add_argument("--repeat", type=int, default=repeat, help="measurements of each side")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU; see docs/experiments/benchmarks.md for why one")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch on a CPU (default 1)")
     parser.set_defaults(complete=True)
     return parser
 
