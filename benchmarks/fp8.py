@@ -7,7 +7,7 @@
 Every side starts from the same random weights, computes the reference in its own precision, and takes the same steps over the
 same groups: prompts whose responses are better the more of their tokens lie in the lower half of the vocabulary, which
 generalizes to held-out groups. The yardstick is the first side once more with the groups in another order: two precisions that
-differ by less than two orders of the data agree. docs/fp8.md says what to look for.
+differ by less than two orders of the data agree. docs/experiments/fp8.md says what to look for.
 """
 
 from __future__ import annotations

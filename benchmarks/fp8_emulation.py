@@ -3,7 +3,7 @@
 The layers' matrix products take inputs, weights and output gradients that went to 8 bits and back (e4m3; gradients e5m2 but with
 `blockwise`), and are computed in float32, as the tensor cores accumulate; all else is the trainer's own code. Scales:
 
-    current    one a tensor, from its largest value, rounded down to a power of 2 (docs/fp8.md)
+    current    one a tensor, from its largest value, rounded down to a power of 2 (docs/reference/fp8.md)
     blockwise  one for 128 values along the summed dimension, of weights for 128 × 128, powers of 2
 """
 

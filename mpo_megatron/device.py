@@ -141,7 +141,7 @@ def prepare() -> None:
         return
     _prepared = True
     # Read when Transformer Engine is imported. With scales that are powers of 2, FP8's `current` recipe rounds a token the same
-    # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/fp8.md).
+    # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/reference/fp8.md).
     os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
     quiet_megatron()
     _check_resiliency_extension()

@@ -100,7 +100,7 @@ class PreparedInfo:
     pieces_digest: str
     """xxh3 digest of groups.pieces."""
     statistics: dict[str, Any] = field(default_factory=dict)
-    """Histograms, spreads and counts, see docs/data.md."""
+    """Histograms, spreads and counts, see docs/reference/data.md."""
     config: dict[str, Any] = field(default_factory=dict)
     """The configuration that wrote the folder."""
 

@@ -330,7 +330,7 @@ def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokeniz
         tokenizer.chat_template = template
     require(
         tokenizer.chat_template is not None,
-        f"tokenizer = {folder}; it has no chat template; give one with chat_template = FILE (docs/data.md shows a plain one).",
+        f"tokenizer = {folder}; no chat template; give one with chat_template = FILE (docs/reference/data.md has a plain one).",
     )
     return HuggingFaceTokenizer(tokenizer)
 

@@ -6,7 +6,8 @@ matrices and reduces in float32. Master weights and optimizer states are float32
 
 Every recipe here takes its scales from the tensor that is quantized, so FP8 has no state: a token's log-prob depends on weights
 and context alone, as in bf16 (with `current`, almost). Transformer Engine's `delayed` recipe is not offered: it takes scales from
-earlier passes and updates them at the end of every outermost autocast, while a step here runs many rows. docs/fp8.md has more.
+earlier passes and updates them at the end of every outermost autocast, while a step here runs many rows
+(docs/reference/fp8.md).
 """
 
 from __future__ import annotations

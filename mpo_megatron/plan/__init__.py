@@ -5,5 +5,5 @@
     memory      bytes of each rank at its peak          step_time   seconds of a step, and where they go
     search      the layouts that fit, the fastest first  plan       the command
 
-docs/planning.md has the formulas, their sources, and how they compare with measurements.
+docs/reference/planning.md has the formulas, their sources, and how they compare with measurements.
 """

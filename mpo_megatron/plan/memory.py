@@ -3,7 +3,7 @@
 What stays is exact: weights, gradients and optimizer states as Megatron-Core lays them out. What autograd keeps of a row is
 counted tensor by tensor, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, Eq. 1–4), for the layers used here: RMS
 norm, grouped heads, SwiGLU, attention over segments without a score matrix. On top of it comes the largest of a few moments of
-the backward pass. docs/planning.md spells the formulas out, and has the measurements.
+the backward pass. docs/reference/planning.md spells the formulas out, and has the measurements.
 
 Legend: T tokens of a row, t = T / context those of one rank, s ranks that norms and residuals are cut over (sequence
 parallelism), H hidden, q, k channels of queries and keys on one rank, F MLP channels on one rank, S scored tokens, C tokens of a

@@ -2,7 +2,8 @@
 
 Operations come from the trainer's own FLOP model. Volumes: tensor and sequence parallelism, Korthikanti et al. 2022 (§4.2.2);
 pipelines and their bubble, Narayanan et al. 2021 (§2.2, §3.2); data parallelism with sharded optimizer states, Rajbhandari et al.
-2020 (arXiv:1910.02054, §7). It is an estimate: kernels, networks and stragglers differ; docs/planning.md says what was assumed.
+2020 (arXiv:1910.02054, §7). It is an estimate: kernels, networks and stragglers differ
+(assumptions: docs/reference/planning.md).
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def test_methods_are_valid(method: Method) -> None:
 
 
 def test_guide_lists_every_loss() -> None:
-    guide = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    guide = (ROOT / "docs" / "reference" / "methods.md").read_text(encoding="utf-8")
     listed = [
         line.split("`")[1]
         for line in guide.partition("## All methods")[2].partition("\n## ")[0].splitlines()

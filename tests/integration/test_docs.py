@@ -124,8 +124,9 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
 
 
 def test_quoted_messages_exist() -> None:
-    """Messages in the first columns of the troubleshooting tables are words of the package's own."""
-    rows = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()
+    """Messages in the first columns of the tables are the package's own words; those of conversion have examples' numbers."""
+    messages = (ROOT / "docs" / "reference" / "messages.md").read_text(encoding="utf-8").partition("## Conversion")[0]
+    rows = [*messages.splitlines(), *(ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").splitlines()]
     quoted = [match[1] for row in rows if (match := re.match(r"\| `([^`]+)` \|", row))]
     sources = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "mpo_megatron").rglob("*.py"))
     joined = re.sub(r'"\s*\n\s*f?"', "", sources)  # messages are literals over several lines
@@ -135,9 +136,9 @@ def test_quoted_messages_exist() -> None:
 
 
 def test_the_new_loss_of_the_guide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The file of docs/methods.md is a whole loss."""
+    """The file of docs/extending.md is a whole loss."""
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
-    (tmp_path / "hinge.py").write_text(code_block("methods", "@register"))
+    (tmp_path / "hinge.py").write_text(code_block("extending", "@register"))
     monkeypatch.syspath_prepend(tmp_path)
     importlib.import_module("hinge")
     policy, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.2]])

@@ -36,7 +36,7 @@ def with_errors(means: list[float], errors: list[float], mean: str = ".3f") -> l
 
 
 def test_comparison_of_methods() -> None:
-    text, comparison = section("docs/methods.md", "## The main methods side by side", "## "), load("compare")
+    text, comparison = section("docs/experiments/methods.md", "## The main methods side by side", "## "), load("compare")
     written = [[name.strip("`"), *cells] for name, *cells in rows(text, "`")]
     formatted = [format_row(method, several_seeds=False) for method in comparison["methods"]]
     assert written == [[*cells[:7], *cells[8:]] for cells in formatted]  # without the time
@@ -64,13 +64,13 @@ def check_tuning(text: str, name: str) -> None:
 
 
 def test_rounds_with_many_prompts() -> None:
-    text = section("docs/on_policy.md", "## An example on a CPU: MPO beside DPO", "### ")
+    text = section("docs/experiments/on_policy.md", "## An example on a CPU: MPO beside DPO", "### ")
     check_rounds(text, "on_policy")
     check_tuning(text, "on_policy_tuning")
 
 
 def test_rounds_with_few_prompts() -> None:
-    text = section("docs/on_policy.md", "### Fewer prompts, more responses", "## ")
+    text = section("docs/experiments/on_policy.md", "### Fewer prompts, more responses", "## ")
     check_rounds(text, "on_policy_few_prompts")
     check_tuning(text, "on_policy_few_prompts_tuning")
 

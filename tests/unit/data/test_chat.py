@@ -341,7 +341,7 @@ def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> Non
     settings = json.loads((bpe_folder / "tokenizer_config.json").read_text())
     del settings["chat_template"]
     (bare / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match="it has no chat template; give one with chat_template = FILE"):
+    with pytest.raises(ConfigError, match="no chat template; give one with chat_template = FILE"):
         load_tokenizer(bare)
 
 

@@ -34,7 +34,7 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def cases(tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
     """The guides' losses, without `@register` and with it, as the tests of losses take them."""
-    (tmp_path / "registered.py").write_text(code_block("methods", "@register").replace('"hinge"', '"registered_hinge"'))
+    (tmp_path / "registered.py").write_text(code_block("extending", "@register").replace('"hinge"', '"registered_hinge"'))
     functions = (guide_loss(tmp_path), f"{tmp_path / 'registered.py'}:compute_hinge")
     return [(build_objective(LossConfig(function=function)).loss.name, {"margin": 0.7}) for function in functions]
 

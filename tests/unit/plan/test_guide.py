@@ -1,4 +1,4 @@
-"""The tables of docs/planning.md are what the plan says today."""
+"""The tables of docs/experiments/planning.md are what the plan says today."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from mpo_megatron.plan.plan import build_problem, summarize
 from mpo_megatron.plan.search import Candidate, Workload
 from tests.unit.plan.test_recipes import RECIPES, build_plan
 
-GUIDE = (Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8").partition("## Qwen3-32B on 64")[2]
+GUIDE = (
+    (Path(__file__).parents[3] / "docs" / "experiments" / "planning.md")
+    .read_text(encoding="utf-8")
+    .partition("## Qwen3-32B on 64")[2]
+)
 RECIPE = RECIPES / "mpo_on_policy" / "qwen3-32b" / "train.yaml"
 TOLERANCE = 0.02
 """Of a number besides its rounding: what another way of packing changes may stay unsaid."""
