@@ -21,8 +21,11 @@ PEFT_PREFIX = "base_model.model."
 ADAPTER = ".adapter."
 """Within the keys of Megatron checkpoints: what belongs to an adapter."""
 
-GROUPS = {"attention": ".self_attn.", "mlp": ".mlp.", "all-linear": "."}
-"""Names for several layers, and what the Hugging Face names of these have in common; Mixtral's experts are no `.mlp.`."""
+GROUPS = ("attention", "mlp", "all-linear")
+"""Names for several layers."""
+
+MIXERS = (".self_attn.", ".linear_attn.")
+"""What the Hugging Face names of layers that mix tokens contain: the group `attention`. All others are the MLP's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +67,7 @@ def leaf(name: str) -> str:
 
 def is_adaptable(rule: Rule) -> bool:
     """Whether a rule's weight is that of linear layers which can have an adapter: not embedding, output layer or router."""
-    return rule.per_layer and rule.columns is not None and rule.shard is not None and rule.megatron.endswith(".weight")
+    return rule.linear
 
 
 def adaptable_modules(family: Family) -> dict[str, str]:
@@ -99,7 +102,7 @@ def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
 
 
 def _is_in(group: str, name: str) -> bool:
-    attention = GROUPS["attention"] in name
+    attention = any(mixer in name for mixer in MIXERS)
     return group == "all-linear" or attention == (group == "attention")
 
 
@@ -134,7 +137,9 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 continue
             key = rule.megatron.removesuffix(".weight") + f"{ADAPTER}{leaf(name)}."
             peft = PEFT_PREFIX + name.removesuffix(".weight")
-            same = dataclasses.replace(rule, blocks=1, padded=False)
+            same = dataclasses.replace(rule, blocks=1, order=(), padded=False)
+            ups = {f"{peft}.lora_B.weight": rows}
+            order = tuple(dataclasses.replace(piece, name=next(iter(ups))) for piece in rule.order if piece.name == name)
             column = rule.shard == "rows"
             rules += [
                 dataclasses.replace(
@@ -147,7 +152,9 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 dataclasses.replace(
                     same,
                     megatron=key + "lora_B",
-                    parts={f"{peft}.lora_B.weight": rule.blocks * rows},
+                    parts=ups,
+                    blocks=rule.blocks,
+                    order=order,
                     columns=adapter.rank,
                     shard="rows" if column else None,
                 ),

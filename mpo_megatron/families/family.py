@@ -37,6 +37,51 @@ class LayerAttention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Layers with a Gated DeltaNet in attention's place: their past is a state of fixed size, one matrix for each value head.
+
+    Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464.
+    """
+
+    key_heads: int
+    value_heads: int
+    """A multiple of `key_heads`: each head of queries and keys serves as many consecutive value heads."""
+    key_channels: int
+    """Of one head of queries or keys."""
+    value_channels: int
+    """Of one value head."""
+    taps: int
+    """Tokens that the convolution of queries, keys and values spans, the last one included."""
+    layers: tuple[bool, ...]
+    """Which layers are of this kind; the others have attention."""
+
+    @property
+    def keys(self) -> int:
+        """Channels of all keys, and of all queries."""
+        return self.key_heads * self.key_channels
+
+    @property
+    def values(self) -> int:
+        """Channels of all values, and of their gates."""
+        return self.value_heads * self.value_channels
+
+    @property
+    def convolved(self) -> int:
+        """Channels that the convolution mixes over tokens."""
+        return 2 * self.keys + self.values
+
+    @property
+    def inputs(self) -> int:
+        """Channels of the input projection: queries, keys, values, gates, and two numbers for each value head."""
+        return self.convolved + self.values + 2 * self.value_heads
+
+    @property
+    def state(self) -> int:
+        """Elements of a layer's state after any number of tokens."""
+        return self.value_heads * self.key_channels * self.value_channels
+
+
+@dataclass(frozen=True, kw_only=True)
 class Experts:
     """The experts of a model."""
 
@@ -57,7 +102,7 @@ class Experts:
 
     @property
     def everywhere(self) -> bool:
-        """Whether all layers have experts. Megatron's checkpoints stack the layers' tensors if so."""
+        """Whether all layers have experts."""
         return all(self.layers)
 
     @property
@@ -73,10 +118,12 @@ class Experts:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """A decoder: embedding, layers of attention and MLP with RMS norms and residuals, norm, output."""
+    """A decoder: embedding, layers of attention (or a Gated DeltaNet) and MLP with RMS norms and residuals, norm, output."""
 
     config: PretrainedConfig = field(compare=False, repr=False)
     """The Hugging Face config that all this was read from, to build the model of `transformers`."""
+    whole_config: PretrainedConfig | None = field(default=None, compare=False, repr=False)
+    """Of a multimodal model, whose text model this is; None if config.json describes the language model alone."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -102,12 +149,14 @@ class Family:
     """RMS norm of queries and keys before the rotation: of each head, or over all heads together."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias; no other layer has one."""
+    output_gate: bool = False
+    """Whether attention's output is multiplied by the sigmoid of a gate of the same width, which the query projection yields."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
     """Of the MLP's gate."""
 
     ropes: tuple[Rope, ...]
     attention: tuple[LayerAttention, ...]
-    """Of each layer."""
+    """Of each layer; it says nothing of one that is a Gated DeltaNet."""
     query_scale: float
     """Factor of scores, without that of the rotary embedding: usually 1 / √head_dim."""
     score_cap: float | None = None
@@ -117,6 +166,8 @@ class Family:
     logit_cap: float | None = None
     """The same for the output layer's logits."""
 
+    delta_net: DeltaNet | None = None
+    """None if all layers have attention."""
     experts: Experts | None = None
     """None for a dense model."""
     rules: tuple[Rule, ...] = field(repr=False)
@@ -131,6 +182,30 @@ class Family:
     def keys(self) -> int:
         """Channels of all keys, and of all values."""
         return self.num_key_value_heads * self.head_dim
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that are rotated: the first ones."""
+        return 2 * len(self.ropes[0].inverse_frequencies)
+
+    def has_state(self, layer: int) -> bool:
+        """Whether a layer is a Gated DeltaNet."""
+        return self.delta_net is not None and self.delta_net.layers[layer]
+
+    @property
+    def num_states(self) -> int:
+        """Layers that are Gated DeltaNets."""
+        return sum(self.delta_net.layers) if self.delta_net else 0
+
+    @property
+    def num_attentions(self) -> int:
+        """Layers that have attention."""
+        return self.num_hidden_layers - self.num_states
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have the same weights. Megatron's checkpoints stack the layers' tensors if so."""
+        return self.delta_net is None and (self.experts is None or self.experts.everywhere)
 
     @property
     def num_experts(self) -> int:

@@ -61,6 +61,15 @@ def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None
         ConfigError: naming the field and its value.
     """
     _check_values(config)
+    check_others(config, represented)
+
+
+def check_others(config: PretrainedConfig, represented: Collection[str]) -> None:
+    """The part of `check_fields` for fields that are not represented.
+
+    Raises:
+        ConfigError: naming the field and its value.
+    """
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name in represented or name in HARMLESS or (name in defaults and value == defaults[name]):
@@ -98,6 +107,11 @@ def head_dim(config: PretrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def mlp_size(config: PretrainedConfig) -> int:
+    """Channels of a dense MLP; of the shared expert in a model that has no dense one and no field for it."""
+    return getattr(config, "intermediate_size", None) or config.shared_expert_intermediate_size
+
+
 def activation(config: PretrainedConfig, field: str = "hidden_act") -> Literal["silu", "gelu_tanh"]:
     """The MLP's activation.
 
@@ -115,7 +129,7 @@ def decoder_sizes(config: PretrainedConfig) -> dict[str, Any]:
         "config": config,
         "num_hidden_layers": config.num_hidden_layers,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": mlp_size(config),
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": config.num_key_value_heads,
         "head_dim": head_dim(config),
@@ -131,7 +145,7 @@ def rule_sizes(config: PretrainedConfig) -> Sizes:
     """The same as weight rules take them."""
     return Sizes(
         hidden=config.hidden_size,
-        ffn=config.intermediate_size,
+        ffn=mlp_size(config),
         heads=config.num_attention_heads,
         groups=config.num_key_value_heads,
         channels=head_dim(config),
@@ -157,6 +171,10 @@ ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_fact
 """Fields that any kind may have."""
 
 
+AXES = ("mrope_section", "mrope_interleaved")
+"""Which channels are rotated by which axis of an image's positions."""
+
+
 def _check_rope(parameters: dict[str, Any], kind: str) -> None:
     needed, optional = ROPE_FIELDS[kind]
     for name, value in parameters.items():
@@ -176,13 +194,15 @@ def _check_rope(parameters: dict[str, Any], kind: str) -> None:
     require(not missing, f"config.json: rope_type = {kind!r} needs {', '.join(missing)}; is config.json complete?")
 
 
-def read_ropes(config: PretrainedConfig) -> tuple[Rope, ...]:
+def read_ropes(config: PretrainedConfig, *, partial: bool = False) -> tuple[Rope, ...]:
     """The rotary embedding of all layers.
 
+    Args:
+        partial: a part of each head may be rotated (`partial_rotary_factor`)
     Raises:
         ConfigError: a kind that is not implemented.
     """
-    return (_read_rope(config, dict(config.rope_parameters), None),)
+    return (_read_rope(config, dict(config.rope_parameters), None, partial=partial),)
 
 
 def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[str, int]]:
@@ -202,15 +222,25 @@ def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[s
     return tuple(ropes), index
 
 
-def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type: str | None) -> Rope:
+def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type: str | None, *, partial: bool = False) -> Rope:
     kind, size = parameters.get("rope_type", "default"), head_dim(config)
     require(
         isinstance(kind, str) and kind in ROPE_FIELDS,
         f"config.json: rope_type = {kind!r} is not implemented; implemented are {', '.join(ROPE_FIELDS)}.",
     )
+    for name in AXES if partial else ():  # text has the same position on all axes, wherever they lie among the channels
+        parameters.pop(name, None)
     _check_rope(parameters, kind)
     share = parameters.get("partial_rotary_factor", 1.0)
-    require(share == 1.0, f"config.json: partial_rotary_factor = {share}; only whole heads are rotated (1.0).")
+    if partial:
+        size = int(size * share)
+        require(
+            0 < size <= head_dim(config) and size % 2 == 0,
+            f"config.json: partial_rotary_factor = {share} of {head_dim(config)} channels (head_dim): an even number must be "
+            "rotated; is it damaged?",
+        )
+    else:
+        require(share == 1.0, f"config.json: partial_rotary_factor = {share}; only whole heads are rotated (1.0).")
     if kind in ("default", "dynamic"):  # the latter scales from `limit` on
         exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         frequencies, factor = 1.0 / (parameters["rope_theta"] ** exponents), 1.0

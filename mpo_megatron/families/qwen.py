@@ -46,12 +46,12 @@ def read_qwen3(config: PretrainedConfig) -> Family:
 
 def read_qwen2_moe(config: PretrainedConfig) -> Family:
     """Qwen1.5 and Qwen2 with experts, one of which all tokens go through."""
-    return _read(config, ATTENTION | EXPERTS, qkv_bias=True, experts=_read_experts(config, shared=True))
+    return _read(config, ATTENTION | EXPERTS, qkv_bias=True, experts=read_experts(config, shared=True))
 
 
 def read_qwen3_moe(config: PretrainedConfig) -> Family:
     """Qwen3 with experts."""
-    return _read(config, ATTENTION | EXPERTS, qkv_bias=False, experts=_read_experts(config, shared=False))
+    return _read(config, ATTENTION | EXPERTS, qkv_bias=False, experts=read_experts(config, shared=False))
 
 
 def _read(config: PretrainedConfig, fields: set[str], *, qkv_bias: bool, experts: Experts | None = None) -> Family:
@@ -72,7 +72,12 @@ def _read(config: PretrainedConfig, fields: set[str], *, qkv_bias: bool, experts
     )
 
 
-def _read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
+def read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
+    """The experts that a config describes, in those layers that have them.
+
+    Raises:
+        ConfigError: numbers that no model has, or a model without experts.
+    """
     dense, every = set(config.mlp_only_layers or ()), config.decoder_sparse_step
     require(every >= 1, f"config.json: decoder_sparse_step = {every}; it must be 1 or more; is it damaged?")
     experts = Experts(
@@ -88,6 +93,16 @@ def _read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
         f"config.json: num_experts = {experts.num}, decoder_sparse_step = {every}, mlp_only_layers = "
         f"{config.mlp_only_layers}: no layer has experts; as a dense model it is {config.model_type.removesuffix('_moe')}.",
     )
+    check_experts(experts)
+    return experts
+
+
+def check_experts(experts: Experts) -> None:
+    """Refuse numbers of experts that no model has.
+
+    Raises:
+        ConfigError: naming the field of config.json.
+    """
     require(
         1 <= experts.per_token <= experts.num,
         f"config.json: num_experts_per_tok = {experts.per_token} of num_experts = {experts.num}; is config.json damaged?",
@@ -97,16 +112,15 @@ def _read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
         "config.json: num_experts_per_tok = 1 with norm_topk_prob = true: the only probability is always 1, so the router cannot "
         "learn, and Megatron-Core refuses it.",
     )
-    return experts
 
 
 def _rules(config: PretrainedConfig, experts: Experts | None, *, qkv_bias: bool) -> tuple[Rule, ...]:
     sizes = rule_sizes(config)
     attention = normed_attention_rules(sizes, qkv_bias=qkv_bias, qk_norm=not qkv_bias)
-    return decoder_rules(sizes, [*attention, *_mlp_rules(config, experts)])
+    return decoder_rules(sizes, [*attention, *mlp_rules(config, experts)])
 
 
-def _mlp_rules(config: PretrainedConfig, experts: Experts | None) -> list[Rule]:
+def mlp_rules(config: PretrainedConfig, experts: Experts | None) -> list[Rule]:
     """The norm before the MLP and the MLP itself: dense, or a router, its experts and a shared one."""
     hidden, norm = config.hidden_size, "post_attention_layernorm.weight"
     sparse = frozenset(layer for layer, is_sparse in enumerate(experts.layers) if is_sparse) if experts else frozenset()

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.values import show
-from mpo_megatron.families import gemma, llama, mistral, olmo, qwen
+from mpo_megatron.families import gemma, llama, mistral, olmo, qwen, qwen_hybrid
 from mpo_megatron.families.family import Family
 from mpo_megatron.files.digests import check_file
 
@@ -22,6 +22,11 @@ READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
     "qwen3": qwen.read_qwen3,
     "qwen2_moe": qwen.read_qwen2_moe,
     "qwen3_moe": qwen.read_qwen3_moe,
+    "qwen3_next": qwen_hybrid.read_qwen3_next,
+    "qwen3_5_text": qwen_hybrid.read_qwen3_5,
+    "qwen3_5_moe_text": qwen_hybrid.read_qwen3_5_moe,
+    "qwen3_5": qwen_hybrid.read_text_model,
+    "qwen3_5_moe": qwen_hybrid.read_text_model,
     "llama": llama.read_llama,
     "mistral": mistral.read_mistral,
     "mixtral": mistral.read_mixtral,
@@ -57,6 +62,8 @@ def load_family(folder: str | Path) -> Family:
         raise ConfigError(f"{path}: not a JSON object ({error}); copy the checkpoint again.") from error
     _require_known(model_type, f"{path}: ", of_several="text_config" in settings)
     _require_possible(settings, path)
+    if isinstance(settings.get("text_config"), dict):
+        _require_possible(settings["text_config"], path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:

@@ -7,6 +7,7 @@ of a rank with the same table.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,18 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class RowPiece:
+    """Consecutive rows of a Hugging Face tensor that are consecutive in each block of a Megatron tensor."""
+
+    name: str
+    start: int
+    """First row, for the first block."""
+    rows: int
+    stride: int
+    """Rows from one block's piece to the next one's."""
+
+
+@dataclass(frozen=True)
 class Rule:
     """One Megatron tensor (of one layer, and of one expert, if its parts name a `{layer}` or `{expert}`), as rows of Hugging Face
     tensors."""
@@ -41,10 +54,13 @@ class Rule:
     """Key in the Megatron checkpoint. Layers and experts share a key: Megatron stacks them on first axes."""
     parts: dict[str, int]
     """Hugging Face name → rows that it gives to each block, in Megatron's order."""
-    columns: int | None = None
-    """Row length; None for a vector, whose rows are its elements."""
+    columns: int | tuple[int, ...] | None = None
+    """Row length; None for a vector, whose rows are its elements; the shape of a row that has several axes."""
     blocks: int = 1
     """How often the parts repeat: a block is [part 1's rows, part 2's rows, …]."""
+    order: tuple[RowPiece, ...] = ()
+    """The pieces of a block in Megatron's order, where a part's rows of a block are not consecutive rows of its tensor. Those of
+    a part are side by side."""
     padded: bool = False
     """Whether zero rows pad it to the padded vocabulary."""
     shard: Literal["rows", "columns"] | None = None
@@ -63,6 +79,23 @@ class Rule:
     def rows(self) -> int:
         """Rows without padding."""
         return self.blocks * sum(self.parts.values())
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Shape of one row."""
+        if self.columns is None:
+            return ()
+        return self.columns if isinstance(self.columns, tuple) else (self.columns,)
+
+    @property
+    def pieces(self) -> tuple[RowPiece, ...]:
+        """The pieces of a block, in Megatron's order."""
+        return self.order or tuple(RowPiece(name, 0, rows, rows) for name, rows in self.parts.items())
+
+    @property
+    def linear(self) -> bool:
+        """Whether its weight is the matrix of linear layers which tensor-parallel ranks share out."""
+        return self.per_layer and isinstance(self.columns, int) and self.shard is not None and self.megatron.endswith(".weight")
 
 
 def decoder_rules(sizes: Sizes, layers: Iterable[Rule]) -> tuple[Rule, ...]:
@@ -86,6 +119,36 @@ def normed_attention_rules(sizes: Sizes, *, qkv_bias: bool = False, qk_norm: boo
         *attention_rules(sizes, qkv_bias=qkv_bias),
         *(qk_norm_rules(sizes.channels, sizes.channels) if qk_norm else []),
     ]
+
+
+def gated_attention_rules(sizes: Sizes, layers: frozenset[int]) -> list[Rule]:
+    """A norm on the input, attention with a gate on its output, and norms of each head of queries and keys.
+
+    The query projection has the rows [query, gate] of each head; Megatron wants those of a group as [queries, gates].
+    """
+    channels, per_group = sizes.channels, sizes.heads // sizes.groups
+    query, key, value = (f"{HF_LAYER}self_attn.{name}_proj.weight" for name in "qkv")
+    both = 2 * per_group * channels
+    order = (
+        *(RowPiece(query, 2 * head * channels, channels, both) for head in range(per_group)),
+        *(RowPiece(query, (2 * head + 1) * channels, channels, both) for head in range(per_group)),
+        *(RowPiece(name, 0, channels, channels) for name in (key, value)),
+    )
+    _, output = attention_rules(sizes)
+    rules = [
+        norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", sizes.hidden),
+        Rule(
+            LAYER + "self_attention.linear_qkv.weight",
+            {query: both, key: channels, value: channels},
+            sizes.hidden,
+            blocks=sizes.groups,
+            order=order,
+            shard="rows",
+        ),
+        output,
+        *qk_norm_rules(channels, channels),
+    ]
+    return [dataclasses.replace(rule, layers=layers) for rule in rules]
 
 
 def attention_rules(sizes: Sizes, *, qkv_bias: bool = False) -> list[Rule]:

@@ -35,14 +35,24 @@ class FlopModel:
 
 def build_flop_model(family: Family) -> FlopModel:
     """The operations of this model."""
-    hidden, layers = family.hidden_size, family.num_hidden_layers
-    attention_weights = hidden * (family.queries + 2 * family.keys) + family.queries * hidden
+    hidden, layers = family.hidden_size, family.num_attentions
+    gates = family.queries if family.output_gate else 0
+    attention_weights = hidden * (family.queries + gates + 2 * family.keys) + family.queries * hidden
     return FlopModel(
-        per_token=2 * (layers * attention_weights + sum(_mlp_weights(family))),
+        per_token=2 * (layers * attention_weights + family.num_states * _delta_net_products(family) + sum(_mlp_weights(family))),
         per_pair=4 * layers * family.queries,
         per_scored=2 * hidden * family.vocab_size,
         window=None if family.window is None else (family.window, family.num_windowed / layers),
     )
+
+
+def _delta_net_products(family: Family) -> int:
+    """Multiplications of a Gated DeltaNet for a token: projections, convolution, and three products with the state: what it holds
+    for the key, the correction, and what the query reads. Computing them in chunks takes more, which counts nothing."""
+    net = family.delta_net
+    if net is None:
+        return 0
+    return family.hidden_size * (net.inputs + net.values) + net.taps * net.convolved + 3 * net.state
 
 
 def _mlp_weights(family: Family) -> list[int]:

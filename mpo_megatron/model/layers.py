@@ -27,6 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
 from mpo_megatron import device
+from mpo_megatron.config import require
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
 from mpo_megatron.model.adapters import adapted, adapted_grouped
@@ -135,6 +136,7 @@ def build_block_spec(
     adapter: Adapter | None = None,
 ) -> TransformerBlockSubmodules:
     """One run of layers of one pipeline stage."""
+    require(family.delta_net is None, "config.json: layer_types has linear_attention, which cannot be trained yet.")
     norm: Any = RMSNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm

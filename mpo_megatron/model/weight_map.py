@@ -32,6 +32,7 @@ class Placement:
     name: str
     shape: tuple[int, ...]
     runs: tuple[RowRun, ...]
+    """In the order of this tensor's rows."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def extra_state_keys(family: Family) -> list[str]:
 def _stacked(key: str, layer: int, family: Family) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
     """Key of a layer's tensor, its index on the axis for layers, and that axis's size: no axis where layers differ in kind, and
     none for what is in no layer."""
-    if key.startswith("decoder.layers.") and (family.experts is None or family.experts.everywhere):
+    if key.startswith("decoder.layers.") and family.uniform:
         return key, (layer,), (family.num_hidden_layers,)
     return key.replace("decoder.layers.", f"decoder.layers.{layer}."), (), ()
 
@@ -131,12 +132,19 @@ def _layer_slice(rule: Rule, layer: int, expert: int, family: Family) -> Slice:
 def _slice(rule: Rule, padded_vocab: int, **names: int) -> Slice:
     """The tensor of a rule, without axes for layers and experts; `names` fill the Hugging Face names."""
     block_rows = sum(rule.parts.values())
-    row_shape = () if rule.columns is None else (rule.columns,)
-    shape = (padded_vocab if rule.padded else rule.rows, *row_shape)
-    placements = []
+    shape = (padded_vocab if rule.padded else rule.rows, *rule.row_shape)
+    runs: dict[str, list[RowRun]] = {name: [] for name in rule.parts}
     start = 0
-    for name, rows in rule.parts.items():
-        runs = [RowRun(block * rows, block * block_rows + start, rows) for block in range(rule.blocks)]
-        placements.append(Placement(name.format(**names), (rule.blocks * rows, *row_shape), tuple(runs)))
-        start += rows
-    return Slice(rule.megatron, (), shape, shape, tuple(placements))
+    for piece in rule.pieces:
+        for block in range(rule.blocks):
+            runs[piece.name].append(RowRun(piece.start + block * piece.stride, block * block_rows + start, piece.rows))
+        start += piece.rows
+    placements = tuple(
+        Placement(
+            name.format(**names),
+            (rule.blocks * rows, *rule.row_shape),
+            tuple(sorted(runs[name], key=lambda run: run.hf_row)),
+        )
+        for name, rows in rule.parts.items()
+    )
+    return Slice(rule.megatron, (), shape, shape, placements)

@@ -88,9 +88,8 @@ def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
     """One rank's part of a Megatron tensor of one layer, of one expert."""
     expert = rule.experts is not None
     ranks = 1 if rule.shard is None else parallel.expert_tensor if expert else parallel.tensor
-    size = (padded_vocab if rule.padded else rule.rows) * (rule.columns or 1) // ranks
-    matrix = rule.per_layer and rule.columns is not None and rule.shard is not None
-    return Weight(rule.megatron, size, matrix, expert)
+    size = (padded_vocab if rule.padded else rule.rows) * math.prod(rule.row_shape) // ranks
+    return Weight(rule.megatron, size, rule.linear, expert)
 
 
 def count_parameters(family: Family) -> int:

@@ -77,7 +77,10 @@ def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = N
     """
     if rules is not None:
         numbers = sum(
-            rule.rows * (rule.columns or 1) * (rule.experts or 1) * (num_layers if rule.layers is None else len(rule.layers))
+            rule.rows
+            * math.prod(rule.row_shape)
+            * (rule.experts or 1)
+            * (num_layers if rule.layers is None else len(rule.layers))
             for rule in rules
         )
     else:
