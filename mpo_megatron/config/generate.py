@@ -163,6 +163,9 @@ class GenerateConfig(Section):
     """vLLM's offline engine."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """The server of `engine: openai`."""
+    load_adapter: bool = False
+    """Let that server (vLLM, SGLang) load the adapter in `model` beside the base model, which `endpoint.model` names, and unload
+    it at the end. The server must see the adapter's folder under the same path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -217,6 +220,11 @@ def validate_generate(config: GenerateConfig) -> None:
     if config.engine == "openai":
         validate_endpoint(config.endpoint, "endpoint")
     else:
+        require(
+            not config.load_adapter,
+            f"load_adapter = true is for a server (engine = openai); engine = {config.engine} takes adapters anyway: leave it "
+            "out.",
+        )
         require(
             config.endpoint == EndpointConfig(),
             f"endpoint is set, but engine = {config.engine} asks none; set engine = openai, or leave it out.",

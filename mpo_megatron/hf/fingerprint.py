@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG
+
 _BLOCK, _NUM_BLOCKS = 2**16, 64
 """Bytes of a weight file that enter its digest: this many blocks, evenly spread."""
 
@@ -25,8 +27,12 @@ def model_digest(checkpoint: Path) -> str:
             for start in sorted({max(0, size - _BLOCK) * index // (_NUM_BLOCKS - 1) for index in range(_NUM_BLOCKS)}):
                 file.seek(start)
                 digest.update(file.read(_BLOCK))
-    config = (checkpoint / "hf" if is_megatron else checkpoint) / "config.json"
-    digest.update(config.read_bytes() if config.is_file() else b"")
+    for config in (
+        (checkpoint / "hf" if is_megatron else checkpoint) / "config.json",
+        checkpoint / PEFT_CONFIG,
+        checkpoint / ADAPTER_FILE,
+    ):
+        digest.update(config.read_bytes() if config.is_file() else b"")
     return digest.hexdigest()
 
 

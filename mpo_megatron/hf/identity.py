@@ -13,6 +13,8 @@ from mpo_megatron.hf.conversion import load_conversion
 
 PEFT_CONFIG = "adapter_config.json"
 """What PEFT describes an adapter in."""
+PEFT_WEIGHTS = "adapter_model.safetensors"
+"""What PEFT keeps an adapter's matrices in."""
 ADAPTER_FILE = "adapter.json"
 """What a folder has besides if it holds an adapter alone; `hf.adapter` reads it whole."""
 
@@ -51,3 +53,17 @@ def weights_digest(folder: Path) -> str:
 def base_digest(folder: Path) -> str:
     """Identity of the base model's weights: of an adapter's base, or of a whole model, beside which adapters can be trained."""
     return str(read_adapter_file(folder).get("base_digest")) if is_adapter_folder(folder) else weights_digest(folder)
+
+
+def adapter_rank(folder: Path) -> int:
+    """The rank that adapter_config.json of PEFT's folder names.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    path = folder / PEFT_CONFIG
+    digests.check_file(path)
+    try:
+        return int(json.loads(path.read_bytes())["r"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: names no rank ({error!r}); copy the adapter again.") from error

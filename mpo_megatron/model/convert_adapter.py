@@ -21,13 +21,12 @@ from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError
-from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, weights_digest
+from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 
-PEFT_WEIGHTS = "adapter_model.safetensors"
 ORIGINAL = "peft"
 """Folder that keeps a read adapter's own adapter_config.json."""
 

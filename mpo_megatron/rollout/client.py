@@ -183,7 +183,7 @@ class Client:
                 async with asyncio.timeout(self.config.timeout):  # in all: the HTTP client's own limit is one for each read
                     return await ask(client, question), None
             except openai.APIStatusError as error:
-                reason = self._clean(f"{error.status_code}: {_read_refusal(error)}")
+                reason = self.describe_refusal(error)
                 if error.status_code in _FATAL:
                     raise ConfigError(self._explain(error.status_code, reason)) from None  # the cause may hold the key
                 if error.status_code not in _LATER and error.status_code < 500:
@@ -209,6 +209,10 @@ class Client:
             return Failure("unusable", error.label, self._clean(str(error)))
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return Failure("unusable", "not_json", self._clean(f"its body is not usable JSON: {reason}"))
+
+    def describe_refusal(self, error: Any) -> str:
+        """The status and the reason of an `openai.APIStatusError`, as a message may show them."""
+        return self._clean(f"{error.status_code}: {_read_refusal(error)}")
 
     def _clean(self, text: str) -> str:
         """A server's text as a message may show it: short, in UTF-8, without control characters and the key."""

@@ -34,6 +34,7 @@ from mpo_megatron.rollout.engines import Engine, Sampling
 from mpo_megatron.rollout.models import (
     base_folder,
     hugging_face_folder,
+    is_adapter,
     is_peft,
     locate_model,
     read_model_settings,
@@ -77,7 +78,12 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     validate_generate(config)
     require_package(config.engine, f"engine = {config.engine}")
     shard, output = choose_shard(config.shard), Path(config.output)
-    checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai")
+    checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai" and not config.load_adapter)
+    require(
+        not config.load_adapter or is_adapter(checkpoint),
+        f"load_adapter = true, but model = {config.model} is no adapter; name a run with lora.rank or a PEFT folder, or leave "
+        "load_adapter out.",
+    )
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
     chat = Chat(
         tokenizer,
@@ -158,7 +164,9 @@ def _identity(
     config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer, prompts: PromptSet, sampling: Sampling
 ) -> dict[str, Any]:
     """What the responses follow from; runs that agree in it continue each other."""
-    model = f"{config.endpoint.model} (api {config.endpoint.api})" if config.engine == "openai" else model_digest(checkpoint)
+    served = f"{config.endpoint.model} (api {config.endpoint.api})"
+    own = model_digest(checkpoint) if config.engine != "openai" or config.load_adapter else ""
+    model = own if config.engine != "openai" else f"{served} with adapter {own}" if own else served
     return {
         "engine": config.engine,
         "model": model,
@@ -192,7 +200,7 @@ def _generate_shard(
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
             with (
-                contextlib.closing(_load_engine(config, checkpoint, chat)) as engine,
+                contextlib.closing(_load_engine(config, checkpoint, chat, shard)) as engine,
                 LineWriter(failures) as failure_lines,
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
@@ -227,12 +235,13 @@ def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_faile
         )
 
 
-def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat) -> Engine:
+def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat, shard: Shard) -> Engine:
     """The engine, with its model loaded."""
     if config.engine == "openai":
         from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 
-        return EndpointEngine(config.endpoint, chat)
+        adapter = hugging_face_folder(checkpoint) if config.load_adapter else None
+        return EndpointEngine(config.endpoint, chat, adapter, keep_adapter=shard.total > 1)
     folder, adapter = hugging_face_folder(checkpoint), None
     if is_peft(folder):
         folder, adapter = base_folder(folder), folder

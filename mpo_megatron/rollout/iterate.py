@@ -20,6 +20,7 @@ from mpo_megatron.config import (
     ConfigError,
     ConvertConfig,
     DataConfig,
+    GenerateConfig,
     IterateConfig,
     PrepareConfig,
     SelectConfig,
@@ -156,8 +157,8 @@ def stage(name: str, done: Path, run: Callable[[], object], console: Console) ->
 
 def run_round(plan: RoundsPlan, item: Round, start: Path, num_ranks: int, console: Console) -> Path:
     """All stages of a round; the checkpoint that it ends with."""
-    folder = item.folder
-    stage("generate", folder / "samples" / GENERATE_FILE, lambda: run_command("generate", generate, item.generate), console)
+    folder, sampling = item.folder, for_policy(item.generate, start)
+    stage("generate", folder / "samples" / GENERATE_FILE, lambda: run_command("generate", generate, sampling), console)
     stage("score", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, item.score), console)
     stage("select", folder / "selected" / SELECT_FILE, lambda: select(item.select, console), console)
     stage("prepare", folder / "groups" / INFO_FILE, lambda: prepare(item.prepare, console), console)
@@ -174,9 +175,14 @@ def measure_policy(policy: RoundPolicy, start: Path, console: Console) -> None:
     else:
         export = ConvertConfig(input=str(start), output=str(policy.hf))
         stage("export", policy.hf / "config.json", lambda: convert(export), console)
-    done = folder / "samples" / GENERATE_FILE
-    stage("generate held-out", done, lambda: run_command("generate", generate, policy.generate), console)
+    done, sampling = folder / "samples" / GENERATE_FILE, for_policy(policy.generate, start)
+    stage("generate held-out", done, lambda: run_command("generate", generate, sampling), console)
     stage("score held-out", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, policy.score), console)
+
+
+def for_policy(config: GenerateConfig, policy: Path) -> GenerateConfig:
+    """The stage for a policy in this folder: a server has an adapter to load unless the policy is the model that it serves."""
+    return replace(config, load_adapter=config.load_adapter and is_adapter_folder(policy))
 
 
 def base_of_rounds(hf: Path) -> str | None:

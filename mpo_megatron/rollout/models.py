@@ -11,7 +11,7 @@ from typing import Any
 from mpo_megatron.config import ConfigError, check_writable, require
 from mpo_megatron.files.digests import check_file, check_folder
 from mpo_megatron.files.lock import hold
-from mpo_megatron.hf.identity import PEFT_CONFIG
+from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
 
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
@@ -44,6 +44,11 @@ def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False
 def is_peft(folder: Path) -> bool:
     """Whether a folder is PEFT's, of an adapter without its base model."""
     return (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def is_adapter(checkpoint: Path) -> bool:
+    """Whether a located checkpoint is an adapter, PEFT's or ours."""
+    return is_peft(checkpoint) or is_adapter_folder(checkpoint)
 
 
 def base_folder(folder: Path) -> Path:
@@ -85,7 +90,6 @@ def hugging_face_folder(checkpoint: Path) -> Path:
         check_folder(target, weights=True)
         return target
     from mpo_megatron.hf.adapter import find_base, read_adapter
-    from mpo_megatron.hf.identity import is_adapter_folder
     from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
     from mpo_megatron.model.convert_adapter import export_adapter
 

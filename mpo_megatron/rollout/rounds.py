@@ -36,9 +36,10 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.config.sections import has_option
-from mpo_megatron.hf.identity import weights_digest
+from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import megatron_checkpoint
+from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.launcher import count_ranks
@@ -249,9 +250,11 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         ConfigError: naming the round, the option, the rule and the fix.
     """
     try:
+        adapters = item.train.lora.rank > 0 or is_adapter_folder(find_megatron_checkpoint(model) or model)
         require(
-            item.generate.engine != "openai",
-            "generate.engine = openai; a server goes on with the weights it has, and rounds have new ones; take vllm or "
+            item.generate.engine != "openai" or (item.generate.load_adapter and adapters),
+            "generate.engine = openai; a server keeps the weights it has, and rounds have new ones; train adapters "
+            "(train.lora.rank) and let the server load them (generate.load_adapter = true), or set generate.engine to vllm or "
             "transformers.",
         )
         validate_generate(item.generate)

@@ -31,6 +31,7 @@ from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
 from mpo_megatron.rollout import select as selecting
+from tests.adapter_server import BASE, AdapterServer
 from tests.distributed.launch import launch_ranks
 from tests.kills import Killed, raise_at
 from tests.tiny import save_model
@@ -254,11 +255,23 @@ def test_summary_and_picture_of_the_example(tmp_path: Path) -> None:
 
 
 def test_rounds_hand_over_the_adapter_alone(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies after the first are PEFT's folders beside it; the second round continues the adapter of the first."""
+    """Policies after the first are PEFT's folders beside it; the second round continues the adapter of the first.
+
+    A server of the first policy answers: it loads the adapter of each later one, and forgets it.
+    """
     monkeypatch.setattr(stages, "launch", launch_ranks)
+    server = AdapterServer(inputs / "hf", "vllm")
     config = settings(inputs, tmp_path / "out", measure_kl=True)
     config = dataclasses.replace(config, train={**config.train, "lora": {"rank": 2}, "optimizer": {"lr": 0.05}})
-    rounds.iterate(config, QUIET)
+    endpoint = {"base_url": server.url, "model": BASE, "retries": 0}
+    asked = {**config.generate, "engine": "openai", "load_adapter": True, "endpoint": endpoint}
+    rounds.iterate(dataclasses.replace(config, generate=asked), QUIET)
+    server.close()
+    # The first policy and the first round: nothing to load. The second policy's held-out answers, its round, the third policy's.
+    assert server.actions == ["load_lora_adapter", "unload_lora_adapter"] * 3
+    names = list(dict.fromkeys(body["model"] for path, body in server.asked if path.endswith("completions")))
+    assert names[0] == BASE
+    assert len(names) == 3
     policies = [tmp_path / "out" / "policies" / f"{number:02d}" / "hf" for number in range(3)]
     assert (policies[0] / "model.safetensors").is_file()
     matrices = []

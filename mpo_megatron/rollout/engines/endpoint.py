@@ -6,8 +6,10 @@ once all the same. The body of an answer is read as plain JSON, because servers 
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from mpo_megatron.config import ConfigError, EndpointConfig, require
@@ -17,6 +19,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.answers import read_answer
+from mpo_megatron.rollout.engines.served_adapter import ServedAdapter
 from mpo_megatron.rollout.engines.servers import UNCONTROLLED, find_kind, request_fields
 from mpo_megatron.rollout.thoughts import Thoughts
 
@@ -30,14 +33,17 @@ class _Question(NamedTuple):
 class EndpointEngine:
     """Generates by asking a server."""
 
-    def __init__(self, config: EndpointConfig, chat: Chat) -> None:
-        """Ask the server what it is.
+    def __init__(self, config: EndpointConfig, chat: Chat, adapter: Path | None = None, *, keep_adapter: bool = False) -> None:
+        """Ask the server what it is, and let it load the adapter if there is one.
 
         Args:
             config: the server
             chat: counts tokens where the server does not, and puts thoughts back
+            adapter: PEFT's folder of an adapter of the model that the server holds
+            keep_adapter: leave it on the server at the end: others may still ask for it
         Raises:
-            ConfigError, DataError: as `find_kind`; or the server renders the chat template without the variables that are set.
+            ConfigError, DataError: as `find_kind` and `ServedAdapter.load`; or the server renders the chat template without the
+                variables that are set.
         """
         self.config, self.chat, self.client = config, chat, Client(config)
         self.kind = find_kind(config, self.client)
@@ -47,6 +53,12 @@ class EndpointEngine:
             "chat_template_kwargs are set, and it is not known whether the server takes them with endpoint.api = chat; set "
             "endpoint.api = text or tokens, or endpoint.server to what it is.",
         )
+        self.adapter = None if adapter is None else ServedAdapter(config, self.kind, adapter)
+        self.keep_adapter = keep_adapter
+        self.model_fields = {"model": config.model}
+        if self.adapter is not None:
+            self.adapter.load()
+            self.model_fields = self.adapter.fields
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Ask for all responses of all prompts; a prompt is yielded when its last request has come to an end.
@@ -87,7 +99,7 @@ class EndpointEngine:
 
     async def _ask(self, client: Any, question: _Question) -> Response:
         prompt, sampling, api = question.prompt, question.sampling, self.config.api
-        body = {"model": self.config.model} | request_fields(self.kind, sampling, question.seed)
+        body = self.model_fields | request_fields(self.kind, sampling, question.seed)
         if api == "chat":
             body["messages"] = self._messages(prompt)
             if prompt.tools:
@@ -114,4 +126,9 @@ class EndpointEngine:
         return [with_text_arguments(message) for message in self.chat.with_system(prompt.messages)]
 
     def close(self) -> None:
-        """Nothing is kept open between calls."""
+        """Let the server forget an adapter that was loaded here; nothing else is kept open between calls."""
+        if self.adapter is None or self.keep_adapter or not self.adapter.loaded_here:
+            return
+        problem = self.adapter.unload()
+        if problem is not None:
+            print(f"{self.config.base_url} keeps the adapter {self.adapter.name}: {problem}", file=sys.stderr)

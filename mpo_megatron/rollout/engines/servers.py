@@ -25,6 +25,8 @@ UNCONTROLLED: dict[ServerKind, tuple[str, ...]] = {
     "openai": ("top_k", "min_p", "repetition_penalty"),
 }
 """Sampling parameters that a server of this kind may set as it likes."""
+REFUSALS = (400, 404, 405, 422, 501)
+"""Statuses by which a server says that it has no such path, or does not take what it was sent."""
 
 
 def find_kind(config: EndpointConfig, client: Client) -> ServerKind:
@@ -46,9 +48,7 @@ def find_kind(config: EndpointConfig, client: Client) -> ServerKind:
 
 async def _ask_kind(client: Any, base_url: str) -> ServerKind:
     """By the owner of its models, as vLLM, SGLang and llama.cpp name it, or by a path that only `transformers serve` has."""
-    listed = await _get(client, "/models")
-    models = listed.get("data") if isinstance(listed, dict) else None
-    owners = [model.get("owned_by") for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+    owners = [model.get("owned_by") for model in await _models(client)]
     for kind in get_args(ServerKind):
         if kind in owners and kind != "openai":
             found: ServerKind = kind
@@ -59,6 +59,17 @@ async def _ask_kind(client: Any, base_url: str) -> ServerKind:
     return "transformers" if isinstance(paths, dict) and "/load_model" in paths else "openai"
 
 
+async def list_models(client: Any) -> list[str]:
+    """The names of the models that a server lists; none if it lists none."""
+    return [str(model["id"]) for model in await _models(client) if "id" in model]
+
+
+async def _models(client: Any) -> list[dict[str, Any]]:
+    listed = await _get(client, "/models")
+    models = listed.get("data") if isinstance(listed, dict) else None
+    return [model for model in models if isinstance(model, dict)] if isinstance(models, list) else []
+
+
 async def _get(client: Any, path: str) -> Any:
     """What the server has at a path; None if it has nothing there."""
     import openai
@@ -66,7 +77,7 @@ async def _get(client: Any, path: str) -> Any:
     try:
         return await client.get(path, cast_to=object)
     except openai.APIStatusError as error:
-        if error.status_code in (400, 404, 405, 422, 501):
+        if error.status_code in REFUSALS:
             return None
         raise
 

@@ -7,7 +7,6 @@ and groups come out one by one.
 from __future__ import annotations
 
 import gc
-import json
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError, VllmConfig
 from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.hf.identity import adapter_rank
 from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
@@ -137,9 +137,9 @@ def _lora_rank(adapter: Path) -> int:
     """The smallest of the ranks for which vLLM makes room that holds an adapter's.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: none does, or the adapter is damaged.
     """
-    rank = json.loads((adapter / "adapter_config.json").read_bytes())["r"]
+    rank = adapter_rank(adapter)
     fitting = [size for size in LORA_RANKS if size >= rank]
     if not fitting:
         raise ConfigError(f"model: an adapter of rank {rank}; vLLM takes up to {LORA_RANKS[-1]}; take engine = transformers.")

@@ -202,7 +202,7 @@ def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: li
         ({"train": {"checkpoint": {"resume": False}}}, r"round 1: train\.checkpoint\.resume = false"),
         (
             {"generate": {"engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}},
-            r"round 1: generate\.engine = openai; a server goes on with the weights it has",
+            r"round 1: generate\.engine = openai; a server keeps the weights it has",
         ),
         ({"per_round": {"train.optimizer.lr": [1e-3, -1.0]}}, r"train\.optimizer\.lr = -1\.0"),
         ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),
