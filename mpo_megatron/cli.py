@@ -36,7 +36,9 @@ from mpo_megatron.config import (
 from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.files import DataError
 from mpo_megatron.files.partial import clear_leftovers
+from mpo_megatron.terminal import next_command
 from mpo_megatron.terminal.interruption import StageError, interruptible, say_interrupted
+from mpo_megatron.terminal.next_command import say_next
 from mpo_megatron.terminal.output import outlive_readers
 from mpo_megatron.terminal.visible import visible
 
@@ -68,6 +70,7 @@ def convert(arguments: Sequence[str]) -> int:
     from mpo_megatron.model.convert import convert as run
 
     run(config)
+    say_next(next_command.after_convert(config.output))
     return 0
 
 
@@ -77,6 +80,7 @@ def prepare(arguments: Sequence[str]) -> int:
     from mpo_megatron.data.prepare import prepare as run
 
     run(config)
+    say_next(next_command.after_prepare(config.output, config.tokenizer))
     return 0
 
 
@@ -86,6 +90,8 @@ def generate(arguments: Sequence[str]) -> int:
     from mpo_megatron.rollout.generate import generate as run
 
     run(config)
+    if (Path(config.output) / "generate.json").is_file():  # else other shards are still at work
+        say_next(next_command.after_generate(config.output))
     return 0
 
 
@@ -95,6 +101,8 @@ def score(arguments: Sequence[str]) -> int:
     from mpo_megatron.rollout.score import score as run
 
     run(config)
+    if (Path(config.output) / "score.json").is_file():
+        say_next(next_command.after_score(config.output))
     return 0
 
 
@@ -104,6 +112,7 @@ def select(arguments: Sequence[str]) -> int:
     from mpo_megatron.rollout.select import select as run
 
     run(config)
+    say_next(next_command.after_select(config.output))
     return 0
 
 
@@ -139,6 +148,7 @@ def iterate(arguments: Sequence[str]) -> int:
     from mpo_megatron.rollout.iterate import iterate as run
 
     run(config)
+    say_next(next_command.after_iterate(config.output, config.rounds))
     return 0
 
 
@@ -159,16 +169,18 @@ def report(arguments: Sequence[str]) -> int:
     from mpo_megatron.report.report import report as run
 
     run(config)
+    say_next(next_command.after_report(config.output, config.runs))
     return 0
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Held-out groups, sampled reward and win rate, answers for the judges of AlpacaEval, Arena-Hard and MT-Bench."""
     launcher, own = _read_launcher("evaluate", arguments)
-    config = parse(EvaluateConfig, own, "mpo evaluate", launcher.epilog)
+    config = parse(EvaluateConfig, own, "mpo evaluate", launcher.helps)
     from mpo_megatron.evaluate.evaluate import evaluate as run
 
     run(config, launcher.nproc)
+    say_next(next_command.after_evaluate(config.output))
     return 0
 
 
@@ -178,6 +190,7 @@ def plan(arguments: Sequence[str]) -> int:
     from mpo_megatron.plan.plan import plan as run
 
     run(config)
+    say_next(next_command.after_plan(config.train, config.gpus, config.gpus_per_node))
     return 0
 
 
@@ -281,7 +294,7 @@ def _run(arguments: list[str]) -> int:
 def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
     """Check a training configuration, then start this machine's ranks of a module through torchrun."""
     launcher, own = _read_launcher(name, arguments, restarts=True)
-    config = parse(TrainConfig, own, f"mpo {name}", launcher.epilog)
+    config = parse(TrainConfig, own, f"mpo {name}", launcher.helps)
     from mpo_megatron.train.setup import build_setup
 
     # Every rank builds its own; here it gives one message before any has started.
@@ -292,21 +305,26 @@ def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
         check_resumption(setup)
     from mpo_megatron.train.launcher import launch as start
 
-    return start(module, own, num_ranks=setup.num_ranks, max_restarts=launcher.max_restarts)
+    code = start(module, own, num_ranks=setup.num_ranks, max_restarts=launcher.max_restarts)
+    if code == 0 and config.stop_after is None:
+        say_next(next_command.after_train(config.output) if name == "train" else next_command.after_reference(arguments))
+    return code
+
+
+NPROC = "Ranks to start; by default one per GPU, or what the layout needs."
+MAX_RESTARTS = "Restart all ranks this many times when one fails (default 0)."
 
 
 def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = False) -> tuple[argparse.Namespace, list[str]]:
-    """(options about this machine's ranks, and `epilog`, their help; all other arguments).
+    """(options about this machine's ranks, and `helps`, option → help; all other arguments).
 
     Raises:
         ConfigError: a value that no rank could be started with.
     """
-    parser = argparse.ArgumentParser(prog=f"mpo {name}", usage="", add_help=False, allow_abbrev=False, exit_on_error=False)
-    parser.add_argument("--nproc", type=_read_whole, help="Ranks to start; by default one per GPU, or what the layout needs.")
-    if restarts:
-        parser.add_argument(
-            "--max_restarts", type=_read_whole, default=0, help="Times all ranks are started again when one fails."
-        )
+    helps = {"--nproc": NPROC, **({"--max_restarts": MAX_RESTARTS} if restarts else {})}
+    parser = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in helps:
+        parser.add_argument(option, type=_read_whole, default=0 if option == "--max_restarts" else None)
     try:
         options, others = parser.parse_known_args(arguments)
     except argparse.ArgumentError as error:
@@ -314,7 +332,7 @@ def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = Fals
     for option, least in (("nproc", 1), ("max_restarts", 0)):
         value = getattr(options, option, None)
         require(value is None or value >= least, f"--{option} = {value}; it must be at least {least}.")
-    options.epilog = " ".join(parser.format_help().split())
+    options.helps = helps
     return options, others
 
 

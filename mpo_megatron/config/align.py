@@ -17,6 +17,8 @@ ROUND_STAGES = ("score", "select")
 class AlignConfig(Section):
     """`mpo align`: a Hugging Face model and groups, or prompts → an aligned Hugging Face model, with one resumable command."""
 
+    MAIN_OPTIONS: ClassVar = ("model", "data", "prompts", "output", "rounds", "held_out", "plan")
+
     STAGE_TYPES: ClassVar = STAGES
 
     model: str

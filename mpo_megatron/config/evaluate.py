@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mpo_megatron.config.checks import check_seed, check_writable, require
 from mpo_megatron.config.model import ModelConfig
@@ -30,6 +30,18 @@ class HeldOutConfig(Section, prefix="held_out."):
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Section):
     """`mpo evaluate`: held-out groups, sampled reward and win rate, answers for the judges of public benchmarks."""
+
+    MAIN_OPTIONS: ClassVar = (
+        "output",
+        "held_out.groups",
+        "held_out.model.checkpoint",
+        "candidate",
+        "baseline",
+        "prompts",
+        "alpaca_eval",
+        "arena_hard",
+        "mt_bench",
+    )
 
     output: str
     """Folder for evaluation.json, evaluation.png and what leads to them; a repeated command continues what is there."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, check_writable, require
 from mpo_megatron.config.values import Section
@@ -103,6 +103,18 @@ class EndpointConfig(Section):
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
     """`mpo generate`: prompts → K responses each, drawn from a model."""
+
+    MAIN_OPTIONS: ClassVar = (
+        "prompts",
+        "model",
+        "output",
+        "engine",
+        "num_responses",
+        "temperature",
+        "top_p",
+        "max_tokens",
+        "shard",
+    )
 
     prompts: str
     """JSONL with a prompt (string or messages) a line, optionally group_id, reference_answer and anything else, which is kept; or

@@ -27,6 +27,8 @@ STAGES = {
 class IterateConfig(Section):
     """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, resumable anywhere."""
 
+    MAIN_OPTIONS: ClassVar = ("output", "model", "prompts", "rounds", "held_out", "reference", "nproc", "measure_kl")
+
     STAGE_TYPES: ClassVar = STAGES
 
     output: str

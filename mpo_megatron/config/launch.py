@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mpo_megatron.config.checks import require
 from mpo_megatron.config.values import Section
@@ -19,6 +19,8 @@ SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(Section):
     """What every target needs to know of a training job."""
+
+    MAIN_OPTIONS: ClassVar = ("train", "nodes", "gpus_per_node", "output", "setup", "environment", "dry_run")
 
     train: str
     """YAML file of `mpo train`; the job runs it as it is, and the layout in it is checked against the nodes."""
@@ -79,6 +81,8 @@ class TorchrunJob(JobConfig):
 class SlurmJob(JobConfig):
     """`mpo launch slurm`: an sbatch script that saves before it is stopped, and queues itself again."""
 
+    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "time", "partition", "container")
+
     time: str = "24:00:00"
     """Time limit, as Slurm writes it."""
     partition: str | None = None
@@ -128,6 +132,8 @@ class SlurmJob(JobConfig):
 @dataclass(frozen=True, kw_only=True)
 class SlurmArray(Section):
     """`mpo launch slurm-array`: responses for many prompts, or scores for many groups, each array task one shard."""
+
+    MAIN_OPTIONS: ClassVar = ("generate", "score", "tasks", "gpus_per_task", "time", "partition", "output", "setup", "dry_run")
 
     generate: str | None = None
     """YAML file of `mpo generate`; give this or `score`."""
@@ -194,6 +200,8 @@ def _check_directives(job: SlurmJob | SlurmArray) -> None:
 class KubernetesJob(JobConfig):
     """`mpo launch kubernetes`: a PyTorchJob (Kubeflow trainer) or a JobSet, with the run's configuration beside it."""
 
+    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "image", "kind", "volumes")
+
     image: str
     """Container image with this package installed."""
     kind: Literal["pytorchjob", "jobset"] = "pytorchjob"
@@ -218,6 +226,8 @@ class KubernetesJob(JobConfig):
 @dataclass(frozen=True, kw_only=True)
 class SkypilotJob(JobConfig):
     """`mpo launch skypilot`: a SkyPilot task, which finds the machines in a cloud and recovers when it loses them."""
+
+    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "accelerators", "image", "mounts")
 
     accelerators: str
     """GPU type that SkyPilot looks for, such as H100; gpus_per_node says how many."""

@@ -9,10 +9,12 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
+from mpo_megatron.config import help as help_pages
 from mpo_megatron.config.checks import ConfigError, require
 from mpo_megatron.config.names import check_options, options_of, read_file, read_text, unknown_option
 from mpo_megatron.config.values import check_written, collection_of, convert, describe_type, field_types, is_single, section_of
@@ -20,9 +22,15 @@ from mpo_megatron.config.values import check_written, collection_of, convert, de
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def build_parser(kind: type[Any], program: str, epilog: str | None = None) -> ArgumentParser:
-    """A parser for one root dataclass: `--config FILE`, `--field.subfield value`, `--print_config`, `--help`."""
-    parser = ArgumentParser(prog=program, description=kind.__doc__, epilog=epilog, exit_on_error=False, allow_abbrev=False)
+def build_parser(kind: type[Any], program: str) -> ArgumentParser:
+    """A parser for one root dataclass: `--config FILE`, `--field.subfield value`, `--print_config`."""
+    parser = ArgumentParser(
+        prog=program,
+        usage=help_pages.usage(kind, program),
+        description=help_pages.description(kind),
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the options below.")
     parser.add_class_arguments(kind, as_positional=False)
     return parser
@@ -55,16 +63,28 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
-def parse[C](kind: type[C], arguments: Sequence[str] | None = None, program: str = "mpo", epilog: str | None = None) -> C:
-    """Parse command-line arguments (default: sys.argv) into `kind`. `--help` and `--print_config` print, and end the program.
+def parse[C](
+    kind: type[C],
+    arguments: Sequence[str] | None = None,
+    program: str = "mpo",
+    launcher: Mapping[str, str] = MappingProxyType({}),
+) -> C:
+    """Parse command-line arguments (default: sys.argv) into `kind`. Help and `--print_config` print, and end the program.
 
     Args:
-        epilog: printed below the options by `--help`
+        launcher: option → help of options that were read before; only help lists them
     Raises:
         ConfigError: an option is unknown or missing, is of another type, or breaks a rule.
     """
-    parser = build_parser(kind, program, epilog)
-    arguments, of_stages = take_stage_options(kind, sys.argv[1:] if arguments is None else list(arguments))
+    parser = build_parser(kind, program)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if help_pages.ALL in arguments:
+        print(help_pages.format_all(parser, launcher), end="")
+        raise SystemExit(0)
+    if not set(help_pages.SHORT).isdisjoint(arguments):
+        print(help_pages.format_help(kind, parser, launcher), end="")
+        raise SystemExit(0)
+    arguments, of_stages = take_stage_options(kind, arguments)
     arguments = join_lists(kind, fill_flags(kind, arguments))
     for option, following in itertools.pairwise([*arguments, ""]):
         name, _, value = option.partition("=")

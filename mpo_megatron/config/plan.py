@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mpo_megatron.config.checks import require
 from mpo_megatron.config.values import Section
@@ -12,6 +12,8 @@ from mpo_megatron.config.values import Section
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Section):
     """`mpo plan`: memory, communication and time of a run before it is submitted, and the best layouts for it."""
+
+    MAIN_OPTIONS: ClassVar = ("gpus", "model", "train", "hardware", "data", "fp8", "lora_rank", "groups", "output")
 
     gpus: int
     """GPUs of the run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, require
 from mpo_megatron.config.values import Section
@@ -12,6 +12,19 @@ from mpo_megatron.config.values import Section
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Section):
     """`mpo prepare`: prompts with K responses and rewards → tokenized groups in Arrow."""
+
+    MAIN_OPTIONS: ClassVar = (
+        "input",
+        "output",
+        "tokenizer",
+        "format",
+        "columns",
+        "held_out",
+        "max_prompt_tokens",
+        "max_response_tokens",
+        "system_prompt",
+        "num_workers",
+    )
 
     input: str | list[str]
     """A .jsonl / .json / .csv / .tsv / .parquet file (text also .gz, .zst, .bz2, .xz), a pattern such as 'data/*.jsonl', a

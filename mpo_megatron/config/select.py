@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, require
 from mpo_megatron.config.values import Section
@@ -12,6 +12,18 @@ from mpo_megatron.config.values import Section
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(Section):
     """`mpo select`: scored groups → the groups, responses and sets to train on."""
+
+    MAIN_OPTIONS: ClassVar = (
+        "input",
+        "output",
+        "sets",
+        "num_top",
+        "num_bottom",
+        "min_spread",
+        "max_responses",
+        "max_length_ratio",
+        "truncated",
+    )
 
     input: str
     """Scored groups: the folder that `mpo score` wrote, or a .jsonl file of groups whose responses have a reward."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import (
@@ -297,6 +297,19 @@ class OnlineConfig(Section, prefix="online."):
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Section):
     """`mpo train`: train a policy on groups."""
+
+    MAIN_OPTIONS: ClassVar = (
+        "output",
+        "model.checkpoint",
+        "data.train",
+        "data.eval",
+        "loss.name",
+        "loss.params",
+        "optimizer.lr",
+        "epochs",
+        "parallel.tensor",
+        "data.groups_per_step",
+    )
 
     output: str
     """The run's folder: checkpoints, metrics, final configuration."""

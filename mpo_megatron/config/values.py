@@ -49,6 +49,8 @@ class Section:
     """Base of every configuration: making one raises `ConfigError` unless every field has its declared type, in range."""
 
     _prefix: ClassVar[str] = ""
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = ()
+    """Options that `--help` explains; it names the others. Empty: it explains all."""
 
     def __init_subclass__(cls, prefix: str = "") -> None:
         """Name the section.

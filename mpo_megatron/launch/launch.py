@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,9 @@ def launch(job: Job) -> int:
     else:
         print(text, end="")
     if job.dry_run or submit is None:
+        if job.output is not None:
+            words = submit or ["bash"]
+            print(f"next: {shlex.join([*words, job.output])}{'' if submit else ', on every machine'}", file=sys.stderr)
         return 0
     if shutil.which(submit[0]) is None:
         raise ConfigError(f"there is no {submit[0]} here to submit the job with; add --dry_run true, and submit it elsewhere.")

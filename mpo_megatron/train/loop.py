@@ -250,9 +250,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     run.folder.mkdir(parents=True, exist_ok=True)
     setup = run.setup
     config = with_absolute_paths(setup.given)  # the folder is looked at from other directories, too
-    text = seal_yaml(to_dict(config))
-    replace_file(run.folder / "config.yaml", [text])
-    print(f"# {run.folder / 'config.yaml'}\n{text.decode()}", flush=True)
+    replace_file(run.folder / "config.yaml", [seal_yaml(to_dict(config))])
+    print(f"every option of this run: {run.folder / 'config.yaml'}", flush=True)
     for shortfall in shortfalls(transformer_engine=run.config.model.from_engine):
         print(f"slower than it could be: {shortfall}", flush=True)
     if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
