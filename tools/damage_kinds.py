@@ -55,7 +55,7 @@ from mpo_megatron.train import loop
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, read_state
 from mpo_megatron.train.checkpoints.verification import check_whole
-from mpo_megatron.train.reference import read_cache
+from mpo_megatron.train.reference_cache import read_cache
 from mpo_megatron.train.setup import build_setup
 from mpo_megatron.train.tracking.facts import earlier_starts
 from mpo_megatron.train.tracking.files import JsonlTracker

@@ -48,8 +48,9 @@ def estimate(config: AlignConfig, stages: Stages) -> str:
         candidate = workload.evaluate(train.parallel, train.model.recompute, train.data.row_tokens)
     groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
     figures = summarize(workload, candidate, groups)
-    minutes = 60 * (figures["hours"] + figures["reference_hours"])
-    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {speed}."
+    minutes, reference = (60 * hours for hours in (figures["hours"] + figures["reference_hours"], figures["reference_hours"]))
+    share = f", {reference:,.0f} of them for the reference's log-probs" if reference else ", no reference log-probs among them"
+    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {speed}{share}."
 
 
 def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:

@@ -73,14 +73,17 @@ def describe_rounds(rounds: Path, number: int, num_answers: int) -> AlignOutcome
 
 
 def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
-    """The last evaluation's accuracy and margin; before training, π = π_ref by definition.
+    """The last evaluation's accuracy and margin; before training, π = π_ref by definition. Without a reference the loss.
 
     Raises:
         DamagedError: a line is not what was written.
     """
-    evaluated = [row for row in read_metrics(metrics) if "eval/accuracy" in row]
+    evaluated = [row for row in read_metrics(metrics) if "eval/loss" in row]
     if not evaluated:
         return []
+    if "eval/accuracy" not in evaluated[-1]:
+        before, after = (f"{row['eval/loss']:.4g}" for row in (evaluated[0], evaluated[-1]))
+        return [("loss of held-out groups", before, after)]
     last, found = evaluated[-1], list[tuple[str, str, str]]()
     found.append(("preferred above the others, by log π/π_ref", "50 % by definition", f"{last['eval/accuracy']:.1%}"))
     for name, words in (

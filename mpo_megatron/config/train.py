@@ -213,6 +213,9 @@ class LoggingConfig(Section, prefix="logging."):
     belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     num_samples: int = 4
     """Held-out groups logged as a table at every evaluation: responses, rewards and how their log-probs moved; 0: none."""
+    reference_metrics: bool = False
+    """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference: its log-probs are computed for
+    that, one more forward pass over the groups. Other losses have these metrics anyway."""
     seconds_between_lines: float = 5.0
     """Where output is no terminal, a step's line comes at most this often; 0: every step has its line."""
 

@@ -7,6 +7,7 @@ even on another layout, sees what it would have seen.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +92,27 @@ def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
 def step_indices(step: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Int64:
     """Dataset indices of the groups of a step, counted from 0 over all epochs."""
     epoch, position = divmod(step, steps_per_epoch(num_groups, groups_per_step))
-    order = np.random.default_rng((seed, epoch)).permutation(num_groups) if shuffle else np.arange(num_groups)
+    order = epoch_order(epoch, num_groups, seed=seed, shuffle=shuffle)
     return order[position * groups_per_step : (position + 1) * groups_per_step]
+
+
+def indices_of_steps(num_steps: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Int64:
+    """Dataset indices of the groups that the first `num_steps` steps see, in the data's order, each once."""
+    seen, left = np.zeros(num_groups, dtype=bool), num_steps
+    for epoch in range(-(-num_steps // steps_per_epoch(num_groups, groups_per_step))):
+        seen[epoch_order(epoch, num_groups, seed=seed, shuffle=shuffle)[: left * groups_per_step]] = True
+        left -= steps_per_epoch(num_groups, groups_per_step)
+        if seen.all():
+            break
+    return np.flatnonzero(seen)
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(epoch: int, num_groups: int, *, seed: int, shuffle: bool) -> Int64:
+    """Dataset indices of all groups, as an epoch sees them; not to be written to."""
+    order = np.random.default_rng((seed, epoch)).permutation(num_groups) if shuffle else np.arange(num_groups)
+    order.flags.writeable = False  # it is kept
+    return order
 
 
 def group_table(groups: Sequence[TokenizedGroup], indices: Int64) -> GroupTable:

@@ -39,7 +39,7 @@ class GroupOutcome:
     policy_logps: tuple[float | None, ...]
     """[K] log π of each response, in nats; None where the loss needs none."""
     reference_logps: tuple[float | None, ...]
-    """[K] log π_ref."""
+    """[K] log π_ref; None where the loss needs none."""
     sets: tuple[int, ...]
     """[K] 1 preferred, 0 not, −1 neither."""
 

@@ -11,6 +11,7 @@ Legend: T tokens of a row, S scored tokens of a row, R responses of a row, G gro
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
@@ -158,11 +159,15 @@ def _cut_group(
     """The group as one piece if it fits a row, else as few pieces as a greedy cut needs, the prompt repeated in each."""
     parts: list[Piece] = []
     current: list[int] = []
+    once, each = (prompt, 0) if layout == "shared" else (0, prompt)  # tokens of the prompt: per piece, per response
+    tokens = once
     for k in wanted:
-        if current and _measure(slot, prompt, lengths, [*current, k], layout, window).num_tokens > row_tokens:
+        own = each + lengths[k] - 1
+        if current and tokens + own > row_tokens:
             parts.append(_measure(slot, prompt, lengths, current, layout, window))
-            current = []
+            current, tokens = [], once
         current.append(k)
+        tokens += own
     if current:
         parts.append(_measure(slot, prompt, lengths, current, layout, window))
     parts[1:] = [part._replace(leads=False) for part in parts[1:]]
@@ -202,16 +207,13 @@ def count_pairs(length: int, context: int, window: Window | None = None) -> int:
 
 
 def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tuple[Piece, ...]]:
-    rows: list[list[Piece]] = []
-    free: list[int] = []
+    rows: list[list[Piece]] = [[] for _ in pieces]
+    free = np.full(len(pieces), row_tokens)
     for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.slot, piece.responses)):
-        index = next((index for index, room in enumerate(free) if piece.num_tokens <= room), len(rows))
-        if index == len(rows):
-            rows.append([])
-            free.append(row_tokens)
+        index = int((free >= piece.num_tokens).argmax())  # there are as many rows as pieces, so one has room
         rows[index].append(piece)
         free[index] -= piece.num_tokens
-    return [tuple(sorted(row)) for row in rows]
+    return [tuple(sorted(row)) for row in rows if row]
 
 
 def _spread(
@@ -231,17 +233,21 @@ def _spread(
     def deal(bundles: Sequence[tuple[Piece, ...]]) -> list[list[list[Piece]]] | None:
         """Longest processing time first: each bundle to the least loaded replica that has room, there to the emptiest row."""
         dealt: list[list[list[Piece]]] = [[[] for _ in range(per_replica)] for _ in range(num_replicas)]
-        load = [0.0] * num_replicas
-        free = [[row_tokens] * per_replica for _ in range(num_replicas)]
+        loads = [(0.0, replica) for replica in range(num_replicas)]  # a heap, as the next
+        filled = [[(-row_tokens, row) for row in range(per_replica)] for _ in range(num_replicas)]
         for bundle in sorted(bundles, key=lambda bundle: (-work(bundle), bundle)):
-            tokens = sum(piece.num_tokens for piece in bundle)
-            replica = min((r for r in range(num_replicas) if tokens <= max(free[r])), key=lambda r: (load[r], r), default=None)
-            if replica is None:
+            tokens, full = sum(piece.num_tokens for piece in bundle), []
+            while loads and -filled[loads[0][1]][0][0] < tokens:
+                full.append(heapq.heappop(loads))
+            if not loads:
                 return None
-            row = max(range(per_replica), key=lambda row: (free[replica][row], -row))
+            load, replica = loads[0]
+            free, row = filled[replica][0]
             dealt[replica][row] += bundle
-            free[replica][row] -= tokens
-            load[replica] += work(bundle)
+            heapq.heapreplace(filled[replica], (free + tokens, row))
+            heapq.heapreplace(loads, (load + work(bundle), replica))
+            for item in full:
+                heapq.heappush(loads, item)
         return dealt
 
     dealt = deal([(piece,) for row in rows for piece in row]) or deal(rows)

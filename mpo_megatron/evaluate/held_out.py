@@ -62,7 +62,7 @@ def evaluate_held_out(setup: Setup) -> list[GroupMetrics]:
     data, size = setup.train, setup.config.data.groups_per_step
     results = []
     with session(setup) as place:
-        reference = place.references()[data.path]
+        reference = place.references(whole=True)[data.path]
         policy = place.load(setup.model_folder)
         for start in range(0, len(data), size):
             indices = np.arange(start, min(start + size, len(data)))

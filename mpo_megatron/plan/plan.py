@@ -38,7 +38,7 @@ from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
 from mpo_megatron.plan.search import Candidate, Workload, search
 from mpo_megatron.plan.step_time import Assumptions
 from mpo_megatron.terminal.console import Console
-from mpo_megatron.train.objective import Objective, build_objective, check_data
+from mpo_megatron.train.objective import Objective, build_objective, check_data, needs_reference
 
 DEFAULT_GROUPS = 60_000
 """Groups of a run if nothing says how many: about UltraFeedback's prompts."""
@@ -150,6 +150,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     adapter = choose_adapter(family, train.lora)
     if adapter is not None:
         require_no_router_losses(train.experts)
+    reference = needs_reference(objective, train, family.experts)
     # Then the reference is the policy with its adapter off, and no other model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
     return Workload(
@@ -165,6 +166,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
         online=train.online,
         routing=train.experts,
         records_choices=train.experts.needs_choices and not objective.needs.token_kl,
+        caches_reference=reference and train.model.reference != ADAPTER_OFF,
         adapter=adapter,
         gpus=config.gpus,
         hardware=hardware,
@@ -177,7 +179,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
             or objective.needs_whole_batch
             or objective.needs.token_kl
             or train.experts.needs_whole_batch
-            or train.model.reference == ADAPTER_OFF,
+            or (train.model.reference == ADAPTER_OFF and reference),
         ),
         overhead_gib=config.overhead_gib,
         usable=config.usable,
@@ -334,11 +336,16 @@ def print_time(console: Console, problem: Workload, candidate: Candidate, groups
     )
     console.print(table)
     summary = summarize(problem, candidate, groups)
+    seen = cached_groups(problem, groups)
+    reference = (
+        f", and {summary['reference_hours']:.1f} h before the first step for the reference log-probs of {seen:,} groups"
+        if seen
+        else "; no pass for reference log-probs"
+    )
     console.print(
         f"{summary['rows_per_replica']:.1f} rows a replica and step, {summary['fill']:.0%} full; bubble {time.bubble_share:.1%}; "
         f"{time.model_flops / 1e15:,.1f} PFLOP a step; MFU {summary['mfu']:.1%}; {summary['groups_per_second']:.1f} groups/s; "
-        f"{groups:,} groups in {summary['hours']:.1f} h, and {summary['reference_hours']:.1f} h for reference log-probs "
-        f"({summary['days']:.2f} days)",
+        f"{groups:,} groups in {summary['hours']:.1f} h{reference} ({summary['days']:.2f} days)",
         soft_wrap=True,
     )
     if choices := summary.get("choices_gb"):
@@ -365,7 +372,7 @@ def print_suggestions(console: Console, problem: Workload, found: list[Candidate
 
 
 def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str, float]:
-    """Figures of a whole run that goes through so many groups; the reference sees those of the data, each once."""
+    """Figures of a whole run that goes through so many groups; the reference sees each of them once, if the run needs it."""
     time, step = candidate.time, problem.data.groups_per_step
     tokens = [
         sums.tokens / len(rows)
@@ -373,7 +380,8 @@ def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str,
         for sums, rows in zip(counts, sampled, strict=True)
     ]
     hours = groups / step * time.seconds / 3600
-    reference_hours = problem.sequences.num_groups / step * time.forward_seconds / 3600
+    seen = cached_groups(problem, groups)
+    reference_hours = seen / step * time.forward_seconds / 3600
     return {
         "seconds_per_step": time.seconds,
         "groups_per_second": step / time.seconds,
@@ -383,17 +391,22 @@ def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str,
         "hours": hours,
         "reference_hours": reference_hours,
         "days": (hours + reference_hours) / 24,
-        **choices_on_disk(problem),
+        **choices_on_disk(problem, seen),
     }
 
 
-def choices_on_disk(problem: Workload) -> dict[str, float]:
-    """GB of the reference's choices of experts for all groups of the data; nothing if they are not recorded."""
+def cached_groups(problem: Workload, groups: int) -> int:
+    """Groups of which the reference's log-probs are computed before the first step, in a run that goes through so many."""
+    return min(groups, problem.sequences.num_groups) if problem.caches_reference else 0
+
+
+def choices_on_disk(problem: Workload, groups: int) -> dict[str, float]:
+    """GB of the reference's choices of experts for so many groups; nothing if they are not recorded."""
     experts = problem.family.experts
-    if experts is None or not problem.records_choices or problem.model.reference == ADAPTER_OFF:
+    if experts is None or not problem.records_choices or not problem.caches_reference:
         return {}
     means = [(t.prompt_lengths + ((t.lengths - 1) * t.valid).sum(axis=1)).mean() for t, _ in problem.sequences.steps]
-    tokens = float(sum(means) / len(means)) * problem.sequences.num_groups
+    tokens = float(sum(means) / len(means)) * groups
     return {"choices_gb": tokens * experts.choices * experts.id_bytes / 1e9}
 
 

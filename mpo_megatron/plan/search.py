@@ -82,6 +82,8 @@ class Workload:
     resident: bool
     online: OnlineConfig
     routing: ExpertsConfig
+    caches_reference: bool
+    """The reference's log-probs are computed before the first step."""
     records_choices: bool
     adapter: Adapter | None
     gpus: int

@@ -164,10 +164,10 @@ def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS)
     """At most `most` points that draw the same picture: the least and the greatest of each stretch, so that no spike is lost."""
     if len(steps) <= most:
         return list(steps), [_short(value) for value in values]
-    kept: set[int] = {0, len(steps) - 1}
-    for stretch in np.array_split(np.arange(len(steps)), most // 2 - 1):
-        within = np.asarray(values)[stretch]
-        kept |= {int(stretch[within.argmin()]), int(stretch[within.argmax()])}
+    kept, first = {0, len(steps) - 1}, 0
+    for stretch in np.array_split(np.asarray(values), most // 2 - 1):
+        kept |= {first + int(stretch.argmin()), first + int(stretch.argmax())}
+        first += len(stretch)
     order = sorted(kept)
     return [steps[place] for place in order], [_short(values[place]) for place in order]
 

@@ -38,7 +38,7 @@ class Finding:
 def findings(run: RunRecord) -> list[Finding]:
     """What there is to say, the worst first."""
     checks: tuple[Callable[[RunRecord], Iterator[Finding]], ...] = (
-        *(_missing_data, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
+        *(_missing_data, _no_reference, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
         *(_gradients, _skipped, _speed, _stragglers, _data_wait),
     )
     order = {"bad": 0, "warn": 1, "note": 2, "good": 3}
@@ -53,6 +53,16 @@ def count(number: int, thing: str) -> str:
 def _missing_data(run: RunRecord) -> Iterator[Finding]:
     if run.missing:
         yield Finding(level="warn", title="Data is missing from this page", text=missing_data(run))
+
+
+def _no_reference(run: RunRecord) -> Iterator[Finding]:
+    lines = [line for line in run.training if "loss" in line]
+    if lines and not any("margin" in line for line in lines):
+        text = (
+            "The loss reads no reference, so margin, accuracy, log-ratios and KL were not measured. "
+            "logging.reference_metrics = true measures them, at the cost of one more forward pass over the groups."
+        )
+        yield Finding(level="note", title="Not compared with a reference", text=text)
 
 
 def missing_data(run: RunRecord) -> str:

@@ -13,8 +13,6 @@ import numpy.typing as npt
 from mpo_megatron.data.outcomes import GroupOutcome
 from mpo_megatron.report.run_record import RunRecord
 
-MOST_EVALUATIONS = 16
-"""Evaluations whose log-ratios a response's curve shows: the first, the last, and others evenly between them."""
 MOST_RESPONSES = 3000
 """Responses in the picture of log-ratio against length."""
 NUM_BINS = 48
@@ -44,10 +42,7 @@ def score(outcome: GroupOutcome) -> Score:
 
 def shown_evaluations(run: RunRecord) -> list[int]:
     """Steps of the evaluations that are shown."""
-    steps = sorted(run.outcomes)
-    if len(steps) <= MOST_EVALUATIONS:
-        return steps
-    return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, MOST_EVALUATIONS)]
+    return sorted(run.outcomes)
 
 
 def group_rows(run: RunRecord, max_groups: int, max_characters: int) -> list[dict[str, Any]]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,11 +25,16 @@ from mpo_megatron.files.digests import DamagedError, is_unfinished, unseal, unse
 QUIET_STEPS = 20
 """A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
 
+MOST_EVALUATIONS = 16
+"""Evaluations whose groups are read and shown."""
+
 REMOVE = "copy it again, or remove it to go without"
 """The remedy for a file that a report can do without."""
 
 Status = Literal["finished", "running", "stopped"]
 Line = dict[str, Any]
+Curve = tuple[list[int], list[float]]
+"""Steps, and the finite values of a metric at them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +51,8 @@ class RunRecord:
     config: dict[str, Any]
     """config.yaml; empty if there is none."""
     outcomes: dict[int, list[GroupOutcome]]
-    """Held-out groups at every evaluation on the newest held-out data, by step."""
+    """Held-out groups by step, at `MOST_EVALUATIONS` evaluations on the newest held-out data: the first, the last, and others
+    evenly between them."""
     incidents: tuple[Line, ...]
     """Lines of incidents/*.jsonl: groups of steps that looked wrong."""
     hangs: tuple[str, ...]
@@ -79,10 +88,16 @@ class RunRecord:
 
     def values(self, name: str, *, held_out: bool = False) -> tuple[list[int], list[float]]:
         """Steps and finite values of a metric."""
-        lines = self.held_out if held_out else self.training
-        given = [(line["step"], float(line[name])) for line in lines if type(line.get(name)) in (int, float)]
-        pairs = [(step, value) for step, value in given if math.isfinite(value)]
-        return [step for step, _ in pairs], [value for _, value in pairs]
+        steps, values = (self._held_out_curves if held_out else self._training_curves).get(name, ([], []))
+        return list(steps), list(values)
+
+    @functools.cached_property
+    def _training_curves(self) -> dict[str, Curve]:
+        return _curves(self.training)
+
+    @functools.cached_property
+    def _held_out_curves(self) -> dict[str, Curve]:
+        return _curves(self.held_out)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -112,7 +127,7 @@ def read_run(folder: Path) -> RunRecord:
         held_out=tuple(held_out[step] for step in sorted(held_out)),
         facts=facts,
         config=config,
-        outcomes={step: read_outcomes(path) for step, path in files.items()},
+        outcomes={step: read_outcomes(files[step]) for step in evenly(list(files), MOST_EVALUATIONS)},
         incidents=tuple(line for path in sorted(incidents.glob("*.jsonl")) for line in unseal_lines(path, REMOVE)),
         hangs=tuple(path.name for path in sorted(incidents.glob("hang_*"))),
         train_data=train_data,
@@ -120,6 +135,25 @@ def read_run(folder: Path) -> RunRecord:
         missing=tuple(reason for reason in (no_training, no_held_out) if reason is not None),
         age=time.time() - metrics.stat().st_mtime,
     )
+
+
+def evenly(steps: Sequence[int], most: int) -> list[int]:
+    """At most `most` of the steps: the first, the last, and others evenly between them."""
+    if len(steps) <= most:
+        return list(steps)
+    return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, most)]
+
+
+def _curves(lines: Sequence[Line]) -> dict[str, Curve]:
+    """Every metric's finite values."""
+    found: dict[str, Curve] = defaultdict(lambda: ([], []))
+    for line in lines:
+        for name, value in line.items():
+            if type(value) in (int, float) and math.isfinite(value):
+                steps, values = found[name]
+                steps.append(line["step"])
+                values.append(float(value))
+    return dict(found)
 
 
 def read_lines(path: Path) -> list[Line]:

@@ -35,7 +35,7 @@ def measure(setup: Setup) -> None:
                 functools.partial(place.load, folder),
                 place.ranks,
                 place.shape,
-                groups_per_part=setup.config.data.groups_per_step,
+                groups_per_pass=setup.config.data.groups_per_step,
                 tokens=False,
                 deadline=Deadline(setup.config.faults),
             )

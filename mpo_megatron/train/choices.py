@@ -71,6 +71,8 @@ class ReferenceChoices:
     where: dict[int, tuple[Path, int, str]] = field(default_factory=dict)
     """On the main rank: file, first byte and digest of each recorded group."""
     maps: dict[Path, npt.NDArray[np.uint8]] = field(default_factory=dict)
+    damaged: list[Path] = field(default_factory=list)
+    """On the main rank: lists that are not what was written."""
 
     @classmethod
     def open(cls, folder: Path, data: PreparedGroups, experts: Experts, ranks: Ranks) -> ReferenceChoices:
@@ -81,25 +83,35 @@ class ReferenceChoices:
             for path in sorted(folder.glob("experts-*-*.parquet")):
                 try:
                     choices._take(path, pq.read_table(pa.BufferReader(read_named(path))))
-                except (DamagedError, OSError) as error:
-                    print(f"{visible(error)} Its groups are computed again.", flush=True)
+                except DamagedError as error:
+                    choices.damaged.append(path)
+                    print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
+                except OSError as error:
+                    print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
         if get_world_size() > 1:
             there = torch.from_numpy(choices.there.astype(np.uint8)).to(device.device())
             broadcast(there, src=0)
             choices.there = there.cpu().numpy().astype(bool)
         return choices
 
-    def missing(self) -> Int64:
-        """Indices of the groups whose choices are not recorded."""
-        return np.flatnonzero(~self.there)
+    def missing(self, wanted: Int64 | None = None) -> Int64:
+        """Indices of the groups whose choices are not recorded, in order.
 
-    def require_room(self) -> None:
+        Args:
+            wanted: look at these groups only
+        """
+        indices = np.arange(len(self.there)) if wanted is None else wanted
+        return indices[~self.there[indices]]
+
+    def require_room(self, missing: Int64) -> None:
         """Refuse to begin what the disk cannot hold.
 
+        Args:
+            missing: the groups whose choices are to be recorded
         Raises:
             ConfigError: naming the bytes that are missing.
         """
-        size, free = int(self.tokens[~self.there].sum()) * token_bytes(self.experts), shutil.disk_usage(self.folder).free
+        size, free = int(self.tokens[missing].sum()) * token_bytes(self.experts), shutil.disk_usage(self.folder).free
         require(
             free >= size,
             f"{self.folder}: the reference's choices of experts take {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free; free "
@@ -118,8 +130,10 @@ class ReferenceChoices:
         path = self.folder / name_digest(stem, listing, ".parquet")
         _replace(path.with_suffix(".choices"), contents)
         _replace(path, [listing])
-        for other in self.folder.glob(f"{stem}.*"):  # damaged ones
+        while self.damaged:
+            other = self.damaged.pop()
             if other.stem != path.stem:
+                other.with_suffix(".choices").unlink(missing_ok=True)
                 other.unlink(missing_ok=True)
         self._take(path, table)
 

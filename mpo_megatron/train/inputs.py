@@ -29,7 +29,8 @@ from mpo_megatron.train.adapting import choose_record
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
-from mpo_megatron.train.objective import build_objective, check_data
+from mpo_megatron.train.metrics import REFERENCE_METRICS
+from mpo_megatron.train.objective import build_objective, check_data, needs_reference
 from mpo_megatron.train.optimizer import check_offload, choose_overlap
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.tracking import check_installed
@@ -51,6 +52,13 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     validate_fp8(config.model, config.parallel, family)
     check_offload(config.optimizer, config.model.precision)
     check_installed(config.logging)
+    best = config.checkpoint
+    if best.keep_best and not needs_reference(objective, config, family.experts):
+        require(
+            best.best_metric.removeprefix("eval/") not in REFERENCE_METRICS,
+            f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference to measure "
+            "it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and best_is = smallest.",
+        )
     if config.online.kl_weight > 0 and config.online.engine == "vllm":
         missing = missing_for_live_vllm()
         require(missing is None, f"online.engine = vllm, but {missing}; or set online.engine = transformers.")

@@ -41,6 +41,12 @@ from mpo_megatron.train.tracking import Tracker, build_trackers
 from mpo_megatron.train.tracking.facts import record_start
 from mpo_megatron.train.tracking.outcomes import forget_later
 
+NO_REFERENCE = (
+    "loss.name = {loss} reads no reference, so margin, accuracy, log-ratios and kl are not measured; to measure them, "
+    "at the cost of one more forward pass over the groups, set logging.reference_metrics = true"
+)
+"""What a run says at its start."""
+
 
 def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
     """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
@@ -74,7 +80,7 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
     """Resume or start, then step, evaluate and save until the last step, or until asked to stop; why it stopped early."""
     config, total_steps = run.config, run.setup.total_steps
-    last = min(total_steps, config.stop_after or total_steps)
+    last = run.setup.last_step
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
     saved = resume(run.setup, run.model, adam, run.ranks)
     done = saved.step
@@ -256,6 +262,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         print(f"slower than it could be: {shortfall}", flush=True)
     if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
         print(note, flush=True)
+    if not setup.needs_reference:
+        print(NO_REFERENCE.format(loss=config.loss.title), flush=True)
     if run.setup.adapter is not None and config.optimizer.lr == OptimizerConfig().lr:
         print(f"optimizer.lr = {config.optimizer.lr:g} is the default for all weights; adapters usually want 10 to 100 times it")
     forget_later(run.folder, done)

@@ -18,6 +18,10 @@ ROUNDING = 1e-6
 """Relative rounding of a response's log-prob; float32 has 6e-8, and a few tens of tokens add up."""
 
 
+REFERENCE_METRICS = ("margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio", "kl")
+"""Metrics that compare with the reference."""
+
+
 @dataclass(frozen=True)
 class Mean:
     """A mean in the making."""
@@ -32,7 +36,7 @@ class Mean:
 
 
 def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, computed: Tensor, params: object) -> dict[str, Mean]:
-    """Learning metrics of a step, over its contributing groups.
+    """Learning metrics of a step, over its contributing groups; of a batch without reference log-probs only `loss`.
 
     With s = log π_θ − log π_ref of a response, and Y+, Y− by the loss's own partition (else by the mean reward, or the labels):
 
@@ -48,7 +52,9 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
         computed: [G, K] responses whose log-probs were computed
         params: hyper-parameters of the loss
     """
-    assert batch.reference_logps is not None
+    loss = Mean(float(losses.sum()), int(contributes.sum()))
+    if batch.reference_logps is None:
+        return {"loss": loss}
     ratio = batch.policy_logps.detach().double() - batch.reference_logps.double()
     positive, negative = compute_sets(batch, params)
     use = contributes[:, None] & computed
@@ -62,7 +68,7 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     tied = difference.abs() <= ROUNDING * (magnitude[:, :, None] + magnitude[:, None, :])
     ordered = torch.where(tied, 0.5, (difference > 0).double())
     return {
-        "loss": Mean(float(losses.sum()), int(contributes.sum())),
+        "loss": loss,
         "margin": Mean(float((chosen - rejected).sum()), int(both.sum())),
         "accuracy": Mean(float(ordered[pairs].sum()), int(pairs.sum())),
         "chosen_log_ratio": Mean(float(chosen.sum()), int(both.sum())),

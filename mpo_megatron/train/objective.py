@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import ConfigError, LossConfig
+from mpo_megatron.config import ConfigError, LossConfig, TrainConfig
 from mpo_megatron.data.arrays import Bools
 from mpo_megatron.data.loader import GroupTable
+from mpo_megatron.families.family import Experts
 from mpo_megatron.files.functions import find_function
 from mpo_megatron.losses import GroupBatch, build_params, get_loss
 from mpo_megatron.losses.own import adopt, try_out
@@ -78,6 +79,12 @@ def build_objective(config: LossConfig) -> Objective:
             f"loss.step = fused; {loss.name} needs the whole global batch at once; set loss.step to auto or two_phase."
         )
     return objective
+
+
+def needs_reference(objective: Objective, config: TrainConfig, experts: Experts | None) -> bool:
+    """Whether a run needs the reference's log-probs: the loss reads them, metrics do, or experts' choices come with them."""
+    choices = experts is not None and config.experts.needs_choices and not objective.needs.token_kl
+    return objective.needs.reference or config.logging.reference_metrics or choices
 
 
 def find_loss(config: LossConfig) -> Loss:

@@ -11,7 +11,7 @@ def work() -> None:
     from mpo_megatron.train.session import session
 
     with session(setup) as place:
-        references = place.references()
+        references = place.references(whole=True)
         if place.ranks.is_main:
             for path, logps in references.items():
                 print(f"{path}: reference log-probs of {len(logps.groups) - 1:,} groups, {len(logps.response):,} responses")

@@ -19,7 +19,7 @@ from mpo_megatron.train.adapting import start_adapters
 from mpo_megatron.train.faults.supervisor import STEP_SEEDS
 from mpo_megatron.train.metrics import Mean, compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch
-from mpo_megatron.train.reference import ReferenceLogps
+from mpo_megatron.train.reference_cache import ReferenceLogps
 from mpo_megatron.train.resident import AdapterOff, Resident
 from mpo_megatron.train.routing import Recorder, StepRouting
 from mpo_megatron.train.session import Session
@@ -33,7 +33,7 @@ class Run:
 
     session: Session
     references: dict[Path, ReferenceLogps]
-    """Of the training and held-out groups, by folder; none with `model.reference: adapter_off`."""
+    """Of the training and held-out groups, by folder; none with `model.reference: adapter_off`, or where none are needed."""
     model: list[Any]
     """The policy's parts, with buffers for their gradients."""
     resident: Resident | None
@@ -64,15 +64,17 @@ class Run:
         """The run's folder."""
         return self.session.setup.folder
 
-    def reference(self, data: PreparedGroups, batch: StepBatch, routing: StepRouting | None = None) -> Logps:
-        """Reference log-probs of a batch: of those kept beside the data, or those of the model with its adapter off; all ranks
-        call it.
+    def reference(self, data: PreparedGroups, batch: StepBatch, routing: StepRouting | None = None) -> Logps | None:
+        """Reference log-probs of a batch: of those kept beside the data, or those of the model with its adapter off; None where
+        none are needed. All ranks call it.
 
         Args:
             routing: gets the reference's choices of experts, if they are needed and this pass makes them
         """
         if data.path in self.references:
             return self.references[data.path].select(batch.table)
+        if not self.setup.needs_reference:
+            return None
         recorder = None
         if routing is not None and routing.config.needs_choices and self.resident is None:
             recorder = Recorder(routing.config, routing.experts, batch, self.ranks)
@@ -94,12 +96,12 @@ class Run:
         """Generator of what a loss draws at a step; the same on every rank."""
         return torch.Generator().manual_seed(self.config.seed + STEP_SEEDS * step)
 
-    def losses(self, batch: StepBatch, policy: Logps, reference: Logps) -> torch.Tensor:
+    def losses(self, batch: StepBatch, policy: Logps, reference: Logps | None) -> torch.Tensor:
         """[G] loss of each group of a batch that no step is made with; the same on every rank."""
         groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
         return self.setup.objective.compute(groups).detach()
 
-    def measure(self, batch: StepBatch, policy: Logps, reference: Logps, losses: torch.Tensor) -> dict[str, Mean]:
+    def measure(self, batch: StepBatch, policy: Logps, reference: Logps | None, losses: torch.Tensor) -> dict[str, Mean]:
         """Metrics of a batch from the log-probs of all its responses and the losses [G]; the same on every rank."""
         groups = group_batch(batch.table, policy, reference)
         contributes, computed = torch.from_numpy(batch.contributes), torch.from_numpy(batch.in_rows)

@@ -17,7 +17,8 @@ from mpo_megatron.train.adapting import load_model
 from mpo_megatron.train.choices import ReferenceChoices
 from mpo_megatron.train.faults.spreading import spreading_requests
 from mpo_megatron.train.faults.stopping import Deadline
-from mpo_megatron.train.reference import ReferenceLogps, cache_key, reference_logps
+from mpo_megatron.train.reference import reference_logps
+from mpo_megatron.train.reference_cache import ReferenceLogps, cache_key
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.row_shape import build_row_shape
 from mpo_megatron.train.setup import Setup
@@ -64,16 +65,20 @@ class Session:
         datasets = [data for data in (setup.train, setup.held_out) if data is not None]
         return {data.path: ReferenceChoices.open(self._cache(data), data, experts, self.ranks) for data in datasets}
 
-    def references(self) -> dict[Path, ReferenceLogps]:
+    def references(self, *, whole: bool = False) -> dict[Path, ReferenceLogps]:
         """Reference log-probs of the training and held-out groups, by folder; the parts then hold the reference's weights.
 
-        Losses without a reference get them too: margins, log-ratios and KL mean the same for every method then.
+        Of the training groups only those that the run reaches; nothing if the run needs no reference.
 
+        Args:
+            whole: compute those of all groups, whatever the run needs
         Raises:
             DataError: the log-probs cannot be written.
             Stopped: asked to stop; what is computed is written.
         """
         setup, config = self.setup, self.setup.config
+        if not (whole or setup.needs_reference):
+            return {}
         load, deadline = functools.cache(lambda: self.load(setup.reference_folder)), Deadline(config.faults)
         return {
             data.path: reference_logps(
@@ -82,9 +87,10 @@ class Session:
                 load,
                 self.ranks,
                 self.shape,
-                groups_per_part=config.data.groups_per_step,
+                groups_per_pass=config.data.groups_per_step,
                 tokens=setup.objective.needs.tokens,
                 deadline=deadline,
+                wanted=setup.reached_groups if data is setup.train and not whole else None,
                 choices=self.choices.get(data.path),
             )
             for data in (setup.train, setup.held_out)

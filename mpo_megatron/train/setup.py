@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from mpo_megatron.config import TrainConfig, validate_experts, validate_folders
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.config.parallel import check_ranks
+from mpo_megatron.data.loader import indices_of_steps
 from mpo_megatron.train.checkpoints.course import check_early
 
 if TYPE_CHECKING:
+    from mpo_megatron.data.arrays import Int64
     from mpo_megatron.data.store import PreparedGroups
     from mpo_megatron.families import Family
     from mpo_megatron.families.adapters import Adapter
@@ -71,6 +73,25 @@ class Setup:
         if self.record is not None and self.config.model.reference == ADAPTER_OFF:
             return Path(self.record.base)
         return Path(self.config.model.reference or self.config.model.checkpoint)
+
+    @property
+    def last_step(self) -> int:
+        """The step at which this start of the run ends."""
+        return min(self.total_steps, self.config.stop_after or self.total_steps)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference's log-probs are needed."""
+        from mpo_megatron.train.objective import needs_reference
+
+        return needs_reference(self.objective, self.config, self.family.experts)
+
+    @property
+    def reached_groups(self) -> Int64:
+        """Indices of the training groups that the steps up to `last_step` see, in order, those before a resumption included."""
+        data = self.config.data
+        num_steps = self.last_step - data.first_step
+        return indices_of_steps(num_steps, len(self.train), data.groups_per_step, seed=self.config.seed, shuffle=data.shuffle)
 
     @functools.cached_property
     def flops(self) -> FlopModel:

@@ -175,7 +175,7 @@ def forward_step(
 def fused_step(
     model: list[torch.nn.Module],
     batch: StepBatch,
-    reference: Logps,
+    reference: Logps | None,
     objective: Objective,
     ranks: Ranks,
     resident: Resident | None = None,
@@ -223,7 +223,7 @@ def fused_step(
 def two_phase_step(
     model: list[torch.nn.Module],
     batch: StepBatch,
-    reference: Logps,
+    reference: Logps | None,
     objective: Objective,
     ranks: Ranks,
     shape: RowShape,
@@ -275,7 +275,7 @@ def two_phase_step(
 
 
 def loss_coefficients(
-    batch: StepBatch, policy: Logps, reference: Logps, objective: Objective, generator: torch.Generator
+    batch: StepBatch, policy: Logps, reference: Logps | None, objective: Objective, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """On the host, L the mean loss: each group's loss [G]; ∂L/∂logp of every response [G, K], or of every token [G, K, T] for
     losses that work on tokens; and ∂L/∂KL of every response [G, K] for losses that regularise with it."""

@@ -7,21 +7,28 @@ import os
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mpo_megatron.config import ConvertConfig, TrainConfig, parse
-from mpo_megatron.data.loader import group_table
+from mpo_megatron.config import ConfigError, ConvertConfig, ParallelConfig, TrainConfig, parse
+from mpo_megatron.data.loader import group_table, indices_of_steps
+from mpo_megatron.data.outcomes import outcome_files, read_outcomes
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
-from mpo_megatron.train import reference
+from mpo_megatron.model.parallel import model_parallel
+from mpo_megatron.report.content import describe
+from mpo_megatron.report.run_record import read_run
+from mpo_megatron.train import reference, reference_cache
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.stopping import Stopped
-from mpo_megatron.train.reference import ReferenceLogps
+from mpo_megatron.train.loop import train
+from mpo_megatron.train.metrics import REFERENCE_METRICS
+from mpo_megatron.train.reference_cache import PartWriter, ReferenceLogps, read_cache
 from mpo_megatron.train.session import session
 from mpo_megatron.train.setup import build_setup
 from tests.distributed.launch import kill_ranks_when, run_ranks
@@ -76,11 +83,11 @@ def files(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
 
 
-def compute_here(inputs: Path, data: Path, *more: str) -> str | None:
-    """`mpo reference` on one rank, which is this process; why it stopped early."""
+def compute_here(inputs: Path, data: Path, *more: str, whole: bool = True) -> str | None:
+    """`mpo reference` on one rank, which is this process, or the pass before a run's first step; why it stopped early."""
     try:
         with session(build_setup(parse(TrainConfig, options(inputs, data, *more)), 1)) as place:
-            place.references()
+            place.references(whole=whole)
     except Stopped as request:
         return str(request)
     return None
@@ -122,11 +129,12 @@ def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected
     kill_ranks_when(some_are_written, 1, *command, data / "log")
     (cache,) = caches(data / "train")
     finished = {name: when for name, when in files(cache).items() if name.endswith(".parquet")}
-    assert 0 < len(finished) < NUM_GROUPS
+    done = len(read(cache))
+    assert 0 < done < NUM_GROUPS
 
     more = ("--parallel.tensor", "2", "--data.groups_per_step", "5")
     result = run_ranks(2, "mpo_megatron.train.reference_main", options(inputs, data, *more))
-    assert f"{len(finished)} of {NUM_GROUPS} groups are there" in result.stdout
+    assert f"{done} of {NUM_GROUPS} groups are there" in result.stdout
     assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
     assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
     assert files(cache).items() >= finished.items()  # what was there was not computed again
@@ -182,6 +190,72 @@ def test_tokens_serve_both_kinds(inputs: Path, data: Path, expected: dict[int, n
     assert files(cache) == before
 
 
+def test_a_run_computes_the_groups_that_it_reaches(inputs: Path, data: Path, expected: dict[int, np.ndarray]) -> None:
+    shape = ("--max_steps", "9", "--stop_after", "2", "--data.groups_per_step", "3")
+    compute_here(inputs, data, *shape, whole=False)
+    (cache,) = caches(data / "train")
+    reached = indices_of_steps(2, NUM_GROUPS, 3, seed=1234, shuffle=True).tolist()
+    assert sorted(read(cache)) == reached
+    assert len(read(caches(data / "eval")[0])) == 6
+    before = files(cache)
+    compute_here(inputs, data, *shape, whole=False)
+    assert files(cache) == before
+    compute_here(inputs, data, *shape)
+    assert files(cache).items() >= before.items()
+    extended = read(cache)
+    assert extended.keys() == expected.keys()
+    for index, logps in expected.items():
+        np.testing.assert_allclose(extended[index], logps, rtol=1e-5)
+
+
+def test_a_loss_without_a_reference_goes_without_the_pass(
+    inputs: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = ("--loss.name", "simpo", "--optimizer.lr", "1e-3")
+    train(build_setup(parse(TrainConfig, options(inputs, data, *free)), 1))
+    assert "loss.name = simpo reads no reference, so margin, accuracy" in capsys.readouterr().out
+    assert not caches(data / "train")
+    assert not caches(data / "eval")
+    names = {name.removeprefix("eval/") for line in metrics(data / "run") for name in line}
+    assert "loss" in names
+    assert not names & set(REFERENCE_METRICS)
+    outcomes = read_outcomes(outcome_files(data / "run")[1])
+    assert all(outcome.log_ratio(0) is None for outcome in outcomes)
+    page = describe(read_run(data / "run"), "run", max_groups=6, max_characters=100)
+    assert "loss" in page["curves"]
+    assert not page["curves"].keys() & set(REFERENCE_METRICS)
+    assert page["drift"] is None
+    assert "Not compared with a reference" in [finding["title"] for finding in page["findings"]]
+
+    asked = (*free, "--logging.reference_metrics", "true", "--output", str(data / "asked"))
+    train(build_setup(parse(TrainConfig, options(inputs, data, *asked)), 1))
+    assert len(read(caches(data / "train")[0])) == 8
+    assert [line["loss"] for line in metrics(data / "asked") if "loss" in line] == [
+        line["loss"] for line in metrics(data / "run") if "loss" in line
+    ]
+    assert {"margin", "kl"} <= {name for line in metrics(data / "asked") for name in line}
+    with pytest.raises(ConfigError, match=r"best_metric = eval/accuracy, but loss.name = simpo reads no reference"):
+        build_setup(parse(TrainConfig, options(inputs, data, *free, "--checkpoint.keep_best", "1")), 1)
+
+
+def test_parts_are_few(inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("mpo_megatron.train.reference_cache.time.monotonic", lambda: clock[0])
+    groups, cache = load_groups(data / "train"), data / "cache"
+    with model_parallel(ParallelConfig(), 1) as ranks:
+        writer = PartWriter(cache, ranks, [], None, tokens=False)
+        for index in range(NUM_GROUPS):
+            writer.add(pa.table({"index": [index], "logps": [np.full(groups.num_responses()[index], float(-index))]}), None)
+            clock[0] += 5
+        writer.finish()
+        # At once, after 5 s, 10 and 20; then every 30 s, and the rest.
+        assert [int(path.name[5:13]) for path in sorted(cache.glob("part-*"))] == [0, 1, 2, 3, 5, 9, 15, 21, 27, 33, 39, 45]
+        logps = read_cache(cache, groups, ranks, tokens=False)
+    assert not len(logps.missing())
+    assert all((logps.response[logps.of_group(index)] == -index).all() for index in range(NUM_GROUPS))
+    assert logps.missing(np.array([3])).size == 0
+
+
 def test_select_pads_as_the_step_does(inputs: Path, data: Path) -> None:
     groups = load_groups(data / "train")
     logps = ReferenceLogps.empty(groups, tokens=True)
@@ -222,6 +296,7 @@ def test_damaged_part_is_computed_again(
 
 def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     replace, written = os.replace, []
+    monkeypatch.setattr(reference_cache, "SECONDS_BETWEEN_PARTS", 0)
 
     def full_after_two(partial: Path, path: Path) -> None:
         if len(written) == 2:
@@ -240,14 +315,14 @@ def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch:
 
 
 def test_asked_to_stop_it_keeps_the_part_under_way(inputs: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, requests = reference._write_part, list[signal.Signals]()
+    compute, requests = reference._compute_part, list[signal.Signals]()
 
-    def asked_meanwhile(part: pa.Table, path: Path) -> None:
+    def asked_meanwhile(*arguments: Any) -> Any:
         requests.append(signal.SIGUSR1)
-        write(part, path)
+        return compute(*arguments)
 
     monkeypatch.setattr(signals, "_received", requests)
-    monkeypatch.setattr(reference, "_write_part", asked_meanwhile)
+    monkeypatch.setattr(reference, "_compute_part", asked_meanwhile)
     assert compute_here(inputs, data, "--data.groups_per_step", "4") == "SIGUSR1"
     (cache,) = caches(data / "train")
     assert len(read(cache)) == 4

@@ -106,7 +106,7 @@ class Evidence:
     losses: Tensor
     """[G]"""
     policy: Logps
-    reference: Logps
+    reference: Logps | None
     norm: float
     """Of the gradients, before clipping."""
 
@@ -145,7 +145,7 @@ def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Pat
     batch, values = evidence.batch, evidence.losses.tolist()
     order = sorted(range(len(values)), key=lambda slot: -values[slot] if math.isfinite(values[slot]) else -math.inf)
     contributing = [slot for slot in order if batch.contributes[slot]][:MOST_GROUPS]
-    decode = load_tokenizer(tokenizer).decode
+    decode, reference = load_tokenizer(tokenizer).decode, evidence.reference
     lines = []
     for slot in contributing:
         group = batch.groups[slot]
@@ -156,7 +156,7 @@ def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Pat
                 **({} if group.rewards is None else {"reward": _number(group.rewards[k])}),
                 **({} if group.labels is None else {"label": int(group.labels[k])}),
                 "logp": _number(evidence.policy.response[slot, k]),
-                "reference_logp": _number(evidence.reference.response[slot, k]),
+                **({} if reference is None else {"reference_logp": _number(reference.response[slot, k])}),
             }
             for k, tokens in enumerate(group.response_tokens)
         ]

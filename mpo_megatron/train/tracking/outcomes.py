@@ -33,17 +33,18 @@ COLUMNS = (
 """Of a table of samples; `log_ratio_before` is that of the evaluation before."""
 
 
-def group_outcomes(batch: StepBatch, policy: Logps, reference: Logps, params: object) -> list[GroupOutcome]:
+def group_outcomes(batch: StepBatch, policy: Logps, reference: Logps | None, params: object) -> list[GroupOutcome]:
     """Outcomes of the groups of an evaluation step that carry a contrast.
 
     Args:
         policy: [G, K]
-        reference: [G, K]
+        reference: [G, K]; None where none are needed
         params: hyper-parameters of the loss
     """
     positive, negative = compute_sets(group_batch(batch.table, policy, reference), params)
     sets = (positive.int() - (~positive & ~negative).int()).tolist()
-    logps, references = policy.response.tolist(), reference.response.tolist()
+    logps = policy.response.tolist()
+    references = [[None] * len(row) for row in logps] if reference is None else reference.response.tolist()
     outcomes = []
     for slot, size in enumerate(batch.table.valid.sum(axis=1).tolist()):
         if batch.contributes[slot]:

@@ -81,7 +81,8 @@ class PlainProgress:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         if "eval/loss" in metrics:
-            shown = "  ".join(f"{name} {metrics[f'eval/{name}']:.4f}" for name in ("loss", "accuracy", "margin"))
+            names = [name for name in ("loss", "accuracy", "margin") if f"eval/{name}" in metrics]
+            shown = "  ".join(f"{name} {metrics[f'eval/{name}']:.4f}" for name in names)
             self._print(step, f"held-out: {shown}")
             return
         self.pace.mark(step)
@@ -161,6 +162,8 @@ class LiveProgress:
         table.add_column(f"last {CURVE} steps", no_wrap=True)
         table.add_column(f"held out, step {self.held_out_step}" if self.held_out else "held out", justify="right")
         for metric, form in SHOWN.items():
+            if "loss" in self.training and metric not in self.training:  # a loss without a reference has no `kl`
+                continue
             table.add_row(
                 metric.replace("_", " "),
                 Text(_number(self.training.get(metric), form), style="bold"),
@@ -181,13 +184,9 @@ def sparkline(values: list[float]) -> str:
 def _learning(metrics: Mapping[str, float]) -> list[str]:
     if "loss" not in metrics:
         return [f"skipped: none of its {metrics.get('skipped_groups', 0):.0f} groups carries a contrast"]
-    return [
-        f"loss {metrics['loss']:.4f}",
-        f"accuracy {metrics['accuracy']:.3f}",
-        f"margin {metrics['margin']:+.3f}",
-        f"lr {metrics['lr']:.2e}",
-        f"grad {metrics['grad_norm']:.3f}",
-    ]
+    forms = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "margin": "margin {:+.3f}"}
+    forms |= {"lr": "lr {:.2e}", "grad_norm": "grad {:.3f}"}
+    return [form.format(metrics[name]) for name, form in forms.items() if name in metrics]
 
 
 def _speed(metrics: Mapping[str, float]) -> list[str]:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from mpo_megatron.data.loader import RowShape, group_table, iterate_steps, pack, step_indices, steps_per_epoch
+from mpo_megatron.data.loader import RowShape, group_table, indices_of_steps, iterate_steps, pack, step_indices, steps_per_epoch
 from mpo_megatron.data.packing import PackingError, Row, RowPlan, build_row, count_pairs, plan_rows, response_places
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -170,6 +170,9 @@ def test_steps_cover_each_epoch_once_and_depend_on_the_seed() -> None:
     assert first[0] == first[1] != first[2]
     assert step_indices(0, 23, 5, seed=1, shuffle=True).tolist() != step_indices(5, 23, 5, seed=1, shuffle=True).tolist()
     assert step_indices(1, 23, 5, seed=1, shuffle=False).tolist() == [5, 6, 7, 8, 9]
+    for num_steps in (1, 4, 5, 7, 40):
+        reached = indices_of_steps(num_steps, 23, 5, seed=1, shuffle=True).tolist()
+        assert reached == sorted({int(i) for step in range(num_steps) for i in step_indices(step, 23, 5, seed=1, shuffle=True)})
 
 
 def test_steps_do_not_depend_on_replicas_or_where_they_start(tmp_path) -> None:
