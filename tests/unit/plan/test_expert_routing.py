@@ -17,7 +17,7 @@ from mpo_megatron.config import (
     PlanConfig,
     TrainConfig,
 )
-from mpo_megatron.plan.plan import build_problem, choices_on_disk, plan
+from mpo_megatron.plan.plan import build_problem, cached_groups, choices_on_disk, plan, summarize
 from mpo_megatron.plan.search import Workload
 
 LAYOUT = ParallelConfig(tensor=4, expert=8)
@@ -39,18 +39,31 @@ def build(model: str = "Qwen3-30B-A3B", loss: LossConfig | None = None, **expert
 
 def test_choices_take_a_byte_each() -> None:
     tokens = 512 + 4 * 511  # prompt, and responses without their last
-    assert choices_on_disk(build(routing="replay"))["choices_gb"] == pytest.approx(1000 * tokens * CHOICES / 1e9, rel=1e-3)
-    assert choices_on_disk(build(model="Mixtral-8x7B", measure_drift=True))["choices_gb"] == pytest.approx(
+    assert choices_on_disk(build(routing="replay"), 1000)["choices_gb"] == pytest.approx(1000 * tokens * CHOICES / 1e9, rel=1e-3)
+    assert choices_on_disk(build(model="Mixtral-8x7B", measure_drift=True), 1000)["choices_gb"] == pytest.approx(
         1000 * tokens * 32 * 2 / 1e9, rel=1e-3
     )
-    assert choices_on_disk(build()) == {}
+    assert choices_on_disk(build(), 1000) == {}
     divergence = LossConfig(name="spo", params={"regularizer": "token_kl", "regularizer_weight": 0.1})
-    assert choices_on_disk(build(loss=divergence, routing="replay")) == {}  # a resident reference keeps them in memory
+    assert choices_on_disk(build(loss=divergence, routing="replay"), 1000) == {}  # a resident reference keeps them in memory
     replay = build(routing="replay").evaluate(LAYOUT, "full", 8192)
     free = build().evaluate(LAYOUT, "full", 8192)
     step = 8192 * max(len(rows[0]) for rows in replay.packed.rows)
     for stage, other in zip(replay.stages, free.stages, strict=True):  # two replicas; a rank has a quarter of its rows' tokens
         assert stage.total - other.total == pytest.approx((2 + 1 / 4) * step * CHOICES, rel=0.01)
+
+
+def test_the_reference_pass_is_planned_for_what_a_run_reaches() -> None:
+    problem = build()
+    assert [cached_groups(problem, groups) for groups in (64, 1000, 3000)] == [64, 1000, 1000]
+    figures = summarize(problem, problem.evaluate(LAYOUT, "full", 8192), 64)
+    assert figures["reference_hours"] == pytest.approx(
+        64 / 32 * problem.evaluate(LAYOUT, "full", 8192).time.forward_seconds / 3600
+    )
+    free = build(loss=LossConfig(name="simpo"))
+    assert cached_groups(free, 64) == 0
+    assert summarize(free, free.evaluate(LAYOUT, "full", 8192), 64)["reference_hours"] == 0
+    assert cached_groups(build(loss=LossConfig(name="simpo"), measure_drift=True), 64) == 64  # its choices come with it
 
 
 def test_losses_of_routers_keep_maps_of_tokens_and_experts() -> None:
