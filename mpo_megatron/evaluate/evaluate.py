@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from mpo_megatron.config import EvaluateConfig, HeldOutConfig, to_dict, validate_evaluate
+from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.evaluate import held_out
 from mpo_megatron.evaluate.answering import answer_questions
 from mpo_megatron.evaluate.benchmarks import Benchmark, read_questions, write_answers
@@ -22,6 +23,7 @@ from mpo_megatron.evaluate.samples import SampleSet, compare_samples, find_score
 from mpo_megatron.rollout.records import write_summary
 from mpo_megatron.rollout.stages import run_ranks, save_config
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.setup import build_setup
 
 EVALUATION_FILE, PICTURE_FILE, CONFIG_FILE = "evaluation.json", "evaluation.png", "evaluate.yaml"
@@ -45,6 +47,8 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
     questions = {name: read_questions(name, Path(files[name])) for name in get_args(Benchmark) if name in files}
     if config.held_out is not None:
         # Every rank builds its own; here it gives one message instead of one a rank.
+        num_ranks = num_ranks or count_ranks(config.held_out.parallel)
+        check_ranks(config.held_out.parallel, num_ranks)
         num_ranks = build_setup(held_out.as_training(config), num_ranks).num_ranks
     save_config(output / CONFIG_FILE, config)
     results: dict[str, Any] = {"config": to_dict(config)}

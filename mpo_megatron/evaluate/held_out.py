@@ -23,6 +23,7 @@ from mpo_megatron.evaluate.statistics import Estimate, bootstrap
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
+from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
 from mpo_megatron.model.convert import find_megatron_checkpoint
 from mpo_megatron.train.metrics import compute_metrics
@@ -93,6 +94,7 @@ def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> Train
         checkpoint=_newest(config.model.checkpoint),
         reference=reference if reference == ADAPTER_OFF else _newest(str(reference)),
     )
+    read_model(Path(newest.checkpoint), config.parallel)  # before a conversion, which takes time and space
     data = load_groups(config.groups)
     labels_only = data.info.reward_kind == "labels"
     return TrainConfig(

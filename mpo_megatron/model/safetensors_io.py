@@ -152,6 +152,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path}: not a whole safetensors file ({size:,} bytes); copy or download it again.")
         try:
             entries = json.loads(file.read(length))
+            _check_metadata(entries.get("__metadata__"))
             tensors = {
                 name: _parse_entry(path, 8 + length, name, entry) for name, entry in entries.items() if name != "__metadata__"
             }
@@ -174,6 +175,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             f"{path}: truncated or damaged: {size:,} bytes, but its header describes {end:,}; copy or download it again."
         )
     return tensors
+
+
+def _check_metadata(metadata: object) -> None:
+    """Check a header's metadata as the safetensors library does: a mapping from texts to texts, or none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if metadata is None:
+        return
+    if not isinstance(metadata, dict):
+        raise ValueError(f"__metadata__ = {metadata!r:.100} is not a mapping of texts")
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"__metadata__.{name} = {value!r:.100} is not a text")
 
 
 def _parse_entry(path: Path, data_start: int, name: str, entry: dict[str, Any]) -> StoredTensor:

@@ -14,6 +14,11 @@ RISE = 1.05
 """Held-out loss this many times its best is called rising again."""
 DISPLACED = 1.0
 """Preferred responses whose log π/π_ref fell by more nats than this are called less likely: e times, over a whole response."""
+HOLD_UP = (
+    "To keep preferred responses likely: raise loss.params.beta, lower optimizer.lr, take loss.name = nca, or a loss with a "
+    "likelihood term (loss.name = rpo; dpo with loss.params.sft_weight)."
+)
+"""What to do when preferred responses get less likely."""
 SPIKE = 10.0
 """A gradient norm this many times the median is called a spike."""
 SLOWER = 0.8
@@ -36,12 +41,12 @@ class Finding:
 
 
 def findings(run: RunRecord) -> list[Finding]:
-    """What there is to say, the worst first."""
+    """What there is to say: what is wrong, then what went well, then what to know."""
     checks: tuple[Callable[[RunRecord], Iterator[Finding]], ...] = (
         *(_missing_data, _no_reference, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
         *(_gradients, _skipped, _speed, _stragglers, _data_wait),
     )
-    order = {"bad": 0, "warn": 1, "note": 2, "good": 3}
+    order = {"bad": 0, "warn": 1, "good": 2, "note": 3}
     return sorted((finding for check in checks for finding in check(run)), key=lambda finding: order[finding.level])
 
 
@@ -134,15 +139,20 @@ def _displacement(run: RunRecord) -> Iterator[Finding]:
     _, chosen = run.values("chosen_log_ratio", held_out=True)
     if len(chosen) < 2:
         return
+    _, rejected = run.values("rejected_log_ratio", held_out=True)
     text = f"Their log π/π_ref is {chosen[-1]:+.3g} nats on held-out groups"
-    if chosen[-1] < -DISPLACED:
+    if chosen[-1] < -DISPLACED and rejected and rejected[-1] < chosen[-1]:
         text += (
-            f", below −{DISPLACED:g}: the policy moves to other responses (likelihood displacement). Fewer steps, a smaller "
-            "learning rate or a larger beta hold it back."
+            f", below −{DISPLACED:g}, and that of the others {rejected[-1]:+.3g}: the policy ranks them better, and moves "
+            "probability to responses in neither set (likelihood displacement). Contrastive losses often do this; it is harmless "
+            f"while samples stay good: compare some with `mpo chat` or `mpo evaluate`. {HOLD_UP}"
         )
+        yield Finding(level="note", title="Preferred responses got less likely, the others even less", text=text)
+    elif chosen[-1] < -DISPLACED:
+        text += f", below −{DISPLACED:g}, and the others fell less: the policy ranks them the wrong way round. {HOLD_UP}"
         yield Finding(level="warn", title="Preferred responses got less likely", text=text)
     elif chosen[-1] < 0:
-        text += f"; a warning comes below −{DISPLACED:g}."
+        text += f"; only below −{DISPLACED:g} are they called less likely."
         yield Finding(level="note", title="Preferred responses are about as likely as before", text=text)
     else:
         yield Finding(level="good", title="Preferred responses got more likely", text=f"{text}.")

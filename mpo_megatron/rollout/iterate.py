@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import (
-    ConfigError,
     ConvertConfig,
     DataConfig,
     GenerateConfig,
@@ -25,17 +24,13 @@ from mpo_megatron.config import (
     PrepareConfig,
     SelectConfig,
     TrainConfig,
-    require,
-    to_dict,
 )
-from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
-from mpo_megatron.model.checkpoint_folder import CONVERTED
 from mpo_megatron.model.convert import convert, find_megatron_checkpoint
 from mpo_megatron.model.convert_adapter import export_adapter
 from mpo_megatron.rollout.divergence import KL_FILE
@@ -49,7 +44,16 @@ from mpo_megatron.rollout.records import (
     write_summary,
 )
 from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report
-from mpo_megatron.rollout.rounds import Round, RoundPolicy, RoundsPlan, build_plan, start_training
+from mpo_megatron.rollout.rounds import (
+    STATE_FILE,
+    Round,
+    RoundPolicy,
+    RoundsPlan,
+    build_plan,
+    check_folder,
+    start_training,
+    started_with,
+)
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import NothingLeftError, select
 from mpo_megatron.rollout.stages import run_command, run_ranks, save_config
@@ -57,9 +61,7 @@ from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.checkpoints.resumption import check_resumption
 from mpo_megatron.train.setup import build_setup
 
-STATE_FILE, TRAIN_FILE = "iterate.json", "train.json"
-PATHS = ("output", "model", "prompts")
-"""Options with paths of what digests are kept of."""
+TRAIN_FILE = "train.json"
 TRAIN_MODULE, KL_MODULE = "mpo_megatron.train", "mpo_megatron.rollout.divergence_main"
 
 
@@ -102,31 +104,10 @@ def open_folder(plan: RoundsPlan) -> None:
     Raises:
         ConfigError: naming the first thing that changed.
     """
-    state = {
-        "config": to_dict(plan.config),
-        "model_digest": plan.model_digest,
-        "prompts_digest": plan.prompts.digest,
-        "duplicate_prompts": plan.prompts.num_duplicates,
-    }
-    path = plan.folder / STATE_FILE
-    if not path.is_file():
-        # Hidden are the lock, and what a run left that was killed as it wrote its first file.
-        others = [entry.name for entry in plan.folder.iterdir() if not entry.name.startswith(".") and entry.name != CONVERTED]
-        require(not others, f"output = {plan.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
-        write_summary(path, state)
-        return
-    changed = find_change(_without_paths(read_summary(path)), _without_paths(state))
-    if changed is not None:
-        name, before, now = changed
-        name = name.removeprefix("config.")
-        raise ConfigError(
-            f"output = {plan.folder} was started with {name} = {before}, now it is {now}; use the old value, or another output."
-        )
-
-
-def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
-    """The state but for what may have been moved, and is known by its digest."""
-    return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
+    state = started_with(plan.config, plan.prompts) | {"model_digest": plan.model_digest}
+    check_folder(plan.folder, state)
+    if not (plan.folder / STATE_FILE).is_file():
+        write_summary(plan.folder / STATE_FILE, state)
 
 
 def write_prompts(plan: RoundsPlan, console: Console) -> None:

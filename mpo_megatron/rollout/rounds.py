@@ -31,21 +31,27 @@ from mpo_megatron.config import (
     check_writable,
     from_dict,
     require,
+    to_dict,
     validate_generate,
     validate_score,
 )
+from mpo_megatron.config.checks import find_change
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.config.sections import has_option
 from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.hf.layout import read_model
-from mpo_megatron.model.checkpoint_folder import megatron_checkpoint
+from mpo_megatron.model.checkpoint_folder import CONVERTED, megatron_checkpoint
 from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
+from mpo_megatron.rollout.records import read_summary
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.tracking import check_installed
 
+STATE_FILE = "iterate.json"
+PATHS = ("output", "model", "prompts")
+"""Options with paths of what digests are kept of."""
 FILLED = {
     "generate": ("prompts", "model", "output", "shard"),
     "score": ("input", "output", "shard"),
@@ -124,6 +130,7 @@ def build_plan(config: IterateConfig) -> RoundsPlan:
         num_ranks.append(config.nproc or count_ranks(item.train.parallel))
         check_round(item, Path(config.model), num_ranks[-1])
     prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
+    check_folder(Path(config.output), started_with(config, prompts))  # before a conversion, which takes time and space
     config = replace(config, model=megatron_checkpoint(config.model, Path(config.output), "model"))
     checkpoint.verify(Path(config.model))
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
@@ -241,6 +248,42 @@ def options_of_round(config: IterateConfig, number: int) -> dict[str, dict[str, 
 def fill(section: dict[str, Any], **values: object) -> None:
     """Set options that `mpo iterate` decides; paths become text."""
     section.update({name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
+
+
+def started_with(config: IterateConfig, prompts: PromptSplit) -> dict[str, Any]:
+    """What must not change in a folder of rounds, but for the model's digest."""
+    return {
+        "config": to_dict(config),
+        "prompts_digest": prompts.digest,
+        "duplicate_prompts": prompts.num_duplicates,
+    }
+
+
+def check_folder(folder: Path, state: dict[str, Any]) -> None:
+    """Check that a folder is new, or one of rounds that were started with this state.
+
+    Raises:
+        ConfigError: naming what is in it, or the first thing that changed.
+    """
+    if not (folder / STATE_FILE).is_file():
+        # Hidden are the lock, and what a run left that was killed as it wrote its first file.
+        found = folder.iterdir() if folder.is_dir() else ()
+        others = [entry.name for entry in found if not entry.name.startswith(".") and entry.name != CONVERTED]
+        require(not others, f"output = {folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
+        return
+    recorded = {name: value for name, value in read_summary(folder / STATE_FILE).items() if name in state}
+    changed = find_change(_without_paths(recorded), _without_paths(state))
+    if changed is not None:
+        name, before, now = changed
+        name = name.removeprefix("config.")
+        raise ConfigError(
+            f"output = {folder} was started with {name} = {before}, now it is {now}; use the old value, or another output."
+        )
+
+
+def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
+    """The state but for what may have been moved, and is known by its digest."""
+    return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
 
 
 def check_round(item: Round, model: Path, num_ranks: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, EvaluateConfig, HeldOutConfig, ModelConfig
+from mpo_megatron.config import ConfigError, ConvertConfig, EvaluateConfig, HeldOutConfig, ModelConfig, ParallelConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import load_groups
+from mpo_megatron.evaluate.evaluate import evaluate as run_evaluate
 from mpo_megatron.evaluate.held_out import GroupMetrics, as_training, evaluate_held_out, read_groups, summarize
 from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
@@ -38,6 +40,14 @@ def held_out(folder: Path, **model: str) -> HeldOutConfig:
 def evaluate(config: HeldOutConfig, output: Path, groups_per_step: int = 128) -> list[GroupMetrics]:
     """On one rank, which is this process."""
     return evaluate_held_out(build_setup(as_training(EvaluateConfig(output=str(output), held_out=config), groups_per_step), 1))
+
+
+def test_a_layout_is_refused_before_a_conversion(folder: Path, tmp_path: Path) -> None:
+    for num_ranks, message in ((3, r"parallel\.tensor = 3 does not divide"), (4, "the number of ranks")):
+        config = replace(held_out(folder, checkpoint=str(folder / "policy-hf")), parallel=ParallelConfig(tensor=3))
+        with pytest.raises(ConfigError, match=message):
+            run_evaluate(EvaluateConfig(output=str(tmp_path / "out"), held_out=config), num_ranks)
+    assert not (tmp_path / "out").exists()
 
 
 def log_ratios(folder: Path, group: TokenizedGroup) -> np.ndarray:

@@ -69,6 +69,8 @@ HEADERS: dict[str, Callable[[dict[str, Any], str, str], None]] = {
     "huge": lambda header, first, second: header[first].update(shape=[2**40, 2**40]),
     "no numbers": lambda header, first, second: header[first].update(shape=["a"], data_offsets=[None, True]),
     "no entry": lambda header, first, second: header.update({first: 3}),
+    "metadata that is a list": lambda header, first, second: header.update(__metadata__=[]),
+    "metadata that is no text": lambda header, first, second: header.update(__metadata__={"format": None}),
 }
 
 

@@ -311,11 +311,14 @@ def test_healthy_runs_and_sick_ones_are_told_apart(tmp_path: Path, data: Prepare
     assert next(iter(ill.values())) == "bad"  # the worst comes first
 
 
-@pytest.mark.parametrize(("chosen", "level"), [(-0.001, "note"), (-0.9, "note"), (-1.2, "warn")])
-def test_displacement_is_a_warning_from_one_nat(tmp_path: Path, data: PreparedGroups, chosen: float, level: str) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "title"), [(-0.001, "as before"), (-0.9, "as before"), (-1.2, "even less"), (-2.5, "less likely")]
+)
+def test_displacement_counts_from_one_nat(tmp_path: Path, data: PreparedGroups, chosen: float, title: str) -> None:
     run = write_run(tmp_path / "run", data, chosen=chosen)
     (found,) = [finding for finding in findings(read_run(run)) if finding.title.startswith("Preferred responses")]
-    assert found.level == level
+    assert found.title.endswith(title)
+    assert found.level == ("warn" if chosen < -2 else "note")  # the others' is −2
     assert "below −1" in found.text
 
 

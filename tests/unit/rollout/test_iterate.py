@@ -263,15 +263,18 @@ def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> Non
         open_plan(build_plan(IterateConfig(**options)))
 
 
-def test_changed_prompts_and_foreign_folders_are_refused(options: dict[str, Any], tmp_path: Path) -> None:
+def test_changed_prompts_and_foreign_folders_are_refused(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
     open_plan(build_plan(IterateConfig(**options)))
     write_prompt_file(tmp_path / "prompts.jsonl", 20, note="changed")
+    options["model"] = str(model.parent / "hf")  # which is not converted before the refusal
     with pytest.raises(ConfigError, match="was started with prompts_digest"):
         open_plan(build_plan(IterateConfig(**options)))
+    assert not (Path(options["output"]) / "converted").exists()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
     with pytest.raises(ConfigError, match=r"holds .*chapter\.tex.*choose a new folder"):
         open_plan(build_plan(IterateConfig(**{**options, "output": str(tmp_path / "thesis")})))
+    assert [path.name for path in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
 
 
 def test_two_at_a_time_are_refused(options: dict[str, Any]) -> None:
