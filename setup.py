@@ -80,7 +80,7 @@ EXTRAS = {
 
 setup(
     name="mpo-megatron",
-    version="0.1.0",
+    version="0.2.0",
     description="Multi-Preference Optimization (losses over K responses to a prompt) for large language models on Megatron-Core",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

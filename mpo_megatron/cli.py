@@ -11,9 +11,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 
+from mpo_megatron import __version__
 from mpo_megatron.config import (
     AlignConfig,
     ChatConfig,
@@ -264,7 +264,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name == "--version":
-        print(f"mpo_megatron {version('mpo_megatron')}")
+        print(f"mpo_megatron {__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=2)
