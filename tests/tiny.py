@@ -20,8 +20,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from mpo_megatron.data.group import TokenizedGroup
@@ -38,9 +41,13 @@ CONFIGS: dict[str, Any] = {
     config.model_type: config
     for config in (
         *(Qwen2Config, Qwen3Config, Qwen2MoeConfig, Qwen3MoeConfig, LlamaConfig, MistralConfig, MixtralConfig),
-        *(Gemma2Config, Gemma3TextConfig, Olmo2Config, Olmo3Config),
+        *(Gemma2Config, Gemma3TextConfig, Olmo2Config, Olmo3Config, Qwen3NextConfig, Qwen3_5TextConfig, Qwen3_5MoeTextConfig),
     )
 }
+
+
+HYBRID = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
+"""Model types with Gated DeltaNet layers."""
 
 
 def save_tokenizer(folder: Path) -> int:
@@ -78,7 +85,13 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
         sizes = {"query_pre_attn_scalar": 24} | sizes
     if model_type == "mixtral":
         sizes = {"num_local_experts": 4, "num_experts_per_tok": 2} | sizes
-    if model_type.endswith("_moe"):
+    if model_type in HYBRID:  # the first three layers are Gated DeltaNets, the fourth has attention
+        net = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
+        sizes = net | sizes
+        sizes = {"shared_expert_intermediate_size": 80} | sizes if model_type != "qwen3_5_text" else sizes
+    if model_type == "qwen3_5_moe_text":
+        del sizes["intermediate_size"]
+    if model_type.endswith("_moe") or (model_type in HYBRID and model_type != "qwen3_5_text"):
         sizes = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48} | sizes
     if model_type == "qwen2_moe":
         sizes = {"shared_expert_intermediate_size": 80} | sizes
@@ -88,6 +101,9 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
     with torch.no_grad():
         for parameter in model.parameters():  # away from zeros, ones and the symmetric start
             parameter += 0.05 * torch.randn_like(parameter)
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):  # drawn for decays that leave nothing of most states after a token
+                parameter -= 3
     model.save_pretrained(folder)
     return folder
 

@@ -40,13 +40,16 @@ class ModelConfig(Section, prefix="model."):
     """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
     """Attention kernel: `sdpa` is exact and runs anywhere; `flex` and `varlen` (flash attention) need a GPU; `auto` chooses."""
+    delta_rule: Literal["auto", "torch", "fla"] = "auto"
+    """Kernel of Gated DeltaNet layers (Qwen3-Next, Qwen3.5, 3.6): `torch` runs anywhere; `fla` (flash-linear-attention) needs a
+    GPU and bf16; `auto` takes it there, and `torch` elsewhere."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: nothing, `recompute_modules`, or every layer."""
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]] = field(
         default_factory=lambda: ["core_attn"]
     )
-    """What `recompute: selective` computes again: attention's core, norms, whole MLPs, layers of experts, their activation, or
-    the shared expert."""
+    """What `recompute: selective` computes again: the core of attention (and of Gated DeltaNets), norms, whole MLPs, layers of
+    experts, their activation, or the shared expert."""
     offload_layers: int = 0
     """Number of first layers whose activations wait in host memory for the backward pass; needs Transformer Engine, and
     `parallel.pipeline` = 1."""

@@ -5,7 +5,7 @@ fields    what all families read of config.json     reading  config.json → `Fa
 qwen …    one file a family                         published  shapes of published models
 """
 
-from mpo_megatron.families.family import Experts, Family, LayerAttention, Rope
+from mpo_megatron.families.family import DeltaNet, Experts, Family, LayerAttention, Rope
 from mpo_megatron.families.reading import load_family, read_family
 
-__all__ = ["Experts", "Family", "LayerAttention", "Rope", "load_family", "read_family"]
+__all__ = ["DeltaNet", "Experts", "Family", "LayerAttention", "Rope", "load_family", "read_family"]

@@ -52,12 +52,19 @@ def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, family: Fa
         return
     recipe, tensor = RECIPES[model.fp8], parallel.tensor
     queries, keys = family.queries // tensor, family.keys // tensor
-    for what, size in (
+    gates, net = queries if family.output_gate else 0, family.delta_net
+    sizes = [
         ("hidden_size", family.hidden_size),
         ("intermediate_size", family.intermediate_size // tensor),
-        ("width of queries, keys and values", queries + 2 * keys),
+        ("width of queries, keys and values", queries + gates + 2 * keys),
         ("width of the attention's output", queries),
-    ):
+    ]
+    if net is not None:
+        sizes += [
+            ("width of linear_attention's inputs", net.inputs // tensor),
+            ("width of linear_attention's output", net.values // tensor),
+        ]
+    for what, size in sizes:
         require(
             size % recipe.channels == 0,
             f"model.fp8 = {model.fp8} multiplies matrices whose sides are multiples of {recipe.channels}, but the model's {what} "

@@ -42,6 +42,7 @@ def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int)
         _require_divides("parallel.tensor", tensor, f"the model's {name}", size)
     parallel.stage_layers(family.num_hidden_layers)
     _validate_experts(family, parallel)
+    _validate_delta_net(family, parallel)
     heads, groups = family.num_attention_heads // tensor, family.num_key_value_heads // tensor
     # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
@@ -50,6 +51,21 @@ def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int)
         f"parallel.context = {parallel.context} cannot share out the {heads} attention heads and {groups} key/value heads that "
         f"each tensor-parallel rank has; choose one of {', '.join(map(str, choices))}, or another parallel.tensor.",
     )
+
+
+def _validate_delta_net(family: Family, parallel: ParallelConfig) -> None:
+    """Check that ranks can share out the heads of Gated DeltaNets.
+
+    Raises:
+        ConfigError: naming the field, the number it must divide, and the values that do.
+    """
+    if family.delta_net is None:
+        return
+    heads = family.delta_net.key_heads
+    _require_divides("parallel.tensor", parallel.tensor, "the model's linear_num_key_heads", heads)
+    own = heads // parallel.tensor
+    what = f"the {own} key heads of linear_attention that each tensor-parallel rank has (linear_num_key_heads)"
+    _require_divides("parallel.context", parallel.context, what, own)
 
 
 def _require_divides(name: str, divisor: int, what: str, size: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
 from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.delta_backends import choose_delta_rule
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 from mpo_megatron.model.recompute import offload_settings, recompute_settings
@@ -43,14 +45,15 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 
 
 def resolve_model(model: ModelConfig, family: Family) -> ModelConfig:
-    """The same options with `backend` and `attention` as this machine has them.
+    """The same options with `backend`, `attention` and `delta_rule` as this machine has them.
 
     Raises:
         ConfigError: something is asked for that is missing here.
     """
     engine = use_transformer_engine(model)
     attention = choose_attention(model, capped=family.score_cap is not None)
-    return replace(model, backend="transformer_engine" if engine else "local", attention=attention)  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {"attention": attention, "delta_rule": choose_delta_rule(model, family)}
+    return replace(model, backend="transformer_engine" if engine else "local", **chosen)
 
 
 def build_transformer_config(family: Family, model: ModelConfig, parallel: ParallelConfig) -> TransformerConfig:
@@ -71,6 +74,9 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         add_bias_linear=False,
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm == "head",
+        attention_output_gate=family.output_gate,
+        # Which layers have a Gated DeltaNet; Megatron-Core asks it whether checkpoints can stack layers.
+        linear_attention_freq=None if family.delta_net is None else [int(net) for net in family.delta_net.layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
         params_dtype=dtype,

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from mpo_megatron import device
 from mpo_megatron.model.attention import PLAIN, RowLayout, ScoreSettings, Segment
+from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenIndex:
     """Where each segment's queries and keys lie; the same for all layers of a row with the same window."""
 
-    key_index: Tensor | None
-    """[E] token of the row that each gathered key is of; None if no segment has a context: keys are the row's then."""
+    keys: TokenGather | None
+    """The gathered keys; None if no segment has a context: keys are the row's then."""
     query_ends: Tensor
     """[segments + 1] int32, queries before each segment, and all."""
     key_ends: Tensor
@@ -37,9 +38,6 @@ class VarlenIndex:
     """Longest segment."""
     max_keys: int
     """Longest segment with its context."""
-    copies: tuple[tuple[Tensor, Tensor], ...]
-    """For each number c of copies that tokens have among the gathered keys: those tokens [n], and where their copies are [n, c];
-    empty without gathering."""
 
 
 Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex, ScoreSettings], Tensor]
@@ -55,57 +53,16 @@ def build_varlen_index(segments: Sequence[Segment], window: int | None = None) -
     keys = queries + contexts
     parts = [np.arange(*span) for start, end, *context in edges for span in (context, (start, end))]
 
-    key_index = np.concatenate(parts) if contexts.any() else None
-
     def ends(lengths: np.ndarray[Any, Any]) -> Tensor:
         return device.upload(np.concatenate(([0], lengths.cumsum())).astype(np.int32))
 
     return VarlenIndex(
-        key_index=None if key_index is None else device.upload(key_index),
+        keys=build_gather(np.concatenate(parts)) if contexts.any() else None,
         query_ends=ends(queries),
         key_ends=ends(keys),
         max_queries=int(queries.max()),
         max_keys=int(keys.max()),
-        copies=() if key_index is None else _copies(key_index),
     )
-
-
-def _copies(key_index: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[tuple[Tensor, Tensor], ...]:
-    """`VarlenIndex.copies`; a row mostly has two kinds of tokens: responses', with one copy, and prompts', with K + 1."""
-    counts = np.bincount(key_index)
-    order, starts = np.argsort(key_index, kind="stable"), np.concatenate(([0], counts.cumsum()[:-1]))
-    found = []
-    for count in np.unique(counts):
-        tokens = np.flatnonzero(counts == count)
-        found.append((device.upload(tokens), device.upload(order[starts[tokens, None] + np.arange(count)])))
-    return tuple(found)
-
-
-class _Gather(torch.autograd.Function):
-    """The rows of `tensor` that `index.key_index` names; backward sums a prompt's gradients from all responses, in float32.
-
-    The sum has a fixed order. `index_add` on a GPU adds in any order, so a run that is repeated would get other gradients.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor, index: VarlenIndex) -> Tensor:
-        assert index.key_index is not None
-        ctx.index = index
-        return tensor.index_select(0, index.key_index)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = grad_outputs
-        index: VarlenIndex = ctx.index
-        dtype = torch.promote_types(gradient.dtype, torch.float32)
-        total = gradient.new_empty((sum(len(tokens) for tokens, _ in index.copies), *gradient.shape[1:]))
-        for tokens, places in index.copies:
-            if places.shape[1] == 1:
-                part = gradient.index_select(0, places[:, 0])
-            else:
-                part = gradient[places].sum(dim=1, dtype=dtype).to(gradient.dtype)
-            total.index_copy_(0, tokens, part)  # each token is in one of the parts
-        return total, None
 
 
 def varlen_row_attention(
@@ -117,8 +74,8 @@ def varlen_row_attention(
         kernel: by default the first of `find_kernel`
     """
     index = layout.index(build_varlen_index, scores.window)
-    if index.key_index is not None:
-        key, value = (_Gather.apply(part, index) for part in (key, value))
+    if index.keys is not None:
+        key, value = (gather_tokens(part, index.keys) for part in (key, value))
     return (kernel or require_kernel(scores))(query, key, value, index, scores)
 
 

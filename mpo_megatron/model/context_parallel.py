@@ -40,10 +40,15 @@ def tokens_to_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGro
     if key.shape[1] < size:
         key, value = (part.repeat_interleave(size // part.shape[1], dim=1) for part in (key, value))
     heads = [part.unflatten(1, (size, -1)) for part in (query, key, value)]
-    mixed = _exchange(torch.cat(heads, dim=2).transpose(0, 1), group)  # [size, N, heads, D]
-    mixed = mixed.transpose(0, 1).flatten(0, 1)  # token i·size + r came from rank r
+    mixed = spread_tokens(torch.cat(heads, dim=2).flatten(1, 2), group)
     query, key, value = mixed.split([part.shape[2] for part in heads], dim=1)
     return query, key, value
+
+
+def spread_tokens(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """From all heads of some tokens, [N, A, D], to some heads of all tokens, [T, A / size, D] (backward: the reverse)."""
+    mixed = _exchange(tensor.unflatten(1, (group.size(), -1)).transpose(0, 1), group)  # [size, N, A / size, D]
+    return mixed.transpose(0, 1).flatten(0, 1)  # token i·size + r came from rank r
 
 
 def heads_to_tokens(output: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,12 +1,14 @@
 """Layers of the policy: Transformer Engine's or Megatron-Core's local ones, with our attention core and what a family adds.
 
 Megatron-Core builds a layer with a norm before attention and one before the MLP. Here norms may also follow them, queries and
-keys may be normalized over all heads, and layers may differ in window and rotary embedding.
+keys may be normalized over all heads, layers may differ in window and rotary embedding, and some may have a Gated DeltaNet in
+attention's place.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,12 +29,21 @@ from torch.distributed import ProcessGroup
 from torch.distributed.nn.functional import all_reduce
 
 from mpo_megatron import device
-from mpo_megatron.config import require
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
 from mpo_megatron.model.adapters import adapted, adapted_grouped
 from mpo_megatron.model.attention import GroupAttention, RowAttention, ScoreSettings
+from mpo_megatron.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
+from mpo_megatron.model.delta_rule import DeltaRule
 from mpo_megatron.model.routing import route_by_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKernels:
+    """How layers mix the tokens of a row."""
+
+    attend: RowAttention
+    delta_rule: DeltaRule
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -132,11 +143,10 @@ def build_block_spec(
     transformer_engine: bool,
     pipeline_rank: int,
     chunk: int,
-    attend: RowAttention,
+    kernels: RowKernels,
     adapter: Adapter | None = None,
 ) -> TransformerBlockSubmodules:
     """One run of layers of one pipeline stage."""
-    require(family.delta_net is None, "config.json: layer_types has linear_attention, which cannot be trained yet.")
     norm: Any = RMSNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -145,12 +155,12 @@ def build_block_spec(
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
     first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
     adapters = {} if adapter is None else linear_adapters(family, adapter)
-    layers = [_layer_spec(family, layer, transformer_engine, attend, adapters) for layer in range(first, first + num_layers)]
+    layers = [_layer_spec(family, layer, transformer_engine, kernels, adapters) for layer in range(first, first + num_layers)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def _layer_spec(
-    family: Family, number: int, transformer_engine: bool, attend: RowAttention, adapters: dict[str, LinearAdapter]
+    family: Family, number: int, transformer_engine: bool, kernels: RowKernels, adapters: dict[str, LinearAdapter]
 ) -> ModuleSpec:
     """The layer of this number, from 0."""
     num_experts = family.num_experts if family.has_experts(number) else None
@@ -169,27 +179,53 @@ def _layer_spec(
     attention = layer.submodules.self_attention
     if head_norm and not transformer_engine:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
-    attention.module = RowSelfAttention
-    attention.params = {
-        **attention.params,
-        "rope": family.attention[number].rope,
-        "width_norm": family.qk_norm == "width",
-    }
-    attention.submodules.core_attention = functools.partial(GroupAttention, attend=attend, scores=layer_scores(family, number))
+    if family.has_state(number):
+        _put_delta_net(layer, family, kernels)
+    else:
+        attention.module = RowSelfAttention
+        attention.params = {
+            **attention.params,
+            "rope": family.attention[number].rope,
+            "width_norm": family.qk_norm == "width",
+        }
+        attention.submodules.core_attention = functools.partial(
+            GroupAttention, attend=kernels.attend, scores=layer_scores(family, number)
+        )
     mlp: Any = layer.submodules.mlp.keywords["submodules"]
     if not family.pre_norms:
         _drop_input_norms(layer, mlp, transformer_engine)
-    norm_after = norm_type(attention.submodules.linear_proj)
+    _, last = mixer_linears(layer)
+    mixer = layer.submodules.self_attention.submodules
+    norm_after = norm_type(getattr(mixer, last))
     if adapters:
         if transformer_engine and family.pre_norms:
             _split_input_norms(layer, mlp, dense=num_experts is None)
         _add_adapters(layer, mlp, adapters, grouped=transformer_engine)
     if family.post_norms:
-        attention.submodules.linear_proj = output_normed(attention.submodules.linear_proj, norm_after)
-        mlp.linear_fc2 = output_normed(mlp.linear_fc2, norm_after)
+        for owner, name in ((mixer, last), (mlp, "linear_fc2")):
+            setattr(owner, name, output_normed(getattr(owner, name), norm_after))
     if num_experts is not None:
         route_by_rows(layer, family, number)
     return layer
+
+
+def _put_delta_net(layer: ModuleSpec, family: Family, kernels: RowKernels) -> None:
+    """A Gated DeltaNet in attention's place, of the same kind of linear layers."""
+    linear = layer.submodules.self_attention.submodules
+    layer.submodules.self_attention = ModuleSpec(
+        module=GatedDeltaNet,
+        params={"net": family.delta_net, "rule": kernels.delta_rule},
+        submodules=DeltaNetSubmodules(in_proj=linear.linear_qkv, out_proj=linear.linear_proj),
+    )
+    layer.submodules.sharded_state_dict_keys_map = {
+        old: new.replace("linear_qkv", "in_proj") for old, new in layer.submodules.sharded_state_dict_keys_map.items()
+    }
+
+
+def mixer_linears(layer: ModuleSpec) -> tuple[str, str]:
+    """Names of the first and last linear layer of what mixes a layer's tokens."""
+    mixer = layer.submodules.self_attention.submodules
+    return ("in_proj", "out_proj") if isinstance(mixer, DeltaNetSubmodules) else ("linear_qkv", "linear_proj")
 
 
 def _split_input_norms(layer: ModuleSpec, mlp: Any, *, dense: bool) -> None:
@@ -198,8 +234,9 @@ def _split_input_norms(layer: ModuleSpec, mlp: Any, *, dense: bool) -> None:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.submodules.input_layernorm = TENorm
-    layer.submodules.self_attention.submodules.linear_qkv = TEColumnParallelLinear
-    keys = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    first, _ = mixer_linears(layer)
+    setattr(layer.submodules.self_attention.submodules, first, TEColumnParallelLinear)
+    keys = {"input_layernorm.": f"self_attention.{first}.layer_norm_"}
     if dense:
         layer.submodules.pre_mlp_layernorm = TENorm
         mlp.linear_fc1 = TEColumnParallelLinear
@@ -215,10 +252,8 @@ def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter
         grouped: experts are computed together
     """
     experts = getattr(mlp, "experts", None)
-    homes: list[tuple[str, Any, str, bool]] = [
-        ("self_attention.linear_qkv", layer.submodules.self_attention.submodules, "linear_qkv", False),
-        ("self_attention.linear_proj", layer.submodules.self_attention.submodules, "linear_proj", False),
-    ]
+    mixer = layer.submodules.self_attention.submodules
+    homes: list[tuple[str, Any, str, bool]] = [(f"self_attention.{name}", mixer, name, False) for name in mixer_linears(layer)]
     if experts is None:
         homes += [(f"mlp.{name}", mlp, name, False) for name in ("linear_fc1", "linear_fc2")]
     else:

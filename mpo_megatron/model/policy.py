@@ -31,8 +31,9 @@ from mpo_megatron.model.architecture import build_transformer_config, resolve_mo
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function
 from mpo_megatron.model.context_parallel import sum_parts, take_part
+from mpo_megatron.model.delta_backends import delta_function
 from mpo_megatron.model.experts import mark_experts
-from mpo_megatron.model.layers import build_block_spec
+from mpo_megatron.model.layers import RowKernels, build_block_spec
 from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
@@ -268,7 +269,7 @@ def build_policy(
                 model.from_engine,
                 ranks.pipeline.rank(),
                 chunk,
-                attention_function(model.attention),
+                RowKernels(attend=attention_function(model.attention), delta_rule=delta_function(model.delta_rule)),
                 adapter,
             ),
             family=family,

@@ -66,6 +66,9 @@ EXTRA_STATE_MODULES = (
 """Modules for which some layer implementation asks the checkpoint for an FP8 `_extra_state`. A converted checkpoint
 holds an empty one for each: loading ignores the ones it does not ask for, and fails on the ones it misses."""
 
+DELTA_NET_STATE_MODULES = ("decoder.layers.self_attention.in_proj", "decoder.layers.self_attention.out_proj")
+"""The same, in models that have Gated DeltaNets."""
+
 EXPERT_STATE_MODULES = ("decoder.layers.mlp.experts.experts.linear_fc1", "decoder.layers.mlp.experts.experts.linear_fc2")
 """The same, of which each expert has one."""
 
@@ -99,6 +102,8 @@ def _layer_slices(rules: Sequence[Rule], family: Family) -> list[Slice]:
 def extra_state_keys(family: Family) -> list[str]:
     """Keys of the empty `_extra_state` objects: Megatron-Core's `ShardedObject.unique_key`, one per layer (and expert)."""
     modules: list[tuple[str, int | None]] = [(module, None) for module in EXTRA_STATE_MODULES]
+    if family.delta_net is not None:
+        modules += [(module, None) for module in DELTA_NET_STATE_MODULES]
     if family.experts is not None:
         modules += [(module, family.num_experts) for module in EXPERT_STATE_MODULES]
     keys = []

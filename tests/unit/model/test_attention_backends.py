@@ -53,7 +53,7 @@ def test_varlen_equals_sdpa(seed: int, heads: int, groups: int, scores: ScoreSet
 
 def test_varlen_gathers_nothing_without_shared_prompts() -> None:
     index = build_varlen_index(row_layout([(0, 5, 0, 0), (5, 9, 5, 5)]).segments)
-    assert index.key_index is None
+    assert index.keys is None
     assert torch.equal(index.query_ends, index.key_ends)
 
 
@@ -90,9 +90,9 @@ def test_gathered_keys_sum_their_gradients_in_one_order(monkeypatch: pytest.Monk
 
     varlen_row_attention(query, key, value, layout, kernel=weighted).sum().backward()
     index = layout.index(build_varlen_index)
-    assert index.key_index is not None
-    assert sorted(places.shape[1] for _, places in index.copies) == [1, 2, 3]
-    expected = torch.stack([weights[0][index.key_index == token].sum(0) for token in range(16)])
+    assert index.keys is not None
+    assert sorted(places.shape[1] for _, places in index.keys.copies) == [1, 2, 3]
+    expected = torch.stack([weights[0][index.keys.index == token].sum(0) for token in range(16)])
     torch.testing.assert_close(value.grad, expected)
 
 

@@ -1,0 +1,107 @@
+"""`fla`: the gated delta rule by flash-linear-attention's kernels, for GPUs.
+
+Its function takes sequences of any length one after the other, and a first state for each. So a row takes two calls: prompts
+(and whatever else has no context) from nothing, then responses from their prompts' last states. Legend as in delta_rule.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpo_megatron import device
+from mpo_megatron.data.arrays import Int64
+from mpo_megatron.model.attention import RowLayout, Segment
+from mpo_megatron.model.delta_rule import order_states
+from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sequences:
+    """Segments that are computed in one call."""
+
+    tokens: Tensor
+    """Their tokens, one segment after the other."""
+    ends: Tensor
+    """[segments + 1] int64: tokens before each, and all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceIndex:
+    """The calls that a row takes; the same for all layers."""
+
+    roots: Sequences
+    branches: Sequences | None
+    """Segments with a context, if there are any."""
+    origins: TokenGather | None
+    """Which root's last state each of the branches starts from, then every root once more."""
+    places: Tensor
+    """[T] where in the outputs of both calls each token's is."""
+
+
+def build_sequences(segments: Sequence[Segment], window: int | None = None) -> SequenceIndex:
+    """The calls of a row; a window has no meaning here."""
+    states = order_states(segments)
+    order = [_tokens(level) for level in (states.roots, states.branches) if level]
+    everything = np.concatenate(order)
+    places = np.empty_like(everything)
+    places[everything] = np.arange(len(everything))
+    origins = np.array([*states.origins, *range(len(states.roots))], dtype=np.int64)
+    return SequenceIndex(
+        roots=_sequences(order[0], states.roots),
+        branches=_sequences(order[1], states.branches) if states.branches else None,
+        origins=build_gather(origins) if states.branches else None,
+        places=device.upload(places),
+    )
+
+
+def _tokens(level: Sequence[Segment]) -> Int64:
+    return np.concatenate([np.arange(part.start, part.end) for part in level])
+
+
+def _sequences(tokens: Int64, level: Sequence[Segment]) -> Sequences:
+    ends = np.cumsum([0, *(part.end - part.start for part in level)])
+    return Sequences(tokens=device.upload(tokens), ends=device.upload(ends.astype(np.int64)))
+
+
+def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
+    """The back end."""
+    index = layout.index(build_sequences)
+    share = value.shape[1] // key.shape[1]
+    inputs = [part.repeat_interleave(share, dim=1) if share > 1 else part for part in (query, key)]
+    inputs += [value, decay.float(), rate.to(value.dtype)]
+
+    def call(part: Sequences, state: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor | None]:
+        return _kernel(*(item.index_select(0, part.tokens) for item in inputs), part.ends, state, final=final)
+
+    if index.branches is None:
+        outputs, _ = call(index.roots, None, final=False)
+        return outputs.index_select(0, index.places)
+    outputs, ends = call(index.roots, None, final=True)
+    assert ends is not None
+    assert index.origins is not None
+    states = gather_tokens(ends, index.origins)[: len(index.branches.ends) - 1].contiguous()
+    more, _ = call(index.branches, states, final=False)
+    return torch.cat((outputs, more)).index_select(0, index.places)
+
+
+def _kernel(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, ends: Tensor, state: Tensor | None, *, final: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Outputs [T, H·R, V] of sequences one after the other, and with `final` their last states [sequences, H·R, K, V]."""
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found,unused-ignore]
+
+    output, last = chunk_gated_delta_rule(
+        *(part.contiguous()[None] for part in (query, key, value)),
+        g=decay.contiguous()[None],
+        beta=rate.contiguous()[None],
+        initial_state=state,
+        output_final_state=final,
+        use_qk_l2norm_in_kernel=True,
+        cu_seqlens=ends,
+    )
+    return output[0], last

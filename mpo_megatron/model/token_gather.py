@@ -1,0 +1,66 @@
+"""Rows of tensors by token, some of them several times; gradients of the copies are summed in a fixed order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpo_megatron import device
+from mpo_megatron.data.arrays import Int64
+
+
+@dataclass(frozen=True)
+class TokenGather:
+    """Which token each gathered row is of."""
+
+    index: Tensor
+    """[E] token of each gathered row."""
+    copies: tuple[tuple[Tensor, Tensor], ...]
+    """For each number c of copies that tokens have: those tokens [n], and where their copies are [n, c]."""
+
+
+def build_gather(index: Int64) -> TokenGather:
+    """The gather of the tokens in `index` [E], on this rank's device; every token of the row is among them."""
+    counts = np.bincount(index)
+    order, starts = np.argsort(index, kind="stable"), np.concatenate(([0], counts.cumsum()[:-1]))
+    copies = []
+    for count in np.unique(counts):
+        tokens = np.flatnonzero(counts == count)
+        copies.append((device.upload(tokens), device.upload(order[starts[tokens, None] + np.arange(count)])))
+    return TokenGather(device.upload(index), tuple(copies))
+
+
+def gather_tokens(tensor: Tensor, gather: TokenGather) -> Tensor:
+    """The rows [E, …] of `tensor` [T, …] that the gather names."""
+    result: Tensor = _Gather.apply(tensor, gather)
+    return result
+
+
+class _Gather(torch.autograd.Function):
+    """Backward sums a token's gradients from all its copies, in float32.
+
+    The sum has a fixed order. `index_add` on a GPU adds in any order, so a run that is repeated would get other gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gather: TokenGather) -> Tensor:
+        ctx.gather = gather
+        return tensor.index_select(0, gather.index)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = grad_outputs
+        gather: TokenGather = ctx.gather
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        total = gradient.new_empty((sum(len(tokens) for tokens, _ in gather.copies), *gradient.shape[1:]))
+        for tokens, places in gather.copies:
+            if places.shape[1] == 1:
+                part = gradient.index_select(0, places[:, 0])
+            else:
+                part = gradient[places].sum(dim=1, dtype=dtype).to(gradient.dtype)
+            total.index_copy_(0, tokens, part)  # each token is in one of the parts
+        return total, None
