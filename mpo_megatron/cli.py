@@ -44,7 +44,7 @@ from mpo_megatron.terminal.visible import visible
 
 
 def align(arguments: Sequence[str]) -> int:
-    """A Hugging Face model and groups, or prompts, to an aligned Hugging Face model: all stages with one command."""
+    """Align a Hugging Face model with groups or prompts: all stages with one command."""
     config = parse(AlignConfig, arguments, "mpo align")
     from mpo_megatron.align.align import align as run
 
@@ -63,7 +63,7 @@ def chat(arguments: Sequence[str]) -> int:
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """Hugging Face checkpoint to Megatron checkpoint, or back."""
+    """Convert a Hugging Face checkpoint to a Megatron checkpoint, or back."""
     config = parse(ConvertConfig, arguments, "mpo convert")
     clear_leftovers(Path(config.output).resolve())  # also where a complete output is refused
     validate_convert(config)  # once more below; a wrong path need not wait for the imports
@@ -75,7 +75,7 @@ def convert(arguments: Sequence[str]) -> int:
 
 
 def prepare(arguments: Sequence[str]) -> int:
-    """Prompts with K responses and rewards to tokenized groups."""
+    """Tokenize prompts with K responses and rewards into groups."""
     config = parse(PrepareConfig, arguments, "mpo prepare")
     from mpo_megatron.data.prepare import prepare as run
 
@@ -85,7 +85,7 @@ def prepare(arguments: Sequence[str]) -> int:
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """Prompts to K responses each: transformers, vLLM or an OpenAI-compatible server."""
+    """Draw K responses to each prompt: transformers, vLLM or an OpenAI-compatible server."""
     config = parse(GenerateConfig, arguments, "mpo generate")
     from mpo_megatron.rollout.generate import generate as run
 
@@ -96,7 +96,7 @@ def generate(arguments: Sequence[str]) -> int:
 
 
 def score(arguments: Sequence[str]) -> int:
-    """Scores and a reward for generated responses: reward models, rankers, verifiable rewards, judges."""
+    """Score responses: reward models, rankers, verifiable rewards, judges."""
     config = parse(ScoreConfig, arguments, "mpo score")
     from mpo_megatron.rollout.score import score as run
 
@@ -107,7 +107,7 @@ def score(arguments: Sequence[str]) -> int:
 
 
 def select(arguments: Sequence[str]) -> int:
-    """Scored groups to the groups, responses and sets to train on."""
+    """Select the groups, responses and sets to train on."""
     config = parse(SelectConfig, arguments, "mpo select")
     from mpo_megatron.rollout.select import select as run
 
@@ -117,17 +117,17 @@ def select(arguments: Sequence[str]) -> int:
 
 
 def reference(arguments: Sequence[str]) -> int:
-    """Reference log-probs of prepared groups, once for all runs; takes the configuration of `mpo train`."""
+    """Compute reference log-probs of prepared groups, once for all runs; takes the options of `mpo train`."""
     return _start_ranks("reference", "mpo_megatron.train.reference_main", arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
-    """Train on this machine's ranks through torchrun; several nodes start `torchrun -m mpo_megatron.train` themselves."""
+    """Train on this machine's ranks; for several machines, see `mpo launch`."""
     return _start_ranks("train", "mpo_megatron.train", arguments)
 
 
 def launch(arguments: Sequence[str]) -> int:
-    """A job for a cluster: `mpo launch torchrun | slurm | slurm-array | kubernetes | skypilot`; --dry_run true only prints it."""
+    """Write and submit a job: `mpo launch torchrun | slurm | slurm-array | kubernetes | skypilot`; --dry_run only prints it."""
     from mpo_megatron.launch.launch import TARGETS
     from mpo_megatron.launch.launch import launch as run
 
@@ -143,7 +143,7 @@ def launch(arguments: Sequence[str]) -> int:
 
 
 def iterate(arguments: Sequence[str]) -> int:
-    """On-policy rounds: generate, score, select, prepare and train, again and again; resumes wherever it was ended."""
+    """Run on-policy rounds of generate, score, select, prepare and train; repeat the command to resume."""
     config = parse(IterateConfig, arguments, "mpo iterate")
     from mpo_megatron.rollout.iterate import iterate as run
 
@@ -153,7 +153,7 @@ def iterate(arguments: Sequence[str]) -> int:
 
 
 def inspect(arguments: Sequence[str]) -> int:
-    """A group of prepared data, or a packed row of a run's step, token by token as the model sees it."""
+    """Show a group, or a packed row of a run's step, token by token as the model sees it."""
     config = parse(InspectConfig, arguments, "mpo inspect")
     from mpo_megatron.viewer.inspect import inspect as run
 
@@ -162,7 +162,7 @@ def inspect(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """A page with the curves, distributions and held-out groups of runs: `mpo report RUN [RUN2 …] --output report.html`."""
+    """Write a page with curves, distributions and held-out groups: `mpo report RUN [RUN2 …] --output report.html`."""
     folders = list(itertools.takewhile(lambda argument: not argument.startswith("--"), arguments))
     named = [f"--runs={json.dumps(folders)}"] if folders else []
     config = parse(ReportConfig, [*named, *arguments[len(folders) :]], "mpo report")
@@ -174,7 +174,7 @@ def report(arguments: Sequence[str]) -> int:
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """Held-out groups, sampled reward and win rate, answers for the judges of AlpacaEval, Arena-Hard and MT-Bench."""
+    """Measure held-out groups, sampled reward and win rate; write answers to AlpacaEval, Arena-Hard and MT-Bench."""
     launcher, own = _read_launcher("evaluate", arguments)
     config = parse(EvaluateConfig, own, "mpo evaluate", launcher.helps)
     from mpo_megatron.evaluate.evaluate import evaluate as run
@@ -185,7 +185,7 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def plan(arguments: Sequence[str]) -> int:
-    """Memory, communication and time of a run on given machines, and the best layouts for it."""
+    """Estimate memory, communication and time of a run, and find the best layouts."""
     config = parse(PlanConfig, arguments, "mpo plan")
     from mpo_megatron.plan.plan import plan as run
 
@@ -203,7 +203,7 @@ def losses(arguments: Sequence[str]) -> int:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """What is installed here, whether it works together, what a run would use of it; problems with their cures."""
+    """Check what is installed, whether it works together, and what a run would use; name a fix for each problem."""
     from mpo_megatron.doctor.options import read_options
 
     options = read_options(arguments)
@@ -234,10 +234,10 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 OUTLIVES_READERS = ("align", "convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
-"""Commands whose work does not end when nobody reads what they print, as after `mpo train | head`."""
+"""Commands that continue when nobody reads their output, as after `mpo train | head`."""
 
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""Errors of files that no check foresaw, and that are the machine's: no permission, or no space."""
+"""File errors that the machine causes and no check foresees: no permission, or no space."""
 
 
 SPINS = 3000
@@ -246,7 +246,7 @@ busy cores take up to five times as long; on an idle machine both are as fast.""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command named by the first argument; a message instead of a traceback for what a user can mend."""
+    """Run the command named by the first argument; print a message instead of a traceback for what a user can fix."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read once, when torch is imported
     try:
@@ -316,7 +316,7 @@ MAX_RESTARTS = "Restart all ranks this many times when one fails (default 0)."
 
 
 def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = False) -> tuple[argparse.Namespace, list[str]]:
-    """(options about this machine's ranks, and `helps`, option → help; all other arguments).
+    """Return the options about this machine's ranks, with `helps` (option → help), and all other arguments.
 
     Raises:
         ConfigError: a value that no rank could be started with.

@@ -15,7 +15,7 @@ ROUND_STAGES = ("score", "select")
 
 @dataclass(frozen=True, kw_only=True)
 class AlignConfig(Section):
-    """`mpo align`: a Hugging Face model and groups, or prompts → an aligned Hugging Face model, with one resumable command."""
+    """`mpo align`: align a Hugging Face model with groups or prompts, with one resumable command."""
 
     MAIN_OPTIONS: ClassVar = ("model", "data", "prompts", "output", "rounds", "held_out", "plan")
 
@@ -24,19 +24,19 @@ class AlignConfig(Section):
     model: str
     """Hugging Face folder, or name on the hub."""
     output: str
-    """Folder for everything; the model is in `<output>/aligned`. Repeating the command resumes there."""
+    """Folder for everything; the model is in `<output>/aligned`. Repeat the command to resume."""
     data: list[str] = field(default_factory=list)
     """Groups to train on: anything `mpo prepare` reads."""
     prompts: str | None = None
-    """Instead of data: prompts for on-policy rounds, as `mpo iterate` takes them; `score` says what rewards an answer."""
+    """Prompts for on-policy rounds, instead of data, as for `mpo iterate`; `score` says how to reward an answer."""
     rounds: int = 3
-    """With prompts: rounds of sampling and training."""
+    """Rounds of sampling and training, with prompts."""
     held_out: int | None = None
     """Groups (or prompts) to measure on, none of which is trained on; by default 100, or a tenth of all if that is less."""
     answers: int = 4
     """Held-out prompts that the models before and after answer, side by side; 0: none."""
     plan: bool = False
-    """Only show the stages and, with data, an estimate of the time."""
+    """Show the stages, with data also an estimate of the time, and write nothing."""
     nproc: int | None = None
     """Ranks of training; by default one per GPU, or what the layout needs."""
     prepare: dict[str, Any] = field(default_factory=dict)
@@ -83,9 +83,9 @@ class ChatConfig(Section):
     model: str
     """What `mpo align` wrote, a Hugging Face folder, a run, or one of its checkpoints; `mpo chat MODEL` sets it."""
     beside: str | None = None
-    """A second model that gets the same messages and keeps its own answers."""
+    """A second model that receives the same messages and keeps its own answers."""
     prompt: str | None = None
-    """Ask this, print the answer, and end."""
+    """Ask this, print the answer, and exit."""
     system_prompt: str | None = None
     """System message of the conversation."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -93,7 +93,7 @@ class ChatConfig(Section):
     max_tokens: int = 512
     """Longest answer, its end token included."""
     temperature: float = 0.7
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Sampling temperature; 0 takes the likeliest token."""
     top_p: float = 0.95
     """Draw from the fewest tokens that together have this probability."""
     device: str = "auto"

@@ -11,8 +11,8 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Section):
-    """`mpo convert`: a Hugging Face checkpoint to a Megatron one, or back; the direction follows from the input. Adapters (LoRA)
-    go to and from PEFT's folders."""
+    """`mpo convert`: convert a Hugging Face checkpoint to a Megatron one, or back; the input decides the direction. Adapters
+    (LoRA) are converted to and from PEFT's folders."""
 
     input: str
     """What to read: a Hugging Face folder (config.json + safetensors), a model's name on the hub, or a Megatron checkpoint
@@ -22,14 +22,14 @@ class ConvertConfig(Section):
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; by default main."""
     resize_vocabulary: bool = False
-    """Where the tokenizer has more tokens than the embedding has rows: add rows to it and to the output layer, each the mean of
-    those that are there, and raise vocab_size in config.json."""
+    """If the tokenizer has more tokens than the embedding has rows: add rows to it and to the output layer, each the mean of
+    the others, and raise vocab_size in config.json."""
     vocab_multiple: int = 128
-    """The Megatron checkpoint's vocabulary is padded to a multiple of this; any tensor-parallel size dividing it can load it."""
+    """Pad the Megatron vocabulary to a multiple of this; any tensor-parallel size that divides it can load the checkpoint."""
     max_shard_gib: float = 4.0
-    """Largest safetensors file written on the way out, in GiB, unless one tensor alone is larger."""
+    """Largest safetensors file to write, in GiB, unless one tensor alone is larger."""
     base: str | None = None
-    """Megatron checkpoint of the base model of an adapter; by default where it was when the adapter was trained."""
+    """Megatron checkpoint of an adapter's base model; by default where it was when the adapter was trained."""
     merge: bool = False
     """Write the base model with the adapter added to its weights, as a Hugging Face checkpoint, instead of the adapter."""
     compare_text: str | None = None

@@ -14,7 +14,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig(Section, prefix="held_out."):
-    """Implicit reward log π − log π_ref on held-out groups: how often, and by how much, the preferred responses are above."""
+    """Implicit reward log π − log π_ref on held-out groups: how often, and by how much, preferred responses have more."""
 
     groups: str
     """Folder with held-out prepared groups."""
@@ -22,7 +22,7 @@ class HeldOutConfig(Section, prefix="held_out."):
     """`checkpoint`: the policy, a Hugging Face folder, one that `mpo convert` wrote, a run or one of its steps; `reference`: its
     start."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How both are cut over ranks."""
+    """How both models are partitioned over ranks."""
     row_tokens: int = 8192
     """Token budget of one packed row."""
 
@@ -44,16 +44,16 @@ class EvaluateConfig(Section):
     )
 
     output: str
-    """Folder for evaluation.json, evaluation.png and what leads to them; a repeated command continues what is there."""
+    """Folder for evaluation.json, evaluation.png and intermediate results; repeat the command to resume."""
     held_out: HeldOutConfig | None = None
     """Measure the implicit reward on held-out groups."""
     candidate: str | None = None
-    """What to measure by samples: scored samples (`mpo score`, or a .jsonl of groups whose responses have a reward), samples
+    """What to sample and score: scored samples (`mpo score`, or a .jsonl of groups whose responses have a reward), samples
     without rewards (`mpo generate`, or a .jsonl), or a model to sample from: any checkpoint that `mpo generate` takes."""
     baseline: str | None = None
-    """What to compare the candidate's samples with, prompt by prompt; the same kinds."""
+    """What to compare the candidate with, prompt by prompt: as for `candidate`."""
     prompts: str | None = None
-    """Prompts for models; as in `mpo generate`."""
+    """Prompts that models answer; as in `mpo generate`."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo generate` for models, without prompts, model, output and shard."""
     score: dict[str, Any] = field(default_factory=dict)

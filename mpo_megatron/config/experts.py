@@ -1,4 +1,4 @@
-"""Options of models with experts: what their routers learn besides the loss, and whose choices route the policy's tokens."""
+"""Options of models with experts: additional losses of the routers, and whose choices route the policy's tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertsConfig(Section, prefix="experts."):
-    """Routing of models with experts; docs/experts.md explains. The defaults add nothing to the loss and leave routing free."""
+    """Routing of models with experts; docs/experts.md explains. By default, nothing is added to the loss and routing is free."""
 
     balance_coeff: float = 0.0
     """Coefficient of the load-balancing loss (Switch Transformer, Eq. 4; summed over layers as in Megatron-Core); 0: off."""
@@ -51,12 +51,12 @@ class ExpertsConfig(Section, prefix="experts."):
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether experts are balanced over all tokens of a step, so that its loads must be known before the backward pass."""
+        """Whether experts are balanced over all tokens of a step, whose loads must then be known before the backward pass."""
         return self.balance_coeff > 0 and self.balance_over == "step"
 
 
 def validate_experts(experts: ExpertsConfig, *, num_experts: int, loss_step: str) -> None:
-    """Refuse options that the model or the way of stepping cannot honour.
+    """Refuse options that the model or `loss.step` cannot honour.
 
     Args:
         num_experts: of a layer; 0 for a dense model

@@ -1,4 +1,4 @@
-"""Options of `mpo generate`, and of the endpoints that other commands ask as well."""
+"""Options of `mpo generate`, and of the endpoints that other commands use, too."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class TransformersConfig(Section, prefix="transformers."):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; `auto` is the checkpoint's own."""
     batch_size: int = 32
-    """Responses that are generated side by side."""
+    """Responses to generate in one batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,7 +42,7 @@ class VllmConfig(Section, prefix="vllm."):
     max_model_len: int | None = None
     """Longest prompt and response together; by default the model's own limit."""
     max_in_flight: int = 2048
-    """Responses handed to the engine at a time; it batches them itself."""
+    """Responses that the engine receives at a time; it batches them itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `EngineArgs`, for example `enforce_eager: true`."""
 
@@ -64,26 +64,26 @@ class EndpointConfig(Section):
     """A server that speaks the OpenAI protocol. The key comes from the environment and is stored nowhere."""
 
     base_url: str = ""
-    """Address up to and with the version, for example `http://localhost:8000/v1`."""
+    """Address up to and including the version, for example `http://localhost:8000/v1`."""
     model: str = ""
     """Name under which the server knows the model."""
     api: Literal["tokens", "text", "chat"] = "tokens"
     """`tokens`: completions of the token ids that training sees (vLLM, SGLang); `text`: of the rendered prompt, which the server
     tokenizes; `chat`: of the messages, which the server renders with a template of its own."""
     server: Literal["auto", "vllm", "sglang", "llamacpp", "transformers", "openai"] = "auto"
-    """What the server is, and so which settings it is sent; `auto` asks it. `openai` is any other, which is sent only what the
-    protocol has."""
+    """What the server is, and so which settings it is sent; `auto` asks it. `openai` is any other; it is sent only the
+    protocol's own settings."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; without it, none is sent that means anything."""
+    """Environment variable with the key; without it, a placeholder is sent."""
     concurrency: int = 64
-    """Requests under way at a time."""
+    """Concurrent requests."""
     timeout: float = 600.0
-    """Seconds that a request may take in all; then it counts as lost."""
+    """Seconds that a request may take in all before it counts as lost."""
     retries: int = 5
-    """How often a lost request (no connection, timeout, 408, 409, 425, 429, 5xx) is repeated, each time later; a server's
+    """How often to retry a lost request (no connection, timeout, 408, 409, 425, 429, 5xx), with growing pauses; a server's
     Retry-After is honoured."""
     max_wait: float = 60.0
-    """Longest pause between two tries, in seconds; a longer Retry-After is cut to it."""
+    """Longest pause between two tries, in seconds; it also limits Retry-After."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,19 +117,19 @@ class GenerateConfig(Section):
     )
 
     prompts: str
-    """JSONL with a prompt (string or messages) a line, optionally group_id, reference_answer and anything else, which is kept; or
-    any input of `mpo prepare`, or a folder it wrote, of which the prompts are taken."""
+    """JSONL with a prompt (string or messages) a line; other fields, such as group_id and reference_answer, are kept. Or
+    any input or output of `mpo prepare`, for its prompts."""
     model: str
     """Hugging Face checkpoint folder, or one of ours (`mpo convert`, a training run or one of its steps), which is exported once
     and kept beside its weights. For `engine: openai`, what holds the tokenizer."""
     output: str
-    """Folder for samples.jsonl and generate.json; a repeated command continues what is there."""
+    """Folder for samples.jsonl and generate.json; repeat the command to resume."""
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
     """What generates: embedded, vLLM's offline engine, or a server (`endpoint`)."""
     num_responses: int = 8
-    """K."""
+    """K: responses to draw for each prompt."""
     temperature: float = 1.0
-    """Logits are divided by it; 0 takes the likeliest token, and then all K responses are equal."""
+    """Sampling temperature; 0 takes the likeliest token, which makes all K responses equal."""
     temperatures: list[float] = field(default_factory=list)
     """Several temperatures in one run, in place of `temperature`: response k is drawn at the (k mod n)-th of n, for example
     [0.6, 0.8, 1.0] as in MC-PO; each line notes its own."""
@@ -156,17 +156,16 @@ class GenerateConfig(Section):
     max_prompt_tokens: int = 2048
     """A longer prompt is rejected, and counted; as in `mpo prepare`."""
     max_prompts: int | None = None
-    """Take only this many prompts, the first."""
+    """Take only the first prompts, this many."""
     empty: Literal["keep", "drop", "resample"] = "resample"
-    """What happens to a response of nothing but white space."""
+    """What to do with a response of only white space."""
     duplicates: Literal["keep", "drop", "resample"] = "keep"
-    """What happens to a response equal to an earlier one of its group."""
+    """What to do with a response equal to an earlier one of its group."""
     max_attempts: int = 3
-    """How often one response is drawn at most. What is still empty or equal after the last is kept, what is still unusable
+    """How often to draw one response at most. After the last draw, an empty or equal response is kept, and an unusable one
     (filtered, aborted, no text) is left out; both are counted."""
     max_failed: float = 0.0
-    """Share of prompts that may fail for good (an endpoint's errors) before the command does; responses of theirs that arrived
-    are kept."""
+    """Share of prompts that may fail (an endpoint's errors) before the command fails; responses that arrived are kept."""
     shard: str | None = None
     """`i/n`: part i (from 0) of n of the prompts; by default a Slurm array's task. The last part to finish joins all."""
     transformers: TransformersConfig = field(default_factory=TransformersConfig)
@@ -244,7 +243,7 @@ def validate_generate(config: GenerateConfig) -> None:
 
 
 def validate_endpoint(config: EndpointConfig, name: str) -> None:
-    """Require what an endpoint cannot do without.
+    """Check that an endpoint has an address and a model.
 
     Raises:
         ConfigError: naming the field.

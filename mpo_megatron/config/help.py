@@ -64,7 +64,7 @@ def format_all(parser: ArgumentParser, launcher: Mapping[str, str]) -> str:
 
 
 def usage(kind: type[Any], program: str) -> str:
-    """The command with the options that it cannot do without."""
+    """The command with its required options."""
     required = " ".join(f"--{name} {name.rpartition('.')[2].upper()}" for name in required_options(kind))
     return f"{program} {required} [--option value …]".replace("  ", " ")
 
@@ -99,7 +99,7 @@ def _texts(kind: type[Any]) -> dict[str, str]:
 
 
 def _default(kind: type[Any], name: str) -> str:
-    """The default of an option, if it says something."""
+    """The default of an option, if it is worth showing."""
     first, _, rest = name.partition(".")
     if rest:
         section = section_of(options_of(kind)[first])
@@ -115,7 +115,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _entry(name: str, text: str, note: str) -> list[str]:
-    """Lines of one option: its name, and behind it the text, wrapped."""
+    """Lines of one option: its name, then the wrapped text."""
     width = min(shutil.get_terminal_size().columns, _LARGEST_WIDTH)
     body = textwrap.wrap(f"{text} ({note})" if note else text, max(width - 30, 40)) or [""]
     first = f"  {name:<27} {body[0]}" if len(name) <= 27 else f"  {name}\n{'':30}{body[0]}"

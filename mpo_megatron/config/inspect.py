@@ -18,9 +18,9 @@ class InspectConfig(Section):
     group: str = "0"
     """Id of the group to show, or its place in the data, counted from 0."""
     layout: Literal["shared", "unshared"] = "shared"
-    """How the group lies in a row; see data.layout of `mpo train`."""
+    """How the group is laid out in a row; see data.layout of `mpo train`."""
     tokenizer: str | None = None
-    """Where the tokenizer is, if no longer where `mpo prepare` found it."""
+    """Where the tokenizer is, if it has moved since `mpo prepare`."""
     run: str | None = None
     """A run's folder, to show a row of its training batches instead of a group."""
     step: int = 1
@@ -28,7 +28,7 @@ class InspectConfig(Section):
     row: int = 0
     """Which of the step's packed rows, counted from 0."""
     replica: int = 0
-    """Whose rows: which data-parallel model replica."""
+    """Which data-parallel replica's rows."""
     html: str | None = None
     """Also write it as a page to this file."""
     png: str | None = None

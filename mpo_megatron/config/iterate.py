@@ -25,20 +25,20 @@ STAGES = {
 
 @dataclass(frozen=True, kw_only=True)
 class IterateConfig(Section):
-    """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, resumable anywhere."""
+    """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, which resume anywhere."""
 
     MAIN_OPTIONS: ClassVar = ("output", "model", "prompts", "rounds", "held_out", "reference", "nproc", "measure_kl")
 
     STAGE_TYPES: ClassVar = STAGES
 
     output: str
-    """Folder of all rounds; repeating the command continues there."""
+    """Folder of all rounds; repeat the command to resume."""
     model: str
     """The policy that the first round starts from: a Hugging Face folder, or what `mpo convert` or a run wrote."""
     prompts: str
     """.jsonl file, an object with `prompt` (text or messages) a line; other fields, such as a reference answer, reach scorers."""
     rounds: int = 3
-    """Number of rounds; the prompts are dealt to them evenly, each to one."""
+    """Number of rounds; each prompt is in one of them, and all are equally large."""
     held_out: int = 100
     """Prompts that no round trains on; every policy answers them, and the reports compare the answers."""
     held_out_responses: int = 2
@@ -47,7 +47,8 @@ class IterateConfig(Section):
     """The reference policy of a round: the policy it starts from, or the one that the first round started from."""
     optimizer: Literal["fresh", "continued"] = "fresh"
     """`fresh`: each round is a training run of its own. `continued`: rounds are segments of one run, whose optimizer state and
-    learning-rate schedule go on while its groups are made anew from the policy as it is (OnMC-PO); needs reference = initial."""
+    learning-rate schedule continue while each segment draws new groups from the current policy (OnMC-PO); needs
+    reference = initial."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo generate`, without input, output and model."""
     score: dict[str, Any] = field(default_factory=dict)
@@ -61,11 +62,11 @@ class IterateConfig(Section):
     per_round: dict[str, list[Any]] = field(default_factory=dict)
     """Options that change from round to round: `train.optimizer.lr: [1e-6, 5e-7, 2.5e-7]`, one value for each."""
     measure_kl: bool = True
-    """After each round, KL(π ‖ π_ref) on the new policy's answers to the held-out prompts: one more start of the ranks."""
+    """Measure KL(π ‖ π_ref) after each round, on the new policy's answers to the held-out prompts; starts the ranks once more."""
     nproc: int | None = None
     """Ranks of training; by default one per GPU, or what the layout needs."""
     seed: int = 1234
-    """Seed of the split of prompts; a stage without a seed of its own takes this plus the number of the round."""
+    """Seed of the prompt split; a stage without its own seed takes this plus the number of the round."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,12 +18,12 @@ SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(Section):
-    """What every target needs to know of a training job."""
+    """Options of a training job that every target has."""
 
     MAIN_OPTIONS: ClassVar = ("train", "nodes", "gpus_per_node", "output", "setup", "environment", "dry_run")
 
     train: str
-    """YAML file of `mpo train`; the job runs it as it is, and the layout in it is checked against the nodes."""
+    """YAML file of `mpo train`; the job runs it unchanged, and its layout is checked against the nodes."""
     output: str | None = None
     """File to write the job to; by default it is printed."""
     name: str = "mpo"
@@ -70,7 +70,7 @@ class TorchrunJob(JobConfig):
     rendezvous: Literal["static", "c10d"] = "c10d"
     """`static`: every machine knows its number (NODE_RANK); `c10d`: machines meet at the first one, and may restart."""
     max_restarts: int = 3
-    """Times torchrun starts the ranks again after a failure; each time the run resumes from its newest checkpoint."""
+    """How often torchrun restarts the ranks after a failure; each time the run resumes from its newest checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +79,7 @@ class TorchrunJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmJob(JobConfig):
-    """`mpo launch slurm`: an sbatch script that saves before it is stopped, and queues itself again."""
+    """`mpo launch slurm`: an sbatch script that saves before its time limit and requeues itself."""
 
     MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "time", "partition", "container")
 
@@ -88,15 +88,15 @@ class SlurmJob(JobConfig):
     partition: str | None = None
     """Partition to submit to."""
     account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
     qos: str | None = None
     """Quality of service."""
     cpus_per_rank: int | None = None
     """CPU cores of each rank."""
     warn_seconds: int = 300
-    """Seconds before the time limit at which the ranks get SIGUSR1; a step and a save must fit in."""
+    """Seconds before the time limit at which the ranks receive SIGUSR1; must be longer than a step and a save."""
     max_requeues: int = 20
-    """Times the job queues itself again after it was stopped in good order."""
+    """How often the job requeues itself after a clean stop."""
     logs: str = "logs"
     """Folder of the job's logs, one file a job and one a rank."""
     container: str | None = None
@@ -148,13 +148,13 @@ class SlurmArray(Section):
     gpus_per_task: int = 1
     """GPUs of each task (the engine's tensor-parallel size); 0 for CPUs."""
     time: str = "04:00:00"
-    """Time limit of a task, as Slurm writes it; a task that hits it is queued again and goes on."""
+    """Time limit of a task, as Slurm writes it; a task that reaches it is requeued and resumes."""
     partition: str | None = None
     """Partition to submit to."""
     account: str | None = None
     """Account that is charged."""
     max_requeues: int = 20
-    """Times a task queues itself again."""
+    """How often a task requeues itself."""
     logs: str = "logs"
     """Folder of the tasks' logs."""
     setup: str = ""
@@ -182,7 +182,7 @@ class SlurmArray(Section):
 
 
 def _check_directives(job: SlurmJob | SlurmArray) -> None:
-    """Check what stands in lines of #SBATCH, which no shell reads: there is no quoting."""
+    """Check the values in #SBATCH lines, which no shell reads: there is no quoting."""
     for name in ("name", "partition", "account", "qos", "logs"):
         value = getattr(job, name, None)
         require(
@@ -209,11 +209,11 @@ class KubernetesJob(JobConfig):
     namespace: str = "default"
     """Namespace of the job."""
     volumes: dict[str, str] = field(default_factory=dict)
-    """Persistent volume claims and where they are mounted, `claim: /path`; the run's folder must lie on one."""
+    """Persistent volume claims and where they are mounted, `claim: /path`; the run's folder must be on one."""
     shared_memory: str = "64Gi"
     """Size of /dev/shm."""
     max_restarts: int = 20
-    """Times the job is started again; each time the run resumes from its newest checkpoint."""
+    """How often the job restarts; each time the run resumes from its newest checkpoint."""
     resources: dict[str, str] = field(default_factory=dict)
     """Further resource limits of a pod, for example `rdma/ib: "8"`."""
 
@@ -234,9 +234,9 @@ class SkypilotJob(JobConfig):
     image: str | None = None
     """Container image, `docker:…`; by default SkyPilot's own, where `setup` must install the package."""
     mounts: dict[str, str] = field(default_factory=dict)
-    """`file_mounts`: path on the machine, and the bucket or local folder behind it; the run's folder must lie on a bucket."""
+    """`file_mounts`: path on the machine → bucket or local folder; the run's folder must be on a bucket."""
     spot: bool = False
-    """Take machines that can be taken away; the run resumes on others."""
+    """Use spot machines, which may be reclaimed; the run resumes on others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

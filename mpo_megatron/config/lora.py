@@ -23,7 +23,7 @@ class LoraConfig(Section, prefix="lora."):
     """Linear layers with an adapter: Hugging Face names, such as [q_proj, v_proj], or `all-linear`, `attention`, `mlp`."""
 
     base: str | None = None
-    """Folder of the base model, where `model.checkpoint` is an adapter; by default where it was when the adapter was saved."""
+    """Folder of the base model, if `model.checkpoint` is an adapter; by default where it was when the adapter was saved."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

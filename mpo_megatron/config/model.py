@@ -31,11 +31,11 @@ class ModelConfig(Section, prefix="model."):
     precision: Literal["bf16", "fp32"] = "bf16"
     """Compute precision; optimizer states and master weights are float32 in both."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"
-    """Recipe for FP8 matrix products in the layers (Transformer Engine, bf16 elsewhere); docs/fp8.md says which is for what."""
+    """Recipe for FP8 matrix products in the layers (Transformer Engine, bf16 elsewhere); docs/fp8.md says which to choose."""
     fp8_bf16_layers: int = 0
     """Number of first layers, and of last layers, that stay in bf16 with FP8."""
     fp8_params: bool = False
-    """Keep the layers' weights in FP8 and gather them so from the distributed optimizer, instead of in bf16."""
+    """Keep the layers' weights in FP8, and gather them in FP8 from the distributed optimizer."""
     backend: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation; `auto` takes Transformer Engine when it is installed and a GPU is there."""
     attention: Literal["auto", "sdpa", "flex", "varlen"] = "auto"
@@ -48,7 +48,7 @@ class ModelConfig(Section, prefix="model."):
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]] = field(
         default_factory=lambda: ["core_attn"]
     )
-    """What `recompute: selective` computes again: the core of attention (and of Gated DeltaNets), norms, whole MLPs, layers of
+    """What `recompute: selective` recomputes: the core of attention (and of Gated DeltaNets), norms, whole MLPs, layers of
     experts, their activation, or the shared expert."""
     offload_layers: int = 0
     """Number of first layers whose activations wait in host memory for the backward pass; needs Transformer Engine, and
@@ -56,7 +56,7 @@ class ModelConfig(Section, prefix="model."):
     resident_offload: bool = False
     """Keep the weights of a reference model that runs beside the policy (token-wise KL) in host memory while it does not run."""
     logprob_chunk: int | None = None
-    """Response tokens whose vocabulary logits exist at one time; by default as many as 4 % of a GPU hold, 1,024 to 8,192."""
+    """Response tokens whose vocabulary logits exist at once; by default as fit 4 % of a GPU's memory, 1,024 to 8,192."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,7 @@ class ModelConfig(Section, prefix="model."):
         return replace(self, recompute=recompute, recompute_modules=["core_attn"], offload_layers=0)  # type: ignore[arg-type]
 
     def chunk(self, vocabulary: int, gpu_bytes: int | None) -> int:
-        """`logprob_chunk`, or where it is left open the largest of CHUNKS that fits.
+        """`logprob_chunk`, or by default the largest of CHUNKS that fits.
 
         It follows from the GPU's whole memory, not from what is free at the time: a run that resumes adds in the same order.
 

@@ -1,4 +1,4 @@
-"""Names of options: does one exist, which was meant, and does a YAML file give each once, with a value of its type."""
+"""Checks of option names: whether one exists, which was meant, and whether a YAML file gives each once and well typed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def options_of(kind: type[Any]) -> dict[str, Any]:
 
 
 def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
-    """That there is no option of this name, and which was meant, or which there are.
+    """A message that no option has this name, with the likely one, or all of them.
 
     Args:
         prefix: put before names in the message

@@ -1,4 +1,4 @@
-"""Options of a run's layout: how the model is cut over ranks, and whether layers and ranks can be shared out so."""
+"""Options of a run's layout: how the model is partitioned over ranks, and whether layers and ranks divide so."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section, prefix="parallel."):
-    """How the model is cut over ranks; what is left of the world size is data parallelism."""
+    """How the model is partitioned over ranks; the remaining ranks are data-parallel replicas."""
 
     tensor: int = 1
     """Tensor-parallel ranks: each holds a slice of every weight matrix."""
     pipeline: int = 1
     """Pipeline stages: each holds a run of layers."""
     virtual_pipeline: int = 1
-    """Runs of layers per stage; more than 1 interleaves them, which shortens the pipeline's bubble by this factor."""
+    """Runs of layers per stage; more than 1 interleaves them, which divides the pipeline's bubble by this number."""
     first_stage_layers: int | None = None
     """Layers of the first stage, if not its equal share: fewer make up for the embedding, or for an odd number of layers."""
     last_stage_layers: int | None = None
@@ -29,11 +29,11 @@ class ParallelConfig(Section, prefix="parallel."):
     """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks
     of one pipeline stage, so they multiply no other size."""
     expert_tensor: int = 1
-    """Ranks that hold slices of the same expert; experts are mostly too small to be worth cutting."""
+    """Ranks that hold slices of the same expert; rarely useful, as experts are small."""
     sequence: bool | None = None
     """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
     timeout_minutes: float = 30.0
-    """A collective that hangs longer than this ends the run."""
+    """End the run when a collective hangs for longer than this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

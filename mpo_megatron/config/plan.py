@@ -11,7 +11,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(Section):
-    """`mpo plan`: memory, communication and time of a run before it is submitted, and the best layouts for it."""
+    """`mpo plan`: estimate memory, communication and time of a run, and find the best layouts."""
 
     MAIN_OPTIONS: ClassVar = ("gpus", "model", "train", "hardware", "data", "fp8", "lora_rank", "groups", "output")
 
@@ -20,7 +20,7 @@ class PlanConfig(Section):
     model: str | None = None
     """A known model's name (Qwen2.5-14B, Qwen3-32B, …), or a checkpoint's folder; by default that of `train`."""
     train: str | None = None
-    """YAML file of `mpo train`: check that very run. Without it, layouts are searched for a run with default options."""
+    """YAML file of `mpo train`: check that run. Without it, layouts are searched for a run with default options."""
     hardware: str = "h100"
     """a100-40, a100, h100, h200 or b200."""
     gpus_per_node: int | None = None
@@ -32,17 +32,17 @@ class PlanConfig(Section):
     inter_gbps: float | None = None
     """GB/s from a GPU to other machines, each direction, if not the hardware's."""
     data: str | None = None
-    """Folder with prepared groups, whose lengths are planned with; by default that of `train`, if it is there."""
+    """Folder with prepared groups, for their lengths; by default that of `train`, if it exists."""
     prompt_tokens: int = 512
-    """Without data: mean prompt length P."""
+    """Mean prompt length P, without data."""
     response_tokens: int = 512
-    """Without data: mean response length R."""
+    """Mean response length R, without data."""
     responses: int = 5
-    """Without data: responses K of a group."""
+    """Responses K of a group, without data."""
     spread: float = 0.5
-    """Without data: lengths are uniform in mean × (1 ± spread)."""
+    """Lengths are uniform in mean × (1 ± spread), without data."""
     groups: int | None = None
-    """Groups of the whole run, for its duration; by default those of the data, or 60,000."""
+    """Groups of the whole run, to estimate its duration; by default those of the data, or 60,000."""
     groups_per_step: int | None = None
     """Global batch; by default that of `train`, or 128."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] | None = None
@@ -50,7 +50,7 @@ class PlanConfig(Section):
     lora_rank: int | None = None
     """Plan adapters of this rank (`lora.rank`), instead of that of `train`; 0: all weights are trained."""
     attention: Literal["varlen", "flex"] = "varlen"
-    """Attention kernel that `model.attention: auto` will find: `varlen` with flash-attn or a recent PyTorch."""
+    """Attention kernel that `model.attention: auto` will choose: `varlen` with flash-attn or a recent PyTorch."""
     efficiency: float = 0.55
     """Share of the bf16 peak that kernels reach while they compute: without communication and bubbles."""
     fp8_efficiency: float = 0.4
@@ -60,9 +60,9 @@ class PlanConfig(Section):
     latency_us: float = 20.0
     """Microseconds that a collective or message takes besides its bytes."""
     overhead_gib: float = 4.0
-    """Memory that CUDA's context, NCCL's buffers and workspaces take on each GPU."""
+    """GiB that CUDA's context, NCCL's buffers and workspaces take on each GPU."""
     usable: float = 0.95
-    """Share of the rest that can be filled before fragmentation ends a run."""
+    """Share of the remaining memory that can be used before fragmentation ends a run."""
     suggest: int = 5
     """Number of layouts to suggest; 0 searches for none."""
     output: str | None = None

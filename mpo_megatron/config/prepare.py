@@ -11,7 +11,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Section):
-    """`mpo prepare`: prompts with K responses and rewards → tokenized groups in Arrow."""
+    """`mpo prepare`: tokenize prompts with K responses and rewards into groups."""
 
     MAIN_OPTIONS: ClassVar = (
         "input",
@@ -38,7 +38,7 @@ class PrepareConfig(Section):
     format: Literal["auto", "groups", "ultrafeedback", "nectar", "pairs", "comparison", "unpaired", "ratings"] = "auto"
     """What a row looks like; `auto` decides from the columns. See docs/data.md."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Where the columns have other names: ours=yours, for example prompt=question responses=answers rewards=scores."""
+    """Maps column names, ours=yours, for example prompt=question responses=answers rewards=scores."""
     split: str = "train"
     """Split to read when the input is a dataset with splits."""
     subset: str | None = None
@@ -48,35 +48,35 @@ class PrepareConfig(Section):
     drop_ranks: list[int] = field(default_factory=list)
     """Ranks whose answers are left out (nectar), for example 2 as in the MC-PO paper."""
     prompt_format: Literal["auto", "chat", "templated"] = "auto"
-    """`templated`: prompts are text that the chat template has been applied to, and are taken as they are. `chat`: the template
-    is applied whatever a prompt looks like. `auto`: as `chat`, but stops if most prompts look templated."""
+    """`templated`: prompts already went through the chat template, and are used as they are. `chat`: the template is applied
+    always. `auto`: as `chat`, but stops if most prompts look templated."""
     system_prompt: str | None = None
-    """System message put before prompts that have none of their own; one that is there is never doubled."""
+    """System message for prompts that have none; an existing one is never doubled."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template, for example `enable_thinking: false` for Qwen3."""
     max_prompt_tokens: int = 2048
-    """A group whose rendered prompt is longer is rejected: a truncated prompt would be another question."""
+    """Reject groups with a longer rendered prompt: a truncated prompt would be another question."""
     max_response_tokens: int = 2048
     """Longest response, its end token included."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What happens to a longer response: it leaves its group, or is cut (and then has no end token). Either is counted."""
+    """What to do with a longer response: drop it from its group, or truncate it (without an end token). Both are counted."""
     max_rows: int | None = None
     """Read only this many rows, for a trial."""
     held_out: int = 0
-    """This many groups, chosen by a hash of their prompt, go to a second folder `<output>-eval`; no prompt is in both."""
+    """Move this many groups, chosen by a hash of their prompt, to `<output>-eval`; no prompt is in both."""
     fraction: float = 1.0
     """Share of the training groups kept, drawn by id: a larger share keeps all that a smaller one keeps."""
     responses_per_prompt: int | None = None
     """Keep this many responses of each training group, drawn at random; larger numbers keep what smaller ones keep."""
     keep_best: bool = False
-    """With `responses_per_prompt`: the best response of a group always stays (MC-PO)."""
+    """Always keep a group's best response (MC-PO); with `responses_per_prompt`."""
     swapped_negatives: int = 0
-    """Negatives added to each training group: copies of its best response in which two tokens have changed places, with the
-    group's lowest reward (MC-PO's noise samples)."""
+    """Negatives added to each training group: copies of its best response with two tokens swapped, at the group's lowest
+    reward (MC-PO's noise samples)."""
     reward_noise: float = 0.0
-    """Standard deviation σ of Gaussian noise added to the training groups' rewards, before anything else is done to them."""
+    """Standard deviation σ of Gaussian noise added to the training groups' rewards first."""
     reward_normalization: Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"] = "none"
     """Shift and scale rewards by their group's mean and std (zscore) or range (minmax), or by the whole data set's."""
     check_every: int = 100

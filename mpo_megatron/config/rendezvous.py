@@ -1,4 +1,4 @@
-"""What a rank says when the others did not come. Imports nothing heavy."""
+"""The error of a rank whose peers did not arrive. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 class RendezvousError(RuntimeError):
-    """Not all ranks came; the message says how long this one waited, and where to look. Another start may help."""
+    """Not all ranks arrived; the message says how long this one waited, and where to look. A restart may help."""
 
     def __init__(self, timeout_minutes: float) -> None:
         place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

@@ -10,18 +10,18 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Section):
-    """`mpo report RUN [RUN2 …]`: a page that shows how runs went, or go."""
+    """`mpo report RUN [RUN2 …]`: a page that shows finished or running runs."""
 
     runs: list[str]
-    """Folders of the runs, the first one the one of interest; `mpo report RUN RUN2` sets it."""
+    """Folders of the runs, the most interesting first; `mpo report RUN RUN2` sets it."""
     output: str = "report.html"
-    """The page: one file that needs nothing else, to keep, send or put on a server."""
+    """The page: one self-contained file."""
     png: str | None = None
     """Also write the curves and distributions as PNG files to this folder."""
     max_groups: int = 300
     """Held-out groups whose responses are in the page, per run: half of them the worst, the others evenly from the rest."""
     max_characters: int = 2000
-    """Longer prompts and responses are cut."""
+    """Truncate longer prompts and responses."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

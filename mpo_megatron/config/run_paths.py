@@ -1,7 +1,7 @@
-"""Where a run finds what it was trained on, from whatever directory one looks at it, and after it was moved.
+"""Where a run's inputs are, from any working directory, and after a move.
 
-A run's config.yaml names its folder and its inputs by absolute paths. A run that was moved together with its inputs finds
-them by the way from its folder to them, which is then the same.
+A run's config.yaml names its folder and its inputs by absolute paths. After a move of a run
+together with its inputs, their relative path from the run's folder is the same.
 """
 
 from __future__ import annotations

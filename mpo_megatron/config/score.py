@@ -27,7 +27,7 @@ class ModelScorer(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; `auto` is the checkpoint's own."""
     batch_size: int = 16
-    """Sequences scored side by side."""
+    """Sequences to score in one batch."""
     max_length: int = 4096
     """Longest sequence, in tokens; the model's own limit holds as well."""
     too_long: Literal["error", "missing"] = "error"
@@ -83,7 +83,7 @@ class PairwiseScorer(ModelScorer):
     comparisons: Literal["all", "tournament"] = "all"
     """`all`: every pair, K(K−1)/2 of them; `tournament`: about K·log₂K, each response against others that won as often."""
     both_orders: bool = True
-    """Ask each pair in both orders and take the mean, so that the place of a response does not count."""
+    """Ask each pair in both orders and take the mean, which removes position bias."""
     template: str = "<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}"
     """How prompt and candidates become one text."""
 
@@ -124,7 +124,7 @@ class RegexScorer(Section):
     pattern: str
     """The expression, in Python's syntax; `(?s)` and the like set flags."""
     full: bool = False
-    """It must match the whole response."""
+    """Require a match of the whole response."""
     found: float = 1.0
     """Score where it matches."""
     absent: float = 0.0
@@ -150,7 +150,7 @@ class FunctionScorer(Section):
     params: Options = field(default_factory=dict)
     """Keyword arguments for it."""
     timeout: float = 60.0
-    """Seconds that one call may take; then its scores are missing, and the process that it runs in is started anew."""
+    """Seconds that one call may take; after that its scores are missing, and its process is restarted."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,14 +182,14 @@ class JudgeScorer(Section):
     temperature: float = 0.0
     """Of the judge."""
     max_tokens: int = 1024
-    """Longest verdict; a longer one is cut, and counts as none."""
+    """Longest verdict; a truncated one counts as none."""
     garbage_retries: int = 2
-    """How often an answer without a verdict is asked for again; then the score is missing."""
+    """How often to ask again after an answer without a verdict; then the score is missing."""
     both_orders: bool = True
-    """For mode = compare: ask each pair in both orders, so that the place of a response does not count."""
+    """For mode = compare: ask each pair in both orders, which removes position bias."""
     contradictions: Literal["tie", "missing", "group_missing"] = "tie"
-    """For both_orders: what a pair is whose two orders do not agree: a tie; a comparison that does not count; or the end of its
-    group's scores (SPO keeps a ranking only if both orders give it)."""
+    """For both_orders: how to count a pair whose orders disagree: as a tie; not at all; or by dropping the scores of its group
+    (SPO keeps a ranking only if both orders give it)."""
     prompt_price: float = 0.0
     """Price of a million tokens that the judge reads; with it, the cost is shown."""
     completion_price: float = 0.0
@@ -238,21 +238,21 @@ KINDS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig(Section):
-    """`mpo score`: generated responses → scores, and the reward made of them."""
+    """`mpo score`: score generated responses, and combine the scores into a reward."""
 
     input: str
     """Folder that `mpo generate` wrote, or a .jsonl file of groups."""
     output: str
-    """Folder for scored.jsonl and score.json; a repeated command continues what is there."""
+    """Folder for scored.jsonl and score.json; repeat the command to resume."""
     scorers: dict[str, Options]
     """By name: `kind` (reward_model, served_reward_model, pairwise, match, regex, function, judge) with its options, and `weight`
     (default 1)."""
     combine: Literal["sum", "zscore"] = "sum"
     """The reward is the weighted sum of the scores as they are, or standardised within the group (all equal: 0) first."""
     missing: Literal["error", "drop_response", "drop_group"] = "error"
-    """What happens where a scorer has no score; either way it is counted. `error` stops, keeping what is scored."""
+    """What to do where a scorer has no score; it is always counted. `error` stops and keeps what is scored."""
     chunk_groups: int = 64
-    """Groups scored, then written, together."""
+    """Groups to score and write at a time."""
     shard: str | None = None
     """`i/n`: part i (from 0) of n of the groups; by default a Slurm array's task. The last part to finish joins all."""
 

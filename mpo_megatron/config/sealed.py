@@ -16,13 +16,13 @@ MARK = "# xxh3: "
 
 
 def seal_yaml(options: Mapping[str, Any]) -> bytes:
-    """The options as YAML that `check_seal` takes for unchanged."""
+    """The options as YAML with a digest that `check_seal` accepts."""
     text = yaml.safe_dump(dict(options), sort_keys=False)
     return f"{MARK}{_digest(text)}\n{text}".encode()
 
 
 def check_seal(path: Path, text: str) -> None:
-    """Refuse a saved configuration that is not what was saved; one without a digest is somebody's own, and passes.
+    """Refuse a saved configuration that changed since; one without a digest was written by hand, and passes.
 
     Raises:
         ConfigError: it was damaged or changed.

@@ -11,7 +11,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class SelectConfig(Section):
-    """`mpo select`: scored groups → the groups, responses and sets to train on."""
+    """`mpo select`: select the groups, responses and sets to train on."""
 
     MAIN_OPTIONS: ClassVar = (
         "input",
@@ -38,24 +38,24 @@ class SelectConfig(Section):
     num_bottom: int = 2
     """Size of Y− with sets = top_bottom."""
     min_spread: float = 0.0
-    """A group whose best and worst reward differ by less is dropped."""
+    """Drop a group whose best and worst reward differ by less."""
     min_responses: int = 2
-    """A group with fewer responses left is dropped."""
+    """Drop a group with fewer responses left."""
     max_responses: int | None = None
-    """Largest K: of more, the best, the worst and others evenly between them by rank stay."""
+    """Largest K: keep the best, the worst, and others evenly spaced between them by rank."""
     length_unit: Literal["tokens", "characters"] = "tokens"
     """What `min_length`, `max_length` and `max_length_ratio` count; tokens are those `mpo generate` noted."""
     min_length: int = 0
-    """A shorter response is dropped."""
+    """Drop shorter responses."""
     max_length: int | None = None
-    """A longer response is dropped."""
+    """Drop longer responses."""
     max_length_ratio: float | None = None
-    """A response this many times longer, or shorter, than its group's median is dropped."""
+    """Drop a response this many times longer, or shorter, than its group's median."""
     truncated: Literal["drop", "keep"] = "drop"
-    """What happens to responses that ended at the token limit, or because the engine saw them repeat themselves: training on
+    """What to do with responses that ended at the token limit, or because the engine saw them repeat themselves: training on
     their text would teach the policy to end there. Aborted and filtered responses are always dropped."""
     duplicates: Literal["drop", "drop_normalized", "keep"] = "drop"
-    """Of equal responses to a prompt the first stays; `drop_normalized` ignores case and white space."""
+    """Keep the first of equal responses to a prompt; `drop_normalized` ignores case and white space."""
     reward_noise: float = 0.0
     """Standard deviation σ of Gaussian noise added to the rewards before anything is chosen (MPO, A.4)."""
     seed: int = 1234

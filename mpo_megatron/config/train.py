@@ -47,8 +47,8 @@ class DataConfig(Section, prefix="data."):
     shuffle: bool = True
     """Draw a new order every epoch, from `seed`."""
     first_step: int = 0
-    """Step, counted from 0, at which these groups take over: a run that has done exactly so many continues with them, whatever it
-    had before (segments of OnMC-PO)."""
+    """Step, counted from 0, at which these groups replace the earlier ones: a run that has done exactly so many steps continues
+    with them (segments of OnMC-PO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,7 +64,7 @@ class LossConfig(Section, prefix="loss."):
     name: str = "mpo"
     """Name of the loss."""
     function: str | None = None
-    """A loss of yours in its place: `path/to/file.py:function` or `package.module:function`; see docs/extending.md."""
+    """A loss of your own instead: `path/to/file.py:function` or `package.module:function`; see docs/extending.md."""
     params: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters that differ from the paper's defaults, for example `beta: 0.1`."""
     step: Literal["auto", "fused", "two_phase"] = "auto"
@@ -108,10 +108,10 @@ class OptimizerConfig(Section, prefix="optimizer."):
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 clips nothing."""
     overlap: Literal["auto", "none", "gradients", "all"] = "auto"
-    """What data-parallel ranks exchange while they compute: the `gradients` during the last row's backward pass, or `all`: the
-    updated weights during the next forward pass, too. `auto`: all on several GPUs, else none."""
+    """What data-parallel ranks exchange while they compute: `gradients`, during the last row's backward pass; `all`, also the
+    updated weights during the next forward pass. `auto`: all on several GPUs, else none."""
     cpu_offload: float = 0.0
-    """Share of the optimizer's states that lies in host memory and is updated there; needs a GPU, Transformer Engine and bf16."""
+    """Share of the optimizer's states to keep and update in host memory; needs a GPU, Transformer Engine and bf16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,23 +133,23 @@ class OptimizerConfig(Section, prefix="optimizer."):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Section, prefix="checkpoint."):
-    """When the run is saved, and what is kept."""
+    """When to save the run, and what to keep."""
 
     every: int = 100
     """Save after this many steps, and always at the end; 0 saves only at the end."""
     keep: int = 2
-    """Number of newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Number of checkpoints kept besides, which have the best `best_metric`; only steps that are evaluated can be among them."""
+    """Number of checkpoints to keep besides, those with the best `best_metric`; only evaluated steps compete."""
     best_metric: str = "eval/accuracy"
-    """Held-out metric that tells the best checkpoints."""
+    """Held-out metric that ranks checkpoints."""
     best_is: Literal["largest", "smallest"] = "largest"
-    """Which value of `best_metric` is the best."""
+    """Whether the largest or smallest value of `best_metric` is best."""
     asynchronous: bool = True
-    """Write in the background while training goes on; needs the host memory of one more copy of what a rank writes."""
+    """Write in the background while training continues; needs host memory for a copy of what a rank writes."""
     resume: bool = True
-    """Continue from the newest whole checkpoint in `output`, if there is one. false: those there are moved aside, but not when
-    torchrun or Slurm starts the run again."""
+    """Continue from the newest complete checkpoint in `output`, if there is one. false: move existing ones aside, but not when
+    torchrun or Slurm restarts the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,24 +164,24 @@ class CheckpointConfig(Section, prefix="checkpoint."):
 
 @dataclass(frozen=True, kw_only=True)
 class FaultConfig(Section, prefix="faults."):
-    """What the run does when something goes wrong, and when it stops by itself; docs/faults.md explains."""
+    """What the run does when something goes wrong, and when it stops by itself (docs/faults.md)."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss or gradient norm that is not finite: end the run, or leave the weights as they are and go on with the next step."""
+    """What to do when a loss or gradient norm is not finite: end the run, or skip the update."""
     on_spike: Literal["log", "skip", "stop"] = "log"
-    """A loss or gradient norm far above those of the last steps: note it, leave the weights as they are, or end the run."""
+    """What to do when a loss or gradient norm is far above those of the last steps: log it, skip the update, or end the run."""
     spike_threshold: float = 10.0
-    """How far: this many (robust) standard deviations above the median of the last `spike_window` steps."""
+    """A spike is this many (robust) standard deviations above the median of the last `spike_window` steps."""
     spike_window: int = 32
-    """Steps a spike is measured against; nothing is a spike before half of them are done."""
+    """Steps that a spike is measured against; nothing is a spike before half of them are done."""
     max_skips: int = 5
-    """Steps skipped in a row that end the run."""
+    """Consecutive skipped steps that end the run."""
     walltime_minutes: float | None = None
     """Save and stop before the run is this old; by default before SLURM_JOB_END_TIME, if Slurm sets it."""
     hang_minutes: float = 20.0
-    """A rank that makes no progress for this long writes its stacks to `<output>/incidents` and ends; 0: never."""
+    """End a rank that makes no progress for this long, after it wrote its stacks to `<output>/incidents`; 0: never."""
     requeue_code: int = 75
-    """Exit code of a run that was asked to stop and has saved: start it again, and it goes on. (75: EX_TEMPFAIL.)"""
+    """Exit code of a run that saved and stopped on request; run it again to resume. (75: EX_TEMPFAIL.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,7 +198,7 @@ class FaultConfig(Section, prefix="faults."):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section, prefix="logging."):
-    """Where metrics and samples go, besides the terminal and the files in the run's folder; docs/watching.md explains."""
+    """Where metrics and samples go, besides the terminal and the run's folder (docs/watching.md)."""
 
     tensorboard: bool = False
     """Also write TensorBoard event files to `<output>/tensorboard`."""
@@ -217,7 +217,7 @@ class LoggingConfig(Section, prefix="logging."):
     """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference: its log-probs are computed for
     that, one more forward pass over the groups. Other losses have these metrics anyway."""
     seconds_between_lines: float = 5.0
-    """Where output is no terminal, a step's line comes at most this often; 0: every step has its line."""
+    """Least time between two steps' lines where output is not a terminal; 0: a line for every step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -242,12 +242,11 @@ class LiveVllmConfig(Section, prefix="online.vllm."):
     """vLLM beside the training."""
 
     memory_fraction: float | None = None
-    """Share of a GPU's memory that it takes while it samples; by default what the model's weights, the samples' keys and values
-    and its kernels need."""
+    """Share of a GPU's memory that it uses while it samples; by default what weights, keys and values, and kernels need."""
     tensor_parallel: int = 1
     """GPUs that share each layer: those of the first ranks of each model replica."""
     pipeline_parallel: int = 1
-    """GPUs (or groups of them) that share the depth, likewise."""
+    """GPUs (or groups of them) that share the depth: those of the first ranks, too."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `EngineArgs`, for example `quantization: fp8`."""
 
@@ -276,7 +275,7 @@ class OnlineConfig(Section, prefix="online."):
     max_tokens: int = 512
     """Longest sample, its end token included."""
     temperature: float = 1.0
-    """Sampling temperature; anything but 1 is not the policy's own distribution."""
+    """Sampling temperature; only 1 samples the policy's own distribution."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples, on one rank per model replica, from the live weights: the embedded model, or vLLM beside the training."""
     vllm: LiveVllmConfig = field(default_factory=LiveVllmConfig)
@@ -332,9 +331,9 @@ class TrainConfig(Section):
     max_steps: int | None = None
     """Number of optimizer steps; replaces `epochs`."""
     stop_after: int | None = None
-    """End with a checkpoint after this many steps; the schedule runs to the last step, to which a later start may go on."""
+    """Save and end after this many steps; the schedule still runs to the last step, so that a later start can continue."""
     eval_every: int = 50
-    """Evaluate on the held-out groups after this many steps, before the first and after the last; 0: only these two."""
+    """Steps between evaluations on the held-out groups, which also run before the first and after the last step; 0: only then."""
     seed: int = 1234
     """Seed of data order, sampling and initialisation."""
 
@@ -351,7 +350,7 @@ class TrainConfig(Section):
 
 
 def validate_folders(config: TrainConfig) -> None:
-    """Check that what the run reads is there, and that its folder can be written to.
+    """Check that the run's inputs exist, and that its folder can be written to.
 
     Raises:
         ConfigError: naming the field, the rule and the fix.

@@ -1,10 +1,10 @@
-"""Types and ranges of options: the one place that says which values an option takes, whatever it comes from.
+"""Types and ranges of options: the one place that says which values an option takes.
 
-    what is written       texts of a command line, nodes of a YAML file, values of a dictionary: `check_written`
+    what is written       command-line texts, nodes of a YAML file, values of a dictionary: `check_written`
     what a field gets     `Section`, the base of every configuration, checks its fields when it is made
 
-Both refuse null, NaN, infinity, true, texts and absurd sizes where they do not belong, and name the field. Rules of single
-fields beyond that (a fraction is at most 1) stand with the fields.
+Both refuse null, NaN, infinity, true, texts and absurd sizes where they do not belong, and name the field. Further rules of
+single fields (a fraction is at most 1) are beside the fields.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 """What a value of a type is called in a message."""
 
 LARGEST_WHOLE = 2**31 - 1
-"""Of any whole number but a seed: sizes and positions are 32-bit integers in what we hand them to."""
+"""Largest whole number, except a seed: libraries store sizes and positions in 32 bits."""
 
 LARGEST = 1e15
-"""Of any other number; larger ones overflow when they are multiplied."""
+"""Largest other number; products of larger ones overflow."""
 
 _LARGEST_OF = {"seed": 2**63 - 1, "epochs": 1e6, "timeout": 1e8, "max_wait": 1e8, "seconds_between_lines": 1e8}
 """Largest number of fields that have a limit of their own: times in seconds, about three years."""
@@ -150,7 +150,7 @@ def describe_type(expected: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: short, and without characters that a terminal obeys."""
+    """A value as a message quotes it: short, with control characters escaped."""
     if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
         return f"{'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))} or so"
     if value is None:
