@@ -1,8 +1,8 @@
 """The embedded engine: a Hugging Face model and a sampling loop of our own, on a GPU or the CPU.
 
 Not `model.generate`, whose randomness is one generator's for the whole batch. Prompts of about one length are run together, left
-of them padding; their keys and values are computed once and then stand for all K responses; a response that has ended leaves the
-batch. What it draws follows from its own seed (`sampling.py`).
+of them padding; their keys and values are computed once and then stand for all K responses; responses that have ended leave the
+batch. What a response draws follows from its own seed (`sampling.py`).
 
 Shapes: N rows (responses under way), P longest prompt of the batch, V vocabulary.
 """
@@ -24,6 +24,9 @@ from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
 from mpo_megatron.rollout.models import choose_device
+
+ENDED_SHARE = 1 / 8
+"""Rows leave a batch when at least so many of them have ended: each time, the keys and values of the others are copied."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -99,32 +102,34 @@ class EmbeddedEngine:
         uniforms = draw_uniforms([row.seed for row in rows], sampling.max_tokens).to(device)
         logits, cache, mask = self._read_prompts(rows)
         finished: list[tuple[_Row, Response]] = []
+        going = list(range(len(rows)))
         for step in range(sampling.max_tokens):
             tokens = choose_tokens(
                 logits, uniforms[:, step], temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
             )
-            going: list[int] = []
-            for index, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
-                row.tokens.append(token)
-                reason = self._finish_reason(row, sampling)
-                if reason is None:
-                    going.append(index)
-                else:
-                    finished.append((row, self._respond(row, reason, sampling)))
+            drawn, ended = tokens.tolist(), set[int]()
+            for index in going:
+                rows[index].tokens.append(drawn[index])
+                reason = self._finish_reason(rows[index], sampling)
+                if reason is not None:
+                    ended.add(index)
+                    finished.append((rows[index], self._respond(rows[index], reason, sampling)))
+            going = [index for index in going if index not in ended]
             if not going:
                 break
-            if len(going) < len(rows):
+            if len(going) <= (1 - ENDED_SHARE) * len(rows):
                 chosen = torch.tensor(going, device=device)
                 rows = [rows[index] for index in going]
                 tokens, uniforms, mask = tokens[chosen], uniforms[chosen], mask[chosen]
                 cache.batch_select_indices(chosen)
+                going = list(range(len(rows)))
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
             logits = self._forward(tokens[:, None], mask, cache)
         return finished
 
     def _read_prompts(self, rows: list[_Row]) -> tuple[Tensor, Any, Tensor]:
         """Next-token logits [N, V], keys and values, and mask [N, P] of the rows' prompts, each prompt computed once."""
-        from transformers import DynamicCache
+        from mpo_megatron.rollout.engines.cache import build_cache  # imports transformers: seconds
 
         prompts = list({row.prompt.group_id: row.prompt for row in rows}.values())
         place = {prompt.group_id: index for index, prompt in enumerate(prompts)}
@@ -135,7 +140,7 @@ class EmbeddedEngine:
             ids[index, longest - len(prompt.token_ids) :] = torch.tensor(prompt.token_ids)
             mask[index, longest - len(prompt.token_ids) :] = 1
         device = self.model.device
-        cache, mask = DynamicCache(config=self.model.config), mask.to(device)
+        cache, mask = build_cache(self.model.config), mask.to(device)
         logits = self._forward(ids.to(device), mask, cache)
         chosen = torch.tensor([place[row.prompt.group_id] for row in rows], device=device)
         cache.batch_select_indices(chosen)  # repeats a prompt for each of its responses

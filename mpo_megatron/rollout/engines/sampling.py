@@ -13,6 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+CHUNK_ELEMENTS = 2**20
+"""Logits that tokens are drawn from at a time: the float64 values they become stay within a processor's cache."""
+
 
 def draw_uniforms(seeds: Sequence[int], num_tokens: int) -> Tensor:
     """[N, T] float64 in [0, 1): row n from a generator seeded with `seeds[n]`."""
@@ -51,7 +54,7 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
     target = uniforms.to(cumulated.device).unsqueeze(-1) * cumulated[:, -1:]
     tokens = torch.searchsorted(cumulated, target, right=True).squeeze(-1)
     # Rounding can make the product equal the last sum: then the last token that has a probability.
-    last = (cumulated < cumulated[:, -1:]).sum(dim=-1)
+    last = torch.searchsorted(cumulated, cumulated[:, -1:].contiguous()).squeeze(-1)
     return torch.minimum(tokens, last)
 
 
@@ -59,4 +62,9 @@ def choose_tokens(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k
     """Next tokens [N]: the likeliest at temperature 0, else drawn from the filtered distribution."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    return draw_tokens(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniforms)
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    drawn = [
+        draw_tokens(filter_logits(chunk, temperature=temperature, top_k=top_k, top_p=top_p), numbers)
+        for chunk, numbers in zip(logits.split(rows), uniforms.split(rows), strict=True)
+    ]
+    return torch.cat(drawn)

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import TemperatureLogitsWarper, TopK
 from mpo_megatron.config import TransformersConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines import Prompt, Sampling, response_seed
+from mpo_megatron.rollout.engines import sampling as drawing
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_tokens, draw_uniforms, filter_logits
 
@@ -74,6 +75,13 @@ def test_ends_of_the_interval() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(2, -1)
     tokens = draw_tokens(logits, torch.tensor([0.0, 1.0], dtype=torch.float64))  # 1.0: what rounding may make of the last
     assert tokens.tolist() == [1, 3]
+
+
+def test_rows_drawn_in_chunks_are_drawn_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, uniforms = torch.randn(7, 50), torch.rand(7, dtype=torch.float64)
+    whole = choose_tokens(logits, uniforms, temperature=0.7, top_p=0.9)
+    monkeypatch.setattr(drawing, "CHUNK_ELEMENTS", 101)
+    assert torch.equal(choose_tokens(logits, uniforms, temperature=0.7, top_p=0.9), whole)
 
 
 def test_seeds_differ_and_stay() -> None:

@@ -1,0 +1,62 @@
+"""Keys and values of the embedded engine, in buffers with room: a step writes its own tokens and copies none of the others.
+
+transformers' dynamic cache concatenates, which copies every key and value of the batch at every token: on a CPU a third of the
+time. Layers of a sliding window keep transformers' own cache, which holds a window's worth.
+
+Shapes: N rows, A heads of keys and values, T tokens so far, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+ROOM = 64
+"""Tokens that fit before a buffer is copied to a larger one."""
+
+
+class RoomyLayer(DynamicLayer):
+    """A layer whose `keys` and `values` [N, A, T, D] are views of larger buffers."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add tokens [N, A, new, D]; all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))
+            self.room = 0
+        assert self.keys is not None
+        assert self.values is not None
+        before = self.keys.shape[-2]
+        length = before + key_states.shape[-2]
+        if length > self.room:
+            self.room = length + ROOM
+            self.buffers = [_make_room(states, self.room) for states in (self.keys, self.values)]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, before:length] = states
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; a row may come several times."""
+        if self.get_seq_length() > 0:
+            length = self.keys.shape[-2]
+            self.buffers = [_make_room(states[indices], self.room) for states in (self.keys, self.values)]
+            self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
+
+
+def _make_room(states: Tensor, room: int) -> Tensor:
+    """A buffer [N, A, room, D] that begins with `states`."""
+    rows, heads, length, channels = states.shape
+    buffer = states.new_empty(rows, heads, room, channels)
+    buffer[:, :, :length] = states
+    return buffer
+
+
+def build_cache(config: Any) -> DynamicCache:
+    """An empty cache for a model's configuration."""
+    cache = DynamicCache(config=config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
