@@ -31,6 +31,7 @@ from mpo_megatron.config import (
     is_hub_name,
     require,
 )
+from mpo_megatron.config.iterate import STAGES
 from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.hub import download_model
 from mpo_megatron.data.sources import open_source
@@ -48,6 +49,9 @@ SET = {
     "generate": ("prompts", "model", "output", "shard", "num_responses", "max_prompts"),
 }
 """Options that the command decides itself."""
+OWN = ("output", "model", "prompts", "rounds", "held_out", "nproc", "seed")
+SET_IN_ROUNDS = {"iterate": (*OWN, *STAGES)}
+"""The same with prompts: these are options of the command's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,24 +140,27 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
     Raises:
         ConfigError: naming the option, the rule and the fix.
     """
+    check_sections(config, SET_IN_ROUNDS)
     train = copy.deepcopy(config.train)
     family = find_model(str(model))
     if not has_option(train, "optimizer.lr"):
         set_option(train, "optimizer.lr", choose_learning_rate(family, adapter=has_option(train, "lora.rank")))
-    return IterateConfig(
-        output=str(Path(config.output) / "rounds"),
-        model=str(model),
-        prompts=str(config.prompts),
-        rounds=config.rounds,
-        held_out=config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}) // 10)),
-        generate=copy.deepcopy(config.generate),
-        score=copy.deepcopy(config.score),
-        select=copy.deepcopy(config.select),
-        prepare=copy.deepcopy(config.prepare),
-        train=train,
-        nproc=config.nproc,
-        seed=config.seed,
-    )
+    options: dict[str, Any] = {
+        **copy.deepcopy(config.iterate),
+        "output": str(Path(config.output) / "rounds"),
+        "model": str(model),
+        "prompts": str(config.prompts),
+        "rounds": config.rounds,
+        "held_out": config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}) // 10)),
+        "generate": copy.deepcopy(config.generate),
+        "score": copy.deepcopy(config.score),
+        "select": copy.deepcopy(config.select),
+        "prepare": copy.deepcopy(config.prepare),
+        "train": train,
+        "nproc": config.nproc,
+        "seed": config.seed,
+    }
+    return from_dict(IterateConfig, options, "iterate")
 
 
 # ----------------------------------------------------------------------------------------------------- the data

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, require
-from mpo_megatron.config.iterate import STAGES
+from mpo_megatron.config.iterate import STAGES, IterateConfig
 from mpo_megatron.config.values import Section
 
-ROUND_STAGES = ("score", "select")
+ROUND_STAGES = ("iterate", "score", "select")
 """Sections that only on-policy rounds have."""
 
 
@@ -19,7 +19,7 @@ class AlignConfig(Section):
 
     MAIN_OPTIONS: ClassVar = ("model", "data", "prompts", "output", "rounds", "held_out", "plan")
 
-    STAGE_TYPES: ClassVar = STAGES
+    STAGE_TYPES: ClassVar = {"iterate": IterateConfig, **STAGES}
 
     model: str
     """Hugging Face folder, or name on the hub."""
@@ -46,6 +46,8 @@ class AlignConfig(Section):
     (optimizer.lr), the data (data.groups_per_step) and, on GPUs, `mpo plan` (parallel, model.recompute, data.row_tokens)."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo generate`, for the answers and the rounds: --generate.max_tokens 256."""
+    iterate: dict[str, Any] = field(default_factory=dict)
+    """With prompts: options of `mpo iterate` itself: --iterate.reference initial --iterate.held_out_responses 4."""
     score: dict[str, Any] = field(default_factory=dict)
     """With prompts: options of `mpo score`."""
     select: dict[str, Any] = field(default_factory=dict)

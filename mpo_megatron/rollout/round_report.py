@@ -169,13 +169,15 @@ def _format_row(name: str, answers: dict[str, Any], report: dict[str, Any] | Non
 
 
 def plot_report(reports: Sequence[dict[str, Any]], picture: Path) -> None:
-    """Reward, win rate, length and KL by round, with standard errors."""
+    """Reward, win rate, length, and KL where it was measured, by round, with standard errors."""
+    measured = [report for report in reports if report["kl"]]
     answers = [reports[0]["before"], *(report["after"] for report in reports)]
     rounds = [report["round"] for report in reports]
     policies = [0, *rounds]
     style = {"fmt": "o-", "capsize": 3, "linewidth": 1.2, "markersize": 4}
-    with draw_panels(picture, 4, width=15, height=3.4) as panels:
-        reward, wins, length, kl = panels
+    count = 4 if measured else 3
+    with draw_panels(picture, count, width=3.75 * count, height=3.4) as panels:
+        reward, wins, length = panels[:3]
         reward.errorbar(policies, [row["reward"] for row in answers], yerr=[row["error"] for row in answers], color=BLUE, **style)
         reward.set_title("sampled reward, held-out prompts", fontsize=10)
         rates = [report["win_rate"] for report in reports]
@@ -184,11 +186,11 @@ def plot_report(reports: Sequence[dict[str, Any]], picture: Path) -> None:
         wins.set_title("win rate against the policy before", fontsize=10)
         length.plot(policies, [row["tokens"] for row in answers], "o-", color=ORANGE, markersize=4, linewidth=1.2)
         length.set_title("tokens of an answer", fontsize=10)
-        measured = [report for report in reports if report["kl"]]
         if measured:
+            kl = panels[3]
             values, errors = ([report["kl"][name] for report in measured] for name in ("kl", "kl_error"))
             kl.errorbar([report["round"] for report in measured], values, yerr=errors, color=RED, **style)
-        kl.set_title("KL(π ‖ π_ref) (nats per answer)", fontsize=10)
+            kl.set_title("KL(π ‖ π_ref) (nats per answer)", fontsize=10)
         for panel in panels:
             panel.set_xlabel("round")
             panel.set_xticks(policies)

@@ -184,6 +184,7 @@ def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest
         generate={"num_responses": 4, "max_tokens": 8, "empty": "keep"},
         score={"scorers": {"vowels": {"kind": "function", "function": f"{inputs / 'vowels.py'}:vowels"}}},
         select={"truncated": "keep", "duplicates": "keep"},
+        iterate={"held_out_responses": 3, "measure_kl": False},
     )
     output = io.StringIO()
     align(config, Console(file=output, width=200))
@@ -193,6 +194,9 @@ def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest
         assert f"{report[side]['reward']:.4g} ± {report[side]['error']:.2g}" in page
     assert page.count("**Before**") == page.count("**After**") == 2
     assert "tokens of an answer, mean of 4" in page
+    samples = (tmp_path / "out" / "rounds" / "policies" / "01" / "samples" / "samples.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["responses"]) for line in samples] == [3] * 4
+    assert report["kl"] is None
     assert f"mpo chat {tmp_path / 'out'} --beside" in output.getvalue()
     last = tmp_path / "out" / "rounds" / "policies" / "01" / "hf"
     for path in last.iterdir():
@@ -236,12 +240,17 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
         ({"prompts": "p.jsonl"}, "give one of them"),
         ({"data": ["-"]}, "a resumed run could not read standard input again"),
         ({"score": {"scorers": {"x": {"kind": "match"}}}}, "score is a stage of on-policy rounds"),
+        ({"iterate": {"measure_kl": False}}, "iterate is a stage of on-policy rounds"),
         ({"model": "none/at/all"}, "no such folder"),
         ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
         ({"generate": {"max_prompts": 3}}, "generate.max_prompts is set by mpo align itself"),
         ({"train": {"model": {"checkpoint": "x"}}}, "train.model.checkpoint is set by mpo align itself"),
         ({"train": {"optimizer": {"lr": -1}}}, "train.optimizer.lr = -1"),
         ({"train": {"optimizers": {}}}, "optimizers: there is no such option"),
+        (
+            {"data": [], "prompts": "p", "score": {"scorers": {}}, "iterate": {"seed": 1}},
+            "iterate.seed is set by mpo align itself",
+        ),
     ],
 )
 def test_what_cannot_work_is_named_before_anything_runs(
