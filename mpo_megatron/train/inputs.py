@@ -30,20 +30,19 @@ from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
 from mpo_megatron.train.metrics import REFERENCE_METRICS
-from mpo_megatron.train.objective import build_objective, check_data, needs_reference
+from mpo_megatron.train.objective import Objective, check_data, needs_reference
 from mpo_megatron.train.optimizer import check_offload, choose_overlap
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.tracking import check_installed
 
 
-def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_vocab_size: int) -> Setup:
+def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_vocab_size: int, objective: Objective) -> Setup:
     """The rest of `build_setup`, which needs torch and Megatron-Core.
 
     Raises:
         ConfigError: naming the field, the rule and the fix.
     """
     require_working_gpus(config.model.backend)
-    objective = build_objective(config.loss)
     folder = Path(config.model.checkpoint)
     checkpoint.verify(folder)
     resolved = resolve(config, num_ranks, family)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpo_megatron.config import TrainConfig, validate_experts, validate_folders
+from mpo_megatron.config.loss_names import check_loss_names
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.data.loader import indices_of_steps
@@ -113,15 +114,18 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
     Raises:
         ConfigError: naming the field, the rule and the fix.
     """
+    check_loss_names(config.loss)
     validate_folders(config)
     check_early(config, resumes=resumes)
     num_ranks, family, padded_vocab_size = read_layout(config, num_ranks)
     validate_experts(config.experts, num_experts=family.num_experts, loss_step=config.loss.step)
     from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
     from mpo_megatron.train.inputs import open_inputs
+    from mpo_megatron.train.objective import build_objective
 
+    objective = build_objective(config.loss)
     given = replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
-    return open_inputs(given, num_ranks, family, padded_vocab_size)
+    return open_inputs(given, num_ranks, family, padded_vocab_size, objective)
 
 
 def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int, Family, int]:

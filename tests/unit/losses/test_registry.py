@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import mpo_megatron.losses
+from mpo_megatron.config import ConfigError, LossConfig
+from mpo_megatron.config.loss_names import HYPERPARAMETERS, check_loss_names
 from mpo_megatron.losses import GroupBatch, build_params, get_loss, group_loss, list_losses, register, registry
 from mpo_megatron.losses.batch import compute_log_ratios
 from mpo_megatron.losses.pairing import (
@@ -48,6 +50,17 @@ def test_issue_list_is_complete():
     wanted = """mpo wmpo swepo mpo_reference_free infonca nca nca_pair spo mcpo rnce dpo plackett_luce sdpo ipo kto bco rpo
         exo simpo cpo orpo rdpo slic apo_zero sppo grpo_offline sft"""
     assert {loss.name for loss in list_losses()} >= set(wanted.split())
+
+
+def test_names_that_are_refused_early_are_those_that_there_are():
+    own = [loss for loss in list_losses() if loss.function.__module__.startswith("mpo_megatron.losses.")]
+    there = {loss.name: " ".join(field.name for field in dataclasses.fields(loss.params)) for loss in own}
+    assert there == HYPERPARAMETERS
+    check_loss_names(LossConfig(name="mpo", params={"beta": 0.1}))
+    with pytest.raises(ConfigError, match=r"loss.params.betta; mpo has no such hyper-parameter; it has partition, num_top"):
+        check_loss_names(LossConfig(name="mpo", params={"betta": 0.1}))
+    with pytest.raises(ConfigError, match=r"loss.name = 'mpoo'; there is no such method; did you mean mpo"):
+        check_loss_names(LossConfig(name="mpoo"))
 
 
 @pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)

@@ -22,7 +22,7 @@ from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings
 from mpo_megatron.report.held_out import bin_edges, choose, cut, histogram, score
 from mpo_megatron.report.report import report, script_json
-from mpo_megatron.report.run_record import read_run
+from mpo_megatron.report.run_record import evenly, read_run
 from tests.run_folder import HOSTILE, write_data, write_run
 
 
@@ -252,6 +252,14 @@ def test_histograms_count_everything() -> None:
     assert histogram(np.array([0.0, 1.0, 1.0, 3.0]), few) == [1, 2, 1]
     many = np.random.default_rng(0).lognormal(size=5000)
     assert sum(histogram(many, bin_edges(many))) == 5000
+
+
+def test_many_evaluations_are_read_in_part() -> None:
+    steps = list(range(0, 1000, 10))
+    chosen = evenly(steps, 16)
+    assert (len(chosen), chosen[0], chosen[-1]) == (16, 0, 990)
+    assert chosen == sorted(set(chosen) & set(steps))
+    assert evenly([3, 5], 16) == [3, 5]
 
 
 def test_thinned_curves_keep_ends_and_spikes() -> None:

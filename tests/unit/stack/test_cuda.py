@@ -89,7 +89,7 @@ def test_train_refuses_before_it_opens_anything(machine: Any) -> None:
     machine(driver_cuda=(12, 2))
     config = from_dict(TrainConfig, {"output": "run", "model": {"checkpoint": "none"}, "data": {"train": "none"}}, "test")
     with pytest.raises(ConfigError, match=r"the driver \(580.95.05\) is too old: it knows CUDA 12.2"):
-        open_inputs(config, 1, cast(Any, None), 0)
+        open_inputs(config, 1, cast(Any, None), 0, cast(Any, None))
 
 
 @pytest.mark.parametrize(
