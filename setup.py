@@ -34,6 +34,10 @@ DOCS = [
     "mkdocstrings[python]>=0.30,<2",  # its options in mkdocs.yml are those of 0.30 and 1
 ]
 
+QLORA = [
+    "bitsandbytes>=0.49,<0.51"
+]  # model/nf4.py: CPU kernels of NF4 since 0.46; its functional API may change with a minor version
+
 TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"]
 
 EXTRAS = {
@@ -47,6 +51,7 @@ EXTRAS = {
     # vllm 0.26 is the first for torch 2.11; a live engine (rollout/live) needs 0.33: stack/packages.py, tools/vllm_names.py.
     # cuda-python 13 is for the CUDA of torch; vllm would also take 12, and a resolver chooses it.
     "rollout": ["vllm>=0.26,<0.34", "cuda-python>=13,<14", "openai>=2"],
+    "qlora": QLORA,
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
     "tracking": TRACKING,
     "docs": DOCS,
@@ -66,6 +71,7 @@ EXTRAS = {
         "playwright>=1.49",  # tests of the report in a browser (a chromium of the system's) are skipped without it
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
         "trl>=1.16,<2",  # the losses' tests call methods of its trainers, which a major version may rename
+        *QLORA,  # tests of 4-bit weights are skipped without it
         "peft>=0.18,<1",  # adapters of its own on plain models, in and out; 1 may rename the fields of adapter_config.json
         "tiktoken>=0.9",
         "dashscope>=1.24",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from mpo_megatron.config.checks import require
 from mpo_megatron.config.values import Section
@@ -22,6 +23,9 @@ class LoraConfig(Section, prefix="lora."):
     target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
     """Linear layers with an adapter: Hugging Face names, such as [q_proj, v_proj], or `all-linear`, `attention`, `mlp`."""
 
+    quantize: Literal["none", "nf4"] | None = None
+    """Format of the frozen weights of linear layers: `nf4`, 4 bits each (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); by
+    default that of the adapter in `model.checkpoint`, or `none`."""
     base: str | None = None
     """Folder of the base model, if `model.checkpoint` is an adapter; by default where it was when the adapter was saved."""
 

@@ -49,6 +49,8 @@ class PlanConfig(Section):
     """FP8 recipe to plan with, instead of that of `train`."""
     lora_rank: int | None = None
     """Plan adapters of this rank (`lora.rank`), instead of that of `train`; 0: all weights are trained."""
+    lora_quantize: Literal["none", "nf4"] | None = None
+    """Format of the frozen weights beside them (`lora.quantize`), instead of that of `train`."""
     attention: Literal["varlen", "flex"] = "varlen"
     """Attention kernel that `model.attention: auto` will choose: `varlen` with flash-attn or a recent PyTorch."""
     efficiency: float = 0.55

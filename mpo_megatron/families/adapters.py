@@ -37,6 +37,8 @@ class Adapter:
     rslora: bool
     target_modules: tuple[str, ...]
     """Last parts of the Hugging Face names of the layers that have one, in the model's order."""
+    quantize: str = "none"
+    """Format of the frozen weights beside it: `none`, or `nf4`."""
 
     @property
     def scale(self) -> float:
@@ -98,6 +100,7 @@ def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
         alpha=2.0 * config.rank if config.alpha is None else config.alpha,
         rslora=config.rslora,
         target_modules=tuple(name for name in known if name in chosen),
+        quantize=config.quantize or "none",
     )
 
 

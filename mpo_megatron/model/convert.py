@@ -32,6 +32,7 @@ from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import find_base
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
 from mpo_megatron.hf.identity import is_adapter_folder
+from mpo_megatron.hf.quantization import require_package
 from mpo_megatron.model.convert_adapter import export_adapter, import_adapter, read_matrices, read_peft, require_base
 from mpo_megatron.model.convert_folder import (
     change_config,
@@ -44,7 +45,7 @@ from mpo_megatron.model.convert_folder import (
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
 from mpo_megatron.model.merge_report import describe_change, read_tokens
-from mpo_megatron.model.merging import Rounding, merger
+from mpo_megatron.model.merging import Rounding, trained_merger
 from mpo_megatron.model.resizing import check_padding, grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
@@ -116,9 +117,15 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
         adapter, base = record.adapter, find_base(megatron, record, config.base, "base")
     family = load_family(base / "hf")
     tokens = None if config.compare_text is None else read_tokens(Path(config.compare_text), base)
+    if adapter.quantize != "none":
+        require_package(adapter.quantize)
+        print(
+            f"merged into the base weights as {adapter.quantize} rounds them: the adapter was trained beside these",
+            file=sys.stderr,
+        )
     merge_to_hf(base, adapter, matrices, output, max_shard_bytes=config.max_shard_gib * 2**30)
     if tokens is not None:
-        merge = merger(adapter, matrices, None)
+        merge = trained_merger(family, adapter, matrices, None)
 
         def exact() -> Iterator[tuple[str, Tensor]]:  # a float32 weight is summed in float64, and rounded to float32
             return ((name, merge(name, 0, weight.float())) for name, weight in read_weights(base, family))
@@ -141,7 +148,8 @@ def read_weights(source: Path, family: Family) -> Iterator[tuple[str, Tensor]]:
 def merge_to_hf(base: Path, adapter: Adapter, matrices: dict[str, Tensor], output: Path, *, max_shard_bytes: float) -> None:
     """Write the Hugging Face checkpoint `output` of a Megatron checkpoint with an adapter added to its weights."""
     rounding = Rounding()
-    export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=merger(adapter, matrices, rounding))
+    change = trained_merger(load_family(base / "hf"), adapter, matrices, rounding)
+    export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=change)
     print(rounding.describe(), file=sys.stderr)
 
 

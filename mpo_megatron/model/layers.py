@@ -16,7 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -35,6 +35,7 @@ from mpo_megatron.model.adapters import adapted, adapted_grouped
 from mpo_megatron.model.attention import GroupAttention, RowAttention, ScoreSettings
 from mpo_megatron.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from mpo_megatron.model.delta_rule import DeltaRule
+from mpo_megatron.model.quantized import quantized
 from mpo_megatron.model.routing import route_by_rows
 
 
@@ -155,14 +156,28 @@ def build_block_spec(
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
     first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
     adapters = {} if adapter is None else linear_adapters(family, adapter)
-    layers = [_layer_spec(family, layer, transformer_engine, kernels, adapters) for layer in range(first, first + num_layers)]
+    in_blocks = adapter is not None and adapter.quantize != "none"
+    layers = [
+        _layer_spec(family, layer, transformer_engine, kernels, adapters, in_blocks=in_blocks)
+        for layer in range(first, first + num_layers)
+    ]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 
 
 def _layer_spec(
-    family: Family, number: int, transformer_engine: bool, kernels: RowKernels, adapters: dict[str, LinearAdapter]
+    family: Family,
+    number: int,
+    transformer_engine: bool,
+    kernels: RowKernels,
+    adapters: dict[str, LinearAdapter],
+    *,
+    in_blocks: bool,
 ) -> ModuleSpec:
-    """The layer of this number, from 0."""
+    """The layer of this number, from 0.
+
+    Args:
+        in_blocks: the weights of its linear layers are kept in 4 bits
+    """
     num_experts = family.num_experts if family.has_experts(number) else None
     head_norm = family.qk_norm == "head"
     if transformer_engine:
@@ -200,6 +215,8 @@ def _layer_spec(
     if adapters:
         if transformer_engine and family.pre_norms:
             _split_input_norms(layer, mlp, dense=num_experts is None)
+        if in_blocks:
+            _quantize(layer, mlp)
         _add_adapters(layer, mlp, adapters, grouped=transformer_engine)
     if family.post_norms:
         for owner, name in ((mixer, last), (mlp, "linear_fc2")):
@@ -251,6 +268,21 @@ def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter
         mlp: submodules of the dense MLP, or those of the layer of experts
         grouped: experts are computed together
     """
+    for key, owner, name, together in _linear_homes(layer, mlp, grouped=grouped):
+        plan = adapters.get(f"decoder.layers.{key}.weight")
+        if plan is not None:
+            setattr(owner, name, (adapted_grouped if together else adapted)(getattr(owner, name), plan))
+
+
+def _quantize(layer: ModuleSpec, mlp: Any) -> None:
+    """Weights in 4 bits in all linear layers: Megatron-Core's own, whose frozen weight autograd keeps alone."""
+    for _, owner, name, _ in _linear_homes(layer, mlp, grouped=False):
+        column = name in ("linear_qkv", "linear_fc1")
+        setattr(owner, name, quantized(ColumnParallelLinear if column else RowParallelLinear))
+
+
+def _linear_homes(layer: ModuleSpec, mlp: Any, *, grouped: bool) -> list[tuple[str, Any, str, bool]]:
+    """(key in checkpoints, submodules and the name in them, whether all experts are in one) of a layer's linear layers."""
     experts = getattr(mlp, "experts", None)
     mixer = layer.submodules.self_attention.submodules
     homes: list[tuple[str, Any, str, bool]] = [(f"self_attention.{name}", mixer, name, False) for name in mixer_linears(layer)]
@@ -261,10 +293,7 @@ def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter
         inner = experts.keywords["submodules"]
         homes += [(f"mlp.experts.experts.{name}", inner, name, grouped) for name in ("linear_fc1", "linear_fc2")]
         homes += [(f"mlp.shared_experts.{name}", shared, name, False) for name in ("linear_fc1", "linear_fc2")] if shared else []
-    for key, owner, name, together in homes:
-        plan = adapters.get(f"decoder.layers.{key}.weight")
-        if plan is not None:
-            setattr(owner, name, (adapted_grouped if together else adapted)(getattr(owner, name), plan))
+    return homes
 
 
 def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> None:

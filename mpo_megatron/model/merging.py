@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter
+from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter, is_adaptable, leaf
+from mpo_megatron.model.nf4 import rounded
 
 
 @dataclasses.dataclass
@@ -26,7 +28,24 @@ class Rounding:
         return f"merged: the adapter adds {self.added**0.5:.3e} (Frobenius norm); rounding changes {share:.2%} of it"
 
 
-def merger(adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Callable[[str, int, Tensor], Tensor]:
+Change = Callable[[str, int, Tensor], Tensor]
+"""Rows of a weight, by its Hugging Face name and the first row → what stands in their place."""
+
+
+def trained_merger(family: Family, adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Change:
+    """As `merger`, to the weights that the adapter was trained beside: those in 4 bits are rounded to them first."""
+    merge = merger(adapter, matrices, rounding)
+    if adapter.quantize == "none":
+        return merge
+    linear = {name for rule in family.rules if is_adaptable(rule) for name in map(leaf, rule.parts)}
+
+    def merge_rounded(name: str, first: int, rows: Tensor) -> Tensor:
+        return merge(name, first, rounded(rows) if leaf(name) in linear else rows)
+
+    return merge_rounded
+
+
+def merger(adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Change:
     """What turns rows of a base model's weight, by its Hugging Face name and first row, into those of the merged one.
 
     W + scale · B · A is summed in float32 (float64 for float32 weights), then rounded once to the weight's dtype.

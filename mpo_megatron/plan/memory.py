@@ -20,6 +20,7 @@ from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, Par
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.hf.live_engine import EngineMemory
+from mpo_megatron.hf.quantization import BYTES_PER_WEIGHT
 from mpo_megatron.plan.parameters import (
     Part,
     Weight,
@@ -109,6 +110,11 @@ class MemoryLayout:
     def keeps_normalized(self) -> bool:
         """Whether norms keep their normalized input, for the gradient of their weight: unfused, and not frozen."""
         return not self.kernels.gpu and self.adapter is None
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the frozen weights of linear layers are kept in 4 bits, and whole only while they multiply."""
+        return self.adapter is not None and self.adapter.quantize != "none"
 
     @property
     def sequence_parts(self) -> int:
@@ -240,8 +246,10 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int
 
 
 def _weight_bytes(layout: MemoryLayout, weights: list[list[Weight]], elements: int) -> int:
-    """Weights as they are stored, and with FP8 their quantized copies: row-wise and column-wise, one byte each."""
+    """Weights as stored: in 4 bits with scales; with FP8 and quantized copies, row-wise and column-wise, a byte each."""
     matrices = sum(weight.size for part in weights for weight in part if weight.matrix)
+    if layout.in_blocks:
+        return round(matrices * BYTES_PER_WEIGHT) + layout.dtype_bytes * (elements - matrices)
     if layout.model.fp8 == "none":
         return elements * layout.dtype_bytes
     quantized = 2 * matrices
@@ -468,7 +476,9 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
     else:
         ffn = shape.intermediate_size // parallel.tensor
         weight = shape.hidden_size * ffn
-    if layout.adapter is not None:  # no gradient of the weight
+    if layout.in_blocks:  # no gradient, but the weight itself, of one expert at a time
+        weight = shape.hidden_size * ffn
+    elif layout.adapter is not None:  # no gradient of the weight
         weight = 0
     whole = tokens * shape.hidden_size
     output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)

@@ -75,6 +75,9 @@ def plan(config: PlanConfig) -> None:
     train = load_yaml(TrainConfig, config.train) if config.train else default_train(config)
     if config.lora_rank is not None:
         train = dataclasses.replace(train, lora=dataclasses.replace(train.lora, rank=config.lora_rank))
+    if config.lora_quantize is not None:
+        train = dataclasses.replace(train, lora=dataclasses.replace(train.lora, quantize=config.lora_quantize))
+        require(train.lora.rank > 0, f"lora_quantize = {config.lora_quantize} without adapters; set lora_rank, too.")
     if config.fp8 is not None:
         train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=config.fp8))
     problem = build_problem(config, train)
@@ -150,6 +153,10 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     adapter = choose_adapter(family, train.lora)
     if adapter is not None:
         require_no_router_losses(train.experts)
+        require(
+            adapter.quantize == "none" or train.model.fp8 == "none",
+            f"lora.quantize = {adapter.quantize} with model.fp8 = {train.model.fp8}: set one of them to none.",
+        )
     reference = needs_reference(objective, train, family.experts)
     # Then the reference is the policy with its adapter off, and no other model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
@@ -288,12 +295,20 @@ def print_problem(console: Console, problem: Workload, config: PlanConfig) -> No
     shape, hardware = problem.family, problem.hardware
     console.print(
         f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.num_hidden_layers} layers; "
-        + (f"adapters of rank {problem.adapter.rank} are trained; " if problem.adapter else "")
+        + describe_adapter(problem)
         + f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
         f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
         + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else ""),
         soft_wrap=True,
     )
+
+
+def describe_adapter(problem: Workload) -> str:
+    """What is trained, if it is not all weights."""
+    if problem.adapter is None:
+        return ""
+    beside = "" if problem.adapter.quantize == "none" else f" beside weights in {problem.adapter.quantize}"
+    return f"adapters of rank {problem.adapter.rank} are trained{beside}; "
 
 
 def print_memory(console: Console, problem: Workload, candidate: Candidate) -> None:

@@ -22,6 +22,7 @@ from mpo_megatron.hf.flops import FlopModel
 from mpo_megatron.hf.fp8 import token_multiple, validate_fp8_layout
 from mpo_megatron.hf.layout import validate_layout
 from mpo_megatron.hf.live_engine import EngineMemory, engine_memory, validate_engine_layout
+from mpo_megatron.hf.quantization import check_blocks
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GIB, Kernels, MemoryLayout, StageMemory, stage_memory
@@ -130,6 +131,8 @@ class Workload:
         if self.samples:
             validate_engine_layout(self.online.vllm, parallel, self.family)
         validate_fp8_layout(self.model, parallel, self.family)
+        if self.adapter is not None and self.adapter.quantize != "none":
+            check_blocks(self.family, parallel)
         model = self.model.with_recompute(recompute)
         validate_recompute(model, parallel, self.family, from_engine=self.kernels.layers == "transformer_engine")
         layout = MemoryLayout(
@@ -198,6 +201,8 @@ def candidates(problem: Workload, gpus: int | None = None) -> Iterator[Candidate
         try:
             validate_layout(problem.family, parallel, problem.padded_vocab)
             validate_fp8_layout(problem.model, parallel, problem.family)
+            if problem.adapter is not None and problem.adapter.quantize != "none":
+                check_blocks(problem.family, parallel)
         except ConfigError:
             continue
         for row_tokens in rows:

@@ -37,10 +37,19 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
             f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, no adapter; leave it out.",
         )
         if wanted is None:
+            require(
+                config.lora.quantize in (None, "none"),
+                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen ones can have 4 bits; set "
+                "lora.rank.",
+            )
             return None
         return AdapterRecord(adapter=wanted, base=os.path.abspath(folder), base_digest=weights_digest(folder))
     saved = read_adapter(folder)
+    # Not part of the adapter itself: one that was trained beside whole weights may go on beside 4 bits.
+    adapter = dataclasses.replace(saved.adapter, quantize=config.lora.quantize or saved.adapter.quantize)
+    saved = dataclasses.replace(saved, adapter=adapter)
     if wanted is not None:
+        wanted = dataclasses.replace(wanted, quantize=adapter.quantize)
         check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "leave lora.* out to continue with it")
     base = find_base(folder, saved, config.lora.base, "lora.base")
     return dataclasses.replace(saved, base=os.path.abspath(base))
@@ -74,7 +83,8 @@ def load_model(parts: list[torch.nn.Module], folder: str | Path, record: Adapter
             f"--input {folder} --output …, and convert the output."
         )
     saved = read_adapter(folder)
-    check_shape(record.adapter, saved.adapter, str(folder), "policy and reference need adapters of one shape")
+    found = dataclasses.replace(saved.adapter, quantize=record.adapter.quantize)  # both go beside the same weights
+    check_shape(record.adapter, found, str(folder), "policy and reference need adapters of one shape")
     checkpoint.load_weights(parts, find_base(folder, saved, record.base, "lora.base"), ranks)
     checkpoint.load_adapter(parts, folder, ranks)
 

@@ -19,6 +19,7 @@ from mpo_megatron.families.adapters import adapter_rules
 from mpo_megatron.hf.adapter import AdapterRecord
 from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.live_engine import validate_engine_layout
+from mpo_megatron.hf.quantization import validate_quantization
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.model.architecture import resolve_model
 from mpo_megatron.model.precision import validate_fp8
@@ -65,6 +66,8 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     record = choose_record(config, family)
     if record is not None:
         checkpoint.verify(Path(record.base))
+        if record.adapter.quantize != "none":
+            validate_quantization(family, resolved.model, config.parallel, samples=config.online.kl_weight > 0)
     require(
         config.model.reference != ADAPTER_OFF or record is not None,
         "model.reference = adapter_off, but all weights are trained, so there is no adapter to switch off; set lora.rank, or "

@@ -127,11 +127,14 @@ def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     return values
 
 
-def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, adapted: bool = False) -> str:
+def cache_key(
+    model_digest: str, data: PreparedGroups, model: ModelConfig, *, adapted: bool = False, quantize: str = "none"
+) -> str:
     """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only.
 
     Args:
         adapted: the model has adapters; in FP8 its norms are rounded to bf16 then, before they are quantized
+        quantize: format of its frozen weights
     """
     fp8 = numerics(model)
     parts = {
@@ -141,6 +144,7 @@ def cache_key(model_digest: str, data: PreparedGroups, model: ModelConfig, *, ad
         "precision": model.precision,
         "transformer_engine": model.from_engine,
         "attention": model.attention,
+        **({} if quantize == "none" else {"quantize": quantize}),
         **({} if fp8 is None else {"fp8": fp8} | ({"adapted": True} if adapted else {})),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

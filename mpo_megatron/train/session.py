@@ -106,8 +106,10 @@ class Session:
 
     def _cache(self, data: PreparedGroups) -> Path:
         """Where what the reference computes of these groups is kept."""
-        adapted = self.setup.adapter is not None
-        key = cache_key(self.setup.reference_digest, data, self.setup.config.model, adapted=adapted)
+        adapter = self.setup.adapter
+        quantize = "none" if adapter is None else adapter.quantize
+        model = self.setup.config.model
+        key = cache_key(self.setup.reference_digest, data, model, adapted=adapter is not None, quantize=quantize)
         return data.path / "reference" / key
 
     def _build(self) -> list[torch.nn.Module]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +58,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2-tied": {"model_type": "qwen2", "tied": True},
     "qwen3-deep": {"model_type": "qwen3", **EIGHT_LAYERS},
     "qwen3-deep-tied": {"model_type": "qwen3", "tied": True, **EIGHT_LAYERS},
+    "qwen2-wide": {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256},
+    "qwen2-moe-wide": {
+        "model_type": "qwen2_moe",
+        **{"hidden_size": 128, "intermediate_size": 256, "mlp_only_layers": [0]},
+        **{"moe_intermediate_size": 128, "shared_expert_intermediate_size": 128},
+    },
     "qwen3-moe": {"model_type": "qwen3_moe", "norm_topk_prob": True},
     "qwen2-moe": {"model_type": "qwen2_moe", "mlp_only_layers": [0]},
     "qwen2-moe-tied": {"model_type": "qwen2_moe", "tied": True, "num_experts_per_tok": 3},
@@ -172,8 +179,10 @@ BALANCE = {"balance_coeff": 0.2, "z_coeff": 0.05}
 """Large, so that the terms' gradients are of the size of the loss's."""
 OVER_STEP = {**BALANCE, "balance_over": "step"}
 REPLAY = {"routing": "replay"}
+QUANTIZED = {"rank": 4, "quantize": "nf4"}
+"""Needs rows of whole blocks of 64 on every rank: the wide models."""
 
-CASES = [
+ALL_CASES = [
     Case(model="qwen3", core=True),
     Case(model="qwen2"),
     Case(model="qwen2-tied", layers={"recompute": "full"}, core=True),
@@ -215,7 +224,14 @@ CASES = [
     Case(model="qwen3", lora={"rank": 4}, adapter_off=True, loss="spo", layers={"recompute": "full"}, core=True),
     Case(model="gemma2", lora={"rank": 2, "alpha": 3.0}, layers={"recompute": "selective"}, **UNSHARED),
     Case(model="qwen2-moe", lora={"rank": 4}, core=True),
+    Case(model="qwen2-wide", lora=QUANTIZED, adapter_off=True, layers={"recompute": "full"}, core=True),
+    Case(model="qwen2-moe-wide", lora=QUANTIZED, **SPLIT),
     # two ranks
+    Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED, core=True),
+    Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=QUANTIZED, **SPLIT),
+    Case(model="qwen2-wide", ranks=2, parallel={"pipeline": 2}, lora=QUANTIZED, adapter_off=True, loss="spo"),
+    Case(model="qwen2-moe-wide", ranks=2, parallel={"expert": 2}, lora=QUANTIZED, core=True),
+    Case(model="qwen2-moe-wide", ranks=2, parallel={"tensor": 2, "expert_tensor": 2}, lora=QUANTIZED),
     Case(model="qwen3", ranks=2, lora={"rank": 4}, optimizer={"overlap": "all"}, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}, lora={"rank": 4}, **SPLIT, core=True),
@@ -355,7 +371,8 @@ CASES = [
     Case(model="qwen2-moe", ranks=8, parallel={"pipeline": 2, "virtual_pipeline": 2, "context": 2, "expert": 2}, **SPLIT),
     Case(model="qwen3-moe", ranks=8, parallel={"tensor": 2, "expert": 4}, optimizer={"overlap": "all"}, **SPLIT),
 ]
-"""All layouts that are held against the oracle."""
+CASES = [case for case in ALL_CASES if not case.lora.get("quantize") or importlib.util.find_spec("bitsandbytes") is not None]
+"""All layouts that are held against the oracle: those in 4 bits if bitsandbytes is installed."""
 
 
 def response_logp(model: Any, group: TokenizedGroup, k: int) -> Tensor:
@@ -467,6 +484,9 @@ class World:
             for role in ("policy", "policy" if adapter_off else "reference")
         )
         weights_of: Callable[..., dict[str, Tensor]] = copy_weights
+        if json.loads(lora).get("quantize"):
+            for model_of_it in (policy, reference):
+                round_to_nf4(model_of_it)
         if lora != "{}":
             weights_of = attach_adapters(policy, choose_adapter(read_family(policy.config), LoraConfig(**json.loads(lora))))
 
@@ -499,6 +519,16 @@ class World:
             found.setdefault("norm", norm.item())
             adam.step()
         return Truth(**found, before=before, after=weights_of(policy))
+
+
+@torch.no_grad()
+def round_to_nf4(model: Any) -> None:
+    """Give the linear layers of attention and MLPs the values that bitsandbytes' NF4 rounds their weights to."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    for name, weight in model.named_parameters():
+        if weight.dim() > 1 and "proj" in name:
+            weight.copy_(dequantize_4bit(*quantize_4bit(weight.contiguous(), blocksize=64, quant_type="nf4")))
 
 
 def copy_weights(model: Any, *, gradients: bool = False) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ from mpo_megatron.model.adapters import linear_adapters_of
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import keep_exact_weights
+from mpo_megatron.model.quantized import load_quantized
 from mpo_megatron.model.unpickling import check_pickles, common_refusal, reading_safely
 from mpo_megatron.train.checkpoints.step_folders import is_step
 from mpo_megatron.train.checkpoints.verification import check_whole
@@ -103,6 +104,7 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
     for name, part in zip(states, model, strict=True):
         unwrap(part).load_state_dict(loaded[name], strict=False)
         keep_exact_weights(unwrap(part), loaded[name])
+    load_quantized(model, Path(folder), ranks)
 
 
 def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> None:

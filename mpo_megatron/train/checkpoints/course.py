@@ -130,7 +130,8 @@ def expected_adapter(config: TrainConfig, saved: RunState) -> dict[str, Any] | N
     if not lora.rank:
         return saved.fixed.get("lora") if is_adapter_folder(Path(config.model.checkpoint)) else None
     alpha = 2.0 * lora.rank if lora.alpha is None else lora.alpha
-    return {**saved.fixed.get("lora", {}), "rank": lora.rank, "alpha": alpha, "rslora": lora.rslora}
+    shape = {"rank": lora.rank, "alpha": alpha, "rslora": lora.rslora}
+    return {**saved.fixed.get("lora", {}), **shape, **({} if lora.quantize is None else {"quantize": lora.quantize})}
 
 
 def newest_state(config: TrainConfig) -> tuple[RunState, Path] | None:
