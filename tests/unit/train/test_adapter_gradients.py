@@ -3,9 +3,9 @@
 Each response alone, after its own copy of the prompt, gives the oracle's log-probs; the loss is the same pure function, which
 tests/unit/losses holds against its own oracles. One pass of PEFT's model serves all losses.
 
-What is compared: float32 has rounding errors of its own, PEFT's as ours. Each gradient is held against float64, relative to the
-largest value of its tensor, or to `FLOOR` of the model's largest: the error of a small gradient, a difference of large terms, is
-that of the terms. PEFT's own error there is printed on failure, and ours may be at most `RATIO` times the largest of it.
+Float32 has rounding errors of its own, in PEFT's gradients as in ours: 0.7e-6 to 1.5e-6 and 0.9e-6 to 2.1e-6 here. So both are held
+against float64, and the tolerance is `RATIO` times PEFT's own error. An error is relative to the largest value of its tensor, or to
+`FLOOR` of the model's largest: that of a small gradient, a difference of large terms, is the terms'.
 """
 
 from __future__ import annotations
@@ -189,5 +189,5 @@ def test_every_loss_has_the_gradients_of_peft(world: World, name: str, params: d
     found, batch = world.step(objective)
     exact = world.exact.gradients(objective, batch)
     ours, theirs = error(found, exact), error(world.rounded.gradients(objective, batch), exact)
-    print(f"MEASURED {name} ours {ours:.1e} peft {theirs:.1e}")
-    assert ours <= 1e-5, (ours, theirs)
+    assert ours <= RATIO * theirs, (ours, theirs)
+    assert theirs <= 1e-5  # float32 sums of a few hundred products, 2⁻²⁴ · √n of their largest terms, layers deep
