@@ -4,8 +4,8 @@ Each response alone, after its own copy of the prompt, gives the oracle's log-pr
 tests/unit/losses holds against its own oracles. One pass of PEFT's model serves all losses.
 
 Float32 has rounding errors of its own, in PEFT's gradients as in ours: 0.7e-6 to 1.5e-6 and 0.9e-6 to 2.1e-6 here. So both are
-held against float64, and the tolerance is `RATIO` times PEFT's own error. An error is relative to the largest value of its tensor,
-or to `FLOOR` of the model's largest: that of a small gradient, a difference of large terms, is the terms'.
+held against float64, and the tolerance is `RATIO` times PEFT's own error. An error is relative to the largest value of its
+tensor, or to `FLOOR` of the model's largest: that of a small gradient, a difference of large terms, is the terms'.
 """
 
 from __future__ import annotations
