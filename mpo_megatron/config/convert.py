@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mpo_megatron.config.checks import check_writable, is_hub_name, require
 from mpo_megatron.config.values import Section
@@ -24,6 +25,9 @@ class ConvertConfig(Section):
     resize_vocabulary: bool = False
     """If the tokenizer has more tokens than the embedding has rows: add rows to it and to the output layer, each the mean of
     the others, and raise vocab_size in config.json."""
+    others: Literal["keep", "drop"] = "keep"
+    """Weights that are not the language model's (a vision tower, layers for multi-token prediction): `keep` them as they are, for
+    the way out, or `drop` them, which makes a multimodal checkpoint its text model's."""
     vocab_multiple: int = 128
     """Pad the Megatron vocabulary to a multiple of this; any tensor-parallel size that divides it can load the checkpoint."""
     max_shard_gib: float = 4.0

@@ -172,6 +172,18 @@ class Family:
     """None for a dense model."""
     rules: tuple[Rule, ...] = field(repr=False)
     """Where every weight lies in a Megatron checkpoint."""
+    other_weights: tuple[str, ...] = field(default=(), compare=False, repr=False)
+    """How the names begin of weights that checkpoints may have besides, and that are not trained."""
+
+    @property
+    def embedding_name(self) -> str:
+        """Hugging Face name of the embedding."""
+        return next(iter(self.rules[0].parts))
+
+    @property
+    def outer_config(self) -> PretrainedConfig:
+        """What config.json describes as a whole."""
+        return self.whole_config or self.config
 
     @property
     def queries(self) -> int:

@@ -27,6 +27,7 @@ from mpo_megatron.families.qwen import EXPERTS, check_experts, mlp_rules, read_e
 from mpo_megatron.families.rules import (
     HF_LAYER,
     LAYER,
+    TEXT_MODEL,
     RowPiece,
     Rule,
     Sizes,
@@ -48,8 +49,8 @@ WHOLE_FIELDS = {
 """Of a multimodal model; what they say of images is handed on as it is."""
 FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
 """Fields that published files have and `transformers` does not read, and the values that its models compute with."""
-TEXT_MODEL = "model.language_model."
-"""How the names of a multimodal model's text model begin; those of a text model alone with `model.`."""
+OTHER_WEIGHTS = ("mtp.", "model.visual.")
+"""Of layers that predict further tokens, and of the vision tower; `transformers` loads the text model without them."""
 
 
 def read_qwen3_next(config: PretrainedConfig) -> Family:
@@ -140,6 +141,7 @@ def _read(config: PretrainedConfig, experts: Experts | None, *, joint: bool) -> 
         delta_net=delta_net,
         experts=experts,
         rules=_rules(config, delta_net, experts, joint=joint),
+        other_weights=OTHER_WEIGHTS,
     )
 
 

@@ -16,6 +16,8 @@ EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
 HF_LAYER = "model.layers.{layer}."
 LAYER = "decoder.layers."
+TEXT_MODEL = "model.language_model."
+"""How the names of a multimodal model's text model begin; those of a text model alone with `model.`."""
 
 
 @dataclass(frozen=True, kw_only=True)

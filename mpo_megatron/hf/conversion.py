@@ -30,6 +30,10 @@ class Conversion:
     """SHA-256 of the Hugging Face weights' names, dtypes, shapes and bytes."""
     tied_output_stored: bool = False
     """Whether the source held a copy of its tied embedding as lm_head.weight; export then writes it again."""
+    others: str | None = None
+    """Folder with the source's weights that are not the language model's; None if there were none, or if they were dropped."""
+    others_digest: str | None = None
+    """SHA-256 of theirs, as `digest`."""
     versions: dict[str, str] = field(default_factory=dict)
     """Versions of the packages that converted."""
 

@@ -27,7 +27,7 @@ from mpo_megatron.config import ConvertConfig, is_hub_name, require, validate_co
 from mpo_megatron.data.hub import download_model
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import Adapter
-from mpo_megatron.families.rules import EMBEDDING, OUTPUT
+from mpo_megatron.families.rules import OUTPUT
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import find_base
 from mpo_megatron.hf.conversion import CheckpointError, Conversion, load_conversion, padded_vocab_size
@@ -43,9 +43,20 @@ from mpo_megatron.model.convert_folder import (
     staged,
 )
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
-from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names
+from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names, text_names
 from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, trained_merger
+from mpo_megatron.model.other_weights import FOLDER as OTHERS
+from mpo_megatron.model.other_weights import (
+    count_bytes,
+    describe,
+    find_others,
+    keep_others,
+    read_rows,
+    split_others,
+    text_model,
+    write_text_config,
+)
 from mpo_megatron.model.resizing import check_padding, grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
     DTYPE_NAMES,
@@ -83,6 +94,10 @@ def convert(config: ConvertConfig) -> None:
         require(not value, f"{name} = {value}, but input = {source} is a whole model, no adapter; leave it out.")
     if megatron is not None:
         require(
+            config.others == "keep",
+            f"others = {config.others}, but input = {source} is a Megatron checkpoint; it is for the way in: leave it out.",
+        )
+        require(
             not config.resize_vocabulary,
             f"resize_vocabulary = true, but input = {source} is a Megatron checkpoint; it is for the way in: leave it out.",
         )
@@ -93,7 +108,12 @@ def convert(config: ConvertConfig) -> None:
         f"input = {source} is neither a Hugging Face checkpoint (no config.json) nor a Megatron one (no megatron/, no "
         "checkpoints/step_*).",
     )
-    import_from_hf(source, output, vocab_multiple=config.vocab_multiple, resize_vocabulary=config.resize_vocabulary)
+    import_from_hf(
+        *(source, output),
+        vocab_multiple=config.vocab_multiple,
+        resize_vocabulary=config.resize_vocabulary,
+        drop_others=config.others == "drop",
+    )
 
 
 def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path) -> None:
@@ -162,6 +182,7 @@ def import_from_hf(
     *,
     vocab_multiple: int,
     resize_vocabulary: bool = False,
+    drop_others: bool = False,
     max_chunk_bytes: int = MAX_CHUNK_BYTES,
 ) -> None:
     """Write the Megatron checkpoint folder `output` from the Hugging Face checkpoint `source`.
@@ -171,6 +192,7 @@ def import_from_hf(
         output: folder to create; may exist empty
         vocab_multiple: the vocabulary is padded, with zero rows, to a multiple of this
         resize_vocabulary: add rows for tokens of the tokenizer that have none
+        drop_others: leave out weights that are not the language model's
         max_chunk_bytes: largest box that is stored, and held in memory, as a whole
     Raises:
         ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
@@ -178,7 +200,12 @@ def import_from_hf(
     digests.check_folder(source, weights=True)
     family = load_family(source)
     check_kind(source, family)
-    stored = read_names(list_tensors(source), family, source)
+    stored, others = split_others(read_names(list_tensors(source), family, source), family)
+    multimodal = family.whole_config is not None
+    if drop_others:
+        family = text_model(family)
+        stored, dropped, others = read_names(text_names(stored), family, source), others, {}
+        print(f"{source}: {describe(dropped)} are dropped", file=sys.stderr)
     tied_output = stored.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(stored, build_weight_map(family, family.vocab_size), source)
     vocab_size = vocabulary_needed(source, family, resize=resize_vocabulary)
@@ -190,13 +217,13 @@ def import_from_hf(
         tensors = grow_vocabulary(stored, family, reader, max_chunk_bytes)
     dtypes = _dtype_of_keys(tensors, slices)
     homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
-    total = sum(chunk.num_bytes for chunk in homes)
+    total = sum(chunk.num_bytes for chunk in homes) + count_bytes(others)
     digest = WeightsDigest()
     odd: dict[str, int] = {}
 
     with staged(output, total) as folder, RowReader() as reader, progress("Hugging Face → Megatron", total) as advance:
         if tied_output is not None:
-            _check_tied_output(reader, stored[EMBEDDING], tied_output, max_chunk_bytes)
+            _check_tied_output(reader, stored[family.embedding_name], tied_output, max_chunk_bytes)
 
         def resolve(chunk: StoredChunk) -> Tensor:
             advance(chunk.num_bytes)
@@ -211,15 +238,20 @@ def import_from_hf(
         for key, count in odd.items():
             print(f"warning: {source}: {count:,} values of {key} are NaN or infinite", file=sys.stderr)
         copy_side_files(source, folder / "hf")
-        if tensors[EMBEDDING].shape != stored[EMBEDDING].shape:
+        if multimodal and drop_others:
+            write_text_config(folder / "hf" / "config.json", family)
+        others_digest = keep_others(folder, others, max_chunk_bytes, advance) if others else None
+        if vocab_size != stored[family.embedding_name].shape[0]:
             change_config(folder / "hf" / "config.json", "vocab_size", vocab_size)
         conversion = Conversion(
-            architecture=(family.config.architectures or [""])[0],
+            architecture=(family.outer_config.architectures or [""])[0],
             vocab_size=family.vocab_size,
             padded_vocab_size=padded_vocab,
             dtype=_main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in tensors.values()),
             digest=digest.hexdigest(),
             tied_output_stored=tied_output is not None,
+            others=str(output.resolve() / OTHERS) if others else None,
+            others_digest=others_digest,
             versions={name: version(name) for name in ("megatron-core", "torch", "transformers")},
         )
         (folder / "conversion.json").write_text(json.dumps(dataclasses.asdict(conversion), indent=2) + "\n", encoding="utf-8")
@@ -316,7 +348,7 @@ def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: Store
             same = same and torch.equal(rows[0].view(torch.uint8), rows[1].view(torch.uint8))
     if not same:
         raise CheckpointError(
-            f"{output.file} holds an {OUTPUT} that differs from {EMBEDDING}, but config.json ties them; set "
+            f"{output.file} holds an {OUTPUT} that differs from {embedding.name}, but config.json ties them; set "
             "tie_word_embeddings to false to keep both, or remove it."
         )
 
@@ -346,17 +378,27 @@ def export_to_hf(
     _check_megatron_tensors(checkpoint, slices)
     homes: dict[str, tuple[Slice, Placement]] = {p.name: (item, p) for item in slices for p in item.placements}
     if conversion.tied_output_stored:
-        homes[OUTPUT] = homes[EMBEDDING]
+        homes[OUTPUT] = homes[family.embedding_name]
+    others = find_others(source, conversion)
     planned = [
         PlannedTensor(name, checkpoint.tensors[item.key].properties.dtype, placement.shape)
         for name, (item, placement) in homes.items()
     ]
+    dtype = _main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in planned)
+    planned += [PlannedTensor(name, tensor.dtype, tensor.shape) for name, tensor in others.items()]
     total = sum(tensor.num_bytes for tensor in planned)
     read_slice = _LastSlice(checkpoint)
+    others_digest = WeightsDigest()
 
-    with staged(output, total) as folder, progress("Megatron → Hugging Face", total) as advance:
+    with staged(output, total) as folder, RowReader() as reader, progress("Megatron → Hugging Face", total) as advance:
 
         def rows_of(tensor: PlannedTensor) -> Iterator[Tensor]:
+            if tensor.name in others:
+                for rows in read_rows(others[tensor.name], reader, MAX_CHUNK_BYTES):
+                    others_digest.update(others[tensor.name], rows)
+                    advance(rows.numel() * rows.dtype.itemsize)
+                    yield rows
+                return
             item, placement = homes[tensor.name]
             first = 0
             for rows in _scatter_rows(checkpoint, read_slice, item, placement):
@@ -365,8 +407,12 @@ def export_to_hf(
                 advance(rows.numel() * rows.dtype.itemsize)
 
         write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)
+        if others and others_digest.hexdigest() != conversion.others_digest:
+            raise CheckpointError(
+                f"{next(iter(others.values())).file.parent}: these weights are not those that were converted, or are damaged; "
+                "copy the folder again."
+            )
         copy_side_files(source / "hf", folder)
-        dtype = _main_dtype((tensor.dtype, math.prod(tensor.shape)) for tensor in planned)
         if dtype != conversion.dtype:  # training in another precision; otherwise config.json stays as it was, byte for byte
             set_config_dtype(folder / "config.json", dtype)
         digests.write_list(folder)

@@ -84,9 +84,13 @@ def set_config_dtype(path: Path, dtype: str) -> None:
 
 
 def change_config(path: Path, name: str, value: str | int) -> None:
-    """Change a field of a config.json, and nothing else of it."""
+    """Change a field of a config.json, of a multimodal model's text model, too, and nothing else of it."""
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings[name] = value
+    text = settings.get("text_config")
+    if text is None or name in settings:
+        settings[name] = value
+    if text is not None and (name in text or name not in settings):
+        text[name] = value
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 

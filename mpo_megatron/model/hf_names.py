@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mpo_megatron.config import require
 from mpo_megatron.families import Family
-from mpo_megatron.families.rules import EMBEDDING, Rule
+from mpo_megatron.families.rules import EMBEDDING, TEXT_MODEL, Rule
 from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.model.safetensors_io import StoredTensor
 
@@ -49,12 +49,13 @@ def check_kind(source: Path, family: Family) -> None:
         f"{adapter}: a LoRA adapter beside a whole model; move one of them to a folder of its own.",
     )
     config = source / "config.json"
-    quantization = getattr(family.config, "quantization_config", None)
+    quantization = getattr(family.outer_config, "quantization_config", None)
     require(
         quantization is None,
         f"{config}: quantization_config is set; a quantized checkpoint cannot be trained: convert the original one.",
     )
-    architectures = family.config.architectures or []
+    architectures = family.outer_config.architectures or []
+    kinds = ("ForCausalLM",) if family.whole_config is None else ("ForCausalLM", "ForConditionalGeneration")
     require(
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
         f"{config}: architectures = {architectures!r}; it must be a list of names; is it damaged?",
@@ -62,7 +63,7 @@ def check_kind(source: Path, family: Family) -> None:
     for architecture in architectures:
         base = architecture.endswith("Model") and not architecture.endswith(("RewardModel", "ValueModel"))
         require(
-            architecture.endswith("ForCausalLM") or base,
+            architecture.endswith(kinds) or base,
             f"{config}: architectures = {architecture}: a reward model or classifier has no output layer for tokens; convert a "
             "model ...ForCausalLM. To score responses with it, name its folder in mpo score.",
         )
@@ -81,20 +82,34 @@ def read_names(tensors: dict[str, StoredTensor], family: Family, source: Path) -
     """
     _refuse_other_models(tensors, source)
     named = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    if family.whole_config is None and family.other_weights:  # `transformers` saves a text model under either name
+        named = text_names(named)
+    embedding = family.embedding_name
     inner = next((name for name in named if name.endswith("." + EMBEDDING)), None)
-    if EMBEDDING not in named and inner is not None:
+    if embedding not in named and inner is not None:
         raise CheckpointError(
             f"{source}: the names of weights begin with {inner.removesuffix(EMBEDDING)!r} ({inner}): they are part of another "
             "model; save the language model inside by itself."
         )
-    if EMBEDDING not in named and EMBEDDING.removeprefix("model.") in named:
+    if embedding not in named and embedding.removeprefix("model.") in named:
         if not family.tie_word_embeddings:
             raise CheckpointError(
                 f"{source} holds a base model (its names begin without `model.`), so lm_head.weight is missing; save the model "
                 "...ForCausalLM."
             )
-        named = {f"model.{name}": dataclasses.replace(tensor, name=f"model.{name}") for name, tensor in named.items()}
+        named = _renamed(named, {name: f"model.{name}" for name in named})
     return _split_experts(named, family)
+
+
+def text_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of a multimodal model by the names that its text model has for them."""
+    return _renamed(tensors, {name: name.replace(TEXT_MODEL, "model.", 1) for name in tensors if name.startswith(TEXT_MODEL)})
+
+
+def _renamed(tensors: dict[str, StoredTensor], names: dict[str, str]) -> dict[str, StoredTensor]:
+    """The tensors, some of them by other names."""
+    new = {name: names.get(name, name) for name in tensors}
+    return {new[name]: dataclasses.replace(tensor, name=new[name]) for name, tensor in tensors.items()}
 
 
 def _refuse_other_models(names: Iterable[str], source: Path) -> None:
@@ -117,18 +132,18 @@ def _refuse_other_models(names: Iterable[str], source: Path) -> None:
 
 def _split_experts(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
     """Experts one by one where a layer's are stacked in `mlp.experts.gate_up_proj` and `down_proj`, without a copy."""
-    found = dict(tensors)
+    found, prefix = dict(tensors), family.embedding_name.removesuffix("embed_tokens.weight")
     for layer in range(family.num_hidden_layers) if family.experts else ():
         fused = False
         for rule in family.rules:
             if rule.experts is None:
                 continue
             kind = "gate_up_proj" if len(rule.parts) == 2 else "down_proj"
-            stacked = found.pop(f"model.layers.{layer}.mlp.experts.{kind}", None)
+            stacked = found.pop(f"{prefix}layers.{layer}.mlp.experts.{kind}", None)
             if stacked is not None:
                 fused = True
                 found |= _experts_of(stacked, rule, layer)
-        router = found.pop(f"model.layers.{layer}.mlp.gate.weight", None) if fused else None
+        router = found.pop(f"{prefix}layers.{layer}.mlp.gate.weight", None) if fused else None
         if router is not None:  # families that name it otherwise in checkpoints do not when experts are stacked
             [name] = next(rule.parts for rule in family.rules if rule.megatron.endswith("router.weight"))
             name = name.format(layer=layer)

@@ -59,8 +59,8 @@ def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
 
 def resize_family(family: Family, vocab_size: int) -> Family:
     """The same model with another number of embeddings."""
-    config = copy.deepcopy(family.config)
-    config.vocab_size = vocab_size
+    config = copy.deepcopy(family.outer_config)
+    (config if family.whole_config is None else config.text_config).vocab_size = vocab_size
     return read_family(config)
 
 

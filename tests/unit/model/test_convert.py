@@ -29,8 +29,10 @@ from transformers import (
     PretrainedConfig,
     Qwen2Config,
     Qwen2MoeConfig,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from mpo_megatron.config import ConfigError, ConvertConfig
@@ -50,6 +52,10 @@ SIZES = {
     "num_key_value_heads": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "tie_word_embeddings": False}
+DELTA_NET = {
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 8, "linear_value_head_dim": 4},
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 MODELS: dict[str, PretrainedConfig] = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2.5-tied": Qwen2Config(**SIZES, tie_word_embeddings=True, rope_theta=1e6),
@@ -65,6 +71,8 @@ MODELS: dict[str, PretrainedConfig] = {
     "gemma3": Gemma3TextConfig(**SIZES, head_dim=32),
     "olmo2": Olmo2Config(**SIZES),
     "olmo3": Olmo3Config(**SIZES),
+    "qwen3.5": Qwen3_5TextConfig(**SIZES, **DELTA_NET, head_dim=32, tie_word_embeddings=True),
+    "qwen3-next": Qwen3NextConfig(**SIZES, **DELTA_NET, **EXPERTS, head_dim=32, shared_expert_intermediate_size=80),
     "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, shared_expert_intermediate_size=80, mlp_only_layers=[0]),
 }
 SIDE_FILES = {

@@ -1,0 +1,118 @@
+"""Weights in a Hugging Face checkpoint that are not the language model's: a vision tower, layers that predict further tokens.
+
+They are not trained. A conversion keeps them in a folder of the Megatron checkpoint, and export writes them again, bit for bit,
+beside the trained ones; a run's checkpoints name that folder. Or a conversion drops them, and a multimodal checkpoint becomes its
+text model's.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from mpo_megatron.families import Family, read_family
+from mpo_megatron.hf.conversion import CheckpointError, Conversion
+from mpo_megatron.model.safetensors_io import (
+    PlannedTensor,
+    RowReader,
+    StoredTensor,
+    WeightsDigest,
+    list_tensors,
+    plan_shards,
+    write_shards,
+)
+
+FOLDER = "others"
+"""Within a Megatron checkpoint's folder."""
+SHARD_BYTES = 4 * 2**30
+"""Largest file there."""
+
+
+def split_others(tensors: Mapping[str, StoredTensor], family: Family) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """The language model's tensors, and the others that its checkpoints may have."""
+    others = {name: tensor for name, tensor in tensors.items() if name.startswith(family.other_weights)}
+    return {name: tensor for name, tensor in tensors.items() if name not in others}, others
+
+
+def text_model(family: Family) -> Family:
+    """The same language model as one that is no part of another: its config alone, its weights under its own names."""
+    return family if family.whole_config is None else read_family(family.config)
+
+
+def write_text_config(path: Path, family: Family) -> None:
+    """Make the config.json of a multimodal model that of its text model."""
+    whole = json.loads(path.read_text(encoding="utf-8"))
+    inherited = {name: whole[name] for name in ("dtype", "torch_dtype", "transformers_version") if name in whole}
+    settings = {
+        **inherited,
+        **whole["text_config"],
+        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)].__name__],
+        "model_type": family.config.model_type,
+    }
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def describe(others: Mapping[str, StoredTensor]) -> str:
+    """How many there are, and what their names begin with."""
+    kinds = sorted({name.split(".")[1 if name.startswith("model.") else 0] for name in others})
+    return f"{len(others)} weights that are not the language model's ({', '.join(kinds)})"
+
+
+def count_bytes(others: Mapping[str, StoredTensor]) -> int:
+    """Bytes of their data."""
+    return sum(_planned(tensor).num_bytes for tensor in others.values())
+
+
+def keep_others(folder: Path, others: Mapping[str, StoredTensor], max_bytes: int, advance: Callable[[int], None]) -> str:
+    """Write them to a Megatron checkpoint's folder; their digest."""
+    digest = WeightsDigest()
+    (folder / FOLDER).mkdir()
+    with RowReader() as reader:
+
+        def rows_of(planned: PlannedTensor) -> Iterator[Tensor]:
+            for rows in read_rows(others[planned.name], reader, max_bytes):
+                digest.update(others[planned.name], rows)
+                advance(rows.numel() * rows.dtype.itemsize)
+                yield rows
+
+        write_shards(folder / FOLDER, plan_shards([_planned(tensor) for tensor in others.values()], SHARD_BYTES), rows_of)
+    print(f"{describe(others)} are kept as they are", file=sys.stderr)
+    return digest.hexdigest()
+
+
+def find_others(source: Path, conversion: Conversion) -> dict[str, StoredTensor]:
+    """Those that go with a Megatron checkpoint's folder: it has them, or the one that its training began with.
+
+    Raises:
+        CheckpointError: they are where they were no longer.
+    """
+    if conversion.others is None:
+        return {}
+    for folder in (source / FOLDER, Path(conversion.others)):
+        if folder.is_dir():
+            return list_tensors(folder)
+    raise CheckpointError(
+        f"{conversion.others}: no such folder; it has the weights of this model that are not trained (a vision tower, for "
+        f"example). Copy it to {source / FOLDER}, or convert the original checkpoint with --others drop and train from there."
+    )
+
+
+def read_rows(tensor: StoredTensor, reader: RowReader, max_bytes: int) -> Iterator[Tensor]:
+    """A tensor's rows, in order, in pieces of at most `max_bytes`."""
+    if not tensor.shape:
+        raise CheckpointError(f"{tensor.name} in {tensor.file} is a single number; only tensors with rows can be kept.")
+    step = max(1, max_bytes // max(1, tensor.row_bytes))
+    for first in range(0, tensor.shape[0], step):
+        rows = torch.empty((min(step, tensor.shape[0] - first), *tensor.shape[1:]), dtype=tensor.dtype)
+        reader.read(tensor, first, rows)
+        yield rows
+
+
+def _planned(tensor: StoredTensor) -> PlannedTensor:
+    return PlannedTensor(tensor.name, tensor.dtype, tensor.shape)
