@@ -166,4 +166,4 @@ def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
         table.add_row(*row)
     console.print(Text(f"{config.model} → {stages.folder / 'aligned'}"))
     console.print(table)
-    console.print(f"{estimate(config, stages)} Without --plan the command runs.", soft_wrap=True)
+    console.print(f"{estimate(config, stages)} Leave out --plan to run it.", soft_wrap=True)

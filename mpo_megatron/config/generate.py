@@ -238,7 +238,7 @@ def validate_generate(config: GenerateConfig) -> None:
         )
         require(
             config.endpoint == EndpointConfig(),
-            f"endpoint is set, but engine = {config.engine} asks none; set engine = openai, or leave it out.",
+            f"endpoint is set, but engine = {config.engine} uses none; set engine = openai, or leave it out.",
         )
 
 

@@ -94,7 +94,7 @@ class ModelConfig(Section, prefix="model."):
         )
         require(
             self.backend != "local",
-            f"model.fp8 = {self.fp8} with model.backend = local; FP8 is Transformer Engine's; set model.backend to auto.",
+            f"model.fp8 = {self.fp8} with model.backend = local; FP8 needs Transformer Engine; set model.backend to auto.",
         )
         require(
             not self.fp8_params or self.fp8 in ("current", "blockwise"),

@@ -131,7 +131,7 @@ class _Values:
                 continue
             if own in values.lines:
                 line = f"{where}:{key.start_mark.line + 1}"
-                raise ConfigError(f"{line}: {inner} stands there a second time, and what came first would be lost; join them.")
+                raise ConfigError(f"{line}: {inner} is given twice; merge both.")
             values[own] = self.read(value, where, inner, depth + 1)
             values.lines[own] = key.start_mark.line + 1
         return values

@@ -106,7 +106,7 @@ class PrepareConfig(Section):
             require(bool(ours and theirs), f"columns = {self.columns}; write ours=yours, for example prompt=question.")
         require(
             len(set(self.columns.values())) == len(self.columns),
-            f"columns = {self.columns}; one column of the input stands for two; name each once.",
+            f"columns = {self.columns}; one column of the input is mapped twice; name each once.",
         )
         check_seed(self.seed)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")

@@ -204,7 +204,7 @@ def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | 
         if not isinstance(value, str):
             return wrong + "; put it in quotes" if written and isinstance(value, bool | int | float) else wrong
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            return "it holds a zero byte, or bytes that are no UTF-8; take them out"
+            return "it holds a zero byte, or bytes that are not UTF-8; remove them"
         return None
     if dataclasses.is_dataclass(expected):
         return None if isinstance(value, typing.cast(type, expected)) else wrong

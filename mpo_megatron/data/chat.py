@@ -262,7 +262,7 @@ class Chat:
             text = continue_prompt(find_seam(prompt_text), self.strip_end(answer))
             return Tokens(text, self.response(answer, prompt_text, limit), None)
         if self.templated:
-            raise RowError("", "holds messages; behind a prompt that is templated already only text can stand")
+            raise RowError("", "holds messages; after an already templated prompt, a response must be text")
         said = [_with_content(message, self.shorten(message["content"], limit)) for message in answer]
         try:
             turns, exact = write_turns(self, list(messages), said, tools)
@@ -344,7 +344,7 @@ def check_templated(prompts: Sequence[Sequence[Message]], chat: Chat) -> None:
         2 * len(templated) <= len(prompts),
         f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had been applied "
         f"to them already, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to templated "
-        "to take them as they are, or to chat to apply the template to them again.",
+        "to use them unchanged, or to chat to apply the template again.",
     )
 
 

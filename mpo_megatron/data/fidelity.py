@@ -58,5 +58,5 @@ def _fail(group: Group, what: str, ours: str, wanted: str) -> None:
     start = max(0, place - 20)
     raise DataError(
         f"{group.where}: group {group.group_id}: {what} is not what apply_chat_template gives: {ours[start : place + 40]!r} "
-        f"instead of {wanted[start : place + 40]!r}; please report this template, or set check_every to 0 to go on."
+        f"instead of {wanted[start : place + 40]!r}; please report this template, or set check_every to 0 to continue."
     )

@@ -132,7 +132,7 @@ def _settle_groups(sample: Sample, options: Options) -> InputLayout:
 def _empty_scores(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
     """That columns for scores are there and hold nothing."""
     empty = [name for name in names if name in sample.empty]
-    return (f"{' and '.join(empty)}: empty in the first rows; labels stand for rewards there",) if empty else ()
+    return (f"{' and '.join(empty)}: empty in the first rows; labels are used instead of rewards",) if empty else ()
 
 
 def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:

@@ -167,7 +167,7 @@ def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: l
     if chat.lead.strip() and not chat.templated:
         console.print(
             f"The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "
-            "Answers given as messages get it; answers given as text are taken as they are. If the model should not think, set "
+            "Answers given as messages get it; answers given as text are used unchanged. If the model should not think, set "
             "chat_template_kwargs (Qwen3: enable_thinking: false).",
             style="yellow",
         )

@@ -76,7 +76,7 @@ class Renderer:
         except LimitError as error:
             self._num_limits += 1
             if self._num_limits >= MAX_LIMITS:
-                raise ConfigError(f"{self._name}: the template does not come to an end: {error}; mend it.") from error
+                raise ConfigError(f"{self._name}: the template does not end: {error}; fix it.") from error
             raise TemplateError(str(error)) from error
 
 

@@ -82,7 +82,7 @@ def _write_turn(
     elif set(message) == {"role", "content"}:
         text, end, is_plain = words, chat.end, True
     else:
-        raise RowError(where, "cannot stand behind its prompt: the chat template writes the conversation otherwise with it")
+        raise RowError(where, "cannot follow its prompt: the chat template writes the conversation differently with it")
     for name, value in (("reasoning_content", thought), ("content", words)):
         if value.strip() and value.strip() not in text:
             raise RowError(f"{where}.{name}", "is not written by the chat template, and would be lost")

@@ -72,7 +72,7 @@ class AtomicFolder:
             raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
         self.final = target.resolve()  # of a link: the folder that it stands for, on whatever disk
         if self.final.is_mount():
-            raise DataError(f"{target}: a disk is mounted there, which no folder can take the place of; name a folder in it.")
+            raise DataError(f"{target}: it is a mount point; name a folder in it.")
         require_no_writer(self.final)
         with writing(target):
             self.final.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def appear(partial: Path, final: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise DataError(f"{final}: another run has written it in the meantime; this one leaves it as it is.") from error
+        raise DataError(f"{final}: another run has written it in the meantime; this one leaves it unchanged.") from error
     sync(final.parent)
 
 

@@ -45,7 +45,7 @@ def find_function(option: str, function: str) -> Callable[..., Any]:
     except AttributeError as error:
         if getattr(error, "name", None) != name:
             raise ConfigError(f"{where}; it cannot be imported: AttributeError: {error}.") from error
-        raise ConfigError(f"{where}; {place} has no function {name}; is it spelled as there?") from error
+        raise ConfigError(f"{where}; {place} has no function {name}; check its spelling.") from error
     except (Exception, SystemExit) as error:  # anybody's file may raise anything
         raise ConfigError(f"{where}; it cannot be imported: {type(error).__name__}: {error}.") from error
     if not callable(found):

@@ -48,7 +48,7 @@ def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int)
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
     require(
         parallel.context in choices,
-        f"parallel.context = {parallel.context} cannot share out the {heads} attention heads and {groups} key/value heads that "
+        f"parallel.context = {parallel.context} cannot split the {heads} attention heads and {groups} key/value heads that "
         f"each tensor-parallel rank has; choose one of {', '.join(map(str, choices))}, or another parallel.tensor.",
     )
 
@@ -95,7 +95,7 @@ def _validate_experts(family: Family, parallel: ParallelConfig) -> None:
     require(
         parallel.expert == 1 or parallel.expert_tensor == 1 or device.has_gpu(),
         f"parallel.expert = {parallel.expert} with parallel.expert_tensor = {parallel.expert_tensor} gathers parts of different "
-        "length, which gloo, on a machine without a GPU, cannot; set one of them to 1.",
+        "lengths, which gloo (without a GPU) does not support; set one of them to 1.",
     )
     divisible = [("expert", "num_experts", experts.num), ("expert_tensor", experts.size_field, experts.channels)]
     if experts.shared_channels is not None:

@@ -36,10 +36,10 @@ def _refused(family: Family, *, from_engine: bool) -> dict[str, str]:
     """Modules that cannot be computed again, with the reason and the fix."""
     refused = {}
     if family.experts is not None and family.experts.everywhere:
-        refused["mlp"] = "all layers of the model have experts; name moe in its place"
+        refused["mlp"] = "all layers of the model have experts; name moe instead"
     if not from_engine:
         refused |= dict.fromkeys(
-            ("layernorm", "moe_act"), "Megatron-Core computes it again with Transformer Engine only; leave it out"
+            ("layernorm", "moe_act"), "Megatron-Core recomputes it with Transformer Engine only; leave it out"
         )
     elif family.experts is None:
         refused["layernorm"] = "Transformer Engine computes these norms within the products that follow them; leave it out"

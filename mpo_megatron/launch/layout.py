@@ -26,7 +26,7 @@ def load_run(job: JobConfig) -> TrainConfig:
     require(
         job.ranks % config.parallel.tensor == 0,
         f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: they "
-        f"talk after every layer and must share a machine; choose a divisor of {job.ranks}.",
+        f"exchange data after every layer and must share a machine; choose a divisor of {job.ranks}.",
     )
     return config
 
@@ -44,8 +44,8 @@ def require_kept(job: JobConfig, config: TrainConfig, option: str, mounts: Itera
     where = f"below {' or '.join(places)}" if places else "where it is mounted"
     require(
         any(output.is_relative_to(place) for place in places),
-        f"output = {config.output} in {job.train} lies in the job's own file system, which is lost with it; mount storage with "
-        f"--{option}, and name an absolute path {where} as output.",
+        f"output = {config.output} in {job.train} is in the job's own file system, which vanishes with the job; mount storage "
+        f"with --{option}, and name an absolute path {where} as output.",
     )
 
 

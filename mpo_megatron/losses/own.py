@@ -72,7 +72,7 @@ def build_params_class(function: Callable[..., Any]) -> type[Hyperparameters]:
     fields = []
     for parameter in others:
         if parameter.kind not in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY):
-            raise ValueError(f"its parameter {parameter} takes whatever comes; give each hyper-parameter a name.")
+            raise ValueError(f"its parameter {parameter} takes any number of arguments; give each hyper-parameter a name.")
         if parameter.default is kinds.empty or not _is_rule(hints.get(parameter.name)):
             raise ValueError(
                 f"its parameter {parameter.name} needs a default, and a type: float, int, bool, a Literal, or Positive, "

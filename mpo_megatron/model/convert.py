@@ -99,7 +99,8 @@ def convert(config: ConvertConfig) -> None:
         )
         require(
             not config.resize_vocabulary,
-            f"resize_vocabulary = true, but input = {source} is a Megatron checkpoint; it is for the way in: leave it out.",
+            f"resize_vocabulary = true, but input = {source} is a Megatron checkpoint; only conversions to Megatron add rows: "
+            "leave it out.",
         )
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
         return

@@ -105,7 +105,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     output = output.resolve()  # of a link: the folder that it stands for, on whatever disk
     require(
         not output.is_mount(),
-        f"output = {output}; a disk is mounted there, which no folder can take the place of; name a folder in it.",
+        f"output = {output}; it is a mount point; name a folder in it.",
     )
     parent = output.parent
     parent.mkdir(parents=True, exist_ok=True)

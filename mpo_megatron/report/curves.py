@@ -36,7 +36,7 @@ CHARTS = (
         title="Loss",
         unit="nats",
         metrics=("loss",),
-        about="Should fall on held-out groups too; where only training falls on, the run learns its data by heart.",
+        about="Should fall on held-out groups too; if only training loss falls, the run overfits.",
     ),
     Chart(
         section="Learning",
@@ -57,7 +57,7 @@ CHARTS = (
         title="Log-probability drift",
         unit="nats",
         metrics=("chosen_log_ratio", "rejected_log_ratio"),
-        about="Mean log π/π_ref. Both falling means that preferred responses get less likely, too; only less so than the others.",
+        about="Mean log π/π_ref. Both falling means that preferred responses get less likely, too, but less so than the others.",
         wide=True,
     ),
     Chart(
@@ -115,21 +115,21 @@ CHARTS = (
         title="Model FLOPs utilization",
         unit="share of peak",
         metrics=("mfu",),
-        about="Model operations per second over what the GPU is sold with in bf16; recomputation counts nothing.",
+        about="Model operations per second over the GPU's bf16 peak; recomputation does not count.",
     ),
     Chart(
         section="Speed",
         title="Model TFLOP/s per rank",
         unit="10¹² / s",
         metrics=("tflops_per_rank",),
-        about="Model operations per second and rank; recomputation counts nothing.",
+        about="Model operations per second and rank; recomputation does not count.",
     ),
     Chart(
         section="Speed",
         title="Time per step",
         unit="s",
         metrics=("seconds", "data_wait"),
-        about="Steps, and how long the rank that waited longest waited for its data.",
+        about="Time of a step, and the longest wait of a rank for its data.",
         wide=True,
     ),
     Chart(
@@ -137,7 +137,7 @@ CHARTS = (
         title="Slowest replica",
         unit="times the mean",
         metrics=("step_seconds_max_over_mean",),
-        about="1 where all ranks take equally long; well above 1 they wait for one of them.",
+        about="1 if all ranks take equally long; well above 1, they wait for one of them.",
     ),
     Chart(
         section="Speed",

@@ -75,7 +75,7 @@ def missing_data(run: RunRecord) -> str:
     return (
         f"{'; '.join(run.missing)}. Prompts, responses and rewards of these groups are not shown, nor the charts of rewards and "
         f"lengths. If they were moved, name the new path in {run.folder / 'config.yaml'}, remove its first line (the "
-        "digest), and make the page again."
+        "digest), and run mpo report again."
     )
 
 
@@ -83,7 +83,8 @@ def _progress(run: RunRecord) -> Iterator[Finding]:
     total = "?" if run.total_steps is None else run.total_steps
     if run.status == "stopped":
         text = (
-            f"Nothing was written for {run.age / 60:.0f} minutes, at step {run.step} of {total}. The same command again resumes."
+            f"Nothing was written for {run.age / 60:.0f} minutes, at step {run.step} of {total}. Run the same command again to "
+            "resume."
         )
         yield Finding(level="warn", title="The run stands still", text=text)
     starts = len(run.facts.get("starts", []))
@@ -174,7 +175,7 @@ def _skipped(run: RunRecord) -> Iterator[Finding]:
     per_step = run.config.get("data", {}).get("groups_per_step")
     if skipped and per_step and sum(skipped) / len(skipped) > SKIPPED * per_step:
         share = 100 * sum(skipped) / len(skipped) / per_step
-        text = f"{share:.0f} % of all groups have equal rewards, or none of a set; their prompts cost nothing but teach nothing."
+        text = f"{share:.0f} % of all groups have equal rewards, or none of a set; they are skipped and teach nothing."
         yield Finding(level="note", title="Many groups without contrast", text=text)
 
 

@@ -23,7 +23,7 @@ from mpo_megatron.terminal.visible import visible
 ALIGNED = "aligned"
 """Where `mpo align` leaves its model."""
 EXIT, RESET = ("/exit", "/quit", "exit", "quit"), "/reset"
-HELP = f"Write a message. {RESET} begins anew, {EXIT[0]} or Ctrl-D ends."
+HELP = f"Write a message. {RESET} starts over, {EXIT[0]} or Ctrl-D ends."
 
 
 @dataclass(kw_only=True, eq=False)
@@ -49,7 +49,7 @@ class Partner:
         limit = getattr(self.model.config, "max_position_embeddings", None)
         require(
             limit is None or len(ids) + 1 <= limit,
-            f"the conversation has {len(ids)} tokens, and {self.name} reads {limit}; {RESET} begins anew.",
+            f"the conversation has {len(ids)} tokens, and {self.name} reads {limit}; {RESET} starts over.",
         )
         room = config.max_tokens if limit is None else min(config.max_tokens, limit - len(ids))
         text = draw(self.model, self.chat, ids.tolist(), replace(config, max_tokens=room), write)

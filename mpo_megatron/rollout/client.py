@@ -253,7 +253,7 @@ class _Tally:
         if self.lost_in_a_row >= self.limit:
             raise DataError(
                 f"{self.config.base_url}: the last {self.lost_in_a_row} questions got no answer, each tried "
-                f"{self.config.retries + 1} times; the last: {reason}. Answers that came are kept; see to the server, then run "
+                f"{self.config.retries + 1} times; the last: {reason}. Answers that arrived are kept; check the server, then run "
                 "this again."
             )
         if self.refused >= self.limit and not self.taken:

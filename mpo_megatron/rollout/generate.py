@@ -230,7 +230,7 @@ def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_faile
         reasons = Counter(line["error"] for line in failed)
         worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         raise DataError(
-            f"{len(failed)} of {total} prompts failed: {worst}. They stand in {path}, the others are kept: run the same command "
+            f"{len(failed)} of {total} prompts failed: {worst}. They are in {path}, the others are kept: run the same command "
             "again to retry, or allow a share with max_failed."
         )
 
@@ -335,5 +335,5 @@ def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) 
     if summary["uncontrolled"]:
         say(
             f"The server may have drawn with a {', '.join(summary['uncontrolled'])} of its own: it does not say what kind of "
-            "server it is, and was not sent them. Set endpoint.server, or see to its defaults."
+            "server it is, and was not sent them. Set endpoint.server, or check its defaults."
         )

@@ -309,6 +309,6 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         labelled = item.select.sets != "all"
         where = f"select.sets = {item.select.sets}"
         check_data(build_objective(train.loss), has_rewards=True, has_labels=labelled, where=where)
-        require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not go on; leave it out.")
+        require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not resume; leave it out.")
     except ConfigError as error:
         raise ConfigError(f"round {item.number}: {error}") from error

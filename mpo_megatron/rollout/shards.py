@@ -44,7 +44,7 @@ def choose_shard(text: str | None) -> Shard:
     first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
     (part, rest), total = divmod(int(task) - first, step), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
     require(
-        rest == 0 and part < total, f"task {task} of this Slurm array of {total} has no place in it; name the part: --shard i/n."
+        rest == 0 and part < total, f"task {task} of this Slurm array of {total} is out of range; name the part: --shard i/n."
     )
     return Shard(part * ranks.total + ranks.part, total * ranks.total)
 

@@ -56,5 +56,5 @@ def shortfalls(*, transformer_engine: bool) -> list[str]:
         )
     for package in PACKAGES:
         if package.name in ATTENTION and is_importable(package) and (error := import_error(package.module)) is not None:
-            found.append(f"attention does without {package.name}: {diagnose(package.name, error)}")
+            found.append(f"attention runs without {package.name}: {diagnose(package.name, error)}")
     return found

@@ -20,7 +20,7 @@ OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580.65"}
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide every GPU; the last one is Slurm's for jobs without GPUs."""
 
-ON_CPU = "to compute on the CPU nevertheless, set CUDA_VISIBLE_DEVICES to nothing: CUDA_VISIBLE_DEVICES= mpo …"
+ON_CPU = "to compute on the CPU anyway, set CUDA_VISIBLE_DEVICES to nothing: CUDA_VISIBLE_DEVICES= mpo …"
 
 SYSTEM_NOT_READY = "802"
 """CUDA's error while the fabric manager of a machine with NVSwitch is not running."""

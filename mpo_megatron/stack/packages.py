@@ -52,7 +52,7 @@ PACKAGES = (
         module="apex",
         serves="without Transformer Engine: fused weight gradients, fused Adam",
     ),
-    Package(name="nvidia-resiliency-ext", module="nvidia_resiliency_ext", serves="writing checkpoints while training goes on"),
+    Package(name="nvidia-resiliency-ext", module="nvidia_resiliency_ext", serves="writing checkpoints while training continues"),
     Package(name="vllm", module="vllm", serves="fast generation, also during training"),
     Package(name="triton", module="triton", serves="torch.compile on GPUs"),
 )

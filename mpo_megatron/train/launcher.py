@@ -59,7 +59,7 @@ def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restart
         if failure is None or left or asked is not None:
             break
         if attempt < max_restarts:
-            print(f"mpo: {failure}; starting all ranks again ({attempt + 1} of {max_restarts}).", file=sys.stderr, flush=True)
+            print(f"mpo: {failure}; restarting all ranks ({attempt + 1} of {max_restarts}).", file=sys.stderr, flush=True)
     if last_words is not None or failure is not None:
         text = last_words or f"mpo: {failure}. Run the same command again: it resumes from the newest checkpoint."
         print(text, file=sys.stderr, flush=True)

@@ -111,7 +111,7 @@ def _compute_part(
     if len(broken):
         raise DataError(
             f"{data.path}: the reference log-prob of group {batch.table.group_ids[broken[0]]} is not finite; the reference "
-            "model computes nonsense there; look at its checkpoint, or train in another model.precision."
+            "model is broken there; check its checkpoint, or train in another model.precision."
         )
     columns: dict[str, Any] = {
         "index": indices,

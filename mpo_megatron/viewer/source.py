@@ -98,7 +98,7 @@ def _row_of_run(config: InspectConfig) -> Sight:
 
     shape = _row_shape(train, replicas, config.replica)
     first = train.data.first_step
-    require(config.step > first, f"step = {config.step}: the data of {folder} begins behind step {first}.")
+    require(config.step > first, f"step = {config.step}: the data of {folder} begins after step {first}.")
     indices = step_indices(
         config.step - 1 - first, len(data), train.data.groups_per_step, seed=train.seed, shuffle=train.data.shuffle
     )

@@ -105,7 +105,7 @@ def test_an_unexpected_failure_has_its_traceback_and_is_tried_again(start: Start
     code, output = end(run)
     assert code == 1, output
     assert output.count("RuntimeError: out of memory") == 2
-    assert "mpo: rank 1 failed; its traceback is the first one above; starting all ranks again (1 of 1)." in output
+    assert "mpo: rank 1 failed; its traceback is the first one above; restarting all ranks (1 of 1)." in output
     assert output.splitlines()[-1].startswith("mpo: rank 1 failed; its traceback is the first one above. Run the same command")
 
 

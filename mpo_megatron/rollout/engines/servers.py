@@ -39,9 +39,7 @@ def find_kind(config: EndpointConfig, client: Client) -> ServerKind:
         return config.server
     outcome = client.ask_one(config.base_url, _ask_kind)
     if outcome.failure is not None and outcome.failure.kind == "lost":
-        raise DataError(
-            f"{config.base_url}: cannot be reached: {outcome.failure.reason}; see to the server, then run this again."
-        )
+        raise DataError(f"{config.base_url}: cannot be reached: {outcome.failure.reason}; check the server, then run this again.")
     kind: ServerKind = outcome.answer or "openai"
     return kind
 

@@ -80,13 +80,13 @@ class SampleRegularizer:
         path = self.folder / f"samples_{due:08d}.jsonl"
         records: list[list[Record] | None] = [None]
         if self.run.ranks.is_main and path.is_file():
-            records = [unseal_lines(path, f"remove it: step {step + 1} then goes on with samples of the policy as it is now")]
+            records = [unseal_lines(path, f"remove it: step {step + 1} then uses samples of the current policy")]
         if get_world_size() > 1:  # other nodes may not see the main process's disk
             broadcast_object_list(records, src=0)
         found = records[0]
         if found is None:
             if due != step and self.run.ranks.is_main:
-                print(f"{path}: missing; step {step + 1} goes on with samples of the policy as it is now.", flush=True)
+                print(f"{path}: missing; step {step + 1} uses samples of the current policy.", flush=True)
             found = self.draw(due)
             if self.run.ranks.is_main:
                 replace_file(path, seal_lines(found))

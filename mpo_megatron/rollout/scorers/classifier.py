@@ -87,7 +87,7 @@ class Classifier:
         flat: Tensor = score.reshape(len(sequences), -1).float()
         require(
             flat.shape[1] == 1,
-            f"scorers.{self.name}.model = {self.folder}; it gives {flat.shape[1]} numbers for a response, and a reward is one.",
+            f"scorers.{self.name}.model = {self.folder}; it gives {flat.shape[1]} numbers a response; a reward model gives one.",
         )
         return flat[:, 0].cpu()
 

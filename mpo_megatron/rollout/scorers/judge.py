@@ -166,7 +166,7 @@ class Judge(Scorer):
         message = choice.get("message")
         text = read_text(message if isinstance(message, dict) else {}, "content")
         if read_finish_reason(choice.get("finish_reason")) != "stop":
-            raise UnusableAnswerError("cut", f"it is cut at max_tokens = {config.max_tokens}: what it ends with is no verdict")
+            raise UnusableAnswerError("cut", f"it is cut at max_tokens = {config.max_tokens}: its end is not a verdict")
         verdict = self.read_verdict(text)
         if verdict is None:
             raise UnusableAnswerError("garbage", "it states no verdict")

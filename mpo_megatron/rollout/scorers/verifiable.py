@@ -47,7 +47,7 @@ class Match(Scorer):
                 if read_number(item) is None:
                     raise DataError(
                         f"scorers.{self.name}: group {group['group_id']}: {self.config.field} = {item!r} is not a number; set "
-                        "mode = exact, or mend the prompt file."
+                        "mode = exact, or fix the prompt file."
                     )
         answers = self._answers([response["text"] for response in group["responses"]])
         scores: list[float | None] = []

@@ -159,8 +159,8 @@ def require_whole(steps: list[Path], damaged: list[str], run: Path) -> None:
     """
     if not steps and damaged:
         raise digests.DamagedError(
-            f"{run / 'checkpoints'}: no checkpoint is whole; damaged are {', '.join(damaged)}. Copy a whole one there, "
-            "or start anew with checkpoint.resume = false or another output."
+            f"{run / 'checkpoints'}: no checkpoint is complete; damaged are {', '.join(damaged)}. Copy a complete one there, "
+            "or start over with checkpoint.resume = false or another output."
         )
 
 
@@ -203,6 +203,6 @@ def check_first_step(first_step: int, done: int, folder: Path) -> None:
     """
     require(
         first_step <= done,
-        f"data.first_step = {first_step}, but {folder} stands at step {done}; train the steps before with their own data first "
+        f"data.first_step = {first_step}, but {folder} is at step {done}; train the steps before with their own data first "
         "(mpo iterate does, if train.json of the round before is removed).",
     )

@@ -258,6 +258,6 @@ def _reason(error: BaseException) -> str:
 
 def _message(path: Path, reason: str) -> str:
     return (
-        f"{path}: this checkpoint could not be written ({reason}); the older ones are untouched. Free some space, or mend the "
-        "disk, and start the same command again: it resumes."
+        f"{path}: this checkpoint could not be written ({reason}); the older ones are untouched. Free some space, or fix the "
+        "disk, and run the same command again: it resumes."
     )

@@ -89,7 +89,7 @@ def read_state(folder: Path) -> tuple[RunState, StepFiles]:
     found = content.get("format")
     if found != FORMAT:
         raise ConfigError(
-            f"{path}: has format {found}, this version of mpo_megatron reads format {FORMAT}; go on with the one that wrote it."
+            f"{path}: has format {found}, this version of mpo_megatron reads format {FORMAT}; use the version that wrote it."
         )
     return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
 

@@ -128,8 +128,8 @@ def report(judgement: Judgement, evidence: Evidence, run: Path, tokenizer: Path,
         print(f"{message}; {'applied' if judgement.apply else 'not applied'}; its groups: {path}", flush=True)
     if judgement.stop:
         raise TrainingError(
-            f"{message}; the weights are those before this step. Look at its groups in {folder}, mend the data, lower "
-            "optimizer.lr, or go on without such steps (faults.on_nan, faults.on_spike: skip)."
+            f"{message}; the weights are those before this step. Look at its groups in {folder}, fix the data, lower "
+            "optimizer.lr, or skip such steps (faults.on_nan, faults.on_spike: skip)."
         )
 
 

@@ -116,7 +116,7 @@ class SlowRanks:
         self.told_at *= 10
         return (
             f"SLOW: rank {rank} on {self.hosts[rank]} was the slowest of the last {self.steps} steps, now {ratio:.2f} times the "
-            "mean; all ranks wait for it: look at that machine, or leave it out."
+            "mean; all ranks wait for it: check that machine, or exclude it."
         )
 
 

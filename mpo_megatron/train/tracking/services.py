@@ -121,7 +121,7 @@ class MlflowTracker:
         except MlflowException as error:
             raise ConfigError(
                 f"logging.mlflow_experiment = {logging.mlflow_experiment}; MLflow cannot keep this run ({error}); start its "
-                "server, mend logging.mlflow_uri, or leave both out."
+                "server, fix logging.mlflow_uri, or leave both out."
             ) from error
         write_id(id_file, self.run_id)
 

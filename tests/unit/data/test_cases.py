@@ -233,7 +233,7 @@ def test_compressed_files_patterns_and_standard_input(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match="no file fits this pattern"):
         read_groups(str(tmp_path / "y-*.jsonl"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[: half // 4])
-    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read after line \d+: .*damaged or cut off"):
+    with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read after line \d+: .*damaged or truncated"):
         list(read_groups(str(tmp_path / "a.jsonl.gz")).items)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
     assert firsts(read_groups("-").items) == [0, 1, 2, 3, 4, 5]
@@ -434,7 +434,7 @@ def test_scores_that_first_appear_late_are_seen(run: Any, write_lines: Writer, t
     empty = [row | {"chosen_score": None, "rejected_score": None} for row in pairs[:3]]
     summary, groups, printed = run(write_lines(*empty), output="empty")
     assert groups.info.reward_kind == "labels"
-    assert "chosen_score and rejected_score: empty in the first rows; labels stand for rewards there" in printed
+    assert "chosen_score and rejected_score: empty in the first rows; labels are used instead of rewards" in printed
 
 
 def test_inputs_are_mixed_by_weight(run: Any, write_lines: Writer) -> None:

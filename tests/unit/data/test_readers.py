@@ -140,7 +140,7 @@ def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
     with pytest.raises(DataError, match=r"the suffix must be one of .jsonl, .json, .csv, .tsv, .parquet, for text also with .gz"):
         read_groups(str(tmp_path / "rows.txt"))
     (tmp_path / "rows.jsonl.gz").write_bytes(b"\x1f\x8bnot really")
-    with pytest.raises(DataError, match=r"rows.jsonl.gz: cannot be read after line 0: .*damaged or cut off"):
+    with pytest.raises(DataError, match=r"rows.jsonl.gz: cannot be read after line 0: .*damaged or truncated"):
         read_groups(str(tmp_path / "rows.jsonl.gz"))
 
 

@@ -159,7 +159,7 @@ def test_a_link_to_an_empty_folder_or_to_none_yet_is_written_through(tmp_path: P
 
 def test_a_mounted_disk_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "disk")
-    with pytest.raises(DataError, match=r"disk: a disk is mounted there, .* name a folder in it"):
+    with pytest.raises(DataError, match=r"disk: it is a mount point; name a folder in it"):
         write(tmp_path / "disk", iter(lambda: pytest.fail("groups were read"), None))
 
 

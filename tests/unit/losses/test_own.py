@@ -86,7 +86,7 @@ def test_a_file_that_changes_is_another_loss(tmp_path: Path) -> None:
 WRONG = {
     "def f(batch, x=1.0): return batch": "its parameter x needs a default, and a type",
     "def f(batch, *, x: float): return batch": "its parameter x needs a default, and a type",
-    "def f(batch, **x): return batch": r"its parameter \*\*x takes whatever comes",
+    "def f(batch, **x): return batch": r"its parameter \*\*x takes any number of arguments",
     "def f(): return 1": "its first parameter must be the batch",
     "f = 3": "it is of type int, not a function",
     "def g(batch): return 1": "has no function f",

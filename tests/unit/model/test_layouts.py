@@ -36,7 +36,7 @@ def test_heads_are_shared_out_whole() -> None:
 @pytest.mark.parametrize(
     ("config", "layout", "message"),
     [
-        (DENSE, {"context": 16}, "parallel.context = 16 cannot share out the 40 attention heads and 8 key/value heads"),
+        (DENSE, {"context": 16}, "parallel.context = 16 cannot split the 40 attention heads and 8 key/value heads"),
         (DENSE, {"tensor": 2, "context": 5}, "20 attention heads and 4 key/value heads .* choose one of 1, 2, 4, 20"),
         (
             DENSE,

@@ -82,7 +82,7 @@ def test_gradients_stay(config: PretrainedConfig, modules: list[str], ranks: Ran
         torch.testing.assert_close(again[name], gradient, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6, msg=name)
 
 
-ENGINE_ONLY = "Megatron-Core computes it again with Transformer Engine only"
+ENGINE_ONLY = "Megatron-Core recomputes it with Transformer Engine only"
 
 
 @pytest.mark.parametrize(

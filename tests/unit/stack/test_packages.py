@@ -129,7 +129,7 @@ def test_a_broken_attention_package_is_told(site: Path) -> None:
     install(site, "flash-attn", "2.8.3", module="flash_attn", source=f"raise ImportError('{library}')\n")
     (told,) = checks.shortfalls(transformer_engine=True)
     assert told.startswith(
-        "attention does without flash-attn: flash-attn 2.8.3 is installed but does not import (ImportError: libcudart"
+        "attention runs without flash-attn: flash-attn 2.8.3 is installed but does not import (ImportError: libcudart"
     )
     assert "it is built for another CUDA; pip install --no-cache-dir" in told
 

@@ -193,7 +193,7 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(later)))
     [index] = step_indices(1, len(data), 1, seed=config.seed, shuffle=True).tolist()
     assert look(InspectConfig(run=str(tmp_path), step=7)).groups[0].group_id == f"g{index}"
-    with pytest.raises(ConfigError, match="begins behind step 5"):
+    with pytest.raises(ConfigError, match="begins after step 5"):
         look(InspectConfig(run=str(tmp_path), step=5))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(ConfigError, match="row = 7: replica 0 has 1 rows at step 1"):
