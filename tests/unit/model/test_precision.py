@@ -19,7 +19,7 @@ from mpo_megatron.model import precision
 from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.precision import numerics, validate_fp8
 from mpo_megatron.train import optimizer
-from mpo_megatron.train.reference import cache_key
+from mpo_megatron.train.reference_cache import cache_key
 
 FP8 = sorted(RECIPES)
 SIZES = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28}
