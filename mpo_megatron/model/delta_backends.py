@@ -13,7 +13,7 @@ INSTALL = "pip install flash-linear-attention"
 
 
 def choose_delta_rule(model: ModelConfig, family: Family) -> str:
-    """The back end for this machine: `torch` or `fla`.
+    """The back end for this machine: `torch` or `fla`; for a model without such layers `auto`.
 
     `auto` is `torch` without a GPU and in float32, where exactness is asked for; with bf16 on a GPU it is `fla`, whose kernels
     must be there: in plain operations a Gated DeltaNet would take most of a step.
@@ -27,7 +27,7 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
             model.delta_rule == "auto",
             f"model.delta_rule = {model.delta_rule}, but no layer of the model is a Gated DeltaNet; leave it out.",
         )
-        return "torch"
+        return "auto"  # nothing to choose, and the choice may be made again
     if model.delta_rule == "torch":
         return "torch"
     if model.delta_rule == "auto" and (not device.has_gpu() or model.precision == "fp32"):

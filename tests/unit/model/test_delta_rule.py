@@ -203,3 +203,5 @@ def test_a_model_without_such_layers_has_no_kernel_to_choose() -> None:
     family = read_family(CONFIGS["qwen3"]())
     with pytest.raises(ConfigError, match=r"model\.delta_rule = torch, but no layer"):
         choose_delta_rule(ModelConfig(checkpoint="x", delta_rule="torch"), family)
+    chosen = choose_delta_rule(ModelConfig(checkpoint="x"), family)  # a run decides once for all ranks, and each builds with that
+    assert choose_delta_rule(ModelConfig(checkpoint="x", delta_rule=chosen), family) == chosen  # type: ignore[arg-type]
