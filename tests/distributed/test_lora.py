@@ -32,6 +32,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.train.setup import build_setup
 from tests.distributed.launch import kill_ranks_when, run_ranks
+from tests.distributed.parity import round_to_nf4
 from tests.distributed.test_train import first_loss, metrics, newest_step
 from tests.tiny import random_groups, save_groups, save_model
 
@@ -151,6 +152,39 @@ def test_what_was_trained_answers_the_same_everywhere(inputs: Path, undisturbed:
         answers.append([[response["token_ids"] for response in json.loads(line).get("responses", [])] for line in lines])
     assert answers[0] == answers[1] == answers[2]
     assert len(answers[0]) >= 3
+
+
+def test_weights_in_four_bits_move_to_another_layout_and_merge(tmp_path: Path) -> None:
+    """A run beside NF4 weights stops and resumes on another layout; its merged model answers as PEFT on rounded weights does."""
+    pytest.importorskip("bitsandbytes")
+    inputs = tmp_path
+    save_model(inputs / "hf", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
+    convert(ConvertConfig(input=str(inputs / "hf"), output=str(inputs / "model")))
+    save_groups(inputs / "train", random_groups(16, seed=1), inputs / "hf")
+    quantized = ("--lora.quantize", "nf4", "--epochs", "1")
+    train(inputs, tmp_path / "run", *TENSOR, *quantized, "--stop_after", "1")
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    lines = train(inputs, tmp_path / "run", *TENSOR, *quantized)
+    train(inputs, tmp_path / "moved", *quantized)
+    assert lines[0]["kl"] == 0
+    assert lines[1]["adapter_norm"] > 0
+    step = newest_step(tmp_path / "run")
+    assert read_adapter(step).adapter.quantize == "nf4"
+    keys = CheckpointReader(step / "megatron").tensors
+    assert all(".adapter." in key for key in keys)
+    ours, other = (matrices(newest_step(tmp_path / name), tmp_path / f"peft-{name}") for name in ("run", "moved"))
+    for name, tensor in ours.items():
+        assert (other[name] - tensor).abs().max() <= 1e-3, name  # as after a move without 4 bits
+    convert(ConvertConfig(input=str(tmp_path / "run"), output=str(tmp_path / "merged"), merge=True))
+    base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (inputs / "hf", tmp_path / "merged"))
+    tokens = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 60]])
+    with torch.no_grad():
+        whole = PeftModel.from_pretrained(base, tmp_path / "peft-run")(tokens).logits
+        base = AutoModelForCausalLM.from_pretrained(inputs / "hf")
+        round_to_nf4(base)
+        theirs, ours_merged = PeftModel.from_pretrained(base, tmp_path / "peft-run")(tokens).logits, merged(tokens).logits
+    assert (ours_merged - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    assert (ours_merged - whole).abs().max() > 1e-3 * theirs.abs().max()
 
 
 def test_held_out_groups_are_measured_against_the_base_model(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
