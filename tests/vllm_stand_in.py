@@ -1,7 +1,8 @@
 """vLLM's side of a live engine, on a CPU and without vLLM, by the names that tools/vllm_names.py finds in its sources.
 
 The buffer that CUDA IPC would share is a file in shared memory. As in vLLM it is exported once an update and used again for every
-chunk, so that a worker that kept a view of it would see later chunks.
+chunk, so that a worker that kept a view of it would see later chunks. What NCCL would broadcast goes through a TCPStore, at the
+address and port at which vLLM's two sides would meet; tools/vllm_transfer.py does the same with vLLM's own classes.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ import base64
 import pickle
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import cached_property
 from types import ModuleType
 from typing import Any
@@ -97,15 +101,84 @@ class IPCTrainerWeightTransferEngine:
             dist.barrier()
 
 
+@dataclass
+class NCCLTrainerInitInfo:
+    master_address: str
+    master_port: int
+    world_size: int
+    packed: bool = True
+    packed_buffer_size_bytes: int = 2**30
+    rank: int = field(kw_only=True)
+
+
+class NCCLTrainerWeightTransferEngine:
+    """Sends all weights of a source from one rank, which waits for the workers as long as nobody shuts it down."""
+
+    def __init__(self, info: NCCLTrainerInitInfo, client: Any, source: Any) -> None:
+        self.info, self.client, self.source = info, client, source
+        self.sends, self.sent, self.over = info.rank == 0, 0, False
+        self.known: list[ParamMeta] = []
+
+    @classmethod
+    def trainer_init(
+        cls, init_info: NCCLTrainerInitInfo, *, client: Any, source: Any | None = None
+    ) -> NCCLTrainerWeightTransferEngine:
+        engine = cls(init_info, client, source)
+        if engine.sends:
+            info = {"master_address": init_info.master_address, "master_port": init_info.master_port, "rank_offset": 1}
+            info |= {"world_size": init_info.world_size, "packed": init_info.packed}
+            with ThreadPoolExecutor(1) as pool:
+                called = pool.submit(client.init_weight_transfer_engine, info)
+                engine.store = meet(info, is_master=True)
+                called.result()
+        return engine
+
+    def send_weights(self) -> None:
+        meta = self.source.metadata
+        if not self.sends:
+            assert list(self.source.iter_full()) == []  # it only helps to gather
+            return
+        fields = {"names": [each.name for each in meta], "shapes": [list(each.shape) for each in meta]}
+        fields |= {"dtype_names": [str(each.dtype).removeprefix("torch.") for each in meta]}
+        self.client.start_weight_update()
+        pool = ThreadPoolExecutor(1)
+        called = pool.submit(self.client.update_weights, {} if meta == self.known else fields)
+        for expected, (name, tensor) in zip(meta, self.source.iter_full(), strict=True):
+            assert (name, tensor.dtype, tuple(tensor.shape)) == (expected.name, expected.dtype, tuple(expected.shape))
+            self.store.set(f"{self.sent}", base64.b64encode(pickle.dumps(tensor)).decode())
+            for worker in range(1, self.info.world_size):
+                while not self.over and not self.store.check([f"{self.sent}/{worker}"]):
+                    time.sleep(0.001)
+            self.sent += 1
+        called.result()
+        pool.shutdown(wait=False)
+        self.client.finish_weight_update()
+        self.known = meta
+
+    def shutdown(self) -> None:
+        self.over = True
+
+
+def meet(info: dict[str, Any], *, is_master: bool) -> dist.TCPStore:
+    """Where sender and workers find each other; none waits longer than two seconds."""
+    limit = timedelta(seconds=2)
+    return dist.TCPStore(info["master_address"], info["master_port"], info["world_size"], is_master, timeout=limit)
+
+
 class Worker:
     """A worker process of vLLM's: it keeps what its model's loaders are given."""
 
-    def __init__(self, gpu: str) -> None:
-        self.gpu, self.packed, self.active = gpu, False, False
+    def __init__(self, gpu: str, rank: int = 0) -> None:
+        self.gpu, self.rank, self.packed, self.active, self.fails = gpu, rank, False, False, False
         self.loaded: dict[str, Tensor] = {}
+        self.store: dist.TCPStore | None = None
+        self.received, self.known = 0, {}  # type: ignore[var-annotated]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         self.packed = init_info["packed"]
+        if "master_address" in init_info:
+            self.store = meet(init_info, is_master=False)
+            self.rank += init_info["rank_offset"]
 
     def start_weight_update(self) -> None:
         assert not self.active
@@ -114,6 +187,16 @@ class Worker:
     def update_weights(self, update_info: dict[str, Any]) -> None:
         assert self.active
         assert self.packed
+        if self.fails:
+            raise RuntimeError("CUDA out of memory")
+        if self.store is not None:
+            self.known = update_info or self.known
+            for name, shape, kind in zip(*(self.known[field] for field in ("names", "shapes", "dtype_names")), strict=True):
+                self.loaded[name] = pickle.loads(base64.b64decode(self.store.get(f"{self.received}")))
+                assert (list(self.loaded[name].shape), self.loaded[name].dtype) == (shape, getattr(torch, kind))
+                self.store.set(f"{self.received}/{self.rank}", "taken")
+                self.received += 1
+            return
         assert update_info.get("ipc_handles") is None  # classes of torch's would need a pickle of their own on the way
         handles = pickle.loads(base64.b64decode(update_info["ipc_handles_pickled"]))
         path, size = handles[self.gpu]
@@ -132,15 +215,16 @@ class Engine:
     """`LLMEngine`, as far as weights go."""
 
     def __init__(self, gpus: int = 1) -> None:
-        self.workers = [Worker(f"GPU {index}") for index in range(gpus)]
+        self.workers = [Worker(f"GPU {index}", index) for index in range(gpus)]
         self.calls: list[str] = []
         self.awake = {"weights", "kv_cache"}
 
     def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
         self.calls.append(method)
         assert method == "init_weight_transfer_engine" or "weights" in self.awake
-        for worker in self.workers:
-            getattr(worker, method)(*args, **(kwargs or {}))
+        with ThreadPoolExecutor(len(self.workers)) as pool:  # at the same time: they may wait for each other
+            for done in as_completed([pool.submit(getattr(worker, method), *args, **(kwargs or {})) for worker in self.workers]):
+                done.result()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.calls.append(f"wake {tags}")
@@ -169,6 +253,7 @@ def modules() -> Iterator[tuple[str, ModuleType]]:
         ".distributed.weight_transfer": (),
         ".distributed.weight_transfer.base": (ParamMeta, WeightSource),
         ".distributed.weight_transfer.ipc_engine": (IPCTrainerInitInfo, IPCTrainerWeightTransferEngine),
+        ".distributed.weight_transfer.nccl_engine": (NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine),
     }
     for name, members in contents.items():
         module = ModuleType(f"vllm{name}")

@@ -93,13 +93,13 @@ def download(project: str, version: str, folder: Path) -> Path:
     return folder
 
 
-def check(project: str, chosen: Sequence[str], missing_names: Callable[[Path], list[str]], count: int) -> int:
-    """Check each folder or version, and print a line for it; 1 if a name is missing.
+def check(project: str, chosen: Sequence[str], missing_names: Callable[[Path], list[str]], whole: str) -> int:
+    """Check each folder or version, and print a line for it; 1 if anything is missing.
 
     Args:
         chosen: folders that have the package, and versions to download
         missing_names: what the package in a folder lacks
-        count: of all names
+        whole: what is said of one that lacks nothing
     """
     code = 0
     for each in chosen:
@@ -111,6 +111,6 @@ def check(project: str, chosen: Sequence[str], missing_names: Callable[[Path], l
                 print(error, file=sys.stderr)
                 return 1
             wanting = missing_names(root)
-        print(f"{project} {each}: " + ("; ".join(wanting) or f"has all of {count} names"))
+        print(f"{project} {each}: " + ("; ".join(wanting) or whole))
         code |= bool(wanting)
     return code

@@ -37,14 +37,15 @@ NAMES = (
         Name("vllm.sampling_params", f"SamplingParams.{name}")
         for name in (
             *("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
-            *("max_tokens", "stop_token_ids", "stop", "seed", "detokenize", "output_kind"),
+            *("max_tokens", "stop_token_ids", "stop", "seed", "detokenize", "output_kind", "logprobs"),
         )
     ),
     Name("vllm.sampling_params", "RequestOutputKind"),
     *(Name("vllm.engine.arg_utils", f"EngineArgs.{name}") for name in ("enable_lora", "max_loras", "max_lora_rank")),
     *(Name("vllm.lora.request", f"LoRARequest.{name}") for name in ("lora_name", "lora_int_id", "lora_path")),
-    # rollout/live/vllm.py
-    Name(ENGINE, "LLMEngine.collective_rpc", ("method", "kwargs")),
+    Name("vllm.outputs", "CompletionOutput.cumulative_logprob"),
+    # rollout/live/vllm.py and transfer.py
+    Name(ENGINE, "LLMEngine.collective_rpc", ("method", "timeout", "kwargs")),
     Name(ENGINE, "LLMEngine.sleep", ("level",)),
     Name(ENGINE, "LLMEngine.wake_up", ("tags",)),
     Name(ENGINE, "LLMEngine.reset_prefix_cache"),
@@ -63,6 +64,19 @@ NAMES = (
     Name(f"{TRANSFER}.ipc_engine", "IPCWeightTransferUpdateInfo.ipc_handles_pickled"),
     Name(f"{TRANSFER}.ipc_engine", "IPCTrainerWeightTransferEngine.trainer_init", ("init_info", "client", "source")),
     Name(f"{TRANSFER}.ipc_engine", "IPCTrainerWeightTransferEngine.send_weights"),
+    *(
+        Name(f"{TRANSFER}.nccl_engine", f"NCCLTrainerInitInfo.{name}")
+        for name in ("master_address", "master_port", "world_size", "packed", "packed_buffer_size_bytes")
+    ),
+    Name(f"{TRANSFER}.nccl_engine", "NCCLTrainerWeightTransferEngine.trainer_init", ("init_info", "client", "source")),
+    Name(f"{TRANSFER}.nccl_engine", "NCCLTrainerWeightTransferEngine.send_weights"),
+    Name(f"{TRANSFER}.nccl_engine", "NCCLTrainerWeightTransferEngine.shutdown"),
+    # rollout/engines/vllm_server.py
+    Name(WORKER, "Worker.reload_weights"),
+    Name("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.reload_weights", ("weights_path",)),
+    *(Name("vllm.config.vllm", f"VllmConfig.{name}") for name in ("model_config", "cache_config", "weight_transfer_config")),
+    *(Name("vllm.config.model", f"ModelConfig.{name}") for name in ("max_model_len", "quantization", "quantization_config")),
+    Name("vllm.config.cache", "CacheConfig.cache_dtype"),
 )
 """What is imported, called, or a parameter of what is."""
 
@@ -75,7 +89,34 @@ TEXTS = {
         '"ipc_handles"',
         "source.iter_full()",
     ),
-    "vllm.envs": ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ENABLE_V1_MULTIPROCESSING"),
+    f"{TRANSFER}.nccl_engine": (
+        "self.client.init_weight_transfer_engine(",
+        "self.client.start_weight_update(",
+        "self.client.update_weights",
+        "self.client.finish_weight_update(",
+        "source.iter_full()",
+        "source.metadata",
+    ),
+    "vllm.entrypoints.rl.online.api_router": (
+        '"/pause"',
+        '"/resume"',
+        '"/init_weight_transfer_engine"',
+        '"/start_weight_update"',
+        '"/update_weights"',
+        '"/finish_weight_update"',
+        '"/update_weight_version"',
+        '"/weight_info"',
+        '"/get_world_size"',
+        "init_info: Annotated",
+        "update_info: Annotated",
+        "new_version: Annotated",
+    ),
+    "vllm.entrypoints.serve.dev.cache.api_router": ('"/reset_prefix_cache"', '"success"'),
+    "vllm.entrypoints.serve.dev.rpc.api_router": ('"/collective_rpc"', '"method"', '"kwargs"'),
+    "vllm.entrypoints.serve.dev.server_info.api_router": ('"/server_info"', "config_format", '"vllm_config"'),
+    "vllm.entrypoints.serve.instrumentator.basic": ('"/version"', '"version"'),
+    "vllm.config.quantization": ('"fp8_per_tensor"', '"fp8_per_block"', '"fp8_per_channel"', '"mxfp8"', '"mxfp4"'),
+    "vllm.envs": ("VLLM_ALLOW_INSECURE_SERIALIZATION", "VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_SERVER_DEV_MODE"),
 }
 """What must be written somewhere in a module; `engine.client` counts as `self.client`."""
 
@@ -96,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(chosen):
         print(__doc__)
         return 0
-    return check("vllm", chosen, missing_names, len(NAMES) + sum(map(len, TEXTS.values())))
+    return check("vllm", chosen, missing_names, f"has all of {len(NAMES) + sum(map(len, TEXTS.values()))} names")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from mpo_megatron.config.iterate import IterateConfig
 from mpo_megatron.config.launch import JobConfig, KubernetesJob, SkypilotJob, SlurmArray, SlurmJob, TorchrunJob
 from mpo_megatron.config.lora import LoraConfig
 from mpo_megatron.config.model import ModelConfig
+from mpo_megatron.config.online import LiveVllmConfig, OnlineConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.parsing import build_parser, from_dict, load_yaml, parse, to_dict
 from mpo_megatron.config.plan import PlanConfig
@@ -35,10 +36,8 @@ from mpo_megatron.config.train import (
     CheckpointConfig,
     DataConfig,
     FaultConfig,
-    LiveVllmConfig,
     LoggingConfig,
     LossConfig,
-    OnlineConfig,
     OptimizerConfig,
     TrainConfig,
     validate_folders,

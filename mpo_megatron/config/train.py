@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import (
-    ConfigError,
     check_checkpoint,
     check_function,
     check_seed,
     check_writable,
-    find_change,
     require,
 )
 from mpo_megatron.config.experts import ExpertsConfig
 from mpo_megatron.config.lora import LoraConfig
 from mpo_megatron.config.model import ADAPTER_OFF, ModelConfig
+from mpo_megatron.config.online import OnlineConfig
 from mpo_megatron.config.parallel import ParallelConfig
 from mpo_megatron.config.values import Section
-
-LIVE_ENGINE_OPTIONS = (
-    *("model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization"),
-    *("load_format", "enable_sleep_mode", "weight_transfer_config", "distributed_executor_backend"),
-)
-"""Arguments of vLLM's `EngineArgs` that follow from the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,65 +228,6 @@ class LoggingConfig(Section, prefix="logging."):
             "logging.mlflow_uri holds a password, which would be saved with the run; take it out, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LiveVllmConfig(Section, prefix="online.vllm."):
-    """vLLM beside the training."""
-
-    memory_fraction: float | None = None
-    """Share of a GPU's memory that it uses while it samples; by default what weights, keys and values, and kernels need."""
-    tensor_parallel: int = 1
-    """GPUs that share each layer: those of the first ranks of each model replica."""
-    pipeline_parallel: int = 1
-    """GPUs (or groups of them) that share the depth: those of the first ranks, too."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Further arguments of vLLM's `EngineArgs`, for example `quantization: fp8`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            self.memory_fraction is None or 0 < self.memory_fraction < 1,
-            f"online.vllm.memory_fraction = {self.memory_fraction}; it must be above 0 and below 1.",
-        )
-        for name in ("tensor_parallel", "pipeline_parallel"):
-            require(getattr(self, name) >= 1, f"online.vllm.{name} = {getattr(self, name)}; it must be at least 1.")
-        for name in LIVE_ENGINE_OPTIONS:
-            require(name not in self.options, f"online.vllm.options.{name} is set by mpo train itself; leave it out.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnlineConfig(Section, prefix="online."):
-    """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples of the policy as it trains (SPO, Eq. 15)."""
-
-    kl_weight: float = 0.0
-    """β, added to any loss; 0 samples nothing. The paper tries 0.01 and 0.1."""
-    every: int = 8
-    """T: sample again after this many steps, and keep the samples until then."""
-    num_samples: int = 32
-    """Samples per batch, for prompts of the last T steps."""
-    max_tokens: int = 512
-    """Longest sample, its end token included."""
-    temperature: float = 1.0
-    """Sampling temperature; only 1 samples the policy's own distribution."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What samples, on one rank per model replica, from the live weights: the embedded model, or vLLM beside the training."""
-    vllm: LiveVllmConfig = field(default_factory=LiveVllmConfig)
-    """The engine of `engine: vllm`."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require(
-            0 <= self.kl_weight < math.inf,
-            f"online.kl_weight = {self.kl_weight}; it must be 0 (off) or positive, and finite.",
-        )
-        for name in ("every", "num_samples", "max_tokens"):
-            require(getattr(self, name) >= 1, f"online.{name} = {getattr(self, name)}; it must be at least 1.")
-        require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
-        if self.engine != "vllm" and (changed := find_change(asdict(LiveVllmConfig()), asdict(self.vllm))):
-            raise ConfigError(
-                f"online.vllm.{changed[0]} is set, but online.engine = {self.engine}; set online.engine = vllm, or leave it out."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

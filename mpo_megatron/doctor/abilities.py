@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, is_hugging_face, load_yaml
 from mpo_megatron.files import DataError
+from mpo_megatron.hf.live_engine import quantized_sampling
 from mpo_megatron.stack.checks import has_fused_gradients
 from mpo_megatron.stack.imports import version_of
 from mpo_megatron.stack.packages import missing_for_live_vllm
@@ -123,10 +124,16 @@ def _weight_gradients(engine: bool) -> tuple[str, str]:
 def _live_engine(config: TrainConfig) -> tuple[str, str]:
     """The engine that samples beside the training, and how weights reach it."""
     online = config.online
-    if online.engine != "vllm":
+    if online.engine == "transformers":
         return online.engine, "online.engine; weights pass through host memory"
-    spread = f"tensor {online.vllm.tensor_parallel} × pipeline {online.vllm.pipeline_parallel} a replica"
-    return f"vllm {version_of('vllm')}, {spread}", missing_for_live_vllm() or "online.engine; weights pass by CUDA IPC"
+    if online.engine == "server":
+        return f"vLLM at {online.endpoint.base_url}", missing_for_live_vllm() or "online.endpoint; weights pass by NCCL"
+    engine, shared = online.vllm, online.vllm.gpus == "shared"
+    where = "the ranks' GPUs, by CUDA IPC" if shared else "GPUs of its own, by NCCL"
+    choice = f"vllm {version_of('vllm')}, tensor {engine.tensor_parallel} × pipeline {engine.pipeline_parallel} a replica"
+    if (cause := quantized_sampling(engine.options)) is not None:
+        choice += f", quantised ({cause})"
+    return choice, missing_for_live_vllm() or f"online.engine; weights pass to {where}"
 
 
 def _overlap(config: TrainConfig) -> tuple[str, str]:

@@ -6,7 +6,9 @@ kernels work in. While it sleeps, only CUDA's context and captured graphs stay.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mpo_megatron.config import LiveVllmConfig, ParallelConfig, require
 from mpo_megatron.families import Family
@@ -18,6 +20,13 @@ BATCH_TOKENS = 8192
 """Tokens of prompts that vLLM computes in one step, its default for throughput; what kernels work in follows them."""
 LOGIT_ROWS = 1024
 """Sequences whose float32 logits exist at one time, its default limit on recent GPUs."""
+ONLINE_QUANTIZATION = (
+    *("fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "mxfp4"),
+    *("int8_per_channel_weight_only", "nvfp4_per_token", "experts_int8", "online"),
+)
+"""Methods by which vLLM 0.33 quantises a checkpoint's bf16 weights while it loads them, and so at every update again."""
+WIDE_CACHE = (None, "auto", "float16", "bfloat16")
+"""Types of cached keys and values that are no quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,17 +92,50 @@ def choose_memory_fraction(need: EngineMemory, *, free: int, total: int) -> floa
     return min(need.awake, free) / total
 
 
+def requantises(method: str | None) -> bool:
+    """Whether vLLM quantises weights by this method as they come, again at every update; None is no quantisation."""
+    return method is None or method in ONLINE_QUANTIZATION
+
+
+def validate_quantization(method: str | None, where: str) -> None:
+    """Check that an engine quantised by this method takes the policy's weights.
+
+    Args:
+        where: the field that says so
+    Raises:
+        ConfigError: naming the methods that do.
+    """
+    choices = ", ".join(ONLINE_QUANTIZATION)
+    if method == "fp8":
+        reason = "in vLLM 0.33 it only reads checkpoints that are FP8 already; fp8_per_tensor is what it was for others"
+    elif method == "torchao":
+        reason = "its layers are quantised again only if all weights arrive in one call, and they travel in parts"
+    else:
+        reason = "it reads weights that are quantised already, and the policy's are not"
+    require(requantises(method), f"{where} = {method}; {reason}: choose one of {choices}, or leave it out.")
+
+
+def quantized_sampling(options: Mapping[str, Any]) -> str | None:
+    """The option of vLLM's that makes its policy another than the trained one, with its value; None if none does."""
+    for name, plain in (("quantization", (None,)), ("quantization_config", (None,)), ("kv_cache_dtype", WIDE_CACHE)):
+        if options.get(name) not in plain:
+            return f"{name} = {options[name]}"
+    return None
+
+
 def validate_engine_layout(engine: LiveVllmConfig, parallel: ParallelConfig, family: Family) -> None:
-    """Check that an engine fits the GPUs of one model replica's first pipeline stage, beside whose ranks it runs.
+    """Check that an engine fits the model, and on shared GPUs the ranks of one model replica's first pipeline stage.
 
     Raises:
         ConfigError: naming the field and the values that do.
     """
+    validate_quantization(engine.options.get("quantization"), "online.vllm.options.quantization")
     gpus, there = engine.tensor_parallel * engine.pipeline_parallel, parallel.tensor * parallel.context
     require(
-        gpus <= there,
+        engine.gpus == "own" or gpus <= there,
         f"online.vllm.tensor_parallel × pipeline_parallel = {gpus} GPUs, but each replica's engine runs on those of its first "
-        f"pipeline stage, parallel.tensor × parallel.context = {there}; lower the former, or raise parallel.tensor.",
+        f"pipeline stage, parallel.tensor × parallel.context = {there}; lower the former, raise parallel.tensor, or set "
+        "online.vllm.gpus = own.",
     )
     heads = family.num_attention_heads
     require(

@@ -104,8 +104,8 @@ class Workload:
         return self.online.kl_weight > 0
 
     def sampler(self, replicas: int) -> EngineMemory | None:
-        """What it needs on its busiest GPU; None if nothing samples."""
-        if not self.samples:
+        """What it needs on its busiest GPU of those that train; None if nothing samples on them."""
+        if not self.samples or self.online.engine == "server" or self.online.vllm.gpus == "own":
             return None
         sequences = -(-self.online.num_samples // replicas)
         need = engine_memory(

@@ -172,7 +172,11 @@ def _identity(
         "model": model,
         "tokenizer": tokenizer.digest(),
         "prompts": prompts.digest(),
-        "sampling": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(sampling).items()},
+        "sampling": {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in asdict(sampling).items()
+            if name != "logps"
+        },
         "empty": config.empty,
         "duplicates": config.duplicates,
         "max_attempts": config.max_attempts,

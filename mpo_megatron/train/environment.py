@@ -44,7 +44,8 @@ def recommended(config: TrainConfig, capability: int) -> dict[str, str]:
     elif parallel.tensor > 1 or parallel.context > 1:
         # One queue keeps the host's order: communication starts before the GEMM that it overlaps with and that fills the GPU.
         found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
-    if not (config.online.kl_weight and config.online.engine == "vllm"):  # its sleep mode refuses them
+    online = config.online
+    if not (online.kl_weight and online.engine == "vllm" and online.vllm.gpus == "shared"):  # its sleep mode refuses them
         found[ALLOCATOR[0]] = "expandable_segments:True"  # rows differ in length: fixed segments leave gaps
     if config.optimizer.overlap != "none":
         # Norms leave some processors to the communication that runs beside them.

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mpo_megatron import device
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.config.experts import require_no_router_losses
 from mpo_megatron.config.model import ADAPTER_OFF
@@ -59,9 +60,14 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
             f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference to measure "
             "it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and best_is = smallest.",
         )
-    if config.online.kl_weight > 0 and config.online.engine == "vllm":
+    if config.online.kl_weight > 0 and config.online.engine != "transformers":
         missing = missing_for_live_vllm()
-        require(missing is None, f"online.engine = vllm, but {missing}; or set online.engine = transformers.")
+        require(missing is None, f"online.engine = {config.online.engine}, but {missing}; or set online.engine = transformers.")
+        require(
+            device.has_gpu(),
+            f"online.engine = {config.online.engine}, but this machine has no GPU, and vLLM takes weights from GPUs only; set "
+            "online.engine = transformers.",
+        )
         validate_engine_layout(config.online.vllm, config.parallel, family)
     record = choose_record(config, family)
     if record is not None:

@@ -30,6 +30,7 @@ from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.live import transfer
 from mpo_megatron.rollout.live import vllm as live_vllm
 from mpo_megatron.rollout.live.policy import LivePolicy
 from mpo_megatron.rollout.live.sample_kl import add_kl_gradients
@@ -165,16 +166,20 @@ def gather(name: str, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def hand_to_vllm(weights: LiveWeights) -> list[dict[str, Tensor]]:
-    """What the workers of an engine on both ranks' GPUs have after its second update; on the rank that asks it."""
-    engine = vllm_stand_in.Engine(gpus=2) if dist.get_rank() == 0 else None
-    inner: Any = None if engine is None else SimpleNamespace(engine=engine)
-    with pytest.MonkeyPatch.context() as patch:
-        vllm_stand_in.install(patch)
-        patch.setattr(live_vllm, "LEAST_BUFFER_BYTES", 1)  # the largest weight decides: many chunks
-        live = live_vllm.VllmLiveEngine(weights, inner)
-        for _ in range(2):
-            live.update()
-    return [] if engine is None else [worker.loaded for worker in engine.workers]
+    """What the workers of an engine on both ranks' GPUs, and of one on others, have after its second update; on the rank that
+    asks it."""
+    found = []
+    for own_gpus in (0, 2):
+        engine = vllm_stand_in.Engine(gpus=2) if dist.get_rank() == 0 else None
+        inner: Any = None if engine is None else SimpleNamespace(engine=engine)
+        with pytest.MonkeyPatch.context() as patch:
+            vllm_stand_in.install(patch)
+            patch.setattr(transfer, "LEAST_BUFFER_BYTES", 1)  # the largest weight decides: many chunks
+            live = live_vllm.VllmLiveEngine(weights, inner, seconds=60, own_gpus=own_gpus)
+            for _ in range(2):
+                live.update()
+        found += [] if engine is None else [worker.loaded for worker in engine.workers]
+    return found
 
 
 def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:

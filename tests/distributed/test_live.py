@@ -88,7 +88,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     for (name, _), result in zip(GATHERED, found["gathered"], strict=True):
         assert result["missing"] == [], result
         assert result["equal"], result
-        assert result["handed"] == [True, True], result
+        assert result["handed"] == [True] * 4, result  # by CUDA IPC, and by NCCL
         assert result["samples"] == draw(tmp_path / f"{name}-hf", load_groups(tmp_path / "samples")), result["model"]
 
 
@@ -160,6 +160,9 @@ def test_a_run_samples_every_t_steps_from_the_policy_it_has_then(inputs: Path, u
     lines = metrics(undisturbed)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert ["sample_seconds" in line for line in lines] == [True, False] * 3
+    assert ["engine_kl" in line for line in lines] == [True, False] * 3
+    # The engine draws none of the five embeddings that stand for no token: about log(264 / 259) nats a token.
+    assert all(0.005 < line["engine_kl"] < 0.1 for line in lines[::2])
     assert lines[0]["sample_kl"] == pytest.approx(0, abs=1e-6)  # the policy is its reference still
     assert all(line["sample_kl"] > 1e-4 for line in lines[1:])
     assert all(1 <= line["sample_length"] <= 9 for line in lines)

@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "mcore": {"device"},
     "model": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf"},
     "train": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
-    "rollout": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train"},
+    "rollout": {"terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model", "train"},
     "evaluate": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train", "rollout"},
     "align": {
         *("terminal", "config", "files", "device", "data", "families", "hf", "model", "train", "rollout", "plan", "report"),

@@ -66,6 +66,8 @@ class Sampling:
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end a response; not part of its text."""
     seed: int = 1234
+    logps: bool = False
+    """Whether to ask for each response's log-probability under the engine's own weights, where the engine says it."""
     temperatures: tuple[float, ...] = ()
     """If there are any, response k is drawn at temperature k mod their number; engines are asked for one at a time."""
 
@@ -111,10 +113,18 @@ class Response:
     """[R] the tokens generated, the end token included; empty if the engine does not tell."""
     cut: bool = False
     """Whether a stop text was found in it: the text ends before it, and the tokens do not."""
+    logp: float | None = None
+    """Its log-probability at temperature 1 under the engine's own weights, in nats, if it was asked for."""
 
     def as_line(self) -> dict[str, Any]:
         """What a group line holds of it; the tokens only if they are those of the text."""
-        line = {"text": self.text, "finish_reason": self.finish_reason, "num_tokens": self.num_tokens, "seed": self.seed}
+        line: dict[str, Any] = {
+            "text": self.text,
+            "finish_reason": self.finish_reason,
+            "num_tokens": self.num_tokens,
+            "seed": self.seed,
+        }
+        line |= {} if self.logp is None else {"engine_logp": self.logp}
         return line | {"token_ids": list(self.token_ids)} if self.token_ids and not self.cut else line
 
 

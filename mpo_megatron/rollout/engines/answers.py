@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,7 +50,13 @@ def read_answer(
     if drawn is not None and _agrees(drawn, text, api):
         whole = cut_at_stop(drawn, sampling.stop)
         return Response(
-            text=whole, finish_reason=reason, num_tokens=len(ids or ()), seed=seed, token_ids=tuple(ids or ()), cut=whole != drawn
+            text=whole,
+            finish_reason=reason,
+            num_tokens=len(ids or ()),
+            seed=seed,
+            token_ids=tuple(ids or ()),
+            cut=whole != drawn,
+            logp=_read_logp(choice, len(ids or ())) if sampling.logps else None,
         )
     thought = _read_thought(message)
     if thought is not None or calls:
@@ -58,6 +65,17 @@ def read_answer(
     if num_tokens is None:
         num_tokens = len(tokenizer.encode(text))
     return Response(text=text, finish_reason=reason, num_tokens=num_tokens, seed=seed)
+
+
+def _read_logp(choice: dict[str, Any], number: int) -> float | None:
+    """The sum of the drawn tokens' log-probabilities; None if the answer does not have one of each."""
+    stated = choice.get("logprobs")
+    values = stated.get("token_logprobs") if isinstance(stated, dict) else None
+    if not isinstance(values, list) or len(values) != number:
+        return None
+    numbers = [float(value) for value in values if isinstance(value, int | float) and not isinstance(value, bool) and value <= 0]
+    total = math.fsum(numbers)
+    return total if len(numbers) == number and math.isfinite(total) else None
 
 
 def find_choice(answer: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ class _Row:
     """Among the responses wanted of its prompt."""
     seed: int
     tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    """Of the tokens at temperature 1, if they are wanted."""
 
 
 class EmbeddedEngine:
@@ -107,6 +110,10 @@ class EmbeddedEngine:
             tokens = choose_tokens(
                 logits, uniforms[:, step], temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
             )
+            if sampling.logps:  # float32: over 10⁵ logits
+                logps = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
+                for index in going:
+                    rows[index].logps.append(logps[index])
             drawn, ended = tokens.tolist(), set[int]()
             for index in going:
                 rows[index].tokens.append(drawn[index])
@@ -177,6 +184,7 @@ class EmbeddedEngine:
             seed=row.seed,
             token_ids=tuple(tokens),
             cut=text != whole,
+            logp=math.fsum(row.logps) if sampling.logps else None,
         )
 
     def close(self) -> None:

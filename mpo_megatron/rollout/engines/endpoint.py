@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.data.chat import Chat, with_text_arguments
 from mpo_megatron.data.group import Message
+from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
@@ -33,23 +34,27 @@ class _Question(NamedTuple):
 class EndpointEngine:
     """Generates by asking a server."""
 
-    def __init__(self, config: EndpointConfig, chat: Chat, adapter: Path | None = None, *, keep_adapter: bool = False) -> None:
+    def __init__(
+        self, config: EndpointConfig, chat: Chat | Tokenizer, adapter: Path | None = None, *, keep_adapter: bool = False
+    ) -> None:
         """Ask the server what it is, and let it load the adapter if there is one.
 
         Args:
             config: the server
-            chat: counts tokens where the server does not, and puts thoughts back
+            chat: counts tokens where the server does not, and puts thoughts back; for `api: tokens`, a tokenizer is enough
             adapter: PEFT's folder of an adapter of the model that the server holds
             keep_adapter: leave it on the server at the end: others may still ask for it
         Raises:
             ConfigError, DataError: as `find_kind` and `ServedAdapter.load`; or the server renders the chat template without the
                 variables that are set.
         """
-        self.config, self.chat, self.client = config, chat, Client(config)
+        self.config, self.client = config, Client(config)
+        self.tokenizer = chat.tokenizer if isinstance(chat, Chat) else chat
+        self._chat = chat if isinstance(chat, Chat) else None
         self.kind = find_kind(config, self.client)
         self.uncontrolled = UNCONTROLLED[self.kind]
         require(
-            config.api != "chat" or not chat.variables or self.kind != "openai",
+            config.api != "chat" or not self.chat.variables or self.kind != "openai",
             "chat_template_kwargs are set, and it is not known whether the server takes them with endpoint.api = chat; set "
             "endpoint.api = text or tokens, or endpoint.server to what it is.",
         )
@@ -59,6 +64,12 @@ class EndpointEngine:
         if self.adapter is not None:
             self.adapter.load()
             self.model_fields = self.adapter.fields
+
+    @property
+    def chat(self) -> Chat:
+        """The chat template's side of a request."""
+        assert self._chat is not None
+        return self._chat
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Ask for all responses of all prompts; a prompt is yielded when its last request has come to an end.
@@ -107,7 +118,7 @@ class EndpointEngine:
             if self.chat.variables:
                 body["chat_template_kwargs"] = dict(self.chat.variables)
         elif api == "text":
-            body["prompt"] = self.chat.tokenizer.decode(prompt.token_ids)
+            body["prompt"] = self.tokenizer.decode(prompt.token_ids)
             if self.kind == "vllm":
                 body["add_special_tokens"] = False  # the rendered prompt has them
         else:
@@ -117,9 +128,7 @@ class EndpointEngine:
         path = "/chat/completions" if api == "chat" else "/completions"
         answer = await client.post(path, cast_to=object, body=body)
         thoughts = Thoughts(self.chat, prompt.messages, prompt.tools) if prompt.messages else None
-        return read_answer(
-            answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.chat.tokenizer, thoughts=thoughts
-        )
+        return read_answer(answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.tokenizer, thoughts=thoughts)
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         """The conversation, with the system message that `Chat` puts before it, and with calls' arguments as text."""

@@ -102,6 +102,7 @@ def request_fields(kind: ServerKind, sampling: Sampling, seed: int) -> dict[str,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(sampling.stop_token_ids),
         "return_token_ids": True,
+        **({"logprobs": 0} if sampling.logps else {}),  # of the drawn tokens alone
     }
 
 

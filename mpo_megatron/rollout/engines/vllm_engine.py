@@ -105,6 +105,7 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
             seed=seed,
+            logprobs=0 if sampling.logps else None,  # of the drawn token alone; vLLM takes them before the temperature
             detokenize=bool(sampling.stop),  # only to find them: the text is decoded as for every engine
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
@@ -125,6 +126,7 @@ class VllmEngine:
             seed=seed,
             token_ids=tokens,
             cut=cut != text,
+            logp=completion.cumulative_logprob if sampling.logps else None,
         )
 
     def close(self) -> None:

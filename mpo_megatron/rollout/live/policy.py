@@ -7,6 +7,7 @@ prompts; all ranks take part in gathering weights, and all get all samples.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -19,12 +20,15 @@ from mpo_megatron import device
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.families import Family
 from mpo_megatron.files import DataError
-from mpo_megatron.hf.live_engine import choose_memory_fraction, engine_memory
+from mpo_megatron.hf.live_engine import choose_memory_fraction, engine_memory, quantized_sampling
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.live.vllm import VllmLiveEngine, start_vllm
+from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+from mpo_megatron.rollout.engines.vllm_server import VllmServer
+from mpo_megatron.rollout.live.served import ServedLiveEngine
+from mpo_megatron.rollout.live.vllm import OWN_FRACTION, VllmLiveEngine, choose_gpus, start_vllm
 from mpo_megatron.rollout.live.weights import MergedWeights, Weights
 from mpo_megatron.train.optimizer import gather_weights
 from mpo_megatron.train.setup import Setup
@@ -127,22 +131,56 @@ def build_live_engine(setup: Setup, ranks: Ranks, model: list[Any]) -> LiveEngin
     tokenizer = load_tokenizer(folder)
     if config.online.engine == "transformers":
         return EmbeddedLiveEngine(live, family, tokenizer, dtype, draws=draws)
+    if config.online.engine == "server":
+        return build_served_engine(setup, live, tokenizer, draws=draws, sends=ranks.is_main)
+    engine, seconds = config.online.vllm, 60 * config.parallel.timeout_minutes
+    own_gpus = engine.tensor_parallel * engine.pipeline_parallel if engine.gpus == "own" else 0
     parameters = sum(torch.Size(info.shape).numel() for info in live.metadata)  # all ranks: it communicates
+    gpus = choose_gpus(engine, draws=draws)
     if not draws:
-        return VllmLiveEngine(live, None)
-    fraction = config.online.vllm.memory_fraction
+        return VllmLiveEngine(live, None, seconds=seconds, own_gpus=own_gpus)
+    if ranks.is_main and (cause := quantized_sampling(engine.options)) is not None:
+        say_quantized(f"online.vllm.options.{cause}")
+    fraction = engine.memory_fraction or (OWN_FRACTION if own_gpus else None)
     if fraction is None:
         free, total = torch.cuda.mem_get_info()
         need = engine_memory(
             family,
-            config.online.vllm,
+            engine,
             parameters=parameters,
             dtype_bytes=dtype.itemsize,
             sequences=-(-config.online.num_samples // ranks.data_size),
             tokens=setup.train.info.max_prompt_tokens + config.online.max_tokens,
         )
         fraction = choose_memory_fraction(need, free=free, total=total)
-    return VllmLiveEngine(live, start_vllm(folder / "hf", tokenizer, dtype, config.online.vllm, fraction))
+    started = start_vllm(folder / "hf", tokenizer, dtype, engine, memory_fraction=fraction, gpus=gpus)
+    return VllmLiveEngine(live, started, seconds=seconds, own_gpus=own_gpus)
+
+
+def build_served_engine(setup: Setup, live: Weights, tokenizer: Tokenizer, *, draws: bool, sends: bool) -> ServedLiveEngine:
+    """The server that `online.endpoint` names, checked on the rank that sends it weights.
+
+    Raises:
+        ConfigError, DataError: it cannot be reached, serves another model, or takes no weights.
+    """
+    online, seconds = setup.config.online, 60 * setup.config.parallel.timeout_minutes
+    server = VllmServer(online.endpoint, "online.endpoint", seconds=seconds) if sends else None
+    if server is not None:
+        server.check_version()
+        longest = setup.train.info.max_prompt_tokens + online.max_tokens
+        if (cause := server.check_model(max_tokens=longest)) is not None:
+            say_quantized(f"{server.where}: {cause}")
+    engine = EndpointEngine(replace(online.endpoint, server="vllm"), tokenizer) if draws else None
+    return ServedLiveEngine(live, engine, server, online)
+
+
+def say_quantized(where: str) -> None:
+    """Say that samples are not the policy's own."""
+    print(
+        f"{where}: samples are drawn from a quantised policy, not from the one that is trained; engine_kl in metrics.jsonl says "
+        "how far apart they are, and engine_logp in the samples' files gives each one's importance weight.",
+        flush=True,
+    )
 
 
 def build_weights(setup: Setup, ranks: Ranks, model: list[Any]) -> Weights:

@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.distributed import barrier, broadcast_object_list, get_world_size
 
 from mpo_megatron.config import TrainConfig, require
 from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.loader import step_indices
+from mpo_megatron.data.loader import GroupTable, step_indices
 from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
@@ -30,13 +33,16 @@ from mpo_megatron.train.run import Run, reference_model
 
 SEED_STRIDE = 1_000_003
 """Batches of samples draw from seeds this far apart."""
+LARGEST_ENGINE_KL = 1.0
+"""Nats a token; rounding to bfloat16 makes thousandths, quantised weights hundredths, other weights several."""
 
 
 class SampleRegularizer:
     """β · KL(π ‖ π_ref) on recent samples of the policy (a `GradientTerm`).
 
     Metrics: `sample_kl`, the divergence of a sample in nats, summed over its tokens, mean over samples; `sample_length`, its mean
-    number of tokens; at a step that samples `sample_seconds`, what gathering weights and sampling took.
+    number of tokens; at a step that samples `sample_seconds`, what gathering weights and sampling took, and `engine_kl`, an
+    estimate of KL(engine ‖ policy) on the samples in nats per token: what rounding or a quantised engine changes.
     """
 
     def __init__(self, run: Run, sampler: LivePolicy, resident: Resident) -> None:
@@ -44,6 +50,8 @@ class SampleRegularizer:
         self.online = run.config.online
         self.drawn_at = -1
         self.samples: list[TokenizedGroup] = []
+        self.engine_logps: list[float | None] = []
+        """Of the samples under the weights of the engine that drew them, where it said them."""
 
     def resume(self, done: int) -> None:
         """Delete samples of steps that the run will take again: their weights are not those it will have."""
@@ -68,7 +76,22 @@ class SampleRegularizer:
             "sample_kl": float(logps.kl.sum()) / number,
             "sample_length": float(table.lengths.sum()) / number,
             **({"sample_seconds": seconds} if refreshed else {}),
+            **(self._engine_kl(logps.response, table) if refreshed and due == step else {}),  # the policy that was handed over
         }
+
+    def _engine_kl(self, policy: Tensor, table: GroupTable) -> dict[str, float]:
+        """KL(engine ‖ policy) per token, as the mean of log q(y) − log π(y) over samples y of the engine's q."""
+        if any(logp is None for logp in self.engine_logps):
+            return {}
+        engine = torch.tensor(self.engine_logps, dtype=torch.float64)
+        divergence = float(engine.sum() - policy[table.valid].double().sum().cpu()) / int(table.lengths.sum())
+        if not divergence <= LARGEST_ENGINE_KL:
+            raise DataError(
+                f"online.engine: its samples are {divergence:.2f} nats a token from the policy (engine_kl), so that it has other "
+                "weights, or computes something else with them; look at its log for weights that were not loaded, or set "
+                "online.engine = transformers."
+            )
+        return {"engine_kl": divergence}
 
     @property
     def folder(self) -> Path:
@@ -90,6 +113,7 @@ class SampleRegularizer:
             found = self.draw(due)
             if self.run.ranks.is_main:
                 replace_file(path, seal_lines(found))
+        self.engine_logps = [response.get("engine_logp") for record in found for response in record["responses"]]
         return [self.tokenized(record) for record in found]
 
     def draw(self, due: int) -> list[Record]:
@@ -102,6 +126,7 @@ class SampleRegularizer:
             max_tokens=self.online.max_tokens,
             stop_token_ids=data.info.end_token_ids,
             seed=config.seed + SEED_STRIDE * (due + 1),
+            logps=True,
         )
         prompts = []
         for index in indices.tolist():

@@ -21,7 +21,11 @@ from mpo_megatron.hf.identity import base_digest as digest_of_base
 from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.train.checkpoints.step_folders import RunState, complete_steps, damaged_steps, read_state
 
-FREE = {"optimizer": ("overlap", "cpu_offload"), "online": ("engine", "vllm"), "experts": ("measure_drift",)}
+FREE = {
+    "optimizer": ("overlap", "cpu_offload"),
+    "online": ("engine", "vllm", "endpoint", "weights_address"),
+    "experts": ("measure_drift",),
+}
 """Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
 
 

@@ -1,0 +1,165 @@
+"""A served vLLM whose weights can be replaced: the routes that it has with VLLM_SERVER_DEV_MODE=1.
+
+Each call is made once, bounded in time and size. Which weights a server has, it says by a version (`/weight_info`) that whoever
+replaces them sets: another's update, or a restart, is seen by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mpo_megatron.config import ConfigError, EndpointConfig
+from mpo_megatron.files import DataError
+from mpo_megatron.hf.live_engine import quantized_sampling, validate_quantization
+from mpo_megatron.rollout.client import Client
+from mpo_megatron.stack.packages import LIVE_VLLM
+
+START = "start it with VLLM_SERVER_DEV_MODE=1"
+NCCL_START = START + """ and --weight-transfer-config '{"backend": "nccl"}'"""
+
+
+class VllmServer:
+    """What replaces the weights of a served vLLM."""
+
+    def __init__(self, config: EndpointConfig, name: str, *, seconds: float) -> None:
+        """Nothing is asked yet.
+
+        Args:
+            name: the configuration's field, for messages
+            seconds: what a call may take
+        """
+        self.root = config.base_url.removesuffix("/").removesuffix("/v1")
+        self.where = f"{name}.base_url = {config.base_url}"
+        # Once: a repeated update would meet one that is under way.
+        self.client = Client(replace(config, retries=0, concurrency=1, timeout=seconds))
+
+    def check_version(self) -> None:
+        """Check that the server is a vLLM whose routes are known.
+
+        Raises:
+            ConfigError: it is another version, or without these routes.
+        """
+        version = str(self._get("/version", "version", START))
+        if not LIVE_VLLM.contains(version, prereleases=True):
+            raise ConfigError(
+                f"{self.where}: vLLM {version[:40]}; this needs vllm{LIVE_VLLM}, whose routes for weights it knows."
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """The server's own configuration (vLLM's `VllmConfig`)."""
+        found = self._get("/server_info?config_format=json", "vllm_config", START)
+        return found if isinstance(found, dict) else {}
+
+    def check_model(self, *, max_tokens: int) -> str | None:
+        """Check that the server takes the policy's weights; what makes it sample from a quantised policy, if anything.
+
+        The shapes of its model it does not say: vLLM's loader refuses others, and `engine_kl` shows layers that it kept.
+
+        Args:
+            max_tokens: of the longest prompt and its sample
+        Raises:
+            ConfigError: naming what keeps it from that.
+        """
+        described = self.describe()
+        model = _part(described, "model_config")
+        length = model.get("max_model_len")
+        if not isinstance(length, int) or length < max_tokens:
+            raise ConfigError(
+                f"{self.where}: its max_model_len is {length}, and a prompt with its sample takes {max_tokens}; raise it."
+            )
+        validate_quantization(model.get("quantization"), f"{self.where}: its quantization")
+        options = {name: model.get(name) for name in ("quantization", "quantization_config")}
+        return quantized_sampling(options | {"kv_cache_dtype": _part(described, "cache_config").get("cache_dtype")})
+
+    def require_nccl(self) -> int:
+        """The number of the server's workers, all replicas together.
+
+        Raises:
+            ConfigError: it does not take weights by NCCL.
+        """
+        backend = _part(self.describe(), "weight_transfer_config").get("backend")
+        if backend != "nccl":
+            raise ConfigError(f"{self.where}: its weight transfer is {backend}, not nccl; {NCCL_START}.")
+        workers = self._get("/get_world_size", "world_size", NCCL_START)
+        if not isinstance(workers, int) or isinstance(workers, bool) or not 0 < workers < 2**16:
+            raise ConfigError(f"{self.where}: /get_world_size says {str(workers)[:40]!r}; it is no vLLM server.")
+        return workers
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Have the workers meet the trainer."""
+        self._post("/init_weight_transfer_engine", {"init_info": init_info}, NCCL_START)
+
+    def start_weight_update(self) -> None:
+        """Have the workers expect new weights."""
+        self._post("/start_weight_update", {}, NCCL_START)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Have the workers receive weights."""
+        self._post("/update_weights", {"update_info": update_info}, NCCL_START)
+
+    def finish_weight_update(self) -> None:
+        """Have the workers use the new weights."""
+        self._post("/finish_weight_update", {}, NCCL_START)
+
+    def load(self, folder: str) -> None:
+        """Have the workers read the weights of a folder, which they see under this path."""
+        self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}, START)
+
+    def pause(self) -> None:
+        """Let requests under way finish and turn new ones away (503), for they would see two sets of weights."""
+        self._post("/pause?mode=wait", {}, START)
+
+    def resume(self, version: str) -> None:
+        """Forget prefixes that old weights computed, name the new ones, and answer again.
+
+        Raises:
+            DataError: prefixes stay cached, so that samples would be of both.
+        """
+        answer = self._post("/reset_prefix_cache", {}, START)
+        if not isinstance(answer, dict) or answer.get("success") is not True:
+            raise DataError(f"{self.where}: keeps prefixes that the old weights computed; restart it.")
+        self._post("/update_weight_version", {"new_version": version}, START)
+        self._post("/resume", {}, START)
+
+    def version(self) -> str:
+        """The version of its weights."""
+        return str(self._get("/weight_info", "weight_version", START))
+
+    def _get(self, path: str, field: str, cure: str) -> Any:
+        answer = self._call("get", path, None, cure)
+        if not isinstance(answer, dict) or field not in answer:
+            raise ConfigError(f"{self.where}: {path.partition('?')[0]} says nothing of {field}; {cure}.")
+        return answer[field]
+
+    def _post(self, path: str, body: dict[str, Any], cure: str) -> Any:
+        return self._call("post", path, body, cure)
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None, cure: str) -> Any:
+        async def ask(client: Any, url: str) -> Any:
+            import openai
+
+            try:
+                if method == "get":
+                    return [await client.get(url, cast_to=object)]
+                return [await client.post(url, cast_to=object, body=body)]
+            except openai.APIStatusError as error:
+                if error.status_code in (404, 405):
+                    raise ConfigError(f"{self.where}: has no {path.partition('?')[0]}; {cure}.") from None
+                raise
+
+        outcome = self.client.ask_one(self.root + path, ask)
+        if outcome.failure is not None:
+            route = path.partition("?")[0]
+            raise DataError(
+                f"{self.where}: {route} failed: {outcome.failure.reason}; look at the server's log, restart it if it is "
+                "paused, and run the same command again."
+            )
+        assert outcome.answer is not None
+        return outcome.answer[0]
+
+
+def _part(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    part = config.get(name)
+    return part if isinstance(part, dict) else {}

@@ -1,0 +1,148 @@
+"""A served vLLM that takes the policy's weights: what it is asked, in which order, and when it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpo_megatron.config import ConfigError, EndpointConfig, OnlineConfig
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.files import DataError
+from mpo_megatron.rollout.engines import Prompt, Sampling
+from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+from mpo_megatron.rollout.engines.vllm_server import VllmServer
+from mpo_megatron.rollout.live import served
+from mpo_megatron.rollout.live.served import ServedLiveEngine, sender_address
+from tests import vllm_stand_in
+from tests.unit.rollout.test_live_vllm import Weights
+from tests.vllm_server import LOGPS, TOKENS, Server, serve
+
+PROMPTS = [Prompt(group_id=name, token_ids=(1, 2), messages=()) for name in ("a", "b")]
+SAMPLING = Sampling(num_responses=2, max_tokens=8, stop_token_ids=(256,), logps=True)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    vllm_stand_in.install(monkeypatch)
+    monkeypatch.setattr(served, "get_world_size", lambda: 1)
+    with serve() as found:
+        yield found
+
+
+def config_of(server: Server, **changes: Any) -> OnlineConfig:
+    endpoint = EndpointConfig(base_url=server.url, model="m", server="vllm", retries=0, timeout=10)
+    return OnlineConfig(kl_weight=0.1, engine="server", endpoint=endpoint, **changes)
+
+
+def control(server: Server) -> VllmServer:
+    return VllmServer(config_of(server).endpoint, "online.endpoint", seconds=10)
+
+
+def connect(server: Server, weights: Weights, model_folder: Path) -> ServedLiveEngine:
+    config = config_of(server)
+    engine = EndpointEngine(config.endpoint, load_tokenizer(model_folder))
+    return ServedLiveEngine(weights, engine, control(server), config)
+
+
+def test_a_server_gets_weights_and_samples(server: Server, model_folder: Path) -> None:
+    weights = Weights()
+    live = connect(server, weights, model_folder)
+    assert live.draws
+    for value in (1.0, 2.0):
+        weights.fill(value)
+        server.calls.clear()
+        live.update()
+        weights.check(server.engine)
+        assert server.calls == [
+            *("/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"),
+            *("/update_weight_version", "/resume"),
+        ]
+        found = list(live.generate(PROMPTS, SAMPLING))
+        assert sorted(generation.group_id for generation in found) == ["a", "b"]
+        for generation in found:
+            assert [response.token_ids for response in generation.responses] == [tuple(TOKENS)] * 2
+            assert [response.as_line()["engine_logp"] for response in generation.responses] == [sum(LOGPS)] * 2
+    assert server.weights.startswith("mpo-")
+    assert server.weights.endswith("-2")
+
+
+def test_samples_of_other_weights_are_refused(server: Server, model_folder: Path) -> None:
+    live = connect(server, Weights(), model_folder)
+    live.update()
+    server.weights = "default"  # as after a restart
+    with pytest.raises(DataError, match=r"has weights 'default', this run gave it 'mpo-\w+-1'; it was restarted, or"):
+        list(live.generate(PROMPTS, SAMPLING))
+
+
+def test_a_worker_that_fails_leaves_the_server_paused(server: Server, model_folder: Path) -> None:
+    live = connect(server, Weights(), model_folder)
+    server.engine.workers[0].fails = True
+    with pytest.raises(DataError, match=r"/update_weights failed: 500: CUDA out of memory; .* restart it if it is paused"):
+        live.update()
+    assert server.paused
+
+
+def test_prefixes_of_old_weights_end_the_run(server: Server, model_folder: Path) -> None:
+    live = connect(server, Weights(), model_folder)
+    server.forgets = False
+    with pytest.raises(DataError, match="keeps prefixes that the old weights computed"):
+        live.update()
+
+
+def set_config(section: str, **values: Any) -> Callable[[Server], None]:
+    return lambda server: server.config[section].update(values)
+
+
+REFUSALS: dict[str, tuple[Callable[[Server], Any], str]] = {
+    "version": (lambda server: setattr(server, "version", "0.31.2"), r"vLLM 0.31.2; this needs vllm.*, whose routes"),
+    "short": (set_config("model_config", max_model_len=99), "its max_model_len is 99, and a prompt with its sample takes 100"),
+    "no length": (lambda server: server.config.clear(), "its max_model_len is None"),
+    "awq": (set_config("model_config", quantization="awq"), "its quantization = awq; it reads weights that are quantised"),
+    "ipc": (set_config("weight_transfer_config", backend="ipc"), "its weight transfer is ipc, not nccl; start it with VLLM_"),
+}
+
+
+def check(server: VllmServer) -> None:
+    server.check_version()
+    server.check_model(max_tokens=100)
+    server.require_nccl()
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_servers_that_cannot_take_weights_are_refused(server: Server, name: str) -> None:
+    change, message = REFUSALS[name]
+    change(server)
+    with pytest.raises(ConfigError, match=message):
+        check(control(server))
+
+
+def test_what_a_server_says_of_itself(server: Server) -> None:
+    asked = control(server)
+    asked.check_version()
+    assert asked.require_nccl() == 2
+    assert asked.check_model(max_tokens=100) is None
+    server.config["model_config"]["quantization"] = "fp8_per_tensor"
+    assert asked.check_model(max_tokens=100) == "quantization = fp8_per_tensor"
+    server.config["model_config"]["quantization"] = None
+    server.config["cache_config"]["cache_dtype"] = "fp8"
+    assert asked.check_model(max_tokens=100) == "kv_cache_dtype = fp8"
+
+
+def test_a_server_without_the_routes_says_how_to_start_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.vllm_server.Handler.do_GET", lambda handler: handler.send(None))
+    with pytest.raises(ConfigError, match="has no /server_info; start it with VLLM_SERVER_DEV_MODE=1"):
+        control(server).describe()
+
+
+def test_where_the_server_finds_the_sender(server: Server) -> None:
+    host, port = sender_address(config_of(server))
+    assert host == "127.0.0.1"  # the address from which this machine reaches the server
+    assert 1024 <= port < 32_768
+    assert sender_address(config_of(server, weights_address="trainer:20123")) == ("trainer", 20123)
+    assert sender_address(config_of(server, weights_address="10.0.0.7"))[0] == "10.0.0.7"
+    nowhere = EndpointConfig(base_url="http://127.0.0.1:1/v1", model="m")
+    with pytest.raises(DataError, match="cannot be reached"):
+        sender_address(OnlineConfig(engine="server", endpoint=nowhere))
