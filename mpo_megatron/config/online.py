@@ -23,7 +23,7 @@ class LiveVllmConfig(Section, prefix="online.vllm."):
     """A vLLM engine that the run starts itself."""
 
     gpus: Literal["shared", "own"] = "shared"
-    """`shared`: GPUs of each model replica's first ranks, where the engine sleeps while they train; `own`: GPUs without a rank."""
+    """`shared`: GPUs of each model replica's first ranks, where it sleeps while they train; `own`: GPUs without a rank."""
     memory_fraction: float | None = None
     """Share of a GPU's memory that it uses while it samples; by default what weights, keys and values, and kernels need, and 0.9
     of its own GPUs."""
