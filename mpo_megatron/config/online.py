@@ -87,11 +87,10 @@ class OnlineConfig(Section, prefix="online."):
             self._check_server()
             return
         changed = find_change(asdict(EndpointConfig()), asdict(self.endpoint))
-        unused = "weights_address" if self.weights_address is not None else None
-        name = f"endpoint.{changed[0]}" if changed else unused
+        unused = [f"endpoint.{changed[0]}"] if changed else ["weights_address"] * (self.weights_address is not None)
         require(
-            name is None,
-            f"online.{name} is set, but online.engine = {self.engine}; set online.engine = server, or leave it out.",
+            not unused,
+            f"online.{''.join(unused)} is set, but online.engine = {self.engine}; set online.engine = server, or leave it out.",
         )
 
     def _check_server(self) -> None:
