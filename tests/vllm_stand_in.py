@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import base64
 import pickle
+import queue
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import cached_property
@@ -24,6 +26,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from tests.waiting import TIMEOUT
+
+MEET_SECONDS = TIMEOUT
+"""How long sender and workers wait for each other."""
 
 
 @dataclass(frozen=True)
@@ -160,8 +167,8 @@ class NCCLTrainerWeightTransferEngine:
 
 
 def meet(info: dict[str, Any], *, is_master: bool) -> dist.TCPStore:
-    """Where sender and workers find each other; none waits longer than two seconds."""
-    limit = timedelta(seconds=2)
+    """Where sender and workers find each other."""
+    limit = timedelta(seconds=MEET_SECONDS)
     return dist.TCPStore(info["master_address"], info["master_port"], info["world_size"], is_master, timeout=limit)
 
 
@@ -222,9 +229,20 @@ class Engine:
     def collective_rpc(self, method: str, timeout: float | None = None, args: tuple[Any, ...] = (), kwargs: Any = None) -> None:
         self.calls.append(method)
         assert method == "init_weight_transfer_engine" or "weights" in self.awake
-        with ThreadPoolExecutor(len(self.workers)) as pool:  # at the same time: they may wait for each other
-            for done in as_completed([pool.submit(getattr(worker, method), *args, **(kwargs or {})) for worker in self.workers]):
-                done.result()
+        outcomes: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+        def call(worker: Worker) -> None:
+            try:
+                getattr(worker, method)(*args, **(kwargs or {}))
+                outcomes.put(None)
+            except Exception as error:  # noqa: BLE001 - carried over to the thread that asked
+                outcomes.put(error)
+
+        for worker in self.workers:  # at the same time: they may wait for each other, for ever if one fails
+            threading.Thread(target=call, args=(worker,), daemon=True).start()
+        for _ in self.workers:
+            if (failure := outcomes.get()) is not None:
+                raise failure
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         self.calls.append(f"wake {tags}")

@@ -19,6 +19,7 @@ from mpo_megatron.rollout.live.served import ServedLiveEngine, sender_address
 from tests import vllm_stand_in
 from tests.unit.rollout.test_live_vllm import Weights
 from tests.vllm_server import LOGPS, TOKENS, Server, serve
+from tests.waiting import TIMEOUT
 
 PROMPTS = [Prompt(group_id=name, token_ids=(1, 2), messages=()) for name in ("a", "b")]
 SAMPLING = Sampling(num_responses=2, max_tokens=8, stop_token_ids=(256,), logps=True)
@@ -33,12 +34,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def config_of(server: Server, **changes: Any) -> OnlineConfig:
-    endpoint = EndpointConfig(base_url=server.url, model="m", server="vllm", retries=0, timeout=10)
+    endpoint = EndpointConfig(base_url=server.url, model="m", server="vllm", retries=0, timeout=TIMEOUT)
     return OnlineConfig(kl_weight=0.1, engine="server", endpoint=endpoint, **changes)
 
 
 def control(server: Server) -> VllmServer:
-    return VllmServer(config_of(server).endpoint, "online.endpoint", seconds=10)
+    return VllmServer(config_of(server).endpoint, "online.endpoint", seconds=TIMEOUT)
 
 
 def connect(server: Server, weights: Weights, model_folder: Path) -> ServedLiveEngine:

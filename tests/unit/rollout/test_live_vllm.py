@@ -29,6 +29,7 @@ from mpo_megatron.rollout.live import vllm as live_vllm
 from mpo_megatron.rollout.live.vllm import VllmLiveEngine, choose_gpus, environment_of_an_engine, start_vllm
 from tests import vllm_stand_in
 from tests.tiny import save_model
+from tests.waiting import TIMEOUT
 
 PROMPTS = [Prompt(group_id="a", token_ids=(1,), messages=())]
 SERVER = {"base_url": "http://127.0.0.1:1/v1", "model": "m"}
@@ -75,7 +76,7 @@ def test_weights_are_replaced_before_sampling_and_memory_is_given_back(monkeypat
     monkeypatch.setattr(live_vllm, "barrier", lambda: None)
     monkeypatch.setattr(transfer, "LEAST_BUFFER_BYTES", 40)  # 42 bytes, the largest weight: three chunks
     fake, weights = vllm_stand_in.Engine(), Weights()
-    engine = VllmLiveEngine(weights, around(fake), seconds=5)
+    engine = VllmLiveEngine(weights, around(fake), seconds=TIMEOUT)
     assert engine.draws
     for value in (1.0, 2.0):
         weights.fill(value)
@@ -90,7 +91,7 @@ def test_weights_are_replaced_before_sampling_and_memory_is_given_back(monkeypat
 def test_an_engine_on_gpus_of_its_own_stays_awake(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_stand_in.install(monkeypatch)
     fake, weights = vllm_stand_in.Engine(gpus=2), Weights()
-    engine = VllmLiveEngine(weights, around(fake), seconds=5, own_gpus=2)
+    engine = VllmLiveEngine(weights, around(fake), seconds=TIMEOUT, own_gpus=2)
     for value in (1.0, 2.0):
         weights.fill(value)
         engine.update()
@@ -103,13 +104,14 @@ def test_an_engine_on_gpus_of_its_own_stays_awake(monkeypatch: pytest.MonkeyPatc
 def test_an_engine_that_fails_ends_the_run_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     vllm_stand_in.install(monkeypatch)
     fake, weights = vllm_stand_in.Engine(gpus=2), Weights()
-    engine = VllmLiveEngine(weights, around(fake), seconds=5, own_gpus=2)
+    engine = VllmLiveEngine(weights, around(fake), seconds=TIMEOUT, own_gpus=2)
     fake.workers[1].fails = True
     with pytest.raises(DataError, match=r"did not take the policy's weights \(RuntimeError: CUDA out of memory\); look at"):
         engine.update()
+    monkeypatch.setattr(vllm_stand_in, "MEET_SECONDS", 1.0)
     gone = vllm_stand_in.Engine(gpus=1)  # of two workers
     with pytest.raises(ConfigError, match=r"do not meet at 127.0.0.1:\d+ to pass weights by NCCL"):
-        VllmLiveEngine(weights, around(gone), seconds=5, own_gpus=2)
+        VllmLiveEngine(weights, around(gone), seconds=TIMEOUT, own_gpus=2)
 
 
 def test_the_engine_is_started_without_weights_and_with_its_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_engine_processes_are_no_part_of_the_training(monkeypatch: pytest.Monkey
 def test_without_vllm_there_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
     with pytest.raises(ConfigError, match="needs vLLM with its update API"):
-        VllmLiveEngine(Weights(), None, seconds=5)
+        VllmLiveEngine(Weights(), None, seconds=TIMEOUT)
 
 
 def test_memory_follows_the_model(tmp_path: Path) -> None:
