@@ -50,7 +50,7 @@ class Tokens(NamedTuple):
     scored: Bools | None
     """[R] False for tokens that the model did not generate; None if it generated all."""
     exact: bool = True
-    """Whether the template writes the whole conversation just so; else its earlier turns stand as they were generated."""
+    """Whether the template writes the whole conversation exactly so; otherwise earlier turns are used as generated."""
 
 
 class Chat:
@@ -70,7 +70,7 @@ class Chat:
             tokenizer: the tokenizer; its template renders.
             system_prompt: system message put before prompts that have none of their own.
             variables: extra variables for the template, for example {"enable_thinking": False}.
-            templated: prompts are text that the template has been applied to; they are taken as they are.
+            templated: prompts already went through the template, and are used unchanged.
 
         Raises:
             ConfigError: the template refuses a plain conversation or a system message, or no end token can be found.
@@ -107,7 +107,7 @@ class Chat:
         self.templated = templated
 
     def _find_end(self, after: str) -> int:
-        """The first special token behind the assistant's words, else the tokenizer's end of text."""
+        """The first special token after the assistant's words, else the tokenizer's end of text."""
         for token in self.tokenizer.encode(after):
             if token in self.tokenizer.special_ids:
                 return token
@@ -131,7 +131,7 @@ class Chat:
         self._prefix, self._anchored = "", False
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, behind the system prompt if they have none of their own."""
+        """The messages, after the system prompt if they have none of their own."""
         if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return list(messages)
@@ -328,7 +328,7 @@ class Chat:
         raise ValueError(f"cannot be tokenized behind any of {_ANCHORS!r} without merging with it")
 
     def _behind(self, text: str, anchor: str) -> list[int] | None:
-        """Ids of a text as they are behind `anchor`; None if the two merge."""
+        """Ids of a text after `anchor`; None if the two merge."""
         alone, together = self.tokenizer.encode(anchor), self.tokenizer.encode(anchor + text)
         return together[len(alone) :] if together[: len(alone)] == alone else None
 

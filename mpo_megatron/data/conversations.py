@@ -185,7 +185,7 @@ def split_transcript(text: str) -> list[Message]:
 
 
 def read_prompt(row: FieldRecord, *, required: bool = True) -> tuple[Message, ...]:
-    """The row's prompt: its messages, with the history and the system message that stand in fields of their own."""
+    """The row's prompt: its messages, with history and system message from their own fields."""
     field = find_prompt(row)
     if field is None:
         if required:
@@ -266,10 +266,10 @@ def read_answer(row: FieldRecord, value: Any, field: str) -> Answer:
 
 
 def join_answers(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> tuple[tuple[Message, ...], list[Answer]]:
-    """The prompt, and what is left of each answer: whatever they all share is part of the prompt.
+    """The prompt, and the rest of each answer: what all answers share at their start is part of the prompt.
 
     Args:
-        answers: each answer with the field it stands in
+        answers: each answer with its field
 
     Raises:
         RowError: an answer belongs to another conversation than the prompt, or than its siblings; both places are named.

@@ -60,7 +60,7 @@ class InputLayout:
 
     format: str
     why: str = ""
-    """What told the format: for messages."""
+    """What decided the format: for messages."""
     reward_kind: RewardKind
     """What the first rows hold."""
     ratings: tuple[str, ...] = ()
@@ -173,7 +173,7 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
 
 @dataclass(kw_only=True)
 class Responses:
-    """A row's responses as they are read: the usable ones, and why the others are not."""
+    """A row's responses: the usable ones, and why the others are not."""
 
     responses: list[Any] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -203,7 +203,7 @@ class Responses:
 
 
 def build_group(parsed: Parsed, where: str, source: int = 0) -> Group:
-    """The record. A row without an id gets one from its content, so that it does not depend on where the row stands.
+    """The record. A row without an id receives one from its content, which does not depend on the row's place.
 
     Raises:
         RowError: fewer than two responses.

@@ -56,7 +56,7 @@ class StepBatch:
     contributes: Bools
     """[G] groups that carry a contrast; the others are skipped and counted."""
     in_rows: Bools
-    """[G, K] responses that lie in a row of some replica."""
+    """[G, K] responses that are in a row of some replica."""
     plan: RowPlan
     rows: tuple[Row, ...]
     """This replica's rows: its micro-batches."""

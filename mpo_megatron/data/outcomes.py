@@ -92,7 +92,7 @@ def outcome_files(run: Path, data_digest: str | None = None) -> dict[int, Path]:
     """The files of a run's evaluations by step, in order.
 
     Args:
-        data_digest: only evaluations on this data; a run may go on with other held-out groups
+        data_digest: only evaluations on this data; a run may continue with other held-out groups
     Raises:
         DamagedError: a file is not what was written; only with `data_digest`.
     """

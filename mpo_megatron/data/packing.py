@@ -46,7 +46,7 @@ Window = tuple[int, float]
 
 
 class Piece(NamedTuple):
-    """Responses of one group that lie in one row: the whole group, or a part of one that is longer than a row."""
+    """Responses of one group in one row: the whole group, or a part of one that is longer than a row."""
 
     slot: int
     """The group's place in the step, 0 … G−1."""
@@ -92,7 +92,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan:
-    """Which pieces lie in which row of each replica; every replica has the same number of rows."""
+    """Which pieces are in which row of each replica; every replica has the same number of rows."""
 
     rows: tuple[tuple[tuple[Piece, ...], ...], ...]
     """Indexed `[replica][row][piece]`; a row without pieces is a filler."""

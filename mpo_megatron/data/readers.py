@@ -67,7 +67,7 @@ def read_groups(
         seen: what remembers ids, if several inputs share it
 
     Raises:
-        DataError: the input cannot be read, or its format not be told.
+        DataError: the input cannot be read, or its format not recognised.
     """
     total, raw = open_source(source, split=split, subset=subset)
     if max_rows is not None:

@@ -54,7 +54,7 @@ def choose_responses(num_responses: int, keep: int | None, group_id: str, *, see
     Nested: with a larger `keep`, the chosen ones stay chosen. Source: MPO figure 4 and table 7 (responses per prompt).
 
     Args:
-        best: a response that stays, whatever is drawn (MC-PO: the preferred one, with fewer candidates beside it)
+        best: a response that always stays (MC-PO: the preferred one, with fewer candidates)
     """
     if keep is None or keep >= num_responses:
         return np.arange(num_responses, dtype=np.int64)

@@ -244,7 +244,7 @@ def _read_file(path: Path) -> Source:
 
 
 def _read_files(files: list[Path], name: str) -> Source:
-    """Files of one kind, one after the other; each is opened when its turn comes."""
+    """Files of one kind, in order; each is opened when it is reached."""
     if len({_kind(path) for path in files}) > 1:
         raise DataError(f"input = {name}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one.")
     sources = [_read_file(path) for path in files]

@@ -44,7 +44,7 @@ class Tally:
     open_thoughts: int = 0
     """Responses that never close the thought which the prompt opens; kept."""
     without_lead: int = 0
-    """Responses without what the template writes before an answer's words (an empty thought); kept as they are."""
+    """Responses without what the template writes before an answer's words (an empty thought); kept unchanged."""
     rewritten_turns: int = 0
     """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
     drawn_responses: int = 0

@@ -24,7 +24,7 @@ MAX_LIMITS = 3
 """Texts that may break a bound before the command ends: each takes seconds, and a data set has a million of them."""
 
 _REFUSALS = {kind.__name__ for kind in (TemplateError, TemplateSyntaxError, TemplateRuntimeError, UndefinedError, SecurityError)}
-"""Jinja's exceptions, whose messages stand for themselves."""
+"""Jinja's exceptions, whose messages need no explanation."""
 
 
 def _refusal(kind: str, message: str) -> TemplateError:

@@ -27,7 +27,7 @@ class Seam(NamedTuple):
     closed: bool
     """Whether the prompt closes the thought that it opens: the model is not to think."""
     space: str
-    """White space behind the last tag."""
+    """White space after the last tag."""
 
 
 def find_seam(prompt: str) -> Seam | None:

@@ -33,7 +33,7 @@ from mpo_megatron.files import DataError
 _CHUNK_GROUPS, _CHUNK_CHARACTERS = 32, 1 << 20
 """What one task tokenizes at most: groups, and characters of their responses (at least one group)."""
 _AHEAD = 4
-"""Chunks per worker that may be under way: keeps workers busy and memory bounded."""
+"""Unfinished chunks per worker: keeps workers busy and memory bounded."""
 REWARDS, LABELS = 1, 2
 """Bits of `Chunk.holds`."""
 
@@ -168,7 +168,7 @@ def _drop(chunk: Chunk, where: str, fault: str) -> None:
 def _count_thoughts(
     chunk: Chunk, chat: Chat, group: Group, prompt_text: str, responses: list[Any], answers: list[Tokens]
 ) -> None:
-    """Count what is said about thoughts in the summary."""
+    """Count what the summary reports about thoughts."""
     seam = find_seam(prompt_text)
     for response, tokens in zip(responses, answers, strict=True):
         is_text = isinstance(response, str)
@@ -243,7 +243,7 @@ def _without(message: Message, name: str) -> Message:
 
 
 def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map` over processes, results in the order of the items, a bounded number of them under way."""
+    """`map` over processes: results in the order of the items, with a bounded number unfinished."""
     if num_workers == 1:
         yield from map(function, items)
         return

@@ -1,4 +1,4 @@
-"""Answers that are messages, written out as generation would: the assistant's turns, and what stands between them.
+"""Answers that are messages, rendered as generation would: the assistant's turns, and the text between them.
 
 For each of the assistant's turns, render the prompt that inference would render before it, and the conversation up to and with
 it: what the second adds to the first is what the model generates. Between two turns is what the template writes behind the first
@@ -27,7 +27,7 @@ class Turn(NamedTuple):
 
     text: str
     end: str
-    """The token that ends it; "" for what stands between turns."""
+    """The token that ends it; "" for the text between turns."""
     scored: bool
     """Whether the model generates it."""
     is_plain: bool = False

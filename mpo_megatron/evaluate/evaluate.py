@@ -31,12 +31,12 @@ HELD_OUT_MODULE = "mpo_megatron.evaluate.held_out_main"
 
 
 def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Console | None = None) -> Path:
-    """Measure what is asked for; the path of evaluation.json.
+    """Measure what the configuration asks for; return the path of evaluation.json.
 
     Args:
         num_ranks: for held-out groups; by default one per GPU, or what the layout needs
     Raises:
-        ConfigError: the configuration cannot work; as far as it can be told, before anything loads.
+        ConfigError: the configuration cannot work; raised before anything loads where possible.
         DataError: an input is unusable.
         StageError: ranks or a stage of their own ended with an error, which they have printed.
     """

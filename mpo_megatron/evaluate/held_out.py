@@ -76,7 +76,7 @@ def evaluate_held_out(setup: Setup) -> list[GroupMetrics]:
 
 
 def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> TrainConfig:
-    """The training run whose step 0 evaluation is what is wanted: the checks and the cache's key are then the trainer's.
+    """The training run whose evaluation at step 0 measures the groups, so that the checks and the cache's key are the trainer's.
 
     Raises:
         ConfigError: nothing held out is configured, no checkpoint is where one should be, or no reference is named.

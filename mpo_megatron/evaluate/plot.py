@@ -13,7 +13,7 @@ from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, draw_panels
 
 
 def plot_evaluation(results: dict[str, Any], values: dict[str, Any], config: EvaluateConfig, picture: Path) -> None:
-    """Margins of held-out groups, rewards of samples, win rates: those of them that there are, side by side.
+    """Plot margins of held-out groups, rewards of samples and win rates, as far as they were measured.
 
     Args:
         results: what evaluation.json holds

@@ -45,7 +45,7 @@ class SampleSet:
     samples: dict[str, Samples] = field(default_factory=dict)
     """By group id; prompts of which no sample has a reward are left out."""
     prompts: dict[str, str] = field(default_factory=dict)
-    """By group id, the prompt as it stands in the file."""
+    """Group id → the prompt as in the file."""
     counts: Counter[str] = field(default_factory=Counter)
     """responses, without_reward, prompts_without_reward, truncated, tokens."""
 

@@ -32,7 +32,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
     """Whether layers come from Transformer Engine.
 
     Raises:
-        ConfigError: it is asked for but is not installed, or there is no GPU.
+        ConfigError: it is requested but not installed, or there is no GPU.
     """
     if model.backend == "local":
         return False
@@ -48,7 +48,7 @@ def resolve_model(model: ModelConfig, family: Family) -> ModelConfig:
     """The same options with `backend`, `attention` and `delta_rule` as this machine has them.
 
     Raises:
-        ConfigError: something is asked for that is missing here.
+        ConfigError: something requested is missing here.
     """
     engine = use_transformer_engine(model)
     attention = choose_attention(model, capped=family.score_cap is not None)

@@ -150,7 +150,7 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 
 def heads_first(tensor: Tensor) -> Tensor:
-    """[T, heads, D] as scaled_dot_product_attention wants it: [1, heads, T, D]."""
+    """[T, heads, D] as scaled_dot_product_attention expects it: [1, heads, T, D]."""
     return tensor.transpose(0, 1).unsqueeze(0)
 
 

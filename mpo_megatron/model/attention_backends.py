@@ -16,7 +16,7 @@ def choose_attention(model: ModelConfig, *, capped: bool = False) -> str:
     Args:
         capped: the model caps its scores, which not every kernel does
     Raises:
-        ConfigError: a back end is asked for that does not work here, with the reason.
+        ConfigError: a requested back end does not work here, with the reason.
     """
     if model.attention != "auto":
         missing = _missing(model) or (_missing_cap(model) if capped else None)

@@ -65,7 +65,7 @@ def build_block_mask(segments: Sequence[Segment], window: int | None = None) -> 
     first = torch.arange(0, num_tokens, BLOCK, dtype=torch.int32, device=start.device)  # of each block of keys
 
     def overlap(low: Tensor, high: Tensor) -> Tensor:
-        """[T, T / B] keys of each block that lie in [low, high)."""
+        """[T, T / B] keys of each block in [low, high)."""
         return (torch.minimum(high[:, None], first + BLOCK) - torch.maximum(low[:, None], first)).clamp_(min=0)
 
     visible = overlap(context_start, context_end) + overlap(start, token + 1)

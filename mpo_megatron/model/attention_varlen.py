@@ -26,7 +26,7 @@ from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_to
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenIndex:
-    """Where each segment's queries and keys lie; the same for all layers of a row with the same window."""
+    """Where each segment's queries and keys are; the same for all layers of a row with the same window."""
 
     keys: TokenGather | None
     """The gathered keys; None if no segment has a context: keys are the row's then."""

@@ -39,7 +39,7 @@ def with_megatron_checkpoints(model: ModelConfig, run: Path, prefix: str = "") -
 
 
 def megatron_checkpoint(path: str, run: Path, name: str) -> str:
-    """The Megatron checkpoint folder that `path` means; whoever comes first converts a Hugging Face folder, others wait.
+    """The Megatron checkpoint folder that `path` names; the first process converts a Hugging Face folder, the others wait.
 
     Args:
         run: the folder beside whose files the conversion is kept

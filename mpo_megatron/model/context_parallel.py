@@ -1,4 +1,4 @@
-"""Context parallelism: a row's tokens are dealt over ranks, and attention trades tokens for heads.
+"""Context parallelism: a row's tokens are split over ranks, and attention exchanges tokens for heads.
 
 Every rank of the group gets each `size`-th token of the row, starting at its own rank, so that prompts, responses and with them
 the work of the output layer are spread evenly. For attention an all-to-all hands each rank all tokens of a part of the heads, in
@@ -58,7 +58,7 @@ def heads_to_tokens(output: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def sum_parts(parts: Tensor, group: ProcessGroup) -> Tensor:
-    """Sum over ranks in forward; the gradient goes to every rank as it is.
+    """Sum over ranks in forward; every rank receives the gradient unchanged.
 
     The loss is computed alike on all ranks, and each rank's part of the model hears of its own tokens only: the sum over ranks
     of the weights' gradients is then that of one rank without context parallelism.

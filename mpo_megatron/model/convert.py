@@ -158,7 +158,7 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
 
 
 def read_weights(source: Path, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Megatron checkpoint's folder under their Hugging Face names, one after the other."""
+    """The weights of a Megatron checkpoint's folder under their Hugging Face names, in order."""
     checkpoint = CheckpointReader(source / "megatron")
     read_slice = _LastSlice(checkpoint)
     for item in build_weight_map(family, load_conversion(source).padded_vocab_size):

@@ -22,7 +22,7 @@ from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.terminal.console import Console
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
-"""Files of a Hugging Face folder that are weights, in whatever format."""
+"""Files of a Hugging Face folder that are weights, in any format."""
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:

@@ -237,7 +237,7 @@ def _own_part(weight: Tensor, group: ProcessGroup) -> Tensor:
 def _sharded(
     state: dict[str, Any], prefix: str, offsets: tuple[Any, ...], group: ProcessGroup, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Weights whose first axis tensor-parallel ranks share out, as parts of a checkpoint's."""
+    """Weights whose first axis is split over tensor-parallel ranks, as parts of a checkpoint's."""
     groups = {"tp_group": group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
     found: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), offsets, **groups)
     return found

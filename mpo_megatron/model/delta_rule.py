@@ -66,7 +66,7 @@ def order_states(segments: Sequence[Segment]) -> StateOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkIndex:
-    """Where the tokens of a row lie in chunks; the same for all layers."""
+    """Where the tokens of a row are in chunks; the same for all layers."""
 
     tokens: Tensor
     """[N·C] token of each place in a chunk; T for one that is empty."""

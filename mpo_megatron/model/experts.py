@@ -18,7 +18,7 @@ from mpo_megatron.families import Family
 
 
 def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig, *, from_engine: bool) -> dict[str, Any]:
-    """What Megatron-Core's TransformerConfig is told of experts.
+    """Settings of experts for Megatron-Core's TransformerConfig.
 
     Raises:
         ConfigError: experts in FP8.

@@ -1,4 +1,4 @@
-"""The policy's weights as they are now, under their Hugging Face names, from the shards that ranks hold: nothing is written.
+"""The policy's current weights under their Hugging Face names, from the shards that ranks hold; nothing is written.
 
 Every rank says which boxes of which checkpoint tensors it holds (`sharded_state_dict`, from which a checkpoint would be written),
 so that any layout over tensor, pipeline, virtual-pipeline and expert-parallel ranks is the same to this module. The weight map
@@ -50,7 +50,7 @@ class WeightInfo:
 
 
 class LiveWeights:
-    """Weights of the policy under their Hugging Face names, whatever the layout; all ranks use it alike."""
+    """Weights of the policy under their Hugging Face names, on any layout; all ranks use it alike."""
 
     def __init__(self, model: Sequence[Any], ranks: Ranks, slices: Sequence[Slice], *, adapters: bool) -> None:
         """Nothing is communicated yet.
@@ -85,12 +85,12 @@ class LiveWeights:
         ]
 
     def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights as they are now, one after the other, on this rank's device; all ranks must exhaust it.
+        """Yield the current weights in order, on this rank's device; all ranks must exhaust it.
 
         Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
 
         Args:
-            wanted: whether this rank wants them; if not, it only takes part, and nothing is yielded
+            wanted: whether this rank needs them; if not, it only takes part, and nothing is yielded
         Raises:
             RuntimeError: ranks together do not hold a tensor that the weight map names.
         """
@@ -131,7 +131,7 @@ def _tensors_of(whole: Tensor, item: Slice) -> Iterator[tuple[str, Tensor]]:
 
 
 def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:
-    """Where a box lies in a slice; None if it belongs to another layer."""
+    """Where a box is in a slice; None if it belongs to another layer."""
     leading = len(item.global_shape) - len(item.shape)
     if box.offsets[:leading] != item.index:
         return None

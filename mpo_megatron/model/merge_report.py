@@ -17,7 +17,7 @@ MOST_TOKENS = 1024
 """Of the text; more take longer and say the same."""
 
 NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Gives a model's weights by their Hugging Face names, one after the other."""
+"""Gives a model's weights by their Hugging Face names, in order."""
 
 
 def read_tokens(path: Path, tokenizer: Path) -> list[int]:

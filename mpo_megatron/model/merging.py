@@ -29,7 +29,7 @@ class Rounding:
 
 
 Change = Callable[[str, int, Tensor], Tensor]
-"""Rows of a weight, by its Hugging Face name and the first row → what stands in their place."""
+"""Rows of a weight, by its Hugging Face name and first row → their replacement."""
 
 
 def trained_merger(family: Family, adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Change:

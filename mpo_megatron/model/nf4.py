@@ -26,7 +26,7 @@ class Blocks:
     """bitsandbytes' `QuantState`: shape, dtype, the 16 values, and the scales [rows · columns / 64] in float32."""
 
     def dequantize(self) -> Tensor:
-        """The matrix that it stands for, in the dtype that it was quantized from."""
+        """The matrix that it represents, in the dtype that it was quantized from."""
         from bitsandbytes.functional import dequantize_4bit
 
         matrix: Tensor = dequantize_4bit(self.codes, self.state)

@@ -21,10 +21,10 @@ from mpo_megatron.config.rendezvous import RendezvousError
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands in the layout, and the groups it communicates in."""
+    """This process's place in the layout, and the groups it communicates in."""
 
     groups: ProcessGroupCollection
-    """Megatron-Core's collection, as its modules want it."""
+    """Megatron-Core's collection, as its modules expect it."""
 
     @property
     def tensor(self) -> ProcessGroup:

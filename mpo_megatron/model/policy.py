@@ -255,7 +255,7 @@ def build_policy(
     Args:
         adapter: adapters to train beside frozen weights; zeros until they are initialized or loaded
     Raises:
-        ConfigError: something is asked for that is missing: Transformer Engine, or an attention back end.
+        ConfigError: something requested is missing: Transformer Engine, or an attention back end.
     """
     model = resolve_model(model, family)
     config = build_transformer_config(family, model, parallel)

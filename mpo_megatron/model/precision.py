@@ -28,7 +28,7 @@ UNROUNDED = "_high_precision_init_val"
 
 
 def fp8_settings(model: ModelConfig) -> dict[str, Any]:
-    """What Megatron-Core's TransformerConfig is told of FP8: nothing without it."""
+    """Settings of FP8 for Megatron-Core's TransformerConfig; none without it."""
     if model.fp8 == "none":
         return {}
     recipe = RECIPES[model.fp8]
@@ -66,7 +66,7 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -
 
 
 def missing_for_transformer_engine() -> str | None:
-    """Why layers cannot come from Transformer Engine here, and what cures it; None if they can."""
+    """Why layers cannot come from Transformer Engine here, and the fix; None if they can."""
     if not device.has_gpu():
         return "this machine has no GPU; use one that has"
     if not is_installed():

@@ -34,7 +34,7 @@ MAX_HEADER = 100_000_000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes lie."""
+    """Where one tensor's bytes are."""
 
     name: str
     file: Path
@@ -242,7 +242,7 @@ class RowReader:
 
 
 class WeightsDigest:
-    """SHA-256 of a checkpoint's weights, whatever the files they are cut into: names, dtypes, shapes and bytes."""
+    """SHA-256 of a checkpoint's weights, independent of their files: names, dtypes, shapes and bytes."""
 
     def __init__(self) -> None:
         self._tensors: dict[str, Any] = {}

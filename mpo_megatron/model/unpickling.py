@@ -50,7 +50,7 @@ _ALLOWED = {
 """What the metadata of a distributed checkpoint names, besides dtypes and paths."""
 
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath")}
-"""Where a checkpoint was written: not used, so that a plain path may stand for any."""
+"""Where a checkpoint was written: unused, so that a plain path can replace any."""
 
 PICKLES = (".metadata", "common.pt")
 """Names of a checkpoint's files that are one pickle, in its folder `megatron`."""
@@ -153,7 +153,7 @@ def _find_problem(metadata: Any) -> str | None:
 
 
 def _is_tensor(entry: Any) -> bool:
-    """Whether an entry says what a tensor needs: its type, its size and where its chunks lie."""
+    """Whether an entry has what a tensor needs: its type, its size and where its chunks are."""
     return (
         isinstance(entry, TensorStorageMetadata)
         and isinstance(entry.properties.dtype, torch.dtype)

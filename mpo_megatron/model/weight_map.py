@@ -1,4 +1,4 @@
-"""Where every Hugging Face weight lies in a Megatron checkpoint: a family's rules, spelled out for every layer and expert.
+"""Where every Hugging Face weight is in a Megatron checkpoint: a family's rules, expanded for every layer and expert.
 
 Both directions read the same table, and no rule needs code for either. Tests compare it with the models of Megatron-Core and
 transformers. Layers, and a layer's experts, are stacked on axes of their own; where layers differ in kind, some with experts and
@@ -27,7 +27,7 @@ class RowRun:
 
 @dataclass(frozen=True)
 class Placement:
-    """One whole Hugging Face tensor, and where its rows lie in the `Slice` it belongs to."""
+    """One whole Hugging Face tensor, and where its rows are in its `Slice`."""
 
     name: str
     shape: tuple[int, ...]

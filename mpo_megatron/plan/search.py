@@ -33,7 +33,7 @@ from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
 ROW_TOKENS = (2048, 4096, 8192, 16384, 32768)
 """Token budgets that are tried."""
 EMBEDDED_BATCH = 32
-"""Responses that the embedded engine generates side by side."""
+"""Responses that the embedded engine generates in one batch."""
 
 
 @dataclass(frozen=True, kw_only=True)

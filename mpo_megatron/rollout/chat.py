@@ -36,7 +36,7 @@ class Partner:
     messages: list[Message] = field(default_factory=list)
 
     def answer(self, message: str, config: ChatConfig, write: Callable[[str], object]) -> str:
-        """The answer to a message, written as it is drawn; both join the conversation.
+        """Answer a message, printing as it is drawn; both join the conversation.
 
         Raises:
             ConfigError: the chat template refuses the conversation, or it is too long for the model.
@@ -62,7 +62,7 @@ def draw(model: Any, chat: Chat, prompt: list[int], config: ChatConfig, write: C
     from transformers.generation.streamers import BaseStreamer
 
     class Words(BaseStreamer):
-        """Decodes what has come so far, and writes what is new of it and cannot change any more."""
+        """Decodes the tokens so far, and prints the new text that can no longer change."""
 
         def __init__(self) -> None:
             self.ids: list[int] = []
@@ -163,7 +163,7 @@ def ask() -> str | None:
 
 
 def answer(partners: list[Partner], message: str, config: ChatConfig) -> None:
-    """Print what each model says, one after the other."""
+    """Print each model's answer in turn."""
     for partner in partners:
         if len(partners) > 1:
             print(f"\n── {visible(partner.name)}", flush=True)

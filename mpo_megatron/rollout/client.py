@@ -37,7 +37,7 @@ _LATER = {408, 409, 425, 429}
 _FATAL = {401, 403, 404, 405}
 """Refusals that concern every question."""
 _MIN_LOST = 8
-"""A server counts as down after this many lost questions in a row, and at least as many as are under way at a time."""
+"""A server counts as down after this many consecutive lost questions, and at least as many as run at a time."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 """Characters of a server's text that must not reach a terminal or a log."""
 
@@ -61,7 +61,7 @@ class Failure(NamedTuple):
 
 
 class Outcome[Answer](NamedTuple):
-    """What became of one question: an answer, or why there is none."""
+    """The outcome of one question: an answer, or why there is none."""
 
     position: int
     """Of the question, in the sequence that was asked."""

@@ -21,7 +21,7 @@ KL_FILE = "kl.json"
 
 
 def measure(setup: Setup) -> None:
-    """Log-probs of all samples under both models, one after the other in the same memory; every rank calls it.
+    """Log-probs of all samples under both models, computed in turn in the same memory; every rank calls it.
 
     Raises:
         Stopped: asked to stop; what is computed is written.

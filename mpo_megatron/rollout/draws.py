@@ -1,4 +1,4 @@
-"""Groups under way: which responses are still to be drawn, and which again because they are empty, repeated or unusable."""
+"""Unfinished groups: which responses to draw, and which to draw again because they are empty, repeated or unusable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpo_megatron.rollout.records import Record
 
 @dataclass(kw_only=True)
 class DrawnGroup:
-    """A group under way: its responses by index, and how often each was drawn again."""
+    """An unfinished group: its responses by index, and how often each was drawn again."""
 
     record: Record
     token_ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class DrawnGroup:
 
     @classmethod
     def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> DrawnGroup:
-        """A group with what an earlier run's failure holds; what is missing goes on with the next attempt."""
+        """A group with the responses of an earlier run's failure; the missing ones continue with the next attempt."""
         group = cls(record=record, token_ids=token_ids)
         for line in failure["responses"] if failure is not None else ():
             values: dict[str, Any] = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
@@ -115,7 +115,7 @@ class DrawnGroup:
         return line | {"attempt": attempt} if attempt else line
 
     def as_failure(self, error: str, sampling: Sampling) -> Record:
-        """A line of failures.jsonl: why, what did arrive, and where the next run goes on."""
+        """A line of failures.jsonl: why, what arrived, and where the next run continues."""
         arrived = [self.as_line(index, sampling) | {"index": index} for index in sorted(self.responses)]
         line = {"group_id": self.record["group_id"], "error": error, "responses": arrived}
         attempts = {str(index): attempt for index, attempt in self.attempts.items() if index not in self.responses}

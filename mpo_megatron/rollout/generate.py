@@ -1,4 +1,4 @@
-"""`mpo generate`: prompts → K responses each, streamed to disk, continued after any kill, cut into shards.
+"""`mpo generate`: draws K responses to each prompt, streamed to disk, resumable, in shards.
 
     mpo generate --prompts prompts.jsonl --model runs/mpo --output rounds/1/samples --num_responses 8
 

@@ -70,7 +70,7 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
 
     Raises:
         ConfigError: the configuration cannot work, or is not the one this folder was started with; nothing has been started.
-        DataError: a stage's input is unusable, or another `mpo iterate` is at work in the folder.
+        DataError: a stage's input is unusable, or another `mpo iterate` runs in the folder.
         StageError: training failed.
     """
     console = console or Console(highlight=False)
@@ -173,7 +173,7 @@ def base_of_rounds(hf: Path) -> str | None:
 
 
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
-    """Train, or go on training; the round's `train.json` says where the result is."""
+    """Train, or resume training; the round's `train.json` says where the result is."""
     check_resumption(build_setup(config, num_ranks))  # the ranks do the same; here it gives one message before any has started
     run_ranks("train", TRAIN_MODULE, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))

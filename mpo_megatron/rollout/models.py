@@ -78,7 +78,7 @@ def side_files(checkpoint: Path) -> Path:
 
 
 def hugging_face_folder(checkpoint: Path) -> Path:
-    """The Hugging Face form of a located checkpoint; one of ours is exported into its own folder, once, whoever comes first.
+    """The Hugging Face form of a located checkpoint; a Megatron one is exported into its own folder, once.
 
     That of an adapter is PEFT's folder; it names the base model's, which is exported likewise.
 

@@ -1,4 +1,4 @@
-"""Pictures of a few panels side by side, in one style."""
+"""Pictures of a few panels in a row, in one style."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts dealt to rounds, and some held out: by a hash, so that neither the order of the file nor a restart matters."""
+"""Assigns prompts to rounds, and holds some out: by a hash, so that neither the order of the file nor a restart matters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompt files → prompts to answer: what may stand in a line, duplicates, token ids as `mpo prepare` makes them.
+"""Reads prompt files: checks each line, drops duplicates, and makes token ids as `mpo prepare` does.
 
 A line holds a prompt (a string, or messages), and may hold `group_id`, `reference_answer`, and anything else, which goes along
 under `meta`. Inputs of `mpo prepare`, and the folders it wrote, give their prompts.
@@ -30,7 +30,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 
 _SAMPLE = 64
-"""Rows that the format is told from."""
+"""Rows that decide the format."""
 _NOT_META = {
     *("group_id", "id", "meta", "reference_answer", "messages", "question", "instruction"),
     *("responses", "all_generated_responses", "rewards", "scores", "all_rm_scores", "labels"),
@@ -58,7 +58,7 @@ class PromptSet:
         self.counts[kind] += 1
 
     def digest(self) -> str:
-        """sha256 over ids and tokens in order: what the engine is asked."""
+        """sha256 over ids and tokens in order: the engine's input."""
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(json.dumps([record["group_id"], self.token_ids[record["group_id"]]]).encode())
@@ -106,7 +106,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
 
 
 def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
-    """`file:line` and prompt of every row, from whatever the input is."""
+    """`file:line` and prompt of every row of any input."""
     if (Path(source) / INFO_FILE).is_file():
         yield from _read_prepared(Path(source))
         return

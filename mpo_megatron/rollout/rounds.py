@@ -203,7 +203,7 @@ def build_round(config: IterateConfig, number: int) -> Round:
 
 
 def build_policy_stages(config: IterateConfig, number: int) -> RoundPolicy:
-    """What measures policy `number`: the sections as they are, without `per_round`, so that policies are measured alike."""
+    """The stages that measure policy `number`, without `per_round`, so that all policies are measured alike."""
     folder = Path(config.output) / "policies" / f"{number:02d}"
     generate, score = copy.deepcopy(config.generate), copy.deepcopy(config.score)
     generate.setdefault("seed", config.seed)
@@ -218,7 +218,7 @@ def build_policy_stages(config: IterateConfig, number: int) -> RoundPolicy:
 
 
 def start_training(plan: RoundsPlan, item: Round, start: Path) -> TrainConfig:
-    """The configuration that trains a round from the checkpoint `start`; one run that goes on has it already."""
+    """The configuration that trains a round from the checkpoint `start`; a continued run has it already."""
     if plan.config.optimizer == "continued":
         return item.train
     reference = reference_folder(plan.config, str(start))

@@ -155,7 +155,7 @@ def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Se
 
 
 def disturb(record: Record, config: SelectConfig) -> list[Record]:
-    """The responses with noise on their rewards; what a reward was before stands beside it.
+    """The responses with noise on their rewards, each beside its original reward.
 
     The noise belongs to group and position, so that it depends neither on other groups nor on missing rewards.
     """

@@ -1,4 +1,4 @@
-"""A stage cut into parts that share nothing but a folder: each writes files of its own, and the last to finish joins them."""
+"""A stage in parts that share only a folder: each writes its own files, and the last to finish joins them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], Non
     """Join the shards once all are complete; whether the whole is there now.
 
     Args:
-        summary: the file whose form each shard writes last, and `join` as well
+        summary: the file that each shard, and `join`, writes last
     """
     missing = [part for part, name in enumerate(shard.all_names(summary)) if not (output / name).is_file()]
     if missing:

@@ -18,7 +18,7 @@ from mpo_megatron.train.launcher import launch
 
 
 def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:
-    """A command that loads a model: here on a CPU; on a GPU in a process of its own, whose memory training gets back."""
+    """Run a command that loads a model: in this process on a CPU; on a GPU in its own process, which then frees the memory."""
     if not device.has_gpu():
         function(config)
         return

@@ -21,7 +21,7 @@ class Thoughts:
         self.chat, self.messages, self.tools = chat, messages, tools
 
     def put_back(self, answer: str, thought: str | None = None, calls: Sequence[dict[str, Any]] = ()) -> str:
-        """What the model wrote behind the prompt, by the template's rendering of thought, answer and calls.
+        """The model's text after the prompt, as the template renders thought, answer and calls.
 
         Raises:
             ConfigError: the template does not write one of them.

@@ -90,6 +90,6 @@ def load_model(parts: list[torch.nn.Module], folder: str | Path, record: Adapter
 
 
 def start_adapters(parts: list[torch.nn.Module], setup: Setup, ranks: Ranks) -> None:
-    """Draw what a new adapter begins with; one that was loaded stays as it is."""
+    """Initialise a new adapter; a loaded one is unchanged."""
     if setup.record is not None and not is_adapter_folder(setup.model_folder):
         initialize_adapters(parts, setup.family, setup.record.adapter, ranks, setup.config.seed)

@@ -1,4 +1,4 @@
-"""Environment variables that a rank on GPUs runs faster with: it sets them itself, whatever started it, before CUDA reads them.
+"""Environment variables that make a rank on GPUs faster: each rank sets them before CUDA reads them, whatever launched it.
 
 What the user has set stays. The choices are those of NVIDIA's performance recipes (Megatron-Bridge,
 scripts/performance/perf_plugins.py), and of the libraries' own warnings.

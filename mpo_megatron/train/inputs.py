@@ -123,10 +123,10 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
 
 
 def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:
-    """The configuration with what it leaves open decided, as far as that is the same for all steps and all ranks.
+    """The configuration with every open choice made that is the same for all steps and ranks.
 
     Raises:
-        ConfigError: something is asked for that is missing on this machine.
+        ConfigError: the machine lacks something that it asks for.
     """
     parallel = config.parallel
     overlap = choose_overlap(config.optimizer, num_ranks // (parallel.tensor * parallel.pipeline))
@@ -145,7 +145,7 @@ def checkpoint_bytes(config: TrainConfig, family: Family, record: AdapterRecord 
 
 
 def check_space(config: TrainConfig, total_steps: int, size: int) -> None:
-    """Check that the run's disk holds the checkpoints that will be there at one time, besides those that are there already.
+    """Check that the disk has room for all checkpoints that exist at a time, besides existing ones.
 
     Args:
         size: bytes of a checkpoint

@@ -230,7 +230,7 @@ def batches(run: Run, steps: range) -> Iterator[StepBatch]:
 
 
 def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -> RunState:
-    """Where the run stands after `step` steps."""
+    """The run's state after `step` steps."""
     return RunState(
         step=step,
         fixed=run_options(run.setup),

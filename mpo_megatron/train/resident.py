@@ -30,7 +30,7 @@ Reference = tuple[Tensor, Tensor]
 
 
 class Resident:
-    """The reference model, without gradients, cut over ranks as the policy is."""
+    """The reference model, without gradients, partitioned like the policy."""
 
     def __init__(self, parts: Sequence[torch.nn.Module], *, offload: bool = False, replay: bool = False) -> None:
         """Args:

@@ -75,7 +75,7 @@ class StepRouting:
         return self.config.has_terms
 
     def rows(self, rows: Sequence[Row], *, learn: bool = False, loads: Tensor | None = None) -> list[RowRouting]:
-        """What the routers are told of these rows.
+        """What the routers need to know about these rows.
 
         Args:
             learn: the losses' gradients are computed; else loads are counted, if the load-balancing loss needs them

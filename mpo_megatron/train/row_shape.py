@@ -1,4 +1,4 @@
-"""How a run's rows are cut: the same for training, evaluation, the reference, and whoever looks at a row later."""
+"""How a run's rows are built: the same for training, evaluation, the reference, and later inspection."""
 
 from __future__ import annotations
 

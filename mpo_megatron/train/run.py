@@ -1,4 +1,4 @@
-"""Everything one training run works with: opened, loaded and cut over ranks, before its first step."""
+"""Everything a training run needs before its first step: opened, loaded and partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def config(self) -> TrainConfig:
-        """The configuration, with nothing left open."""
+        """The configuration, with every choice made."""
         return self.session.setup.config
 
     @property

@@ -1,4 +1,4 @@
-"""A rank at work: its place among the others, its part of the models, and the reference's log-probs."""
+"""A working rank: its place among the others, its part of the models, and the reference's log-probs."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Session:
         Of the training groups only those that the run reaches; nothing if the run needs no reference.
 
         Args:
-            whole: compute those of all groups, whatever the run needs
+            whole: compute those of all groups, also ones that the run does not reach
         Raises:
             DataError: the log-probs cannot be written.
             Stopped: asked to stop; what is computed is written.
@@ -98,7 +98,7 @@ class Session:
         }
 
     def resident(self) -> Resident:
-        """The reference model in memory beside the policy, without gradients, cut over ranks as the policy is."""
+        """The reference model in memory beside the policy, without gradients, partitioned like the policy."""
         parts = self._build()
         load_model(parts, self.setup.reference_folder, self.setup.record, self.ranks)
         config = self.setup.config

@@ -103,7 +103,7 @@ class Setup:
 
 
 def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: bool = False) -> Setup:
-    """Open what a run reads, decide what is left open, and check that all of it fits together.
+    """Open a run's inputs, make its open choices, and check that all of it fits together.
 
     What is cheap comes first: a wrong path, option or layout need not wait for the imports of torch and Megatron-Core. A Hugging
     Face folder is converted.
@@ -129,7 +129,7 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
 
 
 def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int, Family, int]:
-    """Number of ranks, the model, and the size of its padded vocabulary, once it is sure that the model can be cut so.
+    """Number of ranks, the model, and its padded vocabulary size, after a check that the layout divides the model.
 
     Raises:
         ConfigError: it cannot, or a file is missing or damaged.

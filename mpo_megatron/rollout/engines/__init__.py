@@ -26,7 +26,7 @@ _FINISH_REASONS: dict[Any, FinishReason] = {
     "repetition": "repetition",
 }
 _UNFINISHED = {"abort": "aborted", "error": "failed", "content_filter": "filtered", "tool_calls": "tool_call"}
-"""By an engine's finish reason: the name under which a response that is none is counted."""
+"""Finish reason of an engine → the name under which an unusable response is counted."""
 
 
 def read_finish_reason(value: Any) -> FinishReason:
@@ -157,7 +157,7 @@ class Engine(Protocol):
     """Something that answers prompts."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer every prompt, each yielded once as soon as it is complete, in any order."""
+        """Answer every prompt; yield each answer once it is complete, in any order."""
 
     def close(self) -> None:
         """Free devices and connections."""

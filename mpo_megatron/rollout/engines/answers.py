@@ -1,4 +1,4 @@
-"""A server's answer → a response, or why it is none. Nothing in it is taken on trust: fields may lack, lie, or be of any type."""
+"""Turns a server's answer into a response, or the reason why it is none. Fields may be missing, wrong or of any type."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_answer(
 
     Args:
         answer: the JSON value
-        thoughts: puts a thought or calls that stand beside the answer back into it; None without messages
+        thoughts: puts a thought or calls beside the answer back into it; None without messages
     Raises:
         UnusableAnswerError: it holds none.
         ConfigError: it holds a thought, and the chat template writes none.
@@ -131,7 +131,7 @@ def _read_thought(message: dict[str, Any]) -> str | None:
 
 
 def _read_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
-    """The calls of tools in a message, arguments decoded, as chat templates want them.
+    """The tool calls in a message, with decoded arguments, as chat templates expect them.
 
     Raises:
         UnusableAnswerError: a call has no name, or its arguments are no JSON object.

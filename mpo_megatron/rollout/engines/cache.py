@@ -22,7 +22,7 @@ class RoomyLayer(DynamicLayer):
     """A layer whose `keys` and `values` [N, A, T, D] are views of larger buffers."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add tokens [N, A, new, D]; all keys and values so far."""
+        """Add tokens [N, A, new, D]; return all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.keys, self.values = (states[:, :, :0] for states in (key_states, value_states))

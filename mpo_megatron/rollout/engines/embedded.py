@@ -32,7 +32,7 @@ ENDED_SHARE = 1 / 8
 
 @dataclass(kw_only=True, eq=False)
 class _Row:
-    """One response under way."""
+    """One unfinished response."""
 
     prompt: Prompt
     index: int
@@ -88,7 +88,7 @@ class EmbeddedEngine:
                     yield Generation(group_id=group_id, responses=tuple(responses[index] for index in sorted(responses)))
 
     def _batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
-        """Rows side by side: the longest prompts first, so that what does not fit fails at once; a prompt's rows adjoin."""
+        """Batches of rows: the longest prompts first, so that what does not fit fails at once; a prompt's rows are adjacent."""
         ordered = sorted(prompts, key=lambda prompt: (-len(prompt.token_ids), prompt.group_id))
         rows = [
             _Row(prompt=prompt, index=index, seed=seed)

@@ -1,4 +1,4 @@
-"""Any server that speaks the OpenAI protocol: vLLM, SGLang, llama.cpp, `transformers serve`, or somebody's API.
+"""Any server that speaks the OpenAI protocol: vLLM, SGLang, llama.cpp, `transformers serve`, or a hosted API.
 
 One request a response, with its own seed: so a bad one costs one response, and a server with a prefix cache computes the prompt
 once all the same. The body of an answer is read as plain JSON, because servers add and omit fields.

@@ -107,7 +107,7 @@ def request_fields(kind: ServerKind, sampling: Sampling, seed: int) -> dict[str,
 
 
 def _generation_config(sampling: Sampling) -> dict[str, Any]:
-    """A `transformers.GenerationConfig` that stands for the model's own as a whole."""
+    """A `transformers.GenerationConfig` that replaces all of the model's own."""
     settings: dict[str, Any] = {
         "do_sample": sampling.temperature > 0,
         "max_new_tokens": sampling.max_tokens,

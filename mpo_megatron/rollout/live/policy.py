@@ -34,7 +34,7 @@ from mpo_megatron.train.optimizer import gather_weights
 from mpo_megatron.train.setup import Setup
 
 BATCH_SIZE = 32
-"""Responses that the embedded engine generates side by side."""
+"""Responses that the embedded engine generates in one batch."""
 
 
 class LiveEngine(Protocol):
@@ -44,14 +44,14 @@ class LiveEngine(Protocol):
     """Whether this rank asks it; on the others it only takes part in `update`."""
 
     def update(self) -> None:
-        """Take the policy's weights as they are now; all ranks call it."""
+        """Receive the policy's current weights; all ranks call it."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Answer every prompt with the weights of the last update, on a rank that `draws`."""
 
 
 class LivePolicy:
-    """The policy as it is, to sample from."""
+    """The current policy, to sample from."""
 
     def __init__(self, setup: Setup, ranks: Ranks, model: list[Any]) -> None:
         """Start the engines.
@@ -65,7 +65,7 @@ class LivePolicy:
         self.engine = build_live_engine(setup, ranks, model)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
-        """Answers of the policy as it is now, in the order of the prompts; all ranks call it and get the same.
+        """Answers of the current policy, in the order of the prompts; all ranks call it and receive the same.
 
         Raises:
             DataError: the engine has no answer to a prompt.
@@ -87,7 +87,7 @@ class LivePolicy:
 
 
 class EmbeddedLiveEngine:
-    """A `transformers` model made anew for every batch of samples, and gone when they are drawn: training has its memory back.
+    """A `transformers` model that is rebuilt for every batch of samples and freed after it, so that training has the memory.
 
     Weights pass through host memory, where they are collected under the names they have in checkpoints; `transformers` itself
     puts them in place (experts, for example, become one tensor).

@@ -1,4 +1,4 @@
-"""SPO's regulariser as a term of a training run: every T steps samples from the policy as it is, kept until the next T steps.
+"""SPO's regulariser as a term of a training run: every T steps, samples of the current policy, used for the next T steps.
 
     <run>/online/samples_00000008.jsonl    the samples drawn after 8 steps, token ids included
 
@@ -117,7 +117,7 @@ class SampleRegularizer:
         return [self.tokenized(record) for record in found]
 
     def draw(self, due: int) -> list[Record]:
-        """Samples of the policy as it is, for prompts of the last T steps, as group lines with token ids; on every rank."""
+        """Samples of the current policy, for prompts of the last T steps, as group lines with token ids; on every rank."""
         data, config = self.run.setup.train, self.run.config
         indices, per_prompt = choose_prompts(data, config, due)
         sampling = Sampling(

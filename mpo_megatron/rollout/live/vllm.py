@@ -50,7 +50,7 @@ class VllmLiveEngine:
         self._sleep()
 
     def update(self) -> None:
-        """Give the engine the policy's weights as they are now; all ranks call it."""
+        """Give the engine the policy's current weights; all ranks call it."""
         if self.shares_gpus:
             torch.cuda.empty_cache()
             barrier()  # the engine may span the GPUs of several ranks: all have given back what they can

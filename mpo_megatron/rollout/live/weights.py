@@ -21,7 +21,7 @@ class Weights(Protocol):
         """Every weight, in the order of `stream`; its first use communicates."""
 
     def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights as they are now to a rank that wants them; all ranks must exhaust it."""
+        """Yield the current weights to a rank that asks for them; all ranks must exhaust it."""
 
 
 class MergedWeights:

@@ -101,7 +101,7 @@ def build_scorer(name: str, config: AnyScorer) -> Scorer:
 
 
 def join_messages(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as plain text: a lone question as it stands, else a paragraph a turn behind its role, calls as JSON."""
+    """A conversation as plain text: a single question unchanged, else a paragraph a turn after its role, calls as JSON."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role'].capitalize()}: {_text_of(message)}" for message in messages)

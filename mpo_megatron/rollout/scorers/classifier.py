@@ -120,7 +120,7 @@ def check_head(name: str, settings: Mapping[str, Any], config: ModelScorer) -> N
     """Refuse a checkpoint that is no classifier with one output, by its config.json.
 
     Raises:
-        ConfigError: naming the architecture, and what it would have to be.
+        ConfigError: naming the architecture, and the expected one.
     """
     where = f"scorers.{name}.model = {config.model}"
     architecture = (settings.get("architectures") or ["no architecture"])[0]

@@ -31,7 +31,7 @@ Compare = Callable[[Sequence[Pair]], list[float | None]]
 
 @dataclass(kw_only=True)
 class _Table:
-    """What one group's responses have won so far."""
+    """Wins of one group's responses so far."""
 
     size: int
     won: list[float] = field(default_factory=list)

@@ -63,7 +63,7 @@ class _Worker:
         return "timed_out", f"it took more than {seconds:g} s"
 
     def close(self) -> None:
-        """End it, whatever it is doing."""
+        """End it, even while it is busy."""
         self._requests.close()
         self._answers.close()
         self.process.kill()
@@ -76,7 +76,7 @@ class Function(Scorer):
     config: FunctionScorer
 
     def __init__(self, name: str, config: FunctionScorer) -> None:
-        """Import the function, in its process, and find out how it wants to be called.
+        """Import the function in its process, and find out how to call it.
 
         Raises:
             ConfigError: there is no such module, file or function, or no reading of its parameters fits.
@@ -127,7 +127,7 @@ class Function(Scorer):
         return read_values(where, call, answer[1], groups)
 
     def settings(self) -> dict[str, Any]:
-        """The file the function stands in, and its parameters."""
+        """The function's file, and its parameters."""
         return {"source": self._source, "name": self.config.function.rpartition(":")[2], "params": self.config.params}
 
     def close(self) -> None:

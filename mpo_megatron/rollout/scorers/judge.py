@@ -106,7 +106,7 @@ class Judge(Scorer):
         return _Question(group["group_id"], text, key)
 
     def _ask_all(self, questions: Sequence[_Question]) -> list[float | None]:
-        """The verdict on each question; what has none is asked again with another seed, `garbage_retries` times."""
+        """The verdict on each question; a question without one is asked again with another seed, `garbage_retries` times."""
         values: list[float | None] = [None] * len(questions)
         places = list(range(len(questions)))
         started = time.monotonic()

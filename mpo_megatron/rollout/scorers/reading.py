@@ -1,4 +1,4 @@
-"""How a user's reward function wants to be called, read from the names of its parameters.
+"""How to call a user's reward function, read from the names of its parameters.
 
     reward(response, group)  ·  reward(prompt, response, **fields)           one response a call
     compute_score(data_source, solution_str, ground_truth, extra_info)      the same, as verl names them
@@ -58,7 +58,7 @@ class Reading:
     required: tuple[str, ...]
     """Parameters that need a value of the group, in the order of the function."""
     optional: tuple[str, ...]
-    """Parameters that get one where the group has it."""
+    """Parameters that receive a field if the group has it."""
     takes_all: bool
     """Whether it takes everything else by `**`."""
     params: Mapping[str, Any] = field(default_factory=dict)
@@ -117,7 +117,7 @@ class Reading:
 
 
 def find_reading(where: str, parameters: Sequence[Parameter], params: Mapping[str, Any]) -> Reading:
-    """How a function wants to be called.
+    """How to call a function.
 
     Raises:
         ConfigError: no reading fits; it names the parameter.

@@ -38,7 +38,7 @@ class _Question(NamedTuple):
 
 
 class ServedRewardModel(Scorer):
-    """A sequence classifier with one output that somebody else runs, on as many GPUs as it takes."""
+    """A sequence classifier with one output that a server runs."""
 
     config: ServedRewardModelScorer
 

@@ -33,7 +33,7 @@ _COMPARISON = re.compile(
     rf"|(?i:\b(?:verdict|winner|better|choice|preference)(?:\s+(?:response|answer|one))?\b){_MARKS}(?:(?i:is)\b{_MARKS})?[:=]"
     rf"{_MARKS}\[{{0,2}}{_MARKS}{_CHOICE}{_MARKS}\]{{0,2}}{_MARKS}(?:[.;!)\n]|,(?!\s*(?:and\s+)?{_SIDE}[AB]\b)|\Z)"
 )
-"""Double brackets, a tag or a label, and a choice that nothing qualifies: "A and B are equally good" is none."""
+"""Double brackets, a tag or a label, and an unqualified choice: "A and B are equally good" is none."""
 _WINNERS = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5, "draw": 0.5, "equal": 0.5, "neither": 0.5}
 """P(a > b) of a verdict; some templates call a tie C."""
 _GRADE_KEYS = ("score", "rating", "grade", "verdict")
@@ -94,7 +94,7 @@ def _read_object(text: str, keys: tuple[str, ...]) -> tuple[bool, int | float | 
 
 
 def to_number(text: str) -> float | None:
-    """The finite number that a verdict is; None if it is none."""
+    """The finite number in a verdict, or None."""
     try:
         value = float(text.strip().replace("−", "-"))
     except ValueError:
@@ -103,7 +103,7 @@ def to_number(text: str) -> float | None:
 
 
 def to_winner(text: str) -> float | None:
-    """P(a > b) of a verdict such as A, tie or A>>B; None if it is none."""
+    """P(a > b) of a verdict such as A, tie or A>>B, or None."""
     word = re.sub(r"\s+", "", text).casefold()
     for sign, first in ((">", 1.0), ("<", 0.0), ("=", 0.5)):
         if sign in word:

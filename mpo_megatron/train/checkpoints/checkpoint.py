@@ -93,7 +93,7 @@ def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = N
 def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks) -> None:
     """Load the weights of a Megatron checkpoint folder (from `mpo convert` or a run's step) into the model, on any layout.
 
-    A model's adapters stay as they are.
+    A model's adapters are unchanged.
 
     Raises:
         ConfigError: files are missing or damaged, or they belong to another model.

@@ -39,7 +39,7 @@ def fixed_options(
     lora: dict[str, Any] | None = None,
     base_digest: str | None = None,
 ) -> dict[str, Any]:
-    """What must stay as it is for a run to take the course it would have taken, as JSON holds it, named as in the configuration.
+    """Options and digests that must not change when a run resumes, as JSON holds them, named as in the configuration.
 
     Not in it: what changes rounding only (layout, rows, fused or two-phase steps), and what is watched, kept and logged.
 

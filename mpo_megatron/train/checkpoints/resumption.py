@@ -43,7 +43,7 @@ LOCK_SECONDS = 100.0
 
 
 def run_options(setup: Setup) -> dict[str, Any]:
-    """What must stay as it is for a run to take the course it would have taken (course.py)."""
+    """What must not change when a run resumes (course.py)."""
     objective = setup.objective
     return fixed_options(
         setup.config,
@@ -58,10 +58,10 @@ def run_options(setup: Setup) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
-    """Within it this is the only run in its folder: another one would take its save under way for a killed one's.
+    """Within it, this is the only run in its folder: a second run would mistake an unfinished save for an abandoned one.
 
     Raises:
-        DataError: another one is at work there, or not all machines see the same folder; on all ranks.
+        DataError: another run writes there, or not all machines see the same folder; on all ranks.
     """
     lock = run / ".lock"
 
@@ -80,7 +80,7 @@ def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_resumption(setup: Setup) -> None:
-    """Refuse a run that could not resume, as far as its newest checkpoint's small files tell, before ranks are started for it.
+    """Refuse a run that cannot resume, judged by its newest checkpoint's small files, before its ranks start.
 
     Raises:
         ConfigError: what it was trained with is not what it would resume with, no checkpoint is whole, or a file of the newest
@@ -111,7 +111,7 @@ def check_step_pickles(folder: Path) -> None:
 def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
     """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
 
-    Damaged ones are renamed, not deleted, and an older whole one is taken: from there the run takes the same course. If
+    Damaged ones are renamed, not deleted, and the run resumes from an older complete one, to the same result. If
     checkpoints are not to be resumed from they are moved aside.
 
     Raises:
@@ -139,7 +139,7 @@ def resume(setup: Setup, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
     """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands.
 
     Raises:
-        ConfigError: what it was trained with is not what it would go on with.
+        ConfigError: it was trained with other options than it would continue with.
     """
     run, config = setup.folder, setup.config
     folder = choose_checkpoint(run, ranks, resume=config.checkpoint.resume or was_restarted())

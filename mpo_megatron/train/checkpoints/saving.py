@@ -8,7 +8,7 @@ Until the rename nothing counts, so a run killed at any moment has its older che
 in Megatron's own asynchronous saves, processes: they end with their rank, so that none is left to write into a folder that
 the next start of the run has taken over. Each save has a folder name of its own for the same reason.
 
-Only one save is under way at a time: the next one finishes it first.
+Only one save runs at a time: the next one waits for it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SIDE_FILES = ("hf", "conversion.json")
 
 @dataclass
 class Writing:
-    """A save under way, as this rank sees it."""
+    """An unfinished save, as this rank sees it."""
 
     state: RunState
     partial: Path
@@ -102,7 +102,7 @@ class Saver:
 
     @property
     def has_written(self) -> bool:
-        """Whether this rank is done with its part of the save under way; True if there is none."""
+        """Whether this rank has written its part of the current save; True if there is none."""
         return self.writing is None or self.writing.thread is None or not self.writing.thread.is_alive()
 
     def start(self, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
@@ -127,7 +127,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way, if there is one, and give it its name.
+        """Wait for the current save, if there is one, and rename it.
 
         Raises:
             SaveError: a rank could not write its part.

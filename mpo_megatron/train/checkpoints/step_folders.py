@@ -42,7 +42,7 @@ class SaveError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """Where a run stands, and what must stay the same for it to continue.
+    """How far a run has come, and what must not change for it to continue.
 
     What is not here needs no saving: the learning rate, the data's order, and everything drawn at random are functions of
     the step and the seed.
@@ -51,7 +51,7 @@ class RunState:
     step: int
     """Optimizer steps done."""
     fixed: dict[str, Any]
-    """What must stay as it is for the run to take the course it would have taken: options and digests, as JSON holds them."""
+    """Options and digests that must not change when the run resumes, as JSON holds them."""
     held_out: dict[str, float] = field(default_factory=dict)
     """Held-out metrics after this step; empty if it was not evaluated."""
     recent_losses: list[float] = field(default_factory=list)
@@ -59,7 +59,7 @@ class RunState:
     recent_norms: list[float] = field(default_factory=list)
     """Gradient norms of the last steps."""
     skipped_steps: int = 0
-    """Steps whose update was not applied, so far."""
+    """Number of steps whose update was not applied."""
 
 
 StepFiles = dict[str, tuple[int, str]]
@@ -111,7 +111,7 @@ def complete_steps(run: Path) -> list[Path]:
 
 
 def damaged_steps(run: Path) -> list[str]:
-    """Names of the checkpoints that were found damaged and put aside."""
+    """Names of the damaged checkpoints that were set aside."""
     return sorted(folder.name for folder in (run / "checkpoints").glob("*.damaged*"))
 
 
@@ -121,7 +121,7 @@ def is_step(folder: Path) -> bool:
 
 
 def step_folder(run: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Folder of a step's checkpoint."""
     return run / "checkpoints" / f"step_{step:08d}"
 
 

@@ -37,7 +37,7 @@ MOST_GROUPS = 32
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message names the step and what to look at."""
+    """Training cannot continue; the message names the step and what to look at."""
 
 
 @dataclass(frozen=True, kw_only=True)

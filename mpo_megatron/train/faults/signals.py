@@ -113,7 +113,7 @@ def join(channel: Channel) -> None:
 
 
 def part() -> None:
-    """From now on the channel is used no more: its store ends."""
+    """Stop using the channel: its store ends."""
     _Manner.channel = None
 
 
@@ -123,7 +123,7 @@ def leave_with(code: int) -> None:
 
 
 def defer() -> None:
-    """From now on, requests are noted and end nothing: there is something to save, and `requested` is asked now and then."""
+    """From now on, only note requests: there is something to save, and `requested` is polled."""
     _Manner.deferrals += 1
 
 

@@ -38,7 +38,7 @@ class StoreChannel:
 
 @contextlib.contextmanager
 def spreading_requests() -> Iterator[None]:
-    """Within it a rank that leaves because it was asked takes the others along; all ranks enter it, once they have joined."""
+    """Within it, a rank that stops on request stops the others, too; all ranks enter it once they have joined."""
     signals.join(StoreChannel(distributed_c10d._get_default_store()))
     try:
         yield

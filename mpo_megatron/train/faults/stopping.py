@@ -1,4 +1,4 @@
-"""When to stop: all ranks agree on it after each piece of work, whoever got the request, or when the time is nearly over."""
+"""When to stop: all ranks agree after each piece of work, whichever received the request, or when time is nearly over."""
 
 from __future__ import annotations
 

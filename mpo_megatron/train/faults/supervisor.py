@@ -1,4 +1,4 @@
-"""What a run watches besides its loss: requests to stop, the time it has, ranks that hang, ranks that are slow.
+"""What a run watches besides its loss: requests to stop, its time limit, hanging ranks and slow ranks.
 
 After every step all ranks exchange a few numbers (`Supervisor.after_step`: one small all-gather) and know the same: whether to
 stop, whether the save under way is written everywhere, and who was slow. So they agree on the step at which they stop,
@@ -35,7 +35,7 @@ RESTARTS = (launched.RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART
 """Environment variables that count how often a job was started again."""
 
 SLOW_RATIO, SLOW_STEPS = 1.1, 20
-"""A rank is told of that takes so many times the mean, so many steps in a row (and then ten times as many, and so on)."""
+"""Report a rank `SLOW_RATIO` slower than the mean for `SLOW_STEPS` consecutive steps (then ten times as many, and so on)."""
 
 DISK_SECONDS = 30
 """How long a rank that has hung may take to write its stacks down."""
@@ -48,13 +48,13 @@ class Agreement:
     stop: str | None
     """Why the run shall stop now; None if it shall not."""
     all_written: bool
-    """Whether every rank is done with its part of the save under way."""
+    """Whether every rank has written its part of the current save."""
     metrics: dict[str, float]
     """Who was slow: see `Supervisor.after_step`."""
 
 
 class Watchdog:
-    """Ends a rank that makes no progress, and tells where it stood.
+    """Ends a rank that makes no progress, and reports its stacks.
 
     A hung collective never returns to Python, so a thread looks: when nothing has called `beat` for too long, it writes all
     threads' stacks to `<run>/incidents/hang_…` and to stderr, and ends the process. torchrun then ends the others (each of which
@@ -73,7 +73,7 @@ class Watchdog:
         self.doing, self.since = doing, time.monotonic()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self.closed.set()
 
     def _watch(self) -> None:
@@ -107,7 +107,7 @@ class SlowRanks:
         self.hosts, self.rank, self.steps, self.told_at = hosts, -1, 0, SLOW_STEPS
 
     def note(self, rank: int, ratio: float) -> str | None:
-        """Note the slowest rank of a step, and how many times the mean it took; what is to be told, if anything is."""
+        """Note the slowest rank of a step and its time over the mean; return what to report, if anything."""
         if rank != self.rank or ratio < SLOW_RATIO:
             self.rank, self.steps, self.told_at = rank, 0, SLOW_STEPS
         self.steps += ratio >= SLOW_RATIO
@@ -161,7 +161,7 @@ class Supervisor:
             yield batch
 
     def after_step(self, *, has_written: bool, save_seconds: float) -> Agreement:
-        """Exchange where every rank stands; all ranks call it once after each step.
+        """Exchange every rank's state; all ranks call it once after each step.
 
         Metrics: `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of
         gradients over the ranks' mean, and `slowest_rank`, whose it was. Ranks of one model replica wait for each other within
@@ -169,7 +169,7 @@ class Supervisor:
         for its data waited.
 
         Args:
-            has_written: whether this rank is done with its part of the save under way
+            has_written: whether this rank has written its part of the current save
             save_seconds: what saves take
         """
         working = self.reduction_started - self.step_started

@@ -124,7 +124,7 @@ def package_versions() -> dict[str, str]:
 
 
 def layout(config: TrainConfig, data_parallel: int) -> dict[str, int]:
-    """How the run is cut over ranks."""
+    """How the run is partitioned over ranks."""
     parallel = config.parallel
     return {
         "world_size": parallel.tensor * parallel.pipeline * parallel.context * data_parallel,
