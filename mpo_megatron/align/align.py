@@ -43,7 +43,7 @@ from mpo_megatron.train.launcher import count_ranks
 
 STATE_FILE = "align.json"
 FREE = ("model", "output", "data", "prompts", "plan", "nproc")
-"""Options that a later run may give otherwise: paths, which digests stand for, and what changes no result."""
+"""Options that a later run may change: paths, whose content has digests, and what changes no result."""
 
 
 def align(config: AlignConfig, console: Console | None = None) -> None:
@@ -51,7 +51,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
 
     Raises:
         ConfigError: the configuration cannot work, or is not the one this folder was started with.
-        DataError: a stage's input is unusable, or another `mpo align` is at work in the folder.
+        DataError: a stage's input is unusable, or another `mpo align` runs in the folder.
         StageError: training failed, or was asked to stop.
     """
     console = console or Console(highlight=False)

@@ -23,7 +23,7 @@ from mpo_megatron.plan.plan import build_problem, summarize
 from mpo_megatron.train.launcher import count_ranks
 
 SAMPLED_ROWS = 200
-"""Rows whose lengths stand for all."""
+"""Rows whose lengths represent all."""
 
 
 def estimate(config: AlignConfig, stages: Stages) -> str:

@@ -1,4 +1,4 @@
-"""What changed: held-out numbers of the last evaluation, lengths, and answers before and after, side by side."""
+"""What changed: held-out numbers of the last evaluation, lengths, and answers before and after."""
 
 from __future__ import annotations
 

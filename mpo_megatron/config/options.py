@@ -1,4 +1,4 @@
-"""Options whose values are taken as they stand: `pattern: "[a-z]"` is a text, though it would parse as a list."""
+"""Options whose values are not parsed again: `pattern: "[a-z]"` is a text, though it would parse as a list."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class ParallelConfig(Section, prefix="parallel."):
 
     @property
     def row_parts(self) -> int:
-        """Equal parts that a row's tokens are cut into, at most: a row's length is a multiple of it."""
+        """Equal parts that a row's tokens are split into, at most: a row's length is a multiple of it."""
         return self.tensor * self.context
 
     @property
@@ -79,7 +79,7 @@ class ParallelConfig(Section, prefix="parallel."):
         """Layers of each pipeline stage, over all its runs.
 
         Raises:
-            ConfigError: `num_layers` cannot be shared out so; the message says what can.
+            ConfigError: `num_layers` cannot be divided so; the message says what can.
         """
         first, last, stages = self.first_stage_layers, self.last_stage_layers, self.pipeline
         middle_stages = stages - (first is not None) - (last is not None)

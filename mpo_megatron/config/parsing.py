@@ -139,7 +139,7 @@ def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[st
     """Put options of stages where they belong among the values.
 
     Raises:
-        ConfigError: one is a section, or lies in what is none.
+        ConfigError: one is a section, or is in something that is none.
     """
     for name, texts in taken.items():
         stage, _, option = name.partition(".")

@@ -1,4 +1,4 @@
-"""Versions, GPUs, what imports and what works, what a run would use, and cures, put together."""
+"""Versions, GPUs, what imports and works, what a run would use, and the fixes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def doctor(config: str | None, *, as_json: bool) -> int:
 
 
 def examine(config: str | None) -> dict[str, Any]:
-    """All that can be told of this machine, as JSON holds it: software, machine, abilities, run, problems."""
+    """Everything about this machine, as JSON holds it: software, machine, abilities, run, problems."""
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(abilities.ask, config)
         software, software_problems = describe_software(has_gpus=bool(gpu_files()))

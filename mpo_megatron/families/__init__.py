@@ -1,4 +1,4 @@
-"""Model families: what config.json says, as features, and where the weights lie. Needs no Megatron-Core.
+"""Model families: the features of a config.json, and where the weights are. Needs no Megatron-Core.
 
 family    `Family`: features, never names           rules    weight rules that families share
 fields    what all families read of config.json     reading  config.json → `Family`

@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) of a model, by rules: which linear layers have one, and where its matrices lie on both sides.
+"""Low-rank adapters (LoRA) of a model, by rules: which linear layers have one, and where its matrices are on both sides.
 
 One Hugging Face layer has one pair of matrices, A [rank, inputs] and B [outputs, rank], as in PEFT, also where Megatron fuses
 layers (queries, keys and values; gate and up). So both sides hold the same tensors, and rules for them are like those of weights:
@@ -130,7 +130,7 @@ def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter
 
 
 def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
-    """Where A and B of every layer lie: the rules of an adapter's weights, under PEFT's names."""
+    """Where A and B of every layer are: the rules of an adapter's weights, under PEFT's names."""
     rules = []
     for rule in family.rules:
         if not is_adaptable(rule):

@@ -171,7 +171,7 @@ class Family:
     experts: Experts | None = None
     """None for a dense model."""
     rules: tuple[Rule, ...] = field(repr=False)
-    """Where every weight lies in a Megatron checkpoint."""
+    """Where every weight is in a Megatron checkpoint."""
     other_weights: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """How the names begin of weights that checkpoints may have besides, and that are not trained."""
 

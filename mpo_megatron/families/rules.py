@@ -66,7 +66,7 @@ class Rule:
     padded: bool = False
     """Whether zero rows pad it to the padded vocabulary."""
     shard: Literal["rows", "columns"] | None = None
-    """What tensor-parallel ranks (expert-tensor-parallel ones, of an expert) share out; None if each holds all of it."""
+    """What is split over tensor-parallel ranks (expert-tensor-parallel ones, of an expert); None if each holds all of it."""
     experts: int | None = None
     """Number of experts that have one."""
     layers: frozenset[int] | None = None

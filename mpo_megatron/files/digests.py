@@ -120,7 +120,7 @@ def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
 
 
 def is_unfinished(end: bytes) -> bool:
-    """Whether what stands behind a file's last newline can be a sealed line that a kill cut off; otherwise it is damage."""
+    """Whether the text after a file's last newline can be a sealed line that a kill truncated; otherwise it is damage."""
     return b"\0" not in end and not FINISHED.search(end)
 
 

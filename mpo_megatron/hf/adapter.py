@@ -45,7 +45,7 @@ def find_base(folder: Path, record: AdapterRecord, other: str | None, option: st
     """The folder of an adapter's base model, which has the weights that the adapter was trained beside.
 
     Args:
-        other: where the base model lies now; None: where it was
+        other: where the base model is now; None: where it was
         option: that names `other`, for messages
     Raises:
         ConfigError: it is not there, or holds other weights.

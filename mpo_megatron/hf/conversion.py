@@ -55,7 +55,7 @@ def load_conversion(folder: str | Path) -> Conversion:
 
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this where no other is asked for."""
+"""The vocabulary is padded to a multiple of this by default."""
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = VOCAB_MULTIPLE) -> int:

@@ -1,4 +1,4 @@
-"""Layouts that a model can be cut into."""
+"""Layouts that fit a model."""
 
 from __future__ import annotations
 

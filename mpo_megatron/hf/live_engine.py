@@ -35,7 +35,7 @@ class EngineMemory:
 
     weights: int
     cache: int
-    """Keys and values of all sequences that are sampled side by side."""
+    """Keys and values of all sequences that are sampled at a time."""
     sequence_cache: int
     """Those of one sequence, without which it cannot sample at all."""
     working: int
@@ -43,7 +43,7 @@ class EngineMemory:
 
     @property
     def awake(self) -> int:
-        """What it wants while it samples."""
+        """What it needs while it samples."""
         return self.asleep + self.weights + self.cache + self.working
 
     @property
@@ -60,7 +60,7 @@ def engine_memory(
     Args:
         parameters: of the whole model
         dtype_bytes: of an element of weights and cache; a quantised engine needs less, but not while it takes new weights
-        sequences: sampled side by side
+        sequences: sampled at a time
         tokens: of the longest of them, its prompt included
     """
     split = min(engine.tensor_parallel, family.num_key_value_heads)  # beyond that, heads are copied

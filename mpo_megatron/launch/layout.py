@@ -38,7 +38,7 @@ def require_kept(job: JobConfig, config: TrainConfig, option: str, mounts: Itera
         option: the job's option that mounts storage
         mounts: where it is mounted
     Raises:
-        ConfigError: the folder lies within the machine.
+        ConfigError: the folder is on the machine itself.
     """
     output, places = PurePosixPath(posixpath.normpath(config.output)), sorted(mounts)
     where = f"below {' or '.join(places)}" if places else "where it is mounted"

@@ -50,7 +50,7 @@ LARGEST = 1e15
 
 
 def mask_padding(values: Tensor, valid: Tensor) -> Tensor:
-    """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False, whatever stood there.
+    """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False.
 
     Beyond `LARGEST` the gradient is zero, too: bf16 goes up to 3e38, whose square is infinite.
     """

@@ -170,7 +170,7 @@ def _run(loss: Loss, params: Any, batch: GroupBatch) -> tuple[Tensor, dict[str, 
 
 
 def _line(error: Exception) -> str:
-    """Where the user's file stands in a traceback: the first frame below this module's."""
+    """The user's file in a traceback: the first frame below this module's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     return f" ({frames[0].filename}, line {frames[0].lineno})." if frames else "."
 
@@ -179,7 +179,7 @@ def build_batch(*, padding: float = torch.nan, only: int | None = None) -> Group
     """Four groups of up to five responses with every input a loss may read; the last group has equal rewards and labels.
 
     Args:
-        padding: what stands where there is no response
+        padding: value where there is no response
         only: this group alone
     """
     generator = torch.Generator().manual_seed(0)

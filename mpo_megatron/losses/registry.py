@@ -114,7 +114,7 @@ def register[Params](
 
 
 def enter_loss(loss: Loss) -> Loss:
-    """Enter a method in the table, in the place of one with the same name."""
+    """Enter a method in the table, replacing one with the same name."""
     _LOSSES[loss.name] = loss
     return loss
 

@@ -35,7 +35,7 @@ def keep_results_here(strategy: str) -> None:
 
 
 def stage(request: Any) -> list[Bucket]:
-    """Copy what this rank is to write to host memory, so that training may go on; nothing if no tensor falls to this rank."""
+    """Copy what this rank writes to host memory, so that training can continue; nothing if this rank writes no tensor."""
     return [] if request.async_fn is None else list(request.preload_fn())
 
 

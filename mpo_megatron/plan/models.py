@@ -1,4 +1,4 @@
-"""The model that `mpo plan` is asked about: published, or in a folder."""
+"""The model of `mpo plan`: published, or in a folder."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class RowCounts:
     scored: int
     """Tokens whose log-probs are computed."""
     responses: int
-    """Response tokens that are inputs: those which see a prompt that lies before them in the row."""
+    """Response tokens that are inputs: those that see a prompt before them in the row."""
     context: int
     """Prompt tokens, counted once for each response that sees them."""
     rectangles: int
@@ -61,7 +61,7 @@ COUNTS = tuple(item.name for item in fields(RowCounts))
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSteps:
-    """How steps lie in rows on some layout."""
+    """How steps are packed into rows on some layout."""
 
     rows: tuple[tuple[tuple[RowCounts, ...], ...], ...]
     """Indexed `[step][replica][row]`."""

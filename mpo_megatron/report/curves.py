@@ -10,7 +10,7 @@ import numpy as np
 from mpo_megatron.report.run_record import RunRecord
 
 MOST_POINTS = 2000
-"""Points of a curve; more cannot be told apart on a screen."""
+"""Points of a curve; a screen shows no more."""
 
 Points = tuple[list[int], list[float]]
 

@@ -173,7 +173,7 @@ def bin_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def histogram(values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> list[int]:
-    """Counts per bin; what lies beyond the outer edges counts in the outer bins."""
+    """Counts per bin; values beyond the outer edges count in the outer bins."""
     if not len(values):
         return [0] * (len(edges) - 1)
     places = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)

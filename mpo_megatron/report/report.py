@@ -60,6 +60,6 @@ def render(shown: dict[str, Any]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that may stand within <script>: no text in it can end the element, or begin a comment."""
+    """JSON that is safe within <script>: no text in it can end the element, or begin a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -39,7 +39,7 @@ Curve = tuple[list[int], list[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run, as it stands now."""
+    """One run, in its current state."""
 
     folder: Path
     training: tuple[Line, ...]
@@ -62,7 +62,7 @@ class RunRecord:
     held_out_data: PreparedGroups | None
     """The same."""
     missing: tuple[str, ...]
-    """What is said of data that is not there: option, path, why."""
+    """Missing data: option, path, reason."""
     age: float
     """Seconds since the run wrote metrics."""
 
@@ -79,7 +79,7 @@ class RunRecord:
 
     @property
     def status(self) -> Status:
-        """Whether the run is at its end, goes on, or fell silent."""
+        """Whether the run has ended, continues, or stopped writing."""
         if self.total_steps is not None and self.step >= self.total_steps:
             return "finished"
         _, seconds = self.values("seconds")

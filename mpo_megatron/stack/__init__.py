@@ -1,1 +1,1 @@
-"""The installed software and the GPUs: whether they fit each other, and the command that cures it where they do not."""
+"""The installed software and the GPUs: whether they fit each other, and the command that fixes it if not."""

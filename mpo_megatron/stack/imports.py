@@ -20,7 +20,7 @@ REBUILD = {
     "apex": "build it again: pip install --no-build-isolation git+https://github.com/NVIDIA/apex",
     "vllm": "pip install vllm{pin}, which brings the torch it is built for",
 }
-"""The command that builds or fetches a package's compiled part anew; `{pin}` is its version."""
+"""The command that rebuilds or reinstalls a package's compiled part; `{pin}` is its version."""
 EXTENSION = "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation 'transformer-engine[pytorch]{pin}'"
 """The command that adds Transformer Engine's extension for PyTorch to its core."""
 NO_EXTENSION = ("transformer_engine_torch", "Could not find `transformer-engine", "empty `transformer-engine")
@@ -69,7 +69,7 @@ def version_of(distribution: str) -> str | None:
 
 
 def reinstall(distribution: str, version: str | None) -> str:
-    """The command that installs a package anew, in the version that is there."""
+    """The command that reinstalls a package in its current version."""
     command = REBUILD.get(distribution, "pip install --force-reinstall {name}{pin}")
     return command.format(name=distribution, pin=f"=={version}" if version else "")
 

@@ -70,7 +70,7 @@ LIVE_VLLM = SpecifierSet(">=0.33,<0.34")
 
 
 def missing_for_live_vllm() -> str | None:
-    """Why no vLLM here can sample beside the training, with the cure; None if one can."""
+    """Why no vLLM here can sample beside the training, with the fix; None if one can."""
     version = version_of("vllm")
     if version is None:
         return f"vllm is not installed: pip install 'vllm{LIVE_VLLM}'"

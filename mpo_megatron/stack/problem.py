@@ -8,7 +8,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that does not work here, and its cure."""
+    """Something that does not work here, and its fix."""
 
     what: str
     cure: str

@@ -36,7 +36,7 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Tokens of one role that lie side by side."""
+    """Consecutive tokens of one role."""
 
     role: Role
     slot: int | None
@@ -152,7 +152,7 @@ def _left_out(group: TokenizedGroup, slot: int, response: int, read: Reader) -> 
 
 
 class Reader:
-    """Token ids to the texts they stand for, each on its own."""
+    """Decodes token ids, each on its own."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -101,7 +101,7 @@ def colour(block: Block) -> str:
 
 
 def tokens_text(tokens: Sequence[Token], style: str, *, response: bool) -> Text:
-    """Tokens side by side; every second one is shaded to show where they are cut, and a response's unscored ones are dim."""
+    """Tokens in a row; every second one is shaded to show the boundaries, and a response's unscored ones are dim."""
     text = Text()
     for number, token in enumerate(tokens):
         parts = [style]
