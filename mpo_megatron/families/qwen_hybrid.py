@@ -69,7 +69,7 @@ def read_qwen3_5_moe(config: PretrainedConfig) -> Family:
     """The text model of Qwen3.5 and 3.6 with experts in all layers."""
     check_fields(config, FIELDS | EXPERTS)
     for name, value in (("mlp_only_layers", []), ("decoder_sparse_step", 1), ("norm_topk_prob", True)):
-        found = getattr(config, name, value)
+        found: object = getattr(config, name, value)
         require(
             found == value,
             f"config.json: {name} = {found!r}; this model has experts in all layers, with normalized probabilities: "
@@ -117,7 +117,7 @@ def _read(config: PretrainedConfig, experts: Experts | None, *, joint: bool) -> 
     joint: whether a Gated DeltaNet's inputs are two projections, by heads, and not four
     """
     for name, value in FIXED.items():
-        found = getattr(config, name, None)
+        found: object = getattr(config, name, None)
         require(
             found in (None, value),
             f"config.json: {name} = {found!r}; transformers computes with {value!r} whatever it says, and so do we.",

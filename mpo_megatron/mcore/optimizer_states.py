@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+
+
+def follow_parameter_order(optimizer: Any) -> None:
+    """Make Megatron's distributed optimizer find the states of each weight where weights of two dtypes share a parameter group.
+
+    It numbers a group's weights as its buffers have them, and then hands float32 ones to Adam before all others.
+    """
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for index, group in enumerate(getattr(single, "opt_group_ranges", [])):
+            weights = sorted(group["params"], key=lambda weight: weight.dtype is not torch.float32)
+            single.model_param_group_index_map.update({weight: (index, order) for order, weight in enumerate(weights)})
 
 
 def fill_states(optimizer: Any) -> None:

@@ -51,7 +51,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     validate_recompute(config.model, config.parallel, family, from_engine=resolved.model.from_engine)
     check_offload_kernel(config.model)
     validate_fp8(config.model, config.parallel, family)
-    check_offload(config.optimizer, config.model.precision)
+    check_offload(config.optimizer, config.model.precision, family)
     check_installed(config.logging)
     best = config.checkpoint
     if best.keep_best and not needs_reference(objective, config, family.experts):

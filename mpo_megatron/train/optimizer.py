@@ -14,6 +14,8 @@ from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from mpo_megatron import device
 from mpo_megatron.config import OptimizerConfig, require
+from mpo_megatron.families import Family
+from mpo_megatron.mcore.optimizer_states import follow_parameter_order
 from mpo_megatron.mcore.weights import gather_now
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import missing_for_transformer_engine
@@ -58,7 +60,7 @@ def choose_overlap(config: OptimizerConfig, num_sharers: int) -> str:
     return "all" if device.has_gpu() and num_sharers > 1 else "none"
 
 
-def check_offload(config: OptimizerConfig, precision: str) -> None:
+def check_offload(config: OptimizerConfig, precision: str, family: Family) -> None:
     """Refuse to offload the optimizer where there is nothing to offload from, or nothing to do it with.
 
     Raises:
@@ -81,6 +83,11 @@ def check_offload(config: OptimizerConfig, precision: str) -> None:
         precision == "bf16",
         f"optimizer.cpu_offload = {config.cpu_offload}, model.precision = {precision}; Megatron offloads the states of bf16 "
         "weights only; set model.precision to bf16, or leave it out.",
+    )
+    require(
+        family.delta_net is None,
+        f"optimizer.cpu_offload = {config.cpu_offload}: Megatron offloads the states of bf16 weights only, and this model's "
+        "layers of linear_attention keep A_log and dt_bias in float32; leave it out.",
     )
 
 
@@ -108,7 +115,9 @@ def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks
         use_precision_aware_optimizer=config.cpu_offload > 0,
         overlap_cpu_optimizer_d2h_h2d=config.cpu_offload > 0,
     )
-    return get_megatron_optimizer(settings, model, use_gloo_process_groups=False, pg_collection=ranks.groups)
+    optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False, pg_collection=ranks.groups)
+    follow_parameter_order(optimizer)
+    return optimizer
 
 
 def build_scheduler(

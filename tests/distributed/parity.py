@@ -236,6 +236,7 @@ ALL_CASES = [
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, core=True),
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2, "sequence": False}, lora={"rank": 4}, **SPLIT, core=True),
     Case(model="gemma2", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}, layers={"recompute": "full"}),
+    Case(model="qwen3.5", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}),
     Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, lora={"rank": 4}, core=True),
     Case(model="qwen3", ranks=2, parallel={"pipeline": 2}, lora={"rank": 4}, adapter_off=True, loss="spo"),
     Case(model="qwen3", ranks=2, parallel={"context": 2}, lora={"rank": 4}, **UNSHARED, core=True),

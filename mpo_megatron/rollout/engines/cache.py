@@ -1,7 +1,7 @@
 """Keys and values of the embedded engine, in buffers with room: a step writes its own tokens and copies none of the others.
 
 transformers' dynamic cache concatenates, which copies every key and value of the batch at every token: on a CPU a third of the
-time. Layers of a sliding window keep transformers' own cache, which holds a window's worth.
+time. Layers of a sliding window keep transformers' own cache, which holds a window's worth. Gated DeltaNets have a state.
 
 Shapes: N rows, A heads of keys and values, T tokens so far, D channels of a head.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 ROOM = 64
 """Tokens that fit before a buffer is copied to a larger one."""
@@ -47,6 +47,16 @@ class RoomyLayer(DynamicLayer):
             self.keys, self.values = (buffer[:, :, :length] for buffer in self.buffers)
 
 
+class StateLayer(LinearAttentionLayer):
+    """A layer whose past is a state: of the convolution [N, …], and the recurrent one [N, …]."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order; a row may come several times."""
+        for states in (self.conv_states, self.recurrent_states):
+            for index, state in states.items():
+                states[index] = None if state is None else state[indices]
+
+
 def _make_room(states: Tensor, room: int) -> Tensor:
     """A buffer [N, A, room, D] that begins with `states`."""
     rows, heads, length, channels = states.shape
@@ -58,5 +68,6 @@ def _make_room(states: Tensor, room: int) -> Tensor:
 def build_cache(config: Any) -> DynamicCache:
     """An empty cache for a model's configuration."""
     cache = DynamicCache(config=config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    ours: dict[type, Any] = {DynamicLayer: RoomyLayer, LinearAttentionLayer: StateLayer}
+    cache.layers = [ours[type(layer)]() if type(layer) in ours else layer for layer in cache.layers]
     return cache

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 import pytest
-from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import PretrainedConfig, Qwen2Config, Qwen2MoeConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import ConfigError, OptimizerConfig, ParallelConfig
@@ -26,6 +26,10 @@ EXPERTS = Qwen2MoeConfig(
     moe_intermediate_size=1408,
     shared_expert_intermediate_size=5628,
 )
+HYBRID = Qwen3_5TextConfig(
+    num_attention_heads=16, num_key_value_heads=8, linear_num_key_heads=4, linear_num_value_heads=8, num_hidden_layers=4
+)
+FAMILY = read_family(DENSE)
 
 
 def test_heads_are_shared_out_whole() -> None:
@@ -37,6 +41,16 @@ def test_heads_are_shared_out_whole() -> None:
     ("config", "layout", "message"),
     [
         (DENSE, {"context": 16}, "parallel.context = 16 cannot split the 40 attention heads and 8 key/value heads"),
+        (
+            HYBRID,
+            {"tensor": 8},
+            "parallel.tensor = 8 does not divide the model's linear_num_key_heads = 4; choose one of 1, 2, 4",
+        ),
+        (
+            HYBRID,
+            {"tensor": 2, "context": 4},
+            "parallel.context = 4 does not divide the 2 key heads of linear_attention .* = 2; choose one of 1, 2",
+        ),
         (DENSE, {"tensor": 2, "context": 5}, "20 attention heads and 4 key/value heads .* choose one of 1, 2, 4, 20"),
         (
             DENSE,
@@ -143,9 +157,9 @@ def test_experts_that_are_not_implemented(config: PretrainedConfig, message: str
 
 def test_offloading_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: False)
-    check_offload(OptimizerConfig(), "bf16")
+    check_offload(OptimizerConfig(), "bf16", FAMILY)
     with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 0\.5, but this machine has no GPU"):
-        check_offload(OptimizerConfig(cpu_offload=0.5), "bf16")
+        check_offload(OptimizerConfig(cpu_offload=0.5), "bf16", FAMILY)
     with pytest.raises(ConfigError, match=r"optimizer\.cpu_offload = 2\.0; it is a share"):
         OptimizerConfig(cpu_offload=2.0)
 
@@ -157,15 +171,17 @@ def test_offloading_without_transformer_engine_is_refused(monkeypatch: pytest.Mo
         ConfigError,
         match=r"cpu_offload = 1\.0 needs the Adam .* but Transformer Engine is not installed",
     ):
-        check_offload(OptimizerConfig(cpu_offload=1.0), "bf16")
+        check_offload(OptimizerConfig(cpu_offload=1.0), "bf16", FAMILY)
 
 
 def test_offloading_float32_weights_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(optimizer, "missing_for_transformer_engine", lambda: None)
-    check_offload(OptimizerConfig(cpu_offload=1.0), "bf16")
+    check_offload(OptimizerConfig(cpu_offload=1.0), "bf16", FAMILY)
     with pytest.raises(ConfigError, match=r"cpu_offload = 1\.0, model\.precision = fp32; Megatron offloads the states of bf16"):
-        check_offload(OptimizerConfig(cpu_offload=1.0), "fp32")
+        check_offload(OptimizerConfig(cpu_offload=1.0), "fp32", FAMILY)
+    with pytest.raises(ConfigError, match=r"cpu_offload = 1\.0: .* linear_attention keep A_log and dt_bias in float32"):
+        check_offload(OptimizerConfig(cpu_offload=1.0), "bf16", read_family(HYBRID))
 
 
 def test_dense_and_sparse_models_are_supported() -> None:
