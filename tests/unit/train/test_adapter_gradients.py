@@ -30,7 +30,7 @@ from mpo_megatron.families.adapters import choose_adapter
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.losses import list_losses
 from mpo_megatron.model.adapter_weights import fill_adapters
-from mpo_megatron.model.adapters import adapters_off
+from mpo_megatron.model.adapters import adapters_off, clear_adapters, linear_adapters_of
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
@@ -116,6 +116,7 @@ def build_oracle(folder: Path, data: PreparedGroups, batch: StepBatch, dtype: to
 class World:
     """Ours and the oracles, on the same groups."""
 
+    folder: Path
     ranks: Ranks
     model: list[Any]
     live: LiveWeights
@@ -169,7 +170,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         batch = build_step(0, data, np.arange(len(data)), build_objective(LossConfig(name="mpo")).select, shape)
         exact, rounded = (build_oracle(folder, data, batch, dtype) for dtype in (torch.float64, torch.float32))
         live = LiveWeights.of_adapter(parts, family, adapter, ranks)
-        yield World(ranks=ranks, model=model, live=live, data=data, shape=shape, exact=exact, rounded=rounded)
+        yield World(folder=folder, ranks=ranks, model=model, live=live, data=data, shape=shape, exact=exact, rounded=rounded)
+
+
+def test_with_b_zero_it_is_the_base_model_to_the_last_bit(world: World) -> None:
+    """Log-probs of a model with adapters, switched off or with B = 0, and of one that has none."""
+    objective = build_objective(LossConfig(name="mpo"))
+    batch, ranks = world.batch(objective), world.ranks
+
+    def logps(model: list[Any]) -> Tensor:
+        return forward_step(model, batch, objective, ranks).response
+
+    padded = load_conversion(world.folder / "megatron").padded_vocab_size
+    settings, family = ModelConfig(checkpoint="", precision="fp32"), load_family(world.folder / "hf")
+    plain = build_policy(family, settings, ParallelConfig(), ranks, padded)
+    checkpoint.load_weights(plain, world.folder / "megatron", ranks)
+    base = logps(plain)
+    assert not torch.equal(logps(world.model), base)
+    with adapters_off(world.model):
+        assert torch.equal(logps(world.model), base)
+    ups = [pair.lora_B for layer in linear_adapters_of(world.model[0]) for pair in layer.pairs]
+    kept = [up.detach().clone() for up in ups]
+    clear_adapters(world.model)
+    assert torch.equal(logps(world.model), base)
+    for up, before in zip(ups, kept, strict=True):
+        up.data.copy_(before)
 
 
 def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
