@@ -15,7 +15,6 @@ import argparse
 import json
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,11 @@ from typing import Any
 
 from examples.instructions.model import write_model
 from examples.instructions.task import build_prompts, write_prompts
+from mpo_megatron.cli import main as mpo
 from mpo_megatron.files.atomic import replace_file
 
 CONFIG = Path(__file__).with_name("align.yaml")
-NUM_PROMPTS = 112
+NUM_PROMPTS = 96
 """With the held-out ones of align.yaml."""
 
 
@@ -61,13 +61,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def align(**options: object) -> None:
-    """Print and run `mpo align` with these options; ends the program if it fails."""
+    """Print and run `mpo align` with these options, in this process; ends the program if it fails."""
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     print(f"$ mpo align {shlex.join(arguments)}", flush=True)
-    command = [sys.executable, "-m", "mpo_megatron.cli", "align", *arguments]
-    status = subprocess.run(command, check=False).returncode
+    status = mpo(["align", *arguments])
     if status:
-        sys.exit(f"instructions: mpo align failed with exit status {status}; repeat the command to continue")
+        sys.exit(status)
 
 
 def read_result(folder: Path) -> dict[str, Any]:

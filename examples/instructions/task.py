@@ -1,10 +1,11 @@
 """Instructions that a program checks, in the manner of IFEval: prompts, and the reward of an answer.
 
-    prompt    "What is a lighthouse for? Write in lowercase letters only. Use at most 12 words."
-    answer    "it guides ships." (reward 1), "It guides ships." (reward 0.5: one instruction of two)
+    prompt    "What is a lighthouse for? Do not use commas. Use at most 12 words."
+    answer    "It guides ships." (reward 1), "It guides ships, boats and people." (reward 0.5: one instruction of two)
 
-The reward is the share of a prompt's instructions that the answer follows. It knows nothing of whether the answer is right:
-what a model knows must survive by the reference policy.
+The reward is the share of a prompt's instructions that the answer follows. It knows nothing of whether the answer is right: the
+reference policy keeps what the model knows. The kinds are those that a model of this size follows now and then. What it never
+does (write in capital letters, or in quotation marks) is not among its samples, and so not learned from them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ QUESTIONS = (
     "Give some advice to someone who visits {subject} for the first time.",
 )
 WORDS = ("light", "friend", "water", "careful", "morning", "story")
-ENDINGS = ("That is all.", "Hope this helps.")
+FORBIDDEN = ("the", "and", "is")
 FEWEST_WORDS = 3
 """A shorter answer follows no instruction."""
 
@@ -47,16 +48,6 @@ class Instruction:
     """What may be drawn."""
     follows: Callable[[str, Any], bool]
     """Whether an answer follows it."""
-
-
-def is_lowercase(answer: str, _: None) -> bool:
-    """No capital letter."""
-    return answer == answer.lower()
-
-
-def is_uppercase(answer: str, _: None) -> bool:
-    """No small letter."""
-    return answer == answer.upper()
 
 
 def has_no_comma(answer: str, _: None) -> bool:
@@ -80,28 +71,26 @@ def has_word(answer: str, word: str) -> bool:
     return word in re.findall(r"[a-z]+", answer.lower())
 
 
-def is_quoted(answer: str, _: None) -> bool:
-    """In double quotation marks."""
+def lacks_word(answer: str, word: str) -> bool:
+    """Not this word, in any case."""
+    return not has_word(answer, word)
+
+
+def is_one_sentence(answer: str, _: None) -> bool:
+    """One end of a sentence, the last character."""
     stripped = answer.strip()
-    return len(stripped) > 1 and stripped[0] == stripped[-1] == '"'
-
-
-def ends_with(answer: str, ending: str) -> bool:
-    """With these last words."""
-    return answer.strip().lower().endswith(ending.lower())
+    return len(re.findall(r"[.!?]", stripped)) == 1 and stripped[-1] in ".!?"
 
 
 INSTRUCTIONS = {
-    "lowercase": Instruction("Write in lowercase letters only.", (None,), is_lowercase),
-    "uppercase": Instruction("Write in capital letters only.", (None,), is_uppercase),
     "no_comma": Instruction("Do not use commas.", (None,), has_no_comma),
-    "short": Instruction("Use at most {value} words.", (8, 12, 16), is_short),
+    "short": Instruction("Use at most {value} words.", (12, 16, 20), is_short),
     "bullets": Instruction("Answer with {value} bullet points that begin with *.", (2, 3), has_bullets),
     "word": Instruction('Use the word "{value}".', WORDS, has_word),
-    "quoted": Instruction("Put the whole answer in double quotation marks.", (None,), is_quoted),
-    "ending": Instruction('End with the words "{value}"', ENDINGS, ends_with),
+    "forbidden": Instruction('Do not use the word "{value}".', FORBIDDEN, lacks_word),
+    "sentence": Instruction("Answer in one sentence.", (None,), is_one_sentence),
 }
-CONTRADICTIONS = [{"lowercase", "uppercase"}, {"bullets", "quoted"}, {"bullets", "short"}, {"quoted", "ending"}]
+CONTRADICTIONS = [{"bullets", "short"}, {"bullets", "sentence"}]
 """Kinds that one answer cannot, or hardly, follow together."""
 PAIRS = [pair for pair in itertools.combinations(INSTRUCTIONS, 2) if set(pair) not in CONTRADICTIONS]
 

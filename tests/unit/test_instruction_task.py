@@ -12,15 +12,14 @@ from examples.instructions.run import summarize
 from examples.instructions.task import INSTRUCTIONS, PAIRS, build_prompts, follow, reward, write_prompts
 
 CASES: list[tuple[str, Any, str, str]] = [
-    ("lowercase", None, "ships need 2 lamps.", "Ships need lamps."),
-    ("uppercase", None, "SHIPS NEED 2 LAMPS.", "SHIPS NEED lamps."),
     ("no_comma", None, "Red and blue lamps.", "Red, and blue lamps."),
     ("short", 4, "One two three four", "One two three four five"),
     ("bullets", 2, "* one lamp\n* two lamps\n", "* one lamp\n* two lamps\n* three"),
     ("bullets", 2, "  * one lamp\n\n* two lamps", "Here they are:\n* one lamp\n* two lamps"),
     ("word", "light", "There is Light, always.", "A lighthouse is there."),
-    ("quoted", None, ' "It guides the ships."\n', '"It guides" the ships.'),
-    ("ending", "That is all.", "It guides ships. that is all.", "That is all. Goodbye."),
+    ("forbidden", "the", "There is a Theory of light.", "See The light there."),
+    ("sentence", None, " It guides ships!\n", "It guides ships. Really."),
+    ("sentence", None, "It guides ships.", "It guides ships. And it"),
 ]
 
 
@@ -36,12 +35,12 @@ def test_every_kind_is_tested() -> None:
 
 
 def test_an_answer_of_one_word_follows_nothing() -> None:
-    assert follow("ok", [["lowercase", None], ["short", 8]]) == [False, False]
+    assert follow("ok", [["no_comma", None], ["short", 8]]) == [False, False]
 
 
 def test_the_reward_is_the_share_of_instructions() -> None:
-    group = {"meta": {"instructions": [["lowercase", None], ["short", 4]]}}
-    assert [reward(text, group) for text in ("it guides ships", "It guides ships", "It guides all the ships")] == [1, 0.5, 0]
+    group = {"meta": {"instructions": [["no_comma", None], ["short", 4]]}}
+    assert [reward(text, group) for text in ("It guides ships", "It, too, guides", "It guides boats, too, now")] == [1, 0.5, 0]
 
 
 def test_prompts_differ_and_say_what_is_checked(tmp_path: Path) -> None:
@@ -53,7 +52,7 @@ def test_prompts_differ_and_say_what_is_checked(tmp_path: Path) -> None:
         for kind, value in prompt["instructions"]:
             assert INSTRUCTIONS[kind].text.format(value=value) in prompt["prompt"]
     with pytest.raises(ValueError, match="different questions"):
-        build_prompts(10**5)
+        build_prompts(10**4)
 
 
 def test_gains_are_paired_by_seed() -> None:
