@@ -1,0 +1,1 @@
+"""The papers' claims on a pretrained model: see run.py."""

@@ -1,0 +1,109 @@
+"""The papers' claims that these trials can speak to, and what the numbers say of each."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
+"""By method and seed: the numbers of a trial."""
+ERRORS = 2.0
+"""A difference of so many standard errors counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A claim as a comparison of two trials."""
+
+    paper: str
+    text: str
+    """What the paper says, in short."""
+    first: str
+    """Method that should have the larger number."""
+    second: str
+    measure: Literal["reward", "chosen_log_ratio"] = "reward"
+    """Held-out reward; or how far the preferred training responses moved, in nats."""
+
+
+CLAIMS = (
+    Claim(paper="MPO", text="All K responses beat the best and the worst (DPO)", first="mpo", second="dpo"),
+    Claim(paper="MPO", text="More responses help: K = 8 above K = 2", first="mpo", second="mpo_k2"),
+    Claim(paper="MPO", text="More responses help: K = 8 above K = 4", first="mpo", second="mpo_k4"),
+    Claim(paper="MPO", text="A preferred set beats one preferred response (InfoNCA)", first="mpo", second="infonca"),
+    Claim(paper="W-MPO", text="Weights by the distance from the mean beat plain sets", first="wmpo", second="mpo"),
+    Claim(paper="SWEPO", text="Weighted sets beat the best and the worst (DPO)", first="swepo", second="dpo"),
+    Claim(paper="SWEPO", text="Weighted sets beat the rewards' distribution (InfoNCA)", first="swepo", second="infonca"),
+    Claim(paper="NCA", text="InfoNCA on all rewards beats DPO on pairs", first="infonca", second="dpo"),
+    Claim(paper="NCA", text="InfoNCA: K = 8 above K = 2", first="infonca", second="infonca_k2"),
+    Claim(paper="NCA", text="InfoNCA: K = 4 above K = 2", first="infonca_k4", second="infonca_k2"),
+    Claim(paper="NCA", text="NCA beats InfoNCA", first="nca", second="infonca"),
+    Claim(
+        paper="NCA",
+        text="NCA keeps preferred responses more likely than InfoNCA does",
+        first="nca",
+        second="infonca",
+        measure="chosen_log_ratio",
+    ),
+    Claim(
+        paper="NCA",
+        text="NCA keeps preferred responses more likely than DPO does",
+        first="nca",
+        second="dpo",
+        measure="chosen_log_ratio",
+    ),
+    Claim(paper="SPO", text="SPO on pairs beats DPO", first="spo_pairs", second="dpo"),
+    Claim(paper="SPO", text="Best of n beats pairs", first="spo_best_of_n", second="spo_pairs"),
+    Claim(paper="MC-PO", text="Negatives of the kernel beat random ones", first="mcpo", second="rnce"),
+    Claim(paper="MC-PO", text="MC-PO beats DPO", first="mcpo", second="dpo"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What the numbers say."""
+
+    words: Literal["holds here", "does not hold here", "cannot be told", "not run"]
+    difference: float = math.nan
+    """First minus second."""
+    error: float = math.nan
+    """Its standard error; NaN if there is none."""
+    seeds: tuple[int, ...] = ()
+
+
+def judge(claim: Claim, results: Results) -> Verdict:
+    """Compare two methods, seed by seed and prompt by prompt.
+
+    Rewards have two standard errors, over prompts and, with several seeds, over seeds; the larger one counts. How far
+    log-probabilities moved is one number a trial, and needs several seeds.
+    """
+    first, second = results.get(claim.first, {}), results.get(claim.second, {})
+    seeds = tuple(sorted(set(first) & set(second)))
+    if not seeds:
+        return Verdict(words="not run")
+    if claim.measure == "reward":
+        leads = [subtract(first[seed]["reward"], second[seed]["reward"]) for seed in seeds]
+        by_seed = [statistics.fmean(lead.values()) for lead in leads]
+        prompts = set.intersection(*(set(lead) for lead in leads))
+        errors = [standard_error([statistics.fmean(lead[prompt] for lead in leads) for prompt in prompts])]
+    else:
+        by_seed, errors = [first[seed][claim.measure] - second[seed][claim.measure] for seed in seeds], []
+    if len(seeds) > 1:
+        errors.append(standard_error(by_seed))
+    difference, error = statistics.fmean(by_seed), max(errors, default=math.nan)
+    if math.isnan(error) or abs(difference) <= ERRORS * error:
+        return Verdict(words="cannot be told", difference=difference, error=error, seeds=seeds)
+    words: Literal["holds here", "does not hold here"] = "holds here" if difference > 0 else "does not hold here"
+    return Verdict(words=words, difference=difference, error=error, seeds=seeds)
+
+
+def subtract(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    """The difference for each prompt that both have."""
+    return {prompt: first[prompt] - second[prompt] for prompt in first if prompt in second}
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Of the mean of independent values; NaN with fewer than two."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan

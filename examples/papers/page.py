@@ -1,0 +1,129 @@
+"""The results as a page: what was trained, what it gave and cost, and what that says of each claim."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from examples.papers.claims import CLAIMS, ERRORS, Results, judge, standard_error, subtract
+from examples.papers.samples import NUM_RESPONSES, Sizes
+from examples.papers.trial import NUM_ANSWERS, START, Entry
+
+INTRODUCTION = """# The papers' claims on a pretrained model
+
+`python -m examples.papers` wrote this page. It trains SmolLM2-135M-Instruct with each method on the same samples, and measures
+all policies on the same held-out prompts. The reward is a program: the share of a prompt's two instructions that an answer
+follows ([task.py](../../examples/instructions/task.py)).
+"""
+CAVEAT = """\
+A claim **holds here** if the difference is more than {errors:g} standard errors above zero, **does not hold here** if it is as
+far below. Of many comparisons, one in twenty passes by chance. Nothing is tuned per method: one learning rate, β = 0.1 in every
+loss of log-ratios ([methods.yaml](../../examples/compare/methods.yaml)). A model of 135 M parameters, a few steps and exact
+rewards say little about the papers' own setting: large models, long training, learned rewards.
+"""
+
+
+def format_page(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> str:
+    """The page in Markdown."""
+    done = [name for name in entries if results.get(name)]
+    missing = [name for name in entries if not results.get(name)]
+    lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", *format_claims(results), ""]
+    lines += [CAVEAT.format(errors=ERRORS), "## Methods", "", *format_methods(entries, done, results), ""]
+    if missing:
+        names = ", ".join(f"`{name}`" for name in missing)
+        lines += [f"Not run yet: {names}. The same command runs them, and skips what is done.", ""]
+    return "\n".join(lines)
+
+
+def describe_sizes(sizes: Sizes) -> list[str]:
+    """What was sampled, trained and measured."""
+    return [
+        "| what | number |",
+        "|---|---|",
+        f"| training prompts × samples of the start | {sizes.prompts} × {NUM_RESPONSES}, up to {sizes.max_tokens} tokens |",
+        f"| training | {sizes.epochs:g} epoch, {sizes.groups_per_step} prompts a step, learning rate {sizes.lr:g} |",
+        f"| held-out prompts × answers | {sizes.held_out} × {NUM_ANSWERS} |",
+    ]
+
+
+def format_claims(results: Results) -> list[str]:
+    """A table with one line a claim."""
+    lines = ["| paper | claim | compared | difference | verdict |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        verdict = judge(claim, results)
+        unit = " nats" if claim.measure == "chosen_log_ratio" else ""
+        number = "" if verdict.words == "not run" else f"{plus_minus(verdict.difference, verdict.error, sign=True)}{unit}"
+        seeds = f" ({count(len(verdict.seeds), 'seed')})" if verdict.seeds else ""
+        lines.append(
+            f"| {claim.paper} | {claim.text} | `{claim.first}`, `{claim.second}` | {number}{seeds} | **{verdict.words}** |"
+        )
+    return lines
+
+
+def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: Results) -> list[str]:
+    """A table with one line a method that was run."""
+    lines = [
+        "- Reward: mean of held-out answers. Gain: over the start, with the same prompts and sampling seeds.",
+        "- ±: one standard error, the larger of that over prompts and that over seeds.",
+        "- Moved: mean log π/π_ref of the preferred (and of the other) training responses at the last step.",
+        "- Tokens: those of the steps' rows, and the share of them in the backward pass.",
+        "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities.",
+        "",
+        "| method | K | seeds | reward | gain | tokens of an answer | moved, nats | tokens trained | CPU seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    start = results.get(START, {})
+    for name in [START] * bool(start) + list(done):
+        trials = results[name]
+        seeds = sorted(trials)
+        reward = plus_minus(*mean_reward([trials[seed]["reward"] for seed in seeds]))
+        length = f"{statistics.fmean(trials[seed]['answer_tokens'] for seed in seeds):.1f}"
+        cells = [f"`{name}`" if name != START else "start", "", str(len(seeds)), reward, "", length, "", "", ""]
+        if name != START:
+            cells[1] = str(entries[name].responses)
+            both = [seed for seed in seeds if seed in start]
+            if both:
+                leads = [subtract(trials[seed]["reward"], start[seed]["reward"]) for seed in both]
+                cells[4] = plus_minus(*mean_reward(leads), sign=True)
+            moved = [
+                statistics.fmean(trials[seed][side] for seed in seeds) for side in ("chosen_log_ratio", "rejected_log_ratio")
+            ]
+            cells[6] = f"{moved[0]:+.2f} ({moved[1]:+.2f})"
+            tokens, backward = (statistics.fmean(trials[seed][key] for seed in seeds) for key in ("tokens", "backward_tokens"))
+            cells[7] = f"{tokens:,.0f} ({backward / tokens:.0%})"
+            cells[8] = f"{statistics.fmean(trials[seed]['cpu_seconds'] for seed in seeds):.0f}"
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def mean_reward(trials: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Mean over seeds and prompts, and the larger of the two standard errors."""
+    prompts = set.intersection(*(set(trial) for trial in trials))
+    by_prompt = [statistics.fmean(trial[prompt] for trial in trials) for prompt in prompts]
+    by_seed = [statistics.fmean(trial.values()) for trial in trials]
+    errors = [error for error in (standard_error(by_prompt), standard_error(by_seed)) if not math.isnan(error)]
+    return statistics.fmean(by_seed), max(errors, default=math.nan)
+
+
+def plus_minus(value: float, error: float, *, sign: bool = False) -> str:
+    """A number with its error, if there is one."""
+    number = f"{value:+.3f}" if sign else f"{value:.3f}"
+    return number if math.isnan(error) else f"{number} ± {error:.3f}"
+
+
+def count(number: int, word: str) -> str:
+    """`1 seed`, `3 seeds`."""
+    return f"{number} {word}{'s' * (number != 1)}"
+
+
+def as_record(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> dict[str, Any]:
+    """The numbers that the page is made of."""
+    return {
+        "sizes": sizes.as_dict(),
+        "methods": {name: {"method": entry.method.name, "responses": entry.responses} for name, entry in entries.items()},
+        "results": {
+            name: {str(seed): dict(trial) for seed, trial in trials.items()} for name, trials in results.items() if trials
+        },
+    }

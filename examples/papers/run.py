@@ -1,0 +1,84 @@
+"""The papers' claims on a pretrained model: one set of samples, every method, one page.
+
+    python -m examples.papers                                  # everything; hours on two cores
+    python -m examples.papers --methods mpo dpo --seeds 0      # a part; the next call adds to it
+    python -m examples.papers --page docs/experiments/papers.md --record examples/results/cpu-2cores/papers.json
+
+SmolLM2-135M-Instruct answers prompts whose instructions a program checks, once. Every method of methods.yaml trains on those
+samples, and its policy answers held-out prompts. Each trial writes its result as it ends; a call skips the trials that are
+done and continues the one that was killed. The page says of each claim: holds here, does not, cannot be told, not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.timing import describe_machine
+from examples.papers.page import as_record, format_page
+from examples.papers.samples import Samples, Sizes, make_samples
+from examples.papers.trial import START, describe_trial, load_entries, read_trial, run_trial, write
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.terminal.console import Console
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    names = list(load_entries())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("papers-out"), help="folder for everything")
+    parser.add_argument("--methods", nargs="*", default=names, choices=names, metavar="NAME", help=", ".join(names))
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order, losses' draws and answers (0 1 2)"
+    )
+    parser.add_argument("--prompts", type=int, default=Sizes.prompts, help=f"training prompts ({Sizes.prompts})")
+    parser.add_argument("--held-out", type=int, default=Sizes.held_out, help=f"held-out prompts ({Sizes.held_out})")
+    parser.add_argument("--max-tokens", type=int, default=Sizes.max_tokens, help=f"longest answer ({Sizes.max_tokens})")
+    parser.add_argument("--page", type=Path, help="where the page goes (papers.md in the output folder)")
+    parser.add_argument("--record", type=Path, help="where its numbers go (papers.json in the output folder)")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Samples, trials, page; the exit status."""
+    options, started, console = parse_arguments(arguments), time.monotonic(), Console(highlight=False)
+    entries = load_entries()
+    sizes = Sizes(prompts=options.prompts, held_out=options.held_out, max_tokens=options.max_tokens)
+    samples = make_samples(options.output / "samples", sizes, [entry.responses for entry in entries.values()], console)
+    # Seeds outside: a call that is stopped leaves every method with the first seeds.
+    for seed in options.seeds:
+        for name in (START, *options.methods):
+            console.rule(f"{name}, seed {seed}")
+            run_trial(trial_folder(options.output, name, seed), entries.get(name), seed, samples, console)
+            write_page(options, samples)
+    write_page(options, samples)
+    console.print(f"{page_of(options)}; this call took {time.monotonic() - started:.0f} s", soft_wrap=True)
+    return 0
+
+
+def trial_folder(output: Path, name: str, seed: int) -> Path:
+    """Where a trial keeps its files."""
+    return output / "trials" / name / f"seed_{seed}"
+
+
+def page_of(options: argparse.Namespace) -> Path:
+    """Where the page goes."""
+    return Path(options.page or options.output / "papers.md")
+
+
+def write_page(options: argparse.Namespace, samples: Samples) -> None:
+    """The page and its numbers, of all trials that are there, whichever call made them."""
+    entries = load_entries()
+    results: dict[str, dict[int, Any]] = {}
+    for name in (START, *entries):
+        for folder in sorted((options.output / "trials" / name).glob("seed_*")):
+            seed = int(folder.name.removeprefix("seed_"))
+            found = read_trial(folder, describe_trial(entries.get(name), seed, samples.sizes))
+            if found is not None:
+                results.setdefault(name, {})[seed] = found
+    record = {"machine": describe_machine(), **as_record(entries, results, samples.sizes)}
+    write(options.record or options.output / "papers.json", record)
+    replace_file(page_of(options), [format_page(entries, results, samples.sizes).encode()])

@@ -1,0 +1,136 @@
+"""What all trials share: the model, one set of scored samples, their groups for every K, and the held-out prompts."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.instructions.model import write_model
+from examples.instructions.task import build_prompts, write_prompts
+from mpo_megatron.config import ConvertConfig, GenerateConfig, PrepareConfig, ScoreConfig, SelectConfig, from_dict
+from mpo_megatron.data.prepare import prepare
+from mpo_megatron.data.store import INFO_FILE
+from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.iterate import stage
+from mpo_megatron.rollout.records import GENERATE_FILE, SCORE_FILE, SELECT_FILE
+from mpo_megatron.rollout.round_report import read_answers, rewards_of
+from mpo_megatron.rollout.score import score
+from mpo_megatron.rollout.select import select
+from mpo_megatron.terminal.console import Console
+
+NUM_RESPONSES = 8
+SAMPLE_SEED = 100
+"""Of the prompts and of the samples, which are the same for all trials."""
+REWARD = f"{Path(__file__).parents[1] / 'instructions' / 'task.py'}:reward"
+TEMPERATURE = 0.7
+"""At 1, a model of this size writes little sense."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """How much is sampled, trained on and measured."""
+
+    prompts: int = 48
+    """Training prompts, `NUM_RESPONSES` samples each."""
+    held_out: int = 48
+    """Prompts that the trained policies answer, twice each."""
+    max_tokens: int = 24
+    """Longest answer."""
+    groups_per_step: int = 12
+    epochs: float = 1.0
+    lr: float = 2e-5
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the record of a trial."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The shared folders."""
+
+    folder: Path
+    sizes: Sizes
+
+    @property
+    def model(self) -> Path:
+        """The start, in Hugging Face format."""
+        return self.folder / "model"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The start as training takes it."""
+        return self.folder / "megatron"
+
+    @property
+    def held_out(self) -> Path:
+        """Prompts that no trial trains on."""
+        return self.folder / "held-out.jsonl"
+
+    def groups(self, responses: int) -> Path:
+        """Prepared groups with so many of each prompt's samples."""
+        return self.folder / f"groups-{responses}"
+
+
+def make_samples(folder: Path, sizes: Sizes, responses: Iterable[int], console: Console) -> Samples:
+    """Sample once, or what is left of it; prepare the groups for each number of responses."""
+    samples = Samples(folder=folder, sizes=sizes)
+    stage("model", samples.model / "tokenizer.json", lambda: write_model(samples.model), console)
+    export = ConvertConfig(input=str(samples.model), output=str(samples.checkpoint))
+    stage("convert", samples.checkpoint, lambda: convert(export), console)
+    prompts = build_prompts(sizes.held_out + sizes.prompts, SAMPLE_SEED)
+    write_prompts(samples.held_out, prompts[: sizes.held_out])
+    write_prompts(folder / "prompts.jsonl", prompts[sizes.held_out :])
+    answer(samples.model, folder / "prompts.jsonl", folder / "train", NUM_RESPONSES, SAMPLE_SEED, sizes, console)
+    selected = folder / "train" / "selected"
+    # Cut answers are judged as they are: at this length they are many.
+    chosen = SelectConfig(input=str(folder / "train" / "scored"), output=str(selected), truncated="keep", duplicates="keep")
+    stage("select", selected / SELECT_FILE, lambda: select(chosen, console), console)
+    for number in sorted(set(responses)):
+        config = PrepareConfig(
+            input=str(selected / "groups.jsonl"),
+            tokenizer=str(samples.checkpoint),
+            output=str(samples.groups(number)),
+            responses_per_prompt=number,
+        )
+        run = functools.partial(prepare, config, console)
+        stage(f"prepare K = {number}", samples.groups(number) / INFO_FILE, run, console)
+    return samples
+
+
+def answer(model: Path, prompts: Path, output: Path, number: int, seed: int, sizes: Sizes, console: Console) -> None:
+    """Sample `number` answers to each prompt and score them, in `samples` and `scored` of a folder."""
+    options = {
+        "prompts": str(prompts),
+        "model": str(model),
+        "output": str(output / "samples"),
+        "num_responses": number,
+        "max_tokens": sizes.max_tokens,
+        "temperature": TEMPERATURE,
+        "seed": seed,
+        "transformers": {"batch_size": 160},
+    }
+    sampling = from_dict(GenerateConfig, options, "generate")
+    stage("generate", output / "samples" / GENERATE_FILE, lambda: generate(sampling, console), console)
+    scoring = ScoreConfig(
+        input=str(output / "samples"),
+        output=str(output / "scored"),
+        scorers={"instructions": {"kind": "function", "function": REWARD}},
+    )
+    stage("score", output / "scored" / SCORE_FILE, lambda: score(scoring, console), console)
+
+
+def read_rewards(folder: Path) -> dict[str, float]:
+    """The mean reward of the answers to each prompt."""
+    found = {group_id: rewards_of(responses) for group_id, responses in read_answers(folder).items()}
+    return {group_id: sum(rewards) / len(rewards) for group_id, rewards in found.items() if rewards}
+
+
+def count_tokens(folder: Path) -> float:
+    """Mean tokens of an answer."""
+    lengths = [response["num_tokens"] for responses in read_answers(folder).values() for response in responses]
+    return sum(lengths) / len(lengths)

@@ -1,0 +1,122 @@
+"""One trial: train a method on the shared samples, let the policy answer the held-out prompts, keep the numbers."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.compare.run import Method, load_methods
+from examples.papers.samples import Samples, Sizes, answer, count_tokens, read_rewards
+from mpo_megatron.config import ConvertConfig, TrainConfig, from_dict
+from mpo_megatron.files.atomic import replace_file
+from mpo_megatron.model.convert import convert
+from mpo_megatron.rollout.iterate import TRAIN_FILE, run_training, stage
+from mpo_megatron.rollout.round_report import read_metrics
+from mpo_megatron.terminal.console import Console
+
+METHODS = Path(__file__).with_name("methods.yaml")
+NUM_ANSWERS = 2
+"""Answers to each held-out prompt."""
+START = "start"
+"""Name of the policy before training among the trials."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One line of methods.yaml."""
+
+    name: str
+    method: Method
+    responses: int
+
+
+def load_entries(path: Path = METHODS) -> dict[str, Entry]:
+    """The methods by name."""
+    methods = load_methods()
+    rows: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return {name: Entry(name=name, method=methods[row["method"]], responses=row["responses"]) for name, row in rows.items()}
+
+
+def run_trial(folder: Path, entry: Entry | None, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
+    """The numbers of a trial, which is run unless it is done; of the start, which is only measured, if `entry` is None.
+
+    A killed trial continues. One with other settings is made again.
+    """
+    settings = describe_trial(entry, seed, samples.sizes)
+    found = read_trial(folder, settings)
+    if found is not None:
+        return found
+    if (folder / "settings.json").is_file() and json.loads((folder / "settings.json").read_text()) != settings:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "settings.json", settings)
+    result: dict[str, Any] = {"settings": settings}
+    model = samples.model
+    if entry is not None:
+        result |= train(folder, entry, seed, samples, console)
+        model = folder / "hf"
+        export = ConvertConfig(input=str(folder / "run"), output=str(model))
+        stage("export", model, lambda: convert(export), console)
+    answer(model, samples.held_out, folder, NUM_ANSWERS, 1000 + seed, samples.sizes, console)
+    result |= {"reward": read_rewards(folder), "answer_tokens": count_tokens(folder)}
+    write(folder / "result.json", result)
+    for name in ("hf", "run"):  # gigabytes
+        shutil.rmtree(folder / name, ignore_errors=True)
+    return result
+
+
+def describe_trial(entry: Entry | None, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """What a trial's numbers depend on."""
+    settings: dict[str, Any] = {"seed": seed, "sizes": sizes.as_dict()}
+    if entry is not None:
+        settings |= {"loss": entry.method.loss, "params": entry.method.params, "responses": entry.responses}
+    return settings
+
+
+def read_trial(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The result of a finished trial with these settings; None if there is none."""
+    path = folder / "result.json"
+    result: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
+    return result if result is not None and result["settings"] == settings else None
+
+
+def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
+    """Train; what it cost, and how far log-probabilities moved at the last step."""
+    sizes = samples.sizes
+    options = {
+        "output": str(folder / "run"),
+        "model": {"checkpoint": str(samples.checkpoint), "precision": "fp32"},
+        "data": {"train": str(samples.groups(entry.responses)), "groups_per_step": sizes.groups_per_step, "row_tokens": 1024},
+        "loss": {"name": entry.method.loss, "params": entry.method.params},
+        "optimizer": {"lr": sizes.lr},
+        "epochs": sizes.epochs,
+        "eval_every": 0,
+        "checkpoint": {"every": 0},
+        "seed": seed,
+    }
+    config = from_dict(TrainConfig, options, "train")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, 1), console)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    steps = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "seconds" in row]
+    tokens = [row["tokens_per_second"] * row["seconds"] for row in steps]
+    return {
+        # Without the reference's log-probs only in trials after the first with these groups: they are kept beside the groups.
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "tokens": sum(tokens),
+        "backward_tokens": sum(row.get("backward_share", 1.0) * count for row, count in zip(steps, tokens, strict=True)),
+        "steps": len(steps),
+        **{name: steps[-1].get(name) for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")},
+    }
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """A JSON file that is complete or not there."""
+    replace_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])

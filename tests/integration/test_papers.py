@@ -1,0 +1,40 @@
+"""`python -m examples.papers` with a tiny random model: samples, two trials, page; then again with nothing left to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from examples.papers import samples, trial
+from examples.papers.run import main
+from mpo_megatron.rollout import stages
+from tests.distributed.launch import launch_ranks
+from tests.tiny import save_model
+
+SMALL = ["--prompts", "12", "--held-out", "3", "--max-tokens", "6", "--methods", "mpo", "mpo_k2", "--seeds", "0"]
+
+
+@pytest.mark.distributed
+def test_two_methods_from_one_set_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    (tmp_path / "vowels.py").write_text("def vowels(response):\n    return sum(c in 'aeiou' for c in response) / 8\n")
+    monkeypatch.setattr(samples, "REWARD", f"{tmp_path / 'vowels.py'}:vowels")  # random bytes follow no instruction
+    monkeypatch.setattr(samples, "write_model", lambda folder: save_model(folder, num_hidden_layers=1, hidden_size=32))
+    folder = tmp_path / "out"
+    assert main(["--output", str(folder), *SMALL]) == 0
+    record = json.loads((folder / "papers.json").read_text())
+    assert set(record["results"]) == {"start", "mpo", "mpo_k2"}
+    assert all(len(record["results"][name]["0"]["reward"]) == 3 for name in record["results"])
+    eight, two = (record["results"][name]["0"] for name in ("mpo", "mpo_k2"))
+    assert eight["steps"] == two["steps"]
+    assert eight["tokens"] > two["tokens"]
+    assert not (folder / "trials" / "mpo" / "seed_0" / "run").exists()
+    page = (folder / "papers.md").read_text()
+    assert "`mpo`, `mpo_k2`" in page
+    assert "Not run yet: `dpo`" in page
+
+    monkeypatch.setattr(trial, "run_training", lambda *_: pytest.fail("a trial that was done"))
+    assert main(["--output", str(folder), *SMALL]) == 0
+    assert json.loads((folder / "papers.json").read_text())["results"] == record["results"]

@@ -1,0 +1,84 @@
+"""What the papers' page says of numbers: every claim has its trials, and a verdict follows from differences and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from examples.papers.claims import CLAIMS, Claim, judge
+from examples.papers.page import as_record, format_page, mean_reward
+from examples.papers.samples import Sizes
+from examples.papers.trial import START, load_entries
+
+CLAIM = Claim(paper="P", text="a above b", first="a", second="b")
+MOVED = Claim(paper="P", text="a above b", first="a", second="b", measure="chosen_log_ratio")
+
+
+def trial(*rewards: float, moved: float = 0.0) -> dict[str, Any]:
+    """The numbers of a trial with these rewards of prompts 0, 1, …"""
+    numbers = {"tokens": 100.0, "backward_tokens": 50.0, "cpu_seconds": 3.0, "answer_tokens": 7.0, "rejected_log_ratio": -1.0}
+    return {"reward": {str(place): value for place, value in enumerate(rewards)}, "chosen_log_ratio": moved, **numbers}
+
+
+def test_every_claim_compares_methods_that_are_trained() -> None:
+    entries = load_entries()
+    assert {name for claim in CLAIMS for name in (claim.first, claim.second)} <= set(entries)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ((0.9, 0.8, 0.9), (0.1, 0.1, 0.2), "holds here"),
+        ((0.1, 0.1, 0.2), (0.9, 0.8, 0.9), "does not hold here"),
+        ((0.9, 0.1, 0.5), (0.1, 0.9, 0.4), "cannot be told"),
+    ],
+)
+def test_one_seed_is_judged_by_its_prompts(first: tuple[float, ...], second: tuple[float, ...], words: str) -> None:
+    assert judge(CLAIM, {"a": {0: trial(*first)}, "b": {0: trial(*second)}}).words == words
+
+
+def test_seeds_that_disagree_tell_nothing() -> None:
+    """Each seed alone would: the error over seeds is the larger one."""
+    high, low = trial(0.9, 0.9, 0.8), trial(0.1, 0.1, 0.1)
+    verdict = judge(CLAIM, {"a": {0: high, 1: low}, "b": {0: low, 1: high}})
+    assert verdict.words == "cannot be told"
+    assert verdict.seeds == (0, 1)
+    assert verdict.error == pytest.approx(23 / 30)  # two values ±23/30 around 0
+
+
+def test_only_seeds_and_prompts_of_both_count() -> None:
+    verdict = judge(CLAIM, {"a": {0: trial(0.5, 0.6, 0.4), 3: trial(0.0)}, "b": {0: trial(0.1, 0.2, 0.0, 1.0)}})
+    assert verdict.seeds == (0,)
+    assert verdict.difference == pytest.approx(0.4)
+    assert judge(CLAIM, {"a": {0: trial(1.0)}, "b": {1: trial(0.0)}}).words == "not run"
+
+
+def test_log_probabilities_need_several_seeds() -> None:
+    one = {"a": {0: trial(0.5, moved=1.0)}, "b": {0: trial(0.5, moved=-1.0)}}
+    assert judge(MOVED, one).words == "cannot be told"
+    two = {"a": {0: trial(0.5, moved=1.0), 1: trial(0.5, moved=1.2)}, "b": {0: trial(0.5, moved=-1.0), 1: trial(0.5, moved=-1.1)}}
+    assert judge(MOVED, two).words == "holds here"
+
+
+def test_mean_and_the_larger_error() -> None:
+    assert mean_reward([{"0": 0.2, "1": 0.4}]) == (pytest.approx(0.3), pytest.approx(0.1))
+    assert mean_reward([{"0": 0.2, "1": 0.4}, {"0": 0.6, "1": 0.8}]) == (pytest.approx(0.5), pytest.approx(0.2))
+
+
+def test_the_page_says_what_was_run_and_what_was_not() -> None:
+    entries = load_entries()
+    results = {
+        START: {0: trial(0.1, 0.1, 0.2)},
+        "mpo": {0: trial(0.9, 0.8, 0.9, moved=1.5)},
+        "dpo": {0: trial(0.3, 0.2, 0.2, moved=-2.0)},
+    }
+    page = format_page(entries, results, Sizes())
+    assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo`, `dpo` | +0.633" in page
+    assert "(1 seed) | **holds here** |" in page
+    assert "| NCA | NCA beats InfoNCA | `nca`, `infonca` |  | **not run** |" in page
+    assert "| `mpo` | 8 | 1 | 0.867 ± 0.033 | +0.733" in page
+    assert "+1.50 (-1.00) | 100 (50%) | 3 |" in page
+    left_out = page.partition("Not run yet:")[2]
+    assert all(f"`{name}`" in left_out for name in entries if name not in results)
+    assert set(as_record(entries, results, Sizes())["results"]) == {START, "mpo", "dpo"}
