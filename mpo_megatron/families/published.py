@@ -61,6 +61,23 @@ def _olmo(model_type: str, /, *sizes: int, **fields: Any) -> dict[str, Any]:
     return _decoder(model_type, *sizes, **fields)
 
 
+def _hybrid(model_type: str, /, *sizes: int, values: int, tied: bool = False, **fields: Any) -> dict[str, Any]:
+    """The text models of Qwen3.5 and 3.6; `values` is their number of value heads."""
+    fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": 256, "max_position_embeddings": 262144}
+    fields |= {"linear_num_value_heads": values, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}
+    fields["rope_parameters"]["partial_rotary_factor"] = 0.25
+    found = _decoder(model_type, *sizes, tie_word_embeddings=tied, **fields)
+    if model_type == "qwen3_5_moe_text":  # no layer has a dense MLP
+        del found["intermediate_size"]
+    return found
+
+
+def _shared(experts: int, per_token: int, channels: int) -> dict[str, int]:
+    """Fields of experts of which one is shared, all of one size."""
+    size = {"moe_intermediate_size": channels, "shared_expert_intermediate_size": channels}
+    return {"num_experts": experts, "num_experts_per_tok": per_token, **size}
+
+
 _EXPERTS: dict[str, Any] = {
     **{"moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8, "decoder_sparse_step": 1},
     "norm_topk_prob": True,
@@ -80,6 +97,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-14B": _qwen("qwen3", 5120, 17408, 40, 40, 8, 151936, tied=False),
     "Qwen3-32B": _qwen("qwen3", 5120, 25600, 64, 64, 8, 151936, tied=False),
     "Qwen3-30B-A3B": _qwen("qwen3_moe", 2048, 6144, 48, 32, 4, 151936, tied=False, **_EXPERTS),
+    "Qwen3-Next-80B-A3B": _decoder(
+        *("qwen3_next", 2048, 5120, 48, 16, 2, 151936),
+        **{"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 1e7, "max_position_embeddings": 262144, "head_dim": 256},
+        **_shared(512, 10, 512),
+    ),
+    "Qwen3.5-0.8B": _hybrid("qwen3_5_text", 1024, 3584, 24, 8, 2, 248320, values=16, tied=True),
+    "Qwen3.5-4B": _hybrid("qwen3_5_text", 2560, 9216, 32, 16, 4, 248320, values=32, tied=True),
+    "Qwen3.5-9B": _hybrid("qwen3_5_text", 4096, 12288, 32, 16, 4, 248320, values=32),
+    "Qwen3.5-27B": _hybrid("qwen3_5_text", 5120, 17408, 64, 24, 4, 248320, values=48),
+    "Qwen3.5-35B-A3B": _hybrid("qwen3_5_moe_text", 2048, 0, 40, 16, 2, 248320, values=32, **_shared(256, 8, 512)),
+    "Qwen3.5-122B-A10B": _hybrid("qwen3_5_moe_text", 3072, 0, 48, 32, 2, 248320, values=64, **_shared(256, 8, 1024)),
+    "Qwen3.5-397B-A17B": _hybrid("qwen3_5_moe_text", 4096, 0, 60, 32, 2, 248320, values=64, **_shared(512, 10, 1024)),
+    "Qwen3.6-27B": _hybrid("qwen3_5_text", 5120, 17408, 64, 24, 4, 248320, values=48),
+    "Qwen3.6-35B-A3B": _hybrid("qwen3_5_moe_text", 2048, 0, 40, 16, 2, 248320, values=32, **_shared(256, 8, 512)),
     "Qwen2.5-72B": _qwen("qwen2", 8192, 29568, 80, 64, 8, 152064, tied=False),
     "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 32000, positions=4096, theta=10000.0),
     "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, 32000, positions=4096, theta=10000.0),
@@ -123,6 +154,8 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Published config.json fields by name; base and instruction-tuned models share them. Those of Qwen2.5 are Instruct's: bases
 have four times its positions, and from 14B on another `rms_norm_eps`.
+
+Of Qwen3.5 and 3.6 the text models alone, without vision tower and multi-token prediction.
 
 Sizes, heads, windows, caps and rotary fields agree with litgpt's config.py (June 2026) where it has the model; the fields of
 Gemma 2 and OLMo 3 with copies of their config.json in public repositories; parameter counts with the hub's (the tests have them).

@@ -37,7 +37,8 @@ from mpo_megatron.families.rules import (
 )
 
 FIELDS = DECODER | {
-    *("layer_types", "full_attention_interval", "partial_rotary_factor", "attn_output_gate", "mamba_ssm_dtype"),
+    *("layer_types", "full_attention_interval", "partial_rotary_factor"),
+    *("attn_output_gate", "mamba_ssm_dtype", "output_gate_type"),
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
     # of layers that predict further tokens; the language model computes the same without them
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
@@ -47,7 +48,7 @@ WHOLE_FIELDS = {
     *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
 }
 """Of a multimodal model; what they say of images is handed on as it is."""
-FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32"}
+FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"}
 """Fields that published files have and `transformers` does not read, and the values that its models compute with."""
 OTHER_WEIGHTS = ("mtp.", "model.visual.")
 """Of layers that predict further tokens, and of the vision tower; `transformers` loads the text model without them."""

@@ -138,6 +138,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
     "an unknown field outside": (multimodal(), {"audio_config": {"depth": 1}}, "audio_config"),
     "no gate": (multimodal(), {"text_config.attn_output_gate": False}, "attn_output_gate = False"),
     "another dtype of states": (NEXT, {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16'"),
+    "another gate": (multimodal(), {"text_config.output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
     "two answers": (multimodal(), {"tie_word_embeddings": True}, "tie_word_embeddings = True, but False in text_config"),
     "a kind of layer": (NEXT, {"layer_types": ["linear_attention", "mamba"]}, "layer_types has 'mamba'"),
     "too few layers": (NEXT, {"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers is 2"),
@@ -181,10 +182,11 @@ def test_what_is_not_represented_is_refused_by_name(case: str) -> None:
 
 def test_published_fields_are_read(tmp_path: Path) -> None:
     """Those that published files have beyond what `transformers` writes."""
-    config = multimodal().to_dict()
+    config = multimodal().to_dict() | {"language_model_only": False}
+    config["vision_config"] |= {"deepstack_visual_indexes": [], "model_type": "qwen3_5"}
     config["text_config"] |= {
         **{"attn_output_gate": True, "mamba_ssm_dtype": "float32", "full_attention_interval": 4, "mtp_num_hidden_layers": 1},
-        **{"mtp_use_dedicated_embeddings": False, "partial_rotary_factor": 0.25},
+        **{"mtp_use_dedicated_embeddings": False, "partial_rotary_factor": 0.25, "output_gate_type": "swish"},
         "rope_parameters": {
             **{"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
             **{"mrope_interleaved": True, "mrope_section": [1, 1, 0]},

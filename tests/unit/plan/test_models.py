@@ -57,8 +57,19 @@ PUBLISHED = {
     "OLMo-2-7B": 7_298_617_344,
     "OLMo-2-13B": 13_716_198_400,
     "OLMo-3-7B": 7_298_011_136,
+    "Qwen3-Next-80B-A3B": 79_674_391_296,
+    "Qwen3.5-0.8B": 752_393_024,
+    "Qwen3.5-4B": 4_205_751_296,
+    "Qwen3.5-9B": 8_953_803_264,
+    "Qwen3.5-27B": 26_895_998_464,
+    "Qwen3.5-35B-A3B": 34_660_610_688,
+    "Qwen3.5-122B-A10B": 122_111_526_912,
+    "Qwen3.5-397B-A17B": 396_346_350_336,
+    "Qwen3.6-27B": 26_895_998_464,
+    "Qwen3.6-35B-A3B": 34_660_610_688,
 }
-"""Parameters of the checkpoints on the hub; a tied embedding counts once."""
+"""Parameters of the checkpoints on the hub; a tied embedding counts once. Of hybrid models, whose checkpoints hold more than the
+language model, those of transformers' text models."""
 
 
 def test_every_model_has_a_published_size() -> None:
