@@ -111,6 +111,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "Qwen3.5-397B-A17B": _hybrid("qwen3_5_moe_text", 4096, 0, 60, 32, 2, 248320, values=64, **_shared(512, 10, 1024)),
     "Qwen3.6-27B": _hybrid("qwen3_5_text", 5120, 17408, 64, 24, 4, 248320, values=48),
     "Qwen3.6-35B-A3B": _hybrid("qwen3_5_moe_text", 2048, 0, 40, 16, 2, 248320, values=32, **_shared(256, 8, 512)),
+    "Qwen3-235B-A22B": _qwen(
+        "qwen3_moe", 4096, 12288, 94, 64, 4, 151936, tied=False, **{**_EXPERTS, "moe_intermediate_size": 1536}
+    ),
     "Qwen2.5-72B": _qwen("qwen2", 8192, 29568, 80, 64, 8, 152064, tied=False),
     "Llama-2-7B": _llama(4096, 11008, 32, 32, 32, 32000, positions=4096, theta=10000.0),
     "Llama-2-13B": _llama(5120, 13824, 40, 40, 40, 32000, positions=4096, theta=10000.0),
@@ -118,6 +121,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "Llama-3-8B": _llama(4096, 14336, 32, 32, 8, 128256, positions=8192, theta=500000.0),
     "Llama-3.1-8B": _llama(4096, 14336, 32, 32, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
     "Llama-3.1-70B": _llama(8192, 28672, 80, 64, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
+    "Llama-3.1-405B": _llama(16384, 53248, 126, 128, 8, 128256, positions=131072, theta=500000.0, factor=8.0),
     "Llama-3.2-1B": _llama(2048, 8192, 16, 32, 8, 128256, positions=131072, theta=500000.0, factor=32.0, tied=True, head_dim=64),
     "Llama-3.2-3B": _llama(3072, 8192, 28, 24, 8, 128256, positions=131072, theta=500000.0, factor=32.0, tied=True, head_dim=128),
     "Llama-3.3-70B": _llama(8192, 28672, 80, 64, 8, 128256, positions=131072, theta=500000.0, factor=8.0),

@@ -1,7 +1,7 @@
 """GPUs and the networks of their machines: dense peaks, without sparsity.
 
-Sources: NVIDIA's data sheets of A100 (2021), H100 (SXM5, 2023), H200 (2024) and the DGX A100, H100, H200 and B200 user guides for
-NVLink and network adapters. Memory is what CUDA reports as total, which is less than the number on the box.
+Sources: NVIDIA's data sheets of A100 (2021), H100 (SXM5, 2023), H200 and GB200 NVL72 (2024), and the DGX A100, H100, H200 and
+B200 user guides for NVLink and network adapters. Memory is what CUDA reports as total, which is less than the number on the box.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ class Hardware:
 
 
 _ROWS = (
-    # name, GiB, FP8 TFLOP/s, then GB/s of memory, of NVLink and of the network adapter
-    ("a100-40", 39.4, None, 1555, 300, 25),
-    ("a100", 79.2, None, 2039, 300, 25),
-    ("h100", 79.1, 1979, 3350, 450, 50),
-    ("h200", 139.8, 1979, 4800, 450, 50),
-    ("b200", 178.3, 4500, 8000, 900, 50),
+    # name, GiB, FP8 TFLOP/s, then GB/s of memory, of NVLink and of the network adapter, GPUs that NVLink connects
+    ("a100-40", 39.4, None, 1555, 300, 25, 8),
+    ("a100", 79.2, None, 2039, 300, 25, 8),
+    ("h100", 79.1, 1979, 3350, 450, 50, 8),
+    ("h200", 139.8, 1979, 4800, 450, 50, 8),
+    ("b200", 178.3, 4500, 8000, 900, 50, 8),
+    ("gb200", 185.0, 5000, 8000, 900, 50, 72),
 )
 TABLE = {
     name: Hardware(
@@ -50,8 +51,9 @@ TABLE = {
         memory_gbps=bandwidth,
         intra_gbps=intra,
         inter_gbps=inter,
+        gpus_per_node=gpus,
     )
-    for name, memory, fp8, bandwidth, intra, inter in _ROWS
+    for name, memory, fp8, bandwidth, intra, inter, gpus in _ROWS
 }
 """Hardware by the name that `hardware` takes."""
 

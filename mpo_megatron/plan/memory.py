@@ -140,6 +140,8 @@ class StageMemory:
     """Elements, as laid out in buffers."""
     trained: int
     """Of these with gradients: all, or the adapters'."""
+    trained_experts: int
+    """Of those, in experts."""
     rows_in_flight: float
     """Rows whose activations are kept at one time; with interleaving, sums of parts of rows."""
     weights: int
@@ -208,6 +210,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
         rows_in_flight=chunks / len(parts),
         weights=stored,
         trained=dense + expert,
+        trained_experts=expert,
         gradients=(dense + expert) * GRADIENT_BYTES,
         optimizer=round(
             state_bytes * (dense // layout.sharing + expert // layout.expert_sharing) * (1 - layout.optimizer.cpu_offload)

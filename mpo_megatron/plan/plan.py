@@ -36,7 +36,7 @@ from mpo_megatron.plan.models import find_model
 from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import Sequences, draw_lengths, read_lengths
 from mpo_megatron.plan.search import Candidate, Workload, search
-from mpo_megatron.plan.step_time import Assumptions
+from mpo_megatron.plan.step_time import TIMES, Assumptions
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.objective import Objective, build_objective, check_data, needs_reference
 
@@ -58,8 +58,6 @@ PARTS = {
 """Parts of a rank's memory by the name of the field: as a column, and in words."""
 WIDTH = 120
 """Columns of the tables where output is no terminal."""
-TIMES = ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
-"""Parts of a step's time."""
 
 
 def plan(config: PlanConfig) -> None:
@@ -180,6 +178,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
         assumed=Assumptions(
             efficiency=config.efficiency,
             fp8_efficiency=config.fp8_efficiency,
+            memory_efficiency=config.memory_efficiency,
             network_efficiency=config.network_efficiency,
             latency_us=config.latency_us,
             forward_only=train.loss.step == "two_phase"
@@ -204,6 +203,10 @@ def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective,
         info = read_info(folder)
         check_data(objective, has_rewards=info.reward_kind != "labels", has_labels=info.has_labels, where=folder)
         return read_lengths(folder, objective.select, groups_per_step)
+    require(
+        config.responses > 1 or not objective.needs.contrast,
+        f"responses = {config.responses}; loss.name = {train.loss.name} compares a group's responses; give at least 2.",
+    )
     return draw_lengths(
         prompt=config.prompt_tokens,
         response=config.response_tokens,

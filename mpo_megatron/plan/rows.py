@@ -227,7 +227,7 @@ def draw_lengths(
         return [int(length) for length in drawn]
 
     steps = []
-    for _ in range(SAMPLED_STEPS):
+    for _ in range(SAMPLED_STEPS if spread else 1):  # without spread all steps are alike
         groups = []
         for index in range(groups_per_step):
             rewards = rng.normal(size=responses)

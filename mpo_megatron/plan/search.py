@@ -69,6 +69,15 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A layout with its rows and the memory of its stages: all that its time depends on besides hardware and assumptions."""
+
+    layout: MemoryLayout
+    packed: PackedSteps
+    stages: tuple[StageMemory, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What a run is, without its layout."""
 
@@ -121,6 +130,29 @@ class Workload:
     def evaluate(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Candidate:
         """Memory and time of one layout.
 
+        Raises: as `place`.
+        """
+        placed = self.place(parallel, recompute, row_tokens, gpus)
+        return Candidate(
+            model=placed.layout.model,
+            parallel=parallel,
+            row_tokens=row_tokens,
+            stages=placed.stages,
+            packed=placed.packed,
+            time=self.price(placed),
+            replicas=placed.layout.replicas,
+        )
+
+    def price(self, placed: Placed) -> StepTime:
+        """Time of a step on a layout."""
+        assumed = self.assumed
+        if placed.packed.split_groups and not assumed.forward_only:
+            assumed = dataclasses.replace(assumed, forward_only=True)
+        return Clock(placed.layout, self.flops, self.hardware, assumed).step(placed.packed, placed.stages)
+
+    def place(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Placed:
+        """Memory of one layout, and its rows.
+
         Raises:
             ConfigError: the layout does not divide the model or the ranks.
             PackingError: a response does not fit a row.
@@ -161,19 +193,8 @@ class Workload:
         )
         row, num_rows = packed.full_row(row_tokens), max(len(step[0]) for step in packed.rows)
         overhead = round(self.overhead_gib * GIB)
-        stages = [stage_memory(layout, stage, row, num_rows, overhead) for stage in range(parallel.pipeline)]
-        assumed = self.assumed
-        if packed.split_groups and not assumed.forward_only:
-            assumed = dataclasses.replace(assumed, forward_only=True)
-        return Candidate(
-            model=model,
-            parallel=parallel,
-            row_tokens=row_tokens,
-            stages=tuple(stages),
-            packed=packed,
-            time=Clock(layout, self.flops, self.hardware, assumed).step(packed, stages),
-            replicas=layout.replicas,
-        )
+        stages = tuple(stage_memory(layout, stage, row, num_rows, overhead) for stage in range(parallel.pipeline))
+        return Placed(layout=layout, packed=packed, stages=stages)
 
     def fits(self, candidate: Candidate) -> bool:
         """Whether every rank holds it."""

@@ -8,14 +8,18 @@ pipelines and their bubble, Narayanan et al. 2021 (§2.2, §3.2); data paralleli
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
 from mpo_megatron.hf.flops import BACKWARD, FlopModel
 from mpo_megatron.plan.hardware import Hardware
 from mpo_megatron.plan.memory import GRADIENT_BYTES, MemoryLayout, StageMemory
 from mpo_megatron.plan.parameters import stage_parts
 from mpo_megatron.plan.rows import PackedSteps, RowCounts
+from mpo_megatron.plan.traffic import head_traffic, layer_traffic, weight_traffic
 
+TIMES = ("compute", "elementwise", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
+"""Parts of a step's time."""
 UPDATE_BYTES = 34
 """Device memory traffic of AdamW for each weight a rank updates: gradient, master weight and moments read, the last three and the
 weight written, and the gradient read once more for its norm."""
@@ -26,15 +30,21 @@ class Assumptions:
     """What cannot be derived."""
 
     efficiency: float
-    """Share of the peak that bf16 kernels reach while they compute."""
+    """Share of the peak that matrix products and attention reach in bf16."""
     fp8_efficiency: float
-    """The same for FP8 matrix products, of the FP8 peak, quantization included."""
+    """The same for FP8 matrix products, of the FP8 peak."""
+    memory_efficiency: float
+    """Share of the device memory's bandwidth that element-wise kernels reach."""
     network_efficiency: float
     """Share of a link's bandwidth that collectives reach."""
     latency_us: float
     """Microseconds before a collective's first byte."""
     forward_only: bool
     """A pass without gradients comes first: two-phase steps, or a resident reference."""
+    deduplicated: bool = False
+    """Tokens go to each machine once, however many of their experts are there, as DeepEP and HybridEP send them."""
+    overlapped: frozenset[str] = frozenset()
+    """Exchanges that computation hides, of `tensor`, `context` and `expert`. The trainer overlaps none of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +55,8 @@ class StepTime:
     """Matrix products of the slowest stage, recomputation included."""
     recompute: float
     """Of `compute`, what the backward pass computes again."""
+    elementwise: float
+    """Kernels that device memory bounds: norms, rotary embedding, SwiGLU, casts to FP8, sorting of tokens by expert."""
     tensor: float
     """Exposed: sums and gathers of tensor and sequence parallelism."""
     context: float
@@ -69,13 +81,12 @@ class StepTime:
     @property
     def seconds(self) -> float:
         """The whole step."""
-        parts = (self.compute, self.tensor, self.context, self.expert, self.pipeline, self.bubble, self.data, self.update)
-        return sum(parts)
+        return sum(getattr(self, name) for name in TIMES)
 
     @property
     def bubble_share(self) -> float:
         """Share of the pipeline's time that its stages wait."""
-        busy = self.compute + self.tensor + self.context + self.expert + self.pipeline
+        busy = self.compute + self.elementwise + self.tensor + self.context + self.expert + self.pipeline
         return self.bubble / (self.bubble + busy)
 
 
@@ -86,6 +97,7 @@ class _Stage:
     forward: float = 0.0
     backward: float = 0.0
     recompute: float = 0.0
+    elementwise: float = 0.0
     tensor: float = 0.0
     context: float = 0.0
     expert: float = 0.0
@@ -97,8 +109,8 @@ class _Stage:
 
     @property
     def forward_total(self) -> float:
-        """Without gradients: communication of the forward pass is not more than half of all."""
-        return self.forward + (self.tensor + self.context + self.expert + self.pipeline) / 2
+        """Without gradients: of element-wise kernels and of exchanges, the forward pass has not more than half."""
+        return self.forward + (self.elementwise + self.tensor + self.context + self.expert + self.pipeline) / 2
 
 
 class Clock:
@@ -109,8 +121,9 @@ class Clock:
         self.layers = layout.parallel.stage_layers(layout.shape.num_hidden_layers)
         parts = stage_parts(layout.shape, layout.parallel)
         self.expert_layers = [sum(layout.shape.has_experts(n) for part in own for n in part.layers) for own in parts]
+        self.traffic = {experts: layer_traffic(layout, experts=experts) for experts in (False, True)}
 
-    def step(self, packed: PackedSteps, memory: list[StageMemory]) -> StepTime:
+    def step(self, packed: PackedSteps, memory: Sequence[StageMemory]) -> StepTime:
         """The mean of the sampled steps."""
         times = [self._step(sums, len(step[0]), memory) for sums, step in zip(packed.sums, packed.rows, strict=True)]
         names = [field.name for field in fields(StepTime) if field.name != "volumes"]
@@ -118,10 +131,10 @@ class Clock:
         volumes = {name: sum(time.volumes[name] for time in times) / len(times) for name in times[0].volumes}
         return StepTime(volumes=volumes, **means)
 
-    def _step(self, replicas: tuple[RowCounts, ...], num_rows: int, memory: list[StageMemory]) -> StepTime:
+    def _step(self, replicas: tuple[RowCounts, ...], num_rows: int, memory: Sequence[StageMemory]) -> StepTime:
         """All is linear in a row's counts: the rows of a replica are taken together, and all wait for the busiest replica."""
         rows = max(replicas, key=self._work)
-        stages = [self.rows(rows, num_rows, stage) for stage in range(self.layout.parallel.pipeline)]
+        stages = [self.rows(rows, num_rows, stage, memory[stage].trained) for stage in range(self.layout.parallel.pipeline)]
         slowest = max(range(len(stages)), key=lambda stage: stages[stage].total)
         own, runs = stages[slowest], self.layout.parallel.virtual_pipeline
         others = [stage for number, stage in enumerate(stages) if number != slowest]
@@ -131,6 +144,7 @@ class Clock:
         return StepTime(
             compute=(own.forward + own.backward + own.recompute) + extra,
             recompute=own.recompute + extra,
+            elementwise=own.elementwise,
             tensor=own.tensor,
             context=own.context,
             expert=own.expert,
@@ -152,8 +166,12 @@ class Clock:
     def _work(self, row: RowCounts) -> int:
         return self.flops.train_step(tokens=row.tokens, pairs=row.pairs, scored=row.scored)
 
-    def rows(self, row: RowCounts, num_rows: int, stage: int) -> _Stage:
-        """Seconds of forward and backward passes over rows with these counts together, on a stage that never waits."""
+    def rows(self, row: RowCounts, num_rows: int, stage: int, trained: int) -> _Stage:
+        """Seconds of forward and backward passes over rows with these counts together, on a stage that never waits.
+
+        Args:
+            trained: weights of a rank with gradients
+        """
         layout, parallel = self.layout, self.layout.parallel
         last = stage == parallel.pipeline - 1
         ranks = parallel.tensor * parallel.context
@@ -166,16 +184,64 @@ class Clock:
         core = share * self.flops.per_pair * row.pairs / rate
         head = self.flops.per_scored * row.scored / rate if last else 0.0
         again = {"none": 0.0, "selective": self._again(linear, core), "full": linear + core}[layout.model.recompute] + head
-        seconds = {
-            name: volume * 1e9 / self._bytes_per_second(name) + count * self.assumed.latency_us * 1e-6
-            for name, (volume, count) in self._row_volumes(row, num_rows, stage).items()
-        }
-        return _Stage(
+        own = _Stage(
             forward=linear + core + head,
             backward=BACKWARD * core + (BACKWARD if layout.adapter is None else 1) * (linear + head),
             recompute=again,
-            **seconds,
+            elementwise=self._elementwise(row, num_rows, stage, trained),
         )
+        return replace(own, **self._exchanges(row, num_rows, stage, busy=own.total))
+
+    def _elementwise(self, row: RowCounts, num_rows: int, stage: int, trained: int) -> float:
+        """Seconds of what moves through device memory outside of matrix products; recomputed layers once more."""
+        layout, sparse = self.layout, self.expert_layers[stage]
+        again = 1 if layout.model.recompute == "full" else 0
+        moved = 0.0
+        for experts, layers in ((False, self.layers[stage] - sparse), (True, sparse)):
+            traffic = self.traffic[experts]
+            moved += layers * ((1 + again) * traffic.forward + traffic.backward)
+        moved *= row.tokens / layout.parallel.context
+        if stage == layout.parallel.pipeline - 1:
+            moved += head_traffic(layout) * row.scored / layout.parallel.context
+        moved += num_rows * weight_traffic(trained)
+        return moved / (self.hardware.memory_gbps * 1e9 * self.assumed.memory_efficiency)
+
+    def _exchanges(self, row: RowCounts, num_rows: int, stage: int, busy: float) -> dict[str, float]:
+        """Seconds that a stage waits for other ranks while it computes rows, by what for.
+
+        Args:
+            busy: seconds of computation, which overlapped exchanges hide behind
+        """
+        seconds = {}
+        for name, (volume, count) in self._row_volumes(row, num_rows, stage).items():
+            sent = self._scattered(volume) if name == "expert" else volume * 1e9 / self._bytes_per_second(name)
+            seconds[name] = sent + count * self.assumed.latency_us * 1e-6
+        overlapped = {name for name in seconds if name in self.assumed.overlapped}
+        if self.layout.parallel.virtual_pipeline > 1:  # Megatron's interleaved schedule sends while it computes
+            overlapped.add("pipeline")
+        hidden = sum(seconds[name] for name in overlapped)
+        remains = max(0.0, 1 - busy / hidden) if hidden else 0.0
+        return {name: time * (remains if name in overlapped else 1.0) for name, time in seconds.items()}
+
+    def _scattered(self, volume: float) -> float:
+        """Seconds to send so many GB of tokens to experts: within a machine and to others at one time.
+
+        With `deduplicated`, a token reaches each other machine that has any of its experts once, and is copied there.
+        """
+        parallel, hardware = self.layout.parallel, self.hardware
+        ranks = parallel.expert * parallel.expert_tensor
+        machines = max(1, ranks // hardware.gpus_per_node)
+        rate = self.assumed.network_efficiency * 1e9
+        if machines == 1:
+            return volume * 1e9 / (hardware.intra_gbps * rate)
+        elsewhere = (ranks - hardware.gpus_per_node) / max(1, ranks - 1)  # of what leaves this rank
+        copies = self.layout.shape.active_experts
+        reached = (
+            (machines - 1) * (1 - (1 - 1 / machines) ** copies) if self.assumed.deduplicated else copies * (1 - 1 / machines)
+        )
+        outside = volume * elsewhere * reached / (copies * (1 - 1 / machines))
+        within = volume if self.assumed.deduplicated else volume * (1 - elsewhere)
+        return max(outside / hardware.inter_gbps, within / hardware.intra_gbps) * 1e9 / rate
 
     def _again(self, linear: float, core: float) -> float:
         """Seconds of the modules that are computed again; norms and activations take no time beside matrix products."""
@@ -202,7 +268,9 @@ class Clock:
         if parallel.tensor > 1:
             # With sequence parallelism a gather and a scatter around each half of a layer; backward the same, and inputs gathered
             # once more for the weights' gradients. Without it two sums each way, each of the volume of a gather and a scatter.
-            count = round(layers * (4 + 6 + 4 * half if parallel.sequence_parallel else 2 * (2 + 2 + 2 * half)))
+            # Experts are exchanged as they are: theirs is half of that.
+            halves = layers - self.expert_layers[stage] / 2
+            count = round(halves * (4 + 6 + 4 * half if parallel.sequence_parallel else 2 * (2 + 2 + 2 * half)))
             tensor = (count * hidden * (parallel.tensor - 1) / parallel.tensor, count * num_rows)
         context = (0.0, 0)
         if parallel.context > 1:
@@ -230,22 +298,25 @@ class Clock:
 
     def _volumes(self, rows: RowCounts, num_rows: int, stage: int, memory: StageMemory) -> dict[str, float]:
         total = {name: volume for name, (volume, _) in self._row_volumes(rows, num_rows, stage).items()}
-        ring = (self.layout.sharing - 1) / self.layout.sharing
         return {
             **total,
-            "gradients": memory.gradients / 1e9 * ring,
-            "weights": memory.trained * self._gathered_bytes() / 1e9 * ring,
+            "gradients": self._exchanged(memory) * GRADIENT_BYTES / 1e9,
+            "weights": self._exchanged(memory) * self._gathered_bytes() / 1e9,
         }
+
+    def _exchanged(self, memory: StageMemory) -> float:
+        """Weights whose gradients a rank sends: all but its own share, of experts among the ranks that hold the same ones."""
+        dense, experts = memory.trained - memory.trained_experts, memory.trained_experts
+        sharing, expert_sharing = self.layout.sharing, self.layout.expert_sharing
+        return dense * (sharing - 1) / sharing + experts * (expert_sharing - 1) / expert_sharing
 
     def _gathered_bytes(self) -> int:
         return 1 if self.layout.model.fp8_params else self.layout.dtype_bytes
 
     def _data(self, memory: StageMemory, last_row: float) -> float:
         """Reduce-scatter of gradients and all-gather of weights, less what `optimizer.overlap` hides."""
-        ring = (self.layout.sharing - 1) / self.layout.sharing
-        rate = self._bytes_per_second("data")
-        scatter = memory.trained * GRADIENT_BYTES * ring / rate
-        gather = memory.trained * self._gathered_bytes() * ring / rate
+        rate, exchanged = self._bytes_per_second("data"), self._exchanged(memory)
+        scatter, gather = exchanged * GRADIENT_BYTES / rate, exchanged * self._gathered_bytes() / rate
         overlap = self.layout.optimizer.overlap
         if overlap != "none":  # a plan is for GPUs, where `auto` is `all`
             scatter = max(0.0, scatter - last_row)
@@ -254,7 +325,9 @@ class Clock:
         return scatter + gather
 
     def _update(self, memory: StageMemory) -> float:
-        moved = memory.trained / self.layout.sharing * UPDATE_BYTES + memory.gradients  # cleared before each step
+        layout, experts = self.layout, memory.trained_experts
+        owned = (memory.trained - experts) / layout.sharing + experts / layout.expert_sharing
+        moved = owned * UPDATE_BYTES + memory.gradients  # cleared before each step
         return moved / (self.hardware.memory_gbps * 1e9)
 
     def _bytes_per_second(self, kind: str) -> float:
@@ -267,5 +340,10 @@ class Clock:
             "data": world // parallel.pipeline,
             "pipeline": world,
         }[kind]
-        within = span <= self.hardware.gpus_per_node
-        return (self.hardware.intra_gbps if within else self.hardware.inter_gbps) * 1e9 * self.assumed.network_efficiency
+        hardware = self.hardware
+        gbps = hardware.intra_gbps
+        if span > hardware.gpus_per_node:
+            # Rings enter and leave a machine once, each by another of its members' adapters.
+            members = max(1, hardware.gpus_per_node // parallel.tensor) if kind == "data" else 1
+            gbps = min(gbps, members * hardware.inter_gbps)
+        return gbps * 1e9 * self.assumed.network_efficiency
