@@ -1,10 +1,11 @@
 """The planner's step times against throughput that others published (`benchmarks/published.yaml`).
 
     python -m benchmarks.published          # residuals with the planner's efficiencies
-    python -m benchmarks.published --fit    # calibrate them anew, and predict each model by a fit to the others
+    python -m benchmarks.published --fit    # calibrate them anew, and predict each model by a fit to all others
+    python -m benchmarks.published --markdown
 
 A run is pre-training on plain sequences: groups of one response to a prompt of one token, loss `sft`. It is priced by the
-functions that `mpo plan` uses. What is compared is the time of a step, published over planned.
+functions that `mpo plan` uses. A residual is the planned time of a step over the published one, less 1.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ TABLE = Path(__file__).with_suffix(".yaml")
 EFFICIENCIES = ("efficiency", "fp8_efficiency", "memory_efficiency", "network_efficiency")
 """What is calibrated: options of `mpo plan`."""
 BOUNDS = {"dense": 0.15, "experts": 0.25}
-"""Goals for |published / planned − 1|. The fit weights residuals by them."""
+"""Goals for the size of a residual, which the fit weights it by."""
 COMMON = {"tie_word_embeddings": False, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
 """Fields of config.json that change nothing here."""
+SHORT = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VP", "context": "CP", "expert": "EP"}
+"""The field's abbreviations of parallel sizes."""
 FIT_STEPS, FIT_DIFFERENCE = 8, 1e-3
+"""Steps of the fit, and the change of a logarithm that slopes are taken over."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +75,15 @@ class Run:
         return "experts" if "expert" in self.parallel else "dense"
 
     @property
+    def model_name(self) -> str:
+        """What is held out together."""
+        return self.model or self.name
+
+    @property
     def layout(self) -> str:
-        """Its parallel sizes in words."""
-        return " × ".join(f"{name} {size}" for name, size in self.parallel.items()) or "data"
+        """Its parallel sizes: tensor, pipeline × runs of layers, context, expert."""
+        sizes = [f"{short}{self.parallel[name]}" for name, short in SHORT.items() if name in self.parallel]
+        return " ".join(sizes) or "data"
 
 
 def load_table() -> tuple[dict[str, dict[str, str]], list[Run]]:
@@ -141,8 +151,8 @@ class Priced:
         return run.batch * run.sequence / rate / run.gpus
 
     def residual(self, efficiencies: dict[str, float] | None = None) -> float:
-        """Published over planned time of a step, less 1."""
-        return self.published_seconds / self.price(efficiencies).seconds - 1
+        """Planned over published time of a step, less 1."""
+        return self.price(efficiencies).seconds / self.published_seconds - 1
 
 
 def fit(runs: Sequence[Priced], start: dict[str, float]) -> dict[str, float]:
@@ -165,14 +175,15 @@ def fit(runs: Sequence[Priced], start: dict[str, float]) -> dict[str, float]:
 
 def predict_each_model(runs: Sequence[Priced], start: dict[str, float]) -> dict[str, dict[str, float]]:
     """For each model, the efficiencies fitted to the runs of all others."""
-    names = dict.fromkeys(priced.run.name for priced in runs)
-    return {name: fit([priced for priced in runs if priced.run.name != name], start) for name in names}
+    models = dict.fromkeys(priced.run.model_name for priced in runs)
+    return {model: fit([priced for priced in runs if priced.run.model_name != model], start) for model in models}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the residuals, and what they amount to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", action="store_true", help="calibrate anew, and predict each model by a fit to the others")
+    parser.add_argument("--fit", action="store_true", help="calibrate anew, and predict each model by a fit to all others")
+    parser.add_argument("--markdown", action="store_true", help="print the table for docs/experiments/planning.md")
     options = parser.parse_args(arguments)
     sources, runs = load_table()
     priced = [Priced(run) for run in runs]
@@ -180,45 +191,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = None
     if options.fit:
         start = {name: getattr(priced[0].workload.assumed, name) for name in EFFICIENCIES}
-        print_fit(console, fit(priced, start))
+        found = fit(priced, start)
+        console.print("fitted to all: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
         fits = predict_each_model(priced, start)
-        held_out = [item.residual(fits[item.run.name]) for item in priced]
-    console.print(build_table(priced, held_out))
+        held_out = [item.residual(fits[item.run.model_name]) for item in priced]
+    lines = [describe(item, None if held_out is None else held_out[index]) for index, item in enumerate(priced)]
+    if options.markdown:
+        print(
+            "\n".join(f"| {' | '.join(cells)} |" for cells in [list(lines[0]), ["---"] * len(lines[0]), *map(dict.values, lines)])
+        )
+    else:
+        table = Table(*lines[0])
+        for line in lines:
+            table.add_row(*line.values())
+        console.print(table)
     for name, values in (("planner", [item.residual() for item in priced]), ("held out", held_out)):
         if values is not None:
-            console.print(summarize(name, [item.run for item in priced], values))
+            console.print(summarize(name, [item.run for item in priced], values), soft_wrap=True)
     for name, source in sources.items():
         console.print(f"{name}: {source['title']}, {source['url']}", soft_wrap=True)
 
 
-def print_fit(console: Console, found: dict[str, float]) -> None:
-    """The efficiencies of a fit to all runs."""
-    console.print("fitted to all: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
-
-
-def build_table(priced: Sequence[Priced], held_out: Sequence[float] | None) -> Table:
-    """A line for each run."""
-    table = Table()
-    for name in ("model", "GPUs", "precision", "layout", "source", "published, s", "planned, s", "MFU planned", "residual"):
-        table.add_column(name, justify="right" if "," in name or name in ("GPUs", "MFU planned", "residual") else "left")
-    if held_out is not None:
-        table.add_column("held out", justify="right")
-    for index, item in enumerate(priced):
-        run, time = item.run, item.price()
-        peak = item.workload.hardware.bf16_tflops * 1e12 * run.gpus
-        cells = [
-            run.name,
-            f"{run.gpus:,} {run.hardware}",
-            "bf16" if run.fp8 == "none" else f"FP8 {run.fp8}",
-            run.layout,
-            f"{run.source} {run.date:%Y-%m}",
-            f"{item.published_seconds:.2f}",
-            f"{time.seconds:.2f}",
-            f"{time.model_flops / time.seconds / peak:.0%}",
-            f"{item.residual():+.1%}",
-        ]
-        table.add_row(*cells, *([] if held_out is None else [f"{held_out[index]:+.1%}"]))
-    return table
+def describe(item: Priced, held_out: float | None) -> dict[str, str]:
+    """The table's cells of a run, by column."""
+    run, time = item.run, item.price()
+    flops = time.model_flops / item.workload.hardware.bf16_tflops / 1e12 / run.gpus
+    # Megatron's operations count gradients of all weights, which adapters have not.
+    shares = [f"{flops / seconds:.0%}" if not run.lora_rank else "" for seconds in (item.published_seconds, time.seconds)]
+    return {
+        "model": run.name,
+        "GPUs": f"{run.gpus:,} {run.hardware}",
+        "precision": "bf16" if run.fp8 == "none" else f"FP8 {run.fp8}",
+        "layout": run.layout,
+        "source": f"{run.source} {run.date:%Y-%m}",
+        "published, s": f"{item.published_seconds:.2f}",
+        "planned, s": f"{time.seconds:.2f}",
+        "MFU": shares[0],
+        "planned": shares[1],
+        "residual": f"{item.residual():+.1%}",
+        **({} if held_out is None else {"held out": f"{held_out:+.1%}"}),
+    }
 
 
 def summarize(name: str, runs: Iterable[Run], residuals: Iterable[float]) -> str:

@@ -73,7 +73,7 @@ def test_weak_scaling() -> None:
         fp8 = re.search(r"`(\w+)`", gpus)
         problem, candidate = evaluate(train, int(gpus.split(",")[0]), int(groups.replace(",", "")), fp8[1] if fp8 else None)
         time, run = candidate.time, summarize(problem, candidate, 60_000)
-        parts = (time.seconds, time.compute, time.tensor, time.bubble, time.data, run["groups_per_second"])
+        parts = (time.seconds, time.compute, time.elementwise, time.tensor, time.bubble, time.data, run["groups_per_second"])
         for cell, part in zip(cells, parts, strict=True):
             check(cell, part)
         check(mfu, 100 * run["mfu"])

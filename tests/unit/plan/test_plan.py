@@ -15,6 +15,7 @@ from mpo_megatron.data.store import write_groups
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
 from mpo_megatron.plan.search import Workload, search
+from mpo_megatron.plan.step_time import TIMES
 from mpo_megatron.train.throughput import peak_flops
 from tests.tiny import random_groups, save_groups, save_tokenizer
 
@@ -59,9 +60,7 @@ def test_a_run_that_fits_is_planned(tmp_path: Path, capsys: pytest.CaptureFixtur
     for stage in content["run"]["stages"]:
         assert sum(stage[part] for part in parts) == stage["total"] <= content["limit_bytes"]
     seconds = content["run"]["time"]
-    assert content["run"]["run"]["seconds_per_step"] == pytest.approx(
-        sum(seconds[part] for part in ("compute", "tensor", "context", "expert", "pipeline", "bubble", "data", "update"))
-    )
+    assert content["run"]["run"]["seconds_per_step"] == pytest.approx(sum(seconds[part] for part in TIMES))
 
 
 def test_epochs_repeat_steps_and_not_reference_log_probs() -> None:
@@ -104,6 +103,7 @@ def test_nothing_fits_on_too_few_gpus() -> None:
     [
         ({"hardware": "h1000"}, r"hardware = h1000; there is no such entry; choose one of a100-40"),
         ({"model": "Llama"}, r"model = Llama; neither a checkpoint's folder nor a known model"),
+        ({"responses": 1}, r"responses = 1; loss.name = mpo compares a group's responses; give at least 2"),
         ({"hardware": "a100", "fp8": "current"}, r"model.fp8 = current, but hardware = a100 has no FP8"),
     ],
 )
@@ -117,7 +117,7 @@ def test_unknown_names_are_refused(options: dict[str, Any], message: str) -> Non
     [
         ({}, r"neither model nor train is given"),
         ({"model": "x", "efficiency": 1.5}, r"efficiency = 1.5; it is a share"),
-        ({"model": "x", "responses": 1}, r"responses = 1; a group has at least 2"),
+        ({"model": "x", "responses": 0}, r"responses = 0; it must be at least 1"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
@@ -172,7 +172,8 @@ def test_bubble_is_that_of_1f1b() -> None:
     interleaved = problem.evaluate(ParallelConfig(pipeline=4, virtual_pipeline=7), "full", 4096)
     rows = plain.packed.rows_per_replica
     # (p − 1) / m of the busy time if all stages took as long; the last has the output layer, and the others wait for it less.
-    assert 0.5 * 3 / rows < plain.time.bubble / plain.time.compute < 3 / rows
+    share = plain.time.bubble_share
+    assert 0.5 * 3 / rows < share / (1 - share) < 3 / rows
     assert interleaved.time.bubble < plain.time.bubble / 4
 
 
