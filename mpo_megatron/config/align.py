@@ -17,7 +17,7 @@ ROUND_STAGES = ("iterate", "score", "select")
 class AlignConfig(Section):
     """`mpo align`: align a Hugging Face model with groups or prompts, with one resumable command."""
 
-    MAIN_OPTIONS: ClassVar = ("model", "data", "prompts", "output", "rounds", "held_out", "plan")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = ("model", "data", "prompts", "output", "rounds", "held_out", "plan")
 
     STAGE_TYPES: ClassVar = {"iterate": IterateConfig, **STAGES}
 

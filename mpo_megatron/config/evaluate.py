@@ -31,7 +31,7 @@ class HeldOutConfig(Section, prefix="held_out."):
 class EvaluateConfig(Section):
     """`mpo evaluate`: held-out groups, sampled reward and win rate, answers for the judges of public benchmarks."""
 
-    MAIN_OPTIONS: ClassVar = (
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "output",
         "held_out.groups",
         "held_out.model.checkpoint",

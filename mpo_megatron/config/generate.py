@@ -104,7 +104,7 @@ class EndpointConfig(Section):
 class GenerateConfig(Section):
     """`mpo generate`: prompts → K responses each, drawn from a model."""
 
-    MAIN_OPTIONS: ClassVar = (
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "prompts",
         "model",
         "output",

@@ -27,7 +27,16 @@ STAGES = {
 class IterateConfig(Section):
     """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, which resume anywhere."""
 
-    MAIN_OPTIONS: ClassVar = ("output", "model", "prompts", "rounds", "held_out", "reference", "nproc", "measure_kl")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
+        "output",
+        "model",
+        "prompts",
+        "rounds",
+        "held_out",
+        "reference",
+        "nproc",
+        "measure_kl",
+    )
 
     STAGE_TYPES: ClassVar = STAGES
 

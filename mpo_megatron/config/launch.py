@@ -20,7 +20,7 @@ SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 class JobConfig(Section):
     """Options of a training job that every target has."""
 
-    MAIN_OPTIONS: ClassVar = ("train", "nodes", "gpus_per_node", "output", "setup", "environment", "dry_run")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = ("train", "nodes", "gpus_per_node", "output", "setup", "environment", "dry_run")
 
     train: str
     """YAML file of `mpo train`; the job runs it unchanged, and its layout is checked against the nodes."""
@@ -81,7 +81,7 @@ class TorchrunJob(JobConfig):
 class SlurmJob(JobConfig):
     """`mpo launch slurm`: an sbatch script that saves before its time limit and requeues itself."""
 
-    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "time", "partition", "container")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "time", "partition", "container")
 
     time: str = "24:00:00"
     """Time limit, as Slurm writes it."""
@@ -133,7 +133,17 @@ class SlurmJob(JobConfig):
 class SlurmArray(Section):
     """`mpo launch slurm-array`: responses for many prompts, or scores for many groups, each array task one shard."""
 
-    MAIN_OPTIONS: ClassVar = ("generate", "score", "tasks", "gpus_per_task", "time", "partition", "output", "setup", "dry_run")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
+        "generate",
+        "score",
+        "tasks",
+        "gpus_per_task",
+        "time",
+        "partition",
+        "output",
+        "setup",
+        "dry_run",
+    )
 
     generate: str | None = None
     """YAML file of `mpo generate`; give this or `score`."""
@@ -200,7 +210,7 @@ def _check_directives(job: SlurmJob | SlurmArray) -> None:
 class KubernetesJob(JobConfig):
     """`mpo launch kubernetes`: a PyTorchJob (Kubeflow trainer) or a JobSet, with the run's configuration beside it."""
 
-    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "image", "kind", "volumes")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "image", "kind", "volumes")
 
     image: str
     """Container image with this package installed."""
@@ -227,7 +237,7 @@ class KubernetesJob(JobConfig):
 class SkypilotJob(JobConfig):
     """`mpo launch skypilot`: a SkyPilot task, which finds the machines in a cloud and recovers when it loses them."""
 
-    MAIN_OPTIONS: ClassVar = (*JobConfig.MAIN_OPTIONS, "accelerators", "image", "mounts")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "accelerators", "image", "mounts")
 
     accelerators: str
     """GPU type that SkyPilot looks for, such as H100; gpus_per_node says how many."""

@@ -13,7 +13,17 @@ from mpo_megatron.config.values import Section
 class PlanConfig(Section):
     """`mpo plan`: estimate memory, communication and time of a run, and find the best layouts."""
 
-    MAIN_OPTIONS: ClassVar = ("gpus", "model", "train", "hardware", "data", "fp8", "lora_rank", "groups", "output")
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
+        "gpus",
+        "model",
+        "train",
+        "hardware",
+        "data",
+        "fp8",
+        "lora_rank",
+        "groups",
+        "output",
+    )
 
     gpus: int
     """GPUs of the run."""

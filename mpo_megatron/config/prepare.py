@@ -13,7 +13,7 @@ from mpo_megatron.config.values import Section
 class PrepareConfig(Section):
     """`mpo prepare`: tokenize prompts with K responses and rewards into groups."""
 
-    MAIN_OPTIONS: ClassVar = (
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "input",
         "output",
         "tokenizer",

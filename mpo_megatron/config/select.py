@@ -13,7 +13,7 @@ from mpo_megatron.config.values import Section
 class SelectConfig(Section):
     """`mpo select`: select the groups, responses and sets to train on."""
 
-    MAIN_OPTIONS: ClassVar = (
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "input",
         "output",
         "sets",

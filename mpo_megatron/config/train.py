@@ -234,7 +234,7 @@ class LoggingConfig(Section, prefix="logging."):
 class TrainConfig(Section):
     """`mpo train`: train a policy on groups."""
 
-    MAIN_OPTIONS: ClassVar = (
+    MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "output",
         "model.checkpoint",
         "data.train",

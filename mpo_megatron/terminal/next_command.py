@@ -105,8 +105,13 @@ def after_report(page: str, runs: Sequence[str]) -> list[NextCommand]:
     return [_command("in a browser", "open", page), *(export if len(runs) == 1 else [])]
 
 
-def after_plan(train: str | None, gpus: int, gpus_per_node: int) -> list[NextCommand]:
-    """After a plan: the run, on this machine or as a cluster's job."""
+def after_plan(train: str | None, gpus: int, gpus_per_node: int | None) -> list[NextCommand]:
+    """After a plan: the run, on this machine or as a cluster's job.
+
+    Args:
+        gpus_per_node: None: 8
+    """
+    gpus_per_node = gpus_per_node or 8
     if train is None:
         words = _words("mpo train --model.checkpoint MODEL --data.train GROUPS --output RUN --print_config")
         return [_command("a run's options, to save, change, and plan with --train", *words)]

@@ -37,7 +37,7 @@ NAMED = [
     *after_iterate("rounds", 3),
     *after_report("report.html", ["run"]),
     *after_plan(None, 8, 8),
-    *after_plan("run.yaml", 8, 8),
+    *after_plan("run.yaml", 8, None),
     *after_plan("run.yaml", 64, 8),
 ]
 
