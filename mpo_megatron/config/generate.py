@@ -178,6 +178,9 @@ class GenerateConfig(Section):
     """Let that server (vLLM, SGLang) load the adapter in `model` beside the base model, which `endpoint.model` names, and unload
     it at the end. The server must see the adapter's folder under the same path."""
 
+    load_weights: bool = False
+    """Let that server (vLLM with VLLM_SERVER_DEV_MODE=1) read the weights of `model` first, from the same path."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
@@ -230,7 +233,15 @@ def validate_generate(config: GenerateConfig) -> None:
     check_writable(Path(config.output), "output")
     if config.engine == "openai":
         validate_endpoint(config.endpoint, "endpoint")
+        require(
+            not (config.load_adapter and config.load_weights),
+            "load_adapter = true, load_weights = true; a policy is an adapter or a whole model: leave one of them out.",
+        )
     else:
+        require(
+            not config.load_weights,
+            f"load_weights = true is for a server (engine = openai); engine = {config.engine} loads model anyway: leave it out.",
+        )
         require(
             not config.load_adapter,
             f"load_adapter = true is for a server (engine = openai); engine = {config.engine} takes adapters anyway: leave it "

@@ -78,11 +78,16 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     validate_generate(config)
     require_package(config.engine, f"engine = {config.engine}")
     shard, output = choose_shard(config.shard), Path(config.output)
-    checkpoint = locate_model(config.model, tokenizer_only=config.engine == "openai" and not config.load_adapter)
+    checkpoint = locate_model(config.model, tokenizer_only=not reads_weights(config))
     require(
         not config.load_adapter or is_adapter(checkpoint),
         f"load_adapter = true, but model = {config.model} is no adapter; name a run with lora.rank or a PEFT folder, or leave "
         "load_adapter out.",
+    )
+    require(
+        not config.load_weights or not is_adapter(checkpoint),
+        f"load_weights = true, but model = {config.model} is an adapter; set load_adapter instead, or merge it (mpo convert "
+        "--merge true).",
     )
     tokenizer = load_tokenizer(config.tokenizer or side_files(checkpoint), config.chat_template)
     chat = Chat(
@@ -95,7 +100,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     if config.prompt_format == "auto":
         check_templated([record["prompt"] for record in prompts.records[:64]], chat)
     sampling = _build_sampling(config, chat, checkpoint)
-    if config.engine != "openai":
+    if config.engine != "openai" or config.load_weights:
         _check_context(prompts, config.max_tokens, checkpoint)
     identity = _identity(config, checkpoint, tokenizer, prompts, sampling)
     check_started(output, STARTED_FILE, identity, "samples*.jsonl")
@@ -147,7 +152,7 @@ def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> Non
     limit = settings.get("max_position_embeddings")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     factor = rope.get("factor", 1.0)
-    longest = max(map(len, prompts.token_ids.values()))
+    longest = longest_prompt(prompts)
     if isinstance(limit, int):
         limit = int(limit * max(1.0, factor if isinstance(factor, int | float) else 1.0))
         require(
@@ -160,13 +165,24 @@ def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> Non
 # --------------------------------------------------------------------------------------------------- what was asked for
 
 
+def longest_prompt(prompts: PromptSet) -> int:
+    """Tokens of the longest prompt."""
+    return max(map(len, prompts.token_ids.values()))
+
+
+def reads_weights(config: GenerateConfig) -> bool:
+    """Whether the engine is given the weights of `model`."""
+    return config.engine != "openai" or config.load_adapter or config.load_weights
+
+
 def _identity(
     config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer, prompts: PromptSet, sampling: Sampling
 ) -> dict[str, Any]:
     """What the responses follow from; runs that agree in it continue each other."""
     served = f"{config.endpoint.model} (api {config.endpoint.api})"
-    own = model_digest(checkpoint) if config.engine != "openai" or config.load_adapter else ""
-    model = own if config.engine != "openai" else f"{served} with adapter {own}" if own else served
+    own = model_digest(checkpoint) if reads_weights(config) else ""
+    loaded = f"{served} with {'adapter' if config.load_adapter else 'weights'} {own}" if own else served
+    model = loaded if config.engine == "openai" else own
     return {
         "engine": config.engine,
         "model": model,
@@ -204,7 +220,7 @@ def _generate_shard(
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
             with (
-                contextlib.closing(_load_engine(config, checkpoint, chat, shard)) as engine,
+                contextlib.closing(_load_engine(config, checkpoint, chat, prompts, shard)) as engine,
                 LineWriter(failures) as failure_lines,
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
@@ -239,13 +255,24 @@ def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_faile
         )
 
 
-def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat, shard: Shard) -> Engine:
+def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat, prompts: PromptSet, shard: Shard) -> Engine:
     """The engine, with its model loaded."""
     if config.engine == "openai":
         from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 
         adapter = hugging_face_folder(checkpoint) if config.load_adapter else None
-        return EndpointEngine(config.endpoint, chat, adapter, keep_adapter=shard.total > 1)
+        engine = EndpointEngine(config.endpoint, chat, adapter, keep_adapter=shard.total > 1)
+        if not config.load_weights:
+            return engine
+        from mpo_megatron.rollout.engines.served_weights import ServedWeights
+
+        return ServedWeights(
+            engine,
+            folder=hugging_face_folder(checkpoint),
+            digest=model_digest(checkpoint),
+            max_tokens=longest_prompt(prompts) + config.max_tokens,
+            output=Path(config.output),
+        )
     folder, adapter = hugging_face_folder(checkpoint), None
     if is_peft(folder):
         folder, adapter = base_folder(folder), folder

@@ -295,10 +295,10 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
     try:
         adapters = item.train.lora.rank > 0 or is_adapter_folder(find_megatron_checkpoint(model) or model)
         require(
-            item.generate.engine != "openai" or (item.generate.load_adapter and adapters),
-            "generate.engine = openai; a server keeps the weights it has, and rounds have new ones; train adapters "
-            "(train.lora.rank) and let the server load them (generate.load_adapter = true), or set generate.engine to vllm or "
-            "transformers.",
+            item.generate.engine != "openai" or (item.generate.load_adapter if adapters else item.generate.load_weights),
+            "generate.engine = openai; a server keeps the weights it has, and rounds have new ones; let it load them, adapters "
+            "(train.lora.rank) with generate.load_adapter = true and whole models with generate.load_weights = true, or set "
+            "generate.engine to vllm or transformers.",
         )
         validate_generate(item.generate)
         validate_score(item.score)

@@ -127,6 +127,19 @@ class VllmServer:
         """The version of its weights."""
         return str(self._get("/weight_info", "weight_version", START))
 
+    def check_weights(self, version: str) -> None:
+        """Check that the server still has these weights.
+
+        Raises:
+            DataError: it has others.
+        """
+        found = self.version()
+        if found != version:
+            raise DataError(
+                f"{self.where}: has weights {found[:80]!r} instead of {version!r}; it was restarted, or somebody else replaces "
+                "its weights: give this run a server of its own, and run the same command again to resume."
+            )
+
     def _get(self, path: str, field: str, cure: str) -> Any:
         answer = self._call("get", path, None, cure)
         if not isinstance(answer, dict) or field not in answer:

@@ -66,21 +66,7 @@ class ServedLiveEngine:
         """
         assert self.engine is not None
         yield from self.engine.generate(prompts, sampling)
-        check_weights(VllmServer(self.endpoint, "online.endpoint", seconds=self.endpoint.timeout), self.version)
-
-
-def check_weights(server: VllmServer, version: str) -> None:
-    """Check that a server still has the weights that this run gave it.
-
-    Raises:
-        DataError: it has others.
-    """
-    found = server.version()
-    if found != version:
-        raise DataError(
-            f"{server.where}: has weights {found[:80]!r}, this run gave it {version!r}; it was restarted, or somebody else "
-            "replaces its weights: give the run a server of its own, and run the same command again to resume."
-        )
+        VllmServer(self.endpoint, "online.endpoint", seconds=self.endpoint.timeout).check_weights(self.version)
 
 
 def sender_address(config: OnlineConfig) -> tuple[str, int]:

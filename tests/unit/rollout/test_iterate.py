@@ -184,6 +184,14 @@ def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: li
     assert references == [options["model"] if name == "initial" else name for name in expected]
 
 
+SERVER = {"engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}
+
+
+def test_a_server_may_read_each_rounds_weights(options: dict[str, Any]) -> None:
+    plan = build_plan(IterateConfig(**options | {"generate": SERVER | {"load_weights": True}}))
+    assert all(item.generate.load_weights for item in plan.rounds)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -200,9 +208,14 @@ def test_reference_of_a_round(options: dict[str, Any], choice: str, expected: li
         ({"train": {"parallel": {"tensor": 3}}, "nproc": 2}, r"round 1: parallel\.tensor .* does not divide"),
         ({"train": {"parallel": {"tensor": 8}}}, r"round 1: parallel\.tensor = 8 does not divide"),
         ({"train": {"checkpoint": {"resume": False}}}, r"round 1: train\.checkpoint\.resume = false"),
+        ({"generate": SERVER}, r"round 1: generate\.engine = openai; a server keeps the weights it has"),
         (
-            {"generate": {"engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}},
-            r"round 1: generate\.engine = openai; a server keeps the weights it has",
+            {"generate": SERVER | {"load_adapter": True}},
+            r"round 1: generate\.engine = openai; .* whole models with generate\.load",
+        ),
+        (
+            {"generate": SERVER | {"load_weights": True}, "train": {"lora": {"rank": 2}}},
+            r"round 1: generate\.engine = openai; .* with generate\.load_adapter = true",
         ),
         ({"per_round": {"train.optimizer.lr": [1e-3, -1.0]}}, r"train\.optimizer\.lr = -1\.0"),
         ({"per_round": {"train.seed.x": [1, 2]}}, r"per_round\.train\.seed\.x: seed has no options of its own"),

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from mpo_megatron.config import ConfigError, EndpointConfig, OnlineConfig
+from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig, OnlineConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 from mpo_megatron.rollout.engines.vllm_server import VllmServer
+from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.live import served
 from mpo_megatron.rollout.live.served import ServedLiveEngine, sender_address
+from mpo_megatron.rollout.records import read_ids, read_lines
 from tests import vllm_stand_in
 from tests.unit.rollout.test_live_vllm import Weights
-from tests.vllm_server import LOGPS, TOKENS, Server, serve
+from tests.vllm_server import LOGPS, TOKENS, Handler, Server, serve
 from tests.waiting import TIMEOUT
 
 PROMPTS = [Prompt(group_id=name, token_ids=(1, 2), messages=()) for name in ("a", "b")]
@@ -74,7 +79,7 @@ def test_samples_of_other_weights_are_refused(server: Server, model_folder: Path
     live = connect(server, Weights(), model_folder)
     live.update()
     server.weights = "default"  # as after a restart
-    with pytest.raises(DataError, match=r"has weights 'default', this run gave it 'mpo-\w+-1'; it was restarted, or"):
+    with pytest.raises(DataError, match=r"has weights 'default' instead of 'mpo-\w+-1'; it was restarted, or"):
         list(live.generate(PROMPTS, SAMPLING))
 
 
@@ -147,3 +152,72 @@ def test_where_the_server_finds_the_sender(server: Server) -> None:
     nowhere = EndpointConfig(base_url="http://127.0.0.1:1/v1", model="m")
     with pytest.raises(DataError, match="cannot be reached"):
         sender_address(OnlineConfig(engine="server", endpoint=nowhere))
+
+
+# --------------------------------------------------------------------------------------------------- mpo generate
+
+
+@pytest.fixture
+def asked(server: Server, model_folder: Path, tmp_path: Path) -> GenerateConfig:
+    """`mpo generate` by a server that is to read a checkpoint's weights."""
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Why {index}?"}) + "\n" for index in range(3)))
+    return GenerateConfig(
+        prompts=str(tmp_path / "prompts.jsonl"),
+        model=str(model_folder),
+        output=str(tmp_path / "out"),
+        engine="openai",
+        num_responses=2,
+        max_tokens=8,
+        load_weights=True,
+        endpoint=EndpointConfig(base_url=server.url, model="m", server="vllm", retries=0, timeout=TIMEOUT),
+    )
+
+
+def test_generation_by_a_server_that_reads_weights(server: Server, asked: GenerateConfig, tmp_path: Path) -> None:
+    def run(output: str) -> None:
+        samples = generate(replace(asked, output=str(tmp_path / output)), Console(quiet=True))
+        assert [len(record["responses"]) for record in read_lines(samples)] == [2, 2, 2]
+
+    run("one")
+    assert server.loaded == [("reload_weights", {"weights_path": str(Path(asked.model).absolute())})]
+    changes = [call for call in server.calls if call not in ("/version", "/weight_info", "/server_info?config_format=json")]
+    assert changes == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+    run("two")
+    assert len(server.loaded) == 1  # it has them
+    server.weights = "default"
+    run("three")
+    assert len(server.loaded) == 2
+    assert "with weights" in json.loads((tmp_path / "one" / "generate.json").read_text())["identity"]["model"]
+
+
+def test_responses_of_other_weights_are_not_kept(
+    server: Server, asked: GenerateConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.config["cache_config"]["cache_dtype"] = "fp8"
+    answer = Handler.answer
+
+    def steal(handler: Handler, route: str, body: dict[str, Any]) -> Any:
+        if route == "v1/completions":
+            server.weights = "another's"
+        return answer(handler, route, body)
+
+    monkeypatch.setattr(Handler, "answer", steal)
+    with pytest.raises(DataError, match="has weights \"another's\" instead of 'mpo-"):
+        generate(asked, Console(quiet=True))
+    assert read_ids(Path(asked.output) / "samples.jsonl") == set()
+    assert "kv_cache_dtype = fp8: responses are drawn from a quantised policy" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"engine": "transformers", "endpoint": EndpointConfig()}, "load_weights = true is for a server"),
+        ({"load_adapter": True}, "leave one of them out"),
+        ({"endpoint": {"server": "sglang"}}, "is of the kind sglang, and only vllm reads other weights"),
+    ],
+)
+def test_weights_that_no_server_reads_are_refused(asked: GenerateConfig, changes: dict[str, Any], message: str) -> None:
+    if isinstance(changes.get("endpoint"), dict):
+        changes = changes | {"endpoint": replace(asked.endpoint, **changes["endpoint"])}
+    with pytest.raises(ConfigError, match=message):
+        generate(replace(asked, **changes), Console(quiet=True))
