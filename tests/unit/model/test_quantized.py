@@ -108,6 +108,23 @@ def test_weights_are_loaded_layer_by_layer(base: Path, ranks: Ranks, monkeypatch
     assert torch.equal(homes[-1].blocks.dequantize(), nf4.rounded(stored[name]))
 
 
+def test_bf16_weights_keep_float32_scales(base: Path, ranks: Ranks) -> None:
+    """Blocks are made of what training without them would hold; the model's cast to bf16 leaves them alone."""
+    family = load_family(base / "megatron" / "hf")
+    adapter = choose_adapter(family, LoraConfig(rank=4, quantize="nf4"))
+    padded = load_conversion(base / "megatron").padded_vocab_size
+    (part,) = build_policy(family, ModelConfig(checkpoint=""), ParallelConfig(), ranks, padded, adapter)
+    checkpoint.load_weights([part], base / "megatron", ranks)
+    home = quantized.quantized_layers(part)[-1]
+    assert home.blocks.state.absmax.dtype is torch.float32
+    stored = load_file(base / "hf" / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+    found = home.blocks.dequantize()
+    assert found.dtype is torch.bfloat16
+    assert torch.equal(found, nf4.rounded(stored.bfloat16()))
+    x = torch.randn(5, 1, 192, generator=torch.Generator().manual_seed(2)).bfloat16()
+    assert torch.equal(home(x)[0], x @ found.T)
+
+
 def test_autograd_keeps_blocks_alone(base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward makes the weight once more, and its gradient is that of the rounded weight."""
     _, _, part = build(base, ranks)
