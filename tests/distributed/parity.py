@@ -226,7 +226,7 @@ ALL_CASES = [
     Case(model="qwen2-moe", lora={"rank": 4}, core=True),
     Case(model="qwen2-wide", lora=QUANTIZED, adapter_off=True, layers={"recompute": "full"}, core=True),
     Case(model="qwen2-moe-wide", lora=QUANTIZED, **SPLIT),
-    Case(model="qwen3-next", lora={"rank": 4}, adapter_off=True, **SPLIT),
+    Case(model="qwen3.5", lora={"rank": 4}, adapter_off=True, **SPLIT),
     # two ranks
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED, core=True),
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=QUANTIZED, **SPLIT),
