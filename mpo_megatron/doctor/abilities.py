@@ -1,4 +1,4 @@
-"""What attention, layers and FP8 recipes work here, and what a run would use: a process of its own, as imports may crash.
+"""Which attention, layers and FP8 recipes work here, and what a run would use; in a separate process, as imports may crash.
 
 `python -m mpo_megatron.doctor.abilities [CONFIG]` prints JSON as its last line.
 """

@@ -18,7 +18,7 @@ PINGS = 5
 
 
 class Store(Protocol):
-    """What is used of `torch.distributed.Store`."""
+    """The used part of `torch.distributed.Store`."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -70,7 +70,7 @@ def measure_clock(store: Store, peer: int) -> tuple[float, float]:
 
 
 def compare(peers: list[dict[str, Any]]) -> list[Problem]:
-    """What differs between machines and must not."""
+    """What differs between machines but must not."""
     found = []
     for name in sorted({name for peer in peers for name in peer} - {"host", "clock_seconds", "clock_error"}):
         values: dict[str, list[str]] = {}

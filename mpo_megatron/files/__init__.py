@@ -1,9 +1,9 @@
-"""Files that others write and read: complete or not there, known to be whole, one writer at a time.
+"""Files for other modules: complete or absent, checked by digests, one writer at a time.
 
-    atomic, partial   files and folders that appear complete; what a killed process left of them
+    atomic, partial   files and folders that appear complete; leftovers of killed processes
     lock              one writer at a time
     digests           checksums of what the package writes, compared when it is read
-    functions         functions of the user's, in files of theirs
+    functions         functions in users' files
 
 All of it works without torch.
 """

@@ -94,7 +94,7 @@ class AtomicFolder:
 
 
 def appear(partial: Path, final: Path) -> None:
-    """Give a complete folder its name, at which there is nothing or an empty folder.
+    """Rename a complete folder to its final name, where there is nothing or an empty folder.
 
     Raises:
         DataError: another process was faster.

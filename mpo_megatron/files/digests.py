@@ -23,7 +23,7 @@ from mpo_megatron.config import ConfigError
 LIST = "mpo_digests.json"
 """The list of a folder that the package writes once: a converted or exported checkpoint."""
 STATE = "state.json"
-"""The list of a step's folder, which says other things, too."""
+"""The list of a step's folder, which has other contents, too."""
 STAGES = {"samples": "generate", "scored": "score", "groups": "select"}
 """Names of the lines of a stage, and of the summary that lists them when they are complete; a shard's have a suffix."""
 DIGEST, LINE_DIGEST, END = "digest", "xxh3", "lines"
@@ -66,7 +66,7 @@ def seal_sorted(content: Mapping[str, Any]) -> bytes:
 
 
 def unseal(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
-    """What `seal` or `seal_sorted` was given.
+    """The content that `seal` or `seal_sorted` sealed.
 
     Raises:
         DamagedError: the file is not, to the byte, what was written, or has no digest; it ends with the remedy.
@@ -105,7 +105,7 @@ def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
     """What a line holds, without its digest.
 
     Args:
-        sealed: it must have a digest; otherwise a line without one, such as a user's own, is taken as it is
+        sealed: it must have a digest; otherwise a line without one, such as a user's own, passes
     Raises:
         ValueError: it is not JSON, or not what was written.
     """
@@ -152,7 +152,7 @@ def seal_lines(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def unseal_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """What `seal_lines` was given.
+    """The records that `seal_lines` sealed.
 
     Raises:
         DamagedError: a line is not what was written, or one is missing; it ends with the remedy.
@@ -295,7 +295,7 @@ def check_folder(folder: Path, *, weights: bool) -> None:
 
 
 def check_lines(path: Path) -> None:
-    """Compare the lines of a finished stage with what its summary says of them; other files pass.
+    """Compare the lines of a finished stage with its summary; other files pass.
 
     Raises:
         DamagedError: they are not what was written, or the summary is damaged.

@@ -1,4 +1,4 @@
-"""Functions of the user's, named in a configuration as `path/to/file.py:name` or `package.module:name`."""
+"""Users' functions, named in a configuration as `path/to/file.py:name` or `package.module:name`."""
 
 from __future__ import annotations
 

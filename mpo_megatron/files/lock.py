@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that ends with the process that holds it, however that ends."""
+"""One writer at a time: a lock that ends with its process, even on a crash."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import writing
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""What file systems say that have no locks, such as Lustre mounted without `flock`; nothing is held there."""
+"""Errors of file systems without locks, such as Lustre mounted without `flock`; nothing is locked there."""
 
 
 @contextlib.contextmanager
 def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Be the only one that writes `target`, as long as all who do name the same lock file.
+    """Be the only writer of `target` among those that name the same lock file.
 
     Args:
-        wait_seconds: how long another one is waited for
+        wait_seconds: how long to wait for another writer
     Raises:
-        DataError: another one is writing; it says which. Or the lock file cannot be written.
+        DataError: another process is writing (the message names it), or the lock file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         with writing(lock.parent):

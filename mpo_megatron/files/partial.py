@@ -26,7 +26,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def partial_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `target`, and its path; deleted at the end unless it was renamed. Leftovers of others are cleared.
+    """A new file beside `target`, and its path; deleted at the end unless it was renamed. Clears leftovers of others.
 
     Raises:
         OSError: it cannot be written.
@@ -62,7 +62,7 @@ def partial_folder(target: Path) -> Iterator[Path]:
 
 
 def clear_leftovers(target: Path) -> None:
-    """Delete what killed processes left when they wrote `target`; what a live one is writing stays."""
+    """Delete what killed processes left of `target`; keep what a live one is writing."""
     for path in _partials(target):
         if path.is_dir():
             if not path.with_name(path.name + LOCK).exists():

@@ -1,9 +1,9 @@
-"""Optimizer states for a checkpoint, brought together from the ranks that share them out.
+"""Optimizer states for a checkpoint, gathered from the ranks that share them.
 
 A checkpoint holds them in the shapes of the weights, as any layout can read them; the distributed optimizer has ranges of flat
 buffers. Megatron-Core's own way gathers all states of a rank's weights on every rank, whole buffers at a time on the GPU: for
 7 billion weights, 91 GB of each rank's host memory, and 60 GB of its GPU's. Here a rank keeps what it is to write, and the GPU
-holds a piece at a time. Likewise a rank reads the states of those weights of which it holds a part, and not all of its replica's.
+holds a piece at a time. A rank also reads only the states of weights of which it holds a part.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Reserved:
 
 
 Place = tuple[int, int, Tensor]
-"""Where a range of a buffer's numbers begins and ends, and the tensor [end − start] that takes it."""
+"""Where a range of a buffer's numbers begins and ends, and the tensor [end − start] that receives it."""
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def reserving(optimizer: MegatronOptimizer) -> Iterator[list[Reserved]]:
 
 
 def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, Any]]:
-    """In the place of the optimizer's method that gathers all."""
+    """Replaces the optimizer's method that gathers all."""
 
     def reserve(**_: Any) -> dict[Any, Any]:
         state: dict[Any, Any] = {"buckets_coalesced": True}
@@ -76,7 +76,7 @@ def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, A
 
 
 def own_share(optimizer: Any, states: dict[int, Any]) -> dict[int, Any]:
-    """Of the states of one DistributedOptimizer's weights, by number, those of which this rank holds a part."""
+    """The states, by number, of one DistributedOptimizer's weights of which this rank holds a part."""
     weights = ((weight, room) for room in range(len(optimizer.buffers)) for weight in optimizer.buffers[room].param_index_map)
     held = [
         {weight for bucket in buckets for weight in bucket["param_map"]}
@@ -87,7 +87,7 @@ def own_share(optimizer: Any, states: dict[int, Any]) -> dict[int, Any]:
 
 
 class SaveOwnShare(FullyParallelSaveStrategyWrapper):
-    """Megatron-Core's strategy that shares out over replicas what is to be written; each rank then gathers its share."""
+    """Megatron-Core's strategy that splits writing over replicas; each rank then gathers its share."""
 
     def __init__(self, strategy: Any, group: ProcessGroup, reserved: Sequence[Reserved]) -> None:
         super().__init__(strategy, group)
@@ -116,9 +116,9 @@ class SaveOwnShare(FullyParallelSaveStrategyWrapper):
 
 
 def fill(room: Reserved, wanted: dict[str, list[Place]]) -> None:
-    """Write the wanted ranges of a buffer's numbers to where they are wanted; all ranks that share the states call it.
+    """Write the requested ranges of a buffer's numbers to their tensors; all ranks that share the states call it.
 
-    Communication: an all-gather over these ranks of each piece, whoever wants it; no gradients.
+    Communication: an all-gather over these ranks of each piece; no gradients.
 
     Args:
         wanted: by kind

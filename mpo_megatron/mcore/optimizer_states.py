@@ -20,7 +20,7 @@ def follow_parameter_order(optimizer: Any) -> None:
 
 
 def fill_states(optimizer: Any) -> None:
-    """Give an optimizer that has made no step yet the states of one: means 0, and no step counted.
+    """Create the states of an optimizer before its first step: means 0, and no step counted.
 
     Adam makes them only at its first step, and Megatron can neither save nor load what is not there. Its own way is a step
     with gradients of 0, which counts, and with weight decay changes weights unless the learning rate is 0.
@@ -61,7 +61,7 @@ def each_single(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, 
 
 
 def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any]) -> None:
-    """Megatron's own loading, made right for torch's AdamW, which keeps a step count per parameter.
+    """Megatron's own loading, corrected for torch's AdamW, which keeps a step count per parameter.
 
     Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
     count up once per parameter.

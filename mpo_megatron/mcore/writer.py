@@ -1,4 +1,4 @@
-"""What writes checkpoints beside training: nvidia-resiliency-ext's writer where it is installed, else Megatron-Core's.
+"""The writer of checkpoints beside training: nvidia-resiliency-ext's if it is installed, else Megatron-Core's.
 
 Both hand over a request with the same parts: what copies this rank's tensors to host memory, what writes them, and what finishes
 the checkpoint when all ranks have written. Both mean to be run by a process of their own; here a thread runs them, which ends
@@ -40,7 +40,7 @@ def stage(request: Any) -> list[Bucket]:
 
 
 def write_bucket(request: Any, index: int, bucket: Bucket) -> list[Any]:
-    """Write one file and force it to disk; what the checkpoint's metadata says of it.
+    """Write one file and force it to disk; return its entry in the checkpoint's metadata.
 
     Raises:
         OSError: the file cannot be written. (The writer's function for all files would hide the reason.)

@@ -1,4 +1,4 @@
-"""What `mpo train` checks of the installation before anything loads."""
+"""Checks of the installation that `mpo train` makes before anything loads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mpo_megatron.stack.packages import PACKAGES, is_importable
 from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
 
 ATTENTION = ("flash-attn", "flash-attn-3", "nvidia-cudnn-frontend")
-"""Packages whose kernels are chosen by themselves where they import."""
+"""Packages whose kernels are used automatically if they import."""
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
 """Module of NVIDIA's apex that adds weight gradients to their buffer inside the GEMM; Transformer Engine's layers need none."""
@@ -23,7 +23,7 @@ def require_working_gpus(backend: str) -> None:
     Args:
         backend: `model.backend`
     Raises:
-        ConfigError: with the cure.
+        ConfigError: with the fix.
     """
     if (problem := unusable_gpus() or unsupported_gpus()) is not None:
         raise ConfigError(f"{problem}.")

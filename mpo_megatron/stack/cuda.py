@@ -1,4 +1,4 @@
-"""The NVIDIA driver, the CUDA of torch, and the GPUs: whether torch can compute on what is there."""
+"""The NVIDIA driver, the CUDA of torch, and the GPUs: whether torch can compute on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SYSTEM_NOT_READY = "802"
 
 
 def gpu_files() -> list[str]:
-    """Device files of the NVIDIA GPUs that this process may open; in a container, those that were handed to it."""
+    """Device files of the NVIDIA GPUs that this process may open; in a container, those given to it."""
     return sorted(glob.glob("/dev/nvidia[0-9]*"))
 
 
@@ -96,7 +96,7 @@ def unusable_gpus() -> Problem | None:
 
 
 def cuda_error() -> str:
-    """What torch says when CUDA does not start."""
+    """torch's error when CUDA does not start."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:

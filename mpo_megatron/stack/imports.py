@@ -24,7 +24,7 @@ REBUILD = {
 EXTENSION = "NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation 'transformer-engine[pytorch]{pin}'"
 """The command that adds Transformer Engine's extension for PyTorch to its core."""
 NO_EXTENSION = ("transformer_engine_torch", "Could not find `transformer-engine", "empty `transformer-engine")
-"""What its core says without that extension."""
+"""Its core's error without that extension."""
 
 FAILED = 3
 """Exit code of this module as a program: the module it was asked for does not import, and the last line says why."""
@@ -42,7 +42,7 @@ def import_error(module: str) -> str | None:
 
 
 def import_error_apart(module: str, seconds: float = 300) -> str | None:
-    """The same in a process of its own, which may crash or hang."""
+    """The same in a separate process, which may crash or hang."""
     command = [sys.executable, "-m", __name__, module]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=seconds)

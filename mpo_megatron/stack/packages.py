@@ -21,14 +21,14 @@ from mpo_megatron.stack.problem import Problem
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package, and what it serves here."""
+    """A package, and its use here."""
 
     name: str
     """Its distribution."""
     module: str
     """What to import."""
     serves: str
-    """What a run has of it, or loses without it."""
+    """What a run gains from it, or loses without it."""
     compiled: tuple[str, ...] = ()
     """Distributions with its compiled part, where that is not its own."""
     optional: bool = True
@@ -131,7 +131,7 @@ def other_cudas() -> list[Problem]:
 
 
 def unmet_requirements() -> list[Problem]:
-    """Versions outside what this package or another of the table asks for, such as a vllm built for another torch."""
+    """Versions outside what this package or another of the table requires, such as a vllm built for another torch."""
     found = []
     for name in ("mpo-megatron", *(package.name for package in PACKAGES)):
         try:

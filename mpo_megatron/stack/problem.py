@@ -1,4 +1,4 @@
-"""What is wrong with an installation."""
+"""A problem of an installation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Problem:
 
     what: str
     cure: str
-    """A command, or what else to do."""
+    """A command, or another fix."""
     severity: Literal["error", "warning"] = "error"
     """A warning costs speed or an option; with an error, runs that need it are refused."""
 

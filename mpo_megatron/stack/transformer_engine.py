@@ -1,4 +1,4 @@
-"""Transformer Engine: whether it is installed, works, and how it is installed."""
+"""Transformer Engine: whether it is installed and works, and how to install it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def is_installed() -> bool:
 
 
 def install_transformer_engine() -> str:
-    """How it is installed for this torch; and what it is built with, if that is missing here."""
+    """How to install it for this torch, and its build tools if they are missing here."""
     cuda = torch_cuda() or (13, 0)
     build = f"NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation 'transformer-engine[core_cu{cuda[0]},pytorch]<2.21'"
     if find_nvcc() is not None:
