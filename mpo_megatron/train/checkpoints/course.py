@@ -60,7 +60,7 @@ def fixed_options(
         "optimizer": asdict(config.optimizer),
         "experts": asdict(config.experts),
         "online": asdict(config.online) if config.online.kl_weight else {"kl_weight": 0.0},
-        **({} if lora is None else {"lora": lora, "base model": base_digest}),
+        **({} if lora is None else {"lora": _without_default(lora), "base model": base_digest}),
     }
     for section, names in FREE.items():
         for name in names:
@@ -126,6 +126,11 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
         base_digest=saved.fixed.get("base model"),  # compared when it is read
     )
     check_start(fixed, config.data.first_step, saved, folder)
+
+
+def _without_default(lora: dict[str, Any]) -> dict[str, Any]:
+    """An adapter's shape as runs have saved it that knew no `lora.quantize`."""
+    return {name: value for name, value in lora.items() if (name, value) != ("quantize", "none")}
 
 
 def expected_adapter(config: TrainConfig, saved: RunState) -> dict[str, Any] | None:

@@ -54,3 +54,18 @@ def test_routing_of_experts_belongs_to_a_runs_course_and_measuring_does_not(tmp_
             course.check_same_run(before, options(routing="replay"), tmp_path)
     with pytest.raises(ConfigError, match=r"trained with experts.balance_coeff = 0.1, now it is 0.0"):
         course.check_same_run(options(balance_coeff=0.1), options(), tmp_path)
+
+
+def test_frozen_weights_keep_their_format(tmp_path: Path) -> None:
+    """Runs that knew no `lora.quantize` resume; another format is another model."""
+    config = TrainConfig(output="run", model=ModelConfig(checkpoint="m"), data=DataConfig(train="t"))
+
+    def options(**lora: Any) -> dict[str, Any]:
+        shape = {"rank": 4, **lora}
+        return course.fixed_options(config, total_steps=1, data_digest="d", reference_digest="r", loss={}, lora=shape)
+
+    course.check_same_run(options(), options(quantize="none"), tmp_path)
+    course.check_same_run(options(quantize="nf4"), options(quantize="nf4"), tmp_path)
+    for before, now in ((options(quantize="nf4"), options(quantize="none")), (options(), options(quantize="nf4"))):
+        with pytest.raises(ConfigError, match=r"lora\.quantize"):
+            course.check_same_run(before, now, tmp_path)
