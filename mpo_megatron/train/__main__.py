@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def work() -> str | None:
-    """Train as the command line says, with a term on samples of the policy if it is configured; why it stopped early, or None."""
+    """Train as the command line says, with a term on live samples if configured; return why it stopped early, or None."""
     setup = read_setup("mpo train")
     from mpo_megatron.train.loop import train
 

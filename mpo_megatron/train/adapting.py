@@ -1,4 +1,4 @@
-"""Adapters in a run: which one it trains, beside which weights, and how both get into the model.
+"""Adapters in a run: which one it trains, beside which weights, and how both are loaded.
 
 `model.checkpoint` is the base model, and a new adapter begins beside it; or it is an adapter that a run has saved, or
 `mpo convert` has read, and training continues with it beside its own base model.
@@ -67,7 +67,7 @@ def check_shape(wanted: Adapter, found: Adapter, what: str, fix: str) -> None:
 
 
 def load_model(parts: list[torch.nn.Module], folder: str | Path, record: AdapterRecord | None, ranks: Ranks) -> None:
-    """Load the weights in a folder: a whole model, to which adapters then add nothing, or an adapter with its base model.
+    """Load a folder's weights: a whole model, whose adapters then add nothing, or an adapter with its base model.
 
     Raises:
         ConfigError: files are missing or damaged, or they belong to another model, or to an adapter of another shape.

@@ -76,7 +76,7 @@ class ReferenceChoices:
 
     @classmethod
     def open(cls, folder: Path, data: PreparedGroups, experts: Experts, ranks: Ranks) -> ReferenceChoices:
-        """What is recorded; the main rank looks. All ranks call it."""
+        """The recorded choices; the main rank reads them. All ranks call it."""
         tokens = data_tokens(data)
         choices = cls(folder=folder, experts=experts, tokens=tokens, there=np.zeros(len(tokens), dtype=bool))
         if ranks.is_main:
@@ -104,7 +104,7 @@ class ReferenceChoices:
         return indices[~self.there[indices]]
 
     def require_room(self, missing: Int64) -> None:
-        """Refuse to begin what the disk cannot hold.
+        """Refuse choices that do not fit the disk.
 
         Args:
             missing: the groups whose choices are to be recorded
@@ -159,7 +159,7 @@ class ReferenceChoices:
         return Choices(ids=ids, starts=starts)
 
     def _take(self, path: Path, table: pa.Table) -> None:
-        """Take over what a part lists.
+        """Add what a part lists.
 
         Raises:
             DamagedError: the file with the choices is missing, or has another size.

@@ -20,7 +20,7 @@ FIRST_BLACKWELL = 10
 
 
 def set_environment(config: TrainConfig) -> dict[str, str]:
-    """Set what is recommended for this run and not set yet; the main rank prints it. Returns what was set."""
+    """Set the recommended variables that are not set yet, and return them; the main rank prints them."""
     capability = compute_capability()
     if capability is None:
         return {}

@@ -1,4 +1,4 @@
-"""How the policy does on the held-out groups."""
+"""Evaluation of the policy on the held-out groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpo_megatron.train.tracking.outcomes import group_outcomes, log_outcomes
 
 
 def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], None]) -> dict[str, float]:
-    """Metrics over all held-out groups, also written down; all ranks call it. Nothing without held-out groups.
+    """Compute and record metrics over all held-out groups; all ranks call it. Empty without held-out groups.
 
     Args:
         pause: called between two batches; raises `Stopped` if the run is to leave

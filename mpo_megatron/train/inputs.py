@@ -1,4 +1,4 @@
-"""What a run reads, opened and checked before any weight is loaded: the second half of `build_setup` (setup.py)."""
+"""A run's inputs, opened and checked before any weight is loaded: the second half of `build_setup` (setup.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a rank and the process that launched it tell each other, through files. Imports nothing heavy.
+"""Messages between a rank and its launcher, through files. Imports nothing heavy.
 
 `mpo train` gives its ranks a folder (`MPO_LAUNCHER`):
 
@@ -35,7 +35,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def leave(code: int) -> int:
-    """The exit code for a rank that leaves in good order, which is no failure to torchrun: it would answer one with a restart."""
+    """The exit code for a clean exit: not a failure to torchrun, which would restart the ranks."""
     path = os.environ.get(EXIT_FILE)
     if path is None:
         return code
@@ -49,7 +49,7 @@ def has_left() -> bool:
 
 
 def leave_failed(code: int) -> int:
-    """The exit code for a rank that a person must help; to torchrun a failure, so that it ends the others."""
+    """The exit code for an error that a person must fix; a failure to torchrun, so that it ends the other ranks."""
     leave(code)
     return code
 
@@ -66,7 +66,7 @@ def write_request(number: signal.Signals, folder: Path | None = None) -> None:
 
 
 def say_last(text: str) -> bool:
-    """Leave to the launcher what it prints when all ranks have ended, of several ranks' texts the first; False without one."""
+    """Give the launcher a text to print when all ranks have ended (the first of several ranks' texts); False without one."""
     return write(LAST_WORDS, text) is not None
 
 
@@ -87,13 +87,13 @@ def read(name: str, folder: Path | None = None) -> str | None:
 
 
 def write(name: str, text: str, folder: Path | None = None) -> bool | None:
-    """Write one of the files unless it is there; whether this call has written it, None where there is no launcher."""
+    """Write one of the files unless it exists; return whether this call wrote it, None without a launcher."""
     folder = folder or _folder()
     return None if folder is None else _write_once(folder / name, text)
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when the one that started it ends: the next start would find it at work in the same folder."""
+    """Send this process SIGTERM when its parent ends, so that the next start does not find it writing the same folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -30,7 +30,7 @@ ELASTIC_LOGGER = "torch.distributed.elastic"
 
 
 def count_ranks(parallel: ParallelConfig) -> int:
-    """Ranks to start on this machine where no number is given: one per GPU, or what the layout needs."""
+    """Default number of ranks on this machine: one per GPU, or what the layout needs."""
     return max(torch.cuda.device_count(), parallel.tensor * parallel.pipeline * parallel.context)
 
 
@@ -67,7 +67,7 @@ def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restart
 
 
 def _run_agent(folder: Path, module: str, arguments: Sequence[str], num_ranks: int, environment: dict[str, str]) -> str | None:
-    """Run ranks to their end; what to say if one has failed."""
+    """Run ranks to their end; return a message if one failed."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -155,7 +155,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Within it, torchrun's agent logs nothing: it repeats what ranks have said, in many lines and after them."""
+    """Within it, torchrun's agent logs nothing: it only repeats the ranks' output, later and at length."""
     logger = logging.getLogger(ELASTIC_LOGGER)
     null, propagate = logging.NullHandler(), logger.propagate
     logger.addHandler(null)

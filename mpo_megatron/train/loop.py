@@ -45,7 +45,7 @@ NO_REFERENCE = (
     "loss.name = {loss} reads no reference, so margin, accuracy, log-ratios and kl are not measured; to measure them, "
     "at the cost of one more forward pass over the groups, set logging.reference_metrics = true"
 )
-"""What a run says at its start."""
+"""A note at the start of a run."""
 
 
 def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
@@ -78,7 +78,7 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
 
 
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
-    """Resume or start, then step, evaluate and save until the last step, or until asked to stop; why it stopped early."""
+    """Resume or start, then step, evaluate and save until the last step or a request to stop; return why it stopped early."""
     config, total_steps = run.config, run.setup.total_steps
     last = run.setup.last_step
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
@@ -192,7 +192,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
 
 
 def two_phase(run: Run, batch: StepBatch) -> bool:
-    """Whether this step needs the two-phase way.
+    """Whether this step needs two phases.
 
     Raises:
         ConfigError: it does, but the configuration asks for fused steps.

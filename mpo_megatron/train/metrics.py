@@ -1,4 +1,4 @@
-"""What a step tells about learning, as sums and counts, so that averages do not depend on how data was cut.
+"""Metrics of a step as sums and counts, so that averages do not depend on how the data was split.
 
 Legend: G groups of a step, K responses of a group.
 """
@@ -24,14 +24,14 @@ REFERENCE_METRICS = ("margin", "accuracy", "chosen_log_ratio", "rejected_log_rat
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean in the making."""
+    """A running mean."""
 
     total: float
     count: float
 
     @property
     def value(self) -> float:
-        """total / count, NaN of nothing."""
+        """total / count; NaN if empty."""
         return self.total / self.count if self.count else float("nan")
 
 

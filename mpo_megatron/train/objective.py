@@ -127,7 +127,7 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
 def group_batch(
     table: GroupTable, policy: Logps, reference: Logps | None, *, generator: torch.Generator | None = None
 ) -> GroupBatch:
-    """The table as the losses read it, on the device of `policy`."""
+    """The table as input of the losses, on the device of `policy`."""
     device = policy.response.device
 
     def take(values: Any, dtype: torch.dtype) -> Tensor | None:

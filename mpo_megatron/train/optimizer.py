@@ -61,7 +61,7 @@ def choose_overlap(config: OptimizerConfig, num_sharers: int) -> str:
 
 
 def check_offload(config: OptimizerConfig, precision: str, family: Family) -> None:
-    """Refuse to offload the optimizer where there is nothing to offload from, or nothing to do it with.
+    """Refuse to offload the optimizer without a GPU, bf16 weights or Transformer Engine's Adam.
 
     Raises:
         ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam the share that stays on the GPU needs; or the

@@ -1,4 +1,4 @@
-"""What every rank's program shares: requests to stop from its first moment on, messages instead of tracebacks, exit codes.
+"""The frame of every rank's program: requests to stop from the start, messages instead of tracebacks, exit codes.
 
 Exit codes: 0 the work is complete; 2 a person must fix something, the message says what; `faults.requeue_code` (75) the rank was
 asked to stop, has saved, and resumes when the same command is run again; anything else: a failure, run it again.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mpo_megatron.train.setup import Setup
 
 NEEDS_A_PERSON = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
-"""Errors of the file system that starting again does not fix: no space, or no permission."""
+"""File system errors that a restart does not fix: no space, or no permission."""
 
 
 def be_rank(program: str, work: Callable[[], str | None]) -> NoReturn:
@@ -47,7 +47,7 @@ def run(program: str, work: Callable[[], str | None]) -> int:
 
 
 def read_setup(program: str) -> Setup:
-    """What the command line of a rank names, in the form of `mpo train`.
+    """The setup that a rank's command line describes, as for `mpo train`.
 
     Raises:
         ConfigError: it cannot work.
@@ -58,7 +58,7 @@ def read_setup(program: str) -> Setup:
 
 
 def prepare_rank(config: TrainConfig) -> Setup:
-    """What this rank works with; its environment is set, and its exit code counts from now on.
+    """This rank's setup; its environment is set, and its exit code is used from now on.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -97,13 +97,13 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
 
 
 def _why_stopped(error: Exception) -> str | None:
-    """The reason that all ranks have agreed to stop for; None for an error."""
+    """The reason for which all ranks agreed to stop; None for an error."""
     stopping = sys.modules.get("mpo_megatron.train.faults.stopping")  # who has not imported it was not stopped
     return str(error) if stopping is not None and isinstance(error, stopping.Stopped) else None
 
 
 def _explain(error: Exception) -> str | None:
-    """What to tell a user about an error that was to be expected; None for others."""
+    """The message for an expected error; None for others."""
     from mpo_megatron.config import ConfigError
     from mpo_megatron.files import DataError
 

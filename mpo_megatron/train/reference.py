@@ -1,4 +1,4 @@
-"""The pass over the groups that computes their reference log-probs: what is not in the cache yet, of the groups that are wanted.
+"""The pass over the groups that computes their reference log-probs: those of the needed groups that the cache lacks.
 
 Where the numbers are kept is in reference_cache.py.
 """
@@ -30,7 +30,7 @@ from mpo_megatron.train.routing import gather_choices, record_rows
 from mpo_megatron.train.step import collect_logps, run_rows
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Where output is no terminal, progress is a line at most this often."""
+"""Least time between lines of progress where output is not a terminal."""
 
 
 def reference_logps(
@@ -130,7 +130,7 @@ def select_all(table: GroupTable) -> tuple[Bools, Bools]:
 
 
 class _Progress:
-    """Groups done, rate and time left: a live bar on a terminal, a line now and then elsewhere."""
+    """Groups done, rate and time left: a live bar on a terminal, occasional lines elsewhere."""
 
     def __init__(self, data: PreparedGroups, total: int, done: int, *, enabled: bool) -> None:
         self.name, self.total, self.done, self.enabled = data.path.name, total, done, enabled

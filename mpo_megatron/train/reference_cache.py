@@ -48,7 +48,7 @@ SECONDS_BETWEEN_PARTS = 30.0
 """A part is written after as long as everything before it took, and at least this often: few files, and a kill costs little."""
 
 PART_BYTES = 256 * 2**20
-"""What waits to be written is never more than this."""
+"""Largest amount that waits to be written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class ReferenceLogps:
 
     @classmethod
     def empty(cls, data: PreparedGroups, *, tokens: bool) -> ReferenceLogps:
-        """Nothing computed yet: NaN everywhere."""
+        """An empty cache: NaN everywhere."""
         responses = np.concatenate([np.zeros(1, np.int64), np.cumsum(data.all_response_lengths())])
         return cls(
             response=np.full(len(responses) - 1, np.nan),
@@ -78,11 +78,11 @@ class ReferenceLogps:
         )
 
     def of_group(self, index: int) -> slice:
-        """Where a group lies in `response`."""
+        """Where a group is in `response`."""
         return slice(self.groups[index], self.groups[index + 1])
 
     def tokens_of_group(self, index: int) -> slice:
-        """Where a group lies in `token`."""
+        """Where a group is in `token`."""
         return slice(self.responses[self.groups[index]], self.responses[self.groups[index + 1]])
 
     def missing(self, wanted: Int64 | None = None) -> Int64:
@@ -95,7 +95,7 @@ class ReferenceLogps:
         return indices[np.isnan(self.response[self.groups[indices]])]
 
     def fill(self, part: pa.Table) -> None:
-        """Take over what a part holds."""
+        """Add a part's content."""
         index = part["index"].to_numpy()
         begin, end = self.groups[index], self.groups[index + 1]
         self.response[_places(begin, end)] = _flat(part["logps"])
@@ -115,14 +115,14 @@ class ReferenceLogps:
 
 
 def _places(begin: Int64, end: Int64) -> Int64:
-    """The whole numbers of every range begin … end − 1, one range after the other."""
+    """The whole numbers of every range begin … end − 1, in order."""
     sizes = end - begin
     places: Int64 = np.repeat(begin - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     return places
 
 
 def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The numbers of an Arrow column of lists, one after the other."""
+    """The numbers of an Arrow column of lists, in order."""
     values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
     return values
 
@@ -151,7 +151,7 @@ def cache_key(
 
 
 def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool) -> ReferenceLogps:
-    """What is in a cache, NaN where nothing is; read by the main process for all, since other nodes may not see its disk."""
+    """A cache's content, NaN where it has none; the main process reads it for all, since other nodes may not see its disk."""
     logps = ReferenceLogps.empty(data, tokens=tokens)
     if ranks.is_main:
         kinds = [_prefix(True)] if tokens else [_prefix(False), _prefix(True)]
@@ -178,7 +178,7 @@ class PartWriter:
     def __init__(
         self, folder: Path, ranks: Ranks, damaged: Sequence[Path], choices: ReferenceChoices | None, *, tokens: bool
     ) -> None:
-        """Find out before anything is computed whether the folder can be written.
+        """Check that the folder can be written before anything is computed.
 
         Args:
             damaged: parts to remove once there is something to put in their place
@@ -194,7 +194,7 @@ class PartWriter:
         self._on_main(lambda: _prepare_folder(folder))
 
     def require_room(self, missing: Int64) -> None:
-        """Refuse to begin what the disk cannot hold.
+        """Refuse choices that do not fit the disk.
 
         Raises:
             ConfigError: naming the bytes that are missing.
@@ -204,7 +204,7 @@ class PartWriter:
             self._on_main(lambda: choices.require_room(missing))
 
     def add(self, table: pa.Table, ids: npt.NDArray[Any] | None) -> None:
-        """Take over groups with their log-probs, and the choices of experts [Σ tokens, L, k] if they are recorded.
+        """Add groups with their log-probs, and the choices of experts [Σ tokens, L, k] if they are recorded.
 
         Raises:
             DataError: it is time to write, and the disk is full or must not be written; on all ranks.
@@ -212,7 +212,7 @@ class PartWriter:
         self._on_main(lambda: self._add(table, ids))
 
     def finish(self) -> None:
-        """Write what is not written yet.
+        """Write the remaining groups.
 
         Raises:
             DataError: the disk is full or must not be written; on all ranks.

@@ -62,7 +62,7 @@ class Resident:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Weights that wait on the host are on the device within it."""
+        """Within it, weights that wait on the host are on the device."""
         for tensor, host in self.host:
             tensor.data = host.to(device.device(), non_blocking=True)
         try:

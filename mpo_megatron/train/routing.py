@@ -1,4 +1,4 @@
-"""Routing over a whole step: what routers are told of each row, and what they found, summed over rows and ranks.
+"""Routing over a whole step: what routers need to know about each row, and their results, summed over rows and ranks.
 
 Each token of a step counts once: padding does not, and of a prompt's copies (split groups, unshared layout) one does. Prompt
 tokens count as response tokens do, since experts compute both. Only responses that lie in rows have tokens. So loads, losses
@@ -122,7 +122,7 @@ class StepRouting:
         return loads
 
     def finish(self, routings: Sequence[RowRouting], *, drift: bool = True) -> None:
-        """Measure what the routers found; all ranks call it, with their own rows.
+        """Measure the routers' results; all ranks call it, with their own rows.
 
         Communication: a sum over all ranks, each of which has other tokens, or other layers.
 
@@ -215,12 +215,12 @@ def gather_choices(
 
 
 class Recorder(StepRouting):
-    """The routing of a pass of the reference over a batch's rows, whose choices it keeps in memory."""
+    """The routing of a reference pass over a batch's rows, whose choices it keeps in memory."""
 
     def rows(self, rows: Sequence[Row], *, learn: bool = False, loads: Tensor | None = None) -> list[RowRouting]:
         """Routing that records."""
         return record_rows(rows, self.ranks)
 
     def finish(self, routings: Sequence[RowRouting], *, drift: bool = True) -> None:
-        """Take over what was recorded; all ranks call it."""
+        """Collect the recorded choices; all ranks call it."""
         self.choices = gather_choices(routings, self.batch.rows, self.batch.table, self.experts, self.ranks)

@@ -56,7 +56,7 @@ class Run:
 
     @property
     def shape(self) -> RowShape:
-        """How this rank's rows are cut."""
+        """The shape of this rank's rows."""
         return self.session.shape
 
     @property
@@ -85,7 +85,7 @@ class Run:
         return logps
 
     def routing(self, data: PreparedGroups, batch: StepBatch) -> StepRouting | None:
-        """What routers of experts are told of a batch; None where there is nothing to tell. All ranks call it."""
+        """What routers need to know about a batch, or None. All ranks call it."""
         settings, experts, choices = self.config.experts, self.setup.family.experts, self.session.choices.get(data.path)
         if experts is None or not (settings.has_terms or settings.needs_choices or self.resident is not None):
             return None
@@ -93,11 +93,11 @@ class Run:
         return StepRouting(settings, experts, batch, self.ranks, chosen)
 
     def generator(self, step: int) -> torch.Generator:
-        """Generator of what a loss draws at a step; the same on every rank."""
+        """Generator for a loss's draws at a step; the same on every rank."""
         return torch.Generator().manual_seed(self.config.seed + STEP_SEEDS * step)
 
     def losses(self, batch: StepBatch, policy: Logps, reference: Logps | None) -> torch.Tensor:
-        """[G] loss of each group of a batch that no step is made with; the same on every rank."""
+        """[G] loss of each group of a batch outside training steps; the same on every rank."""
         groups = group_batch(batch.table, policy, reference, generator=self.generator(batch.step))
         return self.setup.objective.compute(groups).detach()
 
@@ -109,7 +109,7 @@ class Run:
 
 
 def open_run(session: Session) -> Run:
-    """Load the models, compute what is missing of the reference's log-probs; all ranks call it.
+    """Load the models, and compute the missing reference log-probs; all ranks call it.
 
     Raises:
         ConfigError: a checkpoint does not fit or is damaged.

@@ -1,4 +1,4 @@
-"""Rows through a model by Megatron's schedule: what the policy's passes and the resident reference's share."""
+"""Rows through a model by Megatron's schedule: common to the policy's passes and the resident reference's."""
 
 from __future__ import annotations
 

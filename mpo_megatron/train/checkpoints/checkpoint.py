@@ -47,7 +47,7 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_av
 a stage has no experts, and so one optimizer less."""
 
 EXTRA_STATE = "_extra_state"
-"""Suffix of what Transformer Engine's modules save besides weights: nothing that the recipes offered here have."""
+"""Suffix of what Transformer Engine's modules save besides weights; empty for the recipes offered here."""
 
 
 def verify(folder: Path) -> None:

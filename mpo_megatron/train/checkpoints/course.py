@@ -1,4 +1,4 @@
-"""What a run's course depends on, compared with what its newest checkpoint was trained with. Needs no torch.
+"""What a run's result depends on, compared with its newest checkpoint. Needs no torch.
 
 `mpo train` calls `check_early` before it imports anything heavy, so that a run which cannot resume is refused at once.
 """
@@ -26,7 +26,7 @@ FREE = {
     "online": ("engine", "vllm", "endpoint", "weights_address"),
     "experts": ("measure_drift",),
 }
-"""Options of these sections that change no numbers but by rounding; of all others of them a run depends."""
+"""Options of these sections that change numbers only by rounding; a run depends on all their other options."""
 
 
 def fixed_options(
@@ -70,7 +70,7 @@ def fixed_options(
 
 
 def loss_options(config: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """What a run's course depends on of its loss: its name, its hyper-parameters, and the file of a loss of the user's.
+    """What a run's result depends on of its loss: name, hyper-parameters, and the file of a user's own loss.
 
     Raises:
         ConfigError: there is no such file.
@@ -87,7 +87,7 @@ def count_steps(config: TrainConfig, num_groups: int) -> int:
 
 
 def check_early(config: TrainConfig, *, resumes: bool) -> None:
-    """Refuse what small files tell: a damaged model, and a run that would resume with other options, data or models.
+    """Refuse, judged by small files, a damaged model, and a run that would resume with other options, data or models.
 
     Hyper-parameters of the loss that the configuration leaves to their defaults are compared later, as only the losses know them;
     so are Hugging Face folders, which are converted first.
@@ -174,7 +174,7 @@ def require_whole(steps: list[Path], damaged: list[str], run: Path) -> None:
 
 
 def check_start(fixed: dict[str, Any], first_step: int, saved: RunState, folder: Path) -> None:
-    """Refuse to resume from a step's folder what would take another course.
+    """Refuse a run that would resume from a step's folder to another result.
 
     Raises:
         ConfigError: naming the first thing that changed.
@@ -187,7 +187,7 @@ def check_start(fixed: dict[str, Any], first_step: int, saved: RunState, folder:
 
 
 def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run that would take another course.
+    """Refuse to continue a run to another result.
 
     Raises:
         ConfigError: naming the first thing that changed.
@@ -205,7 +205,7 @@ def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) 
 
 
 def check_first_step(first_step: int, done: int, folder: Path) -> None:
-    """Refuse data that begins at a step which the run has not reached.
+    """Refuse data that begins at a step that the run has not reached.
 
     Raises:
         ConfigError: naming both steps.

@@ -1,4 +1,4 @@
-"""Going on with a run: from which checkpoint, after checking every byte of it, and only as it was begun."""
+"""Resuming a run: choose a checkpoint, check every byte of it, and refuse changed options."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from mpo_megatron.train.faults.supervisor import was_restarted
 from mpo_megatron.train.setup import Setup
 
 LOCK_SECONDS = 100.0
-"""How long another run in the same folder is waited for: a file server takes 90 to learn that a machine with a lock has died."""
+"""Seconds to wait for another run in the same folder: a file server takes 90 to notice that a machine with a lock has died."""
 
 
 def run_options(setup: Setup) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def check_resumption(setup: Setup) -> None:
 
 
 def check_step_pickles(folder: Path) -> None:
-    """Refuse a step whose pickles could run commands, though their digests match; without a match the ranks take an older step.
+    """Refuse a step whose pickles could run commands although their digests match; otherwise the ranks use an older step.
 
     Raises:
         ConfigError: naming the file.
@@ -136,7 +136,7 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
 
 
 def resume(setup: Setup, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
-    """Restore the newest whole checkpoint, if there is one and it is wanted; where the run stands.
+    """Restore the newest complete checkpoint, if there is one and resuming is on; return the run's state.
 
     Raises:
         ConfigError: it was trained with other options than it would continue with.

@@ -1,4 +1,4 @@
-"""When and how a run's checkpoints are written: beside training, all or nothing, checkable to the byte.
+"""When and how a run's checkpoints are written: in the background, all or nothing, with digests of every byte.
 
     plan       all ranks agree who writes what, and copy what training is about to change      (training waits)
     write      a thread of each rank writes its file, forces it to disk and takes its digest   (training goes on)
@@ -49,10 +49,10 @@ from mpo_megatron.train.checkpoints.step_folders import (
 from mpo_megatron.train.faults.agreement import machines_without, on_main
 
 SLOW_DISK = 2e8
-"""Bytes a second and rank that a save is expected to write before one was measured."""
+"""Expected bytes a second and rank of a save before one was measured."""
 
 SIDE_FILES = ("hf", "conversion.json")
-"""What a step's folder carries over from the model's checkpoint."""
+"""What a step's folder copies from the model's checkpoint."""
 
 
 @dataclass
@@ -106,7 +106,7 @@ class Saver:
         return self.writing is None or self.writing.thread is None or not self.writing.thread.is_alive()
 
     def start(self, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-        """Begin to save; the weights may change when this returns. Not asynchronous: returns when all is done.
+        """Start a save; the weights may change when this returns. If not asynchronous, return when all is written.
 
         Raises:
             SaveError: this save, or the one before it, could not be written.
@@ -164,7 +164,7 @@ class Saver:
         return partial
 
     def _gather(self, writing: Writing) -> StepFiles:
-        """What all ranks have written; raises on all if one has failed."""
+        """What all ranks have written; raises on all ranks if one has failed."""
         parts: list[tuple[StepFiles, str | None]] = [({}, None)] * get_world_size()
         all_gather_object(parts, (writing.files, writing.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
@@ -175,7 +175,7 @@ class Saver:
         return {name: entry for files, _ in parts for name, entry in files.items()}
 
     def _complete(self, writing: Writing, files: StepFiles) -> None:
-        """What one rank does for all: side files, digests, the state, the name, and the end of old checkpoints."""
+        """The main rank's part: side files, digests, the state, the rename, and the deletion of old checkpoints."""
         partial, final = writing.partial, step_folder(self.run, writing.state.step)
         for name, content in self.side_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +196,7 @@ class Saver:
             print(f"an old checkpoint could not be deleted ({visible(error)}); the next save tries again", flush=True)
 
     def _on_main(self, action: Callable[[], None], path: Path) -> None:
-        """Do something to the folder of a save on the main rank; if it fails there, the folder goes, and all ranks raise."""
+        """Change a save's folder on the main rank; if that fails, delete the folder, and raise on all ranks."""
         try:
             on_main(self.ranks, action)
         except (OSError, ConfigError) as error:
@@ -249,7 +249,7 @@ def add_end_tokens(files: dict[str, bytes], end_token_ids: Sequence[int]) -> dic
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong first: when the disk is full, torch fails once more as it closes its archive, and hides the first error."""
+    """The first error: when the disk is full, torch fails again as it closes its archive, and hides the first one."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

@@ -27,13 +27,13 @@ from mpo_megatron.files.atomic import sync
 from mpo_megatron.files.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
 
 FORMAT = 1
-"""Of `state.json`; another one is refused."""
+"""Format of `state.json`; another one is refused."""
 STEP = re.compile(r"step_\d{8,}")
 RECORDS = (
     *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "groups/step_*.parquet", "incidents/*"),
     *("tensorboard/events.*", "wandb_run_id", "mlflow_run_id"),
 )
-"""What a run writes down beside its checkpoints; other files in these folders are not its own."""
+"""A run's records beside its checkpoints; other files in these folders are not its own."""
 
 
 class SaveError(RuntimeError):
@@ -126,7 +126,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def appear(partial: Path, final: Path) -> None:
-    """Give a complete folder its name; what had the name before goes only then."""
+    """Rename a complete folder to its final name, and only then delete the folder that had it."""
     if final.exists():
         _set_aside(final, ".removing")
     partial.rename(final)
@@ -134,7 +134,7 @@ def appear(partial: Path, final: Path) -> None:
 
 
 def mark_damaged(folder: Path) -> Path:
-    """Take a damaged checkpoint out of the way, without deleting it; its new name."""
+    """Rename a damaged checkpoint without deleting it; return its new name."""
     return _set_aside(folder, ".damaged")
 
 
@@ -170,7 +170,7 @@ def best_steps(steps: list[Path], config: CheckpointConfig) -> list[Path]:
 
 
 def set_run_aside(run: Path) -> Path | None:
-    """Move the checkpoints of an earlier run in the same folder away, and what it wrote down into the folder with them.
+    """Set aside the checkpoints of an earlier run in the same folder, together with its records.
 
     So the new run never resumes from them, writes over no metrics, and has an id of its own at trackers' services.
     """

@@ -12,7 +12,7 @@ from mpo_megatron.train.checkpoints.step_folders import check_files, is_step
 
 
 def check_whole(folder: Path) -> None:
-    """Check that a checkpoint is whole to the byte; all ranks call it.
+    """Check every byte of a checkpoint; all ranks call it.
 
     Raises:
         DamagedError: on all ranks, naming the file.

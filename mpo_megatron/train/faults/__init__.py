@@ -1,4 +1,4 @@
-"""What may go wrong in a run, and how it stops.
+"""Faults of a run, and how it stops.
 
     supervisor           what is watched: ranks that hang, ranks that are slow, the time that is left
     incidents            steps that look wrong

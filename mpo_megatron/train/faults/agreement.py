@@ -1,4 +1,4 @@
-"""What one rank does for all, and how all learn what came of it."""
+"""Work of one rank for all, and how all ranks learn the outcome."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LATE_SECONDS = 100.0
 
 
 def on_main[Result](ranks: Ranks, action: Callable[[], Result]) -> Result:
-    """Do something on the main rank; what it gives, or raises, on all, so that none waits for one that has failed.
+    """Run an action on the main rank; return or raise its outcome on all ranks, so that none waits for a failed one.
 
     Raises:
         OSError, ValueError: what the action raised (configuration and data errors are value errors).

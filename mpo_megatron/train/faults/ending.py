@@ -1,4 +1,4 @@
-"""How a rank ends: who says what went wrong, and that a rank which has failed waits for no other."""
+"""How a rank ends: which rank reports the error; a failed rank waits for no other."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train import launched
 
 ALONE_SECONDS = 3.0
-"""A rank that has not been ended by then is the only one of its machine that has failed."""
+"""After this time, a failed rank is taken for the only failed one on its machine."""
 
 
 def end(main: Callable[[], int]) -> NoReturn:
-    """Do a rank's work and end this process with its exit code; after a failure at once.
+    """Do a rank's work and end this process with its exit code; immediately after a failure.
 
     Otherwise Python would first take down NCCL's communicators, which waits for the other ranks of this machine. These do not
     know of the failure and hang in a collective, until a time limit ends all, with the reason still unsaid.

@@ -1,4 +1,4 @@
-"""Steps that look wrong: a loss or gradient norm that is not finite, or far above those before; what to do, and a record of it.
+"""Steps that look wrong: a loss or gradient norm that is not finite, or far above earlier ones; a reaction and a record.
 
 The judgement comes between the backward pass and the update and depends only on numbers that all ranks have, so all judge the
 same. A step that is skipped leaves weights and optimizer as they are; data and learning rate go on.
@@ -30,7 +30,7 @@ UPPER, NORMAL_UPPER = 0.8, 0.8416
 """A quantile above the median, and how many standard deviations of a normal distribution it lies above it."""
 
 LEAST_SPREAD = 0.02
-"""The spread is taken to be this share of the median at least: equal steps make no spike of the next one."""
+"""Least spread, as a share of the median: after equal steps, the next one is no spike."""
 
 MOST_GROUPS = 32
 """Groups written per incident, those with the highest loss."""
@@ -76,7 +76,7 @@ class Guard:
         return Judgement(apply=False, stop=policy == "stop" or self.in_a_row > self.config.max_skips, wrong=wrong)
 
     def _look(self, loss: float, norm: float) -> tuple[str | None, Literal["log", "skip", "stop"]]:
-        """What is wrong with a step, and what is to be done then."""
+        """What is wrong with a step, and what to do about it."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss}, gradient norm {norm}: not finite", self.config.on_nan
         for name, window, value in (("loss", self.losses, loss), ("gradient norm", self.norms, norm)):
@@ -100,7 +100,7 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A step as it looked when it was judged."""
+    """A step's values when it was judged."""
 
     batch: StepBatch
     losses: Tensor
@@ -112,7 +112,7 @@ class Evidence:
 
 
 def report(judgement: Judgement, evidence: Evidence, run: Path, tokenizer: Path, *, is_main: bool) -> None:
-    """Write down a step that looked wrong, and end the run if it is to end; all ranks call it.
+    """Record a step that looked wrong, and end the run if configured; all ranks call it.
 
     Args:
         run: the run's folder

@@ -1,4 +1,4 @@
-"""Requests to stop, received from a rank's first moment on. Imports nothing heavy: signals may come while torch is still loading.
+"""Requests to stop, received from the start of a rank. Imports nothing heavy: signals may arrive while torch is loading.
 
 SIGTERM and SIGUSR1 ask a run to save and leave. While there is nothing to save (start-up, loading of weights), a rank that is
 asked leaves at once, with the exit code that says "start me again". After `defer()` a request is only noted: whoever
@@ -51,7 +51,7 @@ _received: list[signal.Signals] = []
 
 
 class Channel(Protocol):
-    """How ranks without a launcher tell each other that they leave."""
+    """How ranks without a launcher announce that they leave."""
 
     def tell(self, number: signal.Signals) -> None:
         """Let the other ranks know that this one leaves for a signal."""
@@ -61,7 +61,7 @@ class Channel(Protocol):
 
 
 class _Manner:
-    """How this process answers a request."""
+    """How this process responds to a request."""
 
     program = "mpo train"
     requeue_code = REQUEUE_CODE
@@ -71,13 +71,13 @@ class _Manner:
     """Whether the other ranks would wait for this one if it left."""
     channel: Channel | None = None
     others_leave = False
-    """Whether another rank has left because it was asked to."""
+    """Whether another rank has left on request."""
     asked_at: float | None = None
     """When this rank itself was asked, on the monotonic clock."""
 
 
 def listen(program: str = "mpo train") -> None:
-    """From now on, a request to stop ends this process in good order. Call it in the main thread, once.
+    """From now on, a request to stop ends this process cleanly. Call it once, in the main thread.
 
     Args:
         program: named in what is printed
@@ -99,14 +99,14 @@ def listen(program: str = "mpo train") -> None:
 
 
 def is_on_its_own() -> bool:
-    """Whether nobody tells the other ranks when this one leaves: no `mpo train`, and no single torchrun that has them all."""
+    """Whether nothing tells the other ranks when this one leaves: no `mpo train`, and no single torchrun for all ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     under_one_agent = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks
     return ranks > 1 and launched.FOLDER not in os.environ and not under_one_agent
 
 
 def join(channel: Channel) -> None:
-    """From now on the other ranks learn through a channel that this one leaves, if nobody else tells them."""
+    """From now on, a channel tells the other ranks when this one leaves, if nothing else does."""
     if _Manner.must_join:
         _Manner.channel, _Manner.must_join = channel, False
         leave_if_asked()
@@ -118,7 +118,7 @@ def part() -> None:
 
 
 def leave_with(code: int) -> None:
-    """Set the exit code of a process that leaves because it was asked to."""
+    """Set the exit code of a process that leaves on request."""
     _Manner.requeue_code = code
 
 
@@ -141,19 +141,19 @@ def requested() -> signal.Signals | None:
 
 
 def ignore() -> None:
-    """From now on, requests to stop change nothing: the process is about to end. Python itself would go back to dying of them."""
+    """Ignore requests to stop from now on: the process is about to end. Python itself would again die of them."""
     _Manner.ignores = True
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def requeue_code() -> int:
-    """The exit code of a process that leaves because it was asked to."""
+    """The exit code of a process that leaves on request."""
     return _Manner.requeue_code
 
 
 def leave_if_others_have() -> None:
-    """End this process if the work it failed in failed because other ranks have left, as they were asked to."""
+    """End this process if its work failed because other ranks have left on request."""
     if not _received and (asked := launched.read_request()) is not None:
         _received.append(asked)
     _look_at_channel()
@@ -215,7 +215,7 @@ def _note(number: signal.Signals, parent: int) -> None:
 
 
 def _leave_if_alone(parent: int) -> None:
-    """End this process if torchrun has lost a rank of this machine; it looks for a moment, as the loss may be just happening.
+    """End this process if torchrun has lost a rank of this machine; wait a moment first, as the rank may be just ending.
 
     If torchrun itself has ended, nobody is missing: the ranks are asked to stop.
     """

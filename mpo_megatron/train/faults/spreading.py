@@ -1,4 +1,4 @@
-"""Requests to stop, passed on through the store of the rendezvous: for ranks that no `mpo train` has launched.
+"""Requests to stop, passed on through the rendezvous store, for ranks without `mpo train` as their launcher.
 
 Under plain torchrun on several machines, or srun, a rank that is asked to stop while it starts would leave the others waiting
 for it. So it joins them first (signals.py), then it leaves a word in the store, and all leave together.
@@ -18,13 +18,13 @@ KEY = "mpo/request"
 
 
 class StoreChannel:
-    """A word that one rank leaves for all others. A store that has ended says nothing."""
+    """A message that one rank leaves for all others. A store that has ended has none."""
 
     def __init__(self, store: distributed_c10d.Store) -> None:
         self.store = store
 
     def tell(self, number: signal.Signals) -> None:
-        """Let the other ranks know that this one was asked to stop, and leaves."""
+        """Tell the other ranks that this one leaves on request."""
         with contextlib.suppress(RuntimeError):
             self.store.set(KEY, number.name)
 

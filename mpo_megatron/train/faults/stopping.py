@@ -17,14 +17,14 @@ STARTED = "MPO_STARTED"
 """Environment variable with the time at which `mpo train` was called, which outlives restarts of the ranks."""
 
 WALLTIME = 1000
-"""Stands for "the time is over" where a signal's number stands for a signal."""
+"""Means "the time is over" in place of a signal's number."""
 
 LEAST_MARGIN = 60.0
-"""Seconds kept for the last save at least."""
+"""Least number of seconds for the last save."""
 
 
 class Stopped(Exception):  # noqa: N818  # no error
-    """The work was asked to stop, on all ranks at the same place; the message says why."""
+    """All ranks stop at the same place on request; the message says why."""
 
 
 class Deadline:
@@ -50,13 +50,13 @@ class Deadline:
 
 
 class Pauses:
-    """The places between two pieces of a longer work, where it may stop. What is done by then is kept."""
+    """The pauses between pieces of longer work, where it may stop. Finished pieces are kept."""
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline, self.since = deadline, time.perf_counter()
 
     def stop_if_asked(self, save_seconds: float = 0.0) -> None:
-        """Stop all ranks if one was asked to, or if the time is nearly over; all ranks call it after each piece of work.
+        """Stop all ranks if one received a request, or if the time is nearly over; all ranks call it after each piece of work.
 
         Args:
             save_seconds: what saves take

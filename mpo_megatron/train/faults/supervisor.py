@@ -29,7 +29,7 @@ from mpo_megatron.train import launched
 from mpo_megatron.train.faults.stopping import Deadline, Pauses, name_request, own_request
 
 STEP_SEEDS = 1_000_003
-"""Distance of the seeds of two steps; far, so that runs with neighbouring seeds share none."""
+"""Distance between the seeds of two steps; large, so that runs with neighbouring seeds share none."""
 
 RESTARTS = (launched.RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
 """Environment variables that count how often a job was started again."""
@@ -38,7 +38,7 @@ SLOW_RATIO, SLOW_STEPS = 1.1, 20
 """Report a rank `SLOW_RATIO` slower than the mean for `SLOW_STEPS` consecutive steps (then ten times as many, and so on)."""
 
 DISK_SECONDS = 30
-"""How long a rank that has hung may take to write its stacks down."""
+"""Seconds that a hanging rank may take to write its stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +46,7 @@ class Agreement:
     """What all ranks know after a step."""
 
     stop: str | None
-    """Why the run shall stop now; None if it shall not."""
+    """Why the run must stop now, or None."""
     all_written: bool
     """Whether every rank has written its part of the current save."""
     metrics: dict[str, float]
@@ -69,7 +69,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """Progress: what the rank does from now on."""
+        """Note progress: what the rank does from now on."""
         self.doing, self.since = doing, time.monotonic()
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Watchdog:
 
 
 class SlowRanks:
-    """Tells of a rank that is slow step after step, and on which machine it runs."""
+    """Reports a rank that is slow step after step, and its machine."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self.hosts, self.rank, self.steps, self.told_at = hosts, -1, 0, SLOW_STEPS
@@ -134,7 +134,7 @@ class Supervisor:
         self.slow_ranks = SlowRanks(hosts)
 
     def watch_reduction(self, model: list[torch.nn.Module]) -> None:
-        """Note when a step's gradients are about to be reduced over replicas: there the fast ones begin to wait for the slow."""
+        """Note when a step's gradients are about to be reduced over replicas: fast ranks wait for slow ones from there."""
         for part in model:
             config = get_model_config(part)
             config.finalize_model_grads_func = self._timed(config.finalize_model_grads_func)
@@ -148,7 +148,7 @@ class Supervisor:
         return timed
 
     def watch_data[Item](self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, and a note of how long each was waited for."""
+        """The same batches, and a note of the wait for each."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -205,7 +205,7 @@ class Supervisor:
         return pause
 
     def close(self) -> None:
-        """The run is over; nobody need watch it."""
+        """End the watch: the run is over."""
         self.watchdog.close()
 
 
@@ -215,7 +215,7 @@ def was_restarted() -> bool:
 
 
 def seed_everything(seed: int, step: int) -> None:
-    """Make whatever is drawn from a global generator in a step a function of the seed and the step, so that a resumed run draws
+    """Make draws from global generators a function of the seed and the step, so that a resumed run draws
     the same on any layout, and no generator's state need be saved."""
     random.seed(seed + STEP_SEEDS * step)
     np.random.seed((seed + STEP_SEEDS * step) % 2**32)
