@@ -194,7 +194,7 @@ class PartWriter:
         self._on_main(lambda: _prepare_folder(folder))
 
     def require_room(self, missing: Int64) -> None:
-        """Refuse choices that do not fit the disk.
+        """Refuse log-probs that do not fit the disk.
 
         Raises:
             ConfigError: naming the bytes that are missing.
