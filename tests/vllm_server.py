@@ -45,7 +45,12 @@ class Handler(BaseHTTPRequestHandler):
     def answer(self, route: str, body: dict[str, Any]) -> dict[str, Any] | None:
         server = self.server
         if route in ("init_weight_transfer_engine", "start_weight_update", "update_weights", "finish_weight_update"):
+            if route == "init_weight_transfer_engine":
+                assert not server.connected
+                server.connected = True
             server.engine.collective_rpc(route, kwargs=body)
+        elif route == "shutdown_weight_transfer_engine":
+            server.connected = False
         elif route == "collective_rpc":
             server.loaded.append((body["method"], body["kwargs"]))
             return {"results": [None]}
@@ -81,6 +86,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.engine = vllm_stand_in.Engine(workers)
         self.version, self.weights, self.paused, self.forgets = "0.33.0", "default", False, True
+        self.connected = True  # to a run that was killed
         self.calls: list[str] = []
         self.loaded: list[tuple[str, Any]] = []
         self.config: dict[str, Any] = {

@@ -101,6 +101,7 @@ TEXTS = {
         '"/pause"',
         '"/resume"',
         '"/init_weight_transfer_engine"',
+        '"/shutdown_weight_transfer_engine"',
         '"/start_weight_update"',
         '"/update_weights"',
         '"/finish_weight_update"',

@@ -76,19 +76,22 @@ def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(missing_for_live_vllm() is not None, reason=str(missing_for_live_vllm()))
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tensor: int) -> None:
+@pytest.mark.parametrize(("tensor", "gpus"), [(1, "shared"), (2, "shared"), (1, "own"), (2, "own")])
+def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tensor: int, gpus: str) -> None:
     """At almost temperature 0 both engines give the likeliest tokens of each step's own weights; bf16 may break near ties."""
-    if torch.cuda.device_count() < tensor:
-        pytest.skip(f"{tensor} GPUs")
+    needed = tensor if gpus == "shared" else 2 * tensor
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"{needed} GPUs")
     found = {}
     for engine in ("transformers", "vllm"):
         output = tmp_path / engine
         options = ["--online.kl_weight", "0.1", "--online.every", "4", "--online.num_samples", "8", "--online.max_tokens", "12"]
         options += ["--online.temperature", "1e-3", "--online.engine", engine, "--parallel.tensor", str(tensor)]
         if engine == "vllm":
-            options += ["--online.vllm.tensor_parallel", str(tensor)]
-        run(inputs, output, *options, "--nproc", str(tensor))
+            options += ["--online.vllm.tensor_parallel", str(tensor), "--online.vllm.gpus", gpus]
+        lines = run(inputs, output, *options, "--nproc", str(tensor))
+        # Nats a token: random weights give nearly equal logits, and bf16 moves each by a thousandth.
+        assert all(abs(line["engine_kl"]) < 0.05 for line in lines if "engine_kl" in line)
         found[engine] = [path.read_text().splitlines() for path in sorted((output / "online").glob("samples_*.jsonl"))]
     equal = total = 0
     assert [len(lines) for lines in found["vllm"]] == [len(lines) for lines in found["transformers"]]
@@ -98,3 +101,11 @@ def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tens
             total += 1
     assert total == 8
     assert equal >= 6
+
+
+@pytest.mark.skipif(missing_for_live_vllm() is not None, reason=str(missing_for_live_vllm()))
+def test_a_quantised_vllm_takes_every_update(inputs: Path, tmp_path: Path) -> None:
+    options = ["--online.kl_weight", "0.1", "--online.every", "4", "--online.num_samples", "8", "--online.max_tokens", "12"]
+    options += ["--online.engine", "vllm", "--online.vllm.options", '{"quantization": "fp8_per_tensor"}']
+    lines = run(inputs, tmp_path / "run", *options)
+    assert [0 < abs(line["engine_kl"]) < 0.3 for line in lines if "engine_kl" in line] == [True, True]

@@ -88,7 +88,8 @@ class VllmServer:
         return workers
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Have the workers meet the trainer."""
+        """Have the workers leave an earlier trainer and meet this one."""
+        self._post("/shutdown_weight_transfer_engine", {}, NCCL_START)
         self._post("/init_weight_transfer_engine", {"init_info": init_info}, NCCL_START)
 
     def start_weight_update(self) -> None:

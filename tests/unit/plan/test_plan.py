@@ -10,7 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mpo_megatron.config import ConfigError, DataConfig, ModelConfig, ParallelConfig, PlanConfig, TrainConfig
+from mpo_megatron.config import (
+    ConfigError,
+    DataConfig,
+    EndpointConfig,
+    LiveVllmConfig,
+    ModelConfig,
+    OnlineConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from mpo_megatron.data.store import write_groups
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
@@ -164,6 +174,18 @@ def test_search_finds_only_what_fits_the_fastest_first() -> None:
     assert found
     assert all(problem.fits(candidate) for candidate in found)
     assert [candidate.time.seconds for candidate in found] == pytest.approx(sorted(c.time.seconds for c in found), abs=1e-3)
+
+
+def test_engines_on_other_gpus_take_no_memory_of_those_that_train() -> None:
+    server = EndpointConfig(base_url="http://node7:8000/v1", model="m")
+    for online, counted in (
+        (OnlineConfig(), False),
+        (OnlineConfig(kl_weight=0.1), True),
+        (OnlineConfig(kl_weight=0.1, engine="vllm"), True),
+        (OnlineConfig(kl_weight=0.1, engine="vllm", vllm=LiveVllmConfig(gpus="own")), False),
+        (OnlineConfig(kl_weight=0.1, engine="server", endpoint=server), False),
+    ):
+        assert (dataclasses.replace(build(), online=online).sampler(1) is not None) == counted
 
 
 def test_bubble_is_that_of_1f1b() -> None:

@@ -16,9 +16,10 @@ import yaml
 from torch.distributed import HashStore
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, DataConfig, EndpointConfig, LiveVllmConfig, ModelConfig, OnlineConfig, TrainConfig
 from mpo_megatron.doctor import abilities, doctor, machine, peers, software
 from mpo_megatron.model import precision
+from mpo_megatron.stack import packages
 from mpo_megatron.stack.problem import Problem
 from tests.unit.stack.packages import install
 
@@ -45,6 +46,40 @@ def test_the_page_names_versions_and_machine(capsys: pytest.CaptureFixture[str],
         assert heading in page
     assert f"{os.cpu_count()} cores" in page
     assert page.rstrip().endswith("No problems found.")
+
+
+@pytest.mark.parametrize(
+    ("online", "choice", "why"),
+    [
+        ({}, "transformers", "weights pass through host memory"),
+        ({"engine": "vllm"}, "vllm 0.33.0, tensor 1 × pipeline 1 a replica", "to the ranks' GPUs, by CUDA IPC"),
+        (
+            {"engine": "vllm", "vllm": LiveVllmConfig(gpus="own", tensor_parallel=4, options={"quantization": "mxfp8"})},
+            "tensor 4 × pipeline 1 a replica, quantised (quantization = mxfp8)",
+            "to GPUs of its own, by NCCL",
+        ),
+        (
+            {"engine": "server", "endpoint": EndpointConfig(base_url="http://node7:8000/v1", model="m")},
+            "vLLM at http://node7:8000/v1",
+            "by NCCL",
+        ),
+    ],
+)
+def test_the_pairing_of_trainer_and_engine(
+    monkeypatch: pytest.MonkeyPatch, online: dict[str, Any], choice: str, why: str
+) -> None:
+    config = TrainConfig(
+        output="run",
+        model=ModelConfig(checkpoint="model"),
+        data=DataConfig(train="groups"),
+        online=OnlineConfig(kl_weight=0.1, **online),
+    )
+    for version, reason in (("0.33.0", why), ("0.31.1", "another interface than that of vllm")):
+        for module in (abilities, packages):
+            monkeypatch.setattr(module, "version_of", lambda name, version=version: version)
+        found = next(line for line in abilities.uses(config) if line["what"] == "live samples")
+        assert choice in found["choice"].replace("0.31.1", "0.33.0")
+        assert (why if found["choice"] == "transformers" else reason) in found["why"]
 
 
 @pytest.mark.usefixtures("quick")
