@@ -79,6 +79,33 @@ def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DpoPositiveParams(PairParams):
+    """Hyper-parameters of `dpo_positive`."""
+
+    beta: Positive = 0.3
+    """Scale of the log-ratios (the paper's MetaMath runs)."""
+    penalty: NonNegative = 50.0
+    """λ: weight of the winner's fall below the reference; 0 gives `dpo`."""
+
+
+@register(
+    "dpo_positive",
+    params=DpoPositiveParams,
+    scored=find_paired,
+    needs=needs_reference_pairs,
+    source="DPO-Positive (Pal et al. 2024), Eq. 3",
+)
+def compute_dpo_positive(batch: GroupBatch, params: DpoPositiveParams) -> Tensor:
+    """−log σ(β (s_w − s_l − λ max(0, −s_w))): DPO that pays for a winner which gets less likely than under the reference.
+
+    Source: DPO-Positive (Pal et al. 2024, "Smaug: fixing failure modes of preference optimisation with DPO-Positive"), Eq. 3.
+    """
+    log_ratios = compute_log_ratios(batch)
+    fallen = torch.relu(-log_ratios).unsqueeze(-1)
+    return reduce_pairs(batch, params, logistic_loss(params.beta * (compute_margins(log_ratios) - params.penalty * fallen)))
+
+
+@dataclass(frozen=True, kw_only=True)
 class IpoParams(PairParams):
     """Hyper-parameters of `ipo`."""
 

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
-from mpo_megatron.losses.hyperparameters import Hyperparameters, Positive
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps
+from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import masked_logsumexp, masked_mean
-from mpo_megatron.losses.pairing import PairParams, find_paired, needs_reference_pairs, reduce_pairs
+from mpo_megatron.losses.pairing import PairParams, find_best, find_paired, needs_reference_pairs, reduce_pairs
 from mpo_megatron.losses.registry import Needs, register
+from mpo_megatron.losses.supervised import LogpNormalization, compute_negative_log_likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,48 @@ def compute_nca(batch: GroupBatch, params: NcaParams) -> Tensor:
     logits = params.beta * compute_log_ratios(batch)
     target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
     return -(target * F.logsigmoid(logits)).sum(dim=-1) - masked_mean(F.logsigmoid(-logits), batch.valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceFreeNcaParams(NcaParams):
+    """Hyper-parameters of `nca_reference_free`."""
+
+    sft_weight: NonNegative = 0.0
+    """Weight of the best response's negative log-likelihood, added to the loss; without it likelihoods collapse (nca Table 4)."""
+    sft_normalization: LogpNormalization = "token"
+    """That likelihood per token (nats per token) or per sequence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sft_weight == 0:
+            check_unused(self, "sft_weight > 0", "sft_normalization")
+
+
+def needs_reference_free_nca(params: ReferenceFreeNcaParams) -> Needs:
+    """Rewards; lengths only for a supervised term per token."""
+    return Needs(rewards=True, lengths=params.sft_weight > 0 and params.sft_normalization == "token")
+
+
+@register(
+    "nca_reference_free",
+    params=ReferenceFreeNcaParams,
+    scored=find_several,
+    needs=needs_reference_free_nca,
+    source="NCA, Table 4",
+)
+def compute_reference_free_nca(batch: GroupBatch, params: ReferenceFreeNcaParams) -> Tensor:
+    """NCA with r = β log π in place of β log(π / π_ref), plus λ times the best response's negative log-likelihood.
+
+    Deviation: the paper says "SFT regularization" and no more; here it is that of the group's best response.
+    Source: NCA (Chen et al. 2024), Table 4: r_θ = β log π_θ, alone and with SFT regularization.
+    """
+    logits = params.beta * compute_policy_logps(batch)
+    target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
+    losses = -(target * F.logsigmoid(logits)).sum(dim=-1) - masked_mean(F.logsigmoid(-logits), batch.valid)
+    if params.sft_weight == 0:
+        return losses
+    supervised = compute_negative_log_likelihood(batch, params.sft_normalization)
+    return losses + params.sft_weight * masked_mean(supervised, find_best(batch))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -202,6 +202,15 @@ def nca(g, p, _):
     return -pull - mean([log_sigma(-r) for r in rewards])
 
 
+def nca_reference_free(g, p, _):
+    if len(g["logp"]) < 2:
+        return None
+    rewards = [p.beta * mpf(a) for a in g["logp"]]
+    pull = sum(t * log_sigma(r) for t, r in zip(target_distribution(g, p.alpha), rewards, strict=True))
+    supervised = p.sft_weight * likelihood(g, best_index(g), p.sft_normalization) if p.sft_weight else 0
+    return -pull - mean([log_sigma(-r) for r in rewards]) + supervised
+
+
 def nca_pair(g, p, _):
     r = [p.beta * s for s in log_ratios(g)]
     return over_pairs(g, p, lambda w, m: -log_sigma(r[w]) - log_sigma(-r[w]) / 2 - log_sigma(-r[m]) / 2)
@@ -226,6 +235,11 @@ def dpo(g, p, _):
 
 
 rpo = dpo
+
+
+def dpo_positive(g, p, _):
+    s = log_ratios(g)
+    return over_pairs(g, p, lambda w, m: -log_sigma(p.beta * (s[w] - s[m] - p.penalty * max(mpf(0), -s[w]))))
 
 
 def ipo(g, p, _):
@@ -341,11 +355,30 @@ def plackett_luce(g, p, _):
 
 
 def sdpo(g, p, _):
+    s = log_ratios(g)
+    if p.form == "ranked":
+        scores = dict(preference(g))
+        worse = {w: [m for m in scores if scores[m] < scores[w]] for w in scores}
+        terms = [-log_sigma(-log(sum(exp(p.beta * (s[m] - s[w])) for m in rest))) for w, rest in worse.items() if rest]
+        return sum(terms) if terms else None
     rest = worse_than_best(g)
     if not rest:
         return None
-    s, w = log_ratios(g), best_index(g)
+    w = best_index(g)
     return -log_sigma(-log(sum(exp(p.beta * (s[m] - s[w])) for m in rest)))
+
+
+def mpo_bins(g, p, _):
+    order = ranking(g)
+    if order is None:
+        return None
+    z, n = [p.beta * s for s in log_ratios(g)], len(order)
+    bins = [[order[k] for k in range(n) if k * p.num_bins // n == b] for b in range(p.num_bins)]
+    if n < p.num_bins:
+        bins = [[i] for i in order]
+    return sum(
+        -log(sum(exp(z[i]) for i in own) / sum(exp(z[i]) for later in bins[b:] for i in later)) for b, own in enumerate(bins[:-1])
+    )
 
 
 def mcpo(g, p, _):

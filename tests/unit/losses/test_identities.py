@@ -29,6 +29,9 @@ PAIR_IDENTITIES = [
     (("mcpo", {"beta": 0.1}), ("dpo", {"beta": 0.1})),
     (("rnce", {"beta": 0.1}), ("dpo", {"beta": 0.1})),
     (("sdpo", {"beta": 0.1}), ("dpo", {"beta": 0.1})),
+    (("sdpo", {"beta": 0.1, "form": "ranked"}), ("dpo", {"beta": 0.1})),
+    (("mpo_bins", {"beta": 0.1}), ("dpo", {"beta": 0.1})),
+    (("dpo_positive", {"beta": 0.1, "penalty": 0.0}), ("dpo", {"beta": 0.1})),
     (("plackett_luce", {"beta": 0.1}), ("dpo", {"beta": 0.1})),
     (("rdpo", {"beta": 0.1, "alpha": 0.0}), ("dpo", {"beta": 0.1})),
     (("rpo", {"beta": 0.1, "sft_weight": 0.3}), ("dpo", {"beta": 0.1, "sft_weight": 0.3})),
@@ -56,6 +59,7 @@ GROUP_IDENTITIES = [
     (("swepo", {"p": 1, "alpha": 10.0, "beta": 0.01}), ("wmpo", {})),
     (("spo", {"form": "ranked", "eta": 0.0}), ("spo", {"form": "best_of_n"})),
     (("sdpo", {"beta": 0.01}), ("mpo", {"partition": "one_vs_rest"})),
+    (("mpo_bins", {"num_bins": 99}), ("plackett_luce", {})),
     (("mcpo", {"num_negatives": 99}), ("mpo", {"partition": "one_vs_rest"})),
     (("dpo", {"pairing": "cross_pairs", "partition": "one_vs_rest"}), ("dpo", {"pairing": "best_vs_each"})),
 ]

@@ -23,7 +23,10 @@ def cuts_ties_by_index(case):
     name, p = case[0], build_params(*case)
     if getattr(p, "partition", "mean") in ("top_bottom", "one_vs_rest"):
         return True
-    if name in ("plackett_luce", "sdpo", "mcpo", "rnce", "sft") or getattr(p, "form", "pairs") != "pairs":
+    if (
+        name in ("plackett_luce", "sdpo", "mpo_bins", "mcpo", "rnce", "sft", "nca_reference_free")
+        or getattr(p, "form", "pairs") != "pairs"
+    ):
         return True
     return getattr(p, "pairing", "all_pairs") in ("best_worst", "best_vs_each")
 

@@ -48,7 +48,7 @@ def test_package_imports_torch_and_the_standard_library_only():
 
 def test_issue_list_is_complete():
     wanted = """mpo wmpo swepo mpo_reference_free infonca nca nca_pair spo mcpo rnce dpo plackett_luce sdpo ipo kto bco rpo
-        exo simpo cpo orpo rdpo slic apo_zero sppo grpo_offline sft"""
+        exo simpo cpo orpo rdpo slic apo_zero sppo grpo_offline sft nca_reference_free mpo_bins dpo_positive"""
     assert {loss.name for loss in list_losses()} >= set(wanted.split())
 
 
