@@ -29,10 +29,11 @@ class FieldRecord:
 
     def find(self, names: Sequence[str]) -> str | None:
         """The first of these fields that holds something; it counts as read."""
-        name = next((name for name in names if self.has(name)), None)
-        if name is not None:
-            self.used.add(name)
-        return name
+        for name in names:
+            if self.values.get(name) is not None:
+                self.used.add(name)
+                return name
+        return None
 
     def within(self, value: Mapping[str, Any], place: str) -> FieldRecord:
         """A record that is part of this one, for example `responses[0]`."""

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
 from mpo_megatron.data.arrays import Float64, Int64
+from mpo_megatron.data.batches import SCHEMA, to_batch
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import InputLayout
@@ -40,7 +41,7 @@ from mpo_megatron.data.rewards import (
     swap_two_tokens,
 )
 from mpo_megatron.data.sources import Rejection
-from mpo_megatron.data.store import GROUPS_FILE, SCHEMA, PreparedInfo, StoredGroups, write_arrow, write_info
+from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups, write_batches, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
 from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, cut_chunks, load_chat, map_in_order, tokenize_chunk
 from mpo_megatron.files import DataError
@@ -120,16 +121,23 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         train, evaluation, tally.outside_weights, tally.outside_fraction = choose_groups(usable, keys, inputs, ids, config)
         rewards = groups.all_rewards()
         scale = None if rewards is None else measure_scale(rewards)
-        finish = functools.partial(_finish, chat=chat, scale=scale, labels=_all_labelled(accepted, usable))
+        labels = _all_labelled(accepted, usable)
+        finish = functools.partial(_finish, chat=chat, scale=scale, labels=labels)
         untouched = replace(config, reward_noise=0.0, responses_per_prompt=None, keep_best=False, swapped_negatives=0)
         write = functools.partial(_write, config, chat, _stored_format(config, streams), kind, tally)
         eval_info = None
         with writing(output):
-            chosen = track("writing", (finish(groups[index], config) for index in train), len(train))
+
+            def batches(places: Int64, options: PrepareConfig) -> Iterator[pa.RecordBatch]:
+                if _changes_nothing(options) and (labels or groups.all_labels() is None):
+                    return groups.batches(places)
+                return map(to_batch, itertools.batched((finish(groups[index], options) for index in places), BATCH_GROUPS))
+
+            chosen = track("writing", batches(train, config), len(train), weigh=lambda batch: batch.num_rows)
             info = write(partial.path, chosen)
             if len(evaluation):
                 with AtomicFolder(held_out) as eval_partial:
-                    eval_info = write(eval_partial.path, (finish(groups[index], untouched) for index in evaluation))
+                    eval_info = write(eval_partial.path, batches(evaluation, untouched))
                     (eval_partial.path / UNFINISHED).touch()
                     eval_partial.commit()
             sample = finish(groups[train[0]], config)
@@ -301,6 +309,12 @@ def _all_labelled(accepted: Accepted, usable: Int64) -> bool:
 # --------------------------------------------------------------------------------------------------- second pass
 
 
+def _changes_nothing(config: PrepareConfig) -> bool:
+    """Whether `_finish` leaves groups as they are, but for their labels."""
+    keeps_rewards = config.reward_noise == 0 and config.reward_normalization == "none"
+    return keeps_rewards and config.responses_per_prompt is None and not config.keep_best and not config.swapped_negatives
+
+
 def _finish(
     group: TokenizedGroup, config: PrepareConfig, *, chat: Chat, scale: RewardScale | None, labels: bool
 ) -> TokenizedGroup:
@@ -367,11 +381,11 @@ def _write(
     kind: RewardKind,
     tally: Tally,
     folder: Path,
-    groups: Iterable[TokenizedGroup],
+    batches: Iterable[pa.RecordBatch],
 ) -> PreparedInfo:
     """Write `groups.arrow` and `prepare.json`."""
     arrow = folder / GROUPS_FILE
-    counts: dict[str, Any] = write_arrow(arrow, groups)
+    counts: dict[str, Any] = write_batches(arrow, batches)
     info = PreparedInfo(
         tokenizer_digest=chat.tokenizer.digest(),
         vocab_size=chat.tokenizer.vocab_size,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ import xxhash
 from pyarrow.compute import list_flatten
 
 from mpo_megatron.data.arrays import Float64, Int8, Int32, Int64
+from mpo_megatron.data.batches import SCHEMA, Digest, take_rows, to_batch
 from mpo_megatron.data.group import RewardKind, TokenizedGroup
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, writing
@@ -44,22 +44,6 @@ INFO_FILE = "prepare.json"
 BATCH_GROUPS = 256
 """Groups in one Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
 
-SCHEMA = pa.schema(
-    [
-        pa.field("group_id", pa.string(), nullable=False),
-        pa.field("prompt_length", pa.int32(), nullable=False),
-        pa.field("num_responses", pa.int32(), nullable=False),
-        pa.field("response_lengths", pa.list_(pa.int32()), nullable=False),
-        pa.field("rewards", pa.list_(pa.float64())),
-        pa.field("labels", pa.list_(pa.int8())),
-        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
-        pa.field("response_scored", pa.list_(pa.bool_())),  # of the same tokens; null where the loss scores all of them
-        pa.field("prompt_text", pa.string(), nullable=False),
-        pa.field("response_texts", pa.list_(pa.string()), nullable=False),
-        pa.field("where", pa.string(), nullable=False),
-    ]
-)
 TOKENS, TEXTS = "prompt_tokens", "prompt_text"
 """The first columns of a record batch's second and third piece."""
 PIECES_A_BATCH = 3
@@ -108,57 +92,26 @@ class PreparedInfo:
 # --------------------------------------------------------------------------------------------------- writing
 
 
-def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
-    """Groups as one Arrow record batch of `SCHEMA`."""
-
-    def lists(values: Iterable[npt.NDArray[Any] | None], kind: type[np.generic]) -> pa.ListArray:
-        arrays = list(values)
-        ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
-        if ends[-1] > np.iinfo(np.int32).max:
-            raise DataError(f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit.")
-        present = [item for item in arrays if item is not None]
-        flat = np.concatenate(present) if present else np.zeros(0)
-        offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
-        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind)))
-
-    lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
-    columns = [
-        pa.array([group.group_id for group in groups], pa.string()),
-        pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
-        pa.array([group.num_responses for group in groups], pa.int32()),
-        lists(lengths, np.int32),
-        lists((group.rewards for group in groups), np.float64),
-        lists((group.labels for group in groups), np.int8),
-        lists((group.prompt_tokens for group in groups), np.int32),
-        lists((np.concatenate(group.response_tokens) for group in groups), np.int32),
-        lists((None if group.scored is None else np.concatenate(group.scored) for group in groups), np.bool_),
-        pa.array([group.prompt_text for group in groups], pa.string()),
-        pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
-        pa.array([group.where for group in groups], pa.string()),
-    ]
-    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
-
-
 def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
-    """Write groups to an Arrow file, and `groups.pieces` beside it; digests, size and counts, as fields of `PreparedInfo`.
+    """Write groups to an Arrow file, and `groups.pieces` beside it; what `write_batches` returns.
+
+    Raises:
+        DataError: as `write_batches`.
+    """
+    return write_batches(path, map(to_batch, itertools.batched(groups, BATCH_GROUPS)))
+
+
+def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
+    """Write record batches to an Arrow file, and `groups.pieces` beside it; digest, size and counts, named as in `PreparedInfo`.
 
     Raises:
         DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
     """
-    iterator, digest, kinds = iter(groups), hashlib.sha256(), set()
+    digest = Digest()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-        while batch := list(itertools.islice(iterator, BATCH_GROUPS)):
-            for group in batch:
-                kinds.add((group.rewards is None, group.labels is None))
-                wrong = "rewards and labels are given by all groups or by none" if len(kinds) > 1 else ""
-                if not group.response_tokens or 0 in map(len, group.response_tokens):
-                    wrong = "it has no responses, or one without tokens"
-                elif group.scored is not None and not all(mask.any() for mask in group.scored):
-                    wrong = "one of its responses has no scored token"
-                if wrong:
-                    raise DataError(f"{group.where}: group {group.group_id}: {wrong}.")
-                _update_digest(digest, group)
-            file.write_batch(to_batch(batch))
+        for batch in batches:
+            digest.update(batch)
+            file.write_batch(batch)
     pieces = _cut_pieces(path).astype("<u8").tobytes()
     path.with_name(PIECES_FILE).write_bytes(pieces)
     stored = StoredGroups(path)
@@ -204,20 +157,6 @@ def _map(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
     mapped = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(mapped))
     return mapped, [reader.get_batch(index) for index in range(reader.num_record_batches)]
-
-
-def _update_digest(digest: hashlib._Hash, group: TokenizedGroup) -> None:
-    """Feed one group: every part is preceded by its length, so that no two different stores feed the same bytes."""
-    parts: list[bytes | None] = [group.group_id.encode(), group.prompt_tokens.astype("<i4").tobytes()]
-    parts += [tokens.astype("<i4").tobytes() for tokens in group.response_tokens]
-    parts.append(None if group.rewards is None else group.rewards.astype("<f8").tobytes())
-    parts.append(None if group.labels is None else group.labels.tobytes())
-    if group.scored is not None:
-        parts += [mask.astype(np.bool_).tobytes() for mask in group.scored]
-    digest.update(len(parts).to_bytes(8, "little"))
-    for part in parts:
-        digest.update((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
-        digest.update(part or b"")
 
 
 def write_info(folder: Path, info: PreparedInfo) -> None:
@@ -422,10 +361,19 @@ class StoredGroups:
 
     def compute_digest(self) -> str:
         """The digest of what is stored; equal to `PreparedInfo.data_digest` unless the file changed. Reads everything."""
-        digest = hashlib.sha256()
-        for group in self:
-            _update_digest(digest, group)
+        digest = Digest()
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            if batch.num_rows:
+                self._locate(start, piece=1)
+                digest.update(batch)
         return digest.hexdigest()
+
+    def batches(self, indices: Int64) -> Iterator[pa.RecordBatch]:
+        """These groups, in ascending order, as record batches of the usual size."""
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            for piece in (1, 2) if batch.num_rows else ():
+                self._locate(start, piece)
+        return take_rows(self._batches, indices, BATCH_GROUPS)
 
 
 class PreparedGroups(StoredGroups):

@@ -19,13 +19,13 @@ from jinja2 import TemplateError
 
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data.arrays import Int32
+from mpo_megatron.data.batches import to_batch
 from mpo_megatron.data.chat import Chat, Tokens
 from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
 from mpo_megatron.data.sources import Rejection
-from mpo_megatron.data.store import to_batch
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError

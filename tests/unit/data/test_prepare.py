@@ -128,6 +128,19 @@ def test_the_result_does_not_depend_on_the_number_of_workers(run: Run, write_lin
     assert len(rejected(tmp_path / "out1")) == 22
 
 
+def test_rows_that_nothing_changes_are_copied(
+    run: Run, write_lines: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same bytes as if every group were read and written again."""
+    path = write_lines(*(row(index) for index in range(300)))
+    run(path, held_out=5)
+    monkeypatch.setattr("mpo_megatron.data.prepare._changes_nothing", lambda config: False)
+    run(path, "again", held_out=5)
+    for suffix in ("", "-eval"):
+        files = [tmp_path / f"{name}{suffix}" / "groups.arrow" for name in ("out", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_worker_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="num_workers = 2; a tokenizing process died, perhaps for lack of memory; use fewer"):
         list(module.map_in_order(os._exit, [1, 1], 2))

@@ -1,0 +1,143 @@
+"""Groups as Arrow record batches: made from groups, taken from others, checked, and digested."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mpo_megatron.data.arrays import Int64
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.files import DataError
+
+SCHEMA = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("prompt_length", pa.int32(), nullable=False),
+        pa.field("num_responses", pa.int32(), nullable=False),
+        pa.field("response_lengths", pa.list_(pa.int32()), nullable=False),
+        pa.field("rewards", pa.list_(pa.float64())),
+        pa.field("labels", pa.list_(pa.int8())),
+        pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
+        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
+        pa.field("response_scored", pa.list_(pa.bool_())),  # of the same tokens; null where the loss scores all of them
+        pa.field("prompt_text", pa.string(), nullable=False),
+        pa.field("response_texts", pa.list_(pa.string()), nullable=False),
+        pa.field("where", pa.string(), nullable=False),
+    ]
+)
+
+Cells = list[memoryview | None]
+"""Of each row, the bytes of its values; None where it is null."""
+
+
+def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
+    """Groups as one Arrow record batch of `SCHEMA`."""
+
+    def lists(values: Iterable[npt.NDArray[Any] | None], kind: type[np.generic]) -> pa.ListArray:
+        arrays = list(values)
+        ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
+        if ends[-1] > np.iinfo(np.int32).max:
+            raise DataError(f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit.")
+        present = [item for item in arrays if item is not None]
+        flat = np.concatenate(present) if present else np.zeros(0)
+        offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
+        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind)))
+
+    nothing = np.zeros(0, np.int32)
+    lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
+    columns = [
+        pa.array([group.group_id for group in groups], pa.string()),
+        pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
+        pa.array([group.num_responses for group in groups], pa.int32()),
+        lists(lengths, np.int32),
+        lists((group.rewards for group in groups), np.float64),
+        lists((group.labels for group in groups), np.int8),
+        lists((group.prompt_tokens for group in groups), np.int32),
+        lists((np.concatenate([nothing, *group.response_tokens]) for group in groups), np.int32),
+        lists((None if group.scored is None else np.concatenate(group.scored) for group in groups), np.bool_),
+        pa.array([group.prompt_text for group in groups], pa.string()),
+        pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
+        pa.array([group.where for group in groups], pa.string()),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def take_rows(batches: Sequence[pa.RecordBatch], indices: Int64, size: int) -> Iterator[pa.RecordBatch]:
+    """Rows of some batches as new batches of `size` rows, the last one with the rest.
+
+    Args:
+        indices: places of the rows, ascending
+    Raises:
+        DataError: a batch would have more tokens than Arrow's offsets count.
+    """
+    ends = np.cumsum([batch.num_rows for batch in batches])
+    for start in range(0, len(indices), size):
+        wanted = indices[start : start + size]
+        of_batch = np.searchsorted(ends, wanted, side="right")
+        parts = []
+        for number in np.unique(of_batch).tolist():
+            batch = batches[number]
+            rows = wanted[of_batch == number] - (ends[number] - batch.num_rows)
+            parts.append(batch if len(rows) == batch.num_rows else batch.take(pa.array(rows)))
+        try:
+            yield pa.concat_batches(parts)
+        except pa.ArrowInvalid as error:
+            raise DataError(f"more than 2^31 − 1 tokens or characters in one batch of {len(wanted)} groups.") from error
+
+
+class Digest:
+    """The digest of groups in order, and the check that they can be trained on together."""
+
+    def __init__(self) -> None:
+        self.sha = hashlib.sha256()
+        self.kinds = set[tuple[bool, bool]]()
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        """Feed a batch's groups: every part is preceded by its length, so that no two different stores feed the same bytes.
+
+        Raises:
+            DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
+        """
+        ids, tokens, masks = batch["group_id"].to_pylist(), _cells(batch["response_tokens"]), _cells(batch["response_scored"])
+        prompts, rewards, labels = (_cells(batch[name]) for name in ("prompt_tokens", "rewards", "labels"))
+        for row, lengths in enumerate(batch["response_lengths"].to_pylist()):
+            ends = list(itertools.accumulate(lengths, initial=0))
+            responses, mask = tokens[row], masks[row]
+            assert responses is not None
+            parts = [ids[row].encode(), prompts[row]]
+            parts += [responses[4 * start : 4 * end] for start, end in itertools.pairwise(ends)]
+            parts += [rewards[row], labels[row]]
+            scored = [] if mask is None else [mask[start:end] for start, end in itertools.pairwise(ends)]
+            self.kinds.add((rewards[row] is None, labels[row] is None))
+            wrong = "rewards and labels are given by all groups or by none" if len(self.kinds) > 1 else ""
+            if not lengths or 0 in lengths:
+                wrong = "it has no responses, or one without tokens"
+            elif not all(map(any, scored)):
+                wrong = "one of its responses has no scored token"
+            if wrong:
+                raise DataError(f"{batch['where'][row]}: group {ids[row]}: {wrong}.")
+            fed = [(len(parts) + len(scored)).to_bytes(8, "little")]
+            for part in (*parts, *scored):
+                fed.append((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
+                fed.append(part or b"")
+            self.sha.update(b"".join(fed))
+
+    def hexdigest(self) -> str:
+        """Of all that was fed."""
+        return self.sha.hexdigest()
+
+
+def _cells(column: pa.ListArray) -> Cells:
+    values: npt.NDArray[Any] = column.flatten().to_numpy(zero_copy_only=False)
+    data = memoryview(np.ascontiguousarray(values.astype(values.dtype.newbyteorder("<"), copy=False))).cast("B")
+    sizes = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False).astype(np.int64) * values.itemsize
+    ends = np.cumsum(sizes)
+    known = column.is_valid().to_pylist()
+    starts = (ends - sizes).tolist()
+    return [data[start:end] if there else None for start, end, there in zip(starts, ends.tolist(), known, strict=True)]
