@@ -24,6 +24,7 @@ from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints.resumption import only_run, resume, run_options
 from mpo_megatron.train.checkpoints.saving import Saver
 from mpo_megatron.train.checkpoints.step_folders import RunState
+from mpo_megatron.train.dead_gradients import warn_dead_gradients
 from mpo_megatron.train.evaluation import evaluate
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.incidents import Evidence, Guard, TrainingError, report
@@ -262,6 +263,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         print(f"slower than it could be: {shortfall}", flush=True)
     if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
         print(note, flush=True)
+    if warning := warn_dead_gradients(setup.objective, setup.train):
+        print(warning, flush=True)
     if not setup.needs_reference:
         print(NO_REFERENCE.format(loss=config.loss.title), flush=True)
     if run.setup.adapter is not None and config.optimizer.lr == OptimizerConfig().lr:

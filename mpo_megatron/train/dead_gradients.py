@@ -1,0 +1,56 @@
+"""A warning before the first step: weights of reward deviations that leave groups nothing to learn from.
+
+`wmpo` and `swepo` shift a response's logit by its reward's distance from the group's mean. If that puts nearly all mass on the
+preferred responses already, the loss is near 0 and so is its gradient, whatever the policy does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mpo_megatron.data.group import TokenizedGroup
+from mpo_megatron.data.loader import group_table
+from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.train.objective import Logps, Objective, group_batch
+
+WEIGHTED = ("wmpo", "swepo")
+"""Losses whose weights can do so."""
+DEAD = 1e-3
+"""Largest gradient of a dead group, in units of β: DPO starts with a half."""
+SAMPLED_GROUPS = 512
+"""Groups that are looked at."""
+WARN_ABOVE = 0.1
+"""Share of dead groups that is worth a warning."""
+
+
+def warn_dead_gradients(objective: Objective, data: PreparedGroups) -> str | None:
+    """What to say about these data; None if few of their groups start without a gradient, or the loss has no such weights."""
+    if objective.loss.name not in WEIGHTED:
+        return None
+    indices = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLED_GROUPS)).astype(int))
+    share = dead_share(objective, [data[int(index)] for index in indices])
+    if share <= WARN_ABOVE:
+        return None
+    signed = getattr(objective.params, "deviation", "absolute") == "signed"
+    return (
+        f"loss.params.alpha = {objective.params.alpha:g} leaves {share:.0%} of {len(indices)} sampled groups a gradient below "
+        f"{DEAD:g} β at the start: the weights of their preferred responses already decide the loss. Lower loss.params.alpha, "
+        f"or scale the rewards down{', or set loss.params.deviation = absolute' if signed else ''}."
+    )
+
+
+def dead_share(objective: Objective, groups: Sequence[TokenizedGroup]) -> float:
+    """Share of the contributing groups whose responses all have a gradient below `DEAD` where the policy is its reference."""
+    table = group_table(groups, np.arange(len(groups)))
+    contributes, _ = objective.select(table)
+    if not contributes.any():
+        return 0.0
+    policy = torch.zeros(table.valid.shape, dtype=torch.float64, requires_grad=True)
+    reference = Logps(response=torch.zeros(table.valid.shape, dtype=torch.float64))
+    losses = objective.compute(group_batch(table, Logps(response=policy), reference))
+    (gradient,) = torch.autograd.grad(losses.sum(), policy)
+    largest = gradient.abs().amax(dim=-1).numpy()[contributes] / objective.params.beta
+    return float((largest < DEAD).mean())
