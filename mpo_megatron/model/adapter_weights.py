@@ -39,7 +39,7 @@ def fill_adapters(
             place = place_in(box, item)
             if place is not None:
                 (placement,) = item.placements
-                part = provide(placement.name, placement.shape)[place]
+                part = placement.scatter(provide(placement.name, placement.shape), item.shape)[place]
                 held[box].view(part.shape).copy_(part)
 
 

@@ -141,7 +141,7 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
         )
         (placement,) = item.placements
         offsets, sizes = [*item.index, *(0 for _ in item.shape)], [*(1 for _ in item.index), *item.shape]
-        matrices[placement.name] = checkpoint.read(item.key, offsets, sizes).reshape(item.shape)
+        matrices[placement.name] = placement.gather(checkpoint.read(item.key, offsets, sizes).reshape(item.shape))
     return record, matrices
 
 
@@ -205,10 +205,11 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
         sizes = (*(1 for _ in item.index), *item.shape)
         offsets = (*item.index, *(0 for _ in item.shape))
         dtype = matrices[placement.name].dtype
-        homes[StoredChunk(item.key, dtype, item.global_shape, offsets, sizes)] = placement.name
+        homes[StoredChunk(item.key, dtype, item.global_shape, offsets, sizes)] = (placement, item.shape)
 
     def resolve(chunk: StoredChunk) -> Tensor:
-        return matrices[homes[chunk]].reshape(chunk.sizes)
+        placement, shape = homes[chunk]
+        return placement.scatter(matrices[placement.name], shape).reshape(chunk.sizes)
 
     with staged(output, _num_bytes(matrices.values())) as folder:
         write_checkpoint(folder / "megatron", list(homes), [], resolve)

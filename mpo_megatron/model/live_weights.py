@@ -124,10 +124,7 @@ class LiveWeights:
 def _tensors_of(whole: Tensor, item: Slice) -> Iterator[tuple[str, Tensor]]:
     """The Hugging Face tensors that a Megatron tensor is made of, each with memory of its own."""
     for placement in item.placements:
-        tensor = whole.new_empty(placement.shape)
-        for run in placement.runs:
-            tensor[run.hf_row : run.hf_row + run.num_rows] = whole[run.megatron_row : run.megatron_row + run.num_rows]
-        yield placement.name, tensor
+        yield placement.name, placement.gather(whole)
 
 
 def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:

@@ -10,10 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.families.rules import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,20 @@ class Placement:
     shape: tuple[int, ...]
     runs: tuple[RowRun, ...]
     """In the order of this tensor's rows."""
+
+    def gather(self, whole: Tensor) -> Tensor:
+        """This tensor, from the Megatron tensor that holds its rows."""
+        tensor = whole.new_empty(self.shape)
+        for run in self.runs:
+            tensor[run.hf_row : run.hf_row + run.num_rows] = whole[run.megatron_row : run.megatron_row + run.num_rows]
+        return tensor
+
+    def scatter(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """A Megatron tensor of this shape with the rows of `tensor` in their places; other rows stay uninitialized."""
+        whole = tensor.new_empty(shape)
+        for run in self.runs:
+            whole[run.megatron_row : run.megatron_row + run.num_rows] = tensor[run.hf_row : run.hf_row + run.num_rows]
+        return whole
 
 
 @dataclass(frozen=True)

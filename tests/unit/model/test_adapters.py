@@ -24,7 +24,7 @@ from mpo_megatron.hf.adapter import read_adapter
 from mpo_megatron.hf.conversion import load_conversion
 from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.model.adapter_weights import adapter_norm, fill_adapters, initial_matrix, initialize_adapters
-from mpo_megatron.model.adapters import adapters_off, linear_adapters_of
+from mpo_megatron.model.adapters import adapters_off, clear_adapters, linear_adapters_of
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
@@ -98,6 +98,33 @@ def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
     assert (out / "adapter_config.json").read_bytes() == (peft[0] / "adapter_config.json").read_bytes()
     assert not (out / "config.json").exists()
+
+
+def test_rows_of_fused_layers_find_their_places(tmp_path: Path, ranks: Ranks) -> None:
+    """In hybrids Megatron orders some rows otherwise (queries and their gates): the model holds what PEFT's folder does."""
+    save_model(tmp_path / "hf", model_type="qwen3_5_text", num_hidden_layers=4)
+    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
+    targets = ["q_proj", "in_proj_qkv", "in_proj_z", "out_proj", "down_proj"]
+    save_peft(tmp_path, tmp_path / "peft", target_modules=targets)
+    convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "adapter"), base=str(tmp_path / "megatron")))
+    adapter = read_adapter(tmp_path / "adapter").adapter
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    family, parts = build(tmp_path, adapter, ranks)
+
+    def check() -> None:
+        held = dict(LiveWeights.of_adapter(parts, family, adapter, ranks).stream())
+        assert held.keys() == stored.keys()
+        for name, matrix in stored.items():
+            assert torch.equal(held[name], matrix), name
+
+    fill_adapters(parts, family, adapter, ranks, lambda name, shape: stored[name])
+    check()
+    clear_adapters(parts)
+    checkpoint.load_adapter(parts, tmp_path / "adapter", ranks)
+    check()
+    convert(ConvertConfig(input=str(tmp_path / "adapter"), output=str(tmp_path / "out")))
+    exported = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(exported[name], matrix) for name, matrix in stored.items())
 
 
 def test_a_merged_model_answers_as_the_adapter_does(
