@@ -47,7 +47,7 @@ def read_answer(
     ids = _read_ids(choice.get("token_ids"), sampling, tokenizer)
     num_tokens = _read_count(answer, ids, sampling)
     drawn = None if ids is None else tokenizer.decode(_without_end(ids, sampling), skip_special=True)
-    if drawn is not None and _agrees(drawn, text, api):
+    if drawn is not None and (sampling.logps or _agrees(drawn, text, api)):  # with log-probs, the tokens count, not the text
         whole = cut_at_stop(drawn, sampling.stop)
         return Response(
             text=whole,

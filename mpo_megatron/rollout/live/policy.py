@@ -83,6 +83,11 @@ class LivePolicy:
             if not found[prompt.group_id].responses:
                 reason = found[prompt.group_id].error
                 raise DataError(f"group {prompt.group_id}: the policy gave no sample ({reason}); look at the engine's log.")
+            if not all(response.token_ids for response in found[prompt.group_id].responses):
+                raise DataError(
+                    f"group {prompt.group_id}: the engine gives no token ids of a sample, and its text may encode to others; "
+                    "serve with vLLM 0.33, or set online.engine to transformers."
+                )
         return [found[prompt.group_id] for prompt in prompts]
 
 

@@ -5,8 +5,10 @@ Four responses to a prompt are asked for; the third one's answers are bad, whate
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
+import math
 import socket
 import threading
 import time
@@ -24,6 +26,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout import client as client_module
 from mpo_megatron.rollout.draws import DrawnGroup, answer
 from mpo_megatron.rollout.engines import Sampling, response_seed
+from mpo_megatron.rollout.engines.answers import read_answer
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 from mpo_megatron.rollout.records import Record, encode_line
 
@@ -306,6 +309,26 @@ def test_what_is_usable_is_used(bad: Bad, chat: Chat, name: str) -> None:
     assert expected.items() <= found.items()
     assert ("token_ids" in found) == ("token_ids" in expected)
     assert "unusable" not in record
+
+
+STATED: dict[str, tuple[Any, float | None]] = {
+    "one a token": ({"token_logprobs": [-0.5, 0, -1]}, -1.5),
+    "one too few": ({"token_logprobs": [-0.5, -1]}, None),
+    "above 0": ({"token_logprobs": [-0.5, 0.1, -1]}, None),
+    "null": ({"token_logprobs": [None, -0.5, -1]}, None),
+    "no list": ({"token_logprobs": -1.5}, None),
+    "infinite": ({"token_logprobs": [-math.inf, 0, 0]}, None),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", STATED)
+def test_log_probabilities_are_read_or_missing(chat: Chat, name: str) -> None:
+    stated, expected = STATED[name]
+    answer = body("another text", choice={"token_ids": [0, 0, 256], "logprobs": stated})
+    asked = dataclasses.replace(SAMPLING, logps=True)
+    found = read_answer(answer, api="tokens", seed=1, sampling=asked, tokenizer=chat.tokenizer, thoughts=None)
+    assert (found.token_ids, found.text, found.logp) == ((0, 0, 256), "!!", expected)  # the tokens count, not the text
 
 
 def test_another_seed_gives_another_answer(bad: Bad, chat: Chat) -> None:
