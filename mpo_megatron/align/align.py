@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from mpo_megatron.align.estimate import estimate
+from mpo_megatron.align.estimate import estimate, estimate_rounds
 from mpo_megatron.align.outcome import (
     OUTCOME_FILE,
     describe_outcome,
@@ -124,7 +124,7 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
     rounds = build_rounds(config, model)
     if config.plan:
         lines = [f"rounds: {config.rounds} × (generate → score → select → prepare → train), in {rounds.output}"]
-        console.print("\n".join([*lines, "`mpo plan` estimates the training of a round."]), soft_wrap=True)
+        console.print("\n".join([*lines, estimate_rounds(rounds, model)]), soft_wrap=True, markup=False)
         return
     iterate(rounds, console)
     last = Path(rounds.output) / "policies" / f"{config.rounds:02d}" / "hf"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,45 +14,131 @@ import torch
 from mpo_megatron import device
 from mpo_megatron.align.defaults import fastest, machine_workload
 from mpo_megatron.align.plan import Stages, count_rows
-from mpo_megatron.config import AlignConfig, PlanConfig, PrepareConfig, require
+from mpo_megatron.config import AlignConfig, GenerateConfig, IterateConfig, PlanConfig, PrepareConfig, TrainConfig, require
 from mpo_megatron.config.sections import has_option
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.prepare import open_streams
 from mpo_megatron.data.tokenizing import load_chat
 from mpo_megatron.plan.hardware import TABLE
+from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.plan import build_problem, summarize
+from mpo_megatron.plan.search import Workload
+from mpo_megatron.rollout.prompts import load_prompts
+from mpo_megatron.rollout.rounds import build_round
 from mpo_megatron.train.launcher import count_ranks
 
 SAMPLED_ROWS = 200
 """Rows whose lengths represent all."""
+VLLM_BATCH = 256
+"""Sequences that vLLM decodes at a time by default."""
 
 
 def estimate(config: AlignConfig, stages: Stages) -> str:
     """In words, how long training takes here: by `mpo plan` on GPUs that it knows, on a CPU by a measured matrix product."""
     lengths = sample_lengths(stages.prepare) | {"groups": max(1, count_rows(config.data, config.prepare))}
     train = stages.train
+    machine = find_machine(train, stages.model, config.nproc, lengths)
+    if isinstance(machine, str):
+        return machine
+    groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
+    minutes, reference = training_minutes(machine, train, groups, chooses=not has_option(config.train, "parallel"))
+    share = f", {reference:,.0f} of them for the reference's log-probs" if reference else ", no reference log-probs among them"
+    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {machine.words}{share}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A run on this machine."""
+
+    workload: Workload
+    words: str
+    """What it computes with."""
+    gpu: bool
+
+
+def find_machine(train: TrainConfig, model: Path, nproc: int | None, lengths: Mapping[str, Any]) -> Machine | str:
+    """The run on this machine; in words, why there is no estimate."""
     if device.has_gpu():
-        workload = machine_workload(train, stages.model, config.nproc, lengths)
+        workload = machine_workload(train, model, nproc, lengths)
         if workload is None:
             return f"no estimate: mpo plan does not know {torch.cuda.get_device_name()}; it knows {', '.join(TABLE)}."
-        candidate = None if has_option(config.train, "parallel") else fastest(workload)
-        speed = f"{workload.gpus} × {workload.hardware.name}"
+        return Machine(workload=workload, words=f"{workload.gpus} × {workload.hardware.name}", gpu=True)
+    ranks = nproc or count_ranks(train.parallel)
+    peak = measure_peak()
+    workload = build_problem(PlanConfig(gpus=ranks, model=str(model), hardware="h100", **lengths), train)
+    hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
+    words = f"{peak:.2f} TFLOP/s, the speed of a matrix product here now"
+    return Machine(workload=replace(workload, hardware=hardware), words=words, gpu=False)
+
+
+def training_minutes(machine: Machine, train: TrainConfig, groups: int, *, chooses: bool) -> tuple[float, float]:
+    """Minutes of a run that sees so many groups, and those of its reference log-probs in them.
+
+    Args:
+        chooses: the fastest layout is taken on GPUs, as `mpo align` does
+    """
+    workload = machine.workload
+    if machine.gpu and chooses:
+        candidate = fastest(workload)
     else:
-        ranks = config.nproc or count_ranks(train.parallel)
-        peak = measure_peak()
-        plan = PlanConfig(gpus=ranks, model=str(stages.model), hardware="h100", **lengths)
-        workload = build_problem(plan, train)
-        hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
-        workload, candidate = replace(workload, hardware=hardware), None
-        speed = f"{peak:.2f} TFLOP/s, the speed of a matrix product here now"
-    if candidate is None:
-        candidate = workload.evaluate(train.parallel, train.model.recompute, train.data.row_tokens)
-    groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
+        rows = max(train.data.row_tokens, workload.sequences.longest)
+        candidate = workload.evaluate(train.parallel, train.model.recompute, rows)
     figures = summarize(workload, candidate, groups)
-    minutes, reference = (60 * hours for hours in (figures["hours"] + figures["reference_hours"], figures["reference_hours"]))
-    share = f", {reference:,.0f} of them for the reference's log-probs" if reference else ", no reference log-probs among them"
-    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {speed}{share}."
+    return 60 * (figures["hours"] + figures["reference_hours"]), 60 * figures["reference_hours"]
+
+
+def estimate_rounds(config: IterateConfig, model: Path) -> str:
+    """In words, how long on-policy rounds take here: tokens to generate, training and its reference; scorers are unknown."""
+    first = build_round(config, 1)
+    train, generate = first.train, first.generate
+    chat = load_chat(replace(first.prepare, tokenizer=str(model)))
+    sampled = load_prompts(config.prompts, chat, max_prompt_tokens=generate.max_prompt_tokens, max_prompts=SAMPLED_ROWS)
+    prompts = max(1, (count_rows([config.prompts], {}) - config.held_out) // config.rounds)
+    answer = max(1, generate.max_tokens // 2)
+    lengths = {
+        "prompt_tokens": max(1, round(sum(map(len, sampled.token_ids.values())) / max(1, len(sampled.token_ids)))),
+        "response_tokens": answer,
+        "responses": max(2, min(generate.num_responses, first.select.max_responses or generate.num_responses)),
+        "groups": prompts,
+    }
+    machine = find_machine(train, model, config.nproc, lengths)
+    if isinstance(machine, str):
+        return machine
+    tokens = prompts * generate.num_responses * answer
+    held_out = config.held_out * config.held_out_responses * answer
+    groups = round(prompts * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
+    minutes, reference = training_minutes(machine, train, groups, chooses=False)
+    made = f"{prompts:,} prompts × {generate.num_responses} answers of about {answer} tokens (half of generate.max_tokens)"
+    trained = f"training {minutes:,.0f} minutes" + (
+        f", {reference:,.0f} of them for the reference's log-probs" if reference else ""
+    )
+    if generate.engine == "openai":
+        return f"a round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring comes on top."
+    rate = generation_rate(machine, generate)
+    generating = tokens / rate / 60
+    total = config.rounds * (generating + minutes) + (config.rounds + 1) * held_out / rate / 60
+    return (
+        f"a round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to held-out prompts "
+        f"included: about {total:,.0f} minutes on {machine.words}. Scoring comes on top."
+    )
+
+
+def generation_rate(machine: Machine, generate: GenerateConfig) -> float:
+    """Tokens a second: a decoding step multiplies each weight by a batch of tokens, or on a GPU just reads it, if that is longer.
+
+    Keys and values, prompts and the scheduler count nothing.
+    """
+    workload, vllm = machine.workload, generate.engine == "vllm"
+    hardware, assumed = workload.hardware, workload.assumed
+    gpus = generate.vllm.tensor_parallel if vllm else 1
+    batch = VLLM_BATCH if vllm else generate.transformers.batch_size
+    rate = hardware.bf16_tflops * 1e12 * assumed.efficiency * (gpus if machine.gpu else workload.gpus)
+    seconds = batch * (workload.flops.per_token + workload.flops.per_scored) / rate
+    if machine.gpu:
+        read = 2 * count_parameters(workload.family) / gpus
+        seconds = max(seconds, read / (hardware.memory_gbps * 1e9 * assumed.memory_efficiency))
+    return batch / seconds
 
 
 def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import random
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,15 +20,25 @@ from mpo_megatron import device
 from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
 from mpo_megatron.align.align import align
-from mpo_megatron.align.estimate import estimate
+from mpo_megatron.align.estimate import Machine, estimate, generation_rate
 from mpo_megatron.align.outcome import read_numbers
 from mpo_megatron.align.plan import build_rounds, build_stages
-from mpo_megatron.config import AlignConfig, ChatConfig, ConfigError
+from mpo_megatron.config import (
+    AlignConfig,
+    ChatConfig,
+    ConfigError,
+    DataConfig,
+    GenerateConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import read_info
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError
 from mpo_megatron.model import convert as converting
+from mpo_megatron.plan.plan import build_problem
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
 from mpo_megatron.rollout.chat import chat
@@ -216,6 +227,29 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     two = settings(inputs, tmp_path / "out", plan=True, train={"parallel": {"tensor": 2}, "max_steps": 2})
     align(two, Console(file=output, width=200))
     assert "training sees 256 groups: about" in output.getvalue()
+
+
+def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) -> None:
+    output = io.StringIO()
+    scorers = {"x": {"kind": "match"}}
+    changes: dict[str, Any] = {"data": [], "prompts": str(inputs / "prompts.jsonl"), "rounds": 2, "score": {"scorers": scorers}}
+    align(settings(inputs, tmp_path / "out", plan=True, **changes), Console(file=output, width=400))
+    # 16 prompts, two held out; answers are taken for half of generate.max_tokens.
+    assert "a round: 7 prompts × 8 answers of about 4 tokens" in output.getvalue()
+    assert re.search(r"minutes at [\d,]+ tokens/s; training \d+ minutes.* All rounds, .* about \d+ minutes on", output.getvalue())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_generation_reads_weights_or_multiplies(engine: Any) -> None:
+    """On an H100 a decoding step of an 8B model reads 16 GB whatever the batch."""
+    lengths = {"prompt_tokens": 32, "response_tokens": 32, "responses": 4, "groups": 8}
+    train = TrainConfig(output="o", model=ModelConfig(checkpoint="m"), data=DataConfig(train="d"))
+    workload = build_problem(PlanConfig(gpus=8, model="Llama-3-8B", hardware="h100", **lengths), train)
+    generate = GenerateConfig(prompts="p", model="m", output="o", engine=engine)
+    rate = generation_rate(Machine(workload=workload, words="", gpu=True), generate)
+    reading = 2 * 8.03e9 / (3.35e12 * workload.assumed.memory_efficiency)
+    assert rate == pytest.approx((256 if engine == "vllm" else 32) / reading, rel=1e-3)
 
 
 @pytest.mark.parametrize(("given", "held_out"), [(None, 4), (7, 7)])
