@@ -300,6 +300,17 @@ USABLE: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+def test_the_guide_lists_all_of_them() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "reference" / "rollouts.md").read_text(encoding="utf-8")
+    number = len(UNUSABLE) + len(STREAMS) + len(LOST)
+    assert number >= 40
+    assert f"misbehaves in {number} ways, and in {len(USABLE)} odd but usable ones" in " ".join(page.split())
+    listed = {
+        name for line in page.splitlines() if line.startswith("| ") for name in line.split(" | ")[-1].strip(" |").split("; ")
+    }
+    assert {*UNUSABLE, *STREAMS, *LOST, *USABLE} <= listed
+
+
 @pytest.mark.parametrize("name", USABLE)
 def test_what_is_usable_is_used(bad: Bad, chat: Chat, name: str) -> None:
     content, expected = USABLE[name]
