@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron.config import ConvertConfig, GenerateConfig, IterateConfig, PrepareConfig, ScoreConfig, TrainConfig, load_yaml
+from mpo_megatron.config import (
+    AlignConfig,
+    ConvertConfig,
+    GenerateConfig,
+    IterateConfig,
+    PrepareConfig,
+    ScoreConfig,
+    TrainConfig,
+    load_yaml,
+)
 from mpo_megatron.families.published import MODELS
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.hf.conversion import Conversion
@@ -24,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "mpo_megatron"
 FILES = sorted(PACKAGE.rglob("*.py"))
 OTHER_YAML = {
-    *(ROOT / "examples" / name / "methods.yaml" for name in ("compare", "on_policy")),
+    *(ROOT / "examples" / name / "methods.yaml" for name in ("compare", "on_policy", "papers")),
     ROOT / "examples" / "recipes" / "plans.yaml",
     *(ROOT / "examples" / "launch" / name for name in ("pytorchjob.yaml", "jobset.yaml", "skypilot.yaml")),
 }
@@ -244,6 +253,7 @@ def test_there_are_example_configs() -> None:
 @pytest.mark.parametrize("path", EXAMPLE_CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_example_configs_parse(path: Path) -> None:
     kinds = {
+        "align": AlignConfig,
         "convert": ConvertConfig,
         "prepare": PrepareConfig,
         "generate": GenerateConfig,
