@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -50,6 +51,26 @@ def hf_config(size: str) -> PretrainedConfig:
         eos_token_id=shape["vocab_size"] - 1,
         pad_token_id=shape["vocab_size"] - 2,
     )
+
+
+def save_checkpoint(folder: Path, size: str) -> PretrainedConfig:
+    """Write a random Hugging Face model and return its configuration.
+
+    Beside it, `tokenizer` is one whose token number n is the word `tn`: any token ids can be written as text.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    config = hf_config(size)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.has_gpu() else torch.float32)
+    model.save_pretrained(folder)
+    words = {f"t{index}": index for index in range(config.vocab_size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "t0", "eos_token": f"t{config.eos_token_id}", "pad_token": f"t{config.pad_token_id}"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder.with_name("tokenizer"))
+    return config
 
 
 def model_config() -> ModelConfig:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from benchmarks.setup import SHAPES, TrainStep, as_data, bench, hf_config, make_batch, make_groups
+from benchmarks.setup import SHAPES, TrainStep, as_data, bench, hf_config, make_batch, make_groups, save_checkpoint
 from mpo_megatron import device
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import TokenizedGroup
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         vocab_size=config.vocab_size,
     )
     with tempfile.TemporaryDirectory() as folder:
-        source = save_checkpoint(Path(folder) / "hf", options.size)
-        convert(ConvertConfig(input=str(source), output=str(Path(folder) / "megatron")))
+        save_checkpoint(Path(folder) / "hf", options.size)
+        convert(ConvertConfig(input=f"{folder}/hf", output=f"{folder}/megatron"))
         rows = timing.measure_each(
             "trl",
             options,
@@ -93,23 +93,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     note = "Steps of both sides in turn, optimizer included; ratio: median (min…max) over turns."
     timing.report("trl", options, settings, rows, table, note)
-
-
-def save_checkpoint(folder: Path, size: str) -> Path:
-    """A random model; beside it (`tokenizer`) one whose token number n is the word `tn`: any token ids can be written as text."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    config = hf_config(size)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if device.has_gpu() else torch.float32)
-    model.save_pretrained(folder)
-    words = {f"t{index}": index for index in range(config.vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = {"eos_token": f"t{config.eos_token_id}", "pad_token": f"t{config.pad_token_id}"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder.with_name("tokenizer"))
-    return folder
 
 
 def measure(

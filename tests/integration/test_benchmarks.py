@@ -16,7 +16,7 @@ from benchmarks import timing
 from benchmarks.breakdown import kind_of
 from tests.distributed.launch import ROOT, run_ranks
 
-PARTS = ("__init__", "fp8_emulation", "setup", "timing")
+PARTS = ("__init__", "fp8_emulation", "hand_loops", "setup", "timing")
 """Modules that benchmarks are made of."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
 NUM_RANKS = {"plan": 2}
