@@ -16,6 +16,7 @@ import os
 import resource
 import warnings
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -299,7 +300,7 @@ def _prepare_megatron() -> None:
     with _quiet_imports(), _eager_imports():
         _import_transformer_engine()
         from megatron.core import jit
-        from megatron.core.tensor_parallel import random
+        from megatron.core.tensor_parallel import layers, random
         from megatron.core.transformer.moe import token_dispatcher
     jit.disable_jit_fuser()  # for the modules that are imported later
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
@@ -314,10 +315,25 @@ def _prepare_megatron() -> None:
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu no longer exists; mpo_megatron.device must "
             "follow"
         )
+    # NVIDIA's apex adds weight gradients to Megatron's buffer inside the GEMM, and so does PyTorch.
+    if not hasattr(layers, "_grad_accum_fusion_available"):
+        raise AttributeError(
+            "megatron.core.tensor_parallel.layers._grad_accum_fusion_available no longer exists; mpo_megatron.device must follow"
+        )
+    layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
+    layers._grad_accum_fusion_available = True
     # Counts of tokens that come from a GPU become numpy arrays, which all-to-all takes; from a CPU they would stay tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and tensor is not None else tensor
     )
+
+
+def _add_weight_gradient(inputs: torch.Tensor, grad_outputs: torch.Tensor, total: torch.Tensor) -> None:
+    """total += grad_outputsᵀ @ inputs, [out, in] in float32."""
+    if inputs.dtype is total.dtype:
+        total.addmm_(grad_outputs.T, inputs)
+    else:
+        total += grad_outputs.T @ inputs
 
 
 @contextlib.contextmanager

@@ -116,6 +116,10 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
 def _weight_gradients(engine: bool) -> tuple[str, str]:
     if engine:
         return "added inside the GEMM", "layers of Transformer Engine"
+    from mpo_megatron import device
+
+    if not device.has_gpu():
+        return "added inside the GEMM", "PyTorch, on a CPU"
     if has_fused_gradients():
         return "added inside the GEMM", "NVIDIA's apex"
     return "added in a pass of their own", "neither Transformer Engine nor NVIDIA's apex is in use"

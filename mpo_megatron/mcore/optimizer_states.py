@@ -42,6 +42,14 @@ def fill_states(optimizer: Any) -> None:
                 state["step"].zero_()
 
 
+def fuse_adam(optimizer: Any) -> None:
+    """Let torch's AdamW, where it is the optimizer, update each weight in one pass; Megatron asks for its loop of many."""
+    for single in getattr(optimizer, "chained_optimizers", [optimizer]):
+        adam = getattr(single, "optimizer", None)
+        for group in adam.param_groups if type(adam) is torch.optim.AdamW else ():
+            group["fused"] = True
+
+
 def leave_out_classes(states: dict[Any, Any]) -> None:
     """Take the classes of Adam out of the options that Megatron's offloading optimizer keeps: torch would not load them again."""
     for single in [states] if "optimizer" in states else states.values():
@@ -68,6 +76,7 @@ def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any])
     """
     for index, single, state_dict in each_single(optimizer, loaded):
         single.load_state_dict(state_dict)
+        fuse_adam(single)  # a checkpoint has the groups' options, too
         states = single.optimizer.state.values()
         counts = [state.pop("step", None) for state in states]
         single.load_parameter_state_from_fully_reshardable(moments.get(index, {}))

@@ -10,12 +10,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.utils import get_attr_wrapped_model, get_model_config
 
 from mpo_megatron import device
 from mpo_megatron.config import OptimizerConfig, require
 from mpo_megatron.families import Family
-from mpo_megatron.mcore.optimizer_states import follow_parameter_order
+from mpo_megatron.mcore.optimizer_states import follow_parameter_order, fuse_adam
 from mpo_megatron.mcore.weights import gather_now
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import missing_for_transformer_engine
@@ -46,7 +47,15 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
                 pg_collection=ranks.groups,
             )
         )
+        fuse_weight_gradients(part)
     return wrapped
+
+
+def fuse_weight_gradients(part: torch.nn.Module) -> None:
+    """On a CPU, let local layers add weight gradients to their buffers inside the GEMM (device.py); on a GPU it takes apex."""
+    for module in part.modules():
+        if not device.has_gpu() and isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.gradient_accumulation_fusion = True
 
 
 def choose_overlap(config: OptimizerConfig, num_sharers: int) -> str:
@@ -117,6 +126,7 @@ def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks
     )
     optimizer = get_megatron_optimizer(settings, model, use_gloo_process_groups=False, pg_collection=ranks.groups)
     follow_parameter_order(optimizer)
+    fuse_adam(optimizer)
     return optimizer
 
 

@@ -22,7 +22,7 @@ from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.optimizer import choose_overlap
+from mpo_megatron.train.optimizer import build_optimizer, choose_overlap, wrap_data_parallel
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 DENSE = Qwen3Config(**SIZES, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=False)
@@ -52,10 +52,28 @@ def test_weight_gradients_are_fused_in_transformer_engines_layers(engine: bool, 
     assert config.gradient_accumulation_fusion == engine
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_cpu_gradients_are_added_in_the_gemm_and_weights_updated_in_one_pass(dtype: torch.dtype, ranks: Ranks) -> None:
+    precision: Any = "bf16" if dtype is torch.bfloat16 else "fp32"
+    parts = build_policy(FAMILY, ModelConfig(checkpoint="", precision=precision), ParallelConfig(), ranks, 64)
+    linear: Any = dict(parts[0].named_modules())[("module." * (dtype is torch.bfloat16)) + "decoder.layers.0.mlp.linear_fc2"]
+    model = wrap_data_parallel(parts, OptimizerConfig(), ranks)
+    (single,) = build_optimizer(OptimizerConfig(), model, ranks).chained_optimizers
+    assert all(group["fused"] for group in single.optimizer.param_groups)
+    linear.weight.main_grad.fill_(1)
+    x = torch.randn(5, 1, linear.weight.shape[1]).to(dtype)
+    output = linear(x)[0]
+    output.sum().backward()
+    assert linear.weight.grad is None
+    expected = torch.ones_like(output).flatten(0, 1).T @ x.flatten(0, 1)
+    torch.testing.assert_close(linear.weight.main_grad, 1 + expected.float())
+
+
 def test_the_output_layer_needs_no_fused_kernel(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Megatron-Core's own layer raises if it is to fuse and NVIDIA's apex is not there; its GEMM is never run."""
     fused = build_transformer_config(FAMILY, ModelConfig(checkpoint=""), ParallelConfig())
     fused.gradient_accumulation_fusion = True
+    monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     monkeypatch.setattr("mpo_megatron.model.policy.build_transformer_config", lambda *_: fused)
     with pytest.raises(RuntimeError, match="install APEX"):  # local layers
         build_policy(FAMILY, ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64)
