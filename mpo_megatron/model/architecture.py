@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,13 @@ from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.delta_backends import choose_delta_rule
+from mpo_megatron.model.elementwise import gelu_tanh
 from mpo_megatron.model.experts import expert_settings
 from mpo_megatron.model.precision import fp8_settings, missing_for_transformer_engine
 from mpo_megatron.model.recompute import offload_settings, recompute_settings
 from mpo_megatron.stack.checks import has_fused_gradients
 
-ACTIVATIONS = {"silu": F.silu, "gelu_tanh": functools.partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {"silu": F.silu, "gelu_tanh": gelu_tanh}
 """The MLP's activation by `Family.activation`."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

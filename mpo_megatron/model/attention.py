@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 
 from mpo_megatron.model.context_parallel import heads_to_tokens, tokens_to_heads
+from mpo_megatron.model.elementwise import rotate
 
 
 class Segment(NamedTuple):
@@ -64,6 +65,8 @@ class RowLayout(PackedSeqParams):
     """What routers of experts need of the row (model/routing.py), if anything."""
     indices: dict[tuple[Callable[..., Any], int | None], Any] = field(default_factory=dict)
     """What back ends made of the segments, by the function that made it and the window."""
+    rotation: Tensor | None = None
+    """[2, T (of this rank), 1, D / 2] cosines and sines, where GroupAttention is to rotate queries and keys."""
 
     def index[Index](self, build: Callable[[tuple[Segment, ...], int | None], Index], window: int | None = None) -> Index:
         """`build(segments, window)`, made once per row and shared by all layers with this window."""
@@ -199,6 +202,8 @@ class GroupAttention(torch.nn.Module):
         if packed_seq_params is None:
             raise ValueError("GroupAttention needs the row's layout in packed_seq_params.")
         query, key, value = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if packed_seq_params.rotation is not None:
+            query, key = (rotate(part, *packed_seq_params.rotation) for part in (query, key))
         if self.context_group is not None:
             query, key, value = tokens_to_heads(query, key, value, self.context_group)
         output = self.attend(query, key, value, packed_seq_params, self.scores)

@@ -8,7 +8,7 @@ attention's place.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,9 +33,10 @@ from mpo_megatron import device
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
 from mpo_megatron.model.adapters import adapted, adapted_grouped
-from mpo_megatron.model.attention import GroupAttention, RowAttention, ScoreSettings
+from mpo_megatron.model.attention import GroupAttention, RowAttention, RowLayout, ScoreSettings
 from mpo_megatron.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
 from mpo_megatron.model.delta_rule import DeltaRule
+from mpo_megatron.model.elementwise import gate, rms_norm
 from mpo_megatron.model.quantized import quantized
 from mpo_megatron.model.routing import route_by_rows
 
@@ -58,9 +60,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """x / rms(x) times the weight, or 1 + the weight."""
-        if not self.offset:
-            return super().forward(x)
-        return torch.nn.functional.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+        return rms_norm(x, 1 + self.weight if self.offset else self.weight, self.eps)
 
 
 class WidthNorm(torch.nn.Module):
@@ -94,7 +94,10 @@ class WidthNorm(torch.nn.Module):
 
 
 class RowSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention that picks its layer's rotary angles and may normalize queries and keys over all heads."""
+    """Megatron-Core's self-attention that picks its layer's rotary embedding and may normalize queries and keys over all heads.
+
+    Without Transformer Engine's rotary kernel, GroupAttention rotates; Megatron-Core's own way makes five copies.
+    """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, rope: int, width_norm: bool, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
@@ -107,11 +110,24 @@ class RowSelfAttention(SelfAttention):
             }
             self.q_layernorm, self.k_layernorm = norms["q"], norms["k"]
 
-    def forward(self, *arguments: Any, rotary_pos_emb: Tensor, **options: Any) -> Any:
+    def forward(self, *arguments: Any, rotary_pos_emb: Tensor, packed_seq_params: RowLayout, **options: Any) -> Any:
         """Args:
-        rotary_pos_emb: [R, T, 1, 1, D] angles of each of the model's rotary embeddings
+        rotary_pos_emb: what `Policy.rotary_embeddings` has made, for each of the model's rotary embeddings
         """
-        return super().forward(*arguments, rotary_pos_emb=rotary_pos_emb[self.rope], **options)
+        own: Tensor | None = rotary_pos_emb[self.rope]
+        if not self.config.apply_rope_fusion:
+            packed_seq_params, own = replace(packed_seq_params, rotation=own), None
+        return super().forward(*arguments, rotary_pos_emb=own, packed_seq_params=packed_seq_params, **options)
+
+
+class GatedMLP(MLP):
+    """Megatron-Core's MLP with the gated activation as one operation."""
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
+        """[T, 1, H] to [T, 1, H], and no bias."""
+        if self.config.bias_activation_fusion:  # on a GPU Megatron-Core's is one operation, too
+            return super().forward(hidden_states, *arguments, **options)
+        return self.linear_fc2(gate(self.linear_fc1(hidden_states)[0], self.config.activation_func))
 
 
 def output_normed(linear: type, norm: Any) -> type:
@@ -187,6 +203,8 @@ def _layer_spec(
     else:
         layer = get_gpt_layer_local_spec(qk_layernorm=head_norm, num_experts=num_experts, normalization="RMSNorm")
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+        if num_experts is None:
+            layer.submodules.mlp = functools.partial(GatedMLP.as_mlp_submodule, **layer.submodules.mlp.keywords)
         if num_experts is not None:  # in checkpoints the norm has a place of its own then, as with Transformer Engine
             layer.submodules.sharded_state_dict_keys_map = {
                 old: new for old, new in layer.submodules.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."

@@ -203,14 +203,19 @@ class Policy(LanguageModule):
         return self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=self.rotary_angles(position_ids),
+            rotary_pos_emb=self.rotary_embeddings(position_ids),
             packed_seq_params=layout,
         )
 
-    def rotary_angles(self, position_ids: Tensor) -> Tensor:
-        """Angle of every token and channel in each of the rotary embeddings: [R, T, 1, 1, D], float32."""
+    def rotary_embeddings(self, position_ids: Tensor) -> Tensor:
+        """For each of the R rotary embeddings what its layers need of every token, float32.
+
+        [R, T, 1, 1, D] angles for Transformer Engine's kernel; [R, 2, T, 1, D / 2] their cosines and sines for ours.
+        """
         angles = position_ids[0].float()[:, None] * self.inverse_frequencies[:, None]
-        return torch.cat((angles, angles), dim=-1)[:, :, None, None]
+        if self.config.apply_rope_fusion:
+            return torch.cat((angles, angles), dim=-1)[:, :, None, None]
+        return torch.stack((angles.cos(), angles.sin()), dim=1)[:, :, :, None]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all tokens of this context-parallel rank on every tensor-parallel rank: [T (/ context), 1, H].
