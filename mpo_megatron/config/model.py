@@ -16,6 +16,16 @@ CHUNK_SHARE = 0.04
 """Share of a GPU's memory that a chunk's logits may take."""
 CHUNK_BYTES = 8
 """Bytes of a logit while its gradient is computed: bf16 logits, float32 probabilities and the bf16 gradient."""
+KEPT_LOGITS = 2**23
+"""Logits that are kept for the backward pass instead of recomputed: with a small vocabulary those of all of a row's tokens."""
+
+
+def kept_chunks(chunk: int, vocabulary: int) -> int:
+    """Chunks of log-probs, a row's last ones, whose logits are kept for the backward pass.
+
+    At least one: the backward pass begins with it and needs its memory anyway.
+    """
+    return max(1, KEPT_LOGITS // (chunk * vocabulary))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Log-probabilities, entropy and KL divergence of next-token distributions from hidden states, without ever holding all logits.
 
-Logits exist for one chunk of tokens at a time, and again in backward, where they are recomputed. From each rank's part of the
-vocabulary only a few scalars a token cross the tensor-parallel group.
+Logits exist for one chunk of tokens at a time, and again in backward, where they are recomputed, but for those of the last chunk:
+backward begins with it, and needs its memory anyway. From each rank's part of the vocabulary only a few scalars a token cross the
+tensor-parallel group.
 
 Why own code. Megatron-Core 0.16 fuses the cross-entropy of logits that are already there, not the projection before it; the fused
 kernels of its development branch serve single GPU generations and know no padding rows. Liger's
@@ -25,6 +26,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, ReduceOp, all_reduce
 
 from mpo_megatron import device
+from mpo_megatron.config.model import kept_chunks
 
 PADDING_LOGIT = -1e30
 """Logit of vocabulary rows that only pad: its probability is exactly 0, and finite, so that 0 · log 0 is 0."""
@@ -81,7 +83,8 @@ def vocab_parallel_statistics(
         gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
         logit_cap: logits z, also the reference's, become cap · tanh(z / cap)
     """
-    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, tp_group, entropy, gradient, logit_cap)
+    kept = kept_chunks(chunk, len(weight)) if torch.is_grad_enabled() else 0
+    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, kept, tp_group, entropy, gradient, logit_cap)
     reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)
     logps, entropies, kl = _VocabParallelStatistics.apply(hidden, weight, targets, reference_hidden, reference_weight, shape)
     return TokenStatistics(logps, entropies if entropy else None, None if reference is None else kl)
@@ -93,6 +96,8 @@ class _Shape(NamedTuple):
     local_vocab: int
     """Rows of the weight from here on are padding; may be beyond V, or below 0."""
     chunk: int
+    kept: int
+    """Chunks, the last ones, whose logits are kept for backward."""
     tp_group: ProcessGroup
     entropy: bool
     gradient: WeightGradient | None
@@ -117,12 +122,17 @@ class _VocabParallelStatistics(torch.autograd.Function):
         local = (targets - first).clamp(0, weight.shape[0] - 1)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = hidden.new_zeros((len(_Sums._fields), len(targets)), dtype=dtype)
-        for part in _chunks(len(targets), shape.chunk):
+        parts = _chunks(len(targets), shape.chunk)
+        ctx.kept = dict.fromkeys(range(max(0, len(parts) - shape.kept), len(parts)))
+        for index, part in enumerate(parts):
             logits = compute_logits(hidden[part], weight, shape.local_vocab, shape.cap)
+            if index in ctx.kept:
+                ctx.kept[index] = logits
             other = None
             if reference_hidden is not None and reference_weight is not None:
                 other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab, shape.cap)
             sums[:, part] = _fused(reduce_logits)(logits, other, local[part], shape.entropy, dtype)
+            del logits, other  # before the next chunk's are there
         extras = shape.entropy or reference_hidden is not None
         totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
         ctx.save_for_backward(hidden, weight, local, owned, reference_hidden, reference_weight, *totals)
@@ -145,7 +155,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             given = ctx.shape.gradient
             grad_weight = torch.zeros_like(weight, dtype=totals.target.dtype) if given is None else given.buffer
-        for part in _chunks(len(local), ctx.shape.chunk):
+        for index, part in reversed([*enumerate(_chunks(len(local), ctx.shape.chunk))]):
             extras = _Extras(
                 (grad_entropy[part], totals.entropy[part]) if ctx.shape.entropy else None,
                 None
@@ -155,7 +165,10 @@ class _VocabParallelStatistics(torch.autograd.Function):
                     *(compute_logits(reference_hidden[part], reference_weight, local_vocab, cap), totals.reference[part]),
                 ),
             )
-            logits = compute_logits(hidden[part], weight, local_vocab, cap)
+            logits = ctx.kept.pop(index, None)  # of a graph that is used again they are gone
+            if logits is None:
+                logits = compute_logits(hidden[part], weight, local_vocab, cap)
+            slope = None if cap is None else 1 - (logits / cap).square_()  # ∂ cap·tanh(z / cap) / ∂z = 1 − tanh²
             grad_logits = _fused(differentiate_logits)(
                 logits,
                 (local[part], owned[part]),
@@ -163,12 +176,13 @@ class _VocabParallelStatistics(torch.autograd.Function):
                 grad_logps[part],
                 extras,
             )
-            if cap is not None:  # ∂ cap·tanh(z / cap) / ∂z = 1 − tanh²; padding rows have no gradient
+            if slope is not None:  # padding rows have no gradient
                 real = slice(max(local_vocab, 0))
-                grad_logits[:, real] *= 1 - (logits[:, real] / cap).square()
+                grad_logits[:, real] *= slope[:, real]
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, hidden[part])
+            del logits, grad_logits, slope, extras
         return grad_hidden, _handed_on(grad_weight, weight, ctx.shape.gradient), None, None, None, None
 
 
@@ -275,12 +289,13 @@ def differentiate_logits(
     grad_logps: Tensor,
     extras: _Extras,
 ) -> Tensor:
-    """Gradient [C, V] with respect to one chunk of logits, in their dtype.
+    """Gradient [C, V] with respect to one chunk of logits, in their dtype; it may take their place.
 
     ∂ log p(target) / ∂z = δ − p;   ∂ entropy / ∂z = −p (log p + entropy);   ∂ KL / ∂z = p (log p − log q − KL).
     """
     local, owned = targets
-    logps = logits.to(log_normalizer.dtype) - log_normalizer[:, None]
+    logps = logits.to(log_normalizer.dtype)
+    logps = logps - log_normalizer[:, None] if torch.compiler.is_compiling() else logps.sub_(log_normalizer[:, None])
     slope = -grad_logps[:, None]
     if extras.entropy is not None:
         gradient, entropy = (part[:, None] for part in extras.entropy)

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_megatron.config import ParallelConfig
+from mpo_megatron.model import logprobs
 from mpo_megatron.model.logprobs import WeightGradient, _Extras, differentiate_logits, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from tests.distributed.launch import run_ranks
@@ -40,9 +41,17 @@ def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int = 37
     return (hidden @ weight[:vocab].T).log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
 
 
+@pytest.fixture(autouse=True)
+def small_vocabularies_count_as_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of one chunk are kept for backward, those of the others recomputed."""
+    monkeypatch.setattr(logprobs, "kept_chunks", lambda chunk, vocabulary: 1)
+
+
 @pytest.mark.parametrize("chunk", [1, 5, 7, 100])
 @pytest.mark.parametrize("num_tokens", [1, 7, 23])
-def test_equals_plain_log_softmax(ranks: Ranks, chunk: int, num_tokens: int) -> None:
+@pytest.mark.parametrize("kept", [1, 2, 100])
+def test_equals_plain_log_softmax(ranks: Ranks, kept: int, chunk: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs, "kept_chunks", lambda chunk, vocabulary: kept)
     hidden, weight, targets = inputs(num_tokens, torch.float64)
     ours = vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=chunk, tp_group=ranks.tensor)
     plain = plain_logps(hidden, weight, targets)
