@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config.model import kept_chunks
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.hf.live_engine import EngineMemory
@@ -108,8 +109,8 @@ class MemoryLayout:
 
     @property
     def keeps_normalized(self) -> bool:
-        """Whether norms keep their normalized input, for the gradient of their weight: unfused, and not frozen."""
-        return not self.kernels.gpu and self.adapter is None
+        """Whether norms keep their normalized input, for the gradient of their weight: PyTorch's in bf16 on a CPU, not frozen."""
+        return not self.kernels.gpu and self.dtype_bytes < 4 and self.adapter is None
 
     @property
     def in_blocks(self) -> bool:
@@ -201,7 +202,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
     state_bytes = STATE_BYTES + (MASTER_BYTES if layout.dtype_bytes == 2 else 0)
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
     kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
-    moment, working = _peak(layout, parts, trained, row, kept)
+    moment, working = _peak(layout, parts, row)
     sampler = layout.sampler if stage == 0 else None  # engines run beside the ranks of the first stage
     rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows + _choices(layout, row, num_rows)
     return StageMemory(
@@ -346,7 +347,8 @@ def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
     fused = layout.kernels.gpu
     kept = queries * layout.linear_input_bytes if layout.model.fp8 != "none" else 0  # the output projection's quantized input
     if shape.qk_norm:
-        normalized = queries + keys if fused else 2 * queries + keys  # inputs; unfused, queries' copy and both normalized
+        normalized = queries + keys  # inputs; PyTorch's norm and that of all heads keep what they normalized, too
+        normalized += queries if not fused and (shape.qk_norm == "width" or b < 4) else 0
         heads = (queries + keys) // shape.head_dim
         kept += normalized * b + 4 * heads
     if _core_keeps_inputs(layout, row):
@@ -356,8 +358,8 @@ def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
         kept += queries * b  # rotated; keys and values live on gathered
     elif shape.qk_norm and not fused:
         kept += (queries + 2 * keys) * b
-    if layout.kernels.layers == "local":
-        kept += 4 * shape.head_dim * b  # cosine and sine, for queries and for keys
+    if layout.kernels.layers == "local" and b < 4:
+        kept += 2 * shape.head_dim * b  # cosines and sines in bf16, for queries and for keys
     kept += queries * b  # the core's result
     return kept * tokens
 
@@ -387,10 +389,14 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _mlp_kept(layout: MemoryLayout, row: RowCounts, ffn: int | None = None) -> int:
-    """SwiGLU: gate and value as one tensor (2F), the product (F); unfused a copy of the value and the activated gate (2F)."""
+    """SwiGLU: gate and value as one tensor (2F), the product (F); on a CPU the activated gate, too (F).
+
+    Megatron-Core's own, which shared experts have (`ffn`), also keeps a copy of the value there.
+    """
     width = layout.shape.intermediate_size // layout.parallel.tensor if ffn is None else ffn
     b = layout.dtype_bytes
-    return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + (0 if layout.kernels.gpu else 2 * b))
+    extra = 0 if layout.kernels.gpu else 1 if ffn is None else 2
+    return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + extra * b)
 
 
 def _moe_kept(layout: MemoryLayout, row: RowCounts) -> int:
@@ -419,9 +425,7 @@ def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
 # ----------------------------------------------------------------------------------------------------- moments of a step
 
 
-def _peak(
-    layout: MemoryLayout, parts: tuple[Part, ...], weights: list[list[Weight]], row: RowCounts, kept: int
-) -> tuple[str, int]:
+def _peak(layout: MemoryLayout, parts: tuple[Part, ...], row: RowCounts) -> tuple[str, int]:
     """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
     moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
     kinds = {layout.shape.has_experts(layer) for part in parts for layer in part.layers}  # with experts, without, or both
@@ -448,12 +452,6 @@ def _peak(
         moments["gradient of the embedding"] = (
             embedding + 2 * _tokens(layout, row) * layout.shape.hidden_size * layout.dtype_bytes - done
         )
-    if layout.kernels.layers == "local":
-        # PyTorch's AdamW: two float32 intermediates, of one weight after the other on a CPU, of all at once on a GPU. A rank's
-        # share is a range of the buffer, so that a weight may lie in it as a whole.
-        sizes = [weight.size for part in weights for weight in part]
-        share = sum(sizes) // layout.sharing
-        moments["AdamW"] = 2 * 4 * (share if layout.kernels.gpu else min(share, max(sizes))) - kept
     name = max(moments, key=lambda moment: moments[moment])
     return name, max(0, moments[name])
 
@@ -485,7 +483,7 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
         weight = 0
     whole = tokens * shape.hidden_size
     output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)
-    freed = 1 if layout.kernels.gpu else 3  # of the 3F or 5F that were kept, when the gradient [2F] is there
+    freed = 1 if layout.kernels.gpu else 3 if shape.num_experts else 2  # of what was kept, when the gradient [2F] is there
     gathered = whole if layout.sequence_parts > 1 else 0
     second = output + tokens * ffn + weight
     halves = output + 2 * tokens * ffn
@@ -494,16 +492,21 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _head(layout: MemoryLayout, row: RowCounts) -> int:
-    """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens."""
+    """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens.
+
+    With a small vocabulary the logits of more chunks are kept. In float32 on a CPU their gradient takes their place.
+    """
     shape, b = layout.shape, layout.dtype_bytes
     scored = row.scored // layout.parallel.context
     chunk = min(layout.model.chunk(layout.vocabulary, layout.gpu_bytes), scored)
     logits = chunk * layout.vocabulary
-    each = 4 + (b if b == 4 else 2 * b)  # bf16: logits, float32 probabilities, the gradient
+    kept = min(scored, chunk * kept_chunks(chunk, layout.vocabulary)) if chunk else 0
+    each = 4 + (2 * b if b < 4 else 4 if layout.kernels.gpu else 0)  # bf16: logits, float32 probabilities, the gradient
     if layout.resident:
         each += 2 * b + 8
     padded = layout.padded_vocab > shape.vocab_size and not layout.kernels.gpu
-    working = logits * (each + (4 if padded else 0)) + (chunk + scored) * shape.hidden_size * b
+    working = logits * (each + (4 if padded else 0)) + (kept - chunk) * layout.vocabulary * b
+    working += (chunk + scored) * shape.hidden_size * b
     spread = (_tokens(layout, row) + 2 * scored) * shape.hidden_size * b
     return max(working, spread)
 
