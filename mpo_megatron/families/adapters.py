@@ -141,8 +141,9 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
             key = rule.megatron.removesuffix(".weight") + f"{ADAPTER}{leaf(name)}."
             peft = PEFT_PREFIX + name.removesuffix(".weight")
             same = dataclasses.replace(rule, blocks=1, order=(), padded=False)
-            ups = {f"{peft}.lora_B.weight": rows}
-            order = tuple(dataclasses.replace(piece, name=next(iter(ups))) for piece in rule.order if piece.name == name)
+            up = f"{peft}.lora_B.weight"
+            order = tuple(dataclasses.replace(piece, name=up) for piece in rule.order if piece.name == name)
+            blocks = rule.blocks if order else 1  # a part whose rows are consecutive is in order as a whole
             column = rule.shard == "rows"
             rules += [
                 dataclasses.replace(
@@ -155,8 +156,8 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 dataclasses.replace(
                     same,
                     megatron=key + "lora_B",
-                    parts=ups,
-                    blocks=rule.blocks,
+                    parts={up: rule.blocks * rows // blocks},
+                    blocks=blocks,
                     order=order,
                     columns=adapter.rank,
                     shard="rows" if column else None,

@@ -22,6 +22,7 @@ from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.hf.live_engine import EngineMemory
 from mpo_megatron.hf.quantization import BYTES_PER_WEIGHT
+from mpo_megatron.plan.delta_net import delta_net_kept
 from mpo_megatron.plan.parameters import (
     Part,
     Weight,
@@ -288,19 +289,40 @@ def _kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
     if layout.model.recompute == "full":
         angles = _tokens(layout, row) * layout.shape.head_dim * 4
         return len(part.layers) * hidden * b + angles + sent
-    layers = [layer_kept(layout, row, experts=layout.shape.has_experts(layer)) for layer in part.layers]
+    layers = [
+        layer_kept(layout, row, experts=layout.shape.has_experts(layer), state=layout.shape.has_state(layer))
+        for layer in part.layers
+    ]
     if layout.model.offload_layers:  # one leaves while the next one computes
         return sum(layers[layout.model.offload_layers :]) + LEAVING * max(layers) + sent
     return sum(layers) + sent
 
 
-def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) -> int:
-    """Bytes that autograd keeps of one layer for one row, but for what is computed again."""
-    kept = (
-        _norms_kept(layout, row, experts=experts) + _projections_kept(layout, row) + _adapters_kept(layout, row, experts=experts)
-    )
+def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False, state: bool = False) -> int:
+    """Bytes that autograd keeps of one layer for one row, but for what is computed again.
+
+    Args:
+        experts: the layer has experts
+        state: it is a Gated DeltaNet
+    """
+    kept = _norms_kept(layout, row, experts=experts) + _adapters_kept(layout, row, experts=experts)
     kept += 0 if layout.recomputes("moe" if experts else "mlp") else _second_half(layout, row, experts=experts)
+    if state:
+        return kept + _delta_net(layout, row, recomputed=layout.recomputes("core_attn"))
+    kept += _projections_kept(layout, row)
     return kept if layout.recomputes("core_attn") else kept + _core_kept(layout, row)
+
+
+def _delta_net(layout: MemoryLayout, row: RowCounts, *, recomputed: bool) -> int:
+    """Of a Gated DeltaNet, in the place of attention's projections and core."""
+    assert layout.shape.delta_net is not None
+    return delta_net_kept(
+        *(layout.shape.delta_net, layout.model),
+        tokens=_tokens(layout, row),
+        ranks=layout.parallel.tensor,
+        gpu=layout.kernels.gpu,
+        recomputed=recomputed,
+    )
 
 
 def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
@@ -428,19 +450,20 @@ def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
 def _peak(layout: MemoryLayout, parts: tuple[Part, ...], row: RowCounts) -> tuple[str, int]:
     """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
     moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
-    kinds = {layout.shape.has_experts(layer) for part in parts for layer in part.layers}  # with experts, without, or both
+    shape = layout.shape
+    kinds = {(shape.has_experts(layer), shape.has_state(layer)) for part in parts for layer in part.layers}
     if layout.model.recompute == "full":
-        again = max(layer_kept(layout, row, experts=experts) for experts in kinds)
+        again = max(layer_kept(layout, row, experts=experts, state=state) for experts, state in kinds)
         moments["backward of an MLP"] += again - _hidden(layout, row) * layout.dtype_bytes
     elif layout.model.recompute == "selective":
-        moments["backward of an MLP"] += max(_recomputed(layout, row, experts=experts) for experts in kinds)
+        moments["backward of an MLP"] += max(_recomputed(layout, row, experts=experts) for experts, _ in kinds)
         if layout.recomputes("core_attn"):
+            gone = _kept_by_head(layout, parts[-1], row) + (0 if layout.recomputes("mlp") else _mlp_kept(layout, row))
             moments["backward of attention"] = (
-                _core_kept(layout, row)
-                + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes
-                - _kept_by_head(layout, parts[-1], row)
-                - (0 if layout.recomputes("mlp") else _mlp_kept(layout, row))
+                _core_kept(layout, row) + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes - gone
             )
+            if any(state for _, state in kinds):
+                moments["backward of a Gated DeltaNet"] = _delta_net(layout, row, recomputed=False) - gone
     if layout.parallel.context > 1:
         moments["all-to-all"] = moments["backward of an MLP"] - _backward(layout, row) - _mlp_kept(layout, row)
         moments["all-to-all"] += _all_to_all(layout, row)
