@@ -99,6 +99,7 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "epochs": sizes.epochs,
         "eval_every": 0,
         "checkpoint": {"every": 0},
+        "logging": {"reference_metrics": True},  # log-ratios of losses that read no reference, too
         "seed": seed,
     }
     config = from_dict(TrainConfig, options, "train")
