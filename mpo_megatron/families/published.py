@@ -72,7 +72,7 @@ def _hybrid(model_type: str, /, *sizes: int, values: int, tied: bool = False, **
     return found
 
 
-def _shared(experts: int, per_token: int, channels: int) -> dict[str, int]:
+def _shared(experts: int, per_token: int, channels: int) -> dict[str, Any]:
     """Fields of experts of which one is shared, all of one size."""
     size = {"moe_intermediate_size": channels, "shared_expert_intermediate_size": channels}
     return {"num_experts": experts, "num_experts_per_tok": per_token, **size}
