@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mpo_megatron import __version__
+import mpo_megatron
 from mpo_megatron.config import (
     AlignConfig,
     ChatConfig,
@@ -264,7 +264,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     name, *rest = arguments
     if name == "--version":
-        print(f"mpo_megatron {__version__}")
+        print(f"mpo_megatron {mpo_megatron.__version__}")
         return 0
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=2)

@@ -6,6 +6,6 @@ qwen …    one file a family                         published  shapes of publi
 """
 
 from mpo_megatron.families.family import DeltaNet, Experts, Family, LayerAttention, Rope
-from mpo_megatron.families.reading import load_family, read_family
+from mpo_megatron.families.reading import load_family, model_name, read_family
 
-__all__ = ["DeltaNet", "Experts", "Family", "LayerAttention", "Rope", "load_family", "read_family"]
+__all__ = ["DeltaNet", "Experts", "Family", "LayerAttention", "Rope", "load_family", "model_name", "read_family"]

@@ -46,6 +46,11 @@ SIZES = {
 transformers refuses."""
 
 
+def model_name(config: PretrainedConfig) -> dict[str, str]:
+    """The field of a config.json that names the model."""
+    return {"model_type": config.model_type}
+
+
 def load_family(folder: str | Path) -> Family:
     """The model that config.json in `folder` describes.
 

@@ -21,7 +21,7 @@ from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_to
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sequences:
+class LevelSequences:
     """Segments that are computed in one call."""
 
     tokens: Tensor
@@ -34,8 +34,8 @@ class Sequences:
 class SequenceIndex:
     """The calls that a row takes; the same for all layers."""
 
-    roots: Sequences
-    branches: Sequences | None
+    roots: LevelSequences
+    branches: LevelSequences | None
     """Segments with a context, if there are any."""
     origins: TokenGather | None
     """Which root's last state each of the branches starts from, then every root once more."""
@@ -63,9 +63,9 @@ def _tokens(level: Sequence[Segment]) -> Int64:
     return np.concatenate([np.arange(part.start, part.end) for part in level])
 
 
-def _sequences(tokens: Int64, level: Sequence[Segment]) -> Sequences:
+def _sequences(tokens: Int64, level: Sequence[Segment]) -> LevelSequences:
     ends = np.cumsum([0, *(part.end - part.start for part in level)])
-    return Sequences(tokens=device.upload(tokens), ends=device.upload(ends.astype(np.int64)))
+    return LevelSequences(tokens=device.upload(tokens), ends=device.upload(ends.astype(np.int64)))
 
 
 def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from mpo_megatron.families import Family, read_family
+from mpo_megatron.families import Family, model_name, read_family
 from mpo_megatron.hf.conversion import CheckpointError, Conversion
 from mpo_megatron.model.safetensors_io import (
     PlannedTensor,
@@ -53,7 +53,7 @@ def write_text_config(path: Path, family: Family) -> None:
         **inherited,
         **whole["text_config"],
         "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)].__name__],
-        "model_type": family.config.model_type,
+        **model_name(family.config),
     }
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 

@@ -159,6 +159,7 @@ def test_data_needs_no_gpu_stack(path: Path) -> None:
 PRIVATE_ELSEWHERE = {
     "os._exit",  # Python's
     "parallel_state._global_process_group_list",  # model/parallel.py, the one module that touches the parallel state
+    "super()._apply",  # model/delta_net.py: torch's, which changes the dtype of a module's weights
     "super()._forward_mlp",  # model/routing.py: a layer of ours, in the place of Megatron's
 }
 """Private names that modules outside `mcore` and `device` may use."""
