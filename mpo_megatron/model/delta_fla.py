@@ -75,7 +75,7 @@ def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rat
     inputs = [part.repeat_interleave(share, dim=1) if share > 1 else part for part in (query, key)]
     inputs += [value, decay.float(), rate.to(value.dtype)]
 
-    def call(part: Sequences, state: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor | None]:
+    def call(part: LevelSequences, state: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor | None]:
         return _kernel(*(item.index_select(0, part.tokens) for item in inputs), part.ends, state, final=final)
 
     if index.branches is None:
