@@ -76,7 +76,8 @@ def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rat
     inputs += [value, decay.float(), rate.to(value.dtype)]
 
     def call(part: LevelSequences, state: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor | None]:
-        return _kernel(*(item.index_select(0, part.tokens) for item in inputs), part.ends, state, final=final)
+        own_query, own_key, own_value, own_decay, own_rate = (item.index_select(0, part.tokens) for item in inputs)
+        return _kernel(own_query, own_key, own_value, own_decay, own_rate, part.ends, state, final=final)
 
     if index.branches is None:
         outputs, _ = call(index.roots, None, final=False)

@@ -39,9 +39,10 @@ class _Rotate(torch.autograd.Function):
         return _rotated(x, cosines, sines, 1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(grad, *ctx.saved_tensors, -1), None, None
+        cosines, sines = ctx.saved_tensors
+        return _rotated(grad, cosines, sines, -1), None, None
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tensor:
@@ -98,7 +99,7 @@ class _Gate(torch.autograd.Function):
         return activated * second
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         x, activated = ctx.saved_tensors
         first, second = x.chunk(2, dim=-1)
@@ -129,7 +130,7 @@ class _RMSNorm(torch.autograd.Function):
         return (x * inverse).mul_(weight)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         """With r the inverse and w the weight: ∂x = r (g·w − x · r² mean(g·w·x)), ∂w = Σ g·x·r over tokens."""
         x, weight, inverse = ctx.saved_tensors

@@ -54,13 +54,14 @@ class RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
+        self.epsilon = eps
         self.offset = config.layernorm_zero_centered_gamma
         # Each rank sees a part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """x / rms(x) times the weight, or 1 + the weight."""
-        return rms_norm(x, 1 + self.weight if self.offset else self.weight, self.eps)
+        return rms_norm(x, 1 + self.weight if self.offset else self.weight, self.epsilon)
 
 
 class WidthNorm(torch.nn.Module):
