@@ -144,6 +144,7 @@ def cache_key(
         "precision": model.precision,
         "transformer_engine": model.from_engine,
         "attention": model.attention,
+        **({} if model.delta_rule == "auto" else {"delta_rule": model.delta_rule}),  # decided, where layers have one
         **({} if quantize == "none" else {"quantize": quantize}),
         **({} if fp8 is None else {"fp8": fp8} | ({"adapted": True} if adapted else {})),
     }

@@ -184,13 +184,15 @@ def test_weights_that_are_gathered_early_are_transposed(monkeypatch: pytest.Monk
     assert events == [True, [id(in_8_bits)]]
 
 
-def test_the_cache_of_reference_log_probs_knows_the_recipe() -> None:
+def test_the_cache_of_reference_log_probs_knows_recipe_and_kernels() -> None:
     info = types.SimpleNamespace(data_digest="data", tokenizer_digest="tokenizer")
     data = cast(PreparedGroups, types.SimpleNamespace(info=info))
     options: list[dict[str, Any]] = [
         {},
         {"backend": "local"},
         {"attention": "varlen"},
+        {"delta_rule": "torch"},
+        {"delta_rule": "fla"},
         {"precision": "fp32"},
         {"fp8": "current"},
         {"fp8": "current", "fp8_bf16_layers": 1},
