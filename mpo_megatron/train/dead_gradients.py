@@ -34,11 +34,13 @@ def warn_dead_gradients(objective: Objective, data: PreparedGroups) -> str | Non
     share = dead_share(objective, [data[int(index)] for index in indices])
     if share <= WARN_ABOVE:
         return None
-    signed = getattr(objective.params, "deviation", "absolute") == "signed"
+    params = objective.params
+    lighter = "Raise" if getattr(params, "weighting", "exp") == "listing" else "Lower"  # there it divides
+    signed = getattr(params, "deviation", "absolute") == "signed"
     return (
-        f"loss.params.alpha = {objective.params.alpha:g} leaves {share:.0%} of {len(indices)} sampled groups a gradient below "
-        f"{DEAD:g} β at the start: the weights of their preferred responses already decide the loss. Lower loss.params.alpha, "
-        f"or scale the rewards down{', or set loss.params.deviation = absolute' if signed else ''}."
+        f"loss.params.alpha = {params.alpha:g} leaves {share:.0%} of {len(indices)} sampled groups a gradient below {DEAD:g} β "
+        f"at the start: the weights of their preferred responses already decide the loss. {lighter} loss.params.alpha, or scale "
+        f"the rewards down{', or set loss.params.deviation = absolute' if signed else ''}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,3 +59,13 @@ def test_the_warning_names_the_option_and_the_fix(tmp_path_factory: pytest.TempP
     assert "deviation = absolute" in warning
     assert warn_dead_gradients(objective("wmpo"), data) is None
     assert warn_dead_gradients(objective("mpo"), data) is None
+
+
+@pytest.mark.parametrize(
+    ("params", "fix"),
+    [({"alpha": 10.0}, "Lower loss.params.alpha"), ({"weighting": "listing", "alpha": 0.1}, "Raise loss.params.alpha")],
+)
+def test_the_fix_follows_from_what_alpha_does(params: dict[str, Any], fix: str, tmp_path: Path) -> None:
+    save_tokenizer(tmp_path / "tokenizer")
+    data = save_groups(tmp_path / "groups", groups([4.0, 0.0, 0.0, 0.0]), tmp_path / "tokenizer")
+    assert fix in str(warn_dead_gradients(objective("swepo", **params), data))
