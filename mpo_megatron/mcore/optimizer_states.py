@@ -75,8 +75,10 @@ def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any])
     count up once per parameter.
     """
     for index, single, state_dict in each_single(optimizer, loaded):
+        if type(single.optimizer) is torch.optim.AdamW:
+            for group in state_dict["optimizer"]["param_groups"]:
+                group["fused"] = True  # a checkpoint's options replace ours; torch puts counts of steps beside the weights then
         single.load_state_dict(state_dict)
-        fuse_adam(single)  # a checkpoint has the groups' options, too
         states = single.optimizer.state.values()
         counts = [state.pop("step", None) for state in states]
         single.load_parameter_state_from_fully_reshardable(moments.get(index, {}))
