@@ -17,6 +17,8 @@ from mpo_megatron.rollout.client import Client
 from mpo_megatron.stack.packages import LIVE_VLLM
 
 START = "start it with VLLM_SERVER_DEV_MODE=1"
+UNDER_WAY = "mpo-under-way"
+"""The version of weights that are being replaced: nobody asks for it, so that what a killed command left is replaced again."""
 NCCL_START = START + """ and --weight-transfer-config '{"backend": "nccl"}'"""
 
 
@@ -109,11 +111,12 @@ class VllmServer:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}, START)
 
     def pause(self) -> None:
-        """Let requests under way finish and turn new ones away (503), for they would see two sets of weights."""
+        """Let requests under way finish and turn new ones away (503), for they would see two sets of weights; `resume` ends it."""
+        self._post("/update_weight_version", {"new_version": UNDER_WAY}, START)
         self._post("/pause?mode=wait", {}, START)
 
     def resume(self, version: str) -> None:
-        """Forget prefixes that old weights computed, name the new ones, and answer again.
+        """Forget prefixes that old weights computed, answer again, and name the new ones: a server with a version is not paused.
 
         Raises:
             DataError: prefixes stay cached, so that samples would be of both.
@@ -121,8 +124,8 @@ class VllmServer:
         answer = self._post("/reset_prefix_cache", {}, START)
         if not isinstance(answer, dict) or answer.get("success") is not True:
             raise DataError(f"{self.where}: keeps prefixes that the old weights computed; restart it.")
-        self._post("/update_weight_version", {"new_version": version}, START)
         self._post("/resume", {}, START)
+        self._post("/update_weight_version", {"new_version": version}, START)
 
     def version(self) -> str:
         """The version of its weights."""

@@ -63,8 +63,9 @@ def test_a_server_gets_weights_and_samples(server: Server, model_folder: Path) -
         live.update()
         weights.check(server.engine)
         assert server.calls == [
-            *("/pause?mode=wait", "/start_weight_update", "/update_weights", "/finish_weight_update", "/reset_prefix_cache"),
-            *("/update_weight_version", "/resume"),
+            *("/update_weight_version", "/pause?mode=wait"),
+            *("/start_weight_update", "/update_weights", "/finish_weight_update"),
+            *("/reset_prefix_cache", "/resume", "/update_weight_version"),
         ]
         found = list(live.generate(PROMPTS, SAMPLING))
         assert sorted(generation.group_id for generation in found) == ["a", "b"]
@@ -181,13 +182,43 @@ def test_generation_by_a_server_that_reads_weights(server: Server, asked: Genera
     run("one")
     assert server.loaded == [("reload_weights", {"weights_path": str(Path(asked.model).absolute())})]
     changes = [call for call in server.calls if call not in ("/version", "/weight_info", "/server_info?config_format=json")]
-    assert changes == ["/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
+    assert changes == [
+        *("/update_weight_version", "/pause?mode=wait", "/collective_rpc"),
+        *("/reset_prefix_cache", "/resume", "/update_weight_version"),
+    ]
     run("two")
     assert len(server.loaded) == 1  # it has them
     server.weights = "default"
     run("three")
     assert len(server.loaded) == 2
     assert "with weights" in json.loads((tmp_path / "one" / "generate.json").read_text())["identity"]["model"]
+
+
+@pytest.mark.parametrize("calls", range(6))
+def test_what_a_killed_command_left_is_loaded_again(
+    server: Server, asked: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """After any number of its calls: none of them leaves a server that is paused, or has other weights, under a usable version."""
+    generate(asked, Console(quiet=True))
+    mine, post, left = server.weights, VllmServer._post, calls
+
+    def be_killed(self: VllmServer, path: str, body: dict[str, Any], cure: str) -> Any:
+        nonlocal left
+        if left == 0:
+            raise KeyboardInterrupt
+        left -= 1
+        return post(self, path, body, cure)
+
+    other = control(server)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VllmServer, "_post", be_killed)
+        other.pause()
+        other.load("elsewhere")
+        other.resume("mpo-other")
+        raise KeyboardInterrupt
+    server.loaded.clear()
+    generate(replace(asked, output=str(tmp_path / "again")), Console(quiet=True))
+    assert (server.weights, server.paused, len(server.loaded)) == (mine, False, int(calls > 0))
 
 
 def test_responses_of_other_weights_are_not_kept(
