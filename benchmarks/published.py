@@ -216,8 +216,7 @@ def describe(item: Priced, held_out: float | None) -> dict[str, str]:
     """The table's cells of a run, by column."""
     run, time = item.run, item.price()
     flops = time.model_flops / item.workload.hardware.bf16_tflops / 1e12 / run.gpus
-    # Megatron's operations count gradients of all weights, which adapters have not.
-    shares = [f"{flops / seconds:.0%}" if not run.lora_rank else "" for seconds in (item.published_seconds, time.seconds)]
+    shares = [f"{flops / seconds:.0%}" for seconds in (item.published_seconds, time.seconds)]
     return {
         "model": run.name,
         "GPUs": f"{run.gpus:,} {run.hardware}",

@@ -20,6 +20,9 @@ class FlopModel:
     """Attention scores and values, for one pair of attending tokens (as a mean over layers)."""
     per_scored: int
     """Output layer, for one scored token."""
+    frozen: bool = False
+    """Whether the weights have no gradients, because an adapter is trained beside them; the adapter's own operations count
+    nothing."""
     window: tuple[int, float] | None = None
     """Tokens of the layers' sliding window, and the share of layers that have it; pairs are counted with it."""
 
@@ -28,13 +31,23 @@ class FlopModel:
         """Cost of an attending pair relative to a token."""
         return self.per_pair / self.per_token
 
+    @property
+    def backward(self) -> int:
+        """Multiplications of a backward pass by the weights, for each of the forward pass."""
+        return BACKWARD - self.frozen
+
     def train_step(self, *, tokens: int, pairs: int, scored: int) -> int:
         """Operations of one forward and one backward pass; recomputation counts nothing."""
-        return (1 + BACKWARD) * (self.per_token * tokens + self.per_pair * pairs + self.per_scored * scored)
+        by_weights = self.per_token * tokens + self.per_scored * scored
+        return (1 + self.backward) * by_weights + (1 + BACKWARD) * self.per_pair * pairs
 
 
-def build_flop_model(family: Family) -> FlopModel:
-    """The operations of this model."""
+def build_flop_model(family: Family, *, frozen: bool = False) -> FlopModel:
+    """The operations of this model.
+
+    Args:
+        frozen: an adapter is trained, and not the weights
+    """
     hidden, layers = family.hidden_size, family.num_attentions
     gates = family.queries if family.output_gate else 0
     attention_weights = hidden * (family.queries + gates + 2 * family.keys) + family.queries * hidden
@@ -42,6 +55,7 @@ def build_flop_model(family: Family) -> FlopModel:
         per_token=2 * (layers * attention_weights + family.num_states * _delta_net_products(family) + sum(_mlp_weights(family))),
         per_pair=4 * layers * family.queries,
         per_scored=2 * hidden * family.vocab_size,
+        frozen=frozen,
         window=None if family.window is None else (family.window, family.num_windowed / layers),
     )
 

@@ -165,7 +165,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
         data=data,
         optimizer=train.optimizer,
         sequences=find_sequences(config, train, objective, data.groups_per_step),
-        flops=build_flop_model(family),
+        flops=build_flop_model(family, frozen=adapter is not None),
         kernels=Kernels(layers=layers, attention=attention, gpu=True),  # type: ignore[arg-type]
         resident=(objective.needs.token_kl or train.online.kl_weight > 0) and not own_reference,
         online=train.online,

@@ -186,7 +186,7 @@ class Clock:
         again = {"none": 0.0, "selective": self._again(linear, core), "full": linear + core}[layout.model.recompute] + head
         own = _Stage(
             forward=linear + core + head,
-            backward=BACKWARD * core + (BACKWARD if layout.adapter is None else 1) * (linear + head),
+            backward=BACKWARD * core + self.flops.backward * (linear + head),
             recompute=again,
             elementwise=self._elementwise(row, num_rows, stage, trained),
         )

@@ -99,7 +99,7 @@ class Setup:
         """Operations of a step."""
         from mpo_megatron.hf.flops import build_flop_model
 
-        return build_flop_model(self.family)
+        return build_flop_model(self.family, frozen=self.adapter is not None)
 
 
 def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: bool = False) -> Setup:

@@ -39,3 +39,16 @@ def test_operations_of_a_row(config: PretrainedConfig) -> None:
     expected = flops.per_token * TOKENS + flops.per_pair * TOKENS**2 + flops.per_scored * TOKENS
     rotary = 2 * 16 * TOKENS if config.model_type == "qwen2_moe" else 2 * 32 * TOKENS
     assert abs(counter.get_total_flops() - expected) <= rotary  # angles of positions, an outer product
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_operations_of_a_step(frozen: bool) -> None:
+    torch.manual_seed(0)
+    config = Qwen3Config(**SIZES, head_dim=32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(not frozen)
+    embedded = torch.randn(1, TOKENS, config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        model(inputs_embeds=embedded).logits.sum().backward()
+    flops = build_flop_model(read_family(config), frozen=frozen)
+    expected = flops.train_step(tokens=TOKENS, pairs=TOKENS**2, scored=TOKENS)
+    assert abs(counter.get_total_flops() - expected) <= 2 * 32 * TOKENS  # angles of positions, an outer product
