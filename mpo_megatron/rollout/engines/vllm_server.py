@@ -111,7 +111,7 @@ class VllmServer:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}}, START)
 
     def pause(self) -> None:
-        """Let requests under way finish and turn new ones away (503), for they would see two sets of weights; `resume` ends it."""
+        """Let requests under way finish and turn new ones away (503) until `resume`: they would see two sets of weights."""
         self._post("/update_weight_version", {"new_version": UNDER_WAY}, START)
         self._post("/pause?mode=wait", {}, START)
 
