@@ -33,7 +33,7 @@ def after_convert(output: str) -> list[NextCommand]:
     """After a conversion: to Megatron's format, to an adapter, or to a Hugging Face model."""
     if (Path(output) / "conversion.json").is_file():
         return [
-            _command("rated responses → groups", *_words("mpo prepare --input DATA --tokenizer {{}} --output GROUPS", output)),
+            _command("rated responses → groups", *_words("mpo prepare --input DATA --tokenizer {} --output GROUPS", output)),
             _command("train on them", *_words("mpo train --model.checkpoint {} --data.train GROUPS --output RUN", output)),
         ]
     return [

@@ -49,6 +49,7 @@ def test_options_exist(command: NextCommand) -> None:
     kind = TARGETS[rest[0]] if name == "launch" else getattr(configs, f"{name.capitalize()}Config")
     known = {*options_of(kind), "config", "print_config", "nproc"}
     assert {word[2:] for word in rest if word.startswith("--")} <= known
+    assert not any("{" in word for word in rest)
 
 
 def test_what_is_there_is_named(tmp_path: Path) -> None:
@@ -56,7 +57,7 @@ def test_what_is_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "evaluation.png").touch()
     assert after_evaluate(str(tmp_path))[0].words == ("open", str(tmp_path / "evaluation.png"))
     (tmp_path / "conversion.json").touch()
-    assert after_convert(str(tmp_path))[0].words[:2] == ("mpo", "prepare")
+    assert after_convert(str(tmp_path))[0].words[:6] == ("mpo", "prepare", "--input", "DATA", "--tokenizer", str(tmp_path))
     (tmp_path / "groups-eval").mkdir()
     *_, train = after_prepare(str(tmp_path / "groups"), str(tmp_path))
     assert train.words[2:4] == ("--model.checkpoint", str(tmp_path))
