@@ -3,5 +3,9 @@
 import sys
 
 from examples.papers.run import main
+from mpo_megatron.config import ConfigError
 
-sys.exit(main())
+try:
+    sys.exit(main())
+except ConfigError as error:
+    sys.exit(f"examples.papers: {error}")

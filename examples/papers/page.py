@@ -69,7 +69,8 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
         "- ±: one standard error, the larger of that over prompts and that over seeds.",
         "- Moved: mean log π/π_ref of the preferred (and of the other) training responses at the last step.",
         "- Tokens: those of the steps' rows, and the share of them in the backward pass.",
-        "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities.",
+        "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities. "
+        "Without trials that were stopped and resumed.",
         "",
         "| method | K | seeds | reward | gain | tokens of an answer | moved, nats | tokens trained | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -93,7 +94,8 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
             cells[6] = f"{moved[0]:+.2f} ({moved[1]:+.2f})"
             tokens, backward = (statistics.fmean(trials[seed][key] for seed in seeds) for key in ("tokens", "backward_tokens"))
             cells[7] = f"{tokens:,.0f} ({backward / tokens:.0%})"
-            cells[8] = f"{statistics.fmean(trials[seed]['cpu_seconds'] for seed in seeds):.0f}"
+            measured = [trials[seed]["cpu_seconds"] for seed in seeds if trials[seed]["cpu_seconds"] is not None]
+            cells[8] = f"{statistics.fmean(measured):.0f}" if measured else ""
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 

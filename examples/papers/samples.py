@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from typing import Any
 
 from examples.instructions.model import write_model
 from examples.instructions.task import build_prompts, write_prompts
-from mpo_megatron.config import ConvertConfig, GenerateConfig, PrepareConfig, ScoreConfig, SelectConfig, from_dict
+from mpo_megatron.config import ConvertConfig, GenerateConfig, PrepareConfig, ScoreConfig, SelectConfig, from_dict, require
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import INFO_FILE
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.iterate import stage
@@ -77,8 +79,13 @@ class Samples:
 
 
 def make_samples(folder: Path, sizes: Sizes, responses: Iterable[int], console: Console) -> Samples:
-    """Sample once, or what is left of it; prepare the groups for each number of responses."""
+    """Sample once, or what is left of it; prepare the groups for each number of responses.
+
+    Raises:
+        ConfigError: the folder's samples were made with other sizes.
+    """
     samples = Samples(folder=folder, sizes=sizes)
+    keep_sizes(folder / "sizes.json", sizes)
     stage("model", samples.model / "tokenizer.json", lambda: write_model(samples.model), console)
     export = ConvertConfig(input=str(samples.model), output=str(samples.checkpoint))
     stage("convert", samples.checkpoint, lambda: convert(export), console)
@@ -100,6 +107,23 @@ def make_samples(folder: Path, sizes: Sizes, responses: Iterable[int], console: 
         run = functools.partial(prepare, config, console)
         stage(f"prepare K = {number}", samples.groups(number) / INFO_FILE, run, console)
     return samples
+
+
+def keep_sizes(path: Path, sizes: Sizes) -> None:
+    """Note the sizes that samples are made with; compare them if they are there: finished samples are not made again.
+
+    Raises:
+        ConfigError: naming the first size that differs.
+    """
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, [json.dumps(sizes.as_dict()).encode()])
+        return
+    recorded = json.loads(path.read_bytes())
+    for name in ("prompts", "held_out", "max_tokens"):
+        before, now = recorded[name], getattr(sizes, name)
+        option = f"--{name.replace('_', '-')}"
+        require(before == now, f"{option} = {now}; {path.parent} was sampled with {before}; use that, or another --output.")
 
 
 def answer(model: Path, prompts: Path, output: Path, number: int, seed: int, sizes: Sizes, console: Console) -> None:

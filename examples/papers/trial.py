@@ -103,6 +103,7 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "seed": seed,
     }
     config = from_dict(TrainConfig, options, "train")
+    whole = not (folder / "run").exists()  # else an earlier call, which was stopped, did a part
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, 1), console)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -110,7 +111,7 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
     tokens = [row["tokens_per_second"] * row["seconds"] for row in steps]
     return {
         # Without the reference's log-probs only in trials after the first with these groups: they are kept beside the groups.
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime if whole else None,
         "tokens": sum(tokens),
         "backward_tokens": sum(row.get("backward_share", 1.0) * count for row, count in zip(steps, tokens, strict=True)),
         "steps": len(steps),

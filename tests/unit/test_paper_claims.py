@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from examples.papers.claims import CLAIMS, Claim, judge
 from examples.papers.page import as_record, format_page, mean_reward
-from examples.papers.samples import Sizes
+from examples.papers.samples import Sizes, keep_sizes
 from examples.papers.trial import START, load_entries
+from mpo_megatron.config import ConfigError
 
 CLAIM = Claim(paper="P", text="a above b", first="a", second="b")
 MOVED = Claim(paper="P", text="a above b", first="a", second="b", measure="chosen_log_ratio")
@@ -82,3 +84,17 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
     left_out = page.partition("Not run yet:")[2]
     assert all(f"`{name}`" in left_out for name in entries if name not in results)
     assert set(as_record(entries, results, Sizes())["results"]) == {START, "mpo", "dpo"}
+
+
+def test_times_of_resumed_trials_are_left_out() -> None:
+    first = trial(0.5, 0.6)
+    both = {"mpo": {0: first, 1: {**first, "cpu_seconds": None}}}
+    assert "| 3 |" in format_page(load_entries(), both, Sizes())
+    assert "(50%) |  |" in format_page(load_entries(), {"mpo": {1: {**first, "cpu_seconds": None}}}, Sizes())
+
+
+def test_samples_of_other_sizes_are_not_taken(tmp_path: Path) -> None:
+    for _ in range(2):
+        keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=5))
+    with pytest.raises(ConfigError, match=r"--held-out = 6; .*samples was sampled with 5; use that, or another --output"):
+        keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=6))
