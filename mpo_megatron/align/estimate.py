@@ -107,8 +107,7 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
         return machine
     tokens = prompts * generate.num_responses * answer
     held_out = config.held_out * config.held_out_responses * answer
-    groups = round(prompts * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
-    minutes, reference = training_minutes(machine, train, groups, chooses=False)
+    minutes, reference = training_minutes(machine, train, groups_of_round(config, train, prompts), chooses=False)
     made = f"{prompts:,} prompts × {generate.num_responses} answers of about {answer} tokens (half of generate.max_tokens)"
     trained = f"training {minutes:,.0f} minutes" + (
         f", {reference:,.0f} of them for the reference's log-probs" if reference else ""
@@ -122,6 +121,14 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
         f"a round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to held-out prompts "
         f"included: about {total:,.0f} minutes on {machine.words}. Scoring comes on top."
     )
+
+
+def groups_of_round(config: IterateConfig, train: TrainConfig, prompts: int) -> int:
+    """Groups that a round's training sees; with `optimizer = continued`, `train.max_steps` are those of all rounds."""
+    if not train.max_steps:
+        return round(prompts * train.epochs)
+    steps = train.max_steps / config.rounds if config.optimizer == "continued" else train.max_steps
+    return round(steps * train.data.groups_per_step)
 
 
 def generation_rate(machine: Machine, generate: GenerateConfig) -> float:

@@ -20,7 +20,7 @@ from mpo_megatron import device
 from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
 from mpo_megatron.align.align import align
-from mpo_megatron.align.estimate import Machine, estimate, generation_rate
+from mpo_megatron.align.estimate import Machine, estimate, generation_rate, groups_of_round
 from mpo_megatron.align.outcome import read_numbers
 from mpo_megatron.align.plan import build_rounds, build_stages
 from mpo_megatron.config import (
@@ -29,6 +29,7 @@ from mpo_megatron.config import (
     ConfigError,
     DataConfig,
     GenerateConfig,
+    IterateConfig,
     ModelConfig,
     PlanConfig,
     TrainConfig,
@@ -238,6 +239,15 @@ def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) 
     assert "a round: 7 prompts × 8 answers of about 4 tokens" in output.getvalue()
     assert re.search(r"minutes at [\d,]+ tokens/s; training \d+ minutes.* All rounds, .* about \d+ minutes on", output.getvalue())
     assert not (tmp_path / "out").exists()
+
+
+def test_rounds_of_one_run_share_its_steps() -> None:
+    data = DataConfig(train="d", groups_per_step=8)
+    train = TrainConfig(output="o", model=ModelConfig(checkpoint="m"), data=data, max_steps=30)
+    fresh = IterateConfig(output="o", model="m", prompts="p", rounds=3)
+    continued = dataclasses.replace(fresh, optimizer="continued", reference="initial")
+    assert [groups_of_round(config, train, 100) for config in (fresh, continued)] == [240, 80]
+    assert groups_of_round(continued, dataclasses.replace(train, max_steps=None, epochs=2), 100) == 200
 
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
