@@ -88,11 +88,11 @@ class EndpointConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            not self.base_url or re.match(r"https?://[^/]", self.base_url) is not None,
-            f"base_url = {self.base_url}; it must start with http:// or https://, for example http://localhost:8000/v1.",
+            "@" not in self.base_url, "base_url holds a user name or password; put the key in the variable api_key_env names."
         )
         require(
-            "@" not in self.base_url, "base_url holds a user name or password; put the key in the variable api_key_env names."
+            not self.base_url or re.match(r"https?://[^/]", self.base_url) is not None,
+            f"base_url = {self.base_url}; it must start with http:// or https://, for example http://localhost:8000/v1.",
         )
         require(self.concurrency >= 1, f"concurrency = {self.concurrency}; it must be at least 1.")
         require(0 < self.timeout < float("inf"), f"timeout = {self.timeout}; it must be a positive number of seconds.")

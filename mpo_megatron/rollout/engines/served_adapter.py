@@ -68,8 +68,8 @@ class ServedAdapter:
         served = Client(self.config).ask_one(None, lambda client, _: list_models(client)).answer or []
         require(
             not served or self.config.model in served,
-            f"endpoint.model = {self.config.model}; {self.config.base_url} serves {', '.join(served[:4])}; with load_adapter = "
-            "true, name the adapter's base model.",
+            f"endpoint.model = {self.config.model}; {self.config.base_url} serves {', '.join(name[:80] for name in served[:4])}; "
+            "with load_adapter = true, name the adapter's base model.",
         )
         refusal = self._post(self.config, "load_lora_adapter", {"lora_name": self.name, "lora_path": str(self.folder)})
         if refusal is None:

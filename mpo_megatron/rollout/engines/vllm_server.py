@@ -69,7 +69,8 @@ class VllmServer:
         length = model.get("max_model_len")
         if not isinstance(length, int) or length < max_tokens:
             raise ConfigError(
-                f"{self.where}: its max_model_len is {length}, and a prompt with its sample takes {max_tokens}; raise it."
+                f"{self.where}: its max_model_len is {str(length)[:40]}, and a prompt with its sample takes {max_tokens}; raise "
+                "it."
             )
         validate_quantization(model.get("quantization"), f"{self.where}: its quantization")
         options = {name: model.get(name) for name in ("quantization", "quantization_config")}
@@ -83,7 +84,7 @@ class VllmServer:
         """
         backend = _part(self.describe(), "weight_transfer_config").get("backend")
         if backend != "nccl":
-            raise ConfigError(f"{self.where}: its weight transfer is {backend}, not nccl; {NCCL_START}.")
+            raise ConfigError(f"{self.where}: its weight transfer is {str(backend)[:40]}, not nccl; {NCCL_START}.")
         workers = self._get("/get_world_size", "world_size", NCCL_START)
         if not isinstance(workers, int) or isinstance(workers, bool) or not 0 < workers < 2**16:
             raise ConfigError(f"{self.where}: /get_world_size says {str(workers)[:40]!r}; it is no vLLM server.")
