@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from tests.distributed.parity import CASES, TOLERANCE, Case, Result, World, run_cases
+from tests.distributed.parity import CASES, STATE_TOLERANCE, TOLERANCE, Case, Result, World, run_cases
 
 TOGETHER = 8
 """Layouts of one start of the ranks."""
@@ -66,7 +66,8 @@ def main() -> int:
                     with arguments.results.open("a", encoding="utf-8") as file:
                         file.writelines(json.dumps(record(result)) + "\n" for result in new)
     results = [found[key(case)] for case in cases]
-    table = Table(*COLUMNS, title=f"Largest relative differences from transformers; tolerance {TOLERANCE:g}")
+    bounds = f"tolerance {TOLERANCE:g}, with Gated DeltaNets {STATE_TOLERANCE:g}"
+    table = Table(*COLUMNS, title=f"Largest relative differences from transformers; {bounds}")
     for result in results:
         table.add_row(*cells(result), style=None if result.passed else "red")
     console.print(table)

@@ -43,6 +43,9 @@ gradient, and where that is near 0 in the direction of its rounding error. The c
 # Relative to the loss, to the norm, to the largest value of each tensor's gradient (but see FLOOR), and to that of each weight.
 # Float32 sums of a few thousand products in another order differ by some 1e-6 of their largest terms: 2⁻²⁴ · √n, layers deep.
 TOLERANCE = 1e-5
+STATE_TOLERANCE = 3e-5
+"""Of models with Gated DeltaNets, whose decays are exponentials of float32 sums: `transformers`' own gradients are 5e-6 from
+those in float64 there, and 2e-6 in models of attention alone."""
 FLOOR = 1e-2
 """A gradient much smaller than the model's largest is a difference of large terms that cancel: its error is that of the terms. So
 a tensor's largest value counts as at least this much of the model's."""
@@ -139,6 +142,11 @@ class Case:
     core: bool = False
     """Whether it is among those that run with all tests."""
 
+    @property
+    def tolerance(self) -> float:
+        """How far it may be from the oracle."""
+        return STATE_TOLERANCE if MODELS[self.model]["model_type"].startswith(("qwen3_5", "qwen3_next")) else TOLERANCE
+
     def __str__(self) -> str:
         options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items(), *self.experts.items()]
         words = [f"{name} {str(value).lower()}" for name, value in options]
@@ -169,7 +177,7 @@ class Result:
     @property
     def passed(self) -> bool:
         """Whether all is within tolerance."""
-        return max(self.loss, self.norm, self.gradients, self.weights, self.routing) <= TOLERANCE
+        return max(self.loss, self.norm, self.gradients, self.weights, self.routing) <= self.case.tolerance
 
 
 SPLIT = {"two_phase": True, "row_tokens": 64}

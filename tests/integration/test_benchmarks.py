@@ -18,7 +18,9 @@ from tests.distributed.launch import ROOT, run_ranks
 
 PARTS = ("__init__", "fp8_emulation", "hand_loops", "setup", "timing")
 """Modules that benchmarks are made of."""
-BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS)
+COMPARED = ("published",)
+"""What measures nothing, but compares with what others measured: tests/unit/plan/test_published.py."""
+BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS + COMPARED)
 NUM_RANKS = {"plan": 2}
 """Where it is not one."""
 RESULTS = sorted((ROOT / "benchmarks" / "results").rglob("*.json"))
