@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def after_plan(train: str | None, gpus: int, gpus_per_node: int | None) -> list[
         return [_command("a run's options, to save, change, and plan with --train", *words)]
     if gpus <= gpus_per_node:
         return [_command("run it here", *_words("mpo train --nproc {} --config {}", gpus, train))]
-    nodes = gpus // gpus_per_node
-    words = _words("mpo launch slurm --train {} --nodes {} --gpus_per_node {}", train, nodes, gpus_per_node)
+    each = math.gcd(gpus, gpus_per_node)  # 12 GPUs of machines with 8: three with 4
+    words = _words("mpo launch slurm --train {} --nodes {} --gpus_per_node {}", train, gpus // each, each)
     return [_command("submit it", *words)]
 
 

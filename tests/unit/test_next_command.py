@@ -64,6 +64,12 @@ def test_what_is_there_is_named(tmp_path: Path) -> None:
     assert train.words[6:8] == ("--data.eval", str(tmp_path / "groups-eval"))
 
 
+@pytest.mark.parametrize(("gpus", "nodes", "each"), [(64, "8", "8"), (12, "3", "4")])
+def test_all_planned_gpus_are_submitted(gpus: int, nodes: str, each: str) -> None:
+    (command,) = after_plan("run.yaml", gpus, 8)
+    assert command.words[-4:] == ("--nodes", nodes, "--gpus_per_node", each)
+
+
 def test_paths_are_quoted_and_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     say_next([])
     assert capsys.readouterr().out == ""
