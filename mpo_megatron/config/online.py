@@ -104,7 +104,8 @@ class OnlineConfig(Section, prefix="online."):
             f"online.endpoint.server = {self.endpoint.server}; only vLLM takes live weights here: set it to auto or vllm, or set "
             "online.engine to vllm or transformers.",
         )
+        address = re.fullmatch(r"[^\s:/]+(?::(\d{1,5}))?", "any" if self.weights_address is None else self.weights_address)
         require(
-            self.weights_address is None or re.fullmatch(r"[^\s:/]+(:\d{1,5})?", self.weights_address) is not None,
-            f"online.weights_address = {self.weights_address}; write a name or address, or host:port.",
+            address is not None and 0 < int(address[1] or 1) < 2**16,
+            f"online.weights_address = {self.weights_address}; write a name or address, or host:port with a port up to 65535.",
         )

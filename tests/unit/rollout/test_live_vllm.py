@@ -263,6 +263,8 @@ def test_engines_that_sample_from_another_policy_are_known(options: dict[str, An
         ({"engine": "server", "endpoint": SERVER | {"api": "chat"}}, "online.endpoint.api = chat; samples are drawn behind"),
         ({"engine": "server", "endpoint": SERVER | {"server": "sglang"}}, "only vLLM takes live weights here"),
         ({"engine": "server", "endpoint": SERVER, "weights_address": "http://me"}, "write a name or address, or host:port"),
+        ({"engine": "server", "endpoint": SERVER, "weights_address": ""}, "write a name or address, or host:port"),
+        ({"engine": "server", "endpoint": SERVER, "weights_address": "me:65536"}, "a port up to 65535"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:
