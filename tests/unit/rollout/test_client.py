@@ -7,11 +7,13 @@ import dataclasses
 import email.utils
 import json
 import socket
+import ssl
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from rich.console import Console
 
@@ -19,9 +21,10 @@ from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
-from mpo_megatron.rollout.client import _retry_after
+from mpo_megatron.rollout.client import Client, _retry_after
 from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+from mpo_megatron.rollout.engines.servers import list_models
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import read_lines
 from tests.unit.rollout.conftest import Server, completion, write_lines
@@ -213,3 +216,20 @@ def test_a_server_that_goes_down_loses_nothing(
     assert all(response["text"] == f"answer {response['seed']}" for record in records for response in record["responses"])
     written = b"".join(path.read_bytes() for path in (tmp_path / "out").iterdir())
     assert b"sk-very-secret" not in written
+
+
+def test_certificates_are_read_once_and_checked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[ssl.SSLContext] = []
+
+    class Noted(openai.DefaultAsyncHttpxClient):
+        def __init__(self, *, verify: ssl.SSLContext, **options: Any) -> None:
+            given.append(verify)
+            super().__init__(verify=verify, **options)
+
+    monkeypatch.setattr(openai, "DefaultAsyncHttpxClient", Noted)
+    client = Client(EndpointConfig(base_url=server.url, model="m", timeout=20.0))
+    for _ in range(2):
+        assert client.ask_one(None, lambda connection, _: list_models(connection)).failure is None
+    first, second = given
+    assert first is second
+    assert (first.verify_mode, first.check_hostname) == (ssl.CERT_REQUIRED, True)
