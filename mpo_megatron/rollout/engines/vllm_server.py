@@ -1,7 +1,7 @@
 """A served vLLM whose weights can be replaced: the routes that it has with VLLM_SERVER_DEV_MODE=1.
 
-Each call is made once, bounded in time and size. Which weights a server has, it says by a version (`/weight_info`) that whoever
-replaces them sets: another's update, or a restart, is seen by it.
+Calls are bounded in time and size, and those that change something are made once. Which weights a server has, it says by a
+version (`/weight_info`) that whoever replaces them sets: another's update, or a restart, is seen by it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ class VllmServer:
 
         Args:
             name: the configuration's field, for messages
-            seconds: what a call may take
+            seconds: what a call may take, its repetitions included
         """
         self.root = config.base_url.removesuffix("/").removesuffix("/v1")
         self.where = f"{name}.base_url = {config.base_url}"
-        # Once: a repeated update would meet one that is under way.
-        self.client = Client(replace(config, retries=0, concurrency=1, timeout=seconds))
+        tries = config.retries + 1
+        self.clients = {
+            "get": Client(replace(config, concurrency=1, timeout=seconds / tries)),
+            # Once: a repeated update would meet one that is under way.
+            "post": Client(replace(config, concurrency=1, timeout=seconds, retries=0)),
+        }
 
     def check_version(self) -> None:
         """Check that the server is a vLLM whose routes are known.
@@ -167,7 +171,7 @@ class VllmServer:
                     raise ConfigError(f"{self.where}: has no {path.partition('?')[0]}; {cure}.") from None
                 raise
 
-        outcome = self.client.ask_one(self.root + path, ask)
+        outcome = self.clients[method].ask_one(self.root + path, ask)
         if outcome.failure is not None:
             route = path.partition("?")[0]
             raise DataError(

@@ -138,6 +138,25 @@ def test_what_a_server_says_of_itself(server: Server) -> None:
     assert asked.check_model(max_tokens=100) == "kv_cache_dtype = fp8"
 
 
+def test_questions_are_repeated_and_changes_are_not(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = VllmServer(replace(config_of(server).endpoint, retries=1, max_wait=0.0), "online.endpoint", seconds=TIMEOUT)
+    for method in ("do_GET", "do_POST"):
+        usual, busy = getattr(Handler, method), [True]
+
+        def answer(handler: Handler, usual: Any = usual, busy: list[bool] = busy) -> None:
+            if busy:
+                busy.clear()
+                handler.rfile.read(int(handler.headers.get("content-length", 0)))
+                handler.send({}, 503)
+            else:
+                usual(handler)
+
+        monkeypatch.setattr(Handler, method, answer)
+    assert asked.version() == "default"
+    with pytest.raises(DataError, match="/update_weight_version failed: 503"):
+        asked.pause()
+
+
 def test_a_server_without_the_routes_says_how_to_start_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.vllm_server.Handler.do_GET", lambda handler: handler.send(None))
     with pytest.raises(ConfigError, match="has no /server_info; start it with VLLM_SERVER_DEV_MODE=1"):
