@@ -23,6 +23,7 @@ from mpo_megatron.rollout.engines.answers import read_answer
 from mpo_megatron.rollout.engines.served_adapter import ServedAdapter
 from mpo_megatron.rollout.engines.servers import UNCONTROLLED, find_kind, request_fields
 from mpo_megatron.rollout.thoughts import Thoughts
+from mpo_megatron.terminal.visible import visible
 
 
 class _Question(NamedTuple):
@@ -140,4 +141,5 @@ class EndpointEngine:
             return
         problem = self.adapter.unload()
         if problem is not None:
-            print(f"{self.config.base_url} keeps the adapter {self.adapter.name}: {problem}", file=sys.stderr)
+            left = f"{self.config.base_url} keeps the adapter {self.adapter.name}: {problem}"
+            print(visible(left), file=sys.stderr)

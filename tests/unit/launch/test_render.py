@@ -137,7 +137,7 @@ def check_pod(pod: dict[str, Any], config_map: str) -> None:
 @pytest.mark.parametrize("output", ["run", "/data/../run", "/database/run", "~/run"])
 def test_a_run_whose_folder_would_be_lost_with_its_machines_is_refused(config: str, output: str) -> None:
     Path(config).write_text(Path(config).read_text().replace("/data/run", output))
-    message = rf"output = {output} in .*train.yaml lies in the job's own file system, .* mount storage with "
+    message = rf"output = {output} in .*train.yaml is in the job's own file system, .* mount storage with "
     for volumes, where in (({}, "where it is mounted"), ({"claim": "/data"}, "below /data")):
         with pytest.raises(ConfigError, match=rf"{message}--volumes, and name an absolute path {where} as output"):
             render(KubernetesJob(train=config, image="registry/mpo:1", volumes=volumes))
