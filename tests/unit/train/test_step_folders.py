@@ -136,7 +136,9 @@ def test_a_checkpoint_of_another_version_is_refused_and_not_taken_for_damaged(tm
     content = {**json.loads((folder / "state.json").read_text()), **change}
     del content["digest"]
     (folder / "state.json").write_bytes(seal_sorted(content))
-    with pytest.raises(ConfigError, match=rf"state\.json: has format {change['format']}, .* reads format 1; use the version that wrote it") as error:
+    with pytest.raises(
+        ConfigError, match=rf"state\.json: has format {change['format']}, .* reads format 1; use the version that wrote it"
+    ) as error:
         check_files(folder)
     assert not isinstance(error.value, DamagedError)
 
