@@ -213,6 +213,30 @@ def test_kl_is_that_of_the_exported_policies(uninterrupted: Path) -> None:
     assert report["kl"]["kl"] == pytest.approx(np.mean(means), abs=1e-4)  # float32 sums against float64
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_three_rounds_of_a_hybrid_model(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gated DeltaNets and attention: sampled, trained from the round before, and exported as `transformers` reads them."""
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    save_model(tmp_path / "hf", model_type="qwen3_5_text", hidden_size=32)
+    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "model")))
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out"
+    prompts.write_text("".join(json.dumps({"prompt": f"Say {index}."}) + "\n" for index in range(40)))  # some without contrast
+    config = settings(inputs, output, measure_kl=True)
+    config = dataclasses.replace(config, model=str(tmp_path / "model"), prompts=str(prompts), rounds=3, per_round={})
+    rounds.iterate(config, QUIET)
+    policies = [dict(weights(output / f"policies/{number:02d}")) for number in range(4)]
+    for old, new in itertools.pairwise(policies):
+        name = "model.layers.0.linear_attn.in_proj_qkv.weight"
+        assert not torch.equal(old[name], new[name])
+    for number in (1, 2, 3):
+        folder = output / "rounds" / f"{number:02d}"
+        first = json.loads((folder / "run" / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["margin"] == pytest.approx(0.0, abs=1e-4)  # policy and reference are the same at the first step
+        assert 0 < abs(json.loads((folder / "report.json").read_text())["kl"]["kl"]) < 5
+    assert AutoModelForCausalLM.from_pretrained(output / "policies/03/hf").config.model_type == "qwen3_5_text"
+
+
 def test_reward_of_the_example() -> None:
     group = {"meta": {"kind": "fruits", "count": 4}}
     cases = {
