@@ -207,7 +207,7 @@ class LoggingConfig(Section, prefix="logging."):
     num_samples: int = 4
     """Held-out groups logged as a table at every evaluation: responses, rewards and how their log-probs moved; 0: none."""
     reference_metrics: bool = False
-    """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference: its log-probs are computed for
+    """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference log-probs: they are computed for
     that, one more forward pass over the groups. Other losses have these metrics anyway."""
     seconds_between_lines: float = 5.0
     """Least time between two steps' lines where output is not a terminal; 0: a line for every step."""

@@ -64,7 +64,7 @@ def _no_reference(run: RunRecord) -> Iterator[Finding]:
     lines = [line for line in run.training if "loss" in line]
     if lines and not any("margin" in line for line in lines):
         text = (
-            "The loss reads no reference, so margin, accuracy, log-ratios and KL were not measured. "
+            "The loss reads no reference log-probs, so margin, accuracy, log-ratios and KL were not measured. "
             "logging.reference_metrics = true measures them, at the cost of one more forward pass over the groups."
         )
         yield Finding(level="note", title="Not compared with a reference", text=text)

@@ -57,8 +57,9 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     if best.keep_best and not needs_reference(objective, config, family.experts):
         require(
             best.best_metric.removeprefix("eval/") not in REFERENCE_METRICS,
-            f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference to measure "
-            "it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and best_is = smallest.",
+            f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference "
+            "log-probs to measure it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and "
+            "best_is = smallest.",
         )
     if config.online.kl_weight > 0 and config.online.engine != "transformers":
         missing = missing_for_live_vllm()

@@ -43,7 +43,7 @@ from mpo_megatron.train.tracking.facts import record_start
 from mpo_megatron.train.tracking.outcomes import forget_later
 
 NO_REFERENCE = (
-    "loss.name = {loss} reads no reference, so margin, accuracy, log-ratios and kl are not measured; to measure them, "
+    "loss.name = {loss} reads no reference log-probs, so margin, accuracy, log-ratios and kl are not measured; to measure them, "
     "at the cost of one more forward pass over the groups, set logging.reference_metrics = true"
 )
 """A note at the start of a run."""

@@ -213,7 +213,7 @@ def test_a_loss_without_a_reference_goes_without_the_pass(
 ) -> None:
     free = ("--loss.name", "simpo", "--optimizer.lr", "1e-3")
     train(build_setup(parse(TrainConfig, options(inputs, data, *free)), 1))
-    assert "loss.name = simpo reads no reference, so margin, accuracy" in capsys.readouterr().out
+    assert "loss.name = simpo reads no reference log-probs, so margin, accuracy" in capsys.readouterr().out
     assert not caches(data / "train")
     assert not caches(data / "eval")
     names = {name.removeprefix("eval/") for line in metrics(data / "run") for name in line}
@@ -234,7 +234,7 @@ def test_a_loss_without_a_reference_goes_without_the_pass(
         line["loss"] for line in metrics(data / "run") if "loss" in line
     ]
     assert {"margin", "kl"} <= {name for line in metrics(data / "asked") for name in line}
-    with pytest.raises(ConfigError, match=r"best_metric = eval/accuracy, but loss.name = simpo reads no reference"):
+    with pytest.raises(ConfigError, match=r"best_metric = eval/accuracy, but loss.name = simpo reads no reference log-probs"):
         build_setup(parse(TrainConfig, options(inputs, data, *free, "--checkpoint.keep_best", "1")), 1)
 
 
