@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,10 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
 
 
 def open_folder(config: AlignConfig, stages: Stages) -> None:
-    """Note what must not change in a new folder; compare it in one that is there.
+    """Note the options in a new folder; in one that is there, compare those of finished stages, and note the others anew.
 
     Raises:
-        ConfigError: naming the first thing that changed.
+        ConfigError: naming the first option of a finished stage that changed.
     """
     kept = {name: value for name, value in to_dict(config).items() if name not in FREE}
     state: dict[str, Any] = {"config": kept, "model": model_digest(stages.model), "data": data_digest(config.data)}
@@ -100,20 +101,44 @@ def open_folder(config: AlignConfig, stages: Stages) -> None:
         require(not others, f"output = {stages.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
         write_summary(path, state)
         return
-    changed = find_change(read_summary(path), state)
+    recorded = read_summary(path)
+    free = changeable(stages)
+    changed = find_change(without(recorded, free), without(state, free))
     if changed is not None:
         name, before, now = changed
         raise_changed(stages.folder, name.removeprefix("config."), before, now)
+    if find_change(recorded, state) is not None:
+        write_summary(path, state)
+
+
+def changeable(stages: Stages) -> set[str]:
+    """Options of stages that are not finished: a failed one may need another value. Training itself compares what it resumes."""
+    done = {
+        ("model", "data", "prepare", "held_out", "seed"): stages.folder / "groups" / INFO_FILE,
+        ("train",): stages.folder / TRAIN_FILE,
+        ("generate", "answers"): Path(stages.before.output) / GENERATE_FILE,
+    }
+    return {name for names, file in done.items() if not file.is_file() for name in names}
+
+
+def without(state: Mapping[str, Any], names: set[str]) -> dict[str, Any]:
+    """A folder's state without some of its options."""
+    config = {name: value for name, value in state["config"].items() if name not in names}
+    return {**{name: value for name, value in state.items() if name not in names}, "config": config}
 
 
 def raise_changed(folder: Path, name: str, before: object, now: object) -> None:
-    """Refuse a folder that was started otherwise.
+    """Refuse a change to a finished stage.
 
     Raises:
         ConfigError: always.
     """
     what = {"model": "another model", "data": "other data"}.get(name, f"{name} = {before}, now it is {now}")
-    require(False, f"output = {folder} was started with {what}; use the old value, or another output.")
+    require(
+        False,
+        f"output = {folder} was started with {what}, and the stage that uses it is done; use the old value, another output, or "
+        "remove the files of that stage and of those after it (docs/align.md).",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- on-policy rounds

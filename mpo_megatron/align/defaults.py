@@ -51,14 +51,14 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
     fill("data.train", str(output / "groups"))
     fill("data.eval", str(output / "groups-eval"))
     options.setdefault("seed", config.seed)
-    default("optimizer.lr", choose_learning_rate(family, adapter=has_option(options, "lora.rank")))
+    default("optimizer.lr", choose_learning_rate(family, adapter=trains_adapter(options)))
     prepared = (output / "groups" / INFO_FILE).is_file()
     if prepared:
         info = read_info(output / "groups")
         per_step = min(MOST_GROUPS_PER_STEP, max(1, info.num_groups // STEPS_AT_LEAST))
         default("data.groups_per_step", per_step)
-        if info.reward_kind == "labels" and not has_option(options, "loss"):
-            default("loss.params", {"partition": "labels"})
+        if info.reward_kind == "labels" and not has_option(options, "loss.name"):
+            default("loss.params.partition", "labels")
     if device.has_gpu() and prepared and not has_option(options, "parallel"):
         groups = {"data": str(output / "groups")}
         workload = machine_workload(from_dict(TrainConfig, options, "train"), model, config.nproc, groups)
@@ -69,6 +69,11 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
             default("model.recompute", best.model.recompute)
             default("data.row_tokens", best.row_tokens)
     return from_dict(TrainConfig, options, "train"), chosen
+
+
+def trains_adapter(train: Mapping[str, Any]) -> bool:
+    """Whether options of training ask for an adapter; a rank of 0 asks for none."""
+    return has_option(train, "lora.rank") and train["lora"]["rank"] != 0
 
 
 def choose_learning_rate(family: Family, *, adapter: bool) -> float:

@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import copy
+import glob
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.align.defaults import build_training, choose_learning_rate
+from mpo_megatron.align.defaults import build_training, choose_learning_rate, trains_adapter
 from mpo_megatron.config import (
     AlignConfig,
     ConvertConfig,
@@ -144,7 +145,7 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
     train = copy.deepcopy(config.train)
     family = find_model(str(model))
     if not has_option(train, "optimizer.lr"):
-        set_option(train, "optimizer.lr", choose_learning_rate(family, adapter=has_option(train, "lora.rank")))
+        set_option(train, "optimizer.lr", choose_learning_rate(family, adapter=trains_adapter(train)))
     options: dict[str, Any] = {
         **copy.deepcopy(config.iterate),
         "output": str(Path(config.output) / "rounds"),
@@ -183,16 +184,24 @@ def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
 
 
 def data_digest(data: list[str]) -> str:
-    """A fingerprint of files that are inputs; of a folder, its files' names and sizes; of a dataset on the hub, its name."""
+    """A fingerprint of what files, folders and patterns hold, wherever they are; of a dataset on the hub, of its name."""
     digest = hashlib.sha256()
     for name in data:
         path = Path(name)
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        elif path.is_dir():
-            for item in sorted(path.rglob("*")):
-                digest.update(f"{item.relative_to(path)} {item.stat().st_size if item.is_file() else 0}".encode())
-        else:
+        files = find_files(path)
+        for file in files:
+            if len(files) > 1:  # a single file may have been renamed
+                digest.update(str(file.relative_to(path) if path.is_dir() else file.name).encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        if not files:
             digest.update(name.encode())
     return digest.hexdigest()
+
+
+def find_files(path: Path) -> list[Path]:
+    """The files that an input names: itself, those of a folder, or those that fit a pattern; none of a dataset on the hub."""
+    if path.is_file():
+        return [path]
+    found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+    return sorted(item for item in found if item.is_file())

@@ -11,6 +11,8 @@ from mpo_megatron.config.values import Section
 
 ROUND_STAGES = ("iterate", "score", "select")
 """Sections that only on-policy rounds have."""
+ROUNDS = 3
+"""Rounds by default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class AlignConfig(Section):
     """Groups to train on: anything `mpo prepare` reads."""
     prompts: str | None = None
     """Prompts for on-policy rounds, instead of data, as for `mpo iterate`; `score` says how to reward an answer."""
-    rounds: int = 3
+    rounds: int = ROUNDS
     """Rounds of sampling and training, with prompts."""
     held_out: int | None = None
     """Groups (or prompts) to measure on, none of which is trained on; by default 100, or a tenth of all if that is less."""
@@ -74,6 +76,10 @@ class AlignConfig(Section):
         if self.prompts is None:
             for name in ROUND_STAGES:
                 require(not getattr(self, name), f"{name} is a stage of on-policy rounds; it has no effect without prompts.")
+            require(
+                self.rounds == ROUNDS,
+                f"rounds = {self.rounds}; it has an effect only with prompts; leave it out; train.epochs repeats data.",
+            )
         else:
             require(bool(self.score), "score is missing; say what rewards an answer (docs/on_policy.md).")
 

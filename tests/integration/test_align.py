@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 from mpo_megatron import device
 from mpo_megatron.align import align as aligning
 from mpo_megatron.align import defaults
-from mpo_megatron.align.align import align
+from mpo_megatron.align.align import align, open_folder
 from mpo_megatron.align.estimate import Machine, estimate, generation_rate, groups_of_round
 from mpo_megatron.align.outcome import read_numbers
-from mpo_megatron.align.plan import build_rounds, build_stages
+from mpo_megatron.align.plan import build_rounds, build_stages, data_digest
 from mpo_megatron.config import (
     AlignConfig,
     ChatConfig,
@@ -32,6 +32,7 @@ from mpo_megatron.config import (
     IterateConfig,
     ModelConfig,
     PlanConfig,
+    PrepareConfig,
     TrainConfig,
 )
 from mpo_megatron.data import prepare as preparing
@@ -134,6 +135,22 @@ def test_repeating_it_runs_nothing_and_shows_the_end_again(inputs: Path, aligned
     align(settings(inputs, aligned), Console(file=output, width=200))
     assert output.getvalue().count("done before") == 6
     assert f"mpo chat {aligned} --beside {inputs / 'model'}" in output.getvalue()
+
+
+@pytest.mark.distributed
+def test_an_unfinished_stage_takes_other_options(inputs: Path, aligned: Path, tmp_path: Path) -> None:
+    """Of what a failed stage needs, nothing is known before it failed."""
+    output, changed = tmp_path / "out", {"optimizer": {"lr": 1e-3}}
+    shutil.copytree(aligned, output)
+    with pytest.raises(ConfigError, match=r"train.model = .* the stage that uses it is done"):
+        align(settings(inputs, output, train=changed), QUIET)
+    (output / "train.json").unlink()  # as if training had failed
+    again = settings(inputs, output, train=changed)
+    open_folder(again, build_stages(again, inputs / "model"))
+    assert json.loads((output / "align.json").read_text())["config"]["train"] == changed
+    fewer = settings(inputs, output, train=changed, held_out=3)
+    with pytest.raises(ConfigError, match="started with held_out = None, now it is 3"):
+        open_folder(fewer, build_stages(fewer, inputs / "model"))
 
 
 @pytest.mark.distributed
@@ -250,6 +267,31 @@ def test_rounds_of_one_run_share_its_steps() -> None:
     assert groups_of_round(continued, dataclasses.replace(train, max_steps=None, epochs=2), 100) == 200
 
 
+@pytest.mark.parametrize(("lora", "factor"), [({}, 1), ({"rank": 0}, 1), ({"rank": 8}, defaults.ADAPTER_RATE)])
+def test_only_an_adapter_takes_the_rate_of_adapters(inputs: Path, tmp_path: Path, lora: dict[str, Any], factor: int) -> None:
+    rate = factor * defaults.LEARNING_RATES[0][1]
+    train = {"lora": lora}
+    assert build_stages(settings(inputs, tmp_path / "a", train=train), inputs / "model").train.optimizer.lr == rate
+    score = {"scorers": {"x": {"kind": "match"}}}
+    prompts = settings(inputs, tmp_path / "a", data=[], prompts=str(inputs / "prompts.jsonl"), train=train, score=score)
+    assert build_rounds(prompts, inputs / "model").train["optimizer"]["lr"] == rate
+
+
+@pytest.mark.parametrize(("loss", "partition"), [({}, "labels"), ({"params": {"beta": 0.1}}, "labels"), ({"name": "dpo"}, None)])
+def test_labels_split_the_groups_of_the_default_loss(
+    inputs: Path, tmp_path: Path, loss: dict[str, Any], partition: str | None
+) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "pairs.jsonl").write_text('{"prompt": "Say.", "chosen": "yes", "rejected": "no"}\n' * 2)
+    options = {"input": [str(output / "pairs.jsonl")], "tokenizer": str(inputs / "model")}
+    for name in ("groups", "groups-eval"):
+        preparing.prepare(PrepareConfig(output=str(output / name), **options), QUIET)
+    found = build_stages(settings(inputs, output, train={"loss": loss}), inputs / "model").train.loss
+    assert found.params.get("partition") == partition
+    assert found.params.get("beta") == loss.get("params", {}).get("beta")
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_generation_reads_weights_or_multiplies(engine: Any) -> None:
     """On an H100 a decoding step of an 8B model reads 16 GB whatever the batch."""
@@ -285,6 +327,7 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
         ({"data": ["-"]}, "a resumed run could not read standard input again"),
         ({"score": {"scorers": {"x": {"kind": "match"}}}}, "score is a stage of on-policy rounds"),
         ({"iterate": {"measure_kl": False}}, "iterate is a stage of on-policy rounds"),
+        ({"rounds": 5}, "rounds = 5; it has an effect only with prompts"),
         ({"model": "none/at/all"}, "no such folder"),
         ({"prepare": {"held_out": 3}}, "prepare.held_out is set by mpo align itself"),
         ({"generate": {"max_prompts": 3}}, "generate.max_prompts is set by mpo align itself"),
@@ -303,6 +346,19 @@ def test_what_cannot_work_is_named_before_anything_runs(
     with pytest.raises(ConfigError, match=message):
         align(settings(inputs, tmp_path / "out", **changes), QUIET)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["data/part.jsonl", "data", "data/*.jsonl"])
+def test_a_change_of_the_data_is_seen(tmp_path: Path, name: str) -> None:
+    """Even one that leaves every size as it was; a moved folder is the same."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "part.jsonl").write_text('{"label": 0}')
+    before = data_digest([str(tmp_path / name)])
+    shutil.copytree(folder, tmp_path / "moved" / "data")
+    assert data_digest([str(tmp_path / "moved" / name)]) == before
+    (folder / "part.jsonl").write_text('{"label": 1}')
+    assert data_digest([str(tmp_path / name)]) != before
 
 
 def test_data_that_are_not_there(inputs: Path, tmp_path: Path) -> None:
