@@ -75,7 +75,7 @@ for each in ${PARTS:-machine smoke exactness breakdown layouts fp8 plan tests}; 
     fp8) benchmark fp8 75 --steps 8 ;;
     plan) benchmark plan 55 --ranks 1 ;;
     # Of whole runs only the one in bf16: each takes a minute or so.
-    tests) tests tests 60 tests/gpu/test_gpu_{attention,logprobs,train,offload,policy,fp8}.py \
+    tests) tests tests 60 tests/gpu/test_gpu_{attention,delta,logprobs,train,offload,policy,fp8}.py \
       -k "not (test_gpu_train and (current or blockwise)) and not ($exact)" ;;
     *) echo "gpu_check.sh: PARTS has $each; there is no such part" >&2 && exit 2 ;;
   esac

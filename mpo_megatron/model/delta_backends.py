@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, require
 from mpo_megatron.families import Family
 from mpo_megatron.model.delta_rule import DeltaRule, chunked_delta_rule
-
-INSTALL = "pip install flash-linear-attention"
+from mpo_megatron.stack.delta_kernels import broken_delta_kernels, missing_for_delta_kernels
 
 
 def choose_delta_rule(model: ModelConfig, family: Family) -> str:
@@ -19,8 +16,8 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
     must be there: in plain operations a Gated DeltaNet would take most of a step.
 
     Raises:
-        ConfigError: kernels are asked for, or needed, that are not installed; or a back end is named for a model that has no
-            such layers.
+        ConfigError: kernels are asked for, or needed, that are not installed or do not fit this GPU; or a back end is named for
+            a model that has no such layers.
     """
     if family.delta_net is None:
         require(
@@ -34,23 +31,27 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
         return "torch"
     asked = f"model.delta_rule = {model.delta_rule}"
     require(device.has_gpu(), f"{asked}, but this machine has no GPU; set it to auto.")
-    require(model.precision == "bf16", f"{asked}, but its kernels take no float32 (model.precision); set it to auto.")
     require(
-        is_installed(),
-        f"{asked}: the kernels for this model's layers of linear_attention (Gated DeltaNet) are not installed; {INSTALL}, or set "
-        "model.delta_rule to torch, which takes several times as long.",
+        model.precision == "bf16",
+        f"{asked}, but its kernels multiply with less than float32's precision (model.precision = fp32); set it to auto.",
     )
+    missing = missing_for_delta_kernels()
+    require(missing is None, f"{asked}: no kernels for layers of linear_attention (Gated DeltaNet): {missing}. {SLOWER}")
     return "fla"
 
 
-def is_installed() -> bool:
-    """Whether flash-linear-attention is there."""
-    return importlib.util.find_spec("fla") is not None
+SLOWER = "Or set model.delta_rule to torch, which takes several times as long."
 
 
 def delta_function(name: str) -> DeltaRule:
-    """The function of a back end; its imports happen here, so that only the one in use is needed."""
+    """The function of a back end; its imports happen here, so that only the one in use is needed.
+
+    Raises:
+        ConfigError: the package of its kernels does not import.
+    """
     if name == "fla":
+        broken = broken_delta_kernels()
+        require(broken is None, f"model.delta_rule = fla: {broken}. {SLOWER}")
         from mpo_megatron.model.delta_fla import fla_delta_rule
 
         return fla_delta_rule

@@ -71,9 +71,8 @@ def _sequences(tokens: Int64, level: Sequence[Segment]) -> LevelSequences:
 def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
     """The back end."""
     index = layout.index(build_sequences)
-    share = value.shape[1] // key.shape[1]
-    inputs = [part.repeat_interleave(share, dim=1) if share > 1 else part for part in (query, key)]
-    inputs += [value, decay.float(), rate.to(value.dtype)]
+    # Value heads j · R … j · R + R − 1 share key head j in the kernels, too.
+    inputs = [query, key, value, decay.float(), rate.to(value.dtype)]
 
     def call(part: LevelSequences, state: Tensor | None, *, final: bool) -> tuple[Tensor, Tensor | None]:
         own_query, own_key, own_value, own_decay, own_rate = (item.index_select(0, part.tokens) for item in inputs)

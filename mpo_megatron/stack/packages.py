@@ -54,7 +54,8 @@ PACKAGES = (
     ),
     Package(name="nvidia-resiliency-ext", module="nvidia_resiliency_ext", serves="writing checkpoints while training continues"),
     Package(name="vllm", module="vllm", serves="fast generation, also during training"),
-    Package(name="triton", module="triton", serves="torch.compile on GPUs"),
+    Package(name="flash-linear-attention", module="fla", serves="Gated DeltaNet layers: Qwen3-Next, 3.5, 3.6"),
+    Package(name="triton", module="triton", serves="torch.compile and Gated DeltaNet layers on GPUs"),
 )
 """In the order in which `mpo doctor` lists them."""
 
@@ -139,7 +140,7 @@ def unmet_requirements() -> list[Problem]:
         except importlib.metadata.PackageNotFoundError:
             continue
         for requirement in map(Requirement, texts):
-            extras = ("", "gpu", "rollout", "tracking") if name == "mpo-megatron" else ("",)
+            extras = ("", "gpu", "hybrid", "rollout", "tracking") if name == "mpo-megatron" else ("",)
             if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in extras):
                 continue
             version = version_of(requirement.name)

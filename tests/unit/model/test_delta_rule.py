@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from mpo_megatron.model.attention import Segment, row_layout
 from mpo_megatron.model.delta_backends import choose_delta_rule
 from mpo_megatron.model.delta_net import convolve
 from mpo_megatron.model.delta_rule import build_chunks, order_states, run_chunks, unit
+from mpo_megatron.stack import delta_kernels
 from tests.tiny import CONFIGS
 from tests.tolerances import reordered
 from tests.unit.model.rows import random_groups_row
@@ -154,7 +160,7 @@ def sequential_kernel(
     for number, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
         part = slice(start, end)
         output, last = torch_chunk_gated_delta_rule(
-            *(unit(tensor[part])[None] for tensor in (query, key)),
+            *(unit(tensor[part]).repeat_interleave(SHARE, dim=1)[None] for tensor in (query, key)),
             *(tensor[part][None] for tensor in (value, decay, rate)),
             initial_state=None if state is None else state[number][None],
             output_final_state=True,
@@ -177,6 +183,23 @@ def test_the_calls_of_flash_linear_attention(segments: list[Segment], monkeypatc
         torch.testing.assert_close(found, expected, rtol=10 * FLOAT32, atol=10 * FLOAT32)
 
 
+KERNELS = importlib.util.find_spec("fla") is not None and importlib.util.find_spec("triton") is not None
+
+
+@pytest.mark.skipif(not KERNELS, reason="flash-linear-attention or triton is not installed")
+def test_the_kernels_of_flash_linear_attention() -> None:
+    """Through Triton's interpreter, in a process of its own: it must be asked for before triton is imported."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.unit.model.fla_rows"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    float16 = errors.pop("float16")
+    # Sums over a chunk; between them, the kernels round to the inputs' dtype.
+    assert max(float16.values()) <= reordered(1, torch.float16), float16
+    for case, found in errors.items():
+        assert max(found.values()) <= FLOAT32, (case, found)
+
+
 def hybrid() -> Family:
     return read_family(CONFIGS["qwen3_5_text"]())
 
@@ -189,16 +212,33 @@ def test_without_a_gpu_plain_operations_compute_it() -> None:
 
 def test_a_gpu_needs_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delta_backends.device, "has_gpu", lambda: True)
-    monkeypatch.setattr(delta_backends, "is_installed", lambda: False)
+    monkeypatch.setattr(delta_kernels, "is_installed", lambda: False)
     model = ModelConfig(checkpoint="x")
-    with pytest.raises(ConfigError, match=r"not installed; pip install flash-linear-attention"):
+    with pytest.raises(ConfigError, match=r"not installed: pip install 'flash-linear-attention.*set model.delta_rule to torch"):
         choose_delta_rule(model, hybrid())
     assert choose_delta_rule(dataclasses.replace(model, delta_rule="torch"), hybrid()) == "torch"
     assert choose_delta_rule(dataclasses.replace(model, precision="fp32"), hybrid()) == "torch"
-    monkeypatch.setattr(delta_backends, "is_installed", lambda: True)
+    monkeypatch.setattr(delta_kernels, "is_installed", lambda: True)
+    versions = {"fla-core": "0.6.0", "triton": "3.6.0"}
+    monkeypatch.setattr(delta_kernels, "version_of", versions.get)
     assert choose_delta_rule(model, hybrid()) == "fla"
+    versions["fla-core"] = "0.4.1"
+    with pytest.raises(ConfigError, match=r"0\.4\.1 is installed, and <0\.7,>=0\.5\.2 is needed"):
+        choose_delta_rule(model, hybrid())
     with pytest.raises(ConfigError, match="float32"):
         choose_delta_rule(dataclasses.replace(model, precision="fp32", delta_rule="fla"), hybrid())
+
+
+@pytest.mark.parametrize(
+    ("triton", "tilelang", "works"), [("3.6.0", False, False), ("3.6.0", True, True), ("3.7.1", False, True)]
+)
+def test_wrong_gradients_on_hopper_are_refused(triton: str, tilelang: bool, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delta_kernels, "version_of", {"fla-core": "0.6.0", "triton": triton}.get)
+    monkeypatch.setattr(delta_kernels, "_has", lambda module: module == "fla" or tilelang)
+    monkeypatch.setattr(delta_kernels, "is_hopper", lambda: True)
+    missing = delta_kernels.missing_for_delta_kernels()
+    assert (missing is None) == works
+    assert works or "Triton 3.6.0 compiles wrong gradients" in str(missing)
 
 
 def test_a_model_without_such_layers_has_no_kernel_to_choose() -> None:
