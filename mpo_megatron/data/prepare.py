@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from rich.text import Text
 
@@ -116,6 +117,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         kind = _reward_kind(config, streams, accepted)
         usable = _reject_without_rewards(groups, accepted, kind, rejected, output, tally)
         keys, inputs = read_keys(accepted.prompt_keys), np.frombuffer(bytes(accepted.inputs), np.uint16)
+        _check_inputs(config, inputs[usable], kind, tally)
         tally.duplicate_prompts = len(usable) - count_prompts(keys[usable])
         ids = groups.group_ids() if config.weights or config.fraction < 1 else []
         train, evaluation, tally.outside_weights, tally.outside_fraction = choose_groups(usable, keys, inputs, ids, config)
@@ -242,12 +244,15 @@ def _count(tally: Tally, chunk: Chunk) -> None:
     tally.not_written += chunk.not_written
 
 
+def _reasons(tally: Tally) -> str:
+    return "; ".join(f"{count} × {name}: {tally.examples[name]}" for name, count in tally.rejected.most_common(5))
+
+
 def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tally) -> str:
-    reasons = "; ".join(f"{count} × {name}: {tally.examples[name]}" for name, count in tally.rejected.most_common(5))
     read = ", ".join(f"{stream.layout.format} because {stream.layout.why}" for stream in streams)
     unused = f"; columns not used: {', '.join(sorted(tally.unused))}" if tally.unused else ""
     names = " and ".join(config.inputs)
-    return f"input = {names}; not one of {tally.rows} groups is usable (format {read}{unused}): {reasons}."
+    return f"input = {names}; not one of {tally.rows} groups is usable (format {read}{unused}): {_reasons(tally)}."
 
 
 # --------------------------------------------------------------------------------------------------- between the passes
@@ -300,6 +305,23 @@ def _reject_without_rewards(
     if 0 < labelled < len(usable):
         tally.notes.append(f"labels: only {labelled:,} of {len(usable):,} groups have them; none is kept")
     return usable
+
+
+def _check_inputs(config: PrepareConfig, usable: npt.NDArray[np.uint16], kind: RewardKind, tally: Tally) -> None:
+    """Refuse an input of which nothing is left, rather than train on the others alone.
+
+    Args:
+        usable: of each usable group, the number of its input
+
+    Raises:
+        DataError: naming the input and what was rejected.
+    """
+    for number in sorted({*range(len(config.inputs))} - {*usable.tolist()}):
+        mixed = "" if kind == "labels" else "; inputs with rewards and inputs with labels alone do not mix"
+        raise DataError(
+            f"input = {config.inputs[number]}; not one of its groups is usable{mixed}; rejected in all inputs: "
+            f"{_reasons(tally)}. Fix that input, or leave it out."
+        )
 
 
 def _all_labelled(accepted: Accepted, usable: Int64) -> bool:

@@ -226,6 +226,10 @@ def print_tally(console: Console, tally: Tally) -> None:
     console.print(table)
     for note in tally.notes:
         console.print(Text(note, style="yellow"))
+    if 2 * tally.num_rejected >= tally.rows:
+        share = tally.num_rejected / max(1, tally.rows)
+        text = f"WARNING: {share:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
+        console.print(Text(text, style="bold red"))
     if tally.templated_prompts:
         console.print(
             Text(

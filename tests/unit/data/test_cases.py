@@ -426,8 +426,9 @@ def test_scores_that_first_appear_late_are_seen(run: Any, write_lines: Writer, t
     pairs = [{"prompt": f"Q{index}", "chosen": "A", "rejected": "B"} for index in range(70)]
     for index in range(66, 70):
         pairs[index] |= {"chosen_score": "2", "rejected_score": 1}
-    summary, groups, _ = run(write_lines(*pairs))
+    summary, groups, printed = run(write_lines(*pairs))
     assert (groups.info.reward_kind, len(groups)) == ("scores", 4)
+    assert "WARNING: 94% of the rows were rejected" in printed
     assert summary.tally.rejected == Counter({"rewards": 66})
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
     assert json.loads(lines[0])["reason"] == "are missing, and 4 other groups have them"
@@ -448,6 +449,17 @@ def test_inputs_are_mixed_by_weight(run: Any, write_lines: Writer) -> None:
     assert summary.tally.outside_weights == 40
     _, groups, _ = run([first, second], weights=[3.0, 1.0], output="three")
     assert Counter(group.where.split("/")[-1].split(":")[0] for group in groups) == Counter({"a.jsonl": 60, "b.jsonl": 20})
+
+
+def test_an_input_of_which_nothing_is_left_is_refused(run: Any, write_lines: Writer) -> None:
+    """Nobody reads of it in a table after an hour."""
+    scored = write_lines({"prompt": "a", "responses": ["A", "B"], "rewards": [1, 0]}, name="scored.jsonl")
+    pairs = write_lines({"prompt": "b", "chosen": "A", "rejected": "B"}, name="pairs.jsonl")
+    with pytest.raises(DataError, match=r"pairs.jsonl; not one of its groups .*do not mix.*pairs.jsonl:1: rewards are missing"):
+        run([scored, pairs])
+    equal = write_lines({"prompt": "c", "chosen": "A", "rejected": ""}, name="equal.jsonl")
+    with pytest.raises(DataError, match=r"equal.jsonl; not one of its groups is usable; rejected in all inputs: 1 × rejected"):
+        run([equal, pairs])
 
 
 def test_a_difference_from_apply_chat_template_stops_the_run(
