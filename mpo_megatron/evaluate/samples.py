@@ -23,6 +23,7 @@ from mpo_megatron.evaluate.statistics import (
     compute_win_rate,
 )
 from mpo_megatron.files import DataError
+from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (
@@ -35,6 +36,9 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.stages import run_command
+
+MODELS = ("config.json", PEFT_CONFIG, "megatron", "checkpoints")
+"""What only the folder of a model, an adapter, a checkpoint or a run has."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +57,8 @@ class SampleSet:
 def is_model(path: str) -> bool:
     """Whether a `candidate` or `baseline` is a model to sample from, and not samples."""
     folder = Path(path)
+    if any((folder / name).exists() for name in MODELS):  # a run's folder has a samples.jsonl, of its held-out groups
+        return True
     return folder.is_dir() and not any((folder / name).is_file() for name in (SCORED_FILE, SAMPLES_FILE))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mpo_megatron.cli import main
+from mpo_megatron.evaluate.samples import is_model
 from tests.tiny import save_model
 
 
@@ -31,6 +32,23 @@ def group(name: str, prompt: Any, *responses: tuple[str, float | None]) -> dict[
 def evaluation(folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text())
     return result
+
+
+@pytest.mark.parametrize(
+    ("files", "model"),
+    [
+        (["config.json"], True),
+        (["adapter_config.json"], True),
+        (["checkpoints/x", "samples.jsonl", "metrics.jsonl"], True),  # a run that was evaluated on held-out groups
+        (["samples.jsonl", "generate.json"], False),
+        (["scored.jsonl", "score.json"], False),
+    ],
+)
+def test_models_and_samples_are_told_apart(tmp_path: Path, files: list[str], model: bool) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert is_model(str(tmp_path)) is model
 
 
 def test_files_of_scored_samples(tmp_path: Path) -> None:
