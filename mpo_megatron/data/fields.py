@@ -13,6 +13,8 @@ _LARGEST = 1e30
 """Largest size of a reward: differences, squares and single precision still hold it."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _WORDS = {"true": 1, "false": 0}
+_PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
+"""How `str` writes a list of messages: nobody's words."""
 
 
 class RowError(ValueError):
@@ -43,6 +45,8 @@ def read_text(value: Any, field: str) -> str:
         raise RowError(field, f"is of type {type(value).__name__}, not a string")
     if not value.strip():
         raise RowError(field, "is empty")
+    if _PYTHON_MESSAGES.match(value):
+        raise RowError(field, "is a list of messages as Python prints it; write it as JSON (json.dumps)")
     return check_unicode(value, field)
 
 

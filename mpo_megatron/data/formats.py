@@ -154,7 +154,8 @@ def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Option
             f"drop_ranks = {list(options.drop_ranks)}; it has an effect on format nectar only, and this is {found.name}."
         )
     layout = found.settle(sample, options)
-    return replace(layout, why=why)
+    reward = f"; the reward is {'+'.join(layout.ratings)}" if found.name in ("ratings", "ultrafeedback") else ""
+    return replace(layout, why=why + reward)
 
 
 def parse(row: Any, layout: InputLayout) -> Parsed:

@@ -389,7 +389,8 @@ def _read_winner(value: Any, field: str, pair: tuple[str, str]) -> int:
 
 def _fits_unpaired(sample: Sample) -> bool:
     ends = sample.any("messages", _is_answered) or sample.any("conversations", _is_answered)
-    labels = any(sample.any(name, _is_label) for name in _LABELS)
+    # Labels of another kind are refused by name, unless a number may be what counts.
+    labels = any(sample.any(name, _is_label) for name in _LABELS) or (sample.has(*_LABELS) and not _numbers(sample))
     return labels and (ends or (sample.has(*PROMPT_FIELDS) and sample.has(*_COMPLETIONS)))
 
 
@@ -426,17 +427,22 @@ def _one_answer(row: FieldRecord, judge: Callable[[], tuple[float | None, int | 
 
 
 def _fits_ratings(sample: Sample) -> bool:
-    return sample.has(*PROMPT_FIELDS) and sample.has(*_COMPLETIONS)
+    return sample.has(*PROMPT_FIELDS) and sample.has(*_COMPLETIONS) and bool(_numbers(sample))
+
+
+def _numbers(sample: Sample) -> list[str]:
+    """Columns that may hold a reward."""
+    known = {*PROMPT_FIELDS, *_COMPLETIONS, "id", "group_id", "system", "system_prompt"}
+    return sorted(name for name in sample.columns - known if sample.any(name, is_number))
 
 
 def _settle_ratings(sample: Sample, options: Options) -> InputLayout:
-    known = {*PROMPT_FIELDS, *_COMPLETIONS, "id", "group_id", "system", "system_prompt"}
-    numbers = sorted(name for name in sample.columns - known if sample.any(name, is_number))
+    numbers = _numbers(sample)
     missing = [name for name in options.ratings if name not in sample.columns]
     if missing:
         raise DataError(f"rating = {'+'.join(options.ratings)}; no column {missing[0]}; numeric columns are {numbers}.")
-    names = [name for name in _RATING_NAMES if name in numbers] or (numbers if len(numbers) == 1 else [])
-    ratings = options.ratings or tuple(names[:1])
+    # A number of another name may be a length, a seed or a turn.
+    ratings = options.ratings or tuple(name for name in _RATING_NAMES if name in numbers)[:1]
     if not ratings:
         raise DataError(f"format ratings: which column is the reward? Set rating to one or more (a+b) of {numbers}.")
     return InputLayout(format="ratings", reward_kind="scores", ratings=ratings)

@@ -47,6 +47,8 @@ class Tally:
     """Responses without what the template writes before an answer's words (an empty thought); kept unchanged."""
     rewritten_turns: int = 0
     """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
+    labels_against_rewards: int = 0
+    """Groups in which a chosen response has a lower reward than a rejected one; kept; rewards decide in most losses."""
     drawn_responses: int = 0
     """Responses whose token ids came with them, and are trained on as they were drawn."""
     drawn_otherwise: int = 0
@@ -89,6 +91,7 @@ class Tally:
             "open_thoughts": self.open_thoughts,
             "without_lead": self.without_lead,
             "rewritten_turns": self.rewritten_turns,
+            "labels_against_rewards": self.labels_against_rewards,
             "drawn_responses": self.drawn_responses,
             "drawn_otherwise": self.drawn_otherwise,
             "drawn_of_another_text": self.drawn_of_another_text,
@@ -230,6 +233,13 @@ def print_tally(console: Console, tally: Tally) -> None:
         share = tally.num_rejected / max(1, tally.rows)
         text = f"WARNING: {share:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
         console.print(Text(text, style="bold red"))
+    if tally.labels_against_rewards:
+        text = (
+            f"WARNING: in {tally.labels_against_rewards:,} groups a chosen response has a lower reward than a rejected one, for "
+            f"example {tally.examples.get('labels_against_rewards', '')}. Rewards decide, except with partition = labels. If "
+            "lower is better in this column, negate it."
+        )
+        console.print(Text(visible(text), style="bold red"))
     if tally.templated_prompts:
         console.print(
             Text(

@@ -122,6 +122,7 @@ def tokenize_group(
     for fault in faults:
         _drop(chunk, group.where, str(fault))
     _count_thoughts(chunk, chat, group, prompt_text, [group.responses[index] for index in kept], answers)
+    chunk.count("labels_against_rewards", group.where, contradict(group))
     masked = any(tokens.scored is not None for tokens in answers)
     return TokenizedGroup(
         group_id=group.group_id,
@@ -137,6 +138,14 @@ def tokenize_group(
         ),
         where=group.where,
     )
+
+
+def contradict(group: Group) -> bool:
+    """Whether a chosen response has a lower reward than a rejected one."""
+    if group.rewards is None or group.labels is None:
+        return False
+    of = {label: [reward for reward, own in zip(group.rewards, group.labels, strict=True) if own == label] for label in (0, 1)}
+    return bool(of[0]) and bool(of[1]) and min(of[1]) < max(of[0])
 
 
 def _prefer_drawn(tokens: Tokens, text: str, drawn: Drawn, chat: Chat, chunk: Chunk, where: str) -> Tokens:

@@ -451,6 +451,15 @@ def test_inputs_are_mixed_by_weight(run: Any, write_lines: Writer) -> None:
     assert Counter(group.where.split("/")[-1].split(":")[0] for group in groups) == Counter({"a.jsonl": 60, "b.jsonl": 20})
 
 
+@pytest.mark.parametrize(("scores", "warned"), [((1, 5), True), ((5, 1), False), ((3, 3), False)])
+def test_scores_against_the_labels_are_told(run: Any, write_lines: Writer, scores: tuple[int, int], warned: bool) -> None:
+    """As of a column in which lower is better: training would prefer what was rejected."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": scores[0], "score_rejected": scores[1]}
+    summary, _, printed = run(write_lines(row))
+    assert summary.tally.labels_against_rewards == warned
+    assert ("WARNING: in 1 groups a chosen response has a lower reward" in printed) == warned
+
+
 def test_an_input_of_which_nothing_is_left_is_refused(run: Any, write_lines: Writer) -> None:
     """Nobody reads of it in a table after an hour."""
     scored = write_lines({"prompt": "a", "responses": ["A", "B"], "rewards": [1, 0]}, name="scored.jsonl")

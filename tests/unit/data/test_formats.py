@@ -156,7 +156,20 @@ def test_ratings() -> None:
     assert (layout.format, layout.ratings) == ("ratings", ("helpfulness",))
     assert parse(row, layout).rewards == (3.0,)
     assert parse(row, detect([row], options=Options(ratings=("helpfulness", "correctness")))).rewards == (3.5,)
-    assert detect([{"prompt": "Q", "response": "A", "quality": 1.5}]).ratings == ("quality",)
+    assert detect([row]).why.endswith("; the reward is helpfulness")
+
+
+def test_a_label_in_words_is_named() -> None:
+    with pytest.raises(RowError, match=r"label is 'good'; a label is 1 \(chosen\) or 0 \(rejected\)"):
+        read({"prompt": "Q", "completion": "A", "label": "good"})
+
+
+@pytest.mark.parametrize("field", ["prompt", "chosen"])
+def test_messages_as_python_prints_them_are_refused(field: str) -> None:
+    """`str(messages)` in a CSV file would be taken for the words."""
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B"} | {field: str([{"role": "user", "content": "Q"}])}
+    with pytest.raises(RowError, match=rf"{field} is a list of messages as Python prints it; write it as JSON"):
+        read(row)
 
 
 def test_ratings_of_a_conversation_written_in_one_string() -> None:
@@ -175,9 +188,13 @@ def test_an_unknown_format_lists_the_columns_and_how_to_map_them() -> None:
 
 
 def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
-    row = {"prompt": "Q", "response": "A", "clarity": 3, "depth": 4, "id": 9}
+    row: dict[str, Any] = {"prompt": "Q", "response": "A", "clarity": 3, "depth": 4, "id": 9}
     with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['clarity', 'depth'\]"):
         detect([row])
+    with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['seed'\]"):  # no reward by its name
+        detect([{"prompt": "Q", "response": "A", "seed": 7}])
+    with pytest.raises(DataError, match="fit no known format"):
+        detect([{"prompt": "Q", "response": "A", "url": "u"}])
     with pytest.raises(DataError, match=r"no column width; numeric columns are \['clarity', 'depth'\]"):
         detect([row], options=Options(ratings=("clarity", "width")))
     with pytest.raises(DataError, match="no column chosen_stars or rejected_stars"):
