@@ -36,6 +36,8 @@ WORDS = ("light", "friend", "water", "careful", "morning", "story")
 FORBIDDEN = ("the", "and", "is")
 FEWEST_WORDS = 3
 """A shorter answer follows no instruction."""
+ECHOES = ("do not use", "use at most", "use the word", "answer in one", "answer with")
+"""Nor does an answer that repeats the instructions: a model of this size does so, and a reward for it would teach little else."""
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ def build_prompts(number: int, seed: int = 0) -> list[dict[str, Any]]:
 
 def follow(response: str, instructions: Sequence[Sequence[Any]]) -> list[bool]:
     """For each instruction (its kind and what was drawn), whether the answer follows it."""
-    long_enough = len(response.split()) >= FEWEST_WORDS
-    return [long_enough and INSTRUCTIONS[kind].follows(response, value) for kind, value in instructions]
+    is_answer = len(response.split()) >= FEWEST_WORDS and not any(echo in response.lower() for echo in ECHOES)
+    return [is_answer and INSTRUCTIONS[kind].follows(response, value) for kind, value in instructions]
 
 
 def reward(response: str, group: Mapping[str, Any]) -> float:

@@ -83,7 +83,7 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
         length = f"{statistics.fmean(trials[seed]['answer_tokens'] for seed in seeds):.1f}"
         cells = [f"`{name}`" if name != START else "start", "", str(len(seeds)), reward, "", length, "", "", ""]
         if name != START:
-            cells[1] = str(entries[name].responses)
+            cells[1] = str(entries[name].groups.responses)
             both = [seed for seed in seeds if seed in start]
             if both:
                 leads = [subtract(trials[seed]["reward"], start[seed]["reward"]) for seed in both]
@@ -124,7 +124,9 @@ def as_record(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> d
     """The numbers that the page is made of."""
     return {
         "sizes": sizes.as_dict(),
-        "methods": {name: {"method": entry.method.name, "responses": entry.responses} for name, entry in entries.items()},
+        "methods": {
+            name: {"loss": entry.loss, "params": entry.params, **entry.groups.options()} for name, entry in entries.items()
+        },
         "results": {
             name: {str(seed): dict(trial) for seed, trial in trials.items()} for name, trials in results.items() if trials
         },

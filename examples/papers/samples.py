@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,19 +36,42 @@ TEMPERATURE = 0.7
 class Sizes:
     """How much is sampled, trained on and measured."""
 
-    prompts: int = 48
+    prompts: int = 20
     """Training prompts, `NUM_RESPONSES` samples each."""
-    held_out: int = 48
-    """Prompts that the trained policies answer, twice each."""
+    held_out: int = 72
+    """Prompts that the trained policies answer."""
     max_tokens: int = 24
     """Longest answer."""
-    groups_per_step: int = 12
+    groups_per_step: int = 4
     epochs: float = 1.0
-    lr: float = 2e-5
+    lr: float = 6e-5
+    """At 1e-4, MPO's answers are rewarded more and make less sense; at 4e-5, they gain half as much."""
 
     def as_dict(self) -> dict[str, Any]:
         """For the record of a trial."""
         return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupSet:
+    """Which of the samples a method trains on, and what is done to them: options of `mpo prepare`."""
+
+    responses: int
+    """Of each prompt, the first ones."""
+    reward_noise: float = 0.0
+    swapped_negatives: int = 0
+    fraction: float = 1.0
+
+    def options(self) -> dict[str, Any]:
+        """Its number of responses, and what is not the default."""
+        chosen = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in chosen.items() if name == "responses" or value != getattr(GroupSet, name)}
+
+    @property
+    def name(self) -> str:
+        """Of its folder: `groups-8`, `groups-8-fraction-0.5`."""
+        options = self.options()
+        return "-".join(["groups", str(options.pop("responses")), *(f"{name}-{value}" for name, value in options.items())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +96,13 @@ class Samples:
         """Prompts that no trial trains on."""
         return self.folder / "held-out.jsonl"
 
-    def groups(self, responses: int) -> Path:
-        """Prepared groups with so many of each prompt's samples."""
-        return self.folder / f"groups-{responses}"
+    def groups(self, chosen: GroupSet) -> Path:
+        """Prepared groups."""
+        return self.folder / chosen.name
 
 
-def make_samples(folder: Path, sizes: Sizes, responses: Iterable[int], console: Console) -> Samples:
-    """Sample once, or what is left of it; prepare the groups for each number of responses.
+def make_samples(folder: Path, sizes: Sizes, group_sets: Iterable[GroupSet], console: Console) -> Samples:
+    """Sample once, or what is left of it; prepare the groups of each set.
 
     Raises:
         ConfigError: the folder's samples were made with other sizes.
@@ -97,15 +120,17 @@ def make_samples(folder: Path, sizes: Sizes, responses: Iterable[int], console: 
     # Cut answers are judged as they are: at this length they are many.
     chosen = SelectConfig(input=str(folder / "train" / "scored"), output=str(selected), truncated="keep", duplicates="keep")
     stage("select", selected / SELECT_FILE, lambda: select(chosen, console), console)
-    for number in sorted(set(responses)):
+    for group_set in dict.fromkeys(group_sets):
+        options = group_set.options()
         config = PrepareConfig(
             input=str(selected / "groups.jsonl"),
             tokenizer=str(samples.checkpoint),
-            output=str(samples.groups(number)),
-            responses_per_prompt=number,
+            output=str(samples.groups(group_set)),
+            responses_per_prompt=options.pop("responses"),
+            **options,
         )
         run = functools.partial(prepare, config, console)
-        stage(f"prepare K = {number}", samples.groups(number) / INFO_FILE, run, console)
+        stage(f"prepare {group_set.name}", samples.groups(group_set) / INFO_FILE, run, console)
     return samples
 
 

@@ -6,14 +6,14 @@ import json
 import resource
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from examples.compare.run import Method, load_methods
-from examples.papers.samples import Samples, Sizes, answer, count_tokens, read_rewards
+from examples.compare.run import load_methods
+from examples.papers.samples import GroupSet, Samples, Sizes, answer, count_tokens, read_rewards
 from mpo_megatron.config import ConvertConfig, TrainConfig, from_dict
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.model.convert import convert
@@ -22,7 +22,7 @@ from mpo_megatron.rollout.round_report import read_metrics
 from mpo_megatron.terminal.console import Console
 
 METHODS = Path(__file__).with_name("methods.yaml")
-NUM_ANSWERS = 2
+NUM_ANSWERS = 4
 """Answers to each held-out prompt."""
 START = "start"
 """Name of the policy before training among the trials."""
@@ -33,15 +33,23 @@ class Entry:
     """One line of methods.yaml."""
 
     name: str
-    method: Method
-    responses: int
+    loss: str
+    params: dict[str, Any] = field(default_factory=dict)
+    """Hyper-parameters of the loss that are not its defaults."""
+    groups: GroupSet
 
 
 def load_entries(path: Path = METHODS) -> dict[str, Entry]:
     """The methods by name."""
     methods = load_methods()
-    rows: dict[str, dict[str, Any]] = yaml.safe_load(path.read_text(encoding="utf-8"))
-    return {name: Entry(name=name, method=methods[row["method"]], responses=row["responses"]) for name, row in rows.items()}
+    entries = {}
+    for name, row in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        groups = GroupSet(responses=row.pop("responses"), **row.pop("prepare", {}))
+        if "method" in row:
+            method = methods[row.pop("method")]
+            row |= {"loss": method.loss, "params": method.params}
+        entries[name] = Entry(name=name, groups=groups, **row)
+    return entries
 
 
 def run_trial(folder: Path, entry: Entry | None, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def describe_trial(entry: Entry | None, seed: int, sizes: Sizes) -> dict[str, An
     """What a trial's numbers depend on."""
     settings: dict[str, Any] = {"seed": seed, "sizes": sizes.as_dict()}
     if entry is not None:
-        settings |= {"loss": entry.method.loss, "params": entry.method.params, "responses": entry.responses}
+        settings |= {"loss": entry.loss, "params": entry.params, **entry.groups.options()}
     return settings
 
 
@@ -93,8 +101,8 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
     options = {
         "output": str(folder / "run"),
         "model": {"checkpoint": str(samples.checkpoint), "precision": "fp32"},
-        "data": {"train": str(samples.groups(entry.responses)), "groups_per_step": sizes.groups_per_step, "row_tokens": 1024},
-        "loss": {"name": entry.method.loss, "params": entry.method.params},
+        "data": {"train": str(samples.groups(entry.groups)), "groups_per_step": sizes.groups_per_step, "row_tokens": 1024},
+        "loss": {"name": entry.loss, "params": entry.params},
         "optimizer": {"lr": sizes.lr},
         "epochs": sizes.epochs,
         "eval_every": 0,

@@ -39,6 +39,12 @@ def test_an_answer_of_one_word_follows_nothing() -> None:
     assert follow("ok", [["no_comma", None], ["short", 8]]) == [False, False]
 
 
+def test_an_answer_that_repeats_an_instruction_follows_nothing() -> None:
+    for instruction in INSTRUCTIONS.values():
+        text = f"Sure. {instruction.text.format(value=2)}"
+        assert follow(text, [["no_comma", None], ["short", 20]]) == [False, False]
+
+
 def test_the_reward_is_the_share_of_instructions() -> None:
     group = {"meta": {"instructions": [["no_comma", None], ["short", 4]]}}
     assert [reward(text, group) for text in ("It guides ships", "It, too, guides", "It guides boats, too, now")] == [1, 0.5, 0]

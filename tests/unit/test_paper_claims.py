@@ -9,9 +9,9 @@ import pytest
 
 from examples.papers.claims import CLAIMS, Claim, judge
 from examples.papers.page import as_record, format_page, mean_reward
-from examples.papers.samples import Sizes, keep_sizes
+from examples.papers.samples import GroupSet, Sizes, keep_sizes
 from examples.papers.trial import START, load_entries
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, LossConfig, PrepareConfig
 
 CLAIM = Claim(paper="P", text="a above b", first="a", second="b")
 MOVED = Claim(paper="P", text="a above b", first="a", second="b", measure="chosen_log_ratio")
@@ -98,3 +98,16 @@ def test_samples_of_other_sizes_are_not_taken(tmp_path: Path) -> None:
         keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=5))
     with pytest.raises(ConfigError, match=r"--held-out = 6; .*samples was sampled with 5; use that, or another --output"):
         keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=6))
+
+
+def test_groups_are_named_by_what_is_not_the_default() -> None:
+    groups = GroupSet(responses=8, fraction=0.5)
+    assert (groups.name, groups.options()) == ("groups-8-fraction-0.5", {"responses": 8, "fraction": 0.5})
+    assert GroupSet(responses=2).name == "groups-2"
+
+
+def test_rows_name_losses_and_options_that_exist() -> None:
+    for entry in load_entries().values():
+        options = entry.groups.options()
+        PrepareConfig(input="a", output="b", tokenizer="c", responses_per_prompt=options.pop("responses"), **options)
+        LossConfig(name=entry.loss, params=entry.params)
