@@ -7,21 +7,39 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from examples.papers.claims import CLAIMS, ERRORS, Results, judge, standard_error, subtract
+from examples.papers.claims import CLAIMS, ERRORS, Claim, Results, Verdict, judge, standard_error, subtract
 from examples.papers.samples import NUM_RESPONSES, Sizes
 from examples.papers.trial import NUM_ANSWERS, START, Entry
 
 INTRODUCTION = """# The papers' claims on a pretrained model
 
-`python -m examples.papers` wrote this page. It trains SmolLM2-135M-Instruct with each method on the same samples, and measures
-all policies on the same held-out prompts. The reward is a program: the share of a prompt's two instructions that an answer
-follows ([task.py](../../examples/instructions/task.py)).
+    python -m examples.papers          # resumes; skips what is done
+
+SmolLM2-135M-Instruct is trained with each method on the same samples. All policies then answer the same held-out
+prompts. A program computes the reward: the share of a prompt's two instructions that an answer follows, as in
+
+> What is a lighthouse for? Do not use commas. Use at most 12 words.
+
+The program knows nothing of whether an answer is right ([task.py](../../examples/instructions/task.py)).
 """
 CAVEAT = """\
-A claim **holds here** if the difference is more than {errors:g} standard errors above zero, **does not hold here** if it is as
-far below. Of many comparisons, one in twenty passes by chance. Nothing is tuned per method: one learning rate, β = 0.1 in every
-loss of log-ratios ([methods.yaml](../../examples/compare/methods.yaml)). A model of 135 M parameters, a few steps and exact
-rewards say little about the papers' own setting: large models, long training, learned rewards.
+A claim **holds here** if the difference is more than {errors:g} standard errors above zero, **does not hold here** if it
+is as far below zero, else it **cannot be told**. Standard errors are those over prompts or over seeds, whichever is larger.
+
+- **Power.** {power}
+- **Chance.** Of many comparisons without a real difference, one in twenty passes {errors:g} standard errors.
+- **Nothing is tuned per method**: one learning rate, β = 0.1 in every loss of log-ratios
+  ([methods.yaml](../../examples/compare/methods.yaml)). A method may only be faster than another.
+- **Scale.** A model of 135 M parameters, a few steps and exact rewards say little about the papers' own setting: large
+  models, long training, learned rewards.
+"""
+NOT_RUN = """\
+## Not run yet
+
+`python -m examples.papers` runs these, too: {names}. A part: `--methods {some} --seeds 0`.
+
+| paper | claim | compared |
+|---|---|---|
 """
 
 
@@ -29,11 +47,15 @@ def format_page(entries: Mapping[str, Entry], results: Results, sizes: Sizes) ->
     """The page in Markdown."""
     done = [name for name in entries if results.get(name)]
     missing = [name for name in entries if not results.get(name)]
-    lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", *format_claims(results), ""]
-    lines += [CAVEAT.format(errors=ERRORS), "## Methods", "", *format_methods(entries, done, results), ""]
+    verdicts = [(claim, judge(claim, results)) for claim in CLAIMS]
+    judged = [(claim, verdict) for claim, verdict in verdicts if verdict.words != "not run"]
+    left = [claim for claim, verdict in verdicts if verdict.words == "not run"]
+    lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", *format_claims(judged), ""]
+    lines += [CAVEAT.format(errors=ERRORS, power=describe_power(judged))]
+    lines += ["## Methods", "", *format_methods(entries, done, results), ""]
     if missing:
         names = ", ".join(f"`{name}`" for name in missing)
-        lines += [f"Not run yet: {names}. The same command runs them, and skips what is done.", ""]
+        lines += [NOT_RUN.format(names=names, some=" ".join(missing[:2])) + "\n".join(map(format_left, left)), ""]
     return "\n".join(lines)
 
 
@@ -48,18 +70,29 @@ def describe_sizes(sizes: Sizes) -> list[str]:
     ]
 
 
-def format_claims(results: Results) -> list[str]:
+def format_claims(judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
     """A table with one line a claim."""
     lines = ["| paper | claim | compared | difference | verdict |", "|---|---|---|---|---|"]
-    for claim in CLAIMS:
-        verdict = judge(claim, results)
+    for claim, verdict in judged:
         unit = " nats" if claim.measure == "chosen_log_ratio" else ""
-        number = "" if verdict.words == "not run" else f"{plus_minus(verdict.difference, verdict.error, sign=True)}{unit}"
-        seeds = f" ({count(len(verdict.seeds), 'seed')})" if verdict.seeds else ""
-        lines.append(
-            f"| {claim.paper} | {claim.text} | `{claim.first}`, `{claim.second}` | {number}{seeds} | **{verdict.words}** |"
-        )
+        number = f"{plus_minus(verdict.difference, verdict.error, sign=True)}{unit}"
+        seeds = count(len(verdict.seeds), "seed")
+        compared = f"`{claim.first}` − `{claim.second}`"
+        lines.append(f"| {claim.paper} | {claim.text} | {compared} | {number} ({seeds}) | **{verdict.words}** |")
     return lines
+
+
+def format_left(claim: Claim) -> str:
+    """The line of a claim that was not run."""
+    return f"| {claim.paper} | {claim.text} | `{claim.first}` − `{claim.second}` |"
+
+
+def describe_power(judged: Sequence[tuple[Claim, Verdict]]) -> str:
+    """How large a difference of rewards has to be, by the errors of those that were measured."""
+    errors = [verdict.error for claim, verdict in judged if claim.measure == "reward" and not math.isnan(verdict.error)]
+    if not errors:
+        return "Nothing was compared yet."
+    return f"A difference of rewards has to be about {ERRORS * statistics.median(errors):.2f} to be told here."
 
 
 def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: Results) -> list[str]:
