@@ -12,6 +12,8 @@ Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """By method and seed: the numbers of a trial."""
 ERRORS = 2.0
 """A difference of so many standard errors counts."""
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57)
+"""The same for a standard error that comes from 2, 3, … 6 values alone: 95 % of Student's t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +106,13 @@ def judge(claim: Claim, results: Results) -> Verdict:
     """Compare two methods, seed by seed and prompt by prompt.
 
     Rewards have two standard errors, over prompts and, with several seeds, over seeds; the larger one counts. How far
-    log-probabilities moved is one number a trial, and needs several seeds.
+    log-probabilities moved is one number a trial: its standard error is that over seeds, which are few (Student's t).
     """
     first, second = results.get(claim.first, {}), results.get(claim.second, {})
     seeds = tuple(sorted(set(first) & set(second)))
     if not seeds:
         return Verdict(words="not run")
+    needed = ERRORS
     if claim.measure == "reward":
         leads = [subtract(first[seed]["reward"], second[seed]["reward"]) for seed in seeds]
         by_seed = [statistics.fmean(lead.values()) for lead in leads]
@@ -117,10 +120,12 @@ def judge(claim: Claim, results: Results) -> Verdict:
         errors = [standard_error([statistics.fmean(lead[prompt] for lead in leads) for prompt in prompts])]
     else:
         by_seed, errors = [first[seed][claim.measure] - second[seed][claim.measure] for seed in seeds], []
+        if 2 <= len(seeds) < 2 + len(STUDENT):
+            needed = STUDENT[len(seeds) - 2]
     if len(seeds) > 1:
         errors.append(standard_error(by_seed))
     difference, error = statistics.fmean(by_seed), max(errors, default=math.nan)
-    if math.isnan(error) or abs(difference) <= ERRORS * error:
+    if math.isnan(error) or abs(difference) <= needed * error:
         return Verdict(words="cannot be told", difference=difference, error=error, seeds=seeds)
     words: Literal["holds here", "does not hold here"] = "holds here" if difference > 0 else "does not hold here"
     return Verdict(words=words, difference=difference, error=error, seeds=seeds)

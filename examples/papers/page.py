@@ -100,7 +100,7 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
     lines = [
         "- Reward: mean of held-out answers. Gain: over the start, with the same prompts and sampling seeds.",
         "- ±: one standard error, the larger of that over prompts and that over seeds.",
-        "- Moved: mean log π/π_ref of the preferred (and of the other) training responses at the last step.",
+        "- Moved: mean log π/π_ref of the preferred (and of the other) training responses, in the second half of the steps.",
         "- Tokens: those of the steps' rows, and the share of them in the backward pass.",
         "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities. "
         "Without trials that were stopped and resumed.",
@@ -121,10 +121,10 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
             if both:
                 leads = [subtract(trials[seed]["reward"], start[seed]["reward"]) for seed in both]
                 cells[4] = plus_minus(*mean_reward(leads), sign=True)
-            moved = [
-                statistics.fmean(trials[seed][side] for seed in seeds) for side in ("chosen_log_ratio", "rejected_log_ratio")
-            ]
-            cells[6] = f"{moved[0]:+.2f} ({moved[1]:+.2f})"
+            moved = [[trials[seed][side] for seed in seeds] for side in ("chosen_log_ratio", "rejected_log_ratio")]
+            if all(value is not None for side in moved for value in side):
+                chosen, rejected = map(statistics.fmean, moved)
+                cells[6] = f"{chosen:+.2f} ({rejected:+.2f})"
             tokens, backward = (statistics.fmean(trials[seed][key] for seed in seeds) for key in ("tokens", "backward_tokens"))
             cells[7] = f"{tokens:,.0f} ({backward / tokens:.0%})"
             measured = [trials[seed]["cpu_seconds"] for seed in seeds if trials[seed]["cpu_seconds"] is not None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import resource
 import shutil
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def read_trial(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
-    """Train; what it cost, and how far log-probabilities moved at the last step."""
+    """Train; what it cost, and how far log-probabilities moved in the second half of the steps."""
     sizes = samples.sizes
     options = {
         "output": str(folder / "run"),
@@ -123,8 +124,14 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "tokens": sum(tokens),
         "backward_tokens": sum(row.get("backward_share", 1.0) * count for row, count in zip(steps, tokens, strict=True)),
         "steps": len(steps),
-        **{name: steps[-1].get(name) for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")},
+        **{name: mean_late(steps, name) for name in ("chosen_log_ratio", "rejected_log_ratio", "margin", "accuracy")},
     }
+
+
+def mean_late(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """A metric's mean over the second half of the steps; None if no group there has two different rewards."""
+    values = [row[name] for row in steps[len(steps) // 2 :] if row.get(name) is not None]
+    return statistics.fmean(values) if values else None
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from examples.papers.claims import CLAIMS, Claim, judge
 from examples.papers.page import as_record, format_page, mean_reward
 from examples.papers.samples import GroupSet, Sizes, keep_sizes
-from examples.papers.trial import START, load_entries
+from examples.papers.trial import START, load_entries, mean_late
 from mpo_megatron.config import ConfigError, LossConfig, PrepareConfig
 
 CLAIM = Claim(paper="P", text="a above b", first="a", second="b")
@@ -61,6 +61,16 @@ def test_log_probabilities_need_several_seeds() -> None:
     assert judge(MOVED, one).words == "cannot be told"
     two = {"a": {0: trial(0.5, moved=1.0), 1: trial(0.5, moved=1.2)}, "b": {0: trial(0.5, moved=-1.0), 1: trial(0.5, moved=-1.1)}}
     assert judge(MOVED, two).words == "holds here"
+    apart = {
+        "a": {0: trial(0.5, moved=1.0), 1: trial(0.5, moved=2.0)},
+        "b": {0: trial(0.5, moved=-1.0), 1: trial(0.5, moved=-1.5)},
+    }
+    assert judge(MOVED, apart).words == "cannot be told"  # 2.75 ± 0.75, but of two values
+
+
+def test_metrics_of_the_later_steps() -> None:
+    assert mean_late([{"margin": value} for value in (9.0, None, 1.0, 2.0)], "margin") == 1.5
+    assert mean_late([{"margin": 9.0}, {"margin": None}], "margin") is None
 
 
 def test_mean_and_the_larger_error() -> None:
