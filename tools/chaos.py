@@ -297,7 +297,7 @@ def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description="Kill a small run at random points, resume it, compare what it ends with.")
-    parser.add_argument("--model", choices=["qwen3", "qwen3_moe"], default="qwen3", help="Kind of model.")
+    parser.add_argument("--model", choices=["qwen3", "qwen3_moe", "qwen3_5_text"], default="qwen3", help="Kind of model.")
     parser.add_argument("--kills", type=int, default=100, help="Stop after this many.")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of when and whom to kill.")
     parser.add_argument("--folder", type=Path, help="Where to work; kept if something is wrong. Default: a temporary folder.")

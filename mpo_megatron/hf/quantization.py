@@ -71,8 +71,4 @@ def validate_quantization(family: Family, model: ModelConfig, parallel: Parallel
         "lora.quantize = nf4: Transformer Engine computes experts in one product, which reads no 4-bit weights; set "
         "model.backend = local.",
     )
-    require(
-        family.delta_net is None,
-        "lora.quantize = nf4: Gated DeltaNet layers are not kept in 4 bits; set lora.quantize = none.",
-    )
     check_blocks(family, parallel)

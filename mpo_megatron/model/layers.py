@@ -296,7 +296,7 @@ def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter
 def _quantize(layer: ModuleSpec, mlp: Any) -> None:
     """Weights in 4 bits in all linear layers: Megatron-Core's own, whose frozen weight autograd keeps alone."""
     for _, owner, name, _ in _linear_homes(layer, mlp, grouped=False):
-        column = name in ("linear_qkv", "linear_fc1")
+        column = name in ("linear_qkv", "in_proj", "linear_fc1")
         setattr(owner, name, quantized(ColumnParallelLinear if column else RowParallelLinear))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -67,7 +68,9 @@ def attach_adapters(model: Any, adapter: Adapter | None) -> Callable[..., dict[s
         ],
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(config, model)
+    # Of a type that it knows, PEFT would give stacked experts one adapter for all layers that end as theirs do.
+    with mock.patch.object(model.config, "model_type", "plain"):
+        inject_adapter_in_model(config, model)
     for parameter_name, parameter in model.named_parameters():
         parameter.requires_grad_(".lora_" in parameter_name)
     with torch.no_grad():

@@ -155,6 +155,26 @@ def test_the_planner_counts_the_bytes(base: Path, ranks: Ranks) -> None:
     assert sum(home.blocks.num_bytes for home in quantized.quantized_layers(part)) == matrices * BYTES_PER_WEIGHT
 
 
+def test_gated_delta_nets_keep_their_projections_in_blocks(tmp_path: Path, ranks: Ranks) -> None:
+    """Convolution, decays and norms stay whole; a fused row of blocks is the row of the checkpoint's own layer."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "linear_value_head_dim": 32}
+    save_model(tmp_path / "hf", model_type="qwen3_5_text", **sizes)
+    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
+    family, _, part = build(tmp_path, ranks)
+    validate_quantization(family, ModelConfig(checkpoint="", backend="local"), ParallelConfig(), samples=False)
+    checkpoint.load_weights([part], tmp_path / "megatron", ranks)
+    assert len(quantized.quantized_layers(part)) == 4 * 4
+    layer = part.decoder.layers[0].self_attention
+    assert [name for name, _ in layer.named_parameters() if ".adapter." not in name] == [
+        *("A_log", "dt_bias", "conv1d.weight", "out_norm.weight")
+    ]
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    prefix = "model.layers.0.linear_attn."
+    assert torch.equal(layer.out_proj.blocks.dequantize(), nf4.rounded(stored[prefix + "out_proj.weight"]))
+    gates = layer.in_proj.blocks.dequantize().view(2, -1, 128)[:, -4:-2]  # two β of each key head, then two α
+    assert torch.equal(gates.reshape(4, 128), nf4.rounded(stored[prefix + "in_proj_b.weight"]))
+
+
 def test_a_merge_adds_to_the_weights_that_were_trained_with(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
