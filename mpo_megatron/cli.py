@@ -32,6 +32,7 @@ from mpo_megatron.config import (
     parse,
     require,
     validate_convert,
+    validate_unused,
 )
 from mpo_megatron.config.values import WHOLE, show
 from mpo_megatron.files import DataError
@@ -295,7 +296,8 @@ def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
     """Check a training configuration, then start this machine's ranks of a module through torchrun."""
     launcher, own = _read_launcher(name, arguments, restarts=True)
     config = parse(TrainConfig, own, f"mpo {name}", launcher.helps)
-    from mpo_megatron.train.setup import build_setup
+    validate_unused(config)
+    from mpo_megatron.train.setup import build_setup, check_contrasts
 
     # Every rank builds its own; here it gives one message before any has started.
     setup = build_setup(config, launcher.nproc, resumes=name == "train")
@@ -303,6 +305,7 @@ def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
         from mpo_megatron.train.checkpoints.resumption import check_resumption
 
         check_resumption(setup)
+        check_contrasts(setup)
     from mpo_megatron.train.launcher import launch as start
 
     code = start(module, own, num_ranks=setup.num_ranks, max_restarts=launcher.max_restarts)

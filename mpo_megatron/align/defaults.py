@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mpo_megatron import device
-from mpo_megatron.config import AlignConfig, ConfigError, ParallelConfig, PlanConfig, TrainConfig, from_dict
+from mpo_megatron.config import AlignConfig, ConfigError, ParallelConfig, PlanConfig, TrainConfig, from_dict, validate_unused
 from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.families import Family
@@ -68,7 +68,9 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
                 default(f"parallel.{name}", value)
             default("model.recompute", best.model.recompute)
             default("data.row_tokens", best.row_tokens)
-    return from_dict(TrainConfig, options, "train"), chosen
+    train = from_dict(TrainConfig, options, "train")
+    validate_unused(train)
+    return train, chosen
 
 
 def trains_adapter(train: Mapping[str, Any]) -> bool:

@@ -42,6 +42,7 @@ from mpo_megatron.config.train import (
     TrainConfig,
     validate_folders,
 )
+from mpo_megatron.config.unused import validate_unused
 
 __all__ = [
     "AlignConfig",
@@ -98,4 +99,5 @@ __all__ = [
     "validate_folders",
     "validate_generate",
     "validate_score",
+    "validate_unused",
 ]

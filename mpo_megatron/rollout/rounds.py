@@ -34,6 +34,7 @@ from mpo_megatron.config import (
     to_dict,
     validate_generate,
     validate_score,
+    validate_unused,
 )
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.config.parallel import check_ranks
@@ -303,6 +304,7 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         validate_generate(item.generate)
         validate_score(item.score)
         train = item.train
+        validate_unused(train)
         check_ranks(train.parallel, num_ranks)
         read_model(model, train.parallel)
         check_installed(train.logging)

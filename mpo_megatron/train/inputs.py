@@ -53,6 +53,11 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     validate_fp8(config.model, config.parallel, family)
     check_offload(config.optimizer, config.model.precision, family)
     check_installed(config.logging)
+    require(
+        not config.model.resident_offload or objective.needs.token_kl or config.online.kl_weight > 0,
+        "model.resident_offload = true, but no reference model runs beside the policy; it has an effect with online.kl_weight "
+        "or loss.params.regularizer = token_kl; leave it out.",
+    )
     best = config.checkpoint
     if best.keep_best and not needs_reference(objective, config, family.experts):
         require(

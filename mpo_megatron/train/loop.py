@@ -34,7 +34,7 @@ from mpo_megatron.train.inputs import checkpoint_bytes
 from mpo_megatron.train.routing import unmeasured_drift
 from mpo_megatron.train.run import Run, open_run
 from mpo_megatron.train.session import session
-from mpo_megatron.train.setup import Setup
+from mpo_megatron.train.setup import Setup, check_contrasts
 from mpo_megatron.train.step import fused_step, two_phase_step
 from mpo_megatron.train.term import GradientTerm
 from mpo_megatron.train.throughput import throughput
@@ -57,7 +57,8 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
     Returns:
         None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved what there was.
     Raises:
-        ConfigError: a checkpoint does not fit or is damaged, or a run that samples has nothing to sample with.
+        ConfigError: a checkpoint does not fit or is damaged, no group has a contrast, or a run that samples has nothing to sample
+            with.
         TrainingError: a step's loss is not finite; the weights are those before that step.
         SaveError: a checkpoint could not be written.
         DataError: another run is at work in the folder.
@@ -68,6 +69,7 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
         f"online.kl_weight = {kl_weight}; the run needs an engine that samples: start its ranks with "
         "`torchrun -m mpo_megatron.train`, as `mpo train` does.",
     )
+    check_contrasts(setup)
     with session(setup) as place, only_run(setup.folder, place.ranks):
         try:
             run = open_run(place)
@@ -266,7 +268,9 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     if warning := warn_dead_gradients(setup.objective, setup.train):
         print(warning, flush=True)
     if not setup.needs_reference:
-        print(NO_REFERENCE.format(loss=config.loss.title), flush=True)
+        unused = config.model.reference is not None and config.online.kl_weight == 0 and not setup.objective.needs.token_kl
+        ignored = f"; model.reference = {config.model.reference} has no effect" if unused else ""
+        print(NO_REFERENCE.format(loss=config.loss.title) + ignored, flush=True)
     if run.setup.adapter is not None and config.optimizer.lr == OptimizerConfig().lr:
         print(f"optimizer.lr = {config.optimizer.lr:g} is the default for all weights; adapters usually want 10 to 100 times it")
     forget_later(run.folder, done)

@@ -9,12 +9,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mpo_megatron.config import ConfigError, LossConfig, TrainConfig
 from mpo_megatron.data.arrays import Bools
 from mpo_megatron.data.loader import GroupTable
+from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families.family import Experts
 from mpo_megatron.files.functions import find_function
 from mpo_megatron.losses import GroupBatch, build_params, get_loss
@@ -122,6 +124,35 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
             f"loss.name = {name} with {objective.params} reads chosen / rejected labels, but {where} has none; "
             "choose another partition."
         )
+
+
+CHECKED_GROUPS = 4096
+"""Groups that are looked at in one piece for a contrast."""
+
+
+def check_contrast(objective: Objective, data: PreparedGroups, name: str) -> None:
+    """Refuse data of which the loss learns nothing, however long the run is.
+
+    Raises:
+        ConfigError: no group contributes.
+    """
+    offsets = data.response_offsets()
+    values = {"rewards": data.all_rewards(), "labels": data.all_labels()}
+    for first in range(0, len(data), CHECKED_GROUPS):
+        ends = offsets[first : first + CHECKED_GROUPS + 1]
+        valid = torch.arange(int(np.diff(ends).max())) < torch.from_numpy(np.diff(ends))[:, None]
+        given: dict[str, Tensor] = {}
+        for field, flat in values.items():
+            if flat is not None:
+                own = torch.from_numpy(flat[ends[0] : ends[-1]].copy())
+                given[field] = torch.zeros(valid.shape, dtype=own.dtype).masked_scatter(valid, own)
+        batch = GroupBatch(policy_logps=torch.zeros(valid.shape), valid=valid, **given)
+        if objective.loss.contributes(batch, objective.params).any():
+            return
+    raise ConfigError(
+        f"{name} = {data.path}: for loss.name = {objective.loss.name} with {objective.params} none of its {len(data):,} groups "
+        "has preferred and other responses, so that there is nothing to learn from; change loss.params, or prepare other groups."
+    )
 
 
 def group_batch(

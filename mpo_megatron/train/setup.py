@@ -128,6 +128,19 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
     return open_inputs(given, num_ranks, family, padded_vocab_size, objective)
 
 
+def check_contrasts(setup: Setup) -> None:
+    """Refuse training or held-out groups of which the loss learns or measures nothing.
+
+    Raises:
+        ConfigError: naming the data and the loss.
+    """
+    from mpo_megatron.train.objective import check_contrast
+
+    for name, data in (("data.train", setup.train), ("data.eval", setup.held_out)):
+        if data is not None:
+            check_contrast(setup.objective, data, name)
+
+
 def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int, Family, int]:
     """Number of ranks, the model, and its padded vocabulary size, after a check that the layout divides the model.
 
