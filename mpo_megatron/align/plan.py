@@ -95,7 +95,7 @@ def check_sections(config: AlignConfig, fixed: Mapping[str, tuple[str, ...]]) ->
     """
     for stage, names in fixed.items():
         for name in names:
-            require(not has_option(getattr(config, stage), name), f"{stage}.{name} is set by mpo align itself; leave it out.")
+            require(not has_option(getattr(config, stage), name), f"{stage}.{name} is set by mpo align itself; remove it.")
 
 
 def build_stages(config: AlignConfig, model: Path) -> Stages:

@@ -117,4 +117,4 @@ class ChatConfig(Section):
         require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
-        require(self.prompt is None or bool(self.prompt.strip()), "prompt is empty; leave it out to talk.")
+        require(self.prompt is None or bool(self.prompt.strip()), "prompt is empty; remove it to talk.")

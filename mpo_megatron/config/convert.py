@@ -44,7 +44,7 @@ class ConvertConfig(Section):
         require(self.vocab_multiple >= 1, f"vocab_multiple = {self.vocab_multiple}; it must be at least 1; try 128.")
         require(
             self.compare_text is None or self.merge,
-            f"compare_text = {self.compare_text} without merge; set merge to true, or leave it out.",
+            f"compare_text = {self.compare_text} without merge; set merge to true, or remove it.",
         )
         require(self.max_shard_gib > 0, f"max_shard_gib = {self.max_shard_gib}; it must be positive; try 4.")
 
@@ -61,7 +61,7 @@ def validate_convert(config: ConvertConfig) -> None:
         require(source.is_dir(), f"input = {source}; it is a file; name the checkpoint's folder.")
         require(
             config.revision is None,
-            f"revision = {config.revision}, but input = {source} is a folder; a model on the hub has revisions: leave it out.",
+            f"revision = {config.revision}, but input = {source} is a folder; a model on the hub has revisions: remove it.",
         )
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),

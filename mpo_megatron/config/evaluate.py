@@ -79,7 +79,7 @@ class EvaluateConfig(Section):
         require(self.num_resamples >= 2, f"num_resamples = {self.num_resamples}; it must be at least 2.")
         for section, reserved in (("generate", ("prompts", "model", "output", "shard")), ("score", ("input", "output", "shard"))):
             for name in reserved:
-                require(name not in getattr(self, section), f"{section}.{name}: `mpo evaluate` sets it; leave it out.")
+                require(name not in getattr(self, section), f"{section}.{name}: `mpo evaluate` sets it; remove it.")
 
     @property
     def benchmarks(self) -> dict[str, str]:

@@ -70,7 +70,7 @@ def validate_experts(experts: ExpertsConfig, *, num_experts: int, loss_step: str
             value = getattr(experts, name)
             require(
                 value == getattr(default, name),
-                f"experts.{name} = {str(value).lower()}, but the model of model.checkpoint has no experts; leave it out.",
+                f"experts.{name} = {str(value).lower()}, but the model of model.checkpoint has no experts; remove it.",
             )
     require(
         not (experts.needs_whole_batch and loss_step == "fused"),

@@ -240,7 +240,7 @@ def validate_generate(config: GenerateConfig) -> None:
     else:
         require(
             not config.load_weights,
-            f"load_weights = true is for a server (engine = openai); engine = {config.engine} loads model anyway: leave it out.",
+            f"load_weights = true is for a server (engine = openai); engine = {config.engine} loads model anyway: remove it.",
         )
         require(
             not config.load_adapter,
@@ -249,7 +249,7 @@ def validate_generate(config: GenerateConfig) -> None:
         )
         require(
             config.endpoint == EndpointConfig(),
-            f"endpoint is set, but engine = {config.engine} uses none; set engine = openai, or leave it out.",
+            f"endpoint is set, but engine = {config.engine} uses none; set engine = openai, or remove it.",
         )
 
 

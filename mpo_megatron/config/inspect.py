@@ -53,7 +53,7 @@ class InspectConfig(Section):
         ):
             require(
                 self.run is None or not changed,
-                f"{name} has no effect on a run's rows: its configuration says it; leave it out.",
+                f"{name} has no effect on a run's rows: its configuration says it; remove it.",
             )
         for name, changed in (("step", self.step != 1), ("row", self.row != 0), ("replica", self.replica != 0)):
             require(

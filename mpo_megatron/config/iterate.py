@@ -93,7 +93,7 @@ class IterateConfig(Section):
                 "optimizer = continued with reference = previous; one run has one reference: set reference to initial.",
             )
             changed = next((name for name in self.per_round if name.startswith("train.")), None)
-            require(changed is None, f"per_round.{changed}: optimizer = continued is one training run; leave it out.")
+            require(changed is None, f"per_round.{changed}: optimizer = continued is one training run; remove it.")
         for name, values in self.per_round.items():
             require(
                 name.split(".")[0] in STAGES and "." in name,

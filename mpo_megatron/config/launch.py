@@ -117,7 +117,7 @@ class SlurmJob(JobConfig):
             self.cpus_per_rank is None or self.cpus_per_rank >= 1,
             f"cpus_per_rank = {self.cpus_per_rank}; it must be at least 1, or absent.",
         )
-        require(self.container != "", "container is empty; name an image, or leave it out.")
+        require(self.container != "", "container is empty; name an image, or remove it.")
         require(
             not self.mounts or self.container is not None,
             f"mounts = {self.mounts}, but no container would see them; name its image as container, or leave them out.",
@@ -251,4 +251,4 @@ class SkypilotJob(JobConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.accelerators != "", "accelerators is empty; name a GPU type, such as H100.")
-        require(self.image != "", "image is empty; name one as docker:…, or leave it out.")
+        require(self.image != "", "image is empty; name one as docker:…, or remove it.")

@@ -43,7 +43,7 @@ class LiveVllmConfig(Section, prefix="online.vllm."):
         for name in ("tensor_parallel", "pipeline_parallel"):
             require(getattr(self, name) >= 1, f"online.vllm.{name} = {getattr(self, name)}; it must be at least 1.")
         for name in LIVE_ENGINE_OPTIONS:
-            require(name not in self.options, f"online.vllm.options.{name} is set by mpo train itself; leave it out.")
+            require(name not in self.options, f"online.vllm.options.{name} is set by mpo train itself; remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class OnlineConfig(Section, prefix="online."):
         require(self.temperature > 0, f"online.temperature = {self.temperature}; it must be positive.")
         if self.engine != "vllm" and (changed := find_change(asdict(LiveVllmConfig()), asdict(self.vllm))):
             raise ConfigError(
-                f"online.vllm.{changed[0]} is set, but online.engine = {self.engine}; set online.engine = vllm, or leave it out."
+                f"online.vllm.{changed[0]} is set, but online.engine = {self.engine}; set online.engine = vllm, or remove it."
             )
         if self.engine == "server":
             self._check_server()
@@ -90,7 +90,7 @@ class OnlineConfig(Section, prefix="online."):
         unused = [f"endpoint.{changed[0]}"] if changed else ["weights_address"] * (self.weights_address is not None)
         require(
             not unused,
-            f"online.{''.join(unused)} is set, but online.engine = {self.engine}; set online.engine = server, or leave it out.",
+            f"online.{''.join(unused)} is set, but online.engine = {self.engine}; set online.engine = server, or remove it.",
         )
 
     def _check_server(self) -> None:

@@ -45,7 +45,7 @@ class ParallelConfig(Section, prefix="parallel."):
         )
         require(
             self.virtual_pipeline == 1 or self.pipeline > 1,
-            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1; leave it out, or raise "
+            f"parallel.virtual_pipeline = {self.virtual_pipeline} needs parallel.pipeline > 1; remove it, or raise "
             "parallel.pipeline.",
         )
         for name in ("first_stage_layers", "last_stage_layers"):
@@ -53,11 +53,11 @@ class ParallelConfig(Section, prefix="parallel."):
             require(layers is None or layers >= 1, f"parallel.{name} = {layers}; a stage has at least 1 layer.")
             require(
                 layers is None or self.pipeline > 1,
-                f"parallel.{name} = {layers} needs parallel.pipeline > 1; leave it out, or raise parallel.pipeline.",
+                f"parallel.{name} = {layers} needs parallel.pipeline > 1; remove it, or raise parallel.pipeline.",
             )
         require(
             not (self.sequence and self.tensor == 1),
-            "parallel.sequence = true needs parallel.tensor > 1; leave it out, or raise parallel.tensor.",
+            "parallel.sequence = true needs parallel.tensor > 1; remove it, or raise parallel.tensor.",
         )
 
     @property

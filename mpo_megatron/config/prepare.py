@@ -121,7 +121,7 @@ class PrepareConfig(Section):
         )
         require(
             not self.keep_best or self.responses_per_prompt is not None,
-            "keep_best = true; it has an effect only with responses_per_prompt; set that, or leave it out.",
+            "keep_best = true; it has an effect only with responses_per_prompt; set that, or remove it.",
         )
         require(self.swapped_negatives >= 0, f"swapped_negatives = {self.swapped_negatives}; it must be 0 or more.")
         require(

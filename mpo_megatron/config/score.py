@@ -211,7 +211,7 @@ class JudgeScorer(Section):
             not self.scale or (len(self.scale) == 2 and self.scale[0] < self.scale[1]),
             f"scale = {self.scale}; write the lowest and the highest grade, for example [1, 10].",
         )
-        require(not self.scale or self.mode == "grade", f"scale = {self.scale}; it is for mode = grade; leave it out.")
+        require(not self.scale or self.mode == "grade", f"scale = {self.scale}; it is for mode = grade; remove it.")
         require(
             self.contradictions == "tie" or (self.mode == "compare" and self.both_orders),
             f"contradictions = {self.contradictions}; it needs mode = compare and both_orders = true.",

@@ -225,7 +225,7 @@ def _fits_nectar(sample: Sample) -> bool:
 def _settle_nectar(sample: Sample, options: Options) -> InputLayout:
     if options.ratings:
         rating = "+".join(options.ratings)
-        raise DataError(f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; leave it out.")
+        raise DataError(f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; remove it.")
     return InputLayout(format="nectar", reward_kind="ranks", drop_ranks=options.drop_ranks)
 
 
@@ -408,7 +408,7 @@ def _is_answered(value: Any) -> bool:
 
 def _settle_unpaired(sample: Sample, options: Options) -> InputLayout:
     if options.ratings:
-        raise DataError(f"rating = {'+'.join(options.ratings)}; format unpaired has labels; leave it out.")
+        raise DataError(f"rating = {'+'.join(options.ratings)}; format unpaired has labels; remove it.")
     return InputLayout(format="unpaired", reward_kind="labels")
 
 

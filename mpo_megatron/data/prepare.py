@@ -274,7 +274,7 @@ def _reward_kind(config: PrepareConfig, streams: list[GroupStream], accepted: Ac
         return kinds.pop()
     for name, off in (("reward_noise", 0.0), ("reward_normalization", "none")):
         value = getattr(config, name)
-        require(value == off, f"{name} = {value}; the data has labels and no rewards; leave it out.")
+        require(value == off, f"{name} = {value}; the data has labels and no rewards; remove it.")
     return "labels"
 
 

@@ -106,7 +106,7 @@ def read_samples(path: Path) -> SampleSet:
         found.counts["truncated"] += sum(response.get("finish_reason") == "length" for response in responses)
         found.counts["tokens"] += sum(response.get("num_tokens", 0) for response in responses)
         if record["group_id"] in found.prompts:
-            raise DataError(f"{path}: group {record['group_id']} comes twice; give each prompt an id of its own.")
+            raise DataError(f"{path}: group {record['group_id']} appears twice; give each prompt a unique id.")
         found.prompts[record["group_id"]] = prompt_key(record)
         if not scored:
             found.counts["prompts_without_reward"] += 1

@@ -1,8 +1,8 @@
-"""Model families: the features of a config.json, and where the weights are. Needs no Megatron-Core.
+"""Model families: the features in a config.json, and the mapping of weights. Needs no Megatron-Core.
 
 family    `Family`: features, never names           rules    weight rules that families share
-fields    what all families read of config.json     reading  config.json → `Family`
-qwen …    one file a family                         published  shapes of published models
+fields    fields of config.json that all families share   reading  config.json → `Family`
+qwen …    one file per family                             published  shapes of published models
 """
 
 from mpo_megatron.families.family import DeltaNet, Experts, Family, LayerAttention, Rope

@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) of a model, by rules: which linear layers have one, and where its matrices are on both sides.
+"""Rules for low-rank adapters (LoRA): which linear layers have one, and where its matrices are on both sides.
 
-One Hugging Face layer has one pair of matrices, A [rank, inputs] and B [outputs, rank], as in PEFT, also where Megatron fuses
-layers (queries, keys and values; gate and up). So both sides hold the same tensors, and rules for them are like those of weights:
+Each Hugging Face layer has one pair of matrices, A [rank, inputs] and B [outputs, rank], as in PEFT, even where Megatron fuses
+layers (queries, keys and values; gate and up). So both sides hold the same tensors, with rules like those of weights:
 conversion, checkpoints and the planner read the same table.
 """
 
@@ -16,29 +16,29 @@ from mpo_megatron.families.family import Family
 from mpo_megatron.families.rules import Rule
 
 PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before the names of a model's modules."""
+"""PEFT's prefix of a model's module names."""
 
 ADAPTER = ".adapter."
-"""Within the keys of Megatron checkpoints: what belongs to an adapter."""
+"""Marks an adapter's tensors in the keys of Megatron checkpoints."""
 
 GROUPS = ("attention", "mlp", "all-linear")
-"""Names for several layers."""
+"""Names of groups of layers."""
 
 MIXERS = (".self_attn.", ".linear_attn.")
-"""What the Hugging Face names of layers that mix tokens contain: the group `attention`. All others are the MLP's."""
+"""Parts of Hugging Face names of token-mixing layers: the group `attention`. All other layers are the MLP's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """The shape of a model's adapter, alike in all layers."""
+    """The shape of a model's adapter, the same in all layers."""
 
     rank: int
     alpha: float
     rslora: bool
     target_modules: tuple[str, ...]
-    """Last parts of the Hugging Face names of the layers that have one, in the model's order."""
+    """Last name parts of the Hugging Face layers with an adapter, in the model's order."""
     quantize: str = "none"
-    """Format of the frozen weights beside it: `none`, or `nf4`."""
+    """Format of the frozen base weights: `none`, or `nf4`."""
 
     @property
     def scale(self) -> float:
@@ -53,35 +53,35 @@ class LinearAdapter:
     rank: int
     scale: float
     column: bool
-    """Whether tensor parallelism shards the layer's outputs; else its inputs."""
+    """Whether tensor parallelism shards the layer's outputs; otherwise its inputs."""
     rows: dict[str, int]
-    """Rows that each fused layer gives to a block of outputs, in Megatron's order."""
+    """Rows that each fused layer contributes to a block of outputs, in Megatron's order."""
     blocks: int
-    """How often these repeat."""
+    """Number of blocks."""
     targets: frozenset[str]
-    """Which of the fused layers have an adapter."""
+    """The fused layers that have an adapter."""
 
 
 def leaf(name: str) -> str:
-    """The last part of a layer's name, from that of its weight: `q_proj`."""
+    """The last part of a layer's name, from its weight's name: `q_proj`."""
     return name.removesuffix(".weight").rpartition(".")[2]
 
 
 def is_adaptable(rule: Rule) -> bool:
-    """Whether a rule's weight is that of linear layers which can have an adapter: not embedding, output layer or router."""
+    """Whether a rule's weight belongs to linear layers that can have an adapter: not embedding, output layer or router."""
     return rule.linear
 
 
 def adaptable_modules(family: Family) -> dict[str, str]:
-    """Last part of a name → whole name of the layers that can have an adapter, in the model's order."""
+    """Last name part → full name of the layers that can have an adapter, in the model's order."""
     return {leaf(name): name for rule in family.rules if is_adaptable(rule) for name in rule.parts}
 
 
 def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
-    """The adapter that the options ask for; None without LoRA.
+    """The adapter described by the options; None without LoRA.
 
     Raises:
-        ConfigError: a target that the model does not have.
+        ConfigError: the model lacks a target.
     """
     if config.rank == 0:
         return None
@@ -91,7 +91,7 @@ def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
         names = {name for name, whole in known.items() if _is_in(target, whole)} if target in GROUPS else {target} & set(known)
         require(
             bool(names),
-            f"lora.target_modules names {target}, which the model does not have, or which cannot have an adapter; choose from "
+            f"lora.target_modules names {target}, which the model lacks or which cannot have an adapter; choose from "
             f"{', '.join(known)}, or {', '.join(GROUPS)}.",
         )
         chosen |= names
@@ -110,7 +110,7 @@ def _is_in(group: str, name: str) -> bool:
 
 
 def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter]:
-    """Adapters by the key of the weight beside them, for the linear layers that have any."""
+    """Adapters by the key of the weight beside them, for linear layers that have any."""
     found = {}
     for rule in family.rules:
         if not is_adaptable(rule):
@@ -130,7 +130,7 @@ def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter
 
 
 def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
-    """Where A and B of every layer are: the rules of an adapter's weights, under PEFT's names."""
+    """Location of A and B of every layer: the rules of an adapter's weights, under PEFT's names."""
     rules = []
     for rule in family.rules:
         if not is_adaptable(rule):
@@ -143,7 +143,7 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
             same = dataclasses.replace(rule, blocks=1, order=(), padded=False)
             up = f"{peft}.lora_B.weight"
             order = tuple(dataclasses.replace(piece, name=up) for piece in rule.order if piece.name == name)
-            blocks = rule.blocks if order else 1  # a part whose rows are consecutive is in order as a whole
+            blocks = rule.blocks if order else 1  # consecutive rows form one block
             column = rule.shard == "rows"
             rules += [
                 dataclasses.replace(

@@ -1,6 +1,6 @@
-"""What a model computes, as features: every consumer reads these, and none asks for a model's name.
+"""A model's computation as features: every consumer reads these features, never a model's name.
 
-Fields that config.json has, too, keep its names.
+Fields that also exist in config.json keep their names.
 """
 
 from __future__ import annotations
@@ -16,48 +16,48 @@ from mpo_megatron.families.rules import Rule
 
 @dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Rotary position embedding of some of the layers."""
+    """Rotary position embedding of some layers."""
 
     inverse_frequencies: tuple[float, ...]
-    """Radians per position of each pair of channels, as float32 computes them."""
+    """Radians per position for each pair of channels, computed in float32."""
     factor: float = 1.0
-    """Factor of cosines and sines (yarn's attention factor): scores of queries and keys grow with its square."""
+    """Factor of cosines and sines (yarn's attention factor): scores grow with its square."""
     limit: int | None = None
-    """First position for which `transformers` would change the frequencies; None if it never does."""
+    """First position from which `transformers` changes the frequencies; None if it never does."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerAttention:
-    """What layers may differ in."""
+    """Attention features that may differ between layers."""
 
     window: int | None = None
-    """A token attends to this many tokens, itself included; None: to all before it."""
+    """Number of tokens that a token attends to, itself included; None: all before it."""
     rope: int = 0
     """Index in `Family.ropes`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaNet:
-    """Layers with a Gated DeltaNet in attention's place: their past is a state of fixed size, one matrix for each value head.
+    """Layers with a Gated DeltaNet instead of attention: their past is a fixed-size state, one matrix per value head.
 
     Yang et al., Gated Delta Networks: Improving Mamba2 with Delta Rule, arXiv:2412.06464.
     """
 
     key_heads: int
     value_heads: int
-    """A multiple of `key_heads`: each head of queries and keys serves as many consecutive value heads."""
+    """A multiple of `key_heads`: each query/key head serves value_heads / key_heads consecutive value heads."""
     key_channels: int
-    """Of one head of queries or keys."""
+    """Channels of one query or key head."""
     value_channels: int
-    """Of one value head."""
+    """Channels of one value head."""
     taps: int
-    """Tokens that the convolution of queries, keys and values spans, the last one included."""
+    """Tokens that the convolution of queries, keys and values spans, including the current one."""
     layers: tuple[bool, ...]
-    """Which layers are of this kind; the others have attention."""
+    """Layers of this kind; the others have attention."""
 
     @property
     def keys(self) -> int:
-        """Channels of all keys, and of all queries."""
+        """Channels of all keys, which equal those of all queries."""
         return self.key_heads * self.key_channels
 
     @property
@@ -83,22 +83,22 @@ class DeltaNet:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """The experts of a model."""
+    """The experts of a mixture-of-experts model."""
 
     num: int
     """Experts of a layer."""
     per_token: int
-    """Experts that a token goes to."""
+    """Experts per token."""
     channels: int
     """Intermediate size of an expert."""
     shared_channels: int | None = None
     """Intermediate size of the shared expert; None without one."""
     normalized: bool = True
-    """Whether a token's probabilities are made to sum to 1 over its experts."""
+    """Whether a token's probabilities are normalized to sum to 1 over its experts."""
     layers: tuple[bool, ...]
-    """Which layers have experts; the others have a dense MLP."""
+    """Layers with experts; the others have a dense MLP."""
     size_field: str = "moe_intermediate_size"
-    """config.json's name of `channels`."""
+    """Name of `channels` in config.json."""
 
     @property
     def everywhere(self) -> bool:
@@ -107,12 +107,12 @@ class Experts:
 
     @property
     def id_bytes(self) -> int:
-        """Bytes of an expert's number on disk."""
+        """Bytes of an expert id on disk."""
         return 1 if self.num <= 256 else 2
 
     @property
     def choices(self) -> int:
-        """Choices of experts for a token, in all layers."""
+        """Number of expert choices per token, over all layers."""
         return sum(self.layers) * self.per_token
 
 
@@ -121,9 +121,9 @@ class Family:
     """A decoder: embedding, layers of attention (or a Gated DeltaNet) and MLP with RMS norms and residuals, norm, output."""
 
     config: PretrainedConfig = field(compare=False, repr=False)
-    """The Hugging Face config that all this was read from, to build the model of `transformers`."""
+    """The Hugging Face config from which the features were read; builds the model of `transformers`."""
     whole_config: PretrainedConfig | None = field(default=None, compare=False, repr=False)
-    """Of a multimodal model, whose text model this is; None if config.json describes the language model alone."""
+    """For the text model of a multimodal model: the whole config; None if config.json describes the language model alone."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -136,44 +136,44 @@ class Family:
     """Rows of the embedding, without padding."""
     max_position_embeddings: int
     tie_word_embeddings: bool
-    """Whether the output layer's weight is the embedding's."""
+    """Whether the output layer shares the embedding's weight."""
 
     rms_norm_eps: float
     norm_offset: bool = False
     """Whether a norm multiplies by 1 + its weight."""
     pre_norms: bool = True
-    """Whether attention and MLP each have a norm on their input."""
+    """Whether attention and MLP each have a norm on the input."""
     post_norms: bool = False
-    """Whether attention and MLP each have a norm on their output, before the residual is added."""
+    """Whether attention and MLP each have a norm on the output, before the residual is added."""
     qk_norm: Literal["head", "width"] | None = None
-    """RMS norm of queries and keys before the rotation: of each head, or over all heads together."""
+    """RMS norm of queries and keys before rotation: per head, or over all heads together."""
     qkv_bias: bool = False
     """Whether queries, keys and values have a bias; no other layer has one."""
     output_gate: bool = False
-    """Whether attention's output is multiplied by the sigmoid of a gate of the same width, which the query projection yields."""
+    """Whether a sigmoid gate of the same width, from the query projection, multiplies attention's output."""
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    """Of the MLP's gate."""
+    """Activation of the MLP's gate."""
 
     ropes: tuple[Rope, ...]
     attention: tuple[LayerAttention, ...]
-    """Of each layer; it says nothing of one that is a Gated DeltaNet."""
+    """Attention features of each layer; ignored for a Gated DeltaNet."""
     query_scale: float
-    """Factor of scores, without that of the rotary embedding: usually 1 / √head_dim."""
+    """Factor of scores, without the rotary embedding's: usually 1 / √head_dim."""
     score_cap: float | None = None
     """Scores s become cap · tanh(s / cap) before the softmax."""
     embedding_scale: float = 1.0
-    """Factor of embeddings."""
+    """Factor of the embeddings."""
     logit_cap: float | None = None
-    """The same for the output layer's logits."""
+    """Cap of the output layer's logits, likewise."""
 
     delta_net: DeltaNet | None = None
     """None if all layers have attention."""
     experts: Experts | None = None
     """None for a dense model."""
     rules: tuple[Rule, ...] = field(repr=False)
-    """Where every weight is in a Megatron checkpoint."""
+    """Location of every weight in a Megatron checkpoint."""
     other_weights: tuple[str, ...] = field(default=(), compare=False, repr=False)
-    """How the names begin of weights that checkpoints may have besides, and that are not trained."""
+    """Prefixes of further weights in checkpoints, which are not trained."""
 
     @property
     def embedding_name(self) -> str:
@@ -182,22 +182,22 @@ class Family:
 
     @property
     def outer_config(self) -> PretrainedConfig:
-        """What config.json describes as a whole."""
+        """The config that config.json describes as a whole."""
         return self.whole_config or self.config
 
     @property
     def queries(self) -> int:
-        """Channels of all queries."""
+        """Channels of all query heads."""
         return self.num_attention_heads * self.head_dim
 
     @property
     def keys(self) -> int:
-        """Channels of all keys, and of all values."""
+        """Channels of all key heads, which equal those of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
     @property
     def rotary_channels(self) -> int:
-        """Channels of a head that are rotated: the first ones."""
+        """Number of rotated channels per head: the first ones."""
         return 2 * len(self.ropes[0].inverse_frequencies)
 
     def has_state(self, layer: int) -> bool:
@@ -206,60 +206,60 @@ class Family:
 
     @property
     def num_states(self) -> int:
-        """Layers that are Gated DeltaNets."""
+        """Number of Gated DeltaNet layers."""
         return sum(self.delta_net.layers) if self.delta_net else 0
 
     @property
     def num_attentions(self) -> int:
-        """Layers that have attention."""
+        """Number of attention layers."""
         return self.num_hidden_layers - self.num_states
 
     @property
     def uniform(self) -> bool:
-        """Whether all layers have the same weights. Megatron's checkpoints stack the layers' tensors if so."""
+        """Whether all layers have the same weights. If so, Megatron's checkpoints stack the layers' tensors."""
         return self.delta_net is None and (self.experts is None or self.experts.everywhere)
 
     @property
     def num_experts(self) -> int:
-        """Experts of a layer; 0 in a dense model."""
+        """Experts per layer; 0 in a dense model."""
         return self.experts.num if self.experts else 0
 
     @property
     def active_experts(self) -> int:
-        """Experts that a token goes through."""
+        """Experts per token."""
         return self.experts.per_token if self.experts else 0
 
     @property
     def expert_ffn(self) -> int:
-        """Channels of an expert."""
+        """Intermediate size of an expert."""
         return self.experts.channels if self.experts else 0
 
     @property
     def shared_ffn(self) -> int:
-        """Channels of the expert that all tokens go through; 0 if there is none."""
+        """Intermediate size of the shared expert; 0 without one."""
         return (self.experts.shared_channels or 0) if self.experts else 0
 
     def has_experts(self, layer: int) -> bool:
-        """Whether a layer's MLP consists of experts."""
+        """Whether a layer's MLP is a mixture of experts."""
         return self.experts is not None and self.experts.layers[layer]
 
     @property
     def window(self) -> int | None:
-        """The window of the layers that have one; None if none has."""
+        """The window of layers with one; None if no layer has one."""
         windows = {layer.window for layer in self.attention} - {None}
         return max((window for window in windows if window is not None), default=None)
 
     @property
     def num_windowed(self) -> int:
-        """Layers with a window."""
+        """Number of layers with a window."""
         return sum(layer.window is not None for layer in self.attention)
 
     def score_scale(self, layer: int) -> float:
-        """Factor of a layer's scores of queries and keys that were rotated by angles alone."""
+        """Factor of a layer's scores if queries and keys are rotated by angles alone."""
         return self.query_scale * self.ropes[self.attention[layer].rope].factor ** 2
 
     def difference(self, other: Family) -> str | None:
-        """The first feature in which two models differ; None if one's weights can be loaded in the other's place."""
+        """The first feature in which two models differ; None if their weights are interchangeable."""
         for item in dataclasses.fields(self):
             if item.compare and getattr(self, item.name) != getattr(other, item.name):
                 return item.name

@@ -1,4 +1,4 @@
-"""What every family reads of a Hugging Face config in the same way, and the refusal of what it does not read."""
+"""Fields of a Hugging Face config that all families read in the same way, and the refusal of unread fields."""
 
 from __future__ import annotations
 
@@ -21,63 +21,62 @@ DECODER = frozenset(
         *("rope_parameters", "rope_theta", "rope_scaling"),
     }
 )
-"""Fields that every family represents."""
+"""Fields that every family supports."""
 
 HARMLESS = frozenset(
     {
-        # what the folder holds, and how its model is started, trained or generated with elsewhere
+        # content of the folder; how the model is started, trained or generated with elsewhere
         *("architectures", "model_type", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "auto_map"),
         *("initializer_range", "use_cache", "cache_implementation", "_attn_implementation_autoset", "is_llama_config"),
         *("transformers.js_config", "unsloth_version", "unsloth_fixed", "tokenizer_class", "quantization_config"),
         *("_model_name_or_path", "_commit_hash", "name_or_path", "_attn_implementation", "attn_implementation"),
         *("router_aux_loss_coef", "output_router_logits"),
-        # what generation starts and stops at, and how it draws; older files have it here
+        # start and end tokens and sampling of generation; older files have them here
         *("bos_token_id", "eos_token_id", "pad_token_id", "max_length", "do_sample", "temperature", "top_p", "top_k"),
-        # of every config: what a forward pass returns, and labels of classifiers
+        # in every config: outputs of a forward pass, and labels of classifiers
         *("return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "is_encoder_decoder"),
         *("id2label", "label2id", "problem_type"),
     }
 )
-"""Fields that change no log-probability and no gradient of a causal language model."""
+"""Fields that change neither log-probs nor gradients of a causal language model."""
 
 REASONS = {
     "attention_dropout": "policy and reference must be deterministic; set 0",
-    "attention_bias": "a bias on the output projection is not implemented",
-    "mlp_bias": "a bias in the MLP is not implemented",
+    "attention_bias": "a bias on the output projection is not supported",
+    "mlp_bias": "a bias in the MLP is not supported",
     "qkv_bias": "published models have a bias on queries, keys and values",
-    "use_bidirectional_attention": "only causal attention is implemented",
+    "use_bidirectional_attention": "only causal attention is supported",
 }
-"""Why a field is refused, where its name does not say it."""
+"""Why a field is refused, where its name does not tell."""
 
 ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-"""config.json's names of what the MLP's gate goes through."""
+"""Activation of the MLP's gate by its name in config.json."""
 
 
 def check_fields(config: PretrainedConfig, represented: Collection[str]) -> None:
-    """Refuse a field that is not represented and whose value is not the default of transformers' config class, and values that no
-    model has.
+    """Refuse unsupported fields that differ from the default of transformers' config class, and values that no model has.
 
     Raises:
-        ConfigError: naming the field and its value.
+        ConfigError: names the field and its value.
     """
     _check_values(config)
     check_others(config, represented)
 
 
 def check_others(config: PretrainedConfig, represented: Collection[str]) -> None:
-    """The part of `check_fields` for fields that are not represented.
+    """Refuse unsupported fields that differ from the default; the other part of `check_fields`.
 
     Raises:
-        ConfigError: naming the field and its value.
+        ConfigError: names the field and its value.
     """
     defaults = type(config)().to_dict()
     for name, value in config.to_dict().items():
         if name in represented or name in HARMLESS or (name in defaults and value == defaults[name]):
             continue
         if name not in defaults and not value:
-            continue  # switched off, whatever it is
+            continue  # the feature is switched off
         if name in defaults:
-            hint = REASONS.get(name, "only the default is implemented")
+            hint = REASONS.get(name, "only the default is supported")
             raise ConfigError(f"config.json: {name} = {value!r} (default {defaults[name]!r}): {hint}.")
         raise ConfigError(
             f"config.json: {name} = {value!r} is unknown to {type(config).__name__} of transformers, which ignores it; remove it "
@@ -94,21 +93,22 @@ def _check_values(config: PretrainedConfig) -> None:
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     require(
         heads % groups == 0,
-        f"config.json: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; is it damaged?",
+        f"config.json: num_key_value_heads = {groups} does not divide num_attention_heads = {heads}; check or copy "
+        "the file again.",
     )
     require(
         0 <= config.rms_norm_eps < 1,
-        f"config.json: rms_norm_eps = {config.rms_norm_eps}; it must be 0 or more, and small; is it damaged?",
+        f"config.json: rms_norm_eps = {config.rms_norm_eps}; it must be a small number >= 0; check or copy the file again.",
     )
 
 
 def head_dim(config: PretrainedConfig) -> int:
-    """Channels of one attention head; many families set it apart from hidden_size / num_attention_heads."""
+    """Channels per attention head; many families set it independently of hidden_size / num_attention_heads."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def mlp_size(config: PretrainedConfig) -> int:
-    """Channels of a dense MLP; of the shared expert in a model that has no dense one and no field for it."""
+    """Intermediate size of a dense MLP; of the shared expert in a model without dense MLP and field for it."""
     return getattr(config, "intermediate_size", None) or config.shared_expert_intermediate_size
 
 
@@ -116,15 +116,15 @@ def activation(config: PretrainedConfig, field: str = "hidden_act") -> Literal["
     """The MLP's activation.
 
     Raises:
-        ConfigError: one that is not implemented.
+        ConfigError: an unsupported activation.
     """
     name = getattr(config, field)
-    require(name in ACTIVATIONS, f"config.json: {field} = {name!r}; implemented are {', '.join(ACTIVATIONS)}.")
+    require(name in ACTIVATIONS, f"config.json: {field} = {name!r}; supported are {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
 def decoder_sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """Sizes that every family has, under the names that `Family` gives them."""
+    """Sizes that every family has, under their names in `Family`."""
     return {
         "config": config,
         "num_hidden_layers": config.num_hidden_layers,
@@ -142,7 +142,7 @@ def decoder_sizes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def rule_sizes(config: PretrainedConfig) -> Sizes:
-    """The same as weight rules take them."""
+    """The same sizes in the form that weight rules take."""
     return Sizes(
         hidden=config.hidden_size,
         ffn=mlp_size(config),
@@ -164,15 +164,15 @@ ROPE_FIELDS: dict[str, tuple[frozenset[str], frozenset[str]]] = {
     ),
     "dynamic": (frozenset({"factor"}), frozenset()),
 }
-"""Kinds of rotary embeddings whose frequencies do not depend on the sequence, within `Rope.limit`: fields of `rope_parameters`
-that each needs, and those it may have besides."""
+"""Rotary embeddings whose frequencies do not depend on the sequence, up to `Rope.limit`: for each, required fields of
+`rope_parameters`, and optional ones."""
 
 ROPE_COMMON = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"})
-"""Fields that any kind may have."""
+"""Fields allowed with any kind."""
 
 
 AXES = ("mrope_section", "mrope_interleaved")
-"""Which channels are rotated by which axis of an image's positions."""
+"""Assignment of rotated channels to the axes of an image's positions."""
 
 
 def _check_rope(parameters: dict[str, Any], kind: str) -> None:
@@ -181,35 +181,37 @@ def _check_rope(parameters: dict[str, Any], kind: str) -> None:
         known = name in needed | optional | ROPE_COMMON
         require(
             known or not value,
-            f"config.json: {name} = {value!r} of the rotary embedding is not read with rope_type = {kind!r}; remove it if the "
+            f"config.json: {name} = {value!r} of the rotary embedding is not supported with rope_type = {kind!r}; "
+            "remove it if the "
             "model was trained without it.",
         )
         if known and name not in ("rope_type", "type", "truncate") and value is not None:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             require(
                 number and 0 < value < math.inf,
-                f"config.json: {name} = {value!r} of the rotary embedding must be a positive number; is it damaged?",
+                f"config.json: {name} = {value!r} of the rotary embedding must be a positive number; check or copy "
+                "the file again.",
             )
     missing = sorted(name for name in needed if parameters.get(name) is None)
-    require(not missing, f"config.json: rope_type = {kind!r} needs {', '.join(missing)}; is config.json complete?")
+    require(not missing, f"config.json: rope_type = {kind!r} needs {', '.join(missing)}; add them, or copy config.json again.")
 
 
 def read_ropes(config: PretrainedConfig, *, partial: bool = False) -> tuple[Rope, ...]:
-    """The rotary embedding of all layers.
+    """The rotary embedding shared by all layers.
 
     Args:
-        partial: a part of each head may be rotated (`partial_rotary_factor`)
+        partial: only part of each head may be rotated (`partial_rotary_factor`)
     Raises:
-        ConfigError: a kind that is not implemented.
+        ConfigError: an unsupported kind.
     """
     return (_read_rope(config, dict(config.rope_parameters), None, partial=partial),)
 
 
 def read_layer_ropes(config: PretrainedConfig) -> tuple[tuple[Rope, ...], dict[str, int]]:
-    """The rotary embeddings of a config that has one for each kind of layer, each once, and the index of each kind's.
+    """Distinct rotary embeddings of a config with one per kind of layer, and each kind's index among them.
 
     Raises:
-        ConfigError: a kind that is not implemented.
+        ConfigError: an unsupported kind.
     """
     ropes: list[Rope] = []
     index = {}
@@ -226,9 +228,9 @@ def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type:
     kind, size = parameters.get("rope_type", "default"), head_dim(config)
     require(
         isinstance(kind, str) and kind in ROPE_FIELDS,
-        f"config.json: rope_type = {kind!r} is not implemented; implemented are {', '.join(ROPE_FIELDS)}.",
+        f"config.json: rope_type = {kind!r} is not supported; supported are {', '.join(ROPE_FIELDS)}.",
     )
-    for name in AXES if partial else ():  # text has the same position on all axes, wherever they lie among the channels
+    for name in AXES if partial else ():  # text has the same position on all axes
         parameters.pop(name, None)
     _check_rope(parameters, kind)
     share = parameters.get("partial_rotary_factor", 1.0)
@@ -237,11 +239,11 @@ def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type:
         require(
             0 < size <= head_dim(config) and size % 2 == 0,
             f"config.json: partial_rotary_factor = {share} of {head_dim(config)} channels (head_dim): an even number must be "
-            "rotated; is it damaged?",
+            "rotated; check or copy the file again.",
         )
     else:
-        require(share == 1.0, f"config.json: partial_rotary_factor = {share}; only whole heads are rotated (1.0).")
-    if kind in ("default", "dynamic"):  # the latter scales from `limit` on
+        require(share == 1.0, f"config.json: partial_rotary_factor = {share}; this family supports 1.0 only.")
+    if kind in ("default", "dynamic"):  # the latter scales beyond `limit` only
         exponents = torch.arange(0, size, 2, dtype=torch.int64).float() / size
         frequencies, factor = 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     else:
@@ -253,7 +255,7 @@ def _read_rope(config: PretrainedConfig, parameters: dict[str, Any], layer_type:
 def _check_layer_type(kind: object) -> None:
     require(
         kind in ("full_attention", "sliding_attention"),
-        f"config.json: layer_types has {kind!r}; implemented are full_attention and sliding_attention.",
+        f"config.json: layer_types has {kind!r}; supported are full_attention and sliding_attention.",
     )
 
 
@@ -261,15 +263,16 @@ def read_layers(config: PretrainedConfig, kinds: list[str] | None = None, rope: 
     """Window and rotary embedding of every layer.
 
     Args:
-        kinds: `full_attention` or `sliding_attention` of every layer; by default config.json's `layer_types`
-        rope: index of the rotary embedding of each kind; by default the first of all
+        kinds: `full_attention` or `sliding_attention` per layer; by default config.json's `layer_types`
+        rope: index of each kind's rotary embedding; by default the first for all
     Raises:
         ConfigError: another kind, or a window without a size.
     """
     kinds = config.layer_types if kinds is None else kinds
     require(
         len(kinds) == config.num_hidden_layers,
-        f"config.json: layer_types names {len(kinds)} layers, num_hidden_layers is {config.num_hidden_layers}.",
+        f"config.json: layer_types names {len(kinds)} layers, but num_hidden_layers = {config.num_hidden_layers}; "
+        "check or copy the file again.",
     )
     layers = []
     for kind in kinds:

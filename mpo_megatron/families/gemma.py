@@ -1,7 +1,7 @@
 """Gemma 2 and the text models of Gemma 3: norms on both sides of attention and MLP, scaled embeddings, alternating windows.
 
-Gemma 2 caps attention scores and logits; Gemma 3 normalizes queries and keys, and layers with a window have a rotary embedding
-of their own.
+Gemma 2 caps attention scores and logits; Gemma 3 normalizes queries and keys, and its windowed layers have their own rotary
+embedding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpo_megatron.families.rules import Rule, decoder_rules, mlp_rules, normed_a
 FIELDS = DECODER | {
     *("hidden_activation", "query_pre_attn_scalar", "sliding_window", "layer_types"),
     *("final_logit_softcapping", "attn_logit_softcapping"),
-    # published files also have these, which transformers reads into the fields above or not at all
+    # published files also contain these; transformers maps them to the fields above or ignores them
     *("hidden_act", "sliding_window_size", "sliding_window_pattern", "_sliding_window_pattern", "rope_local_base_freq"),
 }
 
@@ -63,7 +63,7 @@ def read_gemma3(config: PretrainedConfig) -> Family:
 
 def _features(config: PretrainedConfig) -> dict[str, Any]:
     scalar = config.query_pre_attn_scalar
-    require(scalar > 0, f"config.json: query_pre_attn_scalar = {scalar}; it must be positive; is it damaged?")
+    require(scalar > 0, f"config.json: query_pre_attn_scalar = {scalar}; it must be positive; check or copy the file again.")
     return decoder_sizes(config) | {
         "activation": activation(config, "hidden_activation"),
         "norm_offset": True,

@@ -1,4 +1,4 @@
-"""Llama 2, 3, 3.1, 3.2 and 3.3, and what has their architecture: SmolLM2, TinyLlama, the models of llama2.c."""
+"""Llama 2, 3, 3.1, 3.2 and 3.3, and models with their architecture: SmolLM2, TinyLlama, llama2.c."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mpo_megatron.families.rules import llama_rules
 
 
 def read_llama(config: PretrainedConfig) -> Family:
-    """Llama; `llama3` and other scalings of the rotary embedding come with `rope_parameters`."""
-    check_fields(config, DECODER | {"pretraining_tp"})  # how its weights were once sharded
+    """Llama; `rope_parameters` describes `llama3` and other scalings of the rotary embedding."""
+    check_fields(config, DECODER | {"pretraining_tp"})  # records how its weights were once sharded
     return Family(
         **decoder_sizes(config),
         activation=activation(config),

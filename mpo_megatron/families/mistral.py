@@ -27,7 +27,7 @@ from mpo_megatron.families.rules import (
 
 
 def read_mistral(config: PretrainedConfig) -> Family:
-    """Mistral: all layers have the window, if there is one."""
+    """Mistral: all layers have the window, if set."""
     check_fields(config, DECODER | {"sliding_window"})
     return Family(
         **decoder_sizes(config),
@@ -39,7 +39,7 @@ def read_mistral(config: PretrainedConfig) -> Family:
 
 
 def read_mixtral(config: PretrainedConfig) -> Family:
-    """Mixtral: experts in every layer, probabilities normalized over a token's own."""
+    """Mixtral: experts in every layer, with probabilities normalized over a token's experts."""
     check_fields(config, DECODER | {"sliding_window", "num_local_experts", "num_experts_per_tok"})
     experts = Experts(
         num=config.num_local_experts,
@@ -51,7 +51,7 @@ def read_mixtral(config: PretrainedConfig) -> Family:
     require(
         2 <= experts.per_token <= experts.num,
         f"config.json: num_experts_per_tok = {experts.per_token} of num_local_experts = {experts.num}; it must be 2 or more, "
-        "since with one expert the normalized probability is always 1 and the router cannot learn.",
+        "because with one expert the normalized probability is always 1 and the router cannot learn.",
     )
     return Family(
         **decoder_sizes(config),

@@ -1,6 +1,6 @@
-"""OLMo 2 and 3: norms only on the output of attention and MLP, queries and keys normalized over all heads together.
+"""OLMo 2 and 3: norms only on the outputs of attention and MLP; queries and keys normalized over all heads together.
 
-Three of four layers of OLMo 3 have a window, and only the others' rotary embedding is scaled.
+In OLMo 3, three of four layers have a window, and only the rotary embedding of the others is scaled.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published models' config.json, as far as it shapes them: names → fields, so that planning needs no download."""
+"""The shape-relevant part of published models' config.json, so that planning needs no download."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ SIZES = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     "vocab_size",
 )
-"""Fields in the order in which the entries below have them."""
+"""Order of the fields in the entries below."""
 
 
 def _decoder(model_type: str, /, *sizes: int, **fields: Any) -> dict[str, Any]:
-    """Fields that every config.json has, and others."""
+    """Fields of every config.json, and further ones."""
     common = {"model_type": model_type, "tie_word_embeddings": False, "attention_dropout": 0.0}
     return {**common, **dict(zip(SIZES, sizes, strict=True)), **fields}
 
@@ -29,7 +29,7 @@ def _qwen(model_type: str, /, *sizes: int, tied: bool, **fields: Any) -> dict[st
 
 
 def _llama(*sizes: int, positions: int, theta: float, tied: bool = False, factor: float | None = None, **fields: Any) -> Any:
-    """Llama and its like; `factor` of Llama 3.1's scaled rotary embedding."""
+    """Llama-like models; `factor` scales Llama 3.1's rotary embedding."""
     fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False, "max_position_embeddings": positions}
     fields |= {"rope_theta": theta, "pretraining_tp": 1, "tie_word_embeddings": tied}
     if factor is not None:
@@ -62,7 +62,7 @@ def _olmo(model_type: str, /, *sizes: int, **fields: Any) -> dict[str, Any]:
 
 
 def _hybrid(model_type: str, /, *sizes: int, values: int, tied: bool = False, **fields: Any) -> dict[str, Any]:
-    """The text models of Qwen3.5 and 3.6; `values` is their number of value heads."""
+    """The text models of Qwen3.5 and 3.6; `values` is the number of value heads."""
     fields |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "head_dim": 256, "max_position_embeddings": 262144}
     fields |= {"linear_num_value_heads": values, "rope_parameters": {"rope_type": "default", "rope_theta": 1e7}}
     fields["rope_parameters"]["partial_rotary_factor"] = 0.25
@@ -73,7 +73,7 @@ def _hybrid(model_type: str, /, *sizes: int, values: int, tied: bool = False, **
 
 
 def _shared(experts: int, per_token: int, channels: int) -> dict[str, Any]:
-    """Fields of experts of which one is shared, all of one size."""
+    """Fields of experts with one shared expert of the same size."""
     size = {"moe_intermediate_size": channels, "shared_expert_intermediate_size": channels}
     return {"num_experts": experts, "num_experts_per_tok": per_token, **size}
 
@@ -156,13 +156,13 @@ MODELS: dict[str, dict[str, Any]] = {
         },
     ),
 }
-"""Published config.json fields by name; base and instruction-tuned models share them. Those of Qwen2.5 are Instruct's: bases
-have four times its positions, and from 14B on another `rms_norm_eps`.
+"""Published config.json fields by name; base and instruction-tuned models share them. Qwen2.5 entries are Instruct's: base
+models have four times the positions and, from 14B on, another `rms_norm_eps`.
 
-Of Qwen3.5 and 3.6 the text models alone, without vision tower and multi-token prediction.
+Qwen3.5 and 3.6: only the text models, without vision tower and multi-token prediction.
 
-Sizes, heads, windows, caps and rotary fields agree with litgpt's config.py (June 2026) where it has the model; the fields of
-Gemma 2 and OLMo 3 with copies of their config.json in public repositories; parameter counts with the hub's (the tests have them).
+Sizes, heads, windows, caps and rotary fields agree with litgpt's config.py (June 2026) for models that it has; the fields of
+Gemma 2 and OLMo 3 with copies of their config.json in public repositories; parameter counts with the hub's (see the tests).
 """
 
 

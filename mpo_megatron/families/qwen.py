@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5 (bias on queries, keys and values), Qwen3 (norm of each head of queries and keys), both with experts, too."""
+"""Qwen2 and Qwen2.5 (bias on queries, keys and values), Qwen3 (norm per query and key head), and both with experts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def read_qwen3(config: PretrainedConfig) -> Family:
 
 
 def read_qwen2_moe(config: PretrainedConfig) -> Family:
-    """Qwen1.5 and Qwen2 with experts, one of which all tokens go through."""
+    """Qwen1.5 and Qwen2 with experts and a shared expert."""
     return _read(config, ATTENTION | EXPERTS, qkv_bias=True, experts=read_experts(config, shared=True))
 
 
@@ -73,13 +73,13 @@ def _read(config: PretrainedConfig, fields: set[str], *, qkv_bias: bool, experts
 
 
 def read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
-    """The experts that a config describes, in those layers that have them.
+    """The experts described by a config, and the layers that have them.
 
     Raises:
-        ConfigError: numbers that no model has, or a model without experts.
+        ConfigError: impossible numbers, or a model without experts.
     """
     dense, every = set(config.mlp_only_layers or ()), config.decoder_sparse_step
-    require(every >= 1, f"config.json: decoder_sparse_step = {every}; it must be 1 or more; is it damaged?")
+    require(every >= 1, f"config.json: decoder_sparse_step = {every}; it must be 1 or more; check or copy the file again.")
     experts = Experts(
         num=config.num_experts,
         per_token=config.num_experts_per_tok,
@@ -91,21 +91,23 @@ def read_experts(config: PretrainedConfig, *, shared: bool) -> Experts:
     require(
         experts.num >= 1 and any(experts.layers),
         f"config.json: num_experts = {experts.num}, decoder_sparse_step = {every}, mlp_only_layers = "
-        f"{config.mlp_only_layers}: no layer has experts; as a dense model it is {config.model_type.removesuffix('_moe')}.",
+        f"{config.mlp_only_layers}: no layer has experts; for a dense model, set model_type to "
+        f"{config.model_type.removesuffix('_moe')}.",
     )
     check_experts(experts)
     return experts
 
 
 def check_experts(experts: Experts) -> None:
-    """Refuse numbers of experts that no model has.
+    """Refuse impossible numbers of experts.
 
     Raises:
-        ConfigError: naming the field of config.json.
+        ConfigError: names the field of config.json.
     """
     require(
         1 <= experts.per_token <= experts.num,
-        f"config.json: num_experts_per_tok = {experts.per_token} of num_experts = {experts.num}; is config.json damaged?",
+        f"config.json: num_experts_per_tok = {experts.per_token} of num_experts = {experts.num}; check or copy "
+        "config.json again.",
     )
     require(
         experts.per_token > 1 or not experts.normalized,
@@ -121,7 +123,7 @@ def _rules(config: PretrainedConfig, experts: Experts | None, *, qkv_bias: bool)
 
 
 def mlp_rules(config: PretrainedConfig, experts: Experts | None) -> list[Rule]:
-    """The norm before the MLP and the MLP itself: dense, or a router, its experts and a shared one."""
+    """The norm before the MLP and the MLP: dense, or a router with experts and a shared expert."""
     hidden, norm = config.hidden_size, "post_attention_layernorm.weight"
     sparse = frozenset(layer for layer, is_sparse in enumerate(experts.layers) if is_sparse) if experts else frozenset()
     rules = []

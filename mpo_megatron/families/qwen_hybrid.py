@@ -1,7 +1,7 @@
 """Qwen3-Next, Qwen3.5 and Qwen3.6: three Gated DeltaNets, then one layer of attention with a gate on its output, and so on.
 
-All have norms that multiply by 1 + their weight, and rotate a part of each head. Qwen3.5 and 3.6 come as multimodal models, of
-which the text model is read: its positions are those of text alone, the same on the three axes that images have.
+All have norms that multiply by 1 + their weight, and rotate part of each head. Qwen3.5 and 3.6 are published as multimodal
+models, of which only the text model is read: text has the same position on the three axes of images.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ FIELDS = DECODER | {
     *("layer_types", "full_attention_interval", "partial_rotary_factor"),
     *("attn_output_gate", "mamba_ssm_dtype", "output_gate_type"),
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
-    # of layers that predict further tokens; the language model computes the same without them
+    # for layers that predict further tokens; the language model computes the same without them
     *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
 }
 WHOLE_FIELDS = {
     *("text_config", "vision_config", "tie_word_embeddings"),
     *("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"),
 }
-"""Of a multimodal model; what they say of images is handed on as it is."""
+"""Fields of a multimodal model; those about images are passed through."""
 FIXED = {"attn_output_gate": True, "mamba_ssm_dtype": "float32", "output_gate_type": "swish"}
-"""Fields that published files have and `transformers` does not read, and the values that its models compute with."""
+"""Fields in published files that `transformers` ignores, and the values its models use."""
 OTHER_WEIGHTS = ("mtp.", "model.visual.")
-"""Of layers that predict further tokens, and of the vision tower; `transformers` loads the text model without them."""
+"""Prefixes of layers that predict further tokens, and of the vision tower; `transformers` loads the text model without them."""
 
 
 def read_qwen3_next(config: PretrainedConfig) -> Family:
-    """Qwen3-Next, with experts in all layers or in some."""
+    """Qwen3-Next, with experts in all or some layers."""
     check_fields(config, FIELDS | EXPERTS)
     return _read(config, read_experts(config, shared=True), joint=True)
 
@@ -73,8 +73,8 @@ def read_qwen3_5_moe(config: PretrainedConfig) -> Family:
         found: object = getattr(config, name, value)
         require(
             found == value,
-            f"config.json: {name} = {found!r}; this model has experts in all layers, with normalized probabilities: "
-            f"{value!r} is implemented.",
+            f"config.json: {name} = {found!r}; this family has experts in all layers, with normalized probabilities: "
+            f"only {value!r} is supported.",
         )
     experts = Experts(
         num=config.num_experts,
@@ -94,14 +94,14 @@ def read_text_model(config: PretrainedConfig) -> Family:
     require(
         bool(config.tie_word_embeddings) == bool(text.tie_word_embeddings),
         f"config.json: tie_word_embeddings = {config.tie_word_embeddings}, but {text.tie_word_embeddings} in text_config; set "
-        "both to what the weights are.",
+        "both to match the weights.",
     )
     family = {"qwen3_5_text": read_qwen3_5, "qwen3_5_moe_text": read_qwen3_5_moe}[text.model_type](text)
     return dataclasses.replace(family, whole_config=config, rules=tuple(_within(rule) for rule in family.rules))
 
 
 def _within(rule: Rule) -> Rule:
-    """The same rule with the names that the weights have in a multimodal model."""
+    """The same rule with the weights' names in a multimodal model."""
 
     def rename(name: str) -> str:
         return TEXT_MODEL + name.removeprefix("model.") if name.startswith("model.") else name
@@ -114,22 +114,24 @@ def _within(rule: Rule) -> Rule:
 
 
 def _read(config: PretrainedConfig, experts: Experts | None, *, joint: bool) -> Family:
-    """Args:
-    joint: whether a Gated DeltaNet's inputs are two projections, by heads, and not four
+    """Features of any of these models.
+
+    Args:
+        joint: a Gated DeltaNet's inputs are two projections, ordered by heads, instead of four
     """
     for name, value in FIXED.items():
         found: object = getattr(config, name, None)
         require(
             found in (None, value),
-            f"config.json: {name} = {found!r}; transformers computes with {value!r} whatever it says, and so do we.",
+            f"config.json: {name} = {found!r}; transformers always computes with {value!r}; set the field to that.",
         )
     delta_net = _read_delta_net(config)
     kinds = ["full_attention" if kind == "linear_attention" else kind for kind in config.layer_types]
     ropes = read_ropes(config, partial=True)
     require(
         ropes[0].factor == 1 or 2 * len(ropes[0].inverse_frequencies) == config.head_dim,
-        "config.json: a rotary embedding with an attention factor that rotates a part of each head is not implemented; set "
-        "attention_factor to 1 if the model was trained so.",
+        "config.json: a rotary embedding with an attention factor that rotates only part of each head is not supported; set "
+        "attention_factor to 1 if the model was trained with it.",
     )
     return Family(
         **decoder_sizes(config),
@@ -157,15 +159,15 @@ def _read_delta_net(config: PretrainedConfig) -> DeltaNet:
     )
     for name in sorted(name for name in FIELDS if name.startswith("linear_")):
         value = getattr(config, name)
-        require(0 < value <= 10**5, f"config.json: {name} = {value}; no model has that: is it damaged?")
+        require(0 < value <= 10**5, f"config.json: {name} = {value}; no model has this value; check or copy the file again.")
     require(
         found.value_heads % found.key_heads == 0,
-        f"config.json: linear_num_key_heads = {found.key_heads} does not divide linear_num_value_heads = {found.value_heads}; is "
-        "it damaged?",
+        f"config.json: linear_num_key_heads = {found.key_heads} does not divide linear_num_value_heads = {found.value_heads}; "
+        "check or copy the file again.",
     )
     require(
         config.hidden_act == "silu",
-        f"config.json: hidden_act = {config.hidden_act!r}; with layers of linear_attention only silu is implemented.",
+        f"config.json: hidden_act = {config.hidden_act!r}; with layers of linear_attention, only silu is supported.",
     )
     return found
 
@@ -179,10 +181,10 @@ def _rules(config: PretrainedConfig, delta_net: DeltaNet, experts: Experts | Non
 
 
 def _delta_net_rules(sizes: Sizes, net: DeltaNet, layers: frozenset[int], *, joint: bool) -> list[Rule]:
-    """A norm on the input, and a Gated DeltaNet.
+    """The rules of an input norm and a Gated DeltaNet.
 
-    Megatron's side has the rows [queries, keys, values, gates, β, α] of each key head, one head after the other, so that ranks
-    share out whole heads.
+    Megatron's side stores the rows [queries, keys, values, gates, β, α] of each key head, head by head, so that ranks can shard
+    whole heads.
     """
     key, prefix = LAYER + "self_attention.", HF_LAYER + "linear_attn."
     share = net.value_heads // net.key_heads
@@ -217,7 +219,7 @@ def _delta_net_rules(sizes: Sizes, net: DeltaNet, layers: frozenset[int], *, joi
 
 
 def _convolved(name: str, net: DeltaNet) -> tuple[RowPiece, ...]:
-    """A key head's rows of a tensor that has those of all queries, then of all keys, then of all values."""
+    """A key head's rows of a tensor that stores all queries, then all keys, then all values."""
     channels, values = net.key_channels, net.values // net.key_heads
     return (
         RowPiece(name, 0, channels, channels),

@@ -1,4 +1,4 @@
-"""From config.json to a `Family`: the one place that looks at a model's name."""
+"""From config.json to a `Family`: the only place that reads a model's name."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ READERS: dict[str, Callable[[PretrainedConfig], Family]] = {
     "olmo2": olmo.read_olmo2,
     "olmo3": olmo.read_olmo3,
 }
-"""`model_type` of config.json → what reads it."""
+"""`model_type` of config.json → function that reads it."""
 
 
 SIZES = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings"), 10**9),
     **dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"), 10**5),
 }
-"""Fields that count something there must be of, and more than any model has: tables are as long. What is no whole number there,
-transformers refuses."""
+"""Count fields, at least 1 each, and an upper bound beyond any model's, because tables have that length. transformers itself
+refuses values that are not whole numbers."""
 
 
 def model_name(config: PretrainedConfig) -> dict[str, str]:
-    """The field of a config.json that names the model."""
+    """The field of a config.json that identifies the model."""
     return {"model_type": config.model_type}
 
 
@@ -55,7 +55,7 @@ def load_family(folder: str | Path) -> Family:
     """The model that config.json in `folder` describes.
 
     Raises:
-        ConfigError: no config.json there, one that does not parse or is damaged, or a model that cannot be represented.
+        ConfigError: config.json is missing, does not parse or is damaged, or the model is not supported.
     """
     path = Path(folder) / "config.json"
     require(path.is_file(), f"{path}: no such file; a Hugging Face checkpoint folder has a config.json.")
@@ -72,35 +72,35 @@ def load_family(folder: str | Path) -> Family:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}; is it damaged, or of another checkpoint?") from error
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}; check or copy the file again.") from error
     return read_family(config)
 
 
 def _require_possible(fields: dict[str, Any], path: Path) -> None:
-    """Refuse sizes that are no sizes, and numbers that are not finite, which JSON does not have and Python reads.
+    """Refuse impossible sizes, and non-finite numbers, which are not JSON but accepted by Python.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: names the field.
     """
     for name, value in fields.items():
         numbers = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
         finite = all(not isinstance(number, float) or math.isfinite(number) for number in numbers)
         possible = finite and (name not in SIZES or type(value) is not int or 0 < value <= SIZES[name])
-        require(possible, f"{path}: {name} = {show(value)}; no model has that: is it damaged, or of another checkpoint?")
+        require(possible, f"{path}: {name} = {show(value)}; no model has this value; check or copy the file again.")
 
 
 def read_family(config: PretrainedConfig) -> Family:
     """The model that a Hugging Face config describes.
 
     Raises:
-        ConfigError: it cannot be represented; the message names the field of config.json.
+        ConfigError: it is not supported; names the field of config.json.
     """
     _require_known(config.model_type)
     return READERS[config.model_type](config)
 
 
 def _require_known(model_type: object, where: str = "", *, of_several: bool = False) -> None:
-    hint = "; it has a text model within another: save that one by itself" if of_several else ""
+    hint = "; it contains a text model: save that separately" if of_several else ""
     require(
         isinstance(model_type, str) and model_type in READERS,
         f"{where}model_type = {model_type!r} is not supported; supported are {', '.join(READERS)}{hint}.",

@@ -1,8 +1,8 @@
-"""Rules that say which rows of which Hugging Face tensors make up a Megatron tensor, and those that many families share.
+"""Rules that tell which rows of which Hugging Face tensors form a Megatron tensor, and rules that many families share.
 
-Both sides store a matrix as rows, and conversion only ever moves whole rows: Megatron stacks gate on up, and interleaves q, k
-and v by query group. A rule also says how tensor parallelism shards the Megatron tensor, so that the planner counts the weights
-of a rank with the same table.
+Both sides store a matrix as rows, and conversion moves only whole rows: Megatron stacks gate on up, and interleaves q, k and v by
+query group. A rule also tells how tensor parallelism shards the Megatron tensor, so the planner counts a rank's weights with the
+same table.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ OUTPUT = "lm_head.weight"
 HF_LAYER = "model.layers.{layer}."
 LAYER = "decoder.layers."
 TEXT_MODEL = "model.language_model."
-"""How the names of a multimodal model's text model begin; those of a text model alone with `model.`."""
+"""Name prefix of a multimodal model's text model; standalone text models use `model.`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What the shapes of a decoder's weights follow from."""
+    """Sizes that determine the shapes of a decoder's weights."""
 
     hidden: int
     ffn: int
@@ -30,51 +30,51 @@ class Sizes:
     groups: int
     """Key/value heads."""
     channels: int
-    """Of one head."""
+    """Channels per head."""
     vocab: int
     tied: bool
 
 
 @dataclass(frozen=True)
 class RowPiece:
-    """Consecutive rows of a Hugging Face tensor that are consecutive in each block of a Megatron tensor."""
+    """Consecutive rows of a Hugging Face tensor that stay consecutive in each block of a Megatron tensor."""
 
     name: str
     start: int
-    """First row, for the first block."""
+    """First row, in the first block."""
     rows: int
     stride: int
-    """Rows from one block's piece to the next one's."""
+    """Row distance from one block's piece to the next block's."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One Megatron tensor (of one layer, and of one expert, if its parts name a `{layer}` or `{expert}`), as rows of Hugging Face
-    tensors."""
+    """One Megatron tensor as rows of Hugging Face tensors. If its parts name a `{layer}` or `{expert}`, the rule holds for each
+    layer or expert."""
 
     megatron: str
-    """Key in the Megatron checkpoint. Layers and experts share a key: Megatron stacks them on first axes."""
+    """Key in the Megatron checkpoint. Layers and experts share a key: Megatron stacks them on leading axes."""
     parts: dict[str, int]
-    """Hugging Face name → rows that it gives to each block, in Megatron's order."""
+    """Hugging Face name → number of rows in each block, in Megatron's order."""
     columns: int | tuple[int, ...] | None = None
-    """Row length; None for a vector, whose rows are its elements; the shape of a row that has several axes."""
+    """Row length; None for a vector, whose rows are its elements; a row's shape if it has several axes."""
     blocks: int = 1
-    """How often the parts repeat: a block is [part 1's rows, part 2's rows, …]."""
+    """Number of blocks; a block is [part 1's rows, part 2's rows, …]."""
     order: tuple[RowPiece, ...] = ()
-    """The pieces of a block in Megatron's order, where a part's rows of a block are not consecutive rows of its tensor. Those of
-    a part are side by side."""
+    """The pieces of a block in Megatron's order, if a part's rows in a block are not consecutive in its tensor. A part's pieces
+    are adjacent."""
     padded: bool = False
-    """Whether zero rows pad it to the padded vocabulary."""
+    """Whether zero rows extend it to the padded vocabulary."""
     shard: Literal["rows", "columns"] | None = None
-    """What is split over tensor-parallel ranks (expert-tensor-parallel ones, of an expert); None if each holds all of it."""
+    """Sharding over tensor-parallel ranks (for an expert, expert-tensor-parallel ranks); None if each rank holds it whole."""
     experts: int | None = None
-    """Number of experts that have one."""
+    """Number of experts with such a tensor."""
     layers: frozenset[int] | None = None
-    """Layers that have one; None: all."""
+    """Layers with such a tensor; None: all."""
 
     @property
     def per_layer(self) -> bool:
-        """Whether every layer has one."""
+        """Whether every layer has such a tensor."""
         return all("{layer}" in name for name in self.parts)
 
     @property
@@ -96,13 +96,12 @@ class Rule:
 
     @property
     def linear(self) -> bool:
-        """Whether its weight is the matrix of linear layers which tensor-parallel ranks share out."""
+        """Whether it is the matrix of a linear layer that tensor-parallel ranks shard."""
         return self.per_layer and isinstance(self.columns, int) and self.shard is not None and self.megatron.endswith(".weight")
 
 
 def decoder_rules(sizes: Sizes, layers: Iterable[Rule]) -> tuple[Rule, ...]:
-    """The table of a whole decoder: its embedding, the rules of its layers, the norm after them, the output layer if it is not
-    the embedding."""
+    """The table of a whole decoder: embedding, layers, final norm, and the output layer unless tied."""
     embedding = Rule("embedding.word_embeddings.weight", {EMBEDDING: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
     norm = Rule("decoder.final_layernorm.weight", {"model.norm.weight": sizes.hidden})
     output = Rule("output_layer.weight", {OUTPUT: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
@@ -115,7 +114,7 @@ def norm_rule(megatron: str, name: str, size: int, layers: frozenset[int] | None
 
 
 def normed_attention_rules(sizes: Sizes, *, qkv_bias: bool = False, qk_norm: bool = False) -> list[Rule]:
-    """A norm on the input, and attention; with `qk_norm` also one of each head of queries and keys."""
+    """Input norm and attention; with `qk_norm`, also a norm per query and key head."""
     return [
         norm_rule("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", sizes.hidden),
         *attention_rules(sizes, qkv_bias=qkv_bias),
@@ -124,9 +123,9 @@ def normed_attention_rules(sizes: Sizes, *, qkv_bias: bool = False, qk_norm: boo
 
 
 def gated_attention_rules(sizes: Sizes, layers: frozenset[int]) -> list[Rule]:
-    """A norm on the input, attention with a gate on its output, and norms of each head of queries and keys.
+    """Input norm, attention with an output gate, and norms per query and key head.
 
-    The query projection has the rows [query, gate] of each head; Megatron wants those of a group as [queries, gates].
+    The query projection stores [query, gate] rows per head; Megatron expects [queries, gates] per query group.
     """
     channels, per_group = sizes.channels, sizes.heads // sizes.groups
     query, key, value = (f"{HF_LAYER}self_attn.{name}_proj.weight" for name in "qkv")
@@ -154,7 +153,7 @@ def gated_attention_rules(sizes: Sizes, layers: frozenset[int]) -> list[Rule]:
 
 
 def attention_rules(sizes: Sizes, *, qkv_bias: bool = False) -> list[Rule]:
-    """Projections of queries, keys and values, and of the result."""
+    """Projections of queries, keys and values, and the output projection."""
     hidden, heads, groups, channels = sizes.hidden, sizes.heads, sizes.groups, sizes.channels
     # Megatron: [query heads of group 0, its key head, its value head, query heads of group 1, …]
     rows = {"q": heads // groups * channels, "k": channels, "v": channels}
@@ -194,8 +193,8 @@ def gated_rules(
     """Gate and up, stacked, and down.
 
     Args:
-        megatron: key of the MLP after `decoder.layers.`, with a dot at its end
-        names: of gate, up and down after `model.layers.N.`
+        megatron: key of the MLP after `decoder.layers.`, ending in a dot
+        names: names of gate, up and down after `model.layers.N.`
     """
     gate, up, down = (HF_LAYER + name for name in names)
     return [
@@ -205,12 +204,12 @@ def gated_rules(
 
 
 def mlp_names(prefix: str) -> list[str]:
-    """Gate, up and down as most families name them."""
+    """Gate, up and down, as most families name them."""
     return [f"{prefix}{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
 def mlp_rules(sizes: Sizes, norm: str = "post_attention_layernorm.weight") -> list[Rule]:
-    """A norm on the input, by its name after `model.layers.N.`, and a dense MLP."""
+    """Input norm, by its name after `model.layers.N.`, and a dense MLP."""
     return [
         norm_rule("mlp.linear_fc1.layer_norm_weight", norm, sizes.hidden),
         *gated_rules("mlp.", mlp_names("mlp."), sizes.hidden, sizes.ffn),
@@ -218,7 +217,7 @@ def mlp_rules(sizes: Sizes, norm: str = "post_attention_layernorm.weight") -> li
 
 
 def post_norm_rules(hidden: int) -> tuple[Rule, Rule]:
-    """Norms on the output of attention, and of the MLP."""
+    """Norms on the outputs of attention and MLP."""
     return (
         norm_rule("self_attention.linear_proj.post_layernorm.weight", "post_attention_layernorm.weight", hidden),
         norm_rule("mlp.linear_fc2.post_layernorm.weight", "post_feedforward_layernorm.weight", hidden),

@@ -1,4 +1,4 @@
-"""What the small files of a checkpoint say of its model, and what follows from it: what it takes to compute, how it can be cut.
+"""Facts from the small files of a checkpoint, and what follows from them: computational cost, and valid layouts.
 
 Needs no Megatron-Core, whose import takes seconds.
 """

@@ -1,4 +1,4 @@
-"""adapter.json of a Megatron checkpoint's folder that holds an adapter alone, and the base model that it belongs to."""
+"""adapter.json of a Megatron checkpoint folder with an adapter alone, and its base model."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from mpo_megatron.hf.identity import ADAPTER_FILE, is_adapter_folder, read_adapt
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterRecord:
-    """An adapter's shape, and the weights that it was trained beside."""
+    """An adapter's shape, and the identity of its base weights."""
 
     adapter: Adapter
     base: str
-    """Folder of the base model when the adapter was written."""
+    """Folder of the base model at the time of writing."""
     base_digest: str
     """Identity of the base model's weights (`weights_digest`)."""
 
@@ -31,7 +31,7 @@ def read_adapter(folder: Path) -> AdapterRecord:
     """adapter.json of a folder.
 
     Raises:
-        ConfigError: it is damaged, or not what this version writes.
+        ConfigError: it is damaged, or not in this version's format.
     """
     content = read_adapter_file(folder)
     try:
@@ -42,13 +42,13 @@ def read_adapter(folder: Path) -> AdapterRecord:
 
 
 def find_base(folder: Path, record: AdapterRecord, other: str | None, option: str) -> Path:
-    """The folder of an adapter's base model, which has the weights that the adapter was trained beside.
+    """The folder of an adapter's base model, whose weights must be those used in training.
 
     Args:
-        other: where the base model is now; None: where it was
-        option: that names `other`, for messages
+        other: current folder of the base model; None: the recorded one
+        option: name of the option for `other`, for messages
     Raises:
-        ConfigError: it is not there, or holds other weights.
+        ConfigError: the base model is missing, or has other weights.
     """
     base = Path(other or record.base)
     require(
@@ -60,6 +60,6 @@ def find_base(folder: Path, record: AdapterRecord, other: str | None, option: st
     require(
         found == record.base_digest,
         f"{folder} is an adapter of {record.base}, whose weights have the digest {record.base_digest[:12]}; {base} holds other "
-        f"weights (digest {found[:12]}); name the folder of the right ones with {option}.",
+        f"weights (digest {found[:12]}); set {option} to the folder of the right weights.",
     )
     return base

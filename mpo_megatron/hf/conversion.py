@@ -1,4 +1,4 @@
-"""conversion.json of a Megatron checkpoint's folder."""
+"""conversion.json of a Megatron checkpoint folder."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from mpo_megatron.files.digests import check_file
 
 
 class CheckpointError(ConfigError):
-    """A checkpoint that cannot be converted; the message names the file and the tensor."""
+    """A checkpoint cannot be converted; the message names the file and the tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversion:
-    """conversion.json: what was converted."""
+    """conversion.json: source and format of the converted weights."""
 
     architecture: str
     """`architectures[0]` of the Hugging Face config."""
     vocab_size: int
     """Rows of the Hugging Face embedding."""
     padded_vocab_size: int
-    """Rows of the Megatron embedding; those from `vocab_size` on are zero padding."""
+    """Rows of the Megatron embedding; rows from `vocab_size` on are zero padding."""
     dtype: str
-    """The dtype that most weights have, as torch names it: bfloat16, float16 or float32."""
+    """Dtype of most weights, by its torch name: bfloat16, float16 or float32."""
     digest: str
     """SHA-256 of the Hugging Face weights' names, dtypes, shapes and bytes."""
     tied_output_stored: bool = False
-    """Whether the source held a copy of its tied embedding as lm_head.weight; export then writes it again."""
+    """Whether the source stored a copy of its tied embedding as lm_head.weight; export then writes it again."""
     others: str | None = None
-    """Folder with the source's weights that are not the language model's; None if there were none, or if they were dropped."""
+    """Folder with the source's weights outside the language model; None if there were none, or they were dropped."""
     others_digest: str | None = None
-    """SHA-256 of theirs, as `digest`."""
+    """SHA-256 of these weights, computed as `digest`."""
     versions: dict[str, str] = field(default_factory=dict)
-    """Versions of the packages that converted."""
+    """Versions of the packages used for the conversion."""
 
 
 def load_conversion(folder: str | Path) -> Conversion:
     """Read conversion.json of a Megatron checkpoint folder.
 
     Raises:
-        ConfigError: it is missing, damaged, or not what this version writes.
+        ConfigError: it is missing, damaged, or not in this version's format.
     """
     path = Path(folder) / "conversion.json"
     if not path.is_file():
@@ -55,9 +55,9 @@ def load_conversion(folder: str | Path) -> Conversion:
 
 
 VOCAB_MULTIPLE = 128
-"""The vocabulary is padded to a multiple of this by default."""
+"""Default multiple to which the vocabulary is padded."""
 
 
 def padded_vocab_size(vocab_size: int, multiple: int = VOCAB_MULTIPLE) -> int:
-    """`vocab_size` rounded up to a multiple of `multiple`, so that tensor-parallel ranks can share it out."""
+    """`vocab_size` rounded up to a multiple of `multiple`, so that tensor-parallel ranks can shard it."""
     return -(-vocab_size // multiple) * multiple

@@ -1,4 +1,4 @@
-"""Which checkpoint a folder holds, without reading all of its weights."""
+"""Fingerprints of checkpoints, without reading all of their weights."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from pathlib import Path
 from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG
 
 _BLOCK, _NUM_BLOCKS = 2**16, 64
-"""Bytes of a weight file that enter its digest: this many blocks, evenly spread."""
+"""Blocks of a weight file that enter its digest, evenly spread."""
 
 
 def model_digest(checkpoint: Path) -> str:
     """A fingerprint of a checkpoint's weights and config: names, sizes and evenly spread blocks of every weight file.
 
-    Not every byte is read, so that naming the model of 30 GB takes no minutes; two checkpoints of one training differ in almost
-    every byte.
+    Reads only some bytes, so that a 30 GB model takes no minutes; two checkpoints of one training differ in almost every byte.
     """
     digest = hashlib.sha256()
     is_megatron = (checkpoint / "megatron").is_dir()
@@ -37,7 +36,7 @@ def model_digest(checkpoint: Path) -> str:
 
 
 def folder_digest(checkpoint: Path, side_files: list[Path]) -> str:
-    """A fingerprint of a Hugging Face folder: of the model, and of every byte of the files beside its weights."""
+    """A fingerprint of a Hugging Face folder: the model's, and every byte of the files beside its weights."""
     digest = hashlib.sha256(model_digest(checkpoint).encode())
     for path in side_files:
         digest.update(f"\0{path.relative_to(checkpoint)}\0{path.stat().st_size}\0".encode())

@@ -1,4 +1,4 @@
-"""Floating-point operations of a packed row, for throughput figures and for balancing replicas."""
+"""Floating-point operations of a packed row, for throughput figures and load balancing."""
 
 from __future__ import annotations
 
@@ -7,24 +7,23 @@ from dataclasses import dataclass
 from mpo_megatron.families import Family
 
 BACKWARD = 2
-"""A backward pass multiplies twice for each multiplication of the forward pass: gradients of inputs and of weights."""
+"""Multiplications of a backward pass per multiplication of the forward pass: gradients of inputs and of weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlopModel:
-    """Operations of a forward pass by what causes them; an element-wise operation counts nothing."""
+    """Operations of a forward pass by cause; element-wise operations are not counted."""
 
     per_token: int
-    """Linear layers of the decoder, for one token of a row; of experts, those that a token goes to."""
+    """Linear layers of the decoder, per token of a row; of the experts, only the token's own."""
     per_pair: int
-    """Attention scores and values, for one pair of attending tokens (as a mean over layers)."""
+    """Attention scores and values, per pair of attending tokens (mean over layers)."""
     per_scored: int
-    """Output layer, for one scored token."""
+    """Output layer, per scored token."""
     frozen: bool = False
-    """Whether the weights have no gradients, because an adapter is trained beside them; the adapter's own operations count
-    nothing."""
+    """Whether the weights are frozen, because only an adapter is trained; the adapter's own operations are not counted."""
     window: tuple[int, float] | None = None
-    """Tokens of the layers' sliding window, and the share of layers that have it; pairs are counted with it."""
+    """Size of the sliding window in tokens, and the share of layers with it; determines the number of pairs."""
 
     @property
     def pair_weight(self) -> float:
@@ -33,11 +32,11 @@ class FlopModel:
 
     @property
     def backward(self) -> int:
-        """Multiplications of a backward pass by the weights, for each of the forward pass."""
+        """Weight multiplications of a backward pass, per multiplication of the forward pass."""
         return BACKWARD - self.frozen
 
     def train_step(self, *, tokens: int, pairs: int, scored: int) -> int:
-        """Operations of one forward and one backward pass; recomputation counts nothing."""
+        """Operations of one forward and one backward pass, without recomputation."""
         by_weights = self.per_token * tokens + self.per_scored * scored
         return (1 + self.backward) * by_weights + (1 + BACKWARD) * self.per_pair * pairs
 
@@ -46,7 +45,7 @@ def build_flop_model(family: Family, *, frozen: bool = False) -> FlopModel:
     """The operations of this model.
 
     Args:
-        frozen: an adapter is trained, and not the weights
+        frozen: an adapter is trained instead of the weights
     """
     hidden, layers = family.hidden_size, family.num_attentions
     gates = family.queries if family.output_gate else 0
@@ -61,8 +60,8 @@ def build_flop_model(family: Family, *, frozen: bool = False) -> FlopModel:
 
 
 def _delta_net_products(family: Family) -> int:
-    """Multiplications of a Gated DeltaNet for a token: projections, convolution, and three products with the state: what it holds
-    for the key, the correction, and what the query reads. Computing them in chunks takes more, which counts nothing."""
+    """Multiplications of a Gated DeltaNet per token: projections, convolution, and three products with the state (reading for the
+    key, correcting, reading for the query). Computing them in chunks takes more, which is not counted."""
     net = family.delta_net
     if net is None:
         return 0
@@ -70,7 +69,8 @@ def _delta_net_products(family: Family) -> int:
 
 
 def _mlp_weights(family: Family) -> list[int]:
-    """Weights a token meets in the MLP of each layer: gate, up and down, with experts also a router and the shared one's gate."""
+    """MLP weights that a token passes in each layer: gate, up and down; with experts, also a router and the shared expert's
+    gate."""
     hidden, experts = family.hidden_size, family.experts
     dense = 3 * hidden * family.intermediate_size
     if experts is None:

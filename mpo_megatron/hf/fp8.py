@@ -1,4 +1,4 @@
-"""FP8 recipes, and what they ask of rows and models; model/precision.py says what they do."""
+"""FP8 recipes, and their requirements on rows and models; model/precision.py describes the recipes."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mpo_megatron.families import Family
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A way to choose scales."""
+    """An FP8 scaling recipe."""
 
     megatron: str
-    """Megatron-Core's name of it (`fp8_recipe`)."""
+    """Megatron-Core's name (`fp8_recipe`)."""
     format: str
-    """`e4m3` for all tensors, or `hybrid`: e5m2 for gradients. What Transformer Engine does by default with this recipe."""
+    """`e4m3` for all tensors, or `hybrid`: e5m2 for gradients. Transformer Engine's default for this recipe."""
     tokens: int
-    """The tokens of each rank's part of a row are a multiple of this, as the weight gradient's product sums over them."""
+    """Each rank's part of a row must have a multiple of this many tokens, over which the weight gradient's product sums."""
     channels: int
-    """Both dimensions of each rank's part of a weight matrix are multiples of this."""
+    """Both dimensions of each rank's shard of a weight matrix must be multiples of this."""
     availability: str
-    """Function of transformer_engine.pytorch that says whether this GPU has it, and else why not."""
+    """Function of transformer_engine.pytorch that reports whether this GPU supports it, and why not."""
 
 
 RECIPES = {
@@ -31,22 +31,22 @@ RECIPES = {
     ),
     "mxfp8": Recipe(megatron="mxfp8", format="e4m3", tokens=32, channels=32, availability="is_mxfp8_available"),
 }
-"""The recipes by the name that `model.fp8` takes."""
+"""Recipes by their value of `model.fp8`."""
 
 TOKEN_MULTIPLE = 16
-"""Tokens of a rank's part of a row without FP8: what sequence parallelism and tensor cores like."""
+"""Multiple of tokens per rank without FP8: suits sequence parallelism and tensor cores."""
 
 
 def token_multiple(model: ModelConfig) -> int:
-    """Each rank's part of a row has a multiple of this many tokens."""
+    """The multiple of tokens that each rank's part of a row must have."""
     return TOKEN_MULTIPLE if model.fp8 == "none" else RECIPES[model.fp8].tokens
 
 
 def validate_fp8_layout(model: ModelConfig, parallel: ParallelConfig, family: Family) -> None:
-    """The part of `validate_fp8` that asks nothing of this machine.
+    """The part of `validate_fp8` that does not depend on this machine.
 
     Raises:
-        ConfigError: naming the field, the reason and the fix.
+        ConfigError: names the field, the reason and the fix.
     """
     if model.fp8 == "none":
         return

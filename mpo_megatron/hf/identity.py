@@ -1,4 +1,4 @@
-"""Whose weights a Megatron checkpoint's folder holds: a whole model's, or an adapter's. Needs no torch."""
+"""Identity of the weights in a Megatron checkpoint folder: a whole model's, or an adapter's. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import load_conversion
 
 PEFT_CONFIG = "adapter_config.json"
-"""What PEFT describes an adapter in."""
+"""PEFT's file that describes an adapter."""
 PEFT_WEIGHTS = "adapter_model.safetensors"
-"""What PEFT keeps an adapter's matrices in."""
+"""PEFT's file of an adapter's matrices."""
 ADAPTER_FILE = "adapter.json"
-"""What a folder has besides if it holds an adapter alone; `hf.adapter` reads it whole."""
+"""Additional file of a folder with an adapter alone; `hf.adapter` parses it."""
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a Megatron checkpoint's folder holds an adapter alone."""
+    """Whether a Megatron checkpoint folder holds an adapter alone."""
     return (folder / ADAPTER_FILE).is_file()
 
 
@@ -40,8 +40,8 @@ def read_adapter_file(folder: Path) -> dict[str, Any]:
 
 
 def weights_digest(folder: Path) -> str:
-    """Identity of a checkpoint's weights: what `mpo convert` computed, or that of the files of a run's step, which carries the
-    conversion record of the model it began with; to an adapter its base model belongs."""
+    """Identity of a checkpoint's weights. For a conversion: its own digest. For a run's checkpoint: the digest of the step's
+    files, because its conversion record describes the initial model. An adapter's identity includes its base model."""
     adapter = read_adapter_file(folder) if is_adapter_folder(folder) else None
     if adapter is None and not (folder / digests.STATE).is_file():
         return load_conversion(folder).digest
@@ -51,12 +51,12 @@ def weights_digest(folder: Path) -> str:
 
 
 def base_digest(folder: Path) -> str:
-    """Identity of the base model's weights: of an adapter's base, or of a whole model, beside which adapters can be trained."""
+    """Identity of the base model's weights: those of an adapter's base, or of a whole model that adapters can be trained on."""
     return str(read_adapter_file(folder).get("base_digest")) if is_adapter_folder(folder) else weights_digest(folder)
 
 
 def adapter_rank(folder: Path) -> int:
-    """The rank that adapter_config.json of PEFT's folder names.
+    """The rank in adapter_config.json of a PEFT folder.
 
     Raises:
         ConfigError: it is damaged.

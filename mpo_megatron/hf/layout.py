@@ -1,4 +1,4 @@
-"""Layouts that fit a model."""
+"""Checks that a model can be sharded by a layout."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 
 
 def read_model(folder: Path, parallel: ParallelConfig) -> tuple[Family, int]:
-    """What the folder of a Megatron checkpoint, or of a Hugging Face one, says of its model, which can be cut as `parallel` asks,
-    and its padded vocabulary's size.
+    """The model in a Megatron or Hugging Face checkpoint folder, checked to be shardable by `parallel`, and its padded vocabulary
+    size.
 
     Raises:
-        ConfigError: it cannot, or a file is missing or damaged.
+        ConfigError: it cannot be sharded, or a file is missing or damaged.
     """
     if is_hugging_face(folder):
         family = load_family(folder)
@@ -27,10 +27,10 @@ def read_model(folder: Path, parallel: ParallelConfig) -> tuple[Family, int]:
 
 
 def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int) -> None:
-    """Check that the model can be cut as `parallel` asks.
+    """Check that the layout can shard the model.
 
     Raises:
-        ConfigError: naming the field, the number it must divide, and the values that do.
+        ConfigError: names the field, the number it must divide, and valid values.
     """
     tensor = parallel.tensor
     for name, size in (
@@ -44,7 +44,7 @@ def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int)
     _validate_experts(family, parallel)
     _validate_delta_net(family, parallel)
     heads, groups = family.num_attention_heads // tensor, family.num_key_value_heads // tensor
-    # Attention is cut over context-parallel ranks by heads; a key/value head may go to several ranks, but whole.
+    # Context-parallel ranks share attention by heads; a key-value head may go to several ranks, but whole.
     choices = [n for n in range(1, heads + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0)]
     require(
         parallel.context in choices,
@@ -54,10 +54,10 @@ def validate_layout(family: Family, parallel: ParallelConfig, padded_vocab: int)
 
 
 def _validate_delta_net(family: Family, parallel: ParallelConfig) -> None:
-    """Check that ranks can share out the heads of Gated DeltaNets.
+    """Check that ranks can shard the heads of Gated DeltaNets.
 
     Raises:
-        ConfigError: naming the field, the number it must divide, and the values that do.
+        ConfigError: names the field, the number it must divide, and valid values.
     """
     if family.delta_net is None:
         return
@@ -74,23 +74,23 @@ def _require_divides(name: str, divisor: int, what: str, size: int) -> None:
 
 
 def _validate_experts(family: Family, parallel: ParallelConfig) -> None:
-    """Check that the experts can be cut as `parallel` asks.
+    """Check that the layout can shard the experts.
 
     Raises:
-        ConfigError: naming the field, the rule and the values that work.
+        ConfigError: names the field, the rule and valid values.
     """
     experts = family.experts
     if experts is None:
         for name in ("expert", "expert_tensor"):
             require(
                 getattr(parallel, name) == 1,
-                f"parallel.{name} = {getattr(parallel, name)}, but the model has no experts; leave it out.",
+                f"parallel.{name} = {getattr(parallel, name)}, but the model has no experts; remove it.",
             )
         return
     require(
         parallel.tensor == 1 or parallel.sequence_parallel,
         f"parallel.sequence = false with parallel.tensor = {parallel.tensor}: every rank would send every token to the experts; "
-        "leave parallel.sequence out.",
+        "remove parallel.sequence.",
     )
     require(
         parallel.expert == 1 or parallel.expert_tensor == 1 or device.has_gpu(),

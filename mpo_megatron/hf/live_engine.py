@@ -1,7 +1,7 @@
-"""What an inference engine beside the training needs: the GPUs it can be spread over, and memory, estimated from the model.
+"""Requirements of an inference engine beside training: GPUs that it can be spread over, and its memory, estimated from the model.
 
-While it samples, an engine holds its share of the weights, the keys and values of all sequences it works on, and what its
-kernels work in. While it sleeps, only CUDA's context and captured graphs stay.
+While sampling, an engine holds its share of the weights, the keys and values of all sequences in progress, and its kernels'
+workspace. While sleeping, it holds only CUDA's context and captured graphs.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from mpo_megatron.families import Family
 
 GIB = 2**30
 ASLEEP_BYTES = round(1.5 * GIB)
-"""A sleeping engine's CUDA context, communicators and captured graphs."""
+"""Bytes of a sleeping engine's CUDA context, communicators and captured graphs."""
 BATCH_TOKENS = 8192
-"""Tokens of prompts that vLLM computes in one step, its default for throughput; what kernels work in follows them."""
+"""Prompt tokens that vLLM computes per step, its default for throughput; determines the kernels' workspace."""
 LOGIT_ROWS = 1024
-"""Sequences whose float32 logits exist at one time, its default limit on recent GPUs."""
+"""Sequences whose float32 logits exist at the same time, its default limit on recent GPUs."""
 ONLINE_QUANTIZATION = (
     *("fp8_per_tensor", "fp8_per_block", "fp8_per_channel", "mxfp8", "mxfp4"),
     *("int8_per_channel_weight_only", "nvfp4_per_token", "experts_int8", "online"),
 )
-"""Methods by which vLLM 0.33 quantises a checkpoint's bf16 weights while it loads them, and so at every update again."""
+"""Methods with which vLLM 0.33 quantises a checkpoint's bf16 weights while loading, and again at every update."""
 WIDE_CACHE = (None, "auto", "float16", "bfloat16")
-"""Types of cached keys and values that are no quantisation."""
+"""Dtypes of the KV cache without quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,35 +35,35 @@ class EngineMemory:
 
     weights: int
     cache: int
-    """Keys and values of all sequences that are sampled at a time."""
+    """Keys and values of all sequences sampled concurrently."""
     sequence_cache: int
-    """Those of one sequence, without which it cannot sample at all."""
+    """Those of one sequence, the minimum for sampling."""
     working: int
     asleep: int = ASLEEP_BYTES
 
     @property
     def awake(self) -> int:
-        """What it needs while it samples."""
+        """Bytes while sampling."""
         return self.asleep + self.weights + self.cache + self.working
 
     @property
     def least(self) -> int:
-        """What it cannot do with less than: its sequences then wait for each other."""
+        """Minimum bytes while sampling: sequences then wait for each other."""
         return self.awake - self.cache + self.sequence_cache
 
 
 def engine_memory(
     family: Family, engine: LiveVllmConfig, *, parameters: int, dtype_bytes: int, sequences: int, tokens: int
 ) -> EngineMemory:
-    """What an engine needs on each of its GPUs.
+    """An engine's memory on each of its GPUs.
 
     Args:
-        parameters: of the whole model
-        dtype_bytes: of an element of weights and cache; a quantised engine needs less, but not while it takes new weights
-        sequences: sampled at a time
-        tokens: of the longest of them, its prompt included
+        parameters: number of parameters of the whole model
+        dtype_bytes: bytes per element of weights and cache; a quantised engine needs less, but not during an update
+        sequences: number sampled concurrently
+        tokens: of the longest sequence, including its prompt
     """
-    split = min(engine.tensor_parallel, family.num_key_value_heads)  # beyond that, heads are copied
+    split = min(engine.tensor_parallel, family.num_key_value_heads)  # beyond that, heads are replicated
     per_token = 2 * family.num_key_value_heads * family.head_dim * dtype_bytes // split
     layers = -(-family.num_hidden_layers // engine.pipeline_parallel)
     sequence = per_token * layers * tokens
@@ -78,7 +78,7 @@ def engine_memory(
 
 
 def choose_memory_fraction(need: EngineMemory, *, free: int, total: int) -> float:
-    """Share of a GPU's memory that the engine takes: what it needs, or what is free if that is less but enough.
+    """Share of a GPU's memory for the engine: what it needs, or what is free if that is less but sufficient.
 
     Raises:
         ConfigError: too little is free for even one sequence at a time.
@@ -86,37 +86,38 @@ def choose_memory_fraction(need: EngineMemory, *, free: int, total: int) -> floa
     require(
         need.least <= free,
         f"online.engine = vllm needs {need.least / GIB:.1f} GiB of the GPU for one sequence at a time (weights "
-        f"{need.weights / GIB:.1f}), and {free / GIB:.1f} of {total / GIB:.1f} GiB are free beside the training; spread it with "
+        f"{need.weights / GIB:.1f}), but only {free / GIB:.1f} of {total / GIB:.1f} GiB are free beside the training; "
+        "spread it with "
         "online.vllm.tensor_parallel, spread the training (mpo plan), or set online.engine to transformers.",
     )
     return min(need.awake, free) / total
 
 
 def requantises(method: str | None) -> bool:
-    """Whether vLLM quantises weights by this method as they come, again at every update; None is no quantisation."""
+    """Whether vLLM quantises weights with this method while loading, and again at every update; None means no quantisation."""
     return method is None or method in ONLINE_QUANTIZATION
 
 
 def validate_quantization(method: str | None, where: str) -> None:
-    """Check that an engine quantised by this method takes the policy's weights.
+    """Check that an engine with this quantisation can receive the policy's weights.
 
     Args:
-        where: the field that says so
+        where: the field, for messages
     Raises:
-        ConfigError: naming the methods that do.
+        ConfigError: names the methods that can.
     """
     choices = ", ".join(ONLINE_QUANTIZATION)
     if method == "fp8":
-        reason = "in vLLM 0.33 it only reads checkpoints that are FP8 already; fp8_per_tensor is what it was for others"
+        reason = "in vLLM 0.33 it reads only FP8 checkpoints; fp8_per_tensor quantises others"
     elif method == "torchao":
-        reason = "its layers are quantised again only if all weights arrive in one call, and they travel in parts"
+        reason = "it quantises layers again only if all weights arrive in one call, but updates arrive in parts"
     else:
-        reason = "it reads weights that are quantised already, and the policy's are not"
-    require(requantises(method), f"{where} = {method}; {reason}: choose one of {choices}, or leave it out.")
+        reason = "it reads only quantised weights, but the policy's are not quantised"
+    require(requantises(method), f"{where} = {method}; {reason}: choose one of {choices}, or remove it.")
 
 
 def quantized_sampling(options: Mapping[str, Any]) -> str | None:
-    """The option of vLLM's that makes its policy another than the trained one, with its value; None if none does."""
+    """vLLM's option, with its value, that makes samples differ from the trained policy; None if none does."""
     for name, plain in (("quantization", (None,)), ("quantization_config", (None,)), ("kv_cache_dtype", WIDE_CACHE)):
         if options.get(name) not in plain:
             return f"{name} = {options[name]}"
@@ -124,16 +125,16 @@ def quantized_sampling(options: Mapping[str, Any]) -> str | None:
 
 
 def validate_engine_layout(engine: LiveVllmConfig, parallel: ParallelConfig, family: Family) -> None:
-    """Check that an engine fits the model, and on shared GPUs the ranks of one model replica's first pipeline stage.
+    """Check that an engine fits the model and, on shared GPUs, the ranks of one replica's first pipeline stage.
 
     Raises:
-        ConfigError: naming the field and the values that do.
+        ConfigError: names the field and valid values.
     """
     validate_quantization(engine.options.get("quantization"), "online.vllm.options.quantization")
     gpus, there = engine.tensor_parallel * engine.pipeline_parallel, parallel.tensor * parallel.context
     require(
         engine.gpus == "own" or gpus <= there,
-        f"online.vllm.tensor_parallel × pipeline_parallel = {gpus} GPUs, but each replica's engine runs on those of its first "
+        f"online.vllm.tensor_parallel × pipeline_parallel = {gpus} GPUs, but each replica's engine runs on the GPUs of its first "
         f"pipeline stage, parallel.tensor × parallel.context = {there}; lower the former, raise parallel.tensor, or set "
         "online.vllm.gpus = own.",
     )
@@ -146,5 +147,5 @@ def validate_engine_layout(engine: LiveVllmConfig, parallel: ParallelConfig, fam
     require(
         engine.pipeline_parallel <= family.num_hidden_layers,
         f"online.vllm.pipeline_parallel = {engine.pipeline_parallel}; the model has {family.num_hidden_layers} layers: choose at "
-        "most so many.",
+        "most that many.",
     )

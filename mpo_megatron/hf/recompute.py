@@ -1,4 +1,4 @@
-"""Whether a model's layers can recompute, or move to host memory, what `model` asks of them."""
+"""Checks that a model's layers support the recomputation and offloading of `model`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from mpo_megatron.families import Family
 
 
 def validate_recompute(model: ModelConfig, parallel: ParallelConfig, family: Family, *, from_engine: bool) -> None:
-    """Check that the model's layers have each of `model.recompute_modules`, and that `model.offload_layers` of them can wait.
+    """Check that the model's layers have each of `model.recompute_modules`, and can offload `model.offload_layers`.
 
     Args:
-        from_engine: layers are Transformer Engine's
+        from_engine: whether layers are Transformer Engine's
 
     Raises:
-        ConfigError: naming the module or the field, the reason and the fix.
+        ConfigError: names the module or the field, the reason and the fix.
     """
     refused = _refused(family, from_engine=from_engine) if model.recompute == "selective" else {}
     for module in model.recompute_modules:
@@ -23,7 +23,8 @@ def validate_recompute(model: ModelConfig, parallel: ParallelConfig, family: Fam
     named, layers = f"model.offload_layers = {model.offload_layers}", family.num_hidden_layers
     require(
         model.offload_layers < layers,
-        f"{named}, but the model has {layers} layers, and the last one's are needed at once; set it to {layers - 1} or less.",
+        f"{named}, but the model has {layers} layers, and the last layer's activations are needed at once; set it to "
+        f"{layers - 1} or less.",
     )
     require(
         parallel.pipeline == 1,
@@ -33,18 +34,16 @@ def validate_recompute(model: ModelConfig, parallel: ParallelConfig, family: Fam
 
 
 def _refused(family: Family, *, from_engine: bool) -> dict[str, str]:
-    """Modules that cannot be computed again, with the reason and the fix."""
+    """Modules that cannot be recomputed, with the reason and the fix."""
     refused = {}
     if family.experts is not None and family.experts.everywhere:
-        refused["mlp"] = "all layers of the model have experts; name moe instead"
+        refused["mlp"] = "all layers of the model have experts; use moe instead"
     if not from_engine:
-        refused |= dict.fromkeys(
-            ("layernorm", "moe_act"), "Megatron-Core recomputes it with Transformer Engine only; leave it out"
-        )
+        refused |= dict.fromkeys(("layernorm", "moe_act"), "Megatron-Core recomputes it with Transformer Engine only; remove it")
     elif family.experts is None:
-        refused["layernorm"] = "Transformer Engine computes these norms within the products that follow them; leave it out"
+        refused["layernorm"] = "Transformer Engine computes these norms within the products that follow them; remove it"
     if family.experts is None:
-        refused |= dict.fromkeys(("moe", "moe_act", "shared_experts"), "the model has no experts; leave it out")
+        refused |= dict.fromkeys(("moe", "moe_act", "shared_experts"), "the model has no experts; remove it")
     elif not family.shared_ffn:
-        refused["shared_experts"] = "the model has no shared expert; leave it out"
+        refused["shared_experts"] = "the model has no shared expert; remove it"
     return refused

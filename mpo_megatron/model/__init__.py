@@ -1,4 +1,4 @@
-"""The policy on Megatron-Core. Importing this package makes Megatron-Core ready for this machine's device."""
+"""The policy on Megatron-Core. Importing this package prepares Megatron-Core for this machine's device."""
 
 from mpo_megatron import device
 

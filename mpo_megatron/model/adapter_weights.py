@@ -1,4 +1,4 @@
-"""What an adapter's matrices begin with: random numbers that no layout changes, or those of an adapter that is there already."""
+"""Initial values of an adapter's matrices: random numbers independent of the layout, or those of an existing adapter."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from mpo_megatron.model.weight_map import build_adapter_map
 def fill_adapters(
     model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks, provide: Callable[[str, tuple[int, ...]], Tensor]
 ) -> None:
-    """Set this rank's parts of an adapter's matrices.
+    """Fill this rank's parts of an adapter's matrices.
 
     Args:
-        provide: a whole matrix by its PEFT name and shape; asked for those alone of which this rank holds a part
+        provide: returns a whole matrix by its PEFT name and shape; called only for matrices of which this rank holds a part
     """
     boxes = defaultdict(list)
     held = held_boxes(model, ranks, adapters=True)
@@ -44,9 +44,9 @@ def fill_adapters(
 
 
 def initialize_adapters(model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks, seed: int) -> None:
-    """A as PEFT draws it (uniform, Kaiming's bound with a = √5), B = 0: the model computes what it did without adapters.
+    """A as PEFT draws it (uniform, Kaiming's bound with a = √5), B = 0: the model's outputs stay the same.
 
-    Each matrix has numbers of its own, drawn in float32 on the CPU from `seed` and its name: the same on any layout.
+    Each matrix is drawn in float32 on the CPU, from `seed` and its name: the same on any layout.
     """
     fill_adapters(model, family, adapter, ranks, lambda name, shape: initial_matrix(name, shape, seed))
 
@@ -63,10 +63,10 @@ def initial_matrix(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
 
 @torch.no_grad()
 def adapter_norm(model: Sequence[Any], ranks: Ranks) -> float:
-    """Frobenius norm of all that the adapter adds to the weights, scale · B · A over all layers; all ranks call it.
+    """Frobenius norm of the adapter's whole update of the weights, scale · B · A over all layers; all ranks call it.
 
-    ‖BA‖² = Σ (BᵀB ∘ AAᵀ), so that no product of the weights' size exists. Communication: sums of [rank, rank] matrices over the
-    ranks that share a layer out, then of one number over ranks with other layers and experts.
+    ‖BA‖² = Σ (BᵀB ∘ AAᵀ) avoids products of the weights' size. Communication: sums of [rank, rank] matrices over the ranks that
+    share a layer, then of one number over ranks with other layers and experts.
     """
     total = torch.zeros((), dtype=torch.float64, device=device.device())
     expert_total = torch.zeros_like(total)

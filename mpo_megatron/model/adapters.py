@@ -1,17 +1,17 @@
-"""Low-rank adapters (LoRA) within Megatron's linear layers: output + scale · B (A x), for every fused Hugging Face layer its own.
+"""Low-rank adapters (LoRA) within Megatron's linear layers: output + scale · B (A x), separate for each fused Hugging Face layer.
 
-Under tensor parallelism each matrix is sharded like the weight beside it, on the side of size H, and the other one is whole on
-every rank. What ranks exchange has the width of the rank, not of the layer (r: ranks of all adapters within a layer together):
+Under tensor parallelism, the matrix on the side of size H is sharded like the weight beside it; the other one is whole on
+every rank. Ranks exchange tensors of width r, not of the layer's width (r: the sum of ranks of all adapters within a layer):
 
     column-parallel, inputs whole      A whole, B sharded by rows.     Backward sums the gradient of A x [T, r] over ranks.
     column-parallel, inputs by tokens  (sequence parallelism)          Forward gathers A x [T, r], backward reduce-scatters it.
     row-parallel, outputs whole        A sharded by columns, B whole.  Forward sums A x [T, r] over ranks.
     row-parallel, outputs by tokens    (sequence parallelism)          Forward reduce-scatters A x [T, r], backward gathers it.
     expert's                           The dispatcher sums outputs, and gradients of inputs, over ranks; backward sums the
-                                       gradient of the whole matrix.
+                                     gradient of the whole matrix.
 
-Where a rank has some of the tokens only, it has a part of the whole matrix's gradient: marked `sequence_parallel`, it is summed
-over tensor-parallel ranks with those of norms (megatron.core.distributed.finalize_model_grads).
+Where a rank has only some of the tokens, it has only part of a whole matrix's gradient. Such matrices are marked
+`sequence_parallel`: finalize_model_grads sums them over tensor-parallel ranks, like the gradients of norms.
 
 Legend: T tokens, H inputs or outputs of a layer.
 """
@@ -40,11 +40,11 @@ from mpo_megatron import device
 from mpo_megatron.families.adapters import LinearAdapter
 
 NAME = "adapter"
-"""Of the module within a linear layer; checkpoints' keys have it, too."""
+"""Name of the module within a linear layer; part of checkpoint keys."""
 
 
 class AdapterPair(torch.nn.Module):
-    """A and B of one Hugging Face layer: this rank's parts."""
+    """A and B of one Hugging Face layer: this rank's shards."""
 
     def __init__(self, rank: int, inputs: int, outputs: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class AdapterPair(torch.nn.Module):
         self.lora_B = torch.nn.Parameter(torch.zeros(outputs, rank, **place))
 
     def forward(self) -> tuple[Tensor, Tensor]:
-        """(A, B). A call, since DistributedDataParallel's hooks on modules wait for weights that are still on their way."""
+        """(A, B). A call, because DistributedDataParallel's module hooks wait for weights that are still being gathered."""
         return self.lora_A, self.lora_B
 
 
@@ -61,11 +61,11 @@ class LinearAdapters(torch.nn.Module):
     """The adapters within one linear layer (of one expert)."""
 
     def __init__(self, plan: LinearAdapter, inputs: int, config: TransformerConfig, group: ProcessGroup, *, expert: bool) -> None:
-        """Make zeros of the shapes that this rank holds.
+        """Create zeros of this rank's shapes.
 
         Args:
-            inputs: of the whole layer
-            group: ranks that share the layer out
+            inputs: inputs of the whole layer
+            group: ranks that share the layer
         """
         super().__init__()
         self.plan, self.group, self.expert = plan, group, expert
@@ -79,17 +79,17 @@ class LinearAdapters(torch.nn.Module):
                 self.add_module(name, AdapterPair(plan.rank, *shape, config.params_dtype))
         for pair in self.pairs:
             sharded, whole = (pair.lora_B, pair.lora_A) if plan.column else (pair.lora_A, pair.lora_B)
-            # Without the mark the norm of gradients counts the shards of one rank only.
+            # Without the mark, the gradient norm counts the shards of one rank only.
             set_tensor_model_parallel_attributes(sharded, True, 0 if plan.column else 1, 1)
             whole.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     @property
     def pairs(self) -> list[AdapterPair]:
-        """Those of the fused layers that have one, in Megatron's order."""
+        """Adapters of the fused layers that have one, in Megatron's order."""
         return [pair for pair in self.children() if isinstance(pair, AdapterPair)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """What is added to the layer's output, for the layer's input; shapes as the layer's own."""
+        """The term added to the layer's output, from the layer's input; shapes as those of the layer."""
         return self._column(x) if self.plan.column else self._row(x)
 
     def _column(self, x: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class LinearAdapters(torch.nn.Module):
         return self._interleave(dict(zip(names, outputs, strict=True)), narrow)
 
     def _interleave(self, outputs: dict[str, Tensor], like: Tensor) -> Tensor:
-        """Outputs of the fused layers in Megatron's order: block by block the rows of each, zeros for one without adapter."""
+        """Outputs of the fused layers in Megatron's row order: block by block, zeros for a layer without adapter."""
         if len(self.plan.rows) == 1:
             return next(iter(outputs.values()))
         parts = []
@@ -130,11 +130,11 @@ class LinearAdapters(torch.nn.Module):
         return linear(narrow, up)
 
     def _summed_gradient(self, tensor: Tensor) -> Tensor:
-        """The same; backward sums its gradient over the layer's ranks."""
+        """The same tensor; backward sums its gradient over the layer's ranks."""
         return copy_to_tensor_model_parallel_region(tensor, group=self.group)
 
     def sharded(self, prefix: str, offsets: tuple[Any, ...], replicas: ProcessGroup | None) -> dict[str, Any]:
-        """The matrices as parts of a checkpoint's."""
+        """The matrices as entries of a sharded checkpoint."""
         axis = {"lora_B": 0} if self.plan.column else {"lora_A": 1}
         axes = {f"{name}.{matrix}": dim for name, _ in self.named_children() for matrix, dim in axis.items()}
         state = self.state_dict(prefix="", keep_vars=True)
@@ -144,12 +144,14 @@ class LinearAdapters(torch.nn.Module):
 
 
 def adapted(base: type, plan: LinearAdapter) -> type:
-    """A linear layer of Megatron-Core or Transformer Engine, with adapters."""
+    """Subclass a linear layer of Megatron-Core or Transformer Engine to add adapters."""
 
     class Adapted(base):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
             super().__init__(input_size, output_size, config=config, **options)
-            group = getattr(self, "tp_group", None) or self._tp_group  # Megatron-Core's name, or its one for Transformer Engine
+            group = (
+                getattr(self, "tp_group", None) or self._tp_group
+            )  # attribute of Megatron-Core's layers, or of its Transformer Engine layers
             expert = bool(options.get("is_expert", False))
             self.add_module(NAME, LinearAdapters(plan, input_size, config, group, expert=expert))
             self.adapters_on = True
@@ -163,7 +165,7 @@ def adapted(base: type, plan: LinearAdapter) -> type:
         ) -> dict[str, Any]:
             state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             own = f"{prefix}{NAME}."
-            # The layer's own method takes them for weights that no rank shares out.
+            # The layer's own method would treat them as weights that are not sharded.
             kept = {key: value for key, value in state.items() if not key.startswith(own)}
             return kept | self.adapter.sharded(own, sharded_offsets, (metadata or {}).get("dp_cp_group"))
 
@@ -171,7 +173,7 @@ def adapted(base: type, plan: LinearAdapter) -> type:
 
 
 def adapted_grouped(base: type, plan: LinearAdapter) -> type:
-    """The linear layers of all of a rank's experts, which Transformer Engine computes in one, with adapters."""
+    """Subclass Transformer Engine's grouped linear layer of all of a rank's experts to add adapters."""
 
     class AdaptedGroup(base):
         def __init__(
@@ -192,7 +194,7 @@ def adapted_grouped(base: type, plan: LinearAdapter) -> type:
         def sharded_state_dict(
             self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
         ) -> dict[str, Any]:
-            """As SequentialMLP's: an axis for experts, after that for layers."""
+            """Like SequentialMLP's: an axis for experts, after the axis for layers."""
             state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
             groups, count = self._pg_collection, len(self.adapter)
             for index, own in enumerate(self.adapter):
@@ -207,20 +209,20 @@ def adapted_grouped(base: type, plan: LinearAdapter) -> type:
 
 
 def freeze_base(part: torch.nn.Module) -> None:
-    """Train adapters alone: the other weights get no gradients, so neither buffers for them nor optimizer states."""
+    """Train adapters only: other weights get no gradients, gradient buffers or optimizer states."""
     adapters = {id(parameter) for module in linear_adapters_of(part) for parameter in module.parameters()}
     for parameter in part.parameters():
         parameter.requires_grad_(id(parameter) in adapters)
 
 
 def linear_adapters_of(part: torch.nn.Module) -> list[LinearAdapters]:
-    """All adapters of a part of the model, in its order."""
+    """All adapters of a part of the model, in order."""
     return [module for module in part.modules() if isinstance(module, LinearAdapters)]
 
 
 @torch.no_grad()
 def clear_adapters(parts: Sequence[torch.nn.Module]) -> None:
-    """Let adapters add nothing: B = 0."""
+    """Zero the adapters' contribution: B = 0."""
     for part in parts:
         for layer in linear_adapters_of(part):
             for pair in layer.pairs:
@@ -229,7 +231,7 @@ def clear_adapters(parts: Sequence[torch.nn.Module]) -> None:
 
 @contextlib.contextmanager
 def adapters_off(parts: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """Within it the model computes as if it had no adapters: as the base model, to the last bit."""
+    """Within this context the model computes exactly as the base model, without adapters."""
     layers: list[Any] = [module for part in parts for module in part.modules() if hasattr(module, "adapters_on")]
     for layer in layers:
         layer.adapters_on = False

@@ -1,4 +1,4 @@
-"""From a model's features to Megatron-Core's TransformerConfig; model/layers.py has its layers."""
+"""Convert a model's features to Megatron-Core's TransformerConfig; model/layers.py builds its layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpo_megatron.model.recompute import offload_settings, recompute_settings
 from mpo_megatron.stack.checks import has_fused_gradients
 
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": gelu_tanh}
-"""The MLP's activation by `Family.activation`."""
+"""`Family.activation` → the MLP's activation function."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 """Compute dtype of each `model.precision`."""
@@ -45,7 +45,7 @@ def use_transformer_engine(model: ModelConfig) -> bool:
 
 
 def resolve_model(model: ModelConfig, family: Family) -> ModelConfig:
-    """The same options with `backend`, `attention` and `delta_rule` as this machine has them.
+    """The same options, with `backend`, `attention` and `delta_rule` resolved for this machine.
 
     Raises:
         ConfigError: something requested is missing here.
@@ -75,7 +75,7 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         add_qkv_bias=family.qkv_bias,
         qk_layernorm=family.qk_norm == "head",
         attention_output_gate=family.output_gate,
-        # Which layers have a Gated DeltaNet; Megatron-Core asks it whether checkpoints can stack layers.
+        # The layers with a Gated DeltaNet; Megatron-Core reads this to decide whether checkpoints can stack layers.
         linear_attention_freq=None if family.delta_net is None else [int(net) for net in family.delta_net.layers],
         hidden_dropout=0.0,
         attention_dropout=0.0,
@@ -87,19 +87,19 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
         num_layers_in_first_pipeline_stage=parallel.first_stage_layers,
         num_layers_in_last_pipeline_stage=parallel.last_stage_layers,
-        # In an interleaved schedule a stage sends to, and receives from, both neighbours at once. Batched, messages of two
-        # stages that are each other's both neighbours would mix; one by one, each is waited for when it is needed.
+        # In an interleaved schedule a stage exchanges tensors with both neighbours at once. Batched messages between two stages
+        # that are both neighbours of each other could mix, so each message is sent separately and waited for when needed.
         overlap_p2p_comm=parallel.virtual_pipeline > 1,
         batch_p2p_comm=parallel.virtual_pipeline == 1,
         context_parallel_size=parallel.context,
         sequence_parallel=parallel.sequence_parallel,
-        # Rows differ in length, so pipeline stages tell each other the shape of what they send.
+        # Rows differ in length, so pipeline stages also exchange the shapes of what they send.
         variable_seq_lengths=parallel.pipeline > 1,
         # Losses are scaled by the global number of groups before backward, so Megatron must sum gradients over data-parallel
         # ranks and micro-batches, not average them: with this flag DDP's gradient_scaling_factor is 1 (see train/step.py).
         calculate_per_token_loss=True,
-        # Weights are loaded from a checkpoint. Still, it is the initialisation that marks them as tensor-parallel, and without
-        # the mark the gradient norm counts the shards of one rank only: so it runs, and does nothing.
+        # Weights are loaded from a checkpoint, but initialisation marks them as tensor-parallel, and without the mark the
+        # gradient norm counts one rank's shards only. So initialisation runs with a function that does nothing.
         perform_initialization=True,
         init_method=_leave_uninitialized,
         output_layer_init_method=_leave_uninitialized,
@@ -109,8 +109,8 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
         gradient_accumulation_fusion=engine or has_fused_gradients(),
         apply_rope_fusion=engine,
-        # The core of attention is GroupAttention, which may use cuDNN's kernel of Transformer Engine, and no other of its. With
-        # another value here Megatron-Core refuses the environment variables that say so (attention_varlen.py).
+        # GroupAttention is the attention core; of Transformer Engine it may use only cuDNN's kernel. With another value here,
+        # Megatron-Core refuses the environment variables that select that kernel (attention_varlen.py).
         attention_backend=AttnBackend.fused,
         **expert_settings(family, model, parallel, from_engine=engine),
         **fp8_settings(model),

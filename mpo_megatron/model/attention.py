@@ -1,10 +1,10 @@
 """Attention over a packed row in which the responses of a group share their prompt.
 
-A row is a run of segments. A prompt is a segment with nothing before it; a response is a segment whose context is its
-group's prompt. A token attends to its segment's context and, causally, to its segment: never to a sibling response or to
-another group. With a window of W it attends to the last W of these tokens, itself included: positions count, so a response's
-window reaches back into its prompt. This module has the exact back end, `sdpa`, which the others (attention_flex,
-attention_varlen) are held against, and the module that Megatron-Core calls.
+A row is a sequence of segments. A prompt is a segment without context; a response is a segment whose context is its group's
+prompt. A token attends to its segment's context and, causally, to its segment: never to a sibling response or another group.
+With a window of W it attends only to the last W of these tokens, itself included; positions count, so a response's window
+reaches back into its prompt. This module contains the exact back end, `sdpa`, the reference for the others (attention_flex,
+attention_varlen), and the module that Megatron-Core calls.
 
 Legend: T tokens of the row, A attention heads of this rank, Q key/value heads of this rank, D channels.
 """
@@ -29,7 +29,7 @@ from mpo_megatron.model.elementwise import rotate
 
 
 class Segment(NamedTuple):
-    """Tokens [start, end) of a row, whose context is the tokens [context_start, context_end)."""
+    """Tokens [start, end) of a row; their context is the tokens [context_start, context_end)."""
 
     start: int
     end: int
@@ -39,37 +39,37 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreSettings:
-    """What a layer does with the products of queries and keys before the softmax."""
+    """What a layer applies to the products of queries and keys before the softmax."""
 
     scale: float | None = None
-    """Factor of products; None: 1 / √D."""
+    """Factor of the products; None: 1 / √D."""
     window: int | None = None
-    """Tokens that a token attends to, itself included; None: all of its context and past."""
+    """Number of tokens that a token attends to, itself included; None: its whole context and past."""
     cap: float | None = None
     """Scores s become cap · tanh(s / cap)."""
 
 
 PLAIN = ScoreSettings()
-"""Scaled products of all visible tokens."""
+"""Scaled products, no window, no cap."""
 
 
 @dataclass
 class RowLayout(PackedSeqParams):
-    """The segments of one packed row. A PackedSeqParams, since that is what Megatron-Core hands down to the attention core."""
+    """The segments of one packed row. A PackedSeqParams, because Megatron-Core passes that to the attention core."""
 
     qkv_format: str = "sbhd"
-    """Keeps Megatron-Core on its [sequence, batch, head, channel] path, where rotary angles are taken token by token."""
+    """Keeps Megatron-Core on its [sequence, batch, head, channel] path, which applies rotary angles token by token."""
     segments: tuple[Segment, ...] = ()
-    """Segments in row order; together they cover the row."""
+    """Segments in row order, covering the whole row."""
     routing: Any = None
-    """What routers of experts need of the row (model/routing.py), if anything."""
+    """Input for experts' routers about the row (model/routing.py), if any."""
     indices: dict[tuple[Callable[..., Any], int | None], Any] = field(default_factory=dict)
-    """What back ends made of the segments, by the function that made it and the window."""
+    """Indexes that back ends built from the segments, by builder function and window."""
     rotation: Tensor | None = None
-    """[2, T (of this rank), 1, D / 2] cosines and sines, where GroupAttention is to rotate queries and keys."""
+    """[2, T (of this rank), 1, D / 2] cosines and sines, where GroupAttention rotates queries and keys."""
 
     def index[Index](self, build: Callable[[tuple[Segment, ...], int | None], Index], window: int | None = None) -> Index:
-        """`build(segments, window)`, made once per row and shared by all layers with this window."""
+        """`build(segments, window)`, built once per row and shared by all layers with this window."""
         if (build, window) not in self.indices:
             self.indices[build, window] = build(self.segments, window)
         result: Index = self.indices[build, window]
@@ -77,7 +77,7 @@ class RowLayout(PackedSeqParams):
 
 
 RowAttention = Callable[[Tensor, Tensor, Tensor, RowLayout, ScoreSettings], Tensor]
-"""A back end: query [T, A, D], key and value [T, Q, D], the row's layout and what the layer does with scores, to [T, A, D]."""
+"""A back end: query [T, A, D], key and value [T, Q, D], the row's layout and the score settings → [T, A, D]."""
 
 
 def row_layout(segments: Iterable[tuple[int, int, int, int]], routing: Any = None) -> RowLayout:
@@ -95,8 +95,8 @@ def segment_attention(
 ) -> Tensor:
     """Exact attention, one segment at a time: softmax(q·kᵀ/√D)·v over each segment's context and causal past.
 
-    What a segment yields depends on nothing outside it and its context, which is another segment. Work and memory are those of
-    the attended pairs; a segment longer than the window computes all its pairs.
+    A segment's output depends only on the segment and its context, which is another segment. Work and memory are those of the
+    attended pairs; a segment longer than the window computes all its pairs.
 
     Args:
         query: [T, A, D]
@@ -105,14 +105,16 @@ def segment_attention(
     Returns:
         [T, A, D]
     """
-    # Split, not sliced: the gradient of a slice is as long as the row, that of all parts of a split one concatenation.
+    # Split, not sliced: a slice's gradient has the length of the row, a split's gradients are concatenated once.
     parts = [part.split([segment.end - segment.start for segment in segments]) for part in (query, key, value)]
     number_of = {(segment.start, segment.end): number for number, segment in enumerate(segments)}
     outputs = []
     for segment, queries, keys, values in zip(segments, *parts, strict=True):
         if segment.context_end > segment.context_start and scores.window != 1:
             context = number_of[segment.context_start, segment.context_end]
-            first = 0 if scores.window is None else -(scores.window - 1)  # what the segment's first token sees of it
+            first = (
+                0 if scores.window is None else -(scores.window - 1)
+            )  # the first context token that the segment's first token sees
             keys = torch.cat((parts[1][context][first:], keys))
             values = torch.cat((parts[2][context][first:], values))
         outputs.append(_attend(queries, keys, values, scores))
@@ -120,7 +122,7 @@ def segment_attention(
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) -> Tensor:
-    """Attention of the last tokens [q, A, D] to all tokens [k, Q, D], causal and within the window."""
+    """Attention of the last tokens [q, A, D] over all tokens [k, Q, D], causal and within the window."""
     num_queries, num_keys = len(query), len(key)
     parts = heads_first(query), heads_first(key), heads_first(value)
     mask: Any = None
@@ -138,13 +140,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) ->
 
 
 def window_mask(num_queries: int, num_keys: int, window: int | None, on: torch.device) -> Tensor:
-    """[q, k] which keys each of the last queries sees."""
+    """[q, k] True where a query sees a key; queries are the last q of the k tokens."""
     behind = torch.arange(num_keys - num_queries, num_keys, device=on)[:, None] - torch.arange(num_keys, device=on)
     return (behind >= 0) & (behind < (window or num_keys))
 
 
 def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, cap: float) -> Tensor:
-    """Attention [1, A, q, D] with capped scores, which PyTorch's function does not offer; softmax in float32 or better."""
+    """Attention [1, A, q, D] with capped scores, which PyTorch's function lacks; softmax in float32 or wider."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     capped = cap * torch.tanh(query @ key.transpose(2, 3) * (scale / cap))
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -153,7 +155,7 @@ def _capped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, s
 
 
 def heads_first(tensor: Tensor) -> Tensor:
-    """[T, heads, D] as scaled_dot_product_attention expects it: [1, heads, T, D]."""
+    """[T, heads, D] → [1, heads, T, D], as scaled_dot_product_attention expects."""
     return tensor.transpose(0, 1).unsqueeze(0)
 
 
@@ -175,7 +177,7 @@ class GroupAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if softmax_scale is not None or attention_type != "self" or attn_mask_type is not AttnMaskType.causal:
-            raise ValueError("GroupAttention computes causal self-attention; `scores` has the scale.")
+            raise ValueError("GroupAttention computes causal self-attention; pass the scale in `scores`.")
         self.attend, self.scores = attend, scores
         self.context_group = pg_collection.cp if pg_collection is not None and pg_collection.cp.size() > 1 else None
 
@@ -189,7 +191,7 @@ class GroupAttention(torch.nn.Module):
         attention_bias: None = None,
         packed_seq_params: RowLayout | None = None,
     ) -> Tensor:
-        """Attend within the row; with context parallelism the inputs and the result are those of this rank's tokens.
+        """Attend within the row; with context parallelism, inputs and result are this rank's tokens.
 
         Args:
             query: [T, 1, A, D]

@@ -1,4 +1,4 @@
-"""Which attention back end a run uses: what the configuration asks for, as far as this machine has it."""
+"""Choose a run's attention back end from the configuration and this machine's kernels."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mpo_megatron.model.attention import RowAttention, sdpa_row_attention
 def choose_attention(model: ModelConfig, *, capped: bool = False) -> str:
     """The back end for this machine: `sdpa`, `flex` or `varlen`.
 
-    `auto` is `sdpa` without a GPU and in float32, where exactness is asked for; with bf16 on a GPU it is `varlen` if a kernel is
+    `auto` is `sdpa` without a GPU and in float32, where exactness matters most. With bf16 on a GPU it is `varlen` if a kernel is
     installed, else `flex`.
 
     Args:
-        capped: the model caps its scores, which not every kernel does
+        capped: the model caps its scores, which not every kernel supports
     Raises:
-        ConfigError: a requested back end does not work here, with the reason.
+        ConfigError: a requested back end does not work here; gives the reason.
     """
     if model.attention != "auto":
         missing = _missing(model) or (_missing_cap(model) if capped else None)
@@ -33,21 +33,21 @@ def choose_attention(model: ModelConfig, *, capped: bool = False) -> str:
 
 
 def _missing(model: ModelConfig) -> str | None:
-    """Why the back end that the configuration names cannot be used here; None if it can."""
+    """Why the configured back end cannot be used here; None if it can."""
     if model.attention in ("flex", "varlen") and not device.has_gpu():
         return "this machine has no GPU, and its backward pass needs one"
     if model.attention == "varlen":
         from mpo_megatron.model.attention_varlen import NO_KERNEL, find_kernel
 
         if model.precision == "fp32":
-            return "its kernels take no float32 (model.precision)"
+            return "its kernels do not support float32 (model.precision)"
         if find_kernel() is None:
             return NO_KERNEL
     return None
 
 
 def _missing_cap(model: ModelConfig) -> str | None:
-    """Why the back end that the configuration names cannot cap scores; None if it can."""
+    """Why the configured back end cannot cap scores; None if it can."""
     if model.attention != "varlen":
         return None
     from mpo_megatron.model.attention_varlen import find_kernel
@@ -56,7 +56,7 @@ def _missing_cap(model: ModelConfig) -> str | None:
 
 
 def attention_function(name: str) -> RowAttention:
-    """The function of a back end; its imports happen here, so that only the one in use is needed."""
+    """The function of a back end; it is imported here, so that only the one in use needs its packages."""
     if name == "flex":
         from mpo_megatron.model.attention_flex import flex_row_attention
 

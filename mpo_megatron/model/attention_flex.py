@@ -1,7 +1,7 @@
-"""`flex`: PyTorch's compiled flex attention, which skips blocks of the score matrix that no token of the row needs.
+"""`flex`: PyTorch's compiled flex attention, which skips blocks of the score matrix without attended pairs.
 
-What is kept per row is a list of blocks, (T / 128)² small integers, and three integers a token: never a mask of T² entries.
-Legend as in attention.py; B tokens of a block.
+Each row keeps a list of blocks, (T / 128)² small integers, and three integers per token: never a mask of T² entries.
+Legend as in attention.py; B tokens per block.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from mpo_megatron import device
 from mpo_megatron.model.attention import PLAIN, RowLayout, ScoreSettings, Segment, heads_first
 
 BLOCK = 128
-"""B: tokens of a block, the unit in which the kernel skips."""
+"""B: tokens per block, the unit that the kernel skips."""
 KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
-"""Not the kernel for decoding, which rows of less than a block would get: it has trouble with lengths that change."""
+"""Disable the decoding kernel, which rows shorter than a block would get: it fails with varying lengths."""
 
 
 def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayout, scores: ScoreSettings = PLAIN) -> Tensor:
@@ -36,7 +36,7 @@ def flex_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLay
 
 @functools.cache
 def _cap(cap: float) -> Callable[..., Tensor]:
-    """The modification of scores that caps them: one function for each cap, so that nothing is compiled twice."""
+    """The score modification that caps: one function per cap, so that nothing is compiled twice."""
 
     def modify(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return cap * torch.tanh(score / cap)
@@ -50,26 +50,26 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 def build_block_mask(segments: Sequence[Segment], window: int | None = None) -> BlockMask:
-    """Which blocks of the row's scores are computed, and which of them need no mask inside.
+    """The blocks of the row's scores to compute, and those among them that need no mask inside.
 
-    torch's own `create_block_mask` would spell out all T² entries first; counting intervals gives the same.
+    torch's own `create_block_mask` would create all T² entries first; counting intervals gives the same result.
     """
     edges = torch.tensor(segments, dtype=torch.int32)
     per_token = device.upload(edges.repeat_interleave(edges[:, 1] - edges[:, 0], dim=0))
     start, _, context_start, context_end = (column.contiguous() for column in per_token.unbind(dim=1))
     num_tokens = len(start)
     token = torch.arange(num_tokens, dtype=torch.int32, device=start.device)
-    if window is not None:  # a response's first token is the prompt's next
+    if window is not None:  # a response continues the prompt's positions
         context_start = torch.maximum(context_start, context_end + (token - start) - (window - 1))
         start = torch.maximum(start, token - (window - 1))
-    first = torch.arange(0, num_tokens, BLOCK, dtype=torch.int32, device=start.device)  # of each block of keys
+    first = torch.arange(0, num_tokens, BLOCK, dtype=torch.int32, device=start.device)  # first token of each block of keys
 
     def overlap(low: Tensor, high: Tensor) -> Tensor:
-        """[T, T / B] keys of each block in [low, high)."""
+        """[T, T / B] number of keys of each block in [low, high)."""
         return (torch.minimum(high[:, None], first + BLOCK) - torch.maximum(low[:, None], first)).clamp_(min=0)
 
     visible = overlap(context_start, context_end) + overlap(start, token + 1)
-    # A last block that is not full of tokens counts as one whose missing tokens see nothing.
+    # Missing tokens of an incomplete last block count as seeing nothing.
     visible = torch.nn.functional.pad(visible, (0, 0, 0, -num_tokens % BLOCK)).unflatten(0, (-1, BLOCK))
     some, whole = visible.amax(dim=1) > 0, visible.amin(dim=1) == BLOCK
 
@@ -87,7 +87,7 @@ def build_block_mask(segments: Sequence[Segment], window: int | None = None) -> 
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """From [T / B, T / B] flags to how many are set in each row, and their columns, those set first."""
+    """From [T / B, T / B] flags to the number set in each row, and the columns sorted with set ones first."""
     count = blocks.sum(dim=1, dtype=torch.int32)
     order = blocks.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return count[None, None], order[None, None]

@@ -1,8 +1,8 @@
-"""`varlen`: standard variable-length flash attention, with keys and values gathered so that each segment has its context.
+"""`varlen`: standard variable-length flash attention, with keys and values gathered so that each segment follows its context.
 
-Queries are the row's segments as they lie; keys and values are gathered to [context, segment] for each, and the causal mask is
-aligned at the bottom right: the last query sees all keys. For a prompt with K responses that is P + Σ(P + R_k) keys; the copies
-are small beside the activations where key/value heads are few, and `model.recompute = selective` keeps them for no layer.
+Queries are the row's segments in order. Keys and values are gathered to [context, segment] for each segment, and the causal mask
+is aligned at the bottom right: the last query sees all keys. A prompt with K responses needs P + Σ(P + R_k) keys. The copies are
+small beside the activations if there are few key-value heads; `model.recompute = selective` keeps them for no layer.
 Legend as in attention.py; E gathered keys.
 """
 
@@ -26,12 +26,12 @@ from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_to
 
 @dataclass(frozen=True, kw_only=True)
 class VarlenIndex:
-    """Where each segment's queries and keys are; the same for all layers of a row with the same window."""
+    """Positions of each segment's queries and keys; shared by all layers of a row with the same window."""
 
     keys: TokenGather | None
-    """The gathered keys; None if no segment has a context: keys are the row's then."""
+    """The gathered keys; None if no segment has a context, because the keys are then the row itself."""
     query_ends: Tensor
-    """[segments + 1] int32, queries before each segment, and all."""
+    """[segments + 1] int32, number of queries before each segment, and in total."""
     key_ends: Tensor
     """[segments + 1] int32, the same for gathered keys."""
     max_queries: int
@@ -45,7 +45,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, VarlenIndex, ScoreSettings], Tensor]
 
 
 def build_varlen_index(segments: Sequence[Segment], window: int | None = None) -> VarlenIndex:
-    """Index tensors of a row, on this rank's device; of a context, what the window of the segment's first token sees."""
+    """Index tensors of a row, on this rank's device; a context is limited to the window of the segment's first token."""
     edges = np.array(segments, dtype=np.int64).reshape(-1, 4)
     if window is not None:
         edges[:, 2] = np.maximum(edges[:, 2], edges[:, 3] - (window - 1))
@@ -88,29 +88,30 @@ def require_kernel(scores: ScoreSettings = PLAIN) -> Kernel:
 
 
 NO_KERNEL = (
-    "neither flash-attn (FlashAttention 3 on Hopper), nor a torch whose varlen_attn takes grouped heads, nor Transformer Engine "
-    "with cuDNN 9.18 on a Hopper or Blackwell GPU is there"
+    "neither flash-attn (FlashAttention 3 on Hopper), nor a torch whose varlen_attn supports grouped heads, nor "
+    "Transformer Engine "
+    "with cuDNN 9.18 on a Hopper or Blackwell GPU is installed"
 )
 
 
 CUDNN_CHANNELS = 128
-"""Widest head that cuDNN's kernel takes everywhere it is used."""
+"""Widest head that cuDNN's kernel supports on all GPUs where it is used."""
 
 
 @functools.cache
 def find_kernel(*, capped: bool = False) -> Kernel | None:
-    """The fastest variable-length kernel that is installed; of flash-attn's if it must cap scores, which others do not.
+    """The fastest installed variable-length kernel; with `capped`, flash-attn's, the only one that caps scores.
 
-    On Hopper FlashAttention 3 is ahead of cuDNN's kernel, and both reach 1.5 to 2 times the speed of FlashAttention 2, which
-    flash-attn and torch compile for it (arXiv:2407.08608, figures 5 and 6). On Blackwell cuDNN's is the one made for it;
-    Transformer Engine prefers cuDNN's from Hopper on, too. Older GPUs have FlashAttention 2.
+    On Hopper, FlashAttention 3 is faster than cuDNN's kernel; both reach 1.5 to 2 times the speed of FlashAttention 2, which
+    flash-attn and torch compile there (arXiv:2407.08608, figures 5 and 6). On Blackwell, cuDNN's kernel is the one made for it;
+    Transformer Engine prefers cuDNN's from Hopper on too. Older GPUs have FlashAttention 2.
     """
     finders = (_flash_attn_3, _flash_attn) if capped else (_flash_attn_3, _transformer_engine, _flash_attn, _torch)
     return next((kernel for kernel in (find() for find in finders) if kernel is not None), None)
 
 
 def _flash_attn_3() -> Kernel | None:
-    if not device.has_gpu() or torch.cuda.get_device_capability()[0] != 9:  # its kernels are Hopper's alone
+    if not device.has_gpu() or torch.cuda.get_device_capability()[0] != 9:  # its kernels run on Hopper only
         return None
     try:
         from flash_attn_interface import flash_attn_varlen_func  # type: ignore[import-not-found,unused-ignore]
@@ -123,7 +124,7 @@ def _flash_attn_3() -> Kernel | None:
             causal=True,
             **_flash_options(scores),
         )
-        result: Tensor = output[0] if isinstance(output, tuple) else output  # its first versions return log-sum-exps, too
+        result: Tensor = output[0] if isinstance(output, tuple) else output  # early versions also return log-sum-exps
         return result
 
     return kernel
@@ -146,7 +147,7 @@ def _flash_attn() -> Kernel | None:
 
 
 def _flash_options(scores: ScoreSettings) -> dict[str, Any]:
-    """Options of flash-attn's functions, none where they have the default."""
+    """Options of flash-attn's functions that differ from the defaults."""
     options: dict[str, Any] = {} if scores.scale is None else {"softmax_scale": scores.scale}
     if scores.window is not None:
         options["window_size"] = (scores.window - 1, 0)  # tokens before, and after
@@ -171,7 +172,7 @@ def _torch() -> Kernel | None:
             window_size=(-1 if scores.window is None else scores.window - 1, 0),
             enable_gqa=True,
         )
-        assert isinstance(output, Tensor)  # it is a pair only if auxiliary outputs are asked for
+        assert isinstance(output, Tensor)  # a pair only with auxiliary outputs
         return output
 
     return kernel
@@ -183,12 +184,12 @@ def _transformer_engine() -> Kernel | None:
         from transformer_engine.pytorch.utils import get_cudnn_version
     except ImportError:
         return None
-    # This is about cuDNN's kernel, which takes such rows on Hopper and Blackwell only, and whose gradients of them could be NaN
-    # before 9.18 (github.com/NVIDIA/TransformerEngine/issues/2186).
+    # cuDNN's kernel supports such rows on Hopper and Blackwell only, and their gradients could be NaN before 9.18
+    # (github.com/NVIDIA/TransformerEngine/issues/2186).
     if not device.has_gpu() or torch.cuda.get_device_capability()[0] not in (9, 10) or get_cudnn_version() < (9, 18):
         return None
-    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # should cuDNN refuse a row: an error, not all scores in memory
-    wider = _flash_attn() or _torch()  # for wider heads, which not every cuDNN takes in backward
+    os.environ.setdefault("NVTE_UNFUSED_ATTN", "0")  # if cuDNN refuses a row: raise instead of keeping all scores
+    wider = _flash_attn() or _torch()  # for wider heads: not every cuDNN supports their backward
 
     @functools.cache
     def core(heads: int, channels: int, groups: int, scores: ScoreSettings) -> Any:

@@ -1,7 +1,7 @@
-"""The Megatron checkpoint that an option such as `model.checkpoint` names: the one place that decides.
+"""Resolve an option such as `model.checkpoint` to a Megatron checkpoint folder: the one place that decides.
 
-A folder of ours is taken as it is. A Hugging Face folder is converted once, into `<run>/converted/<its name>-<its digest>`: the
-same folder is found again when the run resumes, and another model, or another tokenizer, under the same path is another folder.
+A Megatron folder is used directly. A Hugging Face folder is converted once, into `<run>/converted/<its name>-<its digest>`. A
+resumed run finds the same folder again; another model or tokenizer under the same path gets another folder.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mpo_megatron.hf.fingerprint import folder_digest
 from mpo_megatron.model.convert_folder import side_files
 
 CONVERTED = "converted"
-"""Folder of a run that keeps the Megatron form of the Hugging Face folders that its configuration names."""
+"""Folder of a run that holds the Megatron form of the Hugging Face folders in its configuration."""
 
 
 def with_megatron_checkpoints(model: ModelConfig, run: Path, prefix: str = "") -> ModelConfig:
-    """The same model, its checkpoint and its reference named by Megatron checkpoint folders.
+    """The same model options, with checkpoint and reference as Megatron checkpoint folders.
 
     Args:
         run: the run's folder
-        prefix: of the options' names in messages
+        prefix: prefix of the options' names in messages
     Raises:
         ConfigError: a Hugging Face folder that cannot be converted.
     """
@@ -39,13 +39,13 @@ def with_megatron_checkpoints(model: ModelConfig, run: Path, prefix: str = "") -
 
 
 def megatron_checkpoint(path: str, run: Path, name: str) -> str:
-    """The Megatron checkpoint folder that `path` names; the first process converts a Hugging Face folder, the others wait.
+    """The Megatron checkpoint folder for `path`; the first process converts a Hugging Face folder, the others wait.
 
     Args:
-        run: the folder beside whose files the conversion is kept
-        name: of the option, for messages
+        run: the run's folder, which holds the conversion
+        name: the option's name, for messages
     Raises:
-        ConfigError: no checkpoint is there, or it cannot be converted: the disk is too small, say.
+        ConfigError: there is no checkpoint, or it cannot be converted, for example because the disk is too small.
     """
     folder = Path(path)
     check_checkpoint(folder, name)
@@ -53,7 +53,7 @@ def megatron_checkpoint(path: str, run: Path, name: str) -> str:
         return path
     require(
         not run.resolve().is_relative_to(folder.resolve()),
-        f"output = {run} lies inside {name} = {folder}, a Hugging Face folder; choose a folder beside it.",
+        f"output = {run} is inside {name} = {folder}, a Hugging Face folder; choose a folder beside it.",
     )
     digest = folder_digest(folder, side_files(folder))
     target = run / CONVERTED / f"{folder.resolve().name}-{digest[:12]}"
@@ -67,6 +67,6 @@ def megatron_checkpoint(path: str, run: Path, name: str) -> str:
                     import_from_hf(folder, target, vocab_multiple=VOCAB_MULTIPLE)
                 except ConfigError as error:
                     raise ConfigError(f"{name} = {folder}, a Hugging Face folder, cannot be converted: {error}") from error
-    elif "RANK" not in os.environ:  # once, not on every rank
+    elif "RANK" not in os.environ:  # print once, not on every rank
         print(f"{name} = {folder} is a Hugging Face folder: using its conversion {target}", flush=True)
     return str(target)

@@ -1,8 +1,8 @@
-"""Context parallelism: a row's tokens are split over ranks, and attention exchanges tokens for heads.
+"""Context parallelism: ranks share a row's tokens; attention exchanges tokens for heads.
 
-Every rank of the group gets each `size`-th token of the row, starting at its own rank, so that prompts, responses and with them
-the work of the output layer are spread evenly. For attention an all-to-all hands each rank all tokens of a part of the heads, in
-row order, and a second one hands the result back: attention itself sees whole rows, so any mask and any back end will do.
+Rank r of the group gets every `size`-th token of the row, from token r on, which balances prompts, responses and the work of the
+output layer. For attention, an all-to-all gives each rank all tokens of some heads, in row order; a second one returns the
+result. Attention itself sees whole rows, so any mask and any back end works.
 
 Legend: T tokens of the row, N = T / size tokens of one rank, A attention heads of this tensor-parallel rank, Q its key/value
 heads, D channels, S scored tokens.
@@ -20,14 +20,14 @@ from torch.distributed import ProcessGroup
 def take_part(row: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's tokens [1, N] of a row [1, T]; T is a multiple of the group's size."""
     if row.shape[1] % group.size():
-        raise ValueError(f"a row of {row.shape[1]} tokens cannot be dealt over {group.size()} context-parallel ranks")
+        raise ValueError(f"a row of {row.shape[1]} tokens cannot be split evenly over {group.size()} context-parallel ranks")
     return row[:, group.rank() :: group.size()]
 
 
 def tokens_to_heads(query: Tensor, key: Tensor, value: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
-    """From all heads of some tokens to some heads of all tokens, in one all-to-all (backward: the reverse one).
+    """From all heads of some tokens to some heads of all tokens, in one all-to-all (backward: the reverse).
 
-    With fewer key/value heads than ranks, each is sent to all ranks that have query heads of it; backward sums their gradients.
+    If there are fewer key-value heads than ranks, each is sent to all ranks with its query heads; backward sums their gradients.
 
     Args:
         query: [N, A, D]
@@ -60,8 +60,8 @@ def heads_to_tokens(output: Tensor, group: ProcessGroup) -> Tensor:
 def sum_parts(parts: Tensor, group: ProcessGroup) -> Tensor:
     """Sum over ranks in forward; every rank receives the gradient unchanged.
 
-    The loss is computed alike on all ranks, and each rank's part of the model hears of its own tokens only: the sum over ranks
-    of the weights' gradients is then that of one rank without context parallelism.
+    All ranks compute the same loss, and each rank's part of the model receives only its own tokens' gradient. So the weights'
+    gradients, summed over ranks, equal those of one rank without context parallelism.
     """
     return reduce_from_tensor_model_parallel_region(parts, group=group)
 

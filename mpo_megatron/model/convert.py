@@ -1,11 +1,11 @@
-"""`mpo convert`: a Hugging Face checkpoint to a Megatron one, and back, a few rows at a time.
+"""`mpo convert`: convert a Hugging Face checkpoint to a Megatron one or back, a few rows at a time.
 
-A Megatron checkpoint folder holds
+A Megatron checkpoint folder contains
     megatron/          torch_dist checkpoint: the names of Megatron-Core's GPTModel, loadable at any TP × PP
-    hf/                everything of the Hugging Face folder but the weights
-    conversion.json    what export and training must know (`Conversion`)
+    hf/                all files of the Hugging Face folder except the weights
+    conversion.json    what export and training need (`Conversion`)
     mpo_digests.json   size and digests of all these files
-Everything is checked before anything is written; the output appears under its name only when it is complete.
+Everything is checked before anything is written; the output gets its name only when complete.
 """
 
 from __future__ import annotations
@@ -73,14 +73,14 @@ from mpo_megatron.model.weight_map import Placement, Slice, build_weight_map, ex
 __all__ = ["convert", "export_to_hf", "find_megatron_checkpoint", "import_from_hf"]
 
 MAX_CHUNK_BYTES = 128 * 2**20
-"""Largest piece of a tensor that is read, written or stored at once; memory use is a small multiple of it."""
+"""Largest piece of a tensor read, written or stored at once; memory use is a small multiple of it."""
 
 
 def convert(config: ConvertConfig) -> None:
-    """Convert `config.input` to `config.output`; the direction follows from what the input folder holds.
+    """Convert `config.input` to `config.output`; the input folder's content determines the direction.
 
     Raises:
-        ConfigError: the input cannot be converted, or the output cannot be written; nothing is left behind.
+        ConfigError: the input cannot be converted, or the output cannot be written; no partial output remains.
     """
     validate_convert(config)
     source, output = Path(config.input), Path(config.output)
@@ -91,16 +91,17 @@ def convert(config: ConvertConfig) -> None:
         _convert_adapter(config, megatron, output)
         return
     for name, value in (("base", config.base), ("merge", config.merge)):
-        require(not value, f"{name} = {value}, but input = {source} is a whole model, no adapter; leave it out.")
+        require(not value, f"{name} = {value}, but input = {source} is a whole model, not an adapter; remove it.")
     if megatron is not None:
         require(
             config.others == "keep",
-            f"others = {config.others}, but input = {source} is a Megatron checkpoint; it is for the way in: leave it out.",
+            f"others = {config.others}, but input = {source} is a Megatron checkpoint; it applies to conversions to "
+            "Megatron only: remove it.",
         )
         require(
             not config.resize_vocabulary,
             f"resize_vocabulary = true, but input = {source} is a Megatron checkpoint; only conversions to Megatron add rows: "
-            "leave it out.",
+            "remove it.",
         )
         export_to_hf(megatron, output, max_shard_bytes=config.max_shard_gib * 2**30)
         return
@@ -118,10 +119,10 @@ def convert(config: ConvertConfig) -> None:
 
 
 def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path) -> None:
-    """An adapter from a PEFT folder, or from a Megatron one, to the other kind; or merged into its base model.
+    """Convert an adapter from PEFT's form to Megatron's or back, or merge it into its base model.
 
     Args:
-        megatron: folder of the Megatron checkpoint; None if the input is PEFT's
+        megatron: the Megatron checkpoint folder; None if the input is a PEFT folder
     """
     source = Path(config.input)
     if not config.merge:
@@ -141,14 +142,14 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
     if adapter.quantize != "none":
         require_package(adapter.quantize)
         print(
-            f"merged into the base weights as {adapter.quantize} rounds them: the adapter was trained beside these",
+            f"merged into the base weights as {adapter.quantize} rounds them: the adapter was trained on these",
             file=sys.stderr,
         )
     merge_to_hf(base, adapter, matrices, output, max_shard_bytes=config.max_shard_gib * 2**30)
     if tokens is not None:
         merge = trained_merger(family, adapter, matrices, None)
 
-        def exact() -> Iterator[tuple[str, Tensor]]:  # a float32 weight is summed in float64, and rounded to float32
+        def exact() -> Iterator[tuple[str, Tensor]]:  # float32 weights are summed in float64 and rounded to float32
             return ((name, merge(name, 0, weight.float())) for name, weight in read_weights(base, family))
 
         def rounded() -> Iterator[tuple[str, Tensor]]:
@@ -158,7 +159,7 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
 
 
 def read_weights(source: Path, family: Family) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a Megatron checkpoint's folder under their Hugging Face names, in order."""
+    """The weights of a Megatron checkpoint folder under their Hugging Face names, in order."""
     checkpoint = CheckpointReader(source / "megatron")
     read_slice = _LastSlice(checkpoint)
     for item in build_weight_map(family, load_conversion(source).padded_vocab_size):
@@ -167,7 +168,7 @@ def read_weights(source: Path, family: Family) -> Iterator[tuple[str, Tensor]]:
 
 
 def merge_to_hf(base: Path, adapter: Adapter, matrices: dict[str, Tensor], output: Path, *, max_shard_bytes: float) -> None:
-    """Write the Hugging Face checkpoint `output` of a Megatron checkpoint with an adapter added to its weights."""
+    """Write the Hugging Face checkpoint `output` of a Megatron checkpoint with an adapter merged into its weights."""
     rounding = Rounding()
     change = trained_merger(load_family(base / "hf"), adapter, matrices, rounding)
     export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=change)
@@ -191,12 +192,12 @@ def import_from_hf(
     Args:
         source: folder with config.json and safetensors
         output: folder to create; may exist empty
-        vocab_multiple: the vocabulary is padded, with zero rows, to a multiple of this
-        resize_vocabulary: add rows for tokens of the tokenizer that have none
-        drop_others: leave out weights that are not the language model's
+        vocab_multiple: pad the vocabulary with zero rows to a multiple of this
+        resize_vocabulary: add rows for tokens of the tokenizer without a row
+        drop_others: drop weights that are not the language model's
         max_chunk_bytes: largest box that is stored, and held in memory, as a whole
     Raises:
-        ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
+        ConfigError: names the file or tensor that is missing, unknown, of another shape, or damaged.
     """
     digests.check_folder(source, weights=True)
     family = load_family(source)
@@ -229,7 +230,7 @@ def import_from_hf(
         def resolve(chunk: StoredChunk) -> Tensor:
             advance(chunk.num_bytes)
             data = _gather_rows(chunk, homes[chunk], tensors, reader, digest)
-            # Block by block: a mask of all would be one more piece in memory.
+            # Block by block: a mask of the whole would need one more piece of memory.
             count = sum(len(block) - int(torch.isfinite(block).sum()) for block in data.flatten().split(1 << 20))
             if count:
                 odd[chunk.key] = odd.get(chunk.key, 0) + count
@@ -263,7 +264,7 @@ def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], sou
     expected = {placement.name: placement for item in slices for placement in item.placements}
     missing = [name for name in expected if name not in tensors]
     if missing:
-        hint = "take the config.json of these weights"
+        hint = "use the config.json of these weights"
         if missing == [OUTPUT]:
             hint = "set tie_word_embeddings to true if it is the embedding"
         raise CheckpointError(
@@ -273,19 +274,19 @@ def _check_hf_tensors(tensors: dict[str, StoredTensor], slices: list[Slice], sou
     unknown = [name for name in tensors if name not in expected]
     if unknown:
         raise CheckpointError(
-            f"{source}: {len(unknown)} weights have no place in the Megatron model that config.json describes: "
-            f"{_some(unknown)}. Is config.json the one of these weights?"
+            f"{source}: {len(unknown)} weights are unknown to the Megatron model that config.json describes: "
+            f"{_some(unknown)}. Check that config.json belongs to these weights."
         )
     for name, placement in expected.items():
         if tensors[name].shape != placement.shape:
             raise CheckpointError(
                 f"{name} is {list(tensors[name].shape)} in {tensors[name].file}, but {list(placement.shape)} by "
-                "config.json. Is config.json the one of these weights?"
+                "config.json. Check that config.json belongs to these weights."
             )
 
 
 def _dtype_of_keys(tensors: dict[str, StoredTensor], slices: list[Slice]) -> dict[str, torch.dtype]:
-    """The dtype of every Megatron tensor; the Hugging Face tensors that become one (in all layers) must agree."""
+    """The dtype of every Megatron tensor; Hugging Face tensors that form one tensor (over all layers) must agree."""
     first: dict[str, StoredTensor] = {}
     for item in slices:
         for placement in item.placements:
@@ -300,7 +301,7 @@ def _dtype_of_keys(tensors: dict[str, StoredTensor], slices: list[Slice]) -> dic
 
 
 def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[StoredChunk]:
-    """Boxes of at most `max_bytes` that cover the slice, cut between rows, and where a contiguous part begins."""
+    """Boxes of at most `max_bytes` that cover the slice, split between rows and at the starts of contiguous parts."""
     starts = [0]
     if all(len(placement.runs) == 1 for placement in item.placements):
         starts = [placement.runs[0].megatron_row for placement in item.placements]
@@ -319,7 +320,7 @@ def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[StoredC
 def _gather_rows(
     chunk: StoredChunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest
 ) -> Tensor:
-    """The chunk's data: rows of Hugging Face tensors, read right where they belong, and zeros for padding."""
+    """The chunk's data: rows of Hugging Face tensors, read directly into place, and zeros for padding."""
     data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
     axis = len(item.index)
     rows = data.flatten(0, axis) if axis else data  # a view: the axes for layers and experts have one entry
@@ -336,7 +337,7 @@ def _gather_rows(
 
 
 def _check_tied_output(reader: RowReader, embedding: StoredTensor, output: StoredTensor, max_bytes: int) -> None:
-    """Raise `CheckpointError` unless a stored lm_head.weight equals the embedding that config.json ties it to."""
+    """Raise `CheckpointError` unless a stored lm_head.weight equals the embedding that config.json ties to it."""
     same = (embedding.dtype, embedding.shape) == (output.dtype, output.shape)
     if same:
         step = max(1, max_bytes // (2 * embedding.row_bytes))
@@ -366,14 +367,14 @@ def export_to_hf(
         source: folder with megatron/, hf/ and conversion.json; other keys of a training checkpoint are ignored
         output: folder to create; may exist empty
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger
-        change: makes what is written of a weight's name, first row and rows
+        change: replaces rows before writing; gets a weight's name, first row and rows
     Raises:
-        ConfigError: naming the file or tensor that is missing, unknown, of another shape, or damaged.
+        ConfigError: names the file or tensor that is missing, unknown, of another shape, or damaged.
     """
     conversion = load_conversion(source)
     family = load_family(source / "hf")
     digests.require_list(source)
-    digests.check_folder(source, weights=False)  # each weight is compared with a checksum of its own as it is read
+    digests.check_folder(source, weights=False)  # each weight has its own checksum, compared while reading
     slices = build_weight_map(family, conversion.padded_vocab_size)
     checkpoint = CheckpointReader(source / "megatron")
     _check_megatron_tensors(checkpoint, slices)
@@ -410,11 +411,11 @@ def export_to_hf(
         write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)
         if others and others_digest.hexdigest() != conversion.others_digest:
             raise CheckpointError(
-                f"{next(iter(others.values())).file.parent}: these weights are not those that were converted, or are damaged; "
+                f"{next(iter(others.values())).file.parent}: these weights differ from the converted ones, or are damaged; "
                 "copy the folder again."
             )
         copy_side_files(source / "hf", folder)
-        if dtype != conversion.dtype:  # training in another precision; otherwise config.json stays as it was, byte for byte
+        if dtype != conversion.dtype:  # training used another precision; otherwise config.json stays byte-identical
             set_config_dtype(folder / "config.json", dtype)
         digests.write_list(folder)
 
@@ -429,14 +430,15 @@ def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -
     unknown = [key for key in checkpoint.tensors if key.startswith(model_keys) and key not in expected]
     if unknown:
         raise CheckpointError(
-            f"{folder}: {len(unknown)} weights have no place in the Hugging Face model that hf/config.json "
+            f"{folder}: {len(unknown)} weights are unknown to the Hugging Face model that hf/config.json "
             f"describes: {_some(unknown)}."
         )
     for key, shape in expected.items():
         entry = checkpoint.tensors[key]
         if tuple(entry.size) != shape:
             raise CheckpointError(
-                f"{key} is {list(entry.size)} in {folder}, but {list(shape)} by hf/config.json and conversion.json."
+                f"{key} is {list(entry.size)} in {folder}, but {list(shape)} according to hf/config.json and "
+                "conversion.json; copy the checkpoint again."
             )
         if entry.properties.dtype not in DTYPE_NAMES:
             raise CheckpointError(f"{key} in {folder} is {entry.properties.dtype}; weights must be float32, float16 or bfloat16.")
@@ -444,7 +446,7 @@ def _check_megatron_tensors(checkpoint: CheckpointReader, slices: list[Slice]) -
 
 
 class _LastSlice:
-    """Reads whole slices and keeps the last: q, k and v, written one after the other, come out of the same one."""
+    """Reads whole slices and keeps the last one: q, k and v, written consecutively, come from the same slice."""
 
     def __init__(self, checkpoint: CheckpointReader) -> None:
         self._checkpoint = checkpoint
@@ -461,7 +463,7 @@ class _LastSlice:
 def _scatter_rows(
     checkpoint: CheckpointReader, read_slice: Callable[[Slice], Tensor], item: Slice, placement: Placement
 ) -> Iterator[Tensor]:
-    """The rows of one Hugging Face tensor, in order, in pieces that are stored together."""
+    """The rows of one Hugging Face tensor, in order, in the pieces in which they are stored."""
     if len(placement.runs) > 1:
         slice_rows = read_slice(item)
         for run in placement.runs:

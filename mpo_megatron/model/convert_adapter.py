@@ -1,7 +1,7 @@
-"""Adapters in and out: PEFT's folders to Megatron checkpoints of an adapter alone, and back; and an adapter merged.
+"""Convert adapters: PEFT folders to Megatron checkpoints of an adapter alone, and back.
 
-A Megatron checkpoint's folder that holds an adapter alone has adapter.json besides (`hf.adapter`); its hf/ and conversion.json
-are those of the base model. Adapters are small, so their matrices are in memory as a whole; the base model's weights never are.
+A Megatron checkpoint folder with an adapter alone also has adapter.json (`hf.adapter`); its hf/ and conversion.json are the
+base model's. Adapters are small, so memory holds their whole matrices, but never the base model's weights.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTens
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 
 ORIGINAL = "peft"
-"""Folder that keeps a read adapter's own adapter_config.json."""
+"""Folder that keeps the original adapter_config.json of a converted adapter."""
 
 READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"})
-"""Fields of adapter_config.json that say what the adapter computes, and that are represented."""
+"""Fields of adapter_config.json that determine the adapter's computation, and that are supported."""
 HARMLESS = frozenset(
     {
         *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
@@ -39,18 +39,17 @@ HARMLESS = frozenset(
         *("lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core", "layers_pattern", "exclude_modules"),
     }
 )
-"""Fields that change nothing of what a trained adapter computes without dropout; the names of weights say the rest."""
+"""Fields without effect on a trained adapter's outputs without dropout; the weights' names determine the rest."""
 
 
 # --------------------------------------------------------------------------------------------------- reading
 
 
 def read_peft(source: Path, family: Family) -> tuple[Adapter, dict[str, Tensor]]:
-    """An adapter's shape and its matrices by their names in PEFT's folder.
+    """An adapter's shape, and its matrices by their names in the PEFT folder.
 
     Raises:
-        CheckpointError: it is not LoRA alone, it has weights for other layers than the model's that can have an adapter, or it is
-            damaged.
+        CheckpointError: the adapter is not plain LoRA, has weights for layers that cannot have an adapter, or is damaged.
     """
     settings = _read_settings(source / PEFT_CONFIG)
     require(
@@ -92,7 +91,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for name, value in settings.items():
         if name not in READ | HARMLESS and value and (name, value) != ("bias", "none"):
             raise CheckpointError(
-                f"{path}: {name} = {value}, which is not implemented; train the adapter without it, or merge it in peft "
+                f"{path}: {name} = {value}, which is not supported; train the adapter without it, or merge it in peft "
                 "(merge_and_unload) and convert the merged model."
             )
     return settings
@@ -115,13 +114,13 @@ def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], source: P
     for name, shape in expected.items():
         require(
             stored[name].shape == shape,
-            f"{source}: {name} is {list(stored[name].shape)}, but {list(shape)} by the base model's config.json and "
+            f"{source}: {name} is {list(stored[name].shape)}, but {list(shape)} according to the base model's config.json and "
             f"{PEFT_CONFIG}. Is it an adapter of this model?",
         )
 
 
 def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
-    """An adapter and its matrices, by their names in PEFT, from a Megatron checkpoint's folder.
+    """An adapter and its matrices, by their PEFT names, from a Megatron checkpoint folder.
 
     Raises:
         ConfigError: a file is missing or damaged, or a matrix has another shape.
@@ -137,7 +136,8 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
         assert entry is not None
         require(
             tuple(entry.size) == item.global_shape and entry.properties.dtype in DTYPE_NAMES,
-            f"{source}: {item.key} is {list(entry.size)}, {entry.properties.dtype}; {list(item.global_shape)} by adapter.json.",
+            f"{source}: {item.key} is {list(entry.size)}, {entry.properties.dtype}; but {list(item.global_shape)} "
+            "according to adapter.json; copy the checkpoint again.",
         )
         (placement,) = item.placements
         offsets, sizes = [*item.index, *(0 for _ in item.shape)], [*(1 for _ in item.index), *item.shape]
@@ -149,10 +149,10 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
 
 
 def export_adapter(source: Path, output: Path, base_name: str | None = None) -> None:
-    """Write PEFT's folder of the adapter in a Megatron checkpoint's folder.
+    """Write a PEFT folder of the adapter in a Megatron checkpoint folder.
 
     Args:
-        base_name: what adapter_config.json calls the base model; by default its folder here
+        base_name: name of the base model in adapter_config.json; by default, its folder here
     Raises:
         ConfigError: a file is missing or damaged.
     """
@@ -166,12 +166,12 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
             settings = peft_settings(record.adapter, base_name or record.base)
             (folder / PEFT_CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         copy_side_files(source / "hf", folder)
-        (folder / "config.json").unlink()  # by it the folder would pass for a whole model
+        (folder / "config.json").unlink()  # with it, the folder would look like a whole model
         digests.write_list(folder)
 
 
 def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:
-    """adapter_config.json as PEFT and vLLM read it."""
+    """adapter_config.json in the form that PEFT and vLLM read."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -190,7 +190,7 @@ def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:
 
 
 def import_adapter(source: Path, output: Path, base: Path) -> None:
-    """Write the Megatron checkpoint's folder of the adapter in PEFT's folder `source`, which belongs to the model in `base`.
+    """Write a Megatron checkpoint folder from the adapter in the PEFT folder `source`, whose base model is in `base`.
 
     Raises:
         ConfigError: the adapter does not fit the base model, or a file is damaged.
@@ -231,12 +231,12 @@ def _num_bytes(matrices: Iterable[Tensor]) -> int:
 
 
 def require_base(base: str | None, source: Path) -> Path:
-    """The Megatron checkpoint of an adapter's base model, which PEFT's folder names only for people.
+    """The Megatron checkpoint of an adapter's base model; a PEFT folder gives only its name.
 
     Raises:
-        ConfigError: it was not given, or is none.
+        ConfigError: `base` is missing, or not a Megatron checkpoint.
     """
     if base is None:
-        raise ConfigError(f"input = {source} is a PEFT adapter; name its base model's Megatron checkpoint, too: base.")
+        raise ConfigError(f"input = {source} is a PEFT adapter; set base to its base model's Megatron checkpoint.")
     require((Path(base) / "megatron").is_dir(), f"base = {base}; there is no Megatron checkpoint; convert the base model first.")
     return Path(base)

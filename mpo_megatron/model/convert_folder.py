@@ -1,4 +1,4 @@
-"""What surrounds the weights of a conversion: folders, staging, progress."""
+"""Folders around a conversion's weights: finding, copying, staging, progress."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgp
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:
-    """The Megatron checkpoint folder that `source` is, or a training run's newest complete one; None if neither.
+    """The Megatron checkpoint folder at `source`, or a training run's newest complete one; None if neither.
 
     Raises:
-        CheckpointError: a training run without any complete checkpoint.
+        CheckpointError: the folder is a training run without any complete checkpoint.
     """
     if (source / "megatron").is_dir():
         return source
     if not (source / "checkpoints").is_dir():
         return None
-    # A save in progress, one that was killed, and a damaged one have a suffix: step_*.partial-….
+    # Saves in progress, killed saves and damaged checkpoints have a suffix: step_*.partial-….
     steps = sorted((path for path in (source / "checkpoints").glob("step_*") if not path.suffix), reverse=True)
     for step in steps:
-        # Megatron-Core writes metadata.json when everything else of the checkpoint is on disk.
+        # Megatron-Core writes metadata.json once everything else of the checkpoint is on disk.
         if all((step / name).is_file() for name in ("megatron/metadata.json", "hf/config.json", "conversion.json")):
             return step
     raise CheckpointError(f"input = {source}: none of its {len(steps)} checkpoints/step_* is complete.")
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy everything but weights and hidden folders (version control, caches).
+    """Copy all files except weights and hidden folders (version control, caches).
 
     Raises:
         CheckpointError: a JSON file does not parse.
@@ -59,7 +59,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def side_files(source: Path) -> list[Path]:
-    """All files of a Hugging Face folder but weights, and but those in hidden folders."""
+    """All files of a Hugging Face folder except weights and hidden folders."""
     found = []
     for path in sorted(source.rglob("*")):
         is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith((".safetensors.index.json", ".bin.index.json"))
@@ -78,13 +78,13 @@ def _check_json(path: Path) -> None:
 
 
 def set_config_dtype(path: Path, dtype: str) -> None:
-    """Change the dtype that a config.json declares, under the name it has there."""
+    """Change the dtype declared in a config.json, under the field name that it uses."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     change_config(path, "torch_dtype" if "torch_dtype" in settings else "dtype", dtype)
 
 
 def change_config(path: Path, name: str, value: str | int) -> None:
-    """Change a field of a config.json, of a multimodal model's text model, too, and nothing else of it."""
+    """Change one field of a config.json, also in a multimodal model's text config, and nothing else."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     text = settings.get("text_config")
     if text is None or name in settings:
@@ -96,13 +96,13 @@ def change_config(path: Path, name: str, value: str | int) -> None:
 
 @contextlib.contextmanager
 def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
-    """A temporary folder beside `output` that takes its name on success and disappears on failure.
+    """A temporary folder beside `output` that is renamed to it on success and removed on failure.
 
     Raises:
-        ConfigError: the disk has, or turns out to have, too little space.
-        DataError: another process is writing it.
+        ConfigError: the disk has too little space, before or during the writing.
+        DataError: another process is writing this output.
     """
-    output = output.resolve()  # of a link: the folder that it stands for, on whatever disk
+    output = output.resolve()  # follow links: the target may be on another disk
     require(
         not output.is_mount(),
         f"output = {output}; it is a mount point; name a folder in it.",
@@ -113,7 +113,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     need = f"{needed_bytes / 2**30:,.2f} GiB of weights"
     require(
         free > needed_bytes,
-        f"output = {output}: {need}, but only {free / 2**30:,.2f} GiB are free on its disk; make room.",
+        f"output = {output}: {need}, but only {free / 2**30:,.2f} GiB are free on its disk; free space, or choose another disk.",
     )
     require_no_writer(output)
     try:
@@ -124,13 +124,15 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
             appear(folder, output)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise ConfigError(f"output = {output}: {error.strerror} while writing {need}; make room and run again.") from error
+            raise ConfigError(
+                f"output = {output}: {error.strerror} while writing {need}; free space and run the same command again."
+            ) from error
         raise
 
 
 @contextlib.contextmanager
 def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes, and one line with rate and peak memory at the end; both to stderr."""
+    """Show a progress bar in bytes, and at the end a line with rate and peak memory; both on stderr."""
     console = Console(stderr=True)
     columns = (TextColumn(title), BarColumn(), DownloadColumn(True), TransferSpeedColumn(), TimeRemainingColumn())
     start = time.perf_counter()
@@ -147,8 +149,8 @@ def progress(title: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def _peak_memory() -> int:
-    """Largest resident size of this process, in bytes."""
-    with contextlib.suppress(OSError):  # Linux; getrusage would also count the process that started this one
+    """Peak resident size of this process, in bytes."""
+    with contextlib.suppress(OSError):  # Linux; getrusage would also count the parent process
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024

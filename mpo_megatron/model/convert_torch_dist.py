@@ -1,8 +1,8 @@
-"""Megatron's torch_dist checkpoints, a chunk at a time, in one process and without a process group.
+"""Read and write Megatron's torch_dist checkpoints chunk by chunk, in one process and without a process group.
 
-Reads and writes go through torch.distributed.checkpoint's own file reader and writer, so the files are what
-`megatron.core.dist_checkpointing` expects. What differs is only where tensors come from: the planner asks for one chunk
-when its turn to be written comes, and a read touches only the stored chunks that overlap the rows asked for.
+Reads and writes use torch.distributed.checkpoint's own file reader and writer, so the files are what
+`megatron.core.dist_checkpointing` expects. Only the source of tensors differs: the planner requests one chunk when it is about to
+be written, and a read touches only the stored chunks that overlap the requested rows.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from mpo_megatron.model.unpickling import SafeReader
 
 @dataclass(frozen=True)
 class StoredChunk:
-    """A box of one checkpoint tensor that is written (and later read) as a whole."""
+    """A box of one checkpoint tensor that is written and read as a whole."""
 
     key: str
     dtype: torch.dtype
@@ -62,27 +62,27 @@ def write_checkpoint(
 
     Args:
         folder: created here
-        chunks: boxes that cover every tensor exactly once, in the order they are to be written
+        chunks: boxes that cover every tensor exactly once, in writing order
         extra_states: keys of empty `_extra_state` objects
-        resolve: the data of one chunk, shaped like its `sizes`; called once for each, right before it is written
+        resolve: returns the data of one chunk, shaped like its `sizes`; called once for each, just before it is written
     """
     folder.mkdir(parents=True)
     planner = _LazySavePlanner(chunks, extra_states, resolve)
-    # One thread and no copying ahead: one chunk in memory, and chunks in their order, with a GPU too.
+    # One thread, no copying ahead: one chunk in memory, and chunks in order, also with a GPU.
     writer = FileSystemWriter(folder, thread_count=1, per_thread_copy_ahead=0)
-    # As torch.distributed.checkpoint.save with one process, whose wrapper would hide the exceptions of `resolve`.
+    # Like torch.distributed.checkpoint.save with one process, whose wrapper would hide the exceptions of `resolve`.
     writer.set_up_storage_writer(is_coordinator=True)
     plans, metadata = planner.create_global_plan([writer.prepare_local_plan(planner.create_local_plan())])
     [plan] = writer.prepare_global_plan(plans)
     try:
         results = writer.write_data(planner.finish_plan(plan), planner).value()
     except RuntimeError as error:
-        # When the disk is full, torch.save fails once more as it closes its archive, and hides the first error.
+        # On a full disk, torch.save fails again while closing its archive, and hides the first error.
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
         raise
     writer.finish(metadata, [results])
-    torch.save({}, folder / "common.pt")  # what is not a tensor of the model: nothing
+    torch.save({}, folder / "common.pt")  # for non-tensors: a converted checkpoint has none
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
 
 
@@ -104,7 +104,7 @@ class _LazySavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type is WriteItemType.BYTE_IO:
             stream = io.BytesIO()
-            torch.save([None], stream)  # what Megatron-Core writes for a module without FP8 state
+            torch.save([None], stream)  # Megatron-Core's content for a module without FP8 state
             return stream
         return self._resolve(self._chunks[write_item.index])
 
@@ -127,13 +127,13 @@ class CheckpointReader:
         """Open the checkpoint; reads its metadata only.
 
         Raises:
-            CheckpointError: not a whole torch_dist checkpoint, or one whose metadata could run commands.
+            CheckpointError: it is not a complete torch_dist checkpoint, or its metadata could run commands.
         """
         self.folder = folder
         for name in ("metadata.json", ".metadata"):
             if not (folder / name).is_file():
                 raise CheckpointError(
-                    f"{folder / name}: no such file; the checkpoint is incomplete: copy it again, or take an older one."
+                    f"{folder / name}: no such file; the checkpoint is incomplete: copy it again, or use an older one."
                 )
         self._reader = _CheckingReader(folder)
         self._metadata = self._reader.read_metadata()
@@ -152,14 +152,16 @@ class CheckpointReader:
         for name, size in sorted(needed.items()):
             path = self.folder / name
             if not path.is_file():
-                raise CheckpointError(f"{path}: no such file, but the checkpoint has weights in it; copy the checkpoint again.")
+                raise CheckpointError(
+                    f"{path}: no such file, but the checkpoint stores weights in it; copy the checkpoint again."
+                )
             if path.stat().st_size < size:
                 raise CheckpointError(
                     f"{path}: truncated: {path.stat().st_size:,} bytes, but its weights need {size:,}; copy the checkpoint again."
                 )
 
     def row_starts(self, key: str, index: tuple[int, ...]) -> list[int]:
-        """Rows at which stored chunks of this tensor, at `index` of its first axes, begin: reading between them reads nothing
+        """Rows at which stored chunks of this tensor, at `index` of its first axes, start: reads split there read no chunk
         twice."""
         return sorted(
             {
@@ -176,7 +178,7 @@ class CheckpointReader:
         """The box of tensor `key` at `offsets`, of the stored dtype.
 
         Raises:
-            CheckpointError: the stored data is not what was written, or does not cover the box.
+            CheckpointError: the stored data is damaged, or does not cover the box.
         """
         entry = self.tensors[key]
         box = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
@@ -184,7 +186,8 @@ class CheckpointReader:
         covered = sum(math.prod(item.lengths) for item in items)
         if covered != math.prod(sizes):
             raise CheckpointError(
-                f"{self.folder}: stores {covered:,} of {math.prod(sizes):,} elements of {key} at {list(offsets)}."
+                f"{self.folder}: stores {covered:,} of {math.prod(sizes):,} elements of {key} at {list(offsets)}; "
+                "copy the checkpoint again."
             )
         target = torch.empty(torch.Size(sizes), dtype=entry.properties.dtype)
         try:
@@ -195,13 +198,13 @@ class CheckpointReader:
 
 
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, pickle.UnpicklingError, RuntimeError, ValueError, EOFError)
-"""What reading a damaged archive of torch.save raises."""
+"""Errors raised while reading a damaged archive of torch.save."""
 
 
 class _CheckingReader(SafeReader):
-    """Holds what it reads against the CRC-32 that torch.save puts beside a tensor's bytes, and torch.load does not look at.
+    """Checks what it reads against the CRC-32 that torch.save stores beside a tensor's bytes, and torch.load ignores.
 
-    The digests of a training step are of whole files, optimizer states included: several times what an export reads.
+    The digests of a training checkpoint cover whole files with optimizer states: several times what an export reads.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -209,7 +212,7 @@ class _CheckingReader(SafeReader):
         self._checked: set[tuple[str, int]] = set()
 
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        """The stored tensor's part of the file, checked when it is read for the first time."""
+        """The part of the file with the stored tensor, checked at its first read."""
         part = cast(IO[bytes], _Part(file, sinfo.offset, sinfo.length))
         if (sinfo.relative_path, sinfo.offset) not in self._checked:
             try:
@@ -225,7 +228,7 @@ class _CheckingReader(SafeReader):
 
 
 class _Part(io.RawIOBase):
-    """A part of an open file as a file of its own."""
+    """A part of an open file, presented as a separate file."""
 
     def __init__(self, file: Any, start: int, length: int) -> None:
         self._file, self._start, self._length, self._position = file, start, length, 0
@@ -259,4 +262,4 @@ class _BoxLoadPlanner(DefaultLoadPlanner):
         return self._target[box]
 
     def commit_tensor(self, read_item: ReadItem, tensor: Any) -> None:
-        pass  # resolve_tensor gave a view of the target: the data is there
+        pass  # resolve_tensor returned a view of the target, so the data is in place

@@ -1,4 +1,4 @@
-"""Which back end computes the gated delta rule: what the configuration asks for, as far as this machine has it."""
+"""Choose the back end of the gated delta rule from the configuration and this machine's kernels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from mpo_megatron.stack.delta_kernels import broken_delta_kernels, missing_for_d
 
 
 def choose_delta_rule(model: ModelConfig, family: Family) -> str:
-    """The back end for this machine: `torch` or `fla`; for a model without such layers `auto`.
+    """The back end for this machine: `torch` or `fla`; `auto` for a model without such layers.
 
-    `auto` is `torch` without a GPU and in float32, where exactness is asked for; with bf16 on a GPU it is `fla`, whose kernels
-    must be there: in plain operations a Gated DeltaNet would take most of a step.
+    `auto` is `torch` without a GPU and in float32, where exactness matters most. With bf16 on a GPU it is `fla`, and its kernels
+    are required: in plain operations, Gated DeltaNets would take most of a step.
 
     Raises:
         ConfigError: kernels are asked for, or needed, that are not installed or do not fit this GPU; or a back end is named for
@@ -22,9 +22,9 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
     if family.delta_net is None:
         require(
             model.delta_rule == "auto",
-            f"model.delta_rule = {model.delta_rule}, but no layer of the model is a Gated DeltaNet; leave it out.",
+            f"model.delta_rule = {model.delta_rule}, but no layer of the model is a Gated DeltaNet; remove it.",
         )
-        return "auto"  # nothing to choose, and the choice may be made again
+        return "auto"  # no choice to make; calling this again must stay valid
     if model.delta_rule == "torch":
         return "torch"
     if model.delta_rule == "auto" and (not device.has_gpu() or model.precision == "fp32"):

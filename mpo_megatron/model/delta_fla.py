@@ -1,7 +1,7 @@
-"""`fla`: the gated delta rule by flash-linear-attention's kernels, for GPUs.
+"""`fla`: the gated delta rule with flash-linear-attention's kernels, for GPUs.
 
-Its function takes sequences of any length one after the other, and a first state for each. So a row takes two calls: prompts
-(and whatever else has no context) from nothing, then responses from their prompts' last states. Legend as in delta_rule.py.
+Its function takes concatenated sequences of any length, and an initial state for each. So a row takes two calls: prompts (and
+other segments without context) from zero states, then responses from their prompts' last states. Legend as in delta_rule.py.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from mpo_megatron.model.token_gather import TokenGather, build_gather, gather_to
 
 @dataclass(frozen=True, kw_only=True)
 class LevelSequences:
-    """Segments that are computed in one call."""
+    """Segments computed in one call."""
 
     tokens: Tensor
-    """Their tokens, one segment after the other."""
+    """Their tokens, concatenated."""
     ends: Tensor
-    """[segments + 1] int64: tokens before each, and all."""
+    """[segments + 1] int64: number of tokens before each, and in total."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceIndex:
-    """The calls that a row takes; the same for all layers."""
+    """The calls for a row; shared by all layers."""
 
     roots: LevelSequences
     branches: LevelSequences | None
-    """Segments with a context, if there are any."""
+    """Segments with a context, if any."""
     origins: TokenGather | None
-    """Which root's last state each of the branches starts from, then every root once more."""
+    """For each branch, the root whose last state it starts from; then every root once more."""
     places: Tensor
-    """[T] where in the outputs of both calls each token's is."""
+    """[T] position of each token in the concatenated outputs of both calls."""
 
 
 def build_sequences(segments: Sequence[Segment], window: int | None = None) -> SequenceIndex:
-    """The calls of a row; a window has no meaning here."""
+    """The calls for a row; `window` is ignored."""
     states = order_states(segments)
     order = [_tokens(level) for level in (states.roots, states.branches) if level]
     everything = np.concatenate(order)
@@ -69,7 +69,7 @@ def _sequences(tokens: Int64, level: Sequence[Segment]) -> LevelSequences:
 
 
 def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
-    """The back end."""
+    """The back end `fla`; see `DeltaRule`."""
     index = layout.index(build_sequences)
     # Value heads j · R … j · R + R − 1 share key head j in the kernels, too.
     inputs = [query, key, value, decay.float(), rate.to(value.dtype)]
@@ -92,7 +92,7 @@ def fla_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rat
 def _kernel(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, ends: Tensor, state: Tensor | None, *, final: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Outputs [T, H·R, V] of sequences one after the other, and with `final` their last states [sequences, H·R, K, V]."""
+    """Outputs [T, H·R, V] of concatenated sequences, and with `final` their last states [sequences, H·R, K, V]."""
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule  # type: ignore[import-not-found,unused-ignore]
 
     output, last = chunk_gated_delta_rule(

@@ -1,11 +1,11 @@
 """Gated DeltaNet in place of a layer's attention, for packed rows whose responses share a prompt.
 
-Megatron-Core has such a layer for whole sequences that start from nothing; it needs flash-linear-attention to be built at all.
-This one has the same parts by the same names, and knows the row's segments: convolution and state of a response go on where its
-prompt ends. Its input projection has the rows of one key head after the other, so that ranks share out heads.
+Megatron-Core's own layer handles only whole sequences from a zero state, and building it requires flash-linear-attention.
+This one has the same parts under the same names, and follows the row's segments: a response's convolution and state continue from
+the end of its prompt. The rows of its input projection are ordered by key head, so that ranks can shard heads.
 
-Legend: T tokens of the row, N of this context-parallel rank, H key heads of this tensor-parallel rank, R value heads of each, K
-and V channels of a key and of a value, W taps of the convolution.
+Legend: T tokens of the row, N of this context-parallel rank, H key heads of this tensor-parallel rank, R value heads per key
+head, K and V channels of a key and of a value, W taps of the convolution.
 """
 
 from __future__ import annotations
@@ -49,12 +49,12 @@ class DeltaNetSubmodules:
 
 @dataclass(frozen=True, kw_only=True)
 class TapIndex:
-    """What the convolution of a row reads: every segment behind the last W − 1 tokens of its context."""
+    """Inputs of a row's convolution: every segment, preceded by the last W − 1 tokens of its context."""
 
     inputs: TokenGather
-    """[E] token of each input; T, a row of zeros, where there is none."""
+    """[E] token of each input; T, a row of zeros, where there is no token."""
     outputs: Tensor
-    """[T] which output is a token's."""
+    """[T] index of each token's output."""
 
 
 def build_taps(segments: Sequence[Segment], taps: int | None = None) -> TapIndex:
@@ -66,14 +66,14 @@ def build_taps(segments: Sequence[Segment], taps: int | None = None) -> TapIndex
     for start, end, context_start, context_end in segments:
         context = np.arange(max(context_start, context_end - behind), context_end)
         inputs += [np.full(behind - len(context), total), context, np.arange(start, end)]
-        outputs[start:end] = np.arange(filled, filled + end - start)  # an output is as far behind as its first input
+        outputs[start:end] = np.arange(filled, filled + end - start)  # an output has the index of its first input
         filled += behind + end - start
-    inputs.append(np.array([total]))  # the gather wants every row to be read
+    inputs.append(np.array([total]))  # the gather requires every row to be used
     return TapIndex(inputs=build_gather(np.concatenate(inputs).astype(np.int64)), outputs=device.upload(outputs))
 
 
 def convolve(tensor: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
-    """Causal convolution [T, D] of each channel of [T, D] along its segment and what precedes it, with a weight [D, 1, W]."""
+    """Causal convolution [T, D] of each channel of [T, D] along its segment and context, with a weight [D, 1, W]."""
     index = layout.index(build_taps, weight.shape[-1])
     inputs = gather_tokens(F.pad(tensor, (0, 0, 0, 1)), index.inputs)
     mixed = F.conv1d(inputs.t()[None], weight, groups=len(weight))[0].t()
@@ -81,7 +81,7 @@ def convolve(tensor: Tensor, weight: Tensor, layout: RowLayout) -> Tensor:
 
 
 class Convolution(torch.nn.Module):
-    """The weight [H·(2K + R·V), 1, W] of the convolution: this tensor-parallel rank's heads."""
+    """The convolution's weight [H·(2K + R·V), 1, W]: this tensor-parallel rank's heads."""
 
     def __init__(self, channels: int, taps: int, config: TransformerConfig, group: ProcessGroup) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class Convolution(torch.nn.Module):
         set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
 
     def forward(self) -> Tensor:
-        """The weight. A call, since DistributedDataParallel's hooks on modules wait for weights that are still on their way."""
+        """The weight. A call, because DistributedDataParallel's module hooks wait for weights that are still being gathered."""
         return self.weight
 
     def sharded_state_dict(
@@ -109,9 +109,9 @@ class GatedNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(channels, dtype=config.params_dtype, device=device.device()))
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
-        """[…, V] of both.
+        """The normalized and gated tensor, […, V].
 
-        Communication: backward sums the weight's gradient over tensor-parallel ranks, each of which has some of the heads.
+        Communication: backward sums the weight's gradient over tensor-parallel ranks, each of which holds some of the heads.
         """
         dtype = torch.promote_types(x.dtype, torch.float32)
         weight = copy_to_tensor_model_parallel_region(self.weight, group=self.group)
@@ -120,7 +120,7 @@ class GatedNorm(torch.nn.Module):
 
 
 class GatedDeltaNet(MegatronModule):
-    """The layer; a module where Megatron-Core has self-attention."""
+    """The layer: replaces Megatron-Core's self-attention."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class GatedDeltaNet(MegatronModule):
         **options: Any,
     ) -> None:
         """Args:
-        options: what Megatron-Core hands to any module of attention: its name, and how context parallelism communicates
+        options: arguments that Megatron-Core passes to any attention module: its name, context-parallel communication
         """
         super().__init__(config)
         self.layer_number, self.net, self.rule = layer_number, net, rule
@@ -162,7 +162,7 @@ class GatedDeltaNet(MegatronModule):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GatedDeltaNet:
-        """Keep in float32 what decays are made of, in a bf16 model, too: decays multiply over the whole past."""
+        """Keep the parameters of decays in float32, also in a bf16 model: decays multiply over the whole past."""
         super()._apply(fn, recurse)
         for name in STATE_WEIGHTS:
             weight = getattr(self, name)
@@ -177,7 +177,7 @@ class GatedDeltaNet(MegatronModule):
         Args:
             hidden_states: [N, 1, hidden], N divided over tensor-parallel ranks with sequence parallelism
             packed_seq_params: the whole row's layout
-            options: what Megatron-Core hands to attention and has no meaning here, rotary angles for one
+            options: arguments that Megatron-Core passes to attention and that are unused here, such as rotary angles
         """
         if packed_seq_params is None:
             raise ValueError("GatedDeltaNet needs the row's layout in packed_seq_params.")
@@ -202,7 +202,7 @@ class GatedDeltaNet(MegatronModule):
         return output, bias
 
     def _mix(self, projected: Tensor, taps: Tensor, log_rate: Tensor, bias: Tensor, *, layout: RowLayout) -> Tensor:
-        """From projected inputs [T, H, 2K + 2R·V + 2R] to gated outputs [T, H·R, V]; with context parallelism, of some heads."""
+        """From projected inputs [T, H, 2K + 2R·V + 2R] to gated outputs [T, H·R, V]; with context parallelism, for some heads."""
         heads, net = projected.shape[1], self.net
         convolved = projected[..., : sum(self.splits[:3])]
         mixed = F.silu(convolve(convolved.flatten(1), taps, layout)).unflatten(1, (heads, -1))
@@ -226,18 +226,18 @@ class GatedDeltaNet(MegatronModule):
 
 
 STATE_WEIGHTS = ("A_log", "dt_bias")
-"""Parameters [H·R] that decays are made of."""
+"""Parameters [H·R] from which decays are computed."""
 
 
 def _own_part(weight: Tensor, group: ProcessGroup) -> Tensor:
-    """A context-parallel rank's heads of a weight; the others' gradients are zero here, and sums over ranks add them up."""
+    """A context-parallel rank's heads of a weight; other heads get zero gradients here, and the sum over ranks completes them."""
     return weight.chunk(group.size())[group.rank()]
 
 
 def _sharded(
     state: dict[str, Any], prefix: str, offsets: tuple[Any, ...], group: ProcessGroup, metadata: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """Weights whose first axis is split over tensor-parallel ranks, as parts of a checkpoint's."""
+    """Checkpoint entries of weights whose first axis is sharded over tensor-parallel ranks."""
     groups = {"tp_group": group, "dp_cp_group": (metadata or {}).get("dp_cp_group")}
     found: dict[str, Any] = make_sharded_tensors_for_checkpoint(state, prefix, dict.fromkeys(state, 0), offsets, **groups)
     return found

@@ -1,18 +1,18 @@
-"""The gated delta rule over a packed row: a response starts from the state in which its prompt ends.
+"""The gated delta rule over a packed row: a response starts from the state at the end of its prompt.
 
 A state S is a matrix [keys, values] for each value head. A token with key k, value v, decay g and rate β leads from S to
     S' = e^g · S + k (β (v − (e^g · S)ᵀ k))ᵀ
-and yields S'ᵀ q. Segments (attention.py) without a context start from S = 0; one with a context starts from the context's last
-state, so that a prompt is computed once and gets the gradients of all its responses.
+and outputs S'ᵀ q. Segments (attention.py) without a context start from S = 0. A segment with a context starts from the context's
+last state, so a prompt is computed once and receives the gradients of all its responses.
 
-Here the rule runs in chunks of C tokens (Yang et al., arXiv:2412.06464, section 3.3). With G the running sum of g in a chunk, and
+The rule runs in chunks of C tokens (Yang et al., arXiv:2412.06464, section 3.3). With G the running sum of g in a chunk, and
 D[i, j] = e^(G_i − G_j) for j ≤ i, the corrections U of a chunk that starts from S are
     (I + tril(diag(β) (K Kᵀ ⊙ D), −1)) U = diag(β) (V − diag(e^G) K S),
-its outputs diag(e^G) Q S + (Q Kᵀ ⊙ D) U, and its last state e^(G_C) S + (diag(e^(G_C − G)) K)ᵀ U. What does not contain S is
-computed for all chunks of the row at once; then the chunks of all segments advance side by side.
+its outputs are diag(e^G) Q S + (Q Kᵀ ⊙ D) U, and its last state is e^(G_C) S + (diag(e^(G_C − G)) K)ᵀ U. Terms without S are
+computed for all chunks of the row at once; then the chunks of all segments advance in parallel.
 
-Legend: T tokens of the row, N chunks, C tokens of a chunk, H heads of queries and keys, R value heads of each, K and V channels
-of a key and of a value.
+Legend: T tokens of the row, N chunks, C tokens of a chunk, H heads of queries and keys, R value heads per key head, K and V
+channels of a key and of a value.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ CHUNK = 64
 """C: tokens of a chunk."""
 
 DeltaRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, RowLayout], Tensor]
-"""A back end: query and key [T, H, K], value [T, H·R, V], decay and rate [T, H·R] in float32, the row's layout, to [T, H·R, V].
-Queries and keys are normalized in it, and queries scaled by 1 / √K."""
+"""A back end: query and key [T, H, K], value [T, H·R, V], decay and rate [T, H·R] in float32, the row's layout → [T, H·R, V].
+It normalizes queries and keys, and scales queries by 1 / √K."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateOrder:
-    """The segments of a row that have tokens, first those without a context, and which state each of the others starts from."""
+    """The non-empty segments of a row, those without a context first, and the state that each of the others starts from."""
 
     roots: list[Segment]
     branches: list[Segment]
-    """Those that start from another segment's last state."""
+    """Segments that start from another segment's last state."""
     origins: list[int]
-    """Index in `roots` of what each branch starts from."""
+    """For each branch, the index in `roots` of the segment it starts from."""
 
 
 def order_states(segments: Sequence[Segment]) -> StateOrder:
     """The order in which a row's states depend on each other; longest segments first.
 
     Raises:
-        ValueError: a context that is not a whole segment without a context.
+        ValueError: a context is not exactly a segment without a context.
     """
     filled = sorted((segment for segment in segments if segment.end > segment.start), key=lambda part: part.start - part.end)
     roots = [segment for segment in filled if segment.context_end == segment.context_start]
@@ -66,25 +66,25 @@ def order_states(segments: Sequence[Segment]) -> StateOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkIndex:
-    """Where the tokens of a row are in chunks; the same for all layers."""
+    """Positions of a row's tokens in chunks; shared by all layers."""
 
     tokens: Tensor
-    """[N·C] token of each place in a chunk; T for one that is empty."""
+    """[N·C] token at each position of a chunk; T for an empty position."""
     places: Tensor
-    """[T] place of each token."""
+    """[T] position of each token."""
     size: int
     """C."""
     steps: tuple[tuple[int, ...], tuple[int, ...]]
-    """Chunks that advance together: of segments without a context, and of those with one. Each step goes on with the first of the
+    """Number of chunks that advance together in each step, for segments without and with a context. A step continues the first
     segments of the step before it."""
     origins: tuple[tuple[int, int], ...]
-    """(number of the segment without a context, number of segments that start from it), for each that has any."""
+    """(index of a segment without a context, number of segments that start from it), where that number is positive."""
     order: Tensor
-    """[branches] place among these, by origin, of each segment with a context."""
+    """[branches] position of each segment with a context among these, sorted by origin."""
 
 
 def build_chunks(segments: Sequence[Segment], window: int | None = None, size: int = CHUNK) -> ChunkIndex:
-    """Chunks of a row, step by step; a window has no meaning here."""
+    """Chunks of a row, step by step; `window` is ignored."""
     states = order_states(segments)
     parts: list[Int64] = []
     steps = []
@@ -119,16 +119,16 @@ def build_chunks(segments: Sequence[Segment], window: int | None = None, size: i
 
 
 def chunked_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
-    """The back end in plain operations, for any device: float32, or the inputs' dtype if that is wider."""
+    """The back end `torch`, in plain operations for any device: float32, or the inputs' dtype if that is wider."""
     return run_chunks(query, key, value, decay, rate, layout.index(build_chunks))
 
 
 def run_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, chunks: ChunkIndex) -> Tensor:
-    """`chunked_delta_rule` with chunks that are known."""
+    """`chunked_delta_rule` for given chunks."""
     heads, dtype = key.shape[1], torch.promote_types(value.dtype, torch.float32)
 
     def split(tensor: Tensor) -> Tensor:
-        """[T, H or H·R, …] to [N, H, 1 or R, C, …], zeros where a chunk has no token."""
+        """[T, H or H·R, …] → [N, H, 1 or R, C, …], zeros at empty positions."""
         rows = F.pad(tensor.to(dtype).flatten(1), (0, 0, 0, 1)).index_select(0, chunks.tokens)
         return rows.view(-1, chunks.size, heads, tensor.shape[1] // heads, *tensor.shape[2:]).transpose(1, 2).transpose(2, 3)
 
@@ -140,7 +140,7 @@ def run_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: T
     system = (keys @ keys.transpose(-1, -2)) * between * rates[..., None]
     since = total.exp()[..., None]
     right = torch.cat((values, keys * since), dim=-1) * rates[..., None]
-    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)  # reads what is below the diagonal
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)  # reads only below the diagonal
     own, read = solved.split([value.shape[-1], key.shape[-1]], dim=-1)  # U = own − read · S
     within = (queries @ keys.transpose(-1, -2)) * between
     last = total[..., -1:]
@@ -173,12 +173,12 @@ def run_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: T
 
 
 def unit(tensor: Tensor) -> Tensor:
-    """Vectors of length 1, as flash-linear-attention and `transformers` compute them."""
+    """Vectors scaled to length 1, as flash-linear-attention and `transformers` do."""
     return tensor * torch.rsqrt(tensor.square().sum(dim=-1, keepdim=True) + 1e-6)
 
 
 def _starts(ends: Tensor, chunks: ChunkIndex) -> Tensor | None:
-    """The first states of segments with a context, from the last ones of those without; gradients are summed in a fixed order."""
+    """First states of segments with a context, from last states of those without; gradients are summed in a fixed order."""
     if not chunks.origins:
         return None
     copies = [ends[number : number + 1].expand(count, *ends.shape[1:]) for number, count in chunks.origins]

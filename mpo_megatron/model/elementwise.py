@@ -1,7 +1,7 @@
-"""Elementwise parts of a layer, each one operation of autograd: rotary embedding, gated activation, RMS norm.
+"""Elementwise parts of a layer as single autograd operations: rotary embedding, gated activation, RMS norm.
 
-For Megatron-Core's local layers; Transformer Engine has kernels of its own. Written as PyTorch expressions, each of them passes
-several times over memory for copies that the length of a row makes large: a CPU spends more time on those than on arithmetic.
+For Megatron-Core's local layers; Transformer Engine has its own kernels. Written as PyTorch expressions, each part copies large
+tensors several times: a CPU spends more time on these copies than on arithmetic.
 
 Legend: T tokens, A heads, D channels of a head, F channels of the MLP, H hidden channels.
 """
@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 256
-"""Tokens whose temporaries exist at one time, so that they stay in a CPU's cache."""
+"""Tokens processed at a time, so that temporaries stay in a CPU's cache."""
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotary embedding of queries or keys: channel d is rotated with channel d + n; channels from 2n on stay as they are.
+    """Rotary embedding of queries or keys: channel d is rotated with channel d + n; channels from 2n on are unchanged.
 
     Args:
-        x: [T, …, D], of any strides
+        x: [T, …, D], any strides
         cosines, sines: [T, …, n] of each token's angles, without gradients
     Returns:
         [T, …, D], contiguous
@@ -58,7 +58,7 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, direction: int) -> Tenso
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its approximation with tanh."""
+    """GELU in its tanh approximation."""
     return torch.nn.functional.gelu(x, approximate="tanh")
 
 
@@ -76,7 +76,7 @@ DERIVATIVES: dict[Activation, Callable[[Tensor, Tensor], Tensor]] = {
     torch.nn.functional.silu: _silu_backward,
     gelu_tanh: _gelu_tanh_backward,
 }
-"""By activation: its derivative times a gradient, which is overwritten."""
+"""Activation → function that computes its derivative times a gradient, overwriting the gradient."""
 
 
 def gate(x: Tensor, activation: Activation) -> Tensor:
@@ -113,7 +113,7 @@ class _Gate(torch.autograd.Function):
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / √(mean of x² over its channels + eps) · weight: [T, …, H] to the same shape.
 
-    On a GPU, and of what is narrower than float32, it is PyTorch's own.
+    On a GPU, and for dtypes narrower than float32, PyTorch's own function is used.
     """
     if x.is_cuda or x.dtype not in (torch.float32, torch.float64):
         return torch.nn.functional.rms_norm(x, weight.shape, weight, eps)
@@ -132,7 +132,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        """With r the inverse and w the weight: ∂x = r (g·w − x · r² mean(g·w·x)), ∂w = Σ g·x·r over tokens."""
+        """With r the inverse RMS and w the weight: ∂x = r (g·w − x · r² mean(g·w·x)), ∂w = Σ g·x·r over tokens."""
         x, weight, inverse = ctx.saved_tensors
         channels = x.shape[-1]
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)

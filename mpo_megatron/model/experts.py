@@ -1,8 +1,8 @@
-"""Mixture-of-experts layers: how Megatron-Core is to compute them.
+"""Mixture-of-experts layers: their settings for Megatron-Core.
 
-A router gives each token `per_token` of the layer's experts, by the largest softmax probabilities, and their outputs are added,
-weighted by the probabilities. Some models add a shared expert that sees all tokens, through a gate of its own. No token is
-dropped and no auxiliary loss is added: a group's loss and gradients are those of `transformers`, wherever its experts lie.
+A router sends each token to `per_token` of the layer's experts, those with the largest softmax probabilities; their outputs are
+summed, weighted by the probabilities. Some models add a shared expert for all tokens, with its own gate. No token is dropped and
+no auxiliary loss is added: a group's loss and gradients are those of `transformers`, on any layout of experts.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig
     """Settings of experts for Megatron-Core's TransformerConfig.
 
     Raises:
-        ConfigError: experts in FP8.
+        ConfigError: FP8 is set for a model with experts.
     """
-    # With the default dispatcher, which a dense model does not use either, Megatron refuses rows of different lengths.
+    # With the default dispatcher, Megatron refuses rows of different lengths, even for a dense model, which does not use it.
     settings: dict[str, Any] = {"moe_token_dispatcher_type": "alltoall"}
     experts = family.experts
     if experts is None:
         return settings
     require(
         model.fp8 == "none",
-        # Megatron-Core would pad each expert's tokens to what FP8 takes. What is missing here: checks of the experts' sizes, and
-        # evidence that scales, weights in FP8 and their checkpoints are right when experts move to other ranks.
+        # Megatron-Core would pad each expert's tokens for FP8. Missing here: checks of the experts' sizes, and tests that
+        # scales, FP8 weights and their checkpoints stay correct when experts move to other ranks.
         f"model.fp8 = {model.fp8}: FP8 is for models without experts: with them its scales and checkpoints are untested; set "
         "model.fp8 to none.",
     )
-    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron-Core 0.16 looks at it without Transformer Engine, too
+    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron-Core 0.16 reads it even without Transformer Engine
         moe_utils.te_general_gemm = None
     if not experts.everywhere:
         settings["moe_layer_freq"] = [int(sparse) for sparse in experts.layers]
@@ -43,7 +43,7 @@ def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig
         "num_moe_experts": experts.num,
         "moe_ffn_hidden_size": experts.channels,
         "moe_router_topk": experts.per_token,
-        # The softmax over a token's own experts' logits is that over all of them, divided by its experts' sum.
+        # The softmax over the chosen experts' logits equals that over all, divided by the chosen experts' sum.
         "moe_router_pre_softmax": not experts.normalized,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
@@ -60,11 +60,11 @@ PERMUTE_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
 )
-"""Transformer Engine's kernels that sort tokens by expert and back, by Megatron-Core's names; None where it lacks one."""
+"""Transformer Engine's kernels that sort tokens by expert and back, under Megatron-Core's names; None if it lacks one."""
 
 
 def fused_kernels() -> dict[str, bool]:
-    """Settings for what Transformer Engine fuses: sorting tokens by expert, and softmax with the choice of experts."""
+    """Settings for kernels that Transformer Engine fuses: sorting tokens by expert, and softmax with the choice of experts."""
 
     def present(*names: str) -> bool:
         return all(getattr(transformer_engine, name, None) is not None for name in names)
@@ -76,11 +76,11 @@ def fused_kernels() -> dict[str, bool]:
 
 
 def mark_experts(part: torch.nn.Module) -> None:
-    """Have the gradients of experts reduced over all ranks that hold the same ones.
+    """Make DistributedDataParallel reduce the gradients of experts over all ranks that hold the same ones.
 
-    Megatron-Core does so with expert parallelism only. Without it, it takes the ranks with the same part of the dense layers:
-    others where an expert is cut less than these: then several tensor-parallel ranks hold the same expert, see other tokens, and
-    each would keep its own gradient.
+    Megatron-Core does so only with expert parallelism. Without it, it reduces over the ranks with the same shard of the dense
+    layers. If experts are sharded less than those, several tensor-parallel ranks hold the same expert, see different tokens, and
+    would keep different gradients.
     """
     for name, parameter in part.named_parameters():
         if ".mlp.experts." in name:

@@ -1,7 +1,7 @@
-"""Names of a Hugging Face checkpoint's tensors as `transformers` reads them, and kinds of checkpoints that are no language model.
+"""Names of a Hugging Face checkpoint's tensors as `transformers` reads them, and checkpoints that are no language model.
 
-`transformers` ignores buffers of rotary frequencies, adds the prefix that the checkpoint of a base model lacks, and knows experts
-that are stacked in one tensor. What it would fill with random numbers is refused here.
+`transformers` ignores buffers of rotary frequencies, adds the prefix that a base model's checkpoint lacks, and splits stacked
+experts. Weights that it would fill with random numbers are refused here.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ WRAPPERS = {
     "_orig_mod.": "as a compiled model saves them",
     "base_model.model.": "as PEFT saves them; merge the adapter into its base model first (merge_and_unload)",
 }
-"""Prefixes of names, and where they come from."""
+"""Prefixes of wrapped models, and their origin."""
 QUANTIZED = (
     *("_scale", "_scale_inv", ".scales", ".weight_packed", ".qweight", ".qzeros", ".g_idx", ".absmax", ".quant_map"),
     *(".quant_state", ".SCB", ".weight_zero_point", ".zero_points"),
 )
-"""Ends of the names of what quantized weights come with."""
+"""Suffixes of tensors that accompany quantized weights."""
 HEADS = {
     "score.": "a reward model or classifier",
     "classifier.": "a classifier",
     "v_head.": "a policy with a value head",
     "value_head.": "a policy with a value head",
 }
-"""Beginnings of the names of output layers that are no language model's."""
+"""Prefixes of output layers that are not a language model's."""
 
 
 def check_kind(source: Path, family: Family) -> None:
-    """Refuse folders that hold something else than the weights of a language model.
+    """Refuse folders without plain weights of a language model.
 
     Raises:
-        ConfigError: an adapter, a quantized checkpoint, or the architecture of a classifier.
+        ConfigError: it is an adapter, a quantized checkpoint, or a classifier by its architecture.
     """
     adapter = source / "adapter_config.json"
     require(
         not adapter.is_file(),
-        f"{adapter}: a LoRA adapter beside a whole model; move one of them to a folder of its own.",
+        f"{adapter}: a LoRA adapter beside a whole model; move one of them to another folder.",
     )
     config = source / "config.json"
     quantization = getattr(family.outer_config, "quantization_config", None)
@@ -58,7 +58,7 @@ def check_kind(source: Path, family: Family) -> None:
     kinds = ("ForCausalLM",) if family.whole_config is None else ("ForCausalLM", "ForConditionalGeneration")
     require(
         isinstance(architectures, list) and all(isinstance(name, str) for name in architectures),
-        f"{config}: architectures = {architectures!r}; it must be a list of names; is it damaged?",
+        f"{config}: architectures = {architectures!r}; it must be a list of names; copy or download the file again.",
     )
     for architecture in architectures:
         base = architecture.endswith("Model") and not architecture.endswith(("RewardModel", "ValueModel"))
@@ -70,31 +70,31 @@ def check_kind(source: Path, family: Family) -> None:
 
 
 def is_adapter(source: Path) -> bool:
-    """Whether a folder has an adapter and no model."""
+    """Whether a folder holds an adapter and no model."""
     return (source / "adapter_config.json").is_file() and not (source / "config.json").is_file()
 
 
 def read_names(tensors: dict[str, StoredTensor], family: Family, source: Path) -> dict[str, StoredTensor]:
-    """The tensors by the names that weight rules use.
+    """The tensors under the names that weight rules use.
 
     Raises:
-        CheckpointError: names of wrapped models, of adapters, or of other output layers.
+        CheckpointError: the names are those of a wrapped model, an adapter, or another output layer.
     """
     _refuse_other_models(tensors, source)
     named = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-    if family.whole_config is None and family.other_weights:  # `transformers` saves a text model under either name
+    if family.whole_config is None and family.other_weights:  # `transformers` uses either name for a text model
         named = text_names(named)
     embedding = family.embedding_name
     inner = next((name for name in named if name.endswith("." + EMBEDDING)), None)
     if embedding not in named and inner is not None:
         raise CheckpointError(
-            f"{source}: the names of weights begin with {inner.removesuffix(EMBEDDING)!r} ({inner}): they are part of another "
-            "model; save the language model inside by itself."
+            f"{source}: weight names start with {inner.removesuffix(EMBEDDING)!r} ({inner}): they belong to a larger "
+            "model; save only the language model inside it."
         )
     if embedding not in named and embedding.removeprefix("model.") in named:
         if not family.tie_word_embeddings:
             raise CheckpointError(
-                f"{source} holds a base model (its names begin without `model.`), so lm_head.weight is missing; save the model "
+                f"{source} holds a base model (names without the prefix `model.`), so lm_head.weight is missing; save the model "
                 "...ForCausalLM."
             )
         named = _renamed(named, {name: f"model.{name}" for name in named})
@@ -102,12 +102,12 @@ def read_names(tensors: dict[str, StoredTensor], family: Family, source: Path) -
 
 
 def text_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The tensors of a multimodal model by the names that its text model has for them."""
+    """The tensors of a multimodal model under the names of its text model."""
     return _renamed(tensors, {name: name.replace(TEXT_MODEL, "model.", 1) for name in tensors if name.startswith(TEXT_MODEL)})
 
 
 def _renamed(tensors: dict[str, StoredTensor], names: dict[str, str]) -> dict[str, StoredTensor]:
-    """The tensors, some of them by other names."""
+    """The tensors, with some renamed."""
     new = {name: names.get(name, name) for name in tensors}
     return {new[name]: dataclasses.replace(tensor, name=new[name]) for name, tensor in tensors.items()}
 
@@ -119,7 +119,7 @@ def _refuse_other_models(names: Iterable[str], source: Path) -> None:
         for prefix, origin in WRAPPERS.items():
             if name.startswith(prefix):
                 raise CheckpointError(
-                    f"{source}: the names of weights begin with {prefix!r} ({name}), {origin}; save the model inside instead."
+                    f"{source}: weight names start with {prefix!r} ({name}), {origin}; save the model inside instead."
                 )
         if name.endswith(QUANTIZED) or ".weight.quant_" in name:
             raise CheckpointError(
@@ -131,7 +131,7 @@ def _refuse_other_models(names: Iterable[str], source: Path) -> None:
 
 
 def _split_experts(tensors: dict[str, StoredTensor], family: Family) -> dict[str, StoredTensor]:
-    """Experts one by one where a layer's are stacked in `mlp.experts.gate_up_proj` and `down_proj`, without a copy."""
+    """Separate experts from layers that stack them in `mlp.experts.gate_up_proj` and `down_proj`, without a copy."""
     found, prefix = dict(tensors), family.embedding_name.removesuffix("embed_tokens.weight")
     for layer in range(family.num_hidden_layers) if family.experts else ():
         fused = False
@@ -144,7 +144,7 @@ def _split_experts(tensors: dict[str, StoredTensor], family: Family) -> dict[str
                 fused = True
                 found |= _experts_of(stacked, rule, layer)
         router = found.pop(f"{prefix}layers.{layer}.mlp.gate.weight", None) if fused else None
-        if router is not None:  # families that name it otherwise in checkpoints do not when experts are stacked
+        if router is not None:  # families with another router name use this one when experts are stacked
             [name] = next(rule.parts for rule in family.rules if rule.megatron.endswith("router.weight"))
             name = name.format(layer=layer)
             found[name] = dataclasses.replace(router, name=name)
@@ -155,8 +155,9 @@ def _experts_of(stacked: StoredTensor, rule: Rule, layer: int) -> dict[str, Stor
     expected = (rule.experts, rule.rows, rule.columns)
     if stacked.shape != expected:
         raise CheckpointError(
-            f"{stacked.name} is {list(stacked.shape)} in {stacked.file}, but {list(expected)} by config.json. Is config.json the "
-            "one of these weights?"
+            f"{stacked.name} is {list(stacked.shape)} in {stacked.file}, but {list(expected)} according to "
+            "config.json. Check that config.json "
+            "belongs to these weights."
         )
     parts, start = {}, stacked.start
     for expert in range(rule.experts or 0):

@@ -1,8 +1,8 @@
-"""Layers of the policy: Transformer Engine's or Megatron-Core's local ones, with our attention core and what a family adds.
+"""Layers of the policy: Transformer Engine's or Megatron-Core's local ones, with our attention core and a family's features.
 
-Megatron-Core builds a layer with a norm before attention and one before the MLP. Here norms may also follow them, queries and
-keys may be normalized over all heads, layers may differ in window and rotary embedding, and some may have a Gated DeltaNet in
-attention's place.
+Megatron-Core builds a layer with one norm before attention and one before the MLP. Here, norms may also follow them, queries and
+keys may be normalized over all heads, layers may differ in window and rotary embedding, and a Gated DeltaNet may replace
+attention.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ from mpo_megatron.model.routing import route_by_rows
 
 @dataclass(frozen=True, kw_only=True)
 class RowKernels:
-    """How layers mix the tokens of a row."""
+    """The functions with which layers mix the tokens of a row."""
 
     attend: RowAttention
     delta_rule: DeltaRule
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """RMS norm for the local layer spec that, unlike Megatron-Core's own wrapper, takes part in sequence parallelism."""
+    """RMS norm for the local layer spec; unlike Megatron-Core's own wrapper, it supports sequence parallelism."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype, device=device.device())
         self.epsilon = eps
         self.offset = config.layernorm_zero_centered_gamma
-        # Each rank sees a part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
+        # Each rank sees part of the sequence: finalize_model_grads sums this weight's gradient over tensor-parallel ranks.
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 class WidthNorm(torch.nn.Module):
-    """RMS norm of queries or keys over all heads together; each tensor-parallel rank has the weights of its heads."""
+    """RMS norm of queries or keys over all heads together; each tensor-parallel rank holds the weights of its heads."""
 
     def __init__(self, config: TransformerConfig, heads: int, channels: int, group: ProcessGroup) -> None:
         super().__init__()
@@ -95,15 +95,16 @@ class WidthNorm(torch.nn.Module):
 
 
 class RowSelfAttention(SelfAttention):
-    """Megatron-Core's self-attention that picks its layer's rotary embedding and may normalize queries and keys over all heads.
+    """Megatron-Core's self-attention, with its layer's rotary embedding, and optionally a norm over all heads of queries and
+    keys.
 
-    Without Transformer Engine's rotary kernel, GroupAttention rotates; Megatron-Core's own way makes five copies.
+    Without Transformer Engine's rotary kernel, GroupAttention rotates: Megatron-Core's own implementation makes five copies.
     """
 
     def __init__(self, config: TransformerConfig, *arguments: Any, rope: int, width_norm: bool, **options: Any) -> None:
         super().__init__(config, *arguments, **options)
         self.rope = rope
-        if width_norm:  # not by `qk_layernorm`, with which Megatron sums the gradients of its weights over tensor-parallel ranks
+        if width_norm:  # not through `qk_layernorm`: Megatron would sum its weight gradients over tensor-parallel ranks
             sizes = {"q": self.num_attention_heads_per_partition, "k": self.num_query_groups_per_partition}
             norms = {
                 name: WidthNorm(config, heads, self.hidden_size_per_attention_head, self.pg_collection.tp)
@@ -113,7 +114,7 @@ class RowSelfAttention(SelfAttention):
 
     def forward(self, *arguments: Any, rotary_pos_emb: Tensor, packed_seq_params: RowLayout, **options: Any) -> Any:
         """Args:
-        rotary_pos_emb: what `Policy.rotary_embeddings` has made, for each of the model's rotary embeddings
+        rotary_pos_emb: output of `Policy.rotary_embeddings`, for each of the model's rotary embeddings
         """
         own: Tensor | None = rotary_pos_emb[self.rope]
         if not self.config.apply_rope_fusion:
@@ -126,13 +127,13 @@ class GatedMLP(MLP):
 
     def forward(self, hidden_states: Tensor, *arguments: Any, **options: Any) -> Any:
         """[T, 1, H] to [T, 1, H], and no bias."""
-        if self.config.bias_activation_fusion:  # on a GPU Megatron-Core's is one operation, too
+        if self.config.bias_activation_fusion:  # on a GPU, Megatron-Core's is one operation as well
             return super().forward(hidden_states, *arguments, **options)
         return self.linear_fc2(gate(self.linear_fc1(hidden_states)[0], self.config.activation_func))
 
 
 def output_normed(linear: type, norm: Any) -> type:
-    """A row-parallel linear layer whose output goes through a norm."""
+    """Subclass a row-parallel linear layer to normalize its output."""
 
     class NormedOutput(linear):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
@@ -147,7 +148,7 @@ def output_normed(linear: type, norm: Any) -> type:
 
 
 def norm_type(linear: type) -> Any:
-    """Transformer Engine's norm beside its linear layers, ours beside Megatron-Core's."""
+    """Transformer Engine's norm for its linear layers, ours for Megatron-Core's."""
     if linear.__module__.endswith("transformer_engine"):
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -164,7 +165,7 @@ def build_block_spec(
     kernels: RowKernels,
     adapter: Adapter | None = None,
 ) -> TransformerBlockSubmodules:
-    """One run of layers of one pipeline stage."""
+    """The spec of one run of layers of one pipeline stage."""
     norm: Any = RMSNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -190,10 +191,10 @@ def _layer_spec(
     *,
     in_blocks: bool,
 ) -> ModuleSpec:
-    """The layer of this number, from 0.
+    """The spec of layer `number`, from 0.
 
     Args:
-        in_blocks: the weights of its linear layers are kept in 4 bits
+        in_blocks: keep the weights of its linear layers in 4 bits
     """
     num_experts = family.num_experts if family.has_experts(number) else None
     head_norm = family.qk_norm == "head"
@@ -206,7 +207,7 @@ def _layer_spec(
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
         if num_experts is None:
             layer.submodules.mlp = functools.partial(GatedMLP.as_mlp_submodule, **layer.submodules.mlp.keywords)
-        if num_experts is not None:  # in checkpoints the norm has a place of its own then, as with Transformer Engine
+        if num_experts is not None:  # checkpoints then hold the norm separately, as with Transformer Engine
             layer.submodules.sharded_state_dict_keys_map = {
                 old: new for old, new in layer.submodules.sharded_state_dict_keys_map.items() if old != "pre_mlp_layernorm."
             }
@@ -246,7 +247,7 @@ def _layer_spec(
 
 
 def _put_delta_net(layer: ModuleSpec, family: Family, kernels: RowKernels) -> None:
-    """A Gated DeltaNet in attention's place, of the same kind of linear layers."""
+    """Replace attention with a Gated DeltaNet, with the same kind of linear layers."""
     linear = layer.submodules.self_attention.submodules
     layer.submodules.self_attention = ModuleSpec(
         module=GatedDeltaNet,
@@ -259,14 +260,14 @@ def _put_delta_net(layer: ModuleSpec, family: Family, kernels: RowKernels) -> No
 
 
 def mixer_linears(layer: ModuleSpec) -> tuple[str, str]:
-    """Names of the first and last linear layer of what mixes a layer's tokens."""
+    """Names of the first and last linear layer of a layer's token mixer (attention or Gated DeltaNet)."""
     mixer = layer.submodules.self_attention.submodules
     return ("in_proj", "out_proj") if isinstance(mixer, DeltaNetSubmodules) else ("linear_qkv", "linear_proj")
 
 
 def _split_input_norms(layer: ModuleSpec, mlp: Any, *, dense: bool) -> None:
-    """Norms as modules of their own, as in the local layers: an adapter needs the normed input, which Transformer Engine's layers
-    with a norm in them do not hand out. In checkpoints they keep their place."""
+    """Make norms separate modules, as in the local layers: an adapter needs the normed input, which Transformer Engine's fused
+    layers do not return. Their checkpoint keys stay the same."""
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer.submodules.input_layernorm = TENorm
@@ -281,10 +282,10 @@ def _split_input_norms(layer: ModuleSpec, mlp: Any, *, dense: bool) -> None:
 
 
 def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter], *, grouped: bool) -> None:
-    """Adapters in the linear layers that have any, by the key of the weight beside them.
+    """Add adapters to linear layers, by the key of the weight beside them.
 
     Args:
-        mlp: submodules of the dense MLP, or those of the layer of experts
+        mlp: submodules of the dense MLP, or of the experts' layer
         grouped: experts are computed together
     """
     for key, owner, name, together in _linear_homes(layer, mlp, grouped=grouped):
@@ -294,14 +295,15 @@ def _add_adapters(layer: ModuleSpec, mlp: Any, adapters: dict[str, LinearAdapter
 
 
 def _quantize(layer: ModuleSpec, mlp: Any) -> None:
-    """Weights in 4 bits in all linear layers: Megatron-Core's own, whose frozen weight autograd keeps alone."""
+    """Keep the weights of all linear layers in 4 bits: Megatron-Core's own layers, for which autograd keeps only the frozen
+    weight."""
     for _, owner, name, _ in _linear_homes(layer, mlp, grouped=False):
         column = name in ("linear_qkv", "in_proj", "linear_fc1")
         setattr(owner, name, quantized(ColumnParallelLinear if column else RowParallelLinear))
 
 
 def _linear_homes(layer: ModuleSpec, mlp: Any, *, grouped: bool) -> list[tuple[str, Any, str, bool]]:
-    """(key in checkpoints, submodules and the name in them, whether all experts are in one) of a layer's linear layers."""
+    """(checkpoint key, submodules, name in them, whether all experts are in one) of a layer's linear layers."""
     experts = getattr(mlp, "experts", None)
     mixer = layer.submodules.self_attention.submodules
     homes: list[tuple[str, Any, str, bool]] = [(f"self_attention.{name}", mixer, name, False) for name in mixer_linears(layer)]
@@ -316,7 +318,7 @@ def _linear_homes(layer: ModuleSpec, mlp: Any, *, grouped: bool) -> list[tuple[s
 
 
 def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> None:
-    """Without norms before attention and MLP."""
+    """Remove the norms before attention and MLP."""
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = IdentityOp
     if transformer_engine:  # its linear layers contain the norms
         from megatron.core.extensions.transformer_engine import TEColumnParallelLinear
@@ -325,7 +327,7 @@ def _drop_input_norms(layer: ModuleSpec, mlp: Any, transformer_engine: bool) -> 
 
 
 def layer_scores(family: Family, number: int) -> ScoreSettings:
-    """What a layer does with products of queries and keys."""
+    """The score settings of a layer."""
     scale = family.score_scale(number)
     return ScoreSettings(
         scale=None if scale == family.head_dim**-0.5 else scale,

@@ -1,8 +1,8 @@
-"""The policy's current weights under their Hugging Face names, from the shards that ranks hold; nothing is written.
+"""The policy's current weights under their Hugging Face names, gathered from the ranks' shards without writing files.
 
-Every rank says which boxes of which checkpoint tensors it holds (`sharded_state_dict`, from which a checkpoint would be written),
-so that any layout over tensor, pipeline, virtual-pipeline and expert-parallel ranks is the same to this module. The weight map
-says which rows of those tensors make up a Hugging Face tensor, as it does for conversion.
+Every rank lists the boxes of checkpoint tensors that it holds (`sharded_state_dict`, which checkpoints are also written from).
+So this module handles any layout over tensor, pipeline, virtual-pipeline and expert-parallel ranks alike. The weight map
+tells which rows of those tensors form a Hugging Face tensor, as in conversion.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from mpo_megatron.model.weight_map import Slice, build_adapter_map, build_weight
 
 @dataclass(frozen=True)
 class Box:
-    """A part of a checkpoint tensor that some rank holds."""
+    """A part of a checkpoint tensor, held by some rank."""
 
     key: str
     offsets: tuple[int, ...]
-    """Where it begins in the checkpoint tensor."""
+    """Its start in the checkpoint tensor."""
     sizes: tuple[int, ...]
-    """Its shape with all axes of the checkpoint tensor."""
+    """Its shape on all axes of the checkpoint tensor."""
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class WeightInfo:
-    """One whole weight as a Hugging Face checkpoint has it."""
+    """One whole weight, as in a Hugging Face checkpoint."""
 
     name: str
     shape: tuple[int, ...]
@@ -50,21 +50,21 @@ class WeightInfo:
 
 
 class LiveWeights:
-    """Weights of the policy under their Hugging Face names, on any layout; all ranks use it alike."""
+    """Weights of the policy under their Hugging Face names, on any layout; all ranks make the same calls."""
 
     def __init__(self, model: Sequence[Any], ranks: Ranks, slices: Sequence[Slice], *, adapters: bool) -> None:
-        """Nothing is communicated yet.
+        """Store the parts; nothing is communicated yet.
 
         Args:
             model: this rank's parts of the policy
-            slices: what makes up the weights
-            adapters: whether they are its adapter's matrices, or all else
+            slices: the Megatron tensors that form the weights
+            adapters: gather the adapter's matrices; otherwise everything else
         """
         self.model, self.ranks, self.slices, self.adapters = model, ranks, slices, adapters
 
     @classmethod
     def of_policy(cls, model: Sequence[Any], family: Family, padded_vocab: int, ranks: Ranks) -> LiveWeights:
-        """The policy's weights; with adapters, those of the base model."""
+        """The policy's weights; with adapters, the base model's."""
         return cls(model, ranks, build_weight_map(family, padded_vocab), adapters=False)
 
     @classmethod
@@ -76,7 +76,7 @@ class LiveWeights:
     def metadata(self) -> list[WeightInfo]:
         """Every weight, in the order of `stream`: layer by layer.
 
-        Communication: on its first use, all ranks say what they hold.
+        Communication: at the first call, all ranks exchange lists of what they hold.
         """
         return [
             WeightInfo(placement.name, placement.shape, self._owners[item.key][0][0].dtype)
@@ -85,14 +85,14 @@ class LiveWeights:
         ]
 
     def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield the current weights in order, on this rank's device; all ranks must exhaust it.
+        """Yield the current weights in order, on this rank's device; all ranks must exhaust the iterator.
 
-        Communication: each box is broadcast to all ranks by one that holds it. One weight exists as a whole at a time.
+        Communication: each box is broadcast to all ranks by one that holds it. One whole weight exists at a time.
 
         Args:
-            wanted: whether this rank needs them; if not, it only takes part, and nothing is yielded
+            wanted: whether this rank needs them; if not, it takes part and yields nothing
         Raises:
-            RuntimeError: ranks together do not hold a tensor that the weight map names.
+            RuntimeError: all ranks together lack part of a tensor that the weight map names.
         """
         held = held_boxes(self.model, self.ranks, adapters=self.adapters)
         for item in self.slices:
@@ -117,18 +117,18 @@ class LiveWeights:
 
     @cached_property
     def _owners(self) -> dict[str, list[tuple[Box, int]]]:
-        """Which boxes each checkpoint tensor has, and who broadcasts each."""
+        """The boxes of each checkpoint tensor, and the rank that broadcasts each."""
         return _find_owners(list(held_boxes(self.model, self.ranks, adapters=self.adapters)))
 
 
 def _tensors_of(whole: Tensor, item: Slice) -> Iterator[tuple[str, Tensor]]:
-    """The Hugging Face tensors that a Megatron tensor is made of, each with memory of its own."""
+    """The Hugging Face tensors that form a Megatron tensor, as copies."""
     for placement in item.placements:
         yield placement.name, placement.gather(whole)
 
 
 def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:
-    """Where a box is in a slice; None if it belongs to another layer."""
+    """The position of a box in a slice; None if it belongs to another layer."""
     leading = len(item.global_shape) - len(item.shape)
     if box.offsets[:leading] != item.index:
         return None
@@ -136,11 +136,11 @@ def place_in(box: Box, item: Slice) -> tuple[slice, ...] | None:
 
 
 def held_boxes(model: Sequence[Any], ranks: Ranks, *, adapters: bool) -> dict[Box, Tensor]:
-    """The boxes that this rank's parts of the model hold, of its adapters or of all else; their data is the model's own."""
+    """The boxes held by this rank's parts of the model, of its adapters or of everything else; data is not copied."""
     boxes = {}
     for part in model:
         state = unwrap(part).sharded_state_dict(metadata={"dp_cp_group": ranks.groups.dp_cp})
-        force_all_tensors_to_non_fp8(state)  # the bf16 numbers that FP8 weights stand for, as in a checkpoint
+        force_all_tensors_to_non_fp8(state)  # FP8 weights as bf16 numbers, as in a checkpoint
         apply_factories(state)
         for tensor in nested_values(state):
             if isinstance(tensor, ShardedTensor) and tensor.data is not None and (ADAPTER in tensor.key) == adapters:

@@ -1,15 +1,14 @@
-"""Log-probabilities, entropy and KL divergence of next-token distributions from hidden states, without ever holding all logits.
+"""Log-probs, entropy and KL divergence of next-token distributions from hidden states, without ever holding all logits.
 
-Logits exist for one chunk of tokens at a time, and again in backward, where they are recomputed, but for those of the last chunk:
-backward begins with it, and needs its memory anyway. From each rank's part of the vocabulary only a few scalars a token cross the
-tensor-parallel group.
+Logits exist for one chunk of tokens at a time, and are recomputed in backward. The last chunk's are kept, because backward starts
+with it and needs that memory anyway. Only a few scalars per token cross the tensor-parallel group.
 
-Why own code. Megatron-Core 0.16 fuses the cross-entropy of logits that are already there, not the projection before it; the fused
-kernels of its development branch serve single GPU generations and know no padding rows. Liger's
-`fused_linear_cross_entropy` wants the whole vocabulary on each rank, computes gradients in forward for a mean or sum (with
-`reduction="none"` it, too, runs the projection again in backward), and returns the weight's gradient as a tensor of its own.
-Here the vocabulary is cut over ranks, each token has a coefficient that is known only after the loss over whole groups, entropy
-and KL come from the same logits, and the weight's gradient goes straight into Megatron's buffer.
+Why own code. Megatron-Core 0.16 fuses the cross-entropy of existing logits, not the projection before it; the fused kernels of
+its development branch support single GPU generations and no padding rows. Liger's `fused_linear_cross_entropy` needs the whole
+vocabulary on each rank and computes gradients in forward for a mean or sum (with `reduction="none"` it also repeats the
+projection in backward). It returns the weight's gradient as a separate tensor. Here the vocabulary is sharded over ranks, each
+token's coefficient is known only after the loss over whole groups, entropy and KL use the same logits, and the weight's gradient
+goes directly into Megatron's buffer.
 
 Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk; z logits,
 p = softmax(z) the policy's distribution, q the reference's, δ the target's one-hot vector.
@@ -29,21 +28,21 @@ from mpo_megatron import device
 from mpo_megatron.config.model import kept_chunks
 
 PADDING_LOGIT = -1e30
-"""Logit of vocabulary rows that only pad: its probability is exactly 0, and finite, so that 0 · log 0 is 0."""
+"""Logit of padding rows of the vocabulary: probability exactly 0, but finite, so that 0 · log 0 is 0."""
 
 
 class WeightGradient(NamedTuple):
-    """Where the output weight's gradient goes instead of to autograd."""
+    """Destination of the output weight's gradient, instead of autograd."""
 
     buffer: Tensor
-    """[V, H] float32 (float64 for float64 input), added to chunk by chunk: Megatron's `main_grad`."""
+    """[V, H] float32 (float64 for float64 input), accumulated chunk by chunk: Megatron's `main_grad`."""
     announce: bool
-    """Hand a placeholder to autograd, so that Megatron's DistributedDataParallel hears of the gradient. Needed where its hook
-    insists on one (`overlap_grad_reduce`) and the weight has no other use that brings one."""
+    """Return a placeholder to autograd, so that Megatron's DistributedDataParallel registers the gradient. Needed if its hook
+    requires one (`overlap_grad_reduce`) and no other use of the weight provides one."""
 
 
 class TokenStatistics(NamedTuple):
-    """What is known of each scored token's distribution, in nats; float32 (float64 for float64 input)."""
+    """Statistics of each scored token's distribution, in nats; float32 (float64 for float64 input)."""
 
     logps: Tensor
     """[S] log p(target)"""
@@ -66,21 +65,21 @@ def vocab_parallel_statistics(
     gradient: WeightGradient | None = None,
     logit_cap: float | None = None,
 ) -> TokenStatistics:
-    """log π(target | hidden) of each scored token and, on demand, entropy and KL divergence from a reference; nats.
+    """log π(target | hidden) of each scored token and, on request, entropy and KL divergence from a reference, in nats.
 
-    Peak extra memory is O(chunk × V), whatever S is, and without `gradient` that of the weight's gradient in float32.
-    Gradients are exact, and go to `hidden` and `weight` only. That of `hidden` is this rank's part: the caller's layout must sum
-    it over `tp_group` (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
+    Peak extra memory is O(chunk × V) for any S; without `gradient`, plus the weight's gradient in float32. Gradients are exact,
+    and flow to `hidden` and `weight` only. The gradient of `hidden` is this rank's part: the caller's layout must sum it over
+    `tp_group` (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
 
     Args:
         hidden: [S, H]
         weight: [V, H], this rank's rows of the output weight
         targets: [S] token ids in the whole vocabulary
-        vocab_size: real vocabulary size; rows of the weight from there on are padding
-        chunk: C, scored tokens whose logits exist at one time
-        entropy: compute it
+        vocab_size: real vocabulary size; further rows of the weight are padding
+        chunk: C, scored tokens whose logits exist at the same time
+        entropy: whether to compute the entropy
         reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
-        gradient: buffer that the weight's gradient is added to in backward, instead of being handed to autograd
+        gradient: buffer to which backward adds the weight's gradient, instead of returning it to autograd
         logit_cap: logits z, also the reference's, become cap · tanh(z / cap)
     """
     kept = kept_chunks(chunk, len(weight)) if torch.is_grad_enabled() else 0
@@ -91,13 +90,13 @@ def vocab_parallel_statistics(
 
 
 class _Shape(NamedTuple):
-    """What the function below needs besides tensors."""
+    """Non-tensor arguments of the function below."""
 
     local_vocab: int
-    """Rows of the weight from here on are padding; may be beyond V, or below 0."""
+    """Further rows of the weight are padding; may be beyond V, or below 0."""
     chunk: int
     kept: int
-    """Chunks, the last ones, whose logits are kept for backward."""
+    """Number of last chunks whose logits are kept for backward."""
     tp_group: ProcessGroup
     entropy: bool
     gradient: WeightGradient | None
@@ -105,7 +104,7 @@ class _Shape(NamedTuple):
 
 
 class _VocabParallelStatistics(torch.autograd.Function):
-    """logps, entropy, KL [S] each; those not asked for are empty."""
+    """logps, entropy, KL [S] each; unrequested ones are empty."""
 
     @staticmethod
     def forward(
@@ -132,7 +131,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
             if reference_hidden is not None and reference_weight is not None:
                 other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab, shape.cap)
             sums[:, part] = _fused(reduce_logits)(logits, other, local[part], shape.entropy, dtype)
-            del logits, other  # before the next chunk's are there
+            del logits, other  # before the next chunk allocates its own
         extras = shape.entropy or reference_hidden is not None
         totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
         ctx.save_for_backward(hidden, weight, local, owned, reference_hidden, reference_weight, *totals)
@@ -165,7 +164,7 @@ class _VocabParallelStatistics(torch.autograd.Function):
                     *(compute_logits(reference_hidden[part], reference_weight, local_vocab, cap), totals.reference[part]),
                 ),
             )
-            logits = ctx.kept.pop(index, None)  # of a graph that is used again they are gone
+            logits = ctx.kept.pop(index, None)  # None when backward runs a second time
             if logits is None:
                 logits = compute_logits(hidden[part], weight, local_vocab, cap)
             slope = None if cap is None else 1 - (logits / cap).square_()  # ∂ cap·tanh(z / cap) / ∂z = 1 − tanh²
@@ -187,10 +186,10 @@ class _VocabParallelStatistics(torch.autograd.Function):
 
 
 def _handed_on(summed: Tensor | None, weight: Tensor, gradient: WeightGradient | None) -> Tensor | None:
-    """What autograd gets of the weight's gradient: all of it; nothing, as it is in its buffer; or a placeholder.
+    """The weight's gradient for autograd: all of it, None if it is in its buffer, or a placeholder.
 
-    Megatron's hook on the weight runs in each case, once all its uses are through backward. It adds what autograd brought to the
-    buffer (nothing, or the embedding's part where weights are tied), unless `grad_added_to_main_grad` says that all is there.
+    Megatron's hook on the weight runs in each case, after backward of all its uses. It adds autograd's gradient to the buffer
+    (None, or the embedding's part if weights are tied), unless `grad_added_to_main_grad` says that the buffer is complete.
     """
     if summed is None or gradient is None:
         return None if summed is None else summed.to(weight.dtype)
@@ -201,22 +200,22 @@ def _handed_on(summed: Tensor | None, weight: Tensor, gradient: WeightGradient |
 
 
 class _Sums(NamedTuple):
-    """Per token [S], over this rank's part of the vocabulary or over all of it."""
+    """Per token [S], over this rank's vocabulary shard or over the whole vocabulary."""
 
     log_normalizer: Tensor
     """log Σ exp z"""
     target: Tensor
-    """the target's logit; of another rank's target, any"""
+    """the target's logit; arbitrary if another rank holds the target"""
     entropy: Tensor
-    """of the distribution that is normalized over this part"""
+    """of the distribution normalized over this shard"""
     reference: Tensor
     """log-normalizer of the reference"""
     kl: Tensor
-    """between the distributions that are normalized over this part"""
+    """between the distributions normalized over this shard"""
 
 
 def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int, cap: float | None = None) -> Tensor:
-    """Logits [C, V] of one chunk, capped if so asked, those of padding rows so low that they count nothing."""
+    """Logits [C, V] of one chunk, optionally capped; padding rows get a logit so low that they do not count."""
     logits = hidden @ weight.T
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
@@ -225,9 +224,9 @@ def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int, cap: float 
 
 
 def reduce_logits(logits: Tensor, reference: Tensor | None, targets: Tensor, entropy: bool, dtype: torch.dtype) -> Tensor:
-    """`_Sums` [5, C] of one chunk of logits [C, V]; zeros for what is not asked for.
+    """`_Sums` [5, C] of one chunk of logits [C, V]; zeros for unrequested ones.
 
-    Elementwise work and reductions only, so that on a GPU it compiles to one or two kernels that read each logit once or twice.
+    Elementwise work and reductions only: on a GPU this compiles to one or two kernels that read each logit once or twice.
     """
     logits = logits.to(dtype)
     log_normalizer = logits.logsumexp(dim=-1)
@@ -246,19 +245,19 @@ def reduce_logits(logits: Tensor, reference: Tensor | None, targets: Tensor, ent
 
 
 def _sum_over_vocabulary(local: _Sums, owned: Tensor, tp_group: ProcessGroup, *, extras: bool) -> _Sums:
-    """From sums over each rank's part of the vocabulary to those over all of it.
+    """Combine sums over each rank's vocabulary shard into sums over the whole vocabulary.
 
-    A part r has the share π_r = exp(L_r − L) of the probability, L the log-normalizer of all. In it log p = log p_r + log π_r,
-    so entropy = Σ π_r (entropy_r − log π_r) and KL = Σ π_r (KL_r + log π_r − log κ_r), κ_r the reference's share.
+    Shard r has the share π_r = exp(L_r − L) of the probability, L the log-normalizer of all. In it, log p = log p_r + log π_r,
+    so entropy = Σ π_r (entropy_r − log π_r) and KL = Σ π_r (KL_r + log π_r − log κ_r), with κ_r the reference's share.
     """
     if tp_group.size() == 1:
         return local
     largest = torch.stack((local.log_normalizer, local.reference))
-    all_reduce(largest, ReduceOp.MAX, group=tp_group)  # so that nothing overflows
+    all_reduce(largest, ReduceOp.MAX, group=tp_group)  # avoids overflow
     sums = torch.stack(
         (
             (local.log_normalizer - largest[0]).exp(),
-            local.target.masked_fill(~owned, 0.0),  # zero on the ranks that do not own the target
+            local.target.masked_fill(~owned, 0.0),  # zero on ranks that do not own the target
             (local.reference - largest[1]).exp(),
         )
     )
@@ -274,7 +273,7 @@ def _sum_over_vocabulary(local: _Sums, owned: Tensor, tp_group: ProcessGroup, *,
 
 
 class _Extras(NamedTuple):
-    """What the gradients of entropy and KL need, if asked for; [C] but for the logits [C, V]."""
+    """Inputs for the gradients of entropy and KL, if requested; [C] except the logits [C, V]."""
 
     entropy: tuple[Tensor, Tensor] | None
     """its gradient, its value"""
@@ -289,7 +288,7 @@ def differentiate_logits(
     grad_logps: Tensor,
     extras: _Extras,
 ) -> Tensor:
-    """Gradient [C, V] with respect to one chunk of logits, in their dtype; it may take their place.
+    """Gradient [C, V] with respect to one chunk of logits, in their dtype; it may overwrite them.
 
     ∂ log p(target) / ∂z = δ − p;   ∂ entropy / ∂z = −p (log p + entropy);   ∂ KL / ∂z = p (log p − log q − KL).
     """
@@ -306,7 +305,7 @@ def differentiate_logits(
         slope = slope + gradient[:, None] * (logps - reference_logps - kl[:, None])
     grad_logits = logps.exp_().mul_(slope)
     at_target = (owned * grad_logps)[:, None]
-    if torch.compiler.is_compiling():  # a scatter would be a kernel of its own, with all of the float32 gradient in memory
+    if torch.compiler.is_compiling():  # a scatter would be a separate kernel, with the whole float32 gradient in memory
         columns = torch.arange(logits.shape[1], device=logits.device)
         grad_logits = torch.where(columns == local[:, None], grad_logits + at_target, grad_logits)
     else:
@@ -319,10 +318,10 @@ def _chunks(length: int, chunk: int) -> list[slice]:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, `total` in float32 or better; inside the GEMM where it can, since `total` is large."""
+    """total += left @ right, `total` in float32 or wider; inside the GEMM where possible, because `total` is large."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
-    elif total.is_cuda and torch.__version__ >= "2.11":  # earlier versions lack it, or want `total` in the dtype of the others
+    elif total.is_cuda and torch.__version__ >= "2.11":  # earlier versions lack it, or require one dtype for all
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
     else:
         total += left @ right
@@ -330,5 +329,5 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 @functools.cache
 def _fused(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """On a GPU the function compiled, or its many elementwise steps would each read and write all logits of the chunk."""
+    """Compile the function on a GPU: otherwise its elementwise steps would each read and write all logits of the chunk."""
     return device.compile_for_any_length(function) if device.has_gpu() else function

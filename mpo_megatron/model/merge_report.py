@@ -1,4 +1,4 @@
-"""What rounding merged weights to their type does to log-probs: the same tokens under exact sums and under the rounded ones."""
+"""Effect of rounding merged weights on log-probs: the same tokens under exact sums and under rounded ones."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import Family
 
 MOST_TOKENS = 1024
-"""Of the text; more take longer and say the same."""
+"""Number of tokens of the text; more would take longer and show the same."""
 
 NamedTensors = Callable[[], Iterator[tuple[str, Tensor]]]
-"""Gives a model's weights by their Hugging Face names, in order."""
+"""Yields a model's weights with their Hugging Face names, in order."""
 
 
 def read_tokens(path: Path, tokenizer: Path) -> list[int]:
@@ -36,7 +36,7 @@ def read_tokens(path: Path, tokenizer: Path) -> list[int]:
 
 
 def describe_change(family: Family, tokens: list[int], exact: NamedTensors, rounded: NamedTensors) -> str:
-    """Mean and largest change of a token's log-prob, for the terminal; one model at a time is in memory, in float32."""
+    """Mean and largest change of a token's log-prob, as text; memory holds one model at a time, in float32."""
     before, after = (_logps(family, tokens, weights) for weights in (exact, rounded))
     change = (after - before).abs()
     return (

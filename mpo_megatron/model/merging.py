@@ -1,4 +1,4 @@
-"""A model's weights with an adapter added to them."""
+"""Merge an adapter into a model's weights."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from mpo_megatron.model.nf4 import rounded
 
 @dataclasses.dataclass
 class Rounding:
-    """How far merged weights are from what the adapter adds, over all of them."""
+    """Size of the rounding of merged weights, relative to the adapter's update, over all weights."""
 
     added: float = 0.0
     """Sum of squares of scale · B · A."""
     lost: float = 0.0
-    """Sum of squares of what rounding to the weights' dtype changes of the sum."""
+    """Sum of squares of the differences that rounding to the weights' dtype makes."""
 
     def describe(self) -> str:
-        """For the terminal."""
+        """A line for the terminal."""
         share = (self.lost / self.added) ** 0.5 if self.added else 0.0
         return f"merged: the adapter adds {self.added**0.5:.3e} (Frobenius norm); rounding changes {share:.2%} of it"
 
 
 Change = Callable[[str, int, Tensor], Tensor]
-"""Rows of a weight, by its Hugging Face name and first row → their replacement."""
+"""Function from a weight's Hugging Face name, first row and rows to the replacement of those rows."""
 
 
 def trained_merger(family: Family, adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Change:
-    """As `merger`, to the weights that the adapter was trained beside: those in 4 bits are rounded to them first."""
+    """Like `merger`, but onto the weights used in training: 4-bit weights are rounded first."""
     merge = merger(adapter, matrices, rounding)
     if adapter.quantize == "none":
         return merge
@@ -46,13 +46,13 @@ def trained_merger(family: Family, adapter: Adapter, matrices: dict[str, Tensor]
 
 
 def merger(adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | None) -> Change:
-    """What turns rows of a base model's weight, by its Hugging Face name and first row, into those of the merged one.
+    """A function that replaces rows of a base weight, by its Hugging Face name and first row, with merged ones.
 
     W + scale · B · A is summed in float32 (float64 for float32 weights), then rounded once to the weight's dtype.
 
     Args:
-        matrices: A and B of every layer, by their names in PEFT
-        rounding: to be added to
+        matrices: A and B of every layer, by their PEFT names
+        rounding: totals to update
     """
 
     def merge(name: str, first: int, rows: Tensor) -> Tensor:

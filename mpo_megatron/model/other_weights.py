@@ -1,8 +1,8 @@
-"""Weights in a Hugging Face checkpoint that are not the language model's: a vision tower, layers that predict further tokens.
+"""Weights in a Hugging Face checkpoint outside the language model: a vision tower, or layers that predict further tokens.
 
-They are not trained. A conversion keeps them in a folder of the Megatron checkpoint, and export writes them again, bit for bit,
-beside the trained ones; a run's checkpoints name that folder. Or a conversion drops them, and a multimodal checkpoint becomes its
-text model's.
+They are not trained. A conversion stores them in a folder of the Megatron checkpoint, and export writes them back bit for bit
+beside the trained ones; a run's checkpoints refer to that folder. With `others = drop`, a conversion removes them, and a
+multimodal checkpoint becomes that of its text model.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from mpo_megatron.model.safetensors_io import (
 )
 
 FOLDER = "others"
-"""Within a Megatron checkpoint's folder."""
+"""Folder inside a Megatron checkpoint folder."""
 SHARD_BYTES = 4 * 2**30
-"""Largest file there."""
+"""Largest file in that folder."""
 
 
 def split_others(tensors: Mapping[str, StoredTensor], family: Family) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
-    """The language model's tensors, and the others that its checkpoints may have."""
+    """Split a checkpoint's tensors into the language model's and all others."""
     others = {name: tensor for name, tensor in tensors.items() if name.startswith(family.other_weights)}
     return {name: tensor for name, tensor in tensors.items() if name not in others}, others
 
 
 def text_model(family: Family) -> Family:
-    """The same language model as one that is no part of another: its config alone, its weights under its own names."""
+    """The same language model as a standalone model: only its own config, and weights under its own names."""
     return family if family.whole_config is None else read_family(family.config)
 
 
 def write_text_config(path: Path, family: Family) -> None:
-    """Make the config.json of a multimodal model that of its text model."""
+    """Replace the config.json of a multimodal model with that of its text model."""
     whole = json.loads(path.read_text(encoding="utf-8"))
     inherited = {name: whole[name] for name in ("dtype", "torch_dtype", "transformers_version") if name in whole}
     settings = {
@@ -59,18 +59,18 @@ def write_text_config(path: Path, family: Family) -> None:
 
 
 def describe(others: Mapping[str, StoredTensor]) -> str:
-    """How many there are, and what their names begin with."""
+    """Their number, and the prefixes of their names."""
     kinds = sorted({name.split(".")[1 if name.startswith("model.") else 0] for name in others})
     return f"{len(others)} weights that are not the language model's ({', '.join(kinds)})"
 
 
 def count_bytes(others: Mapping[str, StoredTensor]) -> int:
-    """Bytes of their data."""
+    """Size of their data in bytes."""
     return sum(_planned(tensor).num_bytes for tensor in others.values())
 
 
 def keep_others(folder: Path, others: Mapping[str, StoredTensor], max_bytes: int, advance: Callable[[int], None]) -> str:
-    """Write them to a Megatron checkpoint's folder; their digest."""
+    """Write them to a Megatron checkpoint folder; their digest."""
     digest = WeightsDigest()
     (folder / FOLDER).mkdir()
     with RowReader() as reader:
@@ -82,15 +82,15 @@ def keep_others(folder: Path, others: Mapping[str, StoredTensor], max_bytes: int
                 yield rows
 
         write_shards(folder / FOLDER, plan_shards([_planned(tensor) for tensor in others.values()], SHARD_BYTES), rows_of)
-    print(f"{describe(others)} are kept as they are", file=sys.stderr)
+    print(f"{describe(others)} are kept unchanged", file=sys.stderr)
     return digest.hexdigest()
 
 
 def find_others(source: Path, conversion: Conversion) -> dict[str, StoredTensor]:
-    """Those that go with a Megatron checkpoint's folder: it has them, or the one that its training began with.
+    """The other weights of a Megatron checkpoint folder, from itself or from the checkpoint that its training started from.
 
     Raises:
-        CheckpointError: they are where they were no longer.
+        CheckpointError: they are no longer where they were.
     """
     if conversion.others is None:
         return {}
@@ -98,7 +98,7 @@ def find_others(source: Path, conversion: Conversion) -> dict[str, StoredTensor]
         if folder.is_dir():
             return list_tensors(folder)
     raise CheckpointError(
-        f"{conversion.others}: no such folder; it has the weights of this model that are not trained (a vision tower, for "
+        f"{conversion.others}: no such folder; it holds this model's untrained weights (a vision tower, for "
         f"example). Copy it to {source / FOLDER}, or convert the original checkpoint with --others drop and train from there."
     )
 

@@ -1,4 +1,4 @@
-"""Process groups and seeds: the one module that touches `torch.distributed` set-up and Megatron's `parallel_state`."""
+"""Process groups and seeds: the only module that sets up `torch.distributed` and Megatron's `parallel_state`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mpo_megatron.config.rendezvous import RendezvousError
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the layout, and the groups it communicates in."""
+    """This process's position in the layout, and the groups in which it communicates."""
 
     groups: ProcessGroupCollection
-    """Megatron-Core's collection, as its modules expect it."""
+    """Megatron-Core's collection of groups, as its modules expect it."""
 
     @property
     def tensor(self) -> ProcessGroup:
-        """Ranks that hold slices of the same matrices."""
+        """Ranks that hold shards of the same matrices."""
         return self.groups.tp
 
     @property
@@ -38,12 +38,12 @@ class Ranks:
 
     @property
     def context(self) -> ProcessGroup:
-        """Ranks that hold the same weights and see other tokens of the same rows."""
+        """Ranks with the same weights that see different tokens of the same rows."""
         return self.groups.cp
 
     @property
     def data(self) -> ProcessGroup:
-        """Ranks that hold the same weights and see other rows."""
+        """Ranks with the same weights that see different rows."""
         return self.groups.dp
 
     @property
@@ -63,23 +63,23 @@ class Ranks:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds the output layer, and so the log-probs."""
+        """Whether this rank holds the output layer, and so computes log-probs."""
         return self.groups.pp.rank() == self.groups.pp.size() - 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes logs and side files: exactly one does."""
+        """Whether this process writes logs and side files: exactly one rank does."""
         return torch.distributed.get_rank() == 0
 
 
 @contextlib.contextmanager
 def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
-    """Start `torch.distributed` from torchrun's environment, cut the world into Megatron's groups, seed them; undo it at the end.
+    """Start `torch.distributed` from torchrun's environment, create Megatron's groups, seed the generators; undo it at the end.
 
-    A process started without torchrun is a world of its own.
+    Without torchrun, the world size is 1.
 
     Raises:
-        RendezvousError: the other ranks did not come.
+        RendezvousError: the other ranks did not connect.
     """
     device.select(int(os.environ.get("LOCAL_RANK", "0")))
     started = not torch.distributed.is_initialized()
@@ -92,22 +92,22 @@ def model_parallel(config: ParallelConfig, seed: int) -> Iterator[Ranks]:
         context_parallel_size=config.context,
         expert_model_parallel_size=config.expert,
         expert_tensor_parallel_size=config.expert_tensor,
-        # What talks most is on neighbouring ranks, which share a machine: tensor after every matrix, context twice a layer,
+        # Ranks that communicate most are neighbours, on the same machine: tensor for every matrix, context twice a layer,
         # expert in every layer with experts, data once a step, pipeline least. See docs/parallelism.md.
         order="tp-cp-ep-dp-pp",
         distributed_timeout_minutes=max(1, round(config.timeout_minutes)),
-        # Extra gloo groups serve a checkpoint format we do not use; without a GPU every group is gloo already.
+        # The extra gloo groups serve a checkpoint format that we do not use; without a GPU every group is gloo already.
         create_gloo_process_groups=False,
     )
     model_parallel_cuda_manual_seed(seed)
     try:
         yield Ranks(ProcessGroupCollection.use_mpu_process_groups())
     except GeneratorExit:
-        raise  # nobody left the block: this is the interpreter's end, where half of torch is gone, and so is what would be undone
+        raise  # the interpreter is shutting down: torch is partly gone, and there is nothing left to undo
     except BaseException:
-        # NCCL waits for the machine's other ranks as it takes communicators down, and they may not know of the failure; and they
-        # would fail of lost connections before this rank has said why. This process is about to end, and takes the groups along
-        # (train/faults/ending.py).
+        # NCCL waits for the machine's other ranks when it destroys communicators, but these may not know of the failure. They
+        # would then fail with lost connections before this rank has reported the reason. This process is about to end, and
+        # takes its groups with it (train/faults/ending.py).
         if torch.distributed.get_world_size() == 1 or not (started or device.has_gpu()):
             _take_down(started)
         raise
@@ -121,7 +121,7 @@ def _join_ranks(config: ParallelConfig) -> None:
             device.distributed_backend(),
             init_method="env://" if in_torchrun else "tcp://127.0.0.1:0",
             timeout=datetime.timedelta(minutes=config.timeout_minutes),
-            rank=-1 if in_torchrun else 0,  # −1: as the environment says
+            rank=-1 if in_torchrun else 0,  # −1: from the environment
             world_size=-1 if in_torchrun else 1,
         )
     except (torch.distributed.DistStoreError, torch.distributed.DistNetworkError) as error:
@@ -131,7 +131,7 @@ def _join_ranks(config: ParallelConfig) -> None:
 def _take_down(started: bool) -> None:
     if started:
         parallel_state.destroy_model_parallel()
-        torch.distributed.destroy_process_group()  # and every group within it
+        torch.distributed.destroy_process_group()  # and every group in it
         return
     groups = parallel_state._global_process_group_list or []  # Megatron forgets them, torch does not: dozens of threads
     parallel_state.destroy_model_parallel()

@@ -1,4 +1,4 @@
-"""The policy: Megatron-Core's transformer that reads packed rows of groups and yields log-probs of response tokens."""
+"""The policy: Megatron-Core's transformer that reads packed rows of groups and returns log-probs of response tokens."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ from mpo_megatron.model.parallel import Ranks
 
 
 class Policy(LanguageModule):
-    """One pipeline stage of the policy, or one of its runs of layers (the whole model without pipeline parallelism).
+    """One pipeline stage of the policy, or one of its virtual stages (the whole model without pipeline parallelism).
 
-    It has the weights of Megatron-Core's GPTModel, by the same names, and differs in three ways. Rotary angles follow explicit
-    position ids, since positions restart after a shared prompt. The last stage returns log-probs of the scored tokens, since all
-    logits of a row would not fit. And the output layer has no GEMM of its own: `logprobs` multiplies by its weight.
+    It has the weights of Megatron-Core's GPTModel, under the same names, and differs in three ways. Rotary angles follow explicit
+    position ids, because positions restart after a shared prompt. The last stage returns log-probs of the scored tokens, because
+    all logits of a row would not fit in memory. And the output layer has no GEMM: `logprobs` multiplies by its weight.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Policy(LanguageModule):
         vp_stage: int | None,
         adapted: bool = False,
     ) -> None:
-        """The attributes that are set here have the names by which Megatron-Core's schedules and optimizers look for them.
+        """Set the attributes under the names that Megatron-Core's schedules and optimizers use.
 
         Args:
-            pre_process: it begins with the embedding
-            post_process: it ends with the output layer
-            vp_stage: number of this run of layers in an interleaved schedule
-            adapted: adapters are trained, and nothing else
+            pre_process: whether it starts with the embedding
+            post_process: whether it ends with the output layer
+            vp_stage: index of this virtual stage in an interleaved schedule
+            adapted: only adapters are trained
         """
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
@@ -75,11 +75,11 @@ class Policy(LanguageModule):
         self.real_vocab_size = family.vocab_size
         self.adapted = adapted
         self.embedding_scale, self.logit_cap = family.embedding_scale, family.logit_cap
-        # Not a buffer: in bf16 it stays float32.
+        # Not a buffer: it must stay float32 in a bf16 model.
         self.inverse_frequencies = torch.tensor([rope.inverse_frequencies for rope in family.ropes], device=device.device())
         self.logprob_chunk = logprob_chunk
         self.overlap_grad_reduce = False
-        """Set by whoever wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
+        """Set by the code that wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
         if pre_process:
             self.embedding = LanguageModelEmbedding(
                 config=config,
@@ -97,8 +97,8 @@ class Policy(LanguageModule):
             vp_stage=vp_stage,
         )
         if post_process:
-            # Transformer Engine's layers add weight gradients inside the GEMM. Megatron-Core's own layer, of which only
-            # the weight is used here, would ask for NVIDIA's apex to do so.
+            # Transformer Engine's layers add weight gradients inside the GEMM. Megatron-Core's own layer, of which only the
+            # weight is used here, would require NVIDIA's apex for this.
             unfused = copy.copy(config)
             unfused.gradient_accumulation_fusion = False
             self.output_layer = ColumnParallelLinear(
@@ -115,13 +115,13 @@ class Policy(LanguageModule):
             self.setup_embeddings_and_output_layer()
 
     def sharded_state_dict(self, prefix: str = "", *arguments: Any, **options: Any) -> dict[str, Any]:
-        """GPTModel's: it stores no extra state of the output layer, so checkpoints have none."""
+        """Like GPTModel's, which stores no extra state of the output layer; so checkpoints have none."""
         states: dict[str, Any] = super().sharded_state_dict(prefix, *arguments, **options)
         states.pop(f"{prefix}output_layer._extra_state", None)
         return states
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
-        """Take the hidden states that the stage before sent; Megatron-Core's schedules call it."""
+        """Store the hidden states from the previous stage; Megatron-Core's schedules call this."""
         (hidden,) = input_tensor
         self.decoder.set_input_tensor(hidden)
 
@@ -136,19 +136,19 @@ class Policy(LanguageModule):
     ) -> Tensor:
         """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
 
-        All arguments describe the whole row, and with context parallelism every rank returns all log-probs; a gradient that
-        comes back to them goes on to this rank's tokens only.
+        All arguments describe the whole row. With context parallelism every rank returns all log-probs, and their gradient flows
+        to this rank's tokens only.
 
         Args:
             tokens: [1, T] token ids of one packed row
             position_ids: [1, T] positions, restarting after each shared prompt
             layout: the row's segments
-            sources: [S] index in the row of the token that predicts each scored token
+            sources: [S] row index of the token that predicts each scored token
             targets: [S] ids of the scored tokens
             reference: `scored_hidden` and `output_weight` of the reference model, to compute KL(π ‖ π_ref) as well
         Returns:
-            [S] log-probs in nats, float32, or [2, S] log-probs and divergences; before the last stage [T, 1, H], T divided over
-            context-parallel ranks and, with sequence parallelism, over tensor-parallel ones
+            [S] log-probs in nats, float32, or [2, S] log-probs and divergences; before the last stage [T, 1, H], with T sharded
+                over context-parallel ranks and, with sequence parallelism, over tensor-parallel ones
         """
         hidden = self.hidden_states(tokens, position_ids, layout)
         if not self.post_process:
@@ -172,33 +172,33 @@ class Policy(LanguageModule):
         return sum_parts(result.new_zeros((*result.shape[:-1], len(sources))).index_copy(-1, own, result), context)
 
     def scored_hidden(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout, sources: Int64) -> Tensor:
-        """Last hidden states of this rank's part of `sources`, for a model that is all in one stage: [S (own), H]."""
+        """Last hidden states of this rank's part of `sources`, for a model in one stage: [S (own), H]."""
         return self.select_sources(self.hidden_states(tokens, position_ids, layout), sources)
 
     def own_sources(self, sources: Int64) -> Int64:
-        """[S (own)] which of `sources` lie in this context-parallel rank's part of the row: all without context parallelism.
+        """[S (own)] those of `sources` in this context-parallel rank's part of the row: all without context parallelism.
 
-        Found on the host: a GPU would have to be waited for, since their number decides shapes.
+        Computed on the host: on a GPU, the data-dependent size would force a synchronization.
         """
         return np.flatnonzero(sources % self.pg_collection.cp.size() == self.pg_collection.cp.rank())
 
     def select_sources(self, hidden: Tensor, sources: Int64) -> Tensor:
-        """From this stage's output to the hidden states [S (own), H] of its own sources."""
+        """Select the hidden states [S (own), H] of its own sources from this stage's output."""
         everything = self.gather_sequence(hidden).squeeze(1)
         return everything[device.upload(sources[self.own_sources(sources)] // self.pg_collection.cp.size())]
 
     def hidden_states(self, tokens: Tensor, position_ids: Tensor, layout: RowLayout) -> Tensor:
         """Output of this stage's last layer (and the final norm on the last stage) for this rank's tokens of the row.
 
-        [T, 1, H], T divided over context-parallel ranks and, with sequence parallelism, over tensor-parallel ones.
+        [T, 1, H], T sharded over context-parallel ranks and, with sequence parallelism, over tensor-parallel ones.
         """
         tokens, position_ids = (take_part(part, self.pg_collection.cp) for part in (tokens, position_ids))
         embedded = self.embedding(input_ids=tokens, position_ids=position_ids) if self.pre_process else None
         if embedded is not None and self.embedding_scale != 1:
-            # Rounded to the compute dtype first, as `transformers` does it.
+            # Rounded to the compute dtype first, as in `transformers`.
             embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype, device=embedded.device)
         if embedded is not None and self.adapted and torch.is_grad_enabled():
-            # The embedding is frozen, and layers that are recomputed get gradients only from an input that has one.
+            # With a frozen embedding, recomputed layers get gradients only if their input requires one.
             embedded.requires_grad_()
         return self.decoder(
             hidden_states=embedded,
@@ -208,7 +208,7 @@ class Policy(LanguageModule):
         )
 
     def rotary_embeddings(self, position_ids: Tensor) -> Tensor:
-        """For each of the R rotary embeddings what its layers need of every token, float32.
+        """What the layers of each of the R rotary embeddings need for every token, float32.
 
         [R, T, 1, 1, D] angles for Transformer Engine's kernel; [R, 2, T, 1, D / 2] their cosines and sines for ours.
         """
@@ -218,7 +218,7 @@ class Policy(LanguageModule):
         return torch.stack((angles.cos(), angles.sin()), dim=1)[:, :, :, None]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
-        """Hidden states of all tokens of this context-parallel rank on every tensor-parallel rank: [T (/ context), 1, H].
+        """Hidden states of all tokens of this context-parallel rank, on every tensor-parallel rank: [T (/ context), 1, H].
 
         Backward sums the ranks' gradients: each rank's vocabulary shard contributes a part.
         """
@@ -227,7 +227,7 @@ class Policy(LanguageModule):
         return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
 
     def output_weight(self) -> Tensor:
-        """This rank's rows [V, H] of the output projection: the embedding's when they are tied."""
+        """This rank's rows [V, H] of the output projection; the embedding's rows if tied."""
         if self.share_embeddings_and_output_weights:
             return self.shared_embedding_or_output_weight()
         return self.output_layer.weight
@@ -235,8 +235,8 @@ class Policy(LanguageModule):
     def output_weight_gradient(self) -> WeightGradient | None:
         """Megatron's gradient buffer of the output weight; None before DistributedDataParallel has made one.
 
-        Where gradients are reduced while backward goes on, the hook on each weight insists on a gradient. A tied weight that is
-        the embedding's, too, gets one from there.
+        If gradients are reduced during backward, the hook on each weight requires a gradient. A tied weight gets one from its
+        use as embedding.
         """
         buffer = getattr(self.output_weight(), "main_grad", None)
         if buffer is None or buffer.dtype is not torch.float32:
@@ -253,12 +253,12 @@ def build_policy(
     padded_vocab_size: int,
     adapter: Adapter | None = None,
 ) -> list[torch.nn.Module]:
-    """This rank's parts of the policy on this rank's device, weights not yet loaded; in bf16 wrapped by Float16Module.
+    """This rank's parts of the policy on its device, weights not yet loaded; in bf16 wrapped in Float16Module.
 
-    One part, or with interleaved pipelining one for each run of layers, in the order of the layers.
+    One part, or with interleaved pipelining one per virtual stage, in the order of the layers.
 
     Args:
-        adapter: adapters to train beside frozen weights; zeros until they are initialized or loaded
+        adapter: adapters to train beside frozen weights; zeros until initialized or loaded
     Raises:
         ConfigError: something requested is missing: Transformer Engine, or an attention back end.
     """

@@ -1,12 +1,12 @@
-"""FP8: what Megatron-Core needs to know of a recipe, and whether this machine can compute it.
+"""FP8: settings of a recipe for Megatron-Core, and whether this machine supports it.
 
-With FP8 the matrix products of the layers take 8-bit inputs (Transformer Engine quantizes weights, activations and gradients);
-everything else stays as it is in bf16: residuals, norms, attention, the embedding, and the log-prob head, which multiplies bf16
-matrices and reduces in float32. Master weights and optimizer states are float32.
+With FP8, the matrix products of the layers take 8-bit inputs (Transformer Engine quantizes weights, activations and gradients).
+Everything else is as in bf16: residuals, norms, attention, the embedding, and the log-prob head, which multiplies bf16 matrices
+and reduces in float32. Master weights and optimizer states are float32.
 
-Every recipe here takes its scales from the tensor that is quantized, so FP8 has no state: a token's log-prob depends on weights
+Every recipe here computes its scales from the tensor being quantized, so FP8 has no state: a token's log-prob depends on weights
 and context alone, as in bf16 (with `current`, almost). Transformer Engine's `delayed` recipe is not offered: it takes scales from
-earlier passes and updates them at the end of every outermost autocast, while a step here runs many rows
+earlier passes and updates them at the end of every outermost autocast, but a step here runs many rows
 (docs/reference/fp8.md).
 """
 
@@ -24,11 +24,11 @@ from mpo_megatron.hf.fp8 import RECIPES, validate_fp8_layout
 from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
 
 UNROUNDED = "_high_precision_init_val"
-"""Where Transformer Engine keeps the values that an FP8 parameter was made of; `get_high_precision_init_val` returns them."""
+"""Attribute where Transformer Engine keeps the values from which an FP8 parameter was made."""
 
 
 def fp8_settings(model: ModelConfig) -> dict[str, Any]:
-    """Settings of FP8 for Megatron-Core's TransformerConfig; none without it."""
+    """FP8 settings for Megatron-Core's TransformerConfig; empty without FP8."""
     if model.fp8 == "none":
         return {}
     recipe = RECIPES[model.fp8]
@@ -43,15 +43,15 @@ def fp8_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def numerics(model: ModelConfig) -> list[str | int | bool] | None:
-    """What of the FP8 settings the log-probs depend on; None without FP8."""
+    """The FP8 settings that affect log-probs; None without FP8."""
     return None if model.fp8 == "none" else [model.fp8, model.fp8_bf16_layers, model.fp8_params]
 
 
 def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -> None:
-    """Check that this machine and this model on this layout can compute as `model.fp8` says; nothing is loaded for it.
+    """Check that this machine, model and layout support `model.fp8`, without loading anything.
 
     Raises:
-        ConfigError: naming the field, the reason and the fix.
+        ConfigError: names the field, the reason and the fix.
     """
     if model.fp8 == "none":
         return
@@ -68,7 +68,7 @@ def validate_fp8(model: ModelConfig, parallel: ParallelConfig, family: Family) -
 def missing_for_transformer_engine() -> str | None:
     """Why layers cannot come from Transformer Engine here, and the fix; None if they can."""
     if not device.has_gpu():
-        return "this machine has no GPU; use one that has"
+        return "this machine has no GPU; use one that has a GPU"
     if not is_installed():
         return f"Transformer Engine is not installed; {install_transformer_engine()}"
     problem = broken_transformer_engine()
@@ -76,7 +76,7 @@ def missing_for_transformer_engine() -> str | None:
 
 
 def missing_for_recipe(name: str) -> str | None:
-    """Why this machine's GPU cannot compute a recipe; None if it can. Transformer Engine is there."""
+    """Why this machine's GPU does not support a recipe; None if it does. Requires Transformer Engine."""
     import transformer_engine.pytorch as engine
 
     availability = getattr(engine, RECIPES[name].availability, None)
@@ -89,7 +89,7 @@ def missing_for_recipe(name: str) -> str | None:
 
 
 def missing_powers_of_two() -> str | None:
-    """Why `current` would not round its scales to powers of 2 although it is asked to (device.prepare); None if it does."""
+    """Why `current` would not round its scales to powers of 2 despite device.prepare; None if it does."""
     from transformer_engine.common.recipe import Float8CurrentScaling
 
     asked = os.environ.get(device.POWER_OF_TWO_SCALES) == "1"
@@ -102,12 +102,12 @@ def missing_powers_of_two() -> str | None:
 
 
 def keep_exact_weights(part: torch.nn.Module, weights: dict[str, Any]) -> None:
-    """Let the optimizer start from the weights that were loaded, not from their FP8 rounding (`model.fp8_params`).
+    """Make the optimizer start from the loaded weights, not from their FP8 rounding (`model.fp8_params`).
 
-    A parameter in FP8 keeps the unrounded values it was made of until the optimizer takes them: those of initialisation.
+    An FP8 parameter keeps its unrounded initial values until the optimizer takes them; these must be replaced.
 
     Raises:
-        AttributeError: this version of Transformer Engine keeps them elsewhere.
+        AttributeError: this version of Transformer Engine stores them elsewhere.
     """
     for name, parameter in part.named_parameters():
         if not hasattr(parameter, "get_high_precision_init_val"):

@@ -1,7 +1,7 @@
-"""Frozen linear layers whose weight is kept in 4 bits and whole only while it multiplies (QLoRA).
+"""Frozen linear layers whose weight is stored in 4 bits and dequantized only while it multiplies (QLoRA).
 
-Forward makes the weight, and autograd keeps its blocks instead, from which backward makes it once more: of all layers, one weight
-is whole at a time. Everything else (communication, bias, adapters) is the layer's own.
+Forward dequantizes the weight; autograd keeps its blocks instead, from which backward dequantizes again. Over all layers, one
+whole weight exists at a time. Everything else (communication, bias, adapters) is the layer's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpo_megatron.model.parallel import Ranks
 
 
 class _View(NamedTuple):
-    """What autograd keeps of a weight: how it looked at it."""
+    """What autograd keeps of a weight: the shape and strides of its view."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -35,15 +35,15 @@ class _View(NamedTuple):
 
 
 def quantized(base: type) -> type:
-    """A linear layer of Megatron-Core (column- or row-parallel) whose weight is kept in blocks of NF4.
+    """Subclass a linear layer of Megatron-Core (column- or row-parallel) to store its weight in blocks of NF4.
 
-    It has none until `load_quantized`, and none among its parameters: neither checkpoints nor optimizers see it.
+    The weight is absent until `load_quantized` and never a parameter: checkpoints and optimizers do not see it.
     """
 
     class Quantized(base):
         def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **options: Any) -> None:
             frozen = copy.copy(config)
-            frozen.gradient_accumulation_fusion = False  # there is no gradient, and Megatron-Core would ask for NVIDIA's apex
+            frozen.gradient_accumulation_fusion = False  # no gradient exists, and Megatron-Core would require NVIDIA's apex
             super().__init__(input_size, output_size, config=frozen, **options)
             self.weight_shape, self.weight_dtype = self.weight.shape, self.weight.dtype
             self.blocks: Blocks | None = None
@@ -84,12 +84,12 @@ def quantized_layers(part: torch.nn.Module) -> list[Any]:
 
 @torch.no_grad()
 def load_quantized(model: Sequence[torch.nn.Module], folder: Path, ranks: Ranks) -> None:
-    """Quantize the weights of a Megatron checkpoint's folder into the model's quantized layers, one transformer layer at a time.
+    """Quantize the weights of a Megatron checkpoint folder into the model's quantized layers, one transformer layer at a time.
 
-    Each rank reads its own shards; nothing is communicated. `folder` is known to be whole.
+    Each rank reads its own shards, without communication. `folder` must be complete.
 
     Raises:
-        ConfigError: a weight is missing, or the data are damaged.
+        ConfigError: a weight is missing, or the data is damaged.
     """
     reader: CheckpointReader | None = None
     for part in model:
@@ -98,7 +98,7 @@ def load_quantized(model: Sequence[torch.nn.Module], folder: Path, ranks: Ranks)
             if not homes:
                 continue
             reader = reader or CheckpointReader(folder / "megatron")
-            for home in homes:  # a parameter, so that the layer says which boxes of the checkpoint it is
+            for home in homes:  # a parameter, so that the layer reports its boxes of the checkpoint
                 home.weight = torch.nn.Parameter(torch.empty(home.weight_shape, dtype=home.weight_dtype, device=device.device()))
             places = {home.weight.untyped_storage().data_ptr() for home in homes}
             for box, data in held_boxes([part], ranks, adapters=False).items():

@@ -1,4 +1,4 @@
-"""What of a layer's activations is not kept for the backward pass: computed again, or moved to host memory."""
+"""Activations that are not kept on the GPU for backward: recomputed, or offloaded to host memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def recompute_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def offload_settings(model: ModelConfig) -> dict[str, Any]:
-    """Megatron-Core's settings for activations that wait in host memory.
+    """Megatron-Core's settings for activations offloaded to host memory.
 
-    Its "fine-grained" offloading is another: it takes the first step's rows for those of every step, whose number differs here.
+    Not its "fine-grained" offloading, which assumes that every step has as many rows as the first; here their number varies.
     """
     if not model.offload_layers:
         return {}
@@ -33,14 +33,15 @@ def offload_settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def check_offload_kernel(model: ModelConfig) -> None:
-    """Refuse to move activations without Transformer Engine, by which Megatron-Core does it.
+    """Refuse offloading without Transformer Engine, which Megatron-Core uses for it.
 
     Raises:
-        ConfigError: it is missing, or there is no GPU to move them from.
+        ConfigError: Transformer Engine or a GPU is missing.
     """
     missing = missing_for_transformer_engine() if model.offload_layers else None
     require(
         missing is None,
-        f"model.offload_layers = {model.offload_layers}, but {missing}, and Megatron moves activations with Transformer Engine; "
+        f"model.offload_layers = {model.offload_layers}, but {missing}, and Megatron offloads activations with "
+        "Transformer Engine; "
         "set it to 0.",
     )

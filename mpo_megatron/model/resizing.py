@@ -1,4 +1,4 @@
-"""Rows for tokens that a model's tokenizer has and its embedding has not (`mpo convert --resize_vocabulary true`)."""
+"""Add rows for tokens that a model's tokenizer has and its embedding lacks (`mpo convert --resize_vocabulary true`)."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ from mpo_megatron.terminal.visible import visible
 
 
 def check_padding(source: Path, family: Family) -> None:
-    """Refuse a padding token without a row: `transformers` cannot build such a model.
+    """Refuse a padding token without an embedding row: `transformers` cannot build such a model.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: names the token.
     """
     pad = family.config.pad_token_id
     if pad is not None and not 0 <= pad < family.vocab_size:
         raise CheckpointError(
-            f"{source}: pad_token_id = {pad} in config.json is none of the {family.vocab_size:,} rows of the embedding; set it "
+            f"{source}: pad_token_id = {pad} in config.json is outside the embedding's {family.vocab_size:,} rows; set it "
             "to another token, or to null."
         )
 
 
 def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
-    """Rows that the embedding is to have: the model's own, or with `resize` those that its tokenizer needs.
+    """The number of embedding rows: the model's own, or with `resize` what its tokenizer needs.
 
     Raises:
-        ConfigError: the tokenizer has more tokens than the embedding has rows, and nothing is to be resized; or there is no
-            tokenizer to resize to.
+        ConfigError: the tokenizer has more tokens than the embedding has rows, and `resize` is off; or `resize` is on without a
+            tokenizer.
     """
     try:
         tokens = count_tokens(source)
     except ConfigError as error:
         require(not resize, str(error))
-        print(f"warning: {visible(error)}", file=sys.stderr)  # a conversion moves it as it is
+        print(f"warning: {visible(error)}", file=sys.stderr)  # a conversion copies the tokenizer unchanged
         return family.vocab_size
     require(tokens is not None or not resize, f"resize_vocabulary = true, but {source} has no tokenizer to resize to.")
     if tokens is None or tokens <= family.vocab_size:
@@ -58,7 +58,7 @@ def vocabulary_needed(source: Path, family: Family, *, resize: bool) -> int:
 
 
 def resize_family(family: Family, vocab_size: int) -> Family:
-    """The same model with another number of embeddings."""
+    """The same model with another vocabulary size."""
     config = copy.deepcopy(family.outer_config)
     (config if family.whole_config is None else config.text_config).vocab_size = vocab_size
     return read_family(config)
@@ -67,10 +67,10 @@ def resize_family(family: Family, vocab_size: int) -> Family:
 def grow_vocabulary(
     tensors: dict[str, StoredTensor], family: Family, reader: RowReader, max_bytes: int
 ) -> dict[str, StoredTensor]:
-    """The tensors, those with a row for every token grown to `family.vocab_size` rows.
+    """The tensors; those with one row per token grow to `family.vocab_size` rows.
 
-    An added row is the mean of the others, as in `resize_token_embeddings` of transformers but for its noise, whose variance is
-    10⁻⁹ of theirs: the new tokens begin as likely as an average one (Hewitt, 2021), and two conversions give the same model.
+    A new row is the mean of the others, as in `resize_token_embeddings` of transformers, but without its noise, whose variance is
+    10⁻⁹ of theirs. New tokens start as likely as an average one (Hewitt, 2021), and two conversions give the same model.
     """
     grown = dict(tensors)
     for name in (name for rule in family.rules if rule.padded for name in rule.parts):
@@ -86,7 +86,7 @@ def grow_vocabulary(
 def _mean_row(tensor: StoredTensor, reader: RowReader, max_bytes: int) -> torch.Tensor:
     rows = tensor.shape[0]
     total = torch.zeros(tensor.shape[1:], dtype=torch.float64)
-    step = max(1, max_bytes // (4 * tensor.row_bytes))  # in float64 a row takes up to four times as much
+    step = max(1, max_bytes // (4 * tensor.row_bytes))  # a row in float64 takes up to four times the space
     for first in range(0, rows, step):
         block = torch.empty((min(step, rows - first), *tensor.shape[1:]), dtype=tensor.dtype)
         reader.read(tensor, first, block)

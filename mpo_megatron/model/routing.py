@@ -1,13 +1,13 @@
-"""Routers of packed rows: forced choices of experts, loads, the load-balancing loss and the z-loss, token by token.
+"""Routers of packed rows: forced expert choices, loads, the load-balancing loss and the z-loss, token by token.
 
-Megatron-Core's router sees a micro-batch and no more: its auxiliary losses average over micro-batches, so they change with the
-packing, and its RouterReplay keeps one queue of choices for all models of a process. Here a row brings along what its routers
-need (`RowRouting`), in the row's layout, which recomputation and pipelines hand to every layer. Choices are forced by
-Megatron-Core's `precomputed_indices`, and terms are attached by its MoEAuxLossAutoScaler. Its scale is 1: losses are scaled
-before backward, and gradients are summed over rows and ranks (see train/step.py).
+Megatron-Core's router sees only one micro-batch: its auxiliary losses average over micro-batches, so they change with the
+packing, and its RouterReplay keeps one queue of choices for all models of a process. Here each row carries its routers' inputs
+(`RowRouting`) in its layout, which recomputation and pipelines pass to every layer. Choices are forced through Megatron-Core's
+`precomputed_indices`, and loss terms are attached through its MoEAuxLossAutoScaler. Its scale is 1: losses are scaled before
+backward, and gradients are summed over rows and ranks (see train/step.py).
 
-Legend: T tokens of the row on this rank, E experts of a layer, k experts of a token, U units among whose tokens experts are
-balanced, L layers with experts. A layer's place is its number among these, from 0.
+Legend: T tokens of the row on this rank, E experts of a layer, k experts of a token, U units over whose tokens loads are
+balanced, L layers with experts. A layer's place is its index among these, from 0.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mpo_megatron.model.parallel import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class Terms:
-    """What routers add to the loss."""
+    """Terms that routers add to the loss."""
 
     balance_coeff: float
     z_coeff: float
@@ -51,50 +51,50 @@ class Terms:
     num_tokens: int
     """Counted tokens of the step, over all ranks."""
     loads: Tensor | None = None
-    """[L, U, E] tokens that went to each expert, over all ranks; None: each unit lies in one row, whose ranks sum their loads."""
+    """[L, U, E] tokens sent to each expert, over all ranks; None: each unit is in one row, whose ranks sum their loads."""
 
 
 @dataclass(kw_only=True)
 class Found:
-    """What a layer's router found on this rank; overwritten, not added to, when the layer is computed again."""
+    """Results of a layer's router on this rank; overwritten, not added to, when the layer is recomputed."""
 
     balance: Tensor | None = None
     """This rank's part of the load-balancing loss, without its coefficient."""
     z: Tensor | None = None
     """This rank's part of the z-loss, without its coefficient."""
     agreed: Tensor | None = None
-    """Choices of counted tokens that are the reference's, too."""
+    """Number of choices of counted tokens that agree with the reference's."""
     loads: Tensor | None = None
     """[U, E] counted tokens by expert, float32."""
     choices: Tensor | None = None
-    """[T, k] experts that the tokens went to, ascending; uint8, or int32 with more than 256 experts."""
+    """[T, k] chosen experts of each token, ascending; uint8, or int32 with more than 256 experts."""
 
 
 @dataclass(kw_only=True)
 class RowRouting:
-    """What the routers need of a row and a pass, for this rank's tokens of the row."""
+    """Router inputs for a row and a pass, for this rank's tokens of the row."""
 
     units: Tensor
-    """[T] unit that each token is balanced in; 0 where it does not count."""
+    """[T] unit over which each token is balanced; 0 where it does not count."""
     counted: Tensor
-    """[T] False for padding and for further copies of a prompt."""
+    """[T] False for padding and for repeated copies of a prompt."""
     real: Tensor
     """[T] False for padding."""
     reference: Mapping[int, Tensor] | None = None
-    """[T, k] the reference's choices by layer's place; any for padding."""
+    """[T, k] the reference's choices by layer's place; arbitrary for padding."""
     replay: bool = False
-    """Whether `reference` routes the tokens."""
+    """Whether to route the tokens by `reference`."""
     terms: Terms | None = None
     count: int = 0
-    """U, to count loads; 0: they are not counted."""
+    """U, to count loads; 0: do not count."""
     record: bool = False
-    """Whether the choices are kept."""
+    """Whether to keep the choices."""
     found: dict[int, Found] = field(default_factory=dict)
-    """What each router found, by place."""
+    """Results of each router, by place."""
 
 
 def own_tokens(num_tokens: int, ranks: Ranks) -> Int64:
-    """[T] which tokens of a row this rank's routers see: every context-th one, of which sequence parallelism takes a run."""
+    """[T] the tokens of a row that this rank's routers see: every context-th one, of which sequence parallelism takes a range."""
     tokens = np.arange(num_tokens)[ranks.context.rank() :: ranks.context.size()]
     share = len(tokens) // ranks.tensor.size()
     return tokens[ranks.tensor.rank() * share :][:share]
@@ -104,7 +104,7 @@ def row_routing(row: Row, ranks: Ranks, *, by_group: bool = True, **options: Any
     """A row's routing on this rank.
 
     Args:
-        by_group: a unit is a group, numbered by its slot; else all is one unit
+        by_group: a unit is a group, numbered by its slot; otherwise the whole row is one unit
         options: other fields
     """
     own = own_tokens(len(row.tokens), ranks)
@@ -115,7 +115,7 @@ def row_routing(row: Row, ranks: Ranks, *, by_group: bool = True, **options: Any
 
 
 class RowRouter(TopKRouter):
-    """Megatron-Core's router, which also does what the row at hand asks for."""
+    """Megatron-Core's router, extended by the current row's `RowRouting`."""
 
     def __init__(self, *, place: int, **options: Any) -> None:
         super().__init__(**options)
@@ -158,7 +158,7 @@ class RowRouter(TopKRouter):
         return probs, routes
 
     def _forced(self, logits: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of given experts [T, k]: the fused kernel, which would choose, is not taken."""
+        """Weights of given experts [T, k]; the fused kernel, which would choose experts, is not used."""
         result: tuple[Tensor, Tensor] = topk_routing_with_score_function(
             logits,
             self.topk,
@@ -180,13 +180,13 @@ class RowRouter(TopKRouter):
     def _add_balance(self, probs: Tensor, logits: Tensor, row: RowRouting, terms: Terms, found: Found) -> Tensor:
         """Attach E · Σ_e f_e · P_e (Switch Transformer, Eq. 4–6, f divided by k), the mean over units.
 
-        f_e = loads_e / (k W) is constant, P_e = Σ_t p_te / W; `switch_load_balancing_loss_func`, for several units at once.
-        The router's own choices are counted, also where the reference's are replayed.
+        f_e = loads_e / (k W) is constant, P_e = Σ_t p_te / W. This is `switch_load_balancing_loss_func` for several units at
+        once. The router's own choices count, even if the reference's are replayed.
         """
         if terms.loads is None:
             assert found.loads is not None
             loads = found.loads.clone()
-            if self.tp_cp_group.size() > 1:  # forward: sum over the ranks that share the row; no gradient goes through
+            if self.tp_cp_group.size() > 1:  # forward: sum over the ranks that share the row; no gradient
                 all_reduce(loads, group=self.tp_cp_group)
         else:
             loads = terms.loads[self.place]
@@ -200,14 +200,14 @@ class RowRouter(TopKRouter):
 
 
 def experts_of(routes: Tensor, topk: int) -> Tensor:
-    """[T, k] the experts of each token, from a map [T, E] with k of them a token; on the device, without a wait."""
+    """[T, k] the experts of each token, from a map [T, E] with k of them per token; on the device, without synchronization."""
     return routes.to(torch.uint8).topk(topk, dim=1).indices
 
 
 class RowExperts(MoELayer):
-    """Megatron-Core's layer of experts whose router gets the row's routing, the same one when the layer is computed again.
+    """Megatron-Core's layer of experts whose router receives the row's routing, the same one at recomputation.
 
-    Recomputation happens when other rows may be under way, so it binds the row here, and not in Megatron-Core.
+    Recomputation may run while other rows are in progress, so this layer binds the row itself.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -233,7 +233,7 @@ class RowExperts(MoELayer):
 
 
 class RowLayer(TransformerLayer):
-    """Megatron-Core's layer, which hands the routing in the row's layout to its experts."""
+    """Megatron-Core's layer that passes the row's routing to its experts."""
 
     def _forward_mlp(
         self, hidden_states: Tensor, inference_context: Any = None, padding_mask: None = None, packed_seq_params: Any = None
@@ -246,7 +246,7 @@ class RowLayer(TransformerLayer):
 
 
 def route_by_rows(layer: ModuleSpec, family: Family, number: int) -> None:
-    """Let a layer with experts route by rows."""
+    """Make a layer with experts route by rows."""
     assert family.experts is not None
     submodules = layer.submodules.mlp.keywords["submodules"]
     submodules.router = functools.partial(RowRouter, place=sum(family.experts.layers[:number]))

@@ -1,8 +1,8 @@
-"""Safetensors files, a few rows at a time.
+"""Read and write safetensors files a few rows at a time.
 
-The `safetensors` library maps whole files into memory and writes from a dictionary of tensors; both grow with the
-shard. The format is simple enough (8 bytes of header length, a JSON header, then the tensors back to back) to read and
-write any run of rows directly, so that memory stays at one buffer. The tests hold this module against the library.
+The `safetensors` library maps whole files into memory and writes from a dictionary of tensors; both grow with the file. The
+format is simple (8 bytes of header length, a JSON header, then the tensors back to back), so this module reads and writes any
+range of rows directly, with one buffer in memory. The tests compare it with the library.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from mpo_megatron.config import require
 from mpo_megatron.hf.conversion import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""Safetensors' names of the dtypes that weights may have."""
+"""Safetensors' names of the supported dtypes."""
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 MAX_HEADER = 100_000_000
-"""The safetensors library's own limit on the header, in bytes."""
+"""The safetensors library's own limit on the header size, in bytes."""
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor's bytes are."""
+    """Location of one tensor's bytes."""
 
     name: str
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int
-    """Position of its first byte in the file."""
+    """Offset of its first byte in the file."""
 
     @property
     def num_bytes(self) -> int:
@@ -59,9 +59,9 @@ class GrownTensor(StoredTensor):
     """A tensor with more rows than its file holds."""
 
     added: int
-    """Number of last rows that the file does not hold."""
+    """Number of last rows that are not in the file."""
     row: Tensor
-    """What each of them is."""
+    """Value of each of these rows."""
 
 
 def byte_view(tensor: Tensor) -> memoryview:
@@ -73,11 +73,11 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a Hugging Face checkpoint, from its single file or else its index, as `transformers` loads them; reads
-    headers only.
+    """All tensors of a Hugging Face checkpoint, from its single file or else its index, as `transformers` loads them; reads only
+    headers.
 
     Raises:
-        CheckpointError: no safetensors there, a missing or truncated file, an index that contradicts its files.
+        CheckpointError: there are no safetensors, a file is missing or truncated, or an index contradicts its files.
     """
     index = _read_index(folder)
     tensors: dict[str, StoredTensor] = {}
@@ -96,14 +96,14 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
             tensors[name] = tensor
     for name, file in index.items():
         if name and name not in tensors:
-            raise CheckpointError(f"{folder / INDEX} puts {name} in {file}, but it is not there; copy the checkpoint again.")
+            raise CheckpointError(f"{folder / INDEX} puts {name} in {file}, but that file lacks it; copy the checkpoint again.")
     return tensors
 
 
 def _read_index(folder: Path) -> dict[str, str]:
     """Tensor name → file name; for a checkpoint without index, its one file under an empty name."""
     path = folder / INDEX
-    if (folder / SINGLE).is_file():  # an index beside it is of an older save
+    if (folder / SINGLE).is_file():  # transformers ignores an index beside it
         return {"": SINGLE}
     if not path.is_file():
         raise CheckpointError(_why_no_weights(folder))
@@ -123,7 +123,7 @@ def _why_no_weights(folder: Path) -> str:
     if pickles:
         return (
             f"{folder} has its weights only as pickles ({pickles[0]}), which can run code when read; "
-            "save them as safetensors first, in transformers: "
+            "save them as safetensors first, with transformers: "
             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}, dtype='auto').save_pretrained(NEW_FOLDER)."
         )
     files = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -140,7 +140,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file.
 
     Raises:
-        CheckpointError: the file is not whole, or a tensor has a dtype other than float32, float16, bfloat16.
+        CheckpointError: the file is incomplete, or a tensor has a dtype other than float32, float16, bfloat16.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -149,7 +149,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise CheckpointError(f"{path}: a Git LFS pointer instead of the weights; fetch them with `git lfs pull`.")
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise CheckpointError(f"{path}: not a whole safetensors file ({size:,} bytes); copy or download it again.")
+            raise CheckpointError(f"{path}: incomplete safetensors file ({size:,} bytes); copy or download it again.")
         try:
             entries = json.loads(file.read(length))
             _check_metadata(entries.get("__metadata__"))
@@ -166,7 +166,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.num_bytes)):
         if tensor.start != end:
             raise CheckpointError(
-                f"{path}: damaged: by its header, {tensor.name} does not begin where the tensor before it ends; copy or download "
+                f"{path}: damaged: by its header, {tensor.name} does not start where the tensor before it ends; copy or download "
                 "it again."
             )
         end += tensor.num_bytes
@@ -210,7 +210,7 @@ def _parse_entry(path: Path, data_start: int, name: str, entry: dict[str, Any]) 
 
 
 class RowReader:
-    """Reads rows into existing memory; keeps the file of the last tensor open."""
+    """Reads rows into existing memory; keeps the last file open."""
 
     def __init__(self) -> None:
         self._path: Path | None = None
@@ -248,14 +248,14 @@ class WeightsDigest:
         self._tensors: dict[str, Any] = {}
 
     def update(self, tensor: StoredTensor, rows: Tensor) -> None:
-        """Take in the next rows of a tensor; rows come in order, tensors in any."""
+        """Add the next rows of a tensor; rows arrive in order, tensors in any order."""
         if tensor.name not in self._tensors:
             header = f"{tensor.name} {DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}\n"
             self._tensors[tensor.name] = hashlib.sha256(header.encode())
         self._tensors[tensor.name].update(byte_view(rows))
 
     def hexdigest(self) -> str:
-        """The digest of all tensors taken in, independent of their order."""
+        """The digest of all tensors so far, independent of their order."""
         lines = sorted(f"{name} {tensor.hexdigest()}\n" for name, tensor in self._tensors.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -278,7 +278,7 @@ class PlannedTensor:
 
 
 def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: float) -> list[list[PlannedTensor]]:
-    """Cut tensors, in order, into files of at most `max_bytes`; one that is larger alone gets a file of its own."""
+    """Split tensors, in order, into files of at most `max_bytes`; a larger tensor gets its own file."""
     shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in tensors:
@@ -291,7 +291,7 @@ def plan_shards(tensors: Iterable[PlannedTensor], max_bytes: float) -> list[list
 
 
 def write_shards(folder: Path, shards: list[list[PlannedTensor]], rows_of: Callable[[PlannedTensor], Iterator[Tensor]]) -> None:
-    """Write the files and, if there are several, their index; `rows_of` yields a tensor's rows in order."""
+    """Write the files and, for several, their index; `rows_of` yields a tensor's rows in order."""
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"

@@ -1,4 +1,4 @@
-"""Rows of tensors by token, some of them several times; gradients of the copies are summed in a fixed order."""
+"""Gather rows by token, some of them several times; the gradients of the copies are summed in a fixed order."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from mpo_megatron.data.arrays import Int64
 
 @dataclass(frozen=True)
 class TokenGather:
-    """Which token each gathered row is of."""
+    """The token of each gathered row."""
 
     index: Tensor
     """[E] token of each gathered row."""
     copies: tuple[tuple[Tensor, Tensor], ...]
-    """For each number c of copies that tokens have: those tokens [n], and where their copies are [n, c]."""
+    """For each number c of copies: the tokens [n] with c copies, and the positions [n, c] of these copies."""
 
 
 def build_gather(index: Int64) -> TokenGather:
-    """The gather of the tokens in `index` [E], on this rank's device; every token of the row is among them."""
+    """The gather of the tokens in `index` [E], on this rank's device; every token of the row must appear."""
     counts = np.bincount(index)
     order, starts = np.argsort(index, kind="stable"), np.concatenate(([0], counts.cumsum()[:-1]))
     copies = []
@@ -35,7 +35,7 @@ def build_gather(index: Int64) -> TokenGather:
 
 
 def gather_tokens(tensor: Tensor, gather: TokenGather) -> Tensor:
-    """The rows [E, …] of `tensor` [T, …] that the gather names."""
+    """The rows [E, …] of `tensor` [T, …] named by the gather."""
     result: Tensor = _Gather.apply(tensor, gather)
     return result
 
@@ -43,7 +43,7 @@ def gather_tokens(tensor: Tensor, gather: TokenGather) -> Tensor:
 class _Gather(torch.autograd.Function):
     """Backward sums a token's gradients from all its copies, in float32.
 
-    The sum has a fixed order. `index_add` on a GPU adds in any order, so a run that is repeated would get other gradients.
+    The order is fixed: `index_add` on a GPU adds in any order, so a repeated run would get other gradients.
     """
 
     @staticmethod
@@ -62,5 +62,5 @@ class _Gather(torch.autograd.Function):
                 part = gradient.index_select(0, places[:, 0])
             else:
                 part = gradient[places].sum(dim=1, dtype=dtype).to(gradient.dtype)
-            total.index_copy_(0, tokens, part)  # each token is in one of the parts
+            total.index_copy_(0, tokens, part)  # each token is in exactly one part
         return total, None

@@ -1,13 +1,13 @@
-"""Pickles of a checkpoint folder, read without running what they name.
+"""Read the pickles of a checkpoint folder without running what they name.
 
-A pickle names the functions that build its objects, and reading it calls them: a crafted one runs any command. torch's
-distributed checkpoints hold pickles in two places. Each is read with a list of harmless classes:
+A pickle names the functions that build its objects, and reading it calls them: a crafted pickle runs any command. torch's
+distributed checkpoints hold pickles in two places. Each is read with an allow-list of harmless classes:
 
     .metadata     read by `read_metadata`, also where torch and Megatron-Core open it (`reading_safely`)
-    *.distcp,     objects and tensors of torch.save: `weights_only=True`, also where torch asks for the opposite
-    common.pt     (`reading_safely`)
+    *.distcp,     objects and tensors of torch.save: `weights_only=True`, even where torch asks for the opposite
+       common.pt     (`reading_safely`)
 
-Every reader parses the very bytes that it checked.
+Every reader parses the same bytes that it checked.
 """
 
 from __future__ import annotations
@@ -47,19 +47,19 @@ _ALLOWED = {
     ("torch.serialization", "_get_layout"),  # a layout by its name
     ("collections", "OrderedDict"),
 }
-"""What the metadata of a distributed checkpoint names, besides dtypes and paths."""
+"""Classes in a distributed checkpoint's metadata, besides dtypes and paths."""
 
 _PATHS = {(module, name) for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "WindowsPath", "PurePosixPath")}
-"""Where a checkpoint was written: unused, so that a plain path can replace any."""
+"""Types of the path where a checkpoint was written: unused, so a plain path can replace any."""
 
 PICKLES = (".metadata", "common.pt")
-"""Names of a checkpoint's files that are one pickle, in its folder `megatron`."""
+"""Files of a checkpoint that are single pickles, in its folder `megatron`."""
 
 DAMAGE = (
     *(pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError),
     *(OverflowError, RecursionError, MemoryError, RuntimeError, zipfile.BadZipFile),
 )
-"""What reading a damaged pickle raises."""
+"""Errors raised while reading a damaged pickle."""
 
 
 class UnsafePickleError(pickle.UnpicklingError):
@@ -67,7 +67,7 @@ class UnsafePickleError(pickle.UnpicklingError):
 
 
 class _MetadataUnpickler(pickle.Unpickler):
-    """Builds the classes of a checkpoint's metadata, and nothing else."""
+    """Builds only the classes of a checkpoint's metadata."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _ALLOWED:
@@ -80,7 +80,7 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> Metadata:
-    """The metadata of a torch_dist checkpoint; nothing that its pickle names is run.
+    """The metadata of a torch_dist checkpoint; runs nothing that its pickle names.
 
     Raises:
         CheckpointError: the file is missing or damaged, names a foreign class or function, or points outside the folder.
@@ -101,10 +101,10 @@ def read_metadata(folder: Path) -> Metadata:
 
 
 def check_pickles(folder: Path) -> None:
-    """Read a torch_dist checkpoint's small pickles for the sake of their refusals; nothing that they name is run.
+    """Read a torch_dist checkpoint's small pickles to detect unsafe ones; runs nothing that they name.
 
     Raises:
-        CheckpointError: one is damaged, or names what could run commands.
+        CheckpointError: one is damaged, or names something that could run commands.
     """
     read_metadata(folder)
     path = folder / "common.pt"
@@ -120,21 +120,21 @@ def check_pickles(folder: Path) -> None:
 
 
 def common_refusal(path: Path, error: pickle.UnpicklingError) -> str:
-    """Why torch does not read a `common.pt`, in one sentence; its own message advises to trust the file."""
+    """Why torch does not read a `common.pt`, in one sentence; torch's own message advises trusting the file."""
     first = str(error).splitlines()[0]
-    return f"{path}: refused ({first}); it could run commands: take the checkpoint from a source that you trust."
+    return f"{path}: refused ({first}); it could run commands: get the checkpoint from a source that you trust."
 
 
 def refusal(path: Path, error: UnsafePickleError) -> str:
     """Why a file is not read, in one sentence."""
     return (
-        f"{path}: refused, nothing of it was run: {error}, which no checkpoint needs and which could run commands; "
-        "someone has changed this file: take the checkpoint from a source that you trust."
+        f"{path}: refused without running it: {error}, which no checkpoint needs and which could run commands; "
+        "someone has changed this file: get the checkpoint from a source that you trust."
     )
 
 
 def _find_problem(metadata: Any) -> str | None:
-    """What a checkpoint's metadata lacks to be of use."""
+    """What makes a checkpoint's metadata unusable; None if nothing does."""
     if not isinstance(metadata, Metadata):
         return f"it holds {type(metadata).__name__}, not the metadata of a checkpoint"
     entries, storage = metadata.state_dict_metadata, metadata.storage_data
@@ -146,14 +146,14 @@ def _find_problem(metadata: Any) -> str | None:
     for index, where in storage.items():
         name = getattr(where, "relative_path", None)
         if not isinstance(index, MetadataIndex) or not isinstance(name, str) or PurePath(name).name != name:
-            return f"{getattr(index, 'fqn', index)!r} is said to be in {name!r}, which is no file of this folder"
+            return f"{getattr(index, 'fqn', index)!r} refers to {name!r}, which is no file in this folder"
         if not all(isinstance(number, int) and number >= 0 for number in (where.offset, where.length)):
             return f"{index.fqn!r} has no place in {name}"
     return None
 
 
 def _is_tensor(entry: Any) -> bool:
-    """Whether an entry has what a tensor needs: its type, its size and where its chunks are."""
+    """Whether an entry has a tensor's properties: dtype, size and chunks."""
     return (
         isinstance(entry, TensorStorageMetadata)
         and isinstance(entry.properties.dtype, torch.dtype)
@@ -171,16 +171,16 @@ def _read_metadata(reader: FileSystemReader, *args: Any, **kwargs: Any) -> Metad
 
 
 class SafeReader(FileSystemReader):
-    """torch's reader of a checkpoint's files, whose metadata runs nothing."""
+    """torch's checkpoint reader with metadata reading that runs nothing."""
 
     read_metadata = _read_metadata
 
 
 @contextlib.contextmanager
 def reading_safely() -> Iterator[None]:
-    """Within it nobody in this process reads a checkpoint's pickle unrestrictedly: torch and Megatron-Core open these themselves.
+    """Within this context, torch and Megatron-Core, too, read a checkpoint's pickles only with the allow-list.
 
-    torch's planner, for one, asks for objects with `weights_only=False`.
+    For example, torch's planner asks for objects with `weights_only=False`.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
     with (

@@ -1,8 +1,8 @@
-"""Where every Hugging Face weight is in a Megatron checkpoint: a family's rules, expanded for every layer and expert.
+"""Location of every Hugging Face weight in a Megatron checkpoint: a family's rules, expanded for every layer and expert.
 
-Both directions read the same table, and no rule needs code for either. Tests compare it with the models of Megatron-Core and
-transformers. Layers, and a layer's experts, are stacked on axes of their own; where layers differ in kind, some with experts and
-some without, each has keys of its own instead.
+Both directions read the same table, without code per rule. Tests compare it with the models of Megatron-Core and transformers.
+Layers, and a layer's experts, are stacked on separate axes. If layers differ in kind, some with experts and some without, each
+layer has its own keys instead.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RowRun:
-    """Consecutive rows that are consecutive on both sides."""
+    """Rows that are consecutive on both sides."""
 
     hf_row: int
     megatron_row: int
@@ -31,7 +31,7 @@ class RowRun:
 
 @dataclass(frozen=True)
 class Placement:
-    """One whole Hugging Face tensor, and where its rows are in its `Slice`."""
+    """One whole Hugging Face tensor, and the location of its rows in its `Slice`."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,14 +39,14 @@ class Placement:
     """In the order of this tensor's rows."""
 
     def gather(self, whole: Tensor) -> Tensor:
-        """This tensor, from the Megatron tensor that holds its rows."""
+        """Extract this tensor from the Megatron tensor that holds its rows."""
         tensor = whole.new_empty(self.shape)
         for run in self.runs:
             tensor[run.hf_row : run.hf_row + run.num_rows] = whole[run.megatron_row : run.megatron_row + run.num_rows]
         return tensor
 
     def scatter(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A Megatron tensor of this shape with the rows of `tensor` in their places; other rows stay uninitialized."""
+        """A Megatron tensor of this shape with the rows of `tensor` in place; other rows stay uninitialized."""
         whole = tensor.new_empty(shape)
         for run in self.runs:
             whole[run.megatron_row : run.megatron_row + run.num_rows] = tensor[run.hf_row : run.hf_row + run.num_rows]
@@ -59,10 +59,10 @@ class Slice:
 
     key: str
     index: tuple[int, ...]
-    """Index on the checkpoint tensor's axes for layers and experts, if it has any."""
+    """Index on the checkpoint tensor's axes for layers and experts, if any."""
     shape: tuple[int, ...]
     global_shape: tuple[int, ...]
-    """Shape in the checkpoint, axes for layers and experts included."""
+    """Shape in the checkpoint, including axes for layers and experts."""
     placements: tuple[Placement, ...]
 
 
@@ -81,8 +81,8 @@ EXTRA_STATE_MODULES = (
     "decoder.layers.mlp.shared_experts.linear_fc2",
     "decoder.final_layernorm",
 )
-"""Modules for which some layer implementation asks the checkpoint for an FP8 `_extra_state`. A converted checkpoint
-holds an empty one for each: loading ignores the ones it does not ask for, and fails on the ones it misses."""
+"""Modules for which some layer implementation expects an FP8 `_extra_state` in the checkpoint. A converted checkpoint holds an
+empty one for each: loading ignores unexpected ones, and fails on missing ones."""
 
 DELTA_NET_STATE_MODULES = ("decoder.layers.self_attention.in_proj", "decoder.layers.self_attention.out_proj")
 """The same, in models that have Gated DeltaNets."""
@@ -92,7 +92,7 @@ EXPERT_STATE_MODULES = ("decoder.layers.mlp.experts.experts.linear_fc1", "decode
 
 
 def build_weight_map(family: Family, padded_vocab: int) -> list[Slice]:
-    """Every Megatron tensor of the model, layer by layer, in the order in which both directions write them."""
+    """Every Megatron tensor of the model, layer by layer, in writing order of both directions."""
     per_layer = [rule for rule in family.rules if rule.per_layer]
     first = family.rules.index(per_layer[0])
     return [
@@ -103,7 +103,7 @@ def build_weight_map(family: Family, padded_vocab: int) -> list[Slice]:
 
 
 def build_adapter_map(family: Family, adapter: Adapter) -> list[Slice]:
-    """Every Megatron tensor of an adapter, layer by layer; its parts have PEFT's names."""
+    """Every Megatron tensor of an adapter, layer by layer; its parts have PEFT names."""
     return _layer_slices(adapter_rules(family, adapter), family)
 
 
@@ -137,8 +137,8 @@ def extra_state_keys(family: Family) -> list[str]:
 
 
 def _stacked(key: str, layer: int, family: Family) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-    """Key of a layer's tensor, its index on the axis for layers, and that axis's size: no axis where layers differ in kind, and
-    none for what is in no layer."""
+    """Key of a layer's tensor, its index on the axis for layers, and that axis's size; no axis if layers differ in kind, or for
+    tensors outside layers."""
     if key.startswith("decoder.layers.") and family.uniform:
         return key, (layer,), (family.num_hidden_layers,)
     return key.replace("decoder.layers.", f"decoder.layers.{layer}."), (), ()
@@ -153,7 +153,7 @@ def _layer_slice(rule: Rule, layer: int, expert: int, family: Family) -> Slice:
 
 
 def _slice(rule: Rule, padded_vocab: int, **names: int) -> Slice:
-    """The tensor of a rule, without axes for layers and experts; `names` fill the Hugging Face names."""
+    """The Megatron tensor of a rule, without axes for layers and experts; `names` fill the Hugging Face names."""
     block_rows = sum(rule.parts.values())
     shape = (padded_vocab if rule.padded else rule.rows, *rule.row_shape)
     runs: dict[str, list[RowRun]] = {name: [] for name in rule.parts}

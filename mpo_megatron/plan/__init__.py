@@ -1,9 +1,9 @@
-"""What a run will need before it is submitted: memory of every rank, communication, time, and which layouts are best.
+"""Predict a run before submission: memory of every rank, communication, time, and the best layouts.
 
     hardware    GPUs and their networks                 models      shapes of published models
     parameters  weights of each rank, exactly           rows        groups → packed rows, as the trainer packs them
     memory      bytes of each rank at its peak          step_time   seconds of a step, and where they go
-    search      the layouts that fit, the fastest first  plan       the command
+    search      layouts that fit, fastest first            plan       the command
 
-docs/reference/planning.md has the formulas, their sources, and how they compare with measurements.
+docs/reference/planning.md has the formulas, their sources, and comparisons with measurements.
 """

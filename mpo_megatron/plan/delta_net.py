@@ -1,4 +1,4 @@
-"""Bytes that autograd keeps of a Gated DeltaNet, in the place of attention's. Legend as in memory.py; C tokens of a chunk."""
+"""Bytes that autograd keeps of a Gated DeltaNet, in place of attention's. Legend as in memory.py; C tokens per chunk."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from mpo_megatron.config import ModelConfig
 from mpo_megatron.families import DeltaNet
 
 CHUNK = 64
-"""C, of both kernels."""
+"""C, for both kernels."""
 FLOAT32 = 4
 
 
 def delta_net_kept(net: DeltaNet, model: ModelConfig, *, tokens: int, ranks: int, gpu: bool, recomputed: bool) -> int:
-    """Bytes of one layer for one row, between the norm and the residual that follow it.
+    """Bytes of one layer for one row, between the input norm and the following residual.
 
     Args:
-        tokens: t; with context parallelism a rank has all tokens of some heads, which is as much
-        ranks: that share out its heads (tensor parallelism)
-        recomputed: what lies between the projections is computed again
+        tokens: t; with context parallelism a rank has all tokens of some heads, which needs as much
+        ranks: number of tensor-parallel ranks that share the heads
+        recomputed: everything between the projections is recomputed
     """
     b = 2 if model.precision == "bf16" else 4
     values, convolved = net.values // ranks, net.convolved // ranks
     if recomputed:
-        return tokens * b * (net.inputs // ranks + values)  # both projections' sides
+        return tokens * b * (net.inputs // ranks + values)  # outputs of the input projection, inputs of the output projection
     kernels = gpu and b == 2 and model.delta_rule != "torch"
     rule = _kernels_kept(net) if kernels else _operations_kept(net)
-    # The convolution's input and output; values by heads; norm and gate, in float32 and rounded; the output projection's input.
+    # Input and output of the convolution; values by heads; norm and gate, in float32 and rounded; input of the output projection.
     around = 2 * convolved * b + values * b + values * (3 * FLOAT32 + 2 * b) + values * b
     return tokens * (rule // ranks + around)
 
 
 def _operations_kept(net: DeltaNet) -> int:
-    """Of a token in plain operations (`torch`), all in float32: queries and keys before and after they are normalized; chunks'
-    decays, products and the system they make; its right and its solution; and of every chunk the state it starts from."""
+    """Bytes per token in plain operations (`torch`), all float32: queries and keys before and after normalization; chunks'
+    decays, products and linear system; its right-hand side and solution; and the initial state of every chunk."""
     heads, keys, values = net.value_heads, net.key_channels, net.value_channels
     vectors = 4 * net.keys + heads * (2 * keys + 2 * (keys + values) + values)
     return FLOAT32 * (vectors + CHUNK * (4 * heads + 2 * net.key_heads) + net.state // CHUNK)

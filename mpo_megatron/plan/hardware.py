@@ -1,7 +1,7 @@
 """GPUs and the networks of their machines: dense peaks, without sparsity.
 
 Sources: NVIDIA's data sheets of A100 (2021), H100 (SXM5, 2023), H200 and GB200 NVL72 (2024), and the DGX A100, H100, H200 and
-B200 user guides for NVLink and network adapters. Memory is what CUDA reports as total, which is less than the number on the box.
+B200 user guides for NVLink and network adapters. Memory is CUDA's reported total, which is less than the nominal size.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from mpo_megatron.train.throughput import PEAK_BF16_TFLOPS
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """One GPU, and what connects it with others."""
+    """One GPU, and its links to others."""
 
     name: str
     memory_gib: float
-    """Total device memory."""
+    """Total device memory, GiB."""
     bf16_tflops: float
-    """Dense peak of bf16 matrix products."""
+    """Dense peak of bf16 matrix products, TFLOP/s."""
     fp8_tflops: float | None
-    """Dense peak of FP8 matrix products; None if there are none."""
+    """Dense peak of FP8 matrix products, TFLOP/s; None if unsupported."""
     memory_gbps: float
-    """Device memory, GB/s."""
+    """Device memory bandwidth, GB/s."""
     intra_gbps: float
-    """From one GPU to the others of its machine, GB/s in each direction."""
+    """From one GPU to the others of its machine, GB/s per direction."""
     inter_gbps: float
-    """From one GPU to other machines, GB/s in each direction: one network adapter for each GPU."""
+    """From one GPU to other machines, GB/s per direction: one network adapter per GPU."""
     gpus_per_node: int = 8
 
 
@@ -55,7 +55,7 @@ TABLE = {
     )
     for name, memory, fp8, bandwidth, intra, inter, gpus in _ROWS
 }
-"""Hardware by the name that `hardware` takes."""
+"""Hardware by its value of `hardware`."""
 
 
 def find_hardware(
@@ -66,10 +66,10 @@ def find_hardware(
     intra_gbps: float | None = None,
     inter_gbps: float | None = None,
 ) -> Hardware:
-    """The hardware of this name, with what differs on the machines at hand.
+    """The hardware of this name, with overrides for the machines at hand.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: the name is unknown.
     """
     require(name.lower() in TABLE, f"hardware = {name}; there is no such entry; choose one of {', '.join(TABLE)}.")
     given = {

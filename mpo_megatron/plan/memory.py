@@ -1,13 +1,13 @@
 """Bytes of one rank of a pipeline stage at the peak of a training step.
 
-What stays is exact: weights, gradients and optimizer states as Megatron-Core lays them out. What autograd keeps of a row is
-counted tensor by tensor, in the manner of Korthikanti et al. 2022 (arXiv:2205.05198, Eq. 1–4), for the layers used here: RMS
-norm, grouped heads, SwiGLU, attention over segments without a score matrix. On top of it comes the largest of a few moments of
-the backward pass. docs/reference/planning.md spells the formulas out, and has the measurements.
+Static memory is exact: weights, gradients and optimizer states as Megatron-Core allocates them. What autograd keeps of a row is
+counted tensor by tensor, following Korthikanti et al. 2022 (arXiv:2205.05198, Eq. 1–4), for the layers used here: RMS norm,
+grouped heads, SwiGLU, attention over segments without a score matrix. The largest of a few moments of the backward pass is added.
+docs/reference/planning.md gives the formulas and the measurements.
 
-Legend: T tokens of a row, t = T / context those of one rank, s ranks that norms and residuals are cut over (sequence
-parallelism), H hidden, q, k channels of queries and keys on one rank, F MLP channels on one rank, S scored tokens, C tokens of a
-log-prob chunk, V vocabulary rows on one rank, b bytes of the compute dtype.
+Legend: T tokens of a row, t = T / context tokens on one rank, s ranks that shard norms and residuals (sequence parallelism), H
+hidden, q, k channels of queries and keys on one rank, F MLP channels on one rank, S scored tokens, C tokens of a log-prob chunk,
+V vocabulary rows on one rank, b bytes of the compute dtype.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ GIB = 2**30
 STATE_BYTES = 8
 """AdamW's two moments in float32."""
 MASTER_BYTES = 4
-"""Float32 master weights beside bf16 ones; float32 weights are their own."""
+"""Float32 master weights beside bf16 ones; float32 weights need none."""
 LEAVING = 2
-"""Layers whose activations are on their way to host memory, or back, at one time (`model.offload_layers`)."""
+"""Layers whose activations are being transferred to or from host memory at the same time (`model.offload_layers`)."""
 GRADIENT_BYTES = 4
 """Gradients are summed and reduced in float32."""
 INDEX_BYTES = 8
@@ -48,7 +48,7 @@ INDEX_BYTES = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """What computes: it decides which tensors autograd keeps."""
+    """The kernels in use: they decide which tensors autograd keeps."""
 
     layers: Literal["transformer_engine", "local"]
     attention: Literal["sdpa", "flex", "varlen"]
@@ -58,7 +58,7 @@ class Kernels:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLayout:
-    """All that memory depends on besides the row."""
+    """Everything besides the row that determines memory."""
 
     shape: Family
     """The model."""
@@ -69,17 +69,17 @@ class MemoryLayout:
     world_size: int
     kernels: Kernels
     resident: bool
-    """A reference model stays beside the policy, for token-wise divergences."""
+    """A reference model stays in memory beside the policy, for token-wise divergences."""
     sampler: EngineMemory | None = None
-    """What samples from the policy between steps, on the busiest GPU (`online.kl_weight`)."""
+    """The engine that samples from the policy between steps, on its busiest GPU (`online.kl_weight`)."""
     routing: ExpertsConfig = field(default_factory=ExpertsConfig)
-    """What routers of experts do besides."""
+    """Additional work of experts' routers."""
     records_choices: bool = False
-    """The reference's choices of experts come from its cache."""
+    """The reference's expert choices come from its cache."""
     adapter: Adapter | None = None
-    """Trained beside frozen weights."""
+    """Adapter trained on frozen weights."""
     gpu_bytes: int | None = None
-    """Memory of a GPU, which the log-prob kernel's chunks follow; None on a CPU."""
+    """Memory of a GPU, which determines the log-prob kernel's chunks; None on a CPU."""
 
     @property
     def replicas(self) -> int:
@@ -89,12 +89,12 @@ class MemoryLayout:
 
     @property
     def sharing(self) -> int:
-        """Ranks that hold the same weights, and so share optimizer states."""
+        """Ranks with the same weights, which shard optimizer states."""
         return self.replicas * self.parallel.context
 
     @property
     def expert_sharing(self) -> int:
-        """Ranks that hold the same experts."""
+        """Ranks with the same experts."""
         parallel = self.parallel
         return self.world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
 
@@ -105,17 +105,17 @@ class MemoryLayout:
 
     @property
     def linear_input_bytes(self) -> int:
-        """Bytes of an element that a matrix product keeps of its input."""
+        """Bytes per element that a matrix product keeps of its input."""
         return self.dtype_bytes if self.model.fp8 == "none" else 1
 
     @property
     def keeps_normalized(self) -> bool:
-        """Whether norms keep their normalized input, for the gradient of their weight: PyTorch's in bf16 on a CPU, not frozen."""
+        """Whether norms keep their normalized input for their weight's gradient: PyTorch's in bf16 on a CPU, unless frozen."""
         return not self.kernels.gpu and self.dtype_bytes < 4 and self.adapter is None
 
     @property
     def in_blocks(self) -> bool:
-        """Whether the frozen weights of linear layers are kept in 4 bits, and whole only while they multiply."""
+        """Whether frozen linear weights are stored in 4 bits, and dequantized only while they multiply."""
         return self.adapter is not None and self.adapter.quantize != "none"
 
     @property
@@ -129,53 +129,53 @@ class MemoryLayout:
         return self.padded_vocab // self.parallel.tensor
 
     def recomputes(self, module: str) -> bool:
-        """Whether a module of each layer is computed again, by itself."""
+        """Whether a module of each layer is recomputed on its own."""
         return self.model.recompute == "selective" and module in self.model.recompute_modules
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageMemory:
-    """Bytes of a rank of one stage at its peak."""
+    """Peak bytes of a rank of one stage."""
 
     stage: int
     parameters: int
-    """Elements, as laid out in buffers."""
+    """Elements, in Megatron's buffers."""
     trained: int
-    """Of these with gradients: all, or the adapters'."""
+    """Elements with gradients: all, or the adapters'."""
     trained_experts: int
-    """Of those, in experts."""
+    """Those of them that belong to experts."""
     rows_in_flight: float
-    """Rows whose activations are kept at one time; with interleaving, sums of parts of rows."""
+    """Rows whose activations are kept at the same time; with interleaving, sums of parts of rows."""
     weights: int
     gradients: int
     optimizer: int
     activations: int
     """Kept by autograd for the backward passes of all rows in flight."""
     working: int
-    """On top of it at the peak: see `moment`."""
+    """Added at the peak: see `moment`."""
     moment: str
-    """What the step does at its peak."""
+    """The moment of the step with the peak."""
     log_probs: int
-    """What the log-prob head takes while it works on a chunk; at the peak only if it is the `moment`."""
+    """Memory of the log-prob head for one chunk; part of the peak only if it is the `moment`."""
     all_to_all: int
     """Send and receive buffers of context parallelism; likewise."""
     reference: int
     """Weights of a resident reference model."""
     asleep: int
-    """What an engine that samples keeps between two batches of samples."""
+    """Memory of a sampling engine between batches of samples."""
     sampling: int
-    """What it takes besides while it samples, when no activations are there."""
+    """Additional memory while it samples, when there are no activations."""
     overhead: int
-    """Context, communication buffers and workspaces of the GPU, as configured."""
+    """CUDA context, communication buffers and workspaces, as configured."""
 
     @property
     def static(self) -> int:
-        """What is there between two steps."""
+        """Memory between two steps."""
         return self.weights + self.gradients + self.optimizer + self.reference + self.asleep
 
     @property
     def dynamic(self) -> int:
-        """What a step adds at its peak, or sampling if that is more."""
+        """Additional memory at a step's peak, or while sampling if that is more."""
         return max(self.activations + self.working, self.sampling)
 
     @property
@@ -185,11 +185,11 @@ class StageMemory:
 
 
 def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int, overhead: int = 0) -> StageMemory:
-    """The peak of a stage's rank when each of its rows is like `row`.
+    """Peak of a stage's rank if each of its rows is like `row`.
 
     Args:
-        num_rows: rows of a step on one replica
-        overhead: bytes that the GPU's libraries take
+        num_rows: rows per step and replica
+        overhead: bytes used by the GPU's libraries
     """
     parts = stage_parts(layout.shape, layout.parallel)[stage]
     weights = [part_weights(layout.shape, layout.parallel, part, layout.padded_vocab) for part in parts]
@@ -230,7 +230,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
 
 
 def _choices(layout: MemoryLayout, row: RowCounts, num_rows: int) -> int:
-    """The reference's recorded choices of experts: on every rank those of a step, and once more those of its own tokens."""
+    """The reference's recorded expert choices: those of a step on every rank, and again those of its own tokens."""
     experts = layout.shape.experts
     if experts is None or not layout.records_choices:
         return 0
@@ -239,10 +239,10 @@ def _choices(layout: MemoryLayout, row: RowCounts, num_rows: int) -> int:
 
 
 def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int:
-    """(row, run of layers) pairs whose activations a stage holds at its peak.
+    """(row, virtual stage) pairs whose activations a stage holds at its peak.
 
-    Narayanan et al. 2021 (arXiv:2104.04473, §2.2): 1F1B starts with as many forward passes as there are stages behind; its
-    interleaved form with two per stage behind and a full round for each further run
+    Narayanan et al. 2021 (arXiv:2104.04473, §2.2): 1F1B starts with one forward pass per following stage. Its interleaved form
+    starts with two per following stage, and a full round per further virtual stage
     (megatron.core.pipeline_parallel.schedules: get_pp_rank_microbatches).
     """
     stages, runs = parallel.pipeline, parallel.virtual_pipeline
@@ -251,7 +251,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int
 
 
 def _weight_bytes(layout: MemoryLayout, weights: list[list[Weight]], elements: int) -> int:
-    """Weights as stored: in 4 bits with scales; with FP8 and quantized copies, row-wise and column-wise, a byte each."""
+    """Stored weights: in 4 bits with scales; with FP8 plus quantized copies, row-wise and column-wise, a byte each."""
     matrices = sum(weight.size for part in weights for weight in part if weight.matrix)
     if layout.in_blocks:
         return round(matrices * BYTES_PER_WEIGHT) + layout.dtype_bytes * (elements - matrices)
@@ -275,7 +275,7 @@ def _tokens(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _attention_widths(layout: MemoryLayout) -> tuple[int, int, int]:
-    """(q, k, k') channels of one rank; k' with key/value heads repeated where context parallelism needs them."""
+    """(q, k, k') channels of one rank; k' includes key-value heads replicated for context parallelism."""
     shape, parallel = layout.shape, layout.parallel
     queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
     repeated = max(keys, parallel.context * shape.head_dim) if parallel.context > 1 else keys
@@ -283,9 +283,9 @@ def _attention_widths(layout: MemoryLayout) -> tuple[int, int, int]:
 
 
 def _kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
-    """Bytes kept of one row for one run of layers, without the head."""
+    """Bytes kept of one row by one virtual stage, without the head."""
     hidden, b = _hidden(layout, row), layout.dtype_bytes
-    sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends on
+    sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends
     if layout.model.recompute == "full":
         angles = _tokens(layout, row) * layout.shape.head_dim * 4
         return len(part.layers) * hidden * b + angles + sent
@@ -293,17 +293,17 @@ def _kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
         layer_kept(layout, row, experts=layout.shape.has_experts(layer), state=layout.shape.has_state(layer))
         for layer in part.layers
     ]
-    if layout.model.offload_layers:  # one leaves while the next one computes
+    if layout.model.offload_layers:  # one is transferred while the next one computes
         return sum(layers[layout.model.offload_layers :]) + LEAVING * max(layers) + sent
     return sum(layers) + sent
 
 
 def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False, state: bool = False) -> int:
-    """Bytes that autograd keeps of one layer for one row, but for what is computed again.
+    """Bytes that autograd keeps of one layer for one row, except recomputed parts.
 
     Args:
         experts: the layer has experts
-        state: it is a Gated DeltaNet
+        state: the layer is a Gated DeltaNet
     """
     kept = _norms_kept(layout, row, experts=experts) + _adapters_kept(layout, row, experts=experts)
     kept += 0 if layout.recomputes("moe" if experts else "mlp") else _second_half(layout, row, experts=experts)
@@ -314,7 +314,7 @@ def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False, s
 
 
 def _delta_net(layout: MemoryLayout, row: RowCounts, *, recomputed: bool) -> int:
-    """Of a Gated DeltaNet, in the place of attention's projections and core."""
+    """Bytes of a Gated DeltaNet, in place of attention's projections and core."""
     assert layout.shape.delta_net is not None
     return delta_net_kept(
         *(layout.shape.delta_net, layout.model),
@@ -326,9 +326,9 @@ def _delta_net(layout: MemoryLayout, row: RowCounts, *, recomputed: bool) -> int
 
 
 def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
-    """A x of each adapter in a layer [t, rank]; its input is that of the layer beside it, which is kept anyway.
+    """A x of each adapter in a layer [t, rank]; its input is the layer's own, which is kept anyway.
 
-    A layer that is computed again keeps it no less than its own output, so recomputation is not looked at: it is small.
+    Recomputation is ignored: the term is smaller than the output that a recomputed layer keeps anyway.
     """
     if layout.adapter is None:
         return 0
@@ -342,14 +342,14 @@ def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> in
 
 
 def _second_half(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
-    """What follows the second norm: experts or a dense MLP."""
+    """Bytes of what follows the second norm: experts or a dense MLP."""
     return _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
 
 
 def _norms_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) -> int:
-    """Two norms: input (the residual) and output (the matrix product's input), unfused the normalized input, too; 1 / rms.
+    """Two norms: input (the residual) and output (the next product's input); unfused also the normalized input, and 1 / rms.
 
-    Transformer Engine computes them within the products that follow, but for the one before experts.
+    Transformer Engine fuses them into the following products, except the norm before experts.
     """
     tokens, b, engine = _tokens(layout, row), layout.dtype_bytes, layout.kernels.layers == "transformer_engine"
     hidden = _hidden(layout, row)
@@ -363,21 +363,21 @@ def _norms_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) 
 
 
 def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Around the attention core: queries, keys and values before and after norm and rotation, and the result."""
+    """Bytes around the attention core: queries, keys and values before and after norm and rotation, and the result."""
     shape, tokens, b = layout.shape, _tokens(layout, row), layout.dtype_bytes
     queries, keys, _ = _attention_widths(layout)
     fused = layout.kernels.gpu
     kept = queries * layout.linear_input_bytes if layout.model.fp8 != "none" else 0  # the output projection's quantized input
     if shape.qk_norm:
-        normalized = queries + keys  # inputs; PyTorch's norm and that of all heads keep what they normalized, too
+        normalized = queries + keys  # inputs; PyTorch's norm and the norm over all heads also keep the normalized ones
         normalized += queries if not fused and (shape.qk_norm == "width" or b < 4) else 0
         heads = (queries + keys) // shape.head_dim
         kept += normalized * b + 4 * heads
     if _core_keeps_inputs(layout, row):
-        kept += (queries + 2 * keys) * b  # the projection's output, for the values in it
+        kept += (queries + 2 * keys) * b  # the projection's output, because of the values in it
         kept += (queries + keys) * b  # rotated
     elif layout.parallel.context == 1:
-        kept += queries * b  # rotated; keys and values live on gathered
+        kept += queries * b  # rotated queries; keys and values are kept gathered
     elif shape.qk_norm and not fused:
         kept += (queries + 2 * keys) * b
     if layout.kernels.layers == "local" and b < 4:
@@ -387,14 +387,14 @@ def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _core_keeps_inputs(layout: MemoryLayout, row: RowCounts) -> bool:
-    """Whether the attention core's inputs are kept as they come: it is recomputed from them, or reads them where they lie."""
+    """Whether the core's inputs are kept unchanged: it is recomputed from them, or reads them in place."""
     if layout.recomputes("core_attn"):
         return True
     return layout.parallel.context == 1 and not (layout.kernels.attention == "varlen" and row.context)
 
 
 def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
+    """Bytes within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
     kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
@@ -405,15 +405,15 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
         return kept + (row.tokens + row.context) * 2 * keys * b if row.context else kept
     if layout.kernels.attention == "sdpa":
         kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
-        kept += row.tokens * queries * b  # results of the segments, which are joined
+        kept += row.tokens * queries * b  # results per segment, before concatenation
         kept += 0 if layout.kernels.gpu else row.rectangles * b  # masks
     return kept
 
 
 def _mlp_kept(layout: MemoryLayout, row: RowCounts, ffn: int | None = None) -> int:
-    """SwiGLU: gate and value as one tensor (2F), the product (F); on a CPU the activated gate, too (F).
+    """SwiGLU: gate and value as one tensor (2F), the product (F); on a CPU also the activated gate (F).
 
-    Megatron-Core's own, which shared experts have (`ffn`), also keeps a copy of the value there.
+    Megatron-Core's own, used by shared experts (`ffn`), also keeps a copy of the value on a CPU.
     """
     width = layout.shape.intermediate_size // layout.parallel.tensor if ffn is None else ffn
     b = layout.dtype_bytes
@@ -427,7 +427,7 @@ def _moe_kept(layout: MemoryLayout, row: RowCounts) -> int:
     own = _tokens(layout, row) // layout.sequence_parts
     routed = own * shape.active_experts * parallel.expert_tensor
     inner = shape.expert_ffn // parallel.expert_tensor * ((3 if layout.kernels.gpu else 5) - int(layout.recomputes("moe_act")))
-    routing = layout.routing  # logits and probabilities; for the losses these again, and each token's density of loads
+    routing = layout.routing  # logits and probabilities; the losses keep them again, with each token's load density
     maps = 3 + 2 * (routing.balance_coeff > 0) + (routing.z_coeff > 0)
     kept = own * shape.num_experts * 4 * maps + routed * b * (3 * shape.hidden_size + inner)
     if shape.shared_ffn and not layout.recomputes("shared_experts"):
@@ -448,7 +448,7 @@ def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
 
 
 def _peak(layout: MemoryLayout, parts: tuple[Part, ...], row: RowCounts) -> tuple[str, int]:
-    """The moment at which most is allocated, and the bytes then, beyond what is kept for the backward pass."""
+    """The moment with the most allocated memory, and its bytes beyond what is kept for the backward pass."""
     moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
     shape = layout.shape
     kinds = {(shape.has_experts(layer), shape.has_state(layer)) for part in parts for layer in part.layers}
@@ -480,7 +480,7 @@ def _peak(layout: MemoryLayout, parts: tuple[Part, ...], row: RowCounts) -> tupl
 
 
 def _recomputed(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
-    """What there is again of the modules that are computed again, when the backward pass is at a layer's second half."""
+    """Bytes of recomputed modules that exist again when the backward pass reaches a layer's second half."""
 
     def kept(modules: set[str]) -> int:
         model = dataclasses.replace(layout.model, recompute_modules=sorted(modules))  # type: ignore[arg-type]
@@ -490,7 +490,7 @@ def _recomputed(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
 
 
 def _backward(layout: MemoryLayout, row: RowCounts) -> int:
-    """Of the MLP (experts: of one expert's matrices): gradients of its output, its product or halves, and a weight."""
+    """Backward of the MLP (of one expert's matrices): gradients of its output, its product or halves, and a weight."""
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     tokens, hidden = _tokens(layout, row), _hidden(layout, row)
     if shape.num_experts:
@@ -500,13 +500,13 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
     else:
         ffn = shape.intermediate_size // parallel.tensor
         weight = shape.hidden_size * ffn
-    if layout.in_blocks:  # no gradient, but the weight itself, of one expert at a time
+    if layout.in_blocks:  # no gradient, but the dequantized weight, one expert at a time
         weight = shape.hidden_size * ffn
     elif layout.adapter is not None:  # no gradient of the weight
         weight = 0
     whole = tokens * shape.hidden_size
     output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)
-    freed = 1 if layout.kernels.gpu else 3 if shape.num_experts else 2  # of what was kept, when the gradient [2F] is there
+    freed = 1 if layout.kernels.gpu else 3 if shape.num_experts else 2  # freed once the gradient [2F] exists
     gathered = whole if layout.sequence_parts > 1 else 0
     second = output + tokens * ffn + weight
     halves = output + 2 * tokens * ffn
@@ -515,9 +515,9 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _head(layout: MemoryLayout, row: RowCounts) -> int:
-    """A chunk's logits [C, V] in the compute dtype and in float32, gradients of hidden states; or, after it, of all tokens.
+    """A chunk's logits [C, V] in the compute dtype and in float32, and gradients of hidden states; or, after it, of all tokens.
 
-    With a small vocabulary the logits of more chunks are kept. In float32 on a CPU their gradient takes their place.
+    With a small vocabulary, the logits of more chunks are kept. In float32 on a CPU, their gradient overwrites them.
     """
     shape, b = layout.shape, layout.dtype_bytes
     scored = row.scored // layout.parallel.context
@@ -535,7 +535,7 @@ def _head(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _all_to_all(layout: MemoryLayout, row: RowCounts) -> int:
-    """Queries, keys and values: as they are sent, as they arrive, and in row order."""
+    """Queries, keys and values: as sent, as received, and in row order."""
     if layout.parallel.context == 1:
         return 0
     queries, _, keys = _attention_widths(layout)

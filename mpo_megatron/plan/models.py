@@ -1,4 +1,4 @@
-"""The model of `mpo plan`: published, or in a folder."""
+"""The model of `mpo plan`: a published one, or one in a folder."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mpo_megatron.families.published import MODELS, build_config
 
 
 def find_model(name: str) -> Family:
-    """A model of `MODELS`, or the one in a Hugging Face or Megatron checkpoint's folder.
+    """A model of `MODELS`, or the one in a Hugging Face or Megatron checkpoint folder.
 
     Raises:
-        ConfigError: neither; or a model that cannot be represented.
+        ConfigError: it is neither, or not supported.
     """
     by_name = {known.lower(): known for known in MODELS}
     if name.lower() in by_name:
@@ -26,4 +26,4 @@ def find_model(name: str) -> Family:
         return load_family(folder)
     nearest = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.4) or list(by_name)
     choices = ", ".join(by_name[key] for key in nearest)
-    raise ConfigError(f"model = {name}; neither a checkpoint's folder nor a known model; did you mean {choices}?")
+    raise ConfigError(f"model = {name}; neither a checkpoint folder nor a known model; did you mean {choices}?")

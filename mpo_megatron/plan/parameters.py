@@ -1,4 +1,4 @@
-"""Weights of every rank, tensor by tensor, as Megatron-Core shards them: counted by the weight rules that conversion uses."""
+"""Weights of every rank, tensor by tensor, as Megatron-Core shards them; uses conversion's weight rules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from mpo_megatron.families.adapters import Adapter, adapter_rules
 from mpo_megatron.families.rules import Rule
 
 PARAMETER_ALIGNMENT = 64
-"""Elements: where a parameter may begin in Megatron's buffers (param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""
+"""Elements: alignment of a parameter's start in Megatron's buffers (param_and_grad_buffer.py: _pad_start_of_param_if_needed)."""
 BUFFER_ALIGNMENT = 128
-"""Elements: the end of a buffer is a multiple of this and of the ranks that share it (_pad_end_of_bucket_if_needed)."""
+"""Elements: a buffer's end is a multiple of this and of the ranks that share it (_pad_end_of_bucket_if_needed)."""
 
 
 class Weight(NamedTuple):
@@ -25,14 +25,14 @@ class Weight(NamedTuple):
     size: int
     """Elements."""
     matrix: bool
-    """Whether it is a matrix of a layer, which FP8 would hold."""
+    """Whether it is a layer's matrix, which FP8 quantizes."""
     expert: bool
-    """Whether it is an expert's, and shared with other ranks than the rest."""
+    """Whether it belongs to an expert, and is shared with other ranks than dense weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One of the runs of layers of a pipeline stage: what one of Megatron's model parts holds."""
+    """One virtual stage of a pipeline stage: the layers in one of Megatron's model parts."""
 
     layers: range
     first: bool
@@ -42,7 +42,7 @@ class Part:
 
 
 def stage_parts(family: Family, parallel: ParallelConfig) -> tuple[tuple[Part, ...], ...]:
-    """The layers of every `[stage][run]`, in the order in which Megatron assigns them."""
+    """The layers of every `[stage][virtual stage]`, in Megatron's order."""
     stages, runs = parallel.pipeline, parallel.virtual_pipeline
     counts = parallel.stage_layers(family.num_hidden_layers)
     parts: list[list[Part]] = [[] for _ in range(stages)]
@@ -85,7 +85,7 @@ def adapter_weights(family: Family, adapter: Adapter, parallel: ParallelConfig, 
 
 
 def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
-    """One rank's part of a Megatron tensor of one layer, of one expert."""
+    """One rank's shard of a Megatron tensor of one layer, or of one expert."""
     expert = rule.experts is not None
     ranks = 1 if rule.shard is None else parallel.expert_tensor if expert else parallel.tensor
     size = (padded_vocab if rule.padded else rule.rows) * math.prod(rule.row_shape) // ranks
@@ -93,15 +93,15 @@ def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
 
 
 def count_parameters(family: Family) -> int:
-    """Parameters of the whole model, each once, without padding of the vocabulary."""
+    """Parameters of the whole model, each counted once, without vocabulary padding."""
     part = Part(layers=range(family.num_hidden_layers), first=True, last=True)
     return sum(weight.size for weight in part_weights(family, ParallelConfig(), part, family.vocab_size))
 
 
 def buffer_size(weights: list[Weight], num_sharing: int) -> int:
-    """Elements of the buffer in which Megatron lays these parameters out; `num_sharing` ranks share its optimizer states.
+    """Elements of Megatron's buffer for these parameters; `num_sharing` ranks shard its optimizer states.
 
-    With overlapped communication there are several buckets, whose ends are padded, too: less than 1 in 10,000 elements more.
+    Overlapped communication uses several buckets, each padded at its end: less than 1 in 10,000 further elements.
     """
     used = sum(math.ceil(weight.size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT for weight in weights)
     multiple = math.lcm(num_sharing, BUFFER_ALIGNMENT)

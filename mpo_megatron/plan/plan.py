@@ -1,4 +1,4 @@
-"""`mpo plan`: from a model, machines and lengths to memory, time and layouts, as tables and as JSON."""
+"""`mpo plan`: from a model, machines and lengths to memory, time and layouts, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.objective import Objective, build_objective, check_data, needs_reference
 
 DEFAULT_GROUPS = 60_000
-"""Groups of a run if nothing says how many: about UltraFeedback's prompts."""
+"""Default number of groups of a run: about the number of UltraFeedback's prompts."""
 MOST_GPUS = 4096
-"""Where the search for enough GPUs ends."""
+"""Largest number of GPUs that the search tries."""
 PARTS = {
     "weights": ("weights", "weights"),
     "gradients": ("grads", "gradients"),
@@ -53,19 +53,19 @@ PARTS = {
     "reference": ("ref.", "the reference model"),
     "asleep": ("engine", "a sleeping engine"),
     "sampling": ("awake", "the engine while it samples, in place of activations and working memory"),
-    "overhead": ("other", "what the GPU's libraries take"),
+    "overhead": ("other", "memory of the GPU's libraries"),
 }
-"""Parts of a rank's memory by the name of the field: as a column, and in words."""
+"""Parts of a rank's memory by field name: column title, and description."""
 WIDTH = 120
-"""Columns of the tables where output is no terminal."""
+"""Width of the tables if the output is no terminal."""
 
 
 def plan(config: PlanConfig) -> None:
-    """Print the plan, and write it to `output`.
+    """Print the plan, and write it to `output` if set.
 
     Raises:
-        ConfigError: something does not fit together, or no GPU could hold it: with the component that is too big, and what would
-            make it fit.
+        ConfigError: options contradict each other, or no GPU could hold the run; then names the largest component and possible
+            fixes.
     """
     if config.output:
         check_writable(Path(config.output).parent, "output")
@@ -107,7 +107,7 @@ def plan(config: PlanConfig) -> None:
 
 
 def default_train(config: PlanConfig) -> TrainConfig:
-    """A run with default options, for a model without a run's configuration."""
+    """A run with default options, for a model without a run configuration."""
     return TrainConfig(
         output="run",
         model=ModelConfig(checkpoint=str(config.model), fp8=config.fp8 or "none"),
@@ -117,10 +117,10 @@ def default_train(config: PlanConfig) -> TrainConfig:
 
 
 def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
-    """Everything that layouts are judged by.
+    """Everything that determines the cost of layouts.
 
     Raises:
-        ConfigError: an unknown model or hardware, data that are not there, or FP8 on a GPU that has none.
+        ConfigError: unknown model or hardware, missing data, or FP8 on a GPU without FP8.
     """
     name = config.model or train.model.checkpoint
     family = find_model(name)
@@ -133,7 +133,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     )
     require(
         config.overhead_gib < hardware.memory_gib,
-        f"overhead_gib = {config.overhead_gib}; {hardware.name} has {hardware.memory_gib} GiB, of which something must be left.",
+        f"overhead_gib = {config.overhead_gib}; {hardware.name} has {hardware.memory_gib} GiB; choose less.",
     )
     if train.model.fp8 != "none" and hardware.fp8_tflops is None:
         raise ConfigError(f"model.fp8 = {train.model.fp8}, but hardware = {hardware.name} has no FP8; set model.fp8 to none.")
@@ -156,7 +156,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
             f"lora.quantize = {adapter.quantize} with model.fp8 = {train.model.fp8}: set one of them to none.",
         )
     reference = needs_reference(objective, train, family.experts)
-    # Then the reference is the policy with its adapter off, and no other model is in memory.
+    # Then the reference is the policy with its adapter off, and no second model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
     return Workload(
         family=family,
@@ -193,10 +193,10 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
 
 
 def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective, groups_per_step: int) -> Sequences:
-    """Lengths from the data, if there are any, else as the options say.
+    """Lengths from the data if given, else from the options.
 
     Raises:
-        ConfigError: the data lack what the loss reads.
+        ConfigError: the data lacks what the loss reads.
     """
     folder = config.data or (train.data.train if (Path(train.data.train) / "prepare.json").is_file() else None)
     if folder:
@@ -219,7 +219,7 @@ def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective,
 
 
 def num_groups(config: PlanConfig, train: TrainConfig, sequences: Sequences) -> int:
-    """Groups that the whole run goes through."""
+    """Groups that the whole run processes."""
     if train.max_steps:
         return train.max_steps * (config.groups_per_step or train.data.groups_per_step)
     return round((config.groups or sequences.num_groups) * train.epochs)
@@ -229,20 +229,21 @@ def num_groups(config: PlanConfig, train: TrainConfig, sequences: Sequences) -> 
 
 
 def explain(problem: Workload, candidate: Candidate) -> str:
-    """Why a layout does not fit, and what would."""
+    """Why a layout does not fit, and what would make it fit."""
     worst = candidate.worst
     name = max((name for name in PARTS if name != "overhead"), key=lambda name: getattr(worst, name))
     ways = remedies(problem, candidate)
     return (
-        f"{candidate.describe()}: stage {worst.stage} needs {worst.total / GIB:.1f} GiB, and {problem.limit / GIB:.1f} of the "
-        f"{problem.hardware.memory_gib} GiB of {problem.hardware.name} can be filled; the largest part is {PARTS[name][1]}, "
+        f"{candidate.describe()}: stage {worst.stage} needs {worst.total / GIB:.1f} GiB, but only "
+        f"{problem.limit / GIB:.1f} of the "
+        f"{problem.hardware.memory_gib} GiB of {problem.hardware.name} are available; the largest part is {PARTS[name][1]}, "
         f"{getattr(worst, name) / GIB:.1f} GiB. "
         + (f"It would fit with {'; or '.join(ways)}." if ways else explain_nothing_fits(problem))
     )
 
 
 def remedies(problem: Workload, candidate: Candidate) -> list[str]:
-    """Single changes that make a layout fit, and the best layout of all."""
+    """Single changes that make a layout fit, and the best layout overall."""
     parallel, ways = candidate.parallel, []
 
     def works(
@@ -277,7 +278,7 @@ def remedies(problem: Workload, candidate: Candidate) -> list[str]:
 
 
 def explain_nothing_fits(problem: Workload) -> str:
-    """That no layout fits, and how many GPUs would do."""
+    """A message that no layout fits, with the number of GPUs that would suffice."""
     gpus = problem.gpus
     while gpus < MOST_GPUS:
         gpus *= 2
@@ -285,7 +286,7 @@ def explain_nothing_fits(problem: Workload) -> str:
         if found:
             return (
                 f"No layout of this model fits {problem.gpus} × {problem.hardware.name} ({problem.hardware.memory_gib} GiB); "
-                f"with {gpus} GPUs one does: {found[0].describe()}."
+                f"it fits {gpus} GPUs: {found[0].describe()}."
             )
     return f"No layout of this model fits {problem.hardware.name} GPUs, up to {MOST_GPUS} of them; use shorter responses or rows."
 
@@ -294,20 +295,20 @@ def explain_nothing_fits(problem: Workload) -> str:
 
 
 def print_problem(console: Console, problem: Workload, config: PlanConfig) -> None:
-    """What is planned."""
+    """Print what is planned."""
     shape, hardware = problem.family, problem.hardware
     console.print(
         f"{config.model or config.train}: {count_parameters(shape) / 1e9:.2f} G parameters, {shape.num_hidden_layers} layers; "
         + describe_adapter(problem)
         + f"{problem.gpus} × {hardware.name} ({hardware.memory_gib} GiB), {hardware.gpus_per_node} a machine\n"
-        f"{problem.data.groups_per_step} groups a step: {problem.sequences.where}"
+        f"{problem.data.groups_per_step} groups per step: {problem.sequences.where}"
         + (f"; FP8: {problem.model.fp8}" if problem.model.fp8 != "none" else ""),
         soft_wrap=True,
     )
 
 
 def describe_adapter(problem: Workload) -> str:
-    """What is trained, if it is not all weights."""
+    """A phrase about adapters; empty if all weights are trained."""
     if problem.adapter is None:
         return ""
     beside = "" if problem.adapter.quantize == "none" else f" beside weights in {problem.adapter.quantize}"
@@ -315,10 +316,10 @@ def describe_adapter(problem: Workload) -> str:
 
 
 def print_memory(console: Console, problem: Workload, candidate: Candidate) -> None:
-    """GiB of a rank of each stage."""
+    """Print GiB per rank for each stage."""
     table = Table(title=f"GiB on each rank: {candidate.describe()}")
-    for name in ("stage", "param.", *(short for short, _ in PARTS.values()), "peak", "rows", "which is at"):
-        table.add_column(name, justify="right", no_wrap=name != "which is at")
+    for name in ("stage", "param.", *(short for short, _ in PARTS.values()), "peak", "rows", "peak at"):
+        table.add_column(name, justify="right", no_wrap=name != "peak at")
     for stage in candidate.stages:
         style = None if stage.total <= problem.limit else "red"
         table.add_row(
@@ -334,16 +335,16 @@ def print_memory(console: Console, problem: Workload, candidate: Candidate) -> N
     last = candidate.stages[-1]
     buffers = f"; all-to-all buffers {last.all_to_all / GIB:.2f} GiB" if last.all_to_all else ""
     console.print(
-        f"{problem.limit / GIB:.1f} GiB can be filled; `rows`: in flight at one time; "
+        f"{problem.limit / GIB:.1f} GiB are available; `rows`: in flight at the same time; "
         f"a chunk of log-probs: {last.log_probs / GIB:.2f} GiB{buffers}",
         soft_wrap=True,
     )
 
 
 def print_time(console: Console, problem: Workload, candidate: Candidate, groups: int) -> None:
-    """Where a step's time goes, and how long the run takes."""
+    """Print the parts of a step's time, and the run's duration."""
     time = candidate.time
-    table = Table(title="a step: an estimate")
+    table = Table(title="estimated time of a step")
     table.add_column("")
     for name in (*TIMES, "all"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -361,18 +362,19 @@ def print_time(console: Console, problem: Workload, candidate: Candidate, groups
         else "; no pass for reference log-probs"
     )
     console.print(
-        f"{summary['rows_per_replica']:.1f} rows a replica and step, {summary['fill']:.0%} full; bubble {time.bubble_share:.1%}; "
-        f"{time.model_flops / 1e15:,.1f} PFLOP a step; MFU {summary['mfu']:.1%}; {summary['groups_per_second']:.1f} groups/s; "
+        f"{summary['rows_per_replica']:.1f} rows per replica and step, {summary['fill']:.0%} full; bubble "
+        f"{time.bubble_share:.1%}; "
+        f"{time.model_flops / 1e15:,.1f} PFLOP per step; MFU {summary['mfu']:.1%}; {summary['groups_per_second']:.1f} groups/s; "
         f"{groups:,} groups in {summary['hours']:.1f} h{reference} ({summary['days']:.2f} days)",
         soft_wrap=True,
     )
     if choices := summary.get("choices_gb"):
-        console.print(f"the reference's choices of experts take {choices:,.1f} GB of disk beside its log-probs", soft_wrap=True)
+        console.print(f"the reference's expert choices take {choices:,.1f} GB of disk beside its log-probs", soft_wrap=True)
 
 
 def print_suggestions(console: Console, problem: Workload, found: list[Candidate]) -> None:
-    """The best layouts."""
-    table = Table(title="layouts that fit, the fastest first")
+    """Print the best layouts."""
+    table = Table(title="layouts that fit, fastest first")
     for name in ("layout", "GiB", "s / step", "bubble", "groups/s"):
         table.add_column(name, justify="right" if name != "layout" else "left")
     for candidate in found:
@@ -390,7 +392,7 @@ def print_suggestions(console: Console, problem: Workload, found: list[Candidate
 
 
 def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str, float]:
-    """Figures of a whole run that goes through so many groups; the reference sees each of them once, if the run needs it."""
+    """Figures of a whole run with this many groups; the reference processes each group once, if needed."""
     time, step = candidate.time, problem.data.groups_per_step
     tokens = [
         sums.tokens / len(rows)
@@ -414,12 +416,12 @@ def summarize(problem: Workload, candidate: Candidate, groups: int) -> dict[str,
 
 
 def cached_groups(problem: Workload, groups: int) -> int:
-    """Groups of which the reference's log-probs are computed before the first step, in a run that goes through so many."""
+    """Number of groups whose reference log-probs are computed before the first step, in a run with this many groups."""
     return min(groups, problem.sequences.num_groups) if problem.caches_reference else 0
 
 
 def choices_on_disk(problem: Workload, groups: int) -> dict[str, float]:
-    """GB of the reference's choices of experts for so many groups; nothing if they are not recorded."""
+    """GB of the reference's expert choices for this many groups; empty if they are not recorded."""
     experts = problem.family.experts
     if experts is None or not problem.records_choices or not problem.caches_reference:
         return {}

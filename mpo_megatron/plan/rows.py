@@ -1,4 +1,4 @@
-"""From lengths of prompts and responses to packed rows, by the trainer's own selection and packing.
+"""From lengths of prompts and responses to packed rows, with the trainer's own selection and packing.
 
 Legend: P prompt tokens, R response tokens, K responses of a group.
 """
@@ -20,29 +20,29 @@ from mpo_megatron.data.packing import Piece, PromptLayout, Row, Window, count_pa
 from mpo_megatron.data.store import load_groups
 
 SAMPLED_STEPS = 4
-"""Steps whose packing is tried out; what is planned is their mean."""
+"""Number of sample steps that are packed; the plan uses their mean."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowCounts:
-    """What memory and work of a row depend on."""
+    """Counts of a row that determine its memory and work."""
 
     tokens: int
     """T, padding included."""
     pairs: int
-    """Pairs of tokens that attend, as a mean over layers."""
+    """Pairs of attending tokens, mean over layers."""
     scored: int
     """Tokens whose log-probs are computed."""
     responses: int
-    """Response tokens that are inputs: those that see a prompt before them in the row."""
+    """Response tokens that are inputs and attend to a prompt in the row."""
     context: int
-    """Prompt tokens, counted once for each response that sees them."""
+    """Prompt tokens, counted once per response that attends to them."""
     rectangles: int
-    """Queries × keys of the responses, keys of the prompt included: what a dense mask for each takes."""
+    """Queries × keys of the responses, including the prompt's keys: the size of their dense masks."""
 
 
 def count_row(row: Row, window: Window | None = None) -> RowCounts:
-    """The counts of a row that was built."""
+    """The counts of a built row."""
     start, end, context_start, context_end = row.segments.T
     length, context = end - start, context_end - context_start
     sees = context > 0
@@ -61,35 +61,35 @@ COUNTS = tuple(item.name for item in fields(RowCounts))
 
 @dataclass(frozen=True, kw_only=True)
 class PackedSteps:
-    """How steps are packed into rows on some layout."""
+    """Packed rows of some steps on a layout."""
 
     rows: tuple[tuple[tuple[RowCounts, ...], ...], ...]
     """Indexed `[step][replica][row]`."""
     split_groups: int
-    """Groups of these steps that lie in more than one row."""
+    """Groups of these steps that are split over several rows."""
     multiple: int
-    """A row's length is a multiple of this."""
+    """Row lengths are multiples of this."""
 
     @property
     def rows_per_replica(self) -> float:
-        """Mean number of micro-batches of a step."""
+        """Mean number of micro-batches per step."""
         return sum(len(step[0]) for step in self.rows) / len(self.rows)
 
     @functools.cached_property
     def sums(self) -> tuple[tuple[RowCounts, ...], ...]:
-        """Counts of all rows together, indexed `[step][replica]`."""
+        """Summed counts of all rows, indexed `[step][replica]`."""
         return tuple(tuple(_sum(rows) for rows in step) for step in self.rows)
 
     @functools.cached_property
     def densest(self) -> dict[str, float]:
-        """The largest of each count for each token of a row."""
+        """The maximum of each count per token of a row."""
         rows = [row for step in self.rows for replica in step for row in replica]
         return {name: max(getattr(row, name) / row.tokens for row in rows) for name in COUNTS}
 
     def full_row(self, row_tokens: int) -> RowCounts:
-        """A row that uses its whole token budget, with each count as large, for its tokens, as in the worst row.
+        """A row that uses its whole token budget, with each count per token as in the worst row.
 
-        Memory must hold such a row, whether or not the sampled steps have one.
+        Memory must suffice for such a row, even if no sampled step has one.
         """
         tokens = -(-row_tokens // self.multiple) * self.multiple
         return RowCounts(**{name: round(tokens * density) for name, density in self.densest.items()})
@@ -101,16 +101,16 @@ def _sum(rows: Sequence[RowCounts]) -> RowCounts:
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Sampled steps of groups, as lengths and as what the loss makes of them."""
+    """Sampled steps of groups: their lengths, and the responses that the loss uses."""
 
     steps: tuple[tuple[GroupTable, Bools], ...]
-    """Each step's table, and which responses [G, K] its loss needs."""
+    """For each step: its table, and which responses [G, K] the loss needs."""
     num_groups: int
     """Groups of the whole data set."""
     where: str
-    """Where the lengths come from."""
+    """Source of the lengths, as text."""
     packings: dict[tuple[int | float | str, ...], PackedSteps] = field(default_factory=dict)
-    """What `pack` made, by its arguments: many layouts have the same rows."""
+    """Results of `pack` by its arguments: many layouts have the same rows."""
 
     @property
     def longest(self) -> int:
@@ -136,7 +136,7 @@ class Sequences:
         """The rows of every sampled step.
 
         Raises:
-            PackingError: a prompt with one response is longer than a row.
+            PackingError: a prompt with one response does not fit into a row.
         """
         key = (row_tokens, replicas, multiple, rows_multiple, layout, pair_weight, *(window or ()))
         if key in self.packings:
@@ -173,7 +173,7 @@ def _count_pieces(
     multiple: int,
     window: Window | None,
 ) -> RowCounts:
-    """The counts of a row that is only planned: equal to `count_row` of what `build_row` makes of it."""
+    """The counts of a planned row: equal to `count_row` of the row built by `build_row`."""
     tokens = sum(piece.num_tokens for piece in pieces)
     padded = max(multiple, -(-tokens // multiple) * multiple)
     padding = padded - tokens
@@ -218,7 +218,7 @@ def draw_lengths(
     num_groups: int,
     seed: int = 0,
 ) -> Sequences:
-    """Steps of groups whose lengths are uniform in mean × (1 ± spread), with random rewards."""
+    """Steps of groups with lengths uniform in mean × (1 ± spread) and random rewards."""
     require(prompt >= 1 and response >= 1, f"prompt_tokens = {prompt}, response_tokens = {response}; both must be at least 1.")
     rng = np.random.default_rng(seed)
 
@@ -227,7 +227,7 @@ def draw_lengths(
         return [int(length) for length in drawn]
 
     steps = []
-    for _ in range(SAMPLED_STEPS if spread else 1):  # without spread all steps are alike
+    for _ in range(SAMPLED_STEPS if spread else 1):  # without spread all steps are equal
         groups = []
         for index in range(groups_per_step):
             rewards = rng.normal(size=responses)

@@ -1,4 +1,4 @@
-"""What a layout takes, and the layouts that fit, the fastest first."""
+"""The cost of a layout, and the layouts that fit, fastest first."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from mpo_megatron.plan.rows import PackedSteps, Sequences
 from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime
 
 ROW_TOKENS = (2048, 4096, 8192, 16384, 32768)
-"""Token budgets that are tried."""
+"""Token budgets to try."""
 EMBEDDED_BATCH = 32
 """Responses that the embedded engine generates in one batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run, and what it takes."""
+    """One layout, and its cost."""
 
     model: ModelConfig
     parallel: ParallelConfig
@@ -50,11 +50,11 @@ class Candidate:
 
     @property
     def worst(self) -> StageMemory:
-        """The stage that takes most memory."""
+        """The stage with the most memory."""
         return max(self.stages, key=lambda stage: stage.total)
 
     def describe(self) -> str:
-        """The layout in words."""
+        """The layout as text."""
         parallel = self.parallel
         sizes = {
             "tensor": parallel.tensor,
@@ -70,7 +70,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A layout with its rows and the memory of its stages: all that its time depends on besides hardware and assumptions."""
+    """A layout with its rows and stage memory: everything its time depends on besides hardware and assumptions."""
 
     layout: MemoryLayout
     packed: PackedSteps
@@ -79,7 +79,7 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What a run is, without its layout."""
+    """A run without its layout."""
 
     family: Family
     padded_vocab: int
@@ -104,7 +104,7 @@ class Workload:
 
     @property
     def limit(self) -> int:
-        """Bytes that a run may fill on a GPU, the overhead included."""
+        """Bytes that a run may use on a GPU, including the overhead."""
         return round((self.overhead_gib + (self.hardware.memory_gib - self.overhead_gib) * self.usable) * GIB)
 
     @property
@@ -113,7 +113,7 @@ class Workload:
         return self.online.kl_weight > 0
 
     def sampler(self, replicas: int) -> EngineMemory | None:
-        """What it needs on its busiest GPU of those that train; None if nothing samples on them."""
+        """Memory of the engine on its busiest training GPU; None if nothing samples there."""
         if not self.samples or self.online.engine == "server" or self.online.vllm.gpus == "own":
             return None
         sequences = -(-self.online.num_samples // replicas)
@@ -125,7 +125,7 @@ class Workload:
             sequences=sequences if self.online.engine == "vllm" else min(sequences, EMBEDDED_BATCH),
             tokens=self.sequences.longest_prompt + self.online.max_tokens,
         )
-        return need if self.online.engine == "vllm" else dataclasses.replace(need, asleep=0, working=0)  # gone between batches
+        return need if self.online.engine == "vllm" else dataclasses.replace(need, asleep=0, working=0)  # freed between batches
 
     def evaluate(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Candidate:
         """Memory and time of one layout.
@@ -151,11 +151,11 @@ class Workload:
         return Clock(placed.layout, self.flops, self.hardware, assumed).step(placed.packed, placed.stages)
 
     def place(self, parallel: ParallelConfig, recompute: str, row_tokens: int, gpus: int | None = None) -> Placed:
-        """Memory of one layout, and its rows.
+        """Rows and memory of one layout.
 
         Raises:
-            ConfigError: the layout does not divide the model or the ranks.
-            PackingError: a response does not fit a row.
+            ConfigError: the layout divides neither the model nor the ranks evenly.
+            PackingError: a response does not fit into a row.
         """
         gpus = gpus or self.gpus
         check_ranks(parallel, gpus)
@@ -197,12 +197,12 @@ class Workload:
         return Placed(layout=layout, packed=packed, stages=stages)
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether every rank holds it."""
+        """Whether it fits on every rank."""
         return candidate.worst.total <= self.limit
 
 
 def search(problem: Workload, gpus: int | None = None) -> list[Candidate]:
-    """Layouts that fit, the fastest first; of those that differ in runs of layers or recomputation only, the fastest."""
+    """Layouts that fit, fastest first; only the fastest of those that differ merely in virtual stages or recomputation."""
     found = [candidate for candidate in candidates(problem, gpus) if problem.fits(candidate)]
     best: dict[tuple[ParallelConfig, int], Candidate] = {}
     for candidate in sorted(found, key=lambda candidate: (round(candidate.time.seconds, 3), candidate.worst.total)):
@@ -211,7 +211,7 @@ def search(problem: Workload, gpus: int | None = None) -> list[Candidate]:
 
 
 def candidates(problem: Workload, gpus: int | None = None) -> Iterator[Candidate]:
-    """Every layout that divides model and ranks: tensor parallelism within a machine, a group at least for each replica."""
+    """Every layout that divides model and ranks: tensor parallelism within a machine, at least one group per replica."""
     gpus = gpus or problem.gpus
     shape = problem.family
     rows = [size for size in ROW_TOKENS if size >= problem.sequences.longest] or [problem.sequences.longest]
@@ -231,11 +231,11 @@ def candidates(problem: Workload, gpus: int | None = None) -> Iterator[Candidate
                 candidate = problem.evaluate(parallel, recompute, row_tokens, gpus)
                 yield candidate
                 if problem.fits(candidate):
-                    break  # to recompute more would only be slower
+                    break  # more recomputation would only be slower
 
 
 def layouts(shape: Family, gpus: int, gpus_per_node: int) -> Iterator[ParallelConfig]:
-    """Sizes whose product divides the GPUs; the model's own limits are not looked at."""
+    """Sizes whose product divides the GPUs; ignores the model's limits."""
     for tensor in (size for size in _divisors(min(gpus, gpus_per_node)) if gpus % size == 0):
         for pipeline in (size for size in _divisors(gpus // tensor) if shape.num_hidden_layers % size == 0):
             for context in _divisors(gpus // (tensor * pipeline), most=8):

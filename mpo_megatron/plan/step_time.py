@@ -1,8 +1,8 @@
-"""Seconds of a training step: matrix products at a stated share of the GPU's peak, and the communication that nothing hides.
+"""Seconds of a training step: matrix products at a given share of the GPU's peak, and exposed communication.
 
 Operations come from the trainer's own FLOP model. Volumes: tensor and sequence parallelism, Korthikanti et al. 2022 (§4.2.2);
 pipelines and their bubble, Narayanan et al. 2021 (§2.2, §3.2); data parallelism with sharded optimizer states, Rajbhandari et al.
-2020 (arXiv:1910.02054, §7). It is an estimate: kernels, networks and stragglers differ
+2020 (arXiv:1910.02054, §7). It is an estimate: kernels, networks and stragglers vary
 (assumptions: docs/reference/planning.md).
 """
 
@@ -21,18 +21,18 @@ from mpo_megatron.plan.traffic import head_traffic, layer_traffic, weight_traffi
 TIMES = ("compute", "elementwise", "tensor", "context", "expert", "pipeline", "bubble", "data", "update")
 """Parts of a step's time."""
 UPDATE_BYTES = 34
-"""Device memory traffic of AdamW for each weight a rank updates: gradient, master weight and moments read, the last three and the
-weight written, and the gradient read once more for its norm."""
+"""Bytes of device memory that AdamW moves per weight: reads gradient, master weight and moments, writes the last three and the
+weight, and reads the gradient again for its norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What cannot be derived."""
+    """Quantities that cannot be derived."""
 
     efficiency: float
-    """Share of the peak that matrix products and attention reach in bf16."""
+    """Share of the peak that bf16 matrix products and attention reach."""
     fp8_efficiency: float
-    """The same for FP8 matrix products, of the FP8 peak."""
+    """Share of the FP8 peak that FP8 matrix products reach."""
     memory_efficiency: float
     """Share of the device memory's bandwidth that element-wise kernels reach."""
     network_efficiency: float
@@ -42,9 +42,9 @@ class Assumptions:
     forward_only: bool
     """A pass without gradients comes first: two-phase steps, or a resident reference."""
     deduplicated: bool = False
-    """Tokens go to each machine once, however many of their experts are there, as DeepEP and HybridEP send them."""
+    """Tokens go to each machine once, however many of their experts it has, as DeepEP and HybridEP do."""
     overlapped: frozenset[str] = frozenset()
-    """Exchanges that computation hides, of `tensor`, `context` and `expert`. The trainer overlaps none of these."""
+    """Communication hidden by computation, of `tensor`, `context` and `expert`. The trainer overlaps none of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,29 +54,29 @@ class StepTime:
     compute: float
     """Matrix products of the slowest stage, recomputation included."""
     recompute: float
-    """Of `compute`, what the backward pass computes again."""
+    """The part of `compute` spent on recomputation."""
     elementwise: float
-    """Kernels that device memory bounds: norms, rotary embedding, SwiGLU, casts to FP8, sorting of tokens by expert."""
+    """Memory-bound kernels: norms, rotary embedding, SwiGLU, casts to FP8, sorting of tokens by expert."""
     tensor: float
-    """Exposed: sums and gathers of tensor and sequence parallelism."""
+    """Exposed: reductions and gathers of tensor and sequence parallelism."""
     context: float
     """Exposed: all-to-alls of context parallelism."""
     expert: float
-    """Exposed: all-to-alls of tokens to experts."""
+    """Exposed: all-to-alls between tokens and experts."""
     pipeline: float
     """Exposed: activations and gradients between stages."""
     bubble: float
-    """Waiting for the pipeline to fill and to drain."""
+    """Waiting while the pipeline fills and drains."""
     data: float
     """Exposed: gradients to their owners, weights back."""
     update: float
     """AdamW."""
     volumes: dict[str, float]
-    """GB that the busiest rank sends, by what for."""
+    """GB that the busiest rank sends, by purpose."""
     model_flops: float
-    """Operations of the model itself, over all ranks, without recomputation."""
+    """Operations of the model, over all ranks, without recomputation."""
     forward_seconds: float
-    """A pass over the step's rows without gradients, as reference log-probs need."""
+    """A pass over the step's rows without gradients, as for reference log-probs."""
 
     @property
     def seconds(self) -> float:
@@ -109,12 +109,12 @@ class _Stage:
 
     @property
     def forward_total(self) -> float:
-        """Without gradients: of element-wise kernels and of exchanges, the forward pass has not more than half."""
+        """A forward pass without gradients, with half of the step's element-wise kernels and communication as an upper bound."""
         return self.forward + (self.elementwise + self.tensor + self.context + self.expert + self.pipeline) / 2
 
 
 class Clock:
-    """Times of one layout on one kind of hardware."""
+    """Times of one layout on given hardware."""
 
     def __init__(self, layout: MemoryLayout, flops: FlopModel, hardware: Hardware, assumed: Assumptions) -> None:
         self.layout, self.flops, self.hardware, self.assumed = layout, flops, hardware, assumed
@@ -132,7 +132,8 @@ class Clock:
         return StepTime(volumes=volumes, **means)
 
     def _step(self, replicas: tuple[RowCounts, ...], num_rows: int, memory: Sequence[StageMemory]) -> StepTime:
-        """All is linear in a row's counts: the rows of a replica are taken together, and all wait for the busiest replica."""
+        """Seconds of a step. Costs are linear in a row's counts: rows of a replica are summed, and all wait for the busiest
+        replica."""
         rows = max(replicas, key=self._work)
         stages = [self.rows(rows, num_rows, stage, memory[stage].trained) for stage in range(self.layout.parallel.pipeline)]
         slowest = max(range(len(stages)), key=lambda stage: stages[stage].total)
@@ -167,10 +168,10 @@ class Clock:
         return self.flops.train_step(tokens=row.tokens, pairs=row.pairs, scored=row.scored)
 
     def rows(self, row: RowCounts, num_rows: int, stage: int, trained: int) -> _Stage:
-        """Seconds of forward and backward passes over rows with these counts together, on a stage that never waits.
+        """Seconds of forward and backward passes over rows with these total counts, on a stage that never waits.
 
         Args:
-            trained: weights of a rank with gradients
+            trained: number of a rank's weights with gradients
         """
         layout, parallel = self.layout, self.layout.parallel
         last = stage == parallel.pipeline - 1
@@ -193,7 +194,7 @@ class Clock:
         return replace(own, **self._exchanges(row, num_rows, stage, busy=own.total))
 
     def _elementwise(self, row: RowCounts, num_rows: int, stage: int, trained: int) -> float:
-        """Seconds of what moves through device memory outside of matrix products; recomputed layers once more."""
+        """Seconds of memory traffic outside of matrix products; recomputed layers count again."""
         layout, sparse = self.layout, self.expert_layers[stage]
         again = 1 if layout.model.recompute == "full" else 0
         moved = 0.0
@@ -207,10 +208,10 @@ class Clock:
         return moved / (self.hardware.memory_gbps * 1e9 * self.assumed.memory_efficiency)
 
     def _exchanges(self, row: RowCounts, num_rows: int, stage: int, busy: float) -> dict[str, float]:
-        """Seconds that a stage waits for other ranks while it computes rows, by what for.
+        """Seconds that a stage waits for other ranks while it computes rows, by purpose.
 
         Args:
-            busy: seconds of computation, which overlapped exchanges hide behind
+            busy: seconds of computation that can hide overlapped communication
         """
         seconds = {}
         for name, (volume, count) in self._row_volumes(row, num_rows, stage).items():
@@ -224,9 +225,9 @@ class Clock:
         return {name: time * (remains if name in overlapped else 1.0) for name, time in seconds.items()}
 
     def _scattered(self, volume: float) -> float:
-        """Seconds to send so many GB of tokens to experts: within a machine and to others at one time.
+        """Seconds to send this many GB of tokens to experts, within a machine and to others concurrently.
 
-        With `deduplicated`, a token reaches each other machine that has any of its experts once, and is copied there.
+        With `deduplicated`, a token reaches each other machine with any of its experts once, and is copied there.
         """
         parallel, hardware = self.layout.parallel, self.hardware
         ranks = parallel.expert * parallel.expert_tensor
@@ -234,7 +235,7 @@ class Clock:
         rate = self.assumed.network_efficiency * 1e9
         if machines == 1:
             return volume * 1e9 / (hardware.intra_gbps * rate)
-        elsewhere = (ranks - hardware.gpus_per_node) / max(1, ranks - 1)  # of what leaves this rank
+        elsewhere = (ranks - hardware.gpus_per_node) / max(1, ranks - 1)  # share of what this rank sends that leaves the machine
         copies = self.layout.shape.active_experts
         reached = (
             (machines - 1) * (1 - (1 - 1 / machines) ** copies) if self.assumed.deduplicated else copies * (1 - 1 / machines)
@@ -244,7 +245,7 @@ class Clock:
         return max(outside / hardware.inter_gbps, within / hardware.intra_gbps) * 1e9 / rate
 
     def _again(self, linear: float, core: float) -> float:
-        """Seconds of the modules that are computed again; norms and activations take no time beside matrix products."""
+        """Seconds of recomputed modules; norms and activations are negligible beside matrix products."""
         layout, shape = self.layout, self.layout.shape
         sparse = sum(self.expert_layers) / shape.num_hidden_layers
         attention = 2 * (shape.queries + shape.keys)  # multiply-adds a token, in units of the hidden size
@@ -257,7 +258,7 @@ class Clock:
         return found + (linear * sparse * shared / total if layout.recomputes("shared_experts") else 0.0)
 
     def _row_volumes(self, row: RowCounts, num_rows: int, stage: int) -> dict[str, tuple[float, int]]:
-        """GB that a rank sends for rows, and in how many messages; forward, backward and recomputation."""
+        """GB that a rank sends for rows, and the number of messages; forward, backward and recomputation."""
         layout, shape, parallel = self.layout, self.layout.shape, self.layout.parallel
         layers, b = self.layers[stage], layout.dtype_bytes
         tokens = row.tokens // parallel.context
@@ -266,9 +267,9 @@ class Clock:
         half = 0.5 if layout.recomputes("mlp") or layout.recomputes("moe") else again
         tensor, expert = (0.0, 0), (0.0, 0)
         if parallel.tensor > 1:
-            # With sequence parallelism a gather and a scatter around each half of a layer; backward the same, and inputs gathered
-            # once more for the weights' gradients. Without it two sums each way, each of the volume of a gather and a scatter.
-            # Experts are exchanged as they are: theirs is half of that.
+            # With sequence parallelism: a gather and a scatter around each half of a layer; backward the same, and inputs
+            # gathered again for the weights' gradients. Without it: two reductions each way, each with the volume of a gather and
+            # a scatter. Experts need no gather, so theirs is half of that.
             halves = layers - self.expert_layers[stage] / 2
             count = round(halves * (4 + 6 + 4 * half if parallel.sequence_parallel else 2 * (2 + 2 + 2 * half)))
             tensor = (count * hidden * (parallel.tensor - 1) / parallel.tensor, count * num_rows)
@@ -284,7 +285,7 @@ class Clock:
             sent = own * shape.hidden_size * b / 1e9 * (parallel.expert - 1) / parallel.expert
             passes = 2 * (2 + (again or int(layout.recomputes("moe"))))
             expert = (self.expert_layers[stage] * passes * sent, self.expert_layers[stage] * passes * num_rows)
-        # An inner stage receives and sends, forward and backward; each run of layers does.
+        # An inner stage receives and sends, forward and backward, for each virtual stage.
         borders = (stage > 0) + (stage < parallel.pipeline - 1)
         if parallel.virtual_pipeline > 1:
             borders = 2
@@ -305,7 +306,8 @@ class Clock:
         }
 
     def _exchanged(self, memory: StageMemory) -> float:
-        """Weights whose gradients a rank sends: all but its own share, of experts among the ranks that hold the same ones."""
+        """Number of weights whose gradients a rank sends: all except its own shard; for experts, among ranks with the same
+        ones."""
         dense, experts = memory.trained - memory.trained_experts, memory.trained_experts
         sharing, expert_sharing = self.layout.sharing, self.layout.expert_sharing
         return dense * (sharing - 1) / sharing + experts * (expert_sharing - 1) / expert_sharing
@@ -314,11 +316,11 @@ class Clock:
         return 1 if self.layout.model.fp8_params else self.layout.dtype_bytes
 
     def _data(self, memory: StageMemory, last_row: float) -> float:
-        """Reduce-scatter of gradients and all-gather of weights, less what `optimizer.overlap` hides."""
+        """Reduce-scatter of gradients and all-gather of weights, minus what `optimizer.overlap` hides."""
         rate, exchanged = self._bytes_per_second("data"), self._exchanged(memory)
         scatter, gather = exchanged * GRADIENT_BYTES / rate, exchanged * self._gathered_bytes() / rate
         overlap = self.layout.optimizer.overlap
-        if overlap != "none":  # a plan is for GPUs, where `auto` is `all`
+        if overlap != "none":  # plans are for GPUs, where `auto` means `all`
             scatter = max(0.0, scatter - last_row)
         if overlap in ("auto", "all"):
             gather = max(0.0, gather - last_row / BACKWARD)
@@ -327,11 +329,11 @@ class Clock:
     def _update(self, memory: StageMemory) -> float:
         layout, experts = self.layout, memory.trained_experts
         owned = (memory.trained - experts) / layout.sharing + experts / layout.expert_sharing
-        moved = owned * UPDATE_BYTES + memory.gradients  # cleared before each step
+        moved = owned * UPDATE_BYTES + memory.gradients  # zeroed before each step
         return moved / (self.hardware.memory_gbps * 1e9)
 
     def _bytes_per_second(self, kind: str) -> float:
-        """Ranks are numbered tensor, context, data, pipeline: a group reaches over machines if its span exceeds one."""
+        """Ranks are ordered tensor, context, data, pipeline: a group crosses machines if its span exceeds one."""
         parallel, world = self.layout.parallel, self.layout.world_size
         span = {
             "tensor": parallel.tensor,
@@ -343,7 +345,7 @@ class Clock:
         hardware = self.hardware
         gbps = hardware.intra_gbps
         if span > hardware.gpus_per_node:
-            # Rings enter and leave a machine once, each by another of its members' adapters.
+            # Rings enter and leave a machine once, each through another member's adapter.
             members = max(1, hardware.gpus_per_node // parallel.tensor) if kind == "data" else 1
             gbps = min(gbps, members * hardware.inter_gbps)
         return gbps * 1e9 * self.assumed.network_efficiency

@@ -1,7 +1,7 @@
-"""Bytes that a training step moves through device memory outside of matrix products: what element-wise kernels read and write.
+"""Bytes that a training step moves through device memory outside of matrix products: reads and writes of element-wise kernels.
 
 Counted kernel by kernel for what Transformer Engine fuses: RMS norms, residuals, rotary embedding, SwiGLU, casts to FP8, sorting
-of tokens by expert. What matrix products and attention read and write is in their efficiencies.
+of tokens by expert. The traffic of matrix products and attention is part of their efficiencies.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from mpo_megatron.plan.memory import GRADIENT_BYTES, MemoryLayout
 
 CAST_BYTES = 2
-"""What a cast to FP8 writes of an element: for the product, and transposed for the gradient's."""
+"""Bytes per element that a cast to FP8 writes: for the product, and transposed for the gradient's."""
 LOGIT_BYTES = 12
-"""Of a logit: written in the compute dtype, read for the softmax, both once more in the backward pass, its gradient written and
-read."""
+"""Memory passes per logit: written in the compute dtype, read for the softmax, both again in the backward pass, its gradient
+written and read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Traffic:
-    """Bytes of a token in one layer."""
+    """Bytes per token in one layer."""
 
     forward: float
     backward: float
 
 
 def layer_traffic(layout: MemoryLayout, *, experts: bool) -> Traffic:
-    """Attention's half and the MLP's, or the experts'."""
+    """Bytes of attention's half and of the MLP's, or the experts'."""
     shape, b = layout.shape, layout.dtype_bytes
     hidden = shape.hidden_size / layout.sequence_parts
     queries, keys = shape.queries / layout.parallel.tensor, shape.keys / layout.parallel.tensor
     norms = 2 * (2 + 3) * hidden  # x → norm(x); x + y
-    norms_backward = 2 * (3 + 3) * hidden  # x, dy → dx; the gradients of x and of norm(x) are added
+    norms_backward = 2 * (3 + 3) * hidden  # x, dy → dx; the gradients of x and norm(x) are summed
     rotated = 2 * (queries + keys) * (2 if shape.qk_norm else 1)
     cast, cast_backward = _casts(layout, shape.hidden_size + queries, queries + 2 * keys + hidden)
     mlp = _experts(layout) if experts else _mlp(layout, shape.intermediate_size / layout.parallel.tensor)
@@ -42,23 +42,24 @@ def layer_traffic(layout: MemoryLayout, *, experts: bool) -> Traffic:
 
 
 def _casts(layout: MemoryLayout, forward: float, backward: float) -> tuple[float, float]:
-    """Bytes to quantize so many elements of inputs, and of gradients of outputs; none without FP8."""
+    """Bytes to quantize this many elements of inputs, and of output gradients; none without FP8."""
     each = 0
     if layout.model.fp8 != "none":
-        reads = 2 if layout.model.fp8 == "current" else 1  # one scale a tensor: its largest element is found first
+        reads = 2 if layout.model.fp8 == "current" else 1  # one scale per tensor: needs its largest element first
         each = reads * layout.dtype_bytes + CAST_BYTES
     return each * forward, each * backward
 
 
 def _mlp(layout: MemoryLayout, channels: float) -> Traffic:
-    """SwiGLU: gate and value in, product out; back, its gradient, gate and value in, their gradients out."""
+    """SwiGLU: forward reads gate and value, writes the product; backward reads its gradient, gate and value, writes their
+    gradients."""
     b, hidden = layout.dtype_bytes, layout.shape.hidden_size
     cast, cast_backward = _casts(layout, hidden + channels, hidden + 2 * channels)
     return Traffic(forward=b * 3 * channels + cast, backward=b * 5 * channels + cast_backward)
 
 
 def _experts(layout: MemoryLayout) -> Traffic:
-    """Copies of the token for each of its experts: made, sorted by the experts of a rank, sorted back, and summed; SwiGLU."""
+    """Copies of a token for its experts: made, sorted by expert, sorted back, and summed; SwiGLU."""
     shape, b = layout.shape, layout.dtype_bytes
     copies = shape.active_experts / layout.sequence_parts
     moved = b * shape.hidden_size * (6 * copies + 2 / layout.sequence_parts)
@@ -72,10 +73,10 @@ def _experts(layout: MemoryLayout) -> Traffic:
 
 
 def head_traffic(layout: MemoryLayout) -> float:
-    """Of a scored token, forward and backward: its logits."""
+    """Bytes of a scored token's logits, forward and backward."""
     return LOGIT_BYTES * layout.vocabulary
 
 
 def weight_traffic(trained: int) -> float:
-    """Of a row: gradients are added to a float32 buffer."""
+    """Bytes per row: gradients are added to a float32 buffer."""
     return 2 * GRADIENT_BYTES * trained

@@ -1,4 +1,4 @@
-"""`mpo chat`: a conversation in the terminal with one model, or with two that get the same messages."""
+"""`mpo chat`: a conversation in the terminal with one model, or with two side by side that receive the same messages."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mpo_megatron.rollout.models import base_folder, hugging_face_folder, is_pef
 from mpo_megatron.terminal.visible import visible
 
 ALIGNED = "aligned"
-"""Where `mpo align` leaves its model."""
+"""Folder inside the output of `mpo align` that holds the aligned model."""
 EXIT, RESET = ("/exit", "/quit", "exit", "quit"), "/reset"
 HELP = f"Write a message. {RESET} starts over, {EXIT[0]} or Ctrl-D ends."
 
 
 @dataclass(kw_only=True, eq=False)
 class Partner:
-    """A model with the conversation so far, its own answers in it."""
+    """A model and the conversation so far, including its own answers."""
 
     name: str
     chat: Chat
@@ -36,10 +36,10 @@ class Partner:
     messages: list[Message] = field(default_factory=list)
 
     def answer(self, message: str, config: ChatConfig, write: Callable[[str], object]) -> str:
-        """Answer a message, printing as it is drawn; both join the conversation.
+        """Answer a message, print the answer as it is generated, and add both to the conversation.
 
         Raises:
-            ConfigError: the chat template refuses the conversation, or it is too long for the model.
+            ConfigError: the chat template refuses the conversation, or the conversation is too long for the model.
         """
         asked: list[Message] = [*self.messages, {"role": "user", "content": message}]
         try:
@@ -58,11 +58,11 @@ class Partner:
 
 
 def draw(model: Any, chat: Chat, prompt: list[int], config: ChatConfig, write: Callable[[str], object]) -> str:
-    """An answer by transformers' `generate`, whose words are written as they come."""
+    """Generate an answer with transformers' `generate`, and write its words as they arrive."""
     from transformers.generation.streamers import BaseStreamer
 
     class Words(BaseStreamer):
-        """Decodes the tokens so far, and prints the new text that can no longer change."""
+        """Decode the tokens so far, and print the text that can no longer change."""
 
         def __init__(self) -> None:
             self.ids: list[int] = []
@@ -74,7 +74,7 @@ def draw(model: Any, chat: Chat, prompt: list[int], config: ChatConfig, write: C
                 return
             self.ids += value.flatten().tolist()
             text = chat.tokenizer.decode(self.ids, skip_special=True)
-            if not text.endswith("\ufffd"):  # a character of several tokens
+            if not text.endswith("\ufffd"):  # a character split over several tokens
                 self.show(text)
 
         def end(self) -> None:
@@ -108,7 +108,7 @@ def load(path: str, name: str, config: ChatConfig) -> Partner:
     """A model with an empty conversation.
 
     Raises:
-        ConfigError: no model is there.
+        ConfigError: the path holds no model.
     """
     aligned = Path(path) / ALIGNED
     folder = hugging_face_folder(locate_model(str(aligned) if aligned.is_dir() else path, name))
@@ -118,12 +118,12 @@ def load(path: str, name: str, config: ChatConfig) -> Partner:
     chat = Chat(tokenizer, system_prompt=config.system_prompt, variables=config.chat_template_kwargs)
     settings = TransformersConfig(device=config.device, dtype=config.dtype)
     model = EmbeddedEngine.load(folder, tokenizer, settings, adapter).model
-    model.generation_config = type(model.generation_config)()  # only what is asked for here decides about an answer
+    model.generation_config = type(model.generation_config)()  # the checkpoint's own sampling defaults must not apply
     return Partner(name=path, chat=chat, model=model)
 
 
 def chat(config: ChatConfig) -> None:
-    """Answer `config.prompt`, or converse until the user ends it.
+    """Answer `config.prompt` once, or converse until the user ends it.
 
     Raises:
         ConfigError: a model cannot be loaded, or cannot answer.
@@ -154,7 +154,7 @@ def chat(config: ChatConfig) -> None:
 
 
 def ask() -> str | None:
-    """The next message; None at the end."""
+    """Read the next message; None at the end of input."""
     try:
         message = input("you: " if sys.stdin.isatty() else "").strip()
     except EOFError:

@@ -1,15 +1,15 @@
-"""Many questions to one OpenAI-compatible server: `concurrency` at a time, answers as they come, each bounded in time and size.
+"""Send many requests to one OpenAI-compatible server: `concurrency` at a time, each bounded in time and size.
 
-What becomes of a question:
+Outcomes of a request:
 
 - an answer;
-- `unusable`: the server answered, and the answer is of no use (no JSON, no text, filtered, too large). Ask with another seed;
-- `refused`: the server refuses this question (4xx). Another try gets the same;
-- `lost`: no answer after all tries (no connection, timeout, 408, 409, 429, 5xx). A try waits longer than the one before, or as
-  long as the server asks for.
+- `unusable`: the server answered, but with nothing usable (no JSON, no text, filtered, too large). Retry with another seed;
+- `refused`: the server refuses this request (4xx). A retry gets the same answer;
+- `lost`: no answer after all retries (no connection, timeout, 408, 409, 429, 5xx). Each retry waits longer than the last, or as
+  long as the server asks.
 
-A wrong key, an unknown model, a server that answers nothing for a while or refuses everything ends the command. The key is read
-from the environment and removed from every message.
+A wrong key, an unknown model, or a server that stops answering or refuses everything ends the command. The key comes from the
+environment and is removed from every message.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ from mpo_megatron.config import ConfigError, EndpointConfig
 from mpo_megatron.files import DataError
 
 MAX_BODY_BYTES = 16 * 2**20
-"""Largest body of an answer: 10⁵ tokens, as text and as ids, with as many ids of the prompt, are 3 MB."""
+"""Largest body of an answer: 10⁵ tokens, as text and as ids, plus as many prompt ids, take 3 MB."""
 _FIRST_PAUSE = 0.5
-"""Seconds before the first repetition; doubled for each further one."""
+"""Seconds before the first retry; doubled for each further one."""
 _LATER = {408, 409, 425, 429}
-"""Refusals, besides 5xx, that may pass."""
+"""Client-error statuses that may pass: retried like 5xx."""
 _FATAL = {401, 403, 404, 405}
-"""Refusals that concern every question."""
+"""Statuses that concern every request, not only this one."""
 _MIN_LOST = 8
-"""A server counts as down after this many consecutive lost questions, and at least as many as run at a time."""
+"""A server counts as down after this many consecutive lost requests, and at least as many as run concurrently."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
-"""Characters of a server's text that must not reach a terminal or a log."""
+"""Control characters in a server's text, which must not reach a terminal or a log."""
 
 
 class UnusableAnswerError(ValueError):
-    """The server answered with something that is no answer to the question."""
+    """The server's answer cannot be used."""
 
     def __init__(self, label: str, reason: str) -> None:
         super().__init__(reason)
         self.label = label
-        """The name this kind of answer is counted under, for example `filtered`."""
+        """The label this kind of answer is counted under, for example `filtered`."""
 
 
 class Failure(NamedTuple):
-    """Why a question has no answer."""
+    """Why a request has no answer."""
 
     kind: Literal["unusable", "refused", "lost"]
     label: str
-    """The name it is counted under."""
+    """The label it is counted under."""
     reason: str
 
 
 class Outcome[Answer](NamedTuple):
-    """The outcome of one question: an answer, or why there is none."""
+    """The outcome of one request: an answer, or the reason for its absence."""
 
     position: int
-    """Of the question, in the sequence that was asked."""
+    """Index of the question in the sequence passed to `ask_all`."""
     answer: Answer | None
     failure: Failure | None = None
 
 
 class Client:
-    """A server, asked through the package `openai`."""
+    """A client of one server, through the package `openai`."""
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
@@ -81,14 +81,14 @@ class Client:
     def ask_all[Question, Answer](
         self, questions: Sequence[Question], ask: Callable[[Any, Question], Awaitable[Answer]]
     ) -> Iterator[Outcome[Answer]]:
-        """Put every question to the server, `concurrency` at a time; outcomes in the order they come.
+        """Send every question to the server, `concurrency` at a time; yield outcomes in order of arrival.
 
         Args:
             questions: what to ask
-            ask: sends one request through an `openai.AsyncOpenAI`; raises `UnusableAnswerError` for an answer of no use
+            ask: sends one request through an `openai.AsyncOpenAI`; raises `UnusableAnswerError` for an unusable answer
         Raises:
             ConfigError: the server refuses the key, or does not know the model or the address.
-            DataError: the server has answered nothing for a while, or refuses everything.
+            DataError: the server has stopped answering, or refuses everything.
         """
         outcomes: queue.SimpleQueue[Outcome[Answer] | BaseException | None] = queue.SimpleQueue()
         stop = threading.Event()
@@ -112,10 +112,10 @@ class Client:
             thread.join()
 
     def ask_one[Question, Answer](self, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]) -> Outcome[Answer]:
-        """Put one question to the server.
+        """Send one question to the server.
 
         Raises:
-            ConfigError: as `ask_all`.
+            ConfigError: as in `ask_all`.
         """
         [outcome] = self.ask_all([question], ask)
         return outcome
@@ -157,7 +157,7 @@ class Client:
 
     @functools.cached_property
     def _tls(self) -> Any:
-        """What the HTTP client would make for each connection anew, in 50 ms: its context of certificates."""
+        """One TLS context for all connections: the HTTP client would build a new one for each, which takes 50 ms."""
         import openai
 
         kind = next(kind for kind in openai.DefaultAsyncHttpxClient.__mro__ if kind.__name__ == "AsyncClient")
@@ -165,13 +165,13 @@ class Client:
         return package.create_ssl_context()
 
     def _open(self) -> Any:
-        """An `openai.AsyncOpenAI` that reads bounded bodies only."""
+        """An `openai.AsyncOpenAI` that reads only bounded bodies."""
         import openai
 
         http_client = openai.DefaultAsyncHttpxClient(
             verify=self._tls,
             timeout=None,  # the deadline in `_ask` bounds a request as a whole
-            headers={"accept-encoding": "identity"},  # a compressed body can be a thousandth of its content
+            headers={"accept-encoding": "identity"},  # a small compressed body can expand a thousandfold
             event_hooks={"response": [_bound_body]},
         )
         return openai.AsyncOpenAI(
@@ -185,14 +185,15 @@ class Client:
     async def _ask[Question, Answer](
         self, client: Any, question: Question, ask: Callable[[Any, Question], Awaitable[Answer]]
     ) -> tuple[Answer | None, Failure | None]:
-        """An answer, or why there is none."""
+        """Send one question; its answer, or why it has none."""
         import openai
 
         reason = ""
         for attempt in range(self.config.retries + 1):
-            pause = min(self.config.max_wait, _FIRST_PAUSE * 2**attempt) * random.uniform(0.75, 1.0)  # not all at once
+            # Randomised, so that clients do not retry all at once.
+            pause = min(self.config.max_wait, _FIRST_PAUSE * 2**attempt) * random.uniform(0.75, 1.0)
             try:
-                async with asyncio.timeout(self.config.timeout):  # in all: the HTTP client's own limit is one for each read
+                async with asyncio.timeout(self.config.timeout):  # total time: the HTTP client's own limit applies to each read
                     return await ask(client, question), None
             except openai.APIStatusError as error:
                 reason = self.describe_refusal(error)
@@ -204,10 +205,10 @@ class Client:
             except (openai.APITimeoutError, TimeoutError):
                 reason = f"no answer within {self.config.timeout:g} s"
             except openai.APIConnectionError as error:
-                if isinstance(error.__cause__, UnusableAnswerError):  # openai < 3 wraps what reading the body raises
+                if isinstance(error.__cause__, UnusableAnswerError):  # openai < 3 wraps errors raised while reading the body
                     return None, self._describe(error.__cause__)
                 reason = self._clean(f"no connection: {error.__cause__ or error}")
-            except ConfigError:  # a ValueError, too
+            except ConfigError:  # ConfigError is a ValueError: do not treat it as bad JSON
                 raise
             except (UnusableAnswerError, RecursionError, ValueError) as error:
                 return None, self._describe(error)
@@ -216,43 +217,43 @@ class Client:
         return None, Failure("lost", "lost", reason)
 
     def _describe(self, error: Exception) -> Failure:
-        """The failure that an unusable answer is; any ValueError but our own comes from decoding its JSON."""
+        """Convert an unusable answer into a `Failure`; any ValueError that is not ours comes from decoding JSON."""
         if isinstance(error, UnusableAnswerError):
             return Failure("unusable", error.label, self._clean(str(error)))
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         return Failure("unusable", "not_json", self._clean(f"its body is not usable JSON: {reason}"))
 
     def describe_refusal(self, error: Any) -> str:
-        """The status and the reason of an `openai.APIStatusError`, as a message may show them."""
+        """The status and the reason of an `openai.APIStatusError`, cleaned for messages."""
         return self._clean(f"{error.status_code}: {_read_refusal(error)}")
 
     def _clean(self, text: str) -> str:
-        """A server's text as a message may show it: short, in UTF-8, without control characters and the key."""
+        """A server's text made safe for messages: short, UTF-8, without control characters and without the key."""
         text = text.replace(self._key, "…") if self._key else text
         text = _CONTROL.sub(" ", text).encode("utf-8", "replace").decode()
         return text if len(text) <= 400 else text[:400] + "…"
 
     def _explain(self, status: int, reason: str) -> str:
         if status in (401, 403):
-            found = "the key that is there is refused" if self._key else "it is not set"
+            found = "the key in this variable is refused" if self._key else "it is not set"
             return f"endpoint.api_key_env = {self.config.api_key_env}; {found} by {self.config.base_url} ({reason})."
         return (
             f"endpoint.base_url = {self.config.base_url}, model = {self.config.model}, api = {self.config.api}; the server does "
-            f"not know one of them ({reason})."
+            f"not know one of these ({reason})."
         )
 
 
 class _Tally:
-    """How the last questions went; ends the command where further ones would go the same way."""
+    """Counts recent outcomes; ends the command once further requests would fail the same way."""
 
     def __init__(self, config: EndpointConfig) -> None:
         self.config, self.limit = config, max(_MIN_LOST, config.concurrency)
         self.lost_in_a_row = self.refused = 0
         self.taken = False
-        """Whether the server has taken any question."""
+        """Whether the server has accepted any request."""
 
     def add(self, failure: Failure | None) -> None:
-        """Count one question's failure, or that it had none.
+        """Count one outcome: a failure, or None for an answer.
 
         Raises:
             DataError: the server is down, or refuses everything.
@@ -271,31 +272,31 @@ class _Tally:
         if self.refused >= self.limit and not self.taken:
             raise DataError(
                 f"{self.config.base_url}: the server refuses all of the first {self.refused} questions; the last: {reason}. "
-                "Set endpoint.api, endpoint.server and the sampling to what it takes."
+                "Set endpoint.api, endpoint.server and the sampling to values that it accepts."
             )
 
 
 def _read_refusal(error: Any) -> str:
-    """What a server says of a request that it refuses: the message in its body, else the body."""
+    """The server's reason for refusing a request: the message in its body, else the whole body."""
     message = error.body.get("message") if isinstance(error.body, dict) else error.body
     return message if isinstance(message, str) else str(error.response.text).strip()
 
 
 async def _bound_body(response: Any) -> None:
-    """Let the body of a response be read up to `MAX_BODY_BYTES`.
+    """Limit the body of a response to `MAX_BODY_BYTES`.
 
     Raises:
-        UnusableAnswerError: it is compressed, though that was not asked for.
+        UnusableAnswerError: the body is compressed although the request forbade it.
     """
     encoding = response.headers.get("content-encoding", "identity")
     if encoding not in ("identity", ""):
         await response.aclose()
-        raise UnusableAnswerError("compressed", f"its body is compressed ({encoding}), which was not asked for")
+        raise UnusableAnswerError("compressed", f"its body is compressed ({encoding}), which the request did not allow")
     response.stream = _bounded_stream(response.stream)
 
 
 def _bounded_stream(stream: Any) -> Any:
-    """A stream of the same kind that raises `UnusableAnswerError` behind `MAX_BODY_BYTES`."""
+    """A stream of the same kind that raises `UnusableAnswerError` after `MAX_BODY_BYTES`."""
     base: Any = next(kind for kind in type(stream).__mro__ if kind.__name__ == "AsyncByteStream")  # of httpx, or of httpx2
 
     class Bounded(base):
@@ -314,7 +315,7 @@ def _bounded_stream(stream: Any) -> Any:
 
 
 def _retry_after(header: str | None, pause: float, longest: float) -> float:
-    """Seconds to wait: what the server says (seconds, or a date), at most `longest`; else `pause`."""
+    """Seconds to wait: the server's Retry-After (seconds, or a date), at most `longest`; else `pause`."""
     if header is None:
         return pause
     try:

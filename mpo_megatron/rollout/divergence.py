@@ -1,7 +1,7 @@
-"""KL(π ‖ π_ref) on samples of π; divergence_main.py is one rank of it.
+"""KL(π ‖ π_ref) estimated on samples of π; `divergence_main.py` runs it on one rank.
 
-Takes the configuration of `mpo train`, with π as model.checkpoint, π_ref as model.reference and samples of π, prepared, as
-data.train; writes `<output>/kl.json`. With samples y ~ π the mean of log π(y) − log π_ref(y) is an unbiased estimate.
+Reads a configuration of `mpo train`: π is `model.checkpoint`, π_ref is `model.reference`, and `data.train` holds prepared
+samples of π. Writes `<output>/kl.json`. With samples y ∼ π, the mean of log π(y) − log π_ref(y) is an unbiased estimate.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ KL_FILE = "kl.json"
 
 
 def measure(setup: Setup) -> None:
-    """Log-probs of all samples under both models, computed in turn in the same memory; every rank calls it.
+    """Compute log-probs of all samples under both models, one after the other in the same memory; every rank calls it.
 
     Raises:
-        Stopped: asked to stop; what is computed is written.
+        Stopped: a stop was requested; results so far are on disk.
     """
     data, logps = setup.train, list[Float64]()
     with session(setup) as place:
@@ -46,13 +46,13 @@ def measure(setup: Setup) -> None:
 
 
 def summarize(policy: Float64, reference: Float64, offsets: Int64, lengths: Int64) -> dict[str, float]:
-    """The estimate in nats per response, with a standard error over prompts, and per token.
+    """The estimate in nats per response, with a standard error over prompts, and in nats per token.
 
     Args:
-        policy: [ΣK] log-probs of every response
-        reference: [ΣK] log-probs of every response
-        offsets: [G + 1] where each group begins
-        lengths: [ΣK] tokens of every response
+        policy: [ΣK] log-prob of each response under π, in nats
+        reference: [ΣK] log-prob of each response under π_ref, in nats
+        offsets: [G + 1] start of each group
+        lengths: [ΣK] tokens of each response
     """
     ratios = policy - reference
     by_prompt = np.add.reduceat(ratios, offsets[:-1]) / np.diff(offsets)

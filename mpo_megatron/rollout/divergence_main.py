@@ -1,4 +1,4 @@
-"""`torchrun … -m mpo_megatron.rollout.divergence_main --config FILE`: one rank that measures KL(π ‖ π_ref) for `mpo iterate`."""
+"""`torchrun … -m mpo_megatron.rollout.divergence_main --config FILE`: measure KL(π ‖ π_ref) on one rank for `mpo iterate`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from mpo_megatron.train.rank import be_rank, read_setup
 
 
 def work() -> None:
-    """Measure as the command line says."""
+    """Run the measurement that the command line describes."""
     setup = read_setup("mpo iterate")
     from mpo_megatron.rollout.divergence import measure
 

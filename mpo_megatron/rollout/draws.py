@@ -1,4 +1,4 @@
-"""Unfinished groups: which responses to draw, and which to draw again because they are empty, repeated or unusable."""
+"""Unfinished groups: which responses to draw, and which to redraw because they are empty, repeated or unusable."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from mpo_megatron.rollout.records import Record
 
 @dataclass(kw_only=True)
 class DrawnGroup:
-    """An unfinished group: its responses by index, and how often each was drawn again."""
+    """An unfinished group: its responses by index, and the attempts of each."""
 
     record: Record
     token_ids: tuple[int, ...]
     responses: dict[int, Response] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
-    """By index: the attempt that is drawn next, or that gave the response; makes its seed."""
+    """By index: the attempt that is drawn next, or that gave the response; part of its seed."""
     draws: Counter[int] = field(default_factory=Counter)
-    """By index: draws of this run that ended in a response or a miss."""
+    """By index: draws in this run that ended in a response or a miss."""
     given_up: dict[int, Miss] = field(default_factory=dict)
-    """By index: the last miss of a response that is not drawn again."""
+    """By index: the last miss of a response that is not redrawn."""
     misses: Counter[str] = field(default_factory=Counter)
-    """All draws that gave no response, by label."""
+    """Draws that gave no response, counted by label."""
 
     @classmethod
     def begin(cls, record: Record, token_ids: tuple[int, ...], failure: Record | None) -> DrawnGroup:
-        """A group with the responses of an earlier run's failure; the missing ones continue with the next attempt."""
+        """A group that starts with the responses of an earlier run's failure; missing ones continue at the next attempt."""
         group = cls(record=record, token_ids=token_ids)
         for line in failure["responses"] if failure is not None else ():
             values: dict[str, Any] = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
@@ -41,11 +41,11 @@ class DrawnGroup:
         return group
 
     def missing(self, sampling: Sampling) -> list[int]:
-        """Indices of the responses that are still to be drawn."""
+        """Indices of the responses still to be drawn."""
         return [index for index in range(sampling.num_responses) if index not in self.responses and index not in self.given_up]
 
     def prompt(self, sampling: Sampling, indices: Sequence[int] | None = None) -> Prompt:
-        """The prompt with the seeds of these responses, by default of all that are missing."""
+        """The prompt with the seeds of these responses; by default, of all missing ones."""
         group_id = self.record["group_id"]
         indices = self.missing(sampling) if indices is None else indices
         return Prompt(
@@ -57,14 +57,14 @@ class DrawnGroup:
         )
 
     def receive(self, generation: Generation, sampling: Sampling, indices: Sequence[int], max_attempts: int) -> None:
-        """Take over what came for these responses, by its seed; misses are drawn again with another one, or given up."""
+        """Take over what the engine returned for these responses; redraw misses with another seed, or give up on them."""
         came: dict[int, Response | Miss] = {miss.seed: miss for miss in generation.misses}
         came |= {response.seed: response for response in generation.responses}
         for index, seed in zip(indices, self.prompt(sampling, indices).seeds, strict=True):
             draw = came.get(seed)
             if draw is None:
                 if generation.error is not None:
-                    continue  # it may still come
+                    continue  # not lost: a later call may return it
                 draw = Miss(seed=seed, label="nothing", reason="the engine gave neither a response nor a reason")
             self.draws[index] += 1
             if isinstance(draw, Response):
@@ -76,7 +76,7 @@ class DrawnGroup:
                 self.given_up[index] = draw
 
     def faults(self) -> dict[int, str]:
-        """By index: which responses are `empty`, or `duplicates` of an earlier one."""
+        """By index: the responses that are `empty`, or `duplicates` of an earlier one."""
         faults, seen = {}, set[str]()
         for index, response in sorted(self.responses.items()):
             if not response.text.strip():
@@ -87,7 +87,7 @@ class DrawnGroup:
         return faults
 
     def drop_to_redraw(self, config: GenerateConfig) -> bool:
-        """Remove the responses that are to be drawn again; whether there are any."""
+        """Remove the responses to be redrawn; whether there were any."""
         again = [
             index
             for index, fault in self.faults().items()
@@ -100,7 +100,7 @@ class DrawnGroup:
         return bool(again)
 
     def as_record(self, config: GenerateConfig, sampling: Sampling) -> Record:
-        """The finished group line; `unusable` counts all draws that gave no response, `dropped` the responses it lacks."""
+        """The finished group line; `unusable` counts all draws without a response, `dropped` the missing responses."""
         faults = {index: fault for index, fault in self.faults().items() if getattr(config, fault) == "drop"}
         kept = [self.as_line(index, sampling) for index in sorted(self.responses) if index not in faults]
         dropped = Counter(faults.values()) + Counter(miss.label for miss in self.given_up.values())
@@ -109,32 +109,32 @@ class DrawnGroup:
         return record | ({"unusable": dict(sorted(self.misses.items()))} if self.misses else {})
 
     def as_line(self, index: int, sampling: Sampling) -> Record:
-        """One response of the group line; `attempt` tells how often it was drawn again, `temperature` at which of several."""
+        """One response of the group line; `attempt` counts its redraws, `temperature` is set where there are several."""
         line, attempt = self.responses[index].as_line(), self.attempts.get(index, 0)
         line |= {"temperature": sampling.temperature_of(index)} if sampling.temperatures else {}
         return line | {"attempt": attempt} if attempt else line
 
     def as_failure(self, error: str, sampling: Sampling) -> Record:
-        """A line of failures.jsonl: why, what arrived, and where the next run continues."""
+        """A line of failures.jsonl: the reason, the responses that arrived, and the attempts to continue from."""
         arrived = [self.as_line(index, sampling) | {"index": index} for index in sorted(self.responses)]
         line = {"group_id": self.record["group_id"], "error": error, "responses": arrived}
         attempts = {str(index): attempt for index, attempt in self.attempts.items() if index not in self.responses}
         return line | ({"attempts": attempts} if attempts else {})
 
     def explain_misses(self) -> str:
-        """Why not one response is there."""
+        """Why the group has no response at all."""
         counted = Counter(f"{miss.label} ({miss.reason})" for miss in self.given_up.values())
         return "no usable response: " + "; ".join(f"{count} × {reason}" for reason, count in counted.most_common(3))
 
 
 def keep_arrived(record: Record, failure: Record, num_responses: int) -> Record:
-    """The group line of a prompt that failed, with the responses that did arrive."""
+    """The group line of a failed prompt, with the responses that did arrive."""
     lines = [{name: value for name, value in line.items() if name != "index"} for line in failure["responses"]]
     return record | {"responses": lines, "dropped": {"lost": num_responses - len(lines)}}
 
 
 def answer(engine: Engine, window: Sequence[DrawnGroup], sampling: Sampling, config: GenerateConfig) -> Iterator[Record]:
-    """Finished lines of some groups, of failed ones the line with `error`; what is to be drawn again is, after the others."""
+    """Yield finished lines of some groups, and for failed ones a line with `error`; redraws come after all others."""
     waiting = list(window)
     while waiting:
         again = []
@@ -153,7 +153,7 @@ def answer(engine: Engine, window: Sequence[DrawnGroup], sampling: Sampling, con
 def _draw(
     engine: Engine, groups: Sequence[DrawnGroup], sampling: Sampling, max_attempts: int
 ) -> Iterator[tuple[DrawnGroup, str | None]]:
-    """Each group once the engine has drawn what it lacked, and why something still is missing; whole ones first."""
+    """Yield each group once the engine has drawn its missing responses, and why some are still missing; complete ones first."""
     by_id = {group.record["group_id"]: group for group in groups}
     errors: dict[str, str] = {}
     wanted: dict[float, dict[str, list[int]]] = {}

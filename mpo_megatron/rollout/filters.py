@@ -1,4 +1,4 @@
-"""Which responses of a scored group are fit to train on: one rule a function, each by its own name in the counts.
+"""Rules that decide which responses of a scored group to train on: one function per rule, each counted under its own name.
 
 A response is a record as `mpo generate` and `mpo score` write it: text, finish_reason, num_tokens, reward, …
 """
@@ -16,11 +16,11 @@ from mpo_megatron.files import DataError
 
 ResponseLine = Mapping[str, Any]
 DropRule = Callable[[Sequence[ResponseLine], SelectConfig], list[bool]]
-"""Of each response of a group, whether it goes."""
+"""For each response of a group, whether the rule removes it."""
 
 
 def apply_rules(responses: Sequence[ResponseLine], config: SelectConfig) -> tuple[list[ResponseLine], Counter[str]]:
-    """The responses that pass every rule, in their order, and by rule how many did not; a rule sees what earlier ones left.
+    """The responses that pass every rule, in order, and the number that each rule removed; rules apply one after another.
 
     Raises:
         DataError: a response lacks what a rule needs.
@@ -34,7 +34,7 @@ def apply_rules(responses: Sequence[ResponseLine], config: SelectConfig) -> tupl
 
 
 def find_unscored(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
-    """No reward, or one that is not finite: a scorer that failed on this response."""
+    """No reward, or not a finite one: a scorer failed on this response."""
     return [not is_number(response.get("reward")) for response in responses]
 
 
@@ -44,7 +44,7 @@ def is_number(value: object) -> bool:
 
 
 def find_empty(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
-    """Nothing but white space."""
+    """Only white space."""
     return [not str(response.get("text") or "").strip() for response in responses]
 
 
@@ -54,12 +54,12 @@ def find_truncated(responses: Sequence[ResponseLine], config: SelectConfig) -> l
 
 
 def find_repeating(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
-    """Ended by the engine because it repeated itself."""
+    """Stopped by the engine because of repetition."""
     return [config.truncated == "drop" and response.get("finish_reason") == "repetition" for response in responses]
 
 
 def find_aborted(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
-    """Ended by the engine before its end, for example when a server shut down."""
+    """Stopped by the engine early, for example at a server's shutdown."""
     return [response.get("finish_reason") in ("abort", "aborted", "error") for response in responses]
 
 
@@ -95,7 +95,7 @@ def measure_lengths(responses: Sequence[ResponseLine], config: SelectConfig) -> 
     """Tokens or characters of each response.
 
     Raises:
-        DataError: tokens were not counted when the responses were made.
+        DataError: tokens were not counted at generation.
     """
     if config.length_unit == "characters":
         return [len(response["text"]) for response in responses]
@@ -120,12 +120,12 @@ def find_duplicates(responses: Sequence[ResponseLine], config: SelectConfig) -> 
 
 
 def find_surplus(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
-    """Beyond `max_responses`: the best and the worst stay, and others evenly between them by rank of reward."""
+    """Beyond `max_responses`: keep the best and the worst, and others spaced evenly between them by rank of reward."""
     number, most = len(responses), config.max_responses
     if most is None or number <= most:
         return [False] * number
     by_reward = sorted(range(number), key=lambda index: -responses[index]["reward"])
-    # Ranks 0 … number − 1 in most − 1 equal strides; number > most, so that no rank comes twice.
+    # Ranks 0 … number − 1 in most − 1 equal strides; number > most, so no rank repeats.
     stays = {by_reward[round(step * (number - 1) / (most - 1))] for step in range(most)}
     return [index not in stays for index in range(number)]
 
@@ -143,4 +143,4 @@ RULES: dict[str, DropRule] = {
     "duplicate": find_duplicates,
     "surplus": find_surplus,
 }
-"""In this order; `surplus` last, so that it counts only responses that are otherwise fit."""
+"""Order of application; `surplus` last, so that it counts only otherwise fit responses."""

@@ -2,11 +2,11 @@
 
     mpo generate --prompts prompts.jsonl --model runs/mpo --output rounds/1/samples --num_responses 8
 
-Every finished group is one line of samples.jsonl at once; when all are there, the lines are put into the order of the prompts
-and generate.json appears. Response k of a group is drawn from the seed (seed, group id, k, attempt), so that a run that was
-killed, or cut into other shards, asks for the same. A response that is unusable (filtered, aborted, no text) is drawn again with
-another attempt's seed, and then left out: it never costs the others. What failed stands in failures.jsonl with the responses that
-did arrive, and is tried again by the next run.
+Each finished group is written to samples.jsonl at once. When all are finished, the lines are sorted in the order of the prompts
+and generate.json appears. Response k of a group is drawn from the seed (seed, group id, k, attempt), so a killed run, or another
+number of shards, sends the same requests. An unusable response (filtered, aborted, no text) is redrawn with the next attempt's
+seed, and finally left out, without affecting the others. Failures go to failures.jsonl with the responses that did arrive; the
+next run retries them.
 """
 
 from __future__ import annotations
@@ -62,17 +62,17 @@ from mpo_megatron.terminal.console import Console
 
 REJECTED_FILE = "rejected.jsonl"
 STARTED_FILE = "generate.started.json"
-"""What the folder's lines were asked for; a run that asks for something else is refused."""
+"""What the folder's lines were generated with; a run with other settings is refused."""
 _WINDOW = 1024
-"""Groups handed to the engine together: it sorts them by length, and groups to draw again wait for the others."""
+"""Groups passed to the engine together: it sorts them by length, and redraws wait for the others."""
 
 
 def generate(config: GenerateConfig, console: Console | None = None) -> Path:
-    """Write `<output>/samples.jsonl` and `generate.json`, or this shard's; the file written.
+    """Write `<output>/samples.jsonl` and `generate.json`, or this shard's files; the path of the lines.
 
     Raises:
-        ConfigError: a setting does not fit the model, the prompts or what the folder holds.
-        DataError: the prompts cannot be read, too many failed, or the output cannot be written; what is generated stays.
+        ConfigError: a setting does not fit the model, the prompts or the folder's content.
+        DataError: the prompts cannot be read, too many failed, or the output cannot be written; generated groups stay.
     """
     console = console or Console()
     validate_generate(config)
@@ -81,8 +81,8 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     checkpoint = locate_model(config.model, tokenizer_only=not reads_weights(config))
     require(
         not config.load_adapter or is_adapter(checkpoint),
-        f"load_adapter = true, but model = {config.model} is no adapter; name a run with lora.rank or a PEFT folder, or leave "
-        "load_adapter out.",
+        f"load_adapter = true, but model = {config.model} is no adapter; name a run with lora.rank or a PEFT folder, or remove "
+        "load_adapter.",
     )
     require(
         not config.load_weights or not is_adapter(checkpoint),
@@ -120,7 +120,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
 
 
 def require_package(name: str, why: str) -> None:
-    """Raise `ConfigError` unless a package is installed; nothing is imported."""
+    """Raise `ConfigError` unless a package is installed; does not import it."""
     require(
         importlib.util.find_spec(name) is not None,
         f"{why} needs the package {name}, which is not installed: pip install 'mpo-megatron[rollout]', or pip install {name}.",
@@ -146,7 +146,7 @@ def _build_sampling(config: GenerateConfig, chat: Chat, checkpoint: Path) -> Sam
 
 
 def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> None:
-    """Refuse a longest prompt and response that the model has no positions for."""
+    """Refuse a longest prompt plus response beyond the model's positions."""
     settings = read_model_settings(checkpoint)
     settings = settings.get("text_config", settings)
     limit = settings.get("max_position_embeddings")
@@ -162,7 +162,7 @@ def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> Non
         )
 
 
-# --------------------------------------------------------------------------------------------------- what was asked for
+# --------------------------------------------------------------------------------------------------- the request
 
 
 def longest_prompt(prompts: PromptSet) -> int:
@@ -171,14 +171,14 @@ def longest_prompt(prompts: PromptSet) -> int:
 
 
 def reads_weights(config: GenerateConfig) -> bool:
-    """Whether the engine is given the weights of `model`."""
+    """Whether the engine loads the weights of `model`."""
     return config.engine != "openai" or config.load_adapter or config.load_weights
 
 
 def _identity(
     config: GenerateConfig, checkpoint: Path, tokenizer: Tokenizer, prompts: PromptSet, sampling: Sampling
 ) -> dict[str, Any]:
-    """What the responses follow from; runs that agree in it continue each other."""
+    """All settings that determine the responses; runs with equal identities continue each other."""
     served = f"{config.endpoint.model} (api {config.endpoint.api})"
     own = model_digest(checkpoint) if reads_weights(config) else ""
     loaded = f"{served} with {'adapter' if config.load_adapter else 'weights'} {own}" if own else served
@@ -241,7 +241,7 @@ def _generate_shard(
 
 
 def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_failed: float) -> None:
-    """Leave exactly this run's failures in their file; raise `DataError` if they are too many."""
+    """Write exactly this run's failures to their file; raise `DataError` if they exceed `max_failed`."""
     if not failed:
         path.unlink(missing_ok=True)
         return
@@ -295,7 +295,7 @@ def _join(
     identity: Mapping[str, Any],
     config: GenerateConfig,
 ) -> None:
-    """Put lines into the order of the shard's prompts, in its file; then say that they are complete."""
+    """Sort the lines of a shard's file in the order of its prompts, then mark them complete."""
     output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
     join_lines(sources, samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
@@ -304,7 +304,7 @@ def _join(
 
 
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
-    """generate.json: counts are taken from the lines, so that they do not depend on how often a run was continued."""
+    """generate.json: counts come from the lines, so they do not depend on the number of resumptions."""
     counts, reasons, dropped, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     uncontrolled = set[str]()
     for record in read_lines(samples):
@@ -354,7 +354,7 @@ def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) 
     say(
         f"{samples}: {counts['groups']:,} groups, {counts['responses']:,} responses, {counts['tokens']:,} tokens "
         f"({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and {counts['duplicates']:,} "
-        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} drawn again."
+        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} redrawn."
     )
     if counts["unusable"]:
         say(f"unusable draws: {', '.join(f'{count:,} × {label}' for label, count in counts['unusable'].items())}.")
@@ -365,6 +365,6 @@ def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) 
         )
     if summary["uncontrolled"]:
         say(
-            f"The server may have drawn with a {', '.join(summary['uncontrolled'])} of its own: it does not say what kind of "
-            "server it is, and was not sent them. Set endpoint.server, or check its defaults."
+            f"The server may have applied its own {', '.join(summary['uncontrolled'])}: it does not identify its kind, so these "
+            "settings were not sent. Set endpoint.server, or check its defaults."
         )

@@ -2,9 +2,9 @@
 
     mpo iterate --config iterate.yaml
 
-The folders are the state: a stage whose output says that it is complete is skipped, any other is started or continued by the
-command it is. So a kill anywhere costs at most what its stage does not resume, and the same command goes on. Training takes
-the reference's log-probs on its way, kept in parts as `mpo reference` keeps them.
+The folders are the state: a stage with complete output is skipped; any other stage starts or resumes with its own command. A kill
+anywhere costs at most what its stage cannot resume; the same command resumes. Training computes the reference log-probs on its
+way, and caches them in parts like `mpo reference`.
 """
 
 from __future__ import annotations
@@ -66,10 +66,10 @@ TRAIN_MODULE, KL_MODULE = "mpo_megatron.train", "mpo_megatron.rollout.divergence
 
 
 def iterate(config: IterateConfig, console: Console | None = None) -> None:
-    """Run all rounds, or what is left of them, and write the reports.
+    """Run all rounds, or the remaining ones, and write the reports.
 
     Raises:
-        ConfigError: the configuration cannot work, or is not the one this folder was started with; nothing has been started.
+        ConfigError: the configuration cannot work, or differs from the one this folder was started with; nothing has started.
         DataError: a stage's input is unusable, or another `mpo iterate` runs in the folder.
         StageError: training failed.
     """
@@ -79,7 +79,7 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
         open_folder(plan)
         write_prompts(plan, console)
         start = Path(plan.config.model)
-        console.rule("policy 0: the one that the first round starts from")
+        console.rule("policy 0: the start of the first round")
         measure_policy(plan.policies[0], start, console)
         reports = []
         for item, num_ranks in zip(plan.rounds, plan.num_ranks, strict=True):
@@ -99,10 +99,10 @@ def iterate(config: IterateConfig, console: Console | None = None) -> None:
 
 
 def open_folder(plan: RoundsPlan) -> None:
-    """Note what must not change in a new folder; compare it in one that is there.
+    """Record in a new folder what must not change; compare it in an existing one.
 
     Raises:
-        ConfigError: naming the first thing that changed.
+        ConfigError: names the first value that changed.
     """
     state = started_with(plan.config, plan.prompts) | {"model_digest": plan.model_digest}
     check_folder(plan.folder, state)
@@ -111,7 +111,7 @@ def open_folder(plan: RoundsPlan) -> None:
 
 
 def write_prompts(plan: RoundsPlan, console: Console) -> None:
-    """The prompts of each round and the held-out ones; again the same if they are there."""
+    """Write the prompts of each round and the held-out ones; if they exist, check that they are the same."""
     split = plan.prompts
     files = {"held-out.jsonl": split.held_out} | {f"round-{n:02d}.jsonl": rows for n, rows in enumerate(split.rounds, start=1)}
     for name, rows in files.items():
@@ -126,9 +126,9 @@ def write_prompts(plan: RoundsPlan, console: Console) -> None:
 
 
 def stage(name: str, done: Path, run: Callable[[], object], console: Console) -> None:
-    """Run a stage unless the file it completes with is there."""
+    """Run a stage unless the file that marks its completion exists."""
     if done.exists():
-        console.print(f"{name}: done before")
+        console.print(f"{name}: already complete")
         return
     console.print(f"{name} …")
     started = time.monotonic()
@@ -137,7 +137,7 @@ def stage(name: str, done: Path, run: Callable[[], object], console: Console) ->
 
 
 def run_round(plan: RoundsPlan, item: Round, start: Path, num_ranks: int, console: Console) -> Path:
-    """All stages of a round; the checkpoint that it ends with."""
+    """Run all stages of a round; the checkpoint at its end."""
     folder, sampling = item.folder, for_policy(item.generate, start)
     stage("generate", folder / "samples" / GENERATE_FILE, lambda: run_command("generate", generate, sampling), console)
     stage("score", folder / "scored" / SCORE_FILE, lambda: run_command("score", score, item.score), console)
@@ -149,9 +149,9 @@ def run_round(plan: RoundsPlan, item: Round, start: Path, num_ranks: int, consol
 
 
 def measure_policy(policy: RoundPolicy, start: Path, console: Console) -> None:
-    """Export a policy, let it answer the held-out prompts, and score the answers."""
+    """Export a policy, generate answers to the held-out prompts, and score the answers."""
     folder = policy.folder
-    if is_adapter_folder(start):  # a small file: engines have the base model already
+    if is_adapter_folder(start):  # a small file: engines already hold the base model
         stage("export", policy.hf / PEFT_CONFIG, lambda: export_adapter(start, policy.hf, base_of_rounds(policy.hf)), console)
     else:
         export = ConvertConfig(input=str(start), output=str(policy.hf))
@@ -162,19 +162,19 @@ def measure_policy(policy: RoundPolicy, start: Path, console: Console) -> None:
 
 
 def for_policy(config: GenerateConfig, policy: Path) -> GenerateConfig:
-    """The stage for a policy in this folder: a server has an adapter to load unless the policy is the model that it serves."""
+    """The stage's configuration for a policy in this folder: a server loads an adapter unless it serves the whole policy."""
     return replace(config, load_adapter=config.load_adapter and is_adapter_folder(policy))
 
 
 def base_of_rounds(hf: Path) -> str | None:
-    """What the adapter that is exported to a policy's folder calls its base model: the first policy, if that is a whole model."""
+    """Base model named by an adapter exported to a policy's folder: the first policy, if that is a whole model."""
     first = hf.parents[1] / "00" / hf.name
     return str(first.absolute()) if (first / "config.json").is_file() else None
 
 
 def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
-    """Train, or resume training; the round's `train.json` says where the result is."""
-    check_resumption(build_setup(config, num_ranks))  # the ranks do the same; here it gives one message before any has started
+    """Train, or resume training; the round's `train.json` names the resulting checkpoint."""
+    check_resumption(build_setup(config, num_ranks))  # the ranks check too; here one message appears before any rank starts
     run_ranks("train", TRAIN_MODULE, save_config(folder / "train.yaml", config), num_ranks)
     trained = find_megatron_checkpoint(Path(config.output))
     assert trained is not None
@@ -182,7 +182,7 @@ def run_training(folder: Path, config: TrainConfig, num_ranks: int) -> None:
 
 
 def read_trained(folder: Path) -> Path:
-    """The checkpoint that a round ended with; recorded from the round's folder on, so that both may be moved."""
+    """The checkpoint of a finished round; recorded relative to the round's folder, so that both can be moved together."""
     recorded = read_summary(folder / TRAIN_FILE)["checkpoint"]
     found = Path(os.path.normpath(folder / recorded))
     return found if found.exists() else Path(recorded)
@@ -191,7 +191,7 @@ def read_trained(folder: Path) -> Path:
 def measure_kl(
     plan: RoundsPlan, item: Round, trained: Path, start: Path, num_ranks: int, console: Console
 ) -> dict[str, Any] | None:
-    """KL(π ‖ π_ref) on the new policy's answers to the held-out prompts; None if all of them were cut off at the limit."""
+    """KL(π ‖ π_ref) on the new policy's held-out answers; None if all of them were truncated."""
     policy = plan.policies[item.number]
     folder = policy.folder / "kl"
     answers = SelectConfig(
@@ -227,13 +227,13 @@ def measure_kl(
 
 
 def write_round_report(plan: RoundsPlan, item: Round, kl: dict[str, Any] | None, console: Console) -> dict[str, Any]:
-    """The round's report, from what its folders hold, and its main numbers on the terminal."""
+    """Write the round's report from its folders, and print its main numbers."""
     before, after = plan.policies[item.number - 1].folder, plan.policies[item.number].folder
     report = report_round(item.number, item.folder, before, after, kl, item.train)
     write_summary(item.folder / REPORT_FILE, report)
     reward = (
         f"held-out reward {report['before']['reward']:.4g} → {report['after']['reward']:.4g} ± {report['after']['error']:.2g}"
     )
-    wins = f"wins {report['win_rate']['value']:.1%} ± {report['win_rate']['error']:.1%} against the policy before"
+    wins = f"wins {report['win_rate']['value']:.1%} ± {report['win_rate']['error']:.1%} against the previous policy"
     console.print(f"round {item.number}: {reward}; {wins}", soft_wrap=True)
     return report

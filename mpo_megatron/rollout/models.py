@@ -1,4 +1,4 @@
-"""Checkpoints as generating and scoring need them: a Hugging Face folder, exported once if it is one of ours."""
+"""Checkpoints for generating and scoring, as Hugging Face folders; a Megatron checkpoint is exported once."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
 
 EXPORT_FOLDER = "exported"
-"""Folder beside a Megatron checkpoint's weights that keeps its Hugging Face form."""
+"""Folder beside a Megatron checkpoint's weights that holds its Hugging Face form."""
 _MAX_SHARD_BYTES = 4 * 2**30
 
 
 def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False) -> Path:
-    """The checkpoint that `path` means, found without loading or exporting anything: what `hugging_face_folder` will use.
+    """Find the checkpoint at `path` without loading or exporting anything; `hugging_face_folder` takes the result.
 
-    With `tokenizer_only`, any folder will do.
+    With `tokenizer_only`, any existing folder is accepted.
 
     Raises:
         ConfigError: there is no checkpoint.
     """
     folder = Path(path)
-    require(folder.is_dir(), f"{name} = {path}; no such folder; give a checkpoint's, or a training run's.")
+    require(folder.is_dir(), f"{name} = {path}; no such folder; name the folder of a checkpoint or of a training run.")
     from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 
     checkpoint = find_megatron_checkpoint(folder)
@@ -35,27 +35,27 @@ def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False
         return checkpoint
     require(
         tokenizer_only or is_peft(folder) or (folder / "config.json").is_file(),
-        f"{name} = {path}; it is neither a Hugging Face checkpoint (no config.json) nor one of ours (no megatron/, no "
+        f"{name} = {path}; it is neither a Hugging Face checkpoint (no config.json), nor a Megatron checkpoint (no megatron/, no "
         "checkpoints/step_*), nor a PEFT adapter (no adapter_config.json).",
     )
     return folder
 
 
 def is_peft(folder: Path) -> bool:
-    """Whether a folder is PEFT's, of an adapter without its base model."""
+    """Whether a folder holds a PEFT adapter without its base model."""
     return (folder / PEFT_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def is_adapter(checkpoint: Path) -> bool:
-    """Whether a located checkpoint is an adapter, PEFT's or ours."""
+    """Whether a located checkpoint is an adapter, in PEFT's form or ours."""
     return is_peft(checkpoint) or is_adapter_folder(checkpoint)
 
 
 def base_folder(folder: Path) -> Path:
-    """The Hugging Face folder of the base model that a PEFT adapter names.
+    """The Hugging Face folder of the base model named by a PEFT adapter.
 
     Raises:
-        ConfigError: it names none, or none that is on this machine.
+        ConfigError: the adapter names none, or it is not on this machine.
     """
     path = folder / PEFT_CONFIG
     check_file(path)
@@ -65,10 +65,10 @@ def base_folder(folder: Path) -> Path:
         raise ConfigError(f"{path}: names no base model ({error!r}); copy the adapter again.") from error
     require(
         isinstance(name, str) and Path(name).is_dir(),
-        f"{path}: base_model_name_or_path = {name}; no such folder; put the base model's there.",
+        f"{path}: base_model_name_or_path = {name}; no such folder; put the base model there, or correct the path.",
     )
     base = locate_model(name, f"{path}: base_model_name_or_path")
-    require(not is_peft(base), f"{path}: base_model_name_or_path = {name}, which is an adapter, too; merge that one first.")
+    require(not is_peft(base), f"{path}: base_model_name_or_path = {name}, which is an adapter too; merge that one first.")
     return hugging_face_folder(base)
 
 
@@ -78,12 +78,12 @@ def side_files(checkpoint: Path) -> Path:
 
 
 def hugging_face_folder(checkpoint: Path) -> Path:
-    """The Hugging Face form of a located checkpoint; a Megatron one is exported into its own folder, once.
+    """The Hugging Face form of a located checkpoint; a Megatron checkpoint is exported into its own folder, once.
 
-    That of an adapter is PEFT's folder; it names the base model's, which is exported likewise.
+    An adapter's is a PEFT folder; it names the base model's Hugging Face folder, exported in the same way.
 
     Raises:
-        ConfigError: the checkpoint cannot be exported, there is no place for it, or a file that `mpo convert` wrote is damaged.
+        ConfigError: the checkpoint cannot be exported, space is missing, or a file that `mpo convert` wrote is damaged.
     """
     target = checkpoint / EXPORT_FOLDER if (checkpoint / "megatron").is_dir() else checkpoint
     if target.is_dir():
@@ -94,7 +94,9 @@ def hugging_face_folder(checkpoint: Path) -> Path:
     from mpo_megatron.model.convert_adapter import export_adapter
 
     check_writable(checkpoint, "model")
-    with hold(checkpoint / f".{EXPORT_FOLDER}.lock", target, wait_seconds=math.inf):  # other shards wait here for the first
+    with hold(
+        checkpoint / f".{EXPORT_FOLDER}.lock", target, wait_seconds=math.inf
+    ):  # other shards wait for the first one's export
         if not target.is_dir() and is_adapter_folder(checkpoint):
             base = hugging_face_folder(find_base(checkpoint, read_adapter(checkpoint), None, "mpo convert --base"))
             export_adapter(checkpoint, target, str(base.absolute()))
@@ -104,7 +106,7 @@ def hugging_face_folder(checkpoint: Path) -> Path:
 
 
 def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str, Any]:
-    """config.json, or another JSON file, of a located checkpoint.
+    """config.json, or another JSON file, of a located checkpoint, parsed.
 
     Raises:
         ConfigError: it is damaged.
@@ -120,15 +122,15 @@ def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str
 
 
 def choose_device(name: str) -> str:
-    """The device that `auto` or a name of torch's means.
+    """The torch device for `auto` or a device name.
 
     Raises:
-        ConfigError: torch does not know it, or it is not there.
+        ConfigError: torch does not know the device, or it does not exist here.
     """
     import torch
 
     if name == "auto":
-        # torchrun's ranks share a stage, each with its own GPU
+        # torchrun's ranks share a stage, one GPU each
         gpu = os.environ.get("LOCAL_RANK") if "TORCHELASTIC_RUN_ID" in os.environ else None
         return ("cuda" if gpu is None else f"cuda:{gpu}") if torch.cuda.is_available() else "cpu"
     try:

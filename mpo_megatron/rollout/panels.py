@@ -15,7 +15,7 @@ BLUE, ORANGE, GREEN, RED = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b"
 
 @contextlib.contextmanager
 def draw_panels(picture: Path, number: int, width: float, height: float = 3.6) -> Iterator[list[Any]]:
-    """Yields so many panels to draw on; then they are a PNG file.
+    """Yield this many panels to draw on; then write them to a PNG file.
 
     Args:
         width: of the whole picture, in inches

@@ -1,4 +1,4 @@
-"""How far long work is, how fast, and how long it will take: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of long work, its speed and remaining time: a bar on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mpo_megatron.terminal.console import Console
 
 _SECONDS = 10.0
-"""Between two lines where there is no terminal."""
+"""Seconds between two lines where there is no terminal."""
 
 
 @contextlib.contextmanager
 def show_progress(title: str, total: int, unit: str, amount: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields `advance(units, amounts)`, for example prompts and tokens; both rates are shown, to stderr.
+    """Yield `advance(units, amounts)`, for example prompts and tokens; show both rates on stderr.
 
     Args:
-        title: what is being done
-        total: units there are to do
-        unit: what is counted, in the plural
-        amount: what a unit is made of, in the plural; its rate is shown
+        title: what the work is
+        total: number of units
+        unit: name of a unit, plural
+        amount: name of the units' content, plural; its rate is shown
     """
     console = Console(stderr=True)
     say = functools.partial(console.print, highlight=False, soft_wrap=True)
@@ -57,5 +57,5 @@ def _clock(seconds: float) -> str:
 
 
 def describe_answers(number: int, seconds: float) -> str | None:
-    """How fast a server answered; None without an answer."""
-    return f"{number:,} answers in {seconds:.1f} s, {number / max(seconds, 1e-9):,.1f} a second" if number else None
+    """A server's answers and their rate, as text; None without an answer."""
+    return f"{number:,} answers in {seconds:.1f} s, {number / max(seconds, 1e-9):,.1f} per second" if number else None

@@ -1,4 +1,4 @@
-"""Assigns prompts to rounds, and holds some out: by a hash, so that neither the order of the file nor a restart matters."""
+"""Assign prompts to rounds and hold some out, by hash: neither the order of the file nor a restart changes the split."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ PromptRow = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSplit:
-    """The prompts of each round and the held-out ones, as rows of the file they came from, each with an id."""
+    """The prompts of each round and the held-out ones, as rows of their source file, each with an id."""
 
     rounds: list[list[PromptRow]]
     held_out: list[PromptRow]
     num_duplicates: int
-    """Prompts that an earlier line has; left out."""
+    """Prompts dropped because an earlier line has the same one."""
     digest: str
-    """Of all prompts, with their other fields."""
+    """All rows with their other fields."""
 
 
 def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> PromptSplit:
-    """Read prompts and deal them; two rounds differ by at most one prompt, and no prompt is in two places.
+    """Read and assign prompts; round sizes differ by at most one, and no prompt is used twice.
 
     Raises:
         ConfigError: no such file, or too few prompts.
-        DataError: a line has no usable prompt, or two have one id; the message names it.
+        DataError: a line has no usable prompt, or two prompts share an id; names the line or the id.
     """
     rows: dict[str, PromptRow] = {}
     num_lines, digest = 0, hashlib.sha256()
@@ -70,10 +70,10 @@ def split_prompts(path: Path, *, rounds: int, held_out: int, seed: int) -> Promp
 
 
 def read_row(line: bytes, where: str) -> tuple[PromptRow, str]:
-    """A line as a row with an id, and what makes its prompt the same as another's.
+    """A line as a row with an id, and the key that identifies equal prompts.
 
     Raises:
-        DataError: it is no object with a prompt, or its id is unusable.
+        DataError: the line is no object with a prompt, or its id is unusable.
     """
     try:
         row = unseal_line(line)

@@ -1,7 +1,7 @@
-"""Reads prompt files: checks each line, drops duplicates, and makes token ids as `mpo prepare` does.
+"""Read prompt files: check each line, drop duplicates, and make token ids as `mpo prepare` does.
 
-A line holds a prompt (a string, or messages), and may hold `group_id`, `reference_answer`, and anything else, which goes along
-under `meta`. Inputs of `mpo prepare`, and the folders it wrote, give their prompts.
+A line holds a prompt (a string, or messages). It may hold `group_id` and `reference_answer`; any other field is kept
+under `meta`. Inputs of `mpo prepare`, and folders it wrote, are also accepted: their prompts are used.
 """
 
 from __future__ import annotations
@@ -30,35 +30,35 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 
 _SAMPLE = 64
-"""Rows that decide the format."""
+"""Rows read to detect the format."""
 _NOT_META = {
     *("group_id", "id", "meta", "reference_answer", "messages", "question", "instruction"),
     *("responses", "all_generated_responses", "rewards", "scores", "all_rm_scores", "labels"),
 }
-"""Fields of a row that belong elsewhere in a line, or to responses that are not taken over."""
+"""Fields of a row that have another place in a line, or belong to responses, which are dropped."""
 
 
 @dataclass(kw_only=True)
 class PromptSet:
-    """The prompts of an input, distinct, in its order."""
+    """The distinct prompts of an input, in its order."""
 
     records: list[Record] = field(default_factory=list)
-    """Group lines that have no responses yet."""
+    """Group lines without responses."""
     token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """By group id: the rendered prompt, as `mpo prepare` would store it."""
+    """By group id: [P] token ids of the rendered prompt, as `mpo prepare` would store it."""
     rejections: list[Rejection] = field(default_factory=list)
-    """Rows that gave no prompt, and why; duplicates among them."""
+    """Rows without a usable prompt, duplicates included, and why."""
     counts: Counter[str] = field(default_factory=Counter)
-    """Rows by what became of them: prompts, duplicates, invalid, refused (by the template), too_long."""
+    """Number of rows by outcome: prompts, duplicates, invalid, refused (by the template), too_long."""
 
     def leave_out(self, kind: str, where: str, group_id: str, reason: str) -> None:
-        """Count a prompt that is not asked, and keep why."""
+        """Count a dropped prompt, and record why."""
         file, _, line = where.rpartition(":")
         self.rejections.append(Rejection(file=file, line=int(line), group_id=group_id, field="prompt", reason=reason))
         self.counts[kind] += 1
 
     def digest(self) -> str:
-        """sha256 over ids and tokens in order: the engine's input."""
+        """sha256 over ids and tokens in order, which are the engine's input."""
         digest = hashlib.sha256()
         for record in self.records:
             digest.update(json.dumps([record["group_id"], self.token_ids[record["group_id"]]]).encode())
@@ -69,7 +69,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
     """Read, number and tokenize the prompts of an input.
 
     Raises:
-        DataError: the input cannot be read, gives no prompt, or one id to two prompts.
+        DataError: the input cannot be read, holds no prompt, or has two prompts with one id.
     """
     found, seen, lines_of = PromptSet(), dict[str, str](), dict[str, str]()
     for where, item in _read_rows(source):
@@ -85,7 +85,9 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             found.leave_out("duplicates", where, group_id, f"repeats the prompt of {seen[key]}")
             continue
         if group_id in lines_of:
-            raise DataError(f"{where}: group_id = {group_id} is that of another prompt, {lines_of[group_id]}; give each its own.")
+            raise DataError(
+                f"{where}: group_id = {group_id} already belongs to the prompt at {lines_of[group_id]}; give each its own."
+            )
         seen[key] = lines_of[group_id] = where
         try:
             ids = tuple(chat.prompt(item["prompt"], tools)[1].tolist())
@@ -93,7 +95,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             found.leave_out("refused", where, group_id, f"is refused by the chat template: {error}")
             continue
         if len(ids) > max_prompt_tokens:
-            found.leave_out("too_long", where, group_id, f"has {len(ids)} tokens, max_prompt_tokens = {max_prompt_tokens}")
+            found.leave_out("too_long", where, group_id, f"has {len(ids)} tokens, but max_prompt_tokens = {max_prompt_tokens}")
             continue
         found.records.append(item)
         found.token_ids[group_id] = ids
@@ -101,12 +103,12 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
     if not found.records:
         first = found.rejections[0] if found.rejections else None
         reason = f"; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else ""
-        raise DataError(f"prompts = {source}; not one prompt in it is usable{reason}.")
+        raise DataError(f"prompts = {source}; it holds no usable prompt{reason}.")
     return found
 
 
 def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
-    """`file:line` and prompt of every row of any input."""
+    """`file:line` and prompt of every row of an input of any kind."""
     if (Path(source) / INFO_FILE).is_file():
         yield from _read_prepared(Path(source))
         return
@@ -123,7 +125,7 @@ def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
 
 
 def _detect(head: Iterable[RawRow]) -> InputLayout | None:
-    """How to find the prompt in a row, if not by the fields of a prompt file."""
+    """Where a row holds the prompt; None for the fields of a prompt file."""
     sample = [row.value for row in head if isinstance(row.value, dict)]
     try:
         layout = detect(sample)
@@ -136,7 +138,7 @@ def _read_row(row: Any, layout: InputLayout | None) -> Record:
     """The group line of one row, without responses.
 
     Raises:
-        RowError: it gives no prompt.
+        RowError: the row has no prompt.
     """
     if layout is not None:
         parsed = parse(row, layout)
@@ -151,7 +153,7 @@ def _read_row(row: Any, layout: InputLayout | None) -> Record:
 def _build(
     prompt: tuple[Message, ...], tools: tuple[dict[str, Any], ...], group_id: str | None, row: Mapping[str, Any]
 ) -> Record:
-    """The line of one prompt, with the fields of its row that are left."""
+    """The line of one prompt, with the remaining fields of its row."""
     messages = [dict(message) for message in prompt]
     if group_id is None:
         content = [messages, tools] if tools else messages
@@ -175,12 +177,12 @@ def _build(
 
 
 def _read_prepared(folder: Path) -> Iterator[tuple[str, Record]]:
-    """Prompts of the groups in a folder of `mpo prepare`, which keeps tokens: the messages come from what it was made from."""
+    """Prompts of the groups in a folder of `mpo prepare`. It keeps only tokens, so messages are read from its source file."""
     groups = load_groups(folder)
     wanted, options = set(groups.group_ids()), groups.info.config
     source = options.get("input")
     if source is None:
-        raise DataError(f"prompts = {folder}; it does not say what it was prepared from; name a file with the prompts.")
+        raise DataError(f"prompts = {folder}; it does not record its source file; name a file with the prompts.")
     try:
         streams = read_inputs(
             [source] if isinstance(source, str) else source,
@@ -188,13 +190,13 @@ def _read_prepared(folder: Path) -> Iterator[tuple[str, Record]]:
             **{name: options[name] for name in ("split", "subset", "rating", "columns", "drop_ranks")},
         )
     except DataError as error:
-        raise DataError(f"prompts = {folder}; what it was prepared from cannot be read: {error}") from error
+        raise DataError(f"prompts = {folder}; its source file cannot be read: {error}") from error
     for item in itertools.chain.from_iterable(stream.items for stream in streams):
         if not isinstance(item, Rejection) and item.group_id in wanted:
             wanted.remove(item.group_id)
             yield item.where, _build(item.prompt, item.tools, item.group_id, {})
     if wanted:
         raise DataError(
-            f"prompts = {folder}; {len(wanted)} of its groups, for example {min(wanted)}, are no longer in {source}, which it "
-            "was prepared from; name a file with the prompts."
+            f"prompts = {folder}; {len(wanted)} of its groups, for example {min(wanted)}, are no longer in {source}, its source "
+            "file; name a file with the prompts."
         )

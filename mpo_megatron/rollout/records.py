@@ -1,11 +1,11 @@
-"""Group lines on disk: JSON lines that can be continued after a kill, and the stage's summary that says they are complete.
+"""Group lines on disk: JSON lines that a stage can resume after a kill, and a summary that marks the stage complete.
 
-    with LineWriter(path) as lines:         # an incomplete last line, left by a kill, is dropped
+    with LineWriter(path) as lines:         # drops an incomplete last line, left by a kill
         lines.write(record)                 # one line, on disk when the call returns
     for record in read_lines(path): …
-    write_summary(folder / "score.json", …) # appears by rename, last: a folder that has it is complete
+    write_summary(folder / "score.json", …) # renamed into place last: a folder that has it is complete
 
-Lines and summary carry digests: a damaged line is refused, and so is a file that is not the one its summary lists.
+Lines and summary carry digests: a damaged line is refused, and so is a file that differs from the one its summary lists.
 
 A line holds one prompt:
 
@@ -44,11 +44,11 @@ def encode_line(record: Record) -> bytes:
 
 
 def read_lines(path: str | Path) -> Iterator[Record]:
-    """All records of a file in its order; a last line that a kill cut off is passed over.
+    """All records of a file, in order; skips an incomplete last line, left by a kill.
 
     Raises:
-        DataError: no such file, or a line is damaged or not a group line; it names file and line.
-        DamagedError: it is a finished stage's, and not the file that its summary lists.
+        DataError: no such file, or a line is damaged or no group line; names file and line.
+        DamagedError: the file belongs to a finished stage, but differs from the one its summary lists.
     """
     path = Path(path)
     check_lines(path)
@@ -80,23 +80,23 @@ def _decode(line: bytes, where: str) -> Record:
         record = unseal_line(line)
     except ValueError as error:
         reason = f"is not valid JSON ({error})" if isinstance(error, json.JSONDecodeError) else f"damaged or changed: {error}"
-        raise DataError(f"{where}: {reason}; remove the line to have it made again.") from error
+        raise DataError(f"{where}: {reason}; remove the line, and run the command that wrote it again.") from error
     if isinstance(record, dict) and isinstance(record.get("group_id"), str):
         return record
     group_id = record.get("group_id") if isinstance(record, dict) else None
     found = "no group_id" if group_id is None else f"group_id = {json.dumps(group_id)}"
     raise DataError(
-        f'{where}: is not a group line: it has {found}; give each group a text of its own there, {{"group_id": "1", '
+        f'{where}: is not a group line: it has {found}; give each group a unique text there, {{"group_id": "1", '
         '"prompt": …, "responses": [{"text": …, "reward": …}, …]}.'
     )
 
 
 @final
 class LineWriter:
-    """Appends records to a file, whole lines only, so that a kill costs at most the line being written."""
+    """Appends whole lines to a file, so that a kill costs at most the line being written."""
 
     def __init__(self, path: str | Path) -> None:
-        """Open for appending, without an incomplete last line.
+        """Open for appending, and drop an incomplete last line.
 
         Raises:
             DataError: the file cannot be written.
@@ -123,7 +123,7 @@ class LineWriter:
         """Append one record.
 
         Raises:
-            DataError: the disk is full, or the like; the lines before stay.
+            DataError: for example, the disk is full; earlier lines stay.
         """
         line = encode_line(record)
         try:
@@ -131,10 +131,12 @@ class LineWriter:
                 raise OSError("only part of a line fitted")
         except OSError as error:
             reason = error.strerror or error
-            raise DataError(f"{self.path}: cannot write: {reason}; what is there stays: make room and run again.") from error
+            raise DataError(
+                f"{self.path}: cannot write: {reason}; earlier lines are kept: free space and run the same command again."
+            ) from error
 
     def close(self) -> None:
-        """Force everything to disk."""
+        """Flush everything to disk."""
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -146,12 +148,12 @@ class LineWriter:
 
 
 def read_ids(path: str | Path) -> set[str]:
-    """Ids of the groups that a file holds already; none if there is no file."""
+    """Ids of the groups that a file already holds; empty if there is no file."""
     return {record["group_id"] for record in read_lines(path)} if Path(path).is_file() else set()
 
 
 def find_repeated(ids: Iterable[str]) -> str | None:
-    """The first id that comes a second time; None if each comes once."""
+    """The first id that appears a second time; None if all are unique."""
     seen: set[str] = set()
     for group_id in ids:
         if group_id in seen:
@@ -170,14 +172,14 @@ def digest_lines(path: Path) -> str:
 
 
 def find_lines(source: str | Path, name: str, summary: str) -> Path:
-    """The file of group lines that `source` is, or that a finished stage's folder holds.
+    """The file of group lines at `source`, or in the finished stage folder `source`.
 
     Args:
         source: a .jsonl file, or a stage's output folder
         name: the stage's file, for example `samples.jsonl`
         summary: the file that appears when the stage is complete
     Raises:
-        DataError: neither is there, or the stage is not finished.
+        DataError: neither exists, or the stage is not finished.
     """
     path = Path(source)
     if path.is_file():
@@ -185,47 +187,47 @@ def find_lines(source: str | Path, name: str, summary: str) -> Path:
     if not path.is_dir():
         raise DataError(f"input = {source}; no such file or folder.")
     if not (path / name).is_file():
-        raise DataError(f"input = {source}; it holds no {name}; name the folder of the stage before, or a .jsonl file.")
+        raise DataError(f"input = {source}; it holds no {name}; name the previous stage's folder, or a .jsonl file.")
     if not (path / summary).is_file():
-        raise DataError(f"input = {source}; {name} is not complete, {summary} is missing; repeat the command that writes it.")
+        raise DataError(f"input = {source}; {name} is not complete: {summary} is missing; run the command that writes it again.")
     return path / name
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> None:
-    """Write a stage's JSON file, by rename."""
+    """Write a stage's JSON file and rename it into place."""
     replace_file(path, [seal(summary)])
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """What `write_summary` wrote.
+    """The dictionary that `write_summary` wrote.
 
     Raises:
-        DataError: it cannot be read.
-        DamagedError: it is not what was written.
+        DataError: the file cannot be read.
+        DamagedError: the content differs from what was written.
     """
     try:
-        return unseal(path, "remove it and repeat the command that writes it")
+        return unseal(path, "remove it and run the command that writes it again")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str) -> None:
-    """Note in a folder what its lines follow from, or compare with what is noted there.
+    """Record in a folder what its lines depend on, or compare with the existing record.
 
     Args:
         folder: the stage's output
-        name: the file of the note
-        identity: what the lines follow from; runs that agree in it continue each other
-        lines: pattern of the files with the lines
+        name: the file of the record
+        identity: what the lines depend on; runs with the same identity continue each other
+        lines: file pattern of the lines
     Raises:
-        ConfigError: the folder holds lines that follow from something else.
+        ConfigError: the folder's lines depend on something else.
     """
     path = folder / name
-    has_lines = any(folder.glob(lines))  # before the note is looked for: another shard may just be writing both, the note first
+    has_lines = any(folder.glob(lines))  # checked before the record: another shard may be writing both now, the record first
     if not path.is_file():
         require(
             not has_lines,
-            f"output = {folder}; it holds {lines} and does not say of what ({name} is missing); choose another folder.",
+            f"output = {folder}; it holds {lines} of unknown origin ({name} is missing); choose another folder.",
         )
         write_summary(path, identity)
         return
@@ -233,15 +235,15 @@ def check_started(folder: Path, name: str, identity: dict[str, Any], lines: str)
     changed = sorted(key for key in {*before, *identity} if before.get(key) != identity.get(key))
     require(
         not changed,
-        f"output = {folder}; what it holds was made with another {' and '.join(changed)} ({name}); choose another folder, or "
+        f"output = {folder}; its content was made with another {' and '.join(changed)} ({name}); choose another folder, or "
         "remove this one.",
     )
 
 
 def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> int:
-    """Write the lines of several files to one, in the order of these ids; the number of lines.
+    """Write the lines of several files to one file, in the order of these ids; the number of lines.
 
-    Ids that no file holds are passed over, an id that comes twice is taken once. Memory holds positions, not lines.
+    Skips ids that no file holds, and takes a repeated id once. Memory holds positions, not lines.
     """
     places: dict[str, tuple[int, int]] = {}
     with contextlib.ExitStack() as stack:

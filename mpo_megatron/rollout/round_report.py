@@ -1,6 +1,6 @@
-"""What a round did, from its folders: sampled reward before and after, wins against the policy before, length, KL.
+"""The result of a round, from its folders: sampled reward before and after, wins against the previous policy, length, KL.
 
-All is measured on the held-out prompts, answered by every policy. A standard error is over prompts, the unit that is
+Everything is measured on the held-out prompts, answered by every policy. Standard errors are over prompts, which are
 independent; the answers to one prompt count together.
 """
 
@@ -28,10 +28,10 @@ def report_round(
     """The report of one round.
 
     Args:
-        folder: the round's
-        before: folder of the policy that the round started from
-        after: folder of the policy that the round ended with
-        kl: KL(π ‖ π_ref) on the new policy's answers, if it was measured
+        folder: the round's folder
+        before: folder of the policy at the round's start
+        after: folder of the policy at the round's end
+        kl: KL(π ‖ π_ref) on the new policy's answers, if measured
     """
     old, new = read_answers(before), read_answers(after)
     selected = read_summary(folder / "selected" / SELECT_FILE)
@@ -58,12 +58,12 @@ def read_answers(policy: Path) -> dict[str, list[Record]]:
 
 
 def rewards_of(responses: Sequence[Record]) -> list[float]:
-    """The rewards that there are."""
+    """The rewards of responses that have one."""
     return [float(response["reward"]) for response in responses if is_number(response.get("reward"))]
 
 
 def summarize_answers(answers: dict[str, list[Record]]) -> dict[str, Any]:
-    """Mean reward with its standard error over prompts, tokens of an answer, share cut off at the limit."""
+    """Mean reward with its standard error over prompts, tokens per answer, share truncated at the token limit."""
     by_prompt = np.array([np.mean(rewards) for responses in answers.values() if (rewards := rewards_of(responses))])
     responses = [response for group in answers.values() for response in group]
     return {
@@ -77,9 +77,9 @@ def summarize_answers(answers: dict[str, list[Record]]) -> dict[str, Any]:
 
 
 def compute_win_rate(new: dict[str, list[Record]], old: dict[str, list[Record]]) -> dict[str, Any]:
-    """Share of pairs (answer of the new policy, answer of the old one) to one prompt in which the new one's reward is larger.
+    """Share of pairs (new policy's answer, old policy's answer) to one prompt that the new one wins by reward.
 
-    A tie is half a win. Prompts count alike, however many of their answers have a reward.
+    A tie counts as half a win. Prompts have equal weight, however many of their answers have a reward.
     """
     shares, ties, pairs = [], 0, 0
     for group_id, responses in new.items():
@@ -99,7 +99,7 @@ def compute_win_rate(new: dict[str, list[Record]], old: dict[str, list[Record]])
 
 
 def standard_error(values: np.ndarray[Any, np.dtype[np.float64]]) -> float:
-    """Of the mean of independent values; NaN with fewer than two."""
+    """Standard error of the mean of independent values; NaN with fewer than two."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
@@ -107,7 +107,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-        DamagedError: a line is not what was written.
+        DamagedError: a line differs from what was written.
     """
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
@@ -118,7 +118,7 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_last_metrics(path: Path, stop_after: int | None) -> dict[str, Any]:
-    """Training's own numbers at the round's last step, on its batch: see `train/metrics.py`."""
+    """Training metrics of the round's last step, on its batch: see `train/metrics.py`."""
     rows = list(read_metrics(path))
     steps = [row for row in rows if row.get("loss") is not None and (stop_after is None or row["step"] <= stop_after)]
     last = steps[-1] if steps else {}
@@ -129,19 +129,19 @@ def read_last_metrics(path: Path, stop_after: int | None) -> dict[str, Any]:
 
 
 def write_report(folder: Path, reports: Sequence[dict[str, Any]]) -> None:
-    """All rounds together: report.json, report.md and report.png."""
+    """Write report.json, report.md and report.png over all rounds."""
     write_summary(folder / REPORT_FILE, {"rounds": list(reports)})
     replace_file(folder / "report.md", [format_report(reports).encode()])
     plot_report(reports, folder / "report.png")
 
 
 def format_report(reports: Sequence[dict[str, Any]]) -> str:
-    """A table with one line a policy."""
+    """A table with one row per policy."""
     lines = [
         "# On-policy rounds",
         "",
-        "Answers to held-out prompts; ± is one standard error over prompts. Wins are against the policy before, by the scorer's",
-        "reward, a tie half a win; KL is KL(π ‖ π_ref) in nats per answer.",
+        "Answers to held-out prompts; ± is one standard error over prompts. Wins are against the previous policy by the scorer's",
+        "reward; a tie counts as half a win. KL is KL(π ‖ π_ref) in nats per answer.",
         "",
         "| policy | reward | wins | KL | tokens | cut off | loss | lr | groups trained on |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -183,9 +183,9 @@ def plot_report(reports: Sequence[dict[str, Any]], picture: Path) -> None:
         rates = [report["win_rate"] for report in reports]
         wins.errorbar(rounds, [rate["value"] for rate in rates], yerr=[rate["error"] for rate in rates], color=GREEN, **style)
         wins.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-        wins.set_title("win rate against the policy before", fontsize=10)
+        wins.set_title("win rate against the previous policy", fontsize=10)
         length.plot(policies, [row["tokens"] for row in answers], "o-", color=ORANGE, markersize=4, linewidth=1.2)
-        length.set_title("tokens of an answer", fontsize=10)
+        length.set_title("tokens per answer", fontsize=10)
         if measured:
             kl = panels[3]
             values, errors = ([report["kl"][name] for report in measured] for name in ("kl", "kl_error"))

@@ -1,9 +1,9 @@
 """The plan of `mpo iterate`: every stage's configuration in every round, built and checked before anything starts.
 
-<output>/iterate.json             the configuration, the model's and the prompts' digests: what must not change
+<output>/iterate.json             configuration, digests of the model and the prompts: must not change
 <output>/prompts/                 round-01.jsonl …, held-out.jsonl
-<output>/policies/00 … NN         the policy before the first round, and after each: hf/ (what generates), samples/ and
-                                  scored/ of its answers to the held-out prompts
+<output>/policies/00 … NN         the policy before the first round, and after each: hf/ (for generating), samples/ and
+                                  scored/ with its answers to the held-out prompts
 <output>/rounds/01 … NN           samples/, scored/, selected/, groups/, run/ (training), report.json
 <output>/run/                     one run in place of each round's, with optimizer = continued
 <output>/report.json, .md, .png   all rounds
@@ -52,7 +52,7 @@ from mpo_megatron.train.tracking import check_installed
 
 STATE_FILE = "iterate.json"
 PATHS = ("output", "model", "prompts")
-"""Options with paths of what digests are kept of."""
+"""Options with paths whose content is recorded as a digest."""
 FILLED = {
     "generate": ("prompts", "model", "output", "shard"),
     "score": ("input", "output", "shard"),
@@ -60,7 +60,7 @@ FILLED = {
     "prepare": ("input", "output", "tokenizer", "held_out"),
     "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.first_step", "stop_after"),
 }
-"""Options that `mpo iterate` itself sets."""
+"""Options that only `mpo iterate` sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +73,13 @@ class RoundPolicy:
 
     @property
     def hf(self) -> Path:
-        """Its Hugging Face checkpoint."""
+        """Folder of its Hugging Face checkpoint."""
         return self.folder / "hf"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round's stages; what training starts from is known only when the rounds before are done."""
+    """One round's stages; its starting checkpoint is known only after the rounds before it."""
 
     number: int
     folder: Path
@@ -92,15 +92,15 @@ class Round:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundsPlan:
-    """All of `mpo iterate`, checked."""
+    """The checked plan of all rounds."""
 
     config: IterateConfig
     prompts: PromptSplit
     model_digest: str
     num_ranks: list[int]
-    """Of each round's training."""
+    """Number of ranks of each round's training."""
     policies: list[RoundPolicy]
-    """rounds + 1 of them."""
+    """The rounds + 1 policies."""
     rounds: list[Round]
 
     @property
@@ -110,17 +110,17 @@ class RoundsPlan:
 
 
 def build_plan(config: IterateConfig) -> RoundsPlan:
-    """Every stage's configuration, checked as far as it can be before the first round.
+    """Build every stage's configuration, and check it as far as possible before the first round.
 
     Raises:
-        ConfigError: naming the option, the rule and the fix.
-        DataError: a line of the prompt file is no prompt.
+        ConfigError: names the option, the rule and the fix.
+        DataError: a line of the prompt file holds no prompt.
     """
     for stage, names in FILLED.items():
         for name in names:
             require(
                 not has_option(getattr(config, stage), name) and f"{stage}.{name}" not in config.per_round,
-                f"{stage}.{name} is set by mpo iterate itself; leave it out.",
+                f"{stage}.{name} is set by mpo iterate itself; remove it.",
             )
     check_writable(Path(config.output), "output")
     check_checkpoint(Path(config.model), "model")
@@ -131,7 +131,7 @@ def build_plan(config: IterateConfig) -> RoundsPlan:
         num_ranks.append(config.nproc or count_ranks(item.train.parallel))
         check_round(item, Path(config.model), num_ranks[-1])
     prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
-    check_folder(Path(config.output), started_with(config, prompts))  # before a conversion, which takes time and space
+    check_folder(Path(config.output), started_with(config, prompts))  # before the conversion, which takes time and space
     config = replace(config, model=megatron_checkpoint(config.model, Path(config.output), "model"))
     checkpoint.verify(Path(config.model))
     rounds = [build_round(config, number) for number in range(1, config.rounds + 1)]
@@ -148,13 +148,13 @@ def build_plan(config: IterateConfig) -> RoundsPlan:
 
 
 def join_runs(config: IterateConfig, rounds: Sequence[Round], num_prompts: Sequence[int]) -> list[Round]:
-    """The rounds as segments of one training run: each takes over where the last one stopped (OnMC-PO, batched online).
+    """The rounds as segments of one training run: each starts where the last one stopped (OnMC-PO, batched online).
 
-    A segment has as many steps as its prompts make (or its share of train.max_steps), so that the schedule is known beforehand;
-    where fewer groups than prompts are left to train on, its last steps see some of them again.
+    A segment's number of steps follows from its number of prompts (or its share of train.max_steps), so the schedule is known
+    beforehand. If fewer groups than prompts remain to train on, the last steps repeat some of them.
 
     Args:
-        num_prompts: of each round
+        num_prompts: prompts of each round
     """
     first = rounds[0].train
     if first.max_steps is not None:
@@ -185,7 +185,7 @@ def build_round(config: IterateConfig, number: int) -> Round:
     folder, policy = output / "rounds" / f"{number:02d}", output / "policies" / f"{number - 1:02d}"
     options = options_of_round(config, number)
     fill(options["generate"], prompts=output / "prompts" / f"round-{number:02d}.jsonl", model=policy / "hf")
-    fill(options["generate"], output=folder / "samples", shard="0/1")  # whole, even in a task of a Slurm array
+    fill(options["generate"], output=folder / "samples", shard="0/1")  # the whole input, even in a task of a Slurm array
     fill(options["score"], input=folder / "samples", output=folder / "scored", shard="0/1")
     fill(options["select"], input=folder / "scored", output=folder / "selected")
     fill(options["prepare"], input=folder / "selected" / "groups.jsonl", output=folder / "groups", tokenizer=policy / "hf")
@@ -204,7 +204,7 @@ def build_round(config: IterateConfig, number: int) -> Round:
 
 
 def build_policy_stages(config: IterateConfig, number: int) -> RoundPolicy:
-    """The stages that measure policy `number`, without `per_round`, so that all policies are measured alike."""
+    """The stages that measure policy `number`, without `per_round`, so that all policies are measured in the same way."""
     folder = Path(config.output) / "policies" / f"{number:02d}"
     generate, score = copy.deepcopy(config.generate), copy.deepcopy(config.score)
     generate.setdefault("seed", config.seed)
@@ -219,7 +219,7 @@ def build_policy_stages(config: IterateConfig, number: int) -> RoundPolicy:
 
 
 def start_training(plan: RoundsPlan, item: Round, start: Path) -> TrainConfig:
-    """The configuration that trains a round from the checkpoint `start`; a continued run has it already."""
+    """The configuration that trains a round from the checkpoint `start`; a continued run already has it."""
     if plan.config.optimizer == "continued":
         return item.train
     reference = reference_folder(plan.config, str(start))
@@ -227,12 +227,12 @@ def start_training(plan: RoundsPlan, item: Round, start: Path) -> TrainConfig:
 
 
 def reference_folder(config: IterateConfig, start: str) -> str | None:
-    """The reference of a round that starts from `start`; None means that same checkpoint."""
+    """The reference of a round that starts from `start`; None for that same checkpoint."""
     return config.model if config.reference == "initial" and start != config.model else None
 
 
 def options_of_round(config: IterateConfig, number: int) -> dict[str, dict[str, Any]]:
-    """The sections with what `per_round` says for this round, and a seed for stages without one."""
+    """The sections with this round's `per_round` values, and a seed for stages without one."""
     options = {stage: copy.deepcopy(getattr(config, stage)) for stage in FILLED}
     for stage in ("generate", "select", "prepare", "train"):
         options[stage].setdefault("seed", config.seed + number)
@@ -247,12 +247,12 @@ def options_of_round(config: IterateConfig, number: int) -> dict[str, dict[str, 
 
 
 def fill(section: dict[str, Any], **values: object) -> None:
-    """Set options that `mpo iterate` decides; paths become text."""
+    """Set options that `mpo iterate` determines; paths become text."""
     section.update({name: str(value) if isinstance(value, Path) else value for name, value in values.items()})
 
 
 def started_with(config: IterateConfig, prompts: PromptSplit) -> dict[str, Any]:
-    """What must not change in a folder of rounds, but for the model's digest."""
+    """What must not change in a folder of rounds, except the model's digest."""
     return {
         "config": to_dict(config),
         "prompts_digest": prompts.digest,
@@ -261,16 +261,16 @@ def started_with(config: IterateConfig, prompts: PromptSplit) -> dict[str, Any]:
 
 
 def check_folder(folder: Path, state: dict[str, Any]) -> None:
-    """Check that a folder is new, or one of rounds that were started with this state.
+    """Check that a folder is new, or holds rounds started with this state.
 
     Raises:
-        ConfigError: naming what is in it, or the first thing that changed.
+        ConfigError: names a file in it, or the first value that changed.
     """
     if not (folder / STATE_FILE).is_file():
-        # Hidden are the lock, and what a run left that was killed as it wrote its first file.
+        # Hidden files are the lock, and leftovers of a run killed while writing its first file.
         found = folder.iterdir() if folder.is_dir() else ()
         others = [entry.name for entry in found if not entry.name.startswith(".") and entry.name != CONVERTED]
-        require(not others, f"output = {folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
+        require(not others, f"output = {folder} holds {others[:1]}, but no {STATE_FILE}; choose a new folder.")
         return
     recorded = {name: value for name, value in read_summary(folder / STATE_FILE).items() if name in state}
     changed = find_change(_without_paths(recorded), _without_paths(state))
@@ -283,22 +283,22 @@ def check_folder(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
-    """The state but for what may have been moved, and is known by its digest."""
+    """The state without paths, which may have moved; their content is covered by digests."""
     return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
 
 
 def check_round(item: Round, model: Path, num_ranks: int) -> None:
-    """What a round's stages would refuse when their turn comes, as far as it does not depend on data.
+    """Check what a round's stages would refuse later, as far as it does not depend on data.
 
     Raises:
-        ConfigError: naming the round, the option, the rule and the fix.
+        ConfigError: names the round, the option, the rule and the fix.
     """
     try:
         adapters = item.train.lora.rank > 0 or is_adapter_folder(find_megatron_checkpoint(model) or model)
         require(
             item.generate.engine != "openai" or (item.generate.load_adapter if adapters else item.generate.load_weights),
-            "generate.engine = openai; a server keeps the weights it has, and rounds have new ones; let it load them, adapters "
-            "(train.lora.rank) with generate.load_adapter = true and whole models with generate.load_weights = true, or set "
+            "generate.engine = openai; a server keeps its weights, but each round has new ones; let it load them: adapters "
+            "(train.lora.rank) with generate.load_adapter = true, whole models with generate.load_weights = true; or set "
             "generate.engine to vllm or transformers.",
         )
         validate_generate(item.generate)
@@ -311,6 +311,6 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         labelled = item.select.sets != "all"
         where = f"select.sets = {item.select.sets}"
         check_data(build_objective(train.loss), has_rewards=True, has_labels=labelled, where=where)
-        require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not resume; leave it out.")
+        require(train.checkpoint.resume, "train.checkpoint.resume = false; a killed round could not resume; remove it.")
     except ConfigError as error:
         raise ConfigError(f"round {item.number}: {error}") from error

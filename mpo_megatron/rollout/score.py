@@ -1,11 +1,10 @@
-"""`mpo score`: generated responses → a score from each scorer, and the reward made of them.
+"""`mpo score`: generated responses → one score per scorer, combined into the reward.
 
     mpo score --config score.yaml --input rounds/1/samples --output rounds/1/scored
 
-Groups are scored in chunks, written as soon as they are complete, and continued behind what is there; they can be cut into
-shards. The reward is
-Σ w_s · x_s over scorers s, of the scores as they are, or standardised within the group: (x − mean) / standard deviation, 0 where
-all are equal.
+Groups are scored in chunks, each written at once; a resumed run continues after the last one. Groups can be split into shards.
+The reward is Σ w_s · x_s over scorers s. x_s is the raw score, or the score standardised within the group:
+(x − mean) / standard deviation, 0 where all are equal.
 """
 
 from __future__ import annotations
@@ -50,21 +49,21 @@ from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 from mpo_megatron.terminal.console import Console
 
 STARTED_FILE = "score.started.json"
-"""What the folder's lines were scored with; a run that scores otherwise is refused."""
+"""What the folder's lines were scored with; a run with other settings is refused."""
 
 
 def score(config: ScoreConfig, console: Console | None = None) -> Path:
-    """Write `<output>/scored.jsonl` and `score.json`; the former's path.
+    """Write `<output>/scored.jsonl` and `score.json`; the path of the former.
 
     Raises:
-        ConfigError: a scorer cannot be built, or the folder holds scores of others.
-        DataError: the input cannot be read, or scores are missing and `missing` says that this is an error; what is scored stays.
+        ConfigError: a scorer cannot be built, or the folder holds other scorers' scores.
+        DataError: the input cannot be read, or scores are missing and `missing = error`; finished scores stay.
     """
     console = console or Console()
     validate_score(config)
     source, output, shard = find_lines(config.input, SAMPLES_FILE, GENERATE_FILE), Path(config.output), choose_shard(config.shard)
     scored, own = output / SCORED_FILE, output / shard.name(SCORED_FILE)
-    require(scored.resolve() != source.resolve(), f"output = {output}; it would write over its input; choose another folder.")
+    require(scored.resolve() != source.resolve(), f"output = {output}; this would overwrite the input; choose another folder.")
     kinds = {name: build_scorer_config(name, options) for name, options in config.scorers.items()}
     if any(isinstance(kind, JudgeScorer | ServedRewardModelScorer) for kind in kinds.values()):
         require_package("openai", "a scorer behind an endpoint")
@@ -93,7 +92,7 @@ def score(config: ScoreConfig, console: Console | None = None) -> Path:
 
 
 def _identity(config: ScoreConfig, source: Path, scorers: Sequence[Scorer]) -> dict[str, Any]:
-    """What the rewards follow from; runs that agree in it continue each other."""
+    """All settings that determine the rewards; runs with equal identities continue each other."""
     return {
         "input": digest_lines(source),
         "scorers": {
@@ -116,12 +115,12 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
     """Score the shard's groups that have no line yet.
 
     Raises:
-        DataError: scores are missing and that is an error; all other groups are written first.
+        DataError: scores are missing and `missing = error`; all other groups are written first.
     """
     lacking: Counter[str] = Counter()
     first = ""
     with contextlib.ExitStack() as stack:
-        lines = stack.enter_context(LineWriter(scored))  # drops an incomplete line, which then counts as not done
+        lines = stack.enter_context(LineWriter(scored))  # drops an incomplete line, whose group is then scored again
         done = read_ids(scored)
         num_groups = sum(group_id not in done for group_id in _read_order(source)[shard.part :: shard.total])
         advance = stack.enter_context(show_progress("scoring", num_groups, "groups", "responses"))
@@ -149,20 +148,20 @@ def _read_order(source: Path) -> list[str]:
     """Ids of the input's groups, in its order.
 
     Raises:
-        DataError: two groups have one id.
+        DataError: two groups share an id.
     """
     order = [record["group_id"] for record in read_lines(source)]
     repeated = find_repeated(order)
     if repeated is not None:
-        raise DataError(f"{source}: group {repeated} comes twice; give each group an id of its own.")
+        raise DataError(f"{source}: group {repeated} appears twice; give each group a unique id.")
     return order
 
 
 def _read_prompt(record: Record) -> None:
-    """Make a group line's prompt messages: a text is a question.
+    """Convert a group line's prompt into messages: a text becomes a user message.
 
     Raises:
-        DataError: it is neither a text nor messages.
+        DataError: the prompt is neither a text nor messages.
     """
     prompt = record.get("prompt")
     if isinstance(prompt, str):
@@ -179,13 +178,15 @@ def _read_prompt(record: Record) -> None:
 
 
 def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
-    """Put scores and notes into group lines; of each group, by scorer how many scores are missing."""
+    """Add scores and notes to group lines; for each group, the number of missing scores by scorer."""
     missing: list[Counter[str]] = [Counter() for _ in chunk]
     for record in chunk:
         if not isinstance(record.get("responses"), list) or not all(
             isinstance(response, dict) and isinstance(response.get("text"), str) for response in record["responses"]
         ):
-            raise DataError(f"group {record['group_id']}: its responses are not as `mpo generate` writes them, {{text: …}} each.")
+            raise DataError(
+                f"group {record['group_id']}: its responses lack the form that `mpo generate` writes: a list of {{text: …}}."
+            )
         _read_prompt(record)
     for scorer in scorers:
         for record, gone, values in zip(chunk, missing, scorer.score(chunk), strict=True):
@@ -202,14 +203,14 @@ def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Cou
 
 
 def _quote_notes(record: Record) -> str:
-    """What the scorers noticed about a group, in brackets."""
+    """A group's notes from its scorers, in brackets."""
     found = {name: [what for what in notes if what not in TOLD] for name, notes in record.get("notes", {}).items()}
     notes = "; ".join(f"{name}: {', '.join(what)}" for name, what in found.items() if what)
     return f" ({notes})" if notes else ""
 
 
 def _drop_missing(record: Record, missing: Counter[str], config: ScoreConfig) -> None:
-    """Take out responses that lack a score, or all, and note how many did."""
+    """Remove responses without a score, or all of them, and count them."""
     if not missing:
         return
     record["missing"] = dict(missing)
@@ -220,7 +221,7 @@ def _drop_missing(record: Record, missing: Counter[str], config: ScoreConfig) ->
 
 
 def _combine(record: Record, config: ScoreConfig) -> None:
-    """Put the reward into each response of a group."""
+    """Add the reward to each response of a group."""
     rewards = [0.0] * len(record["responses"])
     for name, options in config.scorers.items():
         values = [response["scores"][name] for response in record["responses"]]
@@ -243,14 +244,14 @@ def standardize(values: Sequence[float]) -> list[float]:
 
 
 def _join(config: ScoreConfig, source: Path, output: Path, shard: Shard, identity: Mapping[str, Any]) -> None:
-    """Put the lines into the input's order, without groups that lost all their responses; then say that they are complete."""
+    """Write the lines in the input's order, without groups that lost all responses; then mark them complete."""
     sources = [output / name for name in shard.all_names(SCORED_FILE)]
     order = _read_order(source)
     records = itertools.chain.from_iterable(map(read_lines, sources))
     summary = summarize(records, replace(config, shard=None))
     if not summary["counts"].get("responses"):
         if not order:
-            raise DataError(f"input = {source}: it holds no group.")
+            raise DataError(f"input = {source}: it holds no group; check the stage that wrote it.")
         notes = [f"{count} × {what} ({name})" for name, found in summary["notes"].items() for what, count in found.items()]
         missing = [f"{count} scores from {name} are missing" for name, count in summary["missing_scores"].items()]
         raise DataError(f"{sources[0]}: no response has a reward: {'; '.join([*missing, *notes]) or 'there are no responses'}.")

@@ -1,4 +1,4 @@
-"""What scores look like in numbers, and what about them should make one suspicious: `score.json`, and the lines that are printed.
+"""Statistics of scores, and warnings about suspicious ones: `score.json`, and the printed lines.
 
 Legend: K responses of a group; r is a correlation within groups, over all groups together.
 """
@@ -23,54 +23,54 @@ from mpo_megatron.rollout.records import Record
 from mpo_megatron.terminal.console import Console
 
 _LENGTH_ALONE = 0.98
-"""From this r of score and length on, a score says little but the length."""
+"""From this correlation of score and length, a score says little beyond the length."""
 _LENGTH_BIAS = 0.6
-"""From this r on, length bias is pointed out."""
+"""From this correlation, report a length bias."""
 _PLACE_BIAS = 0.6
-"""From this share of decided comparisons won by one place on, position bias is pointed out."""
+"""Report a position bias if one position wins this share of decided comparisons."""
 _MIN_DECIDED = 30
-"""Fewer decided comparisons tell nothing of position bias: 0.6 of 30 is one standard error above a half."""
+"""Fewer decided comparisons do not show a position bias: 0.6 of 30 is one standard error above a half."""
 _MANY = 0.1
-"""From this share of missing scores on, they are pointed out."""
+"""Report missing scores from this share."""
 
 
 TOLD = {
     *("first_place_won", "second_place_won", "orders_agree", "orders_differ"),
     *("answers", "prompt_tokens", "completion_tokens"),
 }
-"""Notes that only count what went well; `print_summary` puts them into words."""
+"""Notes that only count successes; `print_summary` prints them in other words."""
 
 
 @dataclass(kw_only=True)
 class _Tally:
-    """One score, over all responses."""
+    """Statistics of one score over all responses."""
 
     values: list[float] = field(default_factory=list)
     num_varied: int = 0
-    """Groups of several responses in which it differs."""
+    """Groups of several responses whose scores differ."""
     num_groups: int = 0
     """Groups of several responses."""
     products: list[tuple[float, float, float]] = field(default_factory=list)
-    """Of each group, sums of products of the deviations from its mean: score · length, score², length²."""
+    """For each group, sums of products of deviations from its mean: score · length, score², length²."""
 
     def add(self, values: Sequence[float], lengths: Sequence[int]) -> None:
-        """Count one group's scores, with the characters of its responses."""
+        """Add one group's scores, with the number of characters of each response."""
         self.values += values
         if len(values) < 2:
             return
         self.num_groups += 1
         self.num_varied += min(values) < max(values)
-        scale = max(map(abs, values)) or 1.0  # squares of 1e200 overflow, and r does not depend on a group's scale alone
+        scale = max(map(abs, values)) or 1.0  # 1e200 squared overflows
         mean, length = statistics.fmean(value / scale for value in values), statistics.fmean(lengths)
         pairs = [(value / scale - mean, characters - length) for value, characters in zip(values, lengths, strict=True)]
         self.products.append((sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs), sum(y * y for _, y in pairs)))
 
     def describe(self) -> dict[str, Any]:
-        """Spread, and r with the length; null where either is constant."""
+        """Spread, and correlation with length; null where either is constant."""
         covariance, variance, length_variance = (
             math.fsum(column) for column in zip((0.0, 0.0, 0.0), *self.products, strict=True)
         )
-        product = variance * length_variance  # fsum: shards add the groups in another order
+        product = variance * length_variance  # fsum: exact whatever the order, which shards change
         return {
             "mean": statistics.fmean(self.values),
             "std": statistics.pstdev(self.values),
@@ -82,7 +82,7 @@ class _Tally:
 
 
 def summarize(records: Iterable[Record], config: ScoreConfig) -> dict[str, Any]:
-    """Counts and statistics, taken from the lines, so that they do not depend on how often a run was continued."""
+    """Counts and statistics, computed from the lines, so they do not depend on the number of resumptions."""
     tallies = {name: _Tally() for name in (*config.scorers, "reward")}
     spreads, best, notes, missing = [], [], dict[str, Counter[str]](), Counter[str]()
     counts = Counter[str]()
@@ -120,7 +120,7 @@ def summarize(records: Iterable[Record], config: ScoreConfig) -> dict[str, Any]:
 
 
 def _describe_judges(notes: Mapping[str, Mapping[str, int]], config: ScoreConfig) -> dict[str, Any]:
-    """Of each scorer that compares or asks: bias for a place, agreement of the two orders, tokens and their cost."""
+    """For each scorer that compares or asks: position bias, agreement of the two orders, tokens and their cost."""
     judges: dict[str, Any] = {}
     for name, found in notes.items():
         first, second = found.get("first_place_won", 0), found.get("second_place_won", 0)
@@ -144,7 +144,7 @@ def _describe_judges(notes: Mapping[str, Mapping[str, int]], config: ScoreConfig
 
 
 def _find_faults(summary: Mapping[str, Any]) -> list[str]:
-    """What should be looked at before anything is trained on these scores."""
+    """Problems to look at before training on these scores."""
     faults = []
     for name, values in summary["statistics"].items():
         correlation = values["length_correlation"]
@@ -153,9 +153,9 @@ def _find_faults(summary: Mapping[str, Any]) -> list[str]:
         elif values["varied_groups"] == 0:
             faults.append(f"{name} is the same for all responses of a group, in every group: nothing can be learned from it.")
         elif correlation is not None and abs(correlation) >= _LENGTH_ALONE:
-            faults.append(f"{name} follows the length of the response and little else: r = {correlation:.2f} within groups.")
+            faults.append(f"{name} says little beyond the length of the response: r = {correlation:.2f} within groups.")
         elif correlation is not None and abs(correlation) >= _LENGTH_BIAS:
-            faults.append(f"{name} goes with the length of the response: r = {correlation:.2f} within groups.")
+            faults.append(f"{name} correlates with the length of the response: r = {correlation:.2f} within groups.")
     num_responses = summary["counts"]["responses"]
     for name, count in summary["missing_scores"].items():
         if count >= _MANY * (num_responses + count):
@@ -166,12 +166,12 @@ def _find_faults(summary: Mapping[str, Any]) -> list[str]:
         share = judge.get("first_place_share", 0.5)
         if judge.get("decided", 0) >= _MIN_DECIDED and max(share, 1 - share) >= _PLACE_BIAS:
             place, wins = ("first", share) if share > 0.5 else ("second", 1 - share)
-            faults.append(f"{name} prefers the {place} place: it wins {wins:.0%} of {judge['decided']:,} decided comparisons.")
+            faults.append(f"{name} favours the {place} position: it wins {wins:.0%} of {judge['decided']:,} decided comparisons.")
     return faults
 
 
 def print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) -> None:
-    """The summary as a table and some lines, warnings last."""
+    """Print the summary as a table and lines, warnings last."""
     counts = summary["counts"]
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     title = escape(f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses")
@@ -200,7 +200,7 @@ def print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) ->
 
 def _tell_judge(judge: Mapping[str, Any]) -> Iterable[str]:
     if "first_place_share" in judge:
-        yield f"the first place wins {judge['first_place_share']:.0%} of {judge['decided']:,} decided comparisons"
+        yield f"the first position wins {judge['first_place_share']:.0%} of {judge['decided']:,} decided comparisons"
     if "orders_agree_share" in judge:
         yield f"both orders agree in {judge['orders_agree_share']:.0%}"
     if "answers" in judge:

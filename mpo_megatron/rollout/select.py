@@ -2,9 +2,9 @@
 
     mpo select --input round/scored --output round/selected --sets top_bottom --min_spread 0.1
 
-Groups pass one by one: noise on the rewards if asked for, the rules of `filters.py`, the spread, then the split in sets. What
-stays keeps its rewards; where sets are chosen, it gets labels, so that `mpo train` with `partition: labels` trains on exactly
-these sets. Everything that goes is counted under the name of its reason, in `select.json`.
+Groups pass one by one: optional noise on the rewards, the rules of `filters.py`, the spread, then the split into sets. Kept
+responses keep their rewards. With sets, they get labels, so that `mpo train` with `partition: labels` trains on exactly these
+sets. `select.json` counts everything dropped, by reason.
 
 Legend: K responses of a group.
 """
@@ -50,7 +50,7 @@ from mpo_megatron.terminal.console import Console
 
 PLOT_FILE = "reward_spacing.png"
 _CHUNK = 512
-"""Groups split at once: the split works on a rectangle of rewards."""
+"""Groups split together: the split works on a rectangle of rewards."""
 
 
 class NothingLeftError(DataError):
@@ -59,41 +59,41 @@ class NothingLeftError(DataError):
 
 @dataclass(kw_only=True)
 class Selection:
-    """What went through and what did not, counted on the way."""
+    """Kept and dropped groups and responses, counted."""
 
     groups_read: int = 0
     responses_read: int = 0
     dropped_groups: Counter[str] = field(default_factory=Counter)
     """By reason."""
     dropped_responses: Counter[str] = field(default_factory=Counter)
-    """By reason, `with_its_group` among them, so that the counts add up."""
+    """By reason, including `with_its_group`, so that the counts add up."""
     examples: dict[str, str] = field(default_factory=dict)
-    """By reason, the first group it befell."""
+    """By reason, the first group dropped for it."""
     rewards: list[Float64] = field(default_factory=list)
-    """Of each group that stays, [K]."""
+    """Rewards of each kept group, [K]."""
     labels: list[list[int]] = field(default_factory=list)
-    """Of each group that stays, [K]; empty without sets."""
+    """Labels of each kept group, [K]; empty without sets."""
     lengths: dict[str, list[int]] = field(default_factory=lambda: {"1": [], "0": [], "": []})
-    """Characters of each response that stays, by its label."""
+    """Characters of each kept response, by label."""
 
     def drop_group(self, record: Record, reason: str) -> None:
-        """Count a group that goes, with the responses it still has."""
+        """Count a dropped group, with its remaining responses."""
         self.dropped_groups[reason] += 1
         self.dropped_responses["with_its_group"] += len(record["responses"])
         self.examples.setdefault(reason, str(record.get("group_id", "")))
 
 
 def select(config: SelectConfig, console: Console | None = None) -> dict[str, Any]:
-    """Write the selected groups to `config.output` and print a summary; what is written to `select.json`.
+    """Write the selected groups to `config.output` and print a summary; returns the content of `select.json`.
 
     Raises:
         ConfigError: the output cannot be written.
         NothingLeftError: no group met the rules.
-        DataError: the input is not there or not complete, or a line is no scored group.
+        DataError: the input is missing or incomplete, or a line is no scored group.
     """
     source, output = find_lines(config.input, SCORED_FILE, SCORE_FILE), Path(config.output.rstrip("/"))
     check_writable(output, "output")
-    clear_leftovers(output.resolve())  # also where a complete output is refused
+    clear_leftovers(output.resolve())  # even if the output is refused because it is complete
     require(is_free(output), f"output = {output}; exists and is not an empty folder; remove it, or choose another output.")
     selection, digest = Selection(), hashlib.sha256()
     with AtomicFolder(output) as partial, writing(output):
@@ -117,7 +117,7 @@ def read_groups(path: Path) -> Iterator[Record]:
     """The groups of a file.
 
     Raises:
-        DataError: a line is not a group; the message names file and line, or the group.
+        DataError: a line is no group; names file and line, or the group.
     """
     for record in read_lines(path):
         responses = record.get("responses")
@@ -127,10 +127,10 @@ def read_groups(path: Path) -> Iterator[Record]:
 
 
 def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
-    """The groups that stay, with the responses that pass all rules.
+    """The kept groups, with the responses that pass all rules.
 
     Raises:
-        DataError: a response lacks what a rule needs; the message names the group.
+        DataError: a response lacks what a rule needs; names the group.
     """
     for record in records:
         selection.groups_read += 1
@@ -157,7 +157,7 @@ def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Se
 def disturb(record: Record, config: SelectConfig) -> list[Record]:
     """The responses with noise on their rewards, each beside its original reward.
 
-    The noise belongs to group and position, so that it depends neither on other groups nor on missing rewards.
+    The noise depends on group and position only, not on other groups or missing rewards.
     """
     responses = record["responses"]
     noise = add_noise(np.zeros(len(responses)), config.reward_noise, record["group_id"], seed=config.seed)
@@ -170,7 +170,7 @@ def disturb(record: Record, config: SelectConfig) -> list[Record]:
 
 
 def split_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
-    """The groups with labels 1 and 0 as `config.sets` splits them, without the responses in neither set."""
+    """The groups with labels 1 and 0 as `config.sets` splits them, without responses in neither set."""
     records = iter(records)
     while chunk := list(itertools.islice(records, _CHUNK)):
         for record, labels in zip(chunk, label_groups(chunk, config), strict=True):
@@ -190,7 +190,7 @@ def split_groups(records: Iterable[Record], config: SelectConfig, selection: Sel
 
 
 def label_groups(records: Sequence[Record], config: SelectConfig) -> list[list[int] | None]:
-    """Of each group, 1 for Y+, 0 for Y− and −1 for neither, by the rule that training splits with; None if sets = all."""
+    """For each group, 1 for Y+, 0 for Y− and −1 for neither, by the rule that training uses; None if sets = all."""
     if config.sets == "all":
         return [None] * len(records)
     sizes = [len(record["responses"]) for record in records]
@@ -205,7 +205,7 @@ def label_groups(records: Sequence[Record], config: SelectConfig) -> list[list[i
 
 
 def build_partition(config: SelectConfig) -> PartitionParams:
-    """The loss's own hyper-parameters for these sets."""
+    """The loss's hyper-parameters for these sets."""
     if config.sets == "best_worst":
         return PartitionParams(partition="top_bottom", num_top=1, num_bottom=1)
     if config.sets == "top_bottom":
@@ -218,7 +218,7 @@ def build_partition(config: SelectConfig) -> PartitionParams:
 
 
 def summarize(selection: Selection) -> dict[str, Any]:
-    """Counts and statistics of what stays; rewards in their own unit, lengths in characters."""
+    """Counts and statistics of kept groups; rewards in their own unit, lengths in characters."""
     rewards = np.concatenate(selection.rewards)
     summary: dict[str, Any] = {
         "groups_read": selection.groups_read,
@@ -248,7 +248,7 @@ def summarize(selection: Selection) -> dict[str, Any]:
 
 
 def describe(values: Float64) -> dict[str, float]:
-    """Spread of numbers."""
+    """Mean, spread and extremes of numbers."""
     low, median, high = np.percentile(values, [0, 50, 100])
     return {
         "min": float(low),
@@ -260,12 +260,12 @@ def describe(values: Float64) -> dict[str, float]:
 
 
 def explain_nothing_left(source: Path, selection: Selection) -> str:
-    """Why not one group is left, for the error."""
+    """The error message: why no group is left."""
     if not selection.groups_read:
         return f"{source}: holds no group; did `mpo score` write it?"
     reasons = selection.dropped_groups + selection.dropped_responses
     listed = "; ".join(f"{count} × {name}" for name, count in reasons.most_common())
-    return f"{source}: none of {selection.groups_read} groups is left ({listed}); loosen the rule that took most."
+    return f"{source}: none of {selection.groups_read} groups is left ({listed}); loosen the rule that dropped most."
 
 
 def print_selection(console: Console, output: Path, info: dict[str, Any]) -> None:
@@ -281,7 +281,7 @@ def print_selection(console: Console, output: Path, info: dict[str, Any]) -> Non
     table.add_row("responses per group", ", ".join(f"K = {size}: {count:,}" for size, count in info["num_responses"].items()))
     reward, gaps = info["reward"], info["reward_spacing"]
     table.add_row("reward", ", ".join(f"{name} {value:.4g}" for name, value in reward.items()))
-    table.add_row("gap of neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
+    table.add_row("gap between neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
     table.add_row("groups without contrast", f"{info['without_contrast']:,}")
     for name, values in info.get("sets", {}).items():
         numbers = f"{values['responses']:,} responses, mean reward {values['mean_reward']:.4g}"

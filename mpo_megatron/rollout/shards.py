@@ -1,4 +1,4 @@
-"""A stage in parts that share only a folder: each writes its own files, and the last to finish joins them."""
+"""Shards of a stage that share only a folder: each writes its own files, and the last to finish joins them."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Shard(NamedTuple):
     total: int
 
     def name(self, file: str) -> str:
-        """The shard's own form of a file's name: samples.jsonl → samples-00003-of-00008.jsonl."""
+        """The shard's version of a file name: samples.jsonl → samples-00003-of-00008.jsonl."""
         stem, suffix = file.rsplit(".", 1)
         return file if self.total == 1 else f"{stem}-{self.part:05}-of-{self.total:05}.{suffix}"
 
     def all_names(self, file: str) -> list[str]:
-        """The forms of a file's name that all shards have, in order."""
+        """All shards' versions of a file name, in order."""
         return [Shard(part, self.total).name(file) for part in range(self.total)]
 
 
 def choose_shard(text: str | None) -> Shard:
-    """The shard that the configuration names, or else this task's of a Slurm array, and of that this rank's of torchrun.
+    """The configured shard; else this Slurm array task's, split further among torchrun's ranks.
 
     Raises:
-        ConfigError: the array's tasks are not evenly spaced, as in `--array=1,3,7`: which part a task is, nothing says.
+        ConfigError: the array's tasks are not evenly spaced, as in `--array=1,3,7`, so that a task's part is unknown.
     """
     if text is not None:
         return Shard(*parse_shard(text))
@@ -43,9 +43,7 @@ def choose_shard(text: str | None) -> Shard:
         return ranks
     first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
     (part, rest), total = divmod(int(task) - first, step), int(os.environ["SLURM_ARRAY_TASK_COUNT"])
-    require(
-        rest == 0 and part < total, f"task {task} of this Slurm array of {total} is out of range; name the part: --shard i/n."
-    )
+    require(rest == 0 and part < total, f"task {task} of this Slurm array of {total} is out of range; set the part: --shard i/n.")
     return Shard(part * ranks.total + ranks.part, total * ranks.total)
 
 
@@ -57,7 +55,7 @@ def torchrun_rank() -> tuple[int, int]:
 
 
 def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], None], console: Console) -> bool:
-    """Join the shards once all are complete; whether the whole is there now.
+    """Join the shards once all are complete; whether they are joined now.
 
     Args:
         summary: the file that each shard, and `join`, writes last
@@ -65,10 +63,12 @@ def join_shards(output: Path, shard: Shard, summary: str, join: Callable[[], Non
     missing = [part for part, name in enumerate(shard.all_names(summary)) if not (output / name).is_file()]
     if missing:
         console.print(
-            f"Shard {shard.part} of {shard.total} is complete; shards {missing} are not yet.", highlight=False, soft_wrap=True
+            f"Shard {shard.part} of {shard.total} is complete; shards {missing} are still missing.",
+            highlight=False,
+            soft_wrap=True,
         )
         return False
-    with hold(output / ".join.lock", output, wait_seconds=math.inf):  # several may finish at once
+    with hold(output / ".join.lock", output, wait_seconds=math.inf):  # several shards may finish at once
         if not (output / summary).is_file():
             join()
     return True

@@ -1,4 +1,4 @@
-"""A picture of how far apart a data set's rewards are: what a partition has to tell apart.
+"""A plot of the gaps between a data set's rewards: the differences that a partition relies on.
 
 Legend: K responses of a group.
 """
@@ -18,7 +18,7 @@ from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
 
 
 def plot_spacing(rewards: Sequence[Float64], labels: Sequence[Sequence[int]], picture: Path) -> None:
-    """Mean gap by K, rewards by rank, and the spread of groups, in one row.
+    """Draw the mean gap by K, rewards by rank, and the spread of groups, side by side.
 
     Args:
         rewards: [K] of each group
@@ -34,9 +34,9 @@ def plot_spacing(rewards: Sequence[Float64], labels: Sequence[Sequence[int]], pi
 
 
 def _draw_gaps(panel: Any, rewards: Sequence[Float64]) -> None:
-    """The mean gap of neighbouring rewards, by K; of one K, the distribution of gaps.
+    """The mean gap between neighbouring rewards, by K; for a single K, the distribution of gaps.
 
-    Source: MPO appendix A.5 (the gap falls about as 1/K).
+    Source: MPO appendix A.5 (the gap falls roughly as 1/K).
     """
     gaps: dict[int, list[float]] = defaultdict(list)
     for group in rewards:
@@ -62,7 +62,7 @@ def _draw_gaps(panel: Any, rewards: Sequence[Float64]) -> None:
 
 
 def _draw_ranks(panel: Any, rewards: Sequence[Float64], labels: Sequence[Sequence[int]]) -> None:
-    """Mean and standard deviation of the reward at each rank, over the groups of the commonest K; Y+ and Y− apart."""
+    """Mean and standard deviation of the reward at each rank, over groups of the most common K; Y+ and Y− separately."""
     size = Counter(map(len, rewards)).most_common(1)[0][0]
     chosen = [index for index, group in enumerate(rewards) if len(group) == size]
     orders = [np.argsort(-rewards[index], kind="stable") for index in chosen]

@@ -1,4 +1,4 @@
-"""Stages of a longer command that run in processes of their own: a command with a model on the GPU, or ranks under torchrun."""
+"""Stages of a longer command that run in separate processes: a model on the GPU, or ranks under torchrun."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpo_megatron.train.launcher import launch
 
 
 def run_command(name: str, function: Callable[[Any], object], config: GenerateConfig | ScoreConfig) -> None:
-    """Run a command that loads a model: in this process on a CPU; on a GPU in its own process, which then frees the memory."""
+    """Run a command that loads a model: on a CPU in this process; on a GPU in a child process, whose end frees the memory."""
     if not device.has_gpu():
         function(config)
         return
@@ -27,7 +27,7 @@ def run_command(name: str, function: Callable[[Any], object], config: GenerateCo
     with subprocess.Popen(command, preexec_fn=end_with_parent) as process:
         try:
             status = process.wait()
-        except BaseException:  # a request to stop: the stage gets it, too, and ends in good order
+        except BaseException:  # a request to stop: the stage receives it too, and ends cleanly
             process.terminate()
             process.wait()
             raise
@@ -36,13 +36,13 @@ def run_command(name: str, function: Callable[[Any], object], config: GenerateCo
 
 
 def run_ranks(name: str, module: str, config: Path, num_ranks: int) -> None:
-    """Ranks of a module, on this machine, that take the configuration in a file."""
+    """Run a module's ranks on this machine, with the configuration in a file."""
     status = launch(module, ["--config", str(config)], num_ranks=num_ranks, max_restarts=0)
     if status:
         raise StageError(name, status)
 
 
 def save_config(path: Path, config: object) -> Path:
-    """A stage's configuration as a file that its command takes."""
+    """Write a stage's configuration to a file that its command reads."""
     replace_file(path, [seal_yaml(to_dict(config))])
     return path

@@ -1,4 +1,4 @@
-"""Thoughts and calls that a server takes out of an answer, put back as the chat template writes them."""
+"""Restore thoughts and tool calls that a server removed from an answer, as the chat template renders them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mpo_megatron.rollout.client import UnusableAnswerError
 
 
 class Thoughts:
-    """Writes the thoughts and calls of answers to one conversation."""
+    """Renders thoughts and tool calls in answers to one conversation."""
 
     def __init__(self, chat: Chat, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> None:
         self.chat, self.messages, self.tools = chat, messages, tools
@@ -24,7 +24,7 @@ class Thoughts:
         """The model's text after the prompt, as the template renders thought, answer and calls.
 
         Raises:
-            ConfigError: the template does not write one of them.
+            ConfigError: the template does not render one of them.
             UnusableAnswerError: the template refuses the answer.
         """
         message: Message = {"role": "assistant", "content": answer}
@@ -37,7 +37,7 @@ class Thoughts:
             raise UnusableAnswerError("template", f"the chat template refuses it: {error}") from error
         except RowError as error:
             raise ConfigError(
-                "endpoint: the server returns a thought or a call beside the answer (reasoning_content, tool_calls), and the "
-                f"tokenizer's chat template does not write it into an answer ({error.field} {error.reason}); start the server "
-                "without its parser, set endpoint.api = tokens or text, or give a chat_template that writes it."
+                "endpoint: the server returns a thought or a call beside the answer (reasoning_content, tool_calls), but the "
+                f"tokenizer's chat template does not render it in an answer ({error.field} {error.reason}); start the server "
+                "without its parser, set endpoint.api = tokens or text, or give a chat_template that renders it."
             ) from error

@@ -34,7 +34,7 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
     if not is_adapter_folder(folder):
         require(
             config.lora.base is None,
-            f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, no adapter; leave it out.",
+            f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, no adapter; remove it.",
         )
         if wanted is None:
             require(

@@ -81,22 +81,22 @@ def check_offload(config: OptimizerConfig, precision: str, family: Family) -> No
     require(
         device.has_gpu(),
         f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states are in host memory "
-        "already; leave it out.",
+        "already; remove it.",
     )
     missing = missing_for_transformer_engine()
     require(
         missing is None,
-        f"optimizer.cpu_offload = {config.cpu_offload} needs the Adam of Transformer Engine, but {missing}. Or leave it out.",
+        f"optimizer.cpu_offload = {config.cpu_offload} needs the Adam of Transformer Engine, but {missing}. Or remove it.",
     )
     require(
         precision == "bf16",
         f"optimizer.cpu_offload = {config.cpu_offload}, model.precision = {precision}; Megatron offloads the states of bf16 "
-        "weights only; set model.precision to bf16, or leave it out.",
+        "weights only; set model.precision to bf16, or remove it.",
     )
     require(
         family.delta_net is None,
         f"optimizer.cpu_offload = {config.cpu_offload}: Megatron offloads the states of bf16 weights only, and this model's "
-        "layers of linear_attention keep A_log and dt_bias in float32; leave it out.",
+        "layers of linear_attention keep A_log and dt_bias in float32; remove it.",
     )
 
 

@@ -133,7 +133,7 @@ def test_repeating_it_runs_nothing_and_shows_the_end_again(inputs: Path, aligned
         monkeypatch.setattr(aligning, name, lambda *_: pytest.fail("a stage that was done"))
     output = io.StringIO()
     align(settings(inputs, aligned), Console(file=output, width=200))
-    assert output.getvalue().count("done before") == 6
+    assert output.getvalue().count("already complete") == 6
     assert f"mpo chat {aligned} --beside {inputs / 'model'}" in output.getvalue()
 
 
@@ -194,7 +194,7 @@ def test_an_adapter_is_exported_once_and_answers(
     assert (tmp_path / "out" / "aligned" / "adapter_model.safetensors").is_file()
     output = io.StringIO()
     align(config, Console(file=output, width=200))
-    assert output.getvalue().count("done before") == 6
+    assert output.getvalue().count("already complete") == 6
     capsys.readouterr()
     chat(ChatConfig(model=str(tmp_path / "out"), prompt="Say 3.", temperature=0, max_tokens=4, device="cpu"))
     assert capsys.readouterr().out.strip()

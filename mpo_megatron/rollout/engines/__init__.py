@@ -1,9 +1,9 @@
-"""What generates: a small interface, and the one place that knows which engines there are.
+"""Engines that generate: a small interface, and the one place that lists the engines.
 
-    engine.generate(prompts, sampling)  →  Generation, one per prompt, in any order, as soon as it is done
+     engine.generate(prompts, sampling)  →  one Generation per prompt, in any order, as soon as it is complete
 
-`transformers` is embedded, `vllm` is the offline engine, `openai` any server that speaks that protocol. Each draws response k
-of a group from a seed of its own, so that neither a restart nor another number of shards changes what is asked for.
+`transformers` runs embedded in this process, `vllm` is vLLM's offline engine, `openai` is any server with that protocol. Each
+response of a group has its own seed, so a restart or another number of shards sends the same requests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mpo_megatron.data.group import Message
 from mpo_megatron.rollout.client import UnusableAnswerError
 
 FinishReason = Literal["stop", "length", "repetition"]
-"""Why a response ends: by itself, at the token limit, or because the engine saw it repeat itself."""
+"""Why a response ended: an end token, the token limit, or the engine detected repetition."""
 _FINISH_REASONS: dict[Any, FinishReason] = {
     "stop": "stop",
     "eos_token": "stop",  # text-generation-inference
@@ -26,11 +26,11 @@ _FINISH_REASONS: dict[Any, FinishReason] = {
     "repetition": "repetition",
 }
 _UNFINISHED = {"abort": "aborted", "error": "failed", "content_filter": "filtered", "tool_calls": "tool_call"}
-"""Finish reason of an engine → the name under which an unusable response is counted."""
+"""Finish reason of an engine → label under which an unusable response is counted."""
 
 
 def read_finish_reason(value: Any) -> FinishReason:
-    """Why a response ends, from an engine's word for it.
+    """Convert an engine's finish reason.
 
     Raises:
         UnusableAnswerError: the response was aborted, filtered, or ended for an unknown reason.
@@ -43,40 +43,40 @@ def read_finish_reason(value: Any) -> FinishReason:
 
 
 def response_seed(seed: int, group_id: str, index: int, attempt: int = 0) -> int:
-    """Seed in [0, 2³¹) of response `index` of a group; `attempt` counts how often it was drawn again."""
+    """Seed in [0, 2³¹) of response `index` of a group; `attempt` counts its redraws."""
     key = f"{seed}\0{group_id}\0{index}\0{attempt}"
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How responses are drawn: logits / temperature, then the `top_k` likeliest, then the fewest that hold `top_p`."""
+    """How responses are drawn: logits / temperature, then the `top_k` likeliest tokens, then the fewest that reach `top_p`."""
 
     num_responses: int
     """K."""
     temperature: float = 1.0
-    """0 takes the likeliest token."""
+    """0 selects the likeliest token."""
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all tokens."""
     max_tokens: int = 1024
-    """Longest response, its end token included."""
+    """Maximum tokens of a response, including its end token."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response; they, and what follows, are not part of it."""
+    """Texts that end a response; the response excludes them and all text after them."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end a response; not part of its text."""
+    """Tokens that end a response; excluded from its text."""
     seed: int = 1234
     logps: bool = False
-    """Whether to ask for each response's log-probability under the engine's own weights, where the engine says it."""
+    """Whether to request each response's log-prob under the engine's own weights, where the engine reports it."""
     temperatures: tuple[float, ...] = ()
-    """If there are any, response k is drawn at temperature k mod their number; engines are asked for one at a time."""
+    """If set, response k is drawn at temperature k mod their number; engines receive one temperature at a time."""
 
     def temperature_of(self, index: int) -> float:
-        """The temperature that response `index` of a group is drawn at."""
+        """The temperature for response `index` of a group."""
         return self.temperatures[index % len(self.temperatures)] if self.temperatures else self.temperature
 
     def at(self, temperature: float) -> Sampling:
-        """The same at one temperature."""
+        """A copy with one temperature."""
         return replace(self, temperature=temperature, temperatures=())
 
 
@@ -86,16 +86,16 @@ class Prompt:
 
     group_id: str
     token_ids: tuple[int, ...]
-    """[P] the rendered prompt, as `mpo prepare` would store it."""
+    """[P] the rendered prompt, as `mpo prepare` stores it."""
     messages: tuple[Message, ...]
     """The same conversation, for engines that render it themselves."""
     tools: tuple[dict[str, Any], ...] = ()
-    """The tools it offers."""
+    """The tools that the conversation offers."""
     seeds: tuple[int, ...] = ()
-    """Seeds of the responses wanted; without any, those of responses 0 … K − 1."""
+    """Seeds of the requested responses; if empty, those of responses 0 … K − 1."""
 
     def response_seeds(self, sampling: Sampling) -> tuple[int, ...]:
-        """Seeds of all responses wanted, in their order."""
+        """Seeds of all requested responses, in order."""
         indices = range(sampling.num_responses)
         return self.seeds or tuple(response_seed(sampling.seed, self.group_id, index) for index in indices)
 
@@ -107,17 +107,17 @@ class Response:
     text: str
     finish_reason: FinishReason
     num_tokens: int
-    """Tokens generated, the end token included."""
+    """Generated tokens, including the end token."""
     seed: int
     token_ids: tuple[int, ...] = ()
-    """[R] the tokens generated, the end token included; empty if the engine does not tell."""
+    """[R] generated token ids, including the end token; empty if the engine does not report them."""
     cut: bool = False
-    """Whether a stop text was found in it: the text ends before it, and the tokens do not."""
+    """Whether it contains a stop text: the text ends before it, the tokens do not."""
     logp: float | None = None
-    """Its log-probability at temperature 1 under the engine's own weights, in nats, if it was asked for."""
+    """Log-prob at temperature 1 under the engine's own weights, in nats, if requested."""
 
     def as_line(self) -> dict[str, Any]:
-        """What a group line holds of it; the tokens only if they are those of the text."""
+        """The fields of this response in a group line; token ids only if they decode to the text."""
         line: dict[str, Any] = {
             "text": self.text,
             "finish_reason": self.finish_reason,
@@ -130,34 +130,34 @@ class Response:
 
 @dataclass(frozen=True, kw_only=True)
 class Miss:
-    """A draw that gave no response."""
+    """A draw without a response."""
 
     seed: int
     label: str
-    """The name it is counted under, for example `filtered`."""
+    """The label it is counted under, for example `filtered`."""
     reason: str
     again: bool = True
-    """Whether another seed may give one."""
+    """Whether a retry with another seed may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """Everything an engine has for one prompt."""
+    """Everything an engine returned for one prompt."""
 
     group_id: str
     responses: tuple[Response, ...] = field(default=())
-    """In the order of the prompt's seeds: those that arrived."""
+    """Responses that arrived, in the order of the prompt's seeds."""
     misses: tuple[Miss, ...] = ()
-    """Draws that gave no response, each for a reason of its own."""
+    """Draws without a response, each with its own reason."""
     error: str | None = None
-    """Why draws have neither: no answer came, and the same draw may give one later."""
+    """Why draws have neither response nor miss: no answer came, and a retry of the same draw may succeed."""
 
 
 class Engine(Protocol):
-    """Something that answers prompts."""
+    """An object that answers prompts."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer every prompt; yield each answer once it is complete, in any order."""
+        """Answer every prompt; yield each answer once complete, in any order."""
 
     def close(self) -> None:
         """Free devices and connections."""

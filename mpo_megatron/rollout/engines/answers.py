@@ -1,4 +1,4 @@
-"""Turns a server's answer into a response, or the reason why it is none. Fields may be missing, wrong or of any type."""
+"""Convert a server's answer into a response, or raise why it is none. Fields may be missing, wrong or of any type."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpo_megatron.rollout.engines.embedded import cut_at_stop
 from mpo_megatron.rollout.thoughts import Thoughts
 
 _EXTRA_TOKENS = 1
-"""A server may count the end token that it drew at the limit."""
+"""A server may count the end token that it sampled at the limit."""
 
 
 def read_answer(
@@ -30,10 +30,10 @@ def read_answer(
 
     Args:
         answer: the JSON value
-        thoughts: puts a thought or calls beside the answer back into it; None without messages
+        thoughts: restores a thought or tool calls returned beside the text; None without messages
     Raises:
-        UnusableAnswerError: it holds none.
-        ConfigError: it holds a thought, and the chat template writes none.
+        UnusableAnswerError: the body holds no response.
+        ConfigError: the body holds a thought, and the chat template renders none.
     """
     choice = find_choice(answer)
     message = choice.get("message") if api == "chat" else choice
@@ -47,7 +47,7 @@ def read_answer(
     ids = _read_ids(choice.get("token_ids"), sampling, tokenizer)
     num_tokens = _read_count(answer, ids, sampling)
     drawn = None if ids is None else tokenizer.decode(_without_end(ids, sampling), skip_special=True)
-    if drawn is not None and (sampling.logps or _agrees(drawn, text, api)):  # with log-probs, the tokens count, not the text
+    if drawn is not None and (sampling.logps or _agrees(drawn, text, api)):  # log-probs belong to the tokens, not to the text
         whole = cut_at_stop(drawn, sampling.stop)
         return Response(
             text=whole,
@@ -68,7 +68,7 @@ def read_answer(
 
 
 def _read_logp(choice: dict[str, Any], number: int) -> float | None:
-    """The sum of the drawn tokens' log-probabilities; None if the answer does not have one of each."""
+    """The sum of the sampled tokens' log-probs, in nats; None unless the answer has one for each."""
     stated = choice.get("logprobs")
     values = stated.get("token_logprobs") if isinstance(stated, dict) else None
     if not isinstance(values, list) or len(values) != number:
@@ -82,9 +82,9 @@ def find_choice(answer: Any) -> dict[str, Any]:
     """The first choice of an answer.
 
     Raises:
-        UnusableAnswerError: there is none.
+        UnusableAnswerError: it has no choice.
     """
-    if isinstance(answer, str):  # the client's form of a body that does not say it is JSON
+    if isinstance(answer, str):  # openai returns a str where the content type is not JSON
         raise UnusableAnswerError("not_json", f"its body is not JSON ({shorten(answer)})")
     choices = answer.get("choices") if isinstance(answer, dict) else None
     choice = choices[0] if isinstance(choices, list) and choices else None
@@ -97,17 +97,17 @@ def read_text(message: dict[str, Any], field: str) -> str:
     """The text of a choice or its message.
 
     Raises:
-        UnusableAnswerError: it has none, or UTF-8 cannot hold it.
+        UnusableAnswerError: the field is absent, or not valid Unicode.
     """
     text = message.get(field)
     if isinstance(text, list) and all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in text):
         text = "".join(part["text"] for part in text)
     if text is None and message.get("refusal"):
-        raise UnusableAnswerError("refusal", f"it refuses: {shorten(message['refusal'])}")
+        raise UnusableAnswerError("refusal", f"the model refuses: {shorten(message['refusal'])}")
     if text is None and message.get("tool_calls"):
-        raise UnusableAnswerError("tool_call", "it calls a tool, and none was offered")
+        raise UnusableAnswerError("tool_call", "it calls a tool, but the request offered none")
     if text is None and _read_thought(message) is not None:
-        raise UnusableAnswerError("thought_only", "it holds a thought and no answer; raise max_tokens if many do")
+        raise UnusableAnswerError("thought_only", "it holds a thought but no answer; raise max_tokens if this is frequent")
     if not isinstance(text, str):
         raise UnusableAnswerError("no_text", f"its {field} is of type {type(text).__name__}")
     return _check_unicode(text, field)
@@ -122,7 +122,7 @@ def _check_unicode(text: str, field: str) -> str:
 
 
 def _read_thought(message: dict[str, Any]) -> str | None:
-    """The thought beside an answer, under the names that SGLang, DeepSeek and older vLLM, and newer vLLM use."""
+    """The thought beside an answer, in the field of SGLang, DeepSeek and older vLLM, or of newer vLLM."""
     for field in ("reasoning_content", "reasoning"):
         thought = message.get(field)
         if isinstance(thought, str) and thought.strip():
@@ -146,16 +146,16 @@ def _read_calls(message: dict[str, Any]) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             values = None
         if not isinstance(name, str) or not isinstance(values, dict):
-            raise UnusableAnswerError("tool_call", f"its call {shorten(item)} has no name, or no object of arguments")
+            raise UnusableAnswerError("tool_call", f"its call {shorten(item)} lacks a name or a JSON object of arguments")
         calls.append({"type": "function", "function": {"name": name, "arguments": values}})
     return calls
 
 
 def _read_ids(value: Any, sampling: Sampling, tokenizer: Tokenizer) -> list[int] | None:
-    """The ids that were drawn, if the server tells.
+    """The sampled token ids, if the server reports them.
 
     Raises:
-        UnusableAnswerError: they are no ids of this tokenizer, or too many.
+        UnusableAnswerError: they are not ids of this tokenizer, or there are too many.
     """
     if value is None or value == []:
         return None
@@ -164,18 +164,18 @@ def _read_ids(value: Any, sampling: Sampling, tokenizer: Tokenizer) -> list[int]
     wrong = next((item for item in value if not 0 <= item < tokenizer.vocab_size), None)
     if wrong is not None:
         raise UnusableAnswerError(
-            "bad_tokens", f"its token_ids hold {shorten(wrong)}, and the tokenizer has {tokenizer.vocab_size}"
+            "bad_tokens", f"its token_ids hold {shorten(wrong)}, but the tokenizer's vocabulary has {tokenizer.vocab_size}"
         )
     if len(value) > sampling.max_tokens + _EXTRA_TOKENS:
-        raise UnusableAnswerError("bad_count", f"it has {len(value)} token_ids, and max_tokens = {sampling.max_tokens}")
+        raise UnusableAnswerError("bad_count", f"it has {len(value)} token_ids, but max_tokens = {sampling.max_tokens}")
     return value
 
 
 def _read_count(answer: dict[str, Any], ids: Sequence[int] | None, sampling: Sampling) -> int | None:
-    """Tokens of the response as the server counts them; None if it does not.
+    """Tokens of the response by the server's count; None if it reports none.
 
     Raises:
-        UnusableAnswerError: that number cannot be.
+        UnusableAnswerError: the number is impossible.
     """
     usage = answer.get("usage")
     count = usage.get("completion_tokens") if isinstance(usage, dict) else None
@@ -185,7 +185,7 @@ def _read_count(answer: dict[str, Any], ids: Sequence[int] | None, sampling: Sam
         raise UnusableAnswerError("bad_count", f"its completion_tokens are {shorten(count)}, not a number of tokens")
     if not 0 < count <= sampling.max_tokens + _EXTRA_TOKENS:
         raise UnusableAnswerError(
-            "bad_count", f"its completion_tokens are {shorten(count)}, and max_tokens = {sampling.max_tokens}"
+            "bad_count", f"its completion_tokens are {shorten(count)}, but max_tokens = {sampling.max_tokens}"
         )
     return count
 
@@ -195,17 +195,17 @@ def _without_end(ids: Sequence[int], sampling: Sampling) -> Sequence[int]:
 
 
 def _agrees(drawn: str, text: str, api: str) -> bool:
-    """Whether ids that decode to `drawn` are those of `text`.
+    """Whether ids that decode to `drawn` belong to `text`.
 
-    A server may hold back half a character at the end, and stops before a stop text; a chat answer has its thought and the white
-    space around it taken off.
+    A server may hold back half a character at the end, and stops before a stop text. A chat answer has its thought and
+    surrounding white space removed.
     """
     whole, part = drawn.rstrip("\ufffd"), text.rstrip("\ufffd")
     return part.strip() in whole if api == "chat" else whole.startswith(part)
 
 
 def shorten(value: object) -> str:
-    """A value as a message may show it."""
+    """A value shortened for messages."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**20:
         return "a number of more than 20 digits"  # repr refuses one of more than 4,300
     try:

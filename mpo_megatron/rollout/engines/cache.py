@@ -1,9 +1,9 @@
-"""Keys and values of the embedded engine, in buffers with room: a step writes its own tokens and copies none of the others.
+"""Key-value cache of the embedded engine, in preallocated buffers: a step writes only its own tokens.
 
-transformers' dynamic cache concatenates, which copies every key and value of the batch at every token: on a CPU a third of the
-time. Layers of a sliding window keep transformers' own cache, which holds a window's worth. Gated DeltaNets have a state.
+transformers' dynamic cache concatenates, which copies every key and value of the batch at every token: a third of the time on a
+CPU. Sliding-window layers keep transformers' own cache, which holds one window. Gated DeltaNet layers hold a state.
 
-Shapes: N rows, A heads of keys and values, T tokens so far, D channels of a head.
+Shapes: N rows, A key-value heads, T tokens so far, D channels of a head.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 ROOM = 64
-"""Tokens that fit before a buffer is copied to a larger one."""
+"""Tokens of spare room in a buffer before it must be copied to a larger one."""
 
 
 class RoomyLayer(DynamicLayer):
@@ -40,7 +40,7 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; a row may come several times."""
+        """Keep these rows, in this order; a row may appear several times."""
         if self.get_seq_length() > 0:
             length = self.keys.shape[-2]
             self.buffers = [_make_room(states[indices], self.room) for states in (self.keys, self.values)]
@@ -48,17 +48,17 @@ class RoomyLayer(DynamicLayer):
 
 
 class StateLayer(LinearAttentionLayer):
-    """A layer whose past is a state: of the convolution [N, …], and the recurrent one [N, …]."""
+    """A layer whose past is a state: the convolution's [N, …] and the recurrent one [N, …]."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep these rows, in this order; a row may come several times."""
+        """Keep these rows, in this order; a row may appear several times."""
         for states in (self.conv_states, self.recurrent_states):
             for index, state in states.items():
                 states[index] = None if state is None else state[indices]
 
 
 def _make_room(states: Tensor, room: int) -> Tensor:
-    """A buffer [N, A, room, D] that begins with `states`."""
+    """A buffer [N, A, room, D] that starts with `states`."""
     rows, heads, length, channels = states.shape
     buffer = states.new_empty(rows, heads, room, channels)
     buffer[:, :, :length] = states
@@ -66,7 +66,7 @@ def _make_room(states: Tensor, room: int) -> Tensor:
 
 
 def build_cache(config: Any) -> DynamicCache:
-    """An empty cache for a model's configuration."""
+    """An empty cache for a model with this configuration."""
     cache = DynamicCache(config=config)
     ours: dict[type, Any] = {DynamicLayer: RoomyLayer, LinearAttentionLayer: StateLayer}
     cache.layers = [ours[type(layer)]() if type(layer) in ours else layer for layer in cache.layers]

@@ -1,10 +1,10 @@
-"""The embedded engine: a Hugging Face model and a sampling loop of our own, on a GPU or the CPU.
+"""The embedded engine: a Hugging Face model and our own sampling loop, on a GPU or the CPU.
 
-Not `model.generate`, whose randomness is one generator's for the whole batch. Prompts of about one length are run together, left
-of them padding; their keys and values are computed once and then stand for all K responses; responses that have ended leave the
-batch. What a response draws follows from its own seed (`sampling.py`).
+`model.generate` does not fit: it uses one random generator for the whole batch. Prompts of similar length run together, padded
+on the left. Their keys and values are computed once and shared by all K responses; finished responses leave the batch. The
+tokens of a response depend only on its own seed (`sampling.py`).
 
-Shapes: N rows (responses under way), P longest prompt of the batch, V vocabulary.
+Shapes: N rows (unfinished responses), P longest prompt of the batch, V vocabulary.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
 from mpo_megatron.rollout.models import choose_device
 
 ENDED_SHARE = 1 / 8
-"""Rows leave a batch when at least so many of them have ended: each time, the keys and values of the others are copied."""
+"""Finished rows leave a batch once there are this many: each removal copies the keys and values of the others."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -36,20 +36,20 @@ class _Row:
 
     prompt: Prompt
     index: int
-    """Among the responses wanted of its prompt."""
+    """Index among the requested responses of its prompt."""
     seed: int
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
-    """Of the tokens at temperature 1, if they are wanted."""
+    """Log-prob of its tokens at temperature 1, in nats, if requested."""
 
 
 class EmbeddedEngine:
-    """Generates with a model of `transformers` in this process."""
+    """Generates with a `transformers` model in this process."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, *, batch_size: int) -> None:
-        """Take a causal language model in evaluation mode, which has to keep keys and values (`use_cache`)."""
+        """Use a causal language model in evaluation mode that keeps keys and values (`use_cache`)."""
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
-        # transformers 5.24 renamed it, and 5.40 is to drop the old name.
+        # transformers 5.24 renamed the argument, and 5.40 will drop the old name.
         self._cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
     @classmethod
@@ -57,7 +57,7 @@ class EmbeddedEngine:
         """Load a checkpoint.
 
         Args:
-            adapter: PEFT's folder of an adapter, which is added to the weights
+            adapter: PEFT folder of an adapter, which is merged into the weights
         Raises:
             ConfigError: transformers cannot load it.
         """
@@ -76,7 +76,7 @@ class EmbeddedEngine:
         return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer prompts of about one length together; a group is yielded when its last response is."""
+        """Answer prompts of similar length together; yield a group when its last response ends."""
         waiting = {prompt.group_id: len(prompt.response_seeds(sampling)) for prompt in prompts}
         done: dict[str, dict[int, Response]] = {prompt.group_id: {} for prompt in prompts}
         for rows in self._batches(prompts, sampling):
@@ -88,7 +88,7 @@ class EmbeddedEngine:
                     yield Generation(group_id=group_id, responses=tuple(responses[index] for index in sorted(responses)))
 
     def _batches(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[list[_Row]]:
-        """Batches of rows: the longest prompts first, so that what does not fit fails at once; a prompt's rows are adjacent."""
+        """Batches of rows, longest prompts first: a batch that does not fit fails at once. A prompt's rows are adjacent."""
         ordered = sorted(prompts, key=lambda prompt: (-len(prompt.token_ids), prompt.group_id))
         rows = [
             _Row(prompt=prompt, index=index, seed=seed)
@@ -110,7 +110,7 @@ class EmbeddedEngine:
             tokens = choose_tokens(
                 logits, uniforms[:, step], temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p
             )
-            if sampling.logps:  # float32: over 10⁵ logits
+            if sampling.logps:  # float32: sums over 10⁵ logits
                 logps = logits.float().log_softmax(dim=-1).gather(-1, tokens[:, None])[:, 0].tolist()
                 for index in going:
                     rows[index].logps.append(logps[index])
@@ -150,16 +150,16 @@ class EmbeddedEngine:
         cache, mask = build_cache(self.model.config), mask.to(device)
         logits = self._forward(ids.to(device), mask, cache)
         chosen = torch.tensor([place[row.prompt.group_id] for row in rows], device=device)
-        cache.batch_select_indices(chosen)  # repeats a prompt for each of its responses
+        cache.batch_select_indices(chosen)  # repeats each prompt once per response
         return logits[chosen], cache, mask[chosen]
 
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-        """Logits [N, V] behind the last of `ids` [N, T]; adds them to the cache. Positions count from a row's first token."""
+        """Logits [N, V] after the last of `ids` [N, T]; extends the cache. Positions count from a row's first token."""
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1, **{self._cache: cache}
         )
-        logits: Tensor = output.logits[:, -1, : self.tokenizer.vocab_size]  # rows beyond the tokenizer's stand for no token
+        logits: Tensor = output.logits[:, -1, : self.tokenizer.vocab_size]  # vocabulary padding is no token
         return logits
 
     def _finish_reason(self, row: _Row, sampling: Sampling) -> FinishReason | None:
@@ -168,7 +168,7 @@ class EmbeddedEngine:
         return "length" if len(row.tokens) == sampling.max_tokens else None
 
     def _has_stop(self, tokens: Sequence[int], stop: Sequence[str]) -> bool:
-        """Whether a stop text lies in the end of the response; a token is at least one byte, so that so many tokens hold it."""
+        """Whether the response ends with a stop text. A token is at least one byte, which bounds the tokens to decode."""
         tail = self.tokenizer.decode(tokens[-(max(len(text.encode()) for text in stop) + 8) :], skip_special=True)
         return any(text in tail for text in stop)
 
@@ -196,7 +196,7 @@ class EmbeddedEngine:
 
 
 def _load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
-    """The model in `folder` with an adapter added to its weights; these are on the host twice for a while.
+    """The model in `folder` with an adapter merged into its weights; host memory holds the weights twice meanwhile.
 
     Raises:
         ConfigError: the adapter does not fit the model.
@@ -215,7 +215,7 @@ def _load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
         name: merge(name, 0, weight) for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()
     }
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)]
-    # With `auto` the type that config.json declares, as for a model without adapter.
+    # With `auto`, the dtype that config.json declares, as for a model without adapter.
     chosen = getattr(family.config, "dtype", None) or next(iter(weights.values())).dtype if dtype == "auto" else dtype
     return kind.from_pretrained(None, config=family.config, state_dict=weights, dtype=chosen)
 

@@ -1,7 +1,7 @@
 """Any server that speaks the OpenAI protocol: vLLM, SGLang, llama.cpp, `transformers serve`, or a hosted API.
 
-One request a response, with its own seed: so a bad one costs one response, and a server with a prefix cache computes the prompt
-once all the same. The body of an answer is read as plain JSON, because servers add and omit fields.
+One request per response, each with its own seed: a bad answer costs one response, and a server with a prefix cache still
+computes the prompt once. The body of an answer is read as plain JSON because servers add and omit fields.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ class _Question(NamedTuple):
 
 
 class EndpointEngine:
-    """Generates by asking a server."""
+    """Generates by sending requests to a server."""
 
     def __init__(
         self, config: EndpointConfig, chat: Chat | Tokenizer, adapter: Path | None = None, *, keep_adapter: bool = False
     ) -> None:
-        """Ask the server what it is, and let it load the adapter if there is one.
+        """Identify the server, and load the adapter on it if there is one.
 
         Args:
             config: the server
-            chat: counts tokens where the server does not, and puts thoughts back; for `api: tokens`, a tokenizer is enough
-            adapter: PEFT's folder of an adapter of the model that the server holds
-            keep_adapter: leave it on the server at the end: others may still ask for it
+            chat: counts tokens where the server does not, and restores thoughts; for `api: tokens`, a tokenizer is enough
+            adapter: PEFT folder of an adapter of the server's model
+            keep_adapter: leave the adapter on the server at the end, because other clients may still use it
         Raises:
-            ConfigError, DataError: as `find_kind` and `ServedAdapter.load`; or the server renders the chat template without the
-                variables that are set.
+            ConfigError, DataError: as in `find_kind` and `ServedAdapter.load`; or the server renders the chat template without
+                the variables of `chat_template_kwargs`.
         """
         self.config, self.client = config, Client(config)
         self.tokenizer = chat.tokenizer if isinstance(chat, Chat) else chat
@@ -56,8 +56,8 @@ class EndpointEngine:
         self.uncontrolled = UNCONTROLLED[self.kind]
         require(
             config.api != "chat" or not self.chat.variables or self.kind != "openai",
-            "chat_template_kwargs are set, and it is not known whether the server takes them with endpoint.api = chat; set "
-            "endpoint.api = text or tokens, or endpoint.server to what it is.",
+            "chat_template_kwargs is set, but the server may ignore it with endpoint.api = chat; set "
+            "endpoint.api = text or tokens, or endpoint.server to its kind.",
         )
         self.adapter = None if adapter is None else ServedAdapter(config, self.kind, adapter)
         self.keep_adapter = keep_adapter
@@ -68,15 +68,15 @@ class EndpointEngine:
 
     @property
     def chat(self) -> Chat:
-        """The chat template's side of a request."""
+        """The chat template used to build requests."""
         assert self._chat is not None
         return self._chat
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Ask for all responses of all prompts; a prompt is yielded when its last request has come to an end.
+        """Request all responses of all prompts; yield a prompt when its last request has ended.
 
         Raises:
-            ConfigError, DataError: as `Client.ask_all`.
+            ConfigError, DataError: as in `Client.ask_all`.
         """
         questions = [_Question(prompt, seed, sampling) for prompt in prompts for seed in prompt.response_seeds(sampling)]
         waiting = {prompt.group_id: len(prompt.response_seeds(sampling)) for prompt in prompts}
@@ -105,8 +105,8 @@ class EndpointEngine:
                 if waiting[group_id] == 0:
                     yield gather(group_id, lost.get(group_id))
         except (ConfigError, DataError):
-            for group_id in [group_id for group_id, found in arrived.items() if found]:  # what has come is worth keeping
-                yield gather(group_id, "the server went away while others were under way")
+            for group_id in [group_id for group_id, found in arrived.items() if found]:  # keep the responses that arrived
+                yield gather(group_id, "the server stopped answering before the other responses arrived")
             raise
 
     async def _ask(self, client: Any, question: _Question) -> Response:
@@ -121,25 +121,25 @@ class EndpointEngine:
         elif api == "text":
             body["prompt"] = self.tokenizer.decode(prompt.token_ids)
             if self.kind == "vllm":
-                body["add_special_tokens"] = False  # the rendered prompt has them
+                body["add_special_tokens"] = False  # the rendered prompt already contains them
         else:
             body["prompt"] = list(prompt.token_ids)
             if self.kind == "openai":
-                body["stop_token_ids"] = list(sampling.stop_token_ids)  # servers that take token ids know this, too
+                body["stop_token_ids"] = list(sampling.stop_token_ids)  # servers that accept token ids accept these too
         path = "/chat/completions" if api == "chat" else "/completions"
         answer = await client.post(path, cast_to=object, body=body)
         thoughts = Thoughts(self.chat, prompt.messages, prompt.tools) if prompt.messages else None
         return read_answer(answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.tokenizer, thoughts=thoughts)
 
     def _messages(self, prompt: Prompt) -> list[Message]:
-        """The conversation, with the system message that `Chat` puts before it, and with calls' arguments as text."""
+        """The conversation, with the system message that `Chat` adds, and with tool arguments as text."""
         return [with_text_arguments(message) for message in self.chat.with_system(prompt.messages)]
 
     def close(self) -> None:
-        """Let the server forget an adapter that was loaded here; nothing else is kept open between calls."""
+        """Unload an adapter that this engine loaded; nothing else stays open between calls."""
         if self.adapter is None or self.keep_adapter or not self.adapter.loaded_here:
             return
         problem = self.adapter.unload()
         if problem is not None:
-            left = f"{self.config.base_url} keeps the adapter {self.adapter.name}: {problem}"
+            left = f"{self.config.base_url} still holds the adapter {self.adapter.name}: {problem}"
             print(visible(left), file=sys.stderr)

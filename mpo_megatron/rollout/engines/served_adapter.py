@@ -1,10 +1,10 @@
-"""An adapter on a server that holds its base model: loaded at run time, asked for by name, unloaded again.
+"""An adapter on a server that holds its base model: loaded at run time, requested by name, unloaded at the end.
 
     vLLM      POST <base_url>/load_lora_adapter   name, path     requests name the adapter as their model
     SGLang    POST <host>/load_lora_adapter       name, path     requests name it in `lora_path`
 
-The server reads the adapter's folder itself, so it must see it under the same path. The name is made of the adapter's content:
-two adapters never share a name, nor what a server caches under it, and shards of one command load one adapter once.
+The server reads the adapter's folder itself, so it must see the folder under the same path. The name is derived from the
+adapter's content: no two adapters share a name or cached prefixes, and the shards of one command load an adapter once.
 """
 
 from __future__ import annotations
@@ -26,44 +26,44 @@ LOADERS: dict[ServerKind, str] = {
     "vllm": "VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve … --enable-lora --max-lora-rank {rank}",
     "sglang": "python -m sglang.launch_server … --enable-lora --max-lora-rank {rank} --lora-target-modules all",
 }
-"""Servers that load adapters, and how each is started for one."""
+"""Servers that load adapters, and the command that starts each of them for one."""
 _PATIENCE = 30.0
-"""Seconds that a server has to unload an adapter, when the work is done."""
+"""Seconds allowed for unloading an adapter at the end."""
 
 
 class ServedAdapter:
     """One adapter on one server."""
 
     def __init__(self, config: EndpointConfig, kind: ServerKind, folder: Path) -> None:
-        """Ask nothing yet.
+        """Prepare the requests; none is sent yet.
 
         Args:
-            folder: PEFT's
+            folder: PEFT folder of the adapter
         Raises:
             ConfigError: a server of this kind loads no adapters, or the folder is damaged.
         """
         require(
             kind in LOADERS,
-            f"load_adapter = true, but {config.base_url} is of the kind {kind}, and only {' and '.join(LOADERS)} load adapters; "
-            "set endpoint.server if it is one of them; otherwise merge the adapter (mpo convert --merge true) and serve that.",
+            f"load_adapter = true, but {config.base_url} is of kind {kind}; only {' and '.join(LOADERS)} load adapters; "
+            "set endpoint.server if it is one of them, or merge the adapter (mpo convert --merge true) and serve the result.",
         )
         self.config, self.kind, self.folder = config, kind, folder.absolute()
         self.start_command = LOADERS[kind].format(rank=adapter_rank(folder))
         self.name = adapter_name(folder)
         self.loaded_here = False
-        """Whether it was not there before."""
+        """Whether this object loaded it: it was absent before."""
 
     @property
     def fields(self) -> dict[str, Any]:
-        """The fields of a request by which the server answers with the adapter."""
+        """The request fields that select the adapter."""
         return {"model": self.name} if self.kind == "vllm" else {"model": self.config.model, "lora_path": self.name}
 
     def load(self) -> None:
-        """Let the server load the adapter beside its base model, unless it has it already.
+        """Load the adapter on the server beside its base model, unless it is already there.
 
         Raises:
-            ConfigError: the server does not have the base model, does not load adapters, or refuses this one.
-            DataError: it cannot be reached, or fails.
+            ConfigError: the server does not serve the base model, cannot load adapters, or refuses this one.
+            DataError: the server cannot be reached, or fails.
         """
         served = Client(self.config).ask_one(None, lambda client, _: list_models(client)).answer or []
         require(
@@ -81,7 +81,7 @@ class ServedAdapter:
             )
 
     def unload(self) -> str | None:
-        """Let the server forget the adapter; what it answers if it does not."""
+        """Unload the adapter; the server's answer if it refuses, else None."""
         patient = dataclasses.replace(self.config, retries=0, timeout=min(self.config.timeout, _PATIENCE))
         try:
             return self._post(patient, "unload_lora_adapter", {"lora_name": self.name})
@@ -89,10 +89,10 @@ class ServedAdapter:
             return str(error)
 
     def _post(self, config: EndpointConfig, action: str, body: Mapping[str, str]) -> str | None:
-        """What the server answers if it does not do it.
+        """Send one request; the server's answer if it refuses, else None.
 
         Raises:
-            ConfigError, DataError: it refuses the key, cannot be reached, or fails.
+            ConfigError, DataError: the server refuses the key, cannot be reached, or fails.
         """
         parts, client = urlsplit(config.base_url), Client(config)
         path = f"/{action}" if self.kind == "vllm" else f"{parts.scheme}://{parts.netloc}/{action}"
@@ -110,12 +110,12 @@ class ServedAdapter:
 
         outcome = client.ask_one(None, ask)
         if outcome.failure is not None:
-            raise DataError(f"{config.base_url}: {action}: {outcome.failure.reason}; see the server's log, then run this again.")
+            raise DataError(f"{config.base_url}: {action}: {outcome.failure.reason}; see the server's log, then retry.")
         return outcome.answer
 
 
 def adapter_name(folder: Path) -> str:
-    """A name that only this adapter has: by every byte of its matrices and its configuration."""
+    """A name unique to this adapter: a digest of its matrices and its configuration."""
     digest = hashlib.sha256()
     for name in (PEFT_CONFIG, PEFT_WEIGHTS):
         with (folder / name).open("rb") as file:

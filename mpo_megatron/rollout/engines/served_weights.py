@@ -1,7 +1,7 @@
-"""Generation by a vLLM server that first reads a policy's weights from its folder: `load_weights`.
+"""Generation on a vLLM server that first loads a policy's weights from a folder: `load_weights`.
 
-The server must see the folder under the same path. Its weights have a version made of the policy's digest: shards of one command
-load them once, and answers that other weights may have given are refused.
+The server must see the folder under the same path. The version of the weights is the policy's digest: the shards of one command
+load them once, and answers possibly given by other weights are refused.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from mpo_megatron.rollout.engines.vllm_server import VllmServer
 
 
 class ServedWeights:
-    """A server with a policy's weights (an `Engine`)."""
+    """A server that holds a policy's weights (an `Engine`)."""
 
     def __init__(self, engine: EndpointEngine, *, folder: Path, digest: str, max_tokens: int, output: Path) -> None:
-        """Let the server read the weights, unless it has them.
+        """Load the weights on the server, unless it has them.
 
         Args:
-            engine: asks the server
+            engine: sends the requests
             folder: the policy's Hugging Face folder
-            digest: of its weights
-            max_tokens: of the longest prompt and its response
-            output: where shards of the same command wait for the one that loads
+            digest: digest of the policy's weights
+            max_tokens: tokens of the longest prompt plus its response
+            output: folder in which shards of the same command wait for the one that loads
         Raises:
-            ConfigError: the server cannot load weights, or not these.
-            DataError: it cannot be reached, or fails.
+            ConfigError: the server cannot load weights, or refuses these.
+            DataError: the server cannot be reached, or fails.
         """
         require(
             engine.kind == "vllm",
-            f"load_weights = true, but {engine.config.base_url} is of the kind {engine.kind}, and only vllm reads other weights; "
+            f"load_weights = true, but {engine.config.base_url} is of kind {engine.kind}; only vllm can load weights; "
             "set endpoint.server if it is one, or set engine to vllm or transformers.",
         )
         self.engine, self.uncontrolled = engine, engine.uncontrolled
@@ -54,12 +54,12 @@ class ServedWeights:
         """Answer every prompt.
 
         Raises:
-            ConfigError, DataError: as `EndpointEngine.generate`; or the server has other weights by now.
+            ConfigError, DataError: as in `EndpointEngine.generate`; or the server now has other weights.
         """
         for generation in self.engine.generate(prompts, sampling):
             self.server.check_weights(self.version)
             yield generation
 
     def close(self) -> None:
-        """Leave the weights where they are: the next command may want the same."""
+        """Keep the weights on the server: the next command may need them."""
         self.engine.close()

@@ -1,8 +1,8 @@
-"""What is behind an endpoint, and what each kind of server is sent so that nothing of the sampling is left to it.
+"""Detect the kind of server behind an endpoint, and send it every sampling setting it accepts.
 
-A server fills what a request leaves out from the model's `generation_config.json`, or from defaults of its own: 50 tokens
-(`transformers serve`), 40 tokens and min_p = 0.05 (llama.cpp), a repetition penalty. So each is sent every setting it knows. What
-a server that does not say what it is may add cannot be controlled, and is reported.
+A server fills missing settings from the model's `generation_config.json` or from its own defaults: 50 tokens (`transformers
+serve`), 40 tokens and min_p = 0.05 (llama.cpp), a repetition penalty. So each request sets all of them. Settings of an unknown
+server cannot be controlled, and are reported.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ UNCONTROLLED: dict[ServerKind, tuple[str, ...]] = {
     "transformers": (),
     "openai": ("top_k", "min_p", "repetition_penalty"),
 }
-"""Sampling parameters that a server of this kind may set as it likes."""
+"""Sampling parameters that a server of this kind may set itself."""
 REFUSALS = (400, 404, 405, 422, 501)
-"""Statuses by which a server says that it has no such path, or does not take what it was sent."""
+"""Statuses for an unknown path or an unaccepted request."""
 
 
 def find_kind(config: EndpointConfig, client: Client) -> ServerKind:
-    """The kind of server that the configuration names, or else that the server says it is; `openai` if it does not say.
+    """The kind of server: configured, else detected; `openai` if it does not identify itself.
 
     Raises:
         ConfigError, DataError: the server refuses the key, or cannot be reached.
@@ -45,7 +45,7 @@ def find_kind(config: EndpointConfig, client: Client) -> ServerKind:
 
 
 async def _ask_kind(client: Any, base_url: str) -> ServerKind:
-    """By the owner of its models, as vLLM, SGLang and llama.cpp name it, or by a path that only `transformers serve` has."""
+    """Detect vLLM, SGLang and llama.cpp by the owner of their models, `transformers serve` by a path that only it has."""
     owners = [model.get("owned_by") for model in await _models(client)]
     for kind in get_args(ServerKind):
         if kind in owners and kind != "openai":
@@ -58,7 +58,7 @@ async def _ask_kind(client: Any, base_url: str) -> ServerKind:
 
 
 async def list_models(client: Any) -> list[str]:
-    """The names of the models that a server lists; none if it lists none."""
+    """Names of the models that a server lists; empty if it lists none."""
     return [str(model["id"]) for model in await _models(client) if "id" in model]
 
 
@@ -69,7 +69,7 @@ async def _models(client: Any) -> list[dict[str, Any]]:
 
 
 async def _get(client: Any, path: str) -> Any:
-    """What the server has at a path; None if it has nothing there."""
+    """The JSON at a path of the server; None if there is none."""
     import openai
 
     try:
@@ -81,7 +81,7 @@ async def _get(client: Any, path: str) -> Any:
 
 
 def request_fields(kind: ServerKind, sampling: Sampling, seed: int) -> dict[str, Any]:
-    """The fields of a request that say how to draw, all that this kind of server knows."""
+    """The sampling fields of a request, all that this kind of server accepts."""
     fields: dict[str, Any] = {
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
@@ -102,12 +102,12 @@ def request_fields(kind: ServerKind, sampling: Sampling, seed: int) -> dict[str,
         "repetition_penalty": 1.0,
         "stop_token_ids": list(sampling.stop_token_ids),
         "return_token_ids": True,
-        **({"logprobs": 0} if sampling.logps else {}),  # of the drawn tokens alone
+        **({"logprobs": 0} if sampling.logps else {}),  # of the sampled tokens only
     }
 
 
 def _generation_config(sampling: Sampling) -> dict[str, Any]:
-    """A `transformers.GenerationConfig` that replaces all of the model's own."""
+    """A `transformers.GenerationConfig` that overrides all of the model's own settings."""
     settings: dict[str, Any] = {
         "do_sample": sampling.temperature > 0,
         "max_new_tokens": sampling.max_tokens,

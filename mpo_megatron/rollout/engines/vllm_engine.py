@@ -1,7 +1,7 @@
-"""vLLM's offline engine: continuous batching, tensor parallelism, a prefix cache that computes a prompt once for its K samples.
+"""vLLM's offline engine: continuous batching, tensor parallelism, a prefix cache that computes each prompt once for K samples.
 
-Each response is a request of its own with its own seed. Requests are added as others finish, so that the engine is never empty
-and groups come out one by one.
+Each response is a separate request with its own seed. New requests enter as others finish, so the engine stays full and
+groups finish one by one.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sam
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `max_lora_rank` may be."""
+"""Values that vLLM's `max_lora_rank` accepts."""
 
 
 class VllmEngine:
-    """Generates with vLLM in this process (and those it starts)."""
+    """Generates with vLLM in this process and the processes it starts."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, config: VllmConfig, adapter: Path | None = None) -> None:
         """Load a checkpoint.
 
         Args:
-            adapter: PEFT's folder of an adapter, which vLLM computes beside the model's weights
+            adapter: PEFT folder of an adapter, which vLLM applies beside the model's weights
         Raises:
-            ConfigError: vLLM is absent, or refuses the checkpoint or an option.
+            ConfigError: vLLM is missing, or refuses the checkpoint or an option.
         """
         try:
             from vllm import EngineArgs, LLMEngine
         except ImportError as error:
             raise ConfigError(
-                f"engine = vllm needs vLLM, which cannot be imported ({error}): pip install 'mpo-megatron[rollout]', or set "
+                f"engine = vllm needs vLLM, but importing it failed ({error}): pip install 'mpo-megatron[rollout]', or set "
                 "engine = transformers."
             ) from error
         options: dict[str, Any] = {
@@ -63,7 +63,7 @@ class VllmEngine:
             self.request_options["lora_request"] = LoRARequest("policy", 1, str(adapter))
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer every prompt; a group is yielded when its last response is."""
+        """Answer every prompt; yield a group when its last response ends."""
         requests = deque(
             (prompt, index, seed) for prompt in prompts for index, seed in enumerate(prompt.response_seeds(sampling))
         )
@@ -105,8 +105,8 @@ class VllmEngine:
             stop_token_ids=list(sampling.stop_token_ids),
             stop=list(sampling.stop),
             seed=seed,
-            logprobs=0 if sampling.logps else None,  # of the drawn token alone; vLLM takes them before the temperature
-            detokenize=bool(sampling.stop),  # only to find them: the text is decoded as for every engine
+            logprobs=0 if sampling.logps else None,  # of the sampled token only; vLLM computes them before the temperature
+            detokenize=bool(sampling.stop),  # only to find stop texts: decoding is shared by all engines
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
@@ -136,13 +136,13 @@ class VllmEngine:
 
 
 def _lora_rank(adapter: Path) -> int:
-    """The smallest of the ranks for which vLLM makes room that holds an adapter's.
+    """The smallest `max_lora_rank` of vLLM that covers an adapter's rank.
 
     Raises:
-        ConfigError: none does, or the adapter is damaged.
+        ConfigError: the rank is too large, or the adapter is damaged.
     """
     rank = adapter_rank(adapter)
     fitting = [size for size in LORA_RANKS if size >= rank]
     if not fitting:
-        raise ConfigError(f"model: an adapter of rank {rank}; vLLM takes up to {LORA_RANKS[-1]}; take engine = transformers.")
+        raise ConfigError(f"model: an adapter of rank {rank}; vLLM supports up to {LORA_RANKS[-1]}; set engine = transformers.")
     return fitting[0]

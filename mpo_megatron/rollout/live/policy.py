@@ -1,7 +1,7 @@
-"""Sampling from the policy while it trains: weights gathered from its shards into an engine, no checkpoint in between.
+"""Sample from the policy while it trains: gather weights from its shards into an engine, without a checkpoint in between.
 
-One rank of each model replica (the first of its tensor, context and pipeline ranks) asks an engine and samples its share of the
-prompts; all ranks take part in gathering weights, and all get all samples.
+One rank of each model replica (the first of its tensor, context and pipeline ranks) runs an engine and samples its share of the
+prompts. All ranks take part in gathering the weights, and all receive all samples.
 """
 
 from __future__ import annotations
@@ -41,34 +41,34 @@ class LiveEngine(Protocol):
     """An engine whose weights can be replaced."""
 
     draws: bool
-    """Whether this rank asks it; on the others it only takes part in `update`."""
+    """Whether this rank generates; the others only take part in `update`."""
 
     def update(self) -> None:
         """Receive the policy's current weights; all ranks call it."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Answer every prompt with the weights of the last update, on a rank that `draws`."""
+        """Answer every prompt with the weights of the last update; only on a rank that `draws`."""
 
 
 class LivePolicy:
-    """The current policy, to sample from."""
+    """Samples from the current policy."""
 
     def __init__(self, setup: Setup, ranks: Ranks, model: list[Any]) -> None:
         """Start the engines.
 
         Args:
-            model: this rank's parts of the policy
+            model: this rank's part of the policy
         Raises:
-            ConfigError: the engine is not installed, or cannot be used here.
+            ConfigError: the engine is not installed, or cannot run here.
         """
         self.ranks, self.model = ranks, model
         self.engine = build_live_engine(setup, ranks, model)
 
     def sample(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Generation]:
-        """Answers of the current policy, in the order of the prompts; all ranks call it and receive the same.
+        """Answers of the current policy, in the order of the prompts; all ranks call it and receive the same answers.
 
         Raises:
-            DataError: the engine has no answer to a prompt.
+            DataError: the engine did not answer a prompt.
         """
         gather_weights(self.model)
         self.engine.update()
@@ -85,17 +85,17 @@ class LivePolicy:
                 raise DataError(f"group {prompt.group_id}: the policy gave no sample ({reason}); look at the engine's log.")
             if not all(response.token_ids for response in found[prompt.group_id].responses):
                 raise DataError(
-                    f"group {prompt.group_id}: the engine gives no token ids of a sample, and its text may encode to others; "
+                    f"group {prompt.group_id}: the engine returned a sample without token ids; its text may encode to others; "
                     "serve with vLLM 0.33, or set online.engine to transformers."
                 )
         return [found[prompt.group_id] for prompt in prompts]
 
 
 class EmbeddedLiveEngine:
-    """A `transformers` model that is rebuilt for every batch of samples and freed after it, so that training has the memory.
+    """A `transformers` model that is rebuilt for every batch of samples and then freed, so that training gets the memory back.
 
-    Weights pass through host memory, where they are collected under the names they have in checkpoints; `transformers` itself
-    puts them in place (experts, for example, become one tensor).
+    Weights pass through host memory under their checkpoint names. `transformers` loads them into the model: for example, it
+    stacks experts.
     """
 
     def __init__(self, live: Weights, family: Family, tokenizer: Tokenizer, dtype: torch.dtype, *, draws: bool) -> None:
@@ -103,11 +103,11 @@ class EmbeddedLiveEngine:
         self.weights: dict[str, Tensor] = {}
 
     def update(self) -> None:
-        """Keep a copy on the host, on a rank that `draws`."""
+        """Copy the weights to the host, on a rank that `draws`."""
         self.weights = {name: weight.to("cpu") for name, weight in self.live.stream(wanted=self.draws)}
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
-        """Build the model, answer, and drop it."""
+        """Build the model, answer all prompts, and free the model."""
         transformers_logging.disable_progress_bar()
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(self.hf_config)]
         model, report = kind.from_pretrained(
@@ -115,7 +115,7 @@ class EmbeddedLiveEngine:
         )
         self.weights = {}
         if report["missing_keys"]:
-            raise RuntimeError(f"the policy gave no weights for {sorted(report['missing_keys'])[:4]}.")
+            raise RuntimeError(f"the policy has no weights for {sorted(report['missing_keys'])[:4]}.")
         engine = EmbeddedEngine(model.to(device.device()).eval(), self.tokenizer, batch_size=BATCH_SIZE)
         try:
             yield from engine.generate(prompts, sampling)
@@ -127,7 +127,7 @@ def build_live_engine(setup: Setup, ranks: Ranks, model: list[Any]) -> LiveEngin
     """The engine that `online.engine` names, on every rank.
 
     Raises:
-        ConfigError: it is not installed, or does not fit the GPU's memory beside the training.
+        ConfigError: the engine is not installed, or its GPU memory does not suffice beside training.
     """
     config, folder, family = setup.config, setup.model_folder, setup.family
     dtype = torch.float32 if config.model.precision == "fp32" else torch.bfloat16
@@ -140,7 +140,7 @@ def build_live_engine(setup: Setup, ranks: Ranks, model: list[Any]) -> LiveEngin
         return build_served_engine(setup, live, tokenizer, draws=draws, sends=ranks.is_main)
     engine, seconds = config.online.vllm, 60 * config.parallel.timeout_minutes
     own_gpus = engine.tensor_parallel * engine.pipeline_parallel if engine.gpus == "own" else 0
-    parameters = sum(torch.Size(info.shape).numel() for info in live.metadata)  # all ranks: it communicates
+    parameters = sum(torch.Size(info.shape).numel() for info in live.metadata)  # a collective: all ranks
     gpus = choose_gpus(engine, draws=draws)
     if not draws:
         return VllmLiveEngine(live, None, seconds=seconds, own_gpus=own_gpus)
@@ -163,10 +163,10 @@ def build_live_engine(setup: Setup, ranks: Ranks, model: list[Any]) -> LiveEngin
 
 
 def build_served_engine(setup: Setup, live: Weights, tokenizer: Tokenizer, *, draws: bool, sends: bool) -> ServedLiveEngine:
-    """The server that `online.endpoint` names, checked on the rank that sends it weights.
+    """The server of `online.endpoint`, checked on the rank that sends it weights.
 
     Raises:
-        ConfigError, DataError: it cannot be reached, serves another model, or takes no weights.
+        ConfigError, DataError: the server cannot be reached, serves another model, or accepts no weights.
     """
     online, seconds = setup.config.online, 60 * setup.config.parallel.timeout_minutes
     server = VllmServer(online.endpoint, "online.endpoint", seconds=seconds) if sends else None
@@ -180,16 +180,16 @@ def build_served_engine(setup: Setup, live: Weights, tokenizer: Tokenizer, *, dr
 
 
 def say_quantized(where: str) -> None:
-    """Say that samples are not the policy's own."""
+    """Warn that samples come from a quantised policy."""
     print(
-        f"{where}: samples are drawn from a quantised policy, not from the one that is trained; engine_kl in metrics.jsonl says "
-        "how far apart they are, and engine_logp in the samples' files gives each one's importance weight.",
+        f"{where}: samples are drawn from a quantised policy, not from the trained one; engine_kl in metrics.jsonl measures "
+        "the difference, and engine_logp in the samples' files gives each sample's importance weight.",
         flush=True,
     )
 
 
 def build_weights(setup: Setup, ranks: Ranks, model: list[Any]) -> Weights:
-    """What engines are given of the policy, the adapter included if there is one."""
+    """The policy's weights as engines receive them, with the adapter merged if there is one."""
     base = LiveWeights.of_policy(model, setup.family, setup.padded_vocab_size, ranks)
     if setup.adapter is None:
         return base

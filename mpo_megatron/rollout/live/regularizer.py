@@ -1,9 +1,9 @@
-"""SPO's regulariser as a term of a training run: every T steps, samples of the current policy, used for the next T steps.
+"""SPO's regulariser in a training run: every T steps, draw samples from the current policy, and use them for T steps.
 
-    <run>/online/samples_00000008.jsonl    the samples drawn after 8 steps, token ids included
+    <run>/online/samples_00000008.jsonl    samples drawn after 8 steps, with token ids
 
-The file is written before any step uses it. A run that resumes reads it again, since the weights that drew it are gone, and so
-continues with the same samples; only a batch that is due at the very step of the checkpoint is drawn anew, from the same weights.
+The file is written before any step uses it. A resumed run reads it again, because the weights that drew it are gone, and so uses
+the same samples. Only a batch due exactly at the checkpoint's step is redrawn, from the same weights.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.run import Run, reference_model
 
 SEED_STRIDE = 1_000_003
-"""Batches of samples draw from seeds this far apart."""
+"""Distance between the seeds of successive batches of samples."""
 LARGEST_ENGINE_KL = 1.0
-"""Nats a token; rounding to bfloat16 makes thousandths, quantised weights hundredths, other weights several."""
+"""Nats per token. Rounding to bfloat16 gives thousandths, quantised weights hundredths, wrong weights several nats."""
 
 
 class SampleRegularizer:
     """β · KL(π ‖ π_ref) on recent samples of the policy (a `GradientTerm`).
 
-    Metrics: `sample_kl`, the divergence of a sample in nats, summed over its tokens, mean over samples; `sample_length`, its mean
-    number of tokens; at a step that samples `sample_seconds`, what gathering weights and sampling took, and `engine_kl`, an
-    estimate of KL(engine ‖ policy) on the samples in nats per token: what rounding or a quantised engine changes.
+    Metrics: `sample_kl`, a sample's divergence in nats, summed over its tokens, mean over samples; `sample_length`, mean tokens.
+    At a step that samples: `sample_seconds`, the time for gathering weights and sampling, and `engine_kl`, an estimate of
+    KL(engine ‖ policy) on the samples in nats per token, which shows the effect of rounding or of a quantised engine.
     """
 
     def __init__(self, run: Run, sampler: LivePolicy, resident: Resident) -> None:
@@ -51,10 +51,10 @@ class SampleRegularizer:
         self.drawn_at = -1
         self.samples: list[TokenizedGroup] = []
         self.engine_logps: list[float | None] = []
-        """Of the samples under the weights of the engine that drew them, where it said them."""
+        """Log-probs of the samples under the weights of the engine that drew them, where it reported them."""
 
     def resume(self, done: int) -> None:
-        """Delete samples of steps that the run will take again: their weights are not those it will have."""
+        """Delete samples of steps that the run will repeat: other weights will be due then."""
         if self.run.ranks.is_main:
             for path in self.folder.glob("samples_*.jsonl"):
                 if int(path.stem.removeprefix("samples_")) > done or done == 0:
@@ -62,9 +62,9 @@ class SampleRegularizer:
         barrier()
 
     def add(self, step: int) -> dict[str, float]:
-        """Sample if it is time to, and add the regulariser's gradients at this step."""
+        """Draw samples if due, and add the regulariser's gradients of this step."""
         run, started = self.run, time.perf_counter()
-        due = max(step - step % self.online.every, run.config.data.first_step)  # new groups, new samples
+        due = max(step - step % self.online.every, run.config.data.first_step)  # new data needs new samples
         refreshed = due != self.drawn_at
         if refreshed:
             self.samples, self.drawn_at = self.samples_of(due, step), due
@@ -76,7 +76,9 @@ class SampleRegularizer:
             "sample_kl": float(logps.kl.sum()) / number,
             "sample_length": float(table.lengths.sum()) / number,
             **({"sample_seconds": seconds} if refreshed else {}),
-            **(self._engine_kl(logps.response, table) if refreshed and due == step else {}),  # the policy that was handed over
+            **(
+                self._engine_kl(logps.response, table) if refreshed and due == step else {}
+            ),  # only while the policy still is the one that sampled
         }
 
     def _engine_kl(self, policy: Tensor, table: GroupTable) -> dict[str, float]:
@@ -87,24 +89,24 @@ class SampleRegularizer:
         divergence = float(engine.sum() - policy[table.valid].double().sum().cpu()) / int(table.lengths.sum())
         if not divergence <= LARGEST_ENGINE_KL:
             raise DataError(
-                f"online.engine: its samples are {divergence:.2f} nats a token from the policy (engine_kl), so that it has other "
-                "weights, or computes something else with them; look at its log for weights that were not loaded, or set "
+                f"online.engine: its samples differ from the policy by {divergence:.2f} nats per token (engine_kl): it has other "
+                "weights, or computes differently; check its log for weights that were not loaded, or set "
                 "online.engine = transformers."
             )
         return {"engine_kl": divergence}
 
     @property
     def folder(self) -> Path:
-        """Where samples are kept."""
+        """Folder of the samples."""
         return self.run.folder / "online"
 
     def samples_of(self, due: int, step: int) -> list[TokenizedGroup]:
-        """The samples drawn after `due` steps: read if they are on disk, else drawn from the policy; the same on every rank."""
+        """Samples drawn after `due` steps: read from disk if they exist, else drawn from the policy; the same on every rank."""
         path = self.folder / f"samples_{due:08d}.jsonl"
         records: list[list[Record] | None] = [None]
         if self.run.ranks.is_main and path.is_file():
             records = [unseal_lines(path, f"remove it: step {step + 1} then uses samples of the current policy")]
-        if get_world_size() > 1:  # other nodes may not see the main process's disk
+        if get_world_size() > 1:  # other nodes may not see rank 0's disk
             broadcast_object_list(records, src=0)
         found = records[0]
         if found is None:
@@ -117,7 +119,7 @@ class SampleRegularizer:
         return [self.tokenized(record) for record in found]
 
     def draw(self, due: int) -> list[Record]:
-        """Samples of the current policy, for prompts of the last T steps, as group lines with token ids; on every rank."""
+        """Samples from the current policy for prompts of the last T steps, as group lines with token ids; on every rank."""
         data, config = self.run.setup.train, self.run.config
         indices, per_prompt = choose_prompts(data, config, due)
         sampling = Sampling(
@@ -132,7 +134,7 @@ class SampleRegularizer:
         for index in indices.tolist():
             group = data[index]
             tokens = tuple(group.prompt_tokens.tolist())
-            prompts.append(Prompt(group_id=f"{index} {group.group_id}", token_ids=tokens, messages=()))  # ids may repeat
+            prompts.append(Prompt(group_id=f"{index} {group.group_id}", token_ids=tokens, messages=()))  # group ids may repeat
         generations = self.sampler.sample(prompts, sampling)
         left = self.online.num_samples
         records = []
@@ -142,7 +144,7 @@ class SampleRegularizer:
         return [record for record in records if record["responses"]]
 
     def tokenized(self, record: Record) -> TokenizedGroup:
-        """A kept line as rows are built from it."""
+        """A stored line as a tokenized group, from which rows are built."""
         prompt = self.run.setup.train[record["index"]]
         return TokenizedGroup(
             group_id=record["group_id"],
@@ -152,21 +154,21 @@ class SampleRegularizer:
 
 
 def as_record(index: int, data: PreparedGroups, generation: Generation, limit: int) -> Record:
-    """A group line of at most `limit` samples; with the group's place in the data, and token ids."""
+    """A group line of at most `limit` samples, with the group's index in the data, and token ids."""
     responses = []
     for response in generation.responses[:limit]:
         line = response.as_line() | {"tokens": list(response.token_ids)}
-        line.pop("token_ids", None)  # `tokens` are there for every response, also one that a stop text cut
+        line.pop("token_ids", None)  # `tokens` exists for every response, also for one that a stop text truncated
         responses.append(line)
     group = data[index]
     return {"group_id": group.group_id, "index": index, "prompt": group.prompt_text, "responses": responses}
 
 
 def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple[Int64, int]:
-    """Which groups' prompts are sampled after `due` steps, and how many samples each gets.
+    """The groups whose prompts are sampled after `due` steps, and the number of samples for each.
 
-    Prompts of the last T steps ("recently observed", SPO Algorithm 1), of the coming step at the run's start; without repetition,
-    with several samples each where there are fewer prompts than samples.
+    Takes prompts of the last T steps ("recently observed", SPO Algorithm 1); at the run's start, of the coming step. Prompts do
+    not repeat; each gets several samples where there are fewer prompts than samples.
     """
     first, size = config.data.first_step, config.data.groups_per_step
     recent = range(max(first, due - config.online.every), due) or range(first, first + 1)
@@ -179,17 +181,17 @@ def choose_prompts(data: PreparedGroups, config: TrainConfig, due: int) -> tuple
 
 
 def build_regularizer(run: Run) -> SampleRegularizer:
-    """The regulariser of a run, with the engine that samples and the reference model loaded.
+    """The regulariser of a run, with the sampling engine and the reference model loaded.
 
     Raises:
-        ConfigError: samples would not fit a row, or the engine is not installed.
+        ConfigError: samples would not fit into a row, or the engine is not installed.
     """
     config, data = run.config, run.setup.train
     longest = data.info.max_prompt_tokens + config.online.max_tokens - 1
     require(
         longest <= config.data.row_tokens,
-        f"online.max_tokens = {config.online.max_tokens}: with the longest prompt of {data.path} a sample takes {longest} "
-        f"tokens, data.row_tokens = {config.data.row_tokens}; raise data.row_tokens, or lower online.max_tokens.",
+        f"online.max_tokens = {config.online.max_tokens}: with the longest prompt of {data.path}, a sample takes {longest} "
+        f"tokens, but data.row_tokens = {config.data.row_tokens}; raise data.row_tokens, or lower online.max_tokens.",
     )
     sampler = LivePolicy(run.setup, run.ranks, run.model)
     resident = run.resident or reference_model(run.session, run.model)

@@ -30,23 +30,23 @@ def add_kl_gradients(
     shape: RowShape,
     resident: Resident,
 ) -> tuple[Logps, GroupTable]:
-    """Add the regulariser's gradients to the model's buffers, not yet reduced over replicas; all ranks call it.
+    """Add the regulariser's gradients to the model's buffers, before the reduction over replicas; all ranks call it.
 
     Args:
-        samples: of all replicas, a prompt with its samples each; the same on every rank
+        samples: of all replicas, each prompt with its samples; the same on every rank
         kl_weight: β
         resident: the reference model
     Returns:
-        Log-probs and divergences of the samples, the same on every rank, and the table that says which are padding.
+        Log-probs and divergences of the samples, and the table that marks padding; the same on every rank.
     """
     table = group_table(samples, np.arange(len(samples)))
     _, rows = pack(table, samples, table.valid, shape)
-    # The mean over the samples of all replicas: Megatron sums rows and replicas and divides by nothing (see train/step.py).
+    # Mean over the samples of all replicas: Megatron sums rows and replicas without dividing (see train/step.py).
     scale = kl_weight / int(table.valid.sum())
 
     def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
         assert token_kl is not None
-        return scale * token_kl.sum()  # of a filler row, which has no tokens: a zero that keeps the schedule's backward alive
+        return scale * token_kl.sum()  # 0 for a filler row without tokens, but with a graph that the schedule can backpropagate
 
     with unreduced_gradients(model):
         outputs = run_rows(model, rows, ranks, row_loss, resident)

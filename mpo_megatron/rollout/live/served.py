@@ -1,7 +1,7 @@
-"""A served vLLM that samples from the policy while it trains: its weights arrive by NCCL, its samples over HTTP.
+"""A served vLLM that samples from the policy while it trains: weights travel by NCCL, samples over HTTP.
 
-The run's first rank sends weights and pauses the server while it does. The first rank of every model replica asks for the samples
-of its own prompts. Each update has a version: samples that another's update, or a restart, got between are refused.
+The run's first rank pauses the server and sends the weights. The first rank of every model replica requests the samples of its
+own prompts. Each update has a version; samples drawn across another client's update or a restart are refused.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from mpo_megatron.rollout.live.weights import Weights
 
 
 class ServedLiveEngine:
-    """A server that takes the policy's weights (a `LiveEngine`)."""
+    """A server that receives the policy's weights (a `LiveEngine`)."""
 
     def __init__(self, weights: Weights, engine: EndpointEngine | None, server: VllmServer | None, config: OnlineConfig) -> None:
-        """Agree with the server on how weights travel; all ranks call it.
+        """Agree with the server on the weight transfer; all ranks call it.
 
         Args:
-            weights: the policy's
-            engine: on the ranks that ask for samples
+            weights: the policy's weights
+            engine: on ranks that request samples
             server: on the rank that sends weights
-            config: where the server finds that rank
+            config: gives the address at which the server finds that rank
         Raises:
-            ConfigError, DataError: the server cannot take weights, or does not come.
+            ConfigError, DataError: the server cannot receive weights, or does not connect.
         """
         self.engine, self.draws, self.server, self.endpoint = engine, engine is not None, server, config.endpoint
         self.run, self.updates = secrets.token_hex(4), 0
@@ -46,7 +46,7 @@ class ServedLiveEngine:
         self.version = ""
 
     def update(self) -> None:
-        """Give the server the policy's weights as they are now; all ranks call it."""
+        """Send the policy's current weights to the server; all ranks call it."""
         self.updates += 1
         if self.server is not None:
             self.server.pause()
@@ -55,14 +55,14 @@ class ServedLiveEngine:
         if self.server is not None:
             self.server.resume(version[0])
         if get_world_size() > 1:
-            broadcast_object_list(version, src=0)  # none asks before the new weights are in use
+            broadcast_object_list(version, src=0)  # no rank may sample before the new weights are in use
         self.version = version[0]
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
         """Answer every prompt.
 
         Raises:
-            DataError: the server has other weights by now.
+            DataError: the server now has other weights.
         """
         assert self.engine is not None
         yield from self.engine.generate(prompts, sampling)
@@ -70,16 +70,16 @@ class ServedLiveEngine:
 
 
 def sender_address(config: OnlineConfig) -> tuple[str, int]:
-    """Host and port at which the server's workers meet this rank."""
+    """Host and port at which the server's workers connect to this rank."""
     host, _, port = (config.weights_address or "").partition(":")
     return host or own_address(config.endpoint), int(port) if port else choose_port()
 
 
 def own_address(endpoint: EndpointConfig) -> str:
-    """The address of this machine from which it reaches a server.
+    """This machine's address on the route to a server.
 
     Raises:
-        DataError: the server's name has no address.
+        DataError: the server's host name does not resolve.
     """
     parts = urlsplit(endpoint.base_url)
     try:
@@ -90,5 +90,5 @@ def own_address(endpoint: EndpointConfig) -> str:
             return address
     except OSError as error:
         raise DataError(
-            f"online.endpoint.base_url = {endpoint.base_url}: cannot be reached: {error}; see to the server."
+            f"online.endpoint.base_url = {endpoint.base_url}: cannot be reached: {error}; check the address and the server."
         ) from None

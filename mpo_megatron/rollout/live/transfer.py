@@ -1,10 +1,10 @@
-"""How the policy's weights reach a vLLM engine: by vLLM's own update API, without a file.
+"""Send the policy's weights to a vLLM engine through vLLM's own update API, without a file.
 
-    IPC     each rank puts every weight, whole, in a buffer on its GPU; each of the engine's workers reads the one on its own GPU
-    NCCL    one rank sends every weight, whole, to the engine's workers on other GPUs; the other ranks help to gather it
+    IPC     each rank puts every full weight in a buffer on its GPU; each of the engine's workers reads the buffer on its own GPU
+    NCCL    one rank sends every full weight to the engine's workers on other GPUs; the other ranks take part in gathering it
 
-Weights have the names and shapes of a checkpoint. So vLLM's loaders fuse them, shard them for tensor and pipeline parallelism,
-find the experts of every back end, and quantise again (its layer-wise reload).
+Weights have the names and shapes of a checkpoint. vLLM's loaders fuse them, shard them for tensor and pipeline parallelism,
+find the experts of every back end, and quantise them again (layer-wise reload).
 """
 
 from __future__ import annotations
@@ -27,63 +27,63 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.live.weights import Weights
 
 LEAST_BUFFER_BYTES = 2**28
-"""Weights travel together in a buffer of this size, or of the largest weight's."""
+"""Weights travel together in a buffer of this size, or of the largest weight's size."""
 FIRST_PORT, FIRST_EPHEMERAL = 20_000, 32_768
-"""Where a free port is looked for: below those that the kernel gives to connections."""
+"""Range to search for a free port: below the kernel's ephemeral ports."""
 
 
 class EngineClient(Protocol):
-    """What vLLM's trainer side asks of an engine (its `VLLMWeightSyncClient`)."""
+    """The calls that vLLM's trainer side makes on an engine (its `VLLMWeightSyncClient`)."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer."""
+        """Connect to the trainer."""
 
     def start_weight_update(self) -> None:
-        """Expect new weights."""
+        """Prepare for new weights."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive weights; returns when they are loaded."""
+        """Receive weights; return once they are loaded."""
 
     def finish_weight_update(self) -> None:
-        """Use the new weights."""
+        """Switch to the new weights."""
 
 
 class Transfer(Protocol):
     """A connection between the ranks and an engine."""
 
     def send_weights(self) -> None:
-        """Replace the engine's weights by the policy's; all ranks call it."""
+        """Replace the engine's weights with the policy's; all ranks call it."""
 
 
 class LocalClient:
-    """An engine that this process has started."""
+    """An engine in this process."""
 
     def __init__(self, engine: Any, seconds: float) -> None:
-        """Nothing is asked yet.
+        """Store the engine; nothing is called yet.
 
         Args:
             engine: vLLM's `LLMEngine`
-            seconds: what a call to its workers may take
+            seconds: time limit of a call to its workers
         """
         self.engine, self.seconds = engine, seconds
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer."""
+        """Connect to the trainer."""
         self._call("init_weight_transfer_engine", init_info=init_info)
 
     def start_weight_update(self) -> None:
-        """Expect new weights."""
+        """Prepare for new weights."""
         self._call("start_weight_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Receive weights. IPC handles name classes of torch's, which pass between processes as a pickle only."""
+        """Receive weights. IPC handles contain torch classes, which pass between processes only as pickles."""
         if "ipc_handles" in update_info:
             pickled = base64.b64encode(pickle.dumps(update_info.pop("ipc_handles"))).decode()
             update_info = update_info | {"ipc_handles_pickled": pickled}
         self._call("update_weights", update_info=update_info)
 
     def finish_weight_update(self) -> None:
-        """Use the new weights."""
+        """Switch to the new weights."""
         self._call("finish_weight_update")
 
     def _call(self, method: str, **arguments: Any) -> None:
@@ -91,7 +91,7 @@ class LocalClient:
 
 
 class WatchedClient:
-    """A client whose engine's failure also ends the broadcast that waits for that engine."""
+    """A client that aborts a broadcast when the engine it waits for has failed."""
 
     def __init__(self, client: EngineClient) -> None:
         self.client = client
@@ -99,11 +99,11 @@ class WatchedClient:
         self.abort: Callable[[], None] = lambda: None
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Meet the trainer; called in a thread, while the trainer waits for the workers."""
+        """Connect to the trainer; called in a thread, while the trainer waits for the workers."""
         self._watch(lambda: self.client.init_weight_transfer_engine(init_info))
 
     def start_weight_update(self) -> None:
-        """Expect new weights."""
+        """Prepare for new weights."""
         self._watch(self.client.start_weight_update)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -111,7 +111,7 @@ class WatchedClient:
         self._watch(lambda: self.client.update_weights(update_info))
 
     def finish_weight_update(self) -> None:
-        """Use the new weights."""
+        """Switch to the new weights."""
         self._watch(self.client.finish_weight_update)
 
     def _watch(self, call: Callable[[], None]) -> None:
@@ -124,21 +124,21 @@ class WatchedClient:
 
 
 class NcclTransfer:
-    """vLLM's sender by NCCL, which says what the engine said where one of both fails."""
+    """vLLM's sender by NCCL, with errors that include the engine's own message."""
 
     def __init__(self, sender: Any, client: WatchedClient | None) -> None:
-        """Watch a connection that stands."""
+        """Wrap an open connection."""
         self.sender, self.client = sender, client
         if client is not None:
             client.abort = sender.shutdown
 
     def send_weights(self) -> None:
-        """Replace the engine's weights by the policy's.
+        """Replace the engine's weights with the policy's.
 
         Raises:
-            DataError: the engine failed, or did not take them in time.
+            DataError: the engine failed, or did not receive them in time.
         """
-        device.synchronize()  # weights come from the caller's stream, and vLLM's sender reads them on its own
+        device.synchronize()  # the caller's stream produces the weights, vLLM's sender reads them on another
         try:
             self.sender.send_weights()
         except Exception as error:
@@ -146,18 +146,18 @@ class NcclTransfer:
             if isinstance(cause, (ConfigError, DataError)):
                 raise cause from None
             raise DataError(
-                f"online.engine: vLLM did not take the policy's weights ({describe(cause)}); look at the engine's log, and run "
+                f"online.engine: vLLM did not receive the policy's weights ({describe(cause)}); check the engine's log, then run "
                 "the same command again to resume."
             ) from error
 
 
 def open_ipc(weights: Weights, client: EngineClient | None) -> Transfer:
-    """A connection to an engine on the ranks' own GPUs; all ranks call it.
+    """Open a connection to an engine on the ranks' own GPUs; all ranks call it.
 
     Args:
-        client: on the rank that asks the engine; None on the others
+        client: on the rank that calls the engine; None on the others
     Raises:
-        ConfigError: vLLM is absent, or has another interface.
+        ConfigError: vLLM is missing, or has another interface.
     """
     try:
         from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
@@ -171,15 +171,15 @@ def open_ipc(weights: Weights, client: EngineClient | None) -> Transfer:
 
 
 def open_nccl(weights: Weights, client: EngineClient | None, *, address: str, port: int, workers: int) -> Transfer:
-    """A connection to an engine on other GPUs; all ranks call it.
+    """Open a connection to an engine on other GPUs; all ranks call it.
 
     Args:
         client: on the rank that sends; None on the others
-        address: of this machine, for the workers
-        port: free on it
-        workers: of the engine, one a GPU
+        address: of this machine, reachable by the workers
+        port: a free port on it
+        workers: number of the engine's workers, one per GPU
     Raises:
-        ConfigError: vLLM is absent, or has another interface; or the engine does not come to the address.
+        ConfigError: vLLM is missing or has another interface; or the engine does not connect.
     """
     try:
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
@@ -202,19 +202,19 @@ def open_nccl(weights: Weights, client: EngineClient | None, *, address: str, po
         if isinstance(cause, (ConfigError, DataError)):
             raise cause from None
         raise ConfigError(
-            f"online.engine: vLLM and this run do not meet at {address}:{port} to pass weights by NCCL ({describe(cause)}); see "
-            "to it that the engine reaches that address."
+            f"online.engine: vLLM and this run could not connect at {address}:{port} for NCCL ({describe(cause)}); make "
+            "sure that the engine can reach that address."
         ) from error
     return NcclTransfer(sender, watched)
 
 
 def _rank(client: EngineClient | None) -> int:
-    """To vLLM, rank 0 is whoever speaks to an engine."""
+    """Rank for vLLM's sender: 0 is the process that calls the engine."""
     return 1 if client is None else 0
 
 
 def _source(weights: Weights, *, wanted: bool) -> Any:
-    """The weights as vLLM's trainer side takes them."""
+    """The weights in the form that vLLM's trainer side accepts."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 
     class Source(WeightSource):
@@ -224,34 +224,34 @@ def _source(weights: Weights, *, wanted: bool) -> Any:
 
         def iter_full(self) -> Iterator[tuple[str, Tensor]]:
             for weight in weights.stream(wanted=wanted):
-                device.finish_computing()  # vLLM's sender goes on with the next weight on another stream
+                device.finish_computing()  # vLLM's sender handles the next weight on another stream
                 yield weight
 
     return Source()
 
 
 def buffer_bytes(weights: Weights) -> int:
-    """Size of the buffer in which weights travel together."""
+    """Size in bytes of the buffer in which weights travel together."""
     largest = max(torch.Size(info.shape).numel() * info.dtype.itemsize for info in weights.metadata)
     return max(largest, LEAST_BUFFER_BYTES)
 
 
 def absent(error: ImportError) -> ConfigError:
-    """What to say where vLLM's update API cannot be imported."""
+    """The error for a missing vLLM update API."""
     return ConfigError(
-        f"online.engine needs vLLM with its update API for weights, which cannot be imported ({error}): pip install "
+        f"online.engine needs vLLM with its weight update API, but importing it failed ({error}): pip install "
         "'mpo-megatron[rollout]', or set online.engine = transformers."
     )
 
 
 def describe(error: BaseException) -> str:
-    """An error's kind and the first line of what it says."""
+    """An error's type and the first line of its message."""
     said = str(error).strip().splitlines()
     return f"{type(error).__name__}: {said[0][:300]}" if said else type(error).__name__
 
 
 def choose_port() -> int:
-    """A free port below those that the kernel gives to connections."""
+    """A free port below the kernel's ephemeral ports."""
     limits = Path("/proc/sys/net/ipv4/ip_local_port_range")
     first = int(limits.read_text(encoding="ascii").split()[0]) if limits.is_file() else FIRST_EPHEMERAL
     ports = range(FIRST_PORT, first) if first > FIRST_PORT else range(1024, first)
@@ -262,4 +262,6 @@ def choose_port() -> int:
             except OSError:
                 continue
             return port
-    raise ConfigError(f"online.engine: none of 64 ports between {ports[0]} and {ports[-1]} is free to pass weights; free some.")
+    raise ConfigError(
+        f"online.engine: none of 64 ports between {ports[0]} and {ports[-1]} is free for the weight transfer; free one."
+    )

@@ -1,7 +1,7 @@
-"""vLLM engines that a run starts: asleep on the ranks' own GPUs, or awake on GPUs that no rank has.
+"""vLLM engines that a run starts: sleeping on the ranks' own GPUs, or awake on GPUs without ranks.
 
-On shared GPUs the engine sleeps between two batches of samples: the memory of its weights and KV cache goes back to the training.
-Weights arrive by CUDA IPC, or on GPUs of its own by NCCL (transfer.py). Prefixes cached under old weights are forgotten.
+On shared GPUs the engine sleeps between batches of samples, which returns the memory of its weights and KV cache to training.
+Weights arrive by CUDA IPC, or by NCCL on separate GPUs (transfer.py). Prefixes cached under old weights are dropped.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from mpo_megatron.rollout.live.transfer import LocalClient, choose_port, open_ip
 from mpo_megatron.rollout.live.weights import Weights
 
 OWN_FRACTION = 0.9
-"""Share of the memory that an engine takes of GPUs which nothing else uses."""
+"""Share of GPU memory for an engine that has the GPUs to itself."""
 _OF_TRAINING = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class VllmLiveEngine:
-    """An engine that takes the policy's weights (a `LiveEngine`); every rank has one, those with `draws` ask it."""
+    """An engine that receives the policy's weights (a `LiveEngine`); every rank has one, ranks with `draws` use it."""
 
     def __init__(self, weights: Weights, engine: VllmEngine | None, *, seconds: float, own_gpus: int = 0) -> None:
-        """Agree with the engine on how weights travel; on shared GPUs, let it sleep. All ranks call it.
+        """Agree with the engine on the weight transfer; on shared GPUs, put it to sleep. All ranks call it.
 
         Args:
-            weights: the policy's
-            engine: on the rank that asks it, without weights; None on the others
-            seconds: what the engine may take for all weights
-            own_gpus: how many GPUs it has that no rank has; 0 if it shares those of ranks
+            weights: the policy's weights
+            engine: without weights, on the rank that calls it; None on the others
+            seconds: time limit of an update
+            own_gpus: number of GPUs that only the engine uses; 0 if it shares the ranks' GPUs
         Raises:
-            ConfigError: vLLM is absent, has another interface, or its workers do not come.
+            ConfigError: vLLM is missing, has another interface, or its workers do not connect.
         """
         self.engine, self.draws, self.shares_gpus = engine, engine is not None, own_gpus == 0
         client = None if engine is None else LocalClient(engine.engine, seconds)
@@ -50,10 +50,10 @@ class VllmLiveEngine:
         self._sleep()
 
     def update(self) -> None:
-        """Give the engine the policy's current weights; all ranks call it."""
+        """Send the policy's current weights to the engine; all ranks call it."""
         if self.shares_gpus:
             torch.cuda.empty_cache()
-            barrier()  # the engine may span the GPUs of several ranks: all have given back what they can
+            barrier()  # the engine may span several ranks' GPUs: all must have freed their memory
         if self.shares_gpus and self.engine is not None:
             self.engine.engine.wake_up(["weights"])
         self.transfer.send_weights()
@@ -70,7 +70,7 @@ class VllmLiveEngine:
 
     def _sleep(self) -> None:
         if self.shares_gpus and self.engine is not None:
-            self.engine.engine.sleep(level=2)  # weights need not be kept: others will come
+            self.engine.engine.sleep(level=2)  # drop the weights: an update replaces them anyway
 
 
 def start_vllm(
@@ -82,12 +82,12 @@ def start_vllm(
     memory_fraction: float,
     gpus: Sequence[str],
 ) -> VllmEngine:
-    """An engine without weights.
+    """Start an engine without weights.
 
     Args:
-        folder: with config.json; weights are not read
-        memory_fraction: share of each GPU's memory that vLLM takes while it samples
-        gpus: its GPUs, as CUDA_VISIBLE_DEVICES names them
+        folder: holds config.json; weights are not read
+        memory_fraction: share of each GPU's memory that vLLM uses while it samples
+        gpus: its GPUs, as in CUDA_VISIBLE_DEVICES
     Raises:
         ConfigError: vLLM is not installed, or refuses the model.
     """
@@ -101,7 +101,7 @@ def start_vllm(
             "load_format": "dummy",
             "enable_sleep_mode": shared,
             "weight_transfer_config": {"backend": "ipc" if shared else "nccl"},
-            "distributed_executor_backend": "mp",  # processes of their own: CUDA IPC does not work within one
+            "distributed_executor_backend": "mp",  # separate processes: CUDA IPC does not work within one
             **config.options,
         },
     )
@@ -110,12 +110,12 @@ def start_vllm(
 
 
 def choose_gpus(config: LiveVllmConfig, *, draws: bool) -> list[str]:
-    """The GPUs of this rank's engine, as CUDA_VISIBLE_DEVICES names them; all ranks call it, those without an engine get none.
+    """The GPUs of this rank's engine, as in CUDA_VISIBLE_DEVICES; all ranks call it, ranks without an engine get none.
 
-    Shared GPUs are those of this rank and of the ranks behind it; own ones are dealt out behind those of this machine's ranks.
+    Shared GPUs are those of this rank and of the next ranks; separate GPUs come after those of this machine's ranks.
 
     Raises:
-        ConfigError: this machine has fewer.
+        ConfigError: this machine has too few GPUs.
     """
     rank, local = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     there = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -132,7 +132,7 @@ def choose_gpus(config: LiveVllmConfig, *, draws: bool) -> list[str]:
         if local + number > there:
             raise ConfigError(
                 f"online.vllm.tensor_parallel × pipeline_parallel = {number}: the engine of local rank {local} would need GPUs "
-                f"of another machine; this one has {there} ranks. Choose a number of GPUs that divides them."
+                f"of another machine; this one has {there} ranks. Choose a number of GPUs that divides that."
             )
         return names[local : local + number]
     names = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
@@ -140,7 +140,7 @@ def choose_gpus(config: LiveVllmConfig, *, draws: bool) -> list[str]:
     engines = sum(asking[first : first + there])
     if there + engines * number > len(names):
         raise ConfigError(
-            f"online.vllm.gpus = own: this machine has {len(names)} GPUs, {there} for its ranks, and its {engines} engines of "
+            f"online.vllm.gpus = own: this machine has {len(names)} GPUs, {there} for its ranks; its {engines} engines of "
             f"{number} need {engines * number} more; start fewer ranks here, spread an engine over fewer GPUs, or set it "
             "to shared."
         )
@@ -150,9 +150,9 @@ def choose_gpus(config: LiveVllmConfig, *, draws: bool) -> list[str]:
 
 @contextlib.contextmanager
 def environment_of_an_engine(gpus: Sequence[str], *, unpickles: bool) -> Iterator[None]:
-    """Within it processes inherit these GPUs, and nothing that makes them part of the training.
+    """Within this context, new processes inherit these GPUs, and none of torchrun's variables.
 
-    With torchrun's variables an engine would look for torchrun's rendezvous instead of opening its own.
+    With those, an engine would join torchrun's rendezvous instead of opening its own.
 
     Args:
         unpickles: whether the engine's workers unpickle the IPC handles that this process sends them

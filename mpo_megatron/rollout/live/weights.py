@@ -1,4 +1,4 @@
-"""What engines are given of the policy: its weights, or with an adapter the sums of the base model's and the adapter's."""
+"""The policy's weights for engines: its own, or with an adapter the base model's plus the adapter's update."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from mpo_megatron.model.merging import merger
 
 
 class Weights(Protocol):
-    """Weights under their Hugging Face names, as `LiveWeights` has them; all ranks use them alike."""
+    """Weights under their Hugging Face names, like `LiveWeights`; all ranks make the same calls."""
 
     @property
     def metadata(self) -> list[WeightInfo]:
-        """Every weight, in the order of `stream`; its first use communicates."""
+        """Every weight, in the order of `stream`; the first call communicates."""
 
     def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield the current weights to a rank that asks for them; all ranks must exhaust it."""
+        """Yield the current weights on a rank that wants them; all ranks must exhaust the iterator."""
 
 
 class MergedWeights:
     """The base model's weights with the adapter added (`Weights`)."""
 
     def __init__(self, base: LiveWeights, matrices: LiveWeights, adapter: Adapter, *, keep_base: bool) -> None:
-        """Nothing is communicated yet.
+        """Store the parts; nothing is communicated yet.
 
         Args:
-            keep_base: keep the frozen weights on the host, so that only the adapter is sent again
+            keep_base: keep the frozen weights on the host, so that later updates gather only the adapter
         """
         self.base, self.matrices, self.adapter, self.keep_base = base, matrices, adapter, keep_base
         self.kept: dict[str, Tensor] | None = None
 
     @property
     def metadata(self) -> list[WeightInfo]:
-        """As the base model's."""
+        """The base model's metadata."""
         return self.base.metadata
 
     def stream(self, *, wanted: bool = True) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight with what the adapter adds to it now."""
+        """Yield each weight with the adapter's current update added."""
         where = "cpu" if self.keep_base else device.device()
         matrices = {name: matrix.to(where) for name, matrix in self.matrices.stream(wanted=wanted)}
         merge = merger(self.adapter, matrices, None)

@@ -1,6 +1,6 @@
-"""What scores: their base, and the one place that knows which scorers there are.
+"""Scorers: their base class, and the one place that lists them.
 
-scorer.score(groups)  →  per group, one score a response; None where there is none
+scorer.score(groups)  →  for each group, one score per response; None where there is none
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from mpo_megatron.config.score import (
 from mpo_megatron.rollout.records import Record
 
 Scores = list[list[float | None]]
-"""Per group, one score a response."""
+"""For each group, one score per response."""
 
 
 class Scorer(abc.ABC):
-    """Something that says how good responses are; higher is better."""
+    """Scores responses; higher is better."""
 
     def __init__(self, name: str, config: AnyScorer) -> None:
-        """Take the name under which scores are stored, and the options."""
+        """Store the options, and the name under which scores are stored."""
         self.name, self.config = name, config
         self.notes: dict[str, Counter[str]] = {}
-        """By group id: what was noticed while scoring it, for example ties; emptied by whoever has read it."""
+        """By group id: events counted while scoring it, for example ties; the reader empties it."""
 
     @abc.abstractmethod
     def score(self, groups: Sequence[Record]) -> Scores:
-        """Scores of group lines' responses.
+        """Score the responses of group lines.
 
         Raises:
-            DataError: a response cannot be scored, and its configuration says that this is an error.
+            DataError: a response cannot be scored, and the configuration makes this an error.
         """
 
     def note(self, group_id: str, what: str, count: int = 1) -> None:
-        """Count something that was noticed about a group."""
+        """Count an event of a group."""
         self.notes.setdefault(group_id, Counter())[what] += count
 
     def settings(self) -> Mapping[str, Any]:
@@ -55,22 +55,22 @@ class Scorer(abc.ABC):
         return to_dict(self.config)
 
     def digest(self) -> str:
-        """Identity of the scorer: the same digest gives the same scores."""
+        """Identity of the scorer: equal digests give equal scores."""
         return hashlib.sha256(json.dumps([self.config.kind, self.settings()], sort_keys=True, default=str).encode()).hexdigest()
 
     def report(self) -> str | None:
-        """What is worth telling about this run, for example how fast a judge answered; None if nothing is."""
+        """A line about this run, for example a judge's speed; None if there is nothing to report."""
         return None
 
     def close(self) -> None:  # noqa: B027 - most scorers have nothing to free
-        """Free devices and connections, if it has any."""
+        """Free devices and connections, if any."""
 
 
 def build_scorer(name: str, config: AnyScorer) -> Scorer:
     """The scorer that a configuration describes, with its model loaded.
 
     Raises:
-        ConfigError: it cannot be built: a wrong model, template or function.
+        ConfigError: it cannot be built: wrong model, template or function.
     """
     if isinstance(config, RewardModelScorer):
         from mpo_megatron.rollout.scorers.reward_model import RewardModel
@@ -101,7 +101,7 @@ def build_scorer(name: str, config: AnyScorer) -> Scorer:
 
 
 def join_messages(messages: Sequence[Mapping[str, Any]]) -> str:
-    """A conversation as plain text: a single question unchanged, else a paragraph a turn after its role, calls as JSON."""
+    """A conversation as plain text: a single question unchanged, else one paragraph per turn after its role, calls as JSON."""
     if len(messages) == 1:
         return str(messages[0]["content"])
     return "\n\n".join(f"{message['role'].capitalize()}: {_text_of(message)}" for message in messages)

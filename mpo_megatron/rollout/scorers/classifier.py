@@ -1,4 +1,4 @@
-"""Hugging Face sequence classifiers with one output: checked before they load, run in batches of about one length."""
+"""Hugging Face sequence classifiers with one output: checked before loading, run in batches of similar length."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.models import choose_device, read_model_settings
 
 BALANCED = "balanced"
-"""The device that means all GPUs: `transformers` (accelerate) deals the layers out evenly and moves what passes between them."""
+"""Device name for all GPUs: `transformers` (accelerate) spreads the layers evenly over them."""
 
 
 class Classifier:
-    """One number for a sequence of tokens."""
+    """Computes one number per token sequence."""
 
     def __init__(self, name: str, config: ModelScorer) -> None:
         """Load the checkpoint.
 
         Raises:
-            ConfigError: it has another head, lacks weights, or comes with code that was not asked for.
+            ConfigError: it has another head, lacks weights, or needs code that the configuration does not trust.
         """
         from transformers import AutoModelForSequenceClassification  # seconds to import
 
@@ -54,8 +54,8 @@ class Classifier:
         missing = sorted(loading["missing_keys"])
         require(
             not missing,
-            f"scorers.{name}.model = {self.folder}; {len(missing)} weights are not in the checkpoint, for example "
-            f"{missing[0] if missing else ''}: they would be random, and so would the scores; choose a trained reward model.",
+            f"scorers.{name}.model = {self.folder}; {len(missing)} weights are missing in the checkpoint, for example "
+            f"{missing[0] if missing else ''}: the scores would be random; choose a trained reward model.",
         )
         self.model: Any = model.eval() if device is None else model.to(device).eval()
         limit = self.settings.get("max_position_embeddings")
@@ -63,7 +63,7 @@ class Classifier:
 
     @torch.inference_mode()
     def run(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The output for every sequence of token ids, in their order; batches are cut from them by length."""
+        """The output for every sequence of token ids, in order; batches hold sequences of similar length."""
         outputs = [0.0] * len(sequences)
         order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index]))
         for start in range(0, len(order), self.config.batch_size):
@@ -82,7 +82,7 @@ class Classifier:
             ids[index, : len(sequence)] = torch.tensor(sequence)
             mask[index, : len(sequence)] = 1
         output = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device))
-        score = getattr(output, "score", None)  # ArmoRM's name for it
+        score = getattr(output, "score", None)  # ArmoRM's name for its output
         score = output.logits if score is None else score
         flat: Tensor = score.reshape(len(sequences), -1).float()
         require(
@@ -92,10 +92,10 @@ class Classifier:
         return flat[:, 0].cpu()
 
     def _padding(self, sequences: Sequence[Sequence[int]]) -> int:
-        """The id to pad with.
+        """The padding id.
 
-        A classifier reads its output behind the last token that is not `pad_token_id`. A checkpoint without one reads it behind
-        the last token; then padding has to be an id that no sequence of the batch has.
+        A classifier reads its output at the last token that is not `pad_token_id`. A checkpoint without that setting reads it at
+        the last token other than the padding; then the padding must be an id that no sequence of the batch contains.
         """
         if self.settings.get("pad_token_id") is not None:
             return int(self.settings["pad_token_id"])
@@ -117,10 +117,10 @@ class Classifier:
 
 
 def check_head(name: str, settings: Mapping[str, Any], config: ModelScorer) -> None:
-    """Refuse a checkpoint that is no classifier with one output, by its config.json.
+    """Refuse a checkpoint whose config.json is not that of a classifier with one output.
 
     Raises:
-        ConfigError: naming the architecture, and the expected one.
+        ConfigError: names the architecture, and the expected one.
     """
     where = f"scorers.{name}.model = {config.model}"
     architecture = (settings.get("architectures") or ["no architecture"])[0]
@@ -130,11 +130,10 @@ def check_head(name: str, settings: Mapping[str, Any], config: ModelScorer) -> N
             f"{where}; {architecture} is defined by Python code that comes with the checkpoint; if you trust it, set "
             f"scorers.{name}.trust_remote_code = true.",
         )
-        return  # what its head is, its own code knows
+        return  # only its own code knows its head
     require(
         architecture.endswith("ForSequenceClassification"),
-        f"{where}; its head is that of {architecture}, which gives no score; a reward model is a …ForSequenceClassification with "
-        "one output.",
+        f"{where}; the head of {architecture} gives no score; a reward model is a …ForSequenceClassification with one output.",
     )
     labels = settings.get("id2label")
     number = len(labels) if isinstance(labels, dict) else settings.get("num_labels", 2)  # transformers' own default

@@ -1,7 +1,7 @@
-"""From comparisons of two responses to a score for each: the share of its comparisons that a response wins.
+"""Turn comparisons of two responses into scores: a response's score is the share of its comparisons that it wins.
 
-`all` compares every pair. `tournament` is played in rounds, ⌈log₂ K⌉ of them: responses that have won about as much meet, and
-never twice, as in a Swiss tournament; about K·log₂(K)/2 comparisons tell the best and the worst apart, and the middle less well.
+`all` compares every pair. `tournament` runs ⌈log₂ K⌉ rounds like a Swiss tournament: responses with similar shares meet, never
+twice. About K·log₂(K)/2 comparisons separate the best from the worst, and the middle less well.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class _Table:
         self.met = [set() for _ in range(self.size)]
 
     def share(self, index: int) -> float | None:
-        """Of its comparisons, the share this response has won; None without any."""
+        """The share of comparisons that this response has won; None without any."""
         return self.won[index] / len(self.met[index]) if self.met[index] else None
 
     def pairs(self) -> list[tuple[int, int]]:
-        """The next round: neighbours by share won that have not met."""
+        """The next round: neighbours by share won that have not met yet."""
         order = sorted(range(self.size), key=lambda index: (-(self.share(index) or 0.0), index))
         chosen: list[tuple[int, int]] = []
         while order:
@@ -67,15 +67,15 @@ def score_by_comparison(
     notes: dict[str, Counter[str]] | None = None,
     contradictions: Literal["tie", "missing", "group_missing"] = "tie",
 ) -> Scores:
-    """Share of comparisons won, in [0, 1], for each response; 0.5 for a lone one, None for one without any verdict.
+    """Share of comparisons won, in [0, 1], for each response; 0.5 for a single response, None for one without any verdict.
 
     Args:
         groups: group lines
         compare: judges pairs, all of a round at once
-        tournament: rounds among equals instead of every pair
+        tournament: rounds between responses of similar share, instead of every pair
         both_orders: ask (a, b) and (b, a), and take the mean of P(a > b) and 1 − P(b > a)
-        notes: by group id, where ties, wins of either place and (dis)agreements of the orders are counted
-        contradictions: what becomes of a pair whose orders disagree; `group_missing`: its group has no scores
+        notes: by group id, counts of ties, of wins of either position, and of (dis)agreements of the orders
+        contradictions: treatment of a pair whose orders disagree; `group_missing`: its group gets no scores
     """
     tables = [_Table(size=len(group["responses"])) for group in groups]
     void: set[int] = set()
@@ -113,7 +113,7 @@ def _num_rounds(size: int) -> int:
 
 
 def _judge(pairs: Sequence[Pair], compare: Compare, both_orders: bool) -> list[tuple[float | None, float | None]]:
-    """P(a > b) of each pair as asked, and P(b > a) asked the other way round; None without a verdict, or if it was not asked."""
+    """P(a > b) of each pair as asked, and P(b > a) asked in reverse; None without a verdict, or if not asked."""
     if not both_orders:
         return [(value, None) for value in compare(pairs)]
     values = compare([*pairs, *(Pair(pair.group, pair.b, pair.a) for pair in pairs)])
@@ -123,7 +123,7 @@ def _judge(pairs: Sequence[Pair], compare: Compare, both_orders: bool) -> list[t
 def _settle(
     ahead: float | None, behind: float | None, both_orders: bool, contradictions: str, noted: Counter[str]
 ) -> float | None:
-    """P(a > b) from the verdicts in either order; None without them, or if they contradict each other and that is wanted."""
+    """P(a > b) from the verdicts in either order; None without them, or if contradictions count as missing and they differ."""
     for value in (ahead, behind):
         if value is not None and value != 0.5:
             noted["first_place_won" if value > 0.5 else "second_place_won"] += 1

@@ -1,4 +1,4 @@
-"""Rewards from a function of the user's: called by the names of its parameters, in a process of its own, within a time limit."""
+"""Rewards from a user's function: called by the names of its parameters, in a separate process, with a time limit."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from mpo_megatron.rollout.scorers import Scorer, Scores
 from mpo_megatron.rollout.scorers.reading import Call, Parameter, find_reading, read_values
 
 _START_SECONDS = 600.0
-"""Longest import of a user's module: one may load a model."""
+"""Longest import of a user's module, in seconds: it may load a model."""
 
 
 class _Worker:
     """A process with the function in it."""
 
     def __init__(self, where: str, function: str) -> None:
-        """Start it and import the function.
+        """Start the process and import the function.
 
         Raises:
             ConfigError: the function cannot be imported.
@@ -43,13 +43,13 @@ class _Worker:
         answer = self._receive(_START_SECONDS)
         if answer[0] != "ready":
             self.close()
-            raise ConfigError(f"{where}; it cannot be imported: {answer[1]}")
+            raise ConfigError(f"{where}; importing it failed: {answer[1]}")
         _, described, self.source, self.is_coroutine = answer
         self.parameters = [Parameter(*item) for item in described]
 
     def call(self, arguments: dict[str, Any], many: bool, seconds: float) -> tuple[Any, ...]:
-        """("value", numbers), ("error", what was raised), or ("timed_out" or "crashed", why there is neither)."""
-        with contextlib.suppress(OSError):  # it has ended: that shows when its answer is read
+        """("value", numbers), ("error", the exception), or ("timed_out" or "crashed", the reason)."""
+        with contextlib.suppress(OSError):  # the process has ended: reading its answer reports that
             self._requests.send((arguments, many, seconds))
         return self._receive(seconds)
 
@@ -63,7 +63,7 @@ class _Worker:
         return "timed_out", f"it took more than {seconds:g} s"
 
     def close(self) -> None:
-        """End it, even while it is busy."""
+        """End the process, even while it is busy."""
         self._requests.close()
         self._answers.close()
         self.process.kill()
@@ -71,15 +71,15 @@ class _Worker:
 
 
 class Function(Scorer):
-    """What does a function of the user's say?"""
+    """Scores with a user's function."""
 
     config: FunctionScorer
 
     def __init__(self, name: str, config: FunctionScorer) -> None:
-        """Import the function in its process, and find out how to call it.
+        """Import the function in its process, and determine how to call it.
 
         Raises:
-            ConfigError: there is no such module, file or function, or no reading of its parameters fits.
+            ConfigError: no such module, file or function, or no supported signature fits.
         """
         super().__init__(name, config)
         place = config.function.rpartition(":")[0]
@@ -89,17 +89,17 @@ class Function(Scorer):
         self._worker: _Worker | None = _Worker(where, config.function)
         self._source = self._worker.source
         try:
-            require(not self._worker.is_coroutine, f"{where}; it is asynchronous; give a plain function.")
+            require(not self._worker.is_coroutine, f"{where}; it is asynchronous; name a plain function.")
             self._reading = find_reading(where, self._worker.parameters, config.params)
         except ConfigError:
             self.close()
             raise
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """The function's value a response; None where it gave none, or took too long.
+        """The function's value for each response; None where it returned None or took too long.
 
         Raises:
-            ConfigError: a parameter is no field of a group.
+            ConfigError: a parameter names no field of a group.
             DataError: the function raises, or returns something that is no number.
         """
         scores: Scores = [[None] * len(group["responses"]) for group in groups]

@@ -1,8 +1,8 @@
-"""The process that a user's reward function runs in: it may hang, crash or write to standard output, and harms nobody.
+"""The process that runs a user's reward function: it may hang, crash or write to standard output without harm.
 
-    python -m mpo_megatron.rollout.scorers.function_worker IN OUT       # numbers of two open pipes
+    python -m mpo_megatron.rollout.scorers.function_worker IN OUT       # file descriptors of two open pipes
 
-First comes a description of what to import; the answer describes the function. Then calls come, and their values go.
+The first message says what to import; the answer describes the function. Every further message is a call, answered by its values.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from mpo_megatron.files.functions import load_function
 
 
 def describe(function: Callable[..., Any]) -> list[tuple[str, str, bool]]:
-    """Name, kind and whether it has a default, of every parameter."""
+    """Name, kind and presence of a default, for every parameter."""
     parameters = inspect.signature(function).parameters.values()
     return [(item.name, item.kind.name, item.default is not inspect.Parameter.empty) for item in parameters]
 
 
 def as_number(value: Any) -> float | str | None:
-    """A finite or infinite number, None, or a description of what is neither."""
+    """A number (finite or not), None, or a description of any other value."""
     if value is None:
         return None
     try:
@@ -58,7 +58,7 @@ def main() -> None:
             arguments, many, seconds = requests.recv()
         except EOFError:
             return
-        signal.alarm(math.ceil(seconds) + 5)  # ends a call that nobody waits for any more
+        signal.alarm(math.ceil(seconds) + 5)  # ends a call whose caller has given up
         try:
             value = function(**arguments)
             numbers = [as_number(item) for item in value] if many else [as_number(value)]

@@ -1,4 +1,4 @@
-"""A language model behind an endpoint as the judge: a template asks, and the verdict is read from a complete answer."""
+"""A language model behind an endpoint as the judge: a template makes the question, a parser reads the verdict."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern
 from mpo_megatron.rollout.scorers.verdicts import read_comparison, read_grade, to_number, to_winner
 
 _STRUCTURED: frozenset[ServerKind] = frozenset({"vllm", "sglang", "llamacpp", "openai"})
-"""Kinds of server that take a JSON schema; any other may not say that it ignores one."""
+"""Kinds of server that support JSON schemas; others may ignore one silently."""
 
 
 class _Question(NamedTuple):
     group_id: str
     text: str
     key: str
-    """What the question is about, within the group; makes its seed."""
+    """Which response or pair of the group the question is about; part of its seed."""
     attempt: int = 0
-    """How often it was asked before without a verdict; makes its seed."""
+    """Number of earlier attempts without a verdict; part of its seed."""
 
 
 class Judge(Scorer):
-    """Grades responses one by one, or compares them in pairs."""
+    """Grades single responses, or compares them in pairs."""
 
     config: JudgeScorer
 
@@ -47,7 +47,7 @@ class Judge(Scorer):
         """Compile the template.
 
         Raises:
-            ConfigError: it is no Jinja template.
+            ConfigError: the template is not valid Jinja.
         """
         super().__init__(name, config)
         self.client = Client(config.endpoint)
@@ -62,10 +62,10 @@ class Judge(Scorer):
             raise ConfigError(f"scorers.{name}.template = {config.template}; it cannot be compiled: {error}") from error
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """The grade, or the share of comparisons won; None where the judge gave no verdict.
+        """The grade, or the share of comparisons won; None without a verdict.
 
         Raises:
-            ConfigError, DataError: the template cannot be filled, or as `Client.ask_all`.
+            ConfigError, DataError: the template cannot be filled, or as in `Client.ask_all`.
         """
         if self.config.mode == "compare":
             return score_by_comparison(
@@ -106,7 +106,7 @@ class Judge(Scorer):
         return _Question(group["group_id"], text, key)
 
     def _ask_all(self, questions: Sequence[_Question]) -> list[float | None]:
-        """The verdict on each question; a question without one is asked again with another seed, `garbage_retries` times."""
+        """The verdict on each question; a question without one is retried with another seed, `garbage_retries` times."""
         values: list[float | None] = [None] * len(questions)
         places = list(range(len(questions)))
         started = time.monotonic()
@@ -128,17 +128,17 @@ class Judge(Scorer):
         return values
 
     def _check_server(self) -> None:
-        """Refuse a server that is known to ignore what the configuration asks of it.
+        """Refuse a server that is known to ignore an option of the configuration.
 
         Raises:
-            ConfigError: naming the option.
+            ConfigError: names the option.
         """
         if not self.config.structured or self._checked:
             return
         kind = find_kind(self.config.endpoint, self.client)
         require(
             kind in _STRUCTURED,
-            f"scorers.{self.name}.structured = true; a server of kind {kind} ignores JSON schemas; leave it out, or choose "
+            f"scorers.{self.name}.structured = true; a server of kind {kind} ignores JSON schemas; remove it, or choose "
             "another server.",
         )
         self._checked = True
@@ -147,7 +147,7 @@ class Judge(Scorer):
         """The verdict in the judge's answer.
 
         Raises:
-            UnusableAnswerError: it holds none.
+            UnusableAnswerError: the answer holds none.
         """
         config = self.config
         body = {
@@ -166,7 +166,7 @@ class Judge(Scorer):
         message = choice.get("message")
         text = read_text(message if isinstance(message, dict) else {}, "content")
         if read_finish_reason(choice.get("finish_reason")) != "stop":
-            raise UnusableAnswerError("cut", f"it is cut at max_tokens = {config.max_tokens}: its end is not a verdict")
+            raise UnusableAnswerError("cut", f"it was truncated at max_tokens = {config.max_tokens}, before the verdict")
         verdict = self.read_verdict(text)
         if verdict is None:
             raise UnusableAnswerError("garbage", "it states no verdict")
@@ -183,7 +183,7 @@ class Judge(Scorer):
         return {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
 
     def _count(self, group_id: str, answer: Any) -> None:
-        """Note an answer and its tokens, as the server counts them."""
+        """Count an answer and its tokens, as reported by the server."""
         self._num_answers += 1
         self.note(group_id, "answers")
         usage = answer.get("usage") if isinstance(answer, dict) else None
@@ -193,10 +193,10 @@ class Judge(Scorer):
                 self.note(group_id, name, count)
 
     def read_verdict(self, text: str) -> float | None:
-        """The number, or P(a > b), that an answer states last; None if it states none.
+        """The last number, or P(a > b), stated in an answer; None without one.
 
         Raises:
-            UnusableAnswerError: `parse` takes too long on it.
+            UnusableAnswerError: the expression `parse` takes too long.
         """
         compares = self.config.mode == "compare"
         if self._parse is None:
@@ -210,10 +210,10 @@ class Judge(Scorer):
         return value if value is None or not scale or scale[0] <= value <= scale[1] else None
 
     def report(self) -> str | None:
-        """How fast the judge answered in this run."""
+        """The judge's speed in this run."""
         return describe_answers(self._num_answers, self._seconds)
 
     def settings(self) -> dict[str, Any]:
-        """The judge's name, the template's text and all options but where, how fast and at what price it is asked."""
+        """The judge's name, the template's text and all options except address, speed and price."""
         settings = to_dict(self.config) | {"endpoint": self.config.endpoint.model, "template": self._source}
         return {name: value for name, value in settings.items() if not name.endswith("_price")}

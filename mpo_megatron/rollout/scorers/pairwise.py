@@ -1,4 +1,4 @@
-"""Pairwise rankers: a cross-encoder reads prompt and two candidates, its one logit is that of P(a > b)."""
+"""Pairwise rankers: a cross-encoder reads a prompt and two candidates; its logit gives P(a > b)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 
 
 class PairwiseRanker(Scorer):
-    """Cross-encoders in the manner of PairRM (Jiang et al., 2023), as sequence classifiers with one output."""
+    """Cross-encoders like PairRM (Jiang et al., 2023), as sequence classifiers with one output."""
 
     config: PairwiseScorer
 
@@ -25,7 +25,7 @@ class PairwiseRanker(Scorer):
         """Load the checkpoint.
 
         Raises:
-            ConfigError: as `Classifier`; or transformers cannot load its tokenizer.
+            ConfigError: as in `Classifier`; or transformers cannot load the tokenizer.
         """
         from transformers import AutoTokenizer  # seconds to import
 
@@ -64,12 +64,12 @@ class PairwiseRanker(Scorer):
             if self.config.too_long == "error":
                 raise DataError(
                     f"scorers.{self.name}: group {group_id}, responses {pair.a} and {pair.b} have {len(ids)} tokens with the "
-                    f"prompt, the limit is {self.classifier.max_length}; raise max_length if the model allows it, or set "
+                    f"prompt, but max_length = {self.classifier.max_length}; raise it if the model allows it, or set "
                     "too_long = missing."
                 )
             self.note(group_id, "too_long")
         for place, logit in zip(places, self.classifier.run(sequences), strict=True):
-            values[place] = 0.5 * (1.0 + math.tanh(0.5 * logit))  # the sigmoid, without overflow
+            values[place] = 0.5 * (1.0 + math.tanh(0.5 * logit))  # sigmoid without overflow
         return values
 
     def _encode(self, group: Record, pair: Pair) -> list[int]:
@@ -79,7 +79,7 @@ class PairwiseRanker(Scorer):
         return ids
 
     def settings(self) -> dict[str, Any]:
-        """The checkpoint, the template, and which pairs are compared."""
+        """The checkpoint, the template, and the scheme of pairs."""
         return {
             "model": self.classifier.digest(),
             "template": self.config.template,

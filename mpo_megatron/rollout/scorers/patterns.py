@@ -1,7 +1,7 @@
-"""Regular expressions of users, on texts of models: in Python's syntax, and within a limit of time.
+"""Users' regular expressions on models' texts: Python syntax, with a time limit.
 
-An expression such as `(a+)+$` takes longer than the universe is old on a text of 60 characters. It runs in a process that the
-kernel ends, with Python's own `re`: another engine with a time limit would read some expressions differently.
+An expression such as `(a+)+$` takes longer than the age of the universe on a text of 60 characters. So it runs in a process that
+the kernel ends. It uses Python's own `re`: other engines with time limits interpret some expressions differently.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any, Literal
 from mpo_megatron.data.bounded import Bounded, LimitError
 
 CPU_SECONDS = 2.0
-"""What an expression may take on one text, or on all of a group's; a usual one takes microseconds."""
+"""Seconds for an expression on one text, or on all of a group's texts; a usual one takes microseconds."""
 
 TOO_SLOW = "pattern_too_slow"
-"""The reason of a score that is missing because the expression did not come to an end."""
+"""Why a score is missing: the expression exceeded the time limit."""
 
 
 def _apply(pattern: str, how: str, texts: Sequence[str]) -> list[Any]:
@@ -35,14 +35,14 @@ def _apply(pattern: str, how: str, texts: Sequence[str]) -> list[Any]:
 
 
 class Pattern:
-    """A regular expression with a limit of time."""
+    """A regular expression with a time limit."""
 
     def __init__(self, pattern: str, cpu_seconds: float = CPU_SECONDS) -> None:
         self.pattern = pattern
         self._apply = Bounded(_apply, cpu_seconds)
 
     def matches(self, texts: Sequence[str], *, full: bool) -> list[bool | LimitError]:
-        """Whether it matches somewhere in each text, or all of it; a `LimitError` where it takes too long."""
+        """Whether it matches somewhere in each text (or the full text); a `LimitError` where it takes too long."""
         return self._each("fullmatch" if full else "search", texts)
 
     def last(self, texts: Sequence[str]) -> list[str | LimitError | None]:

@@ -1,11 +1,11 @@
-"""How to call a user's reward function, read from the names of its parameters.
+"""Determine how to call a user's reward function from the names of its parameters.
 
-    reward(response, group)  ·  reward(prompt, response, **fields)           one response a call
+    reward(response, group)  ·  reward(prompt, response, **fields)           one response per call
     compute_score(data_source, solution_str, ground_truth, extra_info)      the same, as verl names them
-    reward(prompt, responses)  ·  reward(responses, group)                  one group a call, K numbers back
-    reward(completions, ground_truth, **kwargs)                             many responses a call, every argument a list: TRL
+    reward(prompt, responses)  ·  reward(responses, group)                  one group per call, returns K numbers
+    reward(completions, ground_truth, **kwargs)                             many responses per call, every argument a list: TRL
 
-A parameter that is none of these is a field of the group, or of its `meta`.
+Any other parameter is a field of the group, or of its `meta`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Unit = Literal["response", "group", "batch"]
 _RESPONSE = ("response", "completion", "solution_str")
 _RESPONSES = ("responses", "completions", "solution_strs")
 _OF_GROUP = {"prompt", "messages", "group"}
-"""Names that mean one group, and so tell a function of a group from one of a batch."""
+"""Names that stand for one group, and so distinguish a function of a group from one of a batch."""
 _PLURALS = {"prompts": "prompt", "groups": "group", "ground_truths": "ground_truth", "data_sources": "data_source",
             "extra_infos": "extra_info", "reference_answers": "reference_answer"}  # fmt: skip
-"""For a batch: names of lists, and what their items are."""
+"""For a batch: names of lists → names of their items."""
 _NOT_FIELDS = {"responses", "notes", "dropped", "unusable", "uncontrolled", "missing"}
-"""Keys of a group line that are no fields of the prompt."""
+"""Keys of a group line that are not fields of the prompt."""
 
 
 class Parameter(NamedTuple):
@@ -41,7 +41,7 @@ class Parameter(NamedTuple):
 
 
 class Call(NamedTuple):
-    """Arguments of one call, and the responses that it scores."""
+    """Arguments of one call, and the responses it scores."""
 
     arguments: dict[str, Any]
     places: list[tuple[int, int]]
@@ -53,22 +53,22 @@ class Reading:
     """How to call a function."""
 
     where: str
-    """For messages: the scorer and its function."""
+    """Scorer and function, for messages."""
     unit: Unit
     required: tuple[str, ...]
-    """Parameters that need a value of the group, in the order of the function."""
+    """Parameters that need a value from the group, in the function's order."""
     optional: tuple[str, ...]
     """Parameters that receive a field if the group has it."""
     takes_all: bool
-    """Whether it takes everything else by `**`."""
+    """Whether it accepts further arguments through `**`."""
     params: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that the configuration gives."""
+    """Arguments from the configuration."""
 
     def calls(self, groups: Sequence[Record]) -> list[Call]:
         """The calls that score all responses of these groups.
 
         Raises:
-            ConfigError: a parameter is neither known nor a field of the group.
+            ConfigError: a parameter is neither a known name nor a field of the group.
         """
         if self.unit == "group":
             texts = [[response["text"] for response in group["responses"]] for group in groups]
@@ -91,13 +91,13 @@ class Reading:
         ]
         if self.unit == "response" or not single:
             return single
-        # A field may be lacking in some groups: its list holds None there, so that all lists are equally long.
+        # Some groups may lack a field: their entries are None, so that all lists have equal length.
         keys = {key for call in single for key in call.arguments if key not in self.params}
         lists = {key: [call.arguments.get(key) for call in single] for key in sorted(keys)}
         return [Call(lists | dict(self.params), [place for call in single for place in call.places])]
 
     def _choose(self, group: Record, of_response: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments by name: what is named, and with `**` the prompt and the group's other fields."""
+        """The arguments by name: named parameters, and with `**` the prompt and the group's other fields."""
         meta = group.get("meta") or {}
         fields = {name: value for name, value in group.items() if name not in _NOT_FIELDS} | dict(meta)
         fields |= {"prompt": join_messages(group["prompt"])}
@@ -117,21 +117,21 @@ class Reading:
 
 
 def find_reading(where: str, parameters: Sequence[Parameter], params: Mapping[str, Any]) -> Reading:
-    """How to call a function.
+    """Determine how to call a function.
 
     Raises:
-        ConfigError: no reading fits; it names the parameter.
+        ConfigError: no supported signature fits; names the parameter.
     """
     for parameter in parameters:
         require(
             parameter.kind not in ("POSITIONAL_ONLY", "VAR_POSITIONAL"),
-            f"{where}; its parameter {parameter.name} has no name to call it by; write reward(response, group) or the like.",
+            f"{where}; its parameter {parameter.name} cannot be passed by name; write reward(response, group) or similar.",
         )
     named = [parameter for parameter in parameters if parameter.kind != "VAR_KEYWORD"]
     names = {parameter.name for parameter in named}
     takes_all = len(named) < len(parameters)
     unknown = next((name for name in params if name not in names), None)
-    require(unknown is None or takes_all, f"{where}; it has no parameter {unknown}, which params gives a value.")
+    require(unknown is None or takes_all, f"{where}; params sets {unknown}, but the function has no such parameter.")
     free = [parameter for parameter in named if parameter.name not in params]
     one = [parameter.name for parameter in free if parameter.name in _RESPONSE]
     many = [parameter.name for parameter in free if parameter.name in _RESPONSES]
@@ -152,16 +152,16 @@ def find_reading(where: str, parameters: Sequence[Parameter], params: Mapping[st
 
 
 def read_values(where: str, call: Call, returned: Any, groups: Sequence[Record]) -> list[float | None]:
-    """The numbers that a call returned, one a response.
+    """The numbers that a call returned, one per response.
 
     Raises:
-        DataError: they are no numbers, or not as many as responses.
+        DataError: they are not numbers, or their count differs from the responses'.
     """
     if not isinstance(returned, list) or len(returned) != len(call.places):
         what = f"{len(returned)} values" if isinstance(returned, list) else repr(returned)[:80]
         raise DataError(f"{where}: returned {what} for {len(call.places)} responses; return one number for each.")
     for value, (index, number) in zip(returned, call.places, strict=True):
-        if isinstance(value, str):  # the worker's form of what is no number
+        if isinstance(value, str):  # the worker describes non-numbers as text
             place = f"group {groups[index]['group_id']}, response {number}"
-            raise DataError(f"{where}, {place}: returned {value}; it has to be a number, or None for a missing score.")
+            raise DataError(f"{where}, {place}: returned {value}; return a number, or None for a missing score.")
     return returned

@@ -1,4 +1,4 @@
-"""Reward models: a sequence classifier reads the conversation, response included, in its own chat template."""
+"""Reward models: a sequence classifier reads the conversation with the response, in its own chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpo_megatron.rollout.scorers.classifier import Classifier
 
 
 class RewardModel(Scorer):
-    """Skywork-Reward, GRM, ArmoRM and their like."""
+    """Skywork-Reward, GRM, ArmoRM and similar models."""
 
     config: RewardModelScorer
 
@@ -24,14 +24,14 @@ class RewardModel(Scorer):
         """Load the checkpoint.
 
         Raises:
-            ConfigError: as `Classifier`; or there is no tokenizer with a chat template.
+            ConfigError: as in `Classifier`; or there is no tokenizer with a chat template.
         """
         super().__init__(name, config)
         self.classifier = Classifier(name, config)
         self.tokenizer = load_tokenizer(config.model)
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """The model's output for each response. Responses of all groups are sorted by length together.
+        """The model's output for each response. Responses of all groups are batched by length.
 
         Raises:
             DataError: the template refuses a conversation, or one is too long.
@@ -49,7 +49,7 @@ class RewardModel(Scorer):
                 if self.config.too_long == "error":
                     raise DataError(
                         f"scorers.{self.name}: group {group['group_id']}, response {number} has {len(ids)} tokens with its "
-                        f"prompt, the limit is {self.classifier.max_length}; raise max_length if the model allows it, or set "
+                        f"prompt, but max_length = {self.classifier.max_length}; raise it if the model allows it, or set "
                         "too_long = missing."
                     )
                 self.note(group["group_id"], "too_long")
@@ -72,7 +72,7 @@ class RewardModel(Scorer):
 
 
 def encode_conversation(name: str, tokenizer: Tokenizer, group: Record, response: str) -> list[int]:
-    """Token ids of a prompt and one response to it, as the reward model's chat template writes them.
+    """Token ids of a prompt and one response, as the reward model's chat template renders them.
 
     Raises:
         DataError: the template refuses the conversation.

@@ -1,7 +1,7 @@
 """Reward models behind a server: vLLM's `/classify`, `/pooling` and `/score`, SGLang's `/classify`.
 
-One request a response, so that a bad answer costs one score. The conversation is rendered and tokenized here, by the reward
-model's own chat template, and sent as token ids: the server scores what the kind `reward_model` would.
+One request per response, so that a bad answer costs one score. The conversation is rendered and tokenized here, with the reward
+model's own chat template, and sent as token ids: the scores are those of the kind `reward_model`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.reward_model import encode_conversation
 
 _APIS: dict[ServerKind, tuple[str, ...]] = {"vllm": ("classify", "pooling", "score"), "sglang": ("classify",)}
-"""What each kind of server has. SGLang's /v1/score is another thing: probabilities of given tokens."""
+"""Endpoints of each kind of server. SGLang's /v1/score differs: it returns probabilities of given tokens."""
 _FIELDS = {"classify": "probs", "pooling": "data", "score": "score"}
-"""Where each of vLLM's answers has its numbers."""
+"""Field with the numbers in the answer of each vLLM endpoint."""
 
 
 class _Question(NamedTuple):
@@ -38,12 +38,12 @@ class _Question(NamedTuple):
 
 
 class ServedRewardModel(Scorer):
-    """A sequence classifier with one output that a server runs."""
+    """A sequence classifier with one output, run by a server."""
 
     config: ServedRewardModelScorer
 
     def __init__(self, name: str, config: ServedRewardModelScorer) -> None:
-        """Load the tokenizer; the server is asked what it is before the first question.
+        """Load the tokenizer; the server's kind is detected at the first question.
 
         Raises:
             ConfigError: there is no tokenizer with a chat template.
@@ -55,11 +55,11 @@ class ServedRewardModel(Scorer):
         self._num_answers, self._seconds = 0, 0.0
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """The served model's output for each response; None where no usable answer came.
+        """The served model's output for each response; None without a usable answer.
 
         Raises:
-            ConfigError, DataError: the server has no such endpoint, the template refuses a conversation, one is too long, or as
-                `Client.ask_all`.
+            ConfigError, DataError: the server lacks the endpoint, the template refuses a conversation, one is too long, or as
+                in `Client.ask_all`.
         """
         self._find_server()
         scores: Scores = [[None] * len(group["responses"]) for group in groups]
@@ -72,7 +72,7 @@ class ServedRewardModel(Scorer):
                     if self.config.too_long == "error":
                         raise DataError(
                             f"scorers.{self.name}: group {group['group_id']}, response {number} has {len(question.token_ids)} "
-                            f"tokens with its prompt, the limit is {self.config.max_length}; raise max_length if the server "
+                            f"tokens with its prompt, but max_length = {self.config.max_length}; raise it if the server "
                             "allows it, or set too_long = missing."
                         )
                     self.note(question.group_id, "too_long")
@@ -96,10 +96,10 @@ class ServedRewardModel(Scorer):
         return _Question(group["group_id"], join_messages(group["prompt"]), response, ids)
 
     def _find_server(self) -> None:
-        """Find out what the server is.
+        """Detect the kind of server.
 
         Raises:
-            ConfigError: it does not have the endpoint.
+            ConfigError: the server lacks the endpoint.
         """
         if self._kind is not None:
             return
@@ -107,7 +107,7 @@ class ServedRewardModel(Scorer):
         where = f"scorers.{self.name}.endpoint"
         require(
             kind in _APIS,
-            f"{where}.server: {self.config.endpoint.base_url} does not say that it is vLLM or SGLang, which serve reward models; "
+            f"{where}.server: {self.config.endpoint.base_url} is not known to be vLLM or SGLang, which serve reward models; "
             f"set {where}.server if it is one of them.",
         )
         require(
@@ -117,10 +117,10 @@ class ServedRewardModel(Scorer):
         self._kind = kind
 
     async def _ask(self, client: Any, question: _Question) -> float:
-        """The number that the server gives for one response.
+        """The server's number for one response.
 
         Raises:
-            UnusableAnswerError: it gives none, several, or one that is not finite.
+            UnusableAnswerError: there is none, several, or a non-finite one.
         """
         model, api = self.config.endpoint.model, self.config.api
         body: dict[str, Any] = {"model": model}
@@ -138,22 +138,22 @@ class ServedRewardModel(Scorer):
         return read_number(answer, "embedding" if self._kind == "sglang" else _FIELDS[api])
 
     def report(self) -> str | None:
-        """How fast the server answered in this run."""
+        """The server's speed in this run."""
         return describe_answers(self._num_answers, self._seconds)
 
     def settings(self) -> dict[str, Any]:
-        """The model's name, its tokenizer and all options but where and how fast it is asked."""
+        """The model's name, its tokenizer and all options except address and speed."""
         tokenizer = None if self.tokenizer is None else self.tokenizer.digest()
         return to_dict(self.config) | {"endpoint": self.config.endpoint.model, "tokenizer": tokenizer}
 
 
 def read_number(answer: Any, field: str) -> float:
-    """The one number of an answer about one input: `{"data": [{field: …}]}`, or `[{field: …}]`, or `{field: …}`.
+    """The number in an answer about one input: `{"data": [{field: …}]}`, `[{field: …}]` or `{field: …}`.
 
     Raises:
         UnusableAnswerError: there is not exactly one, or it is not finite.
     """
-    if isinstance(answer, str):  # the client's form of a body that does not say it is JSON
+    if isinstance(answer, str):  # openai returns a str where the content type is not JSON
         raise UnusableAnswerError("not_json", f"its body is not JSON ({shorten(answer)})")
     found = answer.get("data", answer) if isinstance(answer, dict) else answer
     if isinstance(found, list):
@@ -162,7 +162,7 @@ def read_number(answer: Any, field: str) -> float:
     for _ in range(2):  # [x] and [[x]]
         value = value[0] if isinstance(value, list) and len(value) == 1 else value
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnusableAnswerError("no_number", f"it has not one number under {field} ({shorten(answer)})")
+        raise UnusableAnswerError("no_number", f"it does not have exactly one number under {field} ({shorten(answer)})")
     try:
         number = float(value)
     except OverflowError:  # an integer of 400 digits

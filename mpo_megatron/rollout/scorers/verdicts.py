@@ -1,6 +1,6 @@
-"""What a judge's answer states: a grade, or which of two responses is better.
+"""Parse the verdict in a judge's answer: a grade, or the better of two responses.
 
-An answer that is a JSON object as a whole is read by its keys. In any other, the last statement counts, in one of these forms:
+If the whole answer is a JSON object, its keys count. Otherwise the last statement in one of these forms counts:
 
     Score: 8    **Rating:** 8/10    [[8]]    <score>8</score>    {"score": 8}
     Verdict: A  Winner: Response B  [[A]]    <verdict>tie</verdict>    [[A>>B]]    {"winner": "A"}
@@ -16,7 +16,7 @@ from typing import Any
 _THOUGHT = re.compile(r"(?s)\A.*</think\s*>")
 _FENCE = re.compile(r"(?s)\A```\w*\s*(.*?)\s*```\Z")
 _MARKS = r"[\s*_`\"']{0,12}"
-"""White space, emphasis and quotes between a label and its value; a bound keeps the patterns' time linear."""
+"""White space, emphasis and quotes between a label and its value; bounded, to keep the patterns' time linear."""
 _NUMBER = r"[-+−]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?"
 _GRADE = re.compile(
     rf"(?:(?i:\b(?:score|rating|grade|verdict)\b)(?:\s?\([^()\n]{{1,40}}\))?{_MARKS}[:=]{_MARKS}\[{{0,2}}{_MARKS}"
@@ -24,7 +24,7 @@ _GRADE = re.compile(
     rf"|(?i:<(?:score|rating|grade|verdict)>){_MARKS})"
     rf"({_NUMBER})(?![\w%]|[.,]\d|\s*[-–]\s*\d|\s+(?:or|to)\s+\d)"
 )
-"""A label, double brackets or a tag, and a number that is no range: 8-9, 8 to 9."""
+"""A label, double brackets or a tag, and a number that is not a range (8-9, 8 to 9)."""
 _SIDE = r"(?:(?i:response|assistant|answer|option|candidate|model)\s+)?"
 _CHOICE = rf"{_SIDE}(A|B|C|(?:a\s+)?(?i:tie|draw|equal|neither)|A\s*(?:>{{1,2}}|<{{1,2}}|=)\s*B|B\s*(?:>{{1,2}}|<{{1,2}}|=)\s*A)"
 _COMPARISON = re.compile(
@@ -33,15 +33,15 @@ _COMPARISON = re.compile(
     rf"|(?i:\b(?:verdict|winner|better|choice|preference)(?:\s+(?:response|answer|one))?\b){_MARKS}(?:(?i:is)\b{_MARKS})?[:=]"
     rf"{_MARKS}\[{{0,2}}{_MARKS}{_CHOICE}{_MARKS}\]{{0,2}}{_MARKS}(?:[.;!)\n]|,(?!\s*(?:and\s+)?{_SIDE}[AB]\b)|\Z)"
 )
-"""Double brackets, a tag or a label, and an unqualified choice: "A and B are equally good" is none."""
+"""Double brackets, a tag or a label, and an unqualified choice; "A and B are equally good" does not count."""
 _WINNERS = {"a": 1.0, "b": 0.0, "c": 0.5, "tie": 0.5, "draw": 0.5, "equal": 0.5, "neither": 0.5}
-"""P(a > b) of a verdict; some templates call a tie C."""
+"""Verdict → P(a > b); some templates call a tie C."""
 _GRADE_KEYS = ("score", "rating", "grade", "verdict")
 _CHOICE_KEYS = ("verdict", "winner", "better", "choice", "preference")
 
 
 def read_grade(text: str) -> float | None:
-    """The number that an answer states last; None if it states none."""
+    """The last grade in an answer; None without one."""
     said = _strip(text)
     if said is None:
         return None
@@ -53,7 +53,7 @@ def read_grade(text: str) -> float | None:
 
 
 def read_comparison(text: str) -> float | None:
-    """P(a > b), 0, 0.5 or 1, that an answer states last; None if it states none."""
+    """The last P(a > b) in an answer: 0, 0.5 or 1; None without one."""
     said = _strip(text)
     if said is None:
         return None
@@ -69,7 +69,7 @@ def read_comparison(text: str) -> float | None:
 
 
 def _strip(text: str) -> str | None:
-    """The answer behind its thought; None if the thought does not end."""
+    """The answer after its thought; None if the thought does not end."""
     text = _THOUGHT.sub("", text)
     return None if re.search(r"<think\s*>", text) else text.strip()
 

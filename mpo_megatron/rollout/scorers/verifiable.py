@@ -1,4 +1,4 @@
-"""Rewards that can be checked: an answer that matches, a pattern that is found."""
+"""Verifiable rewards: the answer equals the reference, or a pattern matches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:[eE][-+]?\
 
 
 class Match(Scorer):
-    """Does the answer in a response equal the reference?"""
+    """1.0 if the answer in a response equals the reference."""
 
     config: MatchScorer
 
@@ -27,10 +27,10 @@ class Match(Scorer):
         self._extract = Pattern(config.extract) if config.extract is not None else None
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """1.0 or 0.0 a response; None for all of a group without a reference.
+        """1.0 or 0.0 per response; None for a whole group without a reference.
 
         Raises:
-            DataError: mode is numeric and a reference is no number.
+            DataError: mode is numeric and a reference is not a number.
         """
         return [self._score_group(group) for group in groups]
 
@@ -72,7 +72,7 @@ class Match(Scorer):
         )
 
     def _answers(self, texts: Sequence[str]) -> Sequence[str | LimitError | None]:
-        """What each response says the answer is; None if it does not say."""
+        """The answer that each response states; None without one."""
         if self._extract is not None:
             return self._extract.last(texts)
         if self.config.mode == "exact":
@@ -81,9 +81,9 @@ class Match(Scorer):
 
 
 def read_number(text: str) -> float | None:
-    """The number that a text is, but for what surrounds it; None if it holds none, or several.
+    """The number in a text, ignoring what surrounds it; None if the text holds none, or several.
 
-    Thousands may be parted by commas; a fraction is divided out.
+    Commas may separate thousands; a fraction is evaluated.
     """
     found = _NUMBER.findall(text)
     if len(found) != 1:
@@ -96,7 +96,7 @@ def read_number(text: str) -> float | None:
 
 
 class Regex(Scorer):
-    """Is a pattern in the response?"""
+    """Scores by whether a pattern matches."""
 
     config: RegexScorer
 
@@ -105,7 +105,7 @@ class Regex(Scorer):
         self._pattern = Pattern(config.pattern)
 
     def score(self, groups: Sequence[Record]) -> Scores:
-        """`found` or `absent` a response; None where the pattern takes too long."""
+        """`found` or `absent` per response; None where the pattern takes too long."""
         return [self._score_group(group) for group in groups]
 
     def _score_group(self, group: Record) -> list[float | None]:

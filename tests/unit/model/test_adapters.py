@@ -225,7 +225,7 @@ def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Ten
     convert(ConvertConfig(input=str(tmp_path / "deep-hf"), output=str(tmp_path / "deep")))
     with pytest.raises(ConfigError, match="weights are missing"):
         convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out"), base=str(tmp_path / "deep")))
-    with pytest.raises(ConfigError, match="is a PEFT adapter; name its base model's"):
+    with pytest.raises(ConfigError, match="is a PEFT adapter; set base to its base model's"):
         convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out")))
     with pytest.raises(ConfigError, match="is a whole model, no adapter"):
         convert(ConvertConfig(input=str(base / "megatron"), output=str(tmp_path / "out"), merge=True))

@@ -54,12 +54,12 @@ def with_fields(source: Path, target: Path, fields: dict[str, Any]) -> Path:
         ("llama", {"num_hidden_layers": 10**7}, r"num_hidden_layers = 10000000; no model has that"),
         ("llama", {"head_dim": -8}, r"head_dim = -8; no model has that"),
         ("llama", {"max_position_embeddings": 0}, r"max_position_embeddings = 0; no model has that"),
-        ("llama", {"rms_norm_eps": -1.0}, r"rms_norm_eps = -1.0; it must be 0 or more"),
+        ("llama", {"rms_norm_eps": -1.0}, r"rms_norm_eps = -1.0; it must be a small number >= 0"),
         ("llama", {"dtype": "banana"}, r"config.json: .*banana"),
         ("llama", {"dtype": "float8_e4m3fn"}, r"dtype = torch.float8_e4m3fn; weights must be float32"),
         ("llama", {"quantization_config": "junk"}, r"config.json: .*is it damaged"),
         ("llama", {"model_type": ["llama"]}, r"model_type = \['llama'\] is not supported"),
-        ("llama", {"model_type": "gemma3", "text_config": {}}, r"model_type = 'gemma3' .*; it has a text model within another"),
+        ("llama", {"model_type": "gemma3", "text_config": {}}, r"model_type = 'gemma3' .*; it contains a text model"),
         ("llama", {"mlp_bias": True}, r"mlp_bias = True"),
         ("llama", {"attention_bias": True}, r"attention_bias = True"),
         ("llama", {"logit_scale": 0.5}, r"logit_scale = 0.5 is unknown to LlamaConfig"),
@@ -117,11 +117,11 @@ def added(name: str) -> Callable[[Weights], Weights]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (renamed("policy."), r"names of weights begin with 'policy\.' .*: they are part of another model"),
-        (renamed("language_model."), r"names of weights begin with 'language_model\.'"),
+        (renamed("policy."), r"weight names start with 'policy\.' .*: they belong to a larger model"),
+        (renamed("language_model."), r"weight names start with 'language_model\.'"),
         (added("model.layers.0.mlp.up_proj.weight_scale_inv"), r"holds quantized weights \(.*weight_scale_inv\)"),
         (added("model.layers.0.mlp.up_proj.qweight"), r"holds quantized weights"),
-        (added("model.layers.0.self_attn.q_proj.bias"), r"1 weights have no place .*q_proj\.bias"),
+        (added("model.layers.0.self_attn.q_proj.bias"), r"1 weights are unknown .*q_proj\.bias"),
         (lambda weights: weights | {"lm_head.weight": ...}, r"lm_head\.weight; copy .* set tie_word_embeddings to true"),
         (lambda weights: weights | {"model.norm.weight": ...}, r"model\.norm\.weight; copy .* take the config\.json of these"),
     ],
@@ -156,7 +156,7 @@ def test_files_under_other_names(folders: dict[str, Path], tmp_path: Path, name:
         ({"architectures": "LlamaForCausalLM"}, r"architectures = 'LlamaForCausalLM'; it must be a list"),
         ({"architectures": [3]}, r"architectures = \[3\]; it must be a list"),
         ({"architectures": ["LlamaForRewardModel"]}, r"a reward model or classifier"),
-        ({"pad_token_id": 10**6}, r"pad_token_id = 1000000 in config\.json is none of the 264 rows"),
+        ({"pad_token_id": 10**6}, r"pad_token_id = 1000000 in config\.json is outside the embedding's 264 rows"),
         ({"vocab_size": 10}, r"model\.embed_tokens\.weight is \[264, 32\] .* but \[10, 32\] by config\.json"),
     ],
 )
@@ -178,5 +178,5 @@ def test_tensors_that_overlap(folders: dict[str, Path], tmp_path: Path) -> None:
     header[norms[0]]["data_offsets"] = header[norms[1]]["data_offsets"]
     text = json.dumps(header).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-    with pytest.raises(ConfigError, match=r"does not begin where the tensor before it ends"):
+    with pytest.raises(ConfigError, match=r"does not start where the tensor before it ends"):
         convert(ConvertConfig(input=str(folder), output=str(tmp_path / "out")))

@@ -338,7 +338,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "empty shard": (
         lambda folder: first_shard(folder).write_bytes(b""),
-        r"model-00001.*: not a whole safetensors file",
+        r"model-00001.*: incomplete safetensors file",
     ),
     "large file of git": (
         lambda folder: first_shard(folder).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"),
@@ -367,11 +367,11 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown tensor": (
         lambda folder: rewrite(folder, lambda tensors: tensors.update({"model.layers.0.extra": torch.ones(2)})),
-        r"1 weights have no place in the Megatron model that config.json describes: model.layers.0.extra\.",
+        r"1 weights are unknown to the Megatron model that config.json describes: model.layers.0.extra\.",
     ),
     "too few layers in config": (
         lambda folder: edit_config(folder, num_hidden_layers=2, layer_types=["full_attention"] * 2),
-        r"11 weights have no place in the Megatron model.*: model.layers.2.*, …",
+        r"11 weights are unknown to the Megatron model.*: model.layers.2.*, …",
     ),
     "kinds of layers in config": (
         lambda folder: edit_config(folder, num_hidden_layers=2),
@@ -383,11 +383,11 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "rope scaling": (
         lambda folder: edit_config(folder, rope_scaling={"rope_type": "longrope", **LONGROPE}),
-        r"config.json: .*rope_type = 'longrope' is not implemented; implemented are default, linear",
+        r"config.json: .*rope_type = 'longrope' is not supported; supported are default, linear",
     ),
     "rope scaling of older checkpoints": (
         lambda folder: edit_config(folder, rope_scaling={"type": "longrope", **LONGROPE}),
-        r"config.json: .*rope_type = 'longrope' is not implemented; implemented are default, linear",
+        r"config.json: .*rope_type = 'longrope' is not supported; supported are default, linear",
     ),
     "shape": (
         lambda folder: edit_config(folder, intermediate_size=128),
@@ -407,7 +407,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrapped": (
         lambda folder: rename(folder, lambda name: f"module.{name}"),
-        r"names of weights begin with 'module.' .*as DistributedDataParallel saves them",
+        r"weight names start with 'module.' .*as DistributedDataParallel saves them",
     ),
     "compiled": (lambda folder: rename(folder, lambda name: f"_orig_mod.{name}"), r"begin with '_orig_mod.' .*a compiled model"),
     "base model": (
@@ -418,7 +418,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: (folder / "adapter_config.json").write_text("{}"),
         r"adapter_config.json: a LoRA adapter beside a whole model; move one of them",
     ),
-    "adapter": (adapter_only, r"is a PEFT adapter; name its base model's Megatron checkpoint, too: base"),
+    "adapter": (adapter_only, r"is a PEFT adapter; set base to its base model's Megatron checkpoint"),
     "reward model": (
         lambda folder: edit_config(folder, architectures=["Qwen2ForSequenceClassification"]),
         r"architectures = Qwen2ForSequenceClassification: a reward model or classifier",
@@ -483,7 +483,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     "no side files": (lambda folder: (folder / "hf/config.json").unlink(), r"hf/config.json: no such file"),
     "other vocabulary": (
         lambda folder: edit_record(folder, padded_vocab_size=2048),
-        r"embedding.word_embeddings.weight is \[1024, 64\] in .*, but \[2048, 64\] by hf/config.json and conv",
+        r"embedding.word_embeddings.weight is \[1024, 64\] in .*, but \[2048, 64\] according to hf/config.json and conv",
     ),
     "other model": (
         lambda folder: edit_config(folder / "hf", num_hidden_layers=5, layer_types=["full_attention"] * 5),
@@ -495,7 +495,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "unknown weight": (
         lambda folder: edit_config(folder / "hf", tie_word_embeddings=True),
-        r"1 weights have no place in the Hugging Face model that hf/config.json describes: output_layer.weight",
+        r"1 weights are unknown to the Hugging Face model that hf/config.json describes: output_layer.weight",
     ),
 }
 

@@ -119,7 +119,7 @@ def test_a_run_s_checkpoint_finds_them_where_training_began(dense: Path, tmp_pat
     changed = load_file(file)
     changed[PREDICTING] += 1
     save_file(changed, file)
-    with pytest.raises(ConfigError, match="not those that were converted"):
+    with pytest.raises(ConfigError, match="differ from the converted ones"):
         run(step, tmp_path / "changed")
     shutil.move(first / "others", tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match=r"others: no such folder; .* Copy it to .*step/others"):
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
     "another gate": (multimodal(), {"text_config.output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
     "two answers": (multimodal(), {"tie_word_embeddings": True}, "tie_word_embeddings = True, but False in text_config"),
     "a kind of layer": (NEXT, {"layer_types": ["linear_attention", "mamba"]}, "layer_types has 'mamba'"),
-    "too few layers": (NEXT, {"layer_types": ["full_attention"]}, "layer_types names 1 layers, num_hidden_layers is 2"),
+    "too few layers": (NEXT, {"layer_types": ["full_attention"]}, "layer_types names 1 layers, but num_hidden_layers = 2"),
     "heads": (NEXT, {"linear_num_key_heads": 3}, "linear_num_key_heads = 3 does not divide linear_num_value_heads = 4"),
     "no taps": (NEXT, {"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim = 0"),
     "an activation": (NEXT, {"hidden_act": "gelu_pytorch_tanh"}, "hidden_act = 'gelu_pytorch_tanh'"),
@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
                 "partial_rotary_factor": 0.25,
             }
         },
-        "attention factor that rotates a part",
+        "attention factor that rotates only part",
     ),
     "experts with probabilities as they are": (
         multimodal("experts"),

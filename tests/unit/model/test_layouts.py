@@ -145,7 +145,10 @@ def test_layers_of_stages(num_layers: int, layout: dict[str, int], expected: tup
             Qwen3MoeConfig(num_experts_per_tok=1, norm_topk_prob=True),
             "the only probability is always 1, so the router cannot learn",
         ),
-        (Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]), "no layer has experts; as a dense model it is qwen3"),
+        (
+            Qwen3MoeConfig(num_hidden_layers=2, mlp_only_layers=[0, 1]),
+            "no layer has experts; for a dense model, set model_type to qwen3",
+        ),
         (Qwen2MoeConfig(num_experts_per_tok=61), "num_experts_per_tok = 61 of num_experts = 60"),
         (Qwen2MoeConfig(qkv_bias=False), "qkv_bias = False .default True.: published models have a bias"),
     ],

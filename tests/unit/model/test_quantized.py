@@ -255,7 +255,7 @@ def test_what_cannot_be_quantized_is_refused(base: Path, monkeypatch: pytest.Mon
             validate_quantization(family, dataclasses.replace(model, **options), parallel or ParallelConfig(), samples=samples)
 
     validate_quantization(family, model, ParallelConfig(), samples=False)
-    cut = r"down_proj has 192 inputs, and parallel\.tensor = 2 cuts blocks of 64; choose one of 1, 3"
+    cut = r"down_proj has 192 inputs, but parallel\.tensor = 2 splits blocks of 64; choose one of 1, 3"
     check(cut, parallel=ParallelConfig(tensor=2))
     check(r"online\.kl_weight", samples=True)
     check(r"model\.fp8 = current", fp8="current", backend="transformer_engine")

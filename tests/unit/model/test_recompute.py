@@ -90,8 +90,8 @@ ENGINE_ONLY = "Megatron-Core recomputes it with Transformer Engine only"
     [
         (DENSE, ["layernorm"], True, "recompute_modules has layernorm, but Transformer Engine computes these norms within"),
         (DENSE, ["layernorm"], False, f"has layernorm, but {ENGINE_ONLY}"),
-        (DENSE, ["core_attn", "moe_act"], True, "has moe_act, but the model has no experts; leave it out"),
-        (EXPERTS, ["mlp"], True, "has mlp, but all layers of the model have experts; name moe"),
+        (DENSE, ["core_attn", "moe_act"], True, "has moe_act, but the model has no experts; remove it"),
+        (EXPERTS, ["mlp"], True, "has mlp, but all layers of the model have experts; use moe"),
         (EXPERTS, ["moe_act"], False, f"has moe_act, but {ENGINE_ONLY}"),
         (ALONE, ["shared_experts"], True, "has shared_experts, but the model has no shared expert"),
         (EXPERTS, ["layernorm", "moe_act", "shared_experts"], True, None),

@@ -86,6 +86,6 @@ def test_the_command_names_the_disk_and_refuses_dense_models(tmp_path: Path, cap
     )
     config = PlanConfig(model="Qwen3-30B-A3B", gpus=8, hardware="h200", train=str(run), groups_per_step=8, groups=1000, suggest=0)
     plan(config)
-    assert "the reference's choices of experts take 1." in capsys.readouterr().out
+    assert "the reference's expert choices take 1." in capsys.readouterr().out
     with pytest.raises(ConfigError, match=r"experts.routing = replay, but the model of model.checkpoint has no experts"):
         plan(dataclasses.replace(config, model="Qwen2.5-7B"))

@@ -112,7 +112,7 @@ def test_nothing_fits_on_too_few_gpus() -> None:
     ("options", "message"),
     [
         ({"hardware": "h1000"}, r"hardware = h1000; there is no such entry; choose one of a100-40"),
-        ({"model": "Llama"}, r"model = Llama; neither a checkpoint's folder nor a known model"),
+        ({"model": "Llama"}, r"model = Llama; neither a checkpoint folder nor a known model"),
         ({"responses": 1}, r"responses = 1; loss.name = mpo compares a group's responses; give at least 2"),
         ({"hardware": "a100", "fp8": "current"}, r"model.fp8 = current, but hardware = a100 has no FP8"),
     ],

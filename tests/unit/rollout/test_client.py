@@ -162,7 +162,7 @@ def test_a_slow_answer_is_lost(server: Server, model_folder: Path, pauses: list[
 def test_a_wrong_key_stops_at_once_and_is_not_shown(server: Server, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_KEY", "sk-very-secret")
     server.answer = lambda path, body: (401, {}, json.dumps({"error": {"message": "bad key sk-very-secret"}}).encode())
-    with pytest.raises(ConfigError, match="api_key_env = MY_KEY; the key that is there is refused") as caught:
+    with pytest.raises(ConfigError, match="api_key_env = MY_KEY; the key in this variable is refused") as caught:
         ask(server.url, model_folder, api_key_env="MY_KEY", concurrency=1)
     assert "sk-very-secret" not in str(caught.value)
     assert caught.value.__cause__ is None
@@ -171,7 +171,7 @@ def test_a_wrong_key_stops_at_once_and_is_not_shown(server: Server, model_folder
 
 def test_an_unknown_model_stops_at_once(server: Server, model_folder: Path) -> None:
     server.answer = lambda path, body: (404, {}, b'{"error": "no such model"}')
-    with pytest.raises(ConfigError, match="model = m, api = tokens; the server does not know one of them"):
+    with pytest.raises(ConfigError, match="model = m, api = tokens; the server does not know one of these"):
         ask(server.url, model_folder, concurrency=1)
     assert len(server.requests) == 1
 

@@ -95,7 +95,7 @@ def test_a_worker_that_fails_leaves_the_server_paused(server: Server, model_fold
 def test_prefixes_of_old_weights_end_the_run(server: Server, model_folder: Path) -> None:
     live = connect(server, Weights(), model_folder)
     server.forgets = False
-    with pytest.raises(DataError, match="keeps prefixes that the old weights computed"):
+    with pytest.raises(DataError, match="still caches prefixes of the old weights"):
         live.update()
 
 
@@ -105,9 +105,9 @@ def set_config(section: str, **values: Any) -> Callable[[Server], None]:
 
 REFUSALS: dict[str, tuple[Callable[[Server], Any], str]] = {
     "version": (lambda server: setattr(server, "version", "0.31.2"), r"vLLM 0.31.2; this needs vllm.*, whose routes"),
-    "short": (set_config("model_config", max_model_len=99), "its max_model_len is 99, and a prompt with its sample takes 100"),
+    "short": (set_config("model_config", max_model_len=99), "its max_model_len is 99, but a prompt with its sample takes 100"),
     "no length": (lambda server: server.config.clear(), "its max_model_len is None"),
-    "awq": (set_config("model_config", quantization="awq"), "its quantization = awq; it reads weights that are quantised"),
+    "awq": (set_config("model_config", quantization="awq"), "its quantization = awq; it reads only quantised weights"),
     "ipc": (set_config("weight_transfer_config", backend="ipc"), "its weight transfer is ipc, not nccl; start it with VLLM_"),
 }
 

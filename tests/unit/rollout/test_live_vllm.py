@@ -221,8 +221,8 @@ def test_engines_that_fit_no_replica_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "reason"),
     [
-        ("fp8", "only reads checkpoints that are FP8 already; fp8_per_tensor is what it was"),
-        ("awq", "reads weights that are quantised already, and the policy's are not: choose one of fp8_per_tensor, "),
+        ("fp8", "it reads only FP8 checkpoints; fp8_per_tensor quantises others"),
+        ("awq", "it reads only quantised weights, but the policy's are not quantised: choose one of fp8_per_tensor, "),
         ("torchao", "only if all weights arrive in one call"),
         *((name, "quantised already") for name in ("gptq", "gptq_marlin", "compressed-tensors", "modelopt_fp4", 4)),
     ],

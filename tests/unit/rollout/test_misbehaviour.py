@@ -402,8 +402,8 @@ def test_thoughts_that_the_template_does_not_write_are_refused(bad: Bad, chat: C
     [
         (401, ConfigError, "api_key_env = OPENAI_API_KEY; it is not set"),
         (403, ConfigError, "api_key_env"),
-        (404, ConfigError, "the server does not know one of them"),
-        (405, ConfigError, "the server does not know one of them"),
+        (404, ConfigError, "the server does not know one of these"),
+        (405, ConfigError, "the server does not know one of these"),
     ],
 )
 def test_what_concerns_every_question_ends_the_command(

@@ -158,7 +158,7 @@ def test_that_nothing_could_be_scored_is_said_with_the_reasons(tmp_path: Path) -
 def test_one_id_for_two_groups_is_refused(config: ScoreConfig) -> None:
     """Lines are told apart by their ids: the second group would be lost, and the first one written twice."""
     write_lines(Path(config.input), [group_line("a", "x"), group_line("b", "y"), group_line("a", "z")])
-    with pytest.raises(DataError, match=r"groups\.jsonl: group a comes twice; give each group an id of its own"):
+    with pytest.raises(DataError, match=r"groups\.jsonl: group a appears twice; give each group a unique id"):
         run(dataclasses.replace(config, scorers={"length": config.scorers["length"]}))
     assert not (Path(config.output) / "score.json").exists()
 

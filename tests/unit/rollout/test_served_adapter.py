@@ -141,7 +141,7 @@ def test_an_adapter_that_the_server_keeps_is_told(
 
     server.answer = keep  # type: ignore[method-assign]
     run(config)
-    assert "keeps the adapter mpo-" in (said := capsys.readouterr().err)
+    assert "still holds the adapter mpo-" in (said := capsys.readouterr().err)
     assert "busy" in said
 
 
