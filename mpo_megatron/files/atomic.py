@@ -1,4 +1,4 @@
-"""Files and folders that appear complete or not at all, and writes that fail with a message."""
+"""Files and folders that appear complete or not at all, and clear errors for failed writes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,12 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{folder}: cannot write: {error.strerror or error}; nothing was left there; free some space, or choose "
-            "another output."
+            f"{folder}: cannot write: {error.strerror or error}; no partial output remains; free space, or choose another output."
         ) from error
 
 
 def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
-    """Write a file that appears complete or not at all, and is on disk when the call returns; until then the old one stays.
+    """Write a file that appears complete or not at all, and is on disk on return; until then the old file stays.
 
     Raises:
         DataError: it cannot be written.
@@ -43,7 +42,7 @@ def replace_file(path: Path, chunks: Iterable[bytes]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
+    """Flush a file, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -52,7 +51,7 @@ def sync(path: Path) -> None:
 
 
 def is_free(folder: Path) -> bool:
-    """Whether a folder can be written there: nothing exists, or an empty folder does."""
+    """Whether a folder can be written here: nothing exists, or an empty folder does."""
     if not folder.exists():
         return True
     return folder.is_dir() and not any(folder.iterdir())
@@ -60,17 +59,17 @@ def is_free(folder: Path) -> bool:
 
 @final
 class AtomicFolder:
-    """A folder that appears under its name complete, or not at all.
+    """A folder that gets its name only when complete.
 
-    Files are written to `self.path`, a hidden sibling; `commit` forces them to disk and renames. Leaving the `with` block
-    without a commit removes the sibling; a killed process leaves it behind, and the next one that writes the folder clears it.
+    Files are written to `self.path`, a hidden sibling; `commit` flushes them to disk and renames it. Leaving the `with` block
+    without a commit removes the sibling. A killed process leaves it behind; the next writer of the folder removes it.
     """
 
     def __init__(self, target: Path) -> None:
         self.target = target
         if not is_free(target):
             raise DataError(f"{target}: exists and is not an empty folder; remove it, or choose another output.")
-        self.final = target.resolve()  # of a link: the folder that it stands for, on whatever disk
+        self.final = target.resolve()  # follow links: the target may be on another disk
         if self.final.is_mount():
             raise DataError(f"{target}: it is a mount point; name a folder in it.")
         require_no_writer(self.final)
@@ -80,7 +79,7 @@ class AtomicFolder:
             self.path = self._partial.__enter__()
 
     def commit(self) -> None:
-        """Force everything to disk, then rename the folder to its final name."""
+        """Flush everything to disk, then rename the folder to its final name."""
         with writing(self.target):
             for path in [*sorted(self.path.rglob("*")), self.path]:
                 sync(path)
@@ -94,18 +93,20 @@ class AtomicFolder:
 
 
 def appear(partial: Path, final: Path) -> None:
-    """Rename a complete folder to its final name, where there is nothing or an empty folder.
+    """Rename a complete folder to its final name, where nothing or an empty folder may exist.
 
     Raises:
-        DataError: another process was faster.
-        OSError: it cannot be written.
+        DataError: another process created it first.
+        OSError: the rename failed.
     """
     try:
         os.rename(partial, final)  # atomic; replaces an empty folder
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        raise DataError(f"{final}: another run has written it in the meantime; this one leaves it unchanged.") from error
+        raise DataError(
+            f"{final}: another run has written it in the meantime; it stays unchanged. Choose another output."
+        ) from error
     sync(final.parent)
 
 
@@ -113,7 +114,7 @@ def require_no_writer(target: Path) -> None:
     """Refuse a folder that another process is writing.
 
     Raises:
-        DataError: naming the process.
+        DataError: names the process.
     """
     if writer := find_writer(target):
-        raise DataError(f"{target}: another run is writing it ({writer}); wait for it, end it, or name another output.")
+        raise DataError(f"{target}: another run is writing it ({writer}); wait for it, stop it, or choose another output.")

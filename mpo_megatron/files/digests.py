@@ -1,11 +1,11 @@
-"""Checksums of what the package writes, compared when it is read.
+"""Checksums of files that the package writes, compared when they are read.
 
-    JSON, written once          `seal`, `unseal`: a digest as the last key; every byte counts
-    lines of JSON               `seal_line`, `unseal_line`: a field `xxh3` in each, so that a file can be cut and continued
+    JSON, written once          `seal`, `unseal`: a digest as the last key; covers every byte
+    lines of JSON               `seal_line`, `unseal_line`: a field `xxh3` in each, so that a file can be truncated and continued
     a few columns of numbers    `name_digest`, `read_named`: the digest is part of the file's name
-    everything else             a list with the size and the digests of each file, in `mpo_digests.json` or another sealed JSON
+    everything else             a list with size and digests of each file, in `mpo_digests.json` or another sealed JSON file
 
-Digests are xxh3's: they find every accidental change, at the speed of memory, and protect against no attacker.
+The digests are xxh3: they detect accidental changes at the speed of memory, but do not protect against attackers.
 """
 
 from __future__ import annotations
@@ -21,63 +21,63 @@ import xxhash
 from mpo_megatron.config import ConfigError
 
 LIST = "mpo_digests.json"
-"""The list of a folder that the package writes once: a converted or exported checkpoint."""
+"""The list of a folder that the package writes once, such as a converted or exported checkpoint."""
 STATE = "state.json"
-"""The list of a step's folder, which has other contents, too."""
+"""The list of a step's folder, which has additional content."""
 STAGES = {"samples": "generate", "scored": "score", "groups": "select"}
-"""Names of the lines of a stage, and of the summary that lists them when they are complete; a shard's have a suffix."""
+"""File names of a stage's lines, and of the summary that lists them when complete; a shard's have a suffix."""
 DIGEST, LINE_DIGEST, END = "digest", "xxh3", "lines"
-"""Keys of the digest in sealed JSON and in a sealed line, and of the number of lines in the last one."""
+"""Keys of the digest in sealed JSON and in a sealed line, and of the line count in the last line."""
 FINISHED = re.compile(rb'"xxh3": "[0-9a-f]{16}"\}.', re.DOTALL)
-"""The end of a sealed line, and what should be its newline."""
+"""The end of a sealed line, and the byte expected as its newline."""
 WEIGHTS = (".distcp", ".safetensors")
 """Suffixes of the files that hold a checkpoint's weights."""
 PIECE = 1 << 26
-"""Bytes of a file that have a digest of their own, so that ranks can share a large file."""
+"""Bytes covered by one digest, so that ranks can share a large file."""
 BLOCK = 1 << 22
 """Bytes read at a time."""
-AGAIN = "copy it again, or repeat the command that wrote it"
-"""The usual remedy."""
+AGAIN = "copy it again, or run the command that wrote it again"
+"""The usual fix."""
 
 
 class DamagedError(ConfigError):
-    """A file that does not hold what was written; the message names the file, the place and the remedy."""
+    """A file differs from what was written; the message names the file, the place and the fix."""
 
 
 Entry = tuple[int, str | list[str]]
-"""Size of a file in bytes; the digest of all of it, or of each of its pieces of `PIECE` bytes."""
+"""Size of a file in bytes; the digest of the whole, or of each piece of `PIECE` bytes."""
 Files = Mapping[str, Entry]
-"""Entries by the file's path in the folder of the list."""
+"""Entries by the file's path relative to the list's folder."""
 
 
 # --------------------------------------------------------------------------------------------------- JSON, written once
 
 
 def seal(content: Mapping[str, Any]) -> bytes:
-    """JSON of `content` with its digest as the last key; `unseal` gives the content back."""
+    """JSON of `content` with its digest as the last key; `unseal` returns the content."""
     plain: dict[str, Any] = json.loads(json.dumps(content))
     return json.dumps({**plain, DIGEST: _digest(json.dumps(plain))}, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
 def seal_sorted(content: Mapping[str, Any]) -> bytes:
-    """As `seal`, the keys in alphabetical order."""
+    """Like `seal`, with sorted keys."""
     digest = _digest(json.dumps(content, sort_keys=True))
     return json.dumps({**content, DIGEST: digest}, indent=1, sort_keys=True).encode() + b"\n"
 
 
 def unseal(path: Path, remedy: str = AGAIN) -> dict[str, Any]:
-    """The content that `seal` or `seal_sorted` sealed.
+    """The content passed to `seal` or `seal_sorted`.
 
     Raises:
-        DamagedError: the file is not, to the byte, what was written, or has no digest; it ends with the remedy.
+        DamagedError: the file differs in any byte from what was written, or has no digest; ends with the remedy.
         OSError: it cannot be read.
     """
     text = path.read_bytes()
     try:
         content = json.loads(text)
         if not isinstance(content, dict):
-            raise ValueError(f"it holds no object, but one {type(content).__name__}")
-    except (ValueError, RecursionError) as error:  # not UTF-8 is a ValueError, too
+            raise ValueError(f"it holds a {type(content).__name__}, not an object")
+    except (ValueError, RecursionError) as error:  # invalid UTF-8 raises a ValueError too
         raise DamagedError(f"{path}: damaged, it does not parse ({error}); {remedy}.") from error
     if DIGEST not in content:
         raise DamagedError(f"{path}: damaged, or written by an earlier version: it has no digest; {remedy}.")
@@ -94,7 +94,7 @@ def seal_line(record: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
     """The record as one line, newline included, with its digest in the field `xxh3`.
 
     Raises:
-        ValueError: a number is not finite, and only Python would read it.
+        ValueError: a number is not finite, which is not valid JSON.
     """
     content = {name: value for name, value in record.items() if name != LINE_DIGEST}
     text = json.dumps(content, allow_nan=allow_nan)
@@ -102,12 +102,12 @@ def seal_line(record: Mapping[str, Any], *, allow_nan: bool = False) -> bytes:
 
 
 def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
-    """What a line holds, without its digest.
+    """A line's content, without its digest.
 
     Args:
-        sealed: it must have a digest; otherwise a line without one, such as a user's own, passes
+        sealed: require a digest; otherwise a line without one, such as a user's own, passes
     Raises:
-        ValueError: it is not JSON, or not what was written.
+        ValueError: it is not JSON, or differs from what was written.
     """
     try:
         record = json.loads(line)
@@ -120,15 +120,15 @@ def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
 
 
 def is_unfinished(end: bytes) -> bool:
-    """Whether the text after a file's last newline can be a sealed line that a kill truncated; otherwise it is damage."""
+    """Whether the text after a file's last newline can be a sealed line truncated by a kill; otherwise it is damaged."""
     return b"\0" not in end and not FINISHED.search(end)
 
 
 def check_record(record: Any) -> None:
-    """Take the digest out of a parsed line, which must match; a line without one passes.
+    """Remove a parsed line's digest after checking it; a line without one passes.
 
     Raises:
-        ValueError: it does not match, or its name is damaged.
+        ValueError: the digest does not match, or its key is damaged.
     """
     if not isinstance(record, dict):
         return
@@ -139,11 +139,11 @@ def check_record(record: Any) -> None:
     last = next(reversed(record), "")
     differ = sum(one != other for one, other in zip(last, LINE_DIGEST, strict=False))
     if len(last) == len(LINE_DIGEST) and differ == 1 and len(str(record[last])) == 16:
-        raise ValueError(f"its last field is {last!r} and should be {LINE_DIGEST}, its digest")
+        raise ValueError(f"its last field is {last!r}, but should be {LINE_DIGEST}, its digest")
 
 
 def seal_lines(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
-    """The records as sealed lines, and a last line that says how many they are: for a file that is written at once."""
+    """The records as sealed lines, followed by a line with their number: for a file written at once."""
     number = 0
     for record in records:
         yield seal_line(record, allow_nan=True)
@@ -152,10 +152,10 @@ def seal_lines(records: Iterable[Mapping[str, Any]]) -> Iterator[bytes]:
 
 
 def unseal_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """The records that `seal_lines` sealed.
+    """The records passed to `seal_lines`.
 
     Raises:
-        DamagedError: a line is not what was written, or one is missing; it ends with the remedy.
+        DamagedError: a line differs from what was written, or is missing; ends with the remedy.
         OSError: the file cannot be read.
     """
     records: list[dict[str, Any]] = []
@@ -173,15 +173,15 @@ def unseal_lines(path: Path, remedy: str) -> list[dict[str, Any]]:
 
 
 def name_digest(stem: str, data: bytes, suffix: str) -> str:
-    """A file name that ends with the digest of what the file holds."""
+    """A file name that ends with the digest of the file's content."""
     return f"{stem}.{_digest(data)}{suffix}"
 
 
 def read_named(path: Path) -> bytes:
-    """The bytes of a file whose name was made by `name_digest`.
+    """The bytes of a file named by `name_digest`.
 
     Raises:
-        DamagedError: they are not those that were written.
+        DamagedError: they differ from what was written.
         OSError: it cannot be read.
     """
     data = path.read_bytes()
@@ -200,7 +200,7 @@ def digest_file(path: Path) -> tuple[int, str]:
 
 
 def list_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
-    """Entries of these files of a folder, piece by piece."""
+    """Entries of these files of a folder, with a digest per piece."""
     files: dict[str, Entry] = {}
     for name in names:
         size = (folder / name).stat().st_size
@@ -209,13 +209,13 @@ def list_files(folder: Path, names: Iterable[str]) -> dict[str, Entry]:
 
 
 def write_list(folder: Path) -> None:
-    """Write `mpo_digests.json`: all other files of a folder and its subfolders."""
+    """Write `mpo_digests.json`, which lists all other files of a folder and its subfolders."""
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.name != LIST)
     (folder / LIST).write_bytes(seal({"files": list_files(folder, names)}))
 
 
 def read_list(folder: Path) -> dict[str, Entry] | None:
-    """The files that the list of a checkpoint's folder names; None if the folder has no list.
+    """The files in the list of a checkpoint folder; None if the folder has no list.
 
     Raises:
         DamagedError: the list itself is damaged.
@@ -228,16 +228,16 @@ def read_list(folder: Path) -> dict[str, Entry] | None:
 
 
 def require_list(folder: Path) -> dict[str, Entry]:
-    """The files that the list of a checkpoint of ours names.
+    """The files in the list of a Megatron checkpoint folder.
 
     Raises:
-        DamagedError: it has no list, or a damaged one.
+        DamagedError: the list is missing or damaged.
     """
     files = read_list(folder)
     if files is None:
         raise DamagedError(
-            f"{folder}: has no digests, neither {LIST} nor {STATE} is there: an earlier version converted it, or it was not "
-            "copied whole; convert it again, or copy all of it."
+            f"{folder}: has no digests (neither {LIST} nor {STATE}): an earlier version converted it, or the copy is "
+            "incomplete; convert it again, or copy all of it."
         )
     return files
 
@@ -250,9 +250,9 @@ def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -
     """Compare every `parts`-th piece of the listed files, from piece `part` on, with its digest.
 
     Raises:
-        DamagedError: naming the first file that is missing, has another size or other bytes.
+        DamagedError: names the first file that is missing, or has another size or content.
     """
-    # Large pieces first, so that the parts are about equal.
+    # Large pieces first, to balance the parts.
     pieces = sorted(_pieces(files), key=lambda piece: (-piece[2], piece[:2]))
     own = pieces[part::parts]
     for name in dict.fromkeys(piece[0] for piece in own):
@@ -260,16 +260,16 @@ def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -
     for name, start, length, digest in own:
         if _digest_range(folder / name, start, length) != digest:
             raise DamagedError(
-                f"{folder / name}: its bytes are not those that were written (the digest of {start:,} to {start + length:,} "
+                f"{folder / name}: its content differs from what was written (the digest of {start:,} to {start + length:,} "
                 f"differs); {AGAIN}."
             )
 
 
 def check_file(path: Path) -> None:
-    """Compare a small file of a checkpoint with the list in its folder, or in one of two above; unlisted, it passes.
+    """Compare a small file of a checkpoint with the list in its folder or up to two levels above; an unlisted file passes.
 
     Raises:
-        DamagedError: it is not what was written, or the list is damaged.
+        DamagedError: the file differs from what was written, or the list is damaged.
     """
     found = _find_list(path.parent)
     if found is not None:
@@ -279,12 +279,12 @@ def check_file(path: Path) -> None:
 
 
 def check_folder(folder: Path, *, weights: bool) -> None:
-    """Compare the files under a folder with the list there, or in one of two folders above; those that are not listed pass.
+    """Compare the files under a folder with the list there or up to two levels above; unlisted files pass.
 
     Args:
-        weights: False leaves out the files with weights
+        weights: False skips weight files
     Raises:
-        DamagedError: naming the first that is not what was written.
+        DamagedError: names the first file that differs from what was written.
     """
     found = _find_list(folder)
     if found is not None:
@@ -298,7 +298,7 @@ def check_lines(path: Path) -> None:
     """Compare the lines of a finished stage with its summary; other files pass.
 
     Raises:
-        DamagedError: they are not what was written, or the summary is damaged.
+        DamagedError: the lines differ from what was written, or the summary is damaged.
     """
     if (path.parent / LIST).is_file():
         check_file(path)
@@ -309,7 +309,7 @@ def check_lines(path: Path) -> None:
             files = _entries(summary)
             check_pieces(path.parent, {path.name: files[path.name]} if path.name in files else {})
         except DamagedError as error:
-            raise DamagedError(f"{error} To use lines that you changed yourself, give the file another name.") from error
+            raise DamagedError(f"{error} To use lines that you changed yourself, rename the file.") from error
 
 
 def _find_list(folder: Path) -> tuple[Path, dict[str, Entry]] | None:
@@ -332,14 +332,14 @@ def _pieces(files: Files) -> Iterator[tuple[str, int, int, str]]:
 
 def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
-        raise DamagedError(f"{path}: no such file, but it was written with the others there; {AGAIN}.")
+        raise DamagedError(f"{path}: no such file, but the list beside it names it; {AGAIN}.")
     found = path.stat().st_size
     if found != size:
-        raise DamagedError(f"{path}: damaged: has {found:,} bytes, {size:,} were written; {AGAIN}.")
+        raise DamagedError(f"{path}: damaged: has {found:,} bytes, but {size:,} were written; {AGAIN}.")
 
 
 def _digest_range(path: Path, start: int, length: int) -> str:
-    """Digest of `length` bytes of a file from `start` on, or of those that there are."""
+    """Digest of up to `length` bytes of a file from `start` on."""
     state = xxhash.xxh3_128()
     with path.open("rb") as file:
         file.seek(start)
@@ -354,5 +354,5 @@ def _digest(data: str | bytes) -> str:
 
 
 def _line_digest(content: Any) -> str:
-    """Digest of a line's content: the same however its JSON is spaced and ordered."""
+    """Digest of a line's content, independent of spacing and key order."""
     return xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode())

@@ -1,4 +1,4 @@
-"""Users' functions, named in a configuration as `path/to/file.py:name` or `package.module:name`."""
+"""Users' functions, given in a configuration as `path/to/file.py:name` or `package.module:name`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 from mpo_megatron.config import ConfigError
 
 _LOADED: dict[tuple[Path, str], ModuleType] = {}
-"""Files of users by path and digest."""
+"""Imported user files, by path and digest."""
 
 
 def load_function(function: str) -> tuple[Callable[..., Any], str]:
-    """The function, and the source of its file ("" if it has none). A file that has not changed is imported once.
+    """The function, and the source of its file ("" if it has none). An unchanged file is imported once.
 
     Raises:
-        AttributeError: the module has no such name.
+        AttributeError: the module lacks the name.
         Exception: whatever the import raises.
     """
     place, _, name = function.rpartition(":")
@@ -32,10 +32,10 @@ def load_function(function: str) -> tuple[Callable[..., Any], str]:
 
 
 def find_function(option: str, function: str) -> Callable[..., Any]:
-    """The function that an option names.
+    """The function given by an option.
 
     Raises:
-        ConfigError: no such file, module or function, or the import fails; it names the option and what went wrong.
+        ConfigError: no such file, module or function, or the import fails; names the option and the cause.
     """
     place, _, name = function.rpartition(":")
     where = f"{option} = {function}"
@@ -44,27 +44,27 @@ def find_function(option: str, function: str) -> Callable[..., Any]:
         found, _ = load_function(function)
     except AttributeError as error:
         if getattr(error, "name", None) != name:
-            raise ConfigError(f"{where}; it cannot be imported: AttributeError: {error}.") from error
+            raise ConfigError(f"{where}; importing it failed: AttributeError: {error}.") from error
         raise ConfigError(f"{where}; {place} has no function {name}; check its spelling.") from error
-    except (Exception, SystemExit) as error:  # anybody's file may raise anything
-        raise ConfigError(f"{where}; it cannot be imported: {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
+        raise ConfigError(f"{where}; importing it failed: {type(error).__name__}: {error}.") from error
     if not callable(found):
-        raise ConfigError(f"{where}; it is of type {type(found).__name__}, not a function.")
+        raise ConfigError(f"{where}; it is of type {type(found).__name__}, not a function; name a function.")
     return found
 
 
 def source_digest(option: str, function: str) -> str:
-    """Digest of the file that holds the function; nothing is imported but the packages that a module lies in.
+    """Digest of the file with the function; imports nothing except a module's parent packages.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     place = function.rpartition(":")[0]
     path: str | None = place
     if not place.endswith(".py"):
         try:
             spec = importlib.util.find_spec(place)
-        except (Exception, SystemExit) as error:  # a package's own code runs
+        except (Exception, SystemExit) as error:  # importing runs the package's code
             raise ConfigError(f"{option} = {function}; {place} cannot be found: {type(error).__name__}: {error}.") from error
         path = None if spec is None else spec.origin
     if path is None or not Path(path).is_file():
@@ -78,14 +78,14 @@ def _load_file(path: Path) -> ModuleType:
         return _LOADED[path.resolve(), digest]
     name = path.stem
     if name in sys.modules or not name.isidentifier() or importlib.util.find_spec(name) is not None:
-        name = f"{name.replace('.', '_')}_{digest}"  # what the file imports may need the other module of this name
+        name = f"{name.replace('.', '_')}_{digest}"  # imports of the file may need another module of this name
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and pickles look a class's module up
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module
     if folder not in sys.path:
-        sys.path.append(folder)  # what lies beside it can be imported
+        sys.path.append(folder)  # the file can import its neighbours
     try:
         spec.loader.exec_module(module)
     except BaseException:

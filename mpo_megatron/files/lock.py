@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that ends with its process, even on a crash."""
+"""One writer at a time: a lock that ends with its process, even after a crash."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import writing
 
 WITHOUT_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-"""Errors of file systems without locks, such as Lustre mounted without `flock`; nothing is locked there."""
+"""Errors of file systems without locks, such as Lustre mounted without `flock`; files there are not locked."""
 
 
 @contextlib.contextmanager
 def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
-    """Be the only writer of `target` among those that name the same lock file.
+    """Be the only writer of `target` among processes that use the same lock file.
 
     Args:
-        wait_seconds: how long to wait for another writer
+        wait_seconds: maximum wait for another writer
     Raises:
         DataError: another process is writing (the message names it), or the lock file cannot be written.
     """
@@ -41,7 +41,7 @@ def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
                 file.seek(0)
                 busy = f"{target}: another run is writing it ({file.read()})"
                 if time.monotonic() - started >= wait_seconds:
-                    raise DataError(f"{busy}; wait for it, end it, or name another output.") from error
+                    raise DataError(f"{busy}; wait for it, stop it, or choose another output.") from error
                 if not told:
                     print(f"{busy}; waiting …", file=sys.stderr, flush=True)
                     told = True
@@ -55,6 +55,6 @@ def hold(lock: Path, target: Path, wait_seconds: float = 0.0) -> Iterator[None]:
             print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
         try:
             yield
-        finally:  # explicitly: a process that was forked in the meantime has a copy of the file, and with it the lock
+        finally:  # explicitly: a process forked meanwhile has a copy of the file, and so of the lock
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_UN)

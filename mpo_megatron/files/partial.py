@@ -1,11 +1,11 @@
-"""Temporary files and folders beside what they become, each owned by the process that writes it.
+"""Temporary files and folders beside their final location, each owned by the process that writes it.
 
-    .<name>.partial-<random>         a file, or a folder, that is being written
-    .<name>.partial-<random>.lock    beside a folder: held as long as its writer lives
+    .<name>.partial-<random>         a file or folder being written
+    .<name>.partial-<random>.lock    beside a folder: locked while its writer lives
 
-The writer holds a lock on the file, or on the folder's lock file. So what killed processes left is known from what is being
-written now, on whatever machine or in whatever container, where process ids repeat. Where a file system has no locks, the
-files and folders that have an owner's file stay.
+The writer locks the file, or the folder's lock file. This distinguishes leftovers of killed processes from files being written,
+on any machine and in any container, where process ids repeat. On file systems without locks, files and folders with an owner's
+file are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOCK = ".lock"
 
 @contextlib.contextmanager
 def partial_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file beside `target`, and its path; deleted at the end unless it was renamed. Clears leftovers of others.
+    """A new file beside `target`, and its path; deleted at the end unless renamed. Removes others' leftovers.
 
     Raises:
         OSError: it cannot be written.
@@ -42,7 +42,7 @@ def partial_file(target: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextlib.contextmanager
 def partial_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target`; deleted at the end unless it was renamed. Leftovers of others are cleared.
+    """A new folder beside `target`; deleted at the end unless renamed. Removes others' leftovers.
 
     Raises:
         OSError: it cannot be written.
@@ -58,11 +58,11 @@ def partial_folder(target: Path) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            lock.unlink(missing_ok=True)  # last: a folder without it belongs to nobody
+            lock.unlink(missing_ok=True)  # last: a folder without lock file has no owner
 
 
 def clear_leftovers(target: Path) -> None:
-    """Delete what killed processes left of `target`; keep what a live one is writing."""
+    """Delete what killed processes left of `target`; keep what a live process is writing."""
     for path in _partials(target):
         if path.is_dir():
             if not path.with_name(path.name + LOCK).exists():
@@ -72,7 +72,7 @@ def clear_leftovers(target: Path) -> None:
 
 
 def find_writer(target: Path) -> str | None:
-    """Which process is writing the folder `target` now, if any is."""
+    """A description of the process that is writing the folder `target`; None if none is."""
     for path in _partials(target):
         if path.name.endswith(LOCK):
             with contextlib.suppress(OSError), path.open("rb") as file:
@@ -88,8 +88,8 @@ def _partials(target: Path) -> list[Path]:
 
 
 def _clear(path: Path) -> None:
-    """Delete a file, and the folder that it is the lock of, unless a live process holds it."""
-    with contextlib.suppress(OSError), path.open("r+b") as file:  # it has just gone, is another user's, is held, or has no locks
+    """Delete a file, and the folder that it locks, unless a live process holds the lock."""
+    with contextlib.suppress(OSError), path.open("r+b") as file:  # just deleted, another user's, locked, or no locks here
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if path.name.endswith(LOCK):
             shutil.rmtree(path.with_name(path.name.removesuffix(LOCK)), ignore_errors=True)
@@ -97,12 +97,12 @@ def _clear(path: Path) -> None:
 
 
 def _create(target: Path, suffix: str) -> tuple[Path, BinaryIO]:
-    """A new file, and a lock on it."""
+    """A new locked file."""
     while True:
         path = target.with_name(f".{target.name}.partial-{secrets.token_hex(4)}{suffix}")
         file = path.open("xb")
-        with contextlib.suppress(OSError):  # no locks there
+        with contextlib.suppress(OSError):  # no locks on this file system
             fcntl.flock(file, fcntl.LOCK_EX)
         if os.fstat(file.fileno()).st_nlink:
             return path, file
-        file.close()  # somebody who was clearing up took it for a leftover before it was locked
+        file.close()  # another process removed it as a leftover before it was locked

@@ -1,1 +1,1 @@
-"""Jobs for clusters: from a run's configuration to what Slurm, Kubernetes, SkyPilot or a shell starts."""
+"""Jobs for clusters: from a run's configuration to a job for Slurm, Kubernetes, SkyPilot or a shell."""

@@ -1,4 +1,4 @@
-"""`mpo launch`: write a job, and hand it to what runs it."""
+"""`mpo launch`: write a job, and submit it."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ TARGETS: dict[str, type[Job]] = {
     "kubernetes": KubernetesJob,
     "skypilot": SkypilotJob,
 }
-"""What comes after `mpo launch`, and its options."""
+"""Subcommands of `mpo launch`, and their options."""
 
 
 def launch(job: Job) -> int:
     """Render the job, write or print it, and submit it unless it is a dry run. Returns the exit code.
 
     Raises:
-        ConfigError: the layout does not fit the machines, or the program that submits is missing.
+        ConfigError: the layout does not fit the machines, or the submitting program is missing.
     """
     if job.output is not None:
         check_writable(Path(job.output).parent, "output")
@@ -57,7 +57,9 @@ def launch(job: Job) -> int:
             print(f"next: {shlex.join([*words, job.output])}{'' if submit else ', on every machine'}", file=sys.stderr)
         return 0
     if shutil.which(submit[0]) is None:
-        raise ConfigError(f"there is no {submit[0]} here to submit the job with; add --dry_run true, and submit it elsewhere.")
+        raise ConfigError(
+            f"{submit[0]}, which submits the job, is not installed here; add --dry_run true, and submit the job elsewhere."
+        )
     if isinstance(job, SlurmJob | SlurmArray):
         Path(job.logs).mkdir(parents=True, exist_ok=True)
     if job.output is not None:
@@ -69,7 +71,7 @@ def launch(job: Job) -> int:
 
 
 def render(job: Job) -> tuple[str, list[str] | None]:
-    """(text of the job, command that submits a file with it; None if people start it themselves)."""
+    """The job's text, and the command that submits a file with it; None for jobs that users start themselves."""
     match job:
         case SlurmJob():
             return slurm_script(job), ["sbatch"]

@@ -1,4 +1,4 @@
-"""Whether a run's layout fits the machines a job asks for."""
+"""Checks that a run's layout fits the machines of a job."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mpo_megatron.config.parallel import check_ranks
 
 
 def load_run(job: JobConfig) -> TrainConfig:
-    """The run's configuration, after its layout was checked against the job's machines.
+    """The run's configuration, with its layout checked against the job's machines.
 
     Raises:
-        ConfigError: the configuration is refused, its model-parallel ranks do not divide the job's, or a tensor-parallel
-            group would reach over machines.
+        ConfigError: the configuration is refused, its model-parallel ranks do not divide the job's, or a tensor-parallel group
+            would span machines.
     """
     require(Path(job.train).is_file(), f"train = {job.train}; no such file; write the options of `mpo train` there.")
     try:
@@ -25,32 +25,33 @@ def load_run(job: JobConfig) -> TrainConfig:
     check_ranks(config.parallel, job.nodes * job.ranks)
     require(
         job.ranks % config.parallel.tensor == 0,
-        f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: they "
-        f"exchange data after every layer and must share a machine; choose a divisor of {job.ranks}.",
+        f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a "
+        "machine: tensor-parallel ranks "
+        f"must share a machine; choose a divisor of {job.ranks}.",
     )
     return config
 
 
 def require_kept(job: JobConfig, config: TrainConfig, option: str, mounts: Iterable[str]) -> None:
-    """Check that the run's folder outlives the job's machines.
+    """Check that the run's folder survives the job.
 
     Args:
         option: the job's option that mounts storage
-        mounts: where it is mounted
+        mounts: mount points
     Raises:
-        ConfigError: the folder is on the machine itself.
+        ConfigError: the folder is on the machine's own disk.
     """
     output, places = PurePosixPath(posixpath.normpath(config.output)), sorted(mounts)
     where = f"below {' or '.join(places)}" if places else "where it is mounted"
     require(
         any(output.is_relative_to(place) for place in places),
-        f"output = {config.output} in {job.train} is in the job's own file system, which vanishes with the job; mount storage "
-        f"with --{option}, and name an absolute path {where} as output.",
+        f"output = {config.output} in {job.train} is in the job's own file system, which disappears with the job; mount storage "
+        f"with --{option}, and set output to an absolute path {where}.",
     )
 
 
 def describe(job: JobConfig, config: TrainConfig) -> str:
-    """The layout in words."""
+    """The layout as text."""
     parallel, world_size = config.parallel, job.nodes * job.ranks
     sizes = {
         "tensor": parallel.tensor,

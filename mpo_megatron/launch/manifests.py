@@ -13,9 +13,9 @@ from mpo_megatron.launch.scripts import RANK_MODULE, preamble
 
 PORT = 29500
 SHUTDOWN = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""How long torchrun waits for ranks that it asked to stop."""
+"""Seconds that torchrun waits for ranks after asking them to stop."""
 GRACE_SECONDS = 600
-"""Time between being asked to stop and being killed: a step and a save must fit in."""
+"""Seconds between the request to stop and the kill: must suffice for a step and a save."""
 
 
 def kubernetes_manifest(job: KubernetesJob) -> str:
@@ -36,7 +36,7 @@ def kubernetes_manifest(job: KubernetesJob) -> str:
 
 
 def pytorch_job(job: KubernetesJob, module: str) -> dict[str, Any]:
-    """Kubeflow's PyTorchJob: its controller tells torchrun of the other machines through PET_* variables."""
+    """Kubeflow's PyTorchJob: its controller passes the other machines' addresses to torchrun through PET_* variables."""
     template = {"spec": pod(job, f"-m {module}")}
     replicas = {"Master": 1, "Worker": job.nodes - 1}
     return {
@@ -56,7 +56,7 @@ def pytorch_job(job: KubernetesJob, module: str) -> dict[str, Any]:
 
 
 def job_set(job: KubernetesJob, module: str) -> dict[str, Any]:
-    """A JobSet: one indexed job with a pod a machine; when one pod fails, all are started again."""
+    """A JobSet: one indexed job with one pod per machine; when a pod fails, all restart."""
     torchrun = (
         f"--nproc-per-node={job.ranks} --nnodes={job.nodes} --node-rank=$JOB_COMPLETION_INDEX"
         f" --master-addr={job.name}-ranks-0-0.{job.name} --master-port={PORT} -m {module}"
@@ -87,7 +87,7 @@ def job_set(job: KubernetesJob, module: str) -> dict[str, Any]:
 
 
 def pod(job: KubernetesJob, torchrun: str) -> dict[str, Any]:
-    """The pod of one machine; `torchrun` are the options that its controller does not give by itself, and the module."""
+    """The pod of one machine; `torchrun` holds the options that its controller does not set, and the module."""
     gpus = {"nvidia.com/gpu": job.gpus_per_node} if job.gpus_per_node else {}
     command = f"exec python -m torch.distributed.run {torchrun} --config /etc/mpo/train.yaml"
     mounts = {"config": "/etc/mpo", "shared-memory": "/dev/shm", **job.volumes}
@@ -112,7 +112,7 @@ def pod(job: KubernetesJob, torchrun: str) -> dict[str, Any]:
 
 
 def shell_lines(setup: str, environment: dict[str, str], command: str) -> str:
-    """What a container runs: set-up, environment, and the command, which gets time to save when it is asked to stop."""
+    """A container's shell lines: set-up, environment, and the command, which gets time to save when asked to stop."""
     return "\n".join([preamble(setup, {SHUTDOWN: str(GRACE_SECONDS), **environment}), command, ""])
 
 
@@ -144,7 +144,7 @@ def skypilot_task(job: SkypilotJob) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as blocks, and no anchors: people read these files."""
+    """Writes multi-line texts as blocks, without anchors, for readability."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""Shell scripts: torchrun on machines of one's own, and Slurm."""
+"""Shell scripts: torchrun on your own machines, and Slurm."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from mpo_megatron.config import (
 from mpo_megatron.launch.layout import describe, load_run
 
 RANK_MODULE = "mpo_megatron.train"
-"""What every rank runs."""
+"""The module that every rank runs."""
 
 CPU_RANKS = {"CUDA_VISIBLE_DEVICES": ""}
-"""A job that asks for no GPU must not see one: it would not be its own."""
+"""A job without GPUs must not see the machine's GPUs: others may use them."""
 
 
 def torchrun_script(job: TorchrunJob) -> str:
@@ -35,12 +35,12 @@ def torchrun_script(job: TorchrunJob) -> str:
 
 
 def slurm_script(job: SlurmJob) -> str:
-    """An sbatch script with one Slurm task a rank."""
+    """An sbatch script with one Slurm task per rank."""
     return _render_run("slurm.sh.j2", job)
 
 
 def slurm_array_script(job: SlurmArray) -> str:
-    """An sbatch script whose array tasks generate, or score, one shard each.
+    """An sbatch script whose array tasks each generate, or score, one shard.
 
     Raises:
         ConfigError: the configuration of `mpo generate` or `mpo score` is refused.
@@ -62,7 +62,7 @@ def slurm_array_script(job: SlurmArray) -> str:
 
 
 def preamble(setup: str, environment: dict[str, str]) -> str:
-    """Shell lines that come before a job's command."""
+    """Shell lines before a job's command."""
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return "\n".join([*setup.strip().splitlines(), *exports])
 
@@ -86,6 +86,6 @@ def _render(template: str, job: JobConfig | SlurmArray, *, on_cpus: bool, **valu
         loader=PackageLoader("mpo_megatron.launch"), undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
     environment.filters["quote"] = shlex.quote
-    environment.filters["escape_quoted"] = lambda text: re.sub(r'(["\\$`])', r"\\\1", text)  # within double quotes
+    environment.filters["escape_quoted"] = lambda text: re.sub(r'(["\\$`])', r"\\\1", text)  # inside double quotes
     variables = (CPU_RANKS if on_cpus else {}) | job.environment
     return environment.get_template(template).render(job=job, preamble=preamble(job.setup, variables), **values)

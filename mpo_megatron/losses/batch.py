@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True)
 class GroupBatch:
-    """Log-probabilities (nats, summed over a response's scored tokens) and preference data of G groups.
+    """Log-probs (nats, summed over a response's scored tokens) and preference data of G groups.
 
-    Entries where `valid` is False are padding: their values are never read, and may be anything, NaN included.
+    Entries where `valid` is False are padding: their values are never read, and may be anything, even NaN.
     """
 
     policy_logps: Tensor
     """[G, K] float: log π_θ(y | x), the tensor that gradients flow into."""
     valid: Tensor
-    """[G, K] bool: True where the group has such a response."""
+    """[G, K] bool: True for responses that exist."""
     reference_logps: Tensor | None = None
     """[G, K] float: log π_ref(y | x), no gradient."""
     rewards: Tensor | None = None
@@ -35,24 +35,24 @@ class GroupBatch:
     reference_token_logps: Tensor | None = None
     """[G, K, T] float: per-token log π_ref, no gradient."""
     token_kl: Tensor | None = None
-    """[G, K] float: Σ over a response's tokens of KL(π_θ ‖ π_ref) over the whole vocabulary; gradients flow into it, too."""
+    """[G, K] float: Σ over a response's tokens of KL(π_θ ‖ π_ref) over the whole vocabulary; gradients flow into it too."""
     generator: torch.Generator | None = None
     """CPU generator for sampled pairs and negatives; in the same state on all ranks of a model replica."""
 
 
 def upcast(values: Tensor) -> Tensor:
-    """`values` in float32, or unchanged if float64: half precision has too few digits for a sum of log-probabilities."""
+    """`values` in float32, or unchanged if float64: half precision has too few digits for sums of log-probs."""
     return values if values.dtype == torch.float64 else values.float()
 
 
 LARGEST = 1e15
-"""Of a log-probability in nats; its square, times any hyper-parameter, is far from the end of float32."""
+"""Largest log-prob in nats; its square, times any hyper-parameter, stays far below float32's limit."""
 
 
 def mask_padding(values: Tensor, valid: Tensor) -> Tensor:
     """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False.
 
-    Beyond `LARGEST` the gradient is zero, too: bf16 goes up to 3e38, whose square is infinite.
+    Beyond `LARGEST` the gradient is also zero: bf16 reaches 3e38, whose square is infinite.
     """
     return torch.where(valid, upcast(values), 0.0).clamp(-LARGEST, LARGEST)
 
@@ -76,7 +76,7 @@ def compute_mean_token_logps(batch: GroupBatch) -> Tensor:
 
 
 def count_tokens(batch: GroupBatch, dtype: torch.dtype) -> Tensor:
-    """Scored tokens |y| of each response [G, K], 1 at padding: to divide by."""
+    """Scored tokens |y| of each response [G, K], 1 at padding, for divisions."""
     if batch.lengths is None:
         raise ValueError("lengths = None; this loss uses the number of scored tokens; pass lengths [G, K].")
     return torch.where(batch.valid, batch.lengths, 1).to(dtype)

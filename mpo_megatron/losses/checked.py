@@ -36,7 +36,7 @@ def group_loss(
         name: a method of `list_losses()`.
         policy_logps: [G, K] log π_θ(y | x), summed over the scored tokens, nats.
         reference_logps: [G, K] the same under π_ref; None for methods without a reference.
-        rewards: [G, K], higher is better; None for methods that go by labels.
+        rewards: [G, K], higher is better; None for methods that read labels.
         valid: [G, K] bool, False at padding of groups with fewer than K responses; default all True.
         lengths: [G, K] scored tokens per response.
         labels: [G, K] 1 chosen, 0 rejected, −1 neither.
@@ -87,17 +87,17 @@ def check_matrix(name: str, values: Tensor) -> None:
     if values.numel() == 0:
         raise ValueError(f"{name}.shape = {tuple(values.shape)}; there are no groups, or no responses; pass at least one group.")
     if not values.is_floating_point():
-        raise ValueError(f"{name}.dtype = {values.dtype}; log-probabilities are floating-point; convert it.")
+        raise ValueError(f"{name}.dtype = {values.dtype}; log-probs are floating-point; convert it.")
 
 
 def check_tensor(name: str, values: object) -> None:
-    """Refuse what is no tensor: a list, a NumPy array, None."""
+    """Refuse anything but a tensor: a list, a NumPy array, None."""
     if not isinstance(values, Tensor):
         raise ValueError(f"{name} is of type {type(values).__name__}; it must be a tensor; convert it with torch.as_tensor.")
 
 
 def check_shapes(batch: GroupBatch) -> None:
-    """Refuse what is no tensor, tensors whose shape is not that of `policy_logps`, and masks that are not boolean."""
+    """Refuse non-tensors, tensors with another shape than `policy_logps`, and masks that are not boolean."""
     for field in dataclasses.fields(batch):
         given = getattr(batch, field.name)
         if given is not None and field.name != "generator":
@@ -134,7 +134,7 @@ def check_present(name: str, batch: GroupBatch, needs: Needs) -> None:
         refuse(
             "reference_logps",
             "compares with the reference policy",
-            "pass reference_logps, or take a reference-free loss",
+            "pass reference_logps, or choose a reference-free loss",
         )
     if needs.rewards and batch.rewards is None:
         if batch.labels is None:
@@ -143,7 +143,7 @@ def check_present(name: str, batch: GroupBatch, needs: Needs) -> None:
             refuse(
                 "rewards",
                 "reads rewards, and labels (chosen / rejected) do not say how much better a response is",
-                "pass rewards, or take a loss or partition that goes by labels, such as mpo with partition = labels, or dpo",
+                "pass rewards, or choose a loss or partition that reads labels, such as mpo with partition = labels, or dpo",
             )
     if needs.labels and batch.labels is None:
         refuse(
@@ -173,7 +173,7 @@ def check_values(batch: GroupBatch) -> None:
             refuse_first(name, values, batch.valid & ~torch.isfinite(values), "it must be finite")
     if batch.lengths is None:
         return
-    refuse_first("lengths", batch.lengths, batch.valid & (batch.lengths < 1), "a response has tokens")
+    refuse_first("lengths", batch.lengths, batch.valid & (batch.lengths < 1), "a response must have tokens")
     for name in ("token_logps", "reference_token_logps"):
         values = getattr(batch, name)
         if values is not None:
@@ -204,6 +204,6 @@ def check_contrast(name: str, batch: GroupBatch, needs: Needs, contributes: Tens
             "ones; pass at least two responses per group."
         )
     raise ValueError(
-        f"groups with contrast = 0 of {batch.valid.shape[0]}; {name} learns from differences inside a group, and in none of "
-        "them are there both preferred and other responses; drop groups with equal rewards, or check rewards and labels."
+        f"groups with contrast = 0 of {batch.valid.shape[0]}; {name} learns from differences inside a group, but none has "
+        "both preferred and other responses; drop groups with equal rewards, or check rewards and labels."
     )

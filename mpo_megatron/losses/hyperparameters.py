@@ -1,4 +1,4 @@
-"""Hyper-parameters check themselves: a field's annotation is its rule. The wording: value; rule; fix."""
+"""Self-checking hyper-parameters: a field's annotation is its rule. Messages give value; rule; fix."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 LARGEST = 1e15
-"""Of any number; its square is far from the end of float32."""
+"""Largest magnitude of a number; its square is far below float32's limit."""
 
 
 class ValueRule(NamedTuple):
-    """What the values of a field have in common besides their type."""
+    """A rule for the values of a field, besides their type."""
 
     words: str
-    """What a value must do."""
+    """The rule in words, after "must"."""
     holds: Callable[[Any], bool]
-    """Whether a value of the right type does."""
+    """Whether a value of the right type satisfies it."""
 
 
 POSITIVE = ValueRule("be positive", lambda value: value > 0)
@@ -31,7 +31,8 @@ Smoothing = Annotated[float, BELOW_HALF]
 
 @dataclass(frozen=True, kw_only=True)
 class Hyperparameters:
-    """Of a loss. Making one raises `ValueError` unless every field has its declared type and follows its rules."""
+    """Base class of a loss's hyper-parameters. Raises `ValueError` unless every field has its declared type and satisfies its
+    rules."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self), include_extras=True)
@@ -46,13 +47,13 @@ def require(condition: bool, message: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: Python refuses to write numbers of more than some thousand digits."""
+    """A value as quoted in messages: Python refuses to print integers of several thousand digits."""
     is_long = isinstance(value, int) and value.bit_length() > 256
     return f"a number of {value.bit_length():,} bits" if is_long else repr(value)
 
 
 def check_field(name: str, value: Any, hint: Any, default: Any) -> None:
-    """Raise `ValueError` unless `value` is as `hint` says: bool, int, float (which may be an int), Literal, or one with rules."""
+    """Raise `ValueError` unless `value` matches `hint`: bool, int, float (or an int), Literal, or one with rules."""
     if get_origin(hint) is Annotated:
         kind, *rules = get_args(hint)
         check_field(name, value, kind, default)
@@ -71,11 +72,11 @@ def check_field(name: str, value: Any, hint: Any, default: Any) -> None:
 
 
 def check_unused(params: Hyperparameters, condition: str, *names: str) -> None:
-    """Raise `ValueError` if a named field, which has an effect only under `condition`, was changed from its default."""
+    """Raise `ValueError` if a named field differs from its default although `condition`, which it needs, is not met."""
     defaults = {field.name: field.default for field in dataclasses.fields(params)}
     for name in names:
         value = getattr(params, name)
         require(
             value == defaults[name],
-            f"{name} = {value}; it has an effect only with {condition}; set that, or leave {name} out.",
+            f"{name} = {value}; it has an effect only with {condition}; set that, or remove {name}.",
         )

@@ -33,7 +33,7 @@ def find_worse_than_best(batch: GroupBatch) -> Tensor:
 
 
 def sort_by_preference(batch: GroupBatch, values: Tensor) -> tuple[Tensor, Tensor]:
-    """`values` [G, K] from the best response to the worst (equals by index), and which places are filled, [G, K] bool."""
+    """`values` [G, K] from the best response to the worst (ties by index), and which places are filled, [G, K] bool."""
     scores, usable = compute_preferences(batch)
     order = compute_rank(scores, usable).argsort(dim=-1)
     return values.gather(-1, order), usable.gather(-1, order)
@@ -93,13 +93,13 @@ class SdpoParams(Hyperparameters):
 
 
 def find_best_and_worse(batch: GroupBatch, params: Any) -> Tensor:
-    """[G, K] bool: the best response and all strictly worse ones; nothing where none is worse."""
+    """[G, K] bool: the best response and all strictly worse ones; empty where none is worse."""
     worse = find_worse_than_best(batch)
     return worse | (find_best(batch) & worse.any(dim=-1, keepdim=True))
 
 
 def find_contrasted(batch: GroupBatch, params: SdpoParams) -> Tensor:
-    """[G, K] bool: what `form` compares."""
+    """[G, K] bool: the responses that `form` compares."""
     return find_ranked(batch, params) if params.form == "ranked" else find_best_and_worse(batch, params)
 
 
@@ -132,7 +132,7 @@ class BinnedMpoParams(Hyperparameters):
     beta: Positive = 0.01
     """Scale of the log-ratios (mpo's tables)."""
     num_bins: Count = 3
-    """Bins of the ranking, as equal in size as can be: 2 is the upper half against all, K is `plackett_luce`."""
+    """Number of bins of the ranking, as equal in size as possible: 2 is the upper half against all, K is `plackett_luce`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,7 +150,7 @@ def compute_binned_mpo(batch: GroupBatch, params: BinnedMpoParams) -> Tensor:
     """MPO with more than two bins: −Σ_b log( Σ_{bin b} e^z / Σ_{bins ≥ b} e^z ), z = β s, over all bins but the last.
 
     The k-th best of n responses is in bin ⌊k·B / n⌋ (k from 0); with n < B each has its own. Equal rewards are ordered by index.
-    Deviation: the paper does not say how it cuts a ranking into bins; equal sizes are assumed.
+    Deviation: the paper does not specify how it splits a ranking into bins; equal sizes are assumed.
     Source: MPO, Fig. 7: hybrid models between MPO's two bins and Plackett–Luce's K.
     """
     ordered, filled = sort_by_preference(batch, params.beta * compute_log_ratios(batch))

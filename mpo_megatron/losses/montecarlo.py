@@ -29,13 +29,13 @@ class McpoParams(Hyperparameters):
     num_negatives: Count = 1
     """M: negatives per group, drawn without replacement; a group with fewer candidates uses all of them."""
     sampling: Literal["kernel", "random", "max", "min"] = "kernel"
-    """Candidates drawn with probability ∝ e^{β s} under the current policy (Algorithm 1) | uniformly (RNCE);
-    or those of highest | lowest weight, without sampling (mc-po §5)."""
+    """Draw candidates with probability ∝ e^{β s} under the current policy (Algorithm 1) | uniformly (RNCE); or take those of
+    highest | lowest weight, without sampling (mc-po §5)."""
     chain_steps: Count = 1
-    """Steps of the kernel. On a group's fixed candidates one step already draws from the kernel's stationary distribution: more
-    steps draw other negatives, with the same probabilities."""
+    """Steps of the kernel. With a group's fixed candidates, one step already draws from the kernel's stationary distribution:
+    more steps draw other negatives with the same probabilities."""
     include_current: bool = False
-    """Keep the chain's start y_0 among the categories at every step, as Algorithm 1 writes it: y_0 may be its own negative."""
+    """Keep the chain's start y_0 among the categories at every step, as in Algorithm 1: y_0 may be its own negative."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,8 +66,8 @@ def draw_negatives(batch: GroupBatch, params: McpoParams, logits: Tensor) -> Ten
         return candidates & (compute_rank(-weights, candidates) < params.num_negatives)
     if params.sampling == "random":
         return candidates & (compute_rank(draw_uniform(batch), candidates) < params.num_negatives)
-    # Whatever the chain's state is, it is among these: a step from any state draws from softmax(β s) over the same pool, which
-    # therefore is the stationary distribution, reached in one step. A pool without y_0 once the chain has left it is another one.
+    # A step from any state draws from softmax(β s) over the same pool, so that is the stationary distribution, reached in one
+    # step. A pool that drops y_0 once the chain has left it would be a different one.
     pool = candidates | best if params.include_current else candidates
     drawn = candidates
     for _ in range(params.chain_steps):
@@ -77,7 +77,7 @@ def draw_negatives(batch: GroupBatch, params: McpoParams, logits: Tensor) -> Ten
 
 
 def needs_mcpo(params: McpoParams) -> Needs:
-    """A generator only where something is drawn."""
+    """A generator only if something is drawn."""
     return Needs(reference=True, preferences=True, sampled=params.sampling in ("kernel", "random"))
 
 
@@ -91,7 +91,7 @@ def needs_mcpo(params: McpoParams) -> Needs:
 def compute_mcpo(batch: GroupBatch, params: McpoParams) -> Tensor:
     """MC-PO: −β s_0 + log Σ_{i=0..M} e^{β s_i}, y_0 the best response, y_1..y_M negatives drawn by the kernel; M = 1 is DPO.
 
-    The gradient reaches y_0 and the drawn negatives; it is exactly zero for all others, which so need no backward pass.
+    The gradient reaches y_0 and the drawn negatives. It is exactly zero for all others, so they need no backward pass.
     Deviation: candidates are the group's strictly worse responses, fixed over the chain's steps (Algorithm 1
     proposes new ones at each). With include_current, a drawn y_0 counts twice in the sum.
     Source: MC-PO, Algorithm 1, Eq. 7, Table 5.

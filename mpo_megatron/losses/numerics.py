@@ -1,4 +1,4 @@
-"""Masked reductions and stable functions that the losses share. Everything is finite, and so is every gradient."""
+"""Masked reductions and stable functions shared by the losses. All values and gradients are finite."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ EXP_KNEE = 20.0
 def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     """log Σ e^values over the last dimension where `mask` is True.
 
-    An empty mask gives a finite constant with zero gradient, which the callers discard, not −inf: the difference
-    of two empty sets would be NaN.
+    An empty mask gives a finite constant with zero gradient, which the callers discard, instead of −inf: the difference of two
+    empty sets would be NaN.
     """
     nonempty = mask.any(dim=-1, keepdim=True)
     filled = torch.where(mask, values, -math.inf)
@@ -41,11 +41,11 @@ def logistic_loss(margins: Tensor, label_smoothing: float = 0.0) -> Tensor:
 def log1mexp(x: Tensor) -> Tensor:
     """log(1 − e^x) for x ≤ 0, accurate at both ends (Mächler 2012).
 
-    x = 0 (a probability that rounds to one) is moved to the smallest negative normal number: the result is finite.
+    x = 0 (a probability that rounds to one) is replaced by the smallest negative normal number, to keep the result finite.
     """
     x = torch.where(x < 0, x, -torch.finfo(x.dtype).tiny)
     near_zero = x > -math.log(2.0)
-    # Each branch sees an argument it is finite for, so that the branch not taken cannot poison the gradient.
+    # Each branch gets an argument for which it is finite, so the unused branch cannot make the gradient NaN.
     small = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
     large = torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x)))
     return torch.where(near_zero, small, large)

@@ -1,10 +1,10 @@
-"""A loss of the user's own: a function in a file, taken as a method of the table and tried out before a run starts.
+"""A user's own loss: a function in a file, registered as a method and tested before a run starts.
 
     def hinge(batch: GroupBatch, *, margin: Positive = 1.0) -> Tensor:
-        \"\"\"[G] loss of each group; what it takes besides the batch are its hyper-parameters.\"\"\"
+        \"\"\"[G] loss of each group; all parameters besides the batch are hyper-parameters.\"\"\"
 
-A function with `@register` above it says for itself what it needs and which responses it reads. Of a plain one, these are found
-out: its inputs by leaving them out one by one, and all responses of groups with a contrast are scored.
+A function with `@register` declares what it needs and which responses it reads. For a plain function, needed inputs are detected
+by omitting them one by one, and all responses of groups with a contrast are scored.
 
 Legend: G groups, K responses.
 """
@@ -27,19 +27,19 @@ from mpo_megatron.losses.pairing import compute_better
 from mpo_megatron.losses.registry import Loss, Needs, enter_loss, list_losses
 
 GROUPS, RESPONSES, TOKENS = 4, 5, 6
-"""Size of the batch that a loss is tried on."""
+"""Size of the test batch."""
 
 LEAVES = ("policy_logps", "token_logps", "token_kl")
-"""Inputs that gradients flow into."""
+"""Inputs that receive gradients."""
 
 
 def adopt(function: Callable[..., Any], title: str) -> Loss:
-    """The method that a function of the user's is, entered in the table.
+    """Register a user's function as a method.
 
     Args:
-        title: the name of one without `@register`
+        title: name of a function without `@register`
     Raises:
-        ValueError: its parameters are no batch and hyper-parameters with types and defaults.
+        ValueError: its parameters are not a batch followed by hyper-parameters with types and defaults.
     """
     for loss in list_losses():
         if loss.function is function:
@@ -56,10 +56,10 @@ def adopt(function: Callable[..., Any], title: str) -> Loss:
 
 
 def build_params_class(function: Callable[..., Any]) -> type[Hyperparameters]:
-    """The hyper-parameters of a function: all its parameters but the first, with their annotations as rules.
+    """The hyper-parameters of a function: all its parameters except the first, with their annotations as rules.
 
     Raises:
-        ValueError: naming the parameter.
+        ValueError: names the parameter.
     """
     batch, *others = inspect.signature(function).parameters.values() or (None,)
     kinds = inspect.Parameter
@@ -72,7 +72,7 @@ def build_params_class(function: Callable[..., Any]) -> type[Hyperparameters]:
     fields = []
     for parameter in others:
         if parameter.kind not in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY):
-            raise ValueError(f"its parameter {parameter} takes any number of arguments; give each hyper-parameter a name.")
+            raise ValueError(f"its parameter {parameter} accepts any number of arguments; name each hyper-parameter.")
         if parameter.default is kinds.empty or not _is_rule(hints.get(parameter.name)):
             raise ValueError(
                 f"its parameter {parameter.name} needs a default, and a type: float, int, bool, a Literal, or Positive, "
@@ -91,12 +91,12 @@ def _is_rule(hint: Any) -> bool:
 
 
 def find_contrast(batch: GroupBatch, params: Any) -> Tensor:
-    """[G, K] bool: all responses of groups in which one is preferred to another."""
+    """[G, K] bool: all responses of groups in which one is preferred over another."""
     return batch.valid & compute_better(batch).any(dim=-1).any(dim=-1, keepdim=True)
 
 
 def find_needs(formula: Callable[[GroupBatch, Any], Tensor], params: Any) -> Needs:
-    """What a formula reads, by leaving its inputs out one by one."""
+    """The inputs that a formula reads, detected by omitting them one by one."""
 
     def fails_without(name: str) -> bool:
         try:
@@ -117,10 +117,10 @@ def find_needs(formula: Callable[[GroupBatch, Any], Tensor], params: Any) -> Nee
 
 
 def try_out(loss: Loss, params: Any) -> None:
-    """Compute a loss on a small batch, and check what every step relies on.
+    """Compute a loss on a small batch, and check the properties that every step relies on.
 
     Raises:
-        ValueError: saying what is wrong with the function.
+        ValueError: names the function's error.
     """
     needs = loss.needs(params)
     losses, gradients = _run(loss, params, build_batch())
@@ -137,13 +137,13 @@ def try_out(loss: Loss, params: Any) -> None:
             )
     other, _ = _run(loss, params, build_batch(padding=7.0))
     if not torch.equal(losses, other):
-        raise ValueError("its value depends on padding: leave out entries where batch.valid is False.")
+        raise ValueError("its value depends on padding: exclude entries where batch.valid is False.")
     for index in range(GROUPS) if not needs.batch_statistics else ():
         alone, _ = _run(loss, params, build_batch(only=index))
         if not torch.allclose(alone, losses[index : index + 1], rtol=1e-9, atol=1e-12):
             raise ValueError(
-                "a group's loss depends on the groups beside it, which would change with the number of ranks; compute each "
-                "group by itself, or say needs=Needs(batch_statistics=True, …) in @register."
+                "a group's loss depends on the other groups of the batch, which change with the number of ranks; compute each "
+                "group separately, or set needs=Needs(batch_statistics=True, …) in @register."
             )
 
 
@@ -155,12 +155,12 @@ def _run(loss: Loss, params: Any, batch: GroupBatch) -> tuple[Tensor, dict[str, 
     except Exception as error:
         raise ValueError(f"it raises {type(error).__name__}: {error}{_line(error)}") from error
     if not isinstance(losses, Tensor):
-        raise ValueError(f"it returns something of type {type(losses).__name__}; a loss is a tensor [groups].")
+        raise ValueError(f"it returns something of type {type(losses).__name__}; return a tensor [groups].")
     expected = (len(batch.valid),)
     if losses.shape != expected or not losses.is_floating_point():
         raise ValueError(
             f"it returns {losses.dtype} of shape {list(losses.shape)} for a batch of {expected[0]} groups with {RESPONSES} "
-            "responses; a loss is one number a group, [groups]."
+            "responses; return one number per group, [groups]."
         )
     losses = torch.where(loss.contributes(batch, params), losses, 0.0)
     if not losses.requires_grad:
@@ -179,8 +179,8 @@ def build_batch(*, padding: float = torch.nan, only: int | None = None) -> Group
     """Four groups of up to five responses with every input a loss may read; the last group has equal rewards and labels.
 
     Args:
-        padding: value where there is no response
-        only: this group alone
+        padding: value of padding entries
+        only: index of the only group to include
     """
     generator = torch.Generator().manual_seed(0)
     shape = (GROUPS, RESPONSES)

@@ -26,7 +26,7 @@ class PairParams(PartitionParams):
     pairing: Literal["best_worst", "best_random", "best_vs_each", "all_pairs", "cross_pairs"] = "best_worst"
     """Best against worst | a random worse one | each worse one (DPO×(K−1)); every ordered pair (DPO×C(K,2)); Y+ × Y−."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Over a group's pairs: the mean weighs groups alike, the sum weighs pairs alike."""
+    """Over a group's pairs: mean gives groups equal weight, sum gives pairs equal weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,11 +64,11 @@ def find_worst(batch: GroupBatch) -> Tensor:
 
 
 def compute_candidate_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, W, L] bool: pairs before sampling; for best_random, all that may be drawn."""
+    """[G, W, L] bool: pairs before sampling; for best_random, all candidates."""
     if params.pairing == "cross_pairs":
         positive, negative = compute_partition(batch, params)
         pairs = positive.unsqueeze(-1) & negative.unsqueeze(-2)
-        # Labels overrule rewards; top_bottom and one_vs_rest may have cut between equal rewards.
+        # Labels take precedence over rewards; top_bottom and one_vs_rest may separate equal rewards.
         return pairs if params.partition == "labels" else pairs & compute_better(batch)
     better = compute_better(batch)
     if params.pairing == "all_pairs":
@@ -80,7 +80,7 @@ def compute_candidate_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
 
 
 def compute_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, W, L] bool: the pairs that enter the loss; best_random draws one loser per group, uniformly, from the generator."""
+    """[G, W, L] bool: the pairs in the loss; best_random draws one loser per group, uniformly, from the generator."""
     pairs = compute_candidate_pairs(batch, params)
     if params.pairing != "best_random":
         return pairs
@@ -91,7 +91,7 @@ def compute_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
 
 
 def find_paired(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, K] bool: responses in some pair, before sampling."""
+    """[G, K] bool: responses in any pair, before sampling."""
     pairs = compute_candidate_pairs(batch, params)
     return pairs.any(dim=-1) | pairs.any(dim=-2)
 

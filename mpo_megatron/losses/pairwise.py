@@ -1,4 +1,4 @@
-"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` picks from a group.
+"""Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` selects from a group.
 
 s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum)
 over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers (both K).
@@ -72,7 +72,7 @@ def compute_rpo(batch: GroupBatch, params: RpoParams) -> Tensor:
     """DPO plus λ times the winner's negative log-likelihood.
 
     Deviation: MC-PO's Table 5 writes the term as −λ s_w; its gradient is the one of sft_normalization =
-    sequence. The default is the mean per token, what TRL (which both papers build on) computes.
+    sequence. The default is the mean per token, which TRL (the basis of both papers) computes.
     Source: RPO (Liu et al. 2024, "Provably mitigating overoptimization in RLHF"); MC-PO, Table 5.
     """
     return compute_dpo(batch, params)
@@ -96,7 +96,7 @@ class DpoPositiveParams(PairParams):
     source="DPO-Positive (Pal et al. 2024), Eq. 3",
 )
 def compute_dpo_positive(batch: GroupBatch, params: DpoPositiveParams) -> Tensor:
-    """−log σ(β (s_w − s_l − λ max(0, −s_w))): DPO that pays for a winner which gets less likely than under the reference.
+    """−log σ(β (s_w − s_l − λ max(0, −s_w))): DPO with a penalty if the winner becomes less likely than under the reference.
 
     Source: DPO-Positive (Pal et al. 2024, "Smaug: fixing failure modes of preference optimisation with DPO-Positive"), Eq. 3.
     """
@@ -180,7 +180,7 @@ def needs_rdpo(params: RdpoParams) -> Needs:
 
 @register("rdpo", params=RdpoParams, scored=find_paired, needs=needs_rdpo, source="R-DPO (Park et al. 2024)")
 def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
-    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs less of a margin, so length is learnt less.
+    """−log σ(β (s_w − s_l) + α (|y_w| − |y_l|)): a longer winner needs a smaller margin, which reduces length bias.
 
     The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the opposite one).
     Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
@@ -206,7 +206,7 @@ class ApoZeroParams(PairParams):
     source="APO (D'Oosterlinck et al. 2024), Eq. 7",
 )
 def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
-    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, each on its own; a probability, not nats.
+    """1 − σ(β s_w) + σ(β s_l): raises the winner and lowers the loser, independently; a probability, not nats.
 
     Source: APO (D'Oosterlinck et al. 2024), Eq. 7, as in TRL's `apo_zero`.
     """

@@ -1,4 +1,4 @@
-"""Which responses of a group are preferred (Y+) and which are not (Y−). Shapes: G groups, K responses."""
+"""Split a group's responses into preferred (Y+) and others (Y−). Shapes: G groups, K responses."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TRIMMED_SHARE = 0.1  # mpo A.3: "removing top/bottom 10%"
 
 @dataclass(frozen=True, kw_only=True)
 class PartitionParams(Hyperparameters):
-    """Hyper-parameters of every loss that splits a group in two sets."""
+    """Hyper-parameters of every loss that splits a group into two sets."""
 
     partition: PartitionName = "mean"
-    """How a group is split: above its mean | median | 10 %-trimmed mean, the num_top best against the
-    num_bottom worst, the best against the rest, or as the data's labels say."""
+    """How a group is split: above its mean | median | 10 %-trimmed mean; the num_top best against the num_bottom worst; the best
+    against the rest; or by the data's labels."""
     num_top: Count = 2
     """Size of Y+ with partition = top_bottom (mpo §6: 2 of 5)."""
     num_bottom: Count = 2
@@ -38,9 +38,9 @@ def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tenso
     """Masks (Y+, Y−), each [G, K] bool, disjoint; both all False for a group without contrast (either set
     empty, or all rewards equal).
 
-    Ties: thresholds compare each reward with one number, so equal rewards share a set, in any order of the
-    responses. `top_bottom` and `one_vs_rest` cut between equal rewards by index, lower index first. A group
-    with fewer than num_top + num_bottom responses has no contrast under `top_bottom`.
+    Ties: thresholds compare each reward with one number, so equal rewards share a set, in any order of the responses.
+    `top_bottom` and `one_vs_rest` break ties by index, lower index first. A group with fewer than num_top + num_bottom responses
+    has no contrast under `top_bottom`.
 
     Source: mpo §4.1, §4.4, §6, A.3, App. I; swepo Eq. 3–4.
     """
@@ -54,7 +54,7 @@ def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tenso
             raise ValueError(
                 f"rewards = None; partition = {params.partition} compares rewards; pass rewards, or set partition = labels."
             )
-        # Half-precision rewards are taken at their word: allowing for their rounding would blur real differences.
+        # Half-precision rewards are compared exactly: a tolerance for their rounding would blur real differences.
         precision = torch.finfo(torch.float64 if batch.rewards.dtype == torch.float64 else torch.float32).eps
         positive, negative = split_by_reward(batch.rewards.double(), batch.valid, params, precision)
     contrast = positive.any(dim=-1, keepdim=True) & negative.any(dim=-1, keepdim=True)
@@ -62,14 +62,14 @@ def compute_partition(batch: GroupBatch, params: PartitionParams) -> tuple[Tenso
 
 
 def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams, precision: float) -> tuple[Tensor, Tensor]:
-    """(Y+, Y−) from rewards [G, K] in float64, before groups without contrast are taken out.
+    """(Y+, Y−) from rewards [G, K] in float64, before groups without contrast are removed.
 
     Args:
         precision: relative rounding of a single reward
     """
     if params.partition in ("mean", "median", "trimmed_mean"):
-        # A reward that equals the threshold on paper, such as 0.4 among 1, 0.4 (five times), 0.2 and 0, must not exceed it by
-        # the rounding of a sum of K terms.
+        # A reward that mathematically equals the threshold, such as 0.4 among 1, 0.4 (five times), 0.2 and 0, must not exceed it
+        # through the rounding of a sum of K terms.
         largest = torch.where(valid, rewards.abs(), 0.0).amax(dim=-1, keepdim=True)
         rounding = 2 * rewards.shape[-1] * precision * largest
         positive = rewards - compute_threshold(rewards, valid, params.partition).unsqueeze(-1) > rounding
@@ -89,8 +89,8 @@ def split_by_reward(rewards: Tensor, valid: Tensor, params: PartitionParams, pre
 def compute_threshold(rewards: Tensor, valid: Tensor, statistic: str) -> Tensor:
     """Mean, median (of an even count: midway between the middle two) or 10 %-trimmed mean of each group's rewards, [G].
 
-    Rewards are sorted and added up one after the other in float64, so that the order of the responses and the
-    padding do not change the sum: a reward equal to the mean stays on the same side.
+    Rewards are sorted and summed one after the other in float64, so the order of responses and padding do not change the sum: a
+    reward equal to the mean stays on the same side.
     """
     ordered = torch.where(valid, rewards, torch.inf).sort(dim=-1).values  # padding last
     count = valid.sum(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` picks from a group.
+"""Pairwise losses without a reference policy: SimPO, CPO, ORPO, SLiC-HF, on the pairs that `pairing` selects from a group.
 
 w is the pair's winner, l its loser; each function returns the mean (or sum) over the group's pairs. Units: nats.
 """
@@ -113,7 +113,7 @@ class SlicParams(SupervisedPairParams):
     beta: Positive = 1.0
     """Scale of the log-probabilities (or log-ratios) before the hinge."""
     margin: Positive = 1.0
-    """δ: wanted margin, in nats."""
+    """δ: desired margin, in nats."""
     normalized: bool = False
     """Compare log-ratios to the reference instead of log-probabilities: RSO's "hinge-norm", TRL's `hinge`."""
 
@@ -137,7 +137,7 @@ def needs_slic(params: SlicParams) -> Needs:
 def compute_slic(batch: GroupBatch, params: SlicParams) -> Tensor:
     """max(0, δ − β (log π(y_w) − log π(y_l))), optionally of log-ratios, plus a supervised term on the winner.
 
-    Deviation: the paper's supervised target is the reference answer of the supervised data set; here it is the winner.
+    Deviation: the paper's supervised target is the reference answer of the supervised data; here it is the winner.
     Source: SLiC-HF (Zhao et al. 2023); the normalised form: RSO (Liu et al. 2023), as in TRL's `hinge`.
     """
     scores = compute_log_ratios(batch) if params.normalized else compute_policy_logps(batch)

@@ -1,11 +1,11 @@
-"""The table of methods: name → loss function, hyper-parameters, what it needs and where it comes from.
+"""The table of methods: name → loss function, hyper-parameters, needs and source.
 
 To add a method, write its hyper-parameters and its formula, and import the file in `losses/__init__.py`:
 
     @dataclass(frozen=True, kw_only=True)
     class MarginParams(PairParams):
         margin: float = 1.0
-        \"\"\"Wanted difference of the log-ratios, in nats.\"\"\"
+        \"\"\"Desired difference of the log-ratios, in nats.\"\"\"
 
     @register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="Someone 2030")
     def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
@@ -13,7 +13,7 @@ To add a method, write its hyper-parameters and its formula, and import the file
         margins = compute_margins(compute_log_ratios(batch))
         return reduce_pairs(batch, params, torch.relu(params.margin - margins))
 
-The function may return any finite number for a group that does not contribute: the registry replaces it by 0.
+The function may return any finite number for a group that does not contribute: the registry replaces it with 0.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Needs:
     labels: bool = False
     """`labels`."""
     preferences: bool = False
-    """`rewards`, or `labels` where there are none: any order of the responses will do."""
+    """`rewards`, or `labels` without rewards: any ordering of the responses suffices."""
     lengths: bool = False
     """`lengths`."""
     tokens: bool = False
     """`token_logps`; the gradient goes there, not to `policy_logps`."""
     token_kl: bool = False
-    """`token_kl`: whole next-token distributions of policy and reference, not log-probs of the given tokens alone."""
+    """`token_kl`: needs whole next-token distributions of policy and reference, not only log-probs of given tokens."""
     batch_statistics: bool = False
-    """A mean over the batch enters the loss, so that `compute` must see the whole global batch at once."""
+    """The loss contains a mean over the batch, so `compute` needs the whole global batch at once."""
     sampled: bool = False
     """`compute` draws from `generator`; two calls differ."""
     contrast: bool = True
@@ -58,17 +58,17 @@ class Needs:
 
 @dataclass(frozen=True)
 class Loss:
-    """One method. `compute` and `scored` are pure and never wait for the device."""
+    """One method. `compute` and `scored` are pure and never synchronize with the device."""
 
     name: str
-    """What the configuration calls it."""
+    """Its name in the configuration."""
     params: type[Any]
     """Frozen dataclass of its hyper-parameters, with the paper's defaults."""
     function: Callable[[GroupBatch, Any], Tensor]
     """The formula: [G] per-group loss; arbitrary but finite where the group does not contribute."""
     scored: Callable[[GroupBatch, Any], Tensor]
-    """[G, K] bool: responses whose log-probability the loss may depend on, before any sampling; from rewards,
-    labels and `valid` alone. A group with none does not contribute."""
+    """[G, K] bool: responses whose log-prob the loss may depend on, before any sampling; computed only from rewards, labels and
+    `valid`. A group without any does not contribute."""
     needs: Callable[[Any], Needs]
     """What it reads, given its hyper-parameters."""
     source: str
@@ -81,7 +81,7 @@ class Loss:
         return " ".join(paragraph.split())
 
     def contributes(self, batch: GroupBatch, params: Any) -> Tensor:
-        """[G] bool: groups that carry contrast. Needs no log-probabilities, so that it can be counted before any forward."""
+        """[G] bool: groups with contrast. Needs no log-probs, so groups can be counted before any forward pass."""
         return self.scored(batch, params).any(dim=-1)
 
     def compute(self, batch: GroupBatch, params: Any) -> Tensor:
@@ -101,12 +101,12 @@ def register[Params](
     needs: Needs | Callable[[Params], Needs],
     source: str,
 ) -> Callable[[Callable[[GroupBatch, Params], Tensor]], Callable[[GroupBatch, Params], Tensor]]:
-    """Decorator: enter a loss function in the table under `name`."""
+    """Decorator: register a loss function under `name`."""
     find_needs: Callable[[Params], Needs] = (lambda _: needs) if isinstance(needs, Needs) else needs
 
     def enter(function: Callable[[GroupBatch, Params], Tensor]) -> Callable[[GroupBatch, Params], Tensor]:
         if name in _LOSSES:
-            raise ValueError(f"loss = {name!r}; it is registered already; choose another name.")
+            raise ValueError(f"loss = {name!r}; it is already registered; choose another name.")
         enter_loss(Loss(name, params, function, scored, find_needs, source))
         return function
 
@@ -114,7 +114,7 @@ def register[Params](
 
 
 def enter_loss(loss: Loss) -> Loss:
-    """Enter a method in the table, replacing one with the same name."""
+    """Add a method to the table, replacing one with the same name."""
     _LOSSES[loss.name] = loss
     return loss
 
@@ -123,7 +123,7 @@ def get_loss(name: str) -> Loss:
     """The method called `name`.
 
     Raises:
-        ValueError: there is none; the message names the nearest.
+        ValueError: no method has this name; suggests similar names.
     """
     if name in _LOSSES:
         return _LOSSES[name]
@@ -141,7 +141,7 @@ def build_params(name: str, hyperparameters: dict[str, Any]) -> Any:
     """The hyper-parameters of the method `name`: `hyperparameters` over the paper's defaults, checked.
 
     Raises:
-        ValueError: an unknown name, a hyper-parameter the method does not have, a wrong type or value.
+        ValueError: an unknown name, an unknown hyper-parameter, a wrong type or value.
     """
     loss = get_loss(name)
     valid = [field.name for field in dataclasses.fields(loss.params)]

@@ -39,10 +39,10 @@ def compute_reward_distribution(batch: GroupBatch, alpha: float) -> Tensor:
     if batch.rewards is None:
         raise ValueError("rewards = None; the target is a softmax of rewards; pass rewards [G, K].")
     rewards = torch.where(batch.valid, batch.rewards.double(), 0.0)
-    # Relative to the highest: S / α overflows later, and an all-padding row stays finite.
+    # Relative to the highest: keeps S / α from overflowing, and an all-padding row finite.
     highest = torch.where(batch.valid, rewards, -torch.inf).amax(dim=-1, keepdim=True)
     weights = torch.where(batch.valid, torch.exp((rewards - highest) / alpha), 0.0)
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1.0)  # the highest alone contributes 1
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1.0)  # the highest term is 1
 
 
 @register(
@@ -89,9 +89,10 @@ class ReferenceFreeNcaParams(NcaParams):
     """Hyper-parameters of `nca_reference_free`."""
 
     sft_weight: NonNegative = 0.0
-    """Weight of the best response's negative log-likelihood, added to the loss; without it likelihoods collapse (nca Table 4)."""
+    """Weight of the best response's negative log-likelihood, added to the loss; without it, likelihoods collapse (nca Table
+    4)."""
     sft_normalization: LogpNormalization = "token"
-    """That likelihood per token (nats per token) or per sequence."""
+    """Unit of that likelihood: per token (nats per token) or per sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,7 +115,7 @@ def needs_reference_free_nca(params: ReferenceFreeNcaParams) -> Needs:
 def compute_reference_free_nca(batch: GroupBatch, params: ReferenceFreeNcaParams) -> Tensor:
     """NCA with r = β log π in place of β log(π / π_ref), plus λ times the best response's negative log-likelihood.
 
-    Deviation: the paper says "SFT regularization" and no more; here it is that of the group's best response.
+    Deviation: the paper says only "SFT regularization"; here it uses the group's best response.
     Source: NCA (Chen et al. 2024), Table 4: r_θ = β log π_θ, alone and with SFT regularization.
     """
     logits = params.beta * compute_policy_logps(batch)

@@ -1,10 +1,9 @@
 """Set-level losses: the preferred set Y+ of a group against all of Y+ ∪ Y−.
 
-All have the form L = −log( Σ_{Y+} e^{z} / Σ_{Y+ ∪ Y−} e^{z} ) and differ in the logits z. It is computed as
-softplus( log Σ_{Y−} e^{z} − log Σ_{Y+} e^{z} ), which keeps its digits when Y+ has almost all the mass and
-never loses the gradient when it has almost none; the papers' listings clamp probabilities at 1e-10, where the
-gradient is zero. Gradient: ∂L/∂z_i = p_i − p_i^+ with p the softmax over Y+ ∪ Y−, p^+ over Y+ (mpo Lemma 6,
-swepo Lemma 2). Shapes: G groups, K responses. Units: nats per group.
+All have the form L = −log( Σ_{Y+} e^{z} / Σ_{Y+ ∪ Y−} e^{z} ) and differ in the logits z. It is computed as softplus( log Σ_{Y−}
+e^{z} − log Σ_{Y+} e^{z} ), which keeps its digits when Y+ has almost all the mass, and its gradient when it has almost none; the
+papers' listings clamp probabilities at 1e-10, where the gradient is zero. Gradient: ∂L/∂z_i = p_i − p_i^+ with p the softmax over
+Y+ ∪ Y−, p^+ over Y+ (mpo Lemma 6, swepo Lemma 2). Shapes: G groups, K responses. Units: nats per group.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class SwepoParams(PartitionParams):
     alpha: Positive = 1.0
     """Scale of the deviations: a factor with weighting = exp, a divisor of the rewards with weighting = listing."""
     p: Literal[0, 1, 2] = 1
-    """Power of the deviations; 0 weighs all responses alike."""
+    """Power of the deviations; 0 gives all responses equal weight."""
     weighting: Literal["exp", "power", "listing"] = "exp"
     """w = exp(α |Δ|^p), w = |Δ|^p, or what the paper's App. E code computes: logits β (s + β |Δ/α|^p)."""
 
@@ -79,13 +78,13 @@ class ReferenceFreeMpoParams(PartitionParams):
 
 
 def contrast_sets(logits: Tensor, positive: Tensor, negative: Tensor) -> Tensor:
-    """−log( Σ_{Y+} e^z / Σ_{Y+ ∪ Y−} e^z ) [G] for logits z [G, K]; meaningless but finite where a set is empty."""
+    """−log( Σ_{Y+} e^z / Σ_{Y+ ∪ Y−} e^z ) [G] for logits z [G, K]; finite but meaningless where a set is empty."""
     return -F.logsigmoid(masked_logsumexp(logits, positive) - masked_logsumexp(logits, negative))
 
 
 @register("mpo", params=MpoParams, scored=find_partitioned, needs=needs_partition, source="MPO, Eq. 4–5")
 def compute_mpo(batch: GroupBatch, params: MpoParams) -> Tensor:
-    """MPO: the preferred set against the whole group, logits β s; with one response on each side it is DPO.
+    """MPO: the preferred set against the whole group, logits β s; with one response on each side, it is DPO.
 
     Source: MPO (Multi-Preference Optimization), Eq. 4–5.
     """
@@ -93,7 +92,7 @@ def compute_mpo(batch: GroupBatch, params: MpoParams) -> Tensor:
 
 
 def needs_weighted(params: PartitionParams) -> Needs:
-    """Rewards weigh the responses even where labels split them."""
+    """Rewards weight the responses even if labels split them."""
     return replace(needs_partition(params), rewards=True)
 
 
@@ -125,7 +124,7 @@ def find_weighted(batch: GroupBatch, params: SwepoParams) -> Tensor:
 
 
 def drop_weightless(batch: GroupBatch, params: SwepoParams) -> tuple[Tensor, Tensor]:
-    """(Y+, Y−) without responses of weight |Δ|^p = 0 (weighting = power, p > 0): log 0 = −∞ takes no part in the sums."""
+    """(Y+, Y−) without responses of weight |Δ|^p = 0 (weighting = power, p > 0): log 0 = −∞ must not enter the sums."""
     positive, negative = compute_partition(batch, params)
     if params.weighting != "power" or params.p == 0:
         return positive, negative
@@ -146,7 +145,7 @@ def compute_swepo(batch: GroupBatch, params: SwepoParams) -> Tensor:
     """SWEPO: MPO with weights w inside both sums, w = exp(α |Δ|^p) or |Δ|^p, Δ = S − S̄; p = 0 is `mpo`.
 
     Deviations: the paper writes β = 1; `beta` scales the log-ratios. A weight of zero (power, p > 0, S = S̄)
-    takes the response out of both sums. With weighting = listing the logits are β (s + β |Δ/α|^p), as the paper's code has them.
+    removes the response from both sums. With weighting = listing, the logits are β (s + β |Δ/α|^p), as in the paper's code.
     Source: SWEPO (Simultaneous Weighted Preference Optimization), Eq. 5–6, 10, 15–16; App. E for the listing.
     """
     log_ratios = compute_log_ratios(batch)
@@ -155,7 +154,7 @@ def compute_swepo(batch: GroupBatch, params: SwepoParams) -> Tensor:
         log_weights = params.alpha * deviations**params.p
     elif params.weighting == "listing":
         log_weights = params.beta**2 * (deviations / params.alpha) ** params.p
-    else:  # power; the 1 stands where the weight is zero, and is masked out
+    else:  # power; 1 replaces zero weights, which are masked out
         log_weights = params.p * torch.log(torch.where(deviations > 0, deviations, 1.0))
     # float64 for the same reason as in `compute_weighted_mpo`.
     logits = params.beta * log_ratios.double() + log_weights
@@ -175,7 +174,7 @@ def needs_reference_free(params: PartitionParams) -> Needs:
     source="MPO, App. A.2; SimPO, Eq. 6",
 )
 def compute_reference_free_mpo(batch: GroupBatch, params: ReferenceFreeMpoParams) -> Tensor:
-    """MPO without a reference: logits β log π(y) / |y|, less the margin γ for Y+; with one against one it is SimPO.
+    """MPO without a reference: logits β log π(y) / |y|, minus the margin γ for Y+; with one response on each side, it is SimPO.
 
     Source: MPO, App. A.2, after SimPO (Meng et al. 2024), Eq. 6.
     """

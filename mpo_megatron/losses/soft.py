@@ -1,7 +1,7 @@
-"""Soft Preference Optimization (SPO): losses on log π_θ itself, with no reference inside the preference term.
+"""Soft Preference Optimization (SPO): losses on log π_θ itself, without a reference in the preference term.
 
 The regulariser of the paper, β KL(π_θ ‖ π_ref) over the full vocabulary on samples from the current policy
-(Eq. 15), is the trainer's, added to this loss. Here are the in-dataset ones of Table 4. Shapes: G groups, K
+(Eq. 15), belongs to the trainer, which adds it to this loss. This module has the in-dataset ones of Table 4. Shapes: G groups, K
 responses, W winners and L losers. Units: nats / α.
 """
 
@@ -30,7 +30,7 @@ from mpo_megatron.losses.registry import Needs, register
 
 @dataclass(frozen=True, kw_only=True)
 class SpoParams(PairParams):
-    """Hyper-parameters of `spo`. `pairing` and `reduction` count only with form = pairs."""
+    """Hyper-parameters of `spo`. `pairing` and `reduction` apply only with form = pairs."""
 
     form: Literal["pairs", "best_of_n", "ranked"] = "pairs"
     """Preference data: pairs (Eq. 9–14), the best of the group (Eq. 16), or the whole ranking (Eq. 17)."""
@@ -39,10 +39,10 @@ class SpoParams(PairParams):
     gamma: NonNegative = 0.01
     """Exponent of the weight μ (§7); 0 gives μ = 1, SPO-basic."""
     eta: NonNegative = 1.0
-    """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 leaves the best's term alone."""
+    """Decay of the ranking's terms, place k (from 0) weighted η^k (App. D.1: 1 or 0.5); 0 keeps only the best's term."""
     regularizer: Literal["none", "log_prob", "token_kl", "importance"] = "none"
-    """In-dataset regulariser (Table 4): −log π(y_w); or, averaged over the group's scored responses, Σ_τ KL(π_θ ‖ π_ref) of the
-    next token (it keeps the reference model in memory), or e^s · s."""
+    """In-dataset regulariser (Table 4): −log π(y_w); or, averaged over the group's scored responses, the next token's Σ_τ
+    KL(π_θ ‖ π_ref) (keeps the reference model in memory), or e^s · s."""
     regularizer_weight: NonNegative = 0.1
     """Its weight."""
 
@@ -62,7 +62,7 @@ def find_soft(batch: GroupBatch, params: SpoParams) -> Tensor:
 
 
 def needs_spo(params: SpoParams) -> Needs:
-    """μ compares with a mean over the batch; only the importance-sampling regulariser has a reference."""
+    """μ compares with a batch mean; only the importance-sampling regulariser needs a reference."""
     needs = needs_pairs(params) if params.form == "pairs" else Needs(preferences=True)
     return replace(
         needs,
@@ -77,7 +77,7 @@ def compute_weights(log_mass: Tensor, present: Tensor, gamma: float, dim: int | 
 
     `dim`: the dimensions that the mean runs over, where `present` is True. Source: SPO, Eq. 13.
     """
-    # In log space: m itself underflows (log-probabilities of −5000), m^γ does not for small γ.
+    # In log space: m itself underflows (log-probs of −5000), m^γ does not for small γ.
     mass = torch.exp(gamma * log_mass.detach())
     return 2.0 * torch.sigmoid(mass - masked_mean(mass, present, dim=dim))
 
@@ -142,7 +142,7 @@ def compute_pair_form(batch: GroupBatch, params: SpoParams, logps: Tensor) -> Te
 def compute_divergence_term(batch: GroupBatch, params: SpoParams) -> Tensor:
     """Weight · mean over the group's scored responses of the token-wise KL, or of e^s · s (Table 4), [G]; 0 with the others.
 
-    Deviation: e^s continues along its tangent above s = 20, as e^5000 is no number.
+    Deviation: e^s continues along its tangent above s = 20, because e^5000 overflows.
     """
     if params.regularizer == "token_kl":
         if batch.token_kl is None:

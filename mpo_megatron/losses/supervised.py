@@ -19,10 +19,10 @@ LogpNormalization = Literal["token", "sequence"]
 
 @dataclass(frozen=True, kw_only=True)
 class SftParams(PartitionParams):
-    """Hyper-parameters of `sft`. `partition` counts only with targets = positives."""
+    """Hyper-parameters of `sft`. `partition` applies only with targets = positives."""
 
     targets: Literal["best", "positives"] = "best"
-    """What is imitated: the group's best response, or all of Y+ alike."""
+    """What to imitate: the group's best response, or all of Y+ equally."""
     normalization: LogpNormalization = "token"
     """−log π(y) divided by |y| (nats per token), or not (nats per response)."""
 
@@ -46,12 +46,12 @@ def find_target(batch: GroupBatch, params: SftParams) -> Tensor:
     if batch.rewards is None and batch.labels is None:
         return batch.valid & (batch.valid.cumsum(dim=-1) == 1)
     best = find_best(batch)
-    # With labels only, a group may have no chosen response: a rejected one is no target.
+    # With labels only, a group may have no chosen response: a rejected one must not be a target.
     return best if batch.rewards is not None else best & (batch.labels == 1)
 
 
 def needs_sft(params: SftParams) -> Needs:
-    """The best response may be the only one, Y+ needs others to be better than; lengths only for the mean per token."""
+    """The best response may be the only one; Y+ needs worse ones beside it; lengths only for the mean per token."""
     lengths = params.normalization == "token"
     if params.targets == "best":
         return Needs(lengths=lengths, contrast=False)
@@ -70,21 +70,21 @@ def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
     """Negative log-likelihood of each group's best response, or mean over its Y+; per token or per sequence.
 
     Deviation from the usual language-model loss with normalization = token: the mean is over a response's
-    tokens first, then over groups, so that a long response weighs as much as a short one.
+    tokens first, then over groups, so long and short responses have equal weight.
     """
     return masked_mean(compute_negative_log_likelihood(batch, params.normalization), find_target(batch, params))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SupervisedPairParams(PairParams):
-    """Hyper-parameters of pairwise losses that a supervised term can be added to."""
+    """Hyper-parameters of pairwise losses with an optional supervised term."""
 
     label_smoothing: Smoothing = 0.0
     """Assumed share of flipped preferences, in [0, 0.5)."""
     sft_weight: NonNegative = 0.0
     """Weight of the winner's negative log-likelihood, added to the loss."""
     sft_normalization: LogpNormalization = "token"
-    """That likelihood per token (nats per token) or per sequence."""
+    """Unit of that likelihood: per token (nats per token) or per sequence."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

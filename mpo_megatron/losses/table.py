@@ -48,7 +48,7 @@ def format_loss(loss: Loss, *, in_full: bool = False) -> str:
 
 
 def format_needs(needs: Needs) -> str:
-    """What a method needs, in words; with its default hyper-parameters, as some depend on them."""
+    """What a method needs, as text, for its default hyper-parameters."""
     words = {
         "reference": "reference policy",
         "rewards": "rewards",

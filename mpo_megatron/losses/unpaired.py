@@ -1,8 +1,8 @@
-"""KTO and BCO: each response is good or bad on its own, against a baseline taken over the batch.
+"""KTO and BCO: each response is good or bad by itself, against a baseline over the batch.
 
-Y+ and Y− come from `partition`. A group's loss is the mean over its Y+ plus the mean over its Y−: for one
-chosen and one rejected response, the sum of the two terms (MC-PO, Table 5). Baselines carry no gradient, and
-run over the responses in Y+ ∪ Y− of the whole batch that `compute` gets. Shapes: G groups, K responses.
+Y+ and Y− come from `partition`. A group's loss is the mean over its Y+ plus the mean over its Y−: for one chosen and one rejected
+response, the sum of the two terms (MC-PO, Table 5). Baselines carry no gradient, and are computed over the responses in Y+ ∪ Y−
+of the batch passed to `compute`. Shapes: G groups, K responses.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ def needs_bco(params: BcoParams) -> Needs:
 def compute_bco(batch: GroupBatch, params: BcoParams) -> Tensor:
     """−log σ(β s − δ) on Y+, −log σ(−(β s − δ)) on Y−: a binary classifier with the shift δ; nats.
 
-    Deviation: δ is the batch's, not a moving average over steps; the importance weights of the paper's second
-    part (for data whose good and bad prompts differ) have no place where both come from the same prompt.
-    Source: BCO (Jung et al. 2024, "Binary classifier optimization for large language model alignment").
+    Deviation: δ is the batch's, not a moving average over steps. The importance weights of the paper's second part (for data
+    whose good and bad prompts differ) do not apply where both come from the same prompt. Source: BCO (Jung et al. 2024, "Binary
+    classifier optimization for large language model alignment").
     """
     positive, negative = compute_partition(batch, params)
     rewards = params.beta * compute_log_ratios(batch)

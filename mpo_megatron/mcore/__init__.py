@@ -1,12 +1,11 @@
-"""Uses of Megatron-Core's private parts: review these modules with every new version of it.
+"""Uses of Megatron-Core's private parts: review these modules with every new Megatron-Core version.
 
-    gathering, optimizer_states   ranges and states of its distributed optimizer; what its loading gets wrong
+    gathering, optimizer_states   shards and states of its distributed optimizer; fixes to its loading
     weights                       weights that are gathered, or copied, outside a step
-    writer                        the requests and queues of its checkpoint writer
+    writer                        requests and queues of its checkpoint writer
 
-Besides these, `device.py` replaces its CUDA calls on CPUs, model/parallel.py alone touches its parallel state, and
-model/routing.py overrides a private method of its layer.
-Importing this package makes Megatron-Core ready for this machine's device.
+In addition, `device.py` replaces its CUDA calls on CPUs, model/parallel.py accesses its parallel state, and model/routing.py
+overrides a private method of its layer. Importing this package prepares Megatron-Core for this machine's device.
 """
 
 from mpo_megatron import device

@@ -1,9 +1,9 @@
-"""Optimizer states for a checkpoint, gathered from the ranks that share them.
+"""Gather optimizer states for a checkpoint from the ranks that shard them.
 
-A checkpoint holds them in the shapes of the weights, as any layout can read them; the distributed optimizer has ranges of flat
-buffers. Megatron-Core's own way gathers all states of a rank's weights on every rank, whole buffers at a time on the GPU: for
-7 billion weights, 91 GB of each rank's host memory, and 60 GB of its GPU's. Here a rank keeps what it is to write, and the GPU
-holds a piece at a time. A rank also reads only the states of weights of which it holds a part.
+A checkpoint stores them in the shapes of the weights, which any layout can read; the distributed optimizer holds ranges of flat
+buffers. Megatron-Core gathers all states of a rank's weights on every rank, whole buffers at a time on the GPU: for 7 billion
+weights, 91 GB of each rank's host memory, and 60 GB of its GPU's. Here a rank keeps only what it writes, and the GPU holds one
+piece at a time. A rank also reads only the states of weights that it holds a part of.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from torch.distributed import ProcessGroup, all_gather_into_tensor
 from mpo_megatron import device
 
 PIECE = 1 << 26
-"""Numbers that are gathered at a time, from all ranks together: 256 MiB."""
+"""Numbers gathered at a time, from all ranks together: 256 MiB."""
 
 KINDS = ("param", "exp_avg", "exp_avg_sq")
-"""Megatron-Core's names of master weight and moments."""
+"""Megatron-Core's names of master weights and moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reserved:
-    """Room for the states of one gradient buffer's weights, from all ranks that share them."""
+    """Host buffers for the states of one gradient buffer's weights, from all ranks that share them."""
 
     optimizer: Any
     """Megatron-Core's DistributedOptimizer."""
     buffer: int
     """Index of the gradient buffer."""
     numbers: dict[str, Tensor]
-    """[weights of the buffer] float32 on the host, by kind. Nothing is written to it, so it takes no memory."""
+    """[weights of the buffer] float32 on the host, by kind. Never written, so it takes no memory."""
 
 
 Place = tuple[int, int, Tensor]
-"""Where a range of a buffer's numbers begins and ends, and the tensor [end − start] that receives it."""
+"""Start and end of a range of a buffer's numbers, and the tensor [end − start] that receives it."""
 
 
 @contextlib.contextmanager
 def reserving(optimizer: MegatronOptimizer) -> Iterator[list[Reserved]]:
-    """Within it, the optimizer's sharded state dict refers to reserved room, in which nothing has been written yet."""
+    """Within this context, the optimizer's sharded state dict refers to reserved buffers, not yet filled."""
     reserved: list[Reserved] = []
     with contextlib.ExitStack() as stack:
         for single in getattr(optimizer, "chained_optimizers", [optimizer]):
@@ -60,13 +60,13 @@ def reserving(optimizer: MegatronOptimizer) -> Iterator[list[Reserved]]:
 
 
 def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, Any]]:
-    """Replaces the optimizer's method that gathers all."""
+    """Replacement for the optimizer's method that gathers everything."""
 
     def reserve(**_: Any) -> dict[Any, Any]:
         state: dict[Any, Any] = {"buckets_coalesced": True}
         for index, ranges in enumerate(single.gbuf_ranges):
             size = single.buffers[index].numel_unpadded
-            # NumPy's zeros, unlike torch's, are pages that the system provides when they are first written to.
+            # NumPy's zeros, unlike torch's, are pages that the system allocates at the first write.
             numbers = {kind: torch.from_numpy(np.zeros(size, dtype=np.float32)) for kind in KINDS}
             reserved.append(Reserved(optimizer=single, buffer=index, numbers=numbers))
             state[index] = {dtype: {**numbers, "numel_unpadded": size} for dtype in ranges}
@@ -76,7 +76,7 @@ def _reserve(single: Any, reserved: list[Reserved]) -> Callable[..., dict[Any, A
 
 
 def own_share(optimizer: Any, states: dict[int, Any]) -> dict[int, Any]:
-    """The states, by number, of one DistributedOptimizer's weights of which this rank holds a part."""
+    """The states, by number, of one DistributedOptimizer's weights that this rank holds a part of."""
     weights = ((weight, room) for room in range(len(optimizer.buffers)) for weight in optimizer.buffers[room].param_index_map)
     held = [
         {weight for bucket in buckets for weight in bucket["param_map"]}
@@ -87,14 +87,14 @@ def own_share(optimizer: Any, states: dict[int, Any]) -> dict[int, Any]:
 
 
 class SaveOwnShare(FullyParallelSaveStrategyWrapper):
-    """Megatron-Core's strategy that splits writing over replicas; each rank then gathers its share."""
+    """Megatron-Core's strategy that distributes writing over replicas; each rank then gathers its share."""
 
     def __init__(self, strategy: Any, group: ProcessGroup, reserved: Sequence[Reserved]) -> None:
         super().__init__(strategy, group)
         self.reserved = reserved
 
     def apply_saving_parallelization(self, sharded_state_dict: Any) -> None:
-        """Decide who writes what, and gather it."""
+        """Decide which rank writes what, and gather it."""
         super().apply_saving_parallelization(sharded_state_dict)
         tensors = [value for value in nested_values(sharded_state_dict) if isinstance(value, ShardedTensor)]
         places: dict[int, list[Place]] = {}
@@ -104,27 +104,27 @@ class SaveOwnShare(FullyParallelSaveStrategyWrapper):
             if tensor.key.startswith("optimizer.state."):
                 assert tensor.data.is_contiguous(), tensor.key
                 room, start = tensor.data.untyped_storage().data_ptr(), tensor.data.storage_offset()
-                # Memory of its own: of a part of the room the writer would make a copy.
+                # A separate buffer: the writer would copy a view of the reserved one.
                 tensor.data = torch.empty_like(tensor.data)
                 places.setdefault(room, []).append((start, start + tensor.data.numel(), tensor.data.view(-1)))
-            elif tensor.data.device.type == "cpu":  # training is about to change it, and the writer copies from GPUs only
+            elif tensor.data.device.type == "cpu":  # training will change it, but the writer copies from GPUs only
                 tensor.data = tensor.data.detach().clone()
         for room in self.reserved:
             wanted = {kind: places.pop(numbers.untyped_storage().data_ptr(), []) for kind, numbers in room.numbers.items()}
             fill(room, wanted)
-        assert not places, "states that lie elsewhere"
+        assert not places, "states on another device"
 
 
 def fill(room: Reserved, wanted: dict[str, list[Place]]) -> None:
-    """Write the requested ranges of a buffer's numbers to their tensors; all ranks that share the states call it.
+    """Copy the requested ranges of a buffer's numbers to their tensors; all ranks that share the states call it.
 
-    Communication: an all-gather over these ranks of each piece; no gradients.
+    Communication: an all-gather of each piece over these ranks; no gradients.
 
     Args:
-        wanted: by kind
+        wanted: ranges by kind
     """
     group = room.optimizer.data_parallel_group
-    first = 0  # of the bucket, in the numbers
+    first = 0  # first number of the bucket
     for bucket, ranges in zip(room.optimizer.buffers[room.buffer].buckets, _bucket_ranges(room), strict=True):
         share = bucket.grad_data.numel() // group.size()
         held = [
@@ -144,20 +144,20 @@ def fill(room: Reserved, wanted: dict[str, list[Place]]) -> None:
                         own[low - begin : high - begin] = states[kind].detach().view(-1)[low - start : high - start]
                 all_gather_into_tensor(gathered, own, group=group)
                 for rank, part in enumerate(gathered.split(size)):
-                    offset = rank * share + begin  # in the bucket, whose end is padding
+                    offset = rank * share + begin  # offset in the bucket, which ends with padding
                     valid = max(0, min(size, bucket.numel_unpadded - offset))
                     _copy_wanted(part[:valid], first + offset, wanted[kind])
         first += bucket.numel_unpadded
 
 
 def _bucket_ranges(room: Reserved) -> list[dict[str, Any]]:
-    """Which ranges of each bucket this rank holds."""
+    """The ranges of each bucket that this rank holds."""
     [ranges] = room.optimizer.gbuf_ranges[room.buffer].values()
     return list(ranges)
 
 
 def _copy_wanted(part: Tensor, first: int, wanted: Sequence[Place]) -> None:
-    """Copy what is wanted of `part`, which begins at `first`."""
+    """Copy the wanted ranges out of `part`, which starts at `first`."""
     for start, end, target in wanted:
         low, high = max(start, first), min(end, first + len(part))
         if low < high:

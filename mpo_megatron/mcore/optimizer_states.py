@@ -1,4 +1,4 @@
-"""States of Megatron-Core's optimizers, where its own saving and loading would change them or fail."""
+"""Corrections where Megatron-Core's own saving and loading of optimizer states fails or changes them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 
 def follow_parameter_order(optimizer: Any) -> None:
-    """Make Megatron's distributed optimizer find the states of each weight where weights of two dtypes share a parameter group.
+    """Make Megatron's distributed optimizer find the states of weights when two dtypes share a parameter group.
 
-    It numbers a group's weights as its buffers have them, and then hands float32 ones to Adam before all others.
+    It numbers a group's weights in buffer order, but passes float32 weights to Adam before all others.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         for index, group in enumerate(getattr(single, "opt_group_ranges", [])):
@@ -20,10 +20,10 @@ def follow_parameter_order(optimizer: Any) -> None:
 
 
 def fill_states(optimizer: Any) -> None:
-    """Create the states of an optimizer before its first step: means 0, and no step counted.
+    """Create an optimizer's states before its first step: zero moments, step count 0.
 
-    Adam makes them only at its first step, and Megatron can neither save nor load what is not there. Its own way is a step
-    with gradients of 0, which counts, and with weight decay changes weights unless the learning rate is 0.
+    Adam creates them at its first step, and Megatron can neither save nor load missing states. Its own way is a step with zero
+    gradients, which counts as a step, and with weight decay changes weights unless the learning rate is 0.
     """
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         if getattr(single, "is_stub_optimizer", False) or single.optimizer.state:
@@ -35,7 +35,7 @@ def fill_states(optimizer: Any) -> None:
         single._init_optimizer_states_with_dummy_values()
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-            if "step" in group:  # Transformer Engine's Adam counts by group
+            if "step" in group:  # Transformer Engine's Adam counts steps per group
                 group["step"] = 0
         for state in single.optimizer.state.values():
             if "step" in state:
@@ -43,7 +43,7 @@ def fill_states(optimizer: Any) -> None:
 
 
 def fuse_adam(optimizer: Any) -> None:
-    """Let torch's AdamW, where it is the optimizer, update each weight in one pass; Megatron asks for its loop of many."""
+    """Make torch's AdamW, if used, update each weight in one pass; Megatron requests its multi-pass loop."""
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         adam = getattr(single, "optimizer", None)
         for group in adam.param_groups if type(adam) is torch.optim.AdamW else ():
@@ -51,7 +51,7 @@ def fuse_adam(optimizer: Any) -> None:
 
 
 def leave_out_classes(states: dict[Any, Any]) -> None:
-    """Take the classes of Adam out of the options that Megatron's offloading optimizer keeps: torch would not load them again."""
+    """Remove Adam's classes from the options that Megatron's offloading optimizer keeps: torch would refuse to load them."""
     for single in [states] if "optimizer" in states else states.values():
         for group in single["optimizer"]["param_groups"] if "optimizer" in single else ():
             for name in [name for name, value in group.items() if isinstance(value, type)]:
@@ -59,7 +59,7 @@ def leave_out_classes(states: dict[Any, Any]) -> None:
 
 
 def each_single(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, dict[Any, Any]]]:
-    """Index, optimizer and its states: one for the dense weights, one for experts if there are any."""
+    """Index, optimizer and its states: one for dense weights, one for experts if any."""
     chained = getattr(optimizer, "chained_optimizers", [optimizer])
     return [
         (index, single, states if len(chained) == 1 else states[index])
@@ -71,13 +71,13 @@ def each_single(optimizer: Any, states: dict[Any, Any]) -> list[tuple[int, Any, 
 def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any]) -> None:
     """Megatron's own loading, corrected for torch's AdamW, which keeps a step count per parameter.
 
-    Copying the moments, Megatron stumbles over the counts; and it gives all parameters one tensor, which AdamW would then
-    count up once per parameter.
+    When copying the moments, Megatron fails on the counts. And it gives all parameters one shared tensor, which AdamW would
+    then increment once per parameter.
     """
     for index, single, state_dict in each_single(optimizer, loaded):
         if type(single.optimizer) is torch.optim.AdamW:
             for group in state_dict["optimizer"]["param_groups"]:
-                group["fused"] = True  # a checkpoint's options replace ours; torch puts counts of steps beside the weights then
+                group["fused"] = True  # loaded options replace ours; with it, torch keeps step counts beside the weights
         single.load_state_dict(state_dict)
         states = single.optimizer.state.values()
         counts = [state.pop("step", None) for state in states]
@@ -86,13 +86,13 @@ def load_states(optimizer: Any, loaded: dict[Any, Any], moments: dict[int, Any])
             if count is not None:
                 state["step"] = count.clone()
         if isinstance(single.optimizer, HybridDeviceOptimizer):
-            # Before each of its steps it writes its groups' options over those of the optimizers that it leads, and with the
-            # loaded count of steps would set back Transformer Engine's, which counts by group.
+            # Before each step it copies its groups' options to its inner optimizers. The loaded step count would reset
+            # Transformer Engine's, which counts per group.
             for group in single.optimizer.param_groups:
                 group.pop("step", None)
 
 
 def copy_master_weights(optimizer: Any) -> None:
-    """Set the model's weights to the optimizer's master weights, in the model's precision."""
+    """Set the model's weights to the optimizer's master weights, in the model's dtype."""
     for single in getattr(optimizer, "chained_optimizers", [optimizer]):
         single._copy_main_params_to_model_params()

@@ -1,1 +1,1 @@
-"""The installed software and the GPUs: whether they fit each other, and the command that fixes it if not."""
+"""The installed software and the GPUs: whether they are compatible, and otherwise the command that fixes it."""

@@ -1,4 +1,4 @@
-"""Checks of the installation that `mpo train` makes before anything loads."""
+"""Checks of the installation before `mpo train` loads anything."""
 
 from __future__ import annotations
 
@@ -14,44 +14,42 @@ ATTENTION = ("flash-attn", "flash-attn-3", "nvidia-cudnn-frontend")
 """Packages whose kernels are used automatically if they import."""
 
 APEX_EXTENSION = "fused_weight_gradient_mlp_cuda"
-"""Module of NVIDIA's apex that adds weight gradients to their buffer inside the GEMM; Transformer Engine's layers need none."""
+"""Module of NVIDIA's apex that adds weight gradients to their buffer inside the GEMM; not needed with Transformer Engine."""
 
 
 def require_working_gpus(backend: str) -> None:
-    """Refuse to train on a CPU beside a GPU that torch cannot use, or on slow layers beside a Transformer Engine that is broken.
+    """Refuse to train on a CPU if torch cannot use an existing GPU, or on slow layers if Transformer Engine is broken.
 
     Args:
         backend: `model.backend`
     Raises:
-        ConfigError: with the fix.
+        ConfigError: gives the fix.
     """
     if (problem := unusable_gpus() or unsupported_gpus()) is not None:
         raise ConfigError(f"{problem}.")
     if torch.cuda.is_available() and backend != "local" and (problem := broken_transformer_engine()) is not None:
-        raise ConfigError(f"model.backend = {backend}, but {problem}. Or set model.backend to local: no FP8, and slower layers.")
+        raise ConfigError(f"model.backend = {backend}, but {problem}. Or set model.backend to local (no FP8, slower layers).")
 
 
 def has_fused_gradients() -> bool:
-    """Whether layers that are not Transformer Engine's can add weight gradients inside the GEMM: NVIDIA's apex is there."""
+    """Whether layers other than Transformer Engine's can add weight gradients inside the GEMM: needs NVIDIA's apex."""
     return torch.cuda.is_available() and import_error(APEX_EXTENSION) is None
 
 
 def shortfalls(*, transformer_engine: bool) -> list[str]:
-    """What makes a run on GPUs slower than it could be, one line each; nothing on a CPU.
+    """Reasons why a run on GPUs is slower than possible, one line each; empty on a CPU.
 
     Args:
-        transformer_engine: whether layers come from it
+        transformer_engine: whether it provides the layers
     """
     if not torch.cuda.is_available():
         return []
     found = []
     if not transformer_engine and not is_installed():
-        found.append(
-            f"Transformer Engine is not installed: layers are slower, and there is no FP8; {install_transformer_engine()}"
-        )
+        found.append(f"Transformer Engine is not installed: layers are slower, without FP8; {install_transformer_engine()}")
     if not transformer_engine and not has_fused_gradients():
         found.append(
-            "NVIDIA's apex is not installed: without Transformer Engine, weight gradients are added in a pass of their own; "
+            "NVIDIA's apex is not installed: without Transformer Engine, weight gradients are added in a separate pass; "
             "install either"
         )
     for package in PACKAGES:

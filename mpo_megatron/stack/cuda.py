@@ -1,4 +1,4 @@
-"""The NVIDIA driver, the CUDA of torch, and the GPUs: whether torch can compute on them."""
+"""The NVIDIA driver, torch's CUDA, and the GPUs: whether torch can compute on them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ import torch
 from mpo_megatron.stack.problem import Problem
 
 OLDEST_DRIVER = {11: "450.80", 12: "525.60", 13: "580.65"}
-"""Oldest driver for each major version of CUDA on Linux (CUDA release notes, minor version compatibility)."""
+"""Oldest Linux driver for each major version of CUDA (CUDA release notes, minor version compatibility)."""
 
 HIDDEN = ("", "-1", "NoDevFiles")
-"""Values of CUDA_VISIBLE_DEVICES that hide every GPU; the last one is Slurm's for jobs without GPUs."""
+"""Values of CUDA_VISIBLE_DEVICES that hide every GPU; the last one is set by Slurm for jobs without GPUs."""
 
 ON_CPU = "to compute on the CPU anyway, set CUDA_VISIBLE_DEVICES to nothing: CUDA_VISIBLE_DEVICES= mpo …"
 
 SYSTEM_NOT_READY = "802"
-"""CUDA's error while the fabric manager of a machine with NVSwitch is not running."""
+"""CUDA's error if the fabric manager of a machine with NVSwitch is not running."""
 
 
 def gpu_files() -> list[str]:
-    """Device files of the NVIDIA GPUs that this process may open; in a container, those given to it."""
+    """Device files of NVIDIA GPUs that this process may open; in a container, those passed to it."""
     return sorted(glob.glob("/dev/nvidia[0-9]*"))
 
 
@@ -42,7 +42,7 @@ def driver_version() -> str | None:
 
 
 def driver_cuda() -> tuple[int, int] | str:
-    """The newest CUDA that the driver knows, (major, minor); or why its library does not answer."""
+    """The newest CUDA that the driver supports, (major, minor); or why its library does not answer."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError as error:
@@ -54,7 +54,7 @@ def driver_cuda() -> tuple[int, int] | str:
 
 
 def torch_cuda() -> tuple[int, int] | None:
-    """The CUDA that torch is built for; None for a torch without CUDA."""
+    """torch's CUDA version; None for a torch without CUDA."""
     if torch.version.cuda is None:
         return None
     major, minor = torch.version.cuda.split(".")[:2]
@@ -62,7 +62,7 @@ def torch_cuda() -> tuple[int, int] | None:
 
 
 def unusable_gpus() -> Problem | None:
-    """Why torch cannot compute on this machine's GPUs; None if it can, if there is none, or if they are hidden on purpose."""
+    """Why torch cannot compute on this machine's GPUs; None if it can, if there are none, or if they are hidden on purpose."""
     files = gpu_files()
     if torch.cuda.is_available() or not files or os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN:
         return None
@@ -83,20 +83,20 @@ def unusable_gpus() -> Problem | None:
     if known[0] < needed[0]:
         oldest, driver = OLDEST_DRIVER[needed[0]], driver_version() or "of unknown version"
         return Problem(
-            what=f"{there}, but the driver ({driver}) is too old: it knows CUDA {known[0]}.{known[1]}, and torch "
+            what=f"{there}, but the driver ({driver}) is too old: it supports CUDA {known[0]}.{known[1]}, but torch "
             f"{torch.__version__} needs CUDA {cuda}",
             cure=f"update it to {oldest} or newer (Ubuntu: apt install nvidia-driver-{oldest.partition('.')[0]}-server), or "
             f"install a torch for CUDA {known[0]} (https://pytorch.org/get-started); {ON_CPU}",
         )
     error = cuda_error()
-    cure = "look whether nvidia-smi lists them, and restart the machine if it does not"
+    cure = "check whether nvidia-smi lists them, and restart the machine if not"
     if SYSTEM_NOT_READY in error:
         cure = "start the fabric manager: systemctl start nvidia-fabricmanager"
     return Problem(what=f"{there}, but CUDA does not start ({error})", cure=f"{cure}; {ON_CPU}")
 
 
 def cuda_error() -> str:
-    """torch's error when CUDA does not start."""
+    """torch's error message when CUDA does not start."""
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:
@@ -105,7 +105,7 @@ def cuda_error() -> str:
 
 
 def unsupported_gpus() -> Problem | None:
-    """GPUs that torch has no kernels for, being older or newer than those it is compiled for; None if there is none."""
+    """GPUs for which torch has no kernels, because they are older or newer than its targets; None if there are none."""
     if not torch.cuda.is_available() or torch.version.cuda is None:
         return None
     compiled = torch.cuda.get_arch_list()
@@ -116,7 +116,8 @@ def unsupported_gpus() -> Problem | None:
             older = capability < oldest
             return Problem(
                 what=f"GPU {index} ({torch.cuda.get_device_name(index)}, sm_{capability[0]}{capability[1]}) is "
-                f"{'too old' if older else 'unknown'} for torch {torch.__version__}, which has kernels for {', '.join(compiled)}",
+                f"{'too old' if older else 'unknown'} for torch {torch.__version__}, which has kernels for "
+                f"{', '.join(compiled)} only",
                 cure="use a newer GPU, or a torch for an older CUDA (https://pytorch.org/get-started)"
                 if older
                 else "install a newer torch, or one for a newer CUDA (https://pytorch.org/get-started)",
@@ -128,7 +129,7 @@ def has_kernels(capability: tuple[int, int], compiled: list[str]) -> bool:
     """Whether code for these architectures (`sm_90`, `sm_90a`, `compute_120`) runs on a GPU of this compute capability."""
     for name in compiled:
         target = parse_architecture(name)
-        if name.startswith("compute_") and target <= capability:  # compiled further by the driver
+        if name.startswith("compute_") and target <= capability:  # the driver compiles it for newer GPUs
             return True
         specific = name[-1].isalpha()
         if target == capability or (not specific and target[0] == capability[0] and target < capability):
@@ -143,7 +144,7 @@ def parse_architecture(name: str) -> tuple[int, int]:
 
 
 def find_nvcc() -> str | None:
-    """CUDA's compiler, which comes with the headers that extensions are built with: NVIDIA's wheel of it, or a toolkit's."""
+    """CUDA's compiler, with the headers for building extensions: from NVIDIA's wheel, or from a toolkit."""
     home = os.environ.get("CUDA_HOME")
     wheels = glob.glob(str(Path(sysconfig.get_path("purelib")) / "nvidia" / "*" / "bin" / "nvcc"))
     for path in (*wheels, *([f"{home}/bin/nvcc"] if home else []), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"):

@@ -1,4 +1,4 @@
-"""Why an installed package does not import, and what to do about it."""
+"""Why an installed package does not import, and how to fix it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NO_EXTENSION = ("transformer_engine_torch", "Could not find `transformer-engine"
 """Its core's error without that extension."""
 
 FAILED = 3
-"""Exit code of this module as a program: the module it was asked for does not import, and the last line says why."""
+"""Exit code of this module as a program: the module does not import, and the last line tells why."""
 
 
 def import_error(module: str) -> str | None:
@@ -78,7 +78,7 @@ def diagnose(distribution: str, error: str) -> Problem:
     """What an import's error means.
 
     Args:
-        error: as `import_error` gives it
+        error: as returned by `import_error`
     """
     version = version_of(distribution)
     if version is None and distribution == "transformer-engine":  # its core alone

@@ -1,4 +1,4 @@
-"""The packages that a run on GPUs uses: versions, the CUDA each is built for, and whether they fit each other."""
+"""The packages used by a run on GPUs: versions, their CUDA, and whether they are compatible."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Package:
     name: str
     """Its distribution."""
     module: str
-    """What to import."""
+    """The module to import."""
     serves: str
-    """What a run gains from it, or loses without it."""
+    """Its use in a run."""
     compiled: tuple[str, ...] = ()
-    """Distributions with its compiled part, where that is not its own."""
+    """Distributions with its compiled part, if separate."""
     optional: bool = True
 
 
@@ -60,34 +60,34 @@ PACKAGES = (
 """In the order in which `mpo doctor` lists them."""
 
 CUDA_LIBRARY = re.compile(rb"lib(?:cudart|cublas|cublasLt|nvrtc)\.so\.(\d+)")
-"""What a shared library says of the CUDA that it is linked to."""
+"""How a shared library names the CUDA it is linked to."""
 
 SELF_CHECKED = ("torch", "triton", "transformer-engine")
-"""Not compared with torch's CUDA by what they are linked to: the first two are torch's, the third has a name for each CUDA."""
+"""Not compared with torch's CUDA by their links: the first two are torch's, the third has one name per CUDA version."""
 
 
 LIVE_VLLM = SpecifierSet(">=0.33,<0.34")
-"""Versions of vLLM with the interface by which a live engine takes weights (tools/vllm_names.py); others only generate."""
+"""Versions of vLLM with the weight update interface of live engines (tools/vllm_names.py); others only generate."""
 
 
 def missing_for_live_vllm() -> str | None:
-    """Why no vLLM here can sample beside the training, with the fix; None if one can."""
+    """Why no vLLM here can sample during training, with the fix; None if one can."""
     version = version_of("vllm")
     if version is None:
         return f"vllm is not installed: pip install 'vllm{LIVE_VLLM}'"
     if not LIVE_VLLM.contains(version, prereleases=True):
-        return f"vllm {version} takes weights by another interface than that of vllm{LIVE_VLLM}: pip install 'vllm{LIVE_VLLM}'"
+        return f"vllm {version} has another weight update interface than vllm{LIVE_VLLM}: pip install 'vllm{LIVE_VLLM}'"
     return None
 
 
 def is_importable(package: Package) -> bool:
-    """Whether there is something to import, working or not."""
+    """Whether the module exists, working or not."""
     root = package.module.partition(".")[0]
     return sys.modules.get(root) is not None or (root not in sys.modules and importlib.util.find_spec(root) is not None)
 
 
 def linked_cuda(package: Package) -> int | None:
-    """Major version of the CUDA that a package's libraries name: torch's if it is among several; None if they name none."""
+    """Major version of the CUDA in the links of a package's libraries: torch's if among several; None if there is none."""
     ours = torch_cuda()
     found: set[int] = set()
     for name in package.compiled or (package.name,):
@@ -105,7 +105,7 @@ def linked_cuda(package: Package) -> int | None:
 
 
 def cudas_of_library(path: Path) -> Iterator[int]:
-    """Major versions of the CUDA libraries that a shared library names; one that opens them by name may know several."""
+    """Major versions of the CUDA libraries named in a shared library; one that loads them dynamically may name several."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             for match in CUDA_LIBRARY.finditer(content):
@@ -115,7 +115,7 @@ def cudas_of_library(path: Path) -> Iterator[int]:
 
 
 def other_cudas() -> list[Problem]:
-    """Packages that are linked to another CUDA than torch's."""
+    """Packages linked to another CUDA than torch's."""
     ours, found = torch_cuda(), []
     for package in PACKAGES:
         major = linked_cuda(package) if package.name not in SELF_CHECKED else None
@@ -123,7 +123,7 @@ def other_cudas() -> list[Problem]:
             version = version_of(package.name)
             found.append(
                 Problem(
-                    what=f"{package.name} {version} is built for CUDA {major}, torch {version_of('torch')} for CUDA "
+                    what=f"{package.name} {version} is built for CUDA {major}, but torch {version_of('torch')} for CUDA "
                     f"{ours[0]}.{ours[1]}",
                     cure=f"{reinstall(package.name, version)}; or without it: pip uninstall {package.name}",
                 )
@@ -132,7 +132,7 @@ def other_cudas() -> list[Problem]:
 
 
 def unmet_requirements() -> list[Problem]:
-    """Versions outside what this package or another of the table requires, such as a vllm built for another torch."""
+    """Versions outside the requirements of this package or of another in the table, such as a vllm built for another torch."""
     found = []
     for name in ("mpo-megatron", *(package.name for package in PACKAGES)):
         try:
@@ -159,14 +159,14 @@ def unmet_requirements() -> list[Problem]:
 
 
 def other_apex() -> Problem | None:
-    """The package index's `apex`, which is not NVIDIA's; None if it is not there."""
+    """The package index's `apex`, which is not NVIDIA's; None if not installed."""
     if version_of("apex") is None or importlib.util.find_spec("apex") is None:
         return None
     places = importlib.util.find_spec("apex").submodule_search_locations or []  # type: ignore[union-attr]
     if any((Path(place) / "multi_tensor_apply").is_dir() for place in places):
         return None
     return Problem(
-        what=f"apex {version_of('apex')} is the package index's, another project than NVIDIA's apex",
+        what=f"apex {version_of('apex')} comes from the package index, and is another project than NVIDIA's apex",
         cure="pip uninstall apex, and if you want NVIDIA's: pip install --no-build-isolation git+https://github.com/NVIDIA/apex",
         severity="warning",
     )

@@ -14,7 +14,7 @@ class Problem:
     cure: str
     """A command, or another fix."""
     severity: Literal["error", "warning"] = "error"
-    """A warning costs speed or an option; with an error, runs that need it are refused."""
+    """A warning costs speed or a feature; an error makes runs that need it fail."""
 
     def __str__(self) -> str:
         return f"{self.what}; {self.cure}"

@@ -15,20 +15,20 @@ MODULE = "transformer_engine.pytorch"
 
 
 def is_installed() -> bool:
-    """Whether there is a Transformer Engine, working or not."""
+    """Whether Transformer Engine is installed, working or not."""
     package = MODULE.partition(".")[0]
     return sys.modules.get(package) is not None or (package not in sys.modules and importlib.util.find_spec(package) is not None)
 
 
 def install_transformer_engine() -> str:
-    """How to install it for this torch, and its build tools if they are missing here."""
+    """How to install it for this torch, including missing build tools."""
     cuda = torch_cuda() or (13, 0)
     build = f"NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install --no-build-isolation 'transformer-engine[core_cu{cuda[0]},pytorch]<2.21'"
     if find_nvcc() is not None:
         return f"install it: {build}"
     # torch's own wheels bring only part of the headers.
     toolkit = f"pip install 'cuda-toolkit[cccl,nvcc]=={cuda[0]}.{cuda[1]}.*' ninja pybind11"
-    return f"there is no nvcc to build it with either: {toolkit}, then {build}"
+    return f"nvcc, which builds it, is missing too: {toolkit}, then {build}"
 
 
 def broken_transformer_engine() -> Problem | None:
@@ -42,13 +42,13 @@ def broken_transformer_engine() -> Problem | None:
 
 
 def other_cuda() -> Problem | None:
-    """Transformer Engine's core for another CUDA than torch's; None if they agree."""
+    """A Transformer Engine core for another CUDA than torch's; None if they agree."""
     ours = torch_cuda()
     for major in (12, 13):
         version = version_of(f"transformer-engine-cu{major}")
         if version is not None and ours is not None and major != ours[0]:
             return Problem(
-                what=f"transformer-engine-cu{major} {version} is built for CUDA {major}, torch {torch.__version__} for CUDA "
+                what=f"transformer-engine-cu{major} {version} is built for CUDA {major}, but torch {torch.__version__} for CUDA "
                 f"{ours[0]}.{ours[1]}",
                 cure=f"pip uninstall transformer-engine-cu{major} transformer-engine-torch transformer-engine, then "
                 f"{install_transformer_engine()}",

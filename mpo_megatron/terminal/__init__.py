@@ -1,9 +1,9 @@
-"""Between a command and the terminal that it runs in.
+"""Between a command and its terminal.
 
-    visible, console   text of others, shown without obeying it
-    output             output that nobody reads any more
-    next_command       the command that comes after a finished one
+    visible, console   foreign text, printed without its control characters
+    output             output whose reader has gone
+    next_command       the command to run after a finished one
     interruption       requests to stop a command that runs in one process
 
-It imports nothing else of the package.
+Imports nothing else from the package.
 """

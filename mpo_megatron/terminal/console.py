@@ -1,4 +1,4 @@
-"""Where commands print: a console on which text of others can neither command the terminal nor be taken for markup."""
+"""The console for commands' output: foreign text can neither control the terminal nor act as markup."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mpo_megatron.terminal.visible import visible
 
 
 class Console(RichConsole):
-    """rich's console, with the characters that a terminal obeys shown as escapes, and `[…]` as it stands."""
+    """rich's console; control characters are shown as escapes, and `[…]` is printed literally."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"markup": False, **options})
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """The pieces that are printed: rich's own commands, and texts without any."""
+        """The printed segments: rich's own control codes, and texts without any."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text, lines=True), segment.style)

@@ -1,4 +1,4 @@
-"""What a finished command ends with: the command that usually comes next, with the paths that are known."""
+"""Suggestions at a command's end: the usual next command, with known paths filled in."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mpo_megatron.terminal.visible import visible
 
 @dataclass(frozen=True)
 class NextCommand:
-    """A command to type; words in capitals are names to choose."""
+    """A command to type; words in capitals are placeholders."""
 
     words: tuple[str, ...]
     purpose: str
 
 
 def say_next(commands: Sequence[NextCommand]) -> None:
-    """Print the commands, one a line, with what each is for."""
+    """Print the commands, one per line, with their purpose."""
     lines = [f"  {visible(shlex.join(command.words))}    # {command.purpose}" for command in commands]
     if lines:
         print("\n".join(["next:", *lines]), flush=True)
@@ -44,7 +44,7 @@ def after_convert(output: str) -> list[NextCommand]:
 
 
 def after_prepare(output: str, tokenizer: str) -> list[NextCommand]:
-    """After `mpo prepare`: training, with the held-out groups if there are any."""
+    """After `mpo prepare`: training, with the held-out groups if any."""
     is_model = any((Path(tokenizer) / name).is_file() for name in ("config.json", "conversion.json"))
     model = tokenizer if is_model else "MODEL"
     held_out = f"{output}-eval"
@@ -76,7 +76,7 @@ def after_select(output: str) -> list[NextCommand]:
 
 
 def after_train(output: str) -> list[NextCommand]:
-    """After a whole training run: what it did, and its model for other programs."""
+    """After a complete training run: its report, and its model for other programs."""
     return [
         _command("curves and held-out groups", *_words("mpo report {} --output {}", output, Path(output) / "report.html")),
         _command("the model for transformers and vLLM", *_words("mpo convert --input {} --output ALIGNED", output)),
@@ -89,28 +89,28 @@ def after_reference(arguments: Sequence[str]) -> list[NextCommand]:
 
 
 def after_iterate(output: str, rounds: int) -> list[NextCommand]:
-    """After the last round: a talk with the policy, beside the one that the rounds started from."""
+    """After the last round: chat with the last policy beside the first."""
     first, last = (Path(output) / "policies" / f"{number:02d}" / "hf" for number in (0, rounds))
     return [_command("talk to the last policy and the first", *_words("mpo chat {} --beside {}", last, first))]
 
 
 def after_evaluate(output: str) -> list[NextCommand]:
-    """After an evaluation: its picture."""
+    """After an evaluation: its plot."""
     picture = Path(output) / "evaluation.png"
     return [_command("intervals, margins and lengths", "open", picture)] if picture.is_file() else []
 
 
 def after_report(page: str, runs: Sequence[str]) -> list[NextCommand]:
-    """After a report: to look at it; of a single run, its model for other programs."""
+    """After a report: view it; for a single run, also export its model."""
     export = [_command("the model for transformers and vLLM", *_words("mpo convert --input {} --output ALIGNED", runs[0]))]
     return [_command("in a browser", "open", page), *(export if len(runs) == 1 else [])]
 
 
 def after_plan(train: str | None, gpus: int, gpus_per_node: int | None) -> list[NextCommand]:
-    """After a plan: the run, on this machine or as a cluster's job.
+    """After a plan: the run, on this machine or as a cluster job.
 
     Args:
-        gpus_per_node: None: 8
+        gpus_per_node: None means 8
     """
     gpus_per_node = gpus_per_node or 8
     if train is None:
@@ -124,6 +124,6 @@ def after_plan(train: str | None, gpus: int, gpus_per_node: int | None) -> list[
 
 
 def _words(template: str, *values: object) -> list[str]:
-    """The template's words, with values in the places of its `{}`."""
+    """The template's words, with values in place of its `{}`."""
     rest = iter(values)
     return [str(next(rest)) if word == "{}" else word for word in template.split()]

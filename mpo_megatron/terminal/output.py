@@ -1,4 +1,4 @@
-"""Output that nobody reads any more, as after `mpo train | head`, ends no training."""
+"""Output without a reader, as after `mpo train | head`, must not end training."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 GONE = (errno.EPIPE, errno.EIO, errno.ENXIO)
-"""What writing ends with when the reader has closed the pipe, or the terminal is gone."""
+"""Errors of writing after the reader closed the pipe, or the terminal is gone."""
 
 
 def outlive_readers() -> None:
-    """From now on, what is printed to a pipe or a terminal that has been closed is dropped."""
+    """From now on, drop output to a pipe or terminal that has been closed."""
     sys.stdout, sys.stderr = _lasting(sys.stdout), _lasting(sys.stderr)
 
 
 def _lasting(stream: TextIO) -> TextIO:
-    """The same output, without errors when its reader has gone."""
+    """The same stream, without errors when its reader has gone."""
     try:
         stream.flush()
         descriptor = stream.fileno()
-    except (OSError, ValueError, AttributeError):  # no file: a test's, a notebook's
+    except (OSError, ValueError, AttributeError):  # not a file: in a test or a notebook
         return stream
     if isinstance(getattr(getattr(stream, "buffer", None), "raw", None), _Lasting):
         return stream
@@ -34,7 +34,7 @@ def _lasting(stream: TextIO) -> TextIO:
 
 
 class _Lasting(io.RawIOBase):
-    """A file descriptor that is replaced by the null device when its reader has gone."""
+    """A file descriptor that switches to the null device when its reader has gone."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
@@ -44,7 +44,7 @@ class _Lasting(io.RawIOBase):
         return True
 
     def isatty(self) -> bool:
-        """Whether this is a terminal: progress bars ask."""
+        """Whether this is a terminal, for progress bars."""
         return os.isatty(self.descriptor)
 
     def fileno(self) -> int:
@@ -52,7 +52,7 @@ class _Lasting(io.RawIOBase):
         return self.descriptor
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write, or drop; the number of bytes that were taken."""
+        """Write, or drop; the number of accepted bytes."""
         try:
             return os.write(self.descriptor, data)
         except OSError as error:

@@ -1,14 +1,14 @@
-"""Text of others, shown: characters that a terminal obeys, or that reorder what a reader sees, become visible escapes."""
+"""Foreign text made visible: characters that control the terminal or reorder text become visible escapes."""
 
 from __future__ import annotations
 
 import re
 
 _OBEYED = (
-    "\x00-\x1f\x7f-\x9f"  # ESC, CSI, OSC, backspace, carriage return and their like, C1 among them
-    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of writing direction
+    "\x00-\x1f\x7f-\x9f"  # ESC, CSI, OSC, backspace, carriage return and similar, including C1
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks, embeddings, overrides and isolates of text direction
     "\u2028\u2029"  # separators of lines and paragraphs
-    "\ud800-\udfff"  # halves of a character, which no output can encode
+    "\ud800-\udfff"  # halves of surrogate pairs, which cannot be encoded
     "\U000e0000-\U000e007f"  # tags: invisible
 )
 _ONE_LINE = re.compile(f"[{_OBEYED}]")
@@ -17,10 +17,10 @@ _NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
 
 
 def visible(text: object, *, lines: bool = False) -> str:
-    """The text with every such character as its escape, for example `\\x1b`; all other text is as it was.
+    """The text with every such character as its escape, for example `\\x1b`; all other text is unchanged.
 
     Args:
-        lines: leave line breaks and tabs as they are, for a text of several lines that may break into lines of its own
+        lines: keep line breaks and tabs, for text that may span several lines
     """
     return (_LINES if lines else _ONE_LINE).sub(_escape, str(text))
 

@@ -1,6 +1,6 @@
-"""A packed row, read back: which tokens are prompt, response or padding, what is scored, and who attends to whom.
+"""Decode a packed row: which tokens are prompt, response or padding, which are scored, and which attend to which.
 
-Everything is read off the row's own arrays, the ones that training computes with, so what is shown is what is computed.
+Everything is read from the row's own arrays, which training computes with, so the display shows the actual computation.
 Legend: T tokens of a row.
 """
 
@@ -31,7 +31,7 @@ class Token(NamedTuple):
     scored: bool
     """Whether its log-prob enters the loss."""
     position: int | None
-    """Its position id; None where it is not an input of the row: a response's last token is only predicted."""
+    """Its position id; None for a response's last token, which is only predicted, not an input of the row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,24 +40,24 @@ class Block:
 
     role: Role
     slot: int | None
-    """The group's place in the step; None for padding."""
+    """The group's slot in the step; None for padding."""
     response: int | None
-    """Which response of the group; None for prompts and padding."""
+    """Index of the response in its group; None for prompts and padding."""
     start: int | None
-    """Where it begins in the row; None if it does not lie there."""
+    """Its start in the row; None if it is not in the row."""
     num_inputs: int
-    """Tokens of the row that it takes."""
+    """Number of tokens in the row."""
     tokens: tuple[Token, ...]
 
 
 def blocks_of(
     row: Row, groups: Sequence[TokenizedGroup], tokenizer: Tokenizer, left_out: Sequence[tuple[int, int]]
 ) -> list[Block]:
-    """The row's blocks in order, then the responses that the loss leaves out.
+    """The row's blocks in order, then responses that the loss does not use.
 
     Args:
         groups: [G] the step's groups
-        left_out: (slot, response) of responses of the row's groups that lie in no row
+        left_out: (slot, response) of responses of the row's groups that are in no row
     """
     read = Reader(tokenizer)
     owner = owners(row)
@@ -81,7 +81,7 @@ def blocks_of(
             tokens=tuple(tokens),
         )
         blocks.append((start, block))
-    for number in range(len(row.responses)):  # a response of one token is only predicted: it lies nowhere
+    for number in range(len(row.responses)):  # a response of one token is only predicted: it has no input token
         start, end = row.inputs[number].tolist()
         if start == end:
             blocks.append((start - 0.5, _response_block(row, number, groups, None, None, read)))
@@ -91,7 +91,7 @@ def blocks_of(
 
 
 def owners(row: Row) -> npt.NDArray[np.int64]:
-    """[T] which of the row's responses an input token belongs to; PROMPT or PADDING."""
+    """[T] the row's response that each input token belongs to; or PROMPT or PADDING."""
     owner = np.full(len(row.tokens), PROMPT)
     for number in range(len(row.responses)):
         start, end = row.inputs[number].tolist()
@@ -110,7 +110,7 @@ def attention_mask(row: Row) -> npt.NDArray[np.bool_]:
 
 
 def _runs(row: Row, owner: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
-    """(start, end, slot) of stretches of one owner within one segment."""
+    """(start, end, slot) of ranges with one owner within one segment."""
     runs = []
     for start, end, _, _ in row.segments.tolist():
         edges = [start, *(start + 1 + np.flatnonzero(np.diff(owner[start:end]))).tolist(), end]
@@ -119,7 +119,7 @@ def _runs(row: Row, owner: npt.NDArray[np.int64]) -> list[tuple[int, int, int]]:
 
 
 def _slot(row: Row, end: int) -> int:
-    """The group of a prompt that ends at `end`: that of the first response that follows it; −1 if there is none."""
+    """The group of a prompt that ends at `end`: the group of the first response after it; −1 without one."""
     followers = np.flatnonzero(row.inputs[:, 0] >= end)
     return int(row.responses[followers[0], 0]) if len(followers) else -1
 
@@ -129,9 +129,9 @@ def _response_block(
 ) -> Block:
     slot, response = row.responses[number].tolist()
     first, last = row.inputs[number].tolist()
-    ids = [*row.tokens[first:last].tolist(), int(groups[slot].response_tokens[response][-1])]  # the last one is no input
+    ids = [*row.tokens[first:last].tolist(), int(groups[slot].response_tokens[response][-1])]  # the last token is no input
     sources = row.sources[row.response_of == number]
-    scored = set(np.where(sources >= first, sources - first + 1, 0).tolist())  # the first token's source is the prompt's last
+    scored = set(np.where(sources >= first, sources - first + 1, 0).tolist())  # the first token is predicted by the prompt's last
     positions = [*row.position_ids[first:last].tolist(), None]
     tokens = [
         read.token(token, place in scored, position) for place, (token, position) in enumerate(zip(ids, positions, strict=True))
@@ -152,17 +152,17 @@ def _left_out(group: TokenizedGroup, slot: int, response: int, read: Reader) -> 
 
 
 class Reader:
-    """Decodes token ids, each on its own."""
+    """Decodes token ids one by one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        # Decoders drop the space before a text's first word; behind another token it stays.
+        # Decoders drop the space before a text's first word, but keep it after another token.
         self.anchor = tokenizer.encode("a")[-1:]
         self.lead = tokenizer.decode(self.anchor)
         self.known: dict[int, str] = {}
 
     def token(self, index: int | np.integer, scored: bool, position: int | None) -> Token:
-        """One token; a piece of a character, which is no text by itself, as ⟨id⟩."""
+        """One token; a partial character, which is no text by itself, as ⟨id⟩."""
         index = int(index)
         if index not in self.known:
             text = self.tokenizer.decode([*self.anchor, index])

@@ -14,10 +14,10 @@ from mpo_megatron.viewer.terminal import show
 
 
 def inspect(config: InspectConfig, console: Console | None = None) -> None:
-    """Show a group or a row on the terminal, and write the page and the picture if asked for.
+    """Show a group or a row on the terminal; write the page and the picture if requested.
 
     Raises:
-        ConfigError: there is no such group, step or row.
+        ConfigError: no such group, step or row.
         DataError: the data is missing or damaged.
     """
     sight = look(config)

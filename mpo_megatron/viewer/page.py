@@ -18,12 +18,12 @@ from mpo_megatron.viewer.source import Sight
 from mpo_megatron.viewer.terminal import heading, mark_ends
 
 COLOURS = ("#2f9e62", "#2a8fbd", "#a34ea6", "#b98a1e", "#3b6fd4", "#c9514b", "#7a8b2e", "#8a5a3c")
-"""Of responses, in turn; as on the terminal."""
+"""Colours of responses, in turn; as on the terminal."""
 PROMPT_COLOUR, PADDING_COLOUR = "#6b7484", "#d5d9e0"
 
 
 def write_page(sight: Sight, blocks: Sequence[Block], path: Path) -> None:
-    """Write the page: one file that needs nothing else."""
+    """Write the page: one self-contained file."""
     environment = Environment(loader=PackageLoader("mpo_megatron.viewer", "page"), autoescape=True, undefined=StrictUndefined)
     text = environment.get_template("inspect.html.j2").render(
         title=visible(sight.title),
@@ -67,10 +67,10 @@ def _block(block: Block, sight: Sight) -> dict[str, Any]:
 
 
 def draw_mask(sight: Sight) -> bytes:
-    """The attention mask as a PNG: a dot where a query (downwards) sees a key, in the colour of the query's response."""
+    """The attention mask as a PNG: a dot where a query (vertical) sees a key, in the colour of the query's response."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws to memory, with no display
+    matplotlib.use("Agg")  # draws to memory, without a display
     import matplotlib.pyplot as plt
     from matplotlib.colors import to_rgb
 

@@ -1,4 +1,4 @@
-"""What to look at: a group of a prepared folder, or a row of a run's step."""
+"""Find what to inspect: a group of a prepared folder, or a row of a run's step."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Sight:
     title: str
     row: Row
     groups: tuple[TokenizedGroup, ...]
-    """[G] the groups that the row's slots count."""
+    """[G] the groups that the row's slots refer to."""
     left_out: tuple[tuple[int, int], ...]
     """(slot, response) of responses of the row's groups that the loss does not use."""
     sets: Sets | None
-    """[G, K] 1 preferred, 0 not, −1 neither, as the run's loss splits groups; None without a run."""
+    """[G, K] 1 preferred, 0 other, −1 neither, as the run's loss splits groups; None without a run."""
     tokenizer: Tokenizer
 
 
 def look(config: InspectConfig) -> Sight:
-    """Find what the options name.
+    """Find the row that the options select.
 
     Raises:
-        ConfigError: there is no such group, step, row or replica, or no tokenizer.
+        ConfigError: no such group, step, row or replica, or no tokenizer.
         DataError: the data is missing or damaged.
     """
     return _row_of_run(config) if config.run is not None else _group_of_data(config)
@@ -62,7 +62,7 @@ def _group_of_data(config: InspectConfig) -> Sight:
     )
     row = build_row(plan.rows[0][0], [group], layout=config.layout)
     source = config.tokenizer or data.info.config.get("tokenizer")
-    require(source is not None, f"{config.data} does not say which tokenizer made it; name it with --tokenizer.")
+    require(source is not None, f"{config.data} does not record its tokenizer; set --tokenizer.")
     return Sight(
         title=f"{config.data}: group {group.group_id}, number {index} of {len(data)}",
         row=row,
@@ -74,17 +74,17 @@ def _group_of_data(config: InspectConfig) -> Sight:
 
 
 def find_group(data: PreparedGroups, wanted: str) -> int:
-    """The place of a group named by id or by place.
+    """The index of a group given by id or index.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no such group.
     """
     ids = data.group_ids()
     if wanted in ids:
         return ids.index(wanted)
     if wanted.isdigit() and int(wanted) < len(data):
         return int(wanted)
-    raise ConfigError(f"group = {wanted}: {data.path} has {len(data)} groups, none with this id; the first is {ids[0]}.")
+    raise ConfigError(f"group = {wanted}: {data.path} has {len(data)} groups, but none with this id; the first id is {ids[0]}.")
 
 
 def _row_of_run(config: InspectConfig) -> Sight:
@@ -98,7 +98,7 @@ def _row_of_run(config: InspectConfig) -> Sight:
 
     shape = _row_shape(train, replicas, config.replica)
     first = train.data.first_step
-    require(config.step > first, f"step = {config.step}: the data of {folder} begins after step {first}.")
+    require(config.step > first, f"step = {config.step}: the data of {folder} starts after step {first}; choose a later step.")
     indices = step_indices(
         config.step - 1 - first, len(data), train.data.groups_per_step, seed=train.seed, shuffle=train.data.shuffle
     )
@@ -122,17 +122,17 @@ def _row_of_run(config: InspectConfig) -> Sight:
 
 
 def _find_inputs(train: TrainConfig, run: Path) -> TrainConfig:
-    """The run's configuration with the paths that its inputs have now."""
+    """The run's configuration with the current paths of its inputs."""
     recorded = to_dict(train)
     data = replace(train.data, train=find_input(run, recorded, "data", "train"))
     return replace(train, data=data, model=replace(train.model, checkpoint=find_input(run, recorded, "model", "checkpoint")))
 
 
 def num_replicas(run: Path) -> int:
-    """Model replicas at the run's last start, as run.json says; 1 without it.
+    """Model replicas at the run's last start, from run.json; 1 without it.
 
     Raises:
-        DamagedError: it is not what the run wrote.
+        DamagedError: run.json differs from what the run wrote.
     """
     path = run / "run.json"
     if not path.is_file():
@@ -142,7 +142,7 @@ def num_replicas(run: Path) -> int:
 
 
 def _row_shape(train: TrainConfig, replicas: int, replica: int) -> RowShape:
-    """As the run cuts its rows."""
+    """The shape of the run's rows."""
     from mpo_megatron.families import load_family
     from mpo_megatron.hf.flops import build_flop_model
     from mpo_megatron.train.row_shape import build_row_shape
@@ -168,6 +168,6 @@ def _tokenizer(source: str, data: PreparedGroups, name: str) -> Tokenizer:
     tokenizer = load_tokenizer(source)
     require(
         tokenizer.digest() == data.info.tokenizer_digest,
-        f"{data.path} was prepared with another tokenizer than {source}; name the right one ({name}).",
+        f"{data.path} was prepared with another tokenizer than {source}; set {name} to the right one.",
     )
     return tokenizer

@@ -16,13 +16,13 @@ from mpo_megatron.viewer.blocks import Block, Token, attention_mask
 from mpo_megatron.viewer.source import Sight
 
 COLOURS = ("green", "cyan", "magenta", "yellow", "blue", "red", "bright_cyan", "bright_magenta")
-"""Of responses, in turn."""
+"""Colours of responses, in turn."""
 MASK_CELLS = 48
-"""Rows, and columns of two characters, of the mask drawn in text."""
+"""Maximum rows, and columns of two characters, of the mask drawn in text."""
 
 
 def show(sight: Sight, blocks: Sequence[Block], console: Console, max_tokens: int) -> None:
-    """Print the row: what it holds in order, and its attention mask."""
+    """Print the row's content in order, and its attention mask."""
     row = sight.row
     console.print(Rule(Text(sight.title, style="bold"), align="left"))
     console.print(
@@ -34,7 +34,7 @@ def show(sight: Sight, blocks: Sequence[Block], console: Console, max_tokens: in
     left = max_tokens
     for block in blocks:
         if left <= 0:
-            console.print(f"… the rest is left out: max_tokens = {max_tokens}", style="yellow")
+            console.print(f"… the rest is omitted: max_tokens = {max_tokens}", style="yellow")
             break
         console.print()
         console.print(Text(heading(block, sight), style=f"bold {colour(block)}"))
@@ -42,25 +42,25 @@ def show(sight: Sight, blocks: Sequence[Block], console: Console, max_tokens: in
             console.print(tokens_text(block.tokens[:left], colour(block), response=block.role == "response"), soft_wrap=False)
             left -= len(block.tokens)
     console.print()
-    console.print(Rule(Text("who attends to whom: queries downwards, keys to the right", style="bold"), align="left"))
+    console.print(Rule(Text("attention mask: queries downwards, keys to the right", style="bold"), align="left"))
     console.print(mask_text(sight, min(MASK_CELLS, console.width // 2)))
 
 
 def legend() -> Text:
-    """What the colours say."""
+    """Explain the colours."""
     styles = {
         "prompt": "white on grey23",
         "response, scored": f"bold {COLOURS[0]}",
         "response, not scored (tool results)": f"dim {COLOURS[0]}",
-        "left out by the loss": "dim strike",
+        "not used by the loss": "dim strike",
         "<special>": "reverse",
-        "only predicted, no input": "underline",
+        "predicted only, not an input": "underline",
     }
     return Text("  ").join(Text(words, style=style) for words, style in styles.items())
 
 
 def heading(block: Block, sight: Sight) -> str:
-    """What a block is, in words."""
+    """A block's description, as text."""
     if block.role == "padding":
         return f"padding · {len(block.tokens)} tokens that nothing attends to"
     group = sight.groups[block.slot] if block.slot is not None and block.slot >= 0 else None
@@ -77,12 +77,12 @@ def heading(block: Block, sight: Sight) -> str:
     if block.response is not None and group is not None and block.slot is not None:
         parts += judgement(group, block.response, None if sight.sets is None else int(sight.sets[block.slot, block.response]))
     if block.role == "left out":
-        parts.append("not in any row: the loss does not use it")
+        parts.append("in no row: the loss does not use it")
     return " · ".join(parts)
 
 
 def judgement(group: TokenizedGroup, response: int, own: int | None) -> list[str]:
-    """A response's reward, label and set in words."""
+    """A response's reward, label and set, as text."""
     parts = []
     if group.rewards is not None:
         parts.append(f"reward {group.rewards[response]:g}")
@@ -101,7 +101,7 @@ def colour(block: Block) -> str:
 
 
 def tokens_text(tokens: Sequence[Token], style: str, *, response: bool) -> Text:
-    """Tokens in a row; every second one is shaded to show the boundaries, and a response's unscored ones are dim."""
+    """Tokens in a row; every second one is shaded to show boundaries, and a response's unscored ones are dim."""
     text = Text()
     for number, token in enumerate(tokens):
         parts = [style]
@@ -117,7 +117,7 @@ def tokens_text(tokens: Sequence[Token], style: str, *, response: bool) -> Text:
 
 
 def mark_ends(text: str) -> str:
-    """A token's text with line ends that can be seen, and without characters that a terminal or a reader's eye obeys."""
+    """A token's text with visible line ends, and without control or reordering characters."""
     marked = text.replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "→\t")
     return visible(marked, lines=True)
 

@@ -112,7 +112,7 @@ def test_pieces_are_shared_and_all_are_compared(tmp_path: Path, monkeypatch: pyt
     digests.check_file(tmp_path / "hf" / "config.json")
     (tmp_path / "hf" / "config.json").write_bytes(b"[]")
     for check in (digests.check_file, lambda path: digests.check_folder(path.parent, weights=False)):
-        with pytest.raises(DamagedError, match=r"config\.json: its bytes are not those that were written"):
+        with pytest.raises(DamagedError, match=r"config\.json: its content differs from what was written"):
             check(tmp_path / "hf" / "config.json")
 
 

@@ -50,7 +50,7 @@ def test_a_command_cleans_up_and_says_how_to_resume(
     assert main(["select"]) == code
     assert cleaned == ["all"]
     assert signal.getsignal(signal.SIGTERM) is before
-    said = f"mpo select: stopped ({number}); what is complete stays: run the same command again to resume.\n"
+    said = f"mpo select: stopped ({number}); completed work is kept: run the same command again to resume.\n"
     assert capsys.readouterr().err == said
 
 

@@ -172,7 +172,7 @@ def test_losses(loss: dict[str, Any], message: str) -> None:
         (
             KeyboardInterrupt(),
             130,
-            "mpo convert: stopped (SIGINT); what is complete stays: run the same command again to resume.\n",
+            "mpo convert: stopped (SIGINT); completed work is kept: run the same command again to resume.\n",
         ),
         (
             PermissionError(13, "Permission denied", "model/a.safetensors"),

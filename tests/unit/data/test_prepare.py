@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_nothing(run: Run, write_lines: Writer, tmp_path: Pat
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))  # a real write error: no file may grow beyond 8 KiB
     try:
-        with pytest.raises(DataError, match=r"out: cannot write: .*; nothing was left there; free some space"):
+        with pytest.raises(DataError, match=r"out: cannot write: .*; no partial output remains; free space"):
             run(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

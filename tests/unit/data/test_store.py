@@ -167,7 +167,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # a real write error: no file may grow beyond 4 KiB
     try:
-        with pytest.raises(DataError, match=r"cannot write: .*; nothing was left there; free some space"):
+        with pytest.raises(DataError, match=r"cannot write: .*; no partial output remains; free space"):
             write(tmp_path / "out", make_groups(500))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -139,10 +139,10 @@ def test_a_run_whose_folder_would_be_lost_with_its_machines_is_refused(config: s
     Path(config).write_text(Path(config).read_text().replace("/data/run", output))
     message = rf"output = {output} in .*train.yaml is in the job's own file system, .* mount storage with "
     for volumes, where in (({}, "where it is mounted"), ({"claim": "/data"}, "below /data")):
-        with pytest.raises(ConfigError, match=rf"{message}--volumes, and name an absolute path {where} as output"):
+        with pytest.raises(ConfigError, match=rf"{message}--volumes, and set output to an absolute path {where}"):
             render(KubernetesJob(train=config, image="registry/mpo:1", volumes=volumes))
         mounts = {path: f"s3://{claim}" for claim, path in volumes.items()}
-        with pytest.raises(ConfigError, match=rf"{message}--mounts, and name an absolute path {where} as output"):
+        with pytest.raises(ConfigError, match=rf"{message}--mounts, and set output to an absolute path {where}"):
             render(SkypilotJob(train=config, accelerators="H100", mounts=mounts))
 
 
@@ -242,7 +242,7 @@ def test_dry_run_writes_the_file_and_submits_nothing(
     assert main([*arguments, "--dry_run", "true"]) == 0
     assert "srun" in output.read_text()
     assert main(arguments) == 2
-    assert "there is no sbatch here" in capsys.readouterr().err
+    assert "sbatch, which submits the job, is not installed here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("output", ["folder", "train.yaml/job.sh"])

@@ -166,7 +166,7 @@ def test_token_values():
 
 
 def test_lengths_below_one():
-    with pytest.raises(ValueError, match=r"lengths\[group 1, response 2\] = 0; a response has tokens"):
+    with pytest.raises(ValueError, match=r"lengths\[group 1, response 2\] = 0; a response must have tokens"):
         group_loss("simpo", POLICY, None, REWARDS, lengths=put(LENGTHS, 0))
 
 

@@ -86,15 +86,15 @@ def test_a_file_that_changes_is_another_loss(tmp_path: Path) -> None:
 WRONG = {
     "def f(batch, x=1.0): return batch": "its parameter x needs a default, and a type",
     "def f(batch, *, x: float): return batch": "its parameter x needs a default, and a type",
-    "def f(batch, **x): return batch": r"its parameter \*\*x takes any number of arguments",
+    "def f(batch, **x): return batch": r"its parameter \*\*x accepts any number of arguments",
     "def f(): return 1": "its first parameter must be the batch",
     "f = 3": "it is of type int, not a function",
     "def g(batch): return 1": "has no function f",
-    "import there_is_no_such_module": "it cannot be imported: ModuleNotFoundError",
-    "def f(batch": "it cannot be imported: SyntaxError",
-    "raise SystemExit(3)": "it cannot be imported: SystemExit",
+    "import there_is_no_such_module": "importing it failed: ModuleNotFoundError",
+    "def f(batch": "importing it failed: SyntaxError",
+    "raise SystemExit(3)": "importing it failed: SystemExit",
     "def f(batch): return batch.policy_logps[0][9, 9]": r"it raises IndexError: .*own\.py, line \d+\)",
-    "def f(batch): return 1.0": "it returns something of type float; a loss is a tensor",
+    "def f(batch): return 1.0": "it returns something of type float; return a tensor",
     "def f(batch): return compute_log_ratios(batch)": r"shape \[4, 5\] for a batch of 4 groups",
     "def f(batch): return compute_log_ratios(batch).sum()": r"shape \[\] for a batch of 4 groups",
     "def f(batch): return compute_log_ratios(batch).detach().sum(-1)": "its gradient is zero",
@@ -103,7 +103,7 @@ WRONG = {
         "its gradient in policy_logps is not finite"
     ),
     "def f(batch): return batch.policy_logps.nan_to_num(0.0).sum(-1)": "its value depends on padding",
-    "def f(batch): return compute_log_ratios(batch).sum(-1) + compute_log_ratios(batch).mean()": "depends on the groups beside",
+    "def f(batch): return compute_log_ratios(batch).sum(-1) + compute_log_ratios(batch).mean()": "depends on the other groups",
 }
 
 

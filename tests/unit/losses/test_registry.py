@@ -107,7 +107,7 @@ def test_adding_a_method_takes_a_few_lines(monkeypatch):
     value = group_loss("margin", policy, reference, torch.tensor([[1.0, 0.0]]), margin=2.0)
     assert torch.allclose(value, torch.tensor([1.7]))
     assert get_loss("margin").summary == "max(0, margin − (s_w − s_l))."
-    with pytest.raises(ValueError, match="loss = 'margin'; it is registered already"):
+    with pytest.raises(ValueError, match="loss = 'margin'; it is already registered"):
         register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="")(compute_margin)
 
 

@@ -523,7 +523,7 @@ def test_bad_megatron_checkpoint(case: str, megatron_copy: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("megatron/.metadata", r"\.metadata: its bytes are not those that were written \(the digest of 0 to .*; copy it again"),
+        ("megatron/.metadata", r"\.metadata: its content differs from what was written \(the digest of 0 to .*; copy it again"),
         ("hf/tokenizer.json", r"tokenizer\.json: its bytes"),
         ("conversion.json", r"conversion\.json: its bytes"),
         (digests.LIST, r"mpo_digests\.json: damaged"),
@@ -546,7 +546,7 @@ def test_damaged_export_is_not_taken_back(megatron: Path, tmp_path: Path) -> Non
     path = back / "model.safetensors"
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(ConfigError, match=r"model\.safetensors: its bytes are not those that were written"):
+    with pytest.raises(ConfigError, match=r"model\.safetensors: its content differs from what was written"):
         convert_folder(back, tmp_path / "again")
 
 

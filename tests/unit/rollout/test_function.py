@@ -104,7 +104,7 @@ def test_params_are_arguments_too() -> None:
 
     assert run_reading(scaled, {"scale": 2}) == [[4, 8], [2]]
     assert run_reading(scaled, {"scale": 2, "power": 2}) == [[8, 32], [2]]
-    with pytest.raises(ConfigError, match="it has no parameter size, which params gives a value"):
+    with pytest.raises(ConfigError, match="params sets size, but the function has no such parameter"):
         run_reading(scaled, {"scale": 2, "size": 1})
 
 
@@ -113,8 +113,8 @@ def test_params_are_arguments_too() -> None:
     [
         (lambda text, meta: 0, r"its parameters \(text, meta\) name none of response, completion"),
         (lambda response, completions: 0, r"name several of response, completion"),
-        (lambda *texts: 0, "its parameter texts has no name to call it by"),
-        (len, "its parameter obj has no name to call it by"),
+        (lambda *texts: 0, "its parameter texts cannot be passed by name"),
+        (len, "its parameter obj cannot be passed by name"),
         (
             lambda response, truth: 0,
             r"its parameter truth is neither .* which has bonus, group_id, level, meta, prompt, reference_answer;",
@@ -147,7 +147,7 @@ def test_in_a_process_of_its_own(tmp_path: Path, capfd: pytest.CaptureFixture[st
     assert scorer.notes == {"a": {"not_finite": 1}}
     with pytest.raises(DataError, match=r"mine\.py:reward, group g, response 1: raised KeyError: 'oops'"):
         scorer.score([group_line("g", "x", "bad")])
-    with pytest.raises(DataError, match=r"group g, response 0: returned 'high'; it has to be a number"):
+    with pytest.raises(DataError, match=r"group g, response 0: returned 'high'; return a number"):
         scorer.score([group_line("g", "text")])
     digest = scorer.digest()
     scorer.close()
@@ -217,7 +217,7 @@ def test_batches_return_one_number_a_response(tmp_path: Path) -> None:
         ("math:nothing", "AttributeError"),
         ("math:pi", "it is of type float, not a function"),
         ("no.py:f", "no such file"),
-        ("builtins:len", "no name to call it by"),
+        ("builtins:len", "cannot be passed by name"),
         ("asyncio:sleep", "it is asynchronous"),
     ],
 )

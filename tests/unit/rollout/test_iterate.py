@@ -208,7 +208,7 @@ def test_a_server_may_read_each_rounds_weights(options: dict[str, Any]) -> None:
         ({"train": {"parallel": {"tensor": 3}}, "nproc": 2}, r"round 1: parallel\.tensor .* does not divide"),
         ({"train": {"parallel": {"tensor": 8}}}, r"round 1: parallel\.tensor = 8 does not divide"),
         ({"train": {"checkpoint": {"resume": False}}}, r"round 1: train\.checkpoint\.resume = false"),
-        ({"generate": SERVER}, r"round 1: generate\.engine = openai; a server keeps the weights it has"),
+        ({"generate": SERVER}, r"round 1: generate\.engine = openai; a server keeps its weights"),
         (
             {"generate": SERVER | {"load_adapter": True}},
             r"round 1: generate\.engine = openai; .* whole models with generate\.load",

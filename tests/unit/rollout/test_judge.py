@@ -118,11 +118,11 @@ def test_biases_and_cost_are_reported(server: Server, tmp_path: Path, capsys: py
         "completion_tokens": 108, "cost": pytest.approx(0.036),
     }  # fmt: skip
     assert summary["statistics"]["judge"]["length_correlation"] > 0.9
-    assert summary["warnings"][-1] == "judge prefers the first place: it wins 67% of 36 decided comparisons."
+    assert summary["warnings"][-1] == "judge favours the first position: it wins 67% of 36 decided comparisons."
     said = capsys.readouterr().out
     assert "the first place wins 67% of 36 decided comparisons, both orders agree in 67%, 36 answers, 36 tokens read" in said
     assert "36 answers in" in said
-    assert "Warning: judge prefers the first place" in said
+    assert "Warning: judge favours the first position" in said
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_biases_and_cost_are_reported(server: Server, tmp_path: Path, capsys: py
         ([[3.0, 3.0], [3.0, 3.0]], "same is 3 for every response"),
         ([[1.0, 1.0], [2.0, 2.0]], "same is the same for all responses of a group, in every group"),
         ([[2.0, 8.0], [8.0, 2.0]], None),
-        ([[1.0, 4.0], [1.0, 4.0]], "same follows the length of the response and little else: r = 1.00"),
+        ([[1.0, 4.0], [1.0, 4.0]], "same says little beyond the length of the response: r = 1.00"),
     ],
 )
 def test_rewards_that_teach_nothing_are_pointed_out(tmp_path: Path, scores: list[list[float]], warning: str | None) -> None:

@@ -104,8 +104,8 @@ def set_config(section: str, **values: Any) -> Callable[[Server], None]:
 
 
 REFUSALS: dict[str, tuple[Callable[[Server], Any], str]] = {
-    "version": (lambda server: setattr(server, "version", "0.31.2"), r"vLLM 0.31.2; this needs vllm.*, whose routes"),
-    "short": (set_config("model_config", max_model_len=99), "its max_model_len is 99, but a prompt with its sample takes 100"),
+    "version": (lambda server: setattr(server, "version", "0.31.2"), r"vLLM 0.31.2; weight routes are known for vllm"),
+    "short": (set_config("model_config", max_model_len=99), "its max_model_len is 99; a prompt with its sample takes 100"),
     "no length": (lambda server: server.config.clear(), "its max_model_len is None"),
     "awq": (set_config("model_config", quantization="awq"), "its quantization = awq; it reads only quantised weights"),
     "ipc": (set_config("weight_transfer_config", backend="ipc"), "its weight transfer is ipc, not nccl; start it with VLLM_"),
@@ -256,7 +256,7 @@ def test_responses_of_other_weights_are_not_kept(
     [
         ({"engine": "transformers", "endpoint": EndpointConfig()}, "load_weights = true is for a server"),
         ({"load_adapter": True}, "leave one of them out"),
-        ({"endpoint": {"server": "sglang"}}, "is of the kind sglang, and only vllm reads other weights"),
+        ({"endpoint": {"server": "sglang"}}, "is of kind sglang; only vllm can load weights"),
     ],
 )
 def test_weights_that_no_server_reads_are_refused(asked: GenerateConfig, changes: dict[str, Any], message: str) -> None:

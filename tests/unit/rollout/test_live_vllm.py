@@ -106,7 +106,7 @@ def test_an_engine_that_fails_ends_the_run_in_time(monkeypatch: pytest.MonkeyPat
     fake, weights = vllm_stand_in.Engine(gpus=2), Weights()
     engine = VllmLiveEngine(weights, around(fake), seconds=TIMEOUT, own_gpus=2)
     fake.workers[1].fails = True
-    with pytest.raises(DataError, match=r"did not take the policy's weights \(RuntimeError: CUDA out of memory\); look at"):
+    with pytest.raises(DataError, match=r"did not receive the policy's weights \(RuntimeError: CUDA out of memory\); check"):
         engine.update()
     monkeypatch.setattr(vllm_stand_in, "MEET_SECONDS", 1.0)
     gone = vllm_stand_in.Engine(gpus=1)  # of two workers
@@ -182,7 +182,7 @@ def test_engine_processes_are_no_part_of_the_training(monkeypatch: pytest.Monkey
 
 def test_without_vllm_there_is_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "vllm", None)
-    with pytest.raises(ConfigError, match="needs vLLM with its update API"):
+    with pytest.raises(ConfigError, match="needs vLLM with its weight update API"):
         VllmLiveEngine(Weights(), None, seconds=TIMEOUT)
 
 

@@ -393,7 +393,7 @@ def test_calls_of_offered_tools_are_put_back(bad: Bad, model_folder: Path, argum
 
 
 def test_thoughts_that_the_template_does_not_write_are_refused(bad: Bad, chat: Chat) -> None:
-    with pytest.raises(ConfigError, match=r"returns a thought .* chat template does not write it .* without its parser"):
+    with pytest.raises(ConfigError, match=r"returns a thought .* chat template does not render it .* without its parser"):
         draw(bad, chat, reply(body(message={"reasoning_content": "It scatters."})))
 
 

@@ -90,7 +90,7 @@ def test_held_out_prompts_stay_apart(tmp_path: Path, model_folder: Path) -> None
     held = {record["group_id"] for record in load(tmp_path / "out-eval", model_folder).records}
     assert (len(train), len(held), train & held) == (15, 5, set())
     path.unlink()
-    with pytest.raises(DataError, match=r"prepared from cannot be read.*rows\.jsonl"):
+    with pytest.raises(DataError, match=r"source file cannot be read.*rows\.jsonl"):
         load(tmp_path / "out", model_folder)
 
 
@@ -133,19 +133,19 @@ def test_what_is_left_out_is_named(tmp_path: Path, model_folder: Path) -> None:
     assert found.counts == {"prompts": 2, "duplicates": 1, "too_long": 1, "invalid": 4}
     told = {item.line: f"{item.group_id} {item.field} {item.reason}" for item in found.rejections}
     assert told[3] == f"y prompt repeats the prompt of {path}:1"
-    assert "tokens, max_prompt_tokens = 100" in told[4]
+    assert "tokens, but max_prompt_tokens = 100" in told[4]
     assert [*told] == [3, 4, 5, 6, 7, 8]
     assert "JSON cannot hold" in told[8]
 
 
 def test_one_id_for_two_prompts_is_refused(tmp_path: Path, model_folder: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}])
-    with pytest.raises(DataError, match=r"p\.jsonl:2: group_id = 1 is that of another prompt, .*p\.jsonl:1"):
+    with pytest.raises(DataError, match=r"p\.jsonl:2: group_id = 1 already belongs to the prompt at .*p\.jsonl:1"):
         load(path, model_folder)
 
 
 def test_nothing_usable_is_refused(tmp_path: Path, model_folder: Path) -> None:
-    with pytest.raises(DataError, match=r"not one prompt .*p\.jsonl:1: prompt is empty"):
+    with pytest.raises(DataError, match=r"it holds no usable prompt.*p\.jsonl:1: prompt is empty"):
         load(write_lines(tmp_path / "p.jsonl", [{"prompt": ""}]), model_folder)
     with pytest.raises(DataError, match="no such file"):
         load(tmp_path / "nowhere.jsonl", model_folder)

@@ -59,14 +59,14 @@ def test_lines_that_changed_are_refused(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"two", b"twp"))
     with pytest.raises(
-        DataError, match=r"samples\.jsonl:2: damaged or changed: .* remove its field xxh3; remove the line to have"
+        DataError, match=r"samples\.jsonl:2: damaged or changed: .* remove its field xxh3; remove the line, and run"
     ):
         list(read_lines(path))
     path.write_bytes(whole)
     write_summary(tmp_path / "generate.json", {"files": list_files(tmp_path, ["samples.jsonl"])})
     assert len(list(read_lines(path))) == 2
     path.write_bytes(whole.splitlines(keepends=True)[0])
-    with pytest.raises(DamagedError, match=r"samples\.jsonl: damaged: has .* bytes, .* give the file another name"):
+    with pytest.raises(DamagedError, match=r"samples\.jsonl: damaged: has .* bytes, .* rename the file"):
         list(read_lines(path))
     path.rename(tmp_path / "mine.jsonl")
     assert len(list(read_lines(tmp_path / "mine.jsonl"))) == 1
@@ -92,7 +92,7 @@ def test_an_unfinished_stage_is_no_input(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"holds no samples\.jsonl"):
         find_lines(tmp_path, "samples.jsonl", "generate.json")
     (tmp_path / "samples.jsonl").touch()
-    with pytest.raises(DataError, match=r"not complete, generate\.json is missing"):
+    with pytest.raises(DataError, match=r"not complete: generate\.json is missing"):
         find_lines(tmp_path, "samples.jsonl", "generate.json")
     write_summary(tmp_path / "generate.json", {})
     assert find_lines(tmp_path, "samples.jsonl", "generate.json") == tmp_path / "samples.jsonl"
@@ -100,7 +100,7 @@ def test_an_unfinished_stage_is_no_input(tmp_path: Path) -> None:
 
 def test_lines_of_unknown_origin_are_refused(tmp_path: Path) -> None:
     (tmp_path / "samples.jsonl").touch()
-    with pytest.raises(ConfigError, match="does not say of what"):
+    with pytest.raises(ConfigError, match="of unknown origin"):
         check_started(tmp_path, "started.json", {"a": 1}, "samples*.jsonl")
 
 

@@ -151,7 +151,7 @@ def test_that_nothing_could_be_scored_is_said_with_the_reasons(tmp_path: Path) -
     with pytest.raises(DataError, match=r"has a reward: 2 scores from answer are missing; 1 × no_reference \(answer\)"):
         score(config, Console(quiet=True))
     source.write_text("")
-    with pytest.raises(DataError, match=r"groups.jsonl: it holds no group\.$"):
+    with pytest.raises(DataError, match=r"groups.jsonl: it holds no group; check the stage that wrote it\.$"):
         score(dataclasses.replace(config, output=str(tmp_path / "other")), Console(quiet=True))
 
 

@@ -81,7 +81,7 @@ def test_reward_model_equals_one_at_a_time(tmp_path: Path, pad: bool) -> None:
 def test_too_long_is_never_cut(tmp_path: Path) -> None:
     folder = save_classifier(tmp_path / "rm")
     groups = [group_line("a", "fine", "x" * 300)]
-    with pytest.raises(DataError, match=r"group a, response 1 has 3\d\d tokens with its prompt, the limit is 300"):
+    with pytest.raises(DataError, match=r"group a, response 1 has 3\d\d tokens with its prompt, but max_length = 300"):
         build("reward_model", model=str(folder), device="cpu").score(groups)
     scorer = build("reward_model", model=str(folder), device="cpu", too_long="missing")
     [[first, second]] = scorer.score(groups)
@@ -91,7 +91,7 @@ def test_too_long_is_never_cut(tmp_path: Path) -> None:
 
 
 def test_wrong_heads_are_refused(tmp_path: Path, model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"its head is that of Qwen3ForCausalLM, which gives no score"):
+    with pytest.raises(ConfigError, match=r"the head of Qwen3ForCausalLM gives no score"):
         build("reward_model", model=str(model_folder))
     two = save_classifier(tmp_path / "two", num_labels=2)
     with pytest.raises(ConfigError, match="its head has 2 outputs"):

@@ -213,7 +213,7 @@ def test_input_and_output_are_checked_first(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"input = .*nowhere; no such file"):
         select(SelectConfig(input=str(tmp_path / "nowhere"), output=str(tmp_path / "out")))
     (tmp_path / "scored.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"scored\.jsonl is not complete, score\.json is missing"):
+    with pytest.raises(DataError, match=r"scored\.jsonl is not complete: score\.json is missing"):
         select(SelectConfig(input=str(tmp_path), output=str(tmp_path / "out")))
     source = write_lines(tmp_path / "groups.jsonl", [record([1, 2])])
     with pytest.raises(ConfigError, match="exists and is not an empty folder"):

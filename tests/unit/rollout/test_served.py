@@ -146,7 +146,7 @@ def test_a_server_that_hangs_is_not_waited_for(server: Server, model_folder: Pat
 
 
 def test_wrong_servers_and_options_are_refused(server: Server, model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"does not say that it is vLLM or SGLang"):
+    with pytest.raises(ConfigError, match=r"is not known to be vLLM or SGLang"):
         build(server, model_folder, endpoint={"server": "auto"}).score([GROUP])
     with pytest.raises(ConfigError, match=r"scorers\.it\.api = pooling; a server of kind sglang has classify"):
         build(server, model_folder, api="pooling", endpoint={"server": "sglang"}).score([GROUP])

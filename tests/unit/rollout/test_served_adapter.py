@@ -124,7 +124,7 @@ def test_servers_that_do_not_load_it_are_named(config: GenerateConfig, server: A
     endpoint = dataclasses.replace(config.endpoint, model="bse")
     with pytest.raises(ConfigError, match=r"endpoint\.model = bse; http.* serves base; .*name the adapter's base model"):
         run(config, endpoint=endpoint, output=f"{config.output}-2")
-    with pytest.raises(ConfigError, match=r"of the kind llamacpp, and only vllm and sglang load adapters; .*--merge true"):
+    with pytest.raises(ConfigError, match=r"of kind llamacpp; only vllm and sglang load adapters; .*--merge true"):
         run(config, endpoint=dataclasses.replace(config.endpoint, server="llamacpp", api="text"), output=f"{config.output}-3")
     server.answer = lambda path, body: (500, "out of memory")  # type: ignore[method-assign]
     with pytest.raises(DataError, match=r"load_lora_adapter: 500: .*out of memory; see the server's log"):

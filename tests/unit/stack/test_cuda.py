@@ -34,7 +34,7 @@ def test_an_old_driver(machine: Any) -> None:
     problem = cuda.unusable_gpus()
     assert problem is not None
     assert problem.what == (
-        "this machine has 2 NVIDIA GPUs, but the driver (535.104.05) is too old: it knows CUDA 12.2, and torch 2.14.0+cu130 "
+        "this machine has 2 NVIDIA GPUs, but the driver (535.104.05) is too old: it supports CUDA 12.2, but torch 2.14.0+cu130 "
         "needs CUDA 13.0"
     )
     assert problem.cure.startswith(
@@ -88,7 +88,7 @@ def test_no_gpu_is_no_problem(machine: Any) -> None:
 def test_train_refuses_before_it_opens_anything(machine: Any) -> None:
     machine(driver_cuda=(12, 2))
     config = from_dict(TrainConfig, {"output": "run", "model": {"checkpoint": "none"}, "data": {"train": "none"}}, "test")
-    with pytest.raises(ConfigError, match=r"the driver \(580.95.05\) is too old: it knows CUDA 12.2"):
+    with pytest.raises(ConfigError, match=r"the driver \(580.95.05\) is too old: it supports CUDA 12.2"):
         open_inputs(config, 1, cast(Any, None), 0, cast(Any, None))
 
 

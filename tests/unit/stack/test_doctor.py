@@ -74,7 +74,7 @@ def test_the_pairing_of_trainer_and_engine(
         data=DataConfig(train="groups"),
         online=OnlineConfig(kl_weight=0.1, **online),
     )
-    for version, reason in (("0.33.0", why), ("0.31.1", "another interface than that of vllm")):
+    for version, reason in (("0.33.0", why), ("0.31.1", "another weight update interface than vllm")):
         for module in (abilities, packages):
             monkeypatch.setattr(module, "version_of", lambda name, version=version: version)
         found = next(line for line in abilities.uses(config) if line["what"] == "live samples")

@@ -73,7 +73,7 @@ def test_how_an_absent_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(transformer_engine, "find_nvcc", lambda: "/usr/bin/nvcc")
     told = checks.shortfalls(transformer_engine=False)
     assert told[0].startswith(
-        "Transformer Engine is not installed: layers are slower, and there is no FP8; install it: NVTE_BUILD"
+        "Transformer Engine is not installed: layers are slower, without FP8; install it: NVTE_BUILD"
     )
     assert "apex is not installed" in told[1]
     assert checks.shortfalls(transformer_engine=True) == []
@@ -86,7 +86,7 @@ def test_no_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = precision.missing_for_transformer_engine()
     assert missing is not None
     assert missing.startswith(
-        "Transformer Engine is not installed; there is no nvcc to build it with either: "
+        "Transformer Engine is not installed; nvcc, which builds it, is missing too: "
         "pip install 'cuda-toolkit[cccl,nvcc]==13.0.*' ninja pybind11, then NVTE_BUILD_USE_NVIDIA_WHEELS=1 pip install"
     )
 

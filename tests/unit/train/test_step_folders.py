@@ -150,7 +150,7 @@ def test_files_of_two_steps_that_were_swapped_are_found(tmp_path: Path) -> None:
         (second / name).rename(first / name)
         (tmp_path / "kept").rename(second / name)
         for folder in (first, second):
-            with pytest.raises(DamagedError, match="its bytes are not those that were written"):
+            with pytest.raises(DamagedError, match="its content differs from what was written"):
                 check_files(folder)
         (first / name).rename(tmp_path / "kept")
         (second / name).rename(first / name)

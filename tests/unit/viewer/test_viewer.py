@@ -187,13 +187,13 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
         assert sorted(sight.row.responses[:, 1].tolist()) == sorted([best, worst])
         assert sight.left_out == tuple((0, k) for k in range(len(REWARDS[index])) if k not in (best, worst))
     text = shown(InspectConfig(run=str(tmp_path), step=1)) + shown(InspectConfig(run=str(tmp_path), step=2))
-    assert "reward 0.25 · other (Y−) · not in any row: the loss does not use it" in text.replace("\n", " ")
+    assert "reward 0.25 · other (Y−) · in no row: the loss does not use it" in text.replace("\n", " ")
     assert "reward 2 · preferred (Y+)" in text
     later = dataclasses.replace(config, data=dataclasses.replace(config.data, first_step=5))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(later)))
     [index] = step_indices(1, len(data), 1, seed=config.seed, shuffle=True).tolist()
     assert look(InspectConfig(run=str(tmp_path), step=7)).groups[0].group_id == f"g{index}"
-    with pytest.raises(ConfigError, match="begins after step 5"):
+    with pytest.raises(ConfigError, match="starts after step 5"):
         look(InspectConfig(run=str(tmp_path), step=5))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
     with pytest.raises(ConfigError, match="row = 7: replica 0 has 1 rows at step 1"):
@@ -203,7 +203,7 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
 
 
 def test_what_is_not_there_is_said(data: PreparedGroups, model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none with this id; the first is g0"):
+    with pytest.raises(ConfigError, match="but none with this id; the first id is g0"):
         look(InspectConfig(data=str(data.path), group="nobody", tokenizer=str(model)))
     with pytest.raises(ConfigError, match="name it with --tokenizer"):
         look(InspectConfig(data=str(data.path)))
