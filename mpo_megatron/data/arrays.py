@@ -1,4 +1,4 @@
-"""NumPy's arrays by the type of their elements."""
+"""NumPy array types by element type."""
 
 from __future__ import annotations
 

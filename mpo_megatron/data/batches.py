@@ -1,4 +1,4 @@
-"""Groups as Arrow record batches: made from groups, taken from others, checked, and digested."""
+"""Groups as Arrow record batches: built from groups, selected from other batches, checked, and digested."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         pa.field("rewards", pa.list_(pa.float64())),
         pa.field("labels", pa.list_(pa.int8())),
         pa.field("prompt_tokens", pa.list_(pa.int32()), nullable=False),
-        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, one after the other
+        pa.field("response_tokens", pa.list_(pa.int32()), nullable=False),  # of all K responses, concatenated
         pa.field("response_scored", pa.list_(pa.bool_())),  # of the same tokens; null where the loss scores all of them
         pa.field("prompt_text", pa.string(), nullable=False),
         pa.field("response_texts", pa.list_(pa.string()), nullable=False),
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 )
 
 Cells = list[memoryview | None]
-"""Of each row, the bytes of its values; None where it is null."""
+"""For each row, the bytes of its values; None where it is null."""
 
 
 def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
@@ -43,7 +43,9 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
         arrays = list(values)
         ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
         if ends[-1] > np.iinfo(np.int32).max:
-            raise DataError(f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit.")
+            raise DataError(
+                f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit: lower max_response_tokens."
+            )
         present = [item for item in arrays if item is not None]
         flat = np.concatenate(present) if present else np.zeros(0)
         offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
@@ -69,12 +71,12 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
 
 
 def take_rows(batches: Sequence[pa.RecordBatch], indices: Int64, size: int) -> Iterator[pa.RecordBatch]:
-    """Rows of some batches as new batches of `size` rows, the last one with the rest.
+    """Rows of some batches as new batches of `size` rows; the last one may be smaller.
 
     Args:
-        indices: places of the rows, ascending
+        indices: indices of the rows, ascending
     Raises:
-        DataError: a batch would have more tokens than Arrow's offsets count.
+        DataError: a batch would exceed the number of tokens that Arrow's offsets can count.
     """
     ends = np.cumsum([batch.num_rows for batch in batches])
     for start in range(0, len(indices), size):
@@ -92,17 +94,17 @@ def take_rows(batches: Sequence[pa.RecordBatch], indices: Int64, size: int) -> I
 
 
 class Digest:
-    """The digest of groups in order, and the check that they can be trained on together."""
+    """The digest of groups in order, and a check that they can be trained on together."""
 
     def __init__(self) -> None:
         self.sha = hashlib.sha256()
         self.kinds = set[tuple[bool, bool]]()
 
     def update(self, batch: pa.RecordBatch) -> None:
-        """Feed a batch's groups: every part is preceded by its length, so that no two different stores feed the same bytes.
+        """Add a batch's groups. Every part is preceded by its length, so different stores never feed the same bytes.
 
         Raises:
-            DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
+            DataError: a group has no responses, or one without tokens; or only some groups have rewards, or labels.
         """
         ids, tokens, masks = batch["group_id"].to_pylist(), _cells(batch["response_tokens"]), _cells(batch["response_scored"])
         prompts, rewards, labels = (_cells(batch[name]) for name in ("prompt_tokens", "rewards", "labels"))
@@ -115,7 +117,7 @@ class Digest:
             parts += [rewards[row], labels[row]]
             scored = [] if mask is None else [mask[start:end] for start, end in itertools.pairwise(ends)]
             self.kinds.add((rewards[row] is None, labels[row] is None))
-            wrong = "rewards and labels are given by all groups or by none" if len(self.kinds) > 1 else ""
+            wrong = "some groups have rewards or labels, and others do not" if len(self.kinds) > 1 else ""
             if not lengths or 0 in lengths:
                 wrong = "it has no responses, or one without tokens"
             elif not all(map(any, scored)):
@@ -129,7 +131,7 @@ class Digest:
             self.sha.update(b"".join(fed))
 
     def hexdigest(self) -> str:
-        """Of all that was fed."""
+        """The digest of all groups so far."""
         return self.sha.hexdigest()
 
 

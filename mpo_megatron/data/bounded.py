@@ -1,7 +1,7 @@
-"""Functions whose inputs decide how long they run, such as templates and regular expressions, in a process with limits.
+"""Run functions of unknown duration, such as templates and regular expressions, in a process with limits.
 
 Neither a thread nor a signal handler can end `10 ** 10 ** 9`, which runs in C and never returns to Python. So the function runs
-in a forked process whose CPU time and memory the kernel limits; the process stays for the next call, until one breaks a limit.
+in a forked process with CPU time and memory limits; the process serves further calls until one breaks a limit.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 MEMORY = 512 * 2**20
-"""Bytes that a call may allocate."""
+"""Memory limit of a call, in bytes."""
 
 CHARACTERS = 2**24
-"""Characters that a result may have, written as JSON."""
+"""Maximum characters of a result, as JSON."""
 
 _WALL_FACTOR = 60
-"""A call that waits this many times its CPU time is ended, too; only a machine that is stopped makes a function wait."""
+"""Wall-clock limit of a call, as a multiple of its CPU limit; only a stopped machine makes a function wait that long."""
 
 
 class LimitError(Exception):
-    """A call took too long, too much memory, or gave too long a result."""
+    """A call exceeded its time, memory or result size."""
 
 
 class FailedError(Exception):
-    """A call raised an exception, whose type and message this is."""
+    """A call raised an exception, whose type and message this holds."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(f"{kind}: {message}" if message else kind)
@@ -43,14 +43,14 @@ class FailedError(Exception):
 
 
 class Bounded:
-    """A function that runs in a process of its own, within limits of CPU time, memory and size of its result."""
+    """A function that runs in a separate process with limits on CPU time, memory and result size."""
 
     def __init__(self, function: Callable[..., Any], cpu_seconds: float) -> None:
-        """Prepare; the process starts with the first call.
+        """Store the function; the process starts with the first call.
 
         Args:
-            function: takes what can be pickled, returns what JSON can hold; one that raises leaves the process as it is
-            cpu_seconds: what one call may take
+            function: takes picklable arguments, returns JSON values; an exception does not end the process
+            cpu_seconds: CPU time limit of one call
         """
         self.function, self.cpu_seconds = function, cpu_seconds
         self._lock = threading.Lock()
@@ -65,7 +65,7 @@ class Bounded:
         """The function's result.
 
         Raises:
-            LimitError: the call broke a limit; the next one gets a new process.
+            LimitError: the call broke a limit; the next call starts a new process.
             FailedError: the function raised.
         """
         with self._lock:
@@ -82,7 +82,7 @@ class Bounded:
         return result["value"]
 
     def close(self) -> None:
-        """End the process; a later call starts another one."""
+        """End the process; a later call starts a new one."""
         process, self._process = self._process, None
         if process is not None and self._owner == os.getpid():
             process.kill()
@@ -93,18 +93,18 @@ class Bounded:
             self._connection = None
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):  # at the interpreter's end what this needs may be gone
+        with contextlib.suppress(Exception):  # at interpreter shutdown, modules may be gone
             self.close()
 
     def _start(self) -> None:
-        self._process = None  # one that another process has started is not ours to end
+        self._process = None  # never end a process started by another one
         if self._connection is not None:
             self._connection.close()
         context = multiprocessing.get_context("fork")
         self._connection, theirs = context.Pipe()
         process = context.Process(target=self._serve, args=(theirs, os.getpid()), daemon=True, name="bounded")
         with warnings.catch_warnings():
-            # Threads of this process do not exist in the forked one, which uses nothing that they may have locked.
+            # The forked process lacks the parent's threads, and uses nothing that they may have locked.
             warnings.simplefilter("ignore", DeprecationWarning)
             process.start()
         theirs.close()
@@ -127,14 +127,14 @@ class Bounded:
         raise LimitError(reason)
 
     def _serve(self, connection: Connection, parent: int) -> None:
-        """The forked process: answer calls until the other end is gone."""
-        # Copies of what the parent has open would outlive it: locks, and the other end of the connection.
+        """In the forked process: answer calls until the other end closes."""
+        # Inherited files would outlive the parent: locks, and the other end of the connection.
         os.closerange(3, connection.fileno())
         os.closerange(connection.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP, signal.SIGPROF):
             signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group; the parent decides
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole process group; the parent handles it
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         limit = pages * resource.getpagesize() + MEMORY
@@ -142,7 +142,7 @@ class Bounded:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         try:
             while os.getppid() == parent:
-                if connection.poll(5.0):  # a parent that was killed closes its end only if no other child has a copy
+                if connection.poll(5.0):  # a killed parent's end stays open if another child has a copy
                     connection.send_bytes(self._answer(connection.recv()))
         except (EOFError, OSError):
             pass
@@ -150,7 +150,7 @@ class Bounded:
             os._exit(0)
 
     def _answer(self, arguments: tuple[Any, ...]) -> bytes:
-        signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)  # its signal ends the process, whatever runs
+        signal.setitimer(signal.ITIMER_PROF, self.cpu_seconds)  # its signal ends the process in any state
         try:
             result: dict[str, Any] = {"value": self.function(*arguments)}
             text = json.dumps(result)

@@ -1,9 +1,9 @@
 """From chat messages to token ids: exactly what the model sees before it answers, and what it would then generate.
 
-The prompt is the chat template's text with its generation prompt. A response that is text is the model's own output and follows
-the prompt as it is; one that is messages is what the template writes behind the prompt (turns.py). A response is tokenized on its
-own: in one text with the prompt, its first characters could merge with the template's last ones (ChatML's newline with a response
-that starts with one) into a token that generation never produces. The token that ends a turn is read off the template.
+The prompt is the chat template's text with its generation prompt. A text response is the model's own output and follows the
+prompt unchanged; a response in messages is rendered by the template after the prompt (turns.py). Responses are tokenized
+separately: in one text with the prompt, the first characters could merge with the template's last ones (ChatML's newline, and a
+response that starts with one) into a token that generation never produces. The end token of a turn is read from the template.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.data.turns import Turn, write_turns
 
 _QUESTION, _ANSWER = "Question", "Answer"
-"""Contents of the conversation that a template is probed with."""
+"""Contents of the conversation used to probe a template."""
 _ANCHORS = ("\n", "\0", "¶")
-"""Characters a response is tokenized behind when the tokenizer would otherwise put a space before it."""
+"""Text before a response during tokenization, if the tokenizer would otherwise insert a space."""
 _MARKERS = re.compile(
     r"\s*(<\|im_start\|>|<\|start_header_id\|>|<\|begin_of_text\|>|<start_of_turn>|<bos>|<s>\s*\[INST\]|\[INST\]|<\|user\|>|<｜User｜>"
     r"|<｜begin▁of▁sentence｜>|<\|begin▁of▁sentence\|>)"
 )
-"""How texts begin that some model's template has been applied to."""
+"""How texts start that some model's template has already been applied to."""
 _PIECE, _SLACK = 1 << 16, 256
-"""Characters of a long text that are counted at a time, and tokens that a cut between two pieces may add."""
+"""Characters of a long text that are counted at a time, and the tokens that a boundary between two pieces may add."""
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
-"""What a template may raise over messages that it does not expect."""
+"""Errors that a template may raise on unexpected messages."""
 
 
 class Tokens(NamedTuple):
@@ -46,11 +46,11 @@ class Tokens(NamedTuple):
     text: str
     """Without the end token."""
     ids: Int32
-    """[R], the end token last."""
+    """[R] token ids, the end token last."""
     scored: Bools | None
-    """[R] False for tokens that the model did not generate; None if it generated all."""
+    """[R] False for tokens that the model did not generate; None if it generated all of them."""
     exact: bool = True
-    """Whether the template writes the whole conversation exactly so; otherwise earlier turns are used as generated."""
+    """Whether the template renders the whole conversation exactly like this; otherwise earlier turns are used as generated."""
 
 
 class Chat:
@@ -68,12 +68,12 @@ class Chat:
 
         Args:
             tokenizer: the tokenizer; its template renders.
-            system_prompt: system message put before prompts that have none of their own.
+            system_prompt: system message added before prompts without one.
             variables: extra variables for the template, for example {"enable_thinking": False}.
-            templated: prompts already went through the template, and are used unchanged.
+            templated: prompts have already gone through the template, and are used unchanged.
 
         Raises:
-            ConfigError: the template refuses a plain conversation or a system message, or no end token can be found.
+            ConfigError: the template refuses a plain conversation or a system message, or has no end token.
         """
         self.tokenizer, self.system_prompt, self.variables = tokenizer, system_prompt, dict(variables or {})
         self.templated = False
@@ -86,12 +86,12 @@ class Chat:
             raise ConfigError(f"chat_template: the template refuses {what}: {error}") from error
         before, found, after = whole.rpartition(_ANSWER)
         if not found:
-            raise ConfigError(f"chat_template: the template does not show an assistant's message; it gives {whole!r}.")
+            raise ConfigError(f"chat_template: the template omits the assistant's message; it renders {whole!r}.")
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
-        """What the template writes between the generation prompt and the assistant's words; "" in most templates."""
+        """What the template renders between the generation prompt and the assistant's words; "" in most templates."""
         self.seam = find_seam(prompt)
-        """The thought that the generation prompt opens or closes, if it does."""
+        """The thought that the generation prompt opens or closes, if any."""
         self._cue = prompt.rpartition(_QUESTION)[2].strip()
         names = [name for token in sorted(tokenizer.special_ids) if (name := tokenizer.decode([token]))]
         self.end = tokenizer.decode([self.end_token_id])
@@ -107,19 +107,22 @@ class Chat:
         self.templated = templated
 
     def _find_end(self, after: str) -> int:
-        """The first special token after the assistant's words, else the tokenizer's end of text."""
+        """The first special token after the assistant's words, or else the tokenizer's end of text."""
         for token in self.tokenizer.encode(after):
             if token in self.tokenizer.special_ids:
                 return token
         if self.tokenizer.eos_id is None:
-            raise ConfigError("tokenizer: neither its template nor its settings (eos_token) say which token ends a response.")
+            raise ConfigError(
+                "tokenizer: neither its template nor its settings define the token that ends a response; set "
+                "eos_token in its tokenizer_config.json."
+            )
         return self.tokenizer.eos_id
 
     def _read_lead(self, prompt: str, whole: str) -> None:
-        """Decide how a response starts: as the tokenizer reads the template's own rendering of a whole conversation.
+        """Determine how a response starts: as tokenized in the template's own rendering of a whole conversation.
 
-        Only white space that the template writes before the assistant's words is taken over; anything longer (Qwen3's empty
-        <think> block without `enable_thinking: false`) is not part of what the data says the model answered.
+        Only white space that the template writes before the assistant's words is adopted. Anything longer (Qwen3's empty <think>
+        block without `enable_thinking: false`) is not part of the answer in the data.
         """
         prompt_ids, whole_ids = self.tokenizer.encode(prompt), self.tokenizer.encode(whole)
         lead = self.lead if self.lead.isspace() else ""
@@ -131,7 +134,7 @@ class Chat:
         self._prefix, self._anchored = "", False
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages, after the system prompt if they have none of their own."""
+        """The messages, with the system prompt first if they have no system message."""
         if self.system_prompt is not None and (not messages or messages[0]["role"] != "system"):
             return [{"role": "system", "content": self.system_prompt}, *messages]
         return list(messages)
@@ -147,7 +150,7 @@ class Chat:
         try:
             return self.tokenizer.render(messages, **options)
         except _TEMPLATE_FAILURES as error:
-            if any(message.get("tool_calls") for message in messages):  # DeepSeek's want a call's arguments as text
+            if any(message.get("tool_calls") for message in messages):  # DeepSeek's templates need a call's arguments as text
                 with contextlib.suppress(*_TEMPLATE_FAILURES):
                     return self.tokenizer.render([with_text_arguments(message) for message in messages], **options)
             if isinstance(error, TemplateError):
@@ -160,14 +163,14 @@ class Chat:
         """The rendered prompt and its ids [P].
 
         Args:
-            limit: of a text with far more tokens, only somewhat more than this many are made
+            limit: for a text with far more tokens, stop soon after this many
 
         Raises:
-            jinja2.TemplateError: the template refuses the conversation, for example for its order of roles.
+            jinja2.TemplateError: the template refuses the conversation, for example because of its order of roles.
         """
         if self.templated:
             if len(messages) != 1:
-                raise TemplateError(f"prompt_format = templated takes a text, and these are {len(messages)} messages")
+                raise TemplateError(f"prompt_format = templated needs one text, but the prompt has {len(messages)} messages")
             text = str(messages[0]["content"])
         else:
             messages = [_with_content(message, self.shorten(message["content"], limit)) for message in messages]
@@ -177,7 +180,7 @@ class Chat:
     def prompts(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[dict[str, Any]]]], limit: int | None = None
     ) -> list[tuple[str, Int32] | TemplateError]:
-        """What `prompt` gives, or raises, for conversations with their tools; faster than one by one."""
+        """Results, or errors, of `prompt` for conversations with their tools; faster than one by one."""
         if self.templated or any(message.get("tool_calls") for messages, _ in conversations for message in messages):
             return [self._try_prompt(messages, tools, limit) for messages, tools in conversations]
         said = [
@@ -197,14 +200,14 @@ class Chat:
             return error
 
     def response(self, text: str, prompt_text: str | None = None, limit: int | None = None) -> Int32:
-        """Ids [R] of one response that is text, its end token last: once, even if the text writes it out.
+        """Ids [R] of one text response, ending with one end token, even if the text spells it out.
 
         Args:
-            prompt_text: the prompt that it follows, if it is not one that the template ends
-            limit: as for `prompt`
+            prompt_text: the preceding prompt, if it does not come from the template
+            limit: as in `prompt`
 
         Raises:
-            RowError: it has a thought, and the prompt closes it.
+            RowError: it has a thought, but the prompt closes it.
         """
         text = continue_prompt(self.seam if prompt_text is None else find_seam(prompt_text), self.strip_end(text))
         ids = [*self._text_ids(self.shorten(self._prefix + text, limit)), self.end_token_id]
@@ -218,7 +221,7 @@ class Chat:
         tools: Sequence[dict[str, Any]] = (),
         limit: int | None = None,
     ) -> list[Tokens | RowError]:
-        """What `answer` gives, or raises, for each of a prompt's responses; faster than one by one."""
+        """Results, or errors, of `answer` for each of a prompt's responses; faster than one by one."""
         seam, found = find_seam(prompt_text), list[Tokens | RowError]()
         texts: dict[int, str] = {}
         for place, answer in enumerate(answers):
@@ -236,8 +239,8 @@ class Chat:
         return found
 
     def strip_end(self, text: str) -> str:
-        """The text without end tokens, and white space behind them, that it writes out."""
-        if not text.rstrip().endswith(self._end_names):  # nearly all; the expression reads the whole text
+        """The text without spelled-out end tokens at its end, and white space after them."""
+        if not text.rstrip().endswith(self._end_names):  # the common case: the expression reads the whole text
             return text
         return self._ends.sub("", text)
 
@@ -249,20 +252,20 @@ class Chat:
         tools: Sequence[dict[str, Any]] = (),
         limit: int | None = None,
     ) -> Tokens:
-        """A response behind its prompt.
+        """A response after its prompt.
 
         Args:
             prompt_text: the prompt's messages, rendered
-            limit: as for `prompt`
+            limit: as in `prompt`
 
         Raises:
-            RowError: the template does not write a part of the answer, or writes another conversation.
+            RowError: the template omits a part of the answer, or renders another conversation.
         """
         if isinstance(answer, str):
             text = continue_prompt(find_seam(prompt_text), self.strip_end(answer))
             return Tokens(text, self.response(answer, prompt_text, limit), None)
         if self.templated:
-            raise RowError("", "holds messages; after an already templated prompt, a response must be text")
+            raise RowError("", "holds messages, but after an already templated prompt a response must be text")
         said = [_with_content(message, self.shorten(message["content"], limit)) for message in answer]
         try:
             turns, exact = write_turns(self, list(messages), said, tools)
@@ -279,34 +282,34 @@ class Chat:
         return Tokens(text, np.array(ids, np.int32), mask, exact)
 
     def turn_ids(self, turn: Turn, limit: int | None = None) -> list[int]:
-        """Ids of a part of a response."""
+        """Ids of one part of a response."""
         text = self.shorten(self._prefix + turn.text if turn.is_plain else turn.text, limit)
-        if not turn.scored:  # behind an end token: nothing merges with it
+        if not turn.scored:  # after an end token: nothing merges with it
             return self.tokenizer.encode(text)
         return [*self._text_ids(text), *(self.tokenizer.encode(turn.end) or [self.end_token_id])]
 
     def cut_end(self, text: str) -> tuple[str, str]:
-        """A turn as the template writes it, cut into what the model says and the token that ends it."""
+        """Split a turn, as rendered by the template, into the model's text and the token that ends it."""
         found = self._last_special.search(text) if self._last_special else None
         if found:
             return text[: found.start()], found[1]
         return text.removesuffix(self._tail), self.end
 
     def looks_templated(self, messages: Sequence[Message]) -> bool:
-        """Whether a prompt is text that a chat template has been applied to already."""
+        """Whether a prompt is text that a chat template has already been applied to."""
         if len(messages) != 1 or not isinstance(messages[0].get("content"), str):
             return False
         content = messages[0]["content"]
         return _MARKERS.match(content) is not None or bool(len(self._cue) > 3 and content.strip().endswith(self._cue))
 
     def spells_special(self, messages: Sequence[Message], responses: Iterable[str]) -> bool:
-        """Whether a text writes out a special token, and so is read with it; a response may end with its end token."""
+        """Whether a text spells out a special token, which is then encoded as such; a response may end with its end token."""
         texts = [str(message["content"] or "") for message in messages]
         texts += [self.strip_end(text) for text in responses]
         return self._special is not None and any(map(self._special.search, texts))
 
     def shorten[Text: (str, str | None)](self, text: Text, limit: int | None) -> Text:
-        """A text, or the beginning of one that has more than `limit` tokens anyway: tokenizers take 250 bytes a character."""
+        """The text, or its beginning if it has more than `limit` tokens anyway: tokenizers need 250 bytes per character."""
         if text is None or limit is None or len(text) <= max(_PIECE, 32 * limit):
             return text
         tokens = 0
@@ -325,7 +328,7 @@ class Chat:
             ids = self._behind(text, anchor)
             if ids is not None:
                 return ids
-        raise ValueError(f"cannot be tokenized behind any of {_ANCHORS!r} without merging with it")
+        raise ValueError(f"cannot be tokenized after any of {_ANCHORS!r} without merging with it")
 
     def _behind(self, text: str, anchor: str) -> list[int] | None:
         """Ids of a text after `anchor`; None if the two merge."""
@@ -334,16 +337,17 @@ class Chat:
 
 
 def check_templated(prompts: Sequence[Sequence[Message]], chat: Chat) -> None:
-    """Check that not most of these prompts are text that a chat template has been applied to.
+    """Check that most of these prompts are not already templated text.
 
     Raises:
-        ConfigError: they are; the message shows one.
+        ConfigError: most are; the message shows one.
     """
     templated = [prompt for prompt in prompts if chat.looks_templated(prompt)]
     require(
         2 * len(templated) <= len(prompts),
-        f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had been applied "
-        f"to them already, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to templated "
+        f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had "
+        "already been applied "
+        f"to them, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to templated "
         "to use them unchanged, or to chat to apply the template again.",
     )
 

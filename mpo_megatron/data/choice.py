@@ -1,4 +1,4 @@
-"""Which groups are held out, which are trained on: by hashes, so that neither order nor the number of workers matters."""
+"""Choice of held-out and training groups, by hashes: neither order nor the number of workers changes it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Keys = npt.NDArray[np.uint64]
 
 
 def read_keys(keys: bytes | bytearray) -> Keys:
-    """Hashes of 16 bytes each, as two numbers."""
+    """Hashes of 16 bytes each, as two integers."""
     return np.frombuffer(bytes(keys), dtype=">u8").reshape(-1, 2)
 
 
 def choose_held_out(keys: Keys, wanted: int, seed: int) -> Bools:
-    """[G] whether a group is held out: whole prompts, until there are `wanted` groups or a few more."""
+    """[G] whether a group is held out: whole prompts, until at least `wanted` groups are held out."""
     held = np.zeros(len(keys), dtype=bool)
     if not wanted:
         return held
@@ -43,10 +43,10 @@ def count_prompts(keys: Keys) -> int:
 
 
 def choose_mixture(inputs: npt.NDArray[np.uint16], ids: Sequence[str], weights: Sequence[float], seed: int) -> Bools:
-    """[G] whether a group is kept, so that the inputs' shares are as `weights`; as many as can be, and none twice.
+    """[G] whether a group is kept, so that the inputs' shares match `weights`; as many as possible, none twice.
 
     Args:
-        inputs: [G] which input each group comes from
+        inputs: [G] index of each group's input
         ids: [G] the groups' ids
     """
     counts = np.bincount(inputs, minlength=len(weights))
@@ -62,22 +62,22 @@ def choose_mixture(inputs: npt.NDArray[np.uint16], ids: Sequence[str], weights: 
 def choose_groups(
     usable: Int64, keys: Keys, inputs: npt.NDArray[np.uint16], ids: Sequence[str], config: PrepareConfig
 ) -> tuple[Int64, Int64, int, int]:
-    """Places of the training and of the held-out groups in order, and how many `weights` and `fraction` left out.
+    """Indices of the training and of the held-out groups, in order, and the numbers that `weights` and `fraction` dropped.
 
     Args:
-        usable: places of the groups to choose from
-        keys: of all groups
-        inputs: of all groups
-        ids: of all groups
+        usable: indices of the groups to choose from
+        keys: keys of all groups
+        inputs: input indices of all groups
+        ids: ids of all groups
 
     Raises:
-        ConfigError: nothing would be left to train on.
+        ConfigError: no training group would remain.
     """
     held = choose_held_out(keys[usable], config.held_out, config.seed)
     rest = usable[~held]
     require(
         len(rest) > 0,
-        f"held_out = {config.held_out}; only {len(usable)} groups are usable, none would be left to train on; lower it.",
+        f"held_out = {config.held_out}; only {len(usable)} groups are usable, so none would remain for training; lower it.",
     )
     mixed = rest
     if config.weights:
@@ -87,5 +87,5 @@ def choose_groups(
     if config.fraction < 1:
         kept = [in_fraction(ids[index], config.fraction, seed=config.seed) for index in mixed]
         train = mixed[np.array(kept, dtype=bool)]
-        require(len(train) > 0, f"fraction = {config.fraction}; none of {len(mixed)} groups would be left; raise it.")
+        require(len(train) > 0, f"fraction = {config.fraction}; none of {len(mixed)} groups would remain; raise it.")
     return train, usable[held], len(rest) - len(mixed), len(mixed) - len(train)

@@ -1,7 +1,7 @@
-"""Conversations of a row: messages with tools and thoughts, prompts in all their forms, and where answers begin.
+"""Conversations in a row: messages with tools and thoughts, prompts in all their forms, and where answers begin.
 
 A prompt may be a string, messages, messages as a JSON string, a transcript, or an instruction with input and history. Several
-answers may each repeat the whole conversation, or continue it; what all share belongs to the prompt.
+answers may each repeat the whole conversation, or continue it; their common start belongs to the prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PROMPT_FIELDS = (
     *("instruction", "question", "query", "input"),
 )
 _LISTS_ONLY = ("context",)
-"""Fields that hold a prompt only if they hold messages: as text they are something beside the question."""
+"""Fields that hold a prompt only if they hold messages: as text they mean something else."""
 _SYSTEM_FIELDS = ("system", "system_prompt")
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
@@ -29,7 +29,7 @@ _ROLES = {
     **{name: name for name in ("system", "developer")},
 }
 _EXTRAS = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id", "tool_plan")
-"""What a message may hold besides role and content; templates read it."""
+"""Fields of a message besides role and content; templates read them."""
 _SYSTEM_ROLES = ("system", "developer")
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
 _HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
@@ -38,7 +38,7 @@ _HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether a value is a list of messages, each with a role and something to say."""
+    """Whether a value is a list of messages, each with a role and content."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -55,7 +55,7 @@ def _says(item: dict[str, Any]) -> bool:
 
 
 def as_messages(value: Any) -> Any:
-    """Messages that a JSON string holds, and one message as a list of one; any other value itself."""
+    """Messages in a JSON string; one message as a list of one; any other value unchanged."""
     parsed = parse_json(value, "[")
     if isinstance(value, str):
         return parsed if is_conversation(parsed) else value
@@ -63,13 +63,13 @@ def as_messages(value: Any) -> Any:
 
 
 def read_messages(row: FieldRecord, value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
-    """A conversation: known roles, system only first, ending with the assistant's turn exactly if `last_assistant`."""
+    """A conversation: known roles, system message only at the start, ending with the assistant's turn iff `last_assistant`."""
     messages = tuple(_read_message(row, item, f"{field}[{index}]", index) for index, item in enumerate(read_list(value, field)))
     if (messages[-1]["role"] == "assistant") != last_assistant:
         wanted = "must end with the assistant's message" if last_assistant else "ends with an assistant message, not a question"
         raise RowError(field, wanted)
     if messages[-1]["role"] in _SYSTEM_ROLES:
-        raise RowError(field, "has a system message and no question")
+        raise RowError(field, "has a system message but no question")
     return messages
 
 
@@ -111,7 +111,7 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
 
 
 def _join_parts(content: Any, place: str) -> Any:
-    """Text of content that is given in parts."""
+    """The text of content that is given in parts."""
     if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
         return content
     for index, part in enumerate(content):
@@ -121,7 +121,7 @@ def _join_parts(content: Any, place: str) -> Any:
 
 
 def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls as OpenAI writes them, arguments as an object: what templates expect, and what inference engines pass them."""
+    """Tool calls in OpenAI's form, with arguments as an object, as templates and inference engines use them."""
     calls = []
     for index, item in enumerate(read_list([value] if isinstance(value, dict) else value, place)):
         item = parse_json(item, "{")
@@ -144,7 +144,7 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 
 def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers; none if it has no such column."""
+    """The tools that a row offers; empty without such a column."""
     if not row.has("tools"):
         return ()
     value = row.get("tools")
@@ -170,7 +170,7 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
 
 
 def split_transcript(text: str) -> list[Message]:
-    """Messages of "\\n\\nHuman: …\\n\\nAssistant: …" text, or of HelpSteer's marks; empty if it is not written so."""
+    """Messages of "\\n\\nHuman: …\\n\\nAssistant: …" text, or of HelpSteer's markers; empty for any other text."""
     if "<extra_id_1>" in text and _HELPSTEER_TURNS.search(text):
         head, *rest = _HELPSTEER_TURNS.split(text)
         messages: list[Message] = [{"role": "user", "content": head}] if head.strip() else []
@@ -185,7 +185,7 @@ def split_transcript(text: str) -> list[Message]:
 
 
 def read_prompt(row: FieldRecord, *, required: bool = True) -> tuple[Message, ...]:
-    """The row's prompt: its messages, with history and system message from their own fields."""
+    """The row's prompt: its messages, plus history and system message from separate fields."""
     field = find_prompt(row)
     if field is None:
         if required:
@@ -195,7 +195,7 @@ def read_prompt(row: FieldRecord, *, required: bool = True) -> tuple[Message, ..
 
 
 def find_prompt(row: FieldRecord) -> str | None:
-    """The field that holds the row's prompt; it counts as read."""
+    """The field that holds the row's prompt; marks it as read."""
     names = [name for name in PROMPT_FIELDS if name not in _LISTS_ONLY or not isinstance(as_messages(row.values.get(name)), str)]
     return row.find(names)
 
@@ -234,7 +234,7 @@ def _read_history(row: FieldRecord) -> tuple[Message, ...]:
 
 
 def _with_system(row: FieldRecord, messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
-    """The messages with the system message that the row names in a field of its own."""
+    """The messages, with a system message from a separate field of the row."""
     name = row.find(_SYSTEM_FIELDS)
     value = None if name is None else row.get(name)
     if name is None or value == "":
@@ -266,13 +266,13 @@ def read_answer(row: FieldRecord, value: Any, field: str) -> Answer:
 
 
 def join_answers(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> tuple[tuple[Message, ...], list[Answer]]:
-    """The prompt, and the rest of each answer: what all answers share at their start is part of the prompt.
+    """The prompt, and the rest of each answer: the answers' common start belongs to the prompt.
 
     Args:
         answers: each answer with its field
 
     Raises:
-        RowError: an answer belongs to another conversation than the prompt, or than its siblings; both places are named.
+        RowError: an answer belongs to another conversation than the prompt or another answer; names both.
     """
     field = find_prompt(row) if _needs_prompt(row, answers) else None
     own = read_prompt(row, required=False) if field is not None else ()
@@ -296,22 +296,22 @@ def join_answers(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> tup
     if shared == 0:
         if any(len(whole) > 1 and whole[0] != first[0] for whole in wholes) or (own and len(wholes) > 1):
             place, other = answers[-1][0], answers[0][0]
-            raise RowError(place, f"answers another conversation than {other}: their messages differ before the last one")
+            raise RowError(place, f"belongs to another conversation than {other}: their messages differ before the last one")
         places = " and ".join(sorted({re.sub(r"\[\d+\]", "", place) for place, _ in answers}))
-        raise RowError("prompt", f"is missing, and {places} hold an answer only")
+        raise RowError("prompt", f"is missing, and {places} hold only an answer")
     rest = [whole[shared:] for whole in wholes]
     return first[:shared], [part[0] if isinstance(part[0], str) else part for part in rest]
 
 
 def _starts_answer(wholes: Sequence[tuple[Any, ...]], place: int) -> bool:
-    """Whether the assistant begins to speak there, in each of them."""
+    """Whether the assistant starts to speak at this message, in every answer."""
     before = wholes[0][place - 1]
     speaks = all(isinstance(whole[place], str) or whole[place]["role"] == "assistant" for whole in wholes)
     return speaks and before["role"] not in ("assistant", *_SYSTEM_ROLES)
 
 
 def _needs_prompt(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> bool:
-    """Whether a prompt field has a say: `messages` beside answers that hold the whole conversation is one of them again."""
+    """Whether to read a prompt field: not if it is `messages` beside answers that hold the whole conversation."""
     wholes = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for _, answer in answers)
     field = FieldRecord(row.values)
     name = find_prompt(field)
@@ -338,7 +338,7 @@ def _check_whole(
     if (as_text and len(bare) == 1 and said is not None and said.strip() in texts) or bare == rest[: len(bare)]:
         if len(bare) == len(own) or own[0] == whole[0]:
             return whole
-        if whole[0]["role"] not in _SYSTEM_ROLES:  # the system message stands with the prompt alone
+        if whole[0]["role"] not in _SYSTEM_ROLES:  # only the prompt has the system message
             return (own[0], *whole)
         raise RowError(place, f"contradicts {field}: their system messages differ")
-    raise RowError(place, f"contradicts {field}: it answers another conversation")
+    raise RowError(place, f"contradicts {field}: it belongs to another conversation")

@@ -1,4 +1,4 @@
-"""A group as `mpo prepare` tokenizes it against plain `apply_chat_template`, what inference engines render prompts with."""
+"""Compare a group tokenized by `mpo prepare` with plain `apply_chat_template`, with which inference engines render prompts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mpo_megatron.files import DataError
 
 
 def check_group(group: Group, tokenized: TokenizedGroup, chat: Chat) -> None:
-    """Compare the prompt's ids, and what follows it where an answer is one message, with the tokenizer's own rendering.
+    """Compare the prompt's ids, and what follows it for one-message answers, with the tokenizer's own rendering.
 
     Raises:
         DataError: they differ; the message shows the first difference.
     """
     if chat.templated or not isinstance(chat.tokenizer, HuggingFaceTokenizer):
-        return  # nothing is rendered, or there is no second way to
+        return  # nothing is rendered, or no second way exists
     backend: Any = chat.tokenizer.backend
     options = {"tools": list(group.tools) or None, **chat.variables}
     messages = chat.with_system(group.prompt)
     try:
         prompt = backend.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False, **options)
     except (TemplateError, TypeError):
-        return  # a template that wants a call's arguments as text; `Chat.render` found the way
+        return  # a template that needs a call's arguments as text, which `Chat.render` handles
     ours = tokenized.prompt_tokens.tolist()
     if prompt != ours:
         _fail(group, "prompt", backend.decode(ours), backend.decode(prompt))
@@ -36,17 +36,17 @@ def check_group(group: Group, tokenized: TokenizedGroup, chat: Chat) -> None:
             continue
         whole = backend.apply_chat_template([*messages, *answer], tokenize=False, **options)
         if not whole.startswith(tokenized.prompt_text):
-            continue  # the template opens a thought for the model that it does not write itself
+            continue  # the template opens a thought in the prompt only
         text = whole[len(tokenized.prompt_text) :]
         tokens = tokenized.response_tokens[index].tolist()
         shown = chat.tokenizer.decode(tokens)
-        # Decoders of some tokenizers move spaces; then the ids themselves must be those of the text.
+        # Decoders of some tokenizers move spaces; then the ids must equal those of the text.
         if not _same(text, shown) and chat.tokenizer.encode(whole)[: len(ours) + len(tokens)] != [*ours, *tokens]:
             _fail(group, f"responses[{index}]", shown, text)
 
 
 def _same(whole: str, shown: str) -> bool:
-    """Whether the template's text begins with ours, but for what tokenizers normalise; behind the end token it may go on."""
+    """Whether the template's text starts with ours, up to tokenizers' normalisation; it may continue after the end token."""
     wanted, ours = unicodedata.normalize("NFC", whole), unicodedata.normalize("NFC", shown)
     return wanted.startswith(ours) or wanted.rstrip().startswith(ours.rstrip()) or ours.startswith(wanted.rstrip())
 
@@ -57,6 +57,6 @@ def _fail(group: Group, what: str, ours: str, wanted: str) -> None:
     )
     start = max(0, place - 20)
     raise DataError(
-        f"{group.where}: group {group.group_id}: {what} is not what apply_chat_template gives: {ours[start : place + 40]!r} "
+        f"{group.where}: group {group.group_id}: {what} differs from apply_chat_template: {ours[start : place + 40]!r} "
         f"instead of {wanted[start : place + 40]!r}; please report this template, or set check_every to 0 to continue."
     )

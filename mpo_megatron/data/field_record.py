@@ -1,4 +1,4 @@
-"""A row that notes which of its fields are read, so that every other one can be named."""
+"""A row that records which of its fields are read, so that all others can be reported."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _INDEX = re.compile(r"\[\d+\]")
 
 
 class FieldRecord:
-    """A row, or a record within one. What `get` and `first` never asked for is unused."""
+    """A row, or a record inside one. Fields never requested through `get` or `find` are unused."""
 
     def __init__(self, values: Mapping[str, Any], place: str = "", parent: FieldRecord | None = None) -> None:
         self.values, self.place, self.used = values, place, set[str]()
@@ -19,7 +19,7 @@ class FieldRecord:
             parent.inner.append(self)
 
     def has(self, name: str) -> bool:
-        """Whether a field holds something; does not count as reading it."""
+        """Whether a field has a value; does not count as reading it."""
         return self.values.get(name) is not None
 
     def get(self, name: str) -> Any:
@@ -28,7 +28,7 @@ class FieldRecord:
         return self.values.get(name)
 
     def find(self, names: Sequence[str]) -> str | None:
-        """The first of these fields that holds something; it counts as read."""
+        """The first of these fields with a value; counts as reading it."""
         for name in names:
             if self.values.get(name) is not None:
                 self.used.add(name)
@@ -40,7 +40,7 @@ class FieldRecord:
         return FieldRecord(value, f"{self.place}{place}.", self)
 
     def unused(self) -> Iterator[str]:
-        """Names of fields that hold something and were not read; places in lists as `[]`."""
+        """Names of unread fields with a value; list indices shown as `[]`."""
         for name, value in self.values.items():
             if name not in self.used and value is not None and value not in ("", [], {}):
                 yield _INDEX.sub("[]", f"{self.place}{name}")

@@ -1,4 +1,4 @@
-"""Values of a row, read and checked one by one: texts, numbers, labels, lists, ids. Each fault has its own message."""
+"""Read and check the values of a row: texts, numbers, labels, lists, ids. Each error has its own message."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from mpo_megatron.data.field_record import FieldRecord
 
 _LARGEST = 1e30
-"""Largest size of a reward: differences, squares and single precision still hold it."""
+"""Largest magnitude of a reward: differences, squares and float32 can still represent it."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _WORDS = {"true": 1, "false": 0}
 _PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
@@ -18,7 +18,7 @@ _PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
 
 
 class RowError(ValueError):
-    """A row, or a response of it, that cannot be used: the field at fault, and why."""
+    """An unusable row or response; names the field and the reason."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field} {reason}")
@@ -29,7 +29,7 @@ class RowError(ValueError):
 
 
 def check_unicode(value: str, field: str) -> str:
-    """The string, if UTF-8 can hold it."""
+    """The string, if UTF-8 can encode it."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -38,7 +38,7 @@ def check_unicode(value: str, field: str) -> str:
 
 
 def read_text(value: Any, field: str) -> str:
-    """A non-empty string that UTF-8 can hold."""
+    """A non-empty string that UTF-8 can encode."""
     if value is None:
         raise RowError(field, "is missing")
     if not isinstance(value, str):
@@ -51,14 +51,14 @@ def read_text(value: Any, field: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, or a string that spells one; truth values are none."""
+    """Whether a value is a number, or a string that spells one; booleans are not."""
     if isinstance(value, str):
         return _NUMBER.fullmatch(value) is not None
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def read_number(value: Any, field: str) -> float:
-    """A finite number; also one written as a string ("4"), and a truth value (1 or 0)."""
+    """A finite number; also accepts a numeric string ("4") and a boolean (1 or 0)."""
     if value is None:
         raise RowError(field, "is missing")
     if isinstance(value, str):
@@ -75,7 +75,7 @@ def read_number(value: Any, field: str) -> float:
     if not math.isfinite(number):
         raise RowError(field, f"is {number}; a reward must be finite")
     if abs(number) > _LARGEST:
-        raise RowError(field, f"is {number}; a reward must lie within ±{_LARGEST:g}")
+        raise RowError(field, f"is {number}; a reward must be within ±{_LARGEST:g}")
     return number
 
 
@@ -97,7 +97,7 @@ def _show(value: Any) -> str:
 
 
 def parse_json(value: Any, opening: str) -> Any:
-    """What a string that starts with `opening` holds as JSON; the value itself if it is no such string, or no JSON."""
+    """The JSON value of a string that starts with `opening`; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == opening:
         try:
             return json.loads(value)
@@ -107,9 +107,9 @@ def parse_json(value: Any, opening: str) -> Any:
 
 
 def read_list(value: Any, field: str) -> list[Any]:
-    """A non-empty list, or a string that holds one as JSON.
+    """A non-empty list, or the list in a JSON string.
 
-    A dictionary of equally long lists (how Arrow stores a sequence of records) is turned into a list.
+    Converts a dictionary of equally long lists (Arrow's form of a sequence of records) to a list.
     """
     if value is None:
         raise RowError(field, "is missing")
@@ -126,7 +126,7 @@ def read_list(value: Any, field: str) -> list[Any]:
 
 
 def read_id(row: FieldRecord) -> str | None:
-    """The id a row gives its group, if it does."""
+    """A row's own group id, if it has one."""
     name = row.find(("group_id", "id"))
     if name is None:
         return None
@@ -139,7 +139,7 @@ def read_id(row: FieldRecord) -> str | None:
 
 
 def drop_none(value: Any) -> Any:
-    """The value without entries that are None: Arrow gives every record all keys of its column."""
+    """The value without None entries: Arrow gives every record all keys of its column."""
     if isinstance(value, dict):
         return {key: drop_none(item) for key, item in value.items() if item is not None}
     return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,8 +1,8 @@
-"""What a format is, how an input's format is found, and how a row becomes a group.
+"""What a format is, how an input's format is detected, and how a row becomes a group.
 
-A format is one `Format` in `FORMATS` (known_formats.py): its name, what it looks like, how its rows are recognised, settled and
-parsed. `detect` looks at the first rows once and settles what all rows must have (`InputLayout`); `parse` turns one row into its
-parts and names the columns that it did not use; `build_group` makes the record. Anything wrong raises `RowError`.
+A format is one `Format` in `FORMATS` (known_formats.py): its name, its description, and functions that recognise, settle and
+parse its rows. `detect` reads the first rows once and settles what all rows have in common (`InputLayout`). `parse` splits one
+row into its parts and lists unused columns; `build_group` makes the group. Any error raises `RowError`.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ RowValues = dict[str, Any]
 
 
 class Sample:
-    """The first rows of an input: which columns hold something, and what."""
+    """The first rows of an input: which columns have values, and which values."""
 
     def __init__(self, rows: Sequence[RowValues]) -> None:
         self.rows = rows
         self.columns = {name for row in rows for name, value in row.items() if value is not None}
         self.empty = {name for row in rows for name in row} - self.columns
-        """Columns that hold nothing in these rows."""
+        """Columns without values in these rows."""
 
     def has(self, *names: str) -> bool:
-        """Whether any of these columns holds something."""
+        """Whether any of these columns has values."""
         return not self.columns.isdisjoint(names)
 
     def values(self, name: str) -> list[Any]:
-        """What a column holds, row by row, absences left out."""
+        """The values of a column, row by row, without missing ones."""
         return [row[name] for row in self.rows if row.get(name) is not None]
 
     def any(self, name: str, test: Callable[[Any], bool]) -> bool:
@@ -46,12 +46,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What the user says of a format."""
+    """The user's options about a format."""
 
     ratings: tuple[str, ...] = ()
-    """Fields that hold the reward, averaged; empty: the format's own."""
+    """Fields averaged into the reward; empty: the format's default."""
     drop_ranks: tuple[int, ...] = ()
-    """Ranks whose answers are left out."""
+    """Ranks whose answers are dropped."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,19 +60,19 @@ class InputLayout:
 
     format: str
     why: str = ""
-    """What decided the format: for messages."""
+    """Why this format was chosen, for messages."""
     reward_kind: RewardKind
-    """What the first rows hold."""
+    """Meaning of the rewards in the first rows."""
     ratings: tuple[str, ...] = ()
-    """Fields averaged into the reward; empty where the format has a fixed one."""
+    """Fields averaged into the reward; empty if the format has a fixed one."""
     drop_ranks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
-    """What the user should know of how the columns were read."""
+    """Notes for the user on how the columns were read."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parsed:
-    """The parts of a group that one row holds."""
+    """The parts of a group in one row."""
 
     prompt: tuple[Message, ...]
     responses: tuple[Answer, ...]
@@ -80,36 +80,36 @@ class Parsed:
     rewards: tuple[float, ...] | None = None
     labels: tuple[int, ...] | None = None
     group_id: str | None = None
-    """The row's own id, if it has one."""
+    """The row's own id, if any."""
     dropped: tuple[RowError, ...] = ()
-    """Responses that cannot be used, and why."""
+    """Unusable responses, and why."""
     unused: tuple[str, ...] = ()
-    """Columns and keys of the row that say something and were not read."""
+    """Columns and keys of the row with values that were not read."""
     drawn: tuple[tuple[int, ...] | None, ...] = ()
     """As `Group.drawn`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One way people write groups down."""
+    """One way to store groups."""
 
     name: str
     looks: str
-    """What a row looks like, in one line."""
+    """One-line description of a row."""
     uses: tuple[str, ...]
-    """The columns it reads, those that decide first."""
+    """The columns it reads, decisive ones first."""
     fits: Callable[[Sample], bool]
-    """Whether the columns are this format's."""
+    """Whether columns have this format."""
     settle: Callable[[Sample, Options], InputLayout]
-    """What the rows have in common. Raises DataError if an option fits nothing there."""
+    """Settles what the rows have in common. Raises DataError if an option does not apply."""
     parse: Callable[[FieldRecord, InputLayout], Parsed]
-    """The parts of one row. Raises RowError."""
+    """Splits one row into its parts. Raises RowError."""
     joins_rows: bool = False
-    """Whether a row holds one response, and the rows of a prompt make its group."""
+    """Whether a row holds one response, so that all rows of a prompt form its group."""
 
 
 def rename(row: Any, columns: dict[str, str]) -> Any:
-    """The row with its columns named as the formats name them.
+    """The row with its columns renamed to the formats' names.
 
     Args:
         columns: our name → the input's
@@ -122,16 +122,16 @@ def rename(row: Any, columns: dict[str, str]) -> Any:
 
 def find_format(name: str) -> Format:
     """The format of this name."""
-    from mpo_megatron.data.known_formats import FORMATS  # it needs the classes above
+    from mpo_megatron.data.known_formats import FORMATS  # it imports the classes above
 
     return next(item for item in FORMATS if item.name == name)
 
 
 def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Options | None = None) -> InputLayout:
-    """Settle the format, and what the reward is, from the input's first well-formed rows.
+    """Determine the format and the reward from the input's first well-formed rows.
 
     Raises:
-        DataError: no format fits, or no reward field does; the message lists what was found.
+        DataError: no format, or no reward field, matches; the message lists what was found.
     """
     from mpo_megatron.data.known_formats import FORMATS
 
@@ -141,17 +141,17 @@ def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Option
         if found is None:
             known = "; ".join(f"{item.name}: {item.looks}" for item in FORMATS)
             raise DataError(
-                f"format = auto; the columns {sorted(sample.columns)} fit no known format ({known}); map them, for example "
+                f"format = auto; the columns {sorted(sample.columns)} match no known format ({known}); map them, for example "
                 "--columns prompt=question responses=answers rewards=scores."
             )
         columns = [name for name in found.uses if name in sample.columns]
         why = f"its columns {', '.join(columns)} look like {found.looks}"
     else:
-        found, why = find_format(format_name), "the option format says so"
+        found, why = find_format(format_name), "as set by the option format"
     options = options or Options()
     if options.drop_ranks and found.name != "nectar":
         raise DataError(
-            f"drop_ranks = {list(options.drop_ranks)}; it has an effect on format nectar only, and this is {found.name}."
+            f"drop_ranks = {list(options.drop_ranks)}; it applies to format nectar only, but this is {found.name}; remove it."
         )
     layout = found.settle(sample, options)
     reward = f"; the reward is {'+'.join(layout.ratings)}" if found.name in ("ratings", "ultrafeedback") else ""
@@ -159,10 +159,10 @@ def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Option
 
 
 def parse(row: Any, layout: InputLayout) -> Parsed:
-    """The parts of a group that one row holds.
+    """The parts of a group in one row.
 
     Raises:
-        RowError: what is wrong, and in which field.
+        RowError: names the field and the problem.
     """
     if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
@@ -174,7 +174,7 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
 
 @dataclass(kw_only=True)
 class Responses:
-    """A row's responses: the usable ones, and why the others are not."""
+    """A row's responses: the usable ones, and why others are not."""
 
     responses: list[Any] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
@@ -182,7 +182,7 @@ class Responses:
     dropped: list[RowError] = field(default_factory=list)
 
     def read(self, read: Callable[[], tuple[Any, float | None, int | None] | None]) -> None:
-        """Take one response with its reward and label over, or note why not; None leaves it out by choice."""
+        """Add one response with its reward and label, or record why not; None drops it deliberately."""
         try:
             found = read()
         except RowError as error:
@@ -198,13 +198,13 @@ class Responses:
             self.labels.append(label)
 
     def require(self, least: int) -> None:
-        """Raise the first response's fault if fewer than `least` are left because of such faults."""
+        """Raise the first response's error if such errors leave fewer than `least` responses."""
         if len(self.responses) < least and self.dropped:
             raise self.dropped[0]
 
 
 def build_group(parsed: Parsed, where: str, source: int = 0) -> Group:
-    """The record. A row without an id receives one from its content, which does not depend on the row's place.
+    """Build the group. A row without an id gets one from its content, independent of the row's position.
 
     Raises:
         RowError: fewer than two responses.

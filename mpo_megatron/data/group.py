@@ -1,4 +1,4 @@
-"""The record that travels through the project, a *group*: one prompt, K responses, K rewards."""
+"""The record that all stages exchange, a *group*: one prompt, K responses, K rewards."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from mpo_megatron.data.arrays import Bools, Float64, Int8, Int32
 
 RewardKind = Literal["scores", "ranks", "labels"]
 Message = dict[str, Any]
-"""One chat message: {"role": …, "content": …}, and what the template reads besides: tool_calls, reasoning_content, …"""
+"""One chat message: {"role": …, "content": …}, and further fields for the template: tool_calls, reasoning_content, …"""
 Answer = str | tuple[Message, ...]
-"""A response: the model's own output as text, or messages that the chat template writes out: an assistant's, and with tools
-several, of which the first and the last are the assistant's."""
+"""A response: the model's own output as text, or messages that the chat template renders: one assistant message, or with tools
+several, the first and the last being the assistant's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +30,13 @@ class Group:
     labels: tuple[int, ...] | None = None
     """K labels, 1 chosen and 0 rejected; None if the data has none."""
     where: str = ""
-    """Where the group was read: `file:line`, lines counted from 1."""
+    """Source of the group: `file:line`, lines counted from 1."""
     source: int = 0
-    """Which input it was read from, counted from 0."""
+    """Index of its input, counted from 0."""
     dropped: tuple[str, ...] = ()
-    """Of each response that could not be used, the field and the reason."""
+    """For each unusable response, the field and the reason."""
     drawn: tuple[tuple[int, ...] | None, ...] = ()
-    """Of each response the token ids that it was drawn as, end token included, where they are known; empty: of none."""
+    """For each response its sampled token ids, including the end token, where known; empty if known for none."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,11 +45,11 @@ class TokenizedGroup:
 
     group_id: str
     prompt_tokens: Int32
-    """[P]: all the model sees before it answers, template included."""
+    """[P]: everything the model sees before it answers, template included."""
     response_tokens: tuple[Int32, ...]
-    """K arrays [R_k]: what the model would generate, end token included (unless the response was truncated)."""
+    """K arrays [R_k]: what the model would generate, including the end token (unless the response was truncated)."""
     scored: tuple[Bools, ...] | None = None
-    """K masks [R_k], False for tokens that the model did not generate: tool results within a response. None: all are scored."""
+    """K masks [R_k], False for tokens that the model did not generate, such as tool results. None: all are scored."""
     rewards: Float64 | None = None
     """[K], higher is better."""
     labels: Int8 | None = None
@@ -57,9 +57,9 @@ class TokenizedGroup:
     prompt_text: str = ""
     """The rendered prompt, for reports."""
     response_texts: tuple[str, ...] = ()
-    """The K responses as text, messages written out by the template; for reports."""
+    """The K responses as text, with messages rendered by the template; for reports."""
     where: str = ""
-    """Where the group was read: `file:line`."""
+    """Source of the group: `file:line`."""
 
     @property
     def num_responses(self) -> int:

@@ -1,4 +1,4 @@
-"""Models by their name on the Hugging Face hub: what is needed of one goes into the hub's cache, and nothing of it runs."""
+"""Models by name on the Hugging Face hub: required files go to the hub's cache, and no code from it runs."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ TOKENIZER = (
 )
 """Patterns of a tokenizer's files."""
 MODEL = (*TOKENIZER, "*.safetensors", "*.safetensors.index.json", "LICENSE*", "NOTICE*")
-"""Patterns of what `mpo convert` keeps of a model: no code and no pickles."""
+"""Patterns of the files that `mpo convert` needs: no code and no pickles."""
 OTHER_COPIES = ("consolidated*", "*/*.safetensors", "*/*.json", "*/*.model")
-"""The same weights once more in their author's format, and models in folders of their own."""
+"""Duplicate weights in the author's own format, and models in subfolders."""
 
 
 def download(name: str, option: str, patterns: Sequence[str], revision: str | None = None) -> Path:
-    """The folder of the hub's cache with those files of a model that match the patterns; without a network, what is there.
+    """The folder in the hub's cache with a model's files that match the patterns; without a network, the cached files.
 
     Args:
-        option: of the configuration, for messages
+        option: name of the option, for messages
         revision: branch, tag or commit; by default `main`
     Raises:
-        ConfigError: there is no such model or revision, it is gated, or the hub cannot be reached.
+        ConfigError: no such model or revision, it is gated, or the hub cannot be reached.
     """
-    import huggingface_hub  # only names of the hub need it
+    import huggingface_hub  # needed only for names on the hub
     from huggingface_hub import errors
 
     where = f"{option} = {name}; no such folder here"
@@ -52,19 +52,19 @@ def download(name: str, option: str, patterns: Sequence[str], revision: str | No
         ) from error
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"{where}, and from the hub it cannot be loaded: {reason}") from error
+        raise ConfigError(f"{where}, and loading it from the hub failed: {reason}") from error
 
 
 def download_model(name: str, option: str, revision: str | None) -> Path:
     """The folder of the hub's cache with a model's weights, configuration and tokenizer.
 
     Raises:
-        ConfigError: as `download`; or the model has its weights in other formats only.
+        ConfigError: as in `download`; or the model's weights exist only in other formats.
     """
     folder = download(name, option, MODEL, revision)
     require(
         any(folder.glob("*.safetensors")),
-        f"{option} = {name} has no safetensors on the hub; save it in that format first, in transformers: "
+        f"{option} = {name} has no safetensors on the hub; save it in that format first, with transformers: "
         f"AutoModelForCausalLM.from_pretrained({name!r}, dtype='auto').save_pretrained(NEW_FOLDER).",
     )
     return folder

@@ -1,4 +1,4 @@
-"""The formats people have. Each is one `Format` at the end of this file; docs/extending.md says how to add one."""
+"""The known formats. Each is one `Format` at the end of this file; docs/extending.md explains how to add one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _LABELS = ("label", "kto_tag")
 
 
 def _read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> tuple[Answer, FieldRecord]:
-    """A response that is given as text, as messages, or inside a record; and the record, for what else it holds."""
+    """A response given as text, as messages, or inside a record; and that record, for its other fields."""
     if not isinstance(item, dict):
         return read_answer(row, item, place), row.within({}, place)
     record = row.within(item, place)
@@ -46,7 +46,7 @@ def _read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> t
 
 
 def _average(record: FieldRecord, names: Sequence[str]) -> float:
-    """Mean of the named ratings of one record; a name may also be an UltraFeedback aspect."""
+    """Mean of one record's named ratings; a name may also be an UltraFeedback aspect."""
     total = 0.0
     for name in names:
         aspects = record.values.get("annotations")
@@ -61,7 +61,7 @@ def _average(record: FieldRecord, names: Sequence[str]) -> float:
 
 
 class _Column:
-    """One value per response: from the row's own list, or from inside the responses."""
+    """One value per response: from a list in the row, or from the responses themselves."""
 
     def __init__(
         self, row: FieldRecord, size: int, inner: Sequence[str], outer: Sequence[str], read: Callable[[Any, str], Any]
@@ -73,11 +73,11 @@ class _Column:
             raise RowError(str(self.outer), f"has {len(self.values)} values for {size} responses")
 
     def given(self, item: Any) -> bool:
-        """Whether a response, or the row, says a value at all."""
+        """Whether a response, or the row, gives a value at all."""
         return self.values is not None or (isinstance(item, dict) and any(name in item for name in self.inner))
 
     def read(self, record: FieldRecord, index: int, default: str | None = None) -> Any:
-        """The value of one response; both places must agree where both say it."""
+        """The value of one response; if both places have one, they must agree."""
         name = record.find(self.inner)
         if self.values is None:
             name = name or next((name for name in self.inner if name in record.values), default or self.inner[0])
@@ -89,7 +89,7 @@ class _Column:
 
 
 def _finish(row: FieldRecord, found: Responses, places: Sequence[str], *, least: int = 2) -> Parsed:
-    """The parts of a row whose responses are read."""
+    """The parts of a row whose responses have been read."""
     found.require(least)
     if not found.responses:
         raise RowError("responses", "has K = 0 responses; a group needs at least two")
@@ -130,7 +130,7 @@ def _settle_groups(sample: Sample, options: Options) -> InputLayout:
 
 
 def _empty_scores(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
-    """That columns for scores are there and hold nothing."""
+    """A note that score columns exist but are empty."""
     empty = [name for name in names if name in sample.empty]
     return (f"{' and '.join(empty)}: empty in the first rows; labels are used instead of rewards",) if empty else ()
 
@@ -199,7 +199,7 @@ def _parse_ultrafeedback(row: FieldRecord, layout: InputLayout) -> Parsed:
 
 
 def _parse_records(row: FieldRecord, field: str, reward: Callable[[FieldRecord, str], float | None], text: str) -> Parsed:
-    """Responses in records, each with what its reward is read from; None leaves a response out by choice."""
+    """Responses in records, each with the source of its reward; None drops a response deliberately."""
     found, places = Responses(), list[str]()
     for index, item in enumerate(read_list(row.get(field), field)):
 
@@ -261,7 +261,7 @@ def _score_fields(side: str, names: Sequence[str]) -> list[str]:
 def _settle_pairs(sample: Sample, options: Options) -> InputLayout:
     rating = "+".join(options.ratings)
     if len(options.ratings) > 1:
-        raise DataError(f"rating = {rating}; format pairs takes one name, not several.")
+        raise DataError(f"rating = {rating}; format pairs takes one name, not several; choose one.")
     names = [name for side in ("chosen", "rejected") for name in _score_fields(side, options.ratings)]
     scored = sample.has(*names)
     if options.ratings and not scored:
@@ -301,14 +301,14 @@ def _parse_pairs(row: FieldRecord, layout: InputLayout) -> Parsed:
 
 
 def _score_like(scores: Mapping[str, str | None], side: str, names: Sequence[str]) -> str:
-    """The name that a missing score would have, after the other side's."""
+    """The name of the missing score, formed like the other side's."""
     forms = _score_fields(side, names)
     given = [_score_fields(other, names).index(name) for other, name in scores.items() if name is not None]
     return forms[given[0] if given else 0]
 
 
 def _answers_of(row: FieldRecord, side: str) -> list[tuple[str, Any]]:
-    """A side's answer with its place; several if it holds a list of them."""
+    """A side's answer with its place; several if the field holds a list."""
     value = parse_json(row.get(side), "[")
     if not isinstance(value, list) or is_conversation(value):
         return [(side, value)]
@@ -319,7 +319,7 @@ def _answers_of(row: FieldRecord, side: str) -> list[tuple[str, Any]]:
 
 
 def _complete_swift(found: Responses) -> None:
-    """ms-swift gives the other answer alone; put the conversation that `messages` begins with before it."""
+    """ms-swift gives only the text of the other answer; prefix it with the conversation in `messages`."""
     whole = found.responses[0] if found.responses else None
     if not isinstance(whole, tuple):
         return
@@ -344,7 +344,10 @@ def _fits_comparison(sample: Sample) -> bool:
 
 def _settle_comparison(sample: Sample, options: Options) -> InputLayout:
     if len(options.ratings) > 1 or any(name not in sample.columns for name in options.ratings):
-        raise DataError(f"rating = {'+'.join(options.ratings)}; format comparison takes one column that says which is better.")
+        raise DataError(
+            f"rating = {'+'.join(options.ratings)}; format comparison takes one column, which names the better "
+            "answer; choose one."
+        )
     winner = next((name for name in options.ratings or _WINNERS if name in sample.columns), "")
     by_strength = winner in ("overall_preference", "preference_strength")
     return InputLayout(format="comparison", reward_kind="scores" if by_strength else "labels", ratings=(winner,))
@@ -354,7 +357,7 @@ def _parse_comparison(row: FieldRecord, layout: InputLayout) -> Parsed:
     pair = _compared(row.values) or _COMPARED[0]
     (winner,) = layout.ratings
     value = row.get(winner)
-    if layout.reward_kind == "scores":  # −3 … 3, above 0 if the second is better
+    if layout.reward_kind == "scores":  # −3 … 3, positive if the second is better
         strength = read_number(value, winner)
         judged: list[tuple[float | None, int | None]] = [(-strength / 2, None), (strength / 2, None)]
     else:
@@ -419,7 +422,7 @@ def _parse_unpaired(row: FieldRecord, layout: InputLayout) -> Parsed:
 
 
 def _one_answer(row: FieldRecord, judge: Callable[[], tuple[float | None, int | None]]) -> Parsed:
-    """A row with one response: in a column of its own, or as the end of its conversation."""
+    """A row with one response: in a separate column, or as the end of its conversation."""
     field = row.find(_COMPLETIONS) or next((name for name in ("messages", "conversations") if row.has(name)), "response")
     found = Responses()
     found.read(lambda: (read_answer(row, row.get(field), field), *judge()))
@@ -489,7 +492,7 @@ FORMATS = (
     ),
     Format(
         name="comparison",
-        looks="two responses in columns of their own, and which is better",
+        looks="two responses in separate columns, and which is better",
         uses=(*(name for pair in _COMPARED for name in pair), *_WINNERS, *PROMPT_FIELDS),
         fits=_fits_comparison,
         settle=_settle_comparison,
@@ -497,7 +500,7 @@ FORMATS = (
     ),
     Format(
         name="unpaired",
-        looks="one response a row with a label; rows of a prompt make a group",
+        looks="one response per row with a label; all rows of a prompt form a group",
         uses=(*_LABELS, *_COMPLETIONS, "messages", "conversations", *PROMPT_FIELDS),
         fits=_fits_unpaired,
         settle=_settle_unpaired,
@@ -506,7 +509,7 @@ FORMATS = (
     ),
     Format(
         name="ratings",
-        looks="one response a row with numeric attributes; rows of a prompt make a group",
+        looks="one response per row with numeric attributes; all rows of a prompt form a group",
         uses=(*_COMPLETIONS, *PROMPT_FIELDS),
         fits=_fits_ratings,
         settle=_settle_ratings,

@@ -1,8 +1,8 @@
 """Steps of training data: deterministic, sharded over replicas, prefetched, and a function of the step number alone.
 
-Every rank knows the whole step (which groups, their rewards and lengths) and builds only its own replica's rows. The
-content of a step depends on the seed, the step and the global batch: not on the number of ranks, so a run that resumes,
-even on another layout, sees what it would have seen.
+Every rank knows the whole step (its groups, their rewards and lengths) but builds only its own replica's rows. A step's content
+depends on the seed, the step and the global batch size, not on the number of ranks. So a resumed run, even on another layout,
+sees the same data.
 """
 
 from __future__ import annotations
@@ -39,53 +39,53 @@ class GroupTable:
     lengths: Int64
     """[G, K] tokens of each response, its end token included."""
     scored_lengths: Int64
-    """[G, K] tokens that a response's log-prob is the sum of, at least 1: all, but for those that the model did not generate
-    (tool results), and but for the first where the prompt is empty."""
+    """[G, K] tokens whose log-probs are summed for a response, at least 1: all except tokens that the model did not generate
+    (tool results), and except the first one if the prompt is empty."""
     prompt_lengths: Int64
     """[G] tokens of each prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch:
-    """What one optimizer step, or one evaluation step, works on."""
+    """The data of one optimizer step, or of one evaluation step."""
 
     step: int
     groups: tuple[TokenizedGroup, ...]
-    """[G] the groups' tokens."""
+    """[G] the groups with their tokens."""
     table: GroupTable
     contributes: Bools
-    """[G] groups that carry a contrast; the others are skipped and counted."""
+    """[G] groups with contrast; the others are skipped and counted."""
     in_rows: Bools
-    """[G, K] responses that are in a row of some replica."""
+    """[G, K] responses in a row of some replica."""
     plan: RowPlan
     rows: tuple[Row, ...]
     """This replica's rows: its micro-batches."""
 
 
 Selector = Callable[[GroupTable], tuple[Bools, Bools]]
-"""From a step's table to (contributes [G], scored [G, K]): which groups and responses the loss needs."""
+"""From a step's table to (contributes [G], scored [G, K]): the groups and responses that the loss needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowShape:
-    """How rows are cut and spread; the same on every rank but for `replica`."""
+    """How rows are cut and distributed; the same on every rank except for `replica`."""
 
     row_tokens: int
     layout: PromptLayout
     multiple: int
-    """A row's length is a multiple of this."""
+    """Row lengths are multiples of this."""
     num_replicas: int
     replica: int
     """The replica whose rows this rank builds."""
     pair_weight: float
-    """Cost of an attending pair relative to a token, for balancing replicas."""
+    """Cost of an attending pair relative to a token, for load balancing."""
     rows_multiple: int = 1
     window: tuple[int, float] | None = None
-    """Tokens of the model's sliding window, and the share of layers that have it."""
+    """Size of the model's sliding window in tokens, and the share of layers with it."""
 
 
 def steps_per_epoch(num_groups: int, groups_per_step: int) -> int:
-    """Optimizer steps in one pass over the data; the last one may have fewer groups."""
+    """Optimizer steps in one pass over the data; the last one may be smaller."""
     return math.ceil(num_groups / groups_per_step)
 
 
@@ -97,7 +97,7 @@ def step_indices(step: int, num_groups: int, groups_per_step: int, *, seed: int,
 
 
 def indices_of_steps(num_steps: int, num_groups: int, groups_per_step: int, *, seed: int, shuffle: bool) -> Int64:
-    """Dataset indices of the groups that the first `num_steps` steps see, in the data's order, each once."""
+    """Dataset indices of the groups in the first `num_steps` steps, ascending and without repetition."""
     seen, left = np.zeros(num_groups, dtype=bool), num_steps
     for epoch in range(-(-num_steps // steps_per_epoch(num_groups, groups_per_step))):
         seen[epoch_order(epoch, num_groups, seed=seed, shuffle=shuffle)[: left * groups_per_step]] = True
@@ -109,9 +109,9 @@ def indices_of_steps(num_steps: int, num_groups: int, groups_per_step: int, *, s
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(epoch: int, num_groups: int, *, seed: int, shuffle: bool) -> Int64:
-    """Dataset indices of all groups, as an epoch sees them; not to be written to."""
+    """Dataset indices of all groups in an epoch's order; read-only."""
     order = np.random.default_rng((seed, epoch)).permutation(num_groups) if shuffle else np.arange(num_groups)
-    order.flags.writeable = False  # it is kept
+    order.flags.writeable = False  # it is cached
     return order
 
 
@@ -191,7 +191,7 @@ def iterate_steps(
     """The given steps in order, built ahead.
 
     Args:
-        first_step: the step at which the data begins
+        first_step: the step at which the data starts
     """
 
     def build(step: int) -> StepBatch:
@@ -202,7 +202,7 @@ def iterate_steps(
 
 
 def build_ahead[Item](build: Callable[[Item], StepBatch], items: Sequence[Item]) -> Iterator[StepBatch]:
-    """What `build` makes of each item, in order; the next one is built in a thread while the current one is worked on."""
+    """Yield `build(item)` for each item, in order; a thread builds the next one while the current one is in use."""
     if not items:
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader") as executor:

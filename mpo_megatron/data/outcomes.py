@@ -1,4 +1,4 @@
-"""What a policy makes of held-out groups: one file per evaluation of a run, `<run>/groups/step_<step>.<digest>.parquet`.
+"""A policy's log-probs of held-out groups: one file per evaluation of a run, `<run>/groups/step_<step>.<digest>.parquet`.
 
 Legend: K responses of a group.
 """
@@ -25,23 +25,23 @@ SCHEMA = pa.schema(
         pa.field("sets", pa.list_(pa.int8()), nullable=False),
     ]
 )
-"""A group's index in the held-out data; of its K responses log π and log π_ref in nats, null where the loss needs none, and the
-set each belongs to: 1 preferred (Y+), 0 not (Y−), −1 neither. Rewards, lengths and texts are in the data."""
+"""A group's index in the held-out data; for its K responses, log π and log π_ref in nats (null where the loss needs none) and
+the set: 1 preferred (Y+), 0 other (Y−), −1 neither. Rewards, lengths and texts are in the data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupOutcome:
-    """What the policy makes of one held-out group."""
+    """The policy's log-probs of one held-out group."""
 
     index: int
-    """In the held-out data."""
+    """Index in the held-out data."""
     group_id: str
     policy_logps: tuple[float | None, ...]
     """[K] log π of each response, in nats; None where the loss needs none."""
     reference_logps: tuple[float | None, ...]
     """[K] log π_ref; None where the loss needs none."""
     sets: tuple[int, ...]
-    """[K] 1 preferred, 0 not, −1 neither."""
+    """[K] 1 preferred, 0 other, −1 neither."""
 
     def log_ratio(self, response: int) -> float | None:
         """log π − log π_ref of a response."""
@@ -50,10 +50,10 @@ class GroupOutcome:
 
 
 def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_digest: str) -> Path:
-    """Write the outcomes of the evaluation after `step` steps; the file.
+    """Write the outcomes of the evaluation after `step` steps; the path of the file.
 
     Args:
-        data_digest: that of the held-out data, which has the texts
+        data_digest: digest of the held-out data, which has the texts
     """
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def write_outcomes(run: Path, step: int, outcomes: Sequence[GroupOutcome], data_
     path = folder / name_digest(name, content, ".parquet")
     replace_file(path, [content])
     for other in folder.glob(f"{name}.*"):
-        if other != path:  # of this step, by a start of the run that went on from an earlier one
+        if other != path:  # of this step, from before the run was resumed at an earlier step
             other.unlink()
     return path
 
@@ -74,7 +74,7 @@ def read_outcomes(path: Path) -> list[GroupOutcome]:
     """The outcomes of one evaluation.
 
     Raises:
-        DamagedError: the file is not what was written.
+        DamagedError: the file differs from what was written.
     """
     return [
         GroupOutcome(
@@ -92,9 +92,9 @@ def outcome_files(run: Path, data_digest: str | None = None) -> dict[int, Path]:
     """The files of a run's evaluations by step, in order.
 
     Args:
-        data_digest: only evaluations on this data; a run may continue with other held-out groups
+        data_digest: only evaluations on this data; a run may change its held-out groups
     Raises:
-        DamagedError: a file is not what was written; only with `data_digest`.
+        DamagedError: a file differs from what was written; only with `data_digest`.
     """
     files = {int(path.name.split(".")[0].removeprefix("step_")): path for path in sorted((run / FOLDER).glob("step_*.parquet"))}
     return {step: path for step, path in files.items() if data_digest in (None, read_digest(path))}
@@ -104,7 +104,7 @@ def read_digest(path: Path) -> str:
     """Digest of the held-out data of an evaluation.
 
     Raises:
-        DamagedError: the file is not what was written.
+        DamagedError: the file differs from what was written.
     """
     digest: bytes = pq.read_schema(pa.BufferReader(read_named(path))).metadata[b"data_digest"]
     return digest.decode()

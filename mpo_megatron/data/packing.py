@@ -1,10 +1,10 @@
-"""Groups to packed rows: which responses go in which row of which replica, and what a row looks like.
+"""Groups to packed rows: which responses go into which row of which replica, and the layout of a row.
 
-A row is one micro-batch of up to `row_tokens` tokens. In the shared layout a group lies in it as `[prompt | y_1 | … | y_K]`:
-positions restart after the prompt for every response, and `segments` tells attention who sees whom. The last token of a
-response predicts nothing that is scored, so it is a target but never an input; and where the prompt is empty, nothing predicts
-a response's first token, so it is an input but never a target. Tokens of a response that the model did not generate (tool
-results) are inputs but never targets.
+A row is one micro-batch of up to `row_tokens` tokens. In the shared layout it stores a group as `[prompt | y_1 | … | y_K]`:
+positions restart after the prompt for every response, and `segments` defines which tokens attend to which. The last token of a
+response predicts nothing scored, so it is a target but never an input. If the prompt is empty, nothing predicts a response's
+first token, so it is an input but never a target. Tokens that the model did not generate (tool results) are inputs but never
+targets.
 
 Legend: T tokens of a row, S scored tokens of a row, R responses of a row, G groups of a step, K responses of a group.
 """
@@ -25,11 +25,11 @@ PromptLayout = Literal["shared", "unshared"]
 
 
 class PackingError(ValueError):
-    """A response that fits no row; the message names the group, its length and the fix."""
+    """A response does not fit into a row; the message names the group, its length and the fix."""
 
 
 class HasTokens(Protocol):
-    """What packing reads of a group."""
+    """The part of a group that packing reads."""
 
     @property
     def group_id(self) -> str: ...
@@ -42,22 +42,22 @@ class HasTokens(Protocol):
 
 
 Window = tuple[int, float]
-"""Tokens of a sliding window, and the share of layers that have it."""
+"""Size of a sliding window in tokens, and the share of layers with it."""
 
 
 class Piece(NamedTuple):
     """Responses of one group in one row: the whole group, or a part of one that is longer than a row."""
 
     slot: int
-    """The group's place in the step, 0 … G−1."""
+    """The group's slot in the step, 0 … G−1."""
     responses: tuple[int, ...]
-    """Which of its responses, 0 … K−1."""
+    """Indices of its responses, 0 … K−1."""
     num_tokens: int
-    """Tokens it takes in the row."""
+    """Tokens in the row."""
     num_pairs: int
-    """Pairs of tokens that attend, as a mean over layers."""
+    """Pairs of attending tokens, mean over layers."""
     leads: bool = True
-    """Whether it has the group's first response that lies in a row: of the prompt's copies, the one before it counts."""
+    """Whether it contains the group's first response in any row: its copy of the prompt is the one that counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,35 +69,35 @@ class Row:
     position_ids: Int64
     """[T] positions, restarting after each prompt."""
     segments: Int64
-    """[segments, 4]: start, end, context_start, context_end; they cover the row."""
+    """[segments, 4]: start, end, context_start, context_end; they cover the whole row."""
     sources: Int64
-    """[S] index in the row of the token that predicts each scored token."""
+    """[S] row index of the token that predicts each scored token."""
     targets: Int64
     """[S] ids of the scored tokens."""
     response_of: Int64
-    """[S] which of the row's responses each scored token belongs to."""
+    """[S] index among the row's responses of each scored token."""
     responses: Int64
-    """[R, 2]: slot of the group in the step, and which of its responses."""
+    """[R, 2]: slot of the group in the step, and index of the response."""
     inputs: Int64
-    """[R, 2]: start and end in the row of each response's own input tokens: all of them but the last."""
+    """[R, 2]: start and end in the row of each response's own input tokens: all except the last."""
     slots: Int64
-    """[T] slot of the group that each token belongs to; −1 for padding."""
+    """[T] slot of each token's group; −1 for padding."""
     places: Int64
-    """[T] place of each token among its group's input tokens (prompt, then responses without their last); −1 for padding."""
+    """[T] index of each token among its group's input tokens (prompt, then responses without their last); −1 for padding."""
     counted: npt.NDArray[np.bool_]
-    """[T] False for padding and for further copies of a prompt, so that each of a group's tokens counts once."""
+    """[T] False for padding and repeated copies of a prompt, so that each of a group's tokens counts once."""
     num_tokens: int
-    """Tokens without padding."""
+    """Number of tokens without padding."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowPlan:
-    """Which pieces are in which row of each replica; every replica has the same number of rows."""
+    """The pieces in each row of each replica; every replica has the same number of rows."""
 
     rows: tuple[tuple[tuple[Piece, ...], ...], ...]
     """Indexed `[replica][row][piece]`; a row without pieces is a filler."""
     split_groups: frozenset[int]
-    """Slots of the groups that lie in more than one row."""
+    """Slots of groups that are split over several rows."""
 
     @property
     def num_tokens(self) -> int:
@@ -118,9 +118,9 @@ def plan_rows(
     names: Sequence[str] | None = None,
     window: Window | None = None,
 ) -> RowPlan:
-    """Cut groups into pieces, find by first-fit-decreasing how many rows they need, and level the rows' and replicas' work.
+    """Split groups into pieces, find the number of rows by first-fit-decreasing, and balance the work of rows and replicas.
 
-    Deterministic, and the same on every rank. Responses that are not `scored` are left out.
+    Deterministic, and the same on every rank. Responses that are not `scored` are dropped.
 
     Args:
         prompt_lengths: [G] tokens of each prompt
@@ -130,7 +130,7 @@ def plan_rows(
         pair_weight: cost of an attending pair of tokens relative to that of a token in the linear layers
         rows_multiple: the number of rows per replica is a multiple of this
         names: [G] group ids for messages
-        window: of the model, if it has one
+        window: the model's window, if any
     Raises:
         PackingError: a prompt with a single response is longer than a row.
     """
@@ -156,7 +156,7 @@ def _cut_group(
     names: Sequence[str] | None,
     window: Window | None,
 ) -> list[Piece]:
-    """The group as one piece if it fits a row, else as few pieces as a greedy cut needs, the prompt repeated in each."""
+    """The group as one piece if it fits into a row, else as the fewest pieces of a greedy split, each with the prompt."""
     parts: list[Piece] = []
     current: list[int] = []
     once, each = (prompt, 0) if layout == "shared" else (0, prompt)  # tokens of the prompt: per piece, per response
@@ -176,7 +176,7 @@ def _cut_group(
             name = names[slot] if names is not None else f"#{slot}"
             raise PackingError(
                 f"group {name}: its prompt and response {part.responses[0]} take {part.num_tokens} tokens, "
-                f"data.row_tokens = {row_tokens}; raise data.row_tokens, or prepare the data with smaller limits."
+                f"but data.row_tokens = {row_tokens}; raise data.row_tokens, or prepare the data with smaller limits."
             )
     return parts
 
@@ -192,14 +192,14 @@ def _measure(
 
 
 def count_pairs(length: int, context: int, window: Window | None = None) -> int:
-    """Pairs of tokens that attend: of a segment's tokens with its context and causal past, as a mean over layers."""
+    """Pairs of attending tokens: a segment's tokens with its context and causal past, mean over layers."""
     full = length * (length + 1) // 2 + length * context
     if window is None:
         return full
     tokens, share = window
 
     def seen(count: int) -> int:
-        """What the first `count` tokens of a sequence see within the window."""
+        """Pairs within the window among the first `count` tokens of a sequence."""
         inside = min(count, tokens)
         return inside * (inside + 1) // 2 + (count - inside) * tokens
 
@@ -210,7 +210,7 @@ def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tupl
     rows: list[list[Piece]] = [[] for _ in pieces]
     free = np.full(len(pieces), row_tokens)
     for piece in sorted(pieces, key=lambda piece: (-piece.num_tokens, piece.slot, piece.responses)):
-        index = int((free >= piece.num_tokens).argmax())  # there are as many rows as pieces, so one has room
+        index = int((free >= piece.num_tokens).argmax())  # there are as many rows as pieces, so one fits
         rows[index].append(piece)
         free[index] -= piece.num_tokens
     return [tuple(sorted(row)) for row in rows if row]
@@ -219,9 +219,9 @@ def _first_fit_decreasing(pieces: Sequence[Piece], row_tokens: int) -> list[tupl
 def _spread(
     rows: Sequence[tuple[Piece, ...]], row_tokens: int, num_replicas: int, pair_weight: float, rows_multiple: int
 ) -> tuple[tuple[tuple[Piece, ...], ...], ...]:
-    """Rows [replica][row] of like work: as few per replica as hold `rows`, with the pieces dealt out anew if they fit.
+    """Rows [replica][row] of similar work: as few per replica as hold `rows`; pieces are reassigned if they fit.
 
-    Full rows and a rest would leave replicas waiting for the one with a full row more, and pipeline stages for the longest row.
+    Otherwise some replicas would wait for one with an additional full row, and pipeline stages for the longest row.
     """
 
     def work(pieces: Sequence[Piece]) -> float:
@@ -231,9 +231,9 @@ def _spread(
     per_replica = -(-per_replica // rows_multiple) * rows_multiple
 
     def deal(bundles: Sequence[tuple[Piece, ...]]) -> list[list[list[Piece]]] | None:
-        """Longest processing time first: each bundle to the least loaded replica that has room, there to the emptiest row."""
+        """Longest processing time first: each bundle to the least loaded replica with room, there to the emptiest row."""
         dealt: list[list[list[Piece]]] = [[[] for _ in range(per_replica)] for _ in range(num_replicas)]
-        loads = [(0.0, replica) for replica in range(num_replicas)]  # a heap, as the next
+        loads = [(0.0, replica) for replica in range(num_replicas)]  # a heap, like the next one
         filled = [[(-row_tokens, row) for row in range(per_replica)] for _ in range(num_replicas)]
         for bundle in sorted(bundles, key=lambda bundle: (-work(bundle), bundle)):
             tokens, full = sum(piece.num_tokens for piece in bundle), []
@@ -256,9 +256,9 @@ def _spread(
 
 
 def build_row(pieces: Sequence[Piece], groups: Sequence[HasTokens], *, layout: PromptLayout, multiple: int = 1) -> Row:
-    """Lay pieces out as one row, padded to a multiple of `multiple` tokens (at least one multiple).
+    """Build one row from pieces, padded to a multiple of `multiple` tokens (at least one multiple).
 
-    Padding is a segment of its own: nothing attends to it and nothing of it is scored.
+    Padding is a separate segment: nothing attends to it, and none of it is scored.
 
     Args:
         groups: [G] the step's groups, indexed by a piece's slot
@@ -292,13 +292,13 @@ def build_row(pieces: Sequence[Piece], groups: Sequence[HasTokens], *, layout: P
 
 
 def response_places(group: HasTokens) -> Int64:
-    """[K + 1] place of each response's first token among the group's input tokens; and the number of these."""
+    """[K + 1] index of each response's first token among the group's input tokens; and their number."""
     lengths = [len(response) - 1 for response in group.response_tokens]
     return len(group.prompt_tokens) + np.concatenate((np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)))
 
 
 class _RowBuilder:
-    """The row as it grows."""
+    """A row under construction."""
 
     def __init__(self) -> None:
         self.length = 0
@@ -316,7 +316,7 @@ class _RowBuilder:
     def add_segment(
         self, tokens: npt.NDArray[np.int32], first_position: int, context: tuple[int, int] | None = None
     ) -> tuple[int, int]:
-        """Append tokens that see `context` and their own past; returns their [start, end)."""
+        """Append tokens that attend to `context` and their own past; returns their [start, end)."""
         start, end = self.length, self.length + len(tokens)
         if end > start:
             self.segments.append((start, end, *(context or (start, start))))
@@ -326,13 +326,13 @@ class _RowBuilder:
         return start, end
 
     def place(self, slot: int, places: Int64, *, counted: bool) -> None:
-        """Say which of a group's input tokens the next tokens of the row are, in the order in which they were added."""
+        """Record which of a group's input tokens the next tokens of the row are, in order of addition."""
         self.slots.append(np.full(len(places), slot, dtype=np.int64))
         self.places.append(places)
         self.counted.append(np.full(len(places), counted))
 
     def score(self, slot: int, k: int, sources: Int64, targets: npt.NDArray[np.int32], start: int) -> None:
-        """Score `targets`, each predicted by the token at `sources`; the response's inputs begin at `start`, and end the row."""
+        """Score `targets`, each predicted by the token at `sources`; the response's inputs start at `start` and end the row."""
         self.sources.append(sources)
         self.targets.append(targets)
         self.responses.append((slot, k))

@@ -2,9 +2,9 @@
 
     mpo prepare --input pairs.jsonl --tokenizer checkpoints/qwen --output data/pairs --held_out 200 --num_workers 8
 
-Two passes. The first reads rows in order, tokenizes them in parallel (tokenizing.py), and keeps what passes in a temporary file.
-The second, which needs to have seen all groups, splits off the held-out ones (choice.py) and applies the options of `rewards.py`.
-Nothing depends on the number of workers: chunks come back in the order they left. Memory holds some chunks, some bytes a group.
+Two passes. The first reads rows in order, tokenizes them in parallel (tokenizing.py), and stores accepted groups in a temporary
+file. The second needs facts about all groups: it splits off held-out ones (choice.py) and applies the options of `rewards.py`.
+The number of workers changes nothing: chunks return in order. Memory holds some chunks, and a few bytes per group.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ from mpo_megatron.terminal.visible import visible
 
 REJECTED_FILE = "rejected.jsonl"
 _PEEKED = 64
-"""Groups that tell whether prompts are templated already."""
+"""Number of groups that are checked for already templated prompts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareSummary:
-    """What `prepare` wrote."""
+    """Result of `prepare`."""
 
     output: Path
     train: PreparedInfo
@@ -70,7 +70,7 @@ class PrepareSummary:
 
 @dataclass(kw_only=True)
 class Accepted:
-    """What is remembered of each accepted group, a few bytes each."""
+    """Facts about each accepted group, a few bytes each."""
 
     prompt_keys: bytearray = field(default_factory=bytearray)
     holds: bytearray = field(default_factory=bytearray)
@@ -84,7 +84,7 @@ class Accepted:
 
 
 UNFINISHED = ".unfinished"
-"""A file in the held-out groups' folder until the other groups have theirs, too."""
+"""A file in the held-out groups' folder until the folder of the other groups is complete too."""
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSummary:
@@ -98,8 +98,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     output = Path(config.output.rstrip("/"))
     held_out = output.with_name(output.name + "-eval")
     check_writable(output, "output")
-    clear_leftovers(output.resolve())  # also where a complete output is refused
-    if is_free(output) and (held_out / UNFINISHED).is_file():  # a run was killed between its two folders
+    clear_leftovers(output.resolve())  # even if the output is refused because it is complete
+    if is_free(output) and (held_out / UNFINISHED).is_file():  # a run was killed between renaming its two folders
         shutil.rmtree(held_out)
     for folder in (output, held_out) if config.held_out else (output,):
         require(is_free(folder), f"output = {folder}; exists and is not an empty folder; remove it, or choose another output.")
@@ -145,7 +145,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
             sample = finish(groups[train[0]], config)
             print_group(console, sample, chat.tokenizer)
             spool.unlink()
-            partial.commit()  # last: whoever sees it sees everything
+            partial.commit()  # last: if it exists, everything is complete
             if eval_info is not None:
                 (held_out / UNFINISHED).unlink()
     summary = PrepareSummary(output=output, train=info, eval=eval_info, tally=tally, seconds=time.monotonic() - started)
@@ -176,8 +176,8 @@ def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: l
         console.print(Text(visible(f"{source}: format {stream.layout.format}, because {stream.layout.why}.")), soft_wrap=True)
     if chat.lead.strip() and not chat.templated:
         console.print(
-            f"The chat template puts {chat.lead!r} before an assistant's answer, and the prompt does not end with it. "
-            "Answers given as messages get it; answers given as text are used unchanged. If the model should not think, set "
+            f"The chat template puts {chat.lead!r} before an assistant's answer, but the prompt does not end with it. "
+            "Answers given as messages get it; answers given as text stay unchanged. If the model should not think, set "
             "chat_template_kwargs (Qwen3: enable_thinking: false).",
             style="yellow",
         )
@@ -189,15 +189,13 @@ def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: l
 def _tokenize(
     config: PrepareConfig, chat: Chat, streams: list[GroupStream], spool: Path, rejected_file: Path, tally: Tally
 ) -> Accepted:
-    """Accepted groups to `spool`, rejections to the file beside it."""
+    """Write accepted groups to `spool`, and rejections to the file beside it."""
     accepted = Accepted()
     totals = [stream.total for stream in streams]
     total = None if None in totals else sum(count for count in totals if count is not None)
     items = itertools.chain.from_iterable(stream.items for stream in streams)
     with (
-        writing(
-            Path(config.output)
-        ),  # around the others: closing a file writes too; readers turn their own failures into DataError
+        writing(Path(config.output)),  # outermost: closing a file also writes; readers raise DataError themselves
         pa.OSFile(str(spool), "wb") as sink,
         pa.ipc.new_file(sink, SCHEMA) as writer,
         rejected_file.open("w", encoding="utf-8") as rejected,
@@ -217,10 +215,10 @@ def _tokenize(
 
 
 def _peek(config: PrepareConfig, chat: Chat, items: Iterator[Group | Rejection]) -> Iterator[Group | Rejection]:
-    """The items, after a look at the first ones.
+    """The items, after checking the first ones.
 
     Raises:
-        ConfigError: most prompts look as if a chat template had been applied to them already.
+        ConfigError: most prompts look already templated.
     """
     head = list(itertools.islice(items, _PEEKED))
     groups = [item for item in head if isinstance(item, Group)]
@@ -259,39 +257,39 @@ def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tall
 
 
 def _reward_kind(config: PrepareConfig, streams: list[GroupStream], accepted: Accepted) -> RewardKind:
-    """What the accepted groups' rewards are: those of the inputs that have any.
+    """Meaning of the accepted groups' rewards: that of the inputs that have any.
 
     Raises:
-        ConfigError: inputs have scores and ranks, or an option for rewards meets labels.
+        ConfigError: inputs mix scores and ranks, or an option for rewards meets labels.
     """
     holds, inputs = np.frombuffer(bytes(accepted.holds), np.uint8), np.frombuffer(bytes(accepted.inputs), np.uint16)
     kinds = {_kind_of(streams[number].layout) for number in np.unique(inputs[(holds & REWARDS) > 0])}
     require(
         len(kinds) <= 1,
-        f"input = {config.input}; some have scores and some ranks, which no scale compares; prepare them one by one.",
+        f"input = {config.input}; some have scores and some ranks, which are not comparable; prepare them separately.",
     )
     if kinds:
         return kinds.pop()
     for name, off in (("reward_noise", 0.0), ("reward_normalization", "none")):
         value = getattr(config, name)
-        require(value == off, f"{name} = {value}; the data has labels and no rewards; remove it.")
+        require(value == off, f"{name} = {value}; the data has labels but no rewards; remove it.")
     return "labels"
 
 
 def _kind_of(layout: InputLayout) -> RewardKind:
-    return "scores" if layout.reward_kind == "labels" else layout.reward_kind  # scores that first appear behind the first rows
+    return "scores" if layout.reward_kind == "labels" else layout.reward_kind  # scores appear only after the first rows
 
 
 def _reject_without_rewards(
     groups: StoredGroups, accepted: Accepted, kind: RewardKind, rejected: Path, output: Path, tally: Tally
 ) -> Int64:
-    """Places of the groups that have what the others have; the rest is rejected."""
+    """Indices of the groups that have what most groups have; rejects the rest."""
     holds = np.frombuffer(bytes(accepted.holds), np.uint8)
     needed = LABELS if kind == "labels" else REWARDS
     lacking = np.flatnonzero((holds & needed) == 0)
     if len(lacking):
         name = "labels" if kind == "labels" else "rewards"
-        reason = f"are missing, and {len(holds) - len(lacking)} other groups have them"
+        reason = f"are missing, but {len(holds) - len(lacking)} other groups have them"
         with writing(output), rejected.open("a", encoding="utf-8") as file:
             for index in lacking.tolist():
                 group = groups[index]
@@ -303,7 +301,7 @@ def _reject_without_rewards(
     usable = np.flatnonzero((holds & needed) > 0)
     labelled = int(((holds[usable] & LABELS) > 0).sum())
     if 0 < labelled < len(usable):
-        tally.notes.append(f"labels: only {labelled:,} of {len(usable):,} groups have them; none is kept")
+        tally.notes.append(f"labels: only {labelled:,} of {len(usable):,} groups have them, so all labels were dropped")
     return usable
 
 
@@ -332,7 +330,7 @@ def _all_labelled(accepted: Accepted, usable: Int64) -> bool:
 
 
 def _changes_nothing(config: PrepareConfig) -> bool:
-    """Whether `_finish` leaves groups as they are, but for their labels."""
+    """Whether `_finish` leaves groups unchanged, except for labels."""
     keeps_rewards = config.reward_noise == 0 and config.reward_normalization == "none"
     return keeps_rewards and config.responses_per_prompt is None and not config.keep_best and not config.swapped_negatives
 
@@ -340,11 +338,11 @@ def _changes_nothing(config: PrepareConfig) -> bool:
 def _finish(
     group: TokenizedGroup, config: PrepareConfig, *, chat: Chat, scale: RewardScale | None, labels: bool
 ) -> TokenizedGroup:
-    """Apply the options that act on one group: noise on all its rewards, the choice of responses, the scale, added negatives.
+    """Apply the options for single groups: noise on all rewards, the choice of responses, the scale, added negatives.
 
     Args:
-        scale: statistics of all accepted groups' rewards, before noise and choice; None if there are only labels
-        labels: whether labels are kept
+        scale: statistics of all accepted groups' rewards, before noise and choice; None with labels only
+        labels: whether to keep labels
     """
     rewards = group.rewards
     if rewards is not None and config.reward_noise > 0:
@@ -366,7 +364,7 @@ def _finish(
 
 
 def _preference(group: TokenizedGroup, rewards: Float64 | None) -> Float64:
-    """[K] what tells the best response: rewards, or labels without them."""
+    """[K] values that identify the best response: rewards, or labels without rewards."""
     if rewards is not None:
         return rewards
     assert group.labels is not None
@@ -374,7 +372,7 @@ def _preference(group: TokenizedGroup, rewards: Float64 | None) -> Float64:
 
 
 def _add_negatives(group: TokenizedGroup, config: PrepareConfig, chat: Chat) -> TokenizedGroup:
-    """The group with copies of its best response in which two tokens are swapped; as it is where none is better than another."""
+    """The group with copies of its best response with two tokens swapped; unchanged if no response is better than another."""
     preference = _preference(group, group.rewards)
     best = int(np.argmax(preference))
     if preference.min() == preference.max():

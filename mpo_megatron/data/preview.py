@@ -1,4 +1,4 @@
-"""One group exactly as the model sees it, with the scored tokens marked."""
+"""Print one group exactly as the model sees it, with scored tokens marked."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mpo_megatron.terminal.visible import visible
 SCORED = ("⟦", "⟧")
 """Marks around scored tokens; readable without colours."""
 _SHOWN = 2000
-"""Characters of a prompt or response that are shown; the middle of a longer one is left out."""
+"""Maximum characters shown of a prompt or response; the middle of a longer one is omitted."""
 _RESPONSES = 4
 
 
 def print_group(console: Console, group: TokenizedGroup, tokenizer: Tokenizer) -> None:
-    """Print the prompt and the responses as their tokens decode."""
+    """Print the prompt and the responses, decoded from their tokens."""
     console.print(Rule(Text(f"One group as the model sees it: {group.group_id}; ⟦ scored ⟧", style="bold"), align="left"))
     console.print(Text(_shorten(tokenizer.decode(group.prompt_tokens.tolist())), style="dim"), soft_wrap=True)
     for index, tokens in enumerate(group.response_tokens[:_RESPONSES]):
@@ -42,7 +42,7 @@ def print_group(console: Console, group: TokenizedGroup, tokenizer: Tokenizer) -
 
 
 def _shorten(text: str) -> str:
-    """Text that is safe on a terminal, without its middle if it is long."""
+    """Text made safe for a terminal, and without its middle if it is long."""
     if len(text) > _SHOWN:
         text = f"{text[: _SHOWN // 2]} … {len(text) - _SHOWN:,} characters … {text[-_SHOWN // 2 :]}"
     return visible(text, lines=True)

@@ -1,4 +1,4 @@
-"""How far a long pass is: a bar with rate and time left on a terminal, a line now and then elsewhere."""
+"""Progress of a long pass: a bar with rate and remaining time on a terminal, otherwise a line every few seconds."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _Rate(ProgressColumn):
 def track[Item](
     title: str, items: Iterable[Item], total: int | None, *, weigh: Callable[[Item], int] = lambda item: 1
 ) -> Iterator[Item]:
-    """The items, while progress is shown.
+    """Yield the items while showing progress.
 
     Args:
-        total: how many groups come, if that is known
-        weigh: how many groups an item is
+        total: number of groups, if known
+        weigh: number of groups in an item
     """
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())

@@ -4,8 +4,8 @@
     for item in stream.items:        # `Group`, or `Rejection` for a row that cannot become one
         ...
 
-Rows come in the order of the input, so what follows may be parallel and still be reproducible. Memory holds a few rows: what must
-be remembered of all of them is on disk (spill.py).
+Rows arrive in the order of the input, so later stages may run in parallel and stay reproducible. Memory holds a few rows; facts
+about all of them are on disk (spill.py).
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from mpo_megatron.data.spill import Spill
 from mpo_megatron.files import DataError
 
 SAMPLE = 64
-"""Rows that the format is detected from."""
+"""Number of rows from which the format is detected."""
 
 
 class GroupStream(NamedTuple):
-    """Groups of an input in its order, and what they all have."""
+    """Groups of an input in order, and what they have in common."""
 
     layout: InputLayout
     total: int | None
-    """About how many items follow; for the progress bar."""
+    """Approximate number of items, for the progress bar."""
     items: Iterator[Group | Rejection]
     unused: Counter[str]
-    """Columns and keys that no group is made of, with the number of rows that have them; complete when the items are read."""
+    """Unused columns and keys, with their number of rows; complete once the items are read."""
 
 
 def parse_rating(rating: str | None) -> tuple[str, ...]:
-    """The fields that `a+b` names."""
+    """The fields in `a+b`."""
     return tuple(name.strip() for name in rating.split("+")) if rating else ()
 
 
@@ -58,16 +58,16 @@ def read_groups(
     id_prefix: str = "",
     seen: Spill | None = None,
 ) -> GroupStream:
-    """Groups of an input, in its order; every row that is not one comes as a `Rejection`.
+    """Groups of an input, in order; every other row yields a `Rejection`.
 
     Args:
         columns: our names of columns → the input's
-        number: which of several inputs this is
-        id_prefix: put before the ids that rows give themselves
-        seen: what remembers ids, if several inputs share it
+        number: index of this input among several
+        id_prefix: prefix of ids from the rows
+        seen: store of ids, if several inputs share it
 
     Raises:
-        DataError: the input cannot be read, or its format not recognised.
+        DataError: the input cannot be read, or its format is not recognised.
     """
     total, raw = open_source(source, split=split, subset=subset)
     if max_rows is not None:
@@ -77,7 +77,7 @@ def read_groups(
     head = list(itertools.islice(rows, SAMPLE))
     sample = [row.value for row in head if isinstance(row.value, dict)]
     if not head:
-        raise DataError(f"input = {source}; it is empty.")
+        raise DataError(f"input = {source}; it is empty; name a file with groups.")
     if not sample:
         first = f"{head[0].file}:{head[0].line}: {_describe(head[0].value)}"
         raise DataError(f"input = {source}; none of its first {len(head)} rows is an object with fields; the first: {first}.")
@@ -99,8 +99,8 @@ def build_groups(
     """Groups of rows whose format is settled.
 
     Args:
-        unused: receives the columns and keys that are not read
-        seen: remembers ids, and rows of formats whose groups are made of several
+        unused: receives unread columns and keys
+        seen: stores ids, and rows of formats that build groups from several rows
     """
     parsed = _parse_rows(rows, layout, unused)
     if find_format(layout.format).joins_rows:
@@ -109,10 +109,10 @@ def build_groups(
 
 
 def read_inputs(sources: Sequence[str], **options: Any) -> list[GroupStream]:
-    """Groups of several inputs; ids that rows give themselves begin with the input's number, if there is more than one.
+    """Groups of several inputs; with several inputs, ids from rows get the input's number as prefix.
 
     Raises:
-        DataError: as `read_groups`.
+        DataError: as in `read_groups`.
     """
     seen, several = Spill(), len(sources) > 1
     return [
@@ -140,7 +140,7 @@ def _parse_rows(rows: Iterable[RawRow], layout: InputLayout, unused: Counter[str
 
 
 def _gather(parsed: Iterable[tuple[RawRow, Parsed | RowError]], spill: Spill) -> Iterator[tuple[RawRow, Parsed | RowError]]:
-    """Join the responses that rows give to the same prompt: first the rows that are none, then groups by their first rows."""
+    """Join responses to the same prompt from several rows: unusable rows first, then groups in order of their first row."""
     for row, part in parsed:
         if isinstance(part, RowError):
             yield row, part
@@ -188,6 +188,6 @@ def _build(
 
 
 def _peek_id(value: Any) -> str | None:
-    """The id a faulty row gives itself, to find it by."""
+    """The id of a faulty row, for the report."""
     found = value.get("group_id", value.get("id")) if isinstance(value, dict) else None
     return str(found) if isinstance(found, str | int) else None

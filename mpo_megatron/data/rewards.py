@@ -1,7 +1,7 @@
-"""Options that act on a group's rewards or choose among its responses; all seeded, none depends on the order of the data.
+"""Options that change a group's rewards or choose among its responses; all seeded, and independent of the data's order.
 
-Each draw comes from a generator of its own, keyed by the seed, a purpose and the group's id. So another order of the
-input, another number of workers or another `fraction` leaves a group's noise and its chosen responses as they were.
+Each draw has its own generator, seeded by the seed, a purpose and the group's id. So another input order, another number of
+workers or another `fraction` changes neither a group's noise nor its chosen responses.
 
 Legend: K responses of a group.
 """
@@ -20,7 +20,7 @@ RewardNormalization = Literal["none", "zscore", "minmax", "dataset_zscore", "dat
 
 
 def hash_unit(seed: int, purpose: str, key: str) -> float:
-    """A number in [0, 1) that depends on nothing but the arguments."""
+    """A number in [0, 1) that depends only on the arguments."""
     return int.from_bytes(_key(seed, purpose, key)[:8], "little") / 2**64
 
 
@@ -33,7 +33,7 @@ def _generator(seed: int, purpose: str, group_id: str) -> np.random.Generator:
 
 
 def in_fraction(group_id: str, fraction: float, *, seed: int) -> bool:
-    """Whether a group belongs to the chosen share of the data. Nested: a larger fraction keeps all a smaller one keeps.
+    """Whether a group belongs to the chosen share of the data. Nested: a larger fraction contains every smaller one.
 
     Source: MPO figure 5 (share of the training data).
     """
@@ -54,7 +54,7 @@ def choose_responses(num_responses: int, keep: int | None, group_id: str, *, see
     Nested: with a larger `keep`, the chosen ones stay chosen. Source: MPO figure 4 and table 7 (responses per prompt).
 
     Args:
-        best: a response that always stays (MC-PO: the preferred one, with fewer candidates)
+        best: a response that is always kept (MC-PO: the preferred one, with fewer candidates)
     """
     if keep is None or keep >= num_responses:
         return np.arange(num_responses, dtype=np.int64)
@@ -65,12 +65,12 @@ def choose_responses(num_responses: int, keep: int | None, group_id: str, *, see
 
 
 def swap_two_tokens(tokens: Int32, movable: Bools, number: int, group_id: str, *, seed: int) -> list[Int32]:
-    """Up to `number` copies of a response [R], in each of which two different tokens, drawn at random, have changed places.
+    """Up to `number` copies of a response [R], each with two different random tokens swapped.
 
     Source: MC-PO section 5 and table 2 (noise samples among the candidates).
 
     Args:
-        movable: [R] tokens that may be moved: not the end token, nor one that the model did not generate
+        movable: [R] tokens that may be swapped: not the end token, nor tokens that the model did not generate
     """
     places = np.flatnonzero(movable)
     if len(np.unique(tokens[places])) < 2:
@@ -86,7 +86,7 @@ def swap_two_tokens(tokens: Int32, movable: Bools, number: int, group_id: str, *
 
 
 class RewardScale(NamedTuple):
-    """Statistics of all rewards of a data set, for the dataset-wide normalisations."""
+    """Statistics of all rewards of a data set, for normalisation over the data set."""
 
     mean: float
     std: float
@@ -103,8 +103,8 @@ def measure_scale(rewards: Float64) -> RewardScale:
 def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | None = None) -> Float64:
     """Rewards [K] shifted and scaled: by the group's own statistics, or by the data set's (`scale`).
 
-    `zscore`: (S − mean) / std with the population std; `minmax`: (S − min) / (max − min). A constant group, or data set,
-    becomes zeros: there is nothing to scale.
+    `zscore`: (S − mean) / std with the population std; `minmax`: (S − min) / (max − min). A constant group, or data set, becomes
+    zeros.
     """
     if kind == "none":
         return rewards
@@ -120,7 +120,7 @@ def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | 
 def spacing(rewards: Float64) -> Float64:
     """Gaps [K − 1] between neighbours of the sorted rewards; 0 for a tie.
 
-    Source: MPO appendix A.5 (mean gap Δ, which falls about as 1/K) and Theorem 2.
+    Source: MPO appendix A.5 (mean gap Δ, which falls roughly as 1/K) and Theorem 2.
     """
     return np.diff(np.sort(rewards))
 

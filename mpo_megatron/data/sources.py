@@ -1,4 +1,4 @@
-"""Where rows are: files of several kinds, compressed or not, globs, folders, standard input, Hugging Face datasets."""
+"""Sources of rows: files of several kinds, compressed or not, globs, folders, standard input, Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-"""Words in a file's name that say which split it holds."""
+"""Words in a file name that name its split."""
 _SHARD = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?$")
-"""The end of a file's name that only numbers parts of one split."""
+"""The end of a file name that only numbers the parts of a split."""
 _BATCH = 512
-"""Rows converted from Arrow at a time."""
+"""Number of rows converted from Arrow at a time."""
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4")
 _LARGEST_CELL = 1 << 30
-"""Characters of one CSV cell."""
+"""Maximum characters of a CSV cell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,7 @@ class Rejection:
 
 
 class RawRow(NamedTuple):
-    """One row as it was read; `value` is a `RowError` if it could not be decoded."""
+    """One row as read; `value` is a `RowError` if it could not be decoded."""
 
     file: str
     line: int
@@ -69,10 +69,10 @@ class RawRow(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Rows of an input, and how many there are about."""
+    """Rows of an input, and their approximate number."""
 
     total: int | None
-    """None where only reading it all would tell."""
+    """None if only reading everything would tell."""
     rows: Iterable[RawRow]
 
 
@@ -92,7 +92,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRow]:
-    """The rows; a failure to read on names the line before it."""
+    """The rows; a read error names the line before it."""
     number = 0
     try:
         for row in rows():
@@ -100,7 +100,7 @@ def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRo
             yield row
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read after line {number}: {reason}; is the file damaged or truncated?") from error
+        raise DataError(f"{path}: cannot be read after line {number}: {reason}; copy the file again.") from error
 
 
 def _read_jsonl(path: Path) -> Source:
@@ -124,7 +124,7 @@ def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _unsealed(row: Any) -> Any:
-    """A row without the digest that a line of ours carries; a `RowError` if it does not match."""
+    """A row without the digest of our own lines; a `RowError` if it does not match."""
     try:
         check_record(row)
     except ValueError as error:
@@ -141,7 +141,7 @@ def _decode(line: bytes) -> Any:
         return RowError("row", f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:
         return RowError("row", "is not usable JSON: nested too deeply")
-    except ValueError:  # Python reads no integer of more than 4,300 digits
+    except ValueError:  # Python refuses integers of more than 4,300 digits
         return RowError("row", "is not usable JSON: a number has thousands of digits")
 
 
@@ -159,7 +159,7 @@ def _read_json(path: Path) -> Source:
     except (RecursionError, ValueError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         raise DataError(f"{path}: not usable JSON: {error}.") from error
     if not isinstance(rows, list):
-        raise DataError(f"{path}: holds one {type(rows).__name__}; a .json file holds one list of objects.")
+        raise DataError(f"{path}: holds one {type(rows).__name__}; a .json file must hold one list of objects.")
     return Source(len(rows), (RawRow(str(path), number, row) for number, row in enumerate(rows, start=1)))
 
 
@@ -184,9 +184,9 @@ def _read_csv(path: Path, delimiter: str = ",") -> Source:
                 if names is None:
                     names = cells
                     if len(set(names)) < len(names):
-                        raise DataError(f"{path}:{start}: two columns have one name: {', '.join(names)}.")
+                        raise DataError(f"{path}:{start}: two columns have the same name: {', '.join(names)}; rename one.")
                 elif len(cells) != len(names):
-                    error_text = f"has {len(cells)} cells, the header {len(names)}"
+                    error_text = f"has {len(cells)} cells, but the header has {len(names)}"
                     yield RawRow(str(path), start, RowError("row", error_text))
                 else:
                     pairs = zip(names, cells, strict=True)
@@ -222,7 +222,7 @@ _READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv
 
 
 def _kind(path: Path) -> str:
-    """The suffix that says what a file holds, whether or not it is compressed."""
+    """The suffix that tells a file's format, without compression."""
     compressed = path.suffix in _COMPRESSED
     return Path(path.stem).suffix if compressed else path.suffix
 
@@ -235,7 +235,7 @@ def _read_file(path: Path) -> Source:
     if not _is_readable(path):
         raise DataError(
             f"input = {path}; the suffix must be one of {', '.join(_READERS)}, for text also with {', '.join(_COMPRESSED)} "
-            "behind it; rename or convert it."
+            "after it; rename or convert it."
         )
     try:
         return _READERS[_kind(path)](path)
@@ -244,7 +244,7 @@ def _read_file(path: Path) -> Source:
 
 
 def _read_files(files: list[Path], name: str) -> Source:
-    """Files of one kind, in order; each is opened when it is reached."""
+    """Rows of files of one kind, in order; each file is opened when reached."""
     if len({_kind(path) for path in files}) > 1:
         raise DataError(f"input = {name}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one.")
     sources = [_read_file(path) for path in files]
@@ -257,17 +257,17 @@ def _read_files(files: list[Path], name: str) -> Source:
 
 
 def open_source(source: str, *, split: str = "train", subset: str | None = None) -> Source:
-    """Rows of standard input (`-`), a file, files that a pattern names, a folder, or a dataset on the hub.
+    """Rows of standard input (`-`), a file, a glob pattern, a folder, or a dataset on the hub.
 
     Raises:
-        DataError: nothing readable there.
+        DataError: there is nothing readable.
     """
     path = Path(source)
     is_pattern = bool(glob.has_magic(source)) and not path.exists()
     if source == STANDARD_INPUT or path.is_file() or is_pattern:
         for name, value, default in (("split", split, "train"), ("subset", subset, None)):
             if value != default:
-                raise DataError(f"{name} = {value}; input = {source} is one file, which is read as a whole; leave {name} out.")
+                raise DataError(f"{name} = {value}; input = {source} is one file, which is read as a whole; remove {name}.")
     if source == STANDARD_INPUT:
         return Source(None, _decode_lines(sys.stdin.buffer, "standard input"))
     if path.is_file():
@@ -275,7 +275,7 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
     if is_pattern:
         files = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         if not files:
-            raise DataError(f"input = {source}; no file fits this pattern.")
+            raise DataError(f"input = {source}; no file matches this pattern.")
         return _read_files(files, source)
     if path.is_dir():
         return _open_folder(path, split, subset)
@@ -285,7 +285,7 @@ def open_source(source: str, *, split: str = "train", subset: str | None = None)
 
 
 def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
-    from datasets import DatasetDict, load_from_disk  # a second to import, and optional for files
+    from datasets import DatasetDict, load_from_disk  # slow to import, and not needed for files
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         try:
@@ -294,7 +294,7 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
             raise DataError(f"input = {folder}: datasets cannot read it: {error}; copy it again.") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
-                raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}.")
+                raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}; choose one.")
             dataset = dataset[split]
         return _read_dataset(dataset, str(folder))
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_readable(path))
@@ -304,9 +304,9 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
 
 
 def _files_of_split(files: list[Path], split: str) -> list[Path]:
-    """The files whose names say `split`; all of them if no name says any split.
+    """The files whose names contain `split`; all of them if no name contains any split.
 
-    A name without its numbers is a split of its own: `train_prefs-00000-of-00002` and `train_sft-…` are two.
+    A name without its numbers identifies a split: `train_prefs-00000-of-00002` and `train_sft-…` are two splits.
     """
     labels = {path: _SHARD.sub("", path.name.split(".")[0]).lower() for path in files}
 

@@ -1,4 +1,4 @@
-"""What reading must remember of every row, on disk: which ids came before, and the rows of one prompt until all are there."""
+"""Facts about every row, on disk: earlier ids, and the rows of one prompt until all have been read."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from mpo_megatron.files import DataError
 
 _CACHE_KIB = 64 * 1024
-"""Memory that the database keeps; what goes beyond is in a temporary file."""
+"""Memory of the database, KiB; anything beyond goes to a temporary file."""
 
 
 class Spill:
-    """A database without a name: in memory while it is small, then in a file that disappears with it."""
+    """An anonymous database: in memory while small, then in a file that disappears with it."""
 
     def __init__(self) -> None:
         self._database = sqlite3.connect("", isolation_level=None)
@@ -43,7 +43,7 @@ class Spill:
             ) from error
 
     def first_place(self, key: str, place: str) -> str | None:
-        """Where `key` came before; None, and `place` is remembered, if it is new."""
+        """Where `key` appeared first; None if it is new, and then `place` is stored."""
         digest = hashlib.sha256(key.encode()).digest()[:16]
         if self._run("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, place)).rowcount:
             return None
@@ -51,7 +51,7 @@ class Spill:
         return found
 
     def put(self, prompt: str, part: Any) -> None:
-        """Keep a part of what belongs to a prompt."""
+        """Store a part that belongs to a prompt."""
         digest = hashlib.sha256(prompt.encode()).digest()[:16]
         found = self._run("SELECT number FROM prompts WHERE key = ?", (digest,)).fetchone()
         number = found[0] if found else self._num_prompts
@@ -63,7 +63,7 @@ class Spill:
         self._num_parts += 1
 
     def take(self) -> Iterator[list[Any]]:
-        """The parts of each prompt, prompts in the order in which they first came; afterwards none is kept."""
+        """The parts of each prompt, in order of first appearance; removes them all."""
         together: list[Any] = []
         current = -1
         for number, payload in self._run("SELECT prompt, part FROM parts ORDER BY prompt, row"):
@@ -71,7 +71,7 @@ class Spill:
                 yield together
                 together = []
             current = number
-            together.append(pickle.loads(payload))  # written by this process a moment ago
+            together.append(pickle.loads(payload))  # safe: written by this process
         if together:
             yield together
         self._run("DELETE FROM parts")

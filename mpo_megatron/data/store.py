@@ -1,17 +1,17 @@
-"""Tokenized groups on disk, written once and mapped into memory.
+"""Tokenized groups on disk, written once and memory-mapped.
 
 A prepared folder holds
 
     groups.arrow     one row per group (Arrow IPC file, uncompressed, memory-mapped on load)
-    groups.pieces    where each piece of groups.arrow ends, and its xxh3 digest: two unsigned 64-bit integers a piece
-    prepare.json     what `PreparedInfo` says: digests, counts, statistics, the configuration; a digest of itself
-    rejected.jsonl   what was refused, and why (written by `mpo prepare`)
+    groups.pieces    end of each piece of groups.arrow, and its xxh3 digest: two unsigned 64-bit integers per piece
+    prepare.json     `PreparedInfo`: digests, counts, statistics, the configuration; and its own digest
+    rejected.jsonl   rejected rows and reasons (written by `mpo prepare`)
 
-A folder appears under its name in one step (write beside it, fsync, rename), so one that exists is complete. Lengths are
-columns of their own: the trainer plans a whole epoch of packed rows without reading a token.
+A folder gets its name in one step (write beside it, fsync, rename), so an existing one is complete. Lengths are separate columns:
+the trainer plans a whole epoch of packed rows without reading a token.
 
-A piece is compared with its digest before anything of it is used, once per process. Each record batch is three pieces, so that
-a plan reads no tokens and no texts: what a plan needs, tokens, texts. A last piece holds the file's footer.
+A piece is compared with its digest before its first use, once per process. Each record batch has three pieces (planning columns,
+tokens, texts), so planning reads neither tokens nor texts. A last piece holds the file's footer.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GROUPS_FILE = "groups.arrow"
 PIECES_FILE = "groups.pieces"
 INFO_FILE = "prepare.json"
 BATCH_GROUPS = 256
-"""Groups in one Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
+"""Groups per Arrow record batch; bounds the 32-bit offsets of a list column, and the writer's memory."""
 
 TOKENS, TEXTS = "prompt_tokens", "prompt_text"
 """The first columns of a record batch's second and third piece."""
@@ -53,19 +53,19 @@ Words = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedInfo:
-    """What a prepared folder says of itself (`prepare.json`)."""
+    """The content of a prepared folder's `prepare.json`."""
 
     format_version: int = FORMAT_VERSION
     data_digest: str
     """sha256 over ids, tokens, rewards and labels in order; the same input and options give the same digest."""
     tokenizer_digest: str
-    """`Tokenizer.digest()` of the tokenizer the groups were made with."""
+    """`Tokenizer.digest()` of the tokenizer used."""
     vocab_size: int
-    """Entries of the tokenizer; every token id is below it."""
+    """Vocabulary size of the tokenizer; every token id is below it."""
     end_token_ids: tuple[int, ...]
-    """Token ids that end a response, in the order they are appended."""
+    """Token ids that end a response, in the order in which they are appended."""
     reward_kind: RewardKind
-    """`scores`: rewards are comparable magnitudes; `ranks`: rewards are −rank; `labels`: there are only labels."""
+    """`scores`: rewards have comparable magnitudes; `ranks`: rewards are −rank; `labels`: only labels exist."""
     has_labels: bool
     num_groups: int
     num_responses: int
@@ -76,27 +76,27 @@ class PreparedInfo:
     max_response_tokens: int
     """Longest response, in tokens."""
     max_group_tokens: int
-    """Longest group, in tokens: its prompt once, and its responses."""
+    """Longest group, in tokens: its prompt once, plus its responses."""
     max_responses: int
     """Largest K."""
     arrow_bytes: int
-    """Size of groups.arrow; another size means a damaged copy."""
+    """Size of groups.arrow in bytes; another size means a damaged copy."""
     pieces_digest: str
     """xxh3 digest of groups.pieces."""
     statistics: dict[str, Any] = field(default_factory=dict)
     """Histograms, spreads and counts, see docs/reference/data.md."""
     config: dict[str, Any] = field(default_factory=dict)
-    """The configuration that wrote the folder."""
+    """The configuration of the `mpo prepare` that wrote the folder."""
 
 
 # --------------------------------------------------------------------------------------------------- writing
 
 
 def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
-    """Write groups to an Arrow file, and `groups.pieces` beside it; what `write_batches` returns.
+    """Write groups to an Arrow file, and `groups.pieces` beside it; the result of `write_batches`.
 
     Raises:
-        DataError: as `write_batches`.
+        DataError: as in `write_batches`.
     """
     return write_batches(path, map(to_batch, itertools.batched(groups, BATCH_GROUPS)))
 
@@ -105,7 +105,7 @@ def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> dict[str, An
     """Write record batches to an Arrow file, and `groups.pieces` beside it; digest, size and counts, named as in `PreparedInfo`.
 
     Raises:
-        DataError: a group has no responses, or one without tokens; or not all have rewards, or labels, where some do.
+        DataError: a group has no responses, or one without tokens; or only some groups have rewards, or labels.
     """
     digest = Digest()
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
@@ -153,7 +153,7 @@ def _cut_pieces(path: Path) -> Words:
 
 
 def _map(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
-    """A file in memory, and its record batches."""
+    """A memory-mapped file, and its record batches."""
     mapped = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(mapped))
     return mapped, [reader.get_batch(index) for index in range(reader.num_record_batches)]
@@ -175,10 +175,10 @@ def write_groups(
     statistics: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> PreparedInfo:
-    """Write a prepared folder in one step; it must not exist yet, or be empty.
+    """Write a prepared folder in one step; it must be missing or empty.
 
     Raises:
-        DataError: the folder is not empty, cannot be written, or there are no groups.
+        DataError: the folder is not empty or cannot be written, or there are no groups.
     """
     target = Path(folder)
     with AtomicFolder(target) as output:
@@ -205,59 +205,62 @@ def write_groups(
 
 
 class Pieces:
-    """The pieces of a mapped file, each compared with its digest before it is used for the first time."""
+    """The pieces of a mapped file; each is compared with its digest before its first use."""
 
     def __init__(self, file: Path, data: memoryview, table: Words) -> None:
-        """Take over the table of `groups.pieces`."""
+        """Store the table of `groups.pieces`."""
         self._file, self._data, self._digests = file, data, table[:, 1]
         self._ends = [0, *table[:, 0].tolist()]
         self._whole = np.zeros(len(table), dtype=bool)
 
     def check(self, index: int) -> None:
-        """Compare one piece with its digest, unless that was done before.
+        """Compare one piece with its digest, once.
 
         Raises:
-            DataError: they differ; it names file and place.
+            DataError: they differ; names the file and the range.
         """
         if self._whole[index]:
             return
         start, end = self._ends[index : index + 2] if index >= 0 else self._ends[-2:]
         if xxhash.xxh3_64_intdigest(self._data[start:end]) != self._digests[index]:
             raise DataError(
-                f"{self._file}: damaged: bytes {start:,} to {end:,} are not those that were written (digest differs); copy it "
+                f"{self._file}: damaged: bytes {start:,} to {end:,} differ from what was written (digest mismatch); copy it "
                 "again, or prepare it again."
             )
         self._whole[index] = True
 
 
 class StoredGroups:
-    """Random access to groups in an Arrow file; memory-mapped, so opening is instant and all processes share the pages."""
+    """Random access to groups in an Arrow file; memory-mapped, so opening is instant and processes share the pages."""
 
     def __init__(self, file: Path, pieces: Words | None = None) -> None:
         """Map a file.
 
         Args:
-            pieces: its table of pieces, [pieces, 2]; without it nothing is compared
+            pieces: its table of pieces, [pieces, 2]; without it nothing is checked
         Raises:
-            DataError: what opening reads (schema, footer, ids, lengths, rewards and labels) is not what was written.
+            DataError: what opening reads (schema, footer, ids, lengths, rewards and labels) differs from what was written.
         """
         self.file, self._pieces = file, None
         if pieces is not None:
             data = memoryview(pa.memory_map(str(file)).read_buffer())
             self._pieces = Pieces(file, data, pieces)
-            for index in [*range(0, len(pieces), PIECES_A_BATCH), -1]:  # before Arrow parses any of it: it may crash
+            for index in [
+                *range(0, len(pieces), PIECES_A_BATCH),
+                -1,
+            ]:  # before Arrow, which may crash on damaged data, parses any of it
                 self._pieces.check(index)
         _, self._batches = _map(file)
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
 
-    def __reduce__(self) -> tuple[Any, ...]:  # a worker process maps the file itself
+    def __reduce__(self) -> tuple[Any, ...]:  # each worker process maps the file itself
         return (StoredGroups, (self.file,))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def _locate(self, index: int, piece: int = 0) -> tuple[pa.RecordBatch, int]:
-        """The record batch of a group, whose `piece` is as it was written, and the group's row in it."""
+        """The record batch of a group, with its `piece` checked, and the group's row in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"group {index} of {len(self)}")
         batch = bisect.bisect_right(self._starts, index) - 1
@@ -266,10 +269,12 @@ class StoredGroups:
         return self._batches[batch], index - self._starts[batch]
 
     def _row(self, index: int, name: str) -> Any:
-        """One group's value in a list column as a read-only view of the mapped file, or None where it is null."""
+        """One group's value in a list column as a read-only view of the mapped file; None where null."""
         batch, row = self._locate(index, piece=1 if name.endswith(("tokens", "scored")) else 0)
         values = batch[name][row].values
-        return None if values is None else values.to_numpy(zero_copy_only=values.type != pa.bool_())  # booleans are bits there
+        return (
+            None if values is None else values.to_numpy(zero_copy_only=values.type != pa.bool_())
+        )  # Arrow stores booleans as bits
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """One group; the arrays are read-only views of the mapped file."""
@@ -302,36 +307,36 @@ class StoredGroups:
         return any(batch[name].null_count < batch.num_rows for batch in self._batches)
 
     def group_ids(self) -> list[str]:
-        """[G] the groups' ids."""
+        """[G] ids of the groups."""
         return self._column("group_id").to_pylist()
 
     def prompt_lengths(self) -> Int64:
-        """[G] tokens of every prompt."""
+        """[G] number of tokens of every prompt."""
         return self._column("prompt_length").to_numpy().astype(np.int64)
 
     def num_responses(self) -> Int64:
-        """[G] K of every group."""
+        """[G] number of responses K of every group."""
         return self._column("num_responses").to_numpy().astype(np.int64)
 
     def response_offsets(self) -> Int64:
-        """[G + 1] group g's responses are numbers offsets[g] to offsets[g + 1] − 1 of all responses."""
+        """[G + 1] group g has the responses offsets[g] to offsets[g + 1] − 1 among all responses."""
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(self.num_responses())])
 
     def all_response_lengths(self) -> Int64:
-        """[ΣK] tokens of every response, group by group; cut it with `response_offsets`."""
+        """[ΣK] number of tokens of every response, group by group; split it with `response_offsets`."""
         return self._flat("response_lengths").astype(np.int64)
 
     def response_lengths(self, index: int) -> Int64:
-        """[K] tokens of one group's responses."""
+        """[K] number of tokens of each response of one group."""
         lengths: Int32 = self._row(index, "response_lengths")
         return lengths.astype(np.int64)
 
     def all_rewards(self) -> Float64 | None:
-        """[ΣK] every reward, group by group; None if the groups have only labels."""
+        """[ΣK] every reward, group by group; None with labels only."""
         return self._flat("rewards") if self._has("rewards") else None
 
     def all_labels(self) -> Int8 | None:
-        """[ΣK] every label, group by group; None if the groups have none."""
+        """[ΣK] every label, group by group; None without labels."""
         return self._flat("labels") if self._has("labels") else None
 
     def rewards(self, index: int) -> Float64 | None:
@@ -360,7 +365,7 @@ class StoredGroups:
                 self._locate(start, piece=2)
 
     def compute_digest(self) -> str:
-        """The digest of what is stored; equal to `PreparedInfo.data_digest` unless the file changed. Reads everything."""
+        """The digest of the stored groups; equals `PreparedInfo.data_digest` unless the file changed. Reads everything."""
         digest = Digest()
         for start, batch in zip(self._starts, self._batches, strict=False):
             if batch.num_rows:
@@ -377,7 +382,7 @@ class StoredGroups:
 
 
 class PreparedGroups(StoredGroups):
-    """The groups of a prepared folder (`path`), with what the folder says of itself (`info`)."""
+    """The groups of a prepared folder (`path`), with its `prepare.json` (`info`)."""
 
     def __init__(self, path: Path, info: PreparedInfo) -> None:
         super().__init__(path / GROUPS_FILE, _read_pieces(path, info))
@@ -388,7 +393,7 @@ class PreparedGroups(StoredGroups):
 
 
 def read_info(folder: str | Path) -> PreparedInfo:
-    """What `prepare.json` of a prepared folder says.
+    """The content of a prepared folder's `prepare.json`.
 
     Raises:
         DataError: the file is missing, damaged, or of another version.
@@ -402,7 +407,7 @@ def read_info(folder: str | Path) -> PreparedInfo:
         raise DataError(str(error)) from error
     version = fields["format_version"]
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare it again.")
+        raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare the data again.")
     return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
 
 
@@ -428,8 +433,10 @@ def load_groups(folder: str | Path) -> PreparedGroups:
     path, info = Path(folder), read_info(folder)
     arrow = path / GROUPS_FILE
     if not arrow.is_file():
-        raise DataError(f"{arrow}: missing, although {INFO_FILE} is there; copy it too, or prepare it again.")
+        raise DataError(f"{arrow}: missing, although {INFO_FILE} exists; copy it too, or prepare the data again.")
     size = arrow.stat().st_size
     if size != info.arrow_bytes:
-        raise DataError(f"{arrow}: {size} bytes, {INFO_FILE} says {info.arrow_bytes}; copy it again, or prepare it again.")
+        raise DataError(
+            f"{arrow}: {size} bytes, but {INFO_FILE} lists {info.arrow_bytes}; copy it again, or prepare the data again."
+        )
     return PreparedGroups(path, info)

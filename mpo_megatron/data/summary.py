@@ -1,4 +1,4 @@
-"""What a prepared data set looks like in numbers: `statistics` of `prepare.json`, and the table that `mpo prepare` prints."""
+"""Statistics of a prepared data set: `statistics` of `prepare.json`, and the table that `mpo prepare` prints."""
 
 from __future__ import annotations
 
@@ -23,54 +23,54 @@ _BAR = 24
 
 @dataclass(kw_only=True)
 class Tally:
-    """What happened to the rows on the way; counted while they pass."""
+    """Counts of rows and responses by outcome."""
 
     rows: int = 0
     """Groups offered: accepted and rejected."""
     rejected: Counter[str] = field(default_factory=Counter)
     """Rejections by field."""
     examples: dict[str, str] = field(default_factory=dict)
-    """By field, the first rejection in words."""
+    """By field, the first rejection as text."""
     overlong_dropped: int = 0
-    """Responses that left their group for their length."""
+    """Responses dropped because of their length."""
     overlong_truncated: int = 0
-    """Responses that were cut."""
+    """Truncated responses."""
     special_tokens: int = 0
-    """Accepted groups whose texts write out special tokens; kept, and read as these tokens."""
+    """Accepted groups whose texts spell out special tokens; kept, and encoded as these tokens."""
     templated_prompts: int = 0
-    """Accepted groups whose prompt looks as if a chat template had been applied to it before."""
+    """Accepted groups whose prompt looks already templated."""
     repeated_thoughts: int = 0
-    """Responses that opened a thought which the prompt opens already; the second opening was left out."""
+    """Responses that opened a thought already opened by the prompt; the second opening was dropped."""
     open_thoughts: int = 0
-    """Responses that never close the thought which the prompt opens; kept."""
+    """Responses that never close the thought that the prompt opens; kept."""
     without_lead: int = 0
-    """Responses without what the template writes before an answer's words (an empty thought); kept unchanged."""
+    """Responses without the template's text before an answer's words (an empty thought); kept unchanged."""
     rewritten_turns: int = 0
     """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
     labels_against_rewards: int = 0
     """Groups in which a chosen response has a lower reward than a rejected one; kept; rewards decide in most losses."""
     drawn_responses: int = 0
-    """Responses whose token ids came with them, and are trained on as they were drawn."""
+    """Responses trained on by the token ids that came with them, as sampled."""
     drawn_otherwise: int = 0
-    """Of these, responses whose text encoded again gives other tokens."""
+    """Of these, responses whose text would be encoded to other tokens."""
     drawn_of_another_text: int = 0
-    """Responses whose token ids the tokenizer does not decode to their text; the text was encoded."""
+    """Responses whose token ids do not decode to their text; the text was encoded."""
     checked: int = 0
     """Groups compared with plain `apply_chat_template`."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Responses that left their group because they could not be used, by field."""
+    """Unusable responses, by field."""
     unused: Counter[str] = field(default_factory=Counter)
-    """Columns and keys that no group is made of, with the number of rows that have them."""
+    """Unused columns and keys, with their number of rows."""
     not_written: Counter[str] = field(default_factory=Counter)
-    """Parts of prompts that the chat template does not show, with the number of groups that have them."""
+    """Parts of prompts that the chat template omits, with their number of groups."""
     notes: list[str] = field(default_factory=list)
-    """What else the user should know of how the input was read."""
+    """Further notes for the user on how the input was read."""
     duplicate_prompts: int = 0
-    """Accepted groups whose prompt an earlier group has; kept."""
+    """Accepted groups with the prompt of an earlier group; kept."""
     outside_weights: int = 0
-    """Accepted groups that `weights` left out."""
+    """Accepted groups dropped by `weights`."""
     outside_fraction: int = 0
-    """Accepted groups that `fraction` left out."""
+    """Accepted groups dropped by `fraction`."""
 
     @property
     def num_rejected(self) -> int:
@@ -112,14 +112,14 @@ def _describe(values: npt.NDArray[Any]) -> dict[str, float]:
 
 
 def _lengths(values: Int64) -> dict[str, Any]:
-    """Spread of token counts, and how many lie in (2^(n−1), 2^n]."""
+    """Spread of token counts, and a histogram over (2^(n−1), 2^n]."""
     powers, counts = np.unique(np.ceil(np.log2(np.maximum(values, 1))).astype(np.int64), return_counts=True)
     histogram = {str(2 ** int(power)): int(count) for power, count in zip(powers, counts, strict=True)}
     return _describe(values) | {"histogram": histogram}
 
 
 def compute_statistics(groups: StoredGroups) -> dict[str, Any]:
-    """Histograms and spreads of stored groups; reads lengths, rewards, labels and response texts, no tokens."""
+    """Histograms and spreads of stored groups; reads lengths, rewards, labels and response texts, but no tokens."""
     sizes, counts = np.unique(groups.num_responses(), return_counts=True)
     starts = groups.response_offsets()[:-1]
     rewards = groups.all_rewards()
@@ -150,7 +150,7 @@ def compute_statistics(groups: StoredGroups) -> dict[str, Any]:
 
 
 def print_summary(console: Console, title: str, info: PreparedInfo) -> None:
-    """One data set as a table."""
+    """Print one data set as a table."""
     stats = info.statistics
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -166,11 +166,11 @@ def print_summary(console: Console, title: str, info: PreparedInfo) -> None:
         table.add_row(f"reward ({info.reward_kind})", _spread(stats["reward"]))
         table.add_row("reward spread in a group", _spread(stats["reward_spread"]))
         gaps = stats["reward_spacing"]
-        table.add_row("gap of neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
+        table.add_row("gap between neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
     else:
         table.add_row("reward", "none; labels only (chosen, rejected)")
     share = stats["without_contrast"] / info.num_groups
-    table.add_row("groups without contrast", f"{stats['without_contrast']:,} ({share:.1%}): kept, nothing to learn from")
+    table.add_row("groups without contrast", f"{stats['without_contrast']:,} ({share:.1%}): kept, but nothing to learn from")
     table.add_row(
         "groups with equal responses",
         f"{stats['groups_with_duplicate_responses']:,} ({stats['duplicate_responses']:,} repeated texts): kept",
@@ -179,17 +179,17 @@ def print_summary(console: Console, title: str, info: PreparedInfo) -> None:
 
 
 _SEAMS = {
-    "repeated_thoughts": "thoughts opened by prompt and response",
+    "repeated_thoughts": "thoughts opened by both prompt and response",
     "open_thoughts": "responses that do not end the prompt's thought",
     "without_lead": "responses without the template's empty thought",
-    "rewritten_turns": "responses whose earlier turns the template shows otherwise",
+    "rewritten_turns": "responses whose earlier turns the template later renders differently",
 }
-"""Rows of the table that are shown where they count something."""
+"""Table rows that are shown only if their count is positive."""
 
 
 def print_tally(console: Console, tally: Tally) -> None:
-    """What did not come through, and why."""
-    table = Table(title="On the way", title_justify="left", show_header=False)
+    """Print what was rejected, dropped or changed, and why."""
+    table = Table(title="Reading the input", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column()
     table.add_row("rows read as groups", f"{tally.rows:,}")
@@ -205,23 +205,23 @@ def print_tally(console: Console, tally: Tally) -> None:
         table.add_row(label, f"{count:,}")
     if tally.outside_weights:
         table.add_row("groups outside weights", f"{tally.outside_weights:,}")
-    meaning = ": the model reads them as control tokens, not as text" if tally.special_tokens else ""
+    meaning = ": encoded as control tokens, not as text" if tally.special_tokens else ""
     table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}{meaning}")
     for name, count in tally.dropped.most_common():
         example = tally.examples.get(f"dropped {name}", "")
-        table.add_row("unusable responses left out", Text(visible(f"{count:,} × {name}, for example {example}")))
+        table.add_row("unusable responses dropped", Text(visible(f"{count:,} × {name}, for example {example}")))
     for name, meaning in _SEAMS.items():
         if count := getattr(tally, name):
             table.add_row(meaning, Text(f"{count:,}, for example {tally.examples.get(name, '')}"))
     if tally.drawn_responses:
         share = f"{tally.drawn_otherwise / tally.drawn_responses:.2%} would be encoded to other tokens"
-        table.add_row("responses trained on as drawn", f"{tally.drawn_responses:,}; {share}")
+        table.add_row("responses trained on as sampled", f"{tally.drawn_responses:,}; {share}")
     if tally.drawn_of_another_text:
         example = tally.examples.get("drawn_of_another_text", "")
         told = f"{tally.drawn_of_another_text:,}: their text was encoded, for example {example}"
         table.add_row("responses with token ids of another text", Text(told, style="yellow"))
     for name, count in tally.not_written.most_common():
-        table.add_row("not shown by the chat template", Text(visible(f"{name}: {count:,} groups"), style="yellow"))
+        table.add_row("omitted by the chat template", Text(visible(f"{name}: {count:,} groups"), style="yellow"))
     for name, count in tally.unused.most_common():
         table.add_row("column or key not used", Text(visible(f"{name}: {count:,} rows"), style="yellow"))
     if tally.checked:
@@ -243,7 +243,7 @@ def print_tally(console: Console, tally: Tally) -> None:
     if tally.templated_prompts:
         console.print(
             Text(
-                f"WARNING: {tally.templated_prompts:,} prompts look as if a chat template had been applied to them already, and "
+                f"WARNING: {tally.templated_prompts:,} prompts look as if a chat template had already been applied, and "
                 f"it was applied again: for example {tally.examples.get('templated_prompts', '')}. If so, set prompt_format to "
                 "templated.",
                 style="bold red",

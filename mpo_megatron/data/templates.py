@@ -1,7 +1,7 @@
-"""Jinja templates that come with data or checkpoints: rendered in Jinja's sandbox, and within bounds.
+"""Jinja templates from data or checkpoints: rendered in Jinja's sandbox, with limits.
 
-The sandbox keeps a template from commands and files, and not from loops that never end. Compiling is inside the bounds, too:
-Jinja computes constant expressions then.
+The sandbox blocks commands and files, but not endless loops. Compilation is also limited, because Jinja evaluates constant
+expressions then.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.data.bounded import Bounded, FailedError, LimitError
 
 CPU_SECONDS = 10.0
-"""What one text may take; a usual one takes a thousandth of a second."""
+"""CPU seconds for one text; a usual one takes a millisecond."""
 
 MAX_LIMITS = 3
-"""Texts that may break a bound before the command ends: each takes seconds, and a data set has a million of them."""
+"""Texts that may exceed a limit before the command fails: each takes seconds, and a data set may have a million."""
 
 _REFUSALS = {kind.__name__ for kind in (TemplateError, TemplateSyntaxError, TemplateRuntimeError, UndefinedError, SecurityError)}
-"""Jinja's exceptions, whose messages need no explanation."""
+"""Jinja's exceptions with self-explanatory messages."""
 
 
 def _refusal(kind: str, message: str) -> TemplateError:
@@ -32,27 +32,27 @@ def _refusal(kind: str, message: str) -> TemplateError:
 
 
 class Renderer:
-    """A function that renders, whose texts are bounded."""
+    """A rendering function with limits per text."""
 
     def __init__(self, render: Callable[..., str], name: str, cpu_seconds: float = CPU_SECONDS) -> None:
-        """Prepare; the process that renders starts with the first text.
+        """Store the function; its process starts with the first text.
 
         Args:
-            render: makes a text of what it is given
-            name: the option that gave the template, for messages
+            render: makes a text from its arguments
+            name: the option with the template, for messages
         """
         self._render, self._name, self._num_limits = Bounded(render, cpu_seconds), name, 0
         self._render_many = Bounded(functools.partial(_try_each, render), cpu_seconds)
 
     def many(self, calls: list[tuple[Any, ...]]) -> list[str | TemplateError]:
-        """The texts of several calls, or what `__call__` would raise; the process is asked once for all of them.
+        """The texts of several calls, or the errors of `__call__`, in one request to the process.
 
         Raises:
-            ConfigError: as `__call__`.
+            ConfigError: as in `__call__`.
         """
         try:
             found = self._render_many(calls)
-        except (FailedError, LimitError):  # one of them breaks a bound: find out which
+        except (FailedError, LimitError):  # one of them exceeds a limit: find out which
             return [self._one(arguments) for arguments in calls]
         return [result[0] if len(result) == 1 else _refusal(*result) for result in found]
 
@@ -63,11 +63,11 @@ class Renderer:
             return error
 
     def __call__(self, *arguments: Any) -> str:
-        """The text.
+        """The rendered text.
 
         Raises:
-            TemplateError: the template refuses what it is given, fails at it, or breaks a bound.
-            ConfigError: it has broken a bound again and again.
+            TemplateError: the template refuses its input, fails, or exceeds a limit.
+            ConfigError: it has exceeded limits too often.
         """
         try:
             return str(self._render(*arguments))
@@ -76,12 +76,12 @@ class Renderer:
         except LimitError as error:
             self._num_limits += 1
             if self._num_limits >= MAX_LIMITS:
-                raise ConfigError(f"{self._name}: the template does not end: {error}; fix it.") from error
+                raise ConfigError(f"{self._name}: the template exceeds its limits: {error}; fix it.") from error
             raise TemplateError(str(error)) from error
 
 
 def _try_each(render: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[list[str]]:
-    """Of each call its text, or the kind and the message of what it raised."""
+    """For each call its text, or the type and message of its exception."""
     results = []
     for arguments in calls:
         try:
@@ -95,7 +95,7 @@ def _try_each(render: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[
 
 @functools.lru_cache
 def _compile(source: str) -> Template:
-    # A name that nothing fills would silently leave a part of the text out.
+    # An undefined name would silently drop part of the text.
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(source)
 
 

@@ -1,4 +1,4 @@
-"""Thoughts at the seam of prompt and answer: what a prompt opened or closed, an answer must not open again."""
+"""Thoughts at the boundary of prompt and answer: an answer must not reopen what the prompt opened or closed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _TAGS = (
 
 
 class Seam(NamedTuple):
-    """How a prompt ends."""
+    """The end of a prompt."""
 
     tag: str
     end_tag: str
     start: int
-    """Where the prompt's own thought begins."""
+    """Start of the prompt's own thought."""
     closed: bool
-    """Whether the prompt closes the thought that it opens: the model is not to think."""
+    """Whether the prompt closes the thought that it opens, so that the model does not think."""
     space: str
     """White space after the last tag."""
 
 
 def find_seam(prompt: str) -> Seam | None:
-    """The thought that a prompt ends with, opened or closed; None if there is none."""
+    """The thought at the end of a prompt, opened or closed; None without one."""
     text = prompt.rstrip()
     space = prompt[len(text) :]
     for tag, end_tag in _TAGS:
@@ -45,10 +45,10 @@ def find_seam(prompt: str) -> Seam | None:
 
 
 def continue_prompt(seam: Seam | None, answer: str) -> str:
-    """The answer as it continues the prompt: without the thought's opening where the prompt has it already.
+    """The answer as a continuation of the prompt: without an opening tag that the prompt already has.
 
     Raises:
-        RowError: the answer has a thought, and the prompt closes it.
+        RowError: the answer has a thought, but the prompt closes it.
     """
     if seam is None or not answer.lstrip().startswith(seam.tag):
         return answer
@@ -57,7 +57,7 @@ def continue_prompt(seam: Seam | None, answer: str) -> str:
         return rest.removeprefix(seam.space) if rest.startswith(seam.space) else rest.lstrip("\n")
     thought, end, content = rest.partition(seam.end_tag)
     if thought.strip() or not end:
-        raise RowError("", "has a thought, and the prompt closes it: set chat_template_kwargs so that the model may think")
+        raise RowError("", "has a thought, but the prompt closes it: set chat_template_kwargs so that the model may think")
     return content.removeprefix(seam.space) if content.startswith(seam.space) else content.lstrip("\n")
 
 
@@ -67,7 +67,7 @@ def leaves_open(seam: Seam | None, answer: str) -> bool:
 
 
 def split_thought(message: dict[str, object]) -> tuple[str, str]:
-    """The thought and the words of an assistant's message; a thought may stand in its text."""
+    """The thought and the words of an assistant's message; the thought may be part of its text."""
     content, thought = str(message.get("content") or ""), message.get("reasoning_content")
     if isinstance(thought, str):
         return thought, content
@@ -79,6 +79,6 @@ def split_thought(message: dict[str, object]) -> tuple[str, str]:
 
 
 def close_thought(seam: Seam, thought: str, words: str) -> str:
-    """What a model writes behind a prompt that opened a thought: the thought, its end, and the answer."""
+    """The model's text after a prompt that opened a thought: the thought, its end, and the answer."""
     thought = thought.strip("\n")
     return f"{thought}\n{seam.end_tag}\n\n{words}"

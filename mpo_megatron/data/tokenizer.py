@@ -1,8 +1,7 @@
 """Tokenizers behind one small interface: Hugging Face's through `AutoTokenizer`, SentencePiece's through `sentencepiece`.
 
-A bare SentencePiece model is read by `sentencepiece` itself and not converted: `transformers` disagrees with it on texts
-with leading or double spaces, and `sentencepiece` is what such models were trained with. Code that comes with a
-checkpoint is never run.
+A bare SentencePiece model is read by `sentencepiece` itself, without conversion: `transformers` disagrees with it on texts with
+leading or double spaces, and such models were trained with `sentencepiece`. Code that comes with a checkpoint never runs.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ PLAIN_TEMPLATE = (
 )
 """Chat template of a SentencePiece model that comes without one."""
 _PROBE = "Naïve café, 東京  (2 spaces)\n\n\tx = 10_000;  don't <b>UPPER</b> 🙂\r\n end "
-"""Text whose ids enter the digest: white space, digits, contractions, several scripts, an emoji."""
+"""Probe text whose ids are part of the digest: white space, digits, contractions, several scripts, an emoji."""
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
-"""Of which a folder with a tokenizer of `transformers` has at least one."""
+"""Files of which a `transformers` tokenizer folder has at least one."""
 
 
 class Tokenizer(Protocol):
@@ -50,7 +49,7 @@ class Tokenizer(Protocol):
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text, if the tokenizer names one."""
+        """The token that ends a text, if the tokenizer defines one."""
 
     @property
     def special_ids(self) -> frozenset[int]:
@@ -58,13 +57,13 @@ class Tokenizer(Protocol):
 
     @property
     def pad_id(self) -> int | None:
-        """The token that fills a text up, if the tokenizer names one."""
+        """The padding token, if the tokenizer defines one."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text. Special tokens written out in it are recognised; none are added."""
+        """Ids of a text. Spelled-out special tokens are recognised; none are added."""
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, as `encode` gives them; faster than one by one."""
+        """Ids of each text, as from `encode`; faster than one by one."""
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids."""
@@ -82,13 +81,13 @@ class Tokenizer(Protocol):
     def render_many(
         self, conversations: Sequence[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]], *, variables: Mapping[str, Any]
     ) -> list[str | TemplateError]:
-        """For conversations with their tools the template's texts with a generation prompt, or why it refuses them."""
+        """The template's text with a generation prompt for each conversation with its tools, or why the template refuses it."""
 
     def digest(self) -> str:
-        """sha256 of the vocabulary and of how a probe text is cut: the same wherever the tokenizer is loaded from."""
+        """sha256 of the vocabulary and of a probe text's ids: the same wherever the tokenizer is loaded from."""
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer, chat template included, so that `load_tokenizer(folder)` gives it back."""
+        """Write the tokenizer with its chat template, so that `load_tokenizer(folder)` restores it."""
 
 
 def _digest(vocabulary: Mapping[str, int], probe: Sequence[int]) -> str:
@@ -97,7 +96,7 @@ def _digest(vocabulary: Mapping[str, int], probe: Sequence[int]) -> str:
 
 
 class _Templated:
-    """Conversations as texts, by a chat template in a process with limits."""
+    """Renders conversations with a chat template in a process with limits."""
 
     template: Any
     _renderer: Renderer
@@ -165,9 +164,9 @@ class HuggingFaceTokenizer(_Templated):
 
     @functools.cached_property
     def _fast(self) -> Any:
-        """The Rust tokenizer under that of `transformers`, for ids alone; None under one in Python."""
+        """The Rust tokenizer inside that of `transformers`, for ids only; None if that is in Python."""
         fast = getattr(self.backend, "backend_tokenizer", None)
-        if fast is not None:  # as transformers sets it at each call; its file may ask for others
+        if fast is not None:  # as transformers sets them at each call; the file may set others
             fast.no_truncation()
             fast.no_padding()
             fast.encode_special_tokens = bool(getattr(self.backend, "split_special_tokens", False))
@@ -178,7 +177,7 @@ class HuggingFaceTokenizer(_Templated):
         return text
 
     def _render(self, template: Any, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
-        self.backend.chat_template = template  # what it was when the process that renders began may be another
+        self.backend.chat_template = template  # the template may have changed since the rendering process started
         text: str = self.backend.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
@@ -192,10 +191,10 @@ class HuggingFaceTokenizer(_Templated):
 
 
 class SentencePieceTokenizer(_Templated):
-    """A SentencePiece model. Its control pieces (<s>, </s>), and tokens added beside it, are recognised in a text."""
+    """A SentencePiece model. It recognises its control pieces (<s>, </s>), and added tokens, in a text."""
 
     def __init__(self, model: Path, template: str, added: Mapping[str, int] | None = None) -> None:
-        import sentencepiece  # optional: only SentencePiece models need it
+        import sentencepiece  # needed only for SentencePiece models
 
         self.model, self.template = model, template
         self._renderer = Renderer(self._render, "chat_template")
@@ -243,7 +242,7 @@ class SentencePieceTokenizer(_Templated):
         return "".join(parts)
 
     def _render(self, template: str, messages: list[Message], add_generation_prompt: bool, variables: dict[str, Any]) -> str:
-        from transformers.utils.chat_template_utils import render_jinja_template  # what inference engines render with
+        from transformers.utils.chat_template_utils import render_jinja_template  # used by inference engines
 
         eos, bos = self.processor.eos_id(), self.processor.bos_id()
         special = {
@@ -275,11 +274,11 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
     """Load a tokenizer: a Hugging Face folder, a Megatron checkpoint (its `hf` folder), a SentencePiece `.model` file,
     or a model's name on the hub.
 
-    `chat_template` is a file with a Jinja template that replaces the tokenizer's own. A SentencePiece model without a
-    template gets `PLAIN_TEMPLATE`; any other tokenizer without one is refused, for inference would have none either.
+    `chat_template` is a file with a Jinja template that replaces the tokenizer's own. A SentencePiece model without template gets
+    `PLAIN_TEMPLATE`; any other tokenizer without one is refused, because inference would have none either.
 
     Raises:
-        ConfigError: nothing loadable there, a damaged file, or no chat template.
+        ConfigError: there is nothing to load, a file is damaged, or the chat template is missing.
     """
     source = Path(path)
     template = None if chat_template is None else _read_template(Path(chat_template))
@@ -303,7 +302,7 @@ def _read_template(path: Path) -> str:
 
 
 def count_tokens(folder: Path) -> int | None:
-    """Rows that an embedding needs for a folder's tokenizer: its largest id and one; None if the folder has no tokenizer.
+    """Embedding rows needed for a folder's tokenizer: its largest id plus one; None if the folder has no tokenizer.
 
     Raises:
         ConfigError: it cannot be loaded.
@@ -336,16 +335,16 @@ def _load_hugging_face(folder: Path, template: str | None) -> HuggingFaceTokeniz
 
 
 DAMAGE = (ValueError, OSError, LookupError, ImportError, TypeError, AttributeError, RecursionError)
-"""What transformers raises on a damaged tokenizer."""
+"""Errors that transformers raises on a damaged tokenizer."""
 
 
 def _load_backend(folder: Path) -> Any:
-    from transformers import AutoTokenizer  # seconds to import: not before a tokenizer is wanted
+    from transformers import AutoTokenizer  # slow to import: only when a tokenizer is needed
 
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        # tokenizers, in Rust, raises Exception itself; on damaged files transformers stumbles over what it does not find.
+        # tokenizers (Rust) raises plain Exception; on damaged files, transformers fails on missing values in various ways.
         if type(error) is not Exception and not isinstance(error, DAMAGE):
             raise
         reason = " ".join(str(error).split())

@@ -31,9 +31,9 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 
 _CHUNK_GROUPS, _CHUNK_CHARACTERS = 32, 1 << 20
-"""What one task tokenizes at most: groups, and characters of their responses (at least one group)."""
+"""Maximum size of one task: groups, and characters of their responses (at least one group)."""
 _AHEAD = 4
-"""Unfinished chunks per worker: keeps workers busy and memory bounded."""
+"""Unfinished chunks per worker: keeps workers busy and bounds memory."""
 REWARDS, LABELS = 1, 2
 """Bits of `Chunk.holds`."""
 
@@ -53,27 +53,27 @@ def load_chat(config: PrepareConfig) -> Chat:
 
 @dataclass(kw_only=True)
 class Chunk:
-    """A worker's answer, in the order of its items."""
+    """A worker's result, in the order of its items."""
 
     batch: pa.RecordBatch | None = None
     prompt_keys: bytearray = field(default_factory=bytearray)
-    """Of each accepted group, 16 bytes: a hash of its prompt's messages."""
+    """For each accepted group, 16 bytes: a hash of its prompt's messages."""
     holds: bytearray = field(default_factory=bytearray)
-    """Of each accepted group, whether it has REWARDS, LABELS."""
+    """For each accepted group, whether it has REWARDS, LABELS."""
     inputs: list[int] = field(default_factory=list)
-    """Of each accepted group, the input it was read from."""
+    """For each accepted group, the index of its input."""
     rejections: list[Rejection] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
-    """Names of `Tally`'s fields, and how often."""
+    """Counts by the names of `Tally`'s fields."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Responses that could not be used, by field."""
+    """Unusable responses, by field."""
     examples: dict[str, str] = field(default_factory=dict)
-    """By the names in `counts` and `dropped`, the first case in words."""
+    """By the names in `counts` and `dropped`, the first case as text."""
     not_written: Counter[str] = field(default_factory=Counter)
-    """Parts of prompts that the chat template does not show, with the number of groups that have them."""
+    """Parts of prompts that the chat template omits, with their number of groups."""
 
     def count(self, name: str, where: str, number: int = 1) -> None:
-        """Count something, and keep where it was first."""
+        """Count something, and keep its first occurrence."""
         if number:
             self.counts[name] += number
             self.examples.setdefault(name, where)
@@ -82,7 +82,7 @@ class Chunk:
 def tokenize_group(
     group: Group, prompt: tuple[str, Int32] | TemplateError, chat: Chat, config: PrepareConfig, chunk: Chunk
 ) -> TokenizedGroup:
-    """Token ids of a group; what happens to its responses is counted in `chunk`.
+    """Token ids of a group; outcomes of its responses are counted in `chunk`.
 
     Args:
         prompt: its prompt from `Chat.prompts`
@@ -149,7 +149,7 @@ def contradict(group: Group) -> bool:
 
 
 def _prefer_drawn(tokens: Tokens, text: str, drawn: Drawn, chat: Chat, chunk: Chunk, where: str) -> Tokens:
-    """The response as the ids that it was drawn as, where they are those of its text."""
+    """The response by its sampled ids, if they decode to its text."""
     ids = take_drawn(chat, text, drawn)
     if ids is None:
         chunk.count("drawn_of_another_text", where)
@@ -190,10 +190,10 @@ def _count_thoughts(
 
 
 def tokenize_chunk(config: PrepareConfig, numbered: tuple[int, list[Group | Rejection]]) -> Chunk:
-    """Tokenize a run of groups; rejections among them pass through in their place.
+    """Tokenize a chunk of groups; rejections among them keep their position.
 
     Args:
-        numbered: the place of the first item among all, and the items
+        numbered: index of the first item among all, and the items
     """
     chat, chunk = load_chat(config), Chunk()
     groups: list[TokenizedGroup] = []
@@ -230,7 +230,7 @@ def tokenize_chunk(config: PrepareConfig, numbered: tuple[int, list[Group | Reje
 
 
 def find_not_written(chat: Chat, group: Group, prompt_text: str) -> Iterator[str]:
-    """Parts of a prompt that change nothing in what the chat template writes."""
+    """Parts of a prompt without effect on the template's text."""
     if chat.templated:
         return
     names = {name for message in group.prompt for name in message} - {"role", "content"}
@@ -244,7 +244,7 @@ def find_not_written(chat: Chat, group: Group, prompt_text: str) -> Iterator[str
             if chat.render(messages, add_generation_prompt=True, tools=tools) == prompt_text:
                 yield name
         except TemplateError:
-            continue  # it needs this part
+            continue  # the template requires this part
 
 
 def _without(message: Message, name: str) -> Message:
@@ -252,11 +252,11 @@ def _without(message: Message, name: str) -> Message:
 
 
 def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map` over processes: results in the order of the items, with a bounded number unfinished."""
+    """`map` over processes: results in the order of the items, with a bounded number in progress."""
     if num_workers == 1:
         yield from map(function, items)
         return
-    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, its children start clean.
+    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, and its children start clean.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
     under_way: deque[Future[Result]] = deque()
@@ -270,14 +270,14 @@ def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterab
                 yield under_way.popleft().result()
         except BrokenProcessPool as error:
             raise DataError(
-                f"num_workers = {num_workers}; a tokenizing process died, perhaps for lack of memory; use fewer."
+                f"num_workers = {num_workers}; a tokenizing process died, perhaps out of memory; use fewer workers."
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
 def cut_chunks(items: Iterable[Group | Rejection]) -> Iterator[tuple[int, list[Group | Rejection]]]:
-    """Items in runs that one task tokenizes, each with the place of its first item."""
+    """Split items into chunks for one task each, with the index of their first item."""
     chunk: list[Group | Rejection] = []
     first, characters = 0, 0
     for item in items:

@@ -1,9 +1,9 @@
-"""Answers that are messages, rendered as generation would: the assistant's turns, and the text between them.
+"""Answers that are messages, rendered as in generation: the assistant's turns, and the text between them.
 
-For each of the assistant's turns, render the prompt that inference would render before it, and the conversation up to and with
-it: what the second adds to the first is what the model generates. Between two turns is what the template writes behind the first
-and before the second: tool results, headers. So every turn follows what it would follow in a session of calls that keeps what
-was generated, also where a template later shows earlier turns otherwise (Qwen3 drops their thoughts).
+For each assistant turn, render the prompt that inference would use, and the conversation up to and including the turn: the
+difference is what the model generates. The text between two turns is what the template writes after the first and before the
+second: tool results, headers. So every turn follows the same text as in a session that keeps what was generated, even if the
+template later renders earlier turns differently (Qwen3 drops their thoughts).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mpo_megatron.data.chat import Chat
 
 _OTHER = "¤"
-"""Content that takes another's place to see where that one begins."""
+"""Placeholder content that shows where real content starts."""
 
 
 class Turn(NamedTuple):
@@ -27,20 +27,20 @@ class Turn(NamedTuple):
 
     text: str
     end: str
-    """The token that ends it; "" for the text between turns."""
+    """The token that ends it; "" for text between turns."""
     scored: bool
     """Whether the model generates it."""
     is_plain: bool = False
-    """Whether it is the message's words, which the template did not write."""
+    """Whether it is the message's own words, not text from the template."""
 
 
 def write_turns(
     chat: Chat, messages: list[Message], answer: Sequence[Message], tools: Sequence[dict[str, Any]]
 ) -> tuple[list[Turn], bool]:
-    """The parts of an answer in order, and whether the template writes the whole conversation just so.
+    """The parts of an answer in order, and whether the template renders the whole conversation exactly like this.
 
     Raises:
-        RowError: a part of a message is not written by the template, or the conversation is another one with the answer.
+        RowError: the template omits part of a message, or renders another conversation when the answer is included.
         jinja2.TemplateError: the template refuses the conversation.
     """
     turns: list[Turn] = []
@@ -67,7 +67,7 @@ def write_turns(
 def _write_turn(
     chat: Chat, before: list[Message], message: Message, prompt: str, tools: Sequence[dict[str, Any]], place: int
 ) -> Turn:
-    """What the model generates for one message."""
+    """The text that the model generates for one message."""
     whole = chat.render([*before, message], add_generation_prompt=False, tools=tools)
     where = "" if place == 0 else f"[{place}]"
     thought, words = split_thought(message)
@@ -82,19 +82,19 @@ def _write_turn(
     elif set(message) == {"role", "content"}:
         text, end, is_plain = words, chat.end, True
     else:
-        raise RowError(where, "cannot follow its prompt: the chat template writes the conversation differently with it")
+        raise RowError(where, "cannot follow its prompt: with it, the chat template renders the conversation differently")
     for name, value in (("reasoning_content", thought), ("content", words)):
         if value.strip() and value.strip() not in text:
-            raise RowError(f"{where}.{name}", "is not written by the chat template, and would be lost")
+            raise RowError(f"{where}.{name}", "is omitted by the chat template, and would be lost")
     if message.get("tool_calls"):
         bare = {key: value for key, value in message.items() if key != "tool_calls"} | {"content": words}
         if chat.render([*before, bare], add_generation_prompt=False, tools=tools) == whole:
-            raise RowError(f"{where}.tool_calls", "are not written by the chat template, and would be lost")
+            raise RowError(f"{where}.tool_calls", "are omitted by the chat template, and would be lost")
     return Turn(text, end, scored=True, is_plain=is_plain)
 
 
 def _between(chat: Chat, before: list[Message], prompt: str, written: str, tools: Sequence[dict[str, Any]]) -> str:
-    """What the template writes between the last turn and the next: tool results and headers, up to the generation prompt."""
+    """The template's text between the last turn and the next: tool results and headers, up to the generation prompt."""
     if prompt.startswith(written):
         return prompt[len(written) :]
     last = max(place for place, message in enumerate(before) if message["role"] == "assistant")
@@ -105,5 +105,5 @@ def _between(chat: Chat, before: list[Message], prompt: str, written: str, tools
         edge = next((place for place, (ours, its) in enumerate(zip(prompt, other, strict=False)) if ours != its), edge)
     end = prompt.rfind(chat.end, 0, edge)
     if end < 0:
-        raise RowError("", "has several turns, and the chat template writes no token between them")
+        raise RowError("", "has several turns, but the chat template writes no token between them")
     return prompt[end + len(chat.end) :]

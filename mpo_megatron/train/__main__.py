@@ -13,18 +13,18 @@ if TYPE_CHECKING:
     from mpo_megatron.train.run import Run
     from mpo_megatron.train.term import GradientTerm
 
-# Megatron's checkpoint writer may start processes that import this module again: keep it light and guarded.
+# Megatron's checkpoint writer may start processes that import this module: keep it light and guarded.
 
 
 def work() -> str | None:
-    """Train as the command line says, with a term on live samples if configured; return why it stopped early, or None."""
+    """Train as the command line says, with a term on live samples if configured; return why the run stopped early, or None."""
     setup = read_setup("mpo train")
     from mpo_megatron.train.loop import train
 
     build_term: Callable[[Run], GradientTerm] | None = None
     if setup.config.online.kl_weight > 0:
         from mpo_megatron.rollout.live.regularizer import build_regularizer as build_term
-    gc.freeze()  # Megatron collects garbage in every save: a quarter of a second if it looks at all that was imported
+    gc.freeze()  # Megatron collects garbage in every save: a quarter of a second if it scans all imports
     return train(setup, build_term)
 
 

@@ -1,7 +1,7 @@
-"""Adapters in a run: which one it trains, beside which weights, and how both are loaded.
+"""Adapters in a run: which one it trains, on which base weights, and how both are loaded.
 
-`model.checkpoint` is the base model, and a new adapter begins beside it; or it is an adapter that a run has saved, or
-`mpo convert` has read, and training continues with it beside its own base model.
+If `model.checkpoint` is a whole model, it is the base of a new adapter. If it is an adapter, saved by a run or imported by
+`mpo convert`, training continues with it on its own base model.
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
     """The run's adapter and the base model's folder; None if all weights are trained.
 
     Raises:
-        ConfigError: the options do not fit the adapter in `model.checkpoint`, or its base model is not there.
+        ConfigError: the options do not fit the adapter in `model.checkpoint`, or its base model is missing.
     """
     folder, wanted = Path(config.model.checkpoint), choose_adapter(family, config.lora)
     if not is_adapter_folder(folder):
         require(
             config.lora.base is None,
-            f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, no adapter; remove it.",
+            f"lora.base = {config.lora.base}, but model.checkpoint = {folder} is a whole model, not an adapter; remove it.",
         )
         if wanted is None:
             require(
                 config.lora.quantize in (None, "none"),
-                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen ones can have 4 bits; set "
+                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen weights can "
+                "have 4 bits; set "
                 "lora.rank.",
             )
             return None
         return AdapterRecord(adapter=wanted, base=os.path.abspath(folder), base_digest=weights_digest(folder))
     saved = read_adapter(folder)
-    # Not part of the adapter itself: one that was trained beside whole weights may go on beside 4 bits.
+    # Not part of the adapter itself: an adapter trained on full-precision weights may continue on 4-bit weights.
     adapter = dataclasses.replace(saved.adapter, quantize=config.lora.quantize or saved.adapter.quantize)
     saved = dataclasses.replace(saved, adapter=adapter)
     if wanted is not None:
         wanted = dataclasses.replace(wanted, quantize=adapter.quantize)
-        check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "leave lora.* out to continue with it")
+        check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "remove lora.* to continue with it")
     base = find_base(folder, saved, config.lora.base, "lora.base")
     return dataclasses.replace(saved, base=os.path.abspath(base))
 
@@ -59,7 +60,7 @@ def check_shape(wanted: Adapter, found: Adapter, what: str, fix: str) -> None:
     """Refuse an adapter of another shape.
 
     Raises:
-        ConfigError: naming the first field that differs.
+        ConfigError: names the first field that differs.
     """
     for item in dataclasses.fields(Adapter):
         ours, theirs = getattr(wanted, item.name), getattr(found, item.name)
@@ -67,10 +68,10 @@ def check_shape(wanted: Adapter, found: Adapter, what: str, fix: str) -> None:
 
 
 def load_model(parts: list[torch.nn.Module], folder: str | Path, record: AdapterRecord | None, ranks: Ranks) -> None:
-    """Load a folder's weights: a whole model, whose adapters then add nothing, or an adapter with its base model.
+    """Load a folder's weights: a whole model, with zero adapters, or an adapter with its base model.
 
     Raises:
-        ConfigError: files are missing or damaged, or they belong to another model, or to an adapter of another shape.
+        ConfigError: files are missing or damaged, or belong to another model, or to an adapter of another shape.
     """
     folder = Path(folder)
     if not is_adapter_folder(folder):
@@ -79,17 +80,17 @@ def load_model(parts: list[torch.nn.Module], folder: str | Path, record: Adapter
         return
     if record is None:
         raise ConfigError(
-            f"{folder} holds an adapter alone, and the other model here is a whole one; merge it: mpo convert --merge true "
+            f"{folder} holds an adapter alone, but the other model is a whole one; merge it: mpo convert --merge true "
             f"--input {folder} --output …, and convert the output."
         )
     saved = read_adapter(folder)
-    found = dataclasses.replace(saved.adapter, quantize=record.adapter.quantize)  # both go beside the same weights
-    check_shape(record.adapter, found, str(folder), "policy and reference need adapters of one shape")
+    found = dataclasses.replace(saved.adapter, quantize=record.adapter.quantize)  # both use the same base weights
+    check_shape(record.adapter, found, str(folder), "policy and reference need adapters of the same shape")
     checkpoint.load_weights(parts, find_base(folder, saved, record.base, "lora.base"), ranks)
     checkpoint.load_adapter(parts, folder, ranks)
 
 
 def start_adapters(parts: list[torch.nn.Module], setup: Setup, ranks: Ranks) -> None:
-    """Initialise a new adapter; a loaded one is unchanged."""
+    """Initialise a new adapter; a loaded one stays unchanged."""
     if setup.record is not None and not is_adapter_folder(setup.model_folder):
         initialize_adapters(parts, setup.family, setup.record.adapter, ranks, setup.config.seed)

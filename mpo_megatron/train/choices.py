@@ -1,12 +1,13 @@
-"""The reference's choices of experts, kept on disk beside its log-probs and read group by group.
+"""The reference's expert choices, cached on disk beside its log-probs and read group by group.
 
-    <prepared data>/reference/<key>/experts-00000000-00000127.<digest>.choices   the choices of these groups, one after the other
-    <prepared data>/reference/<key>/experts-00000000-00000127.<digest>.parquet   index of each group in the data, and the digest
-                                                                                 of its choices
+    <prepared data>/reference/<key>/experts-00000000-00000127.<digest>.choices   the choices of these groups, concatenated
+    <prepared data>/reference/<key>/experts-00000000-00000127.<digest>.parquet   index of each group in the data, and digest of
+    its
+                                                                                 choices
 
-A group has [tokens, L, k] experts: of its prompt's tokens and of its responses' without their last, in each of L layers with
-experts, k ascending numbers of one byte (two with more than 256 experts). So the size is known before anything is computed, and a
-group is found without reading others. A group's bytes are compared with their digest whenever they are read.
+A group has [tokens, L, k] expert ids: for its prompt's tokens and its responses' without their last, in each of L layers with
+experts, k ascending ids of one byte (two with more than 256 experts). So the size is known in advance, and a group can be read
+without reading others. A group's bytes are compared with their digest at every read.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from mpo_megatron.train.routing import Choices
 
 
 def id_dtype(experts: Experts) -> npt.DTypeLike:
-    """What an expert's number is on disk."""
+    """Dtype of an expert id on disk."""
     return f"<u{experts.id_bytes}"
 
 
@@ -60,19 +61,19 @@ def data_tokens(data: PreparedGroups) -> Int64:
 
 @dataclass(kw_only=True)
 class ReferenceChoices:
-    """The choices of a dataset's groups in a cache's folder; the main rank reads and writes them."""
+    """The choices of a dataset's groups in a cache folder; the main rank reads and writes them."""
 
     folder: Path
     experts: Experts
     tokens: Int64
     """[groups] input tokens of every group."""
     there: npt.NDArray[np.bool_]
-    """[groups] which groups' choices are recorded; the same on every rank."""
+    """[groups] whether a group's choices are recorded; the same on every rank."""
     where: dict[int, tuple[Path, int, str]] = field(default_factory=dict)
     """On the main rank: file, first byte and digest of each recorded group."""
     maps: dict[Path, npt.NDArray[np.uint8]] = field(default_factory=dict)
     damaged: list[Path] = field(default_factory=list)
-    """On the main rank: lists that are not what was written."""
+    """On the main rank: lists that differ from what was written."""
 
     @classmethod
     def open(cls, folder: Path, data: PreparedGroups, experts: Experts, ranks: Ranks) -> ReferenceChoices:
@@ -85,9 +86,9 @@ class ReferenceChoices:
                     choices._take(path, pq.read_table(pa.BufferReader(read_named(path))))
                 except DamagedError as error:
                     choices.damaged.append(path)
-                    print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
+                    print(f"{visible(error)} Its groups are computed again when needed.", flush=True)
                 except OSError as error:
-                    print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
+                    print(f"{visible(error)} Its groups are computed again when needed.", flush=True)
         if get_world_size() > 1:
             there = torch.from_numpy(choices.there.astype(np.uint8)).to(device.device())
             broadcast(there, src=0)
@@ -95,31 +96,32 @@ class ReferenceChoices:
         return choices
 
     def missing(self, wanted: Int64 | None = None) -> Int64:
-        """Indices of the groups whose choices are not recorded, in order.
+        """Indices of the groups without recorded choices, in order.
 
         Args:
-            wanted: look at these groups only
+            wanted: consider only these groups
         """
         indices = np.arange(len(self.there)) if wanted is None else wanted
         return indices[~self.there[indices]]
 
     def require_room(self, missing: Int64) -> None:
-        """Refuse choices that do not fit the disk.
+        """Refuse choices that exceed the free disk space.
 
         Args:
             missing: the groups whose choices are to be recorded
         Raises:
-            ConfigError: naming the bytes that are missing.
+            ConfigError: names the missing bytes.
         """
         size, free = int(self.tokens[missing].sum()) * token_bytes(self.experts), shutil.disk_usage(self.folder).free
         require(
             free >= size,
-            f"{self.folder}: the reference's choices of experts take {size / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free; free "
-            "some space, or set experts.routing to free and leave experts.measure_drift out.",
+            f"{self.folder}: the reference's expert choices take {size / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB "
+            "are free; free "
+            "some space, or set experts.routing to free and remove experts.measure_drift.",
         )
 
     def write(self, indices: Int64, ids: npt.NDArray[Any]) -> None:
-        """Record the choices [Σ tokens, L, k] of these groups; on the main rank."""
+        """Record the choices [Σ tokens, L, k] of these groups, on the main rank."""
         parts = np.split(ids.astype(id_dtype(self.experts)), np.cumsum(self.tokens[indices])[:-1])
         contents = [part.tobytes() for part in parts]
         stem = f"experts-{indices[0]:08d}-{indices[-1]:08d}"
@@ -141,7 +143,7 @@ class ReferenceChoices:
         """The choices of a step's groups, on this rank's device; all ranks call it.
 
         Raises:
-            DataError: a group's are damaged; on all ranks.
+            DataError: a group's choices are damaged; on all ranks.
         """
         tokens = self.tokens[table.indices]
         shape = (int(tokens.sum()), sum(self.experts.layers), self.experts.per_token)
@@ -159,7 +161,7 @@ class ReferenceChoices:
         return Choices(ids=ids, starts=starts)
 
     def _take(self, path: Path, table: pa.Table) -> None:
-        """Add what a part lists.
+        """Add the groups listed in a part.
 
         Raises:
             DamagedError: the file with the choices is missing, or has another size.
@@ -170,7 +172,10 @@ class ReferenceChoices:
             start += int(self.tokens[index]) * token_bytes(self.experts)
         size = file.stat().st_size if file.is_file() else None
         if size != start:
-            raise DamagedError(f"{file}: {'missing' if size is None else f'{size} bytes'}, its list says {start} bytes.")
+            raise DamagedError(
+                f"{file}: {'missing' if size is None else f'{size} bytes'}, but its list says {start} bytes; remove "
+                "it and run the same command again."
+            )
         self.where |= found
         self.there[list(found)] = True
 
@@ -183,8 +188,8 @@ class ReferenceChoices:
         content = self.maps[file][start : start + number * token_bytes(self.experts)]
         if xxhash.xxh3_128_hexdigest(content) != digest:
             raise DataError(
-                f"{file}: damaged: the choices of group {index} are not those that were written (digest differs); remove the "
-                "file, and start again: its groups are computed again."
+                f"{file}: damaged: the choices of group {index} differ from what was written (digest mismatch); remove the "
+                "file, and run the same command again: it recomputes the groups."
             )
         return content.view(id_dtype(self.experts)).reshape(number, sum(self.experts.layers), self.experts.per_token)
 

@@ -1,7 +1,7 @@
-"""A warning before the first step: weights of reward deviations that leave groups nothing to learn from.
+"""A warning before the first step: reward weights that leave groups without a gradient.
 
-`wmpo` and `swepo` shift a response's logit by its reward's distance from the group's mean. If that puts nearly all mass on the
-preferred responses already, the loss is near 0 and so is its gradient, whatever the policy does.
+`wmpo` and `swepo` shift a response's logit by its reward's distance from the group's mean. If this puts nearly all mass on the
+preferred responses, the loss and its gradient are near 0, whatever the policy does.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.train.objective import Logps, Objective, group_batch
 
 WEIGHTED = ("wmpo", "swepo")
-"""Losses whose weights can do so."""
+"""Losses with such weights."""
 DEAD = 1e-3
-"""Largest gradient of a dead group, in units of β: DPO starts with a half."""
+"""Largest gradient of a dead group, in units of β; DPO starts with 0.5."""
 SAMPLED_GROUPS = 512
-"""Groups that are looked at."""
+"""Number of sampled groups."""
 WARN_ABOVE = 0.1
-"""Share of dead groups that is worth a warning."""
+"""Share of dead groups that triggers the warning."""
 
 
 def warn_dead_gradients(objective: Objective, data: PreparedGroups) -> str | None:
-    """What to say about these data; None if few of their groups start without a gradient, or the loss has no such weights."""
+    """The warning; None if few groups start without a gradient, or the loss has no such weights."""
     if objective.loss.name not in WEIGHTED:
         return None
     indices = np.unique(np.linspace(0, len(data) - 1, min(len(data), SAMPLED_GROUPS)).astype(int))
@@ -35,7 +35,7 @@ def warn_dead_gradients(objective: Objective, data: PreparedGroups) -> str | Non
     if share <= WARN_ABOVE:
         return None
     params = objective.params
-    lighter = "Raise" if getattr(params, "weighting", "exp") == "listing" else "Lower"  # there it divides
+    lighter = "Raise" if getattr(params, "weighting", "exp") == "listing" else "Lower"  # there, α is a divisor
     signed = getattr(params, "deviation", "absolute") == "signed"
     return (
         f"loss.params.alpha = {params.alpha:g} leaves {share:.0%} of {len(indices)} sampled groups a gradient below {DEAD:g} β "
@@ -45,7 +45,7 @@ def warn_dead_gradients(objective: Objective, data: PreparedGroups) -> str | Non
 
 
 def dead_share(objective: Objective, groups: Sequence[TokenizedGroup]) -> float:
-    """Share of the contributing groups whose responses all have a gradient below `DEAD` where the policy is its reference."""
+    """Share of contributing groups whose responses all have a gradient below `DEAD` when the policy equals its reference."""
     table = group_table(groups, np.arange(len(groups)))
     contributes, _ = objective.select(table)
     if not contributes.any():

@@ -1,6 +1,6 @@
-"""Environment variables that make a rank on GPUs faster: each rank sets them before CUDA reads them, whatever launched it.
+"""Environment variables for fast ranks on GPUs, set before CUDA reads them, however the rank was launched.
 
-What the user has set stays. The choices are those of NVIDIA's performance recipes (Megatron-Bridge,
+Variables set by the user stay. The values follow NVIDIA's performance recipes (Megatron-Bridge,
 scripts/performance/perf_plugins.py), and of the libraries' own warnings.
 """
 
@@ -13,14 +13,14 @@ import subprocess
 from mpo_megatron.config import TrainConfig
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-"""Names that PyTorch reads its allocator's options from: the new one and the old one."""
+"""Variables from which PyTorch reads its allocator's options: the new name and the old one."""
 
 FIRST_BLACKWELL = 10
-"""Major compute capability from which communication and GEMMs overlap without a common queue."""
+"""Major compute capability from which communication and GEMMs overlap without a single queue."""
 
 
 def set_environment(config: TrainConfig) -> dict[str, str]:
-    """Set the recommended variables that are not set yet, and return them; the main rank prints them."""
+    """Set the recommended variables that are unset, and return them; the main rank prints them."""
     capability = compute_capability()
     if capability is None:
         return {}
@@ -40,15 +40,17 @@ def recommended(config: TrainConfig, capability: int) -> dict[str, str]:
     parallel = config.parallel
     found = {}
     if capability >= FIRST_BLACKWELL:
-        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue for each stream: else they wait for each other
+        found["CUDA_DEVICE_MAX_CONNECTIONS"] = "32"  # a queue per stream: otherwise streams wait for each other
     elif parallel.tensor > 1 or parallel.context > 1:
-        # One queue keeps the host's order: communication starts before the GEMM that it overlaps with and that fills the GPU.
+        # One queue keeps the host's order: communication starts before the GEMM that it overlaps with, which fills the GPU.
         found["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
     online = config.online
-    if not (online.kl_weight and online.engine == "vllm" and online.vllm.gpus == "shared"):  # its sleep mode refuses them
+    if not (
+        online.kl_weight and online.engine == "vllm" and online.vllm.gpus == "shared"
+    ):  # vLLM's sleep mode does not support them
         found[ALLOCATOR[0]] = "expandable_segments:True"  # rows differ in length: fixed segments leave gaps
     if config.optimizer.overlap != "none":
-        # Norms leave some processors to the communication that runs beside them.
+        # Norms leave some processors to communication that runs beside them.
         found |= {"NVTE_FWD_LAYERNORM_SM_MARGIN": "16", "NVTE_BWD_LAYERNORM_SM_MARGIN": "16"}
     if parallel.pipeline > 1:
         found["NCCL_P2P_NET_CHUNKSIZE"] = str(2**21)  # activations between stages are large messages
@@ -56,7 +58,7 @@ def recommended(config: TrainConfig, capability: int) -> dict[str, str]:
 
 
 def compute_capability() -> int | None:
-    """Major compute capability of this machine's GPUs; None without one. PyTorch would start CUDA to answer."""
+    """Major compute capability of this machine's GPUs; None without GPUs. Asking PyTorch would initialize CUDA."""
     program = shutil.which("nvidia-smi")
     if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         return None
@@ -64,5 +66,5 @@ def compute_capability() -> int | None:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
         return int(float(done.stdout.split()[0]))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # a driver that does not answer: CUDA will say why
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):  # the driver does not answer: CUDA will report why
         return None

@@ -20,11 +20,11 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
     """Compute and record metrics over all held-out groups; all ranks call it. Empty without held-out groups.
 
     Args:
-        pause: called between two batches; raises `Stopped` if the run is to leave
+        pause: called between batches; raises `Stopped` if the run must stop
     Raises:
-        ConfigError: no held-out group carries a contrast, or they have no metric `checkpoint.best_metric`.
+        ConfigError: no held-out group has contrast, or the metric `checkpoint.best_metric` does not exist.
         TrainingError: a group's loss is not finite.
-        Stopped: the run was asked to stop; nothing is written down then.
+        Stopped: a stop was requested; then nothing is recorded.
     """
     data, best = run.setup.held_out, run.config.checkpoint
     if data is None:
@@ -47,11 +47,11 @@ def evaluate(run: Run, step: int, trackers: list[Tracker], pause: Callable[[], N
             parts.append(learned if routing is None else learned | routing.measured)
             outcomes += group_outcomes(batch, policy, reference, run.setup.objective.params)
     if not parts:
-        raise ConfigError(f"data.eval = {data.path}: no group carries a contrast; choose other held-out groups.")
+        raise ConfigError(f"data.eval = {data.path}: no group has contrast; choose other held-out groups.")
     metrics = {f"eval/{name}": value for name, value in combine(parts).items()}
     require(
         best.keep_best == 0 or best.best_metric in metrics,
-        f"checkpoint.best_metric = {best.best_metric}; there is no such metric, choose one of {', '.join(metrics)}.",
+        f"checkpoint.best_metric = {best.best_metric}; there is no such metric; choose one of {', '.join(metrics)}.",
     )
     for tracker in trackers:
         tracker.log(step, metrics)

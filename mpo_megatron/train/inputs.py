@@ -1,4 +1,4 @@
-"""A run's inputs, opened and checked before any weight is loaded: the second half of `build_setup` (setup.py)."""
+"""A run's inputs, opened and checked before any weights are loaded: the second half of `build_setup` (setup.py)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     """The rest of `build_setup`, which needs torch and Megatron-Core.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     require_working_gpus(config.model.backend)
     folder = Path(config.model.checkpoint)
@@ -71,7 +71,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         require(missing is None, f"online.engine = {config.online.engine}, but {missing}; or set online.engine = transformers.")
         require(
             device.has_gpu(),
-            f"online.engine = {config.online.engine}, but this machine has no GPU, and vLLM takes weights from GPUs only; set "
+            f"online.engine = {config.online.engine}, but this machine has no GPU, but vLLM receives weights from GPUs only; set "
             "online.engine = transformers.",
         )
         validate_engine_layout(config.online.vllm, config.parallel, family)
@@ -104,7 +104,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         )
         require(
             data.info.vocab_size <= family.vocab_size,
-            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, the model has {family.vocab_size} embeddings; "
+            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, but the model has {family.vocab_size} embeddings; "
             f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {shlex.quote(str(folder))} …",
         )
         check_lengths(data, config.data.row_tokens, name)
@@ -129,10 +129,10 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
 
 
 def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:
-    """The configuration with every open choice made that is the same for all steps and ranks.
+    """The configuration with every choice resolved that is the same for all steps and ranks.
 
     Raises:
-        ConfigError: the machine lacks something that it asks for.
+        ConfigError: the machine lacks something that the configuration requests.
     """
     parallel = config.parallel
     overlap = choose_overlap(config.optimizer, num_ranks // (parallel.tensor * parallel.pipeline))
@@ -151,16 +151,16 @@ def checkpoint_bytes(config: TrainConfig, family: Family, record: AdapterRecord 
 
 
 def check_space(config: TrainConfig, total_steps: int, size: int) -> None:
-    """Check that the disk has room for all checkpoints that exist at a time, besides existing ones.
+    """Check that the disk has room for all checkpoints that exist at the same time, besides existing ones.
 
     Args:
         size: bytes of a checkpoint
     Raises:
-        ConfigError: it does not.
+        ConfigError: it has not.
     """
     settings = config.checkpoint
     saves = math.ceil(total_steps / settings.every) if settings.every else 1
-    most = min(saves, settings.keep + settings.keep_best + 1)  # while one is written, those to be kept are still there
+    most = min(saves, settings.keep + settings.keep_best + 1)  # while one is written, all kept ones still exist
     there = len(complete_steps(Path(config.output))) if settings.resume else 0
     missing = max(1, most - there)
     require_space(
@@ -169,10 +169,10 @@ def check_space(config: TrainConfig, total_steps: int, size: int) -> None:
 
 
 def check_reference(folder: Path, policy: Family) -> None:
-    """Check that another reference model has the policy's architecture: it is loaded in the policy's place.
+    """Check that a separate reference model has the policy's architecture, because it is loaded into the same modules.
 
     Raises:
-        ConfigError: naming a feature that differs.
+        ConfigError: names a feature that differs.
     """
     checkpoint.verify(folder)
     reference = load_family(folder / "hf")
@@ -180,17 +180,17 @@ def check_reference(folder: Path, policy: Family) -> None:
     if name is None:
         return
     ours, theirs = getattr(policy, name), getattr(reference, name)
-    values = f"{name} = {theirs}, model.checkpoint has {ours}" if isinstance(ours, int | float | str) else f"other {name}"
-    raise ConfigError(f"model.reference = {folder} has {values}; its reference must have the same architecture.")
+    values = f"{name} = {theirs}, but model.checkpoint has {ours}" if isinstance(ours, int | float | str) else f"other {name}"
+    raise ConfigError(f"model.reference = {folder} has {values}; use a reference of the same architecture.")
 
 
 def check_positions(data: PreparedGroups, family: Family, name: str) -> None:
-    """Check that no sequence is so long that `transformers` would change the rotary frequencies for it.
+    """Check that no sequence is so long that `transformers` would change its rotary frequencies.
 
-    A prompt is computed once for responses of all lengths, so its keys cannot have the frequencies of each.
+    A prompt is computed once for responses of all lengths, so its keys cannot have different frequencies for each.
 
     Raises:
-        ConfigError: naming the longest offender.
+        ConfigError: names the longest group.
     """
     limits = [rope.limit for rope in family.ropes if rope.limit is not None]
     if not limits:
@@ -206,10 +206,10 @@ def check_positions(data: PreparedGroups, family: Family, name: str) -> None:
 
 
 def check_lengths(data: PreparedGroups, row_tokens: int, name: str) -> None:
-    """Check that every prompt fits a row together with any one of its responses.
+    """Check that every prompt fits into a row with any one of its responses.
 
     Raises:
-        ConfigError: naming the longest offender.
+        ConfigError: names the longest group.
     """
     longest = np.maximum.reduceat(data.all_response_lengths(), data.response_offsets()[:-1])
     tokens = data.prompt_lengths() + longest - 1  # a response's last token is never an input

@@ -1,13 +1,13 @@
-"""Messages between a rank and its launcher, through files. Imports nothing heavy.
+"""Messages between a rank and its launcher, through files. Imports nothing slow.
 
 `mpo train` gives its ranks a folder (`MPO_LAUNCHER`):
 
-    exit_code    the code to leave with, which torchrun does not pass on
-    request      name of the signal that asks the run to stop; every rank looks for it
-    last_words   what to print last, when all ranks have ended
-    failed       the rank that failed first: what fails after it may fail because of it
+    exit_code    exit code of the command, which torchrun does not pass on
+    request      name of the signal that asks the run to stop; every rank polls it
+    last_words   text to print last, when all ranks have ended
+    failed       the rank that failed first: later failures may be its consequences
 
-Ranks that Slurm or torchrun started have no such folder; Slurm's job names the first file alone (`MPO_EXIT_FILE`).
+Ranks started by Slurm or torchrun have no such folder; Slurm jobs provide only the first file (`MPO_EXIT_FILE`).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ FOLDER = "MPO_LAUNCHER"
 """Environment variable with the folder of the files above."""
 
 EXIT_FILE = "MPO_EXIT_FILE"
-"""Environment variable with the file that the exit code goes to."""
+"""Environment variable with the path of the exit code file."""
 
 RESTART_COUNT = "MPO_RESTART_COUNT"
-"""Environment variable that counts how often `mpo train` has started its ranks again."""
+"""Environment variable that counts how often `mpo train` has restarted its ranks."""
 
 EXIT_CODE, REQUEST, LAST_WORDS, FAILED = "exit_code", "request", "last_words", "failed"
 
 PR_SET_PDEATHSIG = 1
-"""Linux prctl: the signal that a process gets when its parent ends."""
+"""Linux prctl: the signal that a process receives when its parent ends."""
 
 
 def leave(code: int) -> int:
-    """The exit code for a clean exit: not a failure to torchrun, which would restart the ranks."""
+    """The exit code for a clean exit: not a failure, for which torchrun would restart the ranks."""
     path = os.environ.get(EXIT_FILE)
     if path is None:
         return code
@@ -44,12 +44,12 @@ def leave(code: int) -> int:
 
 
 def has_left() -> bool:
-    """Whether a rank of this machine has left with an exit code of its own."""
+    """Whether a rank of this machine has exited with its own exit code."""
     return EXIT_FILE in os.environ and os.path.exists(os.environ[EXIT_FILE])
 
 
 def leave_failed(code: int) -> int:
-    """The exit code for an error that a person must fix; a failure to torchrun, so that it ends the other ranks."""
+    """The exit code for an error that a person must fix: a failure, so that torchrun ends the other ranks."""
     leave(code)
     return code
 
@@ -66,17 +66,17 @@ def write_request(number: signal.Signals, folder: Path | None = None) -> None:
 
 
 def say_last(text: str) -> bool:
-    """Give the launcher a text to print when all ranks have ended (the first of several ranks' texts); False without one."""
+    """Pass the launcher a text to print after all ranks have ended (the first text wins); False without a launcher."""
     return write(LAST_WORDS, text) is not None
 
 
 def is_first_to_fail() -> bool:
-    """Whether no rank of this machine has failed before; from now on this one has."""
+    """Whether this is the first rank of this machine to fail; records that it failed."""
     return write(FAILED, os.environ.get("RANK", "0")) is not False
 
 
 def read(name: str, folder: Path | None = None) -> str | None:
-    """The text of one of the files, None if it is not there."""
+    """The text of one of the files; None if it does not exist."""
     folder = folder or _folder()
     if folder is None:
         return None
@@ -87,13 +87,13 @@ def read(name: str, folder: Path | None = None) -> str | None:
 
 
 def write(name: str, text: str, folder: Path | None = None) -> bool | None:
-    """Write one of the files unless it exists; return whether this call wrote it, None without a launcher."""
+    """Write one of the files unless it exists; whether this call wrote it, or None without a launcher."""
     folder = folder or _folder()
     return None if folder is None else _write_once(folder / name, text)
 
 
 def end_with_parent() -> None:
-    """Send this process SIGTERM when its parent ends, so that the next start does not find it writing the same folder."""
+    """Receive SIGTERM when the parent ends, so that the next start does not find this process writing in the same folder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
@@ -104,7 +104,7 @@ def _folder() -> Path | None:
 
 
 def _write_once(path: Path, text: str) -> bool:
-    with contextlib.suppress(OSError):  # it is there, or the launcher has ended and taken its folder along
+    with contextlib.suppress(OSError):  # it exists, or the launcher has ended and removed its folder
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             os.write(descriptor, text.encode())

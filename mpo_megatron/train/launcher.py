@@ -1,4 +1,4 @@
-"""`mpo train` around torchrun's agent: requests to stop for the ranks, restarts, the exit code, and what is printed last."""
+"""`mpo train` around torchrun's agent: requests to stop, restarts, the exit code, and the final message."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mpo_megatron.train import launched
 from mpo_megatron.train.faults.stopping import STARTED
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""Requests to stop; SIGHUP comes when a terminal is closed."""
+"""Requests to stop; a closed terminal sends SIGHUP."""
 
 ELASTIC_LOGGER = "torch.distributed.elastic"
 
@@ -35,18 +35,18 @@ def count_ranks(parallel: ParallelConfig) -> int:
 
 
 def launch(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-    """Start ranks of a module on this machine through torchrun's agent and wait for them; the exit code.
+    """Run ranks of a module on this machine through torchrun's agent and wait for them; the exit code.
 
-    Requests to stop are not for the agent, which would give the ranks 30 seconds: the ranks find them in a file, and stop when
-    their step is done and saved.
+    Requests to stop bypass the agent, which would give the ranks 30 seconds: ranks find them in a file, and stop after their step
+    is done and saved.
 
     Args:
-        max_restarts: how often all ranks are started again when one fails unexpectedly
+        max_restarts: how often to restart all ranks after an unexpected failure
     """
     environment = {STARTED: str(time.time())}
     environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
     for attempt in range(max_restarts + 1):
-        # A new agent a time: ranks that are started again would find addresses of those before them in its store.
+        # A new agent per attempt: restarted ranks would find their predecessors' addresses in its store.
         with tempfile.TemporaryDirectory(prefix="mpo-") as folder, _requests(Path(folder), module):
             environment |= {launched.RESTART_COUNT: str(attempt)}
             failure = _run_agent(Path(folder), module, arguments, num_ranks, environment)
@@ -76,7 +76,7 @@ def _run_agent(folder: Path, module: str, arguments: Sequence[str], num_ranks: i
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        signals_to_handle="SIGQUIT",  # the others are handled here
+        signals_to_handle="SIGQUIT",  # other signals are handled here
     )
     own = {launched.FOLDER: str(folder), launched.EXIT_FILE: str(folder / launched.EXIT_CODE)}
     try:
@@ -91,12 +91,12 @@ def _describe(error: ChildFailedError, first: str | None) -> str:
     """Which rank failed first, and how.
 
     Args:
-        first: the rank that was the first to print a traceback; one that was killed could not
+        first: the rank that printed the first traceback; a killed rank prints none
     """
     for rank, failure in error.failures.items():
-        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # which the agent sends to the ranks that are left
+        if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # the agent sends it to the remaining ranks
             name = signal.Signals(-failure.exitcode).name
-            return f"rank {rank} was ended by {name}" + ("; often memory is short: see dmesg" if name == "SIGKILL" else "")
+            return f"rank {rank} was killed by {name}" + ("; often out of memory: see dmesg" if name == "SIGKILL" else "")
     if first is not None:
         return f"rank {first} failed; its traceback is the first one above"
     rank, failure = error.get_first_failure()
@@ -105,25 +105,27 @@ def _describe(error: ChildFailedError, first: str | None) -> str:
 
 @contextlib.contextmanager
 def _requests(folder: Path, module: str) -> Iterator[None]:
-    """Pass requests to stop on to the ranks instead of ending; a second Ctrl-C ends them and this process."""
+    """Pass requests to stop to the ranks instead of ending; a second Ctrl-C ends them and this process."""
 
     interruptions = 0
 
     def ask(number: int, frame: FrameType | None) -> None:
         nonlocal interruptions
         interruptions += number == signal.SIGINT
-        if number == signal.SIGINT and interruptions > 1:  # whatever was asked for before
+        if number == signal.SIGINT and interruptions > 1:  # a second Ctrl-C overrides earlier requests
             for rank in ranks_of(module):
                 rank.kill()
             raise KeyboardInterrupt
-        launched.write_request(signal.Signals(number), folder)  # before the words, which a second Ctrl-C may follow at once
+        launched.write_request(
+            signal.Signals(number), folder
+        )  # before the message, after which a second Ctrl-C may follow at once
         if number == signal.SIGINT:
             print("interrupted: the run saves and leaves; Ctrl-C again ends it at once.", file=sys.stderr, flush=True)
 
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGQUIT)}
     try:
         for number in SIGNALS:
-            if before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP, a shell's background job SIGINT
+            if before[number] is not signal.SIG_IGN:  # nohup ignores SIGHUP, shells' background jobs ignore SIGINT
                 signal.signal(number, ask)
         yield
     finally:
@@ -143,7 +145,7 @@ def ranks_of(module: str) -> list[psutil.Process]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Within it, these environment variables are set: ranks inherit them."""
+    """Within this context, these environment variables are set; ranks inherit them."""
     before = dict(os.environ)
     os.environ.update(values)
     try:
@@ -155,7 +157,7 @@ def _environment(values: dict[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_agent() -> Iterator[None]:
-    """Within it, torchrun's agent logs nothing: it only repeats the ranks' output, later and at length."""
+    """Within this context, torchrun's agent logs nothing: it would only repeat the ranks' output."""
     logger = logging.getLogger(ELASTIC_LOGGER)
     null, propagate = logging.NullHandler(), logger.propagate
     logger.addHandler(null)

@@ -1,7 +1,7 @@
-"""A training run, from configuration to the last checkpoint: it reads top to bottom.
+"""A training run, from configuration to the last checkpoint; read it top to bottom.
 
-What a run works with is in run.py, a step's forward and backward pass in step.py, held-out groups in evaluation.py, checkpoints
-and where a run resumes in checkpoints/, what is watched in faults/.
+run.py holds everything a run works with, step.py a step's forward and backward pass, evaluation.py held-out groups, checkpoints/
+saving and resuming, faults/ the watchdogs.
 """
 
 from __future__ import annotations
@@ -53,35 +53,35 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
     """Train a policy on groups; every rank calls it (`python -m mpo_megatron.train` under torchrun).
 
     Args:
-        build_term: makes a term to add to every step's loss, once the models are loaded
+        build_term: builds a term to add to every step's loss, once the models are loaded
     Returns:
-        None when the run is complete; why it stopped if it was asked to, or ran out of time, and saved what there was.
+        None when the run is complete; otherwise why it stopped and saved: a request, or the time limit.
     Raises:
         ConfigError: a checkpoint does not fit or is damaged, no group has a contrast, or a run that samples has nothing to sample
             with.
         TrainingError: a step's loss is not finite; the weights are those before that step.
         SaveError: a checkpoint could not be written.
-        DataError: another run is at work in the folder.
+        DataError: another run is using the folder.
     """
     kl_weight = setup.config.online.kl_weight
     require(
         build_term is not None or kl_weight == 0,
-        f"online.kl_weight = {kl_weight}; the run needs an engine that samples: start its ranks with "
+        f"online.kl_weight = {kl_weight}; the run needs a sampling engine: start its ranks with "
         "`torchrun -m mpo_megatron.train`, as `mpo train` does.",
     )
     check_contrasts(setup)
     with session(setup) as place, only_run(setup.folder, place.ranks):
         try:
             run = open_run(place)
-        except Stopped as request:  # in the reference pass, which has written its parts
+        except Stopped as request:  # raised in the reference pass, which has saved its parts
             return str(request)
         term = None if build_term is None else build_term(run)
-        signals.defer()  # from here on there is something to save
+        signals.defer()  # from here on, there is something to save
         return train_steps(run, term)
 
 
 def train_steps(run: Run, term: GradientTerm | None) -> str | None:
-    """Resume or start, then step, evaluate and save until the last step or a request to stop; return why it stopped early."""
+    """Resume or start, then step, evaluate and save until the last step or a request to stop; why it stopped early, or None."""
     config, total_steps = run.config, run.setup.total_steps
     last = run.setup.last_step
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
@@ -113,7 +113,7 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
             if evaluates(run, done) and stop is None:
                 try:
                     held_out = evaluate(run, done, trackers, supervisor.pauses(f"evaluation at step {done}", saver.seconds))
-                except Stopped as request:  # the resumed run evaluates this step
+                except Stopped as request:  # the resumed run repeats this evaluation
                     stop = str(request)
             if stop is not None or done == last or (config.checkpoint.every and done % config.checkpoint.every == 0):
                 supervisor.watchdog.beat(f"save at step {done}")
@@ -123,9 +123,9 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
                 return stop
         supervisor.watchdog.beat(f"the last save at step {done}")
         saver.finish()
-    except Stopped as request:  # in the evaluation before the first step: nothing new to save
+    except Stopped as request:  # raised in the evaluation before the first step: nothing new to save
         return str(request)
-    except TrainingError:  # raised by all ranks at the same place, so that they can finish together what they began to save
+    except TrainingError:  # raised on all ranks at the same point, so they can finish a running save together
         saver.finish()
         raise
     finally:
@@ -145,13 +145,13 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
     """One optimizer step and its metrics.
 
     Raises:
-        TrainingError: the step looks wrong, and the run is to end then.
+        TrainingError: the step is suspicious, and the configuration ends the run then.
     """
     started = time.perf_counter()
     seed_everything(run.config.seed, batch.step)
     optimizer.zero_gradients(run.model, adam)
     learning_rate, norm, backward_share = optimizer.learning_rate(adam), 0.0, 1.0
-    # Before the update: with `optimizer.overlap: all` the new weights come with the next forward pass.
+    # Before the update: with `optimizer.overlap: all`, new weights arrive with the next forward pass.
     adapter = {} if run.setup.adapter is None else {"adapter_norm": adapter_norm(run.model, run.ranks)}
     routing = run.routing(run.setup.train, batch) if batch.contributes.any() else None
     objective, reference = run.setup.objective, run.reference(run.setup.train, batch, routing)
@@ -174,7 +174,7 @@ def take_step(run: Run, batch: StepBatch, adam: Any, term: GradientTerm | None, 
             report(judgement, evidence, run.folder, run.setup.model_folder, is_main=run.ranks.is_main)
         if judgement.apply:
             optimizer.update(run.model, adam)
-    else:  # nothing to learn from: the weights stay as they are
+    else:  # no contrast: the weights stay unchanged
         learned = {}
     device.synchronize()
     seconds = time.perf_counter() - started
@@ -198,7 +198,7 @@ def two_phase(run: Run, batch: StepBatch) -> bool:
     """Whether this step needs two phases.
 
     Raises:
-        ConfigError: it does, but the configuration asks for fused steps.
+        ConfigError: it does, but the configuration requests fused steps.
     """
     if run.config.loss.step == "fused" and batch.plan.split_groups:
         group = batch.table.group_ids[min(batch.plan.split_groups)]
@@ -214,7 +214,7 @@ def batches(run: Run, steps: range) -> Iterator[StepBatch]:
     """The run's batches.
 
     Raises:
-        ConfigError: a response does not fit a row.
+        ConfigError: a response does not fit into a row.
     """
     config = run.config
     try:
@@ -245,7 +245,7 @@ def state_after(run: Run, step: int, held_out: dict[str, float], guard: Guard) -
 
 
 def build_saver(run: Run) -> Saver:
-    """What writes this run's checkpoints."""
+    """The writer of this run's checkpoints."""
     source, record = run.setup.model_folder, run.setup.record
     size = checkpoint_bytes(run.config, run.setup.family, record)
     extra = {} if record is None else {ADAPTER_FILE: record.to_bytes()}
@@ -258,7 +258,7 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         return []
     run.folder.mkdir(parents=True, exist_ok=True)
     setup = run.setup
-    config = with_absolute_paths(setup.given)  # the folder is looked at from other directories, too
+    config = with_absolute_paths(setup.given)  # the folder may be read from other directories
     replace_file(run.folder / "config.yaml", [seal_yaml(to_dict(config))])
     print(f"every option of this run: {run.folder / 'config.yaml'}", flush=True)
     for shortfall in shortfalls(transformer_engine=run.config.model.from_engine):
@@ -272,7 +272,9 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         ignored = f"; model.reference = {config.model.reference} has no effect" if unused else ""
         print(NO_REFERENCE.format(loss=config.loss.title) + ignored, flush=True)
     if run.setup.adapter is not None and config.optimizer.lr == OptimizerConfig().lr:
-        print(f"optimizer.lr = {config.optimizer.lr:g} is the default for all weights; adapters usually want 10 to 100 times it")
+        print(
+            f"optimizer.lr = {config.optimizer.lr:g} is the default for all weights; adapters usually need 10 to 100 times that"
+        )
     forget_later(run.folder, done)
     facts = record_start(
         run.folder,

@@ -15,7 +15,7 @@ from torch import Tensor
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 
 ROUNDING = 1e-6
-"""Relative rounding of a response's log-prob; float32 has 6e-8, and a few tens of tokens add up."""
+"""Relative rounding error of a response's log-prob: float32 has 6e-8, and errors of some tens of tokens add up."""
 
 
 REFERENCE_METRICS = ("margin", "accuracy", "chosen_log_ratio", "rejected_log_ratio", "kl")
@@ -36,7 +36,7 @@ class Mean:
 
 
 def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, computed: Tensor, params: object) -> dict[str, Mean]:
-    """Learning metrics of a step, over its contributing groups; of a batch without reference log-probs only `loss`.
+    """Learning metrics of a step, over its contributing groups; only `loss` for a batch without reference log-probs.
 
     With s = log π_θ − log π_ref of a response, and Y+, Y− by the loss's own partition (else by the mean reward, or the labels):
 
@@ -44,11 +44,11 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     - `margin`: mean of s over Y+ minus mean of s over Y−, mean over groups; nats
     - `accuracy`: share of pairs Y+ × Y− with s of the preferred one larger; a tie counts half
     - `chosen_log_ratio`, `rejected_log_ratio`: mean of s over Y+ and over Y−, mean over groups; nats
-    - `kl`: mean of −s over all responses, an estimate of KL(π_ref ‖ π_θ) as far as responses are samples of π_ref; nats
+    - `kl`: mean of −s over all responses, an estimate of KL(π_ref ‖ π_θ) if responses are samples of π_ref; nats
 
     Args:
         losses: [G]
-        contributes: [G] groups that carry a contrast
+        contributes: [G] groups with contrast
         computed: [G, K] responses whose log-probs were computed
         params: hyper-parameters of the loss
     """
@@ -63,7 +63,7 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     chosen, rejected = _masked_mean(ratio, positive)[both], _masked_mean(ratio, negative)[both]
     pairs = positive[:, :, None] & negative[:, None, :]
     difference = ratio[:, :, None] - ratio[:, None, :]
-    # Where policy and reference agree, the difference is rounding of two sums of float32 log-probs: a tie, not an order.
+    # Where policy and reference agree, the difference is the rounding of two float32 sums: a tie, not an order.
     magnitude = batch.policy_logps.detach().double().abs()
     tied = difference.abs() <= ROUNDING * (magnitude[:, :, None] + magnitude[:, None, :])
     ordered = torch.where(tied, 0.5, (difference > 0).double())
@@ -89,7 +89,7 @@ def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:
 
 def compute_sets(batch: GroupBatch, params: object) -> tuple[Tensor, Tensor]:
     """(Y+, Y−), each [G, K] bool: by the loss's own partition, else by the mean reward, or the labels."""
-    # A pairwise loss has a partition by reward even where it goes by labels and there are no rewards.
+    # A pairwise loss has a partition by reward even if it reads labels and there are no rewards.
     if isinstance(params, PartitionParams) and (batch.rewards is not None or params.partition == "labels"):
         return compute_partition(batch, params)
     return compute_partition(batch, PartitionParams(partition="labels" if batch.rewards is None else "mean"))

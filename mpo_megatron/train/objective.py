@@ -1,4 +1,4 @@
-"""The loss of a run, bound once to its hyper-parameters, and fed from a step's table.
+"""The loss of a run with its hyper-parameters, and its input from a step's table.
 
 Legend: G groups of a step, K responses of a group, T scored tokens of the longest response.
 """
@@ -31,7 +31,7 @@ class Logps:
     response: Tensor
     """[G, K] log π(y | x) in nats, float64."""
     token: Tensor | None = None
-    """[G, K, T] log π of each scored token, for losses that work on tokens."""
+    """[G, K, T] log π of each scored token, for token-level losses."""
     kl: Tensor | None = None
     """[G, K] KL(π ‖ π_ref) over the vocabulary, summed over a response's tokens, for losses that regularise with it."""
 
@@ -45,17 +45,17 @@ class Objective:
     needs: Needs
 
     def select(self, table: GroupTable) -> tuple[Bools, Bools]:
-        """(contributes [G], scored [G, K]): which groups and responses the loss needs; from rewards and labels alone."""
+        """(contributes [G], scored [G, K]): the groups and responses that the loss needs; from rewards and labels only."""
         batch = group_batch(table, Logps(response=torch.zeros(table.valid.shape)), None)
         return self.loss.contributes(batch, self.params).numpy(), self.loss.scored(batch, self.params).numpy()
 
     def compute(self, batch: GroupBatch) -> Tensor:
-        """[G] loss of each group in nats; 0 where a group carries no contrast."""
+        """[G] loss of each group in nats; 0 for a group without contrast."""
         return self.loss.compute(batch, self.params)
 
     @property
     def needs_whole_batch(self) -> bool:
-        """Whether the loss must see all groups of a step at once, so that it cannot be computed row by row."""
+        """Whether the loss needs all groups of a step at once, and so cannot be computed row by row."""
         return self.needs.batch_statistics or self.needs.sampled
 
 
@@ -63,7 +63,7 @@ def build_objective(config: LossConfig) -> Objective:
     """The run's loss.
 
     Raises:
-        ConfigError: an unknown loss, a hyper-parameter it does not have, or a step that it cannot run with.
+        ConfigError: an unknown loss or hyper-parameter, or a step mode that the loss does not support.
     """
     loss = find_loss(config)
     try:
@@ -84,16 +84,16 @@ def build_objective(config: LossConfig) -> Objective:
 
 
 def needs_reference(objective: Objective, config: TrainConfig, experts: Experts | None) -> bool:
-    """Whether a run needs the reference's log-probs: the loss reads them, metrics do, or experts' choices come with them."""
+    """Whether a run needs the reference's log-probs: for the loss, for metrics, or because expert choices come with them."""
     choices = experts is not None and config.experts.needs_choices and not objective.needs.token_kl
     return objective.needs.reference or config.logging.reference_metrics or choices
 
 
 def find_loss(config: LossConfig) -> Loss:
-    """The method that the configuration names: one of the table, or a function of the user's.
+    """The configured loss: a method of the table, or a user's function.
 
     Raises:
-        ConfigError: there is none, or its file cannot be imported.
+        ConfigError: it does not exist, or importing its file fails.
     """
     if config.function is None:
         try:
@@ -111,7 +111,7 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
     """Refuse data that lacks what the loss reads.
 
     Raises:
-        ConfigError: naming the loss, what is missing and the fix.
+        ConfigError: names the loss, what is missing, and the fix.
     """
     name, needs = objective.loss.name, objective.needs
     if needs.rewards and not has_rewards:

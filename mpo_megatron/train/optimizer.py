@@ -40,9 +40,9 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
         wrapped.append(
             DistributedDataParallel(
                 get_model_config(part),
-                dataclasses.replace(settings),  # it is written to
+                dataclasses.replace(settings),  # DDP writes to it
                 part,
-                # The parts after the first are reduced while others still compute: no need to cut them up.
+                # Later parts are reduced while earlier ones still compute, so they need no buckets.
                 disable_bucketing=index > 0,
                 pg_collection=ranks.groups,
             )
@@ -52,17 +52,17 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
 
 
 def fuse_weight_gradients(part: torch.nn.Module) -> None:
-    """On a CPU, let local layers add weight gradients to their buffers inside the GEMM (device.py); on a GPU it takes apex."""
+    """On a CPU, make local layers add weight gradients to their buffers inside the GEMM (device.py); on a GPU this needs apex."""
     for module in part.modules():
         if not device.has_gpu() and isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.gradient_accumulation_fusion = True
 
 
 def choose_overlap(config: OptimizerConfig, num_sharers: int) -> str:
-    """What ranks exchange while they compute: `none`, `gradients` or `all`.
+    """What ranks communicate during computation: `none`, `gradients` or `all`.
 
     Args:
-        num_sharers: ranks that hold the same weights and exchange their gradients
+        num_sharers: number of ranks with the same weights, which exchange gradients
     """
     if config.overlap != "auto":
         return config.overlap
@@ -73,15 +73,16 @@ def check_offload(config: OptimizerConfig, precision: str, family: Family) -> No
     """Refuse to offload the optimizer without a GPU, bf16 weights or Transformer Engine's Adam.
 
     Raises:
-        ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam the share that stays on the GPU needs; or the
+        ConfigError: this machine has no GPU, or no Transformer Engine, whose Adam updates the part that stays on the GPU; or the
             weights are float32, whose states Megatron cannot offload.
     """
     if config.cpu_offload == 0:
         return
     require(
         device.has_gpu(),
-        f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states are in host memory "
-        "already; remove it.",
+        f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states already "
+        "are in host memory; "
+        "remove it.",
     )
     missing = missing_for_transformer_engine()
     require(
@@ -95,7 +96,7 @@ def check_offload(config: OptimizerConfig, precision: str, family: Family) -> No
     )
     require(
         family.delta_net is None,
-        f"optimizer.cpu_offload = {config.cpu_offload}: Megatron offloads the states of bf16 weights only, and this model's "
+        f"optimizer.cpu_offload = {config.cpu_offload}: Megatron offloads the states of bf16 weights only, but this model's "
         "layers of linear_attention keep A_log and dt_bias in float32; remove it.",
     )
 
@@ -115,10 +116,10 @@ def build_optimizer(config: OptimizerConfig, model: list[torch.nn.Module], ranks
         params_dtype=model_config.params_dtype,
         use_distributed_optimizer=True,
         fp8_recipe=model_config.fp8_recipe if model_config.fp8_param else None,
-        # An infinite bound clips nothing and still measures the norm.
+        # An infinite bound clips nothing but still measures the norm.
         clip_grad=config.clip_grad or float("inf"),
-        # Offloaded or not, master weights and states are float32. Megatron offloads only with its "precision-aware" optimizer,
-        # which leaves the master weights to Adam itself.
+        # Master weights and states are float32, offloaded or not. Megatron offloads only with its "precision-aware" optimizer,
+        # which leaves master weights to Adam itself.
         optimizer_cpu_offload=config.cpu_offload > 0,
         optimizer_offload_fraction=config.cpu_offload,
         use_precision_aware_optimizer=config.cpu_offload > 0,
@@ -135,8 +136,8 @@ def build_scheduler(
 ) -> OptimizerParamScheduler:
     """The learning-rate schedule, set for the step `start_step` (0 for a new run); call `step(1)` after each update.
 
-    The rate depends on the step alone, so it needs no state in checkpoints. The first step trains with the warm-up's first
-    non-zero rate, not with 0.
+    The rate depends only on the step, so it needs no state in checkpoints. The first step uses the warm-up's first non-zero rate,
+    not 0.
     """
     warmup_steps = min(round(config.warmup_fraction * total_steps), total_steps - 1)
     scheduler = OptimizerParamScheduler(
@@ -157,7 +158,7 @@ def build_scheduler(
 
 
 def gradient_norm(optimizer: MegatronOptimizer) -> float:
-    """Global norm of the finished gradients before clipping, to look at before an update."""
+    """Global norm of the finished gradients before clipping, for checks before an update."""
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
 
@@ -169,9 +170,9 @@ def update(model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> tuple[
 
 
 def gather_weights(model: list[Any]) -> None:
-    """Wait until every rank has the updated weights, which `optimizer.overlap: all` leaves to the next forward pass.
+    """Wait until every rank has the updated weights, which `optimizer.overlap: all` defers to the next forward pass.
 
-    Call it before weights are read in another way than by a forward pass: to save or to send them.
+    Call it before weights are read other than by a forward pass: to save or send them.
     """
     for part in model:
         if part.ddp_config.overlap_param_gather:

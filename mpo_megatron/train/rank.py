@@ -1,7 +1,7 @@
 """The frame of every rank's program: requests to stop from the start, messages instead of tracebacks, exit codes.
 
-Exit codes: 0 the work is complete; 2 a person must fix something, the message says what; `faults.requeue_code` (75) the rank was
-asked to stop, has saved, and resumes when the same command is run again; anything else: a failure, run it again.
+Exit codes: 0, the work is complete; 2, a person must fix something, named in the message; `faults.requeue_code` (75), the rank
+was asked to stop, has saved, and resumes with the same command; any other code: a failure, run it again.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def be_rank(program: str, work: Callable[[], str | None]) -> NoReturn:
     """Do a rank's work, and end this process with its exit code.
 
     Args:
-        program: the command that a user has called, named in messages
-        work: parses the command line and works; returns why it stopped early, or None
+        program: the command that the user called, for messages
+        work: parses the command line and does the work; returns why it stopped early, or None
     """
     end(lambda: run(program, work))
 
 
 def run(program: str, work: Callable[[], str | None]) -> int:
-    """Do a rank's work; a message instead of a traceback for what a user can fix. Returns the exit code."""
-    signals.listen(program)  # before anything heavy is imported
+    """Do a rank's work, with a message instead of a traceback for errors that a user can fix. Returns the exit code."""
+    signals.listen(program)  # before any slow import
     outlive_readers()
     try:
         return _run(program, work)
@@ -47,7 +47,7 @@ def run(program: str, work: Callable[[], str | None]) -> int:
 
 
 def read_setup(program: str) -> Setup:
-    """The setup that a rank's command line describes, as for `mpo train`.
+    """The setup described by a rank's command line, as for `mpo train`.
 
     Raises:
         ConfigError: it cannot work.
@@ -58,7 +58,7 @@ def read_setup(program: str) -> Setup:
 
 
 def prepare_rank(config: TrainConfig) -> Setup:
-    """This rank's setup; its environment is set, and its exit code is used from now on.
+    """This rank's setup; also sets its environment and exit code.
 
     Raises:
         ConfigError: the configuration cannot work.
@@ -66,7 +66,7 @@ def prepare_rank(config: TrainConfig) -> Setup:
     from mpo_megatron.train.environment import set_environment
     from mpo_megatron.train.setup import build_setup
 
-    set_environment(config)  # before anything starts CUDA
+    set_environment(config)  # before CUDA is initialized
     signals.leave_with(config.faults.requeue_code)
     return build_setup(config, int(os.environ.get("WORLD_SIZE", "1")))  # without torchrun, the world size is 1
 
@@ -74,7 +74,7 @@ def prepare_rank(config: TrainConfig) -> Setup:
 def _run(program: str, work: Callable[[], str | None]) -> int:
     try:
         stopped = work()
-    except RendezvousError as error:  # it may pass: another start, but no traceback
+    except RendezvousError as error:  # may be temporary: a restart, but no traceback
         signals.leave_if_others_have()
         complain(program, str(error))
         return 1
@@ -83,7 +83,7 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
         if stopped is None:
             message = _explain(error)
             if message is None:
-                signals.leave_if_others_have()  # they were faster, and this one lost its connection to them
+                signals.leave_if_others_have()  # they exited first, and this rank lost its connection to them
                 raise
             complain(program, message)
             return launched.leave_failed(2)
@@ -97,8 +97,8 @@ def _run(program: str, work: Callable[[], str | None]) -> int:
 
 
 def _why_stopped(error: Exception) -> str | None:
-    """The reason for which all ranks agreed to stop; None for an error."""
-    stopping = sys.modules.get("mpo_megatron.train.faults.stopping")  # who has not imported it was not stopped
+    """Why all ranks agreed to stop; None for an error."""
+    stopping = sys.modules.get("mpo_megatron.train.faults.stopping")  # if it was never imported, nothing was stopped
     return str(error) if stopping is not None and isinstance(error, stopping.Stopped) else None
 
 
@@ -109,8 +109,8 @@ def _explain(error: Exception) -> str | None:
 
     if isinstance(error, ConfigError | DataError):
         return str(error)
-    if isinstance(error, OSError) and error.errno in NEEDS_A_PERSON:  # of one rank; the others end because it does
-        return f"{error.filename or 'a file'}: {error.strerror}; fix it, and run the same command again: it resumes."
+    if isinstance(error, OSError) and error.errno in NEEDS_A_PERSON:  # on one rank; the others end as a consequence
+        return f"{error.filename or 'a file'}: {error.strerror}; fix it, then run the same command again to resume."
     from mpo_megatron.data.packing import PackingError
     from mpo_megatron.train.checkpoints.step_folders import SaveError
     from mpo_megatron.train.faults.incidents import TrainingError

@@ -1,6 +1,6 @@
-"""The pass over the groups that computes their reference log-probs: those of the needed groups that the cache lacks.
+"""Compute reference log-probs of the needed groups that the cache lacks.
 
-Where the numbers are kept is in reference_cache.py.
+reference_cache.py stores the results.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mpo_megatron.train.routing import gather_choices, record_rows
 from mpo_megatron.train.step import collect_logps, run_rows
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Least time between lines of progress where output is not a terminal."""
+"""Minimum seconds between progress lines where output is not a terminal."""
 
 
 def reference_logps(
@@ -46,17 +46,17 @@ def reference_logps(
     wanted: Int64 | None = None,
     choices: ReferenceChoices | None = None,
 ) -> ReferenceLogps:
-    """Read the cache in `folder`, computing and writing the groups it lacks; all ranks call it and get the same.
+    """Read the cache in `folder`, compute and write missing groups; all ranks call it and get the same result.
 
     Args:
-        load_model: gives the reference model; called only if something is missing
-        groups_per_pass: groups computed at a time
-        tokens: per-token log-probs are needed, too
-        deadline: when to stop between two passes
-        wanted: indices of the groups that are needed, in order; by default all
-        choices: records the reference's choices of experts, too
+        load_model: returns the reference model; called only if something is missing
+        groups_per_pass: number of groups computed at a time
+        tokens: also compute per-token log-probs
+        deadline: checked between passes
+        wanted: indices of the needed groups, in order; by default all
+        choices: also records the reference's expert choices
     Raises:
-        Stopped: asked to stop; what is computed is written. On all ranks.
+        Stopped: a stop was requested; results so far are on disk. On all ranks.
         DataError: the cache cannot be written, or a log-prob is not finite; on all ranks.
     """
     logps = read_cache(folder, data, ranks, tokens=tokens)
@@ -82,7 +82,7 @@ def reference_logps(
                     choices.there[indices] = True
                 progress.add(len(indices), batch.plan.num_tokens)
                 pauses.stop_if_asked()
-        except Stopped:  # on all ranks
+        except Stopped:  # raised on all ranks
             writer.finish()
             raise
         writer.finish()
@@ -98,7 +98,7 @@ def _compute_part(
     tokens: bool,
     choices: ReferenceChoices | None,
 ) -> tuple[pa.Table, npt.NDArray[Any] | None]:
-    """Log-probs of these groups, and the choices of experts [Σ tokens, L, k] if they are to be recorded."""
+    """Log-probs of these groups, and the expert choices [Σ tokens, L, k] if they are recorded."""
     width = int(batch.table.lengths.max()) if tokens else None
     routings = None if choices is None else record_rows(batch.rows, ranks)
     outputs = run_rows(model, batch.rows, ranks, row_loss=None, routings=routings)
@@ -111,7 +111,7 @@ def _compute_part(
     if len(broken):
         raise DataError(
             f"{data.path}: the reference log-prob of group {batch.table.group_ids[broken[0]]} is not finite; the reference "
-            "model is broken there; check its checkpoint, or train in another model.precision."
+            "model fails there; check its checkpoint, or set another model.precision."
         )
     columns: dict[str, Any] = {
         "index": indices,
@@ -125,7 +125,7 @@ def _compute_part(
 
 
 def select_all(table: GroupTable) -> tuple[Bools, Bools]:
-    """Every response of every group: the cache serves any loss."""
+    """Every response of every group, because the cache serves any loss."""
     return np.ones(len(table.valid), dtype=bool), table.valid
 
 
@@ -146,9 +146,9 @@ class _Progress:
     def __enter__(self) -> _Progress:
         self.bar.start()
         if self.enabled and self.done:
-            self.console.print(f"reference log-probs of {self.name}: {self.done:,} of {self.total:,} groups are there")
+            self.console.print(f"reference log-probs of {self.name}: {self.done:,} of {self.total:,} groups are cached")
         if self.enabled and self.others:
-            text = f"{self.total:,} groups are computed; the run does not reach the other {self.others:,}"
+            text = f"{self.total:,} groups are computed; the run does not use the other {self.others:,}"
             self.console.print(f"reference log-probs of {self.name}: {text}", soft_wrap=True)
         return self
 
@@ -156,7 +156,7 @@ class _Progress:
         self.bar.stop()
 
     def add(self, groups: int, tokens: int) -> None:
-        """Count a finished part; tokens of all ranks, without padding."""
+        """Count a finished part, with its tokens over all ranks, without padding."""
         self.groups += groups
         self.tokens += tokens
         now = time.monotonic()

@@ -1,14 +1,14 @@
-"""Reference log-probs on disk, beside the groups they belong to.
+"""Reference log-probs on disk, beside their groups.
 
     <prepared data>/reference/<key>/part-00000000-00000127.<digest>.parquet     index of each group in the data, log-probs of
                                                                                 its responses
-    <prepared data>/reference/<key>/tokens-00000000-00000127.<digest>.parquet   the same, and the log-probs of their tokens
+    <prepared data>/reference/<key>/tokens-00000000-00000127.<digest>.parquet   the same, plus log-probs of their tokens
 
-With `experts.routing: replay` or `experts.measure_drift` the choices of experts lie beside them (choices.py).
+With `experts.routing: replay` or `experts.measure_drift`, expert choices are stored beside them (choices.py).
 
-The key is a digest of everything the numbers depend on, so a stale cache is never read: it has another name. Parts say
-which groups they hold, so any later run can use and extend them, whatever its batch size and its layout over ranks. A part is
-read only if its bytes have the digest in its name; its groups are computed again otherwise.
+The key is a digest of everything that the numbers depend on, so a stale cache, which has another name, is never read. Parts list
+their groups, so any later run can use and extend them, with any batch size and layout. A part is used only if its bytes match the
+digest in its name; otherwise its groups are computed again.
 """
 
 from __future__ import annotations
@@ -45,30 +45,31 @@ from mpo_megatron.train.faults.agreement import on_main
 from mpo_megatron.train.objective import Logps
 
 SECONDS_BETWEEN_PARTS = 30.0
-"""A part is written after as long as everything before it took, and at least this often: few files, and a kill costs little."""
+"""A part is written once its work took as long as all earlier parts, and at least this often: few files, little loss by a
+kill."""
 
 PART_BYTES = 256 * 2**20
-"""Largest amount that waits to be written."""
+"""Maximum amount of unwritten results."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceLogps:
-    """log π_ref of every response of a dataset, in nats; NaN where it is not computed."""
+    """log π_ref of every response of a dataset, in nats; NaN where not computed."""
 
     response: Float64
-    """[ΣK] group by group."""
+    """[ΣK] responses, group by group."""
     token: npt.NDArray[np.float32] | None
-    """[ΣR] the tokens of every response, one after the other; None unless asked for."""
+    """[ΣR] tokens of all responses, concatenated; None unless requested."""
     groups: Int64
-    """[groups + 1] where each group begins in `response`."""
+    """[groups + 1] start of each group in `response`."""
     responses: Int64
-    """[ΣK + 1] where each response begins in `token`."""
+    """[ΣK + 1] start of each response in `token`."""
     damaged: list[Path] = field(default_factory=list)
-    """On the main rank: the cache's parts that are not what was written."""
+    """On the main rank: parts of the cache that differ from what was written."""
 
     @classmethod
     def empty(cls, data: PreparedGroups, *, tokens: bool) -> ReferenceLogps:
-        """An empty cache: NaN everywhere."""
+        """No results: NaN everywhere."""
         responses = np.concatenate([np.zeros(1, np.int64), np.cumsum(data.all_response_lengths())])
         return cls(
             response=np.full(len(responses) - 1, np.nan),
@@ -78,18 +79,18 @@ class ReferenceLogps:
         )
 
     def of_group(self, index: int) -> slice:
-        """Where a group is in `response`."""
+        """A group's range in `response`."""
         return slice(self.groups[index], self.groups[index + 1])
 
     def tokens_of_group(self, index: int) -> slice:
-        """Where a group is in `token`."""
+        """A group's range in `token`."""
         return slice(self.responses[self.groups[index]], self.responses[self.groups[index + 1]])
 
     def missing(self, wanted: Int64 | None = None) -> Int64:
-        """Indices of the groups that are not computed, in order.
+        """Indices of the groups without results, in order.
 
         Args:
-            wanted: look at these groups only
+            wanted: consider only these groups
         """
         indices = np.arange(len(self.groups) - 1) if wanted is None else wanted
         return indices[np.isnan(self.response[self.groups[indices]])]
@@ -103,7 +104,7 @@ class ReferenceLogps:
             self.token[_places(self.responses[begin], self.responses[end])] = _flat(part["token_logps"])
 
     def select(self, table: GroupTable) -> Logps:
-        """The reference log-probs of a step's groups, padded as its table is."""
+        """The reference log-probs of a step's groups, padded like its table."""
         response = np.zeros(table.valid.shape)
         token = np.zeros((*table.valid.shape, int(table.lengths.max())), dtype=np.float32) if self.token is not None else None
         for slot, index in enumerate(table.indices):
@@ -115,14 +116,14 @@ class ReferenceLogps:
 
 
 def _places(begin: Int64, end: Int64) -> Int64:
-    """The whole numbers of every range begin … end − 1, in order."""
+    """The integers of every range begin … end − 1, concatenated."""
     sizes = end - begin
     places: Int64 = np.repeat(begin - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     return places
 
 
 def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The numbers of an Arrow column of lists, in order."""
+    """The numbers of an Arrow list column, concatenated."""
     values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
     return values
 
@@ -130,10 +131,10 @@ def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 def cache_key(
     model_digest: str, data: PreparedGroups, model: ModelConfig, *, adapted: bool = False, quantize: str = "none"
 ) -> str:
-    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout over ranks changes rounding only.
+    """Name of the cache: a digest of model, tokenizer, data and numerics. The layout is excluded: it affects only rounding.
 
     Args:
-        adapted: the model has adapters; in FP8 its norms are rounded to bf16 then, before they are quantized
+        adapted: whether the model has adapters; in FP8, its norms are then rounded to bf16 before quantization
         quantize: format of its frozen weights
     """
     fp8 = numerics(model)
@@ -144,7 +145,7 @@ def cache_key(
         "precision": model.precision,
         "transformer_engine": model.from_engine,
         "attention": model.attention,
-        **({} if model.delta_rule == "auto" else {"delta_rule": model.delta_rule}),  # decided, where layers have one
+        **({} if model.delta_rule == "auto" else {"delta_rule": model.delta_rule}),  # resolved if any layer uses it
         **({} if quantize == "none" else {"quantize": quantize}),
         **({} if fp8 is None else {"fp8": fp8} | ({"adapted": True} if adapted else {})),
     }
@@ -152,7 +153,7 @@ def cache_key(
 
 
 def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool) -> ReferenceLogps:
-    """A cache's content, NaN where it has none; the main process reads it for all, since other nodes may not see its disk."""
+    """A cache's content, NaN where missing; the main process reads it for all, because other nodes may not see its disk."""
     logps = ReferenceLogps.empty(data, tokens=tokens)
     if ranks.is_main:
         kinds = [_prefix(True)] if tokens else [_prefix(False), _prefix(True)]
@@ -162,29 +163,29 @@ def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool
                 logps.fill(pq.read_table(pa.BufferReader(read_named(path)), columns=columns))
             except DamagedError as error:
                 logps.damaged.append(path)
-                print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
+                print(f"{visible(error)} Its groups are computed again when needed.", flush=True)
             except OSError as error:
-                print(f"{visible(error)} Its groups are computed again where they are needed.", flush=True)
+                print(f"{visible(error)} Its groups are computed again when needed.", flush=True)
     for array in (logps.response, logps.token):
         if array is not None and torch.distributed.get_world_size() > 1:
-            tensor = torch.from_numpy(array).to(device.device())  # on a CPU the same memory
+            tensor = torch.from_numpy(array).to(device.device())  # shares memory on a CPU
             broadcast(tensor, src=0)
             array[:] = tensor.cpu().numpy()
     return logps
 
 
 class PartWriter:
-    """Writes what is computed, as few parts; all ranks call its methods, the main one touches the disk."""
+    """Writes results in few parts; all ranks call its methods, only the main one accesses the disk."""
 
     def __init__(
         self, folder: Path, ranks: Ranks, damaged: Sequence[Path], choices: ReferenceChoices | None, *, tokens: bool
     ) -> None:
-        """Check that the folder can be written before anything is computed.
+        """Check that the folder is writable before anything is computed.
 
         Args:
-            damaged: parts to remove once there is something to put in their place
-            choices: takes the choices of experts
-            tokens: parts hold the log-probs of tokens, too
+            damaged: parts to remove once their replacements are written
+            choices: stores the expert choices
+            tokens: also store per-token log-probs
         """
         self.folder, self.ranks, self.damaged, self.choices = folder, ranks, list(damaged), choices
         self.prefix = _prefix(tokens)
@@ -195,20 +196,20 @@ class PartWriter:
         self._on_main(lambda: _prepare_folder(folder))
 
     def require_room(self, missing: Int64) -> None:
-        """Refuse log-probs that do not fit the disk.
+        """Refuse log-probs that exceed the free disk space.
 
         Raises:
-            ConfigError: naming the bytes that are missing.
+            ConfigError: names the missing bytes.
         """
         if self.choices is not None:
             choices = self.choices
             self._on_main(lambda: choices.require_room(missing))
 
     def add(self, table: pa.Table, ids: npt.NDArray[Any] | None) -> None:
-        """Add groups with their log-probs, and the choices of experts [Σ tokens, L, k] if they are recorded.
+        """Add groups with their log-probs, and expert choices [Σ tokens, L, k] if recorded.
 
         Raises:
-            DataError: it is time to write, and the disk is full or must not be written; on all ranks.
+            DataError: a write was due, and the disk is full or not writable; on all ranks.
         """
         self._on_main(lambda: self._add(table, ids))
 
@@ -216,7 +217,7 @@ class PartWriter:
         """Write the remaining groups.
 
         Raises:
-            DataError: the disk is full or must not be written; on all ranks.
+            DataError: the disk is full or not writable; on all ranks.
         """
         self._on_main(self._write)
 
@@ -243,17 +244,17 @@ class PartWriter:
         self.tables, self.ids = [], []
         while self.damaged:
             other = self.damaged.pop()
-            if other != path:  # its own name again: the same groups with the same numbers
+            if other != path:  # same name: the same groups with the same numbers
                 other.unlink(missing_ok=True)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """Let the main process touch the disk; a failure is raised on all ranks."""
+        """Run an action on the main process, which accesses the disk; a failure is raised on all ranks."""
         try:
             on_main(self.ranks, action)
         except OSError as error:
             raise DataError(
-                f"{self.folder}: cannot write reference log-probs: {error.strerror or error}; parts that were finished are "
-                "kept; make the folder writable or free some space, and start again."
+                f"{self.folder}: cannot write reference log-probs: {error.strerror or error}; finished parts are "
+                "kept; make the folder writable or free some space, then run the same command again."
             ) from error
 
 
@@ -262,14 +263,14 @@ def _prefix(tokens: bool) -> str:
 
 
 def _prepare_folder(folder: Path) -> None:
-    """Make the folder, and write to it."""
+    """Create the folder, and check that it is writable."""
     folder.mkdir(parents=True, exist_ok=True)
     with partial_file(folder / "probe"):
         pass
 
 
 def _write_part(part: pa.Table, path: Path) -> Path:
-    """Write a part; its name, with the digest and the suffix."""
+    """Write a part; its path, with digest and suffix."""
     stream = pa.BufferOutputStream()
     pq.write_table(part, stream)
     content = stream.getvalue().to_pybytes()

@@ -6,7 +6,7 @@ from mpo_megatron.train.rank import be_rank, read_setup
 
 
 def work() -> None:
-    """Compute the reference log-probs that `mpo train` will look for, and write them beside the groups."""
+    """Compute the reference log-probs that `mpo train` will need, and write them beside the groups."""
     setup = read_setup("mpo reference")
     from mpo_megatron.train.session import session
 

@@ -1,9 +1,9 @@
-"""The reference model in memory beside the policy, for losses that compare whole distributions with it.
+"""The reference model in memory beside the policy, for losses that compare whole distributions.
 
-Over the rows of a pass the reference runs first, by the same schedule and on the same layout as the policy, so that pipelines
-work; kept are the last hidden states of the scored tokens, [S, H] a row on the last stage, from which the policy's log-prob
-head makes the reference's logits chunk by chunk. With `offload` its weights wait in pinned host memory and are on the device only
-while it runs; the output weight stays, since the head needs it during the policy's pass.
+For the rows of a pass, the reference runs first, with the same schedule and layout as the policy, so that pipelines work. It
+keeps the last hidden states of the scored tokens, [S, H] per row on the last stage, from which the policy's log-prob head
+computes the reference's logits chunk by chunk. With `offload`, its weights stay in pinned host memory and move to the device only
+while it runs; the output weight stays on the device, because the head needs it during the policy's pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mpo_megatron.train.routing import record_rows, recorded_choices
 from mpo_megatron.train.schedule import run_schedule, to_device
 
 Reference = tuple[Tensor, Tensor]
-"""Hidden states [S, H] of a row's scored tokens (with context parallelism of this rank's), and the output weight [V, H]."""
+"""Hidden states [S, H] of a row's scored tokens (with context parallelism, this rank's), and the output weight [V, H]."""
 
 
 class Resident:
@@ -34,11 +34,12 @@ class Resident:
 
     def __init__(self, parts: Sequence[torch.nn.Module], *, offload: bool = False, replay: bool = False) -> None:
         """Args:
-        replay: the policy's tokens go to the experts that the reference has chosen for them
+        replay: route the policy's tokens to the experts that the reference chose
         """
         self.replay = replay
         self.choices: list[dict[int, Tensor]] = []
-        """Of each row of the last pass: the experts [T, k] of this rank's tokens by the layer's place; empty for dense models."""
+        """For each row of the last pass, the experts [T, k] of this rank's tokens by the layer's place; empty for dense
+        models."""
         self.parts = [part.eval().requires_grad_(False) for part in parts]
         self.host: list[tuple[Tensor, Tensor]] = []
         if offload:
@@ -50,7 +51,7 @@ class Resident:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row], ranks: Ranks) -> list[Reference]:
-        """What the policy's head needs of each row on the last pipeline stage; nothing on the others. All ranks call it."""
+        """The policy head's input for each row, on the last pipeline stage; empty on the others. All ranks call it."""
         routings = record_rows(rows, ranks) if unwrap(self.parts[0]).config.num_moe_experts else None
         with self.on_device():
             hidden = run_schedule(self.parts, rows, functools.partial(_forward, routings), forward_only=True)
@@ -62,7 +63,7 @@ class Resident:
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within it, weights that wait on the host are on the device."""
+        """Within this context, offloaded weights are on the device."""
         for tensor, host in self.host:
             tensor.data = host.to(device.device(), non_blocking=True)
         try:
@@ -80,7 +81,7 @@ class Resident:
 
 
 class AdapterOff(Resident):
-    """The policy itself, with its adapter off: the base model without a copy of its weights."""
+    """The policy itself with its adapter off: the base model without a copy of its weights."""
 
     def __init__(self, model: Sequence[torch.nn.Module], *, replay: bool = False) -> None:
         self.replay, self.choices = replay, []
@@ -88,7 +89,7 @@ class AdapterOff(Resident):
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:
-        """Within it the adapter is off."""
+        """Within this context, the adapter is off."""
         with adapters_off(self.parts):
             yield
 

@@ -1,8 +1,8 @@
-"""Routing over a whole step: what routers need to know about each row, and their results, summed over rows and ranks.
+"""Routing over a whole step: the routers' inputs for each row, and their results, summed over rows and ranks.
 
-Each token of a step counts once: padding does not, and of a prompt's copies (split groups, unshared layout) one does. Prompt
-tokens count as response tokens do, since experts compute both. Only responses that lie in rows have tokens. So loads, losses
-and drift are those of the step's groups, whatever the packing.
+Each token of a step counts once: padding does not count, and of a prompt's copies (split groups, unshared layout) only one does.
+Prompt tokens count like response tokens, because experts compute both. Only responses in rows have tokens. So loads, losses and
+drift describe the step's groups, whatever the packing.
 
 Legend: G groups, K responses of a group, L layers with experts, E experts of a layer, k experts of a token, U units.
 """
@@ -35,7 +35,7 @@ def group_tokens(table: GroupTable) -> Int64:
 
 
 def counted_tokens(table: GroupTable, in_rows: Bools) -> Int64:
-    """[G] input tokens of each group that lie in rows, the prompt once."""
+    """[G] input tokens of each group in rows, the prompt counted once."""
     tokens = table.prompt_lengths + ((table.lengths - 1) * in_rows).sum(axis=1)
     return np.where(in_rows.any(axis=1), tokens, 0)
 
@@ -45,12 +45,12 @@ class Choices:
     """The reference's choices for a step's groups, on this rank's device."""
 
     ids: Tensor
-    """[Σ tokens, L, k] experts, group by group; uint8, or int32 with more than 256 experts."""
+    """[Σ tokens, L, k] expert ids, group by group; uint8, or int32 with more than 256 experts."""
     starts: Int64
-    """[G] where each group begins."""
+    """[G] start of each group."""
 
     def of(self, row: Row, ranks: Ranks) -> dict[int, Tensor]:
-        """[T, k] of this rank's tokens of a row, by the layer's place; those of padding are any."""
+        """[T, k] for this rank's tokens of a row, by the layer's place; arbitrary for padding."""
         own = own_tokens(len(row.tokens), ranks)
         slots, places = row.slots[own], row.places[own]
         found = self.ids[device.upload(np.where(slots < 0, 0, self.starts[slots] + places))]
@@ -58,7 +58,7 @@ class Choices:
 
 
 class StepRouting:
-    """The routers of one step, or of one batch of held-out groups: told by `rows`, asked by `finish`."""
+    """The routers of one step, or of one batch of held-out groups: `rows` gives their inputs, `finish` collects results."""
 
     def __init__(
         self, config: ExpertsConfig, experts: Experts, batch: StepBatch, ranks: Ranks, choices: Choices | None = None
@@ -67,19 +67,19 @@ class StepRouting:
         self.num_layers = sum(experts.layers)
         self.tokens = counted_tokens(batch.table, batch.in_rows)
         self.measured: dict[str, Mean] = {}
-        """What `finish` has measured, by the metric's name."""
+        """Measurements of `finish`, by metric name."""
 
     @property
     def adds_terms(self) -> bool:
-        """Whether routers add to the loss: every token in rows has a gradient from them."""
+        """Whether routers add to the loss, so that every token in rows gets a gradient from them."""
         return self.config.has_terms
 
     def rows(self, rows: Sequence[Row], *, learn: bool = False, loads: Tensor | None = None) -> list[RowRouting]:
-        """What the routers need to know about these rows.
+        """The routers' inputs for these rows.
 
         Args:
-            learn: the losses' gradients are computed; else loads are counted, if the load-balancing loss needs them
-            loads: [L, U, E] of the step, if they are known
+            learn: gradients of the losses are computed; otherwise loads are counted, if the load-balancing loss needs them
+            loads: [L, U, E] of the step, if known
         """
         by_group, balanced = self.config.balance_over == "group", self.config.balance_coeff > 0
         units = self.tokens if by_group else self.tokens.sum(keepdims=True)
@@ -108,9 +108,9 @@ class StepRouting:
         ]
 
     def loads(self, routings: Sequence[RowRouting]) -> Tensor | None:
-        """[L, U, E] counted tokens that went to each expert, over all rows of all ranks; None if they were not counted.
+        """[L, U, E] counted tokens per expert, over all rows of all ranks; None if not counted.
 
-        Communication: a sum over all ranks, each of which has other tokens, or other layers.
+        Communication: a sum over all ranks, each of which has other tokens or layers.
         """
         if not (self.config.balance_coeff > 0 and routings):
             return None
@@ -124,10 +124,10 @@ class StepRouting:
     def finish(self, routings: Sequence[RowRouting], *, drift: bool = True) -> None:
         """Measure the routers' results; all ranks call it, with their own rows.
 
-        Communication: a sum over all ranks, each of which has other tokens, or other layers.
+        Communication: a sum over all ranks, each of which has other tokens or layers.
 
         Args:
-            drift: whether the share of other choices than the reference's is measured: once a step
+            drift: whether to measure the share of choices that differ from the reference's: once per step
         """
         names = [name for name in ("balance", "z") if any(row.terms is not None for row in routings)]
         if drift and any(row.reference is not None for row in routings):
@@ -152,10 +152,10 @@ class StepRouting:
 
 
 def unmeasured_drift(config: ExpertsConfig, experts: Experts | None, *, resident: bool) -> str | None:
-    """Why a run does not report `router_drift`, and what would; None if it does, or if the model has no experts."""
+    """Why a run does not report `router_drift`, and the fix; None if it does, or if the model has no experts."""
     if experts is None or resident or config.needs_choices:
         return None
-    return "router_drift is not measured: the reference's choices of experts are not recorded; set experts.measure_drift."
+    return "router_drift is not measured: the reference's expert choices are not recorded; set experts.measure_drift."
 
 
 def _all_found(routings: Sequence[RowRouting]) -> list[tuple[int, Found]]:
@@ -170,7 +170,7 @@ def guide_rows(
     *,
     replay: bool,
 ) -> list[RowRouting]:
-    """The rows' routing with the choices that a resident reference has just made on the same rows and the same layout."""
+    """The rows' routing with the choices just made by a resident reference on the same rows and layout."""
     guided = []
     for row, routing, choices in zip(rows, routings, recorded, strict=True):
         told = routing or row_routing(row, ranks, replay=replay)
@@ -180,22 +180,22 @@ def guide_rows(
 
 
 def record_rows(rows: Sequence[Row], ranks: Ranks) -> list[RowRouting]:
-    """Routing that records the choices of a pass."""
+    """Routing inputs that record the choices of a pass."""
     return [row_routing(row, ranks, record=True) for row in rows]
 
 
 def recorded_choices(routing: RowRouting) -> dict[int, Tensor]:
-    """[T, k] the choices of a recorded pass over a row on this rank, by place."""
+    """[T, k] recorded choices of a pass over a row on this rank, by place."""
     return {place: found.choices for place, found in routing.found.items() if found.choices is not None}
 
 
 def gather_choices(
     routings: Sequence[RowRouting], rows: Sequence[Row], table: GroupTable, experts: Experts, ranks: Ranks
 ) -> Choices:
-    """The choices of all ranks in a recorded pass, on every rank; 0 for tokens that lie in no row. All ranks call it.
+    """The recorded choices of all ranks, on every rank; 0 for tokens in no row. All ranks call it.
 
-    Communication: each counted token of each layer was seen by one rank, so a sum over ranks has every choice. Of a prompt's
-    copies, which may differ by rounding, the one that counts is taken as a whole.
+    Communication: each counted token of each layer was seen by exactly one rank, so a sum over ranks gives every choice. Of a
+    prompt's copies, which may differ by rounding, the counted one is used.
     """
     tokens = group_tokens(table)
     starts = np.cumsum(tokens) - tokens
@@ -215,10 +215,10 @@ def gather_choices(
 
 
 class Recorder(StepRouting):
-    """The routing of a reference pass over a batch's rows, whose choices it keeps in memory."""
+    """The routing of a reference pass over a batch's rows; keeps its choices in memory."""
 
     def rows(self, rows: Sequence[Row], *, learn: bool = False, loads: Tensor | None = None) -> list[RowRouting]:
-        """Routing that records."""
+        """Routing inputs that record choices."""
         return record_rows(rows, self.ranks)
 
     def finish(self, routings: Sequence[RowRouting], *, drift: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""How a run's rows are built: the same for training, evaluation, the reference, and later inspection."""
+"""The shape of a run's rows, shared by training, evaluation, the reference and later inspection."""
 
 from __future__ import annotations
 

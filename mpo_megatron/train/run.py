@@ -1,4 +1,4 @@
-"""Everything a training run needs before its first step: opened, loaded and partitioned over ranks."""
+"""Everything a training run needs before its first step, opened, loaded and partitioned over ranks."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ class Run:
 
     session: Session
     references: dict[Path, ReferenceLogps]
-    """Of the training and held-out groups, by folder; none with `model.reference: adapter_off`, or where none are needed."""
+    """Log-probs of the training and held-out groups, by folder; empty with `model.reference: adapter_off`, or if not needed."""
     model: list[Any]
-    """The policy's parts, with buffers for their gradients."""
+    """The policy's parts, with gradient buffers."""
     resident: Resident | None
     """The reference model, for losses that compare whole distributions with it."""
 
     @property
     def setup(self) -> Setup:
-        """What was known before anything was loaded."""
+        """What is known before anything is loaded."""
         return self.session.setup
 
     @property
     def config(self) -> TrainConfig:
-        """The configuration, with every choice made."""
+        """The configuration, with every choice resolved."""
         return self.session.setup.config
 
     @property
     def ranks(self) -> Ranks:
-        """This rank's place among the others."""
+        """This rank's position, and its process groups."""
         return self.session.ranks
 
     @property
@@ -65,11 +65,11 @@ class Run:
         return self.session.setup.folder
 
     def reference(self, data: PreparedGroups, batch: StepBatch, routing: StepRouting | None = None) -> Logps | None:
-        """Reference log-probs of a batch: of those kept beside the data, or those of the model with its adapter off; None where
-        none are needed. All ranks call it.
+        """Reference log-probs of a batch: from the cache, or from the model with its adapter off; None if not needed. All ranks
+        call it.
 
         Args:
-            routing: gets the reference's choices of experts, if they are needed and this pass makes them
+            routing: receives the reference's expert choices, if needed and made in this pass
         """
         if data.path in self.references:
             return self.references[data.path].select(batch.table)
@@ -85,7 +85,7 @@ class Run:
         return logps
 
     def routing(self, data: PreparedGroups, batch: StepBatch) -> StepRouting | None:
-        """What routers need to know about a batch, or None. All ranks call it."""
+        """The routers' inputs for a batch, or None. All ranks call it."""
         settings, experts, choices = self.config.experts, self.setup.family.experts, self.session.choices.get(data.path)
         if experts is None or not (settings.has_terms or settings.needs_choices or self.resident is not None):
             return None
@@ -109,12 +109,12 @@ class Run:
 
 
 def open_run(session: Session) -> Run:
-    """Load the models, and compute the missing reference log-probs; all ranks call it.
+    """Load the models, and compute missing reference log-probs; all ranks call it.
 
     Raises:
         ConfigError: a checkpoint does not fit or is damaged.
         DataError: the reference's log-probs cannot be written.
-        Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
+        Stopped: a stop was requested during the reference pass; results so far are on disk.
     """
     setup = session.setup
     references = {} if setup.config.model.reference == ADAPTER_OFF else session.references()
@@ -127,7 +127,7 @@ def open_run(session: Session) -> Run:
 
 
 def reference_model(session: Session, model: list[Any]) -> Resident:
-    """The reference model beside the policy: the policy itself with its adapter off if that is the same, else a second one."""
+    """The reference model beside the policy: the policy with its adapter off if equivalent, otherwise a second model."""
     if not session.setup.adapter_off_is_reference:
         return session.resident()
     return AdapterOff(model, replay=session.setup.config.experts.routing == "replay")

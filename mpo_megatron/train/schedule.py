@@ -1,4 +1,4 @@
-"""Rows through a model by Megatron's schedule: common to the policy's passes and the resident reference's."""
+"""Run rows through a model with Megatron's schedule; shared by the policy and the resident reference."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class RowTensors:
     """[1, T]"""
     layout: RowLayout
     sources: Int64
-    """[S] index of the token that predicts each scored token; on the host, see `Policy.own_sources`."""
+    """[S] row index of the token that predicts each scored token; on the host, see `Policy.own_sources`."""
     targets: Tensor
     """[S]"""
     response_of: Tensor
-    """[S] which response of the row a scored token belongs to."""
+    """[S] index of each scored token's response in the row."""
     responses: Tensor
     """[R, 2] slot of the group in the step, index of the response in the group."""
     slots: Tensor
     """[g] slots of the row's groups in the step, ascending."""
     group_of: Tensor
-    """[R] which of the row's groups a response belongs to."""
+    """[R] index of each response's group among the row's groups."""
 
 
 def to_device(row: Row, routing: RowRouting | None = None) -> RowTensors:
-    """Move a row to this rank's device, in one copy; its layout carries what routers of experts are told of it."""
+    """Move a row to this rank's device in one copy; its layout carries the routers' inputs."""
     slots, group_of = np.unique(row.responses[:, 0], return_inverse=True)
     parts = (row.tokens, row.position_ids, row.targets, row.response_of, row.responses.ravel(), slots, group_of)
     moved = device.upload(np.concatenate(parts)).split([len(part) for part in parts])
@@ -61,7 +61,7 @@ def to_device(row: Row, routing: RowRouting | None = None) -> RowTensors:
 
 
 LossFunction = Callable[[Tensor], tuple[Tensor, Tensor, Any]]
-"""From a row's output on the last stage to (scalar to backpropagate, unused count, what the schedule collects)."""
+"""From a row's output on the last stage to (scalar to backpropagate, unused count, values to collect)."""
 
 ForwardStep = Callable[[Any, Any], tuple[Tensor, LossFunction]]
 """From an iterator over (index, row) and a part of the model to the part's output for the next row, and the loss function."""
@@ -70,14 +70,14 @@ ForwardStep = Callable[[Any, Any], tuple[Tensor, LossFunction]]
 def run_schedule(
     model: Sequence[torch.nn.Module], rows: Sequence[Row], forward_step: ForwardStep, *, forward_only: bool
 ) -> list[Any]:
-    """Forward, and unless `forward_only` backward, of all rows; gradients are finished as the model's config says.
+    """Forward pass of all rows, and backward unless `forward_only`; the model's config defines how gradients are finalized.
 
     Returns:
-        On the last pipeline stage what the loss function collected, by row.
+        On the last pipeline stage, what the loss function collected, by row.
     """
     for part in model:
         part.train(not forward_only)
-    # Interleaved schedules hand each row to each part of the model, in turn.
+    # Interleaved schedules pass each row to each part of the model, in turn.
     iterators = [iter(enumerate(rows)) for _ in model]
     with torch.set_grad_enabled(not forward_only):
         collected: list[Any] = get_forward_backward_func()(

@@ -1,4 +1,4 @@
-"""A working rank: its place among the others, its part of the models, and the reference's log-probs."""
+"""A working rank: its process groups, its part of the models, and the reference's log-probs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mpo_megatron.train.setup import Setup
 
 @contextlib.contextmanager
 def session(setup: Setup) -> Iterator[Session]:
-    """Connect the ranks, and end their connections at the end; within it, requests to stop reach them all. All ranks call it."""
+    """Connect the ranks, and disconnect at the end; within it, requests to stop reach all ranks. All ranks call it."""
     with model_parallel(setup.config.parallel, setup.config.seed) as ranks, spreading_requests():
         yield Session(setup, ranks)
 
@@ -40,11 +40,11 @@ class Session:
 
     @functools.cached_property
     def parts(self) -> list[torch.nn.Module]:
-        """This rank's parts of the model, which `load` gives their weights."""
+        """This rank's parts of the model; `load` fills their weights."""
         return self._build()
 
     def load(self, folder: Path) -> list[torch.nn.Module]:
-        """The parts, with a checkpoint's weights; all ranks call it.
+        """The parts with a checkpoint's weights; all ranks call it.
 
         Raises:
             ConfigError: the checkpoint does not fit or is damaged.
@@ -54,9 +54,9 @@ class Session:
 
     @functools.cached_property
     def choices(self) -> dict[Path, ReferenceChoices]:
-        """The reference's recorded choices of experts, by the data's folder; all ranks read it together for the first time.
+        """The reference's recorded expert choices, by data folder; at the first call, all ranks read them together.
 
-        None where they are not needed, or where the reference computes beside the policy and its choices stay in memory.
+        Empty if not needed, or if a resident reference keeps its choices in memory.
         """
         setup, experts = self.setup, self.setup.family.experts
         in_memory = setup.objective.needs.token_kl or setup.config.model.reference == ADAPTER_OFF
@@ -66,15 +66,15 @@ class Session:
         return {data.path: ReferenceChoices.open(self._cache(data), data, experts, self.ranks) for data in datasets}
 
     def references(self, *, whole: bool = False) -> dict[Path, ReferenceLogps]:
-        """Reference log-probs of the training and held-out groups, by folder; the parts then hold the reference's weights.
+        """Reference log-probs of the training and held-out groups, by folder; afterwards the parts hold the reference's weights.
 
-        Of the training groups only those that the run reaches; nothing if the run needs no reference.
+        Covers only training groups that the run reaches; empty if the run needs no reference.
 
         Args:
-            whole: compute those of all groups, also ones that the run does not reach
+            whole: compute all groups, including those that the run does not reach
         Raises:
             DataError: the log-probs cannot be written.
-            Stopped: asked to stop; what is computed is written.
+            Stopped: a stop was requested; results so far are on disk.
         """
         setup, config = self.setup, self.setup.config
         if not (whole or setup.needs_reference):
@@ -105,7 +105,7 @@ class Session:
         return Resident(parts, offload=config.model.resident_offload, replay=config.experts.routing == "replay")
 
     def _cache(self, data: PreparedGroups) -> Path:
-        """Where what the reference computes of these groups is kept."""
+        """Folder of the reference's cached results for these groups."""
         adapter = self.setup.adapter
         quantize = "none" if adapter is None else adapter.quantize
         model = self.setup.config.model

@@ -1,7 +1,7 @@
-"""A run as it will be: what it reads is opened, what it leaves open is decided, and all of it is checked, once a process.
+"""A run before it starts: its inputs opened, its open choices resolved, everything checked, once per process.
 
-The command line builds a `Setup` before it starts ranks, so that a person reads one message instead of one a rank. Each rank
-builds the same from the same command line, and `session` (session.py) gives it its part of the models.
+The command line builds a `Setup` before it starts ranks, so that an error is reported once, not once per rank. Each rank builds
+the same setup from the same command line; `session` (session.py) then gives it its part of the models.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Setup:
     """What every rank of a run knows before any weight is loaded."""
 
     given: TrainConfig
-    """The configuration as the user wrote it, with Megatron checkpoints; saved, as the run may resume on another machine."""
+    """The configuration as the user wrote it, with Megatron checkpoints; saved, because the run may resume on another machine."""
     config: TrainConfig
-    """The same with what depends on the machine and the layout decided: layers, attention, overlap, sequence parallelism."""
+    """The same, with choices resolved that depend on machine and layout: layers, attention, overlap, sequence parallelism."""
     num_ranks: int
     family: Family
     padded_vocab_size: int
@@ -46,16 +46,16 @@ class Setup:
     objective: Objective
     total_steps: int
     record: AdapterRecord | None = None
-    """The adapter that is trained, and its base model; None if all weights are."""
+    """The trained adapter and its base model; None if all weights are trained."""
 
     @property
     def adapter(self) -> Adapter | None:
-        """The shape of the adapter that is trained."""
+        """The shape of the trained adapter."""
         return None if self.record is None else self.record.adapter
 
     @property
     def adapter_off_is_reference(self) -> bool:
-        """Whether the policy without its adapter is the reference model, however it was named."""
+        """Whether the policy with its adapter off is the reference model, however configured."""
         return self.record is not None and self.record.base_digest == self.reference_digest
 
     @property
@@ -65,12 +65,12 @@ class Setup:
 
     @property
     def model_folder(self) -> Path:
-        """The checkpoint that training starts from."""
+        """The checkpoint from which training starts."""
         return Path(self.config.model.checkpoint)
 
     @property
     def reference_folder(self) -> Path:
-        """The checkpoint of the reference: the one that training starts from, where no other is given."""
+        """The checkpoint of the reference; by default, the one from which training starts."""
         if self.record is not None and self.config.model.reference == ADAPTER_OFF:
             return Path(self.record.base)
         return Path(self.config.model.reference or self.config.model.checkpoint)
@@ -82,14 +82,14 @@ class Setup:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the reference's log-probs are needed."""
+        """Whether the run needs the reference's log-probs."""
         from mpo_megatron.train.objective import needs_reference
 
         return needs_reference(self.objective, self.config, self.family.experts)
 
     @property
     def reached_groups(self) -> Int64:
-        """Indices of the training groups that the steps up to `last_step` see, in order, those before a resumption included."""
+        """Indices of the training groups in the steps up to `last_step`, in order, including steps before a resumption."""
         data = self.config.data
         num_steps = self.last_step - data.first_step
         return indices_of_steps(num_steps, len(self.train), data.groups_per_step, seed=self.config.seed, shuffle=data.shuffle)
@@ -103,16 +103,16 @@ class Setup:
 
 
 def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: bool = False) -> Setup:
-    """Open a run's inputs, make its open choices, and check that all of it fits together.
+    """Open a run's inputs, resolve its open choices, and check that everything fits together.
 
-    What is cheap comes first: a wrong path, option or layout need not wait for the imports of torch and Megatron-Core. A Hugging
-    Face folder is converted.
+    Cheap checks come first: a wrong path, option or layout is reported without importing torch and Megatron-Core. A Hugging Face
+    folder is converted.
 
     Args:
-        num_ranks: of the whole run; by default one per GPU of this machine, or what the layout needs
-        resumes: the run may resume: compare it with its newest checkpoint as early as can be
+        num_ranks: ranks of the whole run; by default one per GPU of this machine, or what the layout needs
+        resumes: whether the run may resume: then compare it with its newest checkpoint as early as possible
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     check_loss_names(config.loss)
     validate_folders(config)
@@ -142,10 +142,10 @@ def check_contrasts(setup: Setup) -> None:
 
 
 def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int, Family, int]:
-    """Number of ranks, the model, and its padded vocabulary size, after a check that the layout divides the model.
+    """Number of ranks, the model, and its padded vocabulary size, after checking that the layout divides the model.
 
     Raises:
-        ConfigError: it cannot, or a file is missing or damaged.
+        ConfigError: it does not, or a file is missing or damaged.
     """
     from mpo_megatron.hf.layout import read_model
     from mpo_megatron.train.launcher import count_ranks

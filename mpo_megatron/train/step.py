@@ -1,8 +1,8 @@
 """One step: rows through the model, log-probs into the loss, gradients into the optimizer's buffers.
 
-Two ways that give the same loss and gradients to rounding. *fused*: every group lies in one row, the last pipeline stage
-computes the loss of the row's groups and backpropagates. *two-phase*: a forward pass collects all log-probs, the loss of the
-whole global batch gives each response (or token) its coefficient ∂L/∂logp, and a second pass backpropagates Σ coefficient·logp.
+Two modes give the same loss and gradients to rounding. *fused*: every group is in one row; the last pipeline stage computes the
+loss of the row's groups and backpropagates. *two-phase*: a forward pass collects all log-probs, the loss of the whole global
+batch gives each response (or token) its coefficient ∂L/∂logp, and a second pass backpropagates Σ coefficient·logp.
 
 Scale of the loss. Every row's loss is divided by the number of contributing groups of the *global* batch before backward, and
 Megatron sums gradients over rows and replicas: with `calculate_per_token_loss` a loss function that returns three values is
@@ -33,11 +33,11 @@ from mpo_megatron.train.objective import Logps, Objective, group_batch, take_gro
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.routing import StepRouting, guide_rows
 from mpo_megatron.train.schedule import LossFunction, run_schedule, to_device
-from mpo_megatron.train.schedule import RowTensors as RowTensors  # loss functions of rows take them
+from mpo_megatron.train.schedule import RowTensors as RowTensors  # re-exported for loss functions of rows
 
 RowLoss = Callable[[RowTensors, Tensor, Tensor | None], Tensor]
-"""From a row, the log-probs [S] of its scored tokens and, with a resident reference, their divergences [S] from it, to the scalar
-to backpropagate."""
+"""From a row, the log-probs [S] of its scored tokens and, with a resident reference, their divergences [S], to the scalar to
+backpropagate."""
 
 RowOutput = tuple[RowTensors, Tensor, Tensor | None]
 """A row with its log-probs [S] and, with a resident reference, divergences [S], detached."""
@@ -45,20 +45,20 @@ RowOutput = tuple[RowTensors, Tensor, Tensor | None]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What a step's passes have computed, the same on every rank, in the host's memory."""
+    """Results of a step's passes, the same on every rank, in host memory."""
 
     policy: Logps
     """The policy's log-probs before the update."""
     losses: Tensor
     """[G] loss of each group in nats; 0 where a group does not contribute."""
     backward_share: float = 1.0
-    """Share of the forward pass's tokens that was backpropagated."""
+    """Share of the forward pass's tokens that were backpropagated."""
 
 
 def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
-    """[R] log-probs of the row's responses: segment sums of [S], in float64 so that long responses lose nothing.
+    """[R] log-probs of the row's responses: segment sums of [S], in float64 to keep precision for long responses.
 
-    Their order is fixed; `index_add` adds in any on a GPU, and a run that is repeated or resumed would come to other sums.
+    Their order is fixed: `index_add` on a GPU adds in any order, so a repeated or resumed run would get other sums.
     """
     if not len(row.responses):  # a filler
         return token_logps.double()
@@ -67,7 +67,7 @@ def sum_responses(row: RowTensors, token_logps: Tensor) -> Tensor:
 
 
 def token_index(row: RowTensors) -> tuple[Tensor, Tensor, Tensor]:
-    """(slot, k, t) of each scored token of the row: where it stands in a [G, K, T] tensor."""
+    """(slot, k, t) of each scored token of the row: its index in a [G, K, T] tensor."""
     starts = torch.searchsorted(row.response_of, torch.arange(len(row.responses), device=row.response_of.device))
     position = torch.arange(len(row.response_of), device=row.response_of.device) - starts[row.response_of]
     slot, k = row.responses[row.response_of].unbind(dim=1)
@@ -82,13 +82,13 @@ def run_rows(
     resident: Resident | None = None,
     routings: Sequence[RowRouting] | None = None,
 ) -> list[RowOutput]:
-    """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or forward only without one.
+    """Run Megatron's schedule over the rows: forward and backward of `row_loss`, or only forward without one.
 
     Args:
-        resident: the reference model, to compute divergences from it
-        routings: what routers of experts are told of each row
+        resident: the reference model, for divergences
+        routings: routers' inputs for each row
     Returns:
-        On the last pipeline stage the rows with what was computed of their scored tokens; on the others nothing.
+        On the last pipeline stage, the rows with the results for their scored tokens; empty on the others.
     """
     references = None if resident is None else resident.run(rows, ranks)
     told: Sequence[RowRouting | None] = routings if routings is not None else [None] * len(rows)
@@ -117,20 +117,21 @@ def run_rows(
 
 
 def finalize_gradients(model: list[torch.nn.Module], num_tokens: Tensor | None, **groups: Any) -> None:
-    """Megatron's gradient reduction without its division by tokens: the loss is scaled already (see the module's text)."""
+    """Megatron's gradient reduction without its division by tokens, because the loss is already scaled (see the module's
+    text)."""
     finalize_model_grads(model, None, **groups)
 
 
 def collect_logps(
     outputs: Sequence[RowOutput], shape: tuple[int, ...], ranks: Ranks, num_tokens: int | None = None, *, kl: bool = False
 ) -> Logps:
-    """Log-probs (and divergences) of all rows of all replicas, on every rank, in the host's memory.
+    """Log-probs (and divergences) of all rows of all replicas, on every rank, in host memory.
 
-    Sums over replicas (each response lies in one replica's rows), then copies from the last pipeline stage to the others.
+    Sums over replicas (each response is in one replica's rows), then copies from the last pipeline stage to the others.
 
     Args:
         shape: (G, K)
-        num_tokens: T, to collect per-token log-probs too
+        num_tokens: T, to collect per-token log-probs as well
     """
     response = torch.zeros(shape, dtype=torch.float64, device=device.device())
     token = torch.zeros((*shape, num_tokens), device=device.device()) if num_tokens is not None else None
@@ -149,7 +150,7 @@ def collect_logps(
 
 
 def _share(tensor: Tensor, ranks: Ranks) -> Tensor:
-    """Sum over replicas, each of which has its own part, then a copy from the last pipeline stage to the others; on the host."""
+    """Sum over replicas, each of which has its own part, then copy from the last pipeline stage to the others; on the host."""
     all_reduce(tensor, group=ranks.data)
     if ranks.pipeline.size() > 1:
         broadcast(tensor, group=ranks.pipeline, group_src=ranks.pipeline.size() - 1)
@@ -164,7 +165,7 @@ def forward_step(
     resident: Resident | None = None,
     routing: StepRouting | None = None,
 ) -> Logps:
-    """Log-probs of the batch's scored responses, without gradients; per token too if the objective works on tokens."""
+    """Log-probs of the batch's scored responses, without gradients; also per token for token-level objectives."""
     routings = None if routing is None else routing.rows(batch.rows)
     outputs = run_rows(model, batch.rows, ranks, None, resident, routings)
     if routing is not None and routings is not None:
@@ -181,21 +182,21 @@ def fused_step(
     resident: Resident | None = None,
     routing: StepRouting | None = None,
 ) -> StepResult:
-    """Gradients of the mean loss over the global batch's contributing groups, each row's loss computed where its groups lie.
+    """Gradients of the mean loss over the global batch's contributing groups, each row computing the loss of its groups.
 
     Args:
-        routing: of a model with experts; it adds its terms' gradients
+        routing: for a model with experts; adds its terms' gradients
     """
     num_contributing = int(batch.contributes.sum())
     width = _token_width(batch, objective)
-    # On the device once for all rows: what a row's loss needs is then there, and its backward pass follows without a wait.
+    # Copied once for all rows: a row's loss inputs are then on the device, and its backward pass follows without waiting.
     unknown = Logps(response=torch.zeros(batch.table.valid.shape, device=device.device()))
     step_groups = group_batch(batch.table, unknown, reference)
-    precision = torch.float64 if width is None else torch.float32  # that of responses' log-probs, and of tokens'
+    precision = torch.float64 if width is None else torch.float32  # that dtype of responses' log-probs, and of tokens'
     losses = torch.zeros(len(batch.table.valid), dtype=precision, device=device.device())
 
     def row_loss(row: RowTensors, token_logps: Tensor, token_kl: Tensor | None) -> Tensor:
-        if len(row.responses) == 0:  # a filler row; its zero keeps the schedule's backward pass alive
+        if len(row.responses) == 0:  # a filler row; its zero has a graph that the schedule can backpropagate
             return token_logps.sum()
         shape = (len(row.slots), batch.table.valid.shape[1])
         zeros = token_logps.new_zeros(shape, dtype=torch.float64)
@@ -231,13 +232,13 @@ def two_phase_step(
     resident: Resident | None = None,
     routing: StepRouting | None = None,
 ) -> StepResult:
-    """Gradients of the mean loss over the global batch's contributing groups, by way of each response's coefficient.
+    """Gradients of the mean loss over the global batch's contributing groups, through each response's coefficient.
 
-    Responses whose coefficient is zero (negatives that MC-PO did not draw) are left out of the backward pass, unless routers
-    add to the loss: then they have a gradient from there.
+    Responses with coefficient zero (negatives that MC-PO did not draw) are omitted from the backward pass, unless routers add to
+    the loss and so give them a gradient.
 
     Args:
-        routing: of a model with experts; it adds its terms' gradients
+        routing: for a model with experts; adds its terms' gradients
     """
     routings = None if routing is None else routing.rows(batch.rows)
     outputs = run_rows(model, batch.rows, ranks, None, resident, routings)
@@ -277,8 +278,8 @@ def two_phase_step(
 def loss_coefficients(
     batch: StepBatch, policy: Logps, reference: Logps | None, objective: Objective, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """On the host, L the mean loss: each group's loss [G]; ∂L/∂logp of every response [G, K], or of every token [G, K, T] for
-    losses that work on tokens; and ∂L/∂KL of every response [G, K] for losses that regularise with it."""
+    """On the host, with L the mean loss: each group's loss [G]; ∂L/∂logp of every response [G, K], or of every token [G, K, T]
+    for token-level losses; and ∂L/∂KL of every response [G, K] for losses that regularise with it."""
     by_token = policy.token is not None
     leaf = (policy.token if policy.token is not None else policy.response).detach().requires_grad_()
     kl = None if policy.kl is None else policy.kl.detach().requires_grad_()
@@ -290,10 +291,10 @@ def loss_coefficients(
 
 
 def prepare_schedules(model: list[Any]) -> None:
-    """Tell Megatron's schedules how gradients are finished; call once after the model is wrapped."""
+    """Configure how Megatron's schedules finalize gradients; call once after the model is wrapped."""
     config = get_model_config(model[0])  # the parts share it
     config.finalize_model_grads_func = finalize_gradients
-    if model[0].ddp_config.overlap_grad_reduce:  # rows before the last only add to the buffers
+    if model[0].ddp_config.overlap_grad_reduce:  # all rows except the last only add to the buffers
         config.no_sync_func = model[0].no_sync if len(model) == 1 else [part.no_sync for part in model]
 
 

@@ -1,4 +1,4 @@
-"""How fast a step was, and what share of a GPU's best that is (model FLOPs utilization, MFU)."""
+"""The speed of a step, and its share of the GPU's peak (model FLOPs utilization, MFU)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ PEAK_BF16_TFLOPS = {
     "RTX A6000": 155.0,
     "RTX 6000 Ada": 364.0,
 }
-"""Dense bf16 rates of tensor cores in the makers' data sheets, 10^12 operations per second, by a part of the name."""
+"""Dense bf16 rates of tensor cores in vendors' data sheets, 10^12 operations per second, by a part of the GPU's name."""
 
 
 def peak_flops(gpu_name: str | None) -> float | None:
-    """Operations per second in bf16 that this GPU is sold with; None of a CPU or a GPU that is not listed.
+    """Nominal bf16 operations per second of this GPU; None for a CPU or an unlisted GPU.
 
-    FP8 runs are measured against it, too, as is usual: their MFU tells what FP8 gains.
+    FP8 runs also use it, as is usual: their MFU then shows the gain of FP8.
     """
     words = set((gpu_name or "").replace("-", " ").split())
     fitting = [name for name in PEAK_BF16_TFLOPS if set(name.split()) <= words]

@@ -115,7 +115,7 @@ def test_a_killed_rank_is_named(start: Start) -> None:
     ranks[1].kill()
     code, output = end(run)
     assert code == 1, output
-    assert output.splitlines()[-1].startswith("mpo: rank 1 was ended by SIGKILL; often memory is short")
+    assert output.splitlines()[-1].startswith("mpo: rank 1 was killed by SIGKILL; often out of memory")
     assert not left_over(ranks, 10)
 
 

@@ -210,7 +210,7 @@ def test_a_killed_run_continues_bit_by_bit(inputs: Path, undisturbed: Path, tmp_
 def test_refusals(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"online\.max_tokens = 400"):
         train(run_config(inputs, tmp_path / "run", max_tokens=400), build_regularizer)
-    with pytest.raises(ConfigError, match=r"online\.kl_weight = 0.1; the run needs an engine"):
+    with pytest.raises(ConfigError, match=r"online\.kl_weight = 0.1; the run needs a sampling engine"):
         train(run_config(inputs, tmp_path / "run"))
 
 

@@ -134,7 +134,7 @@ def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected
 
     more = ("--parallel.tensor", "2", "--data.groups_per_step", "5")
     result = run_ranks(2, "mpo_megatron.train.reference_main", options(inputs, data, *more))
-    assert f"{done} of {NUM_GROUPS} groups are there" in result.stdout
+    assert f"{done} of {NUM_GROUPS} groups are cached" in result.stdout
     assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
     assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
     assert files(cache).items() >= finished.items()  # what was there was not computed again
@@ -305,7 +305,7 @@ def test_full_disk_keeps_what_is_finished(inputs: Path, data: Path, monkeypatch:
         replace(partial, path)
 
     monkeypatch.setattr(os, "replace", full_after_two)
-    with pytest.raises(DataError, match="cannot write reference log-probs: No space left on device; parts that were finished"):
+    with pytest.raises(DataError, match="cannot write reference log-probs: No space left on device; finished parts"):
         compute_here(inputs, data)
     (cache,) = caches(data / "train")
     assert [name.split(".")[0] for name in sorted(files(cache))] == ["part-00000000-00000007", "part-00000008-00000015"]

@@ -157,5 +157,5 @@ def test_a_poisoned_step_that_differs_from_its_digests_is_put_aside_and_never_ru
     command = [word if word != str(folder / "run") else str(run) for word in options(folder, "run")]
     ended = run_ranks(1, "mpo_megatron.train", command, check=False)
     assert ended.returncode == 2, ended.stderr
-    assert "no checkpoint is complete; damaged are step_00000001.damaged" in ended.stderr.splitlines()[-1]
+    assert "no checkpoint is complete; damaged: step_00000001.damaged" in ended.stderr.splitlines()[-1]
     assert not mark.exists()

@@ -56,7 +56,7 @@ def test_mpo_train_restarts_after_a_failed_rank_and_obeys_a_request(tmp_path: Pa
         assert process.wait(timeout=TIMEOUT) == 75
     text = (inputs / "log").read_text()
     assert "resuming from" in text
-    assert "rank 1 was ended by SIGKILL; often memory is short: see dmesg; restarting all ranks (1 of 1)" in text
+    assert "rank 1 was killed by SIGKILL; often out of memory: see dmesg; restarting all ranks (1 of 1)" in text
     assert text.splitlines()[-1] == "mpo train: stopped (SIGTERM) and saved; run the same command again to resume."
     assert "torch.distributed.elastic" not in text
     last = steps(output)[-1]

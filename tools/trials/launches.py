@@ -62,7 +62,7 @@ def _trial(folder: Path, phase: str, action: signal.Signals | str, rng: random.R
         return f"left running: {len(left)} ranks, launcher: {code is None}\n{output[-2000:]}"
     saved = len(list(folder.glob("saved-*")))
     if action == "kill a rank":
-        return None if code == 1 and "was ended by SIGKILL" in output.splitlines()[-1] else f"{code}\n{output[-2000:]}"
+        return None if code == 1 and "was killed by SIGKILL" in output.splitlines()[-1] else f"{code}\n{output[-2000:]}"
     if saved != (NUM_RANKS if phase == "steps" else 0):
         return f"{saved} ranks saved\n{output[-2000:]}"
     if action == "kill the launcher":

@@ -1,9 +1,9 @@
 """Checkpoints of a run.
 
     checkpoint                     weights and optimizer states to and from Megatron's distributed checkpoints
-    saving                         when and how they are written
-    step_folders, verification     what a checkpoint's folder holds, and which are complete; whether one is whole to the byte
-    course, resumption             what a run's course depends on; where it resumes, and whether it may
+    saving                         when and how checkpoints are written
+    step_folders, verification     content of a checkpoint's folder, and which are complete; whether every byte is intact
+    course, resumption             what a run's result depends on; where it resumes, and whether it may
 
-What all ranks must call together says so.
+Functions that all ranks must call together say so.
 """

@@ -1,6 +1,6 @@
-"""Weights and optimizer states to and from Megatron distributed checkpoints, loadable on any layout.
+"""Save and load weights and optimizer states as Megatron distributed checkpoints, on any layout.
 
-What a checkpoint's folder holds, and which one counts, is in step_folders.py; when and how it is written, in saving.py.
+step_folders.py describes a checkpoint's folder and which one counts; saving.py decides when and how to write.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from mpo_megatron.train.checkpoints.verification import check_whole
 from mpo_megatron.train.optimizer import gather_weights
 
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
-"""Optimizer states are saved parameter by parameter, so that they load on any TP × PP × DP × EP: also where
-a stage has no experts, and so one optimizer less."""
+"""Optimizer states are saved per parameter, so that they load on any TP × PP × DP × EP, even if a stage without experts has one
+optimizer less."""
 
 EXTRA_STATE = "_extra_state"
-"""Suffix of what Transformer Engine's modules save besides weights; empty for the recipes offered here."""
+"""Suffix of the extra states of Transformer Engine's modules; empty for the recipes offered here."""
 
 
 def verify(folder: Path) -> None:
-    """Check that a checkpoint folder is whole; of the files with weights only the sizes, `load_weights` compares the rest.
+    """Check that a checkpoint folder is complete; for weight files only the sizes, because `load_weights` checks the content.
 
     Raises:
         ConfigError: a file is missing, truncated or damaged.
@@ -63,18 +63,18 @@ def verify(folder: Path) -> None:
     reader.check_files(set(reader.tensors))
     require(
         is_step(folder) or not any(name.startswith("optimizer.") for name in reader.tensors),
-        f"{folder}: a step of a run without its {digests.STATE}; copy the whole folder again, or convert it to Hugging Face and "
+        f"{folder}: a run's step without its {digests.STATE}; copy the whole folder again, or convert it to Hugging Face and "
         "back.",
     )
 
 
 def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = None, num_layers: int = 0) -> int:
-    """Size of a run's checkpoint, from the metadata of the model it starts from: weights in the precision of training, and
-    float32 weights, gradient means and squares of Adam.
+    """Size of a run's checkpoint in bytes, from the metadata of the initial model: weights in the training dtype, and float32
+    weights, first and second moments of Adam.
 
     Args:
-        rules: of the adapter's weights, if it is an adapter alone that is trained
-        num_layers: of the model
+        rules: rules of the adapter's weights, if only an adapter is trained
+        num_layers: layers of the model
     """
     if rules is not None:
         numbers = sum(
@@ -93,10 +93,10 @@ def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = N
 def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks) -> None:
     """Load the weights of a Megatron checkpoint folder (from `mpo convert` or a run's step) into the model, on any layout.
 
-    A model's adapters are unchanged.
+    Adapters of the model stay unchanged.
 
     Raises:
-        ConfigError: files are missing or damaged, or they belong to another model.
+        ConfigError: files are missing or damaged, or belong to another model.
     """
     check_whole(Path(folder))
     states = _model_states(model, ranks, adapters=False)
@@ -108,10 +108,10 @@ def load_weights(model: list[torch.nn.Module], folder: str | Path, ranks: Ranks)
 
 
 def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> None:
-    """Load an adapter's Megatron checkpoint folder (from `mpo convert` or a run's step) into the model's adapters, on any layout.
+    """Load an adapter's Megatron checkpoint folder (from `mpo convert` or a run's step) into the model's adapters.
 
     Raises:
-        ConfigError: files are missing or damaged, or they belong to another model.
+        ConfigError: files are missing or damaged, or belong to another model.
     """
     check_whole(folder)
     states = _model_states(model, ranks, adapters=True)
@@ -121,11 +121,11 @@ def load_adapter(model: list[torch.nn.Module], folder: Path, ranks: Ranks) -> No
 
 
 def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> Any:
-    """Plan a checkpoint over all ranks: the writer's request (mcore/writer.py), with what this rank is to write: of a model with
-    adapters, these alone.
+    """Plan a checkpoint over all ranks: returns the writer's request (mcore/writer.py) for this rank's part; for a model with
+    adapters, only these.
 
-    All ranks call it. Optimizer states that this rank is to write are gathered and copied here; weights on a CPU are copied, and
-    those on a GPU when the request is staged.
+    All ranks call it. Optimizer states that this rank writes are gathered and copied here. Weights on a CPU are copied here,
+    weights on a GPU when the request is staged.
     """
     gather_weights(model)
     states: dict[str, Any] = _model_states(model, ranks, adapters=trains_adapters(model))
@@ -133,7 +133,7 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
     with reserving(optimizer) as reserved:
         states["optimizer"] = optimizer.sharded_state_dict(_optimizer_view(states), metadata=_content(ranks))
     leave_out_classes(states["optimizer"])
-    force_all_tensors_to_non_fp8(states)  # weights are saved as the bf16 numbers that their FP8 stands for
+    force_all_tensors_to_non_fp8(states)  # weights are saved in bf16, dequantized from FP8
     strategy = choose_strategy()
     keep_results_here(strategy)
     request = dist_checkpointing.save(
@@ -150,25 +150,25 @@ def prepare_save(folder: Path, model: list[torch.nn.Module], optimizer: Megatron
 
 
 def load(folder: Path, model: list[torch.nn.Module], optimizer: MegatronOptimizer, ranks: Ranks) -> None:
-    """Restore weights and optimizer states from a step's folder, on any layout; of a model with adapters, theirs alone."""
+    """Restore weights and optimizer states from a step's folder, on any layout; for a model with adapters, only theirs."""
     models = _model_states(model, ranks, adapters=trains_adapters(model))
     fill_states(optimizer)
     with reserving(optimizer):
         states = optimizer.sharded_state_dict(_optimizer_view(models), is_loading=True, metadata=_content(ranks))
     own = {index: own_share(single, state.pop("param_state")) for index, single, state in each_single(optimizer, states)}
     loaded = _load({**models, "optimizer": states}, folder, ranks)
-    moments = _load({"moments": own}, folder, None).get("moments", {})  # a rank may hold no part of any
+    moments = _load({"moments": own}, folder, None).get("moments", {})  # a rank may hold no part of any state
     for name, part in zip(models, model, strict=True):
         unwrap(part).load_state_dict(loaded[name], strict=False)
     load_states(optimizer, loaded["optimizer"], moments)
-    if get_model_config(model[0]).fp8_param:  # quantized from bf16 just now; after a step they are from the master weights
+    if get_model_config(model[0]).fp8_param:  # now quantized from bf16, but after a step from the master weights
         copy_master_weights(optimizer)
         for part in model:
             gather_now(part)
 
 
 def trains_adapters(model: list[torch.nn.Module]) -> bool:
-    """Whether adapters are all that is trained, and saved."""
+    """Whether only adapters are trained, and saved."""
     return any(linear_adapters_of(part) for part in model)
 
 
@@ -185,18 +185,18 @@ def _model_states(model: list[torch.nn.Module], ranks: Ranks, *, adapters: bool)
 
 
 def _optimizer_view(states: dict[str, Any]) -> dict[str, Any]:
-    """The model's states as the optimizer looks its parameters up in them: one part's own, or all parts'."""
+    """The model's states in the form in which the optimizer looks up its parameters: one part's own, or all parts'."""
     return states["model"] if "model" in states else dict(states)
 
 
 def _content(ranks: Ranks) -> dict[str, Any]:
-    """How to save, and which ranks hold copies of the same shard."""
+    """Metadata for saving: the format, and which ranks hold copies of the same shard."""
     return CONTENT | {"dp_cp_group": ranks.groups.dp_cp}
 
 
 def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str, Any]:
-    """Read what replicas want in shares, which they then exchange; without `ranks` all that this rank wants, which may be a part
-    of a weight's shards."""
+    """Load states; replicas each read a share and exchange it. Without `ranks`, read everything that this rank needs, which may
+    be only part of a weight's shards."""
     strategy: Any = TorchDistLoadShardedStrategy()
     if ranks is not None:
         strategy = FullyParallelLoadStrategyWrapper(strategy, ranks.groups.dp_cp)
@@ -204,18 +204,18 @@ def _load(states: dict[str, Any], folder: Path, ranks: Ranks | None) -> dict[str
     try:
         with reading_safely():
             loaded: dict[str, Any] = dist_checkpointing.load(states, path, strategy, validate_access_integrity=whole)
-    except CheckpointException as error:  # torch's own, which is no Exception
+    except CheckpointException as error:  # torch's own, which does not derive from Exception
         rank, (cause, _) = next(iter(error.failures.items()))
         if isinstance(cause, ConfigError):
             raise cause from error
         raise ConfigError(
             f"{folder}: rank {rank} cannot load it ({cause}); copy the checkpoint again, or convert again."
         ) from error
-    except pickle.UnpicklingError as error:  # of common.pt, whose message is torch's advice to trust it
+    except pickle.UnpicklingError as error:  # for common.pt; torch's message advises trusting the file
         raise ConfigError(common_refusal(Path(path) / "common.pt", error)) from error
     except CheckpointingException as error:
-        raise ConfigError(f"{folder}: does not fit this model ({error}); is it of the same architecture?") from error
-    # What is no tensor is merged in, and Transformer Engine would unpickle a module's state in it.
+        raise ConfigError(f"{folder}: does not fit this model ({error}); use a checkpoint of the same architecture.") from error
+    # Non-tensors are merged in: without this, Transformer Engine would unpickle module states from them.
     for part in loaded.values():
         for key in [key for key in part if str(key).endswith(EXTRA_STATE)] if isinstance(part, dict) else ():
             del part[key]

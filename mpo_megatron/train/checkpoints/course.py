@@ -1,6 +1,6 @@
-"""What a run's result depends on, compared with its newest checkpoint. Needs no torch.
+"""What a run's result depends on, and its comparison with the newest checkpoint. Needs no torch.
 
-`mpo train` calls `check_early` before it imports anything heavy, so that a run which cannot resume is refused at once.
+`mpo train` calls `check_early` before any slow import, so that a run that cannot resume is refused at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FREE = {
     "online": ("engine", "vllm", "endpoint", "weights_address"),
     "experts": ("measure_drift",),
 }
-"""Options of these sections that change numbers only by rounding; a run depends on all their other options."""
+"""Options of these sections that affect only rounding; a run depends on all their other options."""
 
 
 def fixed_options(
@@ -39,14 +39,14 @@ def fixed_options(
     lora: dict[str, Any] | None = None,
     base_digest: str | None = None,
 ) -> dict[str, Any]:
-    """Options and digests that must not change when a run resumes, as JSON holds them, named as in the configuration.
+    """Options and digests that must not change when a run resumes, as JSON values, named as in the configuration.
 
-    Not in it: what changes rounding only (layout, rows, fused or two-phase steps), and what is watched, kept and logged.
+    Excludes options that affect only rounding (layout, rows, fused or two-phase steps), monitoring, retention or logging.
 
     Args:
-        loss: of `loss_options`, with all its hyper-parameters
-        lora: shape of the adapter that is trained; None if all weights are
-        base_digest: identity of the weights beside it
+        loss: from `loss_options`, with all hyper-parameters
+        lora: shape of the trained adapter; None if all weights are trained
+        base_digest: identity of its base weights
     """
     model = config.model
     fixed: dict[str, Any] = {
@@ -70,10 +70,10 @@ def fixed_options(
 
 
 def loss_options(config: LossConfig, params: dict[str, Any]) -> dict[str, Any]:
-    """What a run's result depends on of its loss: name, hyper-parameters, and the file of a user's own loss.
+    """The part of the loss that a run's result depends on: name, hyper-parameters, and the file of a user's own loss.
 
     Raises:
-        ConfigError: there is no such file.
+        ConfigError: the file does not exist.
     """
     options: dict[str, Any] = {"name": config.title, "params": params}
     if config.function is not None:
@@ -87,15 +87,15 @@ def count_steps(config: TrainConfig, num_groups: int) -> int:
 
 
 def check_early(config: TrainConfig, *, resumes: bool) -> None:
-    """Refuse, judged by small files, a damaged model, and a run that would resume with other options, data or models.
+    """Refuse a damaged model, or resuming with other options, data or models, by reading small files only.
 
-    Hyper-parameters of the loss that the configuration leaves to their defaults are compared later, as only the losses know them;
-    so are Hugging Face folders, which are converted first.
+    Default hyper-parameters of the loss are compared later, because only the losses know them; Hugging Face folders too, because
+    they are converted first.
 
     Args:
-        resumes: False for a command that computes only what comes before a run
+        resumes: False for a command that computes only what precedes a run
     Raises:
-        ConfigError: naming the file that is damaged, or the first thing that changed.
+        ConfigError: names the damaged file, or the first value that changed.
     """
     checkpoint = Path(config.model.checkpoint)
     off = config.model.reference == ADAPTER_OFF
@@ -111,7 +111,7 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
     data = load_groups(config.data.train)
     loss = loss_options(config.loss, config.loss.params)
     before = saved.fixed.get("loss", {})
-    if before.get("name") == config.loss.title:  # what they have not, or what is no number, the losses refuse by name
+    if before.get("name") == config.loss.title:  # the losses themselves refuse unknown names and non-numbers
         given = {name: value for name, value in config.loss.params.items() if type(value) in (int, float)}
         loss["params"] = {name: given.get(name, value) for name, value in before["params"].items()}
     fixed = fixed_options(
@@ -123,18 +123,18 @@ def check_early(config: TrainConfig, *, resumes: bool) -> None:
         else (digest_of_base if off else weights_digest)(reference),
         loss=loss,
         lora=expected_adapter(config, saved),
-        base_digest=saved.fixed.get("base model"),  # compared when it is read
+        base_digest=saved.fixed.get("base model"),  # compared when the base model is read
     )
     check_start(fixed, config.data.first_step, saved, folder)
 
 
 def _without_default(lora: dict[str, Any]) -> dict[str, Any]:
-    """An adapter's shape as runs have saved it that knew no `lora.quantize`."""
+    """An adapter's shape as saved by versions without `lora.quantize`."""
     return {name: value for name, value in lora.items() if (name, value) != ("quantize", "none")}
 
 
 def expected_adapter(config: TrainConfig, saved: RunState) -> dict[str, Any] | None:
-    """The adapter's shape as far as the options tell, the rest as it was saved; None if all weights are trained."""
+    """The adapter's shape from the options, completed from the saved state; None if all weights are trained."""
     lora = config.lora
     if not lora.rank:
         return saved.fixed.get("lora") if is_adapter_folder(Path(config.model.checkpoint)) else None
@@ -144,10 +144,10 @@ def expected_adapter(config: TrainConfig, saved: RunState) -> dict[str, Any] | N
 
 
 def newest_state(config: TrainConfig) -> tuple[RunState, Path] | None:
-    """The state and the folder of the checkpoint that the run would resume from, None if it would start or look for an older one.
+    """State and folder of the checkpoint to resume from; None if the run would start, or look for an older one.
 
     Raises:
-        ConfigError: no checkpoint is whole, or another version wrote it.
+        ConfigError: no checkpoint is intact, or another version wrote it.
     """
     run = Path(config.output)
     steps = complete_steps(run) if config.checkpoint.resume else []
@@ -156,59 +156,59 @@ def newest_state(config: TrainConfig) -> tuple[RunState, Path] | None:
         return None
     try:
         return read_state(steps[-1])[0], steps[-1]
-    except digests.DamagedError:  # the ranks look for an older one, and say so
+    except digests.DamagedError:  # the ranks look for an older one, and report it
         return None
 
 
 def require_whole(steps: list[Path], damaged: list[str], run: Path) -> None:
-    """Refuse to start over where every checkpoint is damaged.
+    """Refuse to start over if every checkpoint is damaged.
 
     Raises:
-        DamagedError: there are checkpoints, and none is whole.
+        DamagedError: checkpoints exist, but none is intact.
     """
     if not steps and damaged:
         raise digests.DamagedError(
-            f"{run / 'checkpoints'}: no checkpoint is complete; damaged are {', '.join(damaged)}. Copy a complete one there, "
+            f"{run / 'checkpoints'}: no checkpoint is complete; damaged: {', '.join(damaged)}. Copy a complete one there, "
             "or start over with checkpoint.resume = false or another output."
         )
 
 
 def check_start(fixed: dict[str, Any], first_step: int, saved: RunState, folder: Path) -> None:
-    """Refuse a run that would resume from a step's folder to another result.
+    """Refuse to resume from a step's folder if the result would differ.
 
     Raises:
-        ConfigError: naming the first thing that changed.
+        ConfigError: names the first value that changed.
     """
     check_first_step(first_step, saved.step, folder)
     before = saved.fixed
-    if saved.step == first_step:  # other groups may have led up to here
+    if saved.step == first_step:  # earlier steps may have used other groups
         before = {**before, "groups of data.train": fixed["groups of data.train"]}
     check_same_run(before, fixed, folder)
 
 
 def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) -> None:
-    """Refuse to continue a run to another result.
+    """Refuse to continue a run if the result would differ.
 
     Raises:
-        ConfigError: naming the first thing that changed.
+        ConfigError: names the first value that changed.
     """
-    if "experts" in fixed:  # runs of earlier versions had no such options
+    if "experts" in fixed:  # earlier versions had no such options
         defaults = {name: value for name, value in asdict(ExpertsConfig()).items() if name in fixed["experts"]}
         before = {"experts": defaults, **before}
     changed = find_change(before, fixed)
     if changed is not None:
         name, then, now = changed
         raise ConfigError(
-            f"cannot resume from {folder}: it was trained with {name} = {then}, now it is {now}; use the old value, or begin "
+            f"cannot resume from {folder}: it was trained with {name} = {then}, now it is {now}; use the old value, or start "
             f"a new run: another output (from these weights: model.checkpoint = {folder}), or checkpoint.resume = false."
         )
 
 
 def check_first_step(first_step: int, done: int, folder: Path) -> None:
-    """Refuse data that begins at a step that the run has not reached.
+    """Refuse data that starts at a step that the run has not reached.
 
     Raises:
-        ConfigError: naming both steps.
+        ConfigError: names both steps.
     """
     require(
         first_step <= done,

@@ -39,7 +39,7 @@ from mpo_megatron.train.faults.supervisor import was_restarted
 from mpo_megatron.train.setup import Setup
 
 LOCK_SECONDS = 100.0
-"""Seconds to wait for another run in the same folder: a file server takes 90 to notice that a machine with a lock has died."""
+"""Seconds to wait for another run in the same folder: a file server needs 90 to notice that a machine with a lock has died."""
 
 
 def run_options(setup: Setup) -> dict[str, Any]:
@@ -80,11 +80,11 @@ def only_run(run: Path, ranks: Ranks) -> Iterator[None]:
 
 
 def check_resumption(setup: Setup) -> None:
-    """Refuse a run that cannot resume, judged by its newest checkpoint's small files, before its ranks start.
+    """Refuse a run that cannot resume, from its newest checkpoint's small files, before its ranks start.
 
     Raises:
-        ConfigError: what it was trained with is not what it would resume with, no checkpoint is whole, or a file of the newest
-            one could run commands.
+        ConfigError: options differ from the checkpoint's, no checkpoint is intact, or a file of the newest one could run
+            commands.
     """
     newest = newest_state(setup.config)
     if newest is None:
@@ -95,10 +95,10 @@ def check_resumption(setup: Setup) -> None:
 
 
 def check_step_pickles(folder: Path) -> None:
-    """Refuse a step whose pickles could run commands although their digests match; otherwise the ranks use an older step.
+    """Refuse a step whose pickles could run commands although their digests match; otherwise ranks would use an older step.
 
     Raises:
-        ConfigError: naming the file.
+        ConfigError: names the file.
     """
     _, files = read_state(folder)
     pickles = {name: entry for name, entry in files.items() if Path(name).name in PICKLES}
@@ -109,13 +109,13 @@ def check_step_pickles(folder: Path) -> None:
 
 
 def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
-    """The checkpoint to resume from: the newest that is whole to the byte, all ranks checking their share of its files.
+    """The checkpoint to resume from: the newest one with every byte intact; each rank checks a share of its files.
 
-    Damaged ones are renamed, not deleted, and the run resumes from an older complete one, to the same result. If
-    checkpoints are not to be resumed from they are moved aside.
+    Damaged checkpoints are renamed, not deleted, and the run resumes from an older complete one, with the same result. Without
+    `resume`, existing checkpoints are moved aside.
 
     Raises:
-        DamagedError: there are checkpoints, and none is whole.
+        DamagedError: checkpoints exist, but none is intact.
         ConfigError: the newest was written by another version of this package.
     """
     if not resume and (aside := on_main(ranks, lambda: set_run_aside(run))) and ranks.is_main:
@@ -136,10 +136,10 @@ def choose_checkpoint(run: Path, ranks: Ranks, *, resume: bool) -> Path | None:
 
 
 def resume(setup: Setup, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
-    """Restore the newest complete checkpoint, if there is one and resuming is on; return the run's state.
+    """Restore the newest complete checkpoint, if any and if resuming is on; return the run's state.
 
     Raises:
-        ConfigError: it was trained with other options than it would continue with.
+        ConfigError: it was trained with other options.
     """
     run, config = setup.folder, setup.config
     folder = choose_checkpoint(run, ranks, resume=config.checkpoint.resume or was_restarted())
@@ -148,6 +148,6 @@ def resume(setup: Setup, model: list[Any], adam: Any, ranks: Ranks) -> RunState:
         return RunState(step=0, fixed=run_options(setup))
     saved, _ = read_state(folder)
     check_start(run_options(setup), config.data.first_step, saved, folder)
-    check_step_pickles(folder)  # before torch opens them, which would print a traceback of its own
+    check_step_pickles(folder)  # before torch opens them and prints its own traceback
     checkpoint.load(folder, model, adam, ranks)
     return saved

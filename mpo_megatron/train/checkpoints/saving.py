@@ -1,12 +1,12 @@
-"""When and how a run's checkpoints are written: in the background, all or nothing, with digests of every byte.
+"""Write a run's checkpoints: in the background, all or nothing, with digests of every byte.
 
-    plan       all ranks agree who writes what, and copy what training is about to change      (training waits)
-    write      a thread of each rank writes its file, forces it to disk and takes its digest   (training goes on)
-    finish     when all ranks have written: metadata, digests, `state.json`, rename, prune     (training waits, shortly)
+    plan       all ranks agree on who writes what, and copy what training will change            (training waits)
+    write      a thread of each rank writes its file, flushes it to disk and digests it         (training continues)
+    finish     once all ranks have written: metadata, digests, `state.json`, rename, prune      (training waits, briefly)
 
-Until the rename nothing counts, so a run killed at any moment has its older checkpoints. The writers are threads and not, as
-in Megatron's own asynchronous saves, processes: they end with their rank, so that none is left to write into a folder that
-the next start of the run has taken over. Each save has a folder name of its own for the same reason.
+Nothing counts until the rename, so a run killed at any moment keeps its older checkpoints. The writers are threads, not processes
+as in Megatron's own asynchronous saves: they end with their rank, so none can write into a folder that the next start of the run
+has taken over. For the same reason, each save has a unique folder name.
 
 Only one save runs at a time: the next one waits for it.
 """
@@ -49,10 +49,10 @@ from mpo_megatron.train.checkpoints.step_folders import (
 from mpo_megatron.train.faults.agreement import machines_without, on_main
 
 SLOW_DISK = 2e8
-"""Expected bytes a second and rank of a save before one was measured."""
+"""Assumed bytes per second and rank of a save before any was measured."""
 
 SIDE_FILES = ("hf", "conversion.json")
-"""What a step's folder copies from the model's checkpoint."""
+"""Files that a step's folder copies from the model's checkpoint."""
 
 
 @dataclass
@@ -64,7 +64,7 @@ class Writing:
     request: Any
     started: float
     files: StepFiles = field(default_factory=dict)
-    """What this rank has written."""
+    """Files that this rank has written."""
     error: str | None = None
     thread: threading.Thread | None = None
 
@@ -82,34 +82,34 @@ class Saver:
         end_token_ids: Sequence[int] = (),
         extra: Mapping[str, bytes] | None = None,
     ) -> None:
-        """Prepare saves into the folder of a run.
+        """Prepare saves into a run's folder.
 
         Args:
-            source: checkpoint folder of the model, whose side files go along
-            size: bytes a checkpoint is expected to have
-            end_token_ids: tokens that the run's data trains the model to end a response with
-            extra: side files that the model's checkpoint does not have, by name
+            source: checkpoint folder of the model, whose side files are copied
+            size: expected bytes of a checkpoint
+            end_token_ids: tokens that end responses in the run's data
+            extra: additional side files, by name
         Raises:
-            DamagedError: a side file is not what was written.
+            DamagedError: a side file differs from what was written.
         """
         self.run, self.config, self.ranks, self.size = run, config, ranks, size
         self.side_files = add_end_tokens(read_side_files(source), end_token_ids) | dict(extra or {}) if ranks.is_main else {}
         self.writing: Writing | None = None
         self.seconds = size / (SLOW_DISK * get_world_size())
-        """What the slowest save so far took, from its start to its name; before the first one, what a slow disk would take."""
+        """Seconds of the slowest save so far, from start to rename; before the first one, an estimate for a slow disk."""
         self.saved_step = -1
         """Step of the newest checkpoint written by this process."""
 
     @property
     def has_written(self) -> bool:
-        """Whether this rank has written its part of the current save; True if there is none."""
+        """Whether this rank has written its part of the current save; True without one."""
         return self.writing is None or self.writing.thread is None or not self.writing.thread.is_alive()
 
     def start(self, state: RunState, model: list[torch.nn.Module], optimizer: MegatronOptimizer) -> None:
-        """Start a save; the weights may change when this returns. If not asynchronous, return when all is written.
+        """Start a save; the weights may change after this returns. Unless asynchronous, return when everything is written.
 
         Raises:
-            SaveError: this save, or the one before it, could not be written.
+            SaveError: this save, or the previous one, could not be written.
         """
         self.finish()
         started = time.monotonic()
@@ -127,7 +127,7 @@ class Saver:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the current save, if there is one, and rename it.
+        """Wait for the current save, if any, and rename it.
 
         Raises:
             SaveError: a rank could not write its part.
@@ -139,9 +139,9 @@ class Saver:
             writing.thread.join()
         files = self._gather(writing)
         try:
-            for finalize in writing.request.finalize_fns:  # Megatron's: metadata of all that was written
+            for finalize in writing.request.finalize_fns:  # Megatron's own: write the metadata
                 finalize()
-        except (CheckpointException, OSError) as error:  # the first is no Exception
+        except (CheckpointException, OSError) as error:  # CheckpointException does not derive from Exception
             raise SaveError(_message(writing.partial, str(error))) from error
         self._on_main(lambda: self._complete(writing, files), writing.partial)
         seconds = time.monotonic() - writing.started
@@ -155,7 +155,7 @@ class Saver:
         partial = final.with_name(names[0])
 
         def create() -> None:
-            require_space(final.parent, self.size, f"the checkpoint {final.name}")  # may be a link to another disk
+            require_space(final.parent, self.size, f"the checkpoint {final.name}")  # checkpoints/ may be a link to another disk
             (partial / "megatron").mkdir(parents=True)
 
         self._on_main(create, partial)
@@ -164,7 +164,7 @@ class Saver:
         return partial
 
     def _gather(self, writing: Writing) -> StepFiles:
-        """What all ranks have written; raises on all ranks if one has failed."""
+        """Entries of all ranks' files; raises on all ranks if one rank has failed."""
         parts: list[tuple[StepFiles, str | None]] = [({}, None)] * get_world_size()
         all_gather_object(parts, (writing.files, writing.error))
         errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error is not None]
@@ -175,7 +175,7 @@ class Saver:
         return {name: entry for files, _ in parts for name, entry in files.items()}
 
     def _complete(self, writing: Writing, files: StepFiles) -> None:
-        """The main rank's part: side files, digests, the state, the rename, and the deletion of old checkpoints."""
+        """The main rank's part: side files, digests, state, rename, and deletion of old checkpoints."""
         partial, final = writing.partial, step_folder(self.run, writing.state.step)
         for name, content in self.side_files.items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,11 +192,11 @@ class Saver:
         print(f"saved {final}", flush=True)
         try:
             remove_old(self.run, self.config)
-        except OSError as error:  # a network file system's, where someone reads it; what was to be saved is saved
+        except OSError as error:  # a network file system may refuse while someone reads it; the new checkpoint is complete
             print(f"an old checkpoint could not be deleted ({visible(error)}); the next save tries again", flush=True)
 
     def _on_main(self, action: Callable[[], None], path: Path) -> None:
-        """Change a save's folder on the main rank; if that fails, delete the folder, and raise on all ranks."""
+        """Change a save's folder on the main rank; on failure, delete the folder and raise on all ranks."""
         try:
             on_main(self.ranks, action)
         except (OSError, ConfigError) as error:
@@ -206,7 +206,7 @@ class Saver:
 
 
 def write(writing: Writing, buckets: Sequence[Bucket]) -> None:
-    """Write this rank's files, and note their digests, or what went wrong."""
+    """Write this rank's files, and record their digests, or the error."""
     results = {}
     try:
         for index, bucket in enumerate(buckets):
@@ -219,11 +219,11 @@ def write(writing: Writing, buckets: Sequence[Bucket]) -> None:
 
 
 def read_side_files(source: Path) -> dict[str, bytes]:
-    """Config, tokenizer and conversion record of a checkpoint folder, by path in it; read once, so that later damage to them
-    reaches no checkpoint.
+    """Config, tokenizer and conversion record of a checkpoint folder, by relative path; read once, so that later damage does not
+    spread to checkpoints.
 
     Raises:
-        DamagedError: one is not what was written.
+        DamagedError: one differs from what was written.
     """
     roots = [source / name for name in SIDE_FILES]
     paths = [path for root in roots for path in ([root] if root.is_file() else sorted(root.rglob("*"))) if path.is_file()]
@@ -233,9 +233,9 @@ def read_side_files(source: Path) -> dict[str, bytes]:
 
 
 def add_end_tokens(files: dict[str, bytes], end_token_ids: Sequence[int]) -> dict[str, bytes]:
-    """The side files, with generation settings by which engines stop at these tokens.
+    """The side files, with generation settings that make engines stop at these tokens.
 
-    A base model's own settings name the token that ends a text; a chat template ends responses with another one.
+    A base model's own settings name the token that ends a text, but a chat template may end responses with another.
     """
     path = "hf/generation_config.json"
     settings: dict[str, Any] = json.loads(files.get(path, b"{}"))
@@ -249,7 +249,7 @@ def add_end_tokens(files: dict[str, bytes], end_token_ids: Sequence[int]) -> dic
 
 
 def _reason(error: BaseException) -> str:
-    """The first error: when the disk is full, torch fails again as it closes its archive, and hides the first one."""
+    """The first error: on a full disk, torch fails again while closing its archive, and hides it."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
@@ -258,6 +258,6 @@ def _reason(error: BaseException) -> str:
 
 def _message(path: Path, reason: str) -> str:
     return (
-        f"{path}: this checkpoint could not be written ({reason}); the older ones are untouched. Free some space, or fix the "
+        f"{path}: this checkpoint could not be written ({reason}); the older ones are intact. Free some space, or fix the "
         "disk, and run the same command again: it resumes."
     )

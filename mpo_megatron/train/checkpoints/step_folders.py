@@ -1,14 +1,14 @@
-"""Folders of a run's checkpoints: which are whole, which to resume from, which to keep. Needs no model and no ranks.
+"""Folders of a run's checkpoints: which are complete, which to resume from, which to keep. Needs no model and no ranks.
 
     <run>/checkpoints/step_00000100/
         megatron/         weights and optimizer states (torch_dist)
         hf/               config, tokenizer, generation config of the model, for `mpo convert`
         conversion.json   as written by `mpo convert`
-        state.json        where the run stood, size and digest of every other file, and a digest of itself
+        state.json        the run's state, size and digest of every other file, and its own digest
 
-`state.json` is written last and the folder renamed to its name after that, so a folder with this name was complete once. What
-has another name is no checkpoint: `.partial-…` is being written or was killed in it, `.removing` is being deleted, and
-`.damaged` was found to differ from its digests.
+`state.json` is written last, and the folder is renamed after that, so a folder with this name was complete once. Folders with
+other names are not checkpoints: `.partial-…` is being written or was killed, `.removing` is being deleted, and `.damaged` differs
+from its digests.
 """
 
 from __future__ import annotations
@@ -27,35 +27,35 @@ from mpo_megatron.files.atomic import sync
 from mpo_megatron.files.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
 
 FORMAT = 1
-"""Format of `state.json`; another one is refused."""
+"""Format of `state.json`; others are refused."""
 STEP = re.compile(r"step_\d{8,}")
 RECORDS = (
     *("config.yaml", "run.json", "metrics.jsonl", "samples.jsonl", "groups/step_*.parquet", "incidents/*"),
     *("tensorboard/events.*", "wandb_run_id", "mlflow_run_id"),
 )
-"""A run's records beside its checkpoints; other files in these folders are not its own."""
+"""A run's records beside its checkpoints; other files there are not its own."""
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the older ones are untouched. The message names the path and the reason."""
+    """A checkpoint could not be written; older ones are intact. The message names the path and the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """How far a run has come, and what must not change for it to continue.
+    """A run's progress, and what must not change when it continues.
 
-    What is not here needs no saving: the learning rate, the data's order, and everything drawn at random are functions of
+    Everything else needs no saving: the learning rate, the data's order, and all random draws are functions of
     the step and the seed.
     """
 
     step: int
-    """Optimizer steps done."""
+    """Completed optimizer steps."""
     fixed: dict[str, Any]
-    """Options and digests that must not change when the run resumes, as JSON holds them."""
+    """Options and digests that must not change when the run resumes, as JSON values."""
     held_out: dict[str, float] = field(default_factory=dict)
-    """Held-out metrics after this step; empty if it was not evaluated."""
+    """Held-out metrics after this step; empty without evaluation."""
     recent_losses: list[float] = field(default_factory=list)
-    """Losses of the last steps, which a spike is measured against."""
+    """Losses of the last steps, to detect spikes."""
     recent_norms: list[float] = field(default_factory=list)
     """Gradient norms of the last steps."""
     skipped_steps: int = 0
@@ -63,11 +63,11 @@ class RunState:
 
 
 StepFiles = dict[str, tuple[int, str]]
-"""Size in bytes and digest of files, by their path in the checkpoint folder."""
+"""Size in bytes and digest of files, by relative path in the checkpoint folder."""
 
 
 def write_state(folder: Path, state: RunState, files: StepFiles) -> None:
-    """Write `state.json`, which makes the folder's files checkable."""
+    """Write `state.json`, which lists the folder's files."""
     with (folder / STATE).open("wb") as file:
         file.write(seal_sorted({"format": FORMAT, "state": asdict(state), "files": files}))
         file.flush()
@@ -78,40 +78,40 @@ def read_state(folder: Path) -> tuple[RunState, StepFiles]:
     """The run's state and the list of files in a step's folder.
 
     Raises:
-        DamagedError: `state.json` is missing, or is not, to the byte, what was written.
-        ConfigError: it is whole, but another version of this package wrote it.
+        DamagedError: `state.json` is missing, or differs in any byte from what was written.
+        ConfigError: it is intact, but another version of this package wrote it.
     """
     path = folder / STATE
     try:
-        content = unseal(path, "copy the checkpoint again, or take an older one")
+        content = unseal(path, "copy the checkpoint again, or use an older one")
     except FileNotFoundError as error:
         raise DamagedError(f"{path}: no such file, but it was written with this checkpoint; copy all of it again.") from error
     found = content.get("format")
     if found != FORMAT:
         raise ConfigError(
-            f"{path}: has format {found}, this version of mpo_megatron reads format {FORMAT}; use the version that wrote it."
+            f"{path}: has format {found}, but this version of mpo_megatron reads format {FORMAT}; use the version that wrote it."
         )
     return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
 
 
 def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:
-    """Compare the sizes of a step's files, the digest of every `parts`-th, from file `part` on; and `state.json`.
+    """Check `state.json` and the sizes of a step's files, and the digest of every `parts`-th file, from file `part` on.
 
     Raises:
-        DamagedError: naming the first file that is missing, has another size or other bytes.
+        DamagedError: names the first file that is missing, or has another size or content.
     """
     _, files = read_state(folder)
     check_pieces(folder, files, part=part, parts=parts)
 
 
 def complete_steps(run: Path) -> list[Path]:
-    """Folders of a run's checkpoints that were complete once, oldest first."""
+    """Folders of a run's checkpoints that were completed, oldest first."""
     folders = [folder for folder in (run / "checkpoints").glob("step_*") if STEP.fullmatch(folder.name) and folder.is_dir()]
     return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step_")))
 
 
 def damaged_steps(run: Path) -> list[str]:
-    """Names of the damaged checkpoints that were set aside."""
+    """Names of damaged checkpoints that were set aside."""
     return sorted(folder.name for folder in (run / "checkpoints").glob("*.damaged*"))
 
 
@@ -126,7 +126,7 @@ def step_folder(run: Path, step: int) -> Path:
 
 
 def appear(partial: Path, final: Path) -> None:
-    """Rename a complete folder to its final name, and only then delete the folder that had it."""
+    """Rename a complete folder to its final name, then delete the folder that had it before."""
     if final.exists():
         _set_aside(final, ".removing")
     partial.rename(final)
@@ -139,7 +139,7 @@ def mark_damaged(folder: Path) -> Path:
 
 
 def remove_old(run: Path, config: CheckpointConfig) -> None:
-    """Delete all but the newest `keep` and the best `keep_best` checkpoints. Call it when no save is in progress."""
+    """Delete all checkpoints except the newest `keep` and the best `keep_best`. Call it when no save is in progress."""
     steps = complete_steps(run)
     kept = {*steps[-config.keep :], *best_steps(steps, config)}
     for folder in steps:
@@ -156,7 +156,7 @@ def remove_leftovers(run: Path) -> None:
 
 
 def best_steps(steps: list[Path], config: CheckpointConfig) -> list[Path]:
-    """The `keep_best` best of these checkpoints by the held-out metric, best first; of equals the newer one."""
+    """The `keep_best` best checkpoints by the held-out metric, best first; ties go to the newer one."""
     scored = []
     for folder in steps if config.keep_best else []:
         try:
@@ -170,9 +170,9 @@ def best_steps(steps: list[Path], config: CheckpointConfig) -> list[Path]:
 
 
 def set_run_aside(run: Path) -> Path | None:
-    """Set aside the checkpoints of an earlier run in the same folder, together with its records.
+    """Set aside an earlier run's checkpoints in the same folder, together with its records.
 
-    So the new run never resumes from them, writes over no metrics, and has an id of its own at trackers' services.
+    So the new run never resumes from them, overwrites no metrics, and gets its own id at tracking services.
     """
     old = run / "checkpoints"
     if not old.is_dir() or not any(old.iterdir()):
@@ -189,7 +189,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     """Check that the disk of `folder` (or its nearest existing parent) has `needed` bytes free.
 
     Raises:
-        ConfigError: it has not.
+        ConfigError: too little space.
     """
     parent = folder.absolute()
     while not parent.exists():
@@ -197,7 +197,7 @@ def require_space(folder: Path, needed: int, purpose: str) -> None:
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise ConfigError(
-            f"{folder}: {purpose} needs {needed / 1e9:,.3f} GB, {free / 1e9:,.3f} GB are free; free some space, lower "
+            f"{folder}: {purpose} needs {needed / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB are free; free some space, lower "
             "checkpoint.keep or checkpoint.keep_best, or choose another output."
         )
 

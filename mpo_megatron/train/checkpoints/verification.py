@@ -1,4 +1,4 @@
-"""A checkpoint's files, compared with their digests before any of them is used: all ranks share the work."""
+"""Compare a checkpoint's files with their digests before use; all ranks share the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_whole(folder: Path) -> None:
     """Check every byte of a checkpoint; all ranks call it.
 
     Raises:
-        DamagedError: on all ranks, naming the file.
+        DamagedError: on all ranks, names the file.
     """
     problem = damage_of(folder)
     if problem is not None:
@@ -23,10 +23,10 @@ def check_whole(folder: Path) -> None:
 
 
 def damage_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, each rank looking at its share of the files; None if nothing is.
+    """The damage of a checkpoint, each rank checking its share of the files; None if it is intact.
 
     Raises:
-        OSError, ConfigError: a rank cannot read it, or does not know its format; on all ranks.
+        OSError, ConfigError: a rank cannot read it, or its format is unknown; on all ranks.
     """
     own: Exception | None = None
     try:

@@ -1,10 +1,10 @@
 """Faults of a run, and how it stops.
 
-    supervisor           what is watched: ranks that hang, ranks that are slow, the time that is left
-    incidents            steps that look wrong
+    supervisor           watches for ranks that hang, slow ranks, and the time limit
+    incidents            suspicious steps
     signals, stopping    requests to stop; when all ranks stop
-    spreading            requests that reach the ranks which no `mpo train` has launched
-    agreement, ending    what one rank does for all; how a rank ends, and who says what went wrong
+    spreading            requests for ranks that no `mpo train` has launched
+    agreement, ending    work of one rank for all; how a rank ends, and which one reports the error
 
-What all ranks must call together says so.
+Functions that all ranks must call together say so.
 """

@@ -1,4 +1,4 @@
-"""Work of one rank for all, and how all ranks learn the outcome."""
+"""Work of one rank for all, and how all ranks get its outcome."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.distributed import all_gather_object, broadcast_object_list, get_worl
 from mpo_megatron.model.parallel import Ranks
 
 LATE_SECONDS = 100.0
-"""How long a file server may take to show one machine what another one has written: NFS remembers for 60 what was not there."""
+"""Seconds that a file server may need to show one machine's files to another: NFS caches absent files for 60."""
 
 
 def on_main[Result](ranks: Ranks, action: Callable[[], Result]) -> Result:
-    """Run an action on the main rank; return or raise its outcome on all ranks, so that none waits for a failed one.
+    """Run an action on the main rank; return or raise its outcome on all ranks, so that none waits for a failed rank.
 
     Raises:
-        OSError, ValueError: what the action raised (configuration and data errors are value errors).
+        OSError, ValueError: the action's exception (configuration and data errors are ValueErrors).
     """
     outcome: list[tuple[Result | None, Exception | None]] = [(None, None)]
     if ranks.is_main:

@@ -1,4 +1,4 @@
-"""How a rank ends: which rank reports the error; a failed rank waits for no other."""
+"""How a rank ends: one rank reports the error, and a failed rank does not wait for others."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train import launched
 
 ALONE_SECONDS = 3.0
-"""After this time, a failed rank is taken for the only failed one on its machine."""
+"""Seconds after which a failed rank counts as the only failed one on its machine."""
 
 
 def end(main: Callable[[], int]) -> NoReturn:
     """Do a rank's work and end this process with its exit code; immediately after a failure.
 
-    Otherwise Python would first take down NCCL's communicators, which waits for the other ranks of this machine. These do not
-    know of the failure and hang in a collective, until a time limit ends all, with the reason still unsaid.
+    Otherwise Python would first destroy NCCL's communicators, which waits for the other ranks of this machine. These do not know
+    of the failure and hang in a collective until a time limit, with the reason still unreported.
     """
     try:
         code = main()
     except SystemExit:  # --help
         raise
     except BaseException:  # noqa: BLE001  # printed as Python itself would; not all of torch's errors are an Exception
-        # What fails after a rank that has said why fails because of it.
+        # Later failures, after a rank has reported its reason, are consequences.
         if launched.is_first_to_fail() or launched.read(launched.LAST_WORDS) is None:
             print(f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed:", file=sys.stderr)
             traceback.print_exc()
@@ -42,14 +42,14 @@ def end(main: Callable[[], int]) -> NoReturn:
 
 
 def complain(program: str, message: str) -> None:
-    """Say what a person must fix: through the launcher, or once a machine if all its ranks say the same, as they may be the only
-    ones that see it."""
+    """Report an error that a person must fix: through the launcher, or once per machine if all its ranks have the same message,
+    because other machines may not see it."""
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
     message = visible(message, lines=True)
     if launched.say_last(f"{program}: {where}{message}"):
         return
-    if local != "0":  # if others say the same, whoever started the ranks ends this one now
+    if local != "0":  # if others report the same, the launcher ends this rank now
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALONE_SECONDS)
     print(f"{program}: {where}{message}", file=sys.stderr, flush=True)

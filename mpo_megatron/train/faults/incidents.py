@@ -1,7 +1,7 @@
-"""Steps that look wrong: a loss or gradient norm that is not finite, or far above earlier ones; a reaction and a record.
+"""Suspicious steps: a loss or gradient norm that is not finite, or far above earlier ones; a reaction and a record.
 
-The judgement comes between the backward pass and the update and depends only on numbers that all ranks have, so all judge the
-same. A step that is skipped leaves weights and optimizer as they are; data and learning rate go on.
+The decision is made between the backward pass and the update, from numbers that all ranks have, so all ranks decide alike. A
+skipped step leaves weights and optimizer unchanged; data and learning rate advance.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from mpo_megatron.files.digests import seal_lines
 from mpo_megatron.train.objective import Logps
 
 NORMAL_MAD = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
+"""Ratio of a normal distribution's standard deviation to its median absolute deviation."""
 
 UPPER, NORMAL_UPPER = 0.8, 0.8416
-"""A quantile above the median, and how many standard deviations of a normal distribution it lies above it."""
+"""A quantile above the median, and its distance from the median in standard deviations of a normal distribution."""
 
 LEAST_SPREAD = 0.02
-"""Least spread, as a share of the median: after equal steps, the next one is no spike."""
+"""Minimum spread, as a share of the median: after equal steps, a small change is no spike."""
 
 MOST_GROUPS = 32
-"""Groups written per incident, those with the highest loss."""
+"""Groups written per incident: those with the highest loss."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot continue; the message names the step and what to look at."""
+    """Training cannot continue; the message names the step and what to check."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """Whether to apply a step's update, and what was wrong with the step, if anything."""
+    """Whether to apply a step's update, and what is wrong with the step, if anything."""
 
     apply: bool
     stop: bool
@@ -50,18 +50,18 @@ class Judgement:
 
 
 class Guard:
-    """Judges steps by those before them; its memory is part of the run's state."""
+    """Judges steps by earlier ones; its memory is part of the run's state."""
 
     def __init__(self, config: FaultConfig, losses: Sequence[float], norms: Sequence[float], skipped: int) -> None:
         self.config = config
         self.losses = deque(losses, maxlen=config.spike_window)
         self.norms = deque(norms, maxlen=config.spike_window)
         self.skipped = skipped
-        """Steps skipped so far in the run."""
+        """Number of skipped steps in the run."""
         self.in_a_row = 0
 
     def judge(self, loss: float, norm: float) -> Judgement:
-        """Judge a step by its mean loss and the gradient norm before clipping, and remember it if it is applied."""
+        """Judge a step by its mean loss and its gradient norm before clipping, and remember it if it is applied."""
         wrong, policy = self._look(loss, norm)
         if policy == "log":
             self.losses.append(loss)
@@ -72,11 +72,11 @@ class Guard:
             self.skipped += 1
             self.in_a_row += 1
             if self.in_a_row > self.config.max_skips:
-                wrong = f"{wrong}; {self.config.max_skips} steps before it were skipped already (faults.max_skips)"
+                wrong = f"{wrong}; {self.config.max_skips} steps were skipped before (faults.max_skips)"
         return Judgement(apply=False, stop=policy == "stop" or self.in_a_row > self.config.max_skips, wrong=wrong)
 
     def _look(self, loss: float, norm: float) -> tuple[str | None, Literal["log", "skip", "stop"]]:
-        """What is wrong with a step, and what to do about it."""
+        """What is wrong with a step, and the reaction."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return f"loss {loss}, gradient norm {norm}: not finite", self.config.on_nan
         for name, window, value in (("loss", self.losses, loss), ("gradient norm", self.norms, norm)):
@@ -85,10 +85,10 @@ class Guard:
         return None, "log"
 
     def _is_spike(self, window: deque[float], value: float) -> bool:
-        """Whether a value lies more than `spike_threshold` robust standard deviations above the window's median.
+        """Whether a value is more than `spike_threshold` robust standard deviations above the window's median.
 
-        Gradient norms have a long upper tail, which the median deviation, half of it from below, does not see: so the spread is
-        that of the upper half, if this is the larger one.
+        Gradient norms have a long upper tail, which the median absolute deviation does not capture. So the spread of the upper
+        half is used, if it is larger.
         """
         if len(window) * 2 < self.config.spike_window:
             return False
@@ -100,7 +100,7 @@ class Guard:
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """A step's values when it was judged."""
+    """A step's values at judgement."""
 
     batch: StepBatch
     losses: Tensor
@@ -108,18 +108,18 @@ class Evidence:
     policy: Logps
     reference: Logps | None
     norm: float
-    """Of the gradients, before clipping."""
+    """Norm of the gradients, before clipping."""
 
 
 def report(judgement: Judgement, evidence: Evidence, run: Path, tokenizer: Path, *, is_main: bool) -> None:
-    """Record a step that looked wrong, and end the run if configured; all ranks call it.
+    """Record a suspicious step, and end the run if configured; all ranks call it.
 
     Args:
         run: the run's folder
         tokenizer: folder of the tokenizer, to write texts
-        is_main: whether this rank is the one that writes
+        is_main: whether this rank writes
     Raises:
-        TrainingError: the run is to end.
+        TrainingError: the run must end.
     """
     step, folder = evidence.batch.step + 1, run / "incidents"
     message = f"step {step}: {judgement.wrong}{broken_groups(evidence.batch, evidence.losses)}"
@@ -128,20 +128,20 @@ def report(judgement: Judgement, evidence: Evidence, run: Path, tokenizer: Path,
         print(f"{message}; {'applied' if judgement.apply else 'not applied'}; its groups: {path}", flush=True)
     if judgement.stop:
         raise TrainingError(
-            f"{message}; the weights are those before this step. Look at its groups in {folder}, fix the data, lower "
+            f"{message}; the weights are those before this step. Check its groups in {folder}, fix the data, lower "
             "optimizer.lr, or skip such steps (faults.on_nan, faults.on_spike: skip)."
         )
 
 
 def broken_groups(batch: StepBatch, losses: Tensor) -> str:
-    """The first groups whose loss is not finite, in words; nothing if all are."""
+    """The first groups whose loss is not finite, as text; empty if all are finite."""
     broken = (~losses.isfinite()).nonzero().flatten().tolist()
     names = ", ".join(batch.table.group_ids[slot] for slot in broken[:8])
     return f" (groups {names})" if names else ""
 
 
 def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Path:
-    """Write the groups of a step to `step_….jsonl`, one line each, the worst first, and their number; the file."""
+    """Write a step's groups to `step_….jsonl`, one per line, worst first, and their number; the path of the file."""
     batch, values = evidence.batch, evidence.losses.tolist()
     order = sorted(range(len(values)), key=lambda slot: -values[slot] if math.isfinite(values[slot]) else -math.inf)
     contributing = [slot for slot in order if batch.contributes[slot]][:MOST_GROUPS]
@@ -170,6 +170,6 @@ def record(folder: Path, wrong: str, evidence: Evidence, tokenizer: Path) -> Pat
 
 
 def _number(value: Any) -> float | str:
-    """A number as JSON can hold it."""
+    """A number in a form that JSON can represent."""
     number = float(value)
     return number if math.isfinite(number) else str(number)

@@ -1,18 +1,18 @@
-"""Requests to stop, received from the start of a rank. Imports nothing heavy: signals may arrive while torch is loading.
+"""Requests to stop, received from a rank's start. Imports nothing slow: signals may arrive while torch is loading.
 
-SIGTERM and SIGUSR1 ask a run to save and leave. While there is nothing to save (start-up, loading of weights), a rank that is
-asked leaves at once, with the exit code that says "start me again". After `defer()` a request is only noted: whoever
-defers asks `requested()` after each piece of work, agrees with the other ranks, and saves.
+SIGTERM and SIGUSR1 ask a run to save and exit. While there is nothing to save (start-up, loading of weights), a rank exits at
+once on request, with the exit code that means "resume me". After `defer()`, a request is only recorded: the caller polls
+`requested()` after each piece of work, agrees with the other ranks, and saves.
 
-Python runs handlers between two of its own instructions in the main thread, which may sit in a collective or read weights for
-minutes; so the handlers do nothing, and a thread reads the signals' numbers from the pipe that the interpreter writes them to.
+Python runs signal handlers between two bytecodes of the main thread, which may wait in a collective or read weights for minutes.
+So the handlers do nothing, and a thread reads the signals' numbers from the pipe to which the interpreter writes them.
 
-torchrun, too, sends SIGTERM: to the ranks that are left when one has failed. These can finish no step, so they leave at once
-when a rank beside them is missing, instead of waiting for it until they are killed.
+torchrun also sends SIGTERM: to the remaining ranks after one has failed. These can finish no step, so they exit at once when a
+neighbouring rank is missing, instead of waiting to be killed.
 
-Ranks learn of each other's requests through their launcher's folder (launched.py). Those without one, on several machines or
-under srun, would wait for a rank that has left: so a rank that is asked before it has joined the others joins them first, for
-`JOIN_SECONDS` at most, and tells them through a `Channel` as it leaves.
+Ranks receive each other's requests through their launcher's folder (launched.py). Ranks without one, on several machines or under
+srun, would wait for a rank that has exited. So a rank that receives a request before it has joined the others joins them first,
+for `JOIN_SECONDS` at most, and announces its exit through a `Channel`.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ from mpo_megatron.train import launched
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 POLL_SECONDS = 0.2
-"""How often a rank looks for a request that its launcher, or another rank, has received."""
+"""Seconds between checks for a request received by the launcher or another rank."""
 
 REQUEUE_CODE = 75
-"""Exit code of a rank that was asked to stop before its configuration was read (`faults.requeue_code` afterwards)."""
+"""Exit code of a rank that is asked to stop before its configuration is read (afterwards `faults.requeue_code`)."""
 
 LOOKS = 10
-"""How often a rank that got SIGTERM looks for a missing neighbour, a tenth of a second apart: one may be just ending."""
+"""Checks for a missing neighbour after SIGTERM, a tenth of a second apart: a neighbour may be exiting."""
 
 JOIN_SECONDS = 25.0
-"""How long a rank that was asked to stop goes on towards the others that wait for it; then it leaves alone. Slurm, Kubernetes and
-torchrun kill 30 seconds after SIGTERM."""
+"""Seconds in which a rank that was asked to stop still tries to join the others that wait for it; then it exits alone. Slurm,
+Kubernetes and torchrun kill 30 seconds after SIGTERM."""
 
 TELL_SECONDS = 1.0
-"""How often a rank looks whether another one leaves; one that leaves stays twice as long, as the store may end with it."""
+"""Seconds between checks for an exiting rank; that rank stays twice as long, because the store may end with it."""
 
 _received: list[signal.Signals] = []
 
 
 class Channel(Protocol):
-    """How ranks without a launcher announce that they leave."""
+    """How ranks without a launcher announce their exit."""
 
     def tell(self, number: signal.Signals) -> None:
-        """Let the other ranks know that this one leaves for a signal."""
+        """Announce that this rank exits because of a signal."""
 
     def told(self) -> signal.Signals | None:
-        """The signal that another rank leaves for, or None."""
+        """The signal because of which another rank exits, or None."""
 
 
 class _Manner:
@@ -68,19 +68,19 @@ class _Manner:
     deferrals = 0
     ignores = False
     must_join = False
-    """Whether the other ranks would wait for this one if it left."""
+    """Whether the other ranks would wait for this one if it exited."""
     channel: Channel | None = None
     others_leave = False
-    """Whether another rank has left on request."""
+    """Whether another rank has exited on request."""
     asked_at: float | None = None
-    """When this rank itself was asked, on the monotonic clock."""
+    """Time of this rank's own request, on the monotonic clock."""
 
 
 def listen(program: str = "mpo train") -> None:
     """From now on, a request to stop ends this process cleanly. Call it once, in the main thread.
 
     Args:
-        program: named in what is printed
+        program: name in printed messages
     """
     reader, writer = socket.socketpair()
     reader.settimeout(POLL_SECONDS)
@@ -94,42 +94,42 @@ def listen(program: str = "mpo train") -> None:
     parent = os.getppid()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launched.end_with_parent()
-    # The thread holds both ends: a closed one would end it.
+    # The thread holds both ends: closing one would end it.
     threading.Thread(target=_read, args=(reader, writer, parent), name="signals", daemon=True).start()
 
 
 def is_on_its_own() -> bool:
-    """Whether nothing tells the other ranks when this one leaves: no `mpo train`, and no single torchrun for all ranks."""
+    """Whether nothing informs the other ranks of this rank's exit: no `mpo train`, and no single torchrun for all ranks."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     under_one_agent = "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == ranks
     return ranks > 1 and launched.FOLDER not in os.environ and not under_one_agent
 
 
 def join(channel: Channel) -> None:
-    """From now on, a channel tells the other ranks when this one leaves, if nothing else does."""
+    """From now on, announce this rank's exit through a channel, unless something else does."""
     if _Manner.must_join:
         _Manner.channel, _Manner.must_join = channel, False
         leave_if_asked()
 
 
 def part() -> None:
-    """Stop using the channel: its store ends."""
+    """Stop using the channel, because its store ends."""
     _Manner.channel = None
 
 
 def leave_with(code: int) -> None:
-    """Set the exit code of a process that leaves on request."""
+    """Set the exit code for an exit on request."""
     _Manner.requeue_code = code
 
 
 def defer() -> None:
-    """From now on, only note requests: there is something to save, and `requested` is polled."""
+    """From now on, only record requests: there is something to save, and `requested` is polled."""
     _Manner.deferrals += 1
 
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Within it as after `defer`; and after an exception, as the work is about to end with it."""
+    """Within this context, behave as after `defer`; also after an exception, because the work is about to end with it."""
     defer()
     yield
     _Manner.deferrals -= 1
@@ -141,19 +141,19 @@ def requested() -> signal.Signals | None:
 
 
 def ignore() -> None:
-    """Ignore requests to stop from now on: the process is about to end. Python itself would again die of them."""
+    """Ignore requests to stop from now on: the process is ending. Python's default would kill it again."""
     _Manner.ignores = True
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def requeue_code() -> int:
-    """The exit code of a process that leaves on request."""
+    """The exit code for an exit on request."""
     return _Manner.requeue_code
 
 
 def leave_if_others_have() -> None:
-    """End this process if its work failed because other ranks have left on request."""
+    """End this process if its work failed because other ranks have exited on request."""
     if not _received and (asked := launched.read_request()) is not None:
         _received.append(asked)
     _look_at_channel()
@@ -163,7 +163,7 @@ def leave_if_others_have() -> None:
 
 
 def leave_if_asked() -> None:
-    """End this process if there is a request and nothing to save."""
+    """End this process if a request is pending and there is nothing to save."""
     if not _received or _Manner.ignores or (_Manner.deferrals and not _Manner.others_leave):
         return
     if _Manner.must_join and _Manner.asked_at is not None and time.monotonic() < _Manner.asked_at + JOIN_SECONDS:
@@ -196,7 +196,7 @@ def _read(reader: socket.socket, writer: socket.socket, parent: int) -> None:
 
 
 def _look_at_channel() -> None:
-    """Note that another rank leaves: nothing that needs all ranks can be finished then, whatever was deferred."""
+    """Record that another rank exits: work that needs all ranks can no longer finish, even after `defer`."""
     channel = _Manner.channel
     told = None if channel is None or _Manner.others_leave else channel.told()
     if told is not None:
@@ -205,7 +205,7 @@ def _look_at_channel() -> None:
 
 
 def _note(number: signal.Signals, parent: int) -> None:
-    """Note a signal, and let the other ranks of this machine know; unless it says that one of them has failed."""
+    """Record a signal, and inform the other ranks of this machine, unless it means that one of them has failed."""
     if number == signal.SIGTERM and "TORCHELASTIC_RUN_ID" in os.environ:
         _leave_if_alone(parent)
     if _Manner.asked_at is None:
@@ -215,32 +215,32 @@ def _note(number: signal.Signals, parent: int) -> None:
 
 
 def _leave_if_alone(parent: int) -> None:
-    """End this process if torchrun has lost a rank of this machine; wait a moment first, as the rank may be just ending.
+    """End this process if torchrun has lost a rank of this machine; wait a moment first, because the rank may be exiting.
 
-    If torchrun itself has ended, nobody is missing: the ranks are asked to stop.
+    If torchrun itself has ended, no rank is missing: the ranks are asked to stop.
     """
     missing = 0
     for _ in range(LOOKS):
         if os.getppid() != parent:
             return
-        # Twice: a process that is ending has lost its children before these have another parent.
+        # Twice: an exiting process's children are briefly without a parent.
         missing = missing + 1 if _count_ranks(parent) < int(os.environ["LOCAL_WORLD_SIZE"]) else 0
         if missing == 2:
             rank = os.environ.get("RANK")
             if launched.read(launched.LAST_WORDS) is None:
-                print(f"rank {rank}: another rank has failed, and SIGTERM came; leaving", file=sys.stderr, flush=True)
+                print(f"rank {rank}: another rank has failed, and SIGTERM arrived; exiting", file=sys.stderr, flush=True)
             os._exit(128 + signal.SIGTERM)
         time.sleep(0.1)
 
 
 def _count_ranks(parent: int) -> int:
-    """Ranks of this machine that are alive: children of the same parent, started with the same command."""
+    """Number of live ranks on this machine: children of the same parent with the same command."""
     import psutil
 
     count = 0
-    with contextlib.suppress(psutil.NoSuchProcess):  # the parent itself may end while it is asked
+    with contextlib.suppress(psutil.NoSuchProcess):  # the parent may end meanwhile
         command = psutil.Process().cmdline()
         for child in psutil.Process(parent).children():
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # it has ended since it was listed
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):  # the process has ended meanwhile
                 count += child.status() != psutil.STATUS_ZOMBIE and child.cmdline() == command
     return count

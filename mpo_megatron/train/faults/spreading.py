@@ -1,7 +1,7 @@
-"""Requests to stop, passed on through the rendezvous store, for ranks without `mpo train` as their launcher.
+"""Pass requests to stop on through the rendezvous store, for ranks that `mpo train` did not launch.
 
-Under plain torchrun on several machines, or srun, a rank that is asked to stop while it starts would leave the others waiting
-for it. So it joins them first (signals.py), then it leaves a word in the store, and all leave together.
+Under plain torchrun on several machines, or srun, a rank that exits during start-up would leave the others waiting. So it joins
+them first (signals.py), then writes a message to the store, and all exit together.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ KEY = "mpo/request"
 
 
 class StoreChannel:
-    """A message that one rank leaves for all others. A store that has ended has none."""
+    """A message from one rank to all others. A store that has ended has none."""
 
     def __init__(self, store: distributed_c10d.Store) -> None:
         self.store = store
 
     def tell(self, number: signal.Signals) -> None:
-        """Tell the other ranks that this one leaves on request."""
+        """Announce that this rank exits on request."""
         with contextlib.suppress(RuntimeError):
             self.store.set(KEY, number.name)
 
     def told(self) -> signal.Signals | None:
-        """The signal that another rank leaves for, or None."""
+        """The signal because of which another rank exits, or None."""
         with contextlib.suppress(RuntimeError):
             if self.store.check([KEY]):
                 return signal.Signals[self.store.get(KEY).decode()]
@@ -38,7 +38,7 @@ class StoreChannel:
 
 @contextlib.contextmanager
 def spreading_requests() -> Iterator[None]:
-    """Within it, a rank that stops on request stops the others, too; all ranks enter it once they have joined."""
+    """Within this context, a rank that stops on request also stops the others; all ranks enter it after joining."""
     signals.join(StoreChannel(distributed_c10d._get_default_store()))
     try:
         yield

@@ -1,8 +1,8 @@
 """What a run watches besides its loss: requests to stop, its time limit, hanging ranks and slow ranks.
 
-After every step all ranks exchange a few numbers (`Supervisor.after_step`: one small all-gather) and know the same: whether to
-stop, whether the save under way is written everywhere, and who was slow. So they agree on the step at which they stop,
-whoever got the signal.
+After every step all ranks exchange a few numbers (`Supervisor.after_step`: one small all-gather), so all know whether to stop,
+whether the current save is written everywhere, and which rank was slow. So they agree on the step at which they stop, whichever
+rank received the signal.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ STEP_SEEDS = 1_000_003
 """Distance between the seeds of two steps; large, so that runs with neighbouring seeds share none."""
 
 RESTARTS = (launched.RESTART_COUNT, "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-"""Environment variables that count how often a job was started again."""
+"""Environment variables that count a job's restarts."""
 
 SLOW_RATIO, SLOW_STEPS = 1.1, 20
 """Report a rank `SLOW_RATIO` slower than the mean for `SLOW_STEPS` consecutive steps (then ten times as many, and so on)."""
 
 DISK_SECONDS = 30
-"""Seconds that a hanging rank may take to write its stacks."""
+"""Seconds for a hanging rank to write its stacks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,19 +46,19 @@ class Agreement:
     """What all ranks know after a step."""
 
     stop: str | None
-    """Why the run must stop now, or None."""
+    """Why the run must stop now; None if it need not."""
     all_written: bool
     """Whether every rank has written its part of the current save."""
     metrics: dict[str, float]
-    """Who was slow: see `Supervisor.after_step`."""
+    """The slow rank: see `Supervisor.after_step`."""
 
 
 class Watchdog:
     """Ends a rank that makes no progress, and reports its stacks.
 
-    A hung collective never returns to Python, so a thread looks: when nothing has called `beat` for too long, it writes all
-    threads' stacks to `<run>/incidents/hang_…` and to stderr, and ends the process. torchrun then ends the others (each of which
-    has written its own stacks, or does so at the same time) and starts them again.
+    A hung collective never returns to Python, so a thread watches: after too long without `beat`, it writes all threads' stacks
+    to `<run>/incidents/hang_…` and to stderr, and ends the process. torchrun then ends the other ranks (each of which writes its
+    own stacks) and restarts all of them.
     """
 
     def __init__(self, config: FaultConfig, run: Path, rank: int) -> None:
@@ -69,7 +69,7 @@ class Watchdog:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def beat(self, doing: str) -> None:
-        """Note progress: what the rank does from now on."""
+        """Report progress, and name the work that starts now."""
         self.doing, self.since = doing, time.monotonic()
 
     def close(self) -> None:
@@ -82,13 +82,13 @@ class Watchdog:
             if idle > self.seconds:
                 self._end(
                     f"rank {self.rank} on {socket.gethostname()}: no progress for {idle:.0f} s in {self.doing} "
-                    "(faults.hang_minutes), so it ends; the rank whose stack differs from the others' is the one to look at"
+                    "(faults.hang_minutes), so it ends; check the rank whose stack differs from the others'"
                 )
 
     def _end(self, message: str) -> None:
         path = self.folder / f"hang_{self.doing.replace(' ', '_')}_rank_{self.rank:05d}.txt"
         print(f"{message}; stacks in {path}", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback_later(DISK_SECONDS, exit=True)  # it may be the disk that hangs
+        faulthandler.dump_traceback_later(DISK_SECONDS, exit=True)  # the disk may hang too
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
@@ -101,13 +101,13 @@ class Watchdog:
 
 
 class SlowRanks:
-    """Reports a rank that is slow step after step, and its machine."""
+    """Reports a rank that stays slow over many steps, and its machine."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self.hosts, self.rank, self.steps, self.told_at = hosts, -1, 0, SLOW_STEPS
 
     def note(self, rank: int, ratio: float) -> str | None:
-        """Note the slowest rank of a step and its time over the mean; return what to report, if anything."""
+        """Record a step's slowest rank and the ratio of its time to the mean; return a message to report, if any."""
         if rank != self.rank or ratio < SLOW_RATIO:
             self.rank, self.steps, self.told_at = rank, 0, SLOW_STEPS
         self.steps += ratio >= SLOW_RATIO
@@ -134,7 +134,7 @@ class Supervisor:
         self.slow_ranks = SlowRanks(hosts)
 
     def watch_reduction(self, model: list[torch.nn.Module]) -> None:
-        """Note when a step's gradients are about to be reduced over replicas: fast ranks wait for slow ones from there."""
+        """Record when a step's gradients are about to be reduced over replicas: from there, fast ranks wait for slow ones."""
         for part in model:
             config = get_model_config(part)
             config.finalize_model_grads_func = self._timed(config.finalize_model_grads_func)
@@ -148,7 +148,7 @@ class Supervisor:
         return timed
 
     def watch_data[Item](self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches, and a note of the wait for each."""
+        """Yield the same batches, and time the wait for each."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -163,14 +163,14 @@ class Supervisor:
     def after_step(self, *, has_written: bool, save_seconds: float) -> Agreement:
         """Exchange every rank's state; all ranks call it once after each step.
 
-        Metrics: `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of
-        gradients over the ranks' mean, and `slowest_rank`, whose it was. Ranks of one model replica wait for each other within
-        a step, so it tells replicas apart: the rank is one of the slow replica. `data_wait`: seconds the rank that waited longest
-        for its data waited.
+        Metrics: `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of gradients,
+        divided by the ranks' mean, and `slowest_rank`, its number. Ranks of one model replica wait for each other within a step,
+        so this distinguishes replicas: the rank belongs to the slow replica. `data_wait`: the longest wait of any rank for its
+        data, seconds.
 
         Args:
             has_written: whether this rank has written its part of the current save
-            save_seconds: what saves take
+            save_seconds: duration of a save
         """
         working = self.reduction_started - self.step_started
         request = own_request(self.deadline, time.perf_counter() - self.step_started, save_seconds)
@@ -194,7 +194,7 @@ class Supervisor:
         )
 
     def pauses(self, doing: str, save_seconds: float) -> Callable[[], None]:
-        """What a longer work within the run (an evaluation) calls after each of its pieces; it raises `Stopped` on all ranks."""
+        """A function for longer work in the run (an evaluation) to call after each piece; it raises `Stopped` on all ranks."""
         pauses = Pauses(self.deadline)
 
         def pause() -> None:
@@ -205,18 +205,18 @@ class Supervisor:
         return pause
 
     def close(self) -> None:
-        """End the watch: the run is over."""
+        """Stop watching: the run is over."""
         self.watchdog.close()
 
 
 def was_restarted() -> bool:
-    """Whether torchrun or Slurm has started this run again: then it resumes, even if its command asks for a new run."""
+    """Whether torchrun or Slurm has restarted this run: then it resumes, even if its command asks for a new run."""
     return any(int(os.environ.get(name, "0")) > 0 for name in RESTARTS)
 
 
 def seed_everything(seed: int, step: int) -> None:
-    """Make draws from global generators a function of the seed and the step, so that a resumed run draws
-    the same on any layout, and no generator's state need be saved."""
+    """Make draws from global generators a function of seed and step: a resumed run draws the same on any layout, and no generator
+    state is saved."""
     random.seed(seed + STEP_SEEDS * step)
     np.random.seed((seed + STEP_SEEDS * step) % 2**32)
     torch.manual_seed(seed + STEP_SEEDS * step)

@@ -1,13 +1,13 @@
-"""Where a run is written down: files in its folder always; TensorBoard, Weights & Biases and MLflow when asked; the terminal.
+"""Where a run is recorded: always in files in its folder; optionally in TensorBoard, Weights & Biases, MLflow; the terminal.
 
-    tracker.py    the interface, and the tables of samples that go through it
+    tracker.py    the interface, and tables of samples
     files.py      metrics.jsonl and samples.jsonl
     services.py   TensorBoard, Weights & Biases, MLflow
     progress.py   the live view on a terminal, lines elsewhere
-    facts.py      run.json: what ran, on what, with which code and data
-    outcomes.py   every held-out group at every evaluation (data/outcomes.py has the format), and samples of them
+    facts.py      run.json: what ran, on which machine, with which code and data
+    outcomes.py   every held-out group at every evaluation (format: data/outcomes.py), and samples of them
 
-Only the main process tracks. Nothing here reads environment variables but those named, so no secret gets into a log.
+Only the main process tracks. This package reads only the environment variables it names, so no secret gets into a log.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ __all__ = ["SampleTable", "Tracker", "build_trackers", "check_installed"]
 
 
 def check_installed(logging: LoggingConfig) -> None:
-    """Raise `ConfigError` if a tracker is asked for whose package is missing."""
+    """Raise `ConfigError` if the package of a configured tracker is missing."""
     for field, wanted, module, package in (
         ("logging.tensorboard", logging.tensorboard, "tensorboard", "tensorboard"),
         ("logging.wandb_project", logging.wandb_project is not None, "wandb", "wandb"),
         ("logging.mlflow_experiment", logging.mlflow_experiment is not None, "mlflow", "mlflow-skinny"),
     ):
         if wanted and importlib.util.find_spec(module) is None:
-            raise ConfigError(f"{field} is set, but {module} is not installed: pip install {package}, or leave {field} out.")
+            raise ConfigError(f"{field} is set, but {module} is not installed: pip install {package}, or remove {field}.")
 
 
 def build_trackers(
@@ -45,13 +45,13 @@ def build_trackers(
     start_step: int,
     total_steps: int,
 ) -> list[Tracker]:
-    """The trackers a configuration asks for; the main process calls it.
+    """The configured trackers; the main process calls it.
 
     Args:
-        facts: what `facts.record_start` wrote of this start
-        start_step: steps done before; what trackers hold of later ones is written again
+        facts: facts of this start from `facts.record_start`
+        start_step: completed steps; trackers overwrite later ones
     """
-    # The terminal's view is first, so that it is closed first: others print when they are closed.
+    # The terminal's view comes first, so that it is closed first: others print while closing.
     progress = build_progress(run_folder, total_steps, start_step, logging.seconds_between_lines)
     trackers: list[Tracker] = [progress, JsonlTracker(run_folder, start_step)]
     if logging.tensorboard:

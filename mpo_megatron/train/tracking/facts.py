@@ -1,6 +1,6 @@
-"""`run.json`: what ran, on what, with which code and data; one entry for the run, one for each time it was started.
+"""`run.json`: what ran, on which machine, with which code and data; one entry for the run, one per start.
 
-Environment variables are read by name only, and of git only the revision: addresses and variables may hold secrets.
+Environment variables are read by name only, and from git only the revision: addresses and variables may contain secrets.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ PACKAGES = (
     *("mpo-megatron", "torch", "megatron-core", "transformer-engine", "flash-attn", "triton", "transformers", "tokenizers"),
     *("sentencepiece", "safetensors", "datasets", "numpy", "pyarrow", "vllm"),
 )
-"""Packages whose version may change a run's numbers; those that are not installed are left out."""
+"""Packages whose version may change a run's numbers; packages that are not installed are omitted."""
 JOB_VARIABLES = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-"""Environment variables that say which job this is."""
+"""Environment variables that identify the job."""
 
 
 def record_start(
@@ -51,7 +51,7 @@ def record_start(
     """Add this start to `<folder>/run.json`, and describe the run there; returns the facts of this start.
 
     Args:
-        step: steps done before
+        step: completed steps
         data_parallel: number of model replicas
     """
     facts = {
@@ -82,7 +82,7 @@ def record_start(
 
 
 def earlier_starts(path: Path) -> list[dict[str, Any]]:
-    """What is known of the run's earlier starts; a damaged file must not keep a run from going on."""
+    """Facts about the run's earlier starts; a damaged file must not prevent a run from continuing."""
     if not path.is_file():
         return []
     try:
@@ -94,7 +94,7 @@ def earlier_starts(path: Path) -> list[dict[str, Any]]:
 
 
 def git_revision(folder: Path) -> dict[str, Any] | None:
-    """{revision, modified} of the repository that tracks a folder's files; None if there is none, or no git."""
+    """{revision, modified} of the repository that tracks a folder's files; None without one, or without git."""
 
     def git(*arguments: str) -> str | None:
         try:
@@ -103,7 +103,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    # An installed package may lie within a repository that has nothing to do with it: its files are not tracked there.
+    # An installed package may be inside an unrelated repository, which does not track its files.
     if not git("ls-files", "--error-unmatch", "__init__.py"):
         return None
     revision, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", ".")
@@ -111,7 +111,7 @@ def git_revision(folder: Path) -> dict[str, Any] | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
+    """Versions of Python and of the packages used for computing."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

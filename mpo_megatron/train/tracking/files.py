@@ -1,4 +1,4 @@
-"""`metrics.jsonl` and `samples.jsonl` in the run's folder: what every other tool here reads."""
+"""`metrics.jsonl` and `samples.jsonl` in the run's folder, which all other tools here read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mpo_megatron.train.tracking.tracker import Cell, SampleTable
 
 
 class JsonlTracker:
-    """One JSON object per step, and one per sample. A resumed run drops the lines it is about to write again."""
+    """One JSON object per step, and one per sample. A resumed run drops lines that it will write again."""
 
     def __init__(self, folder: Path, start_step: int) -> None:
         self.metrics = _continue(folder / "metrics.jsonl", start_step)
@@ -33,7 +33,7 @@ class JsonlTracker:
 
 
 def _continue(path: Path, start_step: int) -> BinaryIO:
-    """The file opened behind its lines of steps up to `start_step`; the later ones, and half a line at the end, are gone."""
+    """The file opened after its lines of steps up to `start_step`; drops later lines and an incomplete last line."""
     kept, damaged = [], 0
     if start_step and path.is_file():
         with path.open("rb") as file:
@@ -43,10 +43,10 @@ def _continue(path: Path, start_step: int) -> BinaryIO:
                         raise ValueError("half a line")
                     if unseal_line(line)["step"] <= start_step:
                         kept.append(line)
-                except (ValueError, KeyError, TypeError):  # of a machine that went down; no reason not to go on
+                except (ValueError, KeyError, TypeError):  # after a machine crash; the run can continue
                     damaged += 1
     if damaged:
-        print(f"{path}: {damaged} lines are damaged, or written half, and left out.", flush=True)
+        print(f"{path}: {damaged} lines are damaged or incomplete, and were dropped.", flush=True)
     replace_file(path, kept)
     return path.open("ab", buffering=0)
 

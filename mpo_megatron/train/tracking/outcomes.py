@@ -1,4 +1,4 @@
-"""Every held-out group at every evaluation is kept, and a few of them are logged as samples.
+"""Keep every held-out group's outcome at every evaluation, and log a few as samples.
 
 Legend: G groups of a step, K responses of a group.
 """
@@ -30,15 +30,15 @@ COLUMNS = (
     "log_ratio_before",
     "log_ratio",
 )
-"""Of a table of samples; `log_ratio_before` is that of the evaluation before."""
+"""Columns of a table of samples; `log_ratio_before` is from the previous evaluation."""
 
 
 def group_outcomes(batch: StepBatch, policy: Logps, reference: Logps | None, params: object) -> list[GroupOutcome]:
-    """Outcomes of the groups of an evaluation step that carry a contrast.
+    """Outcomes of the groups with contrast in an evaluation step.
 
     Args:
         policy: [G, K]
-        reference: [G, K]; None where none are needed
+        reference: [G, K]; None if not needed
         params: hyper-parameters of the loss
     """
     positive, negative = compute_sets(group_batch(batch.table, policy, reference), params)
@@ -62,10 +62,10 @@ def group_outcomes(batch: StepBatch, policy: Logps, reference: Logps | None, par
 
 
 def sample_table(outcomes: Iterable[GroupOutcome], before: Sequence[GroupOutcome], data: PreparedGroups) -> SampleTable:
-    """Groups with their responses, rewards, and how their log-probs moved; one row per response.
+    """Groups with their responses, rewards, and the change of their log-probs; one row per response.
 
     Args:
-        before: outcomes of the evaluation before; empty if there was none
+        before: outcomes of the previous evaluation; empty without one
     """
     earlier = {outcome.index: outcome for outcome in before}
     rows = []
@@ -89,7 +89,7 @@ def sample_table(outcomes: Iterable[GroupOutcome], before: Sequence[GroupOutcome
 
 
 def forget_later(run: Path, start_step: int) -> None:
-    """Remove the outcomes of evaluations that a run which starts behind `start_step` makes again, or that another run left."""
+    """Remove outcomes of evaluations that a run starting after `start_step` will repeat, or that another run left."""
     for step, path in outcome_files(run).items():
         if step > start_step or not start_step:
             path.unlink()
@@ -98,7 +98,7 @@ def forget_later(run: Path, start_step: int) -> None:
 def log_outcomes(
     run: Path, step: int, outcomes: Sequence[GroupOutcome], data: PreparedGroups, num_samples: int, trackers: Sequence[Tracker]
 ) -> None:
-    """Keep the outcomes of the evaluation after `step` steps, and log some as samples: the same groups every time."""
+    """Store the outcomes of the evaluation after `step` steps, and log some as samples: the same groups every time."""
     write_outcomes(run, step, outcomes, data.info.data_digest)
     wanted = evenly_spaced(len(outcomes), num_samples)
     if wanted:
@@ -109,17 +109,17 @@ def log_outcomes(
 
 
 def outcomes_before(run: Path, step: int, data_digest: str) -> list[GroupOutcome]:
-    """Outcomes of the evaluation before `step`; empty if there was none, on these groups, or if its file is damaged."""
+    """Outcomes of the evaluation before `step`; empty without one on these groups, or if its file is damaged."""
     try:
         for done, path in reversed(outcome_files(run).items()):
             if done < step and read_digest(path) == data_digest:
                 return read_outcomes(path)
     except DamagedError as error:
-        print(f"{visible(error)} The samples of step {step} are logged without the evaluation before.", flush=True)
+        print(f"{visible(error)} The samples of step {step} are logged without the previous evaluation.", flush=True)
     return []
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:
-    """`count` places of 0 … size − 1, evenly between them, or all there are."""
+    """`count` evenly spaced indices of 0 … size − 1, or all of them if there are fewer."""
     count = min(size, count)
     return [place * size // count for place in range(count)]

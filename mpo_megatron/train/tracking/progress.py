@@ -1,4 +1,4 @@
-"""How far a run is and how it does: a live view on a terminal, lines elsewhere."""
+"""A run's progress and metrics: a live view on a terminal, lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mpo_megatron.terminal.console import Console
 from mpo_megatron.train.tracking.tracker import SampleTable, Tracker
 
 CURVE = 32
-"""Steps in the small curve beside a number."""
+"""Steps shown in the sparkline beside a number."""
 PACE_STEPS = 50
-"""Steps that the remaining time is estimated from, evaluations and saves between them included."""
+"""Steps from which the remaining time is estimated, including evaluations and saves between them."""
 BARS = "▁▂▃▄▅▆▇█"
 SHOWN = {"loss": ".4f", "margin": "+.3f", "accuracy": ".3f", "kl": "+.3f", "grad_norm": ".3f"}
-"""Metrics with a row of their own, and how they are written."""
+"""Metrics with a row of their own, and their format."""
 
 
 def build_progress(run: Path, total_steps: int, start_step: int, seconds_between_lines: float) -> Tracker:
-    """The live view if output is a terminal, else lines."""
+    """The live view on a terminal, otherwise lines."""
     console = Console(highlight=False)
     if console.is_terminal:
         return LiveProgress(console, run.name, total_steps, start_step)
@@ -36,14 +36,14 @@ def build_progress(run: Path, total_steps: int, start_step: int, seconds_between
 
 
 class Pace:
-    """Steps against the clock: time since the start, and time left."""
+    """Steps over time: elapsed time, and time left."""
 
     def __init__(self, total_steps: int, start_step: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.total_steps, self.clock, self.started = total_steps, clock, clock()
         self.marks: deque[tuple[int, float]] = deque([(start_step, self.started)], maxlen=PACE_STEPS + 1)
 
     def mark(self, step: int) -> None:
-        """A step is done."""
+        """Record a finished step."""
         self.marks.append((step, self.clock()))
 
     @property
@@ -58,13 +58,13 @@ class Pace:
 
     @property
     def remaining(self) -> float | None:
-        """Seconds left at the pace of the last steps; None before the first one."""
+        """Seconds left at the speed of the last steps; None before the first one."""
         (first, began), (last, ended) = self.marks[0], self.marks[-1]
         return None if last == first else (self.total_steps - last) * (ended - began) / (last - first)
 
 
 class PlainProgress:
-    """Lines for a log file: one per step, or one every few seconds, and one per evaluation."""
+    """Lines for a log file: one per step or every few seconds, and one per evaluation."""
 
     def __init__(
         self,
@@ -92,17 +92,17 @@ class PlainProgress:
             self._print(step, "  ".join([*_learning(metrics), *_speed(metrics), f"ETA {_duration(self.pace.remaining)}"]))
 
     def log_samples(self, step: int, samples: SampleTable) -> None:
-        """A log has no room for them."""
+        """Ignored: samples do not fit into a log."""
 
     def close(self) -> None:
-        """Every line is written."""
+        """Nothing to do: lines are flushed as written."""
 
     def _print(self, step: int, text: str) -> None:
         self.console.print(f"step {step}/{self.total_steps}  {text}", soft_wrap=True, markup=False)
 
 
 class LiveProgress:
-    """A panel that stays at the bottom of the terminal while other output passes above it."""
+    """A panel at the bottom of the terminal, below the other output."""
 
     def __init__(
         self, console: Console, name: str, total_steps: int, start_step: int, clock: Callable[[], float] = time.monotonic
@@ -128,13 +128,13 @@ class LiveProgress:
                 curve.append(value)
 
     def log_samples(self, step: int, samples: SampleTable) -> None:
-        """A terminal has no room for them."""
+        """Ignored: samples do not fit on a terminal."""
 
     def close(self) -> None:
         self.live.stop()
 
     def render(self) -> RenderableType:
-        """What is shown now."""
+        """The panel's current content."""
         lines: list[RenderableType] = [self._head(), Text(), self._numbers()]
         if "loss" not in self.training and self.training:
             lines.append(Text("  ".join(_learning(self.training)), style="yellow"))
@@ -162,7 +162,7 @@ class LiveProgress:
         table.add_column(f"last {CURVE} steps", no_wrap=True)
         table.add_column(f"held out, step {self.held_out_step}" if self.held_out else "held out", justify="right")
         for metric, form in SHOWN.items():
-            if "loss" in self.training and metric not in self.training:  # a loss without a reference has no `kl`
+            if "loss" in self.training and metric not in self.training:  # without a reference there is no `kl`
                 continue
             table.add_row(
                 metric.replace("_", " "),
@@ -174,7 +174,7 @@ class LiveProgress:
 
 
 def sparkline(values: list[float]) -> str:
-    """A curve in one line of text, from its least value to its greatest."""
+    """A curve as one line of text, scaled from its minimum to its maximum."""
     if not values:
         return ""
     least, spread = min(values), max(values) - min(values)
@@ -183,14 +183,14 @@ def sparkline(values: list[float]) -> str:
 
 def _learning(metrics: Mapping[str, float]) -> list[str]:
     if "loss" not in metrics:
-        return [f"skipped: none of its {metrics.get('skipped_groups', 0):.0f} groups carries a contrast"]
+        return [f"skipped: none of its {metrics.get('skipped_groups', 0):.0f} groups has contrast"]
     forms = {"loss": "loss {:.4f}", "accuracy": "accuracy {:.3f}", "margin": "margin {:+.3f}"}
     forms |= {"lr": "lr {:.2e}", "grad_norm": "grad {:.3f}"}
     return [form.format(metrics[name]) for name, form in forms.items() if name in metrics]
 
 
 def _speed(metrics: Mapping[str, float]) -> list[str]:
-    """Throughput, memory, and who is waited for; what a run does not measure is left out."""
+    """Throughput, memory, and slow ranks; unmeasured values are omitted."""
     parts = []
     if "tokens_per_second" in metrics:
         parts.append(f"{_rate(metrics['tokens_per_second'])} tok/s")

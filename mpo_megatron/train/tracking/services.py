@@ -1,7 +1,7 @@
-"""TensorBoard, Weights & Biases and MLflow: the same metrics, samples and facts, each in its own words.
+"""TensorBoard, Weights & Biases and MLflow: the same metrics, samples and facts, in each service's form.
 
-A resumed run continues its curves. TensorBoard hides the steps that are written again (`purge_step`); Weights & Biases and MLflow
-keep them, so the run's id is kept in its folder and steps that they have already are not sent twice.
+A resumed run continues its curves. TensorBoard hides repeated steps (`purge_step`). Weights & Biases and MLflow keep them, so the
+run's id is stored in its folder, and steps that the service already has are not sent again.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.tracking.tracker import SampleTable
 
 MLFLOW_PARAMS = 100
-"""Most parameters that MLflow takes in one call."""
+"""MLflow's limit of parameters per call."""
 MLFLOW_PARAM_LENGTH = 6000
-"""Longest parameter that MLflow takes."""
+"""MLflow's limit of a parameter's length."""
 
 
 class TensorBoardTracker:
-    """Event files for TensorBoard; samples and facts are text."""
+    """Event files for TensorBoard; samples and facts as text."""
 
     def __init__(self, folder: Path, start_step: int, facts: Mapping[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -45,17 +45,17 @@ class TensorBoardTracker:
 
 
 def write_id(path: Path, run_id: str) -> None:
-    """Keep the id that a service gave a run."""
+    """Store the id that a service gave a run."""
     path.write_bytes(seal({"id": run_id}))
 
 
 def read_id(path: Path) -> str:
-    """What `write_id` kept.
+    """The id stored by `write_id`.
 
     Raises:
-        DamagedError: the file is not what was written.
+        DamagedError: the file differs from what was written.
     """
-    return str(unseal(path, "remove it to begin a new run at the service")["id"])
+    return str(unseal(path, "remove it to start a new run at the service")["id"])
 
 
 class WandbTracker:
@@ -74,7 +74,7 @@ class WandbTracker:
             dir=str(run_folder),
             config=config,
         )
-        # Facts of a restart differ from those of the start: another machine, perhaps other packages.
+        # A restart's facts differ from the first start's: another machine, perhaps other packages.
         self.run.config.update({"run": facts}, allow_val_change=True)
         write_id(name_file, self.run.id)
 
@@ -90,16 +90,16 @@ class WandbTracker:
 
 
 class MlflowTracker:
-    """An MLflow run, on a server or in a SQLite file; samples are tables among its artifacts.
+    """An MLflow run, on a server or in a SQLite file; samples are table artifacts.
 
-    A server that is lost does not end the training: after one message nothing more is sent; `metrics.jsonl` has all.
+    Losing the server does not end the training: after one message nothing more is sent; `metrics.jsonl` has everything.
     """
 
     def __init__(self, run_folder: Path, logging: LoggingConfig, config: dict[str, Any], facts: dict[str, Any]) -> None:
-        """Continue the run whose id is in the folder, or begin one.
+        """Continue the run whose id is in the folder, or create one.
 
         Raises:
-            ConfigError: a new run, and MLflow does not take it.
+            ConfigError: MLflow refuses to create the run.
         """
         from mlflow.exceptions import MlflowException
         from mlflow.tracking import MlflowClient
@@ -120,8 +120,8 @@ class MlflowTracker:
             self._set_tags(facts)
         except MlflowException as error:
             raise ConfigError(
-                f"logging.mlflow_experiment = {logging.mlflow_experiment}; MLflow cannot keep this run ({error}); start its "
-                "server, fix logging.mlflow_uri, or leave both out."
+                f"logging.mlflow_experiment = {logging.mlflow_experiment}; MLflow cannot create this run ({error}); start its "
+                "server, fix logging.mlflow_uri, or remove both."
             ) from error
         write_id(id_file, self.run_id)
 
@@ -146,7 +146,7 @@ class MlflowTracker:
         if found is not None:
             experiment_id = found.experiment_id
         else:
-            # Beside a SQLite file of ours; elsewhere the server decides.
+            # For our own SQLite file; a server decides itself.
             artifacts = (run_folder.absolute() / "mlflow-artifacts").as_uri() if local else None
             experiment_id = self.client.create_experiment(experiment, artifact_location=artifacts)
         run_id: str = self.client.create_run(experiment_id, run_name=run_folder.name).info.run_id
@@ -169,21 +169,21 @@ class MlflowTracker:
             self.client.log_batch(self.run_id, params=params[start : start + MLFLOW_PARAMS])
 
     def _last_step(self, name: str) -> int:
-        """The last step of a metric that MLflow has, −1 if none."""
+        """The last step of a metric in MLflow; −1 without one."""
         return max((metric.step for metric in self.client.get_metric_history(self.run_id, name)), default=-1)
 
     def _send(self, send: Callable[[], object]) -> None:
-        """Send something, unless the server was lost; if it is lost now, say so."""
+        """Send something unless the server was lost; if it is lost now, report it once."""
         try:
             if not self.broken:
                 send()
         except self.failure as error:
             self.broken = True
-            print(f"MLflow: {visible(error)}; nothing more is sent to it by this run, metrics.jsonl has everything.", flush=True)
+            print(f"MLflow: {visible(error)}; this run sends nothing more to it; metrics.jsonl has everything.", flush=True)
 
 
 def markdown_table(samples: SampleTable) -> str:
-    """The samples as Markdown, with texts that cannot break the table."""
+    """The samples as Markdown, with texts escaped so that they cannot break the table."""
 
     def cell(value: object) -> str:
         if value is None:
@@ -196,7 +196,7 @@ def markdown_table(samples: SampleTable) -> str:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested dictionaries as one, with dotted names and values as text."""
+    """Nested dictionaries as one flat dictionary, with dotted names and text values."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping):

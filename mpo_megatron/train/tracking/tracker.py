@@ -1,4 +1,4 @@
-"""What every tracker can do, and the table of samples they are given."""
+"""The interface of trackers, and the table of samples."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ class SampleTable:
 
 
 class Tracker(Protocol):
-    """Something that keeps metrics."""
+    """Records metrics."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Keep the metrics of a step; those of an evaluation have names that begin with `eval/`."""
+        """Record the metrics of a step; names of evaluation metrics start with `eval/`."""
 
     def log_samples(self, step: int, samples: SampleTable) -> None:
-        """Keep the samples of an evaluation after a step."""
+        """Record the samples of an evaluation after a step."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write what is still buffered."""

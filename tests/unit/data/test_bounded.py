@@ -146,5 +146,5 @@ def test_a_template_that_breaks_its_bounds_again_and_again_ends_the_command() ->
     for _ in range(templates.MAX_LIMITS - 1):
         with pytest.raises(TemplateError):
             render(NEVER, {})
-    with pytest.raises(ConfigError, match=r"chat_template = bad.jinja: the template does not end: .*CPU time"):
+    with pytest.raises(ConfigError, match=r"chat_template = bad.jinja: the template exceeds its limits: .*CPU time"):
         render(NEVER, {})

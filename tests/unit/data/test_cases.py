@@ -120,7 +120,7 @@ def test_ranks_are_left_out_by_choice(write_lines: Writer) -> None:
     row = {"prompt": "Q", "answers": [{"answer": text, "rank": rank} for text, rank in (("A", 1), ("B", 2), ("C", 3.0))]}
     layout, group, _ = read(row, drop_ranks=(2,))
     assert (group.responses, group.rewards, layout.reward_kind) == (("A", "C"), (-1.0, -3.0), "ranks")
-    with pytest.raises(DataError, match=r"drop_ranks = \[2\]; it has an effect on format nectar only, and this is pairs"):
+    with pytest.raises(DataError, match=r"drop_ranks = \[2\]; it applies to format nectar only, but this is pairs"):
         read({"prompt": "Q", "chosen": "A", "rejected": "B"}, drop_ranks=(2,))
 
 
@@ -152,9 +152,9 @@ def test_what_is_not_used_is_named() -> None:
     ("row", "message"),
     [
         ({"prompt": "Sky?", "chosen": [user("Sea?"), assistant("A")], "rejected": [user("Sea?"), assistant("B")]},
-         "chosen contradicts prompt: it answers another conversation"),
+         "chosen contradicts prompt: it belongs to another conversation"),
         ({"prompt": [user("Sky?")], "chosen": [user("Sea?"), assistant("A")], "rejected": [user("Sea?"), assistant("B")]},
-         "chosen contradicts prompt: it answers another conversation"),
+         "chosen contradicts prompt: it belongs to another conversation"),
         ({"prompt": "Q", "responses": [{"text": "A", "reward": 1}, {"text": "B", "reward": 0}], "rewards": [1, 2]},
          r"rewards\[1\] contradicts responses\[1\].reward"),
         ({"prompt": [{"role": "system", "content": "S"}, user("Q")], "system": "T", "chosen": "A", "rejected": "B"},
@@ -230,7 +230,7 @@ def test_compressed_files_patterns_and_standard_input(tmp_path: Path, monkeypatc
     (tmp_path / "x-1.jsonl").write_bytes(b"".join(data.splitlines(True)[:2]))
     (tmp_path / "x-2.jsonl").write_bytes(b"".join(data.splitlines(True)[2:]))
     assert firsts(read_groups(str(tmp_path / "x-*.jsonl")).items) == [0, 1, 2, 3, 4, 5]
-    with pytest.raises(DataError, match="no file fits this pattern"):
+    with pytest.raises(DataError, match="no file matches this pattern"):
         read_groups(str(tmp_path / "y-*.jsonl"))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(data)[: half // 4])
     with pytest.raises(DataError, match=r"a.jsonl.gz: cannot be read after line \d+: .*damaged or truncated"):
@@ -250,7 +250,9 @@ def test_csv(tmp_path: Path) -> None:
         ("Q, and\nmore", ("A", "B"), (3.0, 1.5)),
         ("R", ("[1, 2]", 'say "hi"'), (2.0, 4.0)),
     ]
-    assert [(item.line, item.reason) for item in items if isinstance(item, Rejection)] == [(6, "has 1 cells, the header 3")]
+    assert [(item.line, item.reason) for item in items if isinstance(item, Rejection)] == [
+        (6, "has 1 cells, but the header has 3")
+    ]
     tabs = tmp_path / "rows.tsv"
     tabs.write_text("prompt\tchosen\trejected\nQ\tA\tB\n")
     assert [item.responses for item in read_groups(str(tabs)).items if isinstance(item, Group)] == [("A", "B")]
@@ -353,7 +355,7 @@ def test_parts_that_the_template_does_not_write(run: Any, write_lines: Writer) -
     summary, groups, printed = run(write_lines(thought | {"tools": [TOOL]}), template="gemma")
     assert groups[0].num_responses == 2
     assert dict(summary.tally.dropped) == {"responses": 1}
-    wanted = "responses[0].reasoning_content is not written by the chat template, and would be lost"
+    wanted = "responses[0].reasoning_content is omitted by the chat template, and would be lost"
     assert summary.tally.examples["dropped responses"].endswith(wanted)
     assert "tools: 1 groups" in printed
     assert summary.tally.not_written == Counter({"tools": 1})
@@ -389,21 +391,21 @@ def test_a_thought_behind_a_closed_one_is_refused(run: Any, write_lines: Writer)
     summary, groups, _ = run(write_lines(row), template="qwen3", chat_template_kwargs={"enable_thinking": False})
     assert summary.tally.dropped == Counter({"responses": 1})
     assert groups[0].num_responses == 2
-    assert "has a thought, and the prompt closes it" in summary.tally.examples["dropped responses"]
+    assert "has a thought, but the prompt closes it" in summary.tally.examples["dropped responses"]
 
 
 def test_a_templated_prompt_stops_the_run_or_is_taken_as_it_is(run: Any, model: Path, write_lines: Writer) -> None:
     text = "<|im_start|>user\nSky?<|im_end|>\n<|im_start|>assistant\n"
     path = write_lines({"prompt": text, "responses": ["A", "B"], "rewards": [1, 0]})
     with pytest.raises(
-        ConfigError, match=r"1 of the first 1 prompts look as if a chat template had been applied .*im_start.*user.*; set"
+        ConfigError, match=r"1 of the first 1 prompts look as if a chat template had already been applied .*im_start.*user.*; set"
     ):
         run(path)
     _, groups, _ = run(path, prompt_format="templated")
     assert shown(model, groups)[0] == text
     summary, _, printed = run(path, prompt_format="chat", output="again")
     assert summary.tally.templated_prompts == 1
-    assert "WARNING: 1 prompts look as if a chat template had been applied to them already" in printed
+    assert "WARNING: 1 prompts look as if a chat template had already been applied" in printed
 
 
 def test_only_the_assistants_tokens_are_scored(run: Any, model: Path, write_lines: Writer) -> None:
@@ -431,7 +433,7 @@ def test_scores_that_first_appear_late_are_seen(run: Any, write_lines: Writer, t
     assert "WARNING: 94% of the rows were rejected" in printed
     assert summary.tally.rejected == Counter({"rewards": 66})
     lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
-    assert json.loads(lines[0])["reason"] == "are missing, and 4 other groups have them"
+    assert json.loads(lines[0])["reason"] == "are missing, but 4 other groups have them"
     empty = [row | {"chosen_score": None, "rejected_score": None} for row in pairs[:3]]
     summary, groups, printed = run(write_lines(*empty), output="empty")
     assert groups.info.reward_kind == "labels"
@@ -481,7 +483,7 @@ def test_a_difference_from_apply_chat_template_stops_the_run(
         return [str(text).replace("user", "User") for text in original(self, *given, **options)]
 
     monkeypatch.setattr(HuggingFaceTokenizer, "render_many", render)
-    with pytest.raises(DataError, match=r"rows.jsonl:1: group .*: prompt is not what apply_chat_template gives: '.*User"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: group .*: prompt differs from apply_chat_template: '.*User"):
         run(path)
 
 

@@ -182,7 +182,7 @@ def test_ratings_of_a_conversation_written_in_one_string() -> None:
 
 
 def test_an_unknown_format_lists_the_columns_and_how_to_map_them() -> None:
-    message = r"the columns \['text', 'url'\] fit no known format .*groups: a prompt and a list of responses"
+    message = r"the columns \['text', 'url'\] match no known format .*groups: a prompt and a list of responses"
     with pytest.raises(DataError, match=message + ".*--columns prompt=question"):
         detect([{"text": "…", "url": "…"}])
 
@@ -212,8 +212,8 @@ def with_first(**changes: Any) -> dict[str, Any]:
 
 BAD = [
     (["a", "list"], "row", "is of type list, not an object with fields"),
-    ({"responses": GOOD["responses"]}, "prompt", "is missing, and responses hold an answer only"),
-    (GOOD | {"prompt": None}, "prompt", "is missing, and responses hold an answer only"),
+    ({"responses": GOOD["responses"]}, "prompt", "is missing, and responses hold only an answer"),
+    (GOOD | {"prompt": None}, "prompt", "is missing, and responses hold only an answer"),
     (GOOD | {"prompt": " \n"}, "prompt", "is empty"),
     (GOOD | {"prompt": 3}, "prompt", "is of type int, not a list"),
     (GOOD | {"prompt": []}, "prompt", "is empty"),
@@ -223,7 +223,7 @@ BAD = [
     (GOOD | {"prompt": [user("")]}, "prompt[0].content", "is empty"),
     (GOOD | {"prompt": [{"role": "user"}]}, "prompt[0].content", "is missing"),
     (GOOD | {"prompt": [user("Q"), assistant("A")]}, "prompt", "ends with an assistant message, not a question"),
-    (GOOD | {"prompt": [{"role": "system", "content": "S"}]}, "prompt", "has a system message and no question"),
+    (GOOD | {"prompt": [{"role": "system", "content": "S"}]}, "prompt", "has a system message but no question"),
     (
         GOOD | {"prompt": [user("Q"), {"role": "system", "content": "S"}, user("Q")]},
         "prompt[1].role",
@@ -243,7 +243,7 @@ BAD = [
     (with_first(reward=float("nan")), "responses[0].reward", "is nan; a reward must be finite"),
     (with_first(reward=float("-inf")), "responses[0].reward", "is -inf; a reward must be finite"),
     (with_first(reward=10**400), "responses[0].reward", "is inf; a reward must be finite"),
-    (with_first(reward=-1e31), "responses[0].reward", "is -1e+31; a reward must lie within ±1e+30"),
+    (with_first(reward=-1e31), "responses[0].reward", "is -1e+31; a reward must be within ±1e+30"),
     (GOOD | {"responses": ["A", "B"]}, "rewards", "is missing"),
     (GOOD | {"responses": ["A", "B"], "rewards": [1]}, "rewards", "has 1 values for 2 responses"),
     (GOOD | {"responses": ["A", "B"], "rewards": 1}, "rewards", "is of type int, not a list"),
@@ -263,11 +263,11 @@ PAIR: dict[str, Any] = {"prompt": "Q", "chosen": "A", "rejected": "B"}
 BAD_PAIRS = [
     (PAIR | {"rejected": ""}, "rejected", "is empty"),
     (PAIR | {"rejected": None}, "rejected", "is missing"),
-    ({"chosen": "A", "rejected": "B"}, "prompt", "is missing, and chosen and rejected hold an answer only"),
+    ({"chosen": "A", "rejected": "B"}, "prompt", "is missing, and chosen and rejected hold only an answer"),
     (
         {"chosen": [user("Q"), assistant("A")], "rejected": [user("P"), assistant("B")]},
         "rejected",
-        "answers another conversation than chosen: their messages differ before the last one",
+        "belongs to another conversation than chosen: their messages differ before the last one",
     ),
     (
         {"chosen": [user("Q"), assistant("A")], "rejected": [user("Q")]},

@@ -103,7 +103,7 @@ def test_special_tokens_in_texts_are_counted_and_stay(run: Run, write_lines: Wri
     summary = run(path, console=Console(file=out, width=120), num_workers=1)
     assert summary.tally.special_tokens == 2
     assert load_groups(tmp_path / "out").info.statistics["preparation"]["special_tokens"] == 2
-    assert re.search(r"special tokens in their text +│ 2: the model reads them as control tokens", out.getvalue())
+    assert re.search(r"special tokens in their text +│ 2: encoded as control tokens", out.getvalue())
 
 
 def test_labels_travel(run: Run, write_lines: Writer, tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_rows_that_nothing_changes_are_copied(
 
 
 def test_a_worker_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="num_workers = 2; a tokenizing process died, perhaps for lack of memory; use fewer"):
+    with pytest.raises(DataError, match="num_workers = 2; a tokenizing process died, perhaps out of memory; use fewer workers"):
         list(module.map_in_order(os._exit, [1, 1], 2))
 
 
@@ -207,7 +207,7 @@ def test_held_out_groups_share_no_prompt_and_do_not_depend_on_the_order(run: Run
     assert prompts(load_groups(tmp_path / "two-eval")) == prompts(evaluation)
     run(write_lines(*rows), "three", held_out=9, seed=5)
     assert prompts(load_groups(tmp_path / "three-eval")) != prompts(evaluation)
-    with pytest.raises(ConfigError, match="held_out = 60; only 60 groups are usable, none would be left to train on"):
+    with pytest.raises(ConfigError, match="held_out = 60; only 60 groups are usable, so none would remain for training"):
         run(write_lines(*rows), "four", held_out=60)
 
 
@@ -251,7 +251,7 @@ def test_normalisation(run: Run, write_lines: Writer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("reward_noise", 0.5), ("reward_normalization", "zscore")])
 def test_reward_options_need_rewards(run: Run, write_lines: Writer, tmp_path: Path, name: str, value: Any) -> None:
-    with pytest.raises(ConfigError, match=f"{name} = {value}; the data has labels and no rewards"):
+    with pytest.raises(ConfigError, match=f"{name} = {value}; the data has labels but no rewards"):
         run(write_lines({"prompt": "Q", "chosen": "A", "rejected": "B"}), **{name: value})
     assert not (tmp_path / "out").exists()
 
@@ -296,7 +296,7 @@ def test_no_usable_group_is_an_error(run: Run, write_lines: Writer, tmp_path: Pa
     path = write_lines(row(0, 1), row(1, prompt=""), name="bad.jsonl")
     with pytest.raises(
         DataError,
-        match=r"not one of 2 groups is usable .format groups because .*: 1 × responses: .*:1: responses has K = 1 .*; 1 × prompt",
+        match=r"none of 2 groups is usable .format groups because .*: 1 × responses: .*:1: responses has K = 1 .*; 1 × prompt",
     ):
         run(path)
     assert os.listdir(tmp_path) == ["bad.jsonl"]

@@ -145,7 +145,7 @@ def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
 
 
 def test_options_for_folders_are_refused_for_files(write_lines: Writer) -> None:
-    with pytest.raises(DataError, match=r"split = test; input = .* is one file, which is read as a whole; leave split out"):
+    with pytest.raises(DataError, match=r"split = test; input = .* is one file, which is read as a whole; remove split"):
         read_groups(write_lines(*ROWS), split="test")
     with pytest.raises(DataError, match=r"subset = a; input = "):
         read_groups(write_lines(*ROWS), subset="a")

@@ -153,8 +153,8 @@ def test_prompts_and_one_message_are_those_of_apply_chat_template(
             assert shown.count("</think>") == 1
     allowed = {"equal", "refused", "lost", "text arguments", "closed by us"}
     if name == "mistral":
-        allowed.add("cannot follow its prompt: the chat template writes the conversation differently with it")
-    closes = "has a thought, and the prompt closes it: set chat_template_kwargs so that the model may think"
+        allowed.add("cannot follow its prompt: with it, the chat template renders the conversation differently")
+    closes = "has a thought, but the prompt closes it: set chat_template_kwargs so that the model may think"
     assert set(outcomes) <= allowed | ({closes} if variables else set()), set(outcomes)
     assert outcomes.count("equal") + outcomes.count("closed by us") >= 15, outcomes
 

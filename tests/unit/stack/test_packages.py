@@ -72,9 +72,7 @@ def test_how_an_absent_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     checks.require_working_gpus("auto")  # absent is no error, but told
     monkeypatch.setattr(transformer_engine, "find_nvcc", lambda: "/usr/bin/nvcc")
     told = checks.shortfalls(transformer_engine=False)
-    assert told[0].startswith(
-        "Transformer Engine is not installed: layers are slower, without FP8; install it: NVTE_BUILD"
-    )
+    assert told[0].startswith("Transformer Engine is not installed: layers are slower, without FP8; install it: NVTE_BUILD")
     assert "apex is not installed" in told[1]
     assert checks.shortfalls(transformer_engine=True) == []
 

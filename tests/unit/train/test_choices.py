@@ -81,7 +81,7 @@ def test_damage_is_noticed(data: PreparedGroups, ranks: Ranks, tmp_path: Path, c
     assert len(ReferenceChoices.open(tmp_path, data, SMALL, ranks).missing()) == len(data)
     said = capsys.readouterr().out
     assert "missing, its list says" in said
-    assert said.count("Its groups are computed again where they are needed.") == 2
+    assert said.count("Its groups are computed again when needed.") == 2
 
 
 def test_a_disk_without_room_is_refused(
@@ -92,7 +92,7 @@ def test_a_disk_without_room_is_refused(
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": needed})())
     choices.require_room(choices.missing())
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": needed - 1})())
-    with pytest.raises(ConfigError, match=r"choices of experts take .* free some space, or set experts.routing to free"):
+    with pytest.raises(ConfigError, match=r"expert choices take .* free some space, or set experts.routing to free"):
         choices.require_room(choices.missing())
 
 

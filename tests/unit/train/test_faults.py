@@ -97,7 +97,7 @@ def test_a_full_disk_needs_a_person_whichever_rank_and_file_meets_it(
     _, errors = process.communicate(timeout=TIMEOUT)
     assert process.returncode == code, errors
     assert "run/metrics.jsonl" in errors
-    last = f"mpo train: rank 3 on {socket.gethostname()}: run/metrics.jsonl: no more; fix it, and run the same command again"
+    last = f"mpo train: rank 3 on {socket.gethostname()}: run/metrics.jsonl: no more; fix it, then run the same command again"
     assert (last in errors) == (code == 2)
     assert ("Traceback" in errors) == (code == 1)
 

@@ -35,7 +35,7 @@ def test_a_run_that_would_take_another_course_is_refused_by_its_newest_state(
 
 def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003.damaged").mkdir(parents=True)
-    with pytest.raises(DamagedError, match=r"no checkpoint is complete; damaged are step_00000003\.damaged"):
+    with pytest.raises(DamagedError, match=r"no checkpoint is complete; damaged: step_00000003\.damaged"):
         resumption.check_resumption(setup(tmp_path))
 
 

@@ -171,7 +171,7 @@ def test_mlflow_works_without_a_server_and_continues_its_curves(
     resumed.log(7, {"loss": 1.0})
     resumed.close()
     monkeypatch.setattr(type(client), "get_experiment_by_name", unreachable)
-    with pytest.raises(ConfigError, match=r"mlflow_experiment = test; MLflow cannot keep this run \(no route to host"):
+    with pytest.raises(ConfigError, match=r"mlflow_experiment = test; MLflow cannot create this run \(no route to host"):
         MlflowTracker(tmp_path / "new", logging, {}, {"step": 0})
     assert capsys.readouterr().out.count("no route to host") == 1
 

@@ -41,7 +41,7 @@ def test_a_log_shows_steps_evaluations_and_skipped_steps() -> None:
     first, second, third = out.getvalue().splitlines()
     assert first.startswith("step 1/3  loss 0.5000  accuracy 0.750  margin +1.000  lr 1.00e-06  grad 2.000  100 tok/s  MFU 38.1%")
     assert "61.2 GiB  slowest rank 3 (1.25x)  waited 0.4 s for data  ETA 0:00:00" in first
-    assert second.startswith("step 2/3  skipped: none of its 8 groups carries a contrast")
+    assert second.startswith("step 2/3  skipped: none of its 8 groups has contrast")
     assert third == "step 2/3  held-out: loss 0.2500  accuracy 0.9000  margin 3.0000"
 
 
