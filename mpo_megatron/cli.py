@@ -66,8 +66,8 @@ def chat(arguments: Sequence[str]) -> int:
 def convert(arguments: Sequence[str]) -> int:
     """Convert a Hugging Face checkpoint to a Megatron checkpoint, or back."""
     config = parse(ConvertConfig, arguments, "mpo convert")
-    clear_leftovers(Path(config.output).resolve())  # also where a complete output is refused
-    validate_convert(config)  # once more below; a wrong path need not wait for the imports
+    clear_leftovers(Path(config.output).resolve())  # even if the output is refused because it is complete
+    validate_convert(config)  # repeated below; reports a wrong path before slow imports
     from mpo_megatron.model.convert import convert as run
 
     run(config)
@@ -86,12 +86,12 @@ def prepare(arguments: Sequence[str]) -> int:
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """Draw K responses to each prompt: transformers, vLLM or an OpenAI-compatible server."""
+    """Sample K responses per prompt with transformers, vLLM or an OpenAI-compatible server."""
     config = parse(GenerateConfig, arguments, "mpo generate")
     from mpo_megatron.rollout.generate import generate as run
 
     run(config)
-    if (Path(config.output) / "generate.json").is_file():  # else other shards are still at work
+    if (Path(config.output) / "generate.json").is_file():  # otherwise other shards are still running
         say_next(next_command.after_generate(config.output))
     return 0
 
@@ -235,27 +235,27 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 OUTLIVES_READERS = ("align", "convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
-"""Commands that continue when nobody reads their output, as after `mpo train | head`."""
+"""Commands that continue when their output has no reader, as after `mpo train | head`."""
 
 OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""File errors that the machine causes and no check foresees: no permission, or no space."""
+"""File errors caused by the machine that no check predicts: no permission, or no space."""
 
 
 SPINS = 3000
-"""Loops in which a thread of OpenMP's waits for the others before it sleeps. GNU's own number, 300,000, lets generation on two
-busy cores take up to five times as long; on an idle machine both are as fast."""
+"""Spin iterations of an OpenMP thread before it sleeps. With GNU's default, 300,000, generation on two busy cores takes up to
+five times as long; on an idle machine there is no difference."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command named by the first argument; print a message instead of a traceback for what a user can fix."""
+    """Run the command named by the first argument; print a message instead of a traceback for errors that a user can fix."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read once, when torch is imported
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
-        sys.stdout.flush()  # here, where a reader that has gone (`mpo losses | head`) can still be told from an error
+        sys.stdout.flush()  # here, to distinguish a closed reader (`mpo losses | head`) from other errors
         return code
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more on its way out
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at exit
         return 128 + signal.SIGPIPE
 
 
@@ -299,7 +299,7 @@ def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
     validate_unused(config)
     from mpo_megatron.train.setup import build_setup, check_contrasts
 
-    # Every rank builds its own; here it gives one message before any has started.
+    # Every rank checks too; here one message appears before any rank starts.
     setup = build_setup(config, launcher.nproc, resumes=name == "train")
     if name == "train":
         from mpo_megatron.train.checkpoints.resumption import check_resumption
@@ -314,7 +314,7 @@ def _start_ranks(name: str, module: str, arguments: Sequence[str]) -> int:
     return code
 
 
-NPROC = "Ranks to start; by default one per GPU, or what the layout needs."
+NPROC = "Number of ranks; by default one per GPU, or what the layout needs."
 MAX_RESTARTS = "Restart all ranks this many times when one fails (default 0)."
 
 
@@ -322,7 +322,7 @@ def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = Fals
     """Return the options about this machine's ranks, with `helps` (option → help), and all other arguments.
 
     Raises:
-        ConfigError: a value that no rank could be started with.
+        ConfigError: an invalid value.
     """
     helps = {"--nproc": NPROC, **({"--max_restarts": MAX_RESTARTS} if restarts else {})}
     parser = argparse.ArgumentParser(prog=f"mpo {name}", add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -340,7 +340,7 @@ def _read_launcher(name: str, arguments: Sequence[str], *, restarts: bool = Fals
 
 
 def _read_whole(text: str) -> int:
-    """The number that digits spell; Python's `int` also reads 1_000 and other scripts' digits."""
+    """The number spelled by ASCII digits; Python's `int` also accepts 1_000 and other scripts' digits."""
     if WHOLE.fullmatch(text) is None or len(text) > 9:
         raise argparse.ArgumentTypeError(show(text))
     return int(text)

@@ -1,8 +1,8 @@
-"""GPU or CPU: the one module that knows.
+"""GPU or CPU: the only module that distinguishes them.
 
-Megatron-Core hard-codes CUDA (device "cuda", `torch.cuda.current_device()`, streams, RNG state, tensor type names). On a
-machine without a GPU, `prepare()` puts stand-ins in place of exactly those names, so that the same model, schedules,
-optimizer and checkpoints run on the CPU over gloo. With a GPU it does nothing. Call it before importing `megatron.core`.
+Megatron-Core hard-codes CUDA (device "cuda", `torch.cuda.current_device()`, streams, RNG state, tensor type names). On a machine
+without a GPU, `prepare()` replaces exactly these names, so that the same model, schedules, optimizer and checkpoints run on the
+CPU over gloo. With a GPU it does nothing. Call it before importing `megatron.core`.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ POWER_OF_TWO_SCALES = "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES"
 """Environment variable that Transformer Engine reads at import."""
 
 RESILIENCY_EXTENSION = "0.6.0"
-"""Oldest nvidia-resiliency-ext that Megatron-Core can be imported beside; none at all will do, too."""
+"""Oldest nvidia-resiliency-ext with which Megatron-Core can be imported; it may also be absent."""
 
 MEANINGLESS = (
-    "Apex is not installed. Falling back to Torch Norm",  # norms are Transformer Engine's, or model/architecture.py's
-    "If you are using transformer_engine as the transformer implementation, the core_attn",  # it is model/attention.py's
+    "Apex is not installed. Falling back to Torch Norm",  # norms come from Transformer Engine or model/layers.py
+    "If you are using transformer_engine as the transformer implementation, the core_attn",  # the core is model/attention.py's
 )
-"""How those warnings of Megatron-Core begin that do not hold for this package's layers."""
+"""Prefixes of Megatron-Core's warnings that do not apply to this package's layers."""
 
 COMPILED_VARIANTS = 64
-"""Limit of `compile_for_any_length`, for each function."""
+"""Limit of compiled variants per function of `compile_for_any_length`."""
 
 _CPU = torch.device("cpu")
 _prepared = False
@@ -60,7 +60,7 @@ def has_gpu() -> bool:
 
 
 def device() -> torch.device:
-    """The device tensors of this process live on."""
+    """The device of this process's tensors."""
     return torch.device("cuda", torch.cuda.current_device()) if has_gpu() else _CPU
 
 
@@ -72,33 +72,33 @@ def distributed_backend() -> str:
 def select(local_rank: int) -> None:
     """Bind this process to its GPU; nothing to do on a CPU."""
     if has_gpu():
-        # Some schedulers show each process no other GPU than its own (Slurm: --gpus-per-task).
+        # Some schedulers show each process only its own GPU (Slurm: --gpus-per-task).
         torch.cuda.set_device(local_rank if torch.cuda.device_count() > 1 else 0)
 
 
 def synchronize() -> None:
-    """Wait for queued kernels, so that a clock read afterwards is honest."""
+    """Wait for queued kernels, so that a clock read afterwards is accurate."""
     if has_gpu():
         torch.cuda.synchronize()
 
 
 def finish_computing() -> None:
-    """Wait for the kernels of this process's own stream: not for exchanges beside it, in which the fast wait for the slow."""
+    """Wait for kernels of this process's own stream, but not for communication, in which fast ranks wait for slow ones."""
     if has_gpu():
         torch.cuda.current_stream().synchronize()
 
 
 def upload(values: np.ndarray[Any, Any] | torch.Tensor) -> torch.Tensor:
-    """Host data on this process's device; a GPU takes it from pinned memory, so that no one waits for the copy."""
+    """Copy host data to this process's device; for a GPU through pinned memory, without waiting for the copy."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device(), non_blocking=True) if has_gpu() else tensor
 
 
 def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled, once for all lengths of its tensors; once more for each other dtype, option or use of gradients.
+    """The function compiled once for all tensor lengths, and once more per dtype, option or gradient mode.
 
-    Past PyTorch's limit of 8 of these a call would silently run uncompiled, which can take the memory that the compiled function
-    is there to save. The limit is raised, and to reach it is an error.
+    Beyond PyTorch's limit of 8 variants, a call would silently run uncompiled, which may use the memory that compilation saves.
+    The limit is raised, and exceeding it is an error.
     """
     import torch._dynamo.config as dynamo  # takes a second
 
@@ -106,7 +106,7 @@ def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if dynamo.cache_size_limit < COMPILED_VARIANTS:  # of this thread: a GPU's backward passes have one of their own
+        if dynamo.cache_size_limit < COMPILED_VARIANTS:  # per thread: a GPU's backward passes have their own thread
             dynamo.cache_size_limit = COMPILED_VARIANTS
         return compiled(*args, **kwargs)
 
@@ -126,7 +126,7 @@ def gpu_bytes() -> int | None:
 
 
 def gpu_name() -> str | None:
-    """What the GPU calls itself, such as `NVIDIA H100 80GB HBM3`; None on a CPU."""
+    """The GPU's name, such as `NVIDIA H100 80GB HBM3`; None on a CPU."""
     return torch.cuda.get_device_name() if has_gpu() else None
 
 
@@ -134,29 +134,28 @@ def prepare() -> None:
     """Make Megatron-Core importable and runnable on this machine; safe to call again.
 
     Raises:
-        ConfigError: Transformer Engine is installed, but broken, or nvidia-resiliency-ext is too old: Megatron-Core could not be
-            imported.
+        ConfigError: Transformer Engine is broken, or nvidia-resiliency-ext is too old, so importing Megatron-Core would fail.
     """
     global _prepared
     if _prepared:
         return
     _prepared = True
-    # Read when Transformer Engine is imported. With scales that are powers of 2, FP8's `current` recipe rounds a token the same
-    # whatever else is in its row, but for numbers 2^15 times smaller than the row's largest (docs/reference/fp8.md).
+    # Read when Transformer Engine is imported. With power-of-2 scales, FP8's `current` recipe rounds a token in the same way
+    # whatever else is in its row, except numbers 2^15 times smaller than the row's largest (docs/reference/fp8.md).
     os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
     quiet_megatron()
     _check_resiliency_extension()
-    # Megatron-Core uses names that torch is about to rename; a user can do nothing about it.
+    # Megatron-Core uses names that torch will rename; a user cannot fix that.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-    # NCCL's groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
+    # NCCL groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
     warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if has_gpu():
         _import_transformer_engine()
         return
     for name, stand_in in cuda_stand_ins().items():
         _replace(torch.cuda, name, stand_in)
-    # `with torch.device(…)` knows factories by identity, from a table it makes once: let it see the originals, or it would no
-    # longer act on them (and transformers' from_pretrained, which builds on the meta device, would lose its buffers).
+    # `with torch.device(…)` identifies factories by a table that it builds once: let it see the originals, or it would not apply
+    # to them (and transformers' from_pretrained, which builds on the meta device, would lose its buffers).
     _device_constructors()
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -168,21 +167,21 @@ def prepare() -> None:
 
 
 def _check_resiliency_extension() -> None:
-    """Refuse a version of nvidia-resiliency-ext that Megatron-Core fails to import beside: it looks for names of later ones."""
+    """Refuse a version of nvidia-resiliency-ext with which importing Megatron-Core fails, because it looks for newer names."""
     try:
         found = importlib.metadata.version("nvidia-resiliency-ext")
     except importlib.metadata.PackageNotFoundError:
         return
     if Version(found) < Version(RESILIENCY_EXTENSION):
         raise ConfigError(
-            f"nvidia-resiliency-ext {found} is installed, and Megatron-Core cannot be imported beside a version before "
+            f"nvidia-resiliency-ext {found} is installed, but Megatron-Core cannot be imported with a version before "
             f"{RESILIENCY_EXTENSION}; remove it (pip uninstall nvidia-resiliency-ext), or install a newer one."
         )
 
 
 def quiet_megatron() -> None:
-    """Hide warnings of Megatron-Core that tell a user nothing. One that may name lost speed is shown, by the main rank."""
-    if not has_gpu() or os.environ.get("RANK", "0") != "0":  # on a CPU all that they miss is a GPU
+    """Hide Megatron-Core's uninformative warnings. The main rank still shows one about lost speed."""
+    if not has_gpu() or os.environ.get("RANK", "0") != "0":  # on a CPU, they only report the missing GPU
         warnings.filterwarnings("ignore", module=r"megatron\..*")
         return
     for message in MEANINGLESS:
@@ -190,10 +189,10 @@ def quiet_megatron() -> None:
 
 
 def cuda_stand_ins() -> dict[str, Any]:
-    """Names below `torch.cuda` that Megatron-Core uses on every path, with what stands for each on a CPU."""
+    """Names below `torch.cuda` that Megatron-Core uses on every path, with their replacements on a CPU."""
 
     def nothing() -> Callable[..., None]:
-        return lambda *args, **kwargs: None  # a new one each time: torch.compile wants distinct functions
+        return lambda *args, **kwargs: None  # a new function each time: torch.compile needs distinct ones
 
     return {
         "current_device": lambda: _CPU,
@@ -218,7 +217,7 @@ def cuda_stand_ins() -> dict[str, Any]:
 
 
 class _NullStream:
-    """Stands for a CUDA stream or event: everything is already done."""
+    """Replaces a CUDA stream or event: everything is already complete."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -271,17 +270,17 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return original(self, dtype, *args, **kwargs)
-        # The distributed optimizer sorts parameters by 'torch.cuda.FloatTensor' and the like.
+        # The distributed optimizer sorts parameters by type names such as 'torch.cuda.FloatTensor'.
         return original(self).replace("torch.", "torch.cuda.", 1)
 
     return type_name
 
 
 def _import_transformer_engine() -> None:
-    """Import Transformer Engine first, where it is installed: Megatron-Core tolerates no other failure of it than ImportError.
+    """Import Transformer Engine first, if installed: Megatron-Core tolerates only ImportError.
 
-    After an ImportError Megatron-Core runs without it, as it may on a machine without a GPU; with a GPU `mpo train` refuses then
-    (stack/checks.py).
+    After an ImportError, Megatron-Core runs without it, which is fine without a GPU; with a GPU, `mpo train` then refuses to
+    start (stack/checks.py).
     """
     if not is_installed():
         return
@@ -302,11 +301,11 @@ def _prepare_megatron() -> None:
         from megatron.core import jit
         from megatron.core.tensor_parallel import layers, random
         from megatron.core.transformer.moe import token_dispatcher
-    jit.disable_jit_fuser()  # for the modules that are imported later
+    jit.disable_jit_fuser()  # applies to modules imported later
     for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
         if not hasattr(random, name):
             raise AttributeError(f"megatron.core.tensor_parallel.random.{name} no longer exists; mpo_megatron.device must follow")
-    # Its check that forked GPU randomness leaves the CPU's alone cannot hold where the CPU stands for the GPU.
+    # Its check that forked GPU randomness leaves the CPU's unchanged cannot hold where the CPU replaces the GPU.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
@@ -315,14 +314,14 @@ def _prepare_megatron() -> None:
             "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu no longer exists; mpo_megatron.device must "
             "follow"
         )
-    # NVIDIA's apex adds weight gradients to Megatron's buffer inside the GEMM, and so does PyTorch.
+    # NVIDIA's apex adds weight gradients to Megatron's buffer inside the GEMM; PyTorch can do the same.
     if not hasattr(layers, "_grad_accum_fusion_available"):
         raise AttributeError(
             "megatron.core.tensor_parallel.layers._grad_accum_fusion_available no longer exists; mpo_megatron.device must follow"
         )
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
     layers._grad_accum_fusion_available = True
-    # Counts of tokens that come from a GPU become numpy arrays, which all-to-all takes; from a CPU they would stay tensors.
+    # Token counts from a GPU become numpy arrays, as all-to-all expects; from a CPU they would stay tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and tensor is not None else tensor
     )
@@ -338,7 +337,7 @@ def _add_weight_gradient(inputs: torch.Tensor, grad_outputs: torch.Tensor, total
 
 @contextlib.contextmanager
 def _quiet_imports() -> Iterator[None]:
-    # "No CUDA runtime is found": that nvcc is there without a GPU is no news.
+    # "No CUDA runtime is found": nvcc without a GPU is normal.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -347,8 +346,8 @@ def _quiet_imports() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _eager_imports() -> Iterator[None]:
-    """Modules imported here compile none of their functions, nor import the compiler, which takes a second: compiling tiny
-    fused operations costs a CPU run more than it gains."""
+    """Within this context, imported modules compile none of their functions, nor import the compiler, which takes a second:
+    compiling tiny fused operations costs a CPU run more than it saves."""
     original = torch.compile
     torch.compile = lambda model=None, **options: model or (lambda function: function)  # type: ignore[assignment]
     try:

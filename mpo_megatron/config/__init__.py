@@ -1,8 +1,8 @@
 """The whole configuration: one frozen dataclass per command, one module each, and the only place with defaults.
 
-`parse` turns a YAML file and command-line overrides into a command's dataclass. Checks of one field are in
-`__post_init__`; checks across fields and against the outside world (files, head counts, number of ranks) are in `validate_*`
-functions and run before anything loads.
+`parse` turns a YAML file and command-line overrides into a command's dataclass. `__post_init__` checks single fields.
+`validate_*` functions check across fields and against the outside world (files, head counts, number of ranks); they run before
+anything loads.
 """
 
 from mpo_megatron.config.align import AlignConfig, ChatConfig

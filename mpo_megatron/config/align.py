@@ -26,7 +26,7 @@ class AlignConfig(Section):
     model: str
     """Hugging Face folder, or name on the hub."""
     output: str
-    """Folder for everything; the model is in `<output>/aligned`. Repeat the command to resume."""
+    """Folder for all results; the model is in `<output>/aligned`. Repeat the command to resume."""
     data: list[str] = field(default_factory=list)
     """Groups to train on: anything `mpo prepare` reads."""
     prompts: str | None = None
@@ -34,17 +34,17 @@ class AlignConfig(Section):
     rounds: int = ROUNDS
     """Rounds of sampling and training, with prompts."""
     held_out: int | None = None
-    """Groups (or prompts) to measure on, none of which is trained on; by default 100, or a tenth of all if that is less."""
+    """Number of groups (or prompts) for measuring, excluded from training; by default 100, or a tenth of all if that is less."""
     answers: int = 4
-    """Held-out prompts that the models before and after answer, side by side; 0: none."""
+    """Number of held-out prompts answered by the models before and after, shown side by side; 0: none."""
     plan: bool = False
-    """Show the stages, with data also an estimate of the time, and write nothing."""
+    """Show the stages (with data, also an estimated time) and write nothing."""
     nproc: int | None = None
     """Ranks of training; by default one per GPU, or what the layout needs."""
     prepare: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo prepare`: --prepare.max_prompt_tokens 512."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo train`: --train.loss.name dpo --train.optimizer.lr 1e-6. Left out are chosen by the model's size
+    """Options of `mpo train`: --train.loss.name dpo --train.optimizer.lr 1e-6. Unset options are chosen by the model's size
     (optimizer.lr), the data (data.groups_per_step) and, on GPUs, `mpo plan` (parallel, model.recompute, data.row_tokens)."""
     generate: dict[str, Any] = field(default_factory=dict)
     """Options of `mpo generate`, for the answers and the rounds: --generate.max_tokens 256."""
@@ -55,21 +55,24 @@ class AlignConfig(Section):
     select: dict[str, Any] = field(default_factory=dict)
     """With prompts: options of `mpo select`."""
     seed: int = 1234
-    """Seed of every stage that has none of its own."""
+    """Seed of every stage without its own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
         require(
             bool(self.data) != (self.prompts is not None),
-            "data, prompts: give one of them: groups with responses and rewards (--data FILE), or prompts to sample from "
+            "data, prompts: give exactly one of them: groups with responses and rewards (--data FILE), or prompts to sample from "
             "(--prompts FILE).",
         )
-        require("-" not in self.data, "data = -; a resumed run could not read standard input again; write it to a file.")
+        require(
+            "-" not in self.data,
+            "data = -; a resumed run could not read standard input again; write it to a file, and name that.",
+        )
         require(self.rounds >= 1, f"rounds = {self.rounds}; it must be at least 1.")
         require(
             self.held_out is None or self.held_out >= 2,
-            f"held_out = {self.held_out}; at least 2 tell whether the model got better.",
+            f"held_out = {self.held_out}; at least 2 are needed to measure an improvement.",
         )
         require(self.answers >= 0, f"answers = {self.answers}; it must be 0 (none) or more.")
         require(self.nproc is None or self.nproc >= 1, f"nproc = {self.nproc}; it must be at least 1, or absent.")
@@ -81,35 +84,35 @@ class AlignConfig(Section):
                 f"rounds = {self.rounds}; it has an effect only with prompts; leave it out; train.epochs repeats data.",
             )
         else:
-            require(bool(self.score), "score is missing; say what rewards an answer (docs/on_policy.md).")
+            require(bool(self.score), "score is missing; configure the reward of an answer (docs/on_policy.md).")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig(Section):
-    """`mpo chat MODEL [--beside BASE]`: talk to a model in the terminal, or to two at once."""
+    """`mpo chat MODEL [--beside BASE]`: talk to a model in the terminal, or to two side by side."""
 
     model: str
-    """What `mpo align` wrote, a Hugging Face folder, a run, or one of its checkpoints; `mpo chat MODEL` sets it."""
+    """Output of `mpo align`, a Hugging Face folder, a run, or one of its checkpoints; `mpo chat MODEL` sets it."""
     beside: str | None = None
     """A second model that receives the same messages and keeps its own answers."""
     prompt: str | None = None
-    """Ask this, print the answer, and exit."""
+    """Send this message, print the answer, and exit."""
     system_prompt: str | None = None
     """System message of the conversation."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template, for example `enable_thinking: false`."""
     max_tokens: int = 512
-    """Longest answer, its end token included."""
+    """Maximum tokens of an answer, including its end token."""
     temperature: float = 0.7
-    """Sampling temperature; 0 takes the likeliest token."""
+    """Sampling temperature; 0 selects the likeliest token."""
     top_p: float = 0.95
-    """Draw from the fewest tokens that together have this probability."""
+    """Sample from the fewest tokens whose probabilities reach this sum."""
     device: str = "auto"
-    """`auto` is a GPU if there is one."""
+    """`auto`: a GPU if available, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own."""
     seed: int = 1234
-    """Seed of the draws."""
+    """Seed for sampling."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,4 +120,6 @@ class ChatConfig(Section):
         require(self.max_tokens >= 1, f"max_tokens = {self.max_tokens}; it must be at least 1.")
         require(0 <= self.temperature < float("inf"), f"temperature = {self.temperature}; it must be 0 or positive.")
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
-        require(self.prompt is None or bool(self.prompt.strip()), "prompt is empty; remove it to talk.")
+        require(
+            self.prompt is None or bool(self.prompt.strip()), "prompt is empty; write a message, or remove the option to chat."
+        )

@@ -1,4 +1,4 @@
-"""What a configuration is refused with, and checks that more than one command needs."""
+"""The configuration error, and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def require(condition: bool, message: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise `ConfigError` unless NumPy and PyTorch take this seed."""
+    """Raise `ConfigError` unless NumPy and PyTorch accept this seed."""
     require(0 <= seed < 2**63, f"seed = {seed}; it must be 0 or more, and below 2^63.")
 
 
 def check_function(name: str, function: str) -> None:
-    """Raise `ConfigError` unless `function` is written as a function of the user's is named."""
+    """Raise `ConfigError` unless `function` has the form of a user function's name."""
     require(
         re.fullmatch(r".+:[A-Za-z_]\w*", function) is not None,
         f"{name} = {function}; write package.module:function or path/to/file.py:function.",
@@ -44,7 +44,8 @@ def check_writable(folder: Path, name: str) -> None:
 
 
 def check_checkpoint(folder: Path, name: str) -> None:
-    """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; of a run's, it names the newest step's."""
+    """Raise `ConfigError` unless `folder` holds a Megatron or Hugging Face checkpoint; for a run's folder, suggest its newest
+    step."""
     require(
         folder.is_dir(),
         f"{name} = {folder}; no such folder; name a Hugging Face folder, or write one with `mpo convert`, which also "
@@ -53,14 +54,14 @@ def check_checkpoint(folder: Path, name: str) -> None:
     if (folder / "megatron").is_dir() or is_hugging_face(folder):
         return
     steps = [path for parent in (folder, folder / "checkpoints") for path in parent.glob("step_*") if not path.suffix]
-    # Which one a run has as its newest changes while it goes on, and a run that is resumed must start from what it started from.
+    # A run's newest step changes while it trains, but a resumed run must start from the same checkpoint.
     complete = [path for path in steps if (path / "megatron" / "metadata.json").is_file()]
     if complete:
         newest = max(complete, key=lambda path: path.name)
         raise ConfigError(f"{name} = {folder} is the folder of a run; name one of its checkpoints; the newest is {newest}.")
     require(
         not steps and not (folder / "checkpoints").is_dir(),
-        f"{name} = {folder} is the folder of a run without a complete checkpoint; start that run again, or name another model.",
+        f"{name} = {folder} is the folder of a run without a complete checkpoint; resume that run, or name another model.",
     )
     raise ConfigError(
         f"{name} = {folder} is neither a Hugging Face folder (no config.json) nor a Megatron checkpoint (no megatron/); name one."
@@ -68,12 +69,12 @@ def check_checkpoint(folder: Path, name: str) -> None:
 
 
 def is_hub_name(path: str) -> bool:
-    """Whether a path is nothing on this disk and has the form of a name on the Hugging Face hub: owner/model."""
+    """Whether a path does not exist on disk and has the form of a name on the Hugging Face hub: owner/model."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not Path(path).exists()
 
 
 def is_hugging_face(folder: Path) -> bool:
-    """Whether a folder is a Hugging Face checkpoint's, and no checkpoint or run of ours."""
+    """Whether a folder holds a Hugging Face checkpoint, and not one of our checkpoints or runs."""
     return (folder / "config.json").is_file() and not any((folder / name).is_dir() for name in ("megatron", "checkpoints"))
 
 

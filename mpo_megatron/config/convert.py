@@ -12,30 +12,30 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertConfig(Section):
-    """`mpo convert`: convert a Hugging Face checkpoint to a Megatron one, or back; the input decides the direction. Adapters
-    (LoRA) are converted to and from PEFT's folders."""
+    """`mpo convert`: convert a Hugging Face checkpoint to a Megatron one, or back; the input determines the direction. LoRA
+    adapters are converted from and to PEFT folders."""
 
     input: str
-    """What to read: a Hugging Face folder (config.json + safetensors), a model's name on the hub, or a Megatron checkpoint
-    (convert's or train's output)."""
+    """Input: a Hugging Face folder (config.json + safetensors), a model's name on the hub, or a Megatron checkpoint (from convert
+    or train)."""
     output: str
-    """Folder to write; it must not exist yet, or be empty."""
+    """Output folder; it must be missing or empty."""
     revision: str | None = None
     """Branch, tag or commit of a model on the hub; by default main."""
     resize_vocabulary: bool = False
-    """If the tokenizer has more tokens than the embedding has rows: add rows to it and to the output layer, each the mean of
-    the others, and raise vocab_size in config.json."""
+    """If the tokenizer has more tokens than the embedding has rows, add rows to it and to the output layer, each the mean of the
+    others, and raise vocab_size in config.json."""
     others: Literal["keep", "drop"] = "keep"
-    """Weights that are not the language model's (a vision tower, layers for multi-token prediction): `keep` them as they are, for
-    the way out, or `drop` them, which makes a multimodal checkpoint its text model's."""
+    """Weights outside the language model (a vision tower, layers for multi-token prediction): `keep` them unchanged for export,
+    or `drop` them, which turns a multimodal checkpoint into its text model's."""
     vocab_multiple: int = 128
     """Pad the Megatron vocabulary to a multiple of this; any tensor-parallel size that divides it can load the checkpoint."""
     max_shard_gib: float = 4.0
     """Largest safetensors file to write, in GiB, unless one tensor alone is larger."""
     base: str | None = None
-    """Megatron checkpoint of an adapter's base model; by default where it was when the adapter was trained."""
+    """Megatron checkpoint of an adapter's base model; by default, its folder when the adapter was trained."""
     merge: bool = False
-    """Write the base model with the adapter added to its weights, as a Hugging Face checkpoint, instead of the adapter."""
+    """Merge the adapter into its base model, and write a Hugging Face checkpoint instead of the adapter."""
     compare_text: str | None = None
     """Text file on which `merge` reports how rounding the merged weights changes log-probs; needs memory for a float32 model."""
 
@@ -50,18 +50,18 @@ class ConvertConfig(Section):
 
 
 def validate_convert(config: ConvertConfig) -> None:
-    """Check that there is something to convert, and that its output can be written.
+    """Check that the input exists, and that the output can be written.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     source, output = Path(config.input), Path(config.output)
     if not is_hub_name(config.input):
-        require(source.exists(), f"input = {source}; no such folder, and no name on the hub, such as Qwen/Qwen3-14B.")
+        require(source.exists(), f"input = {source}; no such folder, and not a hub name such as Qwen/Qwen3-14B.")
         require(source.is_dir(), f"input = {source}; it is a file; name the checkpoint's folder.")
         require(
             config.revision is None,
-            f"revision = {config.revision}, but input = {source} is a folder; a model on the hub has revisions: remove it.",
+            f"revision = {config.revision}, but input = {source} is a folder; only models on the hub have revisions: remove it.",
         )
     require(
         not output.exists() or (output.is_dir() and not any(output.iterdir())),
@@ -69,6 +69,6 @@ def validate_convert(config: ConvertConfig) -> None:
     )
     require(
         not output.resolve().is_relative_to(source.resolve()),
-        f"output = {output} lies inside input = {source}; choose a folder beside it.",
+        f"output = {output} is inside input = {source}; choose a folder beside it.",
     )
     check_writable(output, "output")

@@ -14,17 +14,17 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOutConfig(Section, prefix="held_out."):
-    """Implicit reward log π − log π_ref on held-out groups: how often, and by how much, preferred responses have more."""
+    """Implicit reward log π − log π_ref on held-out groups: accuracy and margin of preferred over other responses."""
 
     groups: str
     """Folder with held-out prepared groups."""
     model: ModelConfig
-    """`checkpoint`: the policy, a Hugging Face folder, one that `mpo convert` wrote, a run or one of its steps; `reference`: its
-    start."""
+    """`checkpoint`: the policy, as a Hugging Face folder, an output of `mpo convert`, a run or one of its steps; `reference`: the
+    checkpoint it started from."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """How both models are partitioned over ranks."""
+    """Partition of both models over ranks."""
     row_tokens: int = 8192
-    """Token budget of one packed row."""
+    """Token budget of a packed row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +48,22 @@ class EvaluateConfig(Section):
     held_out: HeldOutConfig | None = None
     """Measure the implicit reward on held-out groups."""
     candidate: str | None = None
-    """What to sample and score: scored samples (`mpo score`, or a .jsonl of groups whose responses have a reward), samples
-    without rewards (`mpo generate`, or a .jsonl), or a model to sample from: any checkpoint that `mpo generate` takes."""
+    """Samples to evaluate: scored samples (`mpo score`, or a .jsonl of groups whose responses have a reward), samples without
+    rewards (`mpo generate`, or a .jsonl), or a model to sample from: any checkpoint that `mpo generate` accepts."""
     baseline: str | None = None
-    """What to compare the candidate with, prompt by prompt: as for `candidate`."""
+    """Samples or model to compare the candidate with, prompt by prompt; forms as for `candidate`."""
     prompts: str | None = None
-    """Prompts that models answer; as in `mpo generate`."""
+    """Prompts for models to answer; as in `mpo generate`."""
     generate: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo generate` for models, without prompts, model, output and shard."""
+    """Options of `mpo generate` for models, except prompts, model, output and shard."""
     score: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo score` for samples without rewards, without input, output and shard."""
+    """Options of `mpo score` for samples without rewards, except input, output and shard."""
     alpaca_eval: str | None = None
-    """AlpacaEval's question file; the candidate's answers become `alpaca_eval/model_outputs.json`."""
+    """AlpacaEval's question file; the candidate's answers go to `alpaca_eval/model_outputs.json`."""
     arena_hard: str | None = None
-    """Arena-Hard's question.jsonl; the answers become `arena_hard/model_answer/<name>.jsonl`."""
+    """Arena-Hard's question.jsonl; the answers go to `arena_hard/model_answer/<name>.jsonl`."""
     mt_bench: str | None = None
-    """MT-Bench's question.jsonl; the answers to both turns become `mt_bench/model_answer/<name>.jsonl`."""
+    """MT-Bench's question.jsonl; the answers to both turns go to `mt_bench/model_answer/<name>.jsonl`."""
     name: str = "candidate"
     """The candidate's name in plots and in benchmark files."""
     baseline_name: str = "baseline"
@@ -89,23 +89,23 @@ class EvaluateConfig(Section):
 
 
 def validate_evaluate(config: EvaluateConfig) -> None:
-    """Checks across fields and against the file system: run them before anything loads.
+    """Check across fields and against the file system, before anything loads.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     check_writable(Path(config.output), "output")
     require(
         config.candidate is not None or config.baseline is None,
-        f"baseline = {config.baseline}, but there is no candidate to compare with it; give candidate.",
+        f"baseline = {config.baseline}, but there is no candidate to compare with it; set candidate.",
     )
     require(
         config.candidate is not None or not config.benchmarks,
-        f"{', '.join(config.benchmarks)}: there is no candidate that answers; give candidate, a model.",
+        f"{', '.join(config.benchmarks)}: there is no model to answer; set candidate to a model.",
     )
     require(
         config.held_out is not None or config.candidate is not None,
-        "nothing to evaluate: give held_out (groups with model.checkpoint and model.reference), or candidate.",
+        "nothing to evaluate: set held_out (groups with model.checkpoint and model.reference), or candidate.",
     )
     for name in ("candidate", "baseline"):
         path = getattr(config, name)

@@ -1,4 +1,4 @@
-"""Options of `mpo generate`, and of the endpoints that other commands use, too."""
+"""Options of `mpo generate`, and of endpoints, which other commands also use."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class TransformersConfig(Section, prefix="transformers."):
     """The embedded engine."""
 
     device: str = "auto"
-    """`auto` takes the first GPU, or the CPU; or a name torch knows, for example `cuda:1`."""
+    """`auto`: the first GPU, or the CPU; or a torch device such as `cuda:1`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own."""
     batch_size: int = 32
-    """Responses to generate in one batch."""
+    """Responses generated in one batch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -32,17 +32,17 @@ class VllmConfig(Section, prefix="vllm."):
     """The offline engine of vLLM."""
 
     tensor_parallel: int = 1
-    """GPUs that share each layer."""
+    """Number of GPUs that share each layer."""
     pipeline_parallel: int = 1
-    """GPUs (or groups of them) that share the depth."""
+    """Number of GPUs (or groups of them) among which layers are divided."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own."""
     memory_fraction: float = 0.9
-    """Share of each GPU's memory that vLLM takes."""
+    """Share of each GPU's memory for vLLM."""
     max_model_len: int | None = None
-    """Longest prompt and response together; by default the model's own limit."""
+    """Maximum tokens of prompt plus response; by default the model's own limit."""
     max_in_flight: int = 2048
-    """Responses that the engine receives at a time; it batches them itself."""
+    """Number of responses passed to the engine at a time; it batches them itself."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `EngineArgs`, for example `enforce_eager: true`."""
 
@@ -61,29 +61,29 @@ class VllmConfig(Section, prefix="vllm."):
 
 @dataclass(frozen=True, kw_only=True)
 class EndpointConfig(Section):
-    """A server that speaks the OpenAI protocol. The key comes from the environment and is stored nowhere."""
+    """A server that speaks the OpenAI protocol. The key comes from the environment and is never stored."""
 
     base_url: str = ""
     """Address up to and including the version, for example `http://localhost:8000/v1`."""
     model: str = ""
-    """Name under which the server knows the model."""
+    """Name of the model on the server."""
     api: Literal["tokens", "text", "chat"] = "tokens"
-    """`tokens`: completions of the token ids that training sees (vLLM, SGLang); `text`: of the rendered prompt, which the server
-    tokenizes; `chat`: of the messages, which the server renders with a template of its own."""
+    """`tokens`: completions of the same token ids that training uses (vLLM, SGLang); `text`: completions of the rendered prompt,
+    which the server tokenizes; `chat`: messages, which the server renders with its own template."""
     server: Literal["auto", "vllm", "sglang", "llamacpp", "transformers", "openai"] = "auto"
-    """What the server is, and so which settings it is sent; `auto` asks it. `openai` is any other; it is sent only the
-    protocol's own settings."""
+    """Kind of server, which determines the settings it is sent; `auto` detects it. `openai`: any other kind, which receives only
+    the protocol's own settings."""
     api_key_env: str = "OPENAI_API_KEY"
-    """Environment variable with the key; without it, a placeholder is sent."""
+    """Environment variable with the key; if unset, a placeholder is sent."""
     concurrency: int = 64
     """Concurrent requests."""
     timeout: float = 600.0
-    """Seconds that a request may take in all before it counts as lost."""
+    """Total seconds that a request may take before it counts as lost."""
     retries: int = 5
-    """How often to retry a lost request (no connection, timeout, 408, 409, 425, 429, 5xx), with growing pauses; a server's
-    Retry-After is honoured."""
+    """Number of retries for a lost request (no connection, timeout, 408, 409, 425, 429, 5xx), with growing pauses; honours a
+    server's Retry-After."""
     max_wait: float = 60.0
-    """Longest pause between two tries, in seconds; it also limits Retry-After."""
+    """Longest pause between retries, in seconds; also limits Retry-After."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,7 +102,7 @@ class EndpointConfig(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(Section):
-    """`mpo generate`: prompts → K responses each, drawn from a model."""
+    """`mpo generate`: sample K responses per prompt from a model."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "prompts",
@@ -117,57 +117,57 @@ class GenerateConfig(Section):
     )
 
     prompts: str
-    """JSONL with a prompt (string or messages) a line; other fields, such as group_id and reference_answer, are kept. Or
-    any input or output of `mpo prepare`, for its prompts."""
+    """JSONL with one prompt (string or messages) per line; other fields, such as group_id and reference_answer, are kept. Or any
+    input or output of `mpo prepare`, for its prompts."""
     model: str
-    """Hugging Face checkpoint folder, or one of ours (`mpo convert`, a training run or one of its steps), which is exported once
-    and kept beside its weights. For `engine: openai`, what holds the tokenizer."""
+    """Hugging Face checkpoint folder, or a Megatron checkpoint (`mpo convert`, a training run or one of its steps), which is
+    exported once beside its weights. For `engine: openai`, the folder with the tokenizer."""
     output: str
     """Folder for samples.jsonl and generate.json; repeat the command to resume."""
     engine: Literal["transformers", "vllm", "openai"] = "transformers"
-    """What generates: embedded, vLLM's offline engine, or a server (`endpoint`)."""
+    """Engine: the embedded one, vLLM's offline engine, or a server (`endpoint`)."""
     num_responses: int = 8
-    """K: responses to draw for each prompt."""
+    """K, the number of responses per prompt."""
     temperature: float = 1.0
-    """Sampling temperature; 0 takes the likeliest token, which makes all K responses equal."""
+    """Sampling temperature; 0 selects the likeliest token, which makes all K responses equal."""
     temperatures: list[float] = field(default_factory=list)
-    """Several temperatures in one run, in place of `temperature`: response k is drawn at the (k mod n)-th of n, for example
-    [0.6, 0.8, 1.0] as in MC-PO; each line notes its own."""
+    """Several temperatures in one run, instead of `temperature`: response k uses the (k mod n)-th of n, for example [0.6, 0.8,
+    1.0] as in MC-PO; each line records its own."""
     top_p: float = 1.0
-    """Draw from the fewest tokens that together have this probability."""
+    """Sample from the fewest tokens whose probabilities reach this sum."""
     top_k: int = 0
-    """Draw from this many likeliest tokens; 0 from all."""
+    """Sample from this many likeliest tokens; 0: from all."""
     max_tokens: int = 1024
-    """Longest response, its end token included."""
+    """Maximum tokens of a response, including its end token."""
     stop: list[str] = field(default_factory=list)
-    """Texts that end a response, besides the end token; they are not part of it."""
+    """Texts that end a response, besides the end token; excluded from it."""
     seed: int = 1234
-    """Response k of a group is drawn from a seed made of this, the group's id and k."""
+    """Response k of a group has a seed derived from this, the group's id and k."""
     tokenizer: str | None = None
-    """Folder or .model file of the tokenizer, if not the model's."""
+    """Folder or .model file of the tokenizer, if it is not the model's."""
     system_prompt: str | None = None
-    """System message put before prompts that have none; as in `mpo prepare`."""
+    """System message for prompts without one; as in `mpo prepare`."""
     prompt_format: Literal["auto", "chat", "templated"] = "auto"
-    """Whether prompts are text that the chat template has been applied to already; as in `mpo prepare`."""
+    """Whether prompts are already templated text; as in `mpo prepare`."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's; as in `mpo prepare`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template; as in `mpo prepare`."""
     max_prompt_tokens: int = 2048
-    """A longer prompt is rejected, and counted; as in `mpo prepare`."""
+    """Reject longer prompts, and count them; as in `mpo prepare`."""
     max_prompts: int | None = None
-    """Take only the first prompts, this many."""
+    """Use only the first prompts, at most this many."""
     empty: Literal["keep", "drop", "resample"] = "resample"
-    """What to do with a response of only white space."""
+    """Treatment of a response of only white space."""
     duplicates: Literal["keep", "drop", "resample"] = "keep"
-    """What to do with a response equal to an earlier one of its group."""
+    """Treatment of a response equal to an earlier one of its group."""
     max_attempts: int = 3
-    """How often to draw one response at most. After the last draw, an empty or equal response is kept, and an unusable one
-    (filtered, aborted, no text) is left out; both are counted."""
+    """Maximum draws per response. After the last draw, an empty or equal response is kept, and an unusable one (filtered,
+    aborted, no text) is dropped; both are counted."""
     max_failed: float = 0.0
-    """Share of prompts that may fail (an endpoint's errors) before the command fails; responses that arrived are kept."""
+    """Share of prompts that may fail (endpoint errors) before the command fails; responses that arrived are kept."""
     shard: str | None = None
-    """`i/n`: part i (from 0) of n of the prompts; by default a Slurm array's task. The last part to finish joins all."""
+    """`i/n`: part i (from 0) of n of the prompts; by default, a Slurm array's task. The last part to finish joins all."""
     transformers: TransformersConfig = field(default_factory=TransformersConfig)
     """The embedded engine."""
     vllm: VllmConfig = field(default_factory=VllmConfig)
@@ -175,11 +175,11 @@ class GenerateConfig(Section):
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     """The server of `engine: openai`."""
     load_adapter: bool = False
-    """Let that server (vLLM, SGLang) load the adapter in `model` beside the base model, which `endpoint.model` names, and unload
-    it at the end. The server must see the adapter's folder under the same path."""
+    """Load the adapter in `model` on the server (vLLM, SGLang) beside the base model `endpoint.model`, and unload it at the end.
+    The server must see the adapter's folder under the same path."""
 
     load_weights: bool = False
-    """Let that server (vLLM with VLLM_SERVER_DEV_MODE=1) read the weights of `model` first, from the same path."""
+    """Make the server (vLLM with VLLM_SERVER_DEV_MODE=1) load the weights of `model` first, from the same path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,30 +191,32 @@ class GenerateConfig(Section):
             require(0 <= temperature < float("inf"), f"temperatures = {self.temperatures}; each must be 0 or positive.")
         require(
             not self.temperatures or self.temperature == 1.0,
-            f"temperature = {self.temperature}, temperatures = {self.temperatures}; leave one of them out.",
+            f"temperature = {self.temperature}, temperatures = {self.temperatures}; remove one of them.",
         )
         require(
             len(self.temperatures) <= self.num_responses,
-            f"temperatures = {self.temperatures}; num_responses = {self.num_responses} are fewer: some would not be used.",
+            f"temperatures = {self.temperatures}; num_responses = {self.num_responses} is smaller, so some would not "
+            "be used; raise it.",
         )
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}; it must be above 0 and at most 1.")
         require(self.top_k >= 0, f"top_k = {self.top_k}; it must be 0 (all tokens) or positive.")
-        require(all(self.stop), "stop holds an empty text, which every response would end with; remove it.")
+        require(all(self.stop), "stop contains an empty text, which would end every response at once; remove it.")
         require(self.max_prompts is None or self.max_prompts >= 1, f"max_prompts = {self.max_prompts}; it must be at least 1.")
         require(0 <= self.max_failed < 1, f"max_failed = {self.max_failed}; it is a share: at least 0 and below 1.")
         require(
             min([self.temperature, *self.temperatures]) > 0 or self.duplicates != "resample",
-            "duplicates = resample, temperature = 0: drawing again gives the same text; raise temperature, or keep or drop.",
+            "duplicates = resample, temperature = 0: redrawing gives the same text; raise temperature, or set "
+            "duplicates to keep or drop.",
         )
         if self.shard is not None:
             parse_shard(self.shard)
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """The part and the number of parts that `i/n` names.
+    """The part and the number of parts in `i/n`.
 
     Raises:
-        ConfigError: it is not of that form, or i is not below n.
+        ConfigError: the text has another form, or i is not below n.
     """
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     require(match is not None, f"shard = {text}; write i/n, for example 0/8 … 7/8.")
@@ -225,26 +227,27 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def validate_generate(config: GenerateConfig) -> None:
-    """Check what concerns several fields, and the world outside, before anything loads.
+    """Check across fields and against the outside world, before anything loads.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     check_writable(Path(config.output), "output")
     if config.engine == "openai":
         validate_endpoint(config.endpoint, "endpoint")
         require(
             not (config.load_adapter and config.load_weights),
-            "load_adapter = true, load_weights = true; a policy is an adapter or a whole model: leave one of them out.",
+            "load_adapter = true, load_weights = true; a policy is an adapter or a whole model: remove one of them.",
         )
     else:
         require(
             not config.load_weights,
-            f"load_weights = true is for a server (engine = openai); engine = {config.engine} loads model anyway: remove it.",
+            f"load_weights = true applies to a server (engine = openai); engine = {config.engine} loads the model "
+            "anyway: remove it.",
         )
         require(
             not config.load_adapter,
-            f"load_adapter = true is for a server (engine = openai); engine = {config.engine} takes adapters anyway: leave it "
+            f"load_adapter = true applies to a server (engine = openai); engine = {config.engine} loads adapters anyway: remove "
             "out.",
         )
         require(
@@ -257,9 +260,10 @@ def validate_endpoint(config: EndpointConfig, name: str) -> None:
     """Check that an endpoint has an address and a model.
 
     Raises:
-        ConfigError: naming the field.
+        ConfigError: names the field.
     """
     require(
-        bool(config.base_url), f"{name}.base_url is missing; give the server's address, for example http://localhost:8000/v1."
+        bool(config.base_url),
+        f"{name}.base_url is missing; set it to the server's address, for example http://localhost:8000/v1.",
     )
-    require(bool(config.model), f"{name}.model is missing; give the name under which the server knows the model.")
+    require(bool(config.model), f"{name}.model is missing; set it to the model's name on the server.")

@@ -1,4 +1,4 @@
-"""`--help`: the options that most runs set, then the names of all others; `--help-all` explains every option."""
+"""`--help`: the most used options, then the names of all others; `--help-all` explains every option."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from mpo_megatron.config.values import field_types, section_of
 SHORT, ALL = ("--help", "-h"), "--help-all"
 
 _LARGEST_WIDTH = 110
-"""Columns of a help text on a wider terminal."""
+"""Maximum width of a help text."""
 
 _DEFAULT_SHOWN = 24
-"""Characters of a default; a longer one is left to `--help-all`."""
+"""Maximum characters of a default; longer ones appear only in `--help-all`."""
 
 
 def format_help(kind: type[Any], parser: ArgumentParser, launcher: Mapping[str, str]) -> str:
-    """What `--help` prints: all options of a small command; else its `MAIN_OPTIONS`, and the names of the others.
+    """The text of `--help`: all options of a small command; otherwise its `MAIN_OPTIONS`, and the names of the others.
 
     Args:
-        parser: of `kind`, with the help of each option
-        launcher: option → help of options that are read before `kind` is
+        parser: parser of `kind`, with the help of each option
+        launcher: option → help of options that are parsed before `kind`
     """
     main: tuple[str, ...] = getattr(kind, "MAIN_OPTIONS", ())
     if not main:
@@ -55,7 +55,7 @@ def format_help(kind: type[Any], parser: ArgumentParser, launcher: Mapping[str, 
 
 
 def format_all(parser: ArgumentParser, launcher: Mapping[str, str]) -> str:
-    """What `--help-all` prints: every option with its type and default."""
+    """The text of `--help-all`: every option with its type and default."""
     if launcher:
         group = parser.add_argument_group("Ranks on this machine")
         for name, text in launcher.items():
@@ -70,13 +70,13 @@ def usage(kind: type[Any], program: str) -> str:
 
 
 def description(kind: type[Any]) -> str:
-    """What the command does: the docstring of its options, without the command's name."""
+    """The command's purpose: the docstring of its options, without the command's name."""
     text = re.sub(r"^`[^`]+`: ", "", " ".join((kind.__doc__ or "").split()))
     return text[:1].upper() + text[1:]
 
 
 def required_options(kind: type[Any]) -> list[str]:
-    """Names of the options without a default, in sections, too."""
+    """Names of the options without a default, including those in sections."""
     names = []
     for field in dataclasses.fields(kind):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -87,7 +87,7 @@ def required_options(kind: type[Any]) -> list[str]:
 
 
 def _texts(kind: type[Any]) -> dict[str, str]:
-    """Name → help of every option, those in sections that may be null included."""
+    """Name → help of every option, including those in sections that may be null."""
     parser = ArgumentParser()
     parser.add_class_arguments(kind, as_positional=False)
     texts = {action.dest: action.help or "" for action in parser._actions}  # argparse has no public list of them
@@ -99,7 +99,7 @@ def _texts(kind: type[Any]) -> dict[str, str]:
 
 
 def _default(kind: type[Any], name: str) -> str:
-    """The default of an option, if it is worth showing."""
+    """The default of an option, if useful."""
     first, _, rest = name.partition(".")
     if rest:
         section = section_of(options_of(kind)[first])

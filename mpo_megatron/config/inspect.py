@@ -16,25 +16,25 @@ class InspectConfig(Section):
     data: str | None = None
     """Folder with prepared groups (`mpo prepare`)."""
     group: str = "0"
-    """Id of the group to show, or its place in the data, counted from 0."""
+    """Id of the group to show, or its index in the data, counted from 0."""
     layout: Literal["shared", "unshared"] = "shared"
-    """How the group is laid out in a row; see data.layout of `mpo train`."""
+    """Layout of the group in a row; see data.layout of `mpo train`."""
     tokenizer: str | None = None
-    """Where the tokenizer is, if it has moved since `mpo prepare`."""
+    """Path of the tokenizer, if it has moved since `mpo prepare`."""
     run: str | None = None
     """A run's folder, to show a row of its training batches instead of a group."""
     step: int = 1
     """The step, counted from 1 as in metrics.jsonl."""
     row: int = 0
-    """Which of the step's packed rows, counted from 0."""
+    """Index of the step's packed row, counted from 0."""
     replica: int = 0
-    """Which data-parallel replica's rows."""
+    """Index of the data-parallel replica."""
     html: str | None = None
-    """Also write it as a page to this file."""
+    """Also write an HTML page to this file."""
     png: str | None = None
     """Also draw the attention mask to this file."""
     max_tokens: int = 4000
-    """Tokens shown on the terminal; the page shows all."""
+    """Maximum tokens shown on the terminal; the page shows all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,10 +53,10 @@ class InspectConfig(Section):
         ):
             require(
                 self.run is None or not changed,
-                f"{name} has no effect on a run's rows: its configuration says it; remove it.",
+                f"{name} has no effect on a run's rows: the run's configuration sets it; remove it.",
             )
         for name, changed in (("step", self.step != 1), ("row", self.row != 0), ("replica", self.replica != 0)):
             require(
                 self.data is None or not changed,
-                f"{name} has an effect on a run's rows only; name the run with --run instead of --data.",
+                f"{name} applies to a run's rows only; name the run with --run instead of --data.",
             )

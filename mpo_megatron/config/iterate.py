@@ -20,12 +20,12 @@ STAGES = {
     "prepare": PrepareConfig,
     "train": TrainConfig,
 }
-"""Sections of the configuration, each the options of the command of that name."""
+"""Sections of the configuration; each holds the options of the command with that name."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IterateConfig(Section):
-    """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set, which resume anywhere."""
+    """`mpo iterate`: rounds of generate → score → select → prepare → train over a split prompt set; resumable anywhere."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "output",
@@ -43,39 +43,41 @@ class IterateConfig(Section):
     output: str
     """Folder of all rounds; repeat the command to resume."""
     model: str
-    """The policy that the first round starts from: a Hugging Face folder, or what `mpo convert` or a run wrote."""
+    """The policy at the start of the first round: a Hugging Face folder, or an output of `mpo convert` or a run."""
     prompts: str
-    """.jsonl file, an object with `prompt` (text or messages) a line; other fields, such as a reference answer, reach scorers."""
+    """.jsonl file with one object per line, with `prompt` (text or messages); other fields, such as a reference answer, reach
+    scorers."""
     rounds: int = 3
-    """Number of rounds; each prompt is in one of them, and all are equally large."""
+    """Number of rounds; each prompt is used in one round, and rounds have equal sizes."""
     held_out: int = 100
-    """Prompts that no round trains on; every policy answers them, and the reports compare the answers."""
+    """Number of prompts excluded from training; every policy answers them, and the reports compare the answers."""
     held_out_responses: int = 2
-    """Answers to each held-out prompt."""
+    """Answers per held-out prompt."""
     reference: Literal["previous", "initial"] = "previous"
-    """The reference policy of a round: the policy it starts from, or the one that the first round started from."""
+    """The reference policy of a round: the policy at the round's start, or at the first round's start."""
     optimizer: Literal["fresh", "continued"] = "fresh"
-    """`fresh`: each round is a training run of its own. `continued`: rounds are segments of one run, whose optimizer state and
-    learning-rate schedule continue while each segment draws new groups from the current policy (OnMC-PO); needs
-    reference = initial."""
+    """`fresh`: each round is a separate training run. `continued`: rounds are segments of one run, whose optimizer state and
+    learning-rate schedule continue while each segment draws new groups from the current policy (OnMC-PO); needs reference =
+    initial."""
     generate: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo generate`, without input, output and model."""
+    """Options of `mpo generate`, except input, output and model."""
     score: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo score`, without input and output."""
+    """Options of `mpo score`, except input and output."""
     select: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo select`, without input and output."""
+    """Options of `mpo select`, except input and output."""
     prepare: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo prepare`, without input, output and tokenizer."""
+    """Options of `mpo prepare`, except input, output and tokenizer."""
     train: dict[str, Any] = field(default_factory=dict)
-    """Options of `mpo train`, without output, model.checkpoint, model.reference and data.train."""
+    """Options of `mpo train`, except output, model.checkpoint, model.reference and data.train."""
     per_round: dict[str, list[Any]] = field(default_factory=dict)
-    """Options that change from round to round: `train.optimizer.lr: [1e-6, 5e-7, 2.5e-7]`, one value for each."""
+    """Options that change by round: `train.optimizer.lr: [1e-6, 5e-7, 2.5e-7]`, one value per round."""
     measure_kl: bool = True
-    """Measure KL(π ‖ π_ref) after each round, on the new policy's answers to the held-out prompts; starts the ranks once more."""
+    """Measure KL(π ‖ π_ref) after each round, on the new policy's answers to the held-out prompts; starts the ranks again for
+    it."""
     nproc: int | None = None
     """Ranks of training; by default one per GPU, or what the layout needs."""
     seed: int = 1234
-    """Seed of the prompt split; a stage without its own seed takes this plus the number of the round."""
+    """Seed of the prompt split; a stage without its own seed uses this plus the round's number."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,7 +92,7 @@ class IterateConfig(Section):
         if self.optimizer == "continued":
             require(
                 self.reference == "initial",
-                "optimizer = continued with reference = previous; one run has one reference: set reference to initial.",
+                "optimizer = continued with reference = previous; one run can have only one reference: set reference to initial.",
             )
             changed = next((name for name in self.per_round if name.startswith("train.")), None)
             require(changed is None, f"per_round.{changed}: optimizer = continued is one training run; remove it.")

@@ -1,4 +1,4 @@
-"""Options of `mpo launch <target>`: one dataclass per target, over the same job."""
+"""Options of `mpo launch <target>`: one dataclass per target, with common options of a job."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ SLURM_TIME = re.compile(r"(\d+-)?\d+(:\d{1,2}){0,2}")
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig(Section):
-    """Options of a training job that every target has."""
+    """Options of a training job, common to all targets."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = ("train", "nodes", "gpus_per_node", "output", "setup", "environment", "dry_run")
 
     train: str
-    """YAML file of `mpo train`; the job runs it unchanged, and its layout is checked against the nodes."""
+    """YAML file of `mpo train`; the job runs it unchanged, after checking its layout against the nodes."""
     output: str | None = None
     """File to write the job to; by default it is printed."""
     name: str = "mpo"
@@ -31,11 +31,11 @@ class JobConfig(Section):
     nodes: int = 1
     """Machines."""
     gpus_per_node: int = 8
-    """GPUs of each machine; 0 for a job on CPUs."""
+    """GPUs per machine; 0 for a job on CPUs."""
     ranks_per_node: int | None = None
-    """Processes a machine; by default one per GPU."""
+    """Processes per machine; by default one per GPU."""
     setup: str = ""
-    """Shell lines that run first on every machine: `module load …`, `source …/bin/activate`."""
+    """Shell lines to run first on every machine: `module load …`, `source …/bin/activate`."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the ranks, for example NCCL's; docs/launching.md explains which matter."""
     dry_run: bool = False
@@ -47,7 +47,7 @@ class JobConfig(Section):
         require(self.gpus_per_node >= 0, f"gpus_per_node = {self.gpus_per_node}; it must be 0 (CPUs only) or more.")
         require(
             self.gpus_per_node > 0 or self.ranks_per_node is not None,
-            "gpus_per_node = 0 leaves no rank to start; give ranks_per_node for a job on CPUs.",
+            "gpus_per_node = 0 leaves no rank to start; set ranks_per_node for a job on CPUs.",
         )
         require(self.ranks_per_node is None or self.ranks_per_node >= 1, f"ranks_per_node = {self.ranks_per_node}; at least 1.")
         require(
@@ -68,9 +68,9 @@ class TorchrunJob(JobConfig):
     """`mpo launch torchrun`: a shell script to start on every machine by hand, or by any scheduler."""
 
     rendezvous: Literal["static", "c10d"] = "c10d"
-    """`static`: every machine knows its number (NODE_RANK); `c10d`: machines meet at the first one, and may restart."""
+    """`static`: every machine gets its number (NODE_RANK); `c10d`: machines rendezvous at the first one, and may restart."""
     max_restarts: int = 3
-    """How often torchrun restarts the ranks after a failure; each time the run resumes from its newest checkpoint."""
+    """Maximum restarts by torchrun after failures; each time the run resumes from its newest checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,7 +84,7 @@ class SlurmJob(JobConfig):
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "time", "partition", "container")
 
     time: str = "24:00:00"
-    """Time limit, as Slurm writes it."""
+    """Time limit, in Slurm's format."""
     partition: str | None = None
     """Partition to submit to."""
     account: str | None = None
@@ -92,19 +92,19 @@ class SlurmJob(JobConfig):
     qos: str | None = None
     """Quality of service."""
     cpus_per_rank: int | None = None
-    """CPU cores of each rank."""
+    """CPU cores per rank."""
     warn_seconds: int = 300
-    """Seconds before the time limit at which the ranks receive SIGUSR1; must be longer than a step and a save."""
+    """Seconds before the time limit at which the ranks receive SIGUSR1; must exceed a step plus a save."""
     max_requeues: int = 20
-    """How often the job requeues itself after a clean stop."""
+    """Maximum times that the job requeues itself after a clean stop."""
     logs: str = "logs"
-    """Folder of the job's logs, one file a job and one a rank."""
+    """Folder of the job's logs: one file per job and one per rank."""
     container: str | None = None
-    """Image to run the ranks in; by default they run on the machine itself."""
+    """Container image for the ranks; by default they run without a container."""
     container_runtime: Literal["pyxis", "apptainer"] = "pyxis"
-    """What runs the image."""
+    """Runtime of the container image."""
     mounts: list[str] = field(default_factory=list)
-    """Folders the container sees, `outside:inside`."""
+    """Folders visible in the container, `outside:inside`."""
     sbatch: list[str] = field(default_factory=list)
     """Further sbatch options, for example `--exclusive` or `--constraint=h100`."""
 
@@ -120,7 +120,7 @@ class SlurmJob(JobConfig):
         require(self.container != "", "container is empty; name an image, or remove it.")
         require(
             not self.mounts or self.container is not None,
-            f"mounts = {self.mounts}, but no container would see them; name its image as container, or leave them out.",
+            f"mounts = {self.mounts}, but there is no container; set container to an image, or remove mounts.",
         )
         for mount in self.mounts:
             require(
@@ -131,7 +131,7 @@ class SlurmJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmArray(Section):
-    """`mpo launch slurm-array`: responses for many prompts, or scores for many groups, each array task one shard."""
+    """`mpo launch slurm-array`: responses for many prompts, or scores for many groups; each array task handles one shard."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (
         "generate",
@@ -154,21 +154,21 @@ class SlurmArray(Section):
     name: str | None = None
     """Name of the job; by default mpo-generate or mpo-score."""
     tasks: int = 8
-    """Array tasks, which is the number of shards."""
+    """Number of array tasks, which is the number of shards."""
     gpus_per_task: int = 1
-    """GPUs of each task (the engine's tensor-parallel size); 0 for CPUs."""
+    """GPUs per task (the engine's tensor-parallel size); 0 for CPUs."""
     time: str = "04:00:00"
-    """Time limit of a task, as Slurm writes it; a task that reaches it is requeued and resumes."""
+    """Time limit of a task, in Slurm's format; a task that reaches it is requeued and resumes."""
     partition: str | None = None
     """Partition to submit to."""
     account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
     max_requeues: int = 20
-    """How often a task requeues itself."""
+    """Maximum times that a task requeues itself."""
     logs: str = "logs"
     """Folder of the tasks' logs."""
     setup: str = ""
-    """Shell lines that run first in every task."""
+    """Shell lines to run first in every task."""
     environment: dict[str, str] = field(default_factory=dict)
     """Environment variables of the tasks."""
     sbatch: list[str] = field(default_factory=list)
@@ -192,12 +192,12 @@ class SlurmArray(Section):
 
 
 def _check_directives(job: SlurmJob | SlurmArray) -> None:
-    """Check the values in #SBATCH lines, which no shell reads: there is no quoting."""
+    """Check the values in #SBATCH lines, which no shell reads, so they cannot be quoted."""
     for name in ("name", "partition", "account", "qos", "logs"):
         value = getattr(job, name, None)
         require(
             value is None or SLURM_WORD.fullmatch(value) is not None,
-            f"{name} = {value!r}; in a job for Slurm it has no spaces, quotes or $.",
+            f"{name} = {value!r}; in a Slurm job it must not contain spaces, quotes or $.",
         )
     for option in job.sbatch:
         require(
@@ -208,24 +208,24 @@ def _check_directives(job: SlurmJob | SlurmArray) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class KubernetesJob(JobConfig):
-    """`mpo launch kubernetes`: a PyTorchJob (Kubeflow trainer) or a JobSet, with the run's configuration beside it."""
+    """`mpo launch kubernetes`: a PyTorchJob (Kubeflow trainer) or a JobSet, together with the run's configuration."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "image", "kind", "volumes")
 
     image: str
     """Container image with this package installed."""
     kind: Literal["pytorchjob", "jobset"] = "pytorchjob"
-    """Which controller the cluster has."""
+    """The cluster's controller."""
     namespace: str = "default"
     """Namespace of the job."""
     volumes: dict[str, str] = field(default_factory=dict)
-    """Persistent volume claims and where they are mounted, `claim: /path`; the run's folder must be on one."""
+    """Persistent volume claims and their mount points, `claim: /path`; the run's folder must be on one."""
     shared_memory: str = "64Gi"
     """Size of /dev/shm."""
     max_restarts: int = 20
-    """How often the job restarts; each time the run resumes from its newest checkpoint."""
+    """Maximum restarts of the job; each time the run resumes from its newest checkpoint."""
     resources: dict[str, str] = field(default_factory=dict)
-    """Further resource limits of a pod, for example `rdma/ib: "8"`."""
+    """Further resource limits per pod, for example `rdma/ib: "8"`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,14 +235,14 @@ class KubernetesJob(JobConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SkypilotJob(JobConfig):
-    """`mpo launch skypilot`: a SkyPilot task, which finds the machines in a cloud and recovers when it loses them."""
+    """`mpo launch skypilot`: a SkyPilot task, which finds machines in a cloud and recovers from their loss."""
 
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = (*JobConfig.MAIN_OPTIONS, "accelerators", "image", "mounts")
 
     accelerators: str
-    """GPU type that SkyPilot looks for, such as H100; gpus_per_node says how many."""
+    """GPU type that SkyPilot requests, such as H100; gpus_per_node sets the number."""
     image: str | None = None
-    """Container image, `docker:…`; by default SkyPilot's own, where `setup` must install the package."""
+    """Container image, `docker:…`; by default SkyPilot's own, in which `setup` must install the package."""
     mounts: dict[str, str] = field(default_factory=dict)
     """`file_mounts`: path on the machine → bucket or local folder; the run's folder must be on a bucket."""
     spot: bool = False

@@ -1,6 +1,6 @@
-"""The losses of the table and their hyper-parameters, by name: a wrong one is refused before torch is imported.
+"""Names of the losses and their hyper-parameters, to refuse a wrong name before torch is imported.
 
-`mpo_megatron/losses` defines them; a test compares.
+`mpo_megatron/losses` defines them; a test compares both.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ HYPERPARAMETERS = {
 
 
 def check_loss_names(loss: LossConfig) -> None:
-    """Refuse a loss, or a hyper-parameter of it, that there is not; those of a user's loss are checked when it is imported.
+    """Refuse an unknown loss or hyper-parameter; those of a user's loss are checked at its import.
 
     Raises:
-        ConfigError: naming it and the nearest.
+        ConfigError: names it, and the nearest name.
     """
     if loss.function is not None:
         return

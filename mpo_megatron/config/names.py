@@ -1,4 +1,4 @@
-"""Checks of option names: whether one exists, which was meant, and whether a YAML file gives each once and well typed."""
+"""Check option names: whether they exist, with suggestions, and whether a YAML file gives each once with the right type."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mpo_megatron.config.values import NUMBER, WHOLE, check_written, field_types
 from mpo_megatron.terminal.visible import visible
 
 MAX_NODES, MAX_DEPTH = 100_000, 30
-"""Values of a YAML file, and how deep they may be nested: far beyond any configuration."""
+"""Maximum number of values in a YAML file, and their nesting depth: far beyond any configuration."""
 
 MAX_DIGITS = 400
-"""Characters of a number; Python refuses to read some thousands."""
+"""Maximum characters of a number; Python refuses several thousand."""
 
 
 def options_of(kind: type[Any]) -> dict[str, Any]:
-    """Name → type of every option of a configuration, sections and what is in them: `model`, `model.checkpoint`, …"""
+    """Name → type of every option of a configuration, including sections and their options: `model`, `model.checkpoint`, …"""
     options = {}
     for name, expected in field_types(kind).items():
         options[name] = expected
@@ -34,10 +34,10 @@ def options_of(kind: type[Any]) -> dict[str, Any]:
 
 
 def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
-    """A message that no option has this name, with the likely one, or all of them.
+    """A message that no option has this name, with a suggestion, or all names.
 
     Args:
-        prefix: put before names in the message
+        prefix: prefix of names in the message
     """
     section, _, last = name.rpartition(".")
     options = options_of(kind)
@@ -54,10 +54,10 @@ def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
 
 
 def read_file(kind: type[Any], path: str | Path) -> dict[str, Any]:
-    """The options in a YAML file: of this configuration, each once, with values of their types.
+    """The options in a YAML file: known names, each once, with values of the right types.
 
     Raises:
-        ConfigError: with the line.
+        ConfigError: names the line.
     """
     require(Path(path).exists(), f"config = {path}; no such file.")
     require(Path(path).is_file(), f"config = {path}; not a file; name a YAML file.")
@@ -69,18 +69,18 @@ def read_file(kind: type[Any], path: str | Path) -> dict[str, Any]:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}; fix the line.") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: not valid YAML: it is nested without end; fix it.") from error
+        raise ConfigError(f"{path}: not valid YAML: it is nested too deeply; fix it.") from error
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); fix it, or copy it again.") from error
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(f"{path}: holds no options; write one a line, as `name: value`.")
+        raise ConfigError(f"{path}: holds no options; write one per line, as `name: value`.")
     options: dict[str, Any] = _Values().read(root, str(path))
     check_options(kind, options, str(path))
     return options
 
 
 class _Mapping(dict[str, Any]):
-    """A mapping of a YAML file, with the line of each name."""
+    """A mapping in a YAML file, with the line of each name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class _Mapping(dict[str, Any]):
 
 
 def read_text(text: str, where: str) -> Any:
-    """The value that a text spells in YAML, with the numbers of a YAML file; the text itself if it is no YAML.
+    """The value that a text spells in YAML, with the number rules of YAML files; the text itself if it is not YAML.
 
     Raises:
-        ConfigError: a number is written as it must not be.
+        ConfigError: a number has an ambiguous form.
     """
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -101,7 +101,7 @@ def read_text(text: str, where: str) -> Any:
 
 
 class _Values:
-    """Values of a YAML file's nodes. A number that YAML 1.1 reads as another than it looks like is refused."""
+    """Values of a YAML file's nodes. Refuses numbers that YAML 1.1 reads differently than they look."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -110,12 +110,12 @@ class _Values:
         """The value of a node.
 
         Raises:
-            ConfigError: with the line.
+            ConfigError: names the line.
         """
         self.count += 1
         place = f"{where}:{node.start_mark.line + 1}"
-        if self.count > MAX_NODES or depth > MAX_DEPTH:  # a few lines of aliases stand for billions of values
-            raise ConfigError(f"{place}: {name} holds too much, or itself; write its values out.")
+        if self.count > MAX_NODES or depth > MAX_DEPTH:  # a few lines of aliases can expand to billions of values
+            raise ConfigError(f"{place}: {name} is too large, or contains itself; write its values out.")
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, where, name, depth + 1) for item in node.value]
         if not isinstance(node, yaml.MappingNode):
@@ -140,15 +140,15 @@ class _Values:
 def _read_scalar(node: yaml.Node, place: str, name: str) -> Any:
     text, kind = str(node.value), node.tag.rpartition(":")[2]
     if kind == "str" and getattr(node, "style", None) is None and NUMBER.fullmatch(text):
-        kind = "float"  # 1e-6, which only YAML 1.2 takes for a number
+        kind = "float"  # 1e-6 is a number in YAML 1.2 only
     if kind in ("str", "null", "bool"):
         return {"str": text, "null": None, "bool": text.lower() in ("true", "yes", "on")}[kind]
     if kind not in ("int", "float"):
-        raise ConfigError(f"{place}: {name} = {show(text)}; YAML takes it for something else ({kind}); put it in quotes.")
+        raise ConfigError(f"{place}: {name} = {show(text)}; YAML reads it as another type ({kind}); put it in quotes.")
     if len(text) > MAX_DIGITS or (WHOLE if kind == "int" else NUMBER).fullmatch(text) is None:
         raise ConfigError(
-            f"{place}: {name} = {show(text)}; it must be a number, and finite: digits, with a point or an exponent; a text that "
-            "looks so goes into quotes."
+            f"{place}: {name} = {show(text)}; it must be a finite number: digits, with a point or an exponent; put a text that "
+            "looks like that in quotes."
         )
     return int(text) if kind == "int" else float(text)
 
@@ -157,8 +157,8 @@ def check_options(kind: type[Any] | None, options: Mapping[str, Any], where: str
     """Check names and values in a mapping of options.
 
     Args:
-        kind: what has these options; None if they are free
-        where: what holds them, for messages
+        kind: the configuration that has these options; None if any option is allowed
+        where: source of the options, for messages
     Raises:
         ConfigError: an unknown name, a value of another type, or a section without options.
     """
@@ -175,7 +175,7 @@ def check_options(kind: type[Any] | None, options: Mapping[str, Any], where: str
         if inner is not None and isinstance(value, Mapping):
             check_options(inner, value, where, f"{prefix}{name}.")
         elif inner is not None and not (value is None and NoneType in get_args(expected)):
-            raise ConfigError(f"{place}: {prefix}{name} is a section; give options under it, or take it out.")
+            raise ConfigError(f"{place}: {prefix}{name} is a section; give options under it, or remove it.")
         elif inner is None and kind:
             try:
                 check_written(expected, value, f"{prefix}{name}")

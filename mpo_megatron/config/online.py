@@ -1,4 +1,4 @@
-"""Options of samples that are drawn from the policy while it trains (`online` of `mpo train`)."""
+"""Options of sampling from the policy while it trains (`online` of `mpo train`)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ LIVE_ENGINE_OPTIONS = (
     *("model", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "gpu_memory_utilization"),
     *("load_format", "enable_sleep_mode", "weight_transfer_config", "distributed_executor_backend"),
 )
-"""Arguments of vLLM's `EngineArgs` that follow from the run."""
+"""Arguments of vLLM's `EngineArgs` that the run sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiveVllmConfig(Section, prefix="online.vllm."):
-    """A vLLM engine that the run starts itself."""
+    """A vLLM engine started by the run."""
 
     gpus: Literal["shared", "own"] = "shared"
-    """`shared`: GPUs of each model replica's first ranks, where it sleeps while they train; `own`: GPUs without a rank."""
+    """`shared`: on the GPUs of each model replica's first ranks, sleeping while they train; `own`: on GPUs without a rank."""
     memory_fraction: float | None = None
-    """Share of a GPU's memory that it uses while it samples; by default what weights, keys and values, and kernels need, and 0.9
-    of its own GPUs."""
+    """Share of a GPU's memory used while sampling; by default, what weights, KV cache and kernels need, or 0.9 of its own
+    GPUs."""
     tensor_parallel: int = 1
-    """GPUs that share each layer."""
+    """Number of GPUs that share each layer."""
     pipeline_parallel: int = 1
-    """GPUs (or groups of them) that share the depth."""
+    """Number of GPUs (or groups of them) among which layers are divided."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `EngineArgs`, for example `quantization: fp8_per_tensor`."""
 
@@ -48,27 +48,28 @@ class LiveVllmConfig(Section, prefix="online.vllm."):
 
 @dataclass(frozen=True, kw_only=True)
 class OnlineConfig(Section, prefix="online."):
-    """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples of the policy as it trains (SPO, Eq. 15)."""
+    """SPO's regulariser: β · token-wise KL(π ‖ π_ref) on samples from the policy during training (SPO, Eq. 15)."""
 
     kl_weight: float = 0.0
-    """β, added to any loss; 0 samples nothing. The paper tries 0.01 and 0.1."""
+    """β, added to any loss; 0 disables sampling. The paper tries 0.01 and 0.1."""
     every: int = 8
-    """T: sample again after this many steps, and keep the samples until then."""
+    """T: sample again after this many steps, and reuse the samples until then."""
     num_samples: int = 32
     """Samples per batch, for prompts of the last T steps."""
     max_tokens: int = 512
-    """Longest sample, its end token included."""
+    """Maximum tokens of a sample, including its end token."""
     temperature: float = 1.0
     """Sampling temperature; only 1 samples the policy's own distribution."""
     engine: Literal["transformers", "vllm", "server"] = "transformers"
-    """What samples from the live weights: the embedded model, a vLLM that the run starts, or a vLLM server (`endpoint`)."""
+    """Engine for sampling from the live weights: the embedded model, a vLLM that the run starts, or a vLLM server
+    (`endpoint`)."""
     vllm: LiveVllmConfig = field(default_factory=LiveVllmConfig)
-    """The engine of `engine: vllm`."""
+    """Options of `engine: vllm`."""
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
-    """The server of `engine: server`."""
+    """Options of `engine: server`."""
     weights_address: str | None = None
-    """Where the server finds the run's first rank, which sends weights: `host` or `host:port`; by default this machine's address
-    on the way to the server."""
+    """Address at which the server reaches the run's first rank, which sends weights: `host` or `host:port`; by default, this
+    machine's address on the route to the server."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -97,11 +98,12 @@ class OnlineConfig(Section, prefix="online."):
         validate_endpoint(self.endpoint, "online.endpoint")
         require(
             self.endpoint.api == "tokens",
-            f"online.endpoint.api = {self.endpoint.api}; samples are drawn behind the very tokens of the data: set it to tokens.",
+            f"online.endpoint.api = {self.endpoint.api}; samples must continue the exact tokens of the data: set it to tokens.",
         )
         require(
             self.endpoint.server in ("auto", "vllm"),
-            f"online.endpoint.server = {self.endpoint.server}; only vLLM takes live weights here: set it to auto or vllm, or set "
+            f"online.endpoint.server = {self.endpoint.server}; only vLLM can receive live weights: set it to auto or "
+            "vllm, or set "
             "online.engine to vllm or transformers.",
         )
         address = re.fullmatch(r"[^\s:/]+(?::(\d{1,5}))?", "any" if self.weights_address is None else self.weights_address)

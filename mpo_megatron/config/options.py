@@ -1,4 +1,4 @@
-"""Options whose values are not parsed again: `pattern: "[a-z]"` is a text, though it would parse as a list."""
+"""Options with unparsed values: `pattern: "[a-z]"` is a text, although it would parse as a list."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 else:
 
     class Options:
-        """The type of such a field for the parser, which reads the texts in a `dict[str, Any]` as YAML again. Values are plain
+        """The parser's type for such a field; for `dict[str, Any]` it would parse the texts as YAML again. Values are plain
         dictionaries."""
 
 

@@ -1,4 +1,4 @@
-"""Options of a run's layout: how the model is partitioned over ranks, and whether layers and ranks divide so."""
+"""Options of a run's layout: the partition of the model over ranks, and whether layers and ranks divide evenly."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig(Section, prefix="parallel."):
-    """How the model is partitioned over ranks; the remaining ranks are data-parallel replicas."""
+    """Partition of the model over ranks; the remaining ranks are data-parallel replicas."""
 
     tensor: int = 1
-    """Tensor-parallel ranks: each holds a slice of every weight matrix."""
+    """Tensor-parallel ranks: each holds a shard of every weight matrix."""
     pipeline: int = 1
-    """Pipeline stages: each holds a run of layers."""
+    """Pipeline stages: each holds consecutive layers."""
     virtual_pipeline: int = 1
-    """Runs of layers per stage; more than 1 interleaves them, which divides the pipeline's bubble by this number."""
+    """Virtual stages per pipeline stage; more than 1 interleaves them, which divides the pipeline's bubble by this number."""
     first_stage_layers: int | None = None
-    """Layers of the first stage, if not its equal share: fewer make up for the embedding, or for an odd number of layers."""
+    """Layers of the first stage, if not an equal share: fewer compensate for the embedding, or for an odd number of layers."""
     last_stage_layers: int | None = None
-    """Layers of the last stage, if not its equal share: fewer make up for the output layer."""
+    """Layers of the last stage, if not an equal share: fewer compensate for the output layer."""
     context: int = 1
-    """Context-parallel ranks: each computes a part of every row's tokens, and a part of the heads in attention."""
+    """Context-parallel ranks: each computes a part of every row's tokens, and some of the heads in attention."""
     expert: int = 1
-    """Expert-parallel ranks, for models with experts: each holds a part of every layer's experts. They are taken from the ranks
-    of one pipeline stage, so they multiply no other size."""
+    """Expert-parallel ranks, for models with experts: each holds some of every layer's experts. They are taken from the ranks of
+    one pipeline stage, so they multiply no other size."""
     expert_tensor: int = 1
-    """Ranks that hold slices of the same expert; rarely useful, as experts are small."""
+    """Ranks that shard the same expert; rarely useful, because experts are small."""
     sequence: bool | None = None
     """Sequence parallelism in norms and residuals; by default on when `tensor` > 1."""
     timeout_minutes: float = 30.0
-    """End the run when a collective hangs for longer than this."""
+    """Fail if a collective hangs for longer than this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,7 +67,7 @@ class ParallelConfig(Section, prefix="parallel."):
 
     @property
     def row_parts(self) -> int:
-        """Equal parts that a row's tokens are split into, at most: a row's length is a multiple of it."""
+        """Maximum number of equal parts that a row's tokens are split into; row lengths are multiples of it."""
         return self.tensor * self.context
 
     @property
@@ -76,10 +76,10 @@ class ParallelConfig(Section, prefix="parallel."):
         return self.pipeline if self.virtual_pipeline > 1 else 1
 
     def stage_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers of each pipeline stage, over all its runs.
+        """Layers of each pipeline stage, over all its virtual stages.
 
         Raises:
-            ConfigError: `num_layers` cannot be divided so; the message says what can.
+            ConfigError: `num_layers` cannot be divided like this; names valid values.
         """
         first, last, stages = self.first_stage_layers, self.last_stage_layers, self.pipeline
         middle_stages = stages - (first is not None) - (last is not None)
@@ -92,7 +92,8 @@ class ParallelConfig(Section, prefix="parallel."):
         if middle_stages == 0:
             require(
                 middle == 0,
-                f"{given}: together {num_layers - middle} layers, the model has num_hidden_layers = {num_layers}; leave one out.",
+                f"{given}: together {num_layers - middle} layers, but the model has num_hidden_layers = {num_layers}; "
+                "remove one.",
             )
         elif given:
             require(

@@ -1,4 +1,4 @@
-"""From YAML files and command lines to the dataclasses of this folder."""
+"""Parse YAML files and command lines into the dataclasses of this folder."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def build_parser(kind: type[Any], program: str) -> ArgumentParser:
 
 
 def instantiate[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -> C:
-    """The dataclass that checked values describe, and those of its sections.
+    """Build the dataclass for checked values, including its sections.
 
     Args:
-        prefix: put before names in messages
+        prefix: prefix of names in messages
     Raises:
         ConfigError: an option without a default is missing, or a value breaks a rule.
     """
@@ -69,12 +69,12 @@ def parse[C](
     program: str = "mpo",
     launcher: Mapping[str, str] = MappingProxyType({}),
 ) -> C:
-    """Parse command-line arguments (default: sys.argv) into `kind`. Help and `--print_config` print, and end the program.
+    """Parse command-line arguments (default: sys.argv) into `kind`. Help and `--print_config` print and exit.
 
     Args:
-        launcher: option → help of options that were read before; only help lists them
+        launcher: option → help of options that were parsed before, for the help text
     Raises:
-        ConfigError: an option is unknown or missing, is of another type, or breaks a rule.
+        ConfigError: an option is unknown or missing, has another type, or breaks a rule.
     """
     parser = build_parser(kind, program)
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -101,14 +101,14 @@ def parse[C](
 
 
 def fill_flags(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """The arguments, with `--plan` written as `--plan=true`: an option that is true or false needs no value to be true."""
+    """The arguments, with `--plan` written as `--plan=true`: a boolean option needs no value to be true."""
     flags = {f"--{name}" for name, expected in options_of(kind).items() if expected is bool}
     pairs = itertools.pairwise([*arguments, "--"])
     return [f"{option}=true" if option in flags and following.startswith("--") else option for option, following in pairs]
 
 
 def take_stage_options(kind: type[Any], arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The other arguments, and the options of stages: `--train.loss.params.beta 0.1` as {"train.loss.params.beta": ["0.1"]}.
+    """Split off the options of stages: `--train.loss.params.beta 0.1` becomes {"train.loss.params.beta": ["0.1"]}.
 
     Raises:
         ConfigError: an option without a value.
@@ -131,15 +131,15 @@ def take_stage_options(kind: type[Any], arguments: Sequence[str]) -> tuple[list[
         else:
             others.append(argument)
     for name, values in taken.items():
-        require(bool(values), f"--{name}: a value is missing.")
+        require(bool(values), f"--{name}: a value is missing; write --name value.")
     return others, taken
 
 
 def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[str, Sequence[str]]) -> None:
-    """Put options of stages where they belong among the values.
+    """Put the options of stages into the nested values.
 
     Raises:
-        ConfigError: one is a section, or is in something that is none.
+        ConfigError: one names a section, or is inside something that is not a section.
     """
     for name, texts in taken.items():
         stage, _, option = name.partition(".")
@@ -157,10 +157,10 @@ def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[st
 
 
 def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
-    """The arguments with `--list a b`, `--list a --list b` and `--mapping x=1 y=2` each as one value, as the parser takes them.
+    """The arguments with `--list a b`, `--list a --list b` and `--mapping x=1 y=2` each joined into one value for the parser.
 
     Raises:
-        ConfigError: a part of a mapping is not written as name=value.
+        ConfigError: a part of a mapping is not of the form name=value.
     """
     types = {f"--{name}": expected for name, expected in options_of(kind).items()}
     values: dict[str, list[str]] = {}
@@ -170,7 +170,9 @@ def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
         option, equals, value = argument.partition("=")
         if collection_of(types.get(option)) is not None:
             current = option
-            if option not in values or not (equals or _is_value(following)):  # without a value the parser says what is missing
+            if option not in values or not (
+                equals or _is_value(following)
+            ):  # without a value, the parser reports what is missing
                 joined.append(option)
             values.setdefault(option, []).extend([value] if equals else [])
         elif current is not None and _is_value(argument):
@@ -185,12 +187,12 @@ def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
 
 def _is_value(argument: str) -> bool:
-    """Whether an argument is no option: a text, a number below 0, or `-`."""
+    """Whether an argument is not an option: a text, a negative number, or `-`."""
     return argument == "-" or re.match(r"-(?!\.?\d)", argument) is None
 
 
 def _join(option: str, expected: Any, given: Sequence[str]) -> str:
-    """The values of a list or of a mapping, as one argument."""
+    """The values of a list or a mapping, as one argument."""
     kind = collection_of(expected)
     if len(given) == 1 and (given[0].lstrip()[:1] in ("[", "{") or get_origin(expected) is not kind):
         return given[0]
@@ -204,14 +206,14 @@ def _join(option: str, expected: Any, given: Sequence[str]) -> str:
 
 
 def _check_argument(kind: type[Any], name: str, text: str) -> None:
-    """Check what follows an option on the command line.
+    """Check the value of an option on the command line.
 
     Raises:
-        ConfigError: no value of its type is written so.
+        ConfigError: it is not a valid value of the option's type.
     """
     options = options_of(kind)
     if name.partition(".")[0] not in options:
-        return  # the parser says which there are
+        return  # the parser lists the existing options
     expected = options.get(name)
     if name in options and is_single(expected):
         check_written(expected, text, name)
@@ -237,10 +239,10 @@ def load_yaml[C](kind: type[C], path: str | Path) -> C:
 
 
 def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
-    """The configuration that nested plain dictionaries describe, checked like one from the command line.
+    """The configuration described by nested dictionaries, checked like one from the command line.
 
     Args:
-        where: what the options are a part of, for messages
+        where: source of the options, for messages
     Raises:
         ConfigError: an unknown key, a missing one, or a value that breaks a rule.
     """
@@ -257,14 +259,14 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
-    """A parser's message as one sentence: which option, its value, and what it must be.
+    """A parser's message as one sentence: the option, its value, and the rule.
 
     Args:
-        option_prefix: how an option's name begins where the user wrote it
+        option_prefix: prefix of the option's name where the user wrote it
     """
     if match := re.match(r"unrecognized arguments: (\S+)", message):
         if not match[1].startswith("-"):
-            return f"{match[1]}: options are written as --name value."
+            return f"{match[1]}: write options as --name value."
         name = match[1].partition("=")[0]
         return f"{name}: {unknown_option(kind, name.lstrip('-'), option_prefix)}"
     if match := re.match(r"the following arguments are required: (.+)", message):
@@ -273,7 +275,7 @@ def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
     if key and (section_of(options_of(kind).get(key[1])) is not None or "Unable to load config" in message):
         name = key[1]
         inner = next((option for option in options_of(kind) if option.startswith(f"{name}.")), f"{name}.…")
-        return f"{option_prefix}{name} is a section; give its options one by one, such as {option_prefix}{inner}."
+        return f"{option_prefix}{name} is a section; give its options individually, such as {option_prefix}{inner}."
     if key and value and key[1] in options_of(kind):
         return f"{key[1]} = {value[1]}; it must be {describe_type(options_of(kind)[key[1]])}."
     return re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(message.split()))

@@ -26,21 +26,21 @@ class PlanConfig(Section):
     )
 
     gpus: int
-    """GPUs of the run."""
+    """Number of GPUs of the run."""
     model: str | None = None
-    """A known model's name (Qwen2.5-14B, Qwen3-32B, …), or a checkpoint's folder; by default that of `train`."""
+    """A known model's name (Qwen2.5-14B, Qwen3-32B, …), or a checkpoint's folder; by default, that of `train`."""
     train: str | None = None
-    """YAML file of `mpo train`: check that run. Without it, layouts are searched for a run with default options."""
+    """YAML file of `mpo train`: check that run. Without it, search layouts for a run with default options."""
     hardware: str = "h100"
     """a100-40, a100, h100, h200, b200 or gb200."""
     gpus_per_node: int | None = None
-    """GPUs of a machine, if not the hardware's 8."""
+    """GPUs per machine, if not the hardware's 8."""
     memory_gib: float | None = None
-    """Memory of a GPU, if not the hardware's."""
+    """Memory per GPU, if not the hardware's."""
     intra_gbps: float | None = None
-    """GB/s from a GPU to the others of its machine, each direction, if not the hardware's."""
+    """GB/s from a GPU to the others of its machine, per direction, if not the hardware's."""
     inter_gbps: float | None = None
-    """GB/s from a GPU to other machines, each direction, if not the hardware's."""
+    """GB/s from a GPU to other machines, per direction, if not the hardware's."""
     data: str | None = None
     """Folder with prepared groups, for their lengths; by default that of `train`, if it exists."""
     prompt_tokens: int = 512
@@ -48,23 +48,23 @@ class PlanConfig(Section):
     response_tokens: int = 512
     """Mean response length R, without data."""
     responses: int = 5
-    """Responses K of a group, without data; 1 only for losses that compare none (`sft`)."""
+    """Responses K per group, without data; 1 only for losses that compare none (`sft`)."""
     spread: float = 0.5
     """Lengths are uniform in mean × (1 ± spread), without data."""
     groups: int | None = None
-    """Groups of the whole run, to estimate its duration; by default those of the data, or 60,000."""
+    """Groups of the whole run, for its duration; by default those of the data, or 60,000."""
     groups_per_step: int | None = None
-    """Global batch; by default that of `train`, or 128."""
+    """Groups per step; by default that of `train`, or 128."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] | None = None
     """FP8 recipe to plan with, instead of that of `train`."""
     lora_rank: int | None = None
     """Plan adapters of this rank (`lora.rank`), instead of that of `train`; 0: all weights are trained."""
     lora_quantize: Literal["none", "nf4"] | None = None
-    """Format of the frozen weights beside them (`lora.quantize`), instead of that of `train`."""
+    """Format of the frozen base weights (`lora.quantize`), instead of that of `train`."""
     attention: Literal["varlen", "flex"] = "varlen"
     """Attention kernel that `model.attention: auto` will choose: `varlen` with flash-attn or a recent PyTorch."""
     efficiency: float = 0.54
-    """Share of the bf16 peak that matrix products and attention reach. Like the next three, calibrated on published runs."""
+    """Share of the bf16 peak that matrix products and attention reach. Calibrated on published runs, like the next three."""
     fp8_efficiency: float = 0.77
     """Share of the FP8 peak that FP8 matrix products reach."""
     memory_efficiency: float = 0.38
@@ -72,13 +72,13 @@ class PlanConfig(Section):
     network_efficiency: float = 0.6
     """Share of the links' bandwidth that collectives reach."""
     latency_us: float = 20.0
-    """Microseconds that a collective or message takes besides its bytes."""
+    """Microseconds of a collective or message besides its bytes."""
     overhead_gib: float = 4.0
-    """GiB that CUDA's context, NCCL's buffers and workspaces take on each GPU."""
+    """GiB of CUDA's context, NCCL's buffers and workspaces on each GPU."""
     usable: float = 0.95
-    """Share of the remaining memory that can be used before fragmentation ends a run."""
+    """Usable share of the remaining memory, before fragmentation causes out-of-memory errors."""
     suggest: int = 5
-    """Number of layouts to suggest; 0 searches for none."""
+    """Number of layouts to suggest; 0 disables the search."""
     output: str | None = None
     """File for the whole plan as JSON."""
 

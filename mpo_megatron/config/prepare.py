@@ -30,28 +30,28 @@ class PrepareConfig(Section):
     """A .jsonl / .json / .csv / .tsv / .parquet file (text also .gz, .zst, .bz2, .xz), a pattern such as 'data/*.jsonl', a
     folder, a folder written by `datasets`, a dataset's hub name, or `-` for standard input (JSONL); or several of them."""
     output: str
-    """Folder to write the groups to; it must not exist yet, or be empty."""
+    """Output folder for the groups; it must be missing or empty."""
     tokenizer: str
     """Folder with the tokenizer: a Hugging Face or Megatron checkpoint, or a SentencePiece .model file; or a model's hub name."""
     weights: list[float] = field(default_factory=list)
-    """Shares of several inputs in the training groups, for example 0.7 0.3: groups are left out at random, none is repeated."""
+    """Shares of several inputs in the training groups, for example 0.7 0.3: groups are dropped at random, none is repeated."""
     format: Literal["auto", "groups", "ultrafeedback", "nectar", "pairs", "comparison", "unpaired", "ratings"] = "auto"
-    """What a row looks like; `auto` decides from the columns. See docs/data.md."""
+    """Format of a row; `auto` detects it from the columns. See docs/data.md."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Maps column names, ours=yours, for example prompt=question responses=answers rewards=scores."""
+    """Column names, ours=yours, for example prompt=question responses=answers rewards=scores."""
     split: str = "train"
-    """Split to read when the input is a dataset with splits."""
+    """Split to read if the input is a dataset with splits."""
     subset: str | None = None
     """Configuration name of a hub dataset."""
     rating: str | None = None
-    """Field(s) that hold the reward, joined by `+` to average several (ratings, ultrafeedback); by default the format's own."""
+    """Field(s) with the reward, joined by `+` to average several (ratings, ultrafeedback); by default the format's own."""
     drop_ranks: list[int] = field(default_factory=list)
-    """Ranks whose answers are left out (nectar), for example 2 as in the MC-PO paper."""
+    """Ranks whose answers are dropped (nectar), for example 2 as in the MC-PO paper."""
     prompt_format: Literal["auto", "chat", "templated"] = "auto"
-    """`templated`: prompts already went through the chat template, and are used as they are. `chat`: the template is applied
-    always. `auto`: as `chat`, but stops if most prompts look templated."""
+    """`templated`: prompts are already templated, and used unchanged. `chat`: always apply the template. `auto`: like `chat`, but
+    stops if most prompts look templated."""
     system_prompt: str | None = None
-    """System message for prompts that have none; an existing one is never doubled."""
+    """System message for prompts without one; an existing one is never duplicated."""
     chat_template: str | None = None
     """File with a Jinja chat template that replaces the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -59,24 +59,24 @@ class PrepareConfig(Section):
     max_prompt_tokens: int = 2048
     """Reject groups with a longer rendered prompt: a truncated prompt would be another question."""
     max_response_tokens: int = 2048
-    """Longest response, its end token included."""
+    """Maximum tokens of a response, including its end token."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What to do with a longer response: drop it from its group, or truncate it (without an end token). Both are counted."""
+    """Treatment of a longer response: drop it from its group, or truncate it (without an end token). Both are counted."""
     max_rows: int | None = None
     """Read only this many rows, for a trial."""
     held_out: int = 0
     """Move this many groups, chosen by a hash of their prompt, to `<output>-eval`; no prompt is in both."""
     fraction: float = 1.0
-    """Share of the training groups kept, drawn by id: a larger share keeps all that a smaller one keeps."""
+    """Share of the training groups to keep, drawn by id: a larger share contains every smaller one."""
     responses_per_prompt: int | None = None
-    """Keep this many responses of each training group, drawn at random; larger numbers keep what smaller ones keep."""
+    """Keep this many responses of each training group, drawn at random; larger numbers contain smaller ones."""
     keep_best: bool = False
-    """Always keep a group's best response (MC-PO); with `responses_per_prompt`."""
+    """With `responses_per_prompt`: always keep a group's best response (MC-PO)."""
     swapped_negatives: int = 0
-    """Negatives added to each training group: copies of its best response with two tokens swapped, at the group's lowest
-    reward (MC-PO's noise samples)."""
+    """Negatives added to each training group: copies of its best response with two tokens swapped, with the group's lowest reward
+    (MC-PO's noise samples)."""
     reward_noise: float = 0.0
-    """Standard deviation σ of Gaussian noise added to the training groups' rewards first."""
+    """Standard deviation σ of Gaussian noise that is added to the training groups' rewards first."""
     reward_normalization: Literal["none", "zscore", "minmax", "dataset_zscore", "dataset_minmax"] = "none"
     """Shift and scale rewards by their group's mean and std (zscore) or range (minmax), or by the whole data set's."""
     check_every: int = 100
@@ -84,7 +84,7 @@ class PrepareConfig(Section):
     seed: int = 1234
     """Seed of `weights`, `held_out`, `fraction`, `responses_per_prompt`, `swapped_negatives` and `reward_noise`."""
     num_workers: int = 1
-    """Processes that tokenize; the result does not depend on it."""
+    """Number of tokenizing processes; the result does not depend on it."""
 
     @property
     def inputs(self) -> list[str]:
@@ -94,7 +94,7 @@ class PrepareConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.inputs), "input is an empty list; name at least one.")
-        require(len(set(self.inputs)) == len(self.inputs), f"input = {self.input}; an input is named twice; name each once.")
+        require(len(set(self.inputs)) == len(self.inputs), f"input = {self.input}; an input is named twice; name each only once.")
         require(
             not self.weights or len(self.weights) == len(self.inputs),
             f"weights = {self.weights}; there are {len(self.inputs)} inputs; give one weight for each.",
@@ -106,7 +106,7 @@ class PrepareConfig(Section):
             require(bool(ours and theirs), f"columns = {self.columns}; write ours=yours, for example prompt=question.")
         require(
             len(set(self.columns.values())) == len(self.columns),
-            f"columns = {self.columns}; one column of the input is mapped twice; name each once.",
+            f"columns = {self.columns}; one column of the input is mapped twice; name each only once.",
         )
         check_seed(self.seed)
         require(self.max_prompt_tokens >= 1, f"max_prompt_tokens = {self.max_prompt_tokens}; it must be at least 1.")

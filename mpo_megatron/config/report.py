@@ -19,7 +19,7 @@ class ReportConfig(Section):
     png: str | None = None
     """Also write the curves and distributions as PNG files to this folder."""
     max_groups: int = 300
-    """Held-out groups whose responses are in the page, per run: half of them the worst, the others evenly from the rest."""
+    """Number of held-out groups with responses in the page, per run: half of them the worst, the others evenly from the rest."""
     max_characters: int = 2000
     """Truncate longer prompts and responses."""
 

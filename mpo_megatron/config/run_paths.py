@@ -1,7 +1,7 @@
-"""Where a run's inputs are, from any working directory, and after a move.
+"""Paths of a run's inputs, from any working directory, and after a move.
 
-A run's config.yaml names its folder and its inputs by absolute paths. After a move of a run
-together with its inputs, their relative path from the run's folder is the same.
+A run's config.yaml stores absolute paths of its folder and inputs. If a run is moved together with its inputs, their paths
+relative to the run's folder stay the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mpo_megatron.config.train import TrainConfig
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """The same configuration, its paths independent of the working directory."""
+    """The same configuration, with paths independent of the working directory."""
 
     def absolute(path: str | None) -> str | None:
         return None if path is None else os.path.abspath(path)
@@ -35,13 +35,13 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def candidates(run: Path, config: dict[str, Any], section: str, name: str) -> list[Path]:
-    """Where an input of a run may be now, the likeliest place first; empty if the run has none.
+    """Possible current paths of a run's input, the likeliest first; empty if the run has no such input.
 
     Args:
-        run: the run's folder, where it is now
-        config: what its config.yaml holds
-        section: of the option that names the input, such as `data`
-        name: of that option, such as `train`
+        run: the run's current folder
+        config: the content of its config.yaml
+        section: section of the option for the input, such as `data`
+        name: name of that option, such as `train`
     """
     path = (config.get(section) or {}).get(name)
     if path is None:
@@ -52,12 +52,12 @@ def candidates(run: Path, config: dict[str, Any], section: str, name: str) -> li
         found.append(Path(os.path.normpath(run.absolute() / os.path.relpath(path, output))))
     if not os.path.isabs(
         path
-    ):  # written by an older version: from where the run was started, which the way from its folder knows
+    ):  # written by an older version: relative to the start directory, derived from the run's recorded folder
         found.reverse()
     return found
 
 
 def find_input(run: Path, config: dict[str, Any], section: str, name: str) -> str:
-    """The path of an input of a run as it is now; the recorded one if it is nowhere."""
+    """The current path of a run's input; the recorded one if it is not found."""
     places = candidates(run, config, section, name)
     return str(next((place for place in places if place.exists()), places[0]))

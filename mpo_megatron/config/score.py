@@ -1,4 +1,4 @@
-"""Options of `mpo score`: a scorer is one dataclass a kind, chosen by `kind`."""
+"""Options of `mpo score`: one dataclass per kind of scorer, selected by `kind`."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from mpo_megatron.config.values import Section, check_value, show
 
 @dataclass(frozen=True, kw_only=True)
 class ModelScorer(Section):
-    """What scorers that are Hugging Face models have in common."""
+    """Common options of scorers that are Hugging Face models."""
 
     model: str
     """Checkpoint folder."""
     device: str = "auto"
-    """`auto` takes the first GPU (under torchrun, the rank's own), or the CPU; `balanced` spreads a model that is too large for
-    one over all GPUs, layer by layer."""
+    """`auto`: the first GPU (under torchrun, the rank's own), or the CPU; `balanced` spreads a model that is too large for one
+    GPU over all GPUs, layer by layer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own."""
     batch_size: int = 16
-    """Sequences to score in one batch."""
+    """Sequences scored in one batch."""
     max_length: int = 4096
-    """Longest sequence, in tokens; the model's own limit holds as well."""
+    """Maximum tokens of a sequence; the model's own limit also applies."""
     too_long: Literal["error", "missing"] = "error"
-    """A longer sequence is never cut: it stops the command, which names it, or its score counts as missing."""
+    """A longer sequence is never truncated: it stops the command, which names it, or its score counts as missing."""
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint (ArmoRM); only for checkpoints you trust."""
 
@@ -50,20 +50,20 @@ class RewardModelScorer(ModelScorer):
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRewardModelScorer(Section):
-    """A reward model that a server of vLLM's or SGLang's runs."""
+    """A reward model served by vLLM or SGLang."""
 
     kind: ClassVar[str] = "served_reward_model"
     endpoint: EndpointConfig
-    """The server and the model's name there; the endpoints are found beside the `/v1` of `base_url`."""
+    """The server and the model's name on it; the endpoints are beside the `/v1` of `base_url`."""
     api: Literal["classify", "pooling", "score"] = "classify"
-    """`classify` (vLLM, SGLang) and `pooling` (vLLM): the one output for the conversation; `score` (vLLM): that of a
-    cross-encoder for prompt and response as two texts."""
+    """`classify` (vLLM, SGLang) and `pooling` (vLLM): the single output for the conversation; `score` (vLLM): a cross-encoder's
+    output for prompt and response as two texts."""
     tokenizer: str = ""
-    """Folder of the reward model's tokenizer with its chat template; `api: score` needs none."""
+    """Folder of the reward model's tokenizer with its chat template; not needed for `api: score`."""
     max_length: int = 4096
-    """Longest sequence, in tokens; the server's own limit holds as well."""
+    """Maximum tokens of a sequence; the server's own limit also applies."""
     too_long: Literal["error", "missing"] = "error"
-    """A longer sequence is never cut: it stops the command, which names it, or its score counts as missing."""
+    """A longer sequence is never truncated: it stops the command, which names it, or its score counts as missing."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,20 +77,21 @@ class ServedRewardModelScorer(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class PairwiseScorer(ModelScorer):
-    """A cross-encoder that says how likely response a beats response b (PairRM); the score is the share of comparisons won."""
+    """A cross-encoder that estimates how likely response a beats response b (PairRM); the score is the share of comparisons
+    won."""
 
     kind: ClassVar[str] = "pairwise"
     comparisons: Literal["all", "tournament"] = "all"
-    """`all`: every pair, K(K−1)/2 of them; `tournament`: about K·log₂K, each response against others that won as often."""
+    """`all`: every pair, K(K−1)/2 of them; `tournament`: about K·log₂K, each response against others with similar wins."""
     both_orders: bool = True
-    """Ask each pair in both orders and take the mean, which removes position bias."""
+    """Ask each pair in both orders and average, which removes position bias."""
     template: str = "<|source|>{prompt}<|candidate1|>{a}<|candidate2|>{b}"
-    """How prompt and candidates become one text."""
+    """Template that joins prompt and candidates into one text."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("{prompt}", "{a}", "{b}"):
-            require(self.template.count(name) == 1, f"template = {self.template}; it needs {name} once.")
+            require(self.template.count(name) == 1, f"template = {self.template}; it must contain {name} exactly once.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,14 +100,14 @@ class MatchScorer(Section):
 
     kind: ClassVar[str] = "match"
     field: str = "reference_answer"
-    """Field of the group line that holds the answer (a list: any of them counts); `meta.x` for a field under meta."""
+    """Field of the group line with the answer (a list: any item counts); `meta.x` for a field under meta."""
     mode: Literal["exact", "numeric"] = "exact"
     """Compare as text without surrounding white space, or as numbers: 1,000 = 1e3 = 1000.0 = 2000/2."""
     extract: str | None = None
-    """Regular expression whose last match in the response (its first group, if it has one) is the answer; by default the whole
-    response (exact) or its last number (numeric)."""
+    """Regular expression whose last match in the response (its first group, if any) is the answer; by default the whole response
+    (exact) or its last number (numeric)."""
     ignore_case: bool = False
-    """For mode = exact."""
+    """For mode = exact: ignore upper and lower case."""
     tolerance: float = 1e-6
     """For mode = numeric: relative difference that still counts as equal."""
 
@@ -122,13 +123,13 @@ class RegexScorer(Section):
 
     kind: ClassVar[str] = "regex"
     pattern: str
-    """The expression, in Python's syntax; `(?s)` and the like set flags."""
+    """The expression, in Python's syntax; flags such as `(?s)` are allowed inside it."""
     full: bool = False
     """Require a match of the whole response."""
     found: float = 1.0
-    """Score where it matches."""
+    """Score if it matches."""
     absent: float = 0.0
-    """Score where it does not."""
+    """Score if it does not match."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,20 +138,20 @@ class RegexScorer(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class FunctionScorer(Section):
-    """A Python function of yours, called by the names of its parameters; None counts as missing.
+    """Your Python function, called by the names of its parameters; None counts as missing.
 
-    One response a call: `response` (or completion, solution_str), `prompt`, `messages`, `group`, and a group's field by its name.
-    One group a call, which returns K numbers: `responses` with `prompt`, `messages` or `group`.
-    Many responses a call, every argument a list, as TRL calls it: `completions` (or responses, solution_strs) without them.
+    One response per call: `response` (or completion, solution_str), `prompt`, `messages`, `group`, and a group's field by its
+    name. One group per call, returning K numbers: `responses` with `prompt`, `messages` or `group`. Many responses per call,
+    every argument a list, as in TRL: `completions` (or responses, solution_strs) without these.
     """
 
     kind: ClassVar[str] = "function"
     function: str
     """`package.module:function` or `path/to/file.py:function`."""
     params: Options = field(default_factory=dict)
-    """Keyword arguments for it."""
+    """Keyword arguments for the function."""
     timeout: float = 60.0
-    """Seconds that one call may take; after that its scores are missing, and its process is restarted."""
+    """Time limit of one call, in seconds; after that its scores are missing, and its process restarts."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,34 +167,34 @@ class JudgeScorer(Section):
     endpoint: EndpointConfig
     """The server; `api` is always chat."""
     template: str
-    """File with a Jinja template of the question to the judge; it sees prompt, messages, group, and response, or a and b."""
+    """File with a Jinja template of the question to the judge; it can use prompt, messages, group, and response, or a and b."""
     mode: Literal["grade", "compare"] = "grade"
-    """`grade`: one number a response; `compare`: which of two is better, the score being the share of comparisons won."""
+    """`grade`: one number per response; `compare`: the better of two, the score being the share of comparisons won."""
     parse: str | None = None
-    """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare). By default
-    the usual forms are read: "Score: 7", "[[7]]", "Verdict: A", "[[A>>B]]", <verdict>A</verdict>, and JSON with such a key."""
+    """Regular expression whose last match's first group is the verdict: a number (grade), or A, B or tie (compare). By default,
+    common forms are recognised: "Score: 7", "[[7]]", "Verdict: A", "[[A>>B]]", <verdict>A</verdict>, and JSON with such a key."""
     scale: list[float] = field(default_factory=list)
     """For mode = grade: lowest and highest grade; a number outside is no verdict."""
     structured: bool = False
-    """Have the server force the verdict into JSON by a schema, {"reason": …, "score": …} or {"reason": …, "winner": …}: vLLM,
-    SGLang, llama.cpp and others do; `transformers serve` ignores schemas and is refused."""
+    """Make the server enforce a JSON schema for the verdict, {"reason": …, "score": …} or {"reason": …, "winner": …}: vLLM,
+    SGLang, llama.cpp and others support it; `transformers serve` ignores schemas and is refused."""
     comparisons: Literal["all", "tournament"] = "all"
-    """For mode = compare: which pairs are asked, as for the kind pairwise."""
+    """For mode = compare: the pairs to ask, as for the kind pairwise."""
     temperature: float = 0.0
-    """Of the judge."""
+    """Sampling temperature of the judge."""
     max_tokens: int = 1024
-    """Longest verdict; a truncated one counts as none."""
+    """Maximum tokens of a verdict; a truncated one does not count."""
     garbage_retries: int = 2
-    """How often to ask again after an answer without a verdict; then the score is missing."""
+    """Number of retries after an answer without a verdict; then the score is missing."""
     both_orders: bool = True
     """For mode = compare: ask each pair in both orders, which removes position bias."""
     contradictions: Literal["tie", "missing", "group_missing"] = "tie"
-    """For both_orders: how to count a pair whose orders disagree: as a tie; not at all; or by dropping the scores of its group
-    (SPO keeps a ranking only if both orders give it)."""
+    """For both_orders: treatment of a pair whose orders disagree: a tie; not counted; or drop the scores of its group (SPO keeps
+    a ranking only if both orders agree)."""
     prompt_price: float = 0.0
-    """Price of a million tokens that the judge reads; with it, the cost is shown."""
+    """Price per million tokens that the judge reads; if set, the cost is shown."""
     completion_price: float = 0.0
-    """Price of a million tokens that the judge writes."""
+    """Price per million tokens that the judge writes."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,12 +212,12 @@ class JudgeScorer(Section):
             not self.scale or (len(self.scale) == 2 and self.scale[0] < self.scale[1]),
             f"scale = {self.scale}; write the lowest and the highest grade, for example [1, 10].",
         )
-        require(not self.scale or self.mode == "grade", f"scale = {self.scale}; it is for mode = grade; remove it.")
+        require(not self.scale or self.mode == "grade", f"scale = {self.scale}; it applies to mode = grade; remove it.")
         require(
             self.contradictions == "tie" or (self.mode == "compare" and self.both_orders),
             f"contradictions = {self.contradictions}; it needs mode = compare and both_orders = true.",
         )
-        require(not (self.structured and self.parse), "parse is set, and structured verdicts are JSON; leave one of them out.")
+        require(not (self.structured and self.parse), "parse is set, but structured verdicts are JSON; remove one of them.")
 
 
 AnyScorer = (
@@ -245,16 +246,16 @@ class ScoreConfig(Section):
     output: str
     """Folder for scored.jsonl and score.json; repeat the command to resume."""
     scorers: dict[str, Options]
-    """By name: `kind` (reward_model, served_reward_model, pairwise, match, regex, function, judge) with its options, and `weight`
-    (default 1)."""
+    """Scorers by name: `kind` (reward_model, served_reward_model, pairwise, match, regex, function, judge), its options, and
+    `weight` (default 1)."""
     combine: Literal["sum", "zscore"] = "sum"
-    """The reward is the weighted sum of the scores as they are, or standardised within the group (all equal: 0) first."""
+    """The reward is the weighted sum of the raw scores, or of scores standardised within the group (zeros if all are equal)."""
     missing: Literal["error", "drop_response", "drop_group"] = "error"
-    """What to do where a scorer has no score; it is always counted. `error` stops and keeps what is scored."""
+    """Treatment of missing scores; they are always counted. `error` stops and keeps finished scores."""
     chunk_groups: int = 64
-    """Groups to score and write at a time."""
+    """Number of groups scored and written at a time."""
     shard: str | None = None
-    """`i/n`: part i (from 0) of n of the groups; by default a Slurm array's task. The last part to finish joins all."""
+    """`i/n`: part i (from 0) of n of the groups; by default, a Slurm array's task. The last part to finish joins all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -282,9 +283,9 @@ def build_scorer_config(name: str, options: Mapping[str, Any]) -> AnyScorer:
     """The dataclass of one scorer.
 
     Raises:
-        ConfigError: the kind or an option is unknown, or a value breaks a rule; it names the scorer.
+        ConfigError: the kind or an option is unknown, or a value breaks a rule; names the scorer.
     """
-    require(isinstance(options, Mapping), f"scorers.{name} = {show(options)}; give its options, for example {{kind: match}}.")
+    require(isinstance(options, Mapping), f"scorers.{name} = {show(options)}; set its options, for example {{kind: match}}.")
     kind = options.get("kind")
     require(isinstance(kind, str) and kind in KINDS, f"scorers.{name}.kind = {show(kind)}; choose one of {', '.join(KINDS)}.")
     chosen = KINDS[str(kind)]
@@ -294,10 +295,10 @@ def build_scorer_config(name: str, options: Mapping[str, Any]) -> AnyScorer:
 
 
 def validate_score(config: ScoreConfig) -> None:
-    """Check what concerns several fields, and the world outside, before anything loads.
+    """Check across fields and against the outside world, before anything loads.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     check_writable(Path(config.output), "output")
     for name, options in config.scorers.items():

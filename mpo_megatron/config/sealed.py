@@ -1,4 +1,4 @@
-"""Configurations saved as YAML, with a digest in a comment before them."""
+"""Configurations saved as YAML, with a digest in a leading comment."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ import yaml
 from mpo_megatron.config.checks import require
 
 MARK = "# xxh3: "
-"""How the first line begins."""
+"""Prefix of the first line."""
 
 
 def seal_yaml(options: Mapping[str, Any]) -> bytes:
-    """The options as YAML with a digest that `check_seal` accepts."""
+    """The options as YAML with a digest for `check_seal`."""
     text = yaml.safe_dump(dict(options), sort_keys=False)
     return f"{MARK}{_digest(text)}\n{text}".encode()
 
 
 def check_seal(path: Path, text: str) -> None:
-    """Refuse a saved configuration that changed since; one without a digest was written by hand, and passes.
+    """Refuse a saved configuration that has changed; one without a digest was written by hand, and passes.
 
     Raises:
-        ConfigError: it was damaged or changed.
+        ConfigError: it is damaged or changed.
     """
     first, _, body = text.partition("\n")
     require(

@@ -1,4 +1,4 @@
-"""Sections of options, by names such as `optimizer.lr`."""
+"""Access options in nested sections, by names such as `optimizer.lr`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def has_option(section: Mapping[str, Any], name: str) -> bool:
 
 
 def set_option(section: dict[str, Any], name: str, value: object) -> None:
-    """Set an option, and make the sections on the way to it."""
+    """Set an option, and create missing sections."""
     first, _, rest = name.partition(".")
     if rest:
         set_option(section.setdefault(first, {}), rest, value)

@@ -28,23 +28,23 @@ class SelectConfig(Section):
     input: str
     """Scored groups: the folder that `mpo score` wrote, or a .jsonl file of groups whose responses have a reward."""
     output: str
-    """Folder to write groups.jsonl, select.json and reward_spacing.png to; it must not exist yet, or be empty."""
+    """Output folder for groups.jsonl, select.json and reward_spacing.png; it must be missing or empty."""
     sets: Literal["all", "mean", "median", "trimmed_mean", "top_bottom", "one_vs_rest", "best_worst"] = "all"
-    """`all` keeps every response and leaves the split to the loss. Anything else splits a group as the loss's `partition` of
-    that name would (`best_worst` is top_bottom with one of each), writes the sets as labels, and drops responses in neither:
-    train with `partition: labels`."""
+    """`all` keeps every response and leaves the split to the loss. Other values split a group like the loss's `partition` of that
+    name (`best_worst` is top_bottom with one of each), write the sets as labels, and drop responses in neither: train with
+    `partition: labels`."""
     num_top: int = 2
     """Size of Y+ with sets = top_bottom."""
     num_bottom: int = 2
     """Size of Y− with sets = top_bottom."""
     min_spread: float = 0.0
-    """Drop a group whose best and worst reward differ by less."""
+    """Drop a group whose best and worst rewards differ by less."""
     min_responses: int = 2
-    """Drop a group with fewer responses left."""
+    """Drop a group with fewer remaining responses."""
     max_responses: int | None = None
     """Largest K: keep the best, the worst, and others evenly spaced between them by rank."""
     length_unit: Literal["tokens", "characters"] = "tokens"
-    """What `min_length`, `max_length` and `max_length_ratio` count; tokens are those `mpo generate` noted."""
+    """Unit of `min_length`, `max_length` and `max_length_ratio`; tokens are those counted by `mpo generate`."""
     min_length: int = 0
     """Drop shorter responses."""
     max_length: int | None = None
@@ -52,12 +52,12 @@ class SelectConfig(Section):
     max_length_ratio: float | None = None
     """Drop a response this many times longer, or shorter, than its group's median."""
     truncated: Literal["drop", "keep"] = "drop"
-    """What to do with responses that ended at the token limit, or because the engine saw them repeat themselves: training on
-    their text would teach the policy to end there. Aborted and filtered responses are always dropped."""
+    """Treatment of responses that ended at the token limit, or because the engine detected repetition: training on their text
+    would teach the policy to end there. Aborted and filtered responses are always dropped."""
     duplicates: Literal["drop", "drop_normalized", "keep"] = "drop"
     """Keep the first of equal responses to a prompt; `drop_normalized` ignores case and white space."""
     reward_noise: float = 0.0
-    """Standard deviation σ of Gaussian noise added to the rewards before anything is chosen (MPO, A.4)."""
+    """Standard deviation σ of Gaussian noise added to the rewards before any choice (MPO, A.4)."""
     seed: int = 1234
     """Seed of `reward_noise`."""
 
@@ -69,7 +69,7 @@ class SelectConfig(Section):
             require(value >= 1, f"{name} = {value}; it must be at least 1.")
             require(
                 value == 2 or self.sets == "top_bottom",
-                f"{name} = {value}; it has an effect only with sets = top_bottom; set that, or leave {name} out.",
+                f"{name} = {value}; it has an effect only with sets = top_bottom; set that, or remove {name}.",
             )
         require(0 <= self.min_spread < float("inf"), f"min_spread = {self.min_spread}; it must be 0 or positive.")
         require(self.min_responses >= 2, f"min_responses = {self.min_responses}; a group needs at least 2 responses.")

@@ -25,7 +25,7 @@ from mpo_megatron.config.values import Section
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Section, prefix="data."):
-    """Which groups a step sees, and how they are laid out in rows."""
+    """The groups of a step, and their layout in rows."""
 
     train: str
     """Folder with prepared groups (`mpo prepare`)."""
@@ -40,8 +40,8 @@ class DataConfig(Section, prefix="data."):
     shuffle: bool = True
     """Draw a new order every epoch, from `seed`."""
     first_step: int = 0
-    """Step, counted from 0, at which these groups replace the earlier ones: a run that has done exactly so many steps continues
-    with them (segments of OnMC-PO)."""
+    """Step, counted from 0, at which these groups replace earlier ones: a run that has completed exactly that many steps
+    continues with them (segments of OnMC-PO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,12 +52,12 @@ class DataConfig(Section, prefix="data."):
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig(Section, prefix="loss."):
-    """Which loss over a group, with its hyper-parameters; `mpo losses` lists them."""
+    """The loss over a group and its hyper-parameters; `mpo losses` lists them."""
 
     name: str = "mpo"
     """Name of the loss."""
     function: str | None = None
-    """A loss of your own instead: `path/to/file.py:function` or `package.module:function`; see docs/extending.md."""
+    """Your own loss instead: `path/to/file.py:function` or `package.module:function`; see docs/extending.md."""
     params: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters that differ from the paper's defaults, for example `beta: 0.1`."""
     step: Literal["auto", "fused", "two_phase"] = "auto"
@@ -69,12 +69,12 @@ class LossConfig(Section, prefix="loss."):
             check_function("loss.function", self.function)
             require(
                 self.name == LossConfig.name,
-                f"loss.name = {self.name} with loss.function = {self.function}, which takes its place; leave one of them out.",
+                f"loss.name = {self.name} with loss.function = {self.function}, which replaces it; remove one of them.",
             )
 
     @property
     def title(self) -> str:
-        """What the loss is called: its name, or the file and the name of a function."""
+        """The loss's display name: its name, or the file and name of a function."""
         return self.name if self.function is None else Path(self.function).name
 
 
@@ -91,25 +91,25 @@ class OptimizerConfig(Section, prefix="optimizer."):
     warmup_fraction: float = 0.1
     """Share of the run's steps in which the learning rate rises from 0 to `lr`."""
     weight_decay: float = 0.0
-    """Decoupled weight decay; biases and norms have none."""
+    """Decoupled weight decay; not applied to biases and norms."""
     beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """AdamW's β₁: decay of the first moment."""
     beta2: float = 0.95
-    """AdamW's decay of the gradient's square."""
+    """AdamW's β₂: decay of the second moment."""
     eps: float = 1e-8
     """AdamW's ε."""
     clip_grad: float = 1.0
-    """Largest global gradient norm; 0 clips nothing."""
+    """Maximum global gradient norm; 0 disables clipping."""
     overlap: Literal["auto", "none", "gradients", "all"] = "auto"
-    """What data-parallel ranks exchange while they compute: `gradients`, during the last row's backward pass; `all`, also the
-    updated weights during the next forward pass. `auto`: all on several GPUs, else none."""
+    """What data-parallel ranks communicate during computation: `gradients`, during the last row's backward pass; `all`, also the
+    updated weights during the next forward pass. `auto`: `all` on several GPUs, otherwise `none`."""
     cpu_offload: float = 0.0
     """Share of the optimizer's states to keep and update in host memory; needs a GPU, Transformer Engine and bf16."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 < self.lr < math.inf, f"optimizer.lr = {self.lr}; it must be positive, and finite.")
-        require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr = {self.min_lr}; it must lie between 0 and optimizer.lr.")
+        require(0 <= self.min_lr <= self.lr, f"optimizer.min_lr = {self.min_lr}; it must be between 0 and optimizer.lr.")
         require(
             0 <= self.warmup_fraction < 1,
             f"optimizer.warmup_fraction = {self.warmup_fraction}; it must be at least 0 and below 1.",
@@ -133,16 +133,16 @@ class CheckpointConfig(Section, prefix="checkpoint."):
     keep: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: int = 0
-    """Number of checkpoints to keep besides, those with the best `best_metric`; only evaluated steps compete."""
+    """Number of additional checkpoints to keep: those with the best `best_metric`; only evaluated steps compete."""
     best_metric: str = "eval/accuracy"
     """Held-out metric that ranks checkpoints."""
     best_is: Literal["largest", "smallest"] = "largest"
     """Whether the largest or smallest value of `best_metric` is best."""
     asynchronous: bool = True
-    """Write in the background while training continues; needs host memory for a copy of what a rank writes."""
+    """Write in the background while training continues; needs host memory for a copy of this rank's part."""
     resume: bool = True
-    """Continue from the newest complete checkpoint in `output`, if there is one. false: move existing ones aside, but not when
-    torchrun or Slurm restarts the run."""
+    """Resume from the newest complete checkpoint in `output`, if any. false: move existing ones aside, except when torchrun or
+    Slurm restarts the run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,24 +157,24 @@ class CheckpointConfig(Section, prefix="checkpoint."):
 
 @dataclass(frozen=True, kw_only=True)
 class FaultConfig(Section, prefix="faults."):
-    """What the run does when something goes wrong, and when it stops by itself (docs/faults.md)."""
+    """Reactions to faults, and when the run stops by itself (docs/faults.md)."""
 
     on_nan: Literal["stop", "skip"] = "stop"
-    """What to do when a loss or gradient norm is not finite: end the run, or skip the update."""
+    """Reaction to a loss or gradient norm that is not finite: end the run, or skip the update."""
     on_spike: Literal["log", "skip", "stop"] = "log"
-    """What to do when a loss or gradient norm is far above those of the last steps: log it, skip the update, or end the run."""
+    """Reaction to a loss or gradient norm far above those of the last steps: log it, skip the update, or end the run."""
     spike_threshold: float = 10.0
     """A spike is this many (robust) standard deviations above the median of the last `spike_window` steps."""
     spike_window: int = 32
-    """Steps that a spike is measured against; nothing is a spike before half of them are done."""
+    """Number of steps that a spike is compared with; detection starts after half of them."""
     max_skips: int = 5
     """Consecutive skipped steps that end the run."""
     walltime_minutes: float | None = None
-    """Save and stop before the run is this old; by default before SLURM_JOB_END_TIME, if Slurm sets it."""
+    """Save and stop before the run reaches this age; by default before SLURM_JOB_END_TIME, if Slurm sets it."""
     hang_minutes: float = 20.0
-    """End a rank that makes no progress for this long, after it wrote its stacks to `<output>/incidents`; 0: never."""
+    """End a rank without progress for this long, after it writes its stacks to `<output>/incidents`; 0: never."""
     requeue_code: int = 75
-    """Exit code of a run that saved and stopped on request; run it again to resume. (75: EX_TEMPFAIL.)"""
+    """Exit code of a run that saved and stopped on request; the same command resumes it. (75: EX_TEMPFAIL.)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +191,7 @@ class FaultConfig(Section, prefix="faults."):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(Section, prefix="logging."):
-    """Where metrics and samples go, besides the terminal and the run's folder (docs/watching.md)."""
+    """Destinations of metrics and samples, besides the terminal and the run's folder (docs/watching.md)."""
 
     tensorboard: bool = False
     """Also write TensorBoard event files to `<output>/tensorboard`."""
@@ -202,15 +202,15 @@ class LoggingConfig(Section, prefix="logging."):
     mlflow_experiment: str | None = None
     """Also log to this MLflow experiment."""
     mlflow_uri: str | None = None
-    """Where MLflow keeps runs: a server's address, or `sqlite:///file.db`; by default MLFLOW_TRACKING_URI. User name and password
+    """MLflow's tracking URI: a server's address, or `sqlite:///file.db`; by default MLFLOW_TRACKING_URI. User name and password
     belong in MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."""
     num_samples: int = 4
-    """Held-out groups logged as a table at every evaluation: responses, rewards and how their log-probs moved; 0: none."""
+    """Number of held-out groups logged as a table at every evaluation: responses, rewards and changes of log-probs; 0: none."""
     reference_metrics: bool = False
-    """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference log-probs: they are computed for
-    that, one more forward pass over the groups. Other losses have these metrics anyway."""
+    """Measure `margin`, `accuracy`, log-ratios and `kl` also for a loss that reads no reference log-probs; this takes one more
+    forward pass over the groups. Other losses always have these metrics."""
     seconds_between_lines: float = 5.0
-    """Least time between two steps' lines where output is not a terminal; 0: a line for every step."""
+    """Minimum seconds between two steps' lines where output is not a terminal; 0: a line for every step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,11 +221,11 @@ class LoggingConfig(Section, prefix="logging."):
         )
         require(
             self.mlflow_uri is None or self.mlflow_experiment is not None,
-            "logging.mlflow_uri without logging.mlflow_experiment, which names what to log to; set both, or neither.",
+            "logging.mlflow_uri without logging.mlflow_experiment, which names the experiment; set both, or neither.",
         )
         require(
             urlsplit(self.mlflow_uri or "").password is None,
-            "logging.mlflow_uri holds a password, which would be saved with the run; take it out, and set "
+            "logging.mlflow_uri holds a password, which would be saved with the run; remove it, and set "
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.",
         )
 
@@ -267,7 +267,8 @@ class TrainConfig(Section):
     stop_after: int | None = None
     """Save and end after this many steps; the schedule still runs to the last step, so that a later start can continue."""
     eval_every: int = 50
-    """Steps between evaluations on the held-out groups, which also run before the first and after the last step; 0: only then."""
+    """Steps between evaluations on the held-out groups; evaluations also run before the first and after the last step; 0: only
+    then."""
     seed: int = 1234
     """Seed of data order, sampling and initialisation."""
 
@@ -287,7 +288,7 @@ def validate_folders(config: TrainConfig) -> None:
     """Check that the run's inputs exist, and that its folder can be written to.
 
     Raises:
-        ConfigError: naming the field, the rule and the fix.
+        ConfigError: names the field, the rule and the fix.
     """
     for name, folder in (("model.checkpoint", config.model.checkpoint), ("model.reference", config.model.reference)):
         if folder is not None and folder != ADAPTER_OFF:

@@ -1,10 +1,10 @@
-"""Types and ranges of options: the one place that says which values an option takes.
+"""Types and ranges of options: the one place that defines valid values.
 
-    what is written       command-line texts, nodes of a YAML file, values of a dictionary: `check_written`
-    what a field gets     `Section`, the base of every configuration, checks its fields when it is made
+    input values          command-line texts, nodes of a YAML file, values of a dictionary: `check_written`
+    field values          `Section`, the base of every configuration, checks its fields at construction
 
-Both refuse null, NaN, infinity, true, texts and absurd sizes where they do not belong, and name the field. Further rules of
-single fields (a fraction is at most 1) are beside the fields.
+Both refuse null, NaN, infinity, true, texts and absurd sizes where they are invalid, and name the field. Further rules for single
+fields (a fraction is at most 1) are beside the fields.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mpo_megatron.config.options import Options
 from mpo_megatron.terminal.visible import visible
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-"""What a value of a type is called in a message."""
+"""Name of a type in messages."""
 
 LARGEST_WHOLE = 2**31 - 1
 """Largest whole number, except a seed: libraries store sizes and positions in 32 bits."""
@@ -32,31 +32,32 @@ LARGEST = 1e15
 """Largest other number; products of larger ones overflow."""
 
 _LARGEST_OF = {"seed": 2**63 - 1, "epochs": 1e6, "timeout": 1e8, "max_wait": 1e8, "seconds_between_lines": 1e8}
-"""Largest number of fields that have a limit of their own: times in seconds, about three years."""
+"""Limits of numbers with their own maximum: times in seconds, about three years."""
 
 _LARGEST_MINUTES = 1e6
 
 WHOLE = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-"""How numbers are written: no underscores, other bases, minutes or other scripts' digits, which Python or YAML would read."""
+"""Accepted notations of numbers: no underscores, other bases, minutes or other scripts' digits, which Python or YAML would
+accept."""
 
 _SHOWN = 100
-"""Characters of a value that a message shows."""
+"""Maximum characters of a value in a message."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Base of every configuration: making one raises `ConfigError` unless every field has its declared type, in range."""
+    """Base of every configuration: raises `ConfigError` unless every field has its declared type and range."""
 
     _prefix: ClassVar[str] = ""
     MAIN_OPTIONS: ClassVar[tuple[str, ...]] = ()
-    """Options that `--help` explains; it names the others. Empty: it explains all."""
+    """Options that `--help` explains; others are only named. Empty: all are explained."""
 
     def __init_subclass__(cls, prefix: str = "") -> None:
-        """Name the section.
+        """Set the section's prefix.
 
         Args:
-            prefix: put before a field's name in a message, for example `data.`
+            prefix: prefix of a field's name in messages, for example `data.`
         """
         super().__init_subclass__()
         if prefix:
@@ -68,11 +69,11 @@ class Section:
 
 
 _types: dict[type[Any], dict[str, Any]] = {}
-"""What `field_types` has found."""
+"""Cache of `field_types`."""
 
 
 def field_types(kind: type[Any]) -> dict[str, Any]:
-    """Name → type of a dataclass's fields, without those of its sections."""
+    """Name → type of a dataclass's fields, except those of its sections."""
     if kind not in _types:
         types = typing.get_type_hints(kind)
         _types[kind] = {field.name: types[field.name] for field in dataclasses.fields(kind)}
@@ -80,43 +81,43 @@ def field_types(kind: type[Any]) -> dict[str, Any]:
 
 
 def section_of(expected: Any) -> type[Any] | None:
-    """The dataclass that a section's type names, alone or beside null; None for all other types."""
+    """The dataclass in a section's type, alone or optional; None for all other types."""
     kinds = (expected, *get_args(expected)) if get_origin(expected) in (Union, UnionType) else (expected,)
     return next((kind for kind in kinds if isinstance(kind, type) and dataclasses.is_dataclass(kind)), None)
 
 
 def collection_of(expected: Any) -> type[Any] | None:
-    """list or dict, if a value of this type is one or may be one; else None."""
+    """list or dict, if a value of this type is or may be one; otherwise None."""
     kinds = [get_origin(item) for item in (expected, *(get_args(expected) if get_origin(expected) in (Union, UnionType) else ()))]
     return next((kind for kind in (list, dict) if kind in kinds), None)
 
 
 def is_single(expected: Any) -> bool:
-    """Whether an option of this type has one value: a number, a text, true or false, or a choice, or null beside it."""
+    """Whether an option of this type has a single value: a number, a text, a boolean or a choice, possibly optional."""
     kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
     return all(kind in (*KINDS, NoneType) or get_origin(kind) is Literal for kind in kinds)
 
 
 def check_value(expected: Any, value: Any, name: str) -> None:
-    """Check what a field is given.
+    """Check the value of a field.
 
     Raises:
-        ConfigError: it is of another type, or out of range.
+        ConfigError: it has another type, or is out of range.
     """
     _check(expected, value, name, written=False)
 
 
 def check_written(expected: Any, value: Any, name: str) -> None:
-    """Check what was written for an option; a number may be a text that spells it, as on a command line.
+    """Check the value given for an option; a number may be spelled as text, as on a command line.
 
     Raises:
-        ConfigError: no value of the option's type is written so.
+        ConfigError: it is not a valid value of the option's type.
     """
     _check(expected, value, name, written=True)
 
 
 def convert(expected: Any, value: Any) -> Any:
-    """The value of an option that `check_written` accepts: numbers, true and false of texts that spell them."""
+    """Convert a value accepted by `check_written`: numbers and booleans from their texts."""
     kinds = get_args(expected) if get_origin(expected) in (Union, UnionType) else (expected,)
     if Any in kinds and isinstance(value, str):
         return value
@@ -139,7 +140,7 @@ def convert(expected: Any, value: Any) -> Any:
 
 
 def describe_type(expected: Any) -> str:
-    """What a value must be, in words."""
+    """The rule for a value, as text."""
     if get_origin(expected) is Literal:
         return f"one of {', '.join(map(str, get_args(expected)))}"
     if get_origin(expected) in (Union, UnionType):
@@ -150,8 +151,8 @@ def describe_type(expected: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as a message quotes it: short, with control characters escaped."""
-    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to write very long ones
+    """A value as quoted in messages: short, with control characters escaped."""
+    if isinstance(value, int) and value.bit_length() > 256:  # Python refuses to print very long integers
         return f"{'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))} or so"
     if value is None:
         return "null"
@@ -171,7 +172,7 @@ def _check(expected: Any, value: Any, name: str, *, written: bool) -> None:
 
 
 def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | None:
-    """What is wrong with a value; None if nothing is."""
+    """The problem of a value; None if there is none."""
     wrong = f"it must be {describe_type(expected)}"
     origin, arguments = get_origin(expected), get_args(expected)
     if origin in (Union, UnionType):
@@ -189,7 +190,7 @@ def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | 
         for item in value:
             problem = _find_problem(arguments[0], item, name, written)
             if problem is not None:
-                return f"of its entries, {show(item)}: {problem}"
+                return f"its entry {show(item)}: {problem}"
         return None
     if origin is dict or expected is Options:
         return _find_problem_in_mapping(arguments[1] if arguments else Any, value, name, written, wrong)
@@ -204,7 +205,7 @@ def _find_problem(expected: Any, value: Any, name: str, written: bool) -> str | 
         if not isinstance(value, str):
             return wrong + "; put it in quotes" if written and isinstance(value, bool | int | float) else wrong
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            return "it holds a zero byte, or bytes that are not UTF-8; remove them"
+            return "it contains a zero byte, or bytes that are not UTF-8; remove them"
         return None
     if dataclasses.is_dataclass(expected):
         return None if isinstance(value, typing.cast(type, expected)) else wrong
@@ -232,11 +233,11 @@ def _find_number_problem(expected: Any, value: Any, name: str, written: bool, wr
     elif isinstance(value, bool) or not isinstance(value, int if expected is int else int | float):
         return wrong
     if isinstance(value, float) and not math.isfinite(value):
-        return "it has to be finite"
+        return "it must be finite"
     field = name.rpartition(".")[2]
     default = LARGEST_WHOLE if expected is int else _LARGEST_MINUTES if field.endswith("_minutes") else LARGEST
     largest = _LARGEST_OF.get(field, default)
     if abs(value) <= largest:
         return None
     shown = f"{largest:,.0f}" if expected is int else f"{largest:g}"
-    return f"it must lie between -{shown} and {shown}"
+    return f"it must be between -{shown} and {shown}"

@@ -100,7 +100,7 @@ def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRo
             yield row
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read after line {number}: {reason}; copy the file again.") from error
+        raise DataError(f"{path}: cannot be read after line {number}: {reason}; damaged or truncated: copy it again.") from error
 
 
 def _read_jsonl(path: Path) -> Source:

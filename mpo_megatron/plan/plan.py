@@ -286,7 +286,7 @@ def explain_nothing_fits(problem: Workload) -> str:
         if found:
             return (
                 f"No layout of this model fits {problem.gpus} × {problem.hardware.name} ({problem.hardware.memory_gib} GiB); "
-                f"it fits {gpus} GPUs: {found[0].describe()}."
+                f"with {gpus} GPUs it does: {found[0].describe()}."
             )
     return f"No layout of this model fits {problem.hardware.name} GPUs, up to {MOST_GPUS} of them; use shorter responses or rows."
 

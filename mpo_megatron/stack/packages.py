@@ -123,7 +123,7 @@ def other_cudas() -> list[Problem]:
             version = version_of(package.name)
             found.append(
                 Problem(
-                    what=f"{package.name} {version} is built for CUDA {major}, but torch {version_of('torch')} for CUDA "
+                    what=f"{package.name} {version} is built for CUDA {major}, torch {version_of('torch')} for CUDA "
                     f"{ours[0]}.{ours[1]}",
                     cure=f"{reinstall(package.name, version)}; or without it: pip uninstall {package.name}",
                 )

@@ -48,7 +48,7 @@ def other_cuda() -> Problem | None:
         version = version_of(f"transformer-engine-cu{major}")
         if version is not None and ours is not None and major != ours[0]:
             return Problem(
-                what=f"transformer-engine-cu{major} {version} is built for CUDA {major}, but torch {torch.__version__} for CUDA "
+                what=f"transformer-engine-cu{major} {version} is built for CUDA {major}, torch {torch.__version__} for CUDA "
                 f"{ours[0]}.{ours[1]}",
                 cure=f"pip uninstall transformer-engine-cu{major} transformer-engine-torch transformer-engine, then "
                 f"{install_transformer_engine()}",

@@ -52,5 +52,5 @@ def test_waiting_for_others_ends_with_a_sentence_that_says_where_to_look(tmp_pat
     [(code, errors)] = run("waiting", tmp_path, 1)
     assert code == 1, errors
     assert "mpo train: rank 0 of 2 waited for the others at 127.0.0.1:" in errors.splitlines()[-1]
-    assert "parallel.timeout_minutes = 0.02 minutes, and not all of them came; look for a rank that ended or never" in errors
+    assert "parallel.timeout_minutes = 0.02 minutes, but not all of them connected; look for a rank that ended or never" in errors
     assert "Traceback" not in errors

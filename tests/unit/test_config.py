@@ -41,7 +41,7 @@ def test_command_line_overrides_yaml_and_the_result_loads_again(tmp_path: Path) 
     ("options", "message"),
     [
         (["--optimizer.lr", "0"], "optimizer.lr = 0.0; it must be positive"),
-        (["--optimizer.min_lr", "1"], "optimizer.min_lr = 1.0; it must lie between 0 and optimizer.lr"),
+        (["--optimizer.min_lr", "1"], "optimizer.min_lr = 1.0; it must be between 0 and optimizer.lr"),
         (["--optimizer.warmup_fraction", "1"], "optimizer.warmup_fraction = 1.0"),
         (["--optimizer.beta2", "1"], "optimizer.beta2 = 1.0"),
         (["--parallel.tensor", "0"], "parallel.tensor = 0; it must be at least 1"),

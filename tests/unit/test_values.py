@@ -228,8 +228,8 @@ def test_a_weight_of_a_scorer() -> None:
 
 
 WRONG_INSIDE = [
-    ("launch slurm --train t --mounts [a:b,1]", "mounts = ['a:b', 1]; of its entries, 1: it must be a text"),
-    ("launch slurm --train t --mounts [a:b]", "mounts = ['a:b'], but no container would see them"),
+    ("launch slurm --train t --mounts [a:b,1]", "mounts = ['a:b', 1]; its entry 1: it must be a text"),
+    ("launch slurm --train t --mounts [a:b]", "mounts = ['a:b'], but there is no container"),
     ("launch slurm --train t --container i --mounts [a]", "mounts: 'a'; write outside:inside"),
     ("launch slurm --train t --container=", "container is empty"),
     ("launch kubernetes --train t --image=", "image is empty"),
@@ -237,13 +237,13 @@ WRONG_INSIDE = [
     ("launch slurm-array --generate t --shards 1_0", "--shards: there is no such option"),
     (
         "generate --prompts p --model m --output o --temperatures [1,x]",
-        "temperatures = [1, 'x']; of its entries, x: it must be a number",
+        "temperatures = [1, 'x']; its entry x: it must be a number",
     ),
-    ("generate --prompts p --model m --output o --temperatures [.nan]", "it must be a number, and finite"),
-    ("report --runs [[a]]", "runs = [['a']]; of its entries, ['a']: it must be a text"),
+    ("generate --prompts p --model m --output o --temperatures [.nan]", "it must be a finite number"),
+    ("report --runs [[a]]", "runs = [['a']]; its entry ['a']: it must be a text"),
     ("score --input a --output b --scorers {a:_3}", "scorers = {'a': 3}; of a, 3, it must be a mapping"),
     ("score --input a --output b --scorers {1:_{kind:_match}}", "its names must be texts"),
-    ("evaluate --output o --held_out {}", "--held_out is a section; give its options one by one, such as --held_out.groups"),
+    ("evaluate --output o --held_out {}", "--held_out is a section; give its options individually, such as --held_out.groups"),
     ("evaluate --output o --held_out {groups:_[a]}", "groups = ['a']; it must be a text"),
     ("evaluate --output o --held_out {groups:_g,_model:_{checkpoint:_[a]}}", "model.checkpoint = ['a']; it must be a text"),
     ("evaluate --output o --held_out {nope:_1}", "nope: there is no such option"),

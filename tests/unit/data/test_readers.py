@@ -131,7 +131,7 @@ def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
     with pytest.raises(DataError, match=r"rows.json:2: not valid JSON: Extra data .* name it .jsonl"):
         read_groups(str(tmp_path / "rows.json"))
     (tmp_path / "rows.json").write_text('{"a": 1}')
-    with pytest.raises(DataError, match=r"holds one dict; a .json file holds one list of objects"):
+    with pytest.raises(DataError, match=r"holds one dict; a .json file must hold one list of objects"):
         read_groups(str(tmp_path / "rows.json"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really")
     with pytest.raises(DataError, match="not a readable Parquet file"):

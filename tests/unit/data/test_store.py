@@ -183,7 +183,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     whole, fields = arrow.read_bytes(), json.loads(info.read_text())
 
     arrow.write_bytes(whole[:-100])
-    with pytest.raises(DataError, match=rf"{len(whole) - 100} bytes, prepare.json says {len(whole)}"):
+    with pytest.raises(DataError, match=rf"{len(whole) - 100} bytes, but prepare.json lists {len(whole)}"):
         load_groups(folder)
     arrow.write_bytes(b"x" * len(whole))
     with pytest.raises(DataError, match=r"groups.arrow: damaged"):

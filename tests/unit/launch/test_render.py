@@ -182,8 +182,8 @@ def test_refused(config: str, changes: dict[str, Any], message: str) -> None:
         ({"time": "a day"}, "24:00:00"),
         ({"sbatch": ["exclusive"]}, "must start with --"),
         ({"sbatch": ["--exclusive\nrm x"]}, "and be one line"),
-        ({"partition": "a b"}, r"partition = 'a b'; in a job for Slurm it has no spaces"),
-        ({"logs": "$HOME/logs"}, r"logs = '\$HOME/logs'; in a job for Slurm it has no spaces, quotes or \$"),
+        ({"partition": "a b"}, r"partition = 'a b'; in a Slurm job it must not contain spaces"),
+        ({"logs": "$HOME/logs"}, r"logs = '\$HOME/logs'; in a Slurm job it must not contain spaces, quotes or \$"),
         ({"cpus_per_rank": 0}, "cpus_per_rank = 0; it must be at least 1"),
     ],
 )

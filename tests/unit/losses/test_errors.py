@@ -176,7 +176,7 @@ def test_lengths_below_one():
         ({"policy_logps": POLICY[0]}, r"policy_logps.shape = \(3,\); it must be \[groups, responses\]"),
         (
             {"policy_logps": POLICY.long()},
-            "policy_logps.dtype = torch.int64; log-probabilities are floating-point",
+            "policy_logps.dtype = torch.int64; log-probs are floating-point",
         ),
         (
             {"reference_logps": REFERENCE[:, :2]},

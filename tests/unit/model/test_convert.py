@@ -591,7 +591,7 @@ def test_output_must_be_new_and_outside(hf: Path, tmp_path: Path) -> None:
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ConfigError, match=r"output = .*full is not empty"):
         convert_folder(hf, tmp_path / "full")
-    with pytest.raises(ConfigError, match=r"lies inside input"):
+    with pytest.raises(ConfigError, match=r"is inside input"):
         convert_folder(hf, hf / "megatron")
     with pytest.raises(ConfigError, match=r"input = .*nothing; no such folder"):
         convert_folder(tmp_path / "nothing", tmp_path / "out")

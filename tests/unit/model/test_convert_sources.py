@@ -65,7 +65,7 @@ def test_a_name_on_the_hub(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: 
         ("--input owner/gated", "input = owner/gated; no such folder here, and on the hub it is gated: accept its terms"),
         ("--input owner/model --revision v2", "revision = v2; owner/model has no such branch, tag or commit on the hub."),
         ("--input . --revision main", "revision = main, but input = . is a folder"),
-        ("--input /a/b/c", "input = /a/b/c; no such folder, and no name on the hub, such as Qwen/Qwen3-14B."),
+        ("--input /a/b/c", "input = /a/b/c; no such folder, and not a hub name such as Qwen/Qwen3-14B."),
     ],
 )
 def test_names_that_cannot_be_read(

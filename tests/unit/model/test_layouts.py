@@ -70,7 +70,7 @@ def test_heads_are_shared_out_whole() -> None:
         (
             DENSE,
             {"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 2},
-            "together 3 layers, the model has num_hidden_layers = 4",
+            "together 3 layers, but the model has num_hidden_layers = 4",
         ),
         (DENSE, {"expert": 2}, "parallel.expert = 2, but the model has no experts"),
         (

@@ -115,11 +115,11 @@ def test_what_layers_cannot_recompute_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"recompute": "selective", "recompute_modules": []}, "name at least one module, and each once"),
+        ({"recompute": "selective", "recompute_modules": []}, "name at least one module, each only once"),
         ({"recompute": "selective", "recompute_modules": ["mlp", "mlp"]}, "each once"),
-        ({"recompute_modules": ["mlp"]}, "which does not read it; set model.recompute to selective"),
+        ({"recompute_modules": ["mlp"]}, "which ignores it; set model.recompute to selective"),
         ({"offload_layers": -1}, "must be 0 or more"),
-        ({"offload_layers": 2, "recompute": "full"}, "Megatron does one of them"),
+        ({"offload_layers": 2, "recompute": "full"}, "Megatron supports only one of them"),
     ],
 )
 def test_options_that_do_not_go_together(options: dict[str, Any], message: str) -> None:

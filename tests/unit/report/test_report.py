@@ -128,7 +128,7 @@ def test_data_that_is_gone_or_changed_leaves_a_report_without_texts_that_says_so
         ("prepare.json", 0.5, "damaged"),
         ("groups.pieces", 0.5, "damaged or missing"),
         ("groups.arrow", 0.3, "damaged: bytes "),
-        ("groups.arrow", None, " bytes, prepare.json says "),
+        ("groups.arrow", None, " bytes, but prepare.json lists "),
         ("groups.arrow", "answer 0 to question 5", "damaged: bytes "),  # among the texts, which are read last
     ],
 )

@@ -187,7 +187,7 @@ def test_several_temperatures_in_one_run(config: GenerateConfig, tmp_path: Path,
     engine.script = lambda group_id, index, attempt: f"answer {index}"
     run(again)
     assert asked == [(1.0, 40), (0.5, 40), (0.5, 1)]
-    with pytest.raises(ConfigError, match=r"temperature = 0\.3, temperatures = .*leave one of them out"):
+    with pytest.raises(ConfigError, match=r"temperature = 0\.3, temperatures = .*remove one of them"):
         dataclasses.replace(mixed, temperature=0.3)
 
 

@@ -120,7 +120,7 @@ def test_biases_and_cost_are_reported(server: Server, tmp_path: Path, capsys: py
     assert summary["statistics"]["judge"]["length_correlation"] > 0.9
     assert summary["warnings"][-1] == "judge favours the first position: it wins 67% of 36 decided comparisons."
     said = capsys.readouterr().out
-    assert "the first place wins 67% of 36 decided comparisons, both orders agree in 67%, 36 answers, 36 tokens read" in said
+    assert "the first position wins 67% of 36 decided comparisons, both orders agree in 67%, 36 answers, 36 tokens read" in said
     assert "36 answers in" in said
     assert "Warning: judge favours the first position" in said
 
@@ -158,7 +158,7 @@ def test_wrong_options_are_named(tmp_path: Path) -> None:
     for options, message in (
         ({"scale": [5]}, "scale = "),
         ({"contradictions": "missing"}, "it needs mode = compare"),
-        ({"structured": True, "parse": "(x)"}, "leave one of them out"),
+        ({"structured": True, "parse": "(x)"}, "remove one of them"),
         ({"prompt_price": -1.0}, "prompt_price"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -254,8 +254,8 @@ def test_responses_of_other_weights_are_not_kept(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"engine": "transformers", "endpoint": EndpointConfig()}, "load_weights = true is for a server"),
-        ({"load_adapter": True}, "leave one of them out"),
+        ({"engine": "transformers", "endpoint": EndpointConfig()}, "load_weights = true applies to a server"),
+        ({"load_adapter": True}, "remove one of them"),
         ({"endpoint": {"server": "sglang"}}, "is of kind sglang; only vllm can load weights"),
     ],
 )

@@ -230,7 +230,7 @@ def test_input_and_output_are_checked_first(tmp_path: Path) -> None:
         ({"max_responses": 2, "min_responses": 3}, "it must be at least min_responses = 3"),
         ({"max_length": 3, "min_length": 4}, "at least min_length = 4"),
         ({"max_length_ratio": 0.5}, "max_length_ratio = 0.5; it must be at least 1"),
-        ({"reward_noise": float("inf")}, "it has to be finite"),
+        ({"reward_noise": float("inf")}, "it must be finite"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:

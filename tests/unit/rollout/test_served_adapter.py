@@ -146,7 +146,7 @@ def test_an_adapter_that_the_server_keeps_is_told(
 
 
 def test_options_that_do_not_fit(config: GenerateConfig, model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"load_adapter = true is for a server"):
+    with pytest.raises(ConfigError, match=r"load_adapter = true applies to a server"):
         run(config, engine="transformers", endpoint=EndpointConfig())
     with pytest.raises(ConfigError, match=r"load_adapter = true, but model = .* is no adapter"):
         run(config, model=str(model_folder))

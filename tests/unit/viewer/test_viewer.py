@@ -205,13 +205,13 @@ def test_a_row_of_a_run_is_the_row_it_trained_on(data: PreparedGroups, model: Pa
 def test_what_is_not_there_is_said(data: PreparedGroups, model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="but none with this id; the first id is g0"):
         look(InspectConfig(data=str(data.path), group="nobody", tokenizer=str(model)))
-    with pytest.raises(ConfigError, match="name it with --tokenizer"):
+    with pytest.raises(ConfigError, match="does not record its tokenizer; set --tokenizer"):
         look(InspectConfig(data=str(data.path)))
     with pytest.raises(ConfigError, match=r"has no config\.yaml"):
         look(InspectConfig(run=str(tmp_path)))
     with pytest.raises(ConfigError, match="name one thing to show"):
         InspectConfig()
-    with pytest.raises(ConfigError, match="step has an effect on a run's rows only"):
+    with pytest.raises(ConfigError, match="step applies to a run's rows only"):
         InspectConfig(data="d", step=2)
     with pytest.raises(ConfigError, match="group has no effect on a run's rows"):
         InspectConfig(run="r", group="1")
