@@ -1,6 +1,6 @@
-"""`mpo align`: convert, prepare, train, export, compare, report; on-policy rounds where there are prompts in place of groups.
+"""`mpo align`: convert, prepare, train, export, compare, report; on-policy rounds if prompts are given instead of groups.
 
-The folders are the state, as in `mpo iterate`: a stage whose last file is there is skipped, any other is started or resumed.
+The folders are the state, as in `mpo iterate`: a stage whose last file exists is skipped; any other is started or resumed.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ from mpo_megatron.train.launcher import count_ranks
 
 STATE_FILE = "align.json"
 FREE = ("model", "output", "data", "prompts", "plan", "nproc")
-"""Options that a later run may change: paths, whose content has digests, and what changes no result."""
+"""Options that a later run may change: paths (digests cover their content), and options without effect on the result."""
 
 
 def align(config: AlignConfig, console: Console | None = None) -> None:
-    """Run all stages, or what is left of them.
+    """Run all stages, or the remaining ones.
 
     Raises:
-        ConfigError: the configuration cannot work, or is not the one this folder was started with.
+        ConfigError: the configuration cannot work, or differs from the one this folder was started with.
         DataError: a stage's input is unusable, or another `mpo align` runs in the folder.
         StageError: training failed, or was asked to stop.
     """
@@ -68,7 +68,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         open_folder(config, stages)
         groups = stages.folder / "groups"
         stage("prepare", groups / INFO_FILE, lambda: prepare(stages.prepare, console), console)
-        stages = build_stages(config, model)  # once more: how many groups there are decides about training
+        stages = build_stages(config, model)  # again: the number of groups determines training options
         num_ranks = config.nproc or count_ranks(stages.train.parallel)
         for name, value in stages.chosen.items():
             console.print(f"train.{name} = {value}: chosen by mpo align", soft_wrap=True)
@@ -98,7 +98,7 @@ def open_folder(config: AlignConfig, stages: Stages) -> None:
     path = stages.folder / STATE_FILE
     if not path.is_file():
         others = [entry.name for entry in stages.folder.iterdir() if not entry.name.startswith(".")]
-        require(not others, f"output = {stages.folder} holds {others[:1]}, and no {STATE_FILE}; choose a new folder.")
+        require(not others, f"output = {stages.folder} holds {others[:1]}, but no {STATE_FILE}; choose a new folder.")
         write_summary(path, state)
         return
     recorded = read_summary(path)
@@ -145,7 +145,7 @@ def raise_changed(folder: Path, name: str, before: object, now: object) -> None:
 
 
 def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
-    """`mpo iterate`, and its last policy as the result."""
+    """Run `mpo iterate`, and make its last policy the result."""
     rounds = build_rounds(config, model)
     if config.plan:
         lines = [f"rounds: {config.rounds} × (generate → score → select → prepare → train), in {rounds.output}"]
@@ -165,7 +165,7 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """The same file at another place, without its bytes twice where the file system can."""
+    """Put the same file at another path, as a hard link if the file system supports it."""
     try:
         os.link(source, target)
     except OSError:
@@ -176,7 +176,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
-    """The stages, and about how long training takes; nothing is written."""
+    """Print the stages and an estimated training time; write nothing."""
     train: TrainConfig = stages.train
     table = Table("stage", "what it does", "writes")
     prepare_inputs = visible(", ".join(config.data))
@@ -185,10 +185,10 @@ def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
         ("train", f"{train.loss.name}, lr {train.optimizer.lr:g}, {train.epochs:g} epochs", "run"),
         ("export", "Megatron → Hugging Face", "aligned"),
         ("answers", f"{config.answers} held-out prompts, before and after", "answers"),
-        ("report", "curves, held-out groups, what changed", "report.html, align.md"),
+        ("report", "curves, held-out groups, changes", "report.html, align.md"),
     )
     for row in rows:
         table.add_row(*row)
     console.print(Text(f"{config.model} → {stages.folder / 'aligned'}"))
     console.print(table)
-    console.print(f"{estimate(config, stages)} Leave out --plan to run it.", soft_wrap=True)
+    console.print(f"{estimate(config, stages)} Remove --plan to run it.", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Options of training that nobody set: by the model's size, the number of groups, and this machine's GPUs."""
+"""Default training options, from the model's size, the number of groups, and this machine's GPUs."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from mpo_megatron.plan.plan import build_problem, explain_nothing_fits
 from mpo_megatron.plan.search import Candidate, Workload, search
 
 LEARNING_RATES = ((1e9, 5e-6), (4e9, 2e-6), (math.inf, 5e-7))
-"""Peak learning rate for models of up to so many parameters: a start; the papers' 7B and 8B models take 5e-7."""
+"""Peak learning rate by maximum number of parameters: a starting point; the papers' 7B and 8B models use 5e-7."""
 ADAPTER_RATE = 20
-"""Adapters (`lora.rank`) take so many times the rate of all weights."""
+"""Factor of the learning rate for adapters (`lora.rank`), relative to training all weights."""
 MOST_GROUPS_PER_STEP, STEPS_AT_LEAST = 128, 16
-"""Groups of a step, so that an epoch has at least some steps."""
+"""Number of groups per step, so that an epoch has at least some steps."""
 
 
 def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[TrainConfig, dict[str, object]]:
-    """Training's configuration, and which options were chosen here.
+    """The training configuration, and the options chosen here.
 
     Raises:
-        ConfigError: an option is wrong, or no layout fits the GPUs that are here.
+        ConfigError: an option is wrong, or no layout fits this machine's GPUs.
     """
     output = Path(config.output)
     options, chosen = copy.deepcopy(config.train), dict[str, object]()
@@ -79,7 +79,7 @@ def trains_adapter(train: Mapping[str, Any]) -> bool:
 
 
 def choose_learning_rate(family: Family, *, adapter: bool) -> float:
-    """A peak learning rate to start with, of all weights or of an adapter."""
+    """A peak learning rate to start with, for all weights or for an adapter."""
     size = count_parameters(family)
     rate = next(lr for most, lr in LEARNING_RATES if size <= most)
     return rate * ADAPTER_RATE if adapter else rate
@@ -93,10 +93,10 @@ def count_parameters(family: Family) -> int:
 
 
 def machine_workload(train: TrainConfig, model: Path, nproc: int | None, lengths: Mapping[str, Any]) -> Workload | None:
-    """The run on this machine's GPUs, for `mpo plan`; None if their kind is unknown.
+    """The run on this machine's GPUs, for `mpo plan`; None if `mpo plan` does not know them.
 
     Args:
-        lengths: `data`, the folder of prepared groups, or the options of `mpo plan` that stand for it
+        lengths: `data`, the folder of prepared groups, or options of `mpo plan` that replace it
     """
     name = torch.cuda.get_device_name().upper()
     hardware = next((known for known in TABLE if known.upper() in name), None)

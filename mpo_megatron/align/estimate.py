@@ -1,4 +1,4 @@
-"""How long training may take on this machine, before anything is written."""
+"""Estimate the training time on this machine, before anything is written."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from mpo_megatron.rollout.rounds import build_round
 from mpo_megatron.train.launcher import count_ranks
 
 SAMPLED_ROWS = 200
-"""Rows whose lengths represent all."""
+"""Number of rows whose lengths represent all."""
 VLLM_BATCH = 256
-"""Sequences that vLLM decodes at a time by default."""
+"""Number of sequences that vLLM decodes concurrently by default."""
 
 
 def estimate(config: AlignConfig, stages: Stages) -> str:
-    """In words, how long training takes here: by `mpo plan` on GPUs that it knows, on a CPU by a measured matrix product."""
+    """The training time here, as text: from `mpo plan` on GPUs that it knows, on a CPU from a measured matrix product."""
     lengths = sample_lengths(stages.prepare) | {"groups": max(1, count_rows(config.data, config.prepare))}
     train = stages.train
     machine = find_machine(train, stages.model, config.nproc, lengths)
@@ -44,7 +44,7 @@ def estimate(config: AlignConfig, stages: Stages) -> str:
     groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
     minutes, reference = training_minutes(machine, train, groups, chooses=not has_option(config.train, "parallel"))
     share = f", {reference:,.0f} of them for the reference's log-probs" if reference else ", no reference log-probs among them"
-    return f"training sees {groups:,} groups: about {minutes:,.0f} minutes on {machine.words}{share}."
+    return f"training processes {groups:,} groups: about {minutes:,.0f} minutes on {machine.words}{share}."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +53,12 @@ class Machine:
 
     workload: Workload
     words: str
-    """What it computes with."""
+    """Description of its processors."""
     gpu: bool
 
 
 def find_machine(train: TrainConfig, model: Path, nproc: int | None, lengths: Mapping[str, Any]) -> Machine | str:
-    """The run on this machine; in words, why there is no estimate."""
+    """The run on this machine; or why there is no estimate, as text."""
     if device.has_gpu():
         workload = machine_workload(train, model, nproc, lengths)
         if workload is None:
@@ -68,15 +68,15 @@ def find_machine(train: TrainConfig, model: Path, nproc: int | None, lengths: Ma
     peak = measure_peak()
     workload = build_problem(PlanConfig(gpus=ranks, model=str(model), hardware="h100", **lengths), train)
     hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
-    words = f"{peak:.2f} TFLOP/s, the speed of a matrix product here now"
+    words = f"{peak:.2f} TFLOP/s, the speed of a matrix product measured now"
     return Machine(workload=replace(workload, hardware=hardware), words=words, gpu=False)
 
 
 def training_minutes(machine: Machine, train: TrainConfig, groups: int, *, chooses: bool) -> tuple[float, float]:
-    """Minutes of a run that sees so many groups, and those of its reference log-probs in them.
+    """Minutes of a run with this many groups, and of its reference log-probs among them.
 
     Args:
-        chooses: the fastest layout is taken on GPUs, as `mpo align` does
+        chooses: on GPUs, use the fastest layout, as `mpo align` does
     """
     workload = machine.workload
     if machine.gpu and chooses:
@@ -89,7 +89,7 @@ def training_minutes(machine: Machine, train: TrainConfig, groups: int, *, choos
 
 
 def estimate_rounds(config: IterateConfig, model: Path) -> str:
-    """In words, how long on-policy rounds take here: tokens to generate, training and its reference; scorers are unknown."""
+    """The time of on-policy rounds here, as text: generation, training and its reference; scorers are unknown."""
     first = build_round(config, 1)
     train, generate = first.train, first.generate
     chat = load_chat(replace(first.prepare, tokenizer=str(model)))
@@ -113,18 +113,21 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
         f", {reference:,.0f} of them for the reference's log-probs" if reference else ""
     )
     if generate.engine == "openai":
-        return f"a round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring comes on top."
+        return (
+            f"per round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring is not included."
+        )
     rate = generation_rate(machine, generate)
     generating = tokens / rate / 60
     total = config.rounds * (generating + minutes) + (config.rounds + 1) * held_out / rate / 60
     return (
-        f"a round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to held-out prompts "
-        f"included: about {total:,.0f} minutes on {machine.words}. Scoring comes on top."
+        f"per round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to "
+        "held-out prompts "
+        f"included: about {total:,.0f} minutes on {machine.words}. Scoring is not included."
     )
 
 
 def groups_of_round(config: IterateConfig, train: TrainConfig, prompts: int) -> int:
-    """Groups that a round's training sees; with `optimizer = continued`, `train.max_steps` are those of all rounds."""
+    """Groups that a round trains on; with `optimizer = continued`, `train.max_steps` counts the steps of all rounds."""
     if not train.max_steps:
         return round(prompts * train.epochs)
     steps = train.max_steps / config.rounds if config.optimizer == "continued" else train.max_steps
@@ -132,9 +135,10 @@ def groups_of_round(config: IterateConfig, train: TrainConfig, prompts: int) -> 
 
 
 def generation_rate(machine: Machine, generate: GenerateConfig) -> float:
-    """Tokens a second: a decoding step multiplies each weight by a batch of tokens, or on a GPU just reads it, if that is longer.
+    """Tokens per second. A decoding step multiplies each weight by a batch of tokens, or on a GPU only reads it, whichever takes
+    longer.
 
-    Keys and values, prompts and the scheduler count nothing.
+    Keys and values, prompts and the scheduler are not counted.
     """
     workload, vllm = machine.workload, generate.engine == "vllm"
     hardware, assumed = workload.hardware, workload.assumed
@@ -152,7 +156,7 @@ def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:
     """Mean lengths of the first rows, for `mpo plan`.
 
     Raises:
-        ConfigError: no row gives a group.
+        ConfigError: no row forms a group.
     """
     chat = load_chat(prepare)
     streams = open_streams(replace(prepare, max_rows=SAMPLED_ROWS))

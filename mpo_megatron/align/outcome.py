@@ -1,4 +1,4 @@
-"""What changed: held-out numbers of the last evaluation, lengths, and answers before and after."""
+"""The result of aligning: held-out numbers of the last evaluation, lengths, and answers before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpo_megatron.terminal.visible import visible
 
 OUTCOME_FILE = "align.md"
 SHOWN = 400
-"""Characters of a text in the table of answers."""
+"""Maximum characters of a text in the table of answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +28,19 @@ class BothAnswers:
     before: str
     after: str
     tokens: tuple[int, int]
-    """Of the two answers."""
+    """Tokens of the two answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AlignOutcome:
-    """What `mpo align` ends with."""
+    """The final report of `mpo align`."""
 
     numbers: tuple[tuple[str, str, str], ...]
-    """Rows of a table: what, before, after."""
+    """Rows of a table: quantity, before, after."""
     pairs: tuple[BothAnswers, ...]
 
     def as_markdown(self) -> str:
-        """The same as a file."""
+        """The report as Markdown."""
         lines = ["| held-out groups | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {before} | {after} |" for name, before, after in self.numbers]
         for pair in self.pairs:
@@ -51,32 +51,32 @@ class AlignOutcome:
 
 
 def describe_outcome(stages: Stages, num_answers: int) -> AlignOutcome:
-    """Read what the stages left."""
+    """Build the report from the stages' output."""
     pairs = read_pairs(Path(stages.before.output), Path(stages.after.output)) if num_answers else []
     numbers = [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
     return AlignOutcome(numbers=tuple(numbers), pairs=tuple(pairs))
 
 
 def describe_rounds(rounds: Path, number: int, num_answers: int) -> AlignOutcome:
-    """Read what `mpo iterate` left: the first policy beside the last.
+    """Build the report from the output of `mpo iterate`: the first policy beside the last.
 
     Args:
-        rounds: its folder
-        number: of rounds
+        rounds: folder of `mpo iterate`
+        number: number of rounds
     """
     reports = read_summary(rounds / REPORT_FILE)["rounds"]
     first, last = reports[0]["before"], reports[-1]["after"]
     pairs = read_pairs(*(rounds / "policies" / f"{policy:02d}" / "samples" for policy in (0, number)))
     before, after = (f"{side['reward']:.4g} ± {side['error']:.2g}" for side in (first, last))
-    reward = ("reward of an answer, mean ± error", before, after)
+    reward = ("reward per answer, mean ± error", before, after)
     return AlignOutcome(numbers=(reward, *compare_lengths(pairs)), pairs=tuple(pairs[:num_answers]))
 
 
 def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
-    """The last evaluation's accuracy and margin; before training, π = π_ref by definition. Without a reference the loss.
+    """Accuracy and margin of the last evaluation; before training, π = π_ref by definition. Without a reference, the loss.
 
     Raises:
-        DamagedError: a line is not what was written.
+        DamagedError: a line differs from what was written.
     """
     evaluated = [row for row in read_metrics(metrics) if "eval/loss" in row]
     if not evaluated:
@@ -85,11 +85,11 @@ def read_numbers(metrics: Path) -> list[tuple[str, str, str]]:
         before, after = (f"{row['eval/loss']:.4g}" for row in (evaluated[0], evaluated[-1]))
         return [("loss of held-out groups", before, after)]
     last, found = evaluated[-1], list[tuple[str, str, str]]()
-    found.append(("preferred above the others, by log π/π_ref", "50 % by definition", f"{last['eval/accuracy']:.1%}"))
+    found.append(("preferred responses ranked above others by log π/π_ref", "50 % by definition", f"{last['eval/accuracy']:.1%}"))
     for name, words in (
         ("eval/margin", "margin of log π/π_ref, nats"),
         ("eval/chosen_log_ratio", "log π/π_ref of preferred responses, nats"),
-        ("eval/rejected_log_ratio", "log π/π_ref of the others, nats"),
+        ("eval/rejected_log_ratio", "log π/π_ref of other responses, nats"),
     ):
         if name in last:
             found.append((words, "0 by definition", f"{last[name]:+.3g}"))
@@ -101,11 +101,11 @@ def compare_lengths(pairs: list[BothAnswers]) -> list[tuple[str, str, str]]:
     if not pairs:
         return []
     before, after = (sum(pair.tokens[side] for pair in pairs) / len(pairs) for side in (0, 1))
-    return [(f"tokens of an answer, mean of {len(pairs)}", f"{before:.0f}", f"{after:.0f}")]
+    return [(f"tokens per answer, mean of {len(pairs)}", f"{before:.0f}", f"{after:.0f}")]
 
 
 def read_pairs(before: Path, after: Path) -> list[BothAnswers]:
-    """The prompts that both models answered."""
+    """The prompts answered by both models."""
     answered = {side: _read_answers(side) for side in (before, after)}
     pairs = []
     for group_id, line in answered[before].items():
@@ -127,7 +127,7 @@ def _last_words(line: Record) -> str:
 
 
 def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, commands: Sequence[str]) -> None:
-    """Both tables, the aligned model's folder, and the commands that come next."""
+    """Print both tables, the aligned model's folder, and the next commands."""
     table = Table("held-out groups", "before", "after", title="What changed")
     for row in outcome.numbers:
         table.add_row(*row)
@@ -142,7 +142,7 @@ def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, comman
 
 
 def next_after_rounds(model: str, folder: Path, number: int) -> list[str]:
-    """What one would do after on-policy rounds."""
+    """Suggested commands after on-policy rounds."""
     quoted, base = shlex.quote(str(folder)), shlex.quote(model)
     return [
         f"mpo chat {quoted} --beside {base}    # talk to both",
@@ -152,11 +152,11 @@ def next_after_rounds(model: str, folder: Path, number: int) -> list[str]:
 
 
 def next_commands(model: str, folder: Path) -> list[str]:
-    """What one would do after training on groups."""
+    """Suggested commands after training on groups."""
     quoted, base = shlex.quote(str(folder)), shlex.quote(model)
     return [
         f"mpo chat {quoted} --beside {base}    # talk to both",
-        f"open {shlex.quote(str(folder / 'report.html'))}    # curves, and how log-probabilities moved",
+        f"open {shlex.quote(str(folder / 'report.html'))}    # curves, and changes of log-probs",
         f"mpo inspect {quoted}/run    # a row as the model saw it",
     ]
 

@@ -1,12 +1,12 @@
-"""Every stage's configuration, built and checked before anything runs, with defaults by the model, the data and the GPUs.
+"""Every stage's configuration, built and checked before anything runs, with defaults from the model, the data and the GPUs.
 
-<output>/align.json               the configuration, the model's and the data's digests: what must not change
-<output>/prepare.yaml, train.yaml what `mpo prepare` and `mpo train` are given
+<output>/align.json               configuration, digests of the model and the data: must not change
+<output>/prepare.yaml, train.yaml configurations of `mpo prepare` and `mpo train`
 <output>/groups, groups-eval      prepared groups
 <output>/run                      training; its checkpoints, its metrics, the converted model
 <output>/answers/before, after    answers of both models to held-out prompts
 <output>/aligned                  the Hugging Face model
-<output>/report.html, align.md    curves, and what changed
+<output>/report.html, align.md    curves, and the changes
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
 
 HELD_OUT = 100
-"""Groups held out of 1,000 or more."""
+"""Groups to hold out of 1,000 or more."""
 ANSWER_TOKENS = 256
-"""Longest answer in the comparison."""
+"""Maximum tokens of an answer in the comparison."""
 SET = {
     "prepare": ("input", "output", "tokenizer", "held_out"),
     "train": ("output", "model.checkpoint", "model.reference", "data.train", "data.eval"),
     "generate": ("prompts", "model", "output", "shard", "num_responses", "max_prompts"),
 }
-"""Options that the command decides itself."""
+"""Options that the command sets itself."""
 OWN = ("output", "model", "prompts", "rounds", "held_out", "nproc", "seed")
 SET_IN_ROUNDS = {"iterate": (*OWN, *STAGES)}
-"""The same with prompts: these are options of the command's own."""
+"""The same with prompts: these are options of the command itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,30 +68,30 @@ class Stages:
     before: GenerateConfig
     after: GenerateConfig
     exported: Path
-    """The file that the export ends with."""
+    """The last file that the export writes."""
     chosen: dict[str, object]
-    """Options of training that nobody set, and what was chosen."""
+    """Training options that the user did not set, and their chosen values."""
 
 
 def find_folder(name: str) -> Path:
-    """The model's folder; of a name on the hub, the one in the hub's cache.
+    """The model's folder; for a name on the hub, its folder in the hub's cache.
 
     Raises:
-        ConfigError: there is no such model.
+        ConfigError: the model does not exist.
     """
     folder = Path(name)
     if not folder.exists() and is_hub_name(name):
         return download_model(name, "model", None)
     require(folder.is_dir(), f"model = {name}; no such folder; give a Hugging Face folder, or a name on the hub.")
-    require((folder / "config.json").is_file(), f"model = {name}; no Hugging Face folder: it has no config.json.")
+    require((folder / "config.json").is_file(), f"model = {name}; not a Hugging Face folder: it has no config.json.")
     return folder
 
 
 def check_sections(config: AlignConfig, fixed: Mapping[str, tuple[str, ...]]) -> None:
-    """Check that no section sets what the command decides itself.
+    """Check that no section sets an option that the command sets itself.
 
     Raises:
-        ConfigError: naming the option.
+        ConfigError: names the option.
     """
     for stage, names in fixed.items():
         for name in names:
@@ -99,10 +99,10 @@ def check_sections(config: AlignConfig, fixed: Mapping[str, tuple[str, ...]]) ->
 
 
 def build_stages(config: AlignConfig, model: Path) -> Stages:
-    """All stages; training's with the defaults for the prepared groups, if they are there already.
+    """All stages; training gets the defaults for the prepared groups, if they exist.
 
     Raises:
-        ConfigError: naming the option, the rule and the fix.
+        ConfigError: names the option, the rule and the fix.
     """
     output = Path(config.output)
     check_writable(output, "output")
@@ -136,10 +136,10 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
 
 
 def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
-    """The on-policy rounds that the prompts are for.
+    """The on-policy rounds on the prompts.
 
     Raises:
-        ConfigError: naming the option, the rule and the fix.
+        ConfigError: names the option, the rule and the fix.
     """
     check_sections(config, SET_IN_ROUNDS)
     train = copy.deepcopy(config.train)
@@ -168,14 +168,14 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
 
 
 def choose_held_out(config: AlignConfig, output: Path) -> int:
-    """Groups to hold out: those that are, if the groups are prepared."""
+    """Number of groups to hold out; the actual number, once the groups are prepared."""
     if (output / "groups-eval" / INFO_FILE).is_file() and (output / "groups" / INFO_FILE).is_file():
         return read_info(output / "groups-eval").num_groups
     return config.held_out or min(HELD_OUT, max(2, count_rows(config.data, config.prepare) // 10))
 
 
 def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
-    """Rows of the inputs, which are groups in most formats."""
+    """Number of rows of the inputs, which are groups in most formats."""
     total = 0
     for name in data:
         source = open_source(name, split=prepare.get("split", "train"), subset=prepare.get("subset"))

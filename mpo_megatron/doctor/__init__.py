@@ -1,1 +1,1 @@
-"""`mpo doctor`: what is installed here, whether it works together, and what a run would use of it."""
+"""`mpo doctor`: what is installed here, whether it works together, and what a run would use."""

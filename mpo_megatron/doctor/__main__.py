@@ -1,4 +1,4 @@
-"""`torchrun … -m mpo_megatron.doctor`: `mpo doctor` on several machines, which are compared."""
+"""`torchrun … -m mpo_megatron.doctor`: run `mpo doctor` on several machines, and compare them."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _attention(name: Literal["sdpa", "flex", "varlen"]) -> str:
 
 
 def _kernel() -> str:
-    """Name of the variable-length kernel in use, which its finder has."""
+    """Name of the variable-length kernel in use, from its finder."""
     from mpo_megatron.model.attention_varlen import require_kernel
 
     return require_kernel().__qualname__.partition(".")[0].lstrip("_")
@@ -90,7 +90,7 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
     ]
     engine = use_transformer_engine(model)
     missing = missing_for_transformer_engine()
-    why = "model.backend" if model.backend != "auto" else "it imports, and there is a GPU" if engine else missing
+    why = "model.backend" if model.backend != "auto" else "it imports, and a GPU is available" if engine else missing
     rows.append(("layers", "Transformer Engine" if engine else "Megatron-Core's local ones", str(why)))
     attention = choose_attention(model)
     if model.attention != "auto":
@@ -98,7 +98,7 @@ def uses(config: TrainConfig) -> list[dict[str, str]]:
     elif attention == "sdpa":
         why = "model.precision is fp32" if gpu else "the only one without a GPU"
     else:
-        why = "the fastest kernel that is installed" if attention == "varlen" else "no variable-length kernel is installed"
+        why = "the fastest installed kernel" if attention == "varlen" else "no variable-length kernel is installed"
     rows.append(("attention", f"{attention} ({_kernel()})" if attention == "varlen" else attention, why))
     rows.append(("fp8", model.fp8, "model.fp8" if model.fp8 == "none" else missing or missing_for_recipe(model.fp8) or "usable"))
     rows.append(("weight gradients", *_weight_gradients(engine)))
@@ -122,22 +122,22 @@ def _weight_gradients(engine: bool) -> tuple[str, str]:
         return "added inside the GEMM", "PyTorch, on a CPU"
     if has_fused_gradients():
         return "added inside the GEMM", "NVIDIA's apex"
-    return "added in a pass of their own", "neither Transformer Engine nor NVIDIA's apex is in use"
+    return "added in a separate pass", "neither Transformer Engine nor NVIDIA's apex is in use"
 
 
 def _live_engine(config: TrainConfig) -> tuple[str, str]:
-    """The engine that samples beside the training, and how weights reach it."""
+    """The engine that samples during training, and how weights reach it."""
     online = config.online
     if online.engine == "transformers":
-        return online.engine, "online.engine; weights pass through host memory"
+        return online.engine, "online.engine; weights travel through host memory"
     if online.engine == "server":
-        return f"vLLM at {online.endpoint.base_url}", missing_for_live_vllm() or "online.endpoint; weights pass by NCCL"
+        return f"vLLM at {online.endpoint.base_url}", missing_for_live_vllm() or "online.endpoint; weights travel by NCCL"
     engine, shared = online.vllm, online.vllm.gpus == "shared"
-    where = "the ranks' GPUs, by CUDA IPC" if shared else "GPUs of its own, by NCCL"
+    where = "the ranks' GPUs, by CUDA IPC" if shared else "its own GPUs, by NCCL"
     choice = f"vllm {version_of('vllm')}, tensor {engine.tensor_parallel} × pipeline {engine.pipeline_parallel} a replica"
     if (cause := quantized_sampling(engine.options)) is not None:
         choice += f", quantised ({cause})"
-    return choice, missing_for_live_vllm() or f"online.engine; weights pass to {where}"
+    return choice, missing_for_live_vllm() or f"online.engine; weights travel to {where}"
 
 
 def _overlap(config: TrainConfig) -> tuple[str, str]:
@@ -145,7 +145,7 @@ def _overlap(config: TrainConfig) -> tuple[str, str]:
 
     if config.optimizer.overlap != "auto":
         return config.optimizer.overlap, "optimizer.overlap"
-    return ("all, where there are replicas", "GPUs") if device.has_gpu() else ("none", "no GPU")
+    return ("all, if there are replicas", "GPUs") if device.has_gpu() else ("none", "no GPU")
 
 
 def refusal(config: TrainConfig) -> str | None:
@@ -153,7 +153,7 @@ def refusal(config: TrainConfig) -> str | None:
     from mpo_megatron.train.setup import build_setup, read_layout
 
     try:
-        if is_hugging_face(Path(config.model.checkpoint)):  # which `mpo train` would convert
+        if is_hugging_face(Path(config.model.checkpoint)):  # `mpo train` would convert it
             read_layout(config)
         else:
             build_setup(config)
@@ -163,10 +163,10 @@ def refusal(config: TrainConfig) -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Print abilities, and with a configuration what it would use."""
+    """Print abilities, and with a configuration, what it would use."""
     try:
         found = abilities()
-    except ConfigError as error:  # a package that Megatron-Core cannot do with
+    except ConfigError as error:  # a package that breaks Megatron-Core
         print(json.dumps({"error": str(error).rstrip(".")}))
         return 0
     if arguments:

@@ -1,4 +1,4 @@
-"""Versions, GPUs, what imports and works, what a run would use, and the fixes."""
+"""Versions, GPUs, imports, what a run would use, and fixes for problems."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mpo_megatron.stack.problem import Problem
 
 
 def doctor(config: str | None, *, as_json: bool) -> int:
-    """Examine this machine and print what was found; the exit code: 1 if a run would fail, 0 otherwise.
+    """Examine this machine and print the findings; the exit code: 1 if a run would fail, 0 otherwise.
 
     Args:
         config: file with a configuration of `mpo train`
@@ -35,7 +35,7 @@ def doctor(config: str | None, *, as_json: bool) -> int:
 
 
 def examine(config: str | None) -> dict[str, Any]:
-    """Everything about this machine, as JSON holds it: software, machine, abilities, run, problems."""
+    """Everything about this machine, as JSON values: software, machine, abilities, run, problems."""
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(abilities.ask, config)
         software, software_problems = describe_software(has_gpus=bool(gpu_files()))
@@ -57,7 +57,7 @@ def examine(config: str | None) -> dict[str, Any]:
 
 
 def _output(config: str | None) -> Path:
-    """Folder that a run would write in; this one without a run."""
+    """The folder that a run would write to; the current one without a run."""
     try:
         return Path(load_yaml(TrainConfig, config).output) if config else Path.cwd()
     except ConfigError:  # reported with the run
@@ -65,7 +65,7 @@ def _output(config: str | None) -> Path:
 
 
 def _comparable(found: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same on all machines, and the host's name."""
+    """Values that must be equal on all machines, and the host's name."""
     machine = found["machine"]
     return {
         "host": machine["host"],

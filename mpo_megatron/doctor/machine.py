@@ -1,4 +1,4 @@
-"""The machine: GPUs, driver, memory, disks, and what compiles on it."""
+"""The machine: GPUs, driver, memory, disks, and compilers."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from mpo_megatron.stack.cuda import (
 from mpo_megatron.stack.problem import Problem
 
 SHARED_MEMORY_GIB = 1.0
-"""Least /dev/shm beside GPUs: NCCL takes up to some tens of MB for each pair of them; Docker's default is 64 MB in all."""
+"""Minimum /dev/shm with GPUs: NCCL uses up to some tens of MB per pair of GPUs; Docker's default is 64 MB in total."""
 
 SPACE_GIB = 20.0
-"""Less free disk than this is reported: a checkpoint of a 1B model with optimizer states takes 16 GB."""
+"""Report less free disk space than this: a checkpoint of a 1B model with optimizer states takes 16 GB."""
 
 
 def describe_machine(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """(facts, what is wrong).
+    """(facts, problems).
 
     Args:
-        folder: whose disk a run would write on
+        folder: folder on the disk that a run would write to
     """
     cuda = driver_cuda()
     facts: dict[str, Any] = {
@@ -77,24 +77,24 @@ def _nccl() -> str | None:
 
 
 def _cudnn() -> str | None:
-    """Version of cuDNN, whose number has two digits each for minor and patch."""
+    """Version of cuDNN; its number has two digits each for minor and patch."""
     if torch.version.cuda is None:
         return None
     try:
         number = torch.backends.cudnn.version()
-    except RuntimeError as error:  # another cuDNN than torch's is found first
+    except RuntimeError as error:  # another cuDNN was found before torch's
         return " ".join(str(error).split())
     return None if number is None else f"{number // 10000}.{number // 100 % 100}.{number % 100}"
 
 
 def _hub_cache() -> Path:
-    """Where Hugging Face's libraries keep what they download."""
+    """Cache folder of Hugging Face's libraries."""
     home = os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface")
     return Path(os.environ.get("HF_HUB_CACHE", Path(home) / "hub"))
 
 
 def _free_gib(path: Path) -> float | None:
-    """Free space on the disk of a path, which need not exist yet."""
+    """Free space on the disk of a path, which need not exist, in GiB."""
     for folder in (path, *path.absolute().parents):
         if folder.is_dir():
             return round(shutil.disk_usage(folder).free / 2**30, 1)
@@ -107,7 +107,7 @@ def _gpu_problems(facts: dict[str, Any]) -> list[Problem]:
         found.append(
             Problem(
                 what=f"an NVIDIA driver ({facts['driver']}) is loaded, but this process sees no GPU",
-                cure="give the container its GPUs: docker run --gpus all",
+                cure="give the container access to its GPUs: docker run --gpus all",
                 severity="warning",
             )
         )
@@ -120,14 +120,14 @@ def _gpu_problems(facts: dict[str, Any]) -> list[Problem]:
             Problem(
                 what=f"driver {facts['driver']} is older than {oldest}, the oldest that CUDA {cuda[0] if cuda else ''} supports",
                 cure=f"update the driver to {oldest} or newer",
-                severity="warning",  # a compatibility package may stand between
+                severity="warning",  # a compatibility package may be installed
             )
         )
     if facts["compiler"] is None:
-        found.append(Problem(what="there is no C compiler, and Triton needs one (torch.compile)", cure="apt install gcc"))
+        found.append(Problem(what="there is no C compiler, but Triton needs one (torch.compile)", cure="apt install gcc"))
     elif not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
         package = f"python{sysconfig.get_python_version()}-dev"
-        found.append(Problem(what="there is no Python.h, and Triton needs it (torch.compile)", cure=f"apt install {package}"))
+        found.append(Problem(what="there is no Python.h, but Triton needs it (torch.compile)", cure=f"apt install {package}"))
     return found
 
 
@@ -144,7 +144,7 @@ def _space_problems(facts: dict[str, Any]) -> list[Problem]:
         )
     for path, free in facts["disks_gib"].items():
         if free is not None and free < SPACE_GIB:
-            found.append(Problem(what=f"{path} has {free} GiB free", cure="free some, or use another disk", severity="warning"))
+            found.append(Problem(what=f"{path} has {free} GiB free", cure="free space, or use another disk", severity="warning"))
     return found
 
 

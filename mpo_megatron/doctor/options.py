@@ -1,4 +1,4 @@
-"""Options of `mpo doctor`, read before anything imports torch."""
+"""Options of `mpo doctor`, parsed before torch is imported."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 from mpo_megatron.config import ConfigError, require
 
-DESCRIPTION = "Report versions, GPUs, what imports and what works here, what a run would use, and how to fix what does not work."
+DESCRIPTION = "Report versions, GPUs, what imports and works here, what a run would use, and how to fix problems."
 
 
 def read_options(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line's `config` and `json`.
+    """The options `config` and `json` of the command line.
 
     Raises:
         ConfigError: an unknown option, or a file that does not exist.
@@ -25,7 +25,7 @@ def read_options(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawTextHelpFormatter,
     )
     parser.add_argument(
-        "--config", metavar="FILE", help="A configuration of `mpo train`: say what its run would use here, and why."
+        "--config", metavar="FILE", help="A configuration of `mpo train`: report what its run would use here, and why."
     )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def render(found: dict[str, Any]) -> str:
-    """Sections with a heading each; problems come last, as a terminal shows the end."""
+    """Sections with headings; problems come last, where a terminal shows them."""
     parts = [_software(found["software"]), _machine(found["machine"]), _abilities(found["abilities"])]
     if found["run"]:
         parts.append(_run(found["run"]))
@@ -46,14 +46,14 @@ def _places(facts: dict[str, Any]) -> list[tuple[str, float]]:
 
 def _abilities(able: dict[str, Any]) -> str:
     if "error" in able:
-        return "Works here\n  unknown, as Megatron-Core's model does not load"
+        return "Works here\n  unknown, because Megatron-Core's model does not load"
     rows = [(f"{kind} {name}", state) for kind in ("layers", "attention", "fp8") for name, state in able[kind].items()]
     return "Works here\n" + _table(rows)
 
 
 def _run(run: dict[str, Any]) -> str:
     rows = [(row["what"], row["choice"], f"because: {row['why']}") for row in run["uses"]]
-    return f"What a run of {run['config']} uses here\n" + (_table(rows) if rows else "  unknown, as `mpo train` refuses it")
+    return f"What a run of {run['config']} uses here\n" + (_table(rows) if rows else "  unknown, because `mpo train` refuses it")
 
 
 def _peers(peers: Sequence[dict[str, Any]]) -> str:
@@ -72,7 +72,7 @@ def _problems(problems: Sequence[dict[str, str]]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows with their columns aligned; the last is as long as it is."""
+    """Rows with aligned columns; the last column is not padded."""
     widths = [max(len(row[column]) for row in rows if len(row) > column) for column in range(max(map(len, rows)) - 1)]
     return "\n".join(
         "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), *row[len(widths) :]]).rstrip()

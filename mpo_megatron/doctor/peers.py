@@ -1,4 +1,4 @@
-"""Several machines compared, through the store of torchrun: versions, drivers, GPUs and clocks."""
+"""Compare several machines through torchrun's store: versions, drivers, GPUs and clocks."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Protocol
 from mpo_megatron.stack.problem import Problem
 
 CLOCK_SECONDS = 1.0
-"""Clocks that differ by more are reported: ages of files and of locks on a shared disk are compared with one's own clock."""
+"""Report clocks that differ by more: ages of files and locks on a shared disk are compared with the local clock."""
 
 PINGS = 5
 
 
 class Store(Protocol):
-    """The used part of `torch.distributed.Store`."""
+    """The part of `torch.distributed.Store` used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -26,12 +26,12 @@ class Store(Protocol):
 
 
 def count_peers() -> int:
-    """Machines that this doctor runs on: one, unless torchrun started it."""
+    """Number of machines that this doctor runs on: one, unless torchrun started it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def open_store(timeout: timedelta = timedelta(minutes=15)) -> tuple[Store, int, int]:
-    """(store that all ranks share, rank, number of ranks), as torchrun's environment says."""
+    """(store shared by all ranks, rank, number of ranks), from torchrun's environment."""
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, size = next(rendezvous("env://", timeout=timeout))
@@ -39,7 +39,7 @@ def open_store(timeout: timedelta = timedelta(minutes=15)) -> tuple[Store, int, 
 
 
 def exchange(store: Store, rank: int, size: int, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """All machines' facts on rank 0, nothing elsewhere; each with `clock_seconds`, by how much its clock is ahead of rank 0's."""
+    """All machines' facts on rank 0, empty elsewhere; each with `clock_seconds`, its clock's lead over rank 0's."""
     store.set(f"facts/{rank}", json.dumps(facts))
     if rank:
         for ping in range(PINGS):
@@ -57,7 +57,7 @@ def exchange(store: Store, rank: int, size: int, facts: Mapping[str, Any]) -> li
 
 
 def measure_clock(store: Store, peer: int) -> tuple[float, float]:
-    """(seconds that a peer's clock is ahead, by how much this can be wrong): from the fastest of some round trips."""
+    """(seconds by which a peer's clock is ahead, maximum error): from the fastest of several round trips."""
     best = (0.0, float("inf"))
     for ping in range(PINGS):
         start, began = time.time(), time.monotonic()
@@ -70,7 +70,7 @@ def measure_clock(store: Store, peer: int) -> tuple[float, float]:
 
 
 def compare(peers: list[dict[str, Any]]) -> list[Problem]:
-    """What differs between machines but must not."""
+    """Values that differ between machines but must not."""
     found = []
     for name in sorted({name for peer in peers for name in peer} - {"host", "clock_seconds", "clock_error"}):
         values: dict[str, list[str]] = {}
@@ -78,7 +78,9 @@ def compare(peers: list[dict[str, Any]]) -> list[Problem]:
             values.setdefault(str(peer.get(name)), []).append(peer["host"])
         if len(values) > 1:
             listed = "; ".join(f"{value} on {', '.join(hosts)}" for value, hosts in values.items())
-            found.append(Problem(what=f"{name} differs between machines: {listed}", cure="install the same on all of them"))
+            found.append(
+                Problem(what=f"{name} differs between machines: {listed}", cure="install the same version on all of them")
+            )
     for peer in peers:
         if abs(peer["clock_seconds"]) - peer["clock_error"] > CLOCK_SECONDS:
             found.append(

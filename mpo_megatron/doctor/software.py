@@ -1,4 +1,4 @@
-"""The packages of a run on GPUs: versions, the CUDA each is built for, and whether each imports."""
+"""The packages of a run on GPUs: versions, CUDA versions, and whether each imports."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from mpo_megatron.stack.problem import Problem
 from mpo_megatron.stack.transformer_engine import install_transformer_engine, is_installed, other_cuda
 
 INSTALLED, IMPORTS, ABSENT, BROKEN = "installed", "imports", "absent", "does not import"
-"""States of a package; the first is of those whose import is not tried apart."""
+"""States of a package; the first means that its import is not tested separately."""
 
 
 def describe_software(*, has_gpus: bool) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """(package by package: name, version, cuda, state, error, serves; what is wrong).
+    """(per package: name, version, cuda, state, error, serves; problems).
 
     Args:
-        has_gpus: what GPU packages lack is an error only where there are GPUs
+        has_gpus: problems of GPU packages are errors only with GPUs
     """
     installed = [package for package in PACKAGES if version_of(package.name) is not None or is_importable(package)]
-    tried = [package for package in installed if package.optional]  # the others are imported by what else the doctor does
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # each import is a process; vllm's takes half a minute
+    tried = [package for package in installed if package.optional]  # the doctor's other checks import the rest
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:  # each import runs in a process; vllm's takes half a minute
         errors = dict(zip((package.name for package in tried), pool.map(_import, tried), strict=True))
     rows = [_row(package, package in installed, errors.get(package.name)) for package in PACKAGES]
     problems = [*unmet_requirements(), *_failures(errors, has_gpus=has_gpus), *other_cudas()]
@@ -68,7 +68,7 @@ def _state(package: Package, installed: bool, error: str | None) -> str:
 
 
 def _failures(errors: dict[str, str | None], *, has_gpus: bool) -> list[Problem]:
-    """What does not import; without a GPU, packages for GPUs need not."""
+    """Packages that do not import; without a GPU, GPU packages need not."""
     found = []
     for package in PACKAGES:
         error = errors.get(package.name)

@@ -1,11 +1,11 @@
-"""Questions of AlpacaEval, Arena-Hard and MT-Bench, and answers in the files that their own judges read.
+"""Questions of AlpacaEval, Arena-Hard and MT-Bench, and answers in the formats of their own judges.
 
                  questions                      answers
     AlpacaEval   alpaca_eval.json               model_outputs.json, for `alpaca_eval --model_outputs`
     Arena-Hard   data/<bench>/question.jsonl    model_answer/<name>.jsonl, for data/<bench>/model_answer
     MT-Bench     data/mt_bench/question.jsonl   model_answer/<name>.jsonl, for data/mt_bench/model_answer
 
-Arena-Hard's questions come in two schemas, and answers follow the one of their questions: `uid` and `prompt` (v2.0), or
+Arena-Hard's questions come in two schemas, and answers use the schema of their questions: `uid` and `prompt` (v2.0), or
 `question_id` and `turns` (v0.1).
 Source: the question and answer files that `alpaca_eval`, `lmarena/arena-hard-auto` and FastChat's `llm_judge` read and write.
 """
@@ -36,7 +36,7 @@ MT_BENCH_TEMPERATURE = {
     "stem": 0.1,
     "humanities": 0.1,
 }
-"""Sampling temperature of each category, as FastChat's `llm_judge` has it; others 0.7."""
+"""Sampling temperature of each category, as in FastChat's `llm_judge`; others 0.7."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,18 +44,18 @@ class Question:
     """One question of a benchmark."""
 
     key: str
-    """Its id as text; names it in messages and seeds."""
+    """Its id as text, for messages and seeds."""
     turns: tuple[str, ...]
-    """What the user says, turn after turn."""
+    """The user's messages, turn by turn."""
     temperature: float
     """The benchmark's own sampling temperature (AlpacaEval prescribes none: 0.7)."""
     raw: dict[str, Any]
-    """The line of the questions' file."""
+    """The line of the question file."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TurnAnswer:
-    """What the model said in one turn."""
+    """The model's answer in one turn."""
 
     text: str
     num_tokens: int
@@ -65,10 +65,10 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
     """The questions of a benchmark's own file.
 
     Raises:
-        DataError: no such file, or a line that is not a question of this benchmark.
+        DataError: no such file, or a line is not a question of this benchmark.
     """
     if not path.is_file():
-        raise DataError(f"{path}: no such file; give the question file of {benchmark}'s own repository.")
+        raise DataError(f"{path}: no such file; name the question file from {benchmark}'s own repository.")
     text = path.read_text(encoding="utf-8")
     questions: list[Question] = []
     try:
@@ -77,19 +77,19 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
             questions.append(_READERS[benchmark](json.loads(line), len(questions)))
     except (KeyError, TypeError, ValueError, IndexError) as error:
         number = len(questions) + 1
-        raise DataError(f"{path}: question {number}: not one of {benchmark} ({type(error).__name__}: {error}).") from error
+        raise DataError(f"{path}: question {number}: not a question of {benchmark} ({type(error).__name__}: {error}).") from error
     if not questions:
-        raise DataError(f"{path}: no questions in it.")
+        raise DataError(f"{path}: it contains no questions.")
     return questions
 
 
 def write_answers(
     benchmark: Benchmark, folder: Path, generator: str, questions: Sequence[Question], answers: Sequence[Sequence[TurnAnswer]]
 ) -> Path:
-    """Write one answer per question and turn, where the benchmark's judge looks for it; the file's path.
+    """Write one answer per question and turn, where the benchmark's judge expects it; the file's path.
 
     Args:
-        folder: gets `model_outputs.json` or `model_answer/<generator>.jsonl`
+        folder: receives `model_outputs.json` or `model_answer/<generator>.jsonl`
         generator: the model's name in the benchmark's tables
     """
     records = [_WRITERS[benchmark](question, turns, generator) for question, turns in zip(questions, answers, strict=True)]
@@ -154,7 +154,7 @@ def _write_mt_bench(question: Question, answers: Sequence[TurnAnswer], generator
 
 
 def _choices(question: Question, turns: list[Any], generator: str) -> dict[str, Any]:
-    """FastChat's record of an answer, which Arena-Hard v0.1 took over."""
+    """FastChat's record of an answer, also used by Arena-Hard v0.1."""
     return {
         "question_id": question.raw["question_id"],
         "answer_id": _answer_id(question, generator),
@@ -169,7 +169,7 @@ def _answer_id(question: Question, generator: str) -> str:
 
 
 def count_markdown(text: str) -> dict[str, dict[str, int]]:
-    """Headers, list items and bold runs outside code blocks: what Arena-Hard's style control reads of an answer."""
+    """Headers, list items and bold runs outside code blocks, as counted by Arena-Hard's style control."""
     prose = re.sub(r"```[^`]*```", "", text)
 
     def count(pattern: str) -> int:

@@ -1,9 +1,9 @@
-"""`mpo evaluate`: what a policy is like, by held-out groups, by its samples, and in files for the judges of public benchmarks.
+"""`mpo evaluate`: measure a policy on held-out groups and samples, and write files for the judges of public benchmarks.
 
     mpo evaluate --config evaluate.yaml --output evaluation
 
-Each part leaves its results in the output folder; generating and scoring continue where they stopped. evaluation.json appears
-last, with everything that was measured, and evaluation.png shows it.
+Each part writes its results to the output folder; generating and scoring resume where they stopped. evaluation.json is written
+last and contains all measurements; evaluation.png plots them.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ HELD_OUT_MODULE = "mpo_megatron.evaluate.held_out_main"
 
 
 def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Console | None = None) -> Path:
-    """Measure what the configuration asks for; return the path of evaluation.json.
+    """Run the configured measurements; return the path of evaluation.json.
 
     Args:
         num_ranks: for held-out groups; by default one per GPU, or what the layout needs
     Raises:
         ConfigError: the configuration cannot work; raised before anything loads where possible.
         DataError: an input is unusable.
-        StageError: ranks or a stage of their own ended with an error, which they have printed.
+        StageError: ranks or a stage in a separate process failed, and have printed the error.
     """
     console = console or Console(highlight=False)
     validate_evaluate(config)
@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
     files = config.benchmarks
     questions = {name: read_questions(name, Path(files[name])) for name in get_args(Benchmark) if name in files}
     if config.held_out is not None:
-        # Every rank builds its own; here it gives one message instead of one a rank.
+        # Every rank checks too; here one message appears instead of one per rank.
         num_ranks = num_ranks or count_ranks(config.held_out.parallel)
         check_ranks(config.held_out.parallel, num_ranks)
         num_ranks = build_setup(held_out.as_training(config), num_ranks).num_ranks
@@ -58,7 +58,7 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
         results["held_out"] = held_out.summarize(groups, num_resamples=config.num_resamples, seed=config.seed)
         pictures["margins"] = np.array([group.totals["margin"] for group in groups if group.counts["margin"]])
         _print_estimates(console, "held out", results["held_out"], ("accuracy", "margin"))
-    # A candidate that only answers benchmarks needs no rewards.
+    # A candidate that only answers benchmark questions needs no rewards.
     if config.candidate is not None and (config.baseline is not None or config.score or not questions):
         pictures |= measure_samples(config, results, console)
     for benchmark, asked in questions.items():
@@ -74,17 +74,17 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
 
 
 def run_held_out(config: HeldOutConfig, output: Path, num_ranks: int) -> list[held_out.GroupMetrics]:
-    """Start the ranks that run policy and reference; every group's metrics.
+    """Start the ranks that evaluate policy and reference; every group's metrics.
 
     Raises:
-        StageError: they ended with an error.
+        StageError: they failed.
     """
     run_ranks("held_out", HELD_OUT_MODULE, output / CONFIG_FILE, num_ranks)
     return held_out.read_groups(output / held_out.GROUPS_FILE)
 
 
 def measure_samples(config: EvaluateConfig, results: dict[str, Any], console: Console) -> dict[str, Any]:
-    """Rewards of the candidate's and the baseline's samples, and how they compare; what to draw."""
+    """Rewards of the candidate's and the baseline's samples, and their comparison; the values to plot."""
     pictures: dict[str, Any] = {}
     found: dict[str, SampleSet] = {}
     for role, path in (("candidate", config.candidate), ("baseline", config.baseline)):

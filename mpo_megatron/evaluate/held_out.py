@@ -1,7 +1,7 @@
-"""Held-out groups, by the policy's implicit reward: does log π − log π_ref put the preferred responses above the others?
+"""Held-out groups, by the policy's implicit reward: does log π − log π_ref rank preferred responses above others?
 
-held_out_main.py is one rank of it; `mpo evaluate` starts them. It writes `held_out.jsonl`, one line a group, beside what
-`mpo evaluate` writes.
+held_out_main.py runs it on one rank; `mpo evaluate` starts the ranks. It writes `held_out.jsonl`, one line per group, to the
+output folder.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from mpo_megatron.train.step import forward_step
 GROUPS_FILE = "held_out.jsonl"
 
 METRICS = ("accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio", "kl")
-"""Those of the trainer that need no loss, by its own definitions (`train/metrics.py`)."""
+"""The trainer's metrics that need no loss, with the same definitions (`train/metrics.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMetrics:
-    """One group's part in each of `METRICS`: a sum and what it is divided by."""
+    """One group's contribution to each of `METRICS`: a sum and its divisor."""
 
     group_id: str
     totals: dict[str, float]
@@ -49,16 +49,17 @@ class GroupMetrics:
 
 
 def evaluate_held_out(setup: Setup) -> list[GroupMetrics]:
-    """Run policy and reference over all groups; every rank calls it and gets them all, the main one writes `held_out.jsonl`.
+    """Evaluate policy and reference on all groups; every rank calls it and gets all metrics, the main one writes
+    `held_out.jsonl`.
 
-    The reference's log-probs come from, or go to, the cache that `mpo train` and `mpo reference` keep beside the groups.
+    The reference's log-probs are read from, or added to, the cache that `mpo train` and `mpo reference` keep beside the groups.
 
     Args:
-        setup: of `as_training`
+        setup: built from `as_training`
     Raises:
         ConfigError: models, groups and layout do not fit together.
         DataError: groups or cache are damaged.
-        Stopped: asked to stop in the pass over the reference's log-probs; what is computed is written.
+        Stopped: a stop was requested during the reference pass; results so far are on disk.
     """
     data, size = setup.train, setup.config.data.groups_per_step
     results = []
@@ -76,10 +77,10 @@ def evaluate_held_out(setup: Setup) -> list[GroupMetrics]:
 
 
 def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> TrainConfig:
-    """The training run whose evaluation at step 0 measures the groups, so that the checks and the cache's key are the trainer's.
+    """The training run whose evaluation at step 0 measures the groups, so that checks and cache key are the trainer's.
 
     Raises:
-        ConfigError: nothing held out is configured, no checkpoint is where one should be, or no reference is named.
+        ConfigError: held_out is not configured, a checkpoint is missing, or no reference is set.
     """
     config = evaluation.held_out
     if config is None:
@@ -87,14 +88,15 @@ def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> Train
     reference = config.model.reference
     require(
         reference is not None,
-        "held_out.model.reference = None; the implicit reward is log π − log π_ref: give what training started from.",
+        "held_out.model.reference = None; the implicit reward is log π − log π_ref: set it to the checkpoint that "
+        "training started from.",
     )
     newest = replace(
         config.model,
         checkpoint=_newest(config.model.checkpoint),
         reference=reference if reference == ADAPTER_OFF else _newest(str(reference)),
     )
-    read_model(Path(newest.checkpoint), config.parallel)  # before a conversion, which takes time and space
+    read_model(Path(newest.checkpoint), config.parallel)  # before the conversion, which takes time and space
     data = load_groups(config.groups)
     labels_only = data.info.reward_kind == "labels"
     return TrainConfig(
@@ -107,7 +109,7 @@ def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> Train
 
 
 def measure_groups(table: Any, policy: Logps, reference: Logps, params: object) -> list[GroupMetrics]:
-    """The metrics of each group by itself."""
+    """The metrics of each group."""
     everything, zero = group_batch(table, policy, reference), torch.zeros(1, dtype=torch.float64)
     results = []
     for slot, group_id in enumerate(table.group_ids):
@@ -121,14 +123,14 @@ def measure_groups(table: Any, policy: Logps, reference: Logps, params: object) 
 
 
 def summarize(groups: list[GroupMetrics], *, num_resamples: int, seed: int) -> dict[str, Any]:
-    """Every metric with its interval over groups, and how many groups tell nothing: those without a contrast.
+    """Every metric with its interval over groups, and the number of groups without contrast.
 
     Raises:
-        DataError: no group has a contrast.
+        DataError: no group has contrast.
     """
     contrast = [group for group in groups if group.counts["margin"]]
     if not contrast:
-        raise DataError(f"not one of {len(groups)} held-out groups has a preferred and another response.")
+        raise DataError(f"none of {len(groups)} held-out groups has both a preferred and another response.")
     summary: dict[str, Any] = {"groups": len(groups), "without_contrast": len(groups) - len(contrast)}
     for name in METRICS:
         totals = np.array([group.totals[name] for group in contrast])
@@ -139,17 +141,17 @@ def summarize(groups: list[GroupMetrics], *, num_resamples: int, seed: int) -> d
 
 
 def write_groups(path: Path, groups: list[GroupMetrics]) -> None:
-    """One line a group: what it contributes to each metric."""
+    """Write one line per group: its contribution to each metric."""
     replace_file(path, seal_lines(map(vars, groups)))
 
 
 def read_groups(path: Path) -> list[GroupMetrics]:
-    """What `write_groups` wrote.
+    """The metrics written by `write_groups`.
 
     Raises:
         DamagedError: the file is damaged.
     """
-    return [GroupMetrics(**record) for record in unseal_lines(path, "run the command again")]
+    return [GroupMetrics(**record) for record in unseal_lines(path, "run the same command again")]
 
 
 def _ratio(totals: Float64, counts: Float64) -> Callable[[Float64], float]:

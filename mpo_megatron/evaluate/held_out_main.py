@@ -6,7 +6,7 @@ from mpo_megatron.train.rank import be_rank, prepare_rank
 
 
 def work() -> None:
-    """Do the held-out part of what the command line of `mpo evaluate` says."""
+    """Run the held-out part of an `mpo evaluate` command line."""
     from mpo_megatron.config import EvaluateConfig, parse
     from mpo_megatron.evaluate.held_out import as_training, evaluate_held_out
 

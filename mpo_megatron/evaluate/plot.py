@@ -1,4 +1,4 @@
-"""A picture of an evaluation: one panel for each thing that was measured."""
+"""A plot of an evaluation: one panel per measurement."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, draw_panels
 
 
 def plot_evaluation(results: dict[str, Any], values: dict[str, Any], config: EvaluateConfig, picture: Path) -> None:
-    """Plot margins of held-out groups, rewards of samples and win rates, as far as they were measured.
+    """Plot margins of held-out groups, rewards of samples and win rates, if measured.
 
     Args:
-        results: what evaluation.json holds
-        values: `margins` of held-out groups; mean rewards of prompts of the `candidate` and the `baseline`
+        results: content of evaluation.json
+        values: `margins` of held-out groups; mean rewards per prompt of the `candidate` and the `baseline`
     """
     drawings: list[Callable[[Any], None]] = []
     if "margins" in values:
@@ -48,7 +48,7 @@ def _draw_rewards(panel: Any, results: dict[str, Any], values: dict[str, Any], c
         if role in values:
             mean = results[role]["reward"]["value"]
             panel.hist(values[role], bins=bins, color=color, alpha=0.6, label=f"{name}: mean {mean:.3g}")
-    panel.set_title("sampled reward, mean of a prompt", fontsize=10)
+    panel.set_title("sampled reward, mean per prompt", fontsize=10)
     panel.set_xlabel("reward")
     panel.set_ylabel("prompts")
     panel.legend(fontsize=8, frameon=False)

@@ -1,4 +1,4 @@
-"""Scored samples of a candidate and of a baseline: made where they are not there yet, read, and compared prompt by prompt."""
+"""Scored samples of a candidate and a baseline: created if missing, read, and compared prompt by prompt."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ MODELS = ("config.json", PEFT_CONFIG, "megatron", "checkpoints")
 
 @dataclass(kw_only=True)
 class SampleSet:
-    """The samples with a reward of one model."""
+    """The rewarded samples of one model."""
 
     path: Path
     samples: dict[str, Samples] = field(default_factory=dict)
-    """By group id; prompts of which no sample has a reward are left out."""
+    """By group id; prompts without any rewarded sample are dropped."""
     prompts: dict[str, str] = field(default_factory=dict)
     """Group id → the prompt as in the file."""
     counts: Counter[str] = field(default_factory=Counter)
@@ -55,7 +55,7 @@ class SampleSet:
 
 
 def is_model(path: str) -> bool:
-    """Whether a `candidate` or `baseline` is a model to sample from, and not samples."""
+    """Whether a `candidate` or `baseline` is a model to sample from, rather than samples."""
     folder = Path(path)
     if any((folder / name).exists() for name in MODELS):  # a run's folder has a samples.jsonl, of its held-out groups
         return True
@@ -63,19 +63,19 @@ def is_model(path: str) -> bool:
 
 
 def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
-    """The file of scored samples that `candidate` or `baseline` means, sampled and scored first where that is still to be done.
+    """The file of scored samples for `candidate` or `baseline`; generates and scores them first if necessary.
 
     Raises:
-        ConfigError: what sampling or scoring needs is not configured.
-        DataError: a stage's input is unusable; what is done stays.
+        ConfigError: options needed for sampling or scoring are missing.
+        DataError: a stage's input is unusable; completed work stays.
     """
-    folder, whole = Path(config.output) / role, {"shard": "0/1"}  # even in a task of a Slurm array
+    folder, whole = Path(config.output) / role, {"shard": "0/1"}  # the whole input, even in a task of a Slurm array
     if (Path(path) / SCORED_FILE).is_file():
         return find_lines(path, SCORED_FILE, SCORE_FILE)
     if Path(path).is_file() and has_rewards(Path(path)):
         return Path(path)
     if is_model(path):
-        require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: give prompts for it to answer.")
+        require(config.prompts is not None, f"prompts = None; {role} = {path} is a model: set prompts for it to answer.")
         options = {**config.generate, "prompts": config.prompts, "model": path, "output": str(folder / "samples")} | whole
         sampling = from_dict(GenerateConfig, options, "generate")
         run_command("generate", generate, sampling)
@@ -87,7 +87,7 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
 
 
 def has_rewards(path: Path) -> bool:
-    """Whether a file of group lines holds any reward; a few that are missing are counted when it is read."""
+    """Whether a file of group lines contains any reward; missing ones are counted when it is read."""
     return any(is_number(response.get("reward")) for record in read_lines(path) for response in record.get("responses", []))
 
 
@@ -95,7 +95,7 @@ def read_samples(path: Path) -> SampleSet:
     """The rewards and lengths (in characters) of a file's samples.
 
     Raises:
-        DataError: no sample has a reward, or a group comes twice.
+        DataError: no sample has a reward, or a group appears twice.
     """
     found = SampleSet(path=path)
     for record in read_lines(path):
@@ -116,19 +116,19 @@ def read_samples(path: Path) -> SampleSet:
             lengths=np.array([float(len(response["text"])) for response in scored]),
         )
     if not found.samples:
-        raise DataError(f"{path}: not one of {found.counts['responses']} responses has a reward; score them first.")
+        raise DataError(f"{path}: none of {found.counts['responses']} responses has a reward; score them first.")
     return found
 
 
 def prompt_key(record: Record) -> str:
-    """The prompt as text that is equal for equal prompts, given as a string or as messages."""
+    """A text that is equal for equal prompts, whether given as a string or as messages."""
     prompt = record.get("prompt")
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     return json.dumps(messages, sort_keys=True)
 
 
 def summarize_samples(found: SampleSet, config: EvaluateConfig) -> dict[str, Any]:
-    """Mean reward with its interval over prompts, and what the samples are like."""
+    """Mean reward with its interval over prompts, and statistics of the samples."""
     by_prompt = np.array([samples.rewards.mean() for samples in found.samples.values()])
     lengths = np.concatenate([samples.lengths for samples in found.samples.values()])
     number = found.counts["responses"]
@@ -146,16 +146,16 @@ def summarize_samples(found: SampleSet, config: EvaluateConfig) -> dict[str, Any
 
 
 def compare_samples(candidate: SampleSet, baseline: SampleSet, config: EvaluateConfig) -> dict[str, Any]:
-    """Win rate of the candidate over the prompts that both have answered, plain and length-controlled.
+    """Win rate of the candidate over the prompts answered by both, plain and length-controlled.
 
     Raises:
-        DataError: they share no prompt, or give one id to two prompts.
+        DataError: they share no prompt, or use one id for two prompts.
     """
     shared = [group_id for group_id in candidate.samples if group_id in baseline.samples]
     for group_id in shared:
         if candidate.prompts[group_id] != baseline.prompts[group_id]:
             raise DataError(
-                f"group {group_id} is another prompt in {baseline.path} than in {candidate.path}; sample both from one file."
+                f"group {group_id} has different prompts in {baseline.path} and {candidate.path}; sample both from one file."
             )
     if not shared:
         raise DataError(f"{candidate.path} and {baseline.path} have no prompt in common; sample both from one prompt file.")
@@ -178,5 +178,5 @@ def _estimate(pairs: Comparison, statistic: Any, config: EvaluateConfig) -> Esti
 
 
 def read_texts(path: Path) -> Mapping[str, Record]:
-    """The first response of every prompt, by the prompt."""
+    """The first response to every prompt, by prompt."""
     return {prompt_key(record): record["responses"][0] for record in read_lines(path) if record.get("responses")}

@@ -18,7 +18,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A number with its percentile-bootstrap interval; resamples draw prompts, the unit that is independent."""
+    """A number with its percentile-bootstrap interval; resamples draw prompts, which are independent."""
 
     value: float
     low: float
@@ -30,9 +30,9 @@ class Comparison:
     """Pairs of samples of the same prompts."""
 
     prompt: Int64
-    """[N] which prompt a pair belongs to, 0 … P−1."""
+    """[N] index of each pair's prompt, 0 … P−1."""
     preference: Float64
-    """[N] 1 where the candidate's sample has the higher reward, 0 where the lower, ½ at a tie."""
+    """[N] 1 if the candidate's sample has the higher reward, 0 if the lower, ½ for a tie."""
     length_difference: Float64
     """[N] characters of the candidate's sample minus those of the baseline's."""
 
@@ -43,7 +43,7 @@ class Comparison:
 
     @property
     def weight(self) -> Float64:
-        """[N] 1 / number of the prompt's pairs: every prompt counts once, however many samples it has."""
+        """[N] 1 / number of the prompt's pairs: every prompt has equal weight, however many samples it has."""
         return 1.0 / np.bincount(self.prompt)[self.prompt]
 
     @property
@@ -63,7 +63,7 @@ class Samples:
 
 
 def compare(candidate: list[Samples], baseline: list[Samples]) -> Comparison:
-    """All pairs of a candidate's with a baseline's sample, prompt by prompt; both lists hold the same P prompts in order."""
+    """All pairs of a candidate's and a baseline's sample, prompt by prompt; both lists hold the same P prompts in order."""
     prompt, preference, difference = [], [], []
     for index, (ours, theirs) in enumerate(zip(candidate, baseline, strict=True)):
         order = np.sign(ours.rewards[:, None] - theirs.rewards[None, :]).ravel()
@@ -78,7 +78,7 @@ def compare(candidate: list[Samples], baseline: list[Samples]) -> Comparison:
 
 
 def compute_win_rate(comparison: Comparison, prompt_weight: Float64) -> float:
-    """Share of pairs that the candidate wins, a tie half a win; prompts weighted by `prompt_weight` [P]."""
+    """Share of pairs that the candidate wins, a tie counting half; prompts weighted by `prompt_weight` [P]."""
     weight = comparison.weight * prompt_weight[comparison.prompt]
     return float((weight * comparison.preference).sum() / weight.sum())
 
@@ -87,16 +87,16 @@ def compute_length_controlled_win_rate(comparison: Comparison, prompt_weight: Fl
     """The win rate that a logistic model predicts for answers of equal length.
 
     logit P(win) = θ + φ · tanh(Δ / std(Δ)), Δ the difference of the lengths; the result is σ(θ). A tie is half a win and half a
-    loss. θ and φ maximise the weighted likelihood minus φ²/2, which keeps φ finite where length alone tells wins from losses.
+    loss. θ and φ maximise the weighted likelihood minus φ²/2, which keeps φ finite if length alone separates wins from losses.
     Source: length-controlled AlpacaEval (Dubois et al. 2024), Eq. 2, without its instruction-difficulty term, which needs the
-    answers of many models, and with this penalty in place of one chosen by cross-validation.
+    answers of many models, and with this penalty instead of one chosen by cross-validation.
     """
-    from sklearn.linear_model import LogisticRegression  # takes a second to import
+    from sklearn.linear_model import LogisticRegression  # slow to import
 
     weight = comparison.weight * prompt_weight[comparison.prompt]
     win_rate = float((weight * comparison.preference).sum() / weight.sum())
     spread = comparison.length_difference.std()
-    if win_rate in (0.0, 1.0) or spread == 0:  # no logistic model has an optimum there, or length tells nothing
+    if win_rate in (0.0, 1.0) or spread == 0:  # the logistic model has no optimum, or lengths are equal
         return win_rate
     feature = np.tanh(comparison.length_difference / spread)[:, None]
     targets = np.repeat([1, 0], len(feature))
@@ -109,7 +109,7 @@ def bootstrap(statistic: Callable[[Float64], float], num_prompts: int, *, num_re
     """A statistic of weighted prompts, and its interval over resamples of the prompts with replacement.
 
     Args:
-        statistic: from a weight for each prompt [P] to a number
+        statistic: maps a weight per prompt [P] to a number
     """
     rng = np.random.default_rng(seed)
     draws = rng.multinomial(num_prompts, np.full(num_prompts, 1 / num_prompts), size=num_resamples).astype(np.float64)
@@ -120,5 +120,5 @@ def bootstrap(statistic: Callable[[Float64], float], num_prompts: int, *, num_re
 
 
 def bootstrap_mean(values: Float64, *, num_resamples: int, seed: int) -> Estimate:
-    """Mean of one number a prompt [P], with its interval."""
+    """Mean of one number per prompt [P], with its interval."""
     return bootstrap(lambda w: float(w @ values / w.sum()), len(values), num_resamples=num_resamples, seed=seed)

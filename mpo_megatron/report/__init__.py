@@ -1,10 +1,10 @@
-"""`mpo report`: what runs wrote down, as a page to look at.
+"""`mpo report`: runs' records as a page.
 
-run_record.py  a run's folder → what it says
+run_record.py  a run's folder → its records
 curves.py      metrics over steps, thinned for drawing
 held_out.py    held-out groups: margins, worst ones, how log-probs moved
-health.py      what a person should look at first
-content.py     all of it as one JSON-like value
+health.py      findings to look at first
+content.py     everything as one JSON-like value
 page/          that value → HTML, CSS and JavaScript; plotly.js draws
 pictures.py    PNG files
 """

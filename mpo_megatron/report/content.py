@@ -1,4 +1,4 @@
-"""Everything the page shows, as one value that JSON can hold."""
+"""Everything that the page shows, as one JSON value."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ TILES = (
     ("mfu", "MFU", False, "largest"),
     ("peak_memory_gib", "Peak memory, GiB", False, "smallest"),
 )
-"""Numbers at the top, and in the comparison: metric, name, held out or training, which value is the better one."""
+"""Numbers at the top, and in the comparison: metric, name, held out or training, which value is better."""
 MOST_INCIDENTS = 200
 
 
 def content(runs: Sequence[RunRecord], *, max_groups: int, max_characters: int) -> dict[str, Any]:
-    """The page of these runs."""
+    """The content of a page for these runs."""
     names = run_names([run.folder for run in runs])
     return {
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -42,7 +42,7 @@ def content(runs: Sequence[RunRecord], *, max_groups: int, max_characters: int) 
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
-    """Names that tell runs apart: their folders', with as many parents as it takes."""
+    """Names that distinguish runs: their folders', with as many parents as necessary."""
     parts = [folder.absolute().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
         names = [str(Path(*part[-depth:])) for part in parts]
@@ -76,7 +76,7 @@ def describe(run: RunRecord, name: str, *, max_groups: int, max_characters: int)
 
 
 def tiles(run: RunRecord) -> list[dict[str, Any]]:
-    """The newest value of each number at the top; of a rate the median over the last fifty steps."""
+    """The latest value of each number at the top; for a rate, the median over the last fifty steps."""
     found = []
     for metric, name, held_out, better in TILES:
         steps, values = run.values(metric, held_out=held_out)
@@ -89,7 +89,7 @@ def tiles(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def incident(line: dict[str, Any], most: int) -> dict[str, Any]:
-    """One group of a step that looked wrong."""
+    """One group of a suspicious step."""
     responses = [
         {
             "text": cut(str(response.get("text", "")), most),
@@ -105,7 +105,7 @@ def incident(line: dict[str, Any], most: int) -> dict[str, Any]:
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:
-    """What ran, in pairs of a name and a text; of several starts the last one."""
+    """What ran, as pairs of name and text; from the last start."""
     starts = run.facts.get("starts", [])
     if not starts:
         return []
@@ -130,7 +130,7 @@ def facts(run: RunRecord) -> list[tuple[str, str]]:
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """A configuration's options by their dotted names, as text."""
+    """A configuration's options by dotted name, as text."""
     found: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, dict) and value:
@@ -141,7 +141,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def differences(configs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Options in which runs differ, but for the folder they write to: [{option, values: one per run}]."""
+    """Options in which runs differ, except output folders: [{option, values: one per run}]."""
     options = [flat(config) for config in configs]
     names = sorted({name for option in options for name in option} - {"output"})
     rows = [{"option": name, "values": [option.get(name, "–") for option in options]} for name in names]

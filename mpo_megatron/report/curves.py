@@ -1,4 +1,4 @@
-"""Metrics over steps, as few points as a picture needs."""
+"""Metrics over steps, thinned to the points that a plot needs."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ import numpy as np
 from mpo_megatron.report.run_record import RunRecord
 
 MOST_POINTS = 2000
-"""Points of a curve; a screen shows no more."""
+"""Maximum points of a curve; a screen shows no more."""
 
 Points = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """What one picture shows."""
+    """One plot."""
 
     title: str
     unit: str
     metrics: tuple[str, ...]
     """Names in metrics.jsonl; several are drawn together."""
     about: str
-    """What to look for, in a sentence."""
+    """How to read it, in a sentence."""
     section: str
     wide: bool = False
-    """Whether it takes the room of two."""
+    """Whether it is twice as wide."""
 
 
 CHARTS = (
@@ -43,7 +43,7 @@ CHARTS = (
         title="Accuracy",
         unit="share of pairs",
         metrics=("accuracy",),
-        about="How often a preferred response gained more than another one of its group. A policy that learned nothing has 0.5.",
+        about="How often a preferred response gained more log-prob than another one of its group. Without learning, it is 0.5.",
     ),
     Chart(
         section="Learning",
@@ -57,7 +57,7 @@ CHARTS = (
         title="Log-probability drift",
         unit="nats",
         metrics=("chosen_log_ratio", "rejected_log_ratio"),
-        about="Mean log π/π_ref. Both falling means that preferred responses get less likely, too, but less so than the others.",
+        about="Mean log π/π_ref. If both fall, preferred responses also get less likely, but less so than the others.",
         wide=True,
     ),
     Chart(
@@ -72,16 +72,16 @@ CHARTS = (
         title="Gradient norm",
         unit="",
         metrics=("grad_norm",),
-        about="Before clipping. Lone spikes are single batches; a rising trend asks for a smaller learning rate.",
+        about="Before clipping. Isolated spikes come from single batches; a rising trend needs a smaller learning rate.",
     ),
     Chart(
         section="Optimization",
         title="Adapter norm",
         unit="",
         metrics=("adapter_norm",),
-        about="Frobenius norm of what an adapter (LoRA) adds to all weights together, scale · B · A, before the step's update.",
+        about="Frobenius norm of an adapter's (LoRA) whole update of the weights, scale · B · A, before the step's update.",
     ),
-    Chart(section="Optimization", title="Learning rate", unit="", metrics=("lr",), about="The schedule, as it was applied."),
+    Chart(section="Optimization", title="Learning rate", unit="", metrics=("lr",), about="The schedule as applied."),
     Chart(
         section="Optimization",
         title="Groups without contrast",
@@ -94,14 +94,14 @@ CHARTS = (
         title="Balance of experts",
         unit="",
         metrics=("load_balancing_loss",),
-        about="The load-balancing loss, mean over layers, without its coefficient: 1 where every expert gets its share.",
+        about="The load-balancing loss, mean over layers, without its coefficient: 1 if every expert gets an equal share.",
     ),
     Chart(
         section="Optimization",
         title="Router drift",
         unit="share of choices",
         metrics=("router_drift",),
-        about="Choices of experts, over tokens and layers, that are not the reference's.",
+        about="Expert choices, over tokens and layers, that differ from the reference's.",
     ),
     Chart(
         section="Speed",
@@ -135,9 +135,9 @@ CHARTS = (
     Chart(
         section="Speed",
         title="Slowest replica",
-        unit="times the mean",
+        unit="ratio to the mean",
         metrics=("step_seconds_max_over_mean",),
-        about="1 if all ranks take equally long; well above 1, they wait for one of them.",
+        about="1 if all ranks take equally long; well above 1, they wait for a slow one.",
     ),
     Chart(
         section="Speed",
@@ -150,7 +150,7 @@ CHARTS = (
 
 
 def curves(run: RunRecord) -> dict[str, dict[str, Points]]:
-    """{metric: {training: points, held_out: points}} of every metric in `CHARTS` that the run has."""
+    """{metric: {training: points, held_out: points}} for every metric in `CHARTS` that the run has."""
     found: dict[str, dict[str, Points]] = {}
     for metric in (name for chart in CHARTS for name in chart.metrics):
         parts = {"training": run.values(metric), "held_out": run.values(metric, held_out=True)}
@@ -161,7 +161,7 @@ def curves(run: RunRecord) -> dict[str, dict[str, Points]]:
 
 
 def thin(steps: Sequence[int], values: Sequence[float], most: int = MOST_POINTS) -> Points:
-    """At most `most` points that draw the same picture: the least and the greatest of each stretch, so that no spike is lost."""
+    """At most `most` points that give the same plot: minimum and maximum of each interval, so that no spike is lost."""
     if len(steps) <= most:
         return list(steps), [_short(value) for value in values]
     kept, first = {0, len(steps) - 1}, 0

@@ -1,4 +1,4 @@
-"""Held-out groups: what the policy makes of each, which are worst, and how their responses' log-probs moved."""
+"""Held-out groups: the policy's ranking of each, the worst ones, and changes of their responses' log-probs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mpo_megatron.data.outcomes import GroupOutcome
 from mpo_megatron.report.run_record import RunRecord
 
 MOST_RESPONSES = 3000
-"""Responses in the picture of log-ratio against length."""
+"""Maximum responses in the plot of log-ratio against length."""
 NUM_BINS = 48
 
 
@@ -41,12 +41,12 @@ def score(outcome: GroupOutcome) -> Score:
 
 
 def shown_evaluations(run: RunRecord) -> list[int]:
-    """Steps of the evaluations that are shown."""
+    """Steps of the evaluations to show."""
     return sorted(run.outcomes)
 
 
 def group_rows(run: RunRecord, max_groups: int, max_characters: int) -> list[dict[str, Any]]:
-    """The held-out groups of the page, worst margin first; empty if the run kept none."""
+    """The held-out groups on the page, worst margin first; empty if the run stored none."""
     steps = shown_evaluations(run)
     if not steps:
         return []
@@ -69,7 +69,7 @@ def group_rows(run: RunRecord, max_groups: int, max_characters: int) -> list[dic
 
 
 def choose(ordered: Sequence[Any], most: int) -> list[Any]:
-    """The first half of `most`, and as many evenly from the rest; all, if there are no more."""
+    """The first half of `most`, and as many spread evenly over the rest; all if there are no more."""
     if len(ordered) <= most:
         return list(ordered)
     worst = most // 2
@@ -108,7 +108,7 @@ def _response(
 
 
 def drift(run: RunRecord) -> dict[str, Any] | None:
-    """Histograms of log π/π_ref at every shown evaluation, of preferred responses and of the others; None without any."""
+    """Histograms of log π/π_ref at every shown evaluation, for preferred and other responses; None without any."""
     steps = shown_evaluations(run)
     values = [_ratios(run.outcomes[step]) for step in steps]
     together = np.concatenate([part for parts in values for part in parts]) if values else np.zeros(0)
@@ -121,7 +121,7 @@ def drift(run: RunRecord) -> dict[str, Any] | None:
 
 
 def lengths_and_ratios(run: RunRecord) -> list[dict[str, Any]]:
-    """[{set, tokens, ratios}] of the last evaluation: whether the policy goes by length. Empty if the data is gone."""
+    """[{set, tokens, ratios}] of the last evaluation, to show a length bias. Empty if the data is missing."""
     data, steps = run.held_out_data, shown_evaluations(run)
     if data is None or not steps:
         return []
@@ -143,7 +143,7 @@ def lengths_and_ratios(run: RunRecord) -> list[dict[str, Any]]:
 def data_histograms(run: RunRecord) -> list[dict[str, Any]]:
     """Rewards, response lengths, prompt lengths and K of the training and held-out groups, as shares of each.
 
-    What is the same for all has no picture.
+    Quantities with a single value are omitted.
     """
     sources = {"training": run.train_data, "held out": run.held_out_data}
     present = {name: data for name, data in sources.items() if data is not None}
@@ -164,7 +164,7 @@ def data_histograms(run: RunRecord) -> list[dict[str, Any]]:
 
 
 def bin_edges(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Bins for two or more different values: one for each where there are few, else equal ones up to the 99.5th percentile."""
+    """Bins for two or more different values: one per value if there are few, otherwise equal bins up to the 99.5th percentile."""
     different = np.unique(values)
     if len(different) <= NUM_BINS:
         middles = (different[1:] + different[:-1]) / 2
@@ -181,12 +181,12 @@ def histogram(values: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -
 
 
 def cut(text: str, most: int) -> str:
-    """A text of at most `most` characters, and a word on what is missing."""
+    """A text of at most `most` characters, with a note on the omitted rest."""
     return text if len(text) <= most else f"{text[:most]} … [{len(text) - most} more characters]"
 
 
 def _ratios(outcomes: Sequence[GroupOutcome]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """log π/π_ref of preferred responses, and of the others."""
+    """log π/π_ref of preferred and of other responses."""
     found: dict[int, list[float]] = {1: [], 0: [], -1: []}
     for outcome in outcomes:
         for k, own in enumerate(outcome.sets):

@@ -12,10 +12,10 @@ PER_ROW = 4
 
 
 def write_pictures(shown: dict[str, Any], folder: Path) -> list[Path]:
-    """Write `curves.png`, and `distributions.png` of the first run, where there is something to draw; the files."""
+    """Write `curves.png`, and `distributions.png` of the first run, if there is something to draw; the files."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws to files, with no display
+    matplotlib.use("Agg")  # draws to files, without a display
     folder.mkdir(parents=True, exist_ok=True)
     runs, files = shown["runs"], []
     charts = [chart for chart in shown["charts"] if any(name in run["curves"] for run in runs for name in chart["metrics"])]
@@ -29,7 +29,7 @@ def write_pictures(shown: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def draw_curves(charts: list[Any], runs: list[Any], path: Path) -> None:
-    """A panel a chart: training as lines, held-out groups as dots."""
+    """One panel per chart: training as lines, held-out groups as dots."""
     panels, several = _panels(len(charts)), len(runs) > 1
     for chart, panel in zip(charts, panels, strict=True):
         for number, run in enumerate(runs):

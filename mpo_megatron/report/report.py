@@ -1,4 +1,4 @@
-"""`mpo report`: runs' folders → one HTML file that needs nothing else, and PNG files."""
+"""`mpo report`: runs' folders → one self-contained HTML file, and PNG files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ PAGE = Path(__file__).parent / "page"
 
 
 def report(config: ReportConfig) -> None:
-    """Write the page, and the pictures if asked for.
+    """Write the page, and the PNG files if requested.
 
     Raises:
         ConfigError: a folder holds no run, or the page cannot be written.
     """
     output = Path(config.output)
     if output.is_dir():
-        raise ConfigError(f"output = {output}: that is a folder; name a file, such as {output / 'report.html'}.")
+        raise ConfigError(f"output = {output}: it is a folder; name a file, such as {output / 'report.html'}.")
     check_writable(output.parent, "output")
     runs = [read_run(Path(folder)) for folder in config.runs]
     for run in runs:
@@ -46,7 +46,7 @@ def report(config: ReportConfig) -> None:
 
 
 def render(shown: dict[str, Any]) -> str:
-    """The page as text: everything it needs is in it."""
+    """The page as text, self-contained."""
     from plotly.offline import get_plotlyjs
 
     environment = Environment(loader=PackageLoader("mpo_megatron.report", "page"), autoescape=True, undefined=StrictUndefined)
@@ -60,6 +60,6 @@ def render(shown: dict[str, Any]) -> str:
 
 
 def script_json(value: Any) -> str:
-    """JSON that is safe within <script>: no text in it can end the element, or begin a comment."""
+    """JSON that is safe within <script>: no text in it can end the element or start a comment."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

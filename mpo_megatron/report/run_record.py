@@ -1,4 +1,4 @@
-"""What a run's folder says; the run may be going on, or have ended anywhere."""
+"""The records in a run's folder; the run may be active, or have ended at any point."""
 
 from __future__ import annotations
 
@@ -23,48 +23,48 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError, is_unfinished, unseal, unseal_line, unseal_lines
 
 QUIET_STEPS = 20
-"""A run that wrote nothing for as long as this many of its steps take, and a minute more, is taken to have stopped."""
+"""A run without output for this many of its steps, plus a minute, counts as stopped."""
 
 MOST_EVALUATIONS = 16
-"""Evaluations whose groups are read and shown."""
+"""Maximum evaluations whose groups are read and shown."""
 
-REMOVE = "copy it again, or remove it to go without"
-"""The remedy for a file that a report can do without."""
+REMOVE = "copy it again, or remove it to continue without it"
+"""The fix for a file that a report does not need."""
 
 Status = Literal["finished", "running", "stopped"]
 Line = dict[str, Any]
 Curve = tuple[list[int], list[float]]
-"""Steps, and the finite values of a metric at them."""
+"""Steps, and a metric's finite values at them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """One run, in its current state."""
+    """One run in its current state."""
 
     folder: Path
     training: tuple[Line, ...]
-    """Lines of metrics.jsonl of training steps, in order, one per step."""
+    """Training lines of metrics.jsonl, in order, one per step."""
     held_out: tuple[Line, ...]
-    """Those of evaluations; names without `eval/`."""
+    """Evaluation lines; names without `eval/`."""
     facts: dict[str, Any]
-    """run.json; empty if there is none."""
+    """Content of run.json; empty without one."""
     config: dict[str, Any]
-    """config.yaml; empty if there is none."""
+    """Content of config.yaml; empty without one."""
     outcomes: dict[int, list[GroupOutcome]]
-    """Held-out groups by step, at `MOST_EVALUATIONS` evaluations on the newest held-out data: the first, the last, and others
-    evenly between them."""
+    """Held-out groups by step, for at most `MOST_EVALUATIONS` evaluations on the newest held-out data: the first, the last, and
+    others spread evenly between them."""
     incidents: tuple[Line, ...]
-    """Lines of incidents/*.jsonl: groups of steps that looked wrong."""
+    """Lines of incidents/*.jsonl: groups of suspicious steps."""
     hangs: tuple[str, ...]
-    """Names of the files with stacks of ranks that hung."""
+    """Names of the files with stacks of hung ranks."""
     train_data: PreparedGroups | None
-    """None if it cannot be found, is damaged, or has changed since."""
+    """None if the data is missing, damaged, or changed."""
     held_out_data: PreparedGroups | None
     """The same."""
     missing: tuple[str, ...]
     """Missing data: option, path, reason."""
     age: float
-    """Seconds since the run wrote metrics."""
+    """Seconds since the run last wrote metrics."""
 
     @property
     def step(self) -> int:
@@ -73,13 +73,13 @@ class RunRecord:
 
     @property
     def total_steps(self) -> int | None:
-        """Steps the run is to take; None if unknown."""
+        """Planned steps of the run; None if unknown."""
         total: int | None = self.facts.get("total_steps") or self.config.get("max_steps")
         return total
 
     @property
     def status(self) -> Status:
-        """Whether the run has ended, continues, or stopped writing."""
+        """Whether the run has finished, continues, or stopped writing."""
         if self.total_steps is not None and self.step >= self.total_steps:
             return "finished"
         _, seconds = self.values("seconds")
@@ -104,18 +104,18 @@ def read_run(folder: Path) -> RunRecord:
     """Read a run's folder.
 
     Raises:
-        ConfigError: there is no run, or a file of it is damaged.
+        ConfigError: the folder holds no run, or a file of it is damaged.
     """
     metrics = folder / "metrics.jsonl"
     if not metrics.is_file():
-        raise ConfigError(f"runs: {folder} has no metrics.jsonl; name the folder that was `mpo train`'s --output.")
+        raise ConfigError(f"runs: {folder} has no metrics.jsonl; name the --output folder of an `mpo train`.")
     lines = _metrics(metrics)
     config = _read_yaml(folder / "config.yaml")
     facts = unseal(folder / "run.json", REMOVE) if (folder / "run.json").is_file() else {}
     digests = facts["starts"][-1]["digests"] if facts.get("starts") else {}
     everything = outcome_files(folder)
     files = outcome_files(folder, read_digest(everything[max(everything)])) if everything else {}
-    # A resumed run may evaluate the same step again: the last line of a step counts.
+    # A resumed run may evaluate the same step again: a step's last line counts.
     training = {line["step"]: line for line in lines if not _is_evaluation(line)}
     held_out = {line["step"]: _strip(line) for line in lines if _is_evaluation(line)}
     incidents = folder / "incidents"
@@ -138,7 +138,7 @@ def read_run(folder: Path) -> RunRecord:
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the steps: the first, the last, and others evenly between them."""
+    """At most `most` of the steps: the first, the last, and others spread evenly between them."""
     if len(steps) <= most:
         return list(steps)
     return [steps[round(place)] for place in np.linspace(0, len(steps) - 1, most)]
@@ -157,10 +157,10 @@ def _curves(lines: Sequence[Line]) -> dict[str, Curve]:
 
 
 def read_lines(path: Path) -> list[Line]:
-    """The whole lines of a JSONL file: the last one may be half written, and texts may hold what `str` takes for a line's end.
+    """The complete lines of a JSONL file: the last one may be incomplete, and texts may contain Unicode line separators.
 
     Raises:
-        DamagedError: a line is not what was written.
+        DamagedError: a line differs from what was written.
     """
     lines: list[Line] = []
     *whole, end = path.read_bytes().split(b"\n")
@@ -178,13 +178,13 @@ def _metrics(path: Path) -> list[Line]:
     """The lines of a run's metrics.jsonl.
 
     Raises:
-        DamagedError: a line is not what was written, or has no step.
+        DamagedError: a line differs from what was written, or has no step.
     """
     lines = read_lines(path)
     for number, line in enumerate(lines, start=1):
         step = line.get("step") if isinstance(line, dict) else None
         if type(step) is not int or not 0 <= step < 2**53:
-            raise DamagedError(f"{path}:{number}: no line of a run's metrics, it has no step; remove the line.")
+            raise DamagedError(f"{path}:{number}: not a line of a run's metrics: it has no step; remove the line.")
     return lines
 
 
@@ -197,7 +197,7 @@ def _strip(line: Line) -> Line:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty if there is none.
+    """A run's config.yaml; empty without one.
 
     Raises:
         ConfigError: it is damaged.
@@ -211,12 +211,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: damaged, it does not parse ({' '.join(str(error).split())}); {REMOVE}.") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path}: damaged, it holds no options; {REMOVE}.")
+        raise ConfigError(f"{path}: damaged: it holds no options; {REMOVE}.")
     return config
 
 
 def _open(run: Path, config: dict[str, Any], name: str, digest: str | None) -> tuple[PreparedGroups | None, str | None]:
-    """The run's data if it is there and the same, and else what to say: a report without texts is better than none."""
+    """The run's data if it exists unchanged, otherwise the problem: a report without texts is better than none."""
     places = candidates(run, config, "data", name)
     problem: str | None = None
     for place in places:
@@ -224,14 +224,14 @@ def _open(run: Path, config: dict[str, Any], name: str, digest: str | None) -> t
             continue
         try:
             data = load_groups(place)
-            if name == "eval":  # of which the page shows texts
+            if name == "eval":  # the page shows its texts
                 data.check_texts()
         except DataError as error:
             problem = f"data.{name}: {str(error).rstrip('.')}"
             continue
         if digest in (None, data.info.data_digest):
             return data, None
-        problem = f"data.{name} = {place}: these are not the groups that the run used"
+        problem = f"data.{name} = {place}: these groups differ from those that the run used"
     if not places:
         return None, None
     return None, problem or f"data.{name} = {' or '.join(map(str, dict.fromkeys(places)))}: no prepared groups there"

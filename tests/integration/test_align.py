@@ -222,7 +222,7 @@ def test_prompts_become_rounds(inputs: Path, tmp_path: Path, monkeypatch: pytest
     for side in ("before", "after"):
         assert f"{report[side]['reward']:.4g} ± {report[side]['error']:.2g}" in page
     assert page.count("**Before**") == page.count("**After**") == 2
-    assert "tokens of an answer, mean of 4" in page
+    assert "tokens per answer, mean of 4" in page
     samples = (tmp_path / "out" / "rounds" / "policies" / "01" / "samples" / "samples.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["responses"]) for line in samples] == [3] * 4
     assert report["kl"] is None
@@ -240,11 +240,11 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     output = io.StringIO()
     align(settings(inputs, tmp_path / "out", plan=True), Console(file=output, width=200))
     assert "hold out 4 groups" in output.getvalue()
-    assert "training sees 40 groups: about" in output.getvalue()
+    assert "training processes 40 groups: about" in output.getvalue()
     assert not (tmp_path / "out").exists()
     two = settings(inputs, tmp_path / "out", plan=True, train={"parallel": {"tensor": 2}, "max_steps": 2})
     align(two, Console(file=output, width=200))
-    assert "training sees 256 groups: about" in output.getvalue()
+    assert "training processes 256 groups: about" in output.getvalue()
 
 
 def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) -> None:

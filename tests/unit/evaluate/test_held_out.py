@@ -100,7 +100,7 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     equal = [TokenizedGroup(**{**vars(group), "rewards": np.ones(group.num_responses)}) for group in random_groups(2)]
     save_groups(tmp_path / "equal", equal, folder / "policy-hf")
     results = evaluate(HeldOutConfig(groups=str(tmp_path / "equal"), model=config.model, row_tokens=256), tmp_path / "out")
-    with pytest.raises(DataError, match="not one of 2 held-out groups"):
+    with pytest.raises(DataError, match="none of 2 held-out groups"):
         summarize(results, num_resamples=9, seed=1)
     kept = read_groups(tmp_path / "out" / "held_out.jsonl")
     assert len(kept) == 2

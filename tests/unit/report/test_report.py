@@ -72,10 +72,10 @@ def test_a_run_that_goes_on_and_half_a_line(tmp_path: Path, data: PreparedGroups
     record = read_run(folder)
     assert (record.step, record.status) == (15, "running")
     record = read_run(folder)
-    assert "The run stands still" not in titles(folder)
+    assert "The run has stalled" not in titles(folder)
     os.utime(folder / "metrics.jsonl", (1, 1))
     assert read_run(folder).status == "stopped"
-    assert titles(folder)["The run stands still"] == "warn"
+    assert titles(folder)["The run has stalled"] == "warn"
 
 
 def test_a_step_that_was_evaluated_twice_counts_once(tmp_path: Path, data: PreparedGroups) -> None:
@@ -115,11 +115,11 @@ def test_data_that_is_gone_or_changed_leaves_a_report_without_texts_that_says_so
     report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
     said = capsys.readouterr().err
     assert said.startswith(f"{folder}: data.train = {tmp_path / 'groups'}: no prepared groups there; data.eval = ")
-    assert f"name the new path in {folder / 'config.yaml'}" in said
+    assert f"write the new path to {folder / 'config.yaml'}" in said
     write_data(tmp_path / "groups", num_groups=20, seed=1)
     record = read_run(folder)
     assert record.held_out_data is None
-    assert record.missing[1] == f"data.eval = {tmp_path / 'groups'}: these are not the groups that the run used"
+    assert record.missing[1] == f"data.eval = {tmp_path / 'groups'}: these groups differ from those that the run used"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_damaged_data_is_named_on_the_page_and_on_the_terminal(
 def test_lines_that_are_no_metrics_are_named(tmp_path: Path, line: str) -> None:
     folder = write_run(tmp_path / "run", write_data(tmp_path / "groups"))
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": {"a": [1]}, "seconds": "x", "accuracy": NaN}\n' + line + "\n")
-    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: no line of a run's metrics"):
+    with pytest.raises(ConfigError, match=r"metrics.jsonl:2: not a line of a run's metrics"):
         read_run(folder)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": {"a": [1]}, "seconds": "x", "accuracy": NaN}\n')
     report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
@@ -307,12 +307,12 @@ def test_healthy_runs_and_sick_ones_are_told_apart(tmp_path: Path, data: Prepare
     assert ill["Ranks hung"] == "bad"
     for title in (
         *(
-            "1 step looked wrong",
+            "1 step looked suspicious",
             "Held-out loss rises again",
             "Preferences hardly learned",
             "Preferred responses got less likely",
         ),
-        *("Throughput dropped", "Ranks wait for one of them", "Steps wait for data"),
+        *("Throughput dropped", "Ranks wait for a slow one", "Steps wait for data"),
     ):
         assert ill[title] == "warn", title
     assert ill["Many groups without contrast"] == "note"

@@ -51,12 +51,12 @@ def test_the_page_names_versions_and_machine(capsys: pytest.CaptureFixture[str],
 @pytest.mark.parametrize(
     ("online", "choice", "why"),
     [
-        ({}, "transformers", "weights pass through host memory"),
+        ({}, "transformers", "weights travel through host memory"),
         ({"engine": "vllm"}, "vllm 0.33.0, tensor 1 × pipeline 1 a replica", "to the ranks' GPUs, by CUDA IPC"),
         (
             {"engine": "vllm", "vllm": LiveVllmConfig(gpus="own", tensor_parallel=4, options={"quantization": "mxfp8"})},
             "tensor 4 × pipeline 1 a replica, quantised (quantization = mxfp8)",
-            "to GPUs of its own, by NCCL",
+            "to its own GPUs, by NCCL",
         ),
         (
             {"engine": "server", "endpoint": EndpointConfig(base_url="http://node7:8000/v1", model="m")},
@@ -205,7 +205,7 @@ def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.Capt
     run = json.loads(capsys.readouterr().out.splitlines()[-1])["run"]
     assert "paralel" in run["refused"]
     page = doctor.render({"software": [], "machine": _facts(), "abilities": ABLE, "run": run, "problems": []})
-    assert page.count("unknown, as `mpo train` refuses it") == 1
+    assert page.count("unknown, because `mpo train` refuses it") == 1
 
 
 def _facts(**changes: Any) -> dict[str, Any]:
@@ -225,7 +225,7 @@ def test_what_a_gpu_machine_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     )
     found = {problem.what: problem for problem in [*machine._gpu_problems(facts), *machine._space_problems(facts)]}
     assert "driver 550.54.14 is older than 580.65, the oldest that CUDA 13 supports" in found
-    assert found["there is no C compiler, and Triton needs one (torch.compile)"].cure == "apt install gcc"
+    assert found["there is no C compiler, but Triton needs one (torch.compile)"].cure == "apt install gcc"
     assert found["/dev/shm has 0.06 GiB free; NCCL may need more between GPUs"].severity == "warning"
     assert "/run has 3.0 GiB free" in found
     assert len(found) == 4
