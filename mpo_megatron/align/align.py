@@ -88,10 +88,10 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
 
 
 def open_folder(config: AlignConfig, stages: Stages) -> None:
-    """Note the options in a new folder; in one that is there, compare those of finished stages, and note the others anew.
+    """Record the options in a new folder. In an existing one, compare those of finished stages, and record the others again.
 
     Raises:
-        ConfigError: naming the first option of a finished stage that changed.
+        ConfigError: names the first option of a finished stage that changed.
     """
     kept = {name: value for name, value in to_dict(config).items() if name not in FREE}
     state: dict[str, Any] = {"config": kept, "model": model_digest(stages.model), "data": data_digest(config.data)}
@@ -112,7 +112,7 @@ def open_folder(config: AlignConfig, stages: Stages) -> None:
 
 
 def changeable(stages: Stages) -> set[str]:
-    """Options of stages that are not finished: a failed one may need another value. Training itself compares what it resumes."""
+    """Options of unfinished stages: a failed one may need another value. Training itself compares what it resumes."""
     done = {
         ("model", "data", "prepare", "held_out", "seed"): stages.folder / "groups" / INFO_FILE,
         ("train",): stages.folder / TRAIN_FILE,
@@ -136,8 +136,9 @@ def raise_changed(folder: Path, name: str, before: object, now: object) -> None:
     what = {"model": "another model", "data": "other data"}.get(name, f"{name} = {before}, now it is {now}")
     require(
         False,
-        f"output = {folder} was started with {what}, and the stage that uses it is done; use the old value, another output, or "
-        "remove the files of that stage and of those after it (docs/align.md).",
+        f"output = {folder} was started with {what}, and the stage that uses it is complete; use the old value, "
+        "another output, or "
+        "remove the files of that stage and of later ones (docs/align.md).",
     )
 
 

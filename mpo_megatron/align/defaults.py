@@ -74,7 +74,7 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
 
 
 def trains_adapter(train: Mapping[str, Any]) -> bool:
-    """Whether options of training ask for an adapter; a rank of 0 asks for none."""
+    """Whether options of training request an adapter; a rank of 0 requests none."""
     return has_option(train, "lora.rank") and train["lora"]["rank"] != 0
 
 

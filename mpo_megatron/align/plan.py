@@ -184,7 +184,7 @@ def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
 
 
 def data_digest(data: list[str]) -> str:
-    """A fingerprint of what files, folders and patterns hold, wherever they are; of a dataset on the hub, of its name."""
+    """A fingerprint of the content of files, folders and patterns, wherever they are; of a dataset on the hub, of its name."""
     digest = hashlib.sha256()
     for name in data:
         path = Path(name)
@@ -200,7 +200,8 @@ def data_digest(data: list[str]) -> str:
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files that an input names: itself, those of a folder, or those that fit a pattern; none of a dataset on the hub."""
+    """The files of an input: the file itself, those of a folder, or those that match a pattern; empty for a dataset on the
+    hub."""
     if path.is_file():
         return [path]
     found = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))

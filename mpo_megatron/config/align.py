@@ -10,9 +10,9 @@ from mpo_megatron.config.iterate import STAGES, IterateConfig
 from mpo_megatron.config.values import Section
 
 ROUND_STAGES = ("iterate", "score", "select")
-"""Sections that only on-policy rounds have."""
+"""Sections for on-policy rounds only."""
 ROUNDS = 3
-"""Rounds by default."""
+"""Default number of rounds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,9 @@ class AlignConfig(Section):
     data: list[str] = field(default_factory=list)
     """Groups to train on: anything `mpo prepare` reads."""
     prompts: str | None = None
-    """Prompts for on-policy rounds, instead of data, as for `mpo iterate`; `score` says how to reward an answer."""
+    """Prompts for on-policy rounds, instead of data, as for `mpo iterate`; `score` defines the reward of an answer."""
     rounds: int = ROUNDS
-    """Rounds of sampling and training, with prompts."""
+    """Number of rounds of sampling and training, with prompts."""
     held_out: int | None = None
     """Number of groups (or prompts) for measuring, excluded from training; by default 100, or a tenth of all if that is less."""
     answers: int = 4
@@ -81,7 +81,7 @@ class AlignConfig(Section):
                 require(not getattr(self, name), f"{name} is a stage of on-policy rounds; it has no effect without prompts.")
             require(
                 self.rounds == ROUNDS,
-                f"rounds = {self.rounds}; it has an effect only with prompts; leave it out; train.epochs repeats data.",
+                f"rounds = {self.rounds}; it has an effect only with prompts; remove it (train.epochs repeats data).",
             )
         else:
             require(bool(self.score), "score is missing; configure the reward of an answer (docs/on_policy.md).")

@@ -82,7 +82,7 @@ def choose_groups(
     mixed = rest
     if config.weights:
         mixed = rest[choose_mixture(inputs[rest], [ids[index] for index in rest], config.weights, config.seed)]
-        require(len(mixed) > 0, f"weights = {config.weights}; an input has no group left beside the held-out ones; leave it out.")
+        require(len(mixed) > 0, f"weights = {config.weights}; an input has no group left beside the held-out ones; remove it.")
     train = mixed
     if config.fraction < 1:
         kept = [in_fraction(ids[index], config.fraction, seed=config.seed) for index in mixed]

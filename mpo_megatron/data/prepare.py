@@ -250,7 +250,7 @@ def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tall
     read = ", ".join(f"{stream.layout.format} because {stream.layout.why}" for stream in streams)
     unused = f"; columns not used: {', '.join(sorted(tally.unused))}" if tally.unused else ""
     names = " and ".join(config.inputs)
-    return f"input = {names}; not one of {tally.rows} groups is usable (format {read}{unused}): {_reasons(tally)}."
+    return f"input = {names}; none of {tally.rows} groups is usable (format {read}{unused}): {_reasons(tally)}."
 
 
 # --------------------------------------------------------------------------------------------------- between the passes
@@ -306,19 +306,19 @@ def _reject_without_rewards(
 
 
 def _check_inputs(config: PrepareConfig, usable: npt.NDArray[np.uint16], kind: RewardKind, tally: Tally) -> None:
-    """Refuse an input of which nothing is left, rather than train on the others alone.
+    """Refuse an input without any usable group, rather than train on the other inputs only.
 
     Args:
-        usable: of each usable group, the number of its input
+        usable: for each usable group, the index of its input
 
     Raises:
-        DataError: naming the input and what was rejected.
+        DataError: names the input and its rejections.
     """
     for number in sorted({*range(len(config.inputs))} - {*usable.tolist()}):
         mixed = "" if kind == "labels" else "; inputs with rewards and inputs with labels alone do not mix"
         raise DataError(
-            f"input = {config.inputs[number]}; not one of its groups is usable{mixed}; rejected in all inputs: "
-            f"{_reasons(tally)}. Fix that input, or leave it out."
+            f"input = {config.inputs[number]}; none of its groups is usable{mixed}; rejected in all inputs: "
+            f"{_reasons(tally)}. Fix that input, or remove it."
         )
 
 

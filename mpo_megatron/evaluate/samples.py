@@ -38,7 +38,7 @@ from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.stages import run_command
 
 MODELS = ("config.json", PEFT_CONFIG, "megatron", "checkpoints")
-"""What only the folder of a model, an adapter, a checkpoint or a run has."""
+"""Files and folders that exist only in the folder of a model, an adapter, a checkpoint or a run."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +57,7 @@ class SampleSet:
 def is_model(path: str) -> bool:
     """Whether a `candidate` or `baseline` is a model to sample from, rather than samples."""
     folder = Path(path)
-    if any((folder / name).exists() for name in MODELS):  # a run's folder has a samples.jsonl, of its held-out groups
+    if any((folder / name).exists() for name in MODELS):  # a run's folder also has a samples.jsonl, for its held-out groups
         return True
     return folder.is_dir() and not any((folder / name).is_file() for name in (SCORED_FILE, SAMPLES_FILE))
 

@@ -16,8 +16,9 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
     are required: in plain operations, Gated DeltaNets would take most of a step.
 
     Raises:
-        ConfigError: kernels are asked for, or needed, that are not installed or do not fit this GPU; or a back end is named for
-            a model that has no such layers.
+        ConfigError: requested or required kernels are not installed or do not fit this GPU; or a back end is set for a model
+        without
+            such layers.
     """
     if family.delta_net is None:
         require(
@@ -33,7 +34,7 @@ def choose_delta_rule(model: ModelConfig, family: Family) -> str:
     require(device.has_gpu(), f"{asked}, but this machine has no GPU; set it to auto.")
     require(
         model.precision == "bf16",
-        f"{asked}, but its kernels multiply with less than float32's precision (model.precision = fp32); set it to auto.",
+        f"{asked}, but its kernels multiply with less precision than float32 (model.precision = fp32); set it to auto.",
     )
     missing = missing_for_delta_kernels()
     require(missing is None, f"{asked}: no kernels for layers of linear_attention (Gated DeltaNet): {missing}. {SLOWER}")
@@ -44,7 +45,7 @@ SLOWER = "Or set model.delta_rule to torch, which takes several times as long."
 
 
 def delta_function(name: str) -> DeltaRule:
-    """The function of a back end; its imports happen here, so that only the one in use is needed.
+    """The function of a back end; it is imported here, so that only the one in use needs its packages.
 
     Raises:
         ConfigError: the package of its kernels does not import.

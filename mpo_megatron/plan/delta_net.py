@@ -38,6 +38,6 @@ def _operations_kept(net: DeltaNet) -> int:
 
 
 def _kernels_kept(net: DeltaNet) -> int:
-    """Of a token in flash-linear-attention's kernels (`fla`), in bf16: queries and keys, normalized, and for every value head the
-    inverse of the system; they compute states again."""
+    """Bytes per token in flash-linear-attention's kernels (`fla`), in bf16: normalized queries and keys, and per value head the
+    inverse of the system; states are recomputed."""
     return 2 * (2 * net.keys + net.value_heads * CHUNK)

@@ -466,10 +466,10 @@ def test_an_input_of_which_nothing_is_left_is_refused(run: Any, write_lines: Wri
     """Nobody reads of it in a table after an hour."""
     scored = write_lines({"prompt": "a", "responses": ["A", "B"], "rewards": [1, 0]}, name="scored.jsonl")
     pairs = write_lines({"prompt": "b", "chosen": "A", "rejected": "B"}, name="pairs.jsonl")
-    with pytest.raises(DataError, match=r"pairs.jsonl; not one of its groups .*do not mix.*pairs.jsonl:1: rewards are missing"):
+    with pytest.raises(DataError, match=r"pairs.jsonl; none of its groups .*do not mix.*pairs.jsonl:1: rewards are missing"):
         run([scored, pairs])
     equal = write_lines({"prompt": "c", "chosen": "A", "rejected": ""}, name="equal.jsonl")
-    with pytest.raises(DataError, match=r"equal.jsonl; not one of its groups is usable; rejected in all inputs: 1 × rejected"):
+    with pytest.raises(DataError, match=r"equal.jsonl; none of its groups is usable; rejected in all inputs: 1 × rejected"):
         run([equal, pairs])
 
 

@@ -223,7 +223,7 @@ def test_a_gpu_needs_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(delta_kernels, "version_of", versions.get)
     assert choose_delta_rule(model, hybrid()) == "fla"
     versions["fla-core"] = "0.4.1"
-    with pytest.raises(ConfigError, match=r"0\.4\.1 is installed, and <0\.7,>=0\.5\.2 is needed"):
+    with pytest.raises(ConfigError, match=r"0\.4\.1 is installed, but <0\.7,>=0\.5\.2 is needed"):
         choose_delta_rule(model, hybrid())
     with pytest.raises(ConfigError, match="float32"):
         choose_delta_rule(dataclasses.replace(model, precision="fp32", delta_rule="fla"), hybrid())
