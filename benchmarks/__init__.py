@@ -1,1 +1,2 @@
-"""Ratios measured side by side in one run: `python -m benchmarks.<name> [--size small]`; see docs/experiments/benchmarks.md."""
+"""Ratios measured side by side in one process: `python -m benchmarks.<name> [--size small]`; see
+docs/experiments/benchmarks.md."""

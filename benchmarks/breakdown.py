@@ -1,15 +1,14 @@
-"""Where a training step's time goes: GEMMs, attention, log-probs, optimizer, communication, the rest; and waiting for data.
+"""The parts of a training step's time: GEMMs, attention, log-probs, optimizer, communication, the rest; and waiting for data.
 
     python -m benchmarks.breakdown
     torchrun --nproc-per-node 2 -m benchmarks.breakdown --tensor 2     # with communication in it
     python -m benchmarks.breakdown --size 3b --attention flex          # one GPU, another attention kernel
 
-Shares come from torch's profiler: every operation's own time (on a GPU, that of the kernels it starts) goes to the kind of the
-outermost operation around it that has one, backward included; a kernel under none goes by its own name. On a CPU collectives
-run in a thread of their own, and what waits for them counts that time, too. The rest is measured apart, without the profiler, as
-shares of a step's time by the wall's clock: data wait, which is how long the loop stands still for its next batch (it is built in
-a thread meanwhile), and on a GPU how long that is idle, and MFU, the rate of the step's operations over the GPU's peak (padding
-counts, recomputation does not).
+Shares come from torch's profiler: every operation's own time (on a GPU, that of the kernels it starts) counts for the kind of its
+outermost enclosing operation with a kind, backward included; a kernel without one counts by its own name. On a CPU, collectives
+run in a separate thread, and operations that wait for them include that time. The rest is measured separately, without the
+profiler, as shares of wall time: data wait (how long the loop waits for its next batch, which a thread builds meanwhile), and on
+a GPU its idle time and MFU, the rate of the step's operations over the GPU's peak (padding counts, recomputation does not).
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ KINDS = (
     ("communication", ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel")),
     ("GEMM", ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "gemm", "nvjet", "splitKreduce")),
 )
-"""What marks the name of an operation or a kernel (`nvjet` are cuBLAS's on Hopper); the outermost mark decides, and the order
-decides within one name."""
+"""Marks in the name of an operation or a kernel (`nvjet` are cuBLAS's on Hopper); the outermost mark counts, and within one name
+the first in this order."""
 REST = "the rest"
 
 
@@ -66,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             vocab_size=vocab_size,
             spread=0.5,
         )
-        # Through the disk, as training reads them.
+        # Through the disk, as in training.
         write_groups(
             f"{folder}/groups", groups, tokenizer_digest="", vocab_size=vocab_size, end_token_ids=[], reward_kind="scores"
         )
@@ -121,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) -> dict[str, float]:
-    """Seconds of each kind in `repeat` steps, after one that warms up; largest first, the rest last."""
+    """Seconds of each kind in `repeat` steps, after a warm-up step; largest first, the rest last."""
     original = step.update
 
     def marked() -> None:
@@ -143,14 +142,14 @@ def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) ->
         if not device.has_gpu():
             seconds[kind_of(event)] += event.self_cpu_time_total / 1e6
         for kernel in event.kernels:
-            if kernel.name != event.name:  # that of a `record_function` is the time from its first kernel to its last
+            if kernel.name != event.name:  # for a `record_function`, it spans from the first kernel to the last
                 seconds[kind_of(event, kernel.name)] += kernel.duration / 1e6
     rest = seconds.pop(REST)
     return {**dict(sorted(seconds.items(), key=lambda item: -item[1])), REST: rest}
 
 
 def kind_of(event: Any, kernel: str = "") -> str:
-    """What an operation, or a kernel of it, is part of: the outermost operation around it that carries a mark decides."""
+    """The kind of an operation, or of its kernel: decided by the outermost enclosing operation with a mark."""
     names = [kernel]
     while event is not None:
         names.append(event.name)
@@ -160,7 +159,7 @@ def kind_of(event: Any, kernel: str = "") -> str:
 
 
 def time_steps(step: TrainStep, batches: Iterator[StepBatch]) -> tuple[list[float], list[float], list[int]]:
-    """Wall seconds that each step waited for its batch, and that it took in all, and its operations; the first is not counted."""
+    """Wall seconds that each step waited for its batch, its total seconds, and its operations; the first step is not counted."""
     waits: list[float] = []
     walls: list[float] = []
     operations: list[int] = []

@@ -1,13 +1,13 @@
-"""Whether FP8 trains as bf16 does: the same run in each, loss curve, accuracy and speed beside each other.
+"""Whether FP8 trains like bf16: the same run in both, with loss curve, accuracy and speed side by side.
 
-    python -m benchmarks.fp8                  # two CPU cores: bf16 against float32, which exercises the same code
+    python -m benchmarks.fp8                  # two CPU cores: bf16 against float32, which runs the same code
     python -m benchmarks.fp8 --emulate        # two CPU cores: FP8's rounding (fp8_emulation.py) against bf16
     python -m benchmarks.fp8 --size 1.5b      # one GPU: every FP8 recipe it has against bf16
 
 Every side starts from the same random weights, computes the reference in its own precision, and takes the same steps over the
-same groups: prompts whose responses are better the more of their tokens lie in the lower half of the vocabulary, which
-generalizes to held-out groups. The yardstick is the first side once more with the groups in another order: two precisions that
-differ by less than two orders of the data agree. docs/experiments/fp8.md says what to look for.
+same groups: prompts whose responses are better the more of their tokens are in the lower half of the vocabulary, which
+generalizes to held-out groups. The yardstick is the first side again with the groups in another order: two precisions agree if
+they differ by less than two orders of the data. docs/experiments/fp8.md explains the results.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from mpo_megatron.train.step import forward_step, fused_step
 BETA = 0.1
 RESPONSES = 4
 NOISE = 0.15
-"""Standard deviation of the rewards around what can be learned of them: held-out accuracy stays below 1."""
+"""Standard deviation of the rewards around their learnable part: held-out accuracy stays below 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     note = (
         f"Differences are from {first}, over the loss curve of {size.steps} steps and on the held-out groups (loss, accuracy of "
-        "pairs); the last line is the yardstick. First loss − ln: from ln(K / |Y+|), which it is if policy and reference compute "
+        "pairs); the last line is the yardstick. First loss − ln: difference from ln(K / |Y+|), 0 if policy and "
+        "reference compute "
         "alike. Adam's step included; peak memory on a CPU is the process's so far."
     )
     for recipe, reason in refused.items():
@@ -114,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def choose_sides(own: Bench) -> tuple[dict[str, ModelConfig], dict[str, str]]:
-    """The precisions to compare, the one to compare with first; and the recipes that do not run here, with the reason."""
+    """The precisions to compare, the baseline first; and the recipes that do not run here, with the reason."""
     bf16 = ModelConfig(checkpoint="random", precision="bf16")
     if not device.has_gpu():
         return {"fp32": ModelConfig(checkpoint="random", precision="fp32"), "bf16": bf16}, {}
@@ -131,12 +132,12 @@ def choose_sides(own: Bench) -> tuple[dict[str, ModelConfig], dict[str, str]]:
 
 
 def make_data(own: Bench, size: Size) -> tuple[list[TokenizedGroup], list[TokenizedGroup]]:
-    """Training and held-out groups; a response's reward is its share of tokens from the vocabulary's lower half, and noise."""
+    """Training and held-out groups; a response's reward is its share of tokens from the vocabulary's lower half, plus noise."""
     half = own.config.vocab_size // 2
     rng = np.random.default_rng(0)
 
     def respond(tokens: np.ndarray[Any, np.dtype[np.int32]]) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """The same response with another share of lower tokens; the last token stays, it ends the response."""
+        """The same response with another share of lower tokens; the last token, which ends the response, stays."""
         lower = rng.random(len(tokens) - 1) < rng.uniform(0.2, 0.8)
         return np.append(tokens[:-1] % half + np.where(lower, 0, half - 8), tokens[-1]).astype(np.int32)
 
@@ -160,7 +161,7 @@ def run(
     seed: int,
     recipe: str | None = None,
 ) -> dict[str, Any]:
-    """Train one side from the start: its curve, and what it learned.
+    """Train one side from the start: its curve, and its held-out results.
 
     Args:
         recipe: the FP8 recipe to emulate
@@ -183,7 +184,7 @@ def train_policy(
     held_out: list[TokenizedGroup],
     seed: int,
 ) -> dict[str, Any]:
-    """`run`, of a model that is built."""
+    """Like `run`, for a built model."""
     objective = build_objective(LossConfig(name="mpo", params={"beta": BETA}))
     shape = dataclasses.replace(own.shape(size.row_tokens), multiple=token_multiple(model) * own.parallel.row_parts)
     order = [step_indices(step, len(train), size.groups_per_step, seed=seed, shuffle=True) for step in range(size.steps)]
@@ -214,7 +215,7 @@ def train_policy(
 
 
 def differences(side: dict[str, Any], first: dict[str, Any], *, same_order: bool) -> dict[str, float | None]:
-    """How far a side is from the first one; step by step only if both saw the same groups."""
+    """Differences of a side from the first one; step by step only if both saw the same groups."""
     steps = np.abs(np.array(side["losses"]) - np.array(first["losses"]))
     return {
         "loss_difference": float(steps.mean()) if same_order else None,
@@ -224,13 +225,13 @@ def differences(side: dict[str, Any], first: dict[str, Any], *, same_order: bool
 
 
 def mean_loss(batch: StepBatch, policy: Logps, reference: Logps, objective: Objective) -> float:
-    """Mean over the groups that have a contrast."""
+    """Mean over the groups with contrast."""
     losses = objective.compute(group_batch(batch.table, policy, reference))
     return float(losses.sum() / max(1, int(batch.contributes.sum())))
 
 
 def expected_first_loss(batch: StepBatch) -> float:
-    """ln(K / |Y+|), averaged over the groups with a contrast."""
+    """ln(K / |Y+|), averaged over the groups with contrast."""
     assert batch.table.rewards is not None
     preferred = (batch.table.rewards > batch.table.rewards.mean(axis=1, keepdims=True)).sum(axis=1)
     counted = batch.contributes

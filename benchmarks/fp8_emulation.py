@@ -1,10 +1,10 @@
-"""FP8's rounding on a CPU: what Transformer Engine's recipes do to the numbers, without their kernels or their speed.
+"""FP8's rounding on a CPU: the numerical effect of Transformer Engine's recipes, without their kernels or speed.
 
-The layers' matrix products take inputs, weights and output gradients that went to 8 bits and back (e4m3; gradients e5m2 but with
-`blockwise`), and are computed in float32, as the tensor cores accumulate; all else is the trainer's own code. Scales:
+The layers' matrix products take inputs, weights and output gradients rounded to 8 bits and back (e4m3; gradients e5m2 except with
+`blockwise`), and are computed in float32, like tensor cores accumulate; all else is the trainer's own code. Scales:
 
-    current    one a tensor, from its largest value, rounded down to a power of 2 (docs/reference/fp8.md)
-    blockwise  one for 128 values along the summed dimension, of weights for 128 × 128, powers of 2
+    current    one per tensor, from its largest value, rounded down to a power of 2 (docs/reference/fp8.md)
+    blockwise  one per 128 values along the summed dimension, for weights per 128 × 128, powers of 2
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ BLOCK = 128
 
 
 def scale_of(largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """The largest power of 2 under which `largest` still fits the format; 1 where all is 0."""
+    """The largest power of 2 with which `largest` still fits the format; 1 where all is 0."""
     return torch.exp2(torch.floor(torch.log2(torch.where(largest > 0, torch.finfo(dtype).max / largest, 1.0))))
 
 
 def round_to(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """To 8 bits under a scale and back, float32."""
+    """Round to 8 bits with a scale and back, float32."""
     largest = torch.finfo(dtype).max
     return (tensor * scale).clamp(-largest, largest).to(dtype).float() / scale
 
 
 def round_blocks(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-    """A matrix in blocks of rows × columns, each with a scale of its own."""
+    """Round a matrix in blocks of rows × columns, each with its own scale."""
     height, width = tensor.shape
     padded = F.pad(tensor, (0, -width % columns, 0, -height % rows))
     blocks = padded.unflatten(1, (-1, columns)).unflatten(0, (-1, rows))  # [height / rows, rows, width / columns, columns]
@@ -44,7 +44,7 @@ def round_blocks(tensor: Tensor, dtype: torch.dtype, rows: int, columns: int) ->
 
 
 class Product(torch.autograd.Function):
-    """input [T, H] · weightᵀ [H, O] of rounded matrices; so are both products of the backward pass."""
+    """input [T, H] · weightᵀ [H, O] of rounded matrices, also in both products of the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, recipe: str) -> Tensor:
@@ -61,7 +61,7 @@ class Product(torch.autograd.Function):
 
 
 def rounded(tensor: Tensor, kind: int, recipe: str, *, summed: int) -> Tensor:
-    """A matrix as the kernel reads it.
+    """A matrix as the kernel would read it.
 
     Args:
         kind: 0 an input, 1 a weight, 2 a gradient
@@ -78,7 +78,7 @@ def rounded(tensor: Tensor, kind: int, recipe: str, *, summed: int) -> Tensor:
 
 @contextlib.contextmanager
 def emulate(recipe: str, parts: list[Any]) -> Iterator[None]:
-    """Compute the products of all layers of the parts, on one rank, as an FP8 recipe rounds them."""
+    """Compute the products of all layers of the parts, on one rank, with an FP8 recipe's rounding."""
     with contextlib.ExitStack() as stack:
         for part in parts:
             for name, module in part.named_modules():
@@ -88,7 +88,7 @@ def emulate(recipe: str, parts: list[Any]) -> Iterator[None]:
 
 
 def product_of(module: Any, recipe: str) -> Any:
-    """A forward pass of the module that rounds."""
+    """A forward pass of the module with rounding."""
 
     def forward(inputs: Tensor, **_: Any) -> tuple[Tensor, Tensor | None]:
         output = Product.apply(inputs.flatten(0, -2), module.weight, recipe).unflatten(0, inputs.shape[:-1])

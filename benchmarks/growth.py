@@ -1,8 +1,8 @@
-"""Whether work beside the models grows with its input no faster than linearly: CPU seconds at several sizes.
+"""Whether work outside the models grows at most linearly with its input: CPU seconds at several sizes.
 
     python -m benchmarks.growth
 
-`report` reads a run's folder and makes the page's content, by the number of steps (an evaluation of 100 groups every 50 steps);
+`report` reads a run's folder and builds the page's content, by the number of steps (an evaluation of 100 groups every 50 steps);
 `rows` plans the rows of a step, by groups and replicas. `benchmarks.rounds` and `benchmarks.preparing` measure the stages' data.
 """
 
@@ -26,7 +26,7 @@ from mpo_megatron.report.run_record import read_run
 STEPS = {"tiny": (100,), "small": (1_000, 20_000, 100_000)}
 """Of a run."""
 ROWS = {"tiny": ((16, 2),), "small": ((1_024, 128), (8_192, 1), (8_192, 1_024))}
-"""Groups of a step, and replicas."""
+"""Groups per step, and replicas."""
 RESPONSES, GROUPS, EVERY = 8, 100, 50
 METRICS = (
     *("loss", "accuracy", "margin", "chosen_log_ratio", "rejected_log_ratio", "kl", "grad_norm", "lr", "skipped_groups"),
@@ -65,7 +65,7 @@ def measure(case: Case, scratch: Path, repeat: int) -> timing.Row:
 
 
 def report_work(scratch: Path, steps: int) -> Callable[[], object]:
-    """Makes the content of the page of a run of so many steps."""
+    """Build the content of the page of a run with this many steps."""
     folder, draw = scratch / str(steps), np.random.default_rng(0)
     folder.mkdir()
     with (folder / "metrics.jsonl").open("wb") as file:
@@ -91,7 +91,7 @@ def report_work(scratch: Path, steps: int) -> Callable[[], object]:
 
 
 def rows_work(groups: int, replicas: int) -> Callable[[], object]:
-    """Plans the rows of a step."""
+    """Plan the rows of a step."""
     draw = np.random.default_rng(0)
     prompts = draw.integers(50, 500, groups).tolist()
     lengths = draw.integers(10, 800, (groups, RESPONSES)).tolist()

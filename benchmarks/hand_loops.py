@@ -1,9 +1,10 @@
-"""Three training loops as a careful engineer writes them with plain PyTorch and `transformers`, for `benchmarks.hand_written`.
+"""Three training loops as a careful engineer would write them with plain PyTorch and `transformers`, for
+`benchmarks.hand_written`.
 
     padded          a group's prompt + response sequences as one padded batch
     cached prompt   the prompt once through the key/value cache, then the responses as one padded batch; gradients flow
                     through the cache
-    one row         prompt and responses in one row, SDPA once a segment: the prompt causally, each response over the
+    one row         prompt and responses in one row, SDPA once per segment: the prompt causally, each response over the
                     prompt and itself
 
 Each computes logits of scored tokens only and uses torch's fused AdamW. Only the loss comes from `mpo_megatron`.
@@ -29,7 +30,7 @@ Group = tuple[Tensor, list[Tensor], Tensor]
 """Prompt [P], responses (each [its tokens]) and rewards [K]."""
 
 ResponseLogps = Callable[[Any, Tensor, list[Tensor]], Tensor]
-"""From a model, a prompt and its responses to the responses' log-probs [K]."""
+"""Maps a model, a prompt and its responses to the responses' log-probs [K]."""
 
 
 def padded(model: Any, prompt: Tensor, responses: list[Tensor]) -> Tensor:
@@ -51,7 +52,7 @@ def cached_prompt(model: Any, prompt: Tensor, responses: list[Tensor]) -> Tensor
 
 
 def sum_scored(model: Any, hidden: Tensor, targets: Tensor, responses: list[Tensor]) -> Tensor:
-    """[K] summed log-probs of targets [K, R] from hidden states [K, R, H]; padding is left out before the output layer."""
+    """[K] summed log-probs of targets [K, R] from hidden states [K, R, H]; padding is removed before the output layer."""
     lengths = torch.tensor([len(response) for response in responses])
     scored = torch.arange(targets.shape[1]) < lengths[:, None]
     logps = -F.cross_entropy(model.lm_head(hidden[scored]), targets[scored], reduction="none")
@@ -79,7 +80,7 @@ def one_row(model: Any, prompt: Tensor, responses: list[Tensor]) -> Tensor:
 def segment_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, lengths: list[int], **others: Any
 ) -> tuple[Tensor, None]:
-    """Attention of a row of segments, the first of which all others see: [1, heads, T, D] to [1, T, heads, D]."""
+    """Attention of a row of segments; all see the first one: [1, heads, T, D] → [1, T, heads, D]."""
     queries, keys, values = (part.split(lengths, dim=2) for part in (query, key, value))
     attend = functools.partial(F.scaled_dot_product_attention, enable_gqa=True)
     outputs = [attend(queries[0], keys[0], values[0], is_causal=True)]
@@ -100,7 +101,7 @@ LOOPS: dict[str, tuple[ResponseLogps, str]] = {
 
 
 class HandLoop:
-    """A loop over groups: one optimizer step a call, a group a micro-batch."""
+    """A loop over groups: one optimizer step per call, one group per micro-batch."""
 
     def __init__(self, name: str, folder: str, *, lr: float, betas: tuple[float, float], eps: float, clip: float) -> None:
         self.logps, attention = LOOPS[name]
@@ -117,7 +118,7 @@ class HandLoop:
         return [self.logps(self.model, prompt, responses) for prompt, responses, _ in groups]
 
     def step(self, groups: Sequence[Group], references: Sequence[Tensor]) -> float:
-        """One optimizer step on the mean loss of the groups, all of which have a contrast; that loss."""
+        """One optimizer step on the mean loss of the groups, all of which have contrast; that loss."""
         self.adam.zero_grad(set_to_none=True)
         total = 0.0
         for (prompt, responses, rewards), reference in zip(groups, references, strict=True):

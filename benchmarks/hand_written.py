@@ -3,14 +3,14 @@
     python -m benchmarks.hand_written                          # prompt : response 4 : 1 and 1 : 1, eight responses
     python -m benchmarks.hand_written --data groups.jsonl      # and real data, in tokens of a small tokenizer
 
-`benchmarks.hand_loops` has the loops: a padded batch, the prompt through the key/value cache, and a group in one row. All
-sides start from one checkpoint and train on the same groups in the same order, with loss `mpo`, AdamW and clipped
-gradients. Reference log-probs are computed beforehand. The sides take turns step by step in one process. Ours is all that
-`mpo train` does in a step: data from disk, metrics, the guard, the ranks' agreement, the line in `metrics.jsonl`. Before
-the clock starts, every side's reference log-probs are compared with ours.
+`benchmarks.hand_loops` has the loops: a padded batch, the prompt through the key/value cache, and a group in one row. All sides
+start from one checkpoint and train on the same groups in the same order, with loss `mpo`, AdamW and clipped gradients. Reference
+log-probs are computed beforehand. The sides take turns step by step in one process. Ours includes everything that `mpo train`
+does in a step: data from disk, metrics, the guard, the ranks' agreement, the line in `metrics.jsonl`. Before timing, every side's
+reference log-probs are compared with ours.
 
-Peak memory of each side is measured in a process of its own, beyond its imports: weights, gradients, AdamW's states and two
-steps. The loops run a group at a time; ours runs the same rows (a group each), and rows of --row-tokens.
+Peak memory of each side is measured in a separate process, beyond its imports: weights, gradients, AdamW's states and two steps.
+The loops process a group at a time; ours runs the same rows (a group each), and rows of --row-tokens.
 """
 
 from __future__ import annotations
@@ -68,20 +68,20 @@ class Data(NamedTuple):
 
     name: str
     folder: Path
-    """It has the checkpoint in both formats (`hf`, `megatron`) and prepared `groups`."""
+    """The checkpoint is in both formats (`hf`, `megatron`), with prepared `groups`."""
     num_groups: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every data set."""
     parser = timing.build_parser(__doc__, list(RATIOS), repeat=5)
-    parser.add_argument("--data", type=Path, nargs="*", default=[], help="files with prompts and K responses, besides")
-    parser.add_argument("--ratios", nargs="*", help="of prompt and response, such as 4:1; by default all that the size has")
+    parser.add_argument("--data", type=Path, nargs="*", default=[], help="additional files with prompts and K responses")
+    parser.add_argument("--ratios", nargs="*", help="ratios of prompt to response, such as 4:1; by default all of the size")
     parser.add_argument("--groups-per-step", type=int, default=2)
     parser.add_argument("--row-tokens", type=int, default=8192, help="data.row_tokens of our side")
     options = timing.parse(parser, arguments)
     if device.has_gpu():
-        raise SystemExit("benchmarks.hand_written: the loops run on a CPU; hide the GPU (CUDA_VISIBLE_DEVICES=)")
+        raise SystemExit("benchmarks.hand_written: the loops run on a CPU only; hide the GPU (CUDA_VISIBLE_DEVICES=)")
     ratios = {name: sizes for name, sizes in RATIOS[options.size].items() if options.ratios is None or name in options.ratios}
     with tempfile.TemporaryDirectory() as folder:
         rows = timing.measure_each(
@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[int, int] | Path) -> timing.Row:
-    """All sides on one data set: seconds of a step, tokens, agreement, peak memory."""
+    """All sides on one data set: seconds per step, tokens, agreement, peak memory."""
     data = write_data(options, folder, name, source)
     groups = load_groups(folder / "groups")
     chosen = [to_tensors(groups[index]) for index in range(data.num_groups)]
@@ -128,7 +128,7 @@ def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[
         ours = torch.from_numpy(run.references[run.setup.train.path].response)
         difference = {side: float((torch.cat(values) / ours - 1).abs().max()) for side, values in references.items()}
         if max(difference.values()) > TOLERANCE:
-            raise SystemExit(f"benchmarks.hand_written: log-probs differ, {difference}: not the same computation")
+            raise SystemExit(f"benchmarks.hand_written: log-probs differ by {difference}: not the same computation")
         steps = our_steps(run)
         positions = {side: itertools.count() for side in sides}
 
@@ -151,7 +151,7 @@ def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[
 
 
 def write_data(options: argparse.Namespace, folder: Path, name: str, source: tuple[int, int] | Path) -> Data:
-    """The data set's groups, all with a contrast, and the model in both formats with a tokenizer that fits."""
+    """Write the data set's groups, all with contrast, and the model in both formats with a matching tokenizer."""
     num_groups = options.groups_per_step * (options.repeat + 1)
     config = save_checkpoint(folder / "hf", options.size)
     groups: Sequence[TokenizedGroup]
@@ -159,7 +159,7 @@ def write_data(options: argparse.Namespace, folder: Path, name: str, source: tup
         groups = read_groups(source, folder, num_groups, config.vocab_size)
     else:
         shutil.copytree(folder / "tokenizer", folder / "hf", dirs_exist_ok=True)
-        (folder / "hf" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")  # the command insists on one
+        (folder / "hf" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")  # the command requires one
         prompt, response = source
         sizes = {"prompt": prompt, "response": response, "responses": RESPONSES}
         groups = make_groups(num_groups, **sizes, vocab_size=config.vocab_size)
@@ -176,7 +176,7 @@ def write_data(options: argparse.Namespace, folder: Path, name: str, source: tup
 
 
 def read_groups(path: Path, folder: Path, num_groups: int, vocab_size: int) -> list[TokenizedGroup]:
-    """The first groups of a data file that have a contrast, in tokens of a small tokenizer that is trained on it."""
+    """The first groups with contrast of a data file, in tokens of a small tokenizer trained on it."""
     from examples.quickstart.model import write_model
     from examples.quickstart.run import read_texts
 
@@ -188,25 +188,25 @@ def read_groups(path: Path, folder: Path, num_groups: int, vocab_size: int) -> l
     chosen = itertools.islice((group for group in data if np.ptp(group.rewards) > 0), num_groups)
     groups = [dataclasses.replace(group, scored=None) for group in chosen]
     if len(groups) < num_groups:
-        raise SystemExit(f"benchmarks.hand_written: {path} has {len(groups)} groups with a contrast; {num_groups} are needed")
+        raise SystemExit(f"benchmarks.hand_written: {path} has {len(groups)} groups with contrast; {num_groups} are needed")
     return groups
 
 
 def to_tensors(group: TokenizedGroup) -> Group:
-    """What the loops read of a group."""
+    """The part of a group that the loops read."""
     responses = [torch.from_numpy(tokens.astype(np.int64)) for tokens in group.response_tokens]
     return torch.from_numpy(group.prompt_tokens.astype(np.int64)), responses, torch.tensor(group.rewards)
 
 
 def build_loop(side: str, folder: Path) -> HandLoop:
-    """A loop with the optimizer's settings that ours has."""
+    """A loop with the same optimizer settings as ours."""
     betas = (ADAM["beta1"], ADAM["beta2"])
     return HandLoop(side, str(folder / "hf"), lr=ADAM["lr"], betas=betas, eps=ADAM["eps"], clip=OptimizerConfig().clip_grad)
 
 
 @contextlib.contextmanager
 def our_run(folder: Path, groups_per_step: int, row_tokens: int, num_steps: int) -> Iterator[Run]:
-    """A run as `mpo train` opens it; its reference log-probs are computed."""
+    """A run as `mpo train` opens it, with reference log-probs computed."""
     output = Path(tempfile.mkdtemp(dir=folder))
     config = TrainConfig(
         output=str(output),
@@ -223,7 +223,7 @@ def our_run(folder: Path, groups_per_step: int, row_tokens: int, num_steps: int)
 
 
 def our_steps(run: Run) -> Iterator[dict[str, float]]:
-    """The run's steps, one at a time: what the loop of `mpo train` does between two checkpoints."""
+    """The run's steps, one at a time: the loop of `mpo train` between two checkpoints."""
     config = run.config
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
     scheduler = optimizer.build_scheduler(config.optimizer, adam, total_steps=run.setup.total_steps, start_step=0)
@@ -247,7 +247,7 @@ def our_steps(run: Run) -> Iterator[dict[str, float]]:
 
 
 def count_tokens(groups: Sequence[Group]) -> dict[str, float]:
-    """Tokens that each side computes of a group, padding included, on average."""
+    """Mean number of tokens that each side computes per group, padding included."""
     shapes = [(len(prompt), [len(response) for response in responses]) for prompt, responses, _ in groups]
     shared = [prompt + sum(lengths) - len(lengths) for prompt, lengths in shapes]
     counts = {
@@ -261,7 +261,7 @@ def count_tokens(groups: Sequence[Group]) -> dict[str, float]:
 
 
 def measure_memory(options: argparse.Namespace, folder: Path, groups: Sequence[Group]) -> dict[str, float]:
-    """Peak memory of each side in a process of its own, MiB. Each is forked from one that has nothing but the imports."""
+    """Peak memory of each side in a separate process, MiB. Each is forked from a process that has only imported."""
     longest = max(len(prompt) + sum(len(response) for response in responses) for prompt, responses, _ in groups)
     one_group = -(-longest // 16) * 16
     context = multiprocessing.get_context("forkserver")
@@ -275,7 +275,7 @@ def measure_memory(options: argparse.Namespace, folder: Path, groups: Sequence[G
 
 
 def peak_memory(side: str, folder: Path, groups_per_step: int, row_tokens: int, threads: int) -> float:
-    """MiB that a side's first two steps take beyond what its imports take."""
+    """MiB that a side's first two steps need beyond its imports."""
     torch.set_num_threads(threads)
     groups = load_groups(folder / "groups")
     batches = [[to_tensors(groups[step * groups_per_step + slot]) for slot in range(groups_per_step)] for step in range(2)]

@@ -4,8 +4,8 @@
     python -m benchmarks.layouts --size 3b       # one GPU
 
 `shared` computes a group's prompt once; `unshared` repeats it for every response and packs the sequences into rows; `padded`
-gives every response a row of its own, padded to the group's longest. All three run the same model code and score the same
-tokens; beside the measured ratio stands the one the FLOP model predicts.
+gives every response a separate row, padded to the group's longest. All three run the same model code and score the same tokens;
+the table also shows the ratio predicted by the FLOP model.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ CASES: dict[str, tuple[tuple[int, int, int, float], ...]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every case."""
     parser = timing.build_parser(__doc__, list(SHAPES))
-    parser.add_argument("--groups", type=int, help="groups of a measured pass; by default 1, or 5 of a GPU's sizes")
+    parser.add_argument("--groups", type=int, help="groups per measured pass; by default 1, or 5 for a GPU's sizes")
     options = timing.parse(parser, arguments)
-    # A full row: fewer tokens would measure how fast the CPU starts the GPU's kernels.
+    # A full row: fewer tokens would measure how fast the CPU launches the GPU's kernels.
     options.groups = options.groups or (1 if options.size in CASES else 5)
     with bench(options.size) as own:
         model = own.build_model()
@@ -104,12 +104,12 @@ def measure(own: Bench, model: list[Any], options: argparse.Namespace, case: tup
 
 
 def sum_logps(row: RowTensors, token_logps: Tensor, *others: Any) -> Tensor:
-    """A loss that costs nothing and reaches every scored token."""
+    """A trivial loss that reaches every scored token."""
     return token_logps.sum()
 
 
 def packed(own: Bench, groups: Sequence[TokenizedGroup], row_tokens: int, layout: PromptLayout) -> list[Row]:
-    """The groups in rows as training packs them."""
+    """The groups in rows, packed as in training."""
     lengths = [[len(tokens) for tokens in group.response_tokens] for group in groups]
     plan = plan_rows(
         [len(group.prompt_tokens) for group in groups],
@@ -124,7 +124,7 @@ def packed(own: Bench, groups: Sequence[TokenizedGroup], row_tokens: int, layout
 
 
 def padded(groups: Sequence[TokenizedGroup]) -> list[Row]:
-    """Every response in a row of its own with its prompt, padded to its group's longest."""
+    """Every response in a separate row with its prompt, padded to its group's longest."""
     rows = []
     for slot, group in enumerate(groups):
         longest = len(group.prompt_tokens) + max(len(tokens) for tokens in group.response_tokens)

@@ -3,12 +3,12 @@
     python -m benchmarks.logprobs                # two CPU cores
     python -m benchmarks.logprobs --size 7b      # one GPU: 32k tokens × 152k vocabulary
 
-On a CPU each measurement has a process of its own, so that no side sees the memory that another one left. `kernel` and `full`
-return the gradients of hidden states and weight, whose memory counts on both. `in place` is the kernel as the trainer uses it:
-the weight's gradient is added to Megatron's gradient buffer, which is there anyway, and takes no memory of its own. Full logits
-are what a trainer without such a kernel does: logits = hidden · weightᵀ in float32, log_softmax, gather; tokens × vocabulary
-numbers, several times. `products` is what no kernel with recomputation can do without: the four matrix products of each chunk,
-and nothing between them; in place beside it says how near the loop is to them. bf16 on a GPU, float32 on a CPU.
+On a CPU each measurement has a separate process, so that no side sees memory left by another. `kernel` and `full` return the
+gradients of hidden states and weight, whose memory counts for both. `in place` is the kernel as the trainer uses it: the weight's
+gradient is added to Megatron's existing gradient buffer, without memory of its own. Full logits are what a trainer without such a
+kernel computes: logits = hidden · weightᵀ in float32, log_softmax, gather; several tensors of tokens × vocabulary. `products` is
+the minimum of any kernel with recomputation: only the four matrix products of each chunk; comparing `in place` with it shows the
+kernel's overhead. bf16 on a GPU, float32 on a CPU.
 """
 
 from __future__ import annotations
@@ -30,22 +30,23 @@ from mpo_megatron.model.logprobs import WeightGradient, add_product, vocab_paral
 from mpo_megatron.model.parallel import model_parallel
 
 CHUNK = 1024
-"""The least that `model.logprob_chunk` is by default; on a GPU it follows the memory."""
+"""Minimum default of `model.logprob_chunk`; on a GPU the default depends on the memory."""
 FULL_LIMIT = {"cpu": 6.0, "cuda": 100.0}
-"""GiB that full logits may take; beyond it their side is not run, and its memory is extrapolated from the largest that was."""
+"""Memory limit of full logits, GiB; beyond it their side is not run, and its memory is extrapolated from the largest measured
+one."""
 FULL_COPIES = 4
-"""Copies of tokens × vocabulary that full logits hold at their peak, for that limit only."""
+"""Copies of tokens × vocabulary that full logits hold at their peak; used only for that limit."""
 CASES = {
     "tiny": ((128, 512),),
     "small": ((1024, 151936), (2048, 151936), (32768, 151936), (2048, 16384), (4096, 16384), (16384, 16384), (32768, 16384)),
 }
 GPU_CASES = ((2048, 151936), (8192, 151936), (32768, 151936), (32768, 32768))
 HIDDEN = {"tiny": 64, "small": 64}
-"""Hidden channels of the CPU sizes: few, since memory is what is measured and the GEMMs grow with them."""
+"""Hidden channels of the CPU sizes: few, because the benchmark measures memory, and GEMMs grow with them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure every case in processes of their own; or, with --worker, one."""
+    """Measure every case in a separate process; or, with --worker, one."""
     parser = timing.build_parser(__doc__, list(SHAPES), repeat=1)
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "TOKENS", "VOCABULARY", "HIDDEN"), help="one measurement as JSON")
     options = timing.parse(parser, arguments)
@@ -96,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def dtype() -> torch.dtype:
-    """Of hidden states and weights."""
+    """Dtype of hidden states and weights."""
     return torch.bfloat16 if device.has_gpu() else torch.float32
 
 
@@ -110,7 +111,7 @@ def full_memory(row: timing.Row, rows: Sequence[timing.Row]) -> tuple[float, boo
 
 def spawn(side: str, tokens: int, vocab_size: int, hidden: int, threads: int) -> dict[str, float]:
     """One measurement; on a CPU in a new process."""
-    if device.has_gpu():  # whose allocator counts what is in use
+    if device.has_gpu():  # the allocator counts memory in use
         return run_side(side, tokens, vocab_size, hidden)
     command = [sys.executable, "-m", "benchmarks.logprobs", "--threads", str(threads), "--worker", side]
     sizes = [str(tokens), str(vocab_size), str(hidden)]
@@ -129,7 +130,7 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
     with model_parallel(ParallelConfig(), seed=0) as ranks:
         buffer = None
         if side in ("in place", "products"):
-            buffer = torch.ones_like(weight, dtype=torch.float32)  # ones: memory that is really there
+            buffer = torch.ones_like(weight, dtype=torch.float32)  # ones: memory that is really allocated
 
         def kernel(count: int) -> torch.Tensor:
             return vocab_parallel_statistics(
@@ -155,7 +156,7 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
             else:
                 torch.autograd.grad(compute(count).sum(), (inputs, weight), allow_unused=buffer is not None)
 
-        step(tokens if device.has_gpu() else 8)  # libraries allocate their buffers on first use, kernels are compiled
+        step(tokens if device.has_gpu() else 8)  # warm-up: libraries allocate buffers, kernels are compiled
         peak = PeakMemory()
         seconds = timing.clock(lambda: step(tokens))
         return {"seconds": seconds, "peak_mib": peak.mib()}
@@ -175,14 +176,14 @@ def multiply(inputs: torch.Tensor, weight: torch.Tensor, buffer: torch.Tensor) -
 
 
 class PeakMemory:
-    """Largest memory in use since this object was made, beyond what was in use then."""
+    """Peak memory in use since this object was created, beyond what was in use then."""
 
     def __init__(self) -> None:
         if device.has_gpu():
             torch.cuda.reset_peak_memory_stats()
             self.start = float(torch.cuda.memory_allocated())
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the resident high-water mark falls to what is resident now
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: reset the peak of resident memory
             self.start = _status("VmRSS")
 
     def mib(self) -> float:
@@ -192,7 +193,7 @@ class PeakMemory:
 
 
 def _status(name: str) -> float:
-    """Bytes that /proc/self/status says."""
+    """A value from /proc/self/status, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
     return float(line.split()[1]) * 1024
 

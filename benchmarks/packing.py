@@ -1,11 +1,11 @@
-"""How full packed rows are, and how even the replicas' work: on real data, or on lengths like it.
+"""How full packed rows are, and how balanced the replicas' work: on real data, or on similar lengths.
 
     python -m benchmarks.packing --data groups.jsonl …        # anything `mpo prepare` reads; a small tokenizer is trained on it
     python -m benchmarks.packing                              # log-normal lengths
 
-Plans every step of an epoch as training does. `fill` is tokens over rows × row_tokens: the budget that is used. `padding` is
-what is computed in vain: rows end where their tokens do, rounded up to a multiple of 16. `imbalance` is the largest replica's
-work over the mean (linear layers and attention): what the others wait.
+Plans every step of an epoch as training does. `fill` is tokens over rows × row_tokens: the used budget. `padding` is wasted
+computation: rows end where their tokens do, rounded up to a multiple of 16. `imbalance` is the largest replica's work over the
+mean (linear layers and attention): how long the others wait.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MULTIPLE = 16
 """Rows are padded to a multiple of this (train/run.py)."""
 
 Lengths = tuple[list[int], list[list[int]]]
-"""Tokens of every prompt, and of every prompt's responses."""
+"""Number of tokens of every prompt, and of every prompt's responses."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = timing.parse(parser, arguments)
     sets = {path.stem: read_lengths(path) for path in options.data}
     sets = sets or {"log-normal": random_lengths(64 if options.size == "tiny" else 1024)}
-    # The weight of attention against linear layers is a real model's, whatever size runs here.
+    # The weight of attention relative to linear layers is a real model's, whatever size runs here.
     pair_weight = build_flop_model(read_family(hf_config(options.size if options.size.endswith("b") else "1.5b"))).pair_weight
     cases = list(itertools.product(sets.items(), ROW_TOKENS, REPLICAS))
 
@@ -112,7 +112,7 @@ def _work(piece: Piece, pair_weight: float) -> float:
 
 
 def read_lengths(path: Path) -> Lengths:
-    """Tokens of a data file's prompts and responses, with the quickstart's tokenizer trained on it."""
+    """Number of tokens of a data file's prompts and responses, with the quickstart's tokenizer trained on it."""
     from examples.quickstart.model import write_model
     from examples.quickstart.run import read_texts
     from mpo_megatron.config import PrepareConfig
@@ -130,7 +130,7 @@ def read_lengths(path: Path) -> Lengths:
 
 
 def random_lengths(num_groups: int) -> Lengths:
-    """Lengths as chat data has them: prompts around 60 tokens, 8 responses around 250, both with long tails."""
+    """Lengths similar to chat data: prompts around 60 tokens, 8 responses around 250, both with long tails."""
     rng = np.random.default_rng(0)
     prompts = np.rint(rng.lognormal(4, 0.8, num_groups)).clip(4, 2000).astype(int)
     responses = np.rint(rng.lognormal(5.4, 0.6, (num_groups, 8))).clip(2, 2000).astype(int)

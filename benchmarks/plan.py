@@ -1,11 +1,11 @@
-"""Peak memory of training steps beside what `mpo plan` says of them, component by component.
+"""Measured peak memory of training steps, compared with `mpo plan` component by component.
 
     python -m benchmarks.plan                            # two CPU ranks, a minute or two
     python -m benchmarks.plan --size 1.5b --ranks 1      # one GPU; with more, --ranks 2
 
-Weights, gradients and optimizer states are measured as they lie in memory after a step. The dynamic part is the next step's peak
-above them: on a GPU `torch.cuda.max_memory_allocated`; on a CPU, whose allocator keeps no count, the bytes of all tensors'
-storages, from the operation that makes one until the last tensor that uses it is gone, autograd's included.
+Weights, gradients and optimizer states are measured in memory after a step. The dynamic part is the next step's peak above them:
+on a GPU `torch.cuda.max_memory_allocated`; on a CPU, whose allocator does not count, the bytes of all tensors' storages, from the
+operation that creates one until its last tensor is freed, including autograd's.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ from mpo_megatron.train.objective import build_objective
 from mpo_megatron.train.step import prepare_schedules
 
 COMPONENTS = ("weights", "gradients", "optimizer", "dynamic")
-"""What is measured one by one."""
+"""Components measured separately."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A layout, and what its rows are made of."""
+    """A layout, and the content of its rows."""
 
     name: str
     parallel: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     groups: int = 2
-    """Groups of each replica; each fills a row."""
+    """Groups per replica; each fills a row."""
     lengths: tuple[int, int, int] = (256, 128, 4)
     """P, R, K."""
     shape: dict[str, Any] = field(default_factory=dict)
-    """What of the model's configuration differs, on CPUs."""
+    """Changes of the model's configuration, on CPUs."""
     lora: int = 0
-    """Rank of adapters in all linear layers, beside frozen weights; 0: all weights are trained."""
+    """Rank of adapters in all linear layers, with frozen weights; 0: all weights are trained."""
 
 
 QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -83,7 +83,7 @@ EXPERTS = {
 LARGE_VOCABULARY = Case(
     name="large vocabulary, full recomputation", model={"recompute": "full", "logprob_chunk": 64}, shape={"vocab_size": 24576}
 )
-"""Where the gradient of the embedding counts."""
+"""Where the gradient of the embedding matters."""
 
 CASES = {
     1: (
@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def connected() -> Iterator[None]:
-    """Connect the ranks once for all cases; each cuts them into groups of its own."""
+    """Connect the ranks once for all cases; each case creates its own groups."""
     device.select(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group(device.distributed_backend())
     try:
@@ -157,7 +157,7 @@ def connected() -> Iterator[None]:
 
 
 def configuration(size: str, shape: dict[str, Any]) -> PretrainedConfig:
-    """On CPUs a Qwen3 model with more layers than the other benchmarks', and `shape`; else as they have it."""
+    """On CPUs, a Qwen3 model with more layers than in the other benchmarks, plus `shape`; otherwise as in those."""
     if size not in ("tiny", "small"):
         return hf_config(size)
     small = size == "small"
@@ -193,12 +193,12 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         parts = build_policy(family, model_config, parallel, ranks, config.vocab_size, adapter)
         with torch.no_grad():
             for part in parts:
-                for parameter in part.parameters():  # spread, so that experts share the tokens
+                for parameter in part.parameters():  # random, so that experts share the tokens
                     parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
         model = optimizer.wrap_data_parallel(parts, optimizer_config, ranks)
         prepare_schedules(model)
         step = TrainStep(own, model)
-        step(batch, zero_reference(batch))  # makes the optimizer's states
+        step(batch, zero_reference(batch))  # creates the optimizer's states
         measured = measure_static(model, step.adam)
         measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
         planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank(), adapter)
@@ -216,7 +216,7 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
 
 
 def build_batch(own: Ranked, case: Case) -> StepBatch:
-    """Groups of equal lengths, one to a row."""
+    """Groups of equal lengths, one per row."""
     prompt, response, responses = case.lengths
     shape = RowShape(
         row_tokens=prompt + response * responses,
@@ -240,7 +240,7 @@ def build_batch(own: Ranked, case: Case) -> StepBatch:
 def plan(
     own: Ranked, model: ModelConfig, config: OptimizerConfig, batch: StepBatch, stage: int, adapter: Adapter | None
 ) -> StageMemory:
-    """What `mpo plan` says of this rank and these rows."""
+    """The prediction of `mpo plan` for this rank and these rows."""
     layout = MemoryLayout(
         shape=read_family(own.config),
         padded_vocab=own.config.vocab_size,
@@ -262,9 +262,9 @@ def plan(
 
 
 class Storages(TorchDispatchMode):
-    """Bytes of all tensors that come into being within, now and at the peak; on a CPU, where PyTorch keeps no such count.
+    """Bytes of all tensors created within this context, now and at the peak; on a CPU, where PyTorch does not count them.
 
-    What a kernel allocates for itself is not seen.
+    Memory that a kernel allocates internally is not seen.
     """
 
     def __init__(self) -> None:
@@ -284,7 +284,7 @@ class Storages(TorchDispatchMode):
         return result
 
     def release(self, key: int) -> None:
-        """The last tensor of a storage is gone."""
+        """The last tensor of a storage is freed."""
         self.total -= self.live.pop(key)
 
 
@@ -294,12 +294,12 @@ def storages(values: Any) -> list[Any]:
 
 
 def count_bytes(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
-    """Bytes behind tensors, each memory once, by its address."""
+    """Bytes behind tensors, each storage once, by its address."""
     return {storage.data_ptr(): storage.nbytes() for storage in storages(list(tensors))}
 
 
 def measure_static(model: list[Any], adam: Any) -> dict[str, int]:
-    """Bytes of weights, gradient buffers and optimizer states as they lie in memory between two steps."""
+    """Bytes of weights, gradient buffers and optimizer states in memory between two steps."""
     parameters = [parameter for part in model for parameter in part.parameters()]
     weights = count_bytes(parameters)
     gradients = count_bytes(parameter.main_grad for parameter in parameters if parameter.requires_grad)
@@ -327,7 +327,7 @@ def measure_peak(action: Callable[[], object]) -> int:
 
 
 def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """PyTorch's description of a mask is a tensor of a class of its own, which cannot be made where operations are watched."""
+    """PyTorch's description of a mask is a tensor subclass, which cannot be created inside a dispatch mode."""
 
     def make_outside(*args: Any) -> torch.Tensor:
         with _disable_current_modes():
@@ -337,14 +337,14 @@ def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
 
 
 def gather(row: timing.Row) -> list[timing.Row]:
-    """The rows of all ranks that tell something new: one for each pipeline stage."""
+    """The distinct rows of all ranks: one per pipeline stage."""
     rows: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(rows, row)
     return list({row["stage"]: row for row in reversed(rows)}.values())[::-1]
 
 
 def show(options: argparse.Namespace, rows: list[timing.Row]) -> None:
-    """The table: MiB measured, and the plan's error."""
+    """Print the table: measured MiB, and the plan's error."""
     table = []
     for row in rows:
         line: dict[str, Any] = {"case": row["case"], "stage": row["stage"], "row": row["tokens"]}
@@ -353,7 +353,7 @@ def show(options: argparse.Namespace, rows: list[timing.Row]) -> None:
             line[f"{name}, MiB"] = f"{measured / 2**20:.1f} ({planned / measured - 1:+.1%})"
         line["peak, MiB"] = f"{row['total_measured'] / 2**20:.1f} ({row['total_planned'] / row['total_measured'] - 1:+.1%})"
         table.append({**line, "at": row["moment"]})
-    note = "Measured, and in brackets by how much the plan differs. `dynamic`: activations and working memory at the step's peak."
+    note = "Measured, with the plan's error in brackets. `dynamic`: activations and working memory at the step's peak."
     timing.report("plan", options, {"ranks": options.ranks}, rows, table, note)
 
 

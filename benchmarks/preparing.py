@@ -1,11 +1,11 @@
-"""How fast `mpo prepare` is beside the tokenizer alone, from how many groups, and with how much memory.
+"""The speed of `mpo prepare` relative to the tokenizer alone, by number of groups, and its memory.
 
     python -m benchmarks.preparing
     python -m benchmarks.preparing --size 100k --tokenizer checkpoints/qwen
 
-Both sides read the same file, each in a process of its own, and take turns. `tokenizer` encodes the texts with the threads of the
-`tokenizers` library, and counts nothing but that; `prepare` is the whole command. The slope between two sizes leaves out what
-every run pays once: imports, loading the tokenizer, its digest.
+Both sides read the same file, each in a separate process, in turn. `tokenizer` encodes the texts with the threads of the
+`tokenizers` library, and counts nothing else; `prepare` is the whole command. The slope between two sizes excludes what every run
+pays once: imports, loading the tokenizer, its digest.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ SIZES = {
 }
 """Groups of the smaller and the larger file."""
 RESPONSES, WORDS = 8, 60
-"""Of a group, and of a response on average."""
+"""Responses per group, and mean words per response."""
 WORKERS = (1, 2)
 PREPARE = "import sys; from mpo_megatron.cli import main; sys.argv[0] = 'mpo'; main()"
 TOKENIZE = """
@@ -58,7 +58,7 @@ print(seconds + encode(texts))
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both sides at both sizes, with each number of workers."""
     parser = timing.build_parser(__doc__, list(SIZES), repeat=1)
-    parser.add_argument("--tokenizer", help="a Hugging Face folder with tokenizer.json; without it a small one is trained")
+    parser.add_argument("--tokenizer", help="a Hugging Face folder with tokenizer.json; by default a small one is trained")
     options = timing.parse(parser, arguments)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -70,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     table = [describe(row, rows) for row in rows]
     note = (
-        "share: seconds of the tokenizer with as many threads / seconds of `mpo prepare`; of the slope: the same of what the "
-        "larger file takes more. Wall seconds: let nothing else run."
+        "share: seconds of the tokenizer with as many threads / seconds of `mpo prepare`; of the slope: the same for the larger "
+        "file's additional seconds. Wall seconds: run nothing else meanwhile."
     )
     timing.report("preparing", options, {"responses": RESPONSES, "words": WORDS, "tokenizer": tokenizer}, rows, table, note)
 
 
 def measure(workers: int, groups: int, file: Path, tokenizer: str, folder: Path, repeat: int) -> timing.Row:
-    """Wall seconds of both sides, CPU seconds and the largest process of `mpo prepare`."""
+    """Wall seconds of both sides; CPU seconds and the largest process of `mpo prepare`."""
     found: dict[str, list[float]] = {"tokenizer": [], "prepare": [], "cpu": [], "memory_mib": []}
     for _ in range(repeat):
         threads = {"TOKENIZERS_PARALLELISM": str(workers > 1).lower(), "RAYON_NUM_THREADS": str(workers)}
@@ -131,7 +131,7 @@ def describe(row: timing.Row, rows: Sequence[timing.Row]) -> dict[str, Any]:
 
 
 def write_groups(path: Path, number: int) -> Path:
-    """A file of groups whose words follow Zipf's law."""
+    """Write a file of groups whose words follow Zipf's law."""
     draw = random.Random(number)
     words = make_words()
     weights = [1 / (rank + 2) for rank in range(len(words))]

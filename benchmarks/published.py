@@ -1,11 +1,11 @@
-"""The planner's step times against throughput that others published (`benchmarks/published.yaml`).
+"""The planner's step times compared with published throughput (`benchmarks/published.yaml`).
 
     python -m benchmarks.published          # residuals with the planner's efficiencies
-    python -m benchmarks.published --fit    # calibrate them anew, and predict each model by a fit to all others
+    python -m benchmarks.published --fit    # calibrate them again, and predict each model from a fit to all others
     python -m benchmarks.published --markdown
 
-A run is pre-training on plain sequences: groups of one response to a prompt of one token, loss `sft`. It is priced by the
-functions that `mpo plan` uses. A residual is the planned time of a step over the published one, less 1.
+A run is pre-training on plain sequences: groups of one response to a prompt of one token, loss `sft`. Its time comes from the
+functions that `mpo plan` uses. A residual is the planned time of a step divided by the published one, minus 1.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from mpo_megatron.plan.step_time import StepTime
 
 TABLE = Path(__file__).with_suffix(".yaml")
 EFFICIENCIES = ("efficiency", "fp8_efficiency", "memory_efficiency", "network_efficiency")
-"""What is calibrated: options of `mpo plan`."""
+"""Calibrated quantities: options of `mpo plan`."""
 BOUNDS = {"dense": 0.15, "experts": 0.25}
-"""Goals for the size of a residual, which the fit weights it by."""
+"""Target size of a residual, which weights it in the fit."""
 COMMON = {"tie_word_embeddings": False, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "hidden_act": "silu"}
-"""Fields of config.json that change nothing here."""
+"""Fields of config.json that have no effect here."""
 SHORT = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VP", "context": "CP", "expert": "EP"}
-"""The field's abbreviations of parallel sizes."""
+"""The field's usual abbreviations of parallel sizes."""
 FIT_STEPS, FIT_DIFFERENCE = 8, 1e-3
-"""Steps of the fit, and the change of a logarithm that slopes are taken over."""
+"""Steps of the fit, and the step size in log space for numerical slopes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +71,17 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """Which of `BOUNDS` holds."""
+        """The applicable key of `BOUNDS`."""
         return "experts" if "expert" in self.parallel else "dense"
 
     @property
     def model_name(self) -> str:
-        """What is held out together."""
+        """The unit that is held out together."""
         return self.model or self.name
 
     @property
     def layout(self) -> str:
-        """Its parallel sizes: tensor, pipeline × runs of layers, context, expert."""
+        """Its parallel sizes: tensor, pipeline × virtual stages, context, expert."""
         sizes = [f"{short}{self.parallel[name]}" for name, short in SHORT.items() if name in self.parallel]
         return " ".join(sizes) or "data"
 
@@ -129,7 +129,7 @@ class Priced:
         return self.workload.place(self.train.parallel, self.train.model.recompute, self.train.data.row_tokens)
 
     def price(self, efficiencies: dict[str, float] | None = None) -> StepTime:
-        """What the planner says, by its own efficiencies or these."""
+        """The planner's time, with its own efficiencies or these."""
         run = self.run
         assumed = dataclasses.replace(
             self.workload.assumed,
@@ -141,7 +141,7 @@ class Priced:
 
     @functools.cached_property
     def published_seconds(self) -> float:
-        """Seconds of a step, from what was published."""
+        """Seconds of a step, from the published numbers."""
         run, flops = self.run, self.workload.flops
         if run.tokens_per_second is not None:
             rate = run.tokens_per_second
@@ -151,12 +151,12 @@ class Priced:
         return run.batch * run.sequence / rate / run.gpus
 
     def residual(self, efficiencies: dict[str, float] | None = None) -> float:
-        """Planned over published time of a step, less 1."""
+        """Planned over published time of a step, minus 1."""
         return self.price(efficiencies).seconds / self.published_seconds - 1
 
 
 def fit(runs: Sequence[Priced], start: dict[str, float]) -> dict[str, float]:
-    """The efficiencies with the least squares of logarithmic residuals, weighted by the bounds; by Gauss and Newton's steps."""
+    """The efficiencies with the least squares of logarithmic residuals, weighted by the bounds; by Gauss–Newton steps."""
 
     def residuals(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         found = dict(zip(EFFICIENCIES, np.exp(values).tolist(), strict=True))
@@ -180,9 +180,9 @@ def predict_each_model(runs: Sequence[Priced], start: dict[str, float]) -> dict[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the residuals, and what they amount to."""
+    """Print the residuals, and their summary."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fit", action="store_true", help="calibrate anew, and predict each model by a fit to all others")
+    parser.add_argument("--fit", action="store_true", help="calibrate again, and predict each model from a fit to all others")
     parser.add_argument("--markdown", action="store_true", help="print the table for docs/experiments/planning.md")
     options = parser.parse_args(arguments)
     sources, runs = load_table()
@@ -233,7 +233,7 @@ def describe(item: Priced, held_out: float | None) -> dict[str, str]:
 
 
 def summarize(name: str, runs: Iterable[Run], residuals: Iterable[float]) -> str:
-    """Mean and largest of the residuals' sizes, of dense models and of those with experts."""
+    """Mean and largest absolute residual, for dense models and for models with experts."""
     sizes: dict[str, list[float]] = {kind: [] for kind in BOUNDS}
     for run, residual in zip(runs, residuals, strict=True):
         sizes[run.kind].append(abs(residual))

@@ -1,10 +1,10 @@
-"""A training step with cached reference log-probs against one that runs a resident reference model.
+"""A training step with cached reference log-probs compared with one that runs a resident reference model.
 
     python -m benchmarks.reference_modes
     python -m benchmarks.reference_modes --size 1.5b
 
-Both sides do the same step (same rows, loss, optimizer). `cached` looks the reference up, as after `mpo reference`; `resident`
-holds a second model and runs it forward in every step. What the cache costs once is one such forward pass over the data.
+Both sides do the same step (same rows, loss, optimizer). `cached` reads the reference from the cache, as after `mpo reference`;
+`resident` holds a second model and runs it forward in every step. The cache costs one such forward pass over the data.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
     ]
     settings = {"groups": num_groups, "prompt": prompt, "response": response, "responses": responses, **SHAPES[options.size]}
-    note = "The operations say 4/3: a forward pass beside a forward and a backward one that costs twice it."
+    note = (
+        "By operations, the ratio is 4/3: one more forward pass beside a forward and a backward pass, which costs "
+        "two forward passes."
+    )
     timing.report("reference_modes", options, settings, [row], table, note)
 
 

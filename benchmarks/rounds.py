@@ -1,10 +1,10 @@
-"""What a round's stages cost beside the models: CPU seconds and memory by the number of prompts.
+"""The cost of a round's stages outside the models: CPU seconds and memory by the number of prompts.
 
     python -m benchmarks.rounds                  # 5,000 and 20,000 prompts × 8 responses; resumption at up to 200,000
 
-`score` (a number extracted, a regular expression) and `select` read and write whole files of group lines; `resume` is what
-`mpo generate` reads before it asks an engine again: the prompts, tokenized, and the ids of finished lines. Each runs in a process
-of its own, whose peak memory is given beside what it has after its imports: that it hardly grows with the prompts is the point.
+`score` (a number extracted, a regular expression) and `select` read and write whole files of group lines. `resume` is what `mpo
+generate` reads before it calls an engine again: the prompts, tokenized, and the ids of finished lines. Each runs in a separate
+process, whose peak memory is compared with that after its imports, to show that it hardly grows with the prompts.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mpo_megatron.terminal.console import Console
 
 RESPONSES = 8
 WORDS = 40
-"""Of a response; it has as many token ids."""
+"""Words per response; it has as many token ids."""
 SIZES = {"tiny": (20, 40), "small": (5_000, 20_000)}
 RESUMED = {"tiny": (40,), "small": (20_000, 200_000)}
 MIB = 2**20
 
 
 class Case(NamedTuple):
-    """One stage over so many prompts."""
+    """One stage over this many prompts."""
 
     stage: str
     prompts: int
@@ -55,18 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "CPU s": f"{row['cpu_seconds']:.1f}",
             "prompts / CPU s": f"{row['prompts'] / row['cpu_seconds']:,.0f}",
             "peak, MiB": f"{row['peak_bytes'] / MIB:,.0f}",
-            "of it imports, MiB": f"{row['imported_bytes'] / MIB:,.0f}",
+            "of that, imports, MiB": f"{row['imported_bytes'] / MIB:,.0f}",
         }
         for row in rows
     ]
     note = (
-        f"{RESPONSES} responses of {WORDS} words a prompt; CPU seconds of the stage and the processes it starts, without imports."
+        f"{RESPONSES} responses of {WORDS} words per prompt; CPU seconds of the stage and the processes it starts, "
+        "without imports."
     )
     timing.report("rounds", options, {"responses": RESPONSES, "words": WORDS}, rows, table, note)
 
 
 def measure(case: Case, scratch: Path) -> timing.Row:
-    """Run one stage in a process of its own, on input that is made for it."""
+    """Run one stage in a separate process, on generated input."""
     folder = scratch / str(case.prompts)
     samples, prompts = folder / "samples.jsonl", folder / "prompts.jsonl"
     if not samples.is_file():
@@ -79,7 +80,7 @@ def measure(case: Case, scratch: Path) -> timing.Row:
 
 
 def write_input(folder: Path, number: int) -> None:
-    """Prompts, and samples as `mpo generate` writes them."""
+    """Write prompts, and samples in the format of `mpo generate`."""
     random = np.random.default_rng(0)
     words = [f"word{index}" for index in range(500)]
     folder.mkdir(parents=True)
@@ -103,7 +104,7 @@ def write_input(folder: Path, number: int) -> None:
 
 
 def run_stage(stage: str, folder: Path) -> dict[str, float]:
-    """CPU seconds of a stage, and this process's memory after its imports and at its peak."""
+    """CPU seconds of a stage, and this process's memory after imports and at its peak."""
     stages: dict[str, Callable[[Path], Callable[[], object]]] = {"score": _score, "select": _select, "resume": _resume}
     run = stages[stage](folder)
     imported, started, before = _peak(), time.monotonic(), _cpu_seconds()

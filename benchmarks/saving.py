@@ -1,10 +1,10 @@
-"""What a checkpoint costs a run: seconds that training waits, seconds until it has its name, and memory of the host.
+"""The cost of a checkpoint: seconds that training waits, seconds until it is complete, and host memory.
 
     python -m benchmarks.saving
     python -m benchmarks.saving --size 1.5b
 
-One rank saves a model with optimizer states, beside training (`asynchronous`) and while it waits (`synchronous`). Memory is what
-the process grows by while it saves, sampled.
+One rank saves a model with optimizer states, in the background of training (`asynchronous`) and while it waits (`synchronous`).
+Memory is the sampled growth of the process during the save.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpo_megatron.train.checkpoints.step_folders import RunState, step_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Save in turn both ways."""
+    """Save both ways in turn."""
     options = timing.parse(timing.build_parser(__doc__, list(SHAPES)), arguments)
     rows: list[timing.Row] = []
     with bench(options.size) as own, tempfile.TemporaryDirectory() as scratch:
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for side in ("asynchronous", "synchronous"):
             config = CheckpointConfig(keep=1, asynchronous=side == "asynchronous")
             saver = Saver(Path(scratch) / side, config, own.ranks, Path(scratch), 0)
-            found = [save(saver, step, number) for number in range(1, options.repeat + 2)][1:]  # the first one warms up
+            found = [save(saver, step, number) for number in range(1, options.repeat + 2)][1:]  # the first one is a warm-up
             rows.append(
                 {
                     "side": side,
@@ -50,17 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "side": row["side"],
             "checkpoint, MiB": f"{row['size_mib']:,.0f}",
             "training waits, s": timing.shown(row["waits"], 3),
-            "until it has its name, s": timing.shown(row["seconds"], 3),
+            "until complete, s": timing.shown(row["seconds"], 3),
             "host memory, MiB": timing.shown(row["memory_mib"], 0),
         }
         for row in rows
     ]
-    note = "Without a GPU: waiting is counted in CPU seconds of the training thread, and weights are copied in host memory."
+    note = "Without a GPU: waiting is measured in CPU seconds of the training thread, and weights are copied in host memory."
     timing.report("saving", options, SHAPES[options.size], rows, table, note)
 
 
 def save(saver: Saver, step: TrainStep, number: int) -> dict[str, Any]:
-    """One checkpoint: seconds that `start` and `finish` take, seconds in all, and the growth of memory."""
+    """One checkpoint: seconds of `start` and `finish`, seconds in total, and memory growth."""
     clock = time.perf_counter if device.has_gpu() else time.thread_time
     with Memory() as memory:
         device.synchronize()
@@ -78,7 +78,7 @@ def save(saver: Saver, step: TrainStep, number: int) -> dict[str, Any]:
 
 
 class Memory:
-    """Within it, the growth of the process's memory is sampled."""
+    """Within this context, samples the growth of the process's memory."""
 
     def __init__(self) -> None:
         self.process, self.done = psutil.Process(), threading.Event()

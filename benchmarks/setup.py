@@ -1,4 +1,4 @@
-"""Models with random weights in the shapes of real ones, groups of random tokens, and steps over them."""
+"""Models with random weights in the shapes of real ones, groups of random tokens, and training steps on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mpo_megatron.train.step import fused_step, prepare_schedules
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
-    # On two cores; the output layer's share of the work is about that of Qwen2.5-1.5B.
+    # For two cores; the output layer's share of the work is similar to Qwen2.5-1.5B's.
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "heads": (8, 2), "vocab_size": 2048},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "heads": (12, 2), "vocab_size": 151936},
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "heads": (16, 2), "vocab_size": 151936},
@@ -56,7 +56,7 @@ def hf_config(size: str) -> PretrainedConfig:
 def save_checkpoint(folder: Path, size: str) -> PretrainedConfig:
     """Write a random Hugging Face model and return its configuration.
 
-    Beside it, `tokenizer` is one whose token number n is the word `tn`: any token ids can be written as text.
+    Beside it, `tokenizer` has the word `tn` as token number n, so that any token ids can be written as text.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -74,13 +74,13 @@ def save_checkpoint(folder: Path, size: str) -> PretrainedConfig:
 
 
 def model_config() -> ModelConfig:
-    """Precision as users have it: bf16 on a GPU, float32 on a CPU."""
+    """The usual precision: bf16 on a GPU, float32 on a CPU."""
     return ModelConfig(checkpoint="random", precision="bf16" if device.has_gpu() else "fp32")
 
 
 @contextlib.contextmanager
 def bench(size: str, *, tensor: int = 1) -> Iterator[Bench]:
-    """Ranks and a way to build models of this size; a process without torchrun is a world of its own."""
+    """Ranks, and a way to build models of this size; without torchrun, the world size is 1."""
     parallel = ParallelConfig(tensor=tensor)
     with model_parallel(parallel, seed=1) as ranks:
         yield Bench(config=hf_config(size), parallel=parallel, ranks=ranks)
@@ -104,7 +104,7 @@ class Bench:
         return self.wrap(self.build_policy(model_config()))
 
     def build_policy(self, model: ModelConfig) -> list[Any]:
-        """A policy with random weights: the same numbers in every precision, but for their rounding."""
+        """A policy with random weights: the same numbers in every precision, up to rounding."""
         parts = build_policy(read_family(self.config), model, self.parallel, self.ranks, self.config.vocab_size)
         torch.manual_seed(0)
         with torch.no_grad():
@@ -122,7 +122,7 @@ class Bench:
         return model
 
     def shape(self, row_tokens: int, layout: PromptLayout = "shared") -> RowShape:
-        """How rows are cut."""
+        """The shape of rows."""
         return RowShape(
             row_tokens=row_tokens,
             layout=layout,
@@ -133,7 +133,7 @@ class Bench:
         )
 
     def count(self, rows: Sequence[Row]) -> int:
-        """Operations of a forward and backward pass over rows, padding included: it is computed, too."""
+        """Operations of a forward and backward pass over rows, including padding, which is computed too."""
         pairs = 0
         for row in rows:
             start, end, context_start, context_end = row.segments.T
@@ -145,7 +145,7 @@ class Bench:
 
 
 class TrainStep:
-    """The trainer's step, on data that is at hand: loss, gradients, AdamW."""
+    """The trainer's step on given data: loss, gradients, AdamW."""
 
     def __init__(self, bench: Bench, model: list[Any] | None = None) -> None:
         self.bench = bench
@@ -154,21 +154,21 @@ class TrainStep:
         self.adam = optimizer.build_optimizer(OptimizerConfig(lr=1e-6), self.model, bench.ranks)
 
     def __call__(self, batch: StepBatch, reference: Logps) -> Logps:
-        """One step; the policy's log-probs before it."""
+        """One step; the policy's log-probs before the update."""
         optimizer.zero_gradients(self.model, self.adam)
         logps = fused_step(self.model, batch, reference, self.objective, self.bench.ranks).policy
         self.update()
         return logps
 
     def update(self) -> None:
-        """The optimizer's part."""
+        """The optimizer's part of a step."""
         optimizer.update(self.model, self.adam)
 
 
 def make_groups(
     num_groups: int, *, prompt: int, response: int, responses: int, vocab_size: int, spread: float = 0.0, seed: int = 0
 ) -> list[TokenizedGroup]:
-    """Groups of random tokens that end with the vocabulary's last one, as the configurations above say.
+    """Groups of random tokens that end with the vocabulary's last token, as in the configurations above.
 
     Args:
         spread: response lengths are uniform in response × (1 ± spread)
@@ -193,7 +193,7 @@ def make_groups(
 
 
 def as_data(groups: list[TokenizedGroup]) -> PreparedGroups:
-    """Groups in memory where the loader expects a folder: it asks for the length and for single groups only."""
+    """Groups in memory in place of a folder: the loader needs only the length and single groups."""
     return cast(PreparedGroups, groups)
 
 
@@ -203,5 +203,5 @@ def make_batch(groups: list[TokenizedGroup], objective: Objective, shape: RowSha
 
 
 def zero_reference(batch: StepBatch) -> Logps:
-    """Reference log-probs that cost nothing."""
+    """Zero reference log-probs, which cost nothing."""
     return Logps(response=torch.zeros(batch.table.valid.shape, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""What every benchmark shares: its command line, interleaved timing, and results as a table and as JSON."""
+"""Shared by all benchmarks: command line, interleaved timing, and results as a table and JSON."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from mpo_megatron import device
 from mpo_megatron.files.atomic import replace_file
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "trl")
-"""Whose versions are written beside the numbers."""
+"""Packages whose versions are recorded with the numbers."""
 
 Row = dict[str, Any]
 
 
 def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int = 3) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options of every benchmark."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sizes, default="small", help="tiny: a check that it runs; small: CPU; others: one GPU")
     parser.add_argument("--output", type=Path, default=Path("benchmarks-out"), help="folder for <name>.json")
@@ -39,14 +39,14 @@ def build_parser(description: str | None, sizes: Sequence[str], *, repeat: int =
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; sets the number of threads."""
+    """Parse the options, and set the number of threads."""
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     return options
 
 
 def interleave(sides: Mapping[str, Callable[[], object]], repeat: int, *, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every run of every side. The sides take turns, so that what else the machine does meets all of them."""
+    """Seconds of every run of every side. The sides take turns, so that other load on the machine affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warmup, repeat):
         order = list(sides)
@@ -58,7 +58,7 @@ def interleave(sides: Mapping[str, Callable[[], object]], repeat: int, *, warmup
 
 
 def clock(action: Callable[[], object]) -> float:
-    """Seconds an action takes, as `now` counts them, queued kernels included."""
+    """Seconds of an action by `now`, including queued kernels."""
     started = now()
     action()
     return now() - started
@@ -67,9 +67,9 @@ def clock(action: Callable[[], object]) -> float:
 def measure_each[Case, Result](
     name: str, options: argparse.Namespace, cases: Sequence[Case], measure: Callable[[Case], Result]
 ) -> list[Result]:
-    """What was measured of each case; if it is interrupted (Ctrl-C, or out of time), of those that were done, if any.
+    """The measurements of each case; after an interruption (Ctrl-C, or out of time), those of completed cases, if any.
 
-    `<output>/<name>.json` has, after each case, what was measured so far, so that a process that is killed leaves it.
+    After each case, `<output>/<name>.json` contains all measurements so far, so that a killed process leaves them.
     """
     results: list[Result] = []
     try:
@@ -85,7 +85,7 @@ def measure_each[Case, Result](
 
 
 def now() -> float:
-    """A clock: the wall's with a GPU; on a CPU this process's own seconds, which other work on the machine does not lengthen."""
+    """A clock: wall time with a GPU; on a CPU this process's CPU seconds, which other load on the machine does not lengthen."""
     device.synchronize()
     return time.perf_counter() if device.has_gpu() else time.process_time()
 
@@ -96,17 +96,17 @@ def summarize(values: Sequence[float]) -> dict[str, Any]:
 
 
 def compare(slow: Sequence[float], fast: Sequence[float]) -> dict[str, Any]:
-    """How many times faster `fast` is: the ratio within each turn, since both sides of a turn met the same machine."""
+    """How many times faster `fast` is: the ratio within each turn, because both sides of a turn saw the same load."""
     return summarize([a / b for a, b in zip(slow, fast, strict=True)])
 
 
 def shown(summary: Mapping[str, Any], digits: int = 2, unit: str = "") -> str:
-    """A summary as a table shows it: median (min … max)."""
+    """A summary as text: median (min … max)."""
     return f"{summary['median']:.{digits}f}{unit} ({summary['min']:.{digits}f}…{summary['max']:.{digits}f})"
 
 
 def describe_machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code."""
+    """Facts that the numbers depend on, besides the code."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -136,13 +136,13 @@ def _cpu_name() -> str:
 def report(
     name: str, options: argparse.Namespace, settings: Mapping[str, Any], rows: Sequence[Row], table: Sequence[Row], note: str
 ) -> Path:
-    """Print the table, and write everything to `<output>/<name>.json`; `complete` in it says whether all cases were measured.
+    """Print the table, and write everything to `<output>/<name>.json`; its `complete` tells whether all cases were measured.
 
     Args:
-        settings: what was run
+        settings: options of the benchmark
         rows: the measurements, for the file
-        table: the same, for people: one dictionary of columns per line
-        note: what is compared, and how to read it
+        table: the same for readers: one dictionary of columns per line
+        note: how to read the table
     """
     console = Console(width=160, highlight=False)
     printed = Table(title=f"{name} ({options.size})")
@@ -159,7 +159,7 @@ def report(
 
 
 def _write(name: str, options: argparse.Namespace, content: Mapping[str, Any]) -> Path:
-    """Replace the benchmark's file, on one rank if there are several."""
+    """Replace the benchmark's file, on one rank only."""
     path: Path = options.output / f"{name}.json"
     if os.environ.get("RANK", "0") == "0":
         everything = {"benchmark": name, "size": options.size, "machine": describe_machine(), **content}

@@ -1,18 +1,18 @@
-"""Groups per second end to end: this trainer against TRL's DPOTrainer, on the same model and the same responses.
+"""Groups per second end to end: this trainer compared with TRL's DPOTrainer, on the same model and responses.
 
     python -m benchmarks.trl
 
 Every group has K = 8 responses to a prompt four times as long. Both start from one Hugging Face checkpoint, in the same
 precision, with AdamW and reference log-probs computed beforehand (their time is not counted on either side), and take turns
-step by step in one process. Ours sees a group as it is (loss `mpo`). DPO sees pairs, so TRL gets the group as pairs, twice:
+step by step in one process. Ours reads groups (loss `mpo`). DPO reads pairs, so TRL gets the groups as pairs, in two ways:
 
     best against each   7 pairs, 14 sequences: what DPO needs to learn from all 8 responses of a group
     disjoint pairs      4 pairs,  8 sequences: every response once, so both sides score the same number of responses
 
-TRL's settings: precomputed reference, chunked log-probs (its own), no gradient checkpointing, no dropout, no truncation, and
-the number of pairs in a micro-batch that was fastest in a trial (--pairs). Its padding-free mode is disabled in this version;
-all responses have one length here, so it pads nothing. Its fetching of data is outside its clock, ours is inside ours. Before
-anything is timed, the two implementations' reference log-probs are compared: they must be the same numbers.
+TRL's settings: precomputed reference, chunked log-probs (its own), no gradient checkpointing, no dropout, no truncation, and the
+number of pairs per micro-batch that was fastest in a trial (--pairs). Its padding-free mode is disabled in this version; all
+responses have one length here, so it pads nothing. Its data loading is not timed, ours is. Before timing, the two
+implementations' reference log-probs are compared: they must agree.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from mpo_megatron.train.step import forward_step
 
 RESPONSES = 8
 DATA = {"tiny": (1, 32, 8), "small": (2, 512, 128)}
-"""Groups of a step, prompt tokens, response tokens."""
+"""Groups per step, prompt tokens, response tokens."""
 GPU_DATA = (16, 1024, 256)
 PAIRINGS = ("best against each", "disjoint pairs")
 TOLERANCE = {"fp32": 1e-3, "bf16": 2.0}
-"""Nats by which a response's log-prob may differ between the implementations: sums of hundreds of rounded tokens."""
+"""Allowed difference of a response's log-prob between the implementations, in nats: sums of hundreds of rounded tokens."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compare log-probs, then time both sides for each way of pairing."""
     parser = timing.build_parser(__doc__, list(SHAPES))
-    parser.add_argument("--pairs", type=int, default=0, help="pairs in TRL's micro-batch; 0: try several, keep the fastest")
+    parser.add_argument("--pairs", type=int, default=0, help="pairs per micro-batch of TRL; 0: try several, keep the fastest")
     options = timing.parse(parser, arguments)
     groups_per_step, prompt, response = DATA.get(options.size, GPU_DATA)
     config = hf_config(options.size)
@@ -75,8 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     table = [
         {
             "TRL sees": row["pairing"],
-            "sequences a group, TRL": row["sequences"],
-            "pairs a micro-batch": row["pairs_per_micro_batch"],
+            "sequences per group, TRL": row["sequences"],
+            "pairs per micro-batch": row["pairs_per_micro_batch"],
             "ours, groups/s": f"{row['ours_groups_per_second']:.3f}",
             "TRL, groups/s": f"{row['trl_groups_per_second']:.3f}",
             "ours / TRL": timing.shown(row["ratio"]),
@@ -103,7 +103,7 @@ def measure(
     pairing: str,
     ratio_of_lengths: str,
 ) -> timing.Row:
-    """Both sides' seconds per step, for one way of pairing."""
+    """Both sides' seconds per step, for one kind of pairing."""
     pairs = {"best against each": RESPONSES - 1, "disjoint pairs": RESPONSES // 2}[pairing]
     per_step = pairs * groups_per_step
     choices = [options.pairs] if options.pairs else sorted({per_step, pairs, 2, 1} & divisors(per_step), reverse=True)
@@ -162,7 +162,7 @@ def our_batches(step: TrainStep, groups: list[TokenizedGroup], groups_per_step: 
 
 
 def divisors(number: int) -> set[int]:
-    """Numbers that divide it."""
+    """The divisors of a number."""
     return {size for size in range(1, number + 1) if number % size == 0}
 
 
@@ -176,7 +176,7 @@ def pair_up(group: TokenizedGroup, pairing: str) -> list[tuple[int, int]]:
 
 
 def build_trainer(folder: Path, groups: Sequence[TokenizedGroup], pairing: str, pairs: int, pairs_per_step: int) -> Any:
-    """TRL's trainer over the groups' pairs, its reference log-probs computed."""
+    """TRL's trainer on the groups' pairs, with its reference log-probs computed."""
     import datasets
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -226,14 +226,14 @@ def compare_references(trainer: Any, groups: Sequence[TokenizedGroup], pairing: 
 
 
 def run_in_turn(trainer: Any, our_step: Any) -> tuple[list[float], list[float]]:
-    """Seconds of TRL's steps and of ours, one after the other; the first of each warms up and is not counted."""
+    """Seconds of TRL's steps and of ours, alternating; the first of each is a warm-up and not counted."""
     from transformers import TrainerCallback
 
     theirs: list[float] = []
     ours: list[float] = []
 
     class Clock(TrainerCallback):
-        """Times TRL's step from begin to end, then runs one of ours."""
+        """Times TRL's step from start to end, then runs one of ours."""
 
         def on_step_begin(self, *arguments: Any, **others: Any) -> None:
             self.started = timing.now()

@@ -1,14 +1,14 @@
-"""Kill a run at random points, again and again, resume it, and compare what it ends with with an undisturbed run.
+"""Kill a run at random points and resume it, repeatedly; compare the result with an undisturbed run.
 
     python tools/chaos.py --kills 100
 
-A round is one small run: its ranks are killed at a random moment (of any part of their life, and of saves in particular) and
-started again until it is complete. Rounds take turns: in one the layout stays, and weights and optimizer states must be equal
-to the undisturbed run's, bit for bit; in the next every resumption changes it (tensor, pipeline, interleaved, data parallel;
-one rank), and weights must be equal to rounding. Rounds go on until there were enough kills.
+A round is one small run: its ranks are killed at random moments (at any point of their life, and especially during saves) and
+restarted until the run is complete. Rounds alternate. In one kind the layout stays, and weights and optimizer states must equal
+the undisturbed run's bit for bit. In the other every resumption changes the layout (tensor, pipeline, interleaved, data parallel;
+one rank), and weights must agree to rounding. Rounds continue until there were enough kills.
 
-Ranks are forked from this process, which has imported everything, so a life costs no imports. Exit code 1: a run differed, did
-not come down when a rank was killed, lost a checkpoint, or did not obey a request to stop.
+Ranks are forked from this process, which has imported everything, so a start costs no imports. Exit code 1: a run differed, did
+not end when a rank was killed, lost a checkpoint, or ignored a request to stop.
 """
 
 from __future__ import annotations
@@ -53,23 +53,23 @@ LAYOUTS = {
 }
 """Number of ranks and options of each layout; the first is the undisturbed run's."""
 EXPERT_LAYOUTS = {"expert 2": (2, ("--parallel.expert", "2"))}
-"""Further ones for a model with experts."""
+"""Additional layouts for a model with experts."""
 HOME = next(iter(LAYOUTS))
 COMES_DOWN = 60.0
-"""Seconds in which the other ranks must have ended when one was killed, and all when they were asked to stop."""
+"""Seconds within which the other ranks must end after one was killed, and all after a request to stop."""
 EPS = 1e-4
-"""Adam's ε. With the usual 1e-8 a gradient that vanishes but for rounding still moves its weight by up to the learning rate, in a
+"""Adam's ε. With the usual 1e-8, a gradient that is zero up to rounding still moves its weight by up to the learning rate, in a
 direction that depends on the order of sums."""
 TOLERANCE = 1e-5
-"""Largest difference of a weight after changes of layout. Gradients differ by float32's rounding, 1e-8 or so; a step makes at
-most lr / ε = 10 times that of it, 10 steps 1e-6."""
+"""Largest allowed difference of a weight after changes of layout. Gradients differ by float32's rounding, about 1e-8; a step
+multiplies that by at most lr / ε = 10, so 10 steps give 1e-6."""
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
 class Tally:
-    """What has happened."""
+    """Counts of events."""
 
     kills: Counter[str] = field(default_factory=Counter)
     during_saves: int = 0
@@ -91,16 +91,16 @@ class Tally:
 
 
 class Life:
-    """The ranks of one start of the run, forked."""
+    """The forked ranks of one start of the run."""
 
     def __init__(self, layout: str, options: list[str], log: Path) -> None:
         ranks, own = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         port = free_port()
         self.codes: dict[int, int | None] = {}
-        shared = tempfile.mkdtemp(dir=log.parent)  # by which ranks pass a request on, as under `mpo train`
+        shared = tempfile.mkdtemp(dir=log.parent)  # ranks pass requests on through it, as under `mpo train`
         for rank in range(ranks):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment |= {"TORCHELASTIC_RUN_ID": "chaos", launched.FOLDER: shared}  # what a rank knows its launcher by
+            environment |= {"TORCHELASTIC_RUN_ID": "chaos", launched.FOLDER: shared}  # ranks identify their launcher by it
             pid = os.fork()
             if pid == 0:
                 be_rank({**environment, "MASTER_ADDR": "127.0.0.1"}, [*options, *own], log)
@@ -115,7 +115,7 @@ class Life:
         return None not in self.codes.values()
 
     def wait(self, seconds: float) -> float:
-        """Wait for all ranks to end, as torchrun does; the seconds it took. What has not ended by then is killed."""
+        """Wait for all ranks to end, as torchrun does, and kill the rest after that; the seconds it took."""
         started, told = time.monotonic(), False
         while not self.ended() and time.monotonic() - started < seconds:
             if not told and any(code not in (None, 0, REQUEUE) for code in self.codes.values()):
@@ -129,11 +129,11 @@ class Life:
         return taken
 
     def alive(self) -> list[int]:
-        """Ranks that have not ended."""
+        """Ranks that are still running."""
         return [pid for pid, code in self.codes.items() if code is None]
 
     def send(self, number: signal.Signals, pids: list[int]) -> None:
-        """Send a signal to some ranks, all of which are children that were not waited for."""
+        """Send a signal to some ranks, all of them children not yet waited for."""
         for pid in pids:
             os.kill(pid, number)
 
@@ -155,7 +155,7 @@ def be_rank(environment: dict[str, object], options: list[str], log: Path) -> No
 
 
 def prepare(folder: Path, model_type: str) -> list[str]:
-    """A small model and data; the options of a run on them."""
+    """Create a small model and data; the options of a run on them."""
     folder.mkdir(parents=True, exist_ok=True)
     convert(ConvertConfig(input=str(save_model(folder / "hf", model_type=model_type)), output=str(folder / "model")))
     save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
@@ -188,18 +188,18 @@ def steps_logged(run: Path) -> list[int]:
 
 
 def saves(run: Path) -> set[Path]:
-    """Folders of checkpoints that are being written, and of saves that were killed and not cleared away yet."""
+    """Folders of checkpoints being written, and of killed saves not yet removed."""
     return set((run / "checkpoints").glob("*.partial-*"))
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest complete checkpoint, 0 if there is none."""
+    """Step of the newest complete checkpoint; 0 without one."""
     steps = complete_steps(run)
     return int(steps[-1].name.removeprefix("step_")) if steps else 0
 
 
 def run_round(run: Path, options: list[str], rng: random.Random, life_seconds: float, layouts: list[str], tally: Tally) -> None:
-    """One run, killed until it is complete; a resumption takes another of the layouts."""
+    """One run, killed until it is complete; each resumption uses another of the layouts."""
     layout, log = HOME, run.with_suffix(".log")
     while True:
         life = Life(layout, [*options, "--output", str(run)], log)
@@ -212,12 +212,12 @@ def run_round(run: Path, options: list[str], rng: random.Random, life_seconds: f
             tally.changed_layouts += 1
     tally.rounds += 1
     if set(life.codes.values()) != {0}:
-        tally.faults.append(f"{run}: a life that was not disturbed ended with {life.codes}; see {log}")
+        tally.faults.append(f"{run}: an undisturbed start ended with {life.codes}; see {log}")
 
 
 def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: Tally) -> bool:
-    """End a life at a random moment; False if it was complete before."""
-    moment = time.monotonic() + rng.uniform(0, 0.7 * life_seconds)  # most lives begin where another has ended
+    """Kill a start at a random moment; False if it completed before."""
+    moment = time.monotonic() + rng.uniform(0, 0.7 * life_seconds)  # most starts resume another one
     in_save, wanted, left = rng.random() < 0.5, rng.randint(1, 3), saves(run)
     seen: set[Path] = set()
     while True:
@@ -242,7 +242,7 @@ def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: 
         tally.during_saves += hit_save
     tally.slowest_end = max(tally.slowest_end, taken)
     if taken >= COMES_DOWN:
-        tally.faults.append(f"{run}: after {kind} ranks went on for {taken:.0f} s")
+        tally.faults.append(f"{run}: after {kind} ranks continued for {taken:.0f} s")
     if newest_step(run) < before:
         tally.faults.append(f"{run}: {kind} lost the checkpoint of step {before}")
     if kind in ("SIGTERM", "SIGUSR1") and set(life.codes.values()) not in ({REQUEUE}, {0}):
@@ -251,7 +251,7 @@ def kill(life: Life, run: Path, rng: random.Random, life_seconds: float, tally: 
 
 
 def compare(run: Path, expected: Tensors, *, exact: bool, tally: Tally) -> None:
-    """Hold a complete run against the undisturbed one."""
+    """Compare a complete run with the undisturbed one."""
     if steps_logged(run) != list(range(1, STEPS + 1)):
         tally.faults.append(f"{run}: metrics.jsonl has the steps {steps_logged(run)}")
     found = final_tensors(run)
@@ -267,7 +267,7 @@ def compare(run: Path, expected: Tensors, *, exact: bool, tally: Tally) -> None:
 
 
 def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[str], None]) -> Tally:
-    """Rounds of both kinds until there were `kills` kills; what has happened."""
+    """Rounds of both kinds until there were `kills` kills; the counts of events."""
     options, rng, tally = prepare(folder, model_type), random.Random(seed), Tally()
     layouts = [*LAYOUTS, *(EXPERT_LAYOUTS if model_type.endswith("_moe") else ())]
     undisturbed = folder / "undisturbed"
@@ -299,8 +299,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Kill a small run at random points, resume it, compare what it ends with.")
     parser.add_argument("--model", choices=["qwen3", "qwen3_moe", "qwen3_5_text"], default="qwen3", help="Kind of model.")
     parser.add_argument("--kills", type=int, default=100, help="Stop after this many.")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of when and whom to kill.")
-    parser.add_argument("--folder", type=Path, help="Where to work; kept if something is wrong. Default: a temporary folder.")
+    parser.add_argument(
+        "--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed for the choice of moments and ranks."
+    )
+    parser.add_argument("--folder", type=Path, help="Working folder; kept if something is wrong. Default: a temporary folder.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

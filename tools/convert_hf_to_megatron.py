@@ -17,7 +17,7 @@ def main() -> None:
         config = parse(ConvertConfig, program="convert_hf_to_megatron.py")
         is_hf = (Path(config.input) / "config.json").is_file()
         require(is_hf, f"input = {config.input} is not a Hugging Face checkpoint: there is no config.json.")
-        from mpo_megatron.model.convert import convert  # after parsing: importing Megatron takes seconds
+        from mpo_megatron.model.convert import convert  # after parsing: importing Megatron is slow
 
         convert(config)
     except ConfigError as error:

@@ -17,7 +17,7 @@ def main() -> None:
         config = parse(ConvertConfig, program="convert_megatron_to_hf.py")
         is_megatron = any((Path(config.input) / name).is_dir() for name in ("megatron", "checkpoints"))
         require(is_megatron, f"input = {config.input} is not a Megatron checkpoint: no megatron/ and no checkpoints/.")
-        from mpo_megatron.model.convert import convert  # after parsing: importing Megatron takes seconds
+        from mpo_megatron.model.convert import convert  # after parsing: importing Megatron is slow
 
         convert(config)
     except ConfigError as error:

@@ -1,12 +1,12 @@
-"""Damage small files of every kind that the package writes, read them as it does, and count what comes of it.
+"""Damage small files of every kind that the package writes, read them as the package does, and count the outcomes.
 
     python -m tools.damage --trials 3000
 
-A trial flips a bit, cuts a file off, or overwrites a block with zeros. Three results are right: nothing that is read differs; the
-reader refuses with one sentence that names the file and the remedy; what is damaged is computed again, and a message says so.
-Wrong are other values, a crash, a traceback, and a reader that does not come back. Exit code 1 if there was one of these.
+A trial flips a bit, truncates a file, or overwrites a block with zeros. Three outcomes are right: the result does not differ; the
+reader refuses with one sentence that names the file and the fix; or damaged data is computed again, with a message. Wrong
+outcomes are other values, a crash, a traceback, and a hanging reader. Exit code 1 if there was a wrong outcome.
 
-Readers run in forked processes, so that a crash ends one of them and is counted.
+Readers run in forked processes, so that a crash ends only one of them and is counted.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from mpo_megatron.files import DataError
 from tools.damage_kinds import Kind, kinds, write_inputs
 
 RIGHT = ("no difference", "refused", "computed again", "as after a kill")
-"""Results that are right; the last is a file of lines without those from the damage on, the last or a file's cut end."""
+"""Right outcomes; the last is a file of lines without those after the damage, or with an incomplete last line."""
 SECONDS = 120
-"""A reader that takes longer hangs."""
+"""Seconds after which a reader counts as hanging."""
 REMEDY = re.compile(r"\b(again|remove|copy|older|fix|write)\b")
 
 
@@ -55,7 +55,7 @@ class Trial:
     seed: int
 
     def damage(self, whole: bytes) -> bytes:
-        """The file's content with this damage; something differs."""
+        """The file's content with this damage, different from the original."""
         rng = random.Random(self.seed)
         while True:
             place = rng.randrange(len(whole))
@@ -73,20 +73,20 @@ class Trial:
 
 @dataclasses.dataclass
 class Tally:
-    """What has come of the trials."""
+    """Outcomes of the trials."""
 
     results: dict[str, Counter[str]] = dataclasses.field(default_factory=dict)
-    """By the name of the kind."""
+    """By name of the kind."""
     damages: Counter[str] = dataclasses.field(default_factory=Counter)
     faults: list[str] = dataclasses.field(default_factory=list)
 
     def total(self) -> Counter[str]:
-        """Results of all kinds."""
+        """Outcomes over all kinds."""
         return sum(self.results.values(), Counter())
 
 
 def plan(all_kinds: Sequence[Kind], number: int, seed: int) -> list[tuple[Kind, list[Trial]]]:
-    """At least `number` trials, as many for each file of each kind that is not slow to read; 6 in 10 flip a bit."""
+    """At least `number` trials, equally many for each file of each kind that is not slow to read; 6 in 10 flip a bit."""
     rng = random.Random(seed)
     places = [(kind, path) for kind in all_kinds for path in kind.files if path.stat().st_size]
     each = -(-5 * number // sum(1 if kind.slow else 5 for kind, _ in places))
@@ -99,13 +99,13 @@ def plan(all_kinds: Sequence[Kind], number: int, seed: int) -> list[tuple[Kind, 
 
 
 def run_kind(kind: Kind, trials: Sequence[Trial], tally: Tally) -> None:
-    """All trials of a kind, in as many processes as crashes need."""
+    """Run all trials of a kind, in as many processes as crashes require."""
     results: list[str] = []
     while len(results) < len(trials):
         rest = trials[len(results) :]
         wholes = {trial.file: trial.file.read_bytes() for trial in rest}
         found, code = run_child(kind, rest)
-        for path, whole in wholes.items():  # where the process died, nobody put it back
+        for path, whole in wholes.items():  # the process that died did not restore it
             path.write_bytes(whole)
         results += found
         if len(found) < len(rest):
@@ -120,7 +120,7 @@ def run_kind(kind: Kind, trials: Sequence[Trial], tally: Tally) -> None:
 
 
 def run_child(kind: Kind, trials: Sequence[Trial]) -> tuple[list[str], int]:
-    """Results of the trials that a forked process got to, and its exit code."""
+    """Outcomes of the trials that a forked process completed, and its exit code."""
     receiving, sending = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -144,11 +144,11 @@ def run_child(kind: Kind, trials: Sequence[Trial]) -> tuple[list[str], int]:
 
 
 def run_trials(kind: Kind, trials: Sequence[Trial]) -> Iterator[str]:
-    """The result of each trial."""
+    """The outcome of each trial."""
     with kind.open() as read:
         expected, again = read(), read()
         if fingerprint(expected) != fingerprint(again):
-            raise SystemExit(f"{kind.name}: the reader gives another result each time")
+            raise SystemExit(f"{kind.name}: the reader's result differs each time")
         for trial in trials:
             whole = trial.file.read_bytes()
             changed = trial.damage(whole)
@@ -163,10 +163,10 @@ def run_trials(kind: Kind, trials: Sequence[Trial]) -> Iterator[str]:
 
 
 def judge(kind: Kind, trial: Trial, read: Any, expected: Any, lines_before: int) -> str:
-    """What comes of reading a damaged file.
+    """The outcome of reading a damaged file.
 
     Args:
-        lines_before: of the file, before the damage
+        lines_before: number of lines in the file before the damage
     """
     said = io.StringIO()
     try:
@@ -193,7 +193,7 @@ def judge(kind: Kind, trial: Trial, read: Any, expected: Any, lines_before: int)
 
 
 def judge_message(trial: Trial, message: str) -> str:
-    """Whether a refusal is one sentence that names the file and the remedy."""
+    """Whether a refusal is one sentence that names the file and the fix."""
     named = any(part in message for part in (trial.file.name, trial.file.parent.name))
     if "\n" in message or not named or not REMEDY.search(message):
         return f"unclear message: {message[:300]}"
@@ -216,7 +216,7 @@ def time_limit() -> Iterator[None]:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Whether two results are equal to the bit."""
+    """Whether two results are bitwise equal."""
     return fingerprint(one) == fingerprint(other)
 
 
@@ -228,7 +228,7 @@ def fingerprint(value: Any) -> str:
 
 
 def feed(digest: Any, value: Any) -> None:
-    """Feed a nested result, with the types of its parts."""
+    """Add a nested result, with the types of its parts, to a digest."""
     digest.update(f"{type(value).__name__}(".encode())
     if isinstance(value, torch.Tensor):
         value = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
@@ -249,12 +249,12 @@ def feed(digest: Any, value: Any) -> None:
 
 
 def damage(root: Path, number: int, seed: int, only: str | None = None) -> Tally:
-    """Write the files in `root`, run the trials; what has come of them.
+    """Write the files in `root`, run the trials; their outcomes.
 
     Args:
-        only: run the kinds whose name holds this
+        only: run only kinds whose name contains this
     """
-    pid = os.fork()  # what training starts ends with its process; the readers are forked from a clean one
+    pid = os.fork()  # training's helpers end with this process; readers are forked from a clean one
     if pid == 0:
         code = 1
         try:
@@ -279,11 +279,11 @@ def damage(root: Path, number: int, seed: int, only: str | None = None) -> Tally
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Damage files of every kind and read them; 0 may be silently wrong.")
-    parser.add_argument("--trials", type=int, default=3000, help="At least this many.")
-    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of the damages.")
-    parser.add_argument("--only", help="Only the kinds whose name holds this.")
-    parser.add_argument("--folder", type=Path, help="Where to work; kept. Default: a temporary folder.")
+    parser = argparse.ArgumentParser(description="Damage files of every kind and read them; none may be silently wrong.")
+    parser.add_argument("--trials", type=int, default=3000, help="Minimum number of trials.")
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of the damage.")
+    parser.add_argument("--only", help="Only kinds whose name contains this.")
+    parser.add_argument("--folder", type=Path, help="Working folder, which is kept. Default: a temporary folder.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="mpo-damage-"))

@@ -1,4 +1,4 @@
-"""Small files of every kind that the package writes, and what reads them again: the inputs of tools/damage.py."""
+"""Small files of every kind that the package writes, and their readers: the inputs of tools/damage.py."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ from mpo_megatron.viewer.source import num_replicas
 from tests.tiny import random_groups, save_groups, save_model
 
 Read = Callable[[], Any]
-"""Reads all of a kind, as the package does; what it returns is what would be used."""
+"""Reads all files of a kind, as the package does; returns what would be used."""
 NUMBER_GROUPS = 12
 
 
@@ -74,15 +74,15 @@ class Kind:
 
     name: str
     files: list[Path]
-    """Each of them is damaged in turn."""
+    """Files to damage in turn."""
     open: Callable[[], AbstractContextManager[Read]]
     """Prepares a reader, once per process."""
     lines: bool = False
-    """The result is a list of lines, and a file cut at the end of a line is as a killed command leaves it."""
+    """The result is a list of lines, and a file truncated at a line's end equals a killed command's."""
     slow: bool = False
     """A reader that takes seconds: it gets a fifth of the trials."""
     again: bool = False
-    """Damaged parts of the result may be None: they are computed again, and a message says so."""
+    """Damaged parts of the result may be None: they are computed again, with a message."""
 
 
 def length_reward(response: str, group: dict[str, Any]) -> float:
@@ -91,7 +91,7 @@ def length_reward(response: str, group: dict[str, Any]) -> float:
 
 
 def write_inputs(root: Path) -> None:
-    """Write small files of every kind, by the commands that write them."""
+    """Write small files of every kind, with the commands that write them."""
     quiet = Console(quiet=True)
     save_model(root / "hf", num_hidden_layers=1, hidden_size=32)
     convert(ConvertConfig(input=str(root / "hf"), output=str(root / "model")))
@@ -123,9 +123,9 @@ def write_inputs(root: Path) -> None:
 
 
 def write_rest(root: Path) -> None:
-    """Files that need a GPU, a service or many rounds to come about, by the functions that write them."""
+    """Write files that would need a GPU, a service or many rounds, with the functions that write them."""
     (root / "rest").mkdir()
-    with LineWriter(root / "rest" / "begun.jsonl") as writer:  # of a stage that was killed
+    with LineWriter(root / "rest" / "begun.jsonl") as writer:  # as left by a killed stage
         for record in itertools.islice(read_lines(root / "samples" / "samples.jsonl"), 6):
             writer.write(record)
     metrics = [held_out.GroupMetrics(group_id=f"g{i}", totals={"margin": i / 7}, counts={"margin": 1.0}) for i in range(9)]
@@ -163,7 +163,7 @@ def newest(root: Path) -> Path:
 
 
 def kinds(root: Path) -> list[Kind]:
-    """Everything that was written, with its readers; some is read in more than one way."""
+    """Every kind of file with its readers; some files are read in several ways."""
     model, step, export, run = root / "model", newest(root), root / "export", root / "run"
     [cache] = (root / "train" / "reference").iterdir()
     stages = {"samples": "generate", "scored": "score", "selected": "select"}
@@ -255,7 +255,7 @@ def files_of(folder: Path, *patterns: str) -> list[Path]:
 
 
 def plain(read: Read) -> Callable[[], AbstractContextManager[Read]]:
-    """A reader that needs nothing prepared."""
+    """A reader that needs no preparation."""
     return lambda: contextlib.nullcontext(read)
 
 
@@ -284,7 +284,7 @@ def check_model(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def trained_from(folder: Path) -> Iterator[Read]:
-    """Weights, and what else training reads of a checkpoint."""
+    """Weights, and everything else that training reads of a checkpoint."""
     family, padded_vocab = read_model(folder, ParallelConfig())
     with model_parallel(ParallelConfig(), 1) as ranks:
         parts = build_policy(family, ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, padded_vocab)

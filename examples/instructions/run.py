@@ -34,16 +34,16 @@ NUM_PROMPTS = 88
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("instructions-out"), help="folder for everything")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts, split, sampling and data order (0)")
+    parser.add_argument("--output", type=Path, default=Path("instructions-out"), help="folder for all results")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of prompts, split, sampling and data order (0)")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Model, prompts, `mpo align` for each seed; 1 if the held-out reward did not rise."""
+    """Model, prompts, and `mpo align` for each seed; 1 if the held-out reward did not rise."""
     options, started = parse_arguments(arguments), time.monotonic()
     model = options.output / "model"
-    if not (model / "tokenizer.json").is_file():  # the file that is written last
+    if not (model / "tokenizer.json").is_file():  # written last
         print(f"SmolLM2-135M-Instruct → {model}", flush=True)
         write_model(model)
     results = {}
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def align(**options: object) -> None:
-    """Print and run `mpo align` with these options, in this process; ends the program if it fails."""
+    """Print and run `mpo align` with these options in this process; ends the program on failure."""
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     print(f"$ mpo align {shlex.join(arguments)}", flush=True)
     status = mpo(["align", *arguments])
@@ -70,13 +70,13 @@ def align(**options: object) -> None:
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """What the round's report says of held-out answers: before, after, wins."""
+    """The held-out numbers of the round's report: before, after, wins."""
     (report,) = json.loads((folder / "rounds" / "report.json").read_text())["rounds"]
     return {name: report[name] for name in ("before", "after", "win_rate", "selected")}
 
 
 def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean held-out reward before and after and mean gain, with standard errors over seeds where there are several."""
+    """Mean held-out reward before and after, and mean gain, with standard errors over seeds if there are several."""
     before, after = ([result[side]["reward"] for result in results.values()] for side in ("before", "after"))
     gains = [b - a for a, b in zip(before, after, strict=True)]
     values = {"before": before, "after": after, "gain": gains}
@@ -85,9 +85,9 @@ def summarize(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def print_summary(results: Mapping[str, Mapping[str, Any]], summary: Mapping[str, Any]) -> None:
-    """A line a seed, and the means."""
+    """Print one line per seed, and the means."""
     print(
-        "\nInstructions followed by answers to held-out prompts (± one standard error, over prompts; in the last line over seeds)"
+        "\nInstructions followed by answers to held-out prompts (± one standard error over prompts; in the last line, over seeds)"
     )
     for seed, result in results.items():
         sides = " → ".join(f"{result[side]['reward']:.3f} ± {result[side]['error']:.3f}" for side in ("before", "after"))

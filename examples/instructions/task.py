@@ -1,11 +1,11 @@
-"""Instructions that a program checks, in the manner of IFEval: prompts, and the reward of an answer.
+"""Verifiable instructions in the style of IFEval: prompts, and the reward of an answer.
 
     prompt    "What is a lighthouse for? Do not use commas. Use at most 12 words."
     answer    "It guides ships." (reward 1), "It guides ships, boats and people." (reward 0.5: one instruction of two)
 
-The reward is the share of a prompt's instructions that the answer follows. It knows nothing of whether the answer is right: the
-reference policy keeps what the model knows. The kinds are those that a model of this size follows now and then. What it never
-does (write in capital letters, or in quotation marks) is not among its samples, and so not learned from them.
+The reward is the share of a prompt's instructions that the answer follows. It does not check whether the answer is correct: the
+reference policy preserves what the model knows. The kinds are those that a model of this size sometimes follows. Kinds it never
+follows (capital letters, quotation marks) do not occur among its samples, and so cannot be learned from them.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class Instruction:
     """One kind of instruction."""
 
     text: str
-    """What the prompt says; `{value}` is what was drawn."""
+    """Text in the prompt; `{value}` is the drawn value."""
     values: tuple[Any, ...]
-    """What may be drawn."""
+    """Values to draw from."""
     follows: Callable[[str, Any], bool]
     """Whether an answer follows it."""
 
@@ -58,28 +58,28 @@ def has_no_comma(answer: str, _: None) -> bool:
 
 
 def is_short(answer: str, most: int) -> bool:
-    """At most so many words."""
+    """At most this many words."""
     return len(answer.split()) <= most
 
 
 def has_bullets(answer: str, number: int) -> bool:
-    """Exactly so many lines that begin with a star, and no other text."""
+    """Exactly this many lines that start with a star, and no other text."""
     lines = [line for line in answer.splitlines() if line.strip()]
     return len(lines) == number and all(re.match(r"\s*\* ", line) for line in lines)
 
 
 def has_word(answer: str, word: str) -> bool:
-    """The word, as a word, in any case."""
+    """Contains the word, as a whole word, in any case."""
     return word in re.findall(r"[a-z]+", answer.lower())
 
 
 def lacks_word(answer: str, word: str) -> bool:
-    """Not this word, in any case."""
+    """Does not contain the word, in any case."""
     return not has_word(answer, word)
 
 
 def is_one_sentence(answer: str, _: None) -> bool:
-    """One end of a sentence, the last character."""
+    """Exactly one end of a sentence, at the last character."""
     stripped = answer.strip()
     return len(re.findall(r"[.!?]", stripped)) == 1 and stripped[-1] in ".!?"
 
@@ -93,12 +93,12 @@ INSTRUCTIONS = {
     "sentence": Instruction("Answer in one sentence.", (None,), is_one_sentence),
 }
 CONTRADICTIONS = [{"bullets", "short"}, {"bullets", "sentence"}]
-"""Kinds that one answer cannot, or hardly, follow together."""
+"""Kinds that one answer cannot, or can hardly, follow together."""
 PAIRS = [pair for pair in itertools.combinations(INSTRUCTIONS, 2) if set(pair) not in CONTRADICTIONS]
 
 
 def build_prompts(number: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Different prompts, each a question with two instructions, which `reward` finds in its fields."""
+    """Distinct prompts, each a question with two instructions; `reward` reads these from the prompt's fields."""
     draw, prompts = random.Random(seed), dict[str, dict[str, Any]]()
     most = len(QUESTIONS) * len(SUBJECTS) * len(PAIRS)
     if number > most:
@@ -119,11 +119,11 @@ def follow(response: str, instructions: Sequence[Sequence[Any]]) -> list[bool]:
 
 
 def reward(response: str, group: Mapping[str, Any]) -> float:
-    """The share of the prompt's instructions that an answer follows; `mpo score` calls this."""
+    """The share of the prompt's instructions that an answer follows; called by `mpo score`."""
     followed = follow(response, group["meta"]["instructions"])
     return sum(followed) / len(followed)
 
 
 def write_prompts(path: Path, prompts: Sequence[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     path.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")

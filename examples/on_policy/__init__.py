@@ -1,1 +1,1 @@
-"""On-policy rounds on a CPU, MPO beside DPO: see run.py."""
+"""On-policy rounds on a CPU, MPO compared with DPO: see run.py."""

@@ -1,4 +1,4 @@
-"""A picture of sampled reward, wins and length by round, one colour a method."""
+"""A plot of sampled reward, wins and length by round, one colour per method."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ COLOURS = ("#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b", "#7a51a8", "#6b6b6b")
 
 
 def plot_rounds(summary: dict[str, Any], picture: Path) -> None:
-    """Reward with each seed as a thin line and error bars over seeds; wins against the policy before; tokens of an answer."""
+    """Reward with each seed as a thin line and error bars over seeds; wins against the previous policy; tokens per answer."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws to files, with no display
+    matplotlib.use("Agg")  # draws to files, without a display
     import matplotlib.pyplot as plt
 
     figure, (reward, wins, tokens) = plt.subplots(1, 3, figsize=(13, 3.8))
@@ -25,8 +25,8 @@ def plot_rounds(summary: dict[str, Any], picture: Path) -> None:
         tokens.plot(rounds[1:], method["tokens"], "o-", color=colour)
     reward.set_title(f"sampled reward on held-out prompts, {len(summary['seeds'])} seeds", fontsize=10)
     wins.axhline(0.5, color="grey", linewidth=0.8, linestyle="--")
-    wins.set_title("win rate against the policy before", fontsize=10)
-    tokens.set_title("tokens of an answer", fontsize=10)
+    wins.set_title("win rate against the previous policy", fontsize=10)
+    tokens.set_title("tokens per answer", fontsize=10)
     for panel in (reward, wins, tokens):
         panel.set_xlabel("round")
         panel.set_xticks(range(len(next(iter(summary["methods"].values()))["reward"])))

@@ -9,9 +9,9 @@ from examples.quickstart.task import WORDS
 
 
 def reward(response: str, group: Mapping[str, Any]) -> float:
-    """Distinct right things, as a share of the things asked for, or of the things named if these are more.
+    """Number of distinct correct things, divided by the number asked for, or by the number named if that is larger.
 
-    So neither a short answer, nor a long one, nor a repetition gets the full reward of 1.
+    So neither a short answer, nor a long one, nor repetition gets the full reward of 1.
     """
     asked = group["meta"]
     things = [thing.strip() for thing in response.split(",")]

@@ -1,14 +1,14 @@
-"""On-policy rounds on a CPU with a verifiable reward: MPO on all K responses beside DPO on the best and the worst of them.
+"""On-policy rounds on a CPU with a verifiable reward: MPO on all K responses compared with DPO on the best and the worst.
 
     python -m examples.on_policy.run                       # one seed, both methods, a few minutes on two cores
     python -m examples.on_policy.run --seeds 0 1 2         # means and spread
-    python -m examples.on_policy.run --tune                # the best learning rate and β for each method, on a seed of its own
+    python -m examples.on_policy.run --tune                # the best learning rate and β of each method, on a separate seed
 
-A small random Qwen3 model takes one supervised step (`sft`) on mediocre answers to the quickstart's task, "name 4 fruits". From
-there each method runs `mpo iterate`: three rounds of sampling 8 responses to each prompt, scoring them with reward.py, and
-training on them. All methods start from the same policy and sample the same number of responses to the same prompts; learning
-rate and β are each method's own, the best of one grid. Repeating the command skips what is done and goes on with what is not.
-Results: on_policy.json, on_policy.png; of --tune: on_policy_tuning.json.
+A small random Qwen3 model takes one supervised step (`sft`) on mediocre answers to the quickstart's task, "name 4 " "fruits".
+From there each method runs `mpo iterate`: three rounds of sampling 8 responses per prompt, scoring them with reward.py, and
+training on them. All methods start from the same policy and sample the same number of responses to the same prompts. Each has its
+own learning rate and β, the best of one grid. Repeat the command to resume: finished parts are skipped. Results: on_policy.json,
+on_policy.png; of --tune: on_policy_tuning.json.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from mpo_megatron.files.atomic import replace_file
 CONFIG = Path(__file__).with_name("iterate.yaml")
 METHODS = Path(__file__).with_name("methods.yaml")
 MARKER = "start.json"
-"""Says what a finished first policy was made of."""
+"""Records the settings of a finished first policy."""
 
 NUM_SFT_GROUPS = 1500
 SFT_RESPONSES = 2
-"""Answers drawn at random a prompt, the better of which is imitated: the first policy is to be mediocre."""
+"""Random answers per prompt, of which the better one is imitated: the first policy should be mediocre."""
 SFT_OPTIONS = {"loss.name": "sft", "optimizer.lr": 3e-3, "data.groups_per_step": 64, "max_steps": 120}
 
 TUNING_SEED = 1000
@@ -53,13 +53,13 @@ TUNING_GRID = ((5e-4, 1.0), (5e-4, 4.0), (1e-3, 2.0), (2e-3, 4.0))
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("on-policy-out"), help="folder for everything")
+    parser.add_argument("--output", type=Path, default=Path("on-policy-out"), help="folder for all results")
     names = list(load_methods())
     parser.add_argument("--methods", nargs="+", default=["mpo", "dpo"], choices=names, metavar="NAME", help=", ".join(names))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of prompts' split, sampling and data order (0)")
-    parser.add_argument("--prompts", type=int, default=1900, help="prompts, the held-out ones among them (1900)")
-    parser.add_argument("--responses", type=int, help="responses sampled to each prompt (iterate.yaml's)")
-    parser.add_argument("--epochs", type=float, help="passes over a round's groups (iterate.yaml's)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of prompt split, sampling and data order (0)")
+    parser.add_argument("--prompts", type=int, default=1900, help="number of prompts, including held-out ones (1900)")
+    parser.add_argument("--responses", type=int, help="responses sampled per prompt (default: iterate.yaml)")
+    parser.add_argument("--epochs", type=float, help="passes over a round's groups (default: iterate.yaml)")
     parser.add_argument("--tune", action="store_true", help=f"try learning rates and β with seed {TUNING_SEED} instead")
     return parser.parse_args(arguments)
 
@@ -71,7 +71,7 @@ def load_methods(path: Path = METHODS) -> dict[str, dict[str, Any]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """First policy, rounds of every method and seed, table and picture; the exit status."""
+    """First policy, rounds of every method and seed, table and plot; the exit status."""
     options, started = parse_arguments(arguments), time.monotonic()
     start, methods = build_start(options.output / "start", options.prompts), load_methods()
     config = load_rounds(options.responses, options.epochs)
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(options.output / "on_policy_tuning.json", {**about, "seed": TUNING_SEED, "methods": rewards})
         return 0
     results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in chosen}
-    # Seeds outside: an interrupted comparison has every method for the first seeds.
+    # Seeds in the outer loop: an interrupted comparison has every method for the first seeds.
     for seed, name in itertools.product(options.seeds, chosen):
         output = options.output / "runs" / name / f"seed_{seed}"
         results[name][seed] = run_rounds(output, start, config, chosen[name], seed=seed)
@@ -104,14 +104,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_start(folder: Path, num_prompts: int) -> Path:
-    """The first policy and the prompts of the rounds, unless they are there; the folder."""
+    """Create the first policy and the prompts of the rounds, unless they exist; the folder."""
     wanted = {"prompts": num_prompts, "sft_groups": NUM_SFT_GROUPS, "sft_responses": SFT_RESPONSES, "sft": SFT_OPTIONS}
     if (folder / MARKER).is_file():
         found = json.loads((folder / MARKER).read_text())
         if found != wanted:
-            sys.exit(f"on_policy: {folder} holds {found}, wanted are {wanted}; choose another --output.")
+            sys.exit(f"on_policy: {folder} holds {found}, but the options ask for {wanted}; choose another --output.")
         return folder
-    shutil.rmtree(folder, ignore_errors=True)  # it is ours, and incomplete
+    shutil.rmtree(folder, ignore_errors=True)  # an incomplete folder of this example
     folder.mkdir(parents=True)
     groups = build_groups(NUM_SFT_GROUPS)
     write_groups(folder / "sft.jsonl", groups)
@@ -140,7 +140,7 @@ def build_start(folder: Path, num_prompts: int) -> Path:
             **SFT_OPTIONS,
         },
     )
-    # Out and in again: the rounds start from a checkpoint like any other.
+    # Export and convert again: the rounds start from a checkpoint like any other.
     mpo("convert", input=folder / "sft-run", output=folder / "policy-hf")
     mpo("convert", input=folder / "policy-hf", output=folder / "policy")
     (folder / MARKER).write_text(json.dumps(wanted) + "\n")
@@ -148,7 +148,7 @@ def build_start(folder: Path, num_prompts: int) -> Path:
 
 
 def build_prompts(number: int, taken: set[str], seed: int = 1) -> list[dict[str, Any]]:
-    """Prompts of the task that are not `taken`, with what the reward must know of each."""
+    """Prompts of the task that are not `taken`, with the fields that the reward needs."""
     generator, prompts = random.Random(seed), list[dict[str, Any]]()
     choices = list(itertools.product(TEMPLATES, PEOPLE, OCCASIONS, COUNTS, WORDS))
     for template, person, occasion, count, kind in generator.sample(choices, len(choices)):
@@ -162,7 +162,7 @@ def build_prompts(number: int, taken: set[str], seed: int = 1) -> list[dict[str,
 
 
 def load_rounds(num_responses: int | None, epochs: float | None, path: Path = CONFIG) -> dict[str, Any]:
-    """What all runs share, with other numbers if given."""
+    """The configuration shared by all runs, with overrides."""
     config: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     if num_responses is not None:
         config["generate"]["num_responses"] = num_responses
@@ -172,7 +172,7 @@ def load_rounds(num_responses: int | None, epochs: float | None, path: Path = CO
 
 
 def run_rounds(output: Path, start: Path, shared: dict[str, Any], method: dict[str, Any], *, seed: int) -> list[dict[str, Any]]:
-    """`mpo iterate` with a method, unless it is done; the reports of its rounds."""
+    """Run `mpo iterate` with a method, unless it is complete; the reports of its rounds."""
     if not (output / "report.json").is_file():
         config = copy.deepcopy(shared)
         config |= {"output": str(output), "model": str(start / "policy"), "prompts": str(start / "prompts.jsonl"), "seed": seed}
@@ -207,7 +207,7 @@ def list_rewards(reports: list[dict[str, Any]]) -> list[float]:
 def summarize(methods: dict[str, dict[str, Any]], results: dict[str, dict[int, list[dict[str, Any]]]]) -> dict[str, Any]:
     """Held-out reward after each round by method and seed, with mean and standard error over seeds.
 
-    `lead`: how far the first method is ahead of this one, seed by seed, with its standard error.
+    `lead`: how far the first method leads over this one, seed by seed, with its standard error.
     """
     first, summaries = next(iter(results.values())), {}
     for name, runs in results.items():
@@ -229,17 +229,17 @@ def summarize(methods: dict[str, dict[str, Any]], results: dict[str, dict[int, l
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean; 0 for a single value."""
+    """Standard error of the mean; 0 for a single value."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """A JSON file that is complete or not there."""
+    """Write a JSON file atomically."""
     replace_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """One line a method."""
+    """Print one line per method."""
     print(f"\nSampled reward on held-out prompts, mean over seeds {summary['seeds']} ± standard error over them")
     for method in summary["methods"].values():
         rewards = zip(method["reward"], method["error"], strict=True)

@@ -1,4 +1,4 @@
-"""The papers' claims that these trials can speak to, and what the numbers say of each."""
+"""The papers' claims that these trials can test, and the verdict on each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
-"""By method and seed: the numbers of a trial."""
+"""Numbers of a trial, by method and seed."""
 ERRORS = 2.0
 """A difference of so many standard errors counts."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57)
@@ -22,12 +22,12 @@ class Claim:
 
     paper: str
     text: str
-    """What the paper says, in short."""
+    """The paper's claim in short."""
     first: str
-    """Method that should have the larger number."""
+    """Method expected to have the larger number."""
     second: str
     measure: Literal["reward", "chosen_log_ratio"] = "reward"
-    """Held-out reward; or how far the preferred training responses moved, in nats."""
+    """Held-out reward; or the change of preferred training responses, in nats."""
 
 
 CLAIMS = (
@@ -92,13 +92,13 @@ CLAIMS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What the numbers say."""
+    """The verdict of the numbers."""
 
     words: Literal["holds here", "does not hold here", "cannot be told", "not run"]
     difference: float = math.nan
     """First minus second."""
     error: float = math.nan
-    """Its standard error; NaN if there is none."""
+    """Its standard error; NaN if it cannot be computed."""
     seeds: tuple[int, ...] = ()
 
 
@@ -132,10 +132,10 @@ def judge(claim: Claim, results: Results) -> Verdict:
 
 
 def subtract(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    """The difference for each prompt that both have."""
+    """The difference for each prompt in both."""
     return {prompt: first[prompt] - second[prompt] for prompt in first if prompt in second}
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of independent values; NaN with fewer than two."""
+    """Standard error of the mean of independent values; NaN with fewer than two."""
     return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan

@@ -1,4 +1,4 @@
-"""The results as a page: what was trained, what it gave and cost, and what that says of each claim."""
+"""The results as a page: what was trained, its results and costs, and the verdict on each claim."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def describe_power(judged: Sequence[tuple[Claim, Verdict]]) -> str:
 
 
 def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: Results) -> list[str]:
-    """A table with one line a method that was run."""
+    """A table with one row per completed method."""
     lines = [
         "- Reward: mean of held-out answers. Gain: over the start, with the same prompts and sampling seeds.",
         "- ±: one standard error, the larger of that over prompts and that over seeds.",
@@ -105,7 +105,7 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
         "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities. "
         "Without trials that were stopped and resumed.",
         "",
-        "| method | K | seeds | reward | gain | tokens of an answer | moved, nats | tokens trained | CPU seconds |",
+        "| method | K | seeds | reward | gain | tokens per answer | moved, nats | tokens trained | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     start = results.get(START, {})
@@ -143,7 +143,7 @@ def mean_reward(trials: Sequence[Mapping[str, float]]) -> tuple[float, float]:
 
 
 def plus_minus(value: float, error: float, *, sign: bool = False) -> str:
-    """A number with its error, if there is one."""
+    """A number with its error, if any."""
     number = f"{value:+.3f}" if sign else f"{value:.3f}"
     return number if math.isnan(error) else f"{number} ± {error:.3f}"
 
@@ -154,7 +154,7 @@ def count(number: int, word: str) -> str:
 
 
 def as_record(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> dict[str, Any]:
-    """The numbers that the page is made of."""
+    """The numbers in the page."""
     return {
         "sizes": sizes.as_dict(),
         "methods": {

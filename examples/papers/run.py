@@ -4,9 +4,9 @@
     python -m examples.papers --methods mpo dpo --seeds 0      # a part; the next call adds to it
     python -m examples.papers --page docs/experiments/papers.md --record examples/results/cpu-2cores/papers.json
 
-SmolLM2-135M-Instruct answers prompts whose instructions a program checks, once. Every method of methods.yaml trains on those
-samples, and its policy answers held-out prompts. Each trial writes its result as it ends; a call skips the trials that are
-done and continues the one that was killed. The page says of each claim: holds here, does not, cannot be told, not run.
+SmolLM2-135M-Instruct answers prompts with verifiable instructions, once. Every method of methods.yaml trains on those samples,
+and its policy answers held-out prompts. Each trial writes its result at its end. Repeat the command to resume: finished trials
+are skipped. The page gives a verdict on each claim: holds here, does not, cannot be told, not run.
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     """The command line."""
     names = list(load_entries())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("papers-out"), help="folder for everything")
+    parser.add_argument("--output", type=Path, default=Path("papers-out"), help="folder for all results")
     parser.add_argument("--methods", nargs="*", default=names, choices=names, metavar="NAME", help=", ".join(names))
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="of data order, losses' draws and answers (0 1 2)"
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of data order, losses' draws and answers (0 1 2)"
     )
     parser.add_argument("--prompts", type=int, default=Sizes.prompts, help=f"training prompts ({Sizes.prompts})")
     parser.add_argument("--held-out", type=int, default=Sizes.held_out, help=f"held-out prompts ({Sizes.held_out})")
-    parser.add_argument("--max-tokens", type=int, default=Sizes.max_tokens, help=f"longest answer ({Sizes.max_tokens})")
-    parser.add_argument("--page", type=Path, help="where the page goes (papers.md in the output folder)")
-    parser.add_argument("--record", type=Path, help="where its numbers go (papers.json in the output folder)")
+    parser.add_argument(
+        "--max-tokens", type=int, default=Sizes.max_tokens, help=f"maximum tokens of an answer ({Sizes.max_tokens})"
+    )
+    parser.add_argument("--page", type=Path, help="path of the page (default: papers.md in the output folder)")
+    parser.add_argument("--record", type=Path, help="path of its numbers (default: papers.json in the output folder)")
     return parser.parse_args(arguments)
 
 
@@ -60,17 +62,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def trial_folder(output: Path, name: str, seed: int) -> Path:
-    """Where a trial keeps its files."""
+    """Folder of a trial's files."""
     return output / "trials" / name / f"seed_{seed}"
 
 
 def page_of(options: argparse.Namespace) -> Path:
-    """Where the page goes."""
+    """Path of the page."""
     return Path(options.page or options.output / "papers.md")
 
 
 def write_page(options: argparse.Namespace, samples: Samples) -> None:
-    """The page and its numbers, of all trials that are there, whichever call made them."""
+    """Write the page and its numbers from all finished trials, whichever call ran them."""
     entries = load_entries()
     results: dict[str, dict[int, Any]] = {}
     for name in (START, *entries):

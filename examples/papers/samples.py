@@ -1,4 +1,4 @@
-"""What all trials share: the model, one set of scored samples, their groups for every K, and the held-out prompts."""
+"""Shared by all trials: the model, one set of scored samples, their groups for every K, and the held-out prompts."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from mpo_megatron.terminal.console import Console
 
 NUM_RESPONSES = 8
 SAMPLE_SEED = 100
-"""Of the prompts and of the samples, which are the same for all trials."""
+"""Seed of the prompts and of the samples, which are the same for all trials."""
 REWARD = f"{Path(__file__).parents[1] / 'instructions' / 'task.py'}:reward"
 TEMPERATURE = 0.7
-"""At 1, a model of this size writes little sense."""
+"""Sampling temperature; at 1, a model of this size rarely makes sense."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """How much is sampled, trained on and measured."""
+    """Amounts of sampling, training and measuring."""
 
     prompts: int = 20
     """Training prompts, `NUM_RESPONSES` samples each."""
@@ -48,7 +48,7 @@ class Sizes:
     """At 1e-4, MPO's answers are rewarded more and make less sense; at 4e-5, they gain half as much."""
 
     def as_dict(self) -> dict[str, Any]:
-        """For the record of a trial."""
+        """The sizes for the record of a trial."""
         return asdict(self)
 
 
@@ -83,12 +83,12 @@ class Samples:
 
     @property
     def model(self) -> Path:
-        """The start, in Hugging Face format."""
+        """The initial model, in Hugging Face format."""
         return self.folder / "model"
 
     @property
     def checkpoint(self) -> Path:
-        """The start as training takes it."""
+        """The initial model, in Megatron format."""
         return self.folder / "megatron"
 
     @property
@@ -117,7 +117,7 @@ def make_samples(folder: Path, sizes: Sizes, group_sets: Iterable[GroupSet], con
     write_prompts(folder / "prompts.jsonl", prompts[sizes.held_out :])
     answer(samples.model, folder / "prompts.jsonl", folder / "train", NUM_RESPONSES, SAMPLE_SEED, sizes, console)
     selected = folder / "train" / "selected"
-    # Cut answers are judged as they are: at this length they are many.
+    # Truncated answers are judged unchanged: at this length there are many.
     chosen = SelectConfig(input=str(folder / "train" / "scored"), output=str(selected), truncated="keep", duplicates="keep")
     stage("select", selected / SELECT_FILE, lambda: select(chosen, console), console)
     for group_set in dict.fromkeys(group_sets):
@@ -135,10 +135,10 @@ def make_samples(folder: Path, sizes: Sizes, group_sets: Iterable[GroupSet], con
 
 
 def keep_sizes(path: Path, sizes: Sizes) -> None:
-    """Note the sizes that samples are made with; compare them if they are there: finished samples are not made again.
+    """Record the sizes of the samples; if already recorded, compare them, because finished samples are not repeated.
 
     Raises:
-        ConfigError: naming the first size that differs.
+        ConfigError: names the first size that differs.
     """
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ def keep_sizes(path: Path, sizes: Sizes) -> None:
     for name in ("prompts", "held_out", "max_tokens"):
         before, now = recorded[name], getattr(sizes, name)
         option = f"--{name.replace('_', '-')}"
-        require(before == now, f"{option} = {now}; {path.parent} was sampled with {before}; use that, or another --output.")
+        require(before == now, f"{option} = {now}; {path.parent} was sampled with {before}; use that value, or another --output.")
 
 
 def answer(model: Path, prompts: Path, output: Path, number: int, seed: int, sizes: Sizes, console: Console) -> None:
@@ -180,6 +180,6 @@ def read_rewards(folder: Path) -> dict[str, float]:
 
 
 def count_tokens(folder: Path) -> float:
-    """Mean tokens of an answer."""
+    """Mean tokens per answer."""
     lengths = [response["num_tokens"] for responses in read_answers(folder).values() for response in responses]
     return sum(lengths) / len(lengths)

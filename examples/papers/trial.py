@@ -1,4 +1,4 @@
-"""One trial: train a method on the shared samples, let the policy answer the held-out prompts, keep the numbers."""
+"""One trial: train a method on the shared samples, generate answers to the held-out prompts, record the numbers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ METHODS = Path(__file__).with_name("methods.yaml")
 NUM_ANSWERS = 4
 """Answers to each held-out prompt."""
 START = "start"
-"""Name of the policy before training among the trials."""
+"""Name of the initial policy among the trials."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One line of methods.yaml."""
+    """One entry of methods.yaml."""
 
     name: str
     loss: str
@@ -54,9 +54,9 @@ def load_entries(path: Path = METHODS) -> dict[str, Entry]:
 
 
 def run_trial(folder: Path, entry: Entry | None, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
-    """The numbers of a trial, which is run unless it is done; of the start, which is only measured, if `entry` is None.
+    """The numbers of a trial; runs it unless it is complete. With `entry` = None, measure only the initial policy.
 
-    A killed trial continues. One with other settings is made again.
+    A killed trial resumes. A trial with other settings is repeated.
     """
     settings = describe_trial(entry, seed, samples.sizes)
     found = read_trial(folder, settings)
@@ -82,7 +82,7 @@ def run_trial(folder: Path, entry: Entry | None, seed: int, samples: Samples, co
 
 
 def describe_trial(entry: Entry | None, seed: int, sizes: Sizes) -> dict[str, Any]:
-    """What a trial's numbers depend on."""
+    """The settings that a trial's numbers depend on."""
     settings: dict[str, Any] = {"seed": seed, "sizes": sizes.as_dict()}
     if entry is not None:
         settings |= {"loss": entry.loss, "params": entry.params, **entry.groups.options()}
@@ -90,7 +90,7 @@ def describe_trial(entry: Entry | None, seed: int, sizes: Sizes) -> dict[str, An
 
 
 def read_trial(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The result of a finished trial with these settings; None if there is none."""
+    """The result of a finished trial with these settings; None without one."""
     path = folder / "result.json"
     result: dict[str, Any] | None = json.loads(path.read_text()) if path.is_file() else None
     return result if result is not None and result["settings"] == settings else None
@@ -108,18 +108,18 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "epochs": sizes.epochs,
         "eval_every": 0,
         "checkpoint": {"every": 0},
-        "logging": {"reference_metrics": True},  # log-ratios of losses that read no reference, too
+        "logging": {"reference_metrics": True},  # also log-ratios of losses that read no reference
         "seed": seed,
     }
     config = from_dict(TrainConfig, options, "train")
-    whole = not (folder / "run").exists()  # else an earlier call, which was stopped, did a part
+    whole = not (folder / "run").exists()  # otherwise an interrupted earlier call did part of it
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, 1), console)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     steps = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "seconds" in row]
     tokens = [row["tokens_per_second"] * row["seconds"] for row in steps]
     return {
-        # Without the reference's log-probs only in trials after the first with these groups: they are kept beside the groups.
+        # Excludes the reference's log-probs in later trials with the same groups, because these are cached beside the groups.
         "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime if whole else None,
         "tokens": sum(tokens),
         "backward_tokens": sum(row.get("backward_share", 1.0) * count for row, count in zip(steps, tokens, strict=True)),
@@ -135,5 +135,5 @@ def mean_late(steps: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def write(path: Path, content: Mapping[str, Any]) -> None:
-    """A JSON file that is complete or not there."""
+    """Write a JSON file atomically."""
     replace_file(path, [(json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()])

@@ -1,4 +1,4 @@
-"""What a checkpoint learned, measured with plain `transformers`: nothing of mpo_megatron computes the model's numbers here."""
+"""What a checkpoint learned, measured with plain `transformers`: mpo_megatron computes none of the model's outputs here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 Sets = tuple[list[bool], list[bool]]
-"""Of one group's responses: which are preferred (Y+), which are not (Y−)."""
+"""For one group's responses: indices of preferred ones (Y+) and of others (Y−)."""
 _BATCH = 64
-"""Sequences in one forward pass."""
+"""Sequences per forward pass."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HeldOutGroup:
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model says of every response of every group; in nats."""
+    """One model's scores of every response of every group, in nats."""
 
     total: list[list[float]]
     """log π(y | x), summed over the response's tokens."""
@@ -34,7 +34,7 @@ class Scores:
 
 
 def load_held_out(folder: Path) -> list[HeldOutGroup]:
-    """The held-out groups that have a contrast: a response above the group's mean reward (or labelled chosen), and one not."""
+    """The held-out groups with contrast: a response above the group's mean reward (or labelled chosen), and another one."""
     from mpo_megatron.data.store import load_groups
 
     data = load_groups(folder)
@@ -43,7 +43,7 @@ def load_held_out(folder: Path) -> list[HeldOutGroup]:
 
 
 def _split_by_preference(rewards: Any, labels: Any) -> Sets:
-    """Which of a group's responses training calls preferred; by its own rule, for rounding decides if a reward is the mean."""
+    """A group's preferred and other responses, by training's own rule, because rounding can decide on which side a reward is."""
     import torch
 
     from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
@@ -60,7 +60,7 @@ def _split_by_preference(rewards: Any, labels: Any) -> Sets:
 
 
 def score_groups(checkpoint: Path, groups: Sequence[HeldOutGroup], max_response_tokens: int) -> Scores:
-    """Load a Hugging Face checkpoint and compute the log-probability of every response."""
+    """Load a Hugging Face checkpoint and compute the log-prob of every response."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging

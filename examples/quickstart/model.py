@@ -1,4 +1,4 @@
-"""A small random model in the format of a real one: Qwen3 architecture, byte-level BPE, ChatML. Nothing is downloaded."""
+"""A small random model in the format of a real one: Qwen3 architecture, byte-level BPE, ChatML. Downloads nothing."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_model(folder: Path, texts: Iterable[str], *, vocab_size: int, seed: in
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> object:
-    """A byte-level BPE: any text can be tokenized, the frequent words of `texts` become single tokens."""
+    """Train a byte-level BPE: any text can be tokenized, and frequent words of `texts` become single tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

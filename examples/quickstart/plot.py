@@ -1,4 +1,4 @@
-"""A picture of a run's curves, from its `metrics.jsonl`."""
+"""A plot of a run's curves, from its `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def plot_curves(metrics_file: Path, picture: Path) -> None:
     """Loss, accuracy, margin and log-ratios over the steps: training as lines, held-out groups as dots."""
     import matplotlib
 
-    matplotlib.use("Agg")  # draws to files, with no display
+    matplotlib.use("Agg")  # draws to files, without a display
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in metrics_file.read_text().splitlines()]

@@ -1,10 +1,10 @@
-"""The quickstart's task: name things of a kind. A small program writes the groups, and another checks every answer.
+"""The quickstart's task: name things of a kind. A small program writes the groups and checks every answer.
 
     prompt    "Please help Nora: list 4 fruits for the school fair."
     responses "apple, hammer, plum, violin" (reward 0.5), "pear, plum, fig, cherry" (reward 1.0), … K of them
 
-The reward is the share of named things that are of the kind asked for. No response is good or bad by itself: the same
-words are right for one prompt and wrong for another, so a policy only scores by relating the response to the prompt.
+The reward is the share of named things that are of the requested kind. No response is good or bad by itself: the same words are
+right for one prompt and wrong for another, so a policy scores only by relating the response to the prompt.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def build_groups(num_groups: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def _draw_response(kind: str, count: int, generator: random.Random) -> str:
-    """`count` things, any number of them of the kind asked for, the others of one other kind, in any order."""
+    """`count` things, any number of them of the requested kind, the others of one other kind, in any order."""
     num_right = generator.randint(0, count)
     other = generator.choice([name for name in WORDS if name != kind])
     things = generator.sample(WORDS[kind], num_right) + generator.sample(WORDS[other], count - num_right)
@@ -70,5 +70,5 @@ def _draw_response(kind: str, count: int, generator: random.Random) -> str:
 
 
 def write_groups(path: Path, groups: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
+    """One JSON object per line."""
     path.write_text("".join(json.dumps(group) + "\n" for group in groups), encoding="utf-8")

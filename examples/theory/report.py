@@ -1,4 +1,4 @@
-"""What every example does with its numbers: print a table, save a picture, take `--output`."""
+"""Shared by all examples: print a table, save a plot, parse `--output`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib.ticker
 import torch
 from PIL import Image
 
-matplotlib.use("Agg")  # draws to files, with no display
+matplotlib.use("Agg")  # draws to files, without a display
 import matplotlib.pyplot as plt
 
 BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b", "#777777"
@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#1f6fb4", "#e07b1a", "#2a9150", "#c23b3b", "#7
 
 def parse_output(docstring: str | None) -> Path:
     """The `--output` folder of the command line; the help shows the claim. Also sets PyTorch to one thread."""
-    torch.set_num_threads(1)  # the tensors are tiny: handing them to threads costs more than it saves
+    torch.set_num_threads(1)  # the tensors are tiny: more threads cost more than they save
     parser = argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("theory-out"), help="folder for the picture")
     output: Path = parser.parse_args().output
@@ -36,7 +36,7 @@ def print_table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]
 
 
 def build_figure(num_panels: int) -> tuple[Any, list[Any]]:
-    """A figure and its panels side by side, with the look that all pictures share."""
+    """A figure with panels side by side, in the style shared by all plots."""
     figure, panels = plt.subplots(1, num_panels, figsize=(5.0 * num_panels, 3.9), squeeze=False)
     for axes in panels[0]:
         axes.spines[["top", "right"]].set_visible(False)
@@ -55,7 +55,7 @@ def save_figure(figure: Any, output: Path, name: str) -> Path:
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.png"
     figure.tight_layout()
-    # 110 dpi and 128 colours: a committed picture stays far below 60 kB.
+    # 110 dpi and 128 colours keep a committed plot far below 60 kB.
     figure.savefig(path, dpi=110)
     with Image.open(path) as image:
         image.convert("RGB").quantize(colors=128).save(path, optimize=True)

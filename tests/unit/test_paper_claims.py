@@ -107,7 +107,7 @@ def test_times_of_resumed_trials_are_left_out() -> None:
 def test_samples_of_other_sizes_are_not_taken(tmp_path: Path) -> None:
     for _ in range(2):
         keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=5))
-    with pytest.raises(ConfigError, match=r"--held-out = 6; .*samples was sampled with 5; use that, or another --output"):
+    with pytest.raises(ConfigError, match=r"--held-out = 6; .*samples was sampled with 5; use that value, or another --output"):
         keep_sizes(tmp_path / "samples" / "sizes.json", Sizes(held_out=6))
 
 
