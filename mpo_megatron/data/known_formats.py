@@ -443,7 +443,7 @@ def _settle_ratings(sample: Sample, options: Options) -> InputLayout:
     numbers = _numbers(sample)
     missing = [name for name in options.ratings if name not in sample.columns]
     if missing:
-        raise DataError(f"rating = {'+'.join(options.ratings)}; no column {missing[0]}; numeric columns are {numbers}.")
+        raise DataError(f"rating = {'+'.join(options.ratings)}; no column {missing[0]}; choose from {numbers}.")
     # A number of another name may be a length, a seed or a turn.
     ratings = options.ratings or tuple(name for name in _RATING_NAMES if name in numbers)[:1]
     if not ratings:

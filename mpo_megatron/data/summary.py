@@ -46,7 +46,7 @@ class Tally:
     without_lead: int = 0
     """Responses without the template's text before an answer's words (an empty thought); kept unchanged."""
     rewritten_turns: int = 0
-    """Responses of several turns whose earlier turns the template shows otherwise later; kept as they were generated."""
+    """Responses of several turns whose earlier turns the template later renders differently; kept as generated."""
     labels_against_rewards: int = 0
     """Groups in which a chosen response has a lower reward than a rejected one; kept; rewards decide in most losses."""
     drawn_responses: int = 0

@@ -195,7 +195,7 @@ def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
         detect([{"prompt": "Q", "response": "A", "seed": 7}])
     with pytest.raises(DataError, match="fit no known format"):
         detect([{"prompt": "Q", "response": "A", "url": "u"}])
-    with pytest.raises(DataError, match=r"no column width; numeric columns are \['clarity', 'depth'\]"):
+    with pytest.raises(DataError, match=r"no column width; choose from \['clarity', 'depth'\]"):
         detect([row], options=Options(ratings=("clarity", "width")))
     with pytest.raises(DataError, match="no column chosen_stars or rejected_stars"):
         detect([{"prompt": "Q", "chosen": "A", "rejected": "B"}], options=Options(ratings=("stars",)))
