@@ -193,7 +193,7 @@ def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
         detect([row])
     with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['seed'\]"):  # no reward by its name
         detect([{"prompt": "Q", "response": "A", "seed": 7}])
-    with pytest.raises(DataError, match="fit no known format"):
+    with pytest.raises(DataError, match="match no known format"):
         detect([{"prompt": "Q", "response": "A", "url": "u"}])
     with pytest.raises(DataError, match=r"no column width; choose from \['clarity', 'depth'\]"):
         detect([row], options=Options(ratings=("clarity", "width")))

@@ -151,7 +151,7 @@ def test_models_are_sampled_scored_and_asked(
         ([], "nothing to evaluate"),
         (["--candidate", "/nowhere"], "candidate = /nowhere; no such"),
         (["--baseline", "FILE"], "no candidate"),
-        (["--alpaca_eval", "FILE"], "no candidate"),
+        (["--alpaca_eval", "FILE"], "there is no model to answer"),
         (["--candidate", "UNSCORED"], "configure scorers"),
         (["--candidate", "MODEL"], "prompts = None"),
         (["--candidate", "FILE", "--baseline", "OTHER"], "group a has different prompts"),
