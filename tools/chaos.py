@@ -296,7 +296,7 @@ def chaos(folder: Path, model_type: str, kills: int, seed: int, tell: Callable[[
 
 def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description="Kill a small run at random points, resume it, compare what it ends with.")
+    parser = argparse.ArgumentParser(description="Kill a small run at random points, resume it, and compare its result.")
     parser.add_argument("--model", choices=["qwen3", "qwen3_moe", "qwen3_5_text"], default="qwen3", help="Kind of model.")
     parser.add_argument("--kills", type=int, default=100, help="Stop after this many.")
     parser.add_argument(

@@ -28,7 +28,7 @@ from mpo_megatron.files.atomic import replace_file
 
 CONFIG = Path(__file__).with_name("align.yaml")
 NUM_PROMPTS = 88
-"""With the held-out ones of align.yaml."""
+"""Number of prompts, including the held-out ones of align.yaml."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:

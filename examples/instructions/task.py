@@ -35,9 +35,9 @@ QUESTIONS = (
 WORDS = ("light", "friend", "water", "careful", "morning", "story")
 FORBIDDEN = ("the", "and", "is")
 FEWEST_WORDS = 3
-"""A shorter answer follows no instruction."""
+"""Minimum words of an answer; a shorter one follows no instruction."""
 ECHOES = ("do not use", "use at most", "use the word", "answer in one", "answer with")
-"""Nor does an answer that repeats the instructions: a model of this size does so, and a reward for it would teach little else."""
+"""An answer that repeats the instructions follows none. A small model often does so, and rewards would reinforce it."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def build_prompts(number: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def follow(response: str, instructions: Sequence[Sequence[Any]]) -> list[bool]:
-    """For each instruction (its kind and what was drawn), whether the answer follows it."""
+    """For each instruction (kind and drawn value), whether the answer follows it."""
     is_answer = len(response.split()) >= FEWEST_WORDS and not any(echo in response.lower() for echo in ECHOES)
     return [is_answer and INSTRUCTIONS[kind].follows(response, value) for kind, value in instructions]
 

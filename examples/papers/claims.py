@@ -11,9 +11,9 @@ from typing import Any, Literal
 Results = Mapping[str, Mapping[int, Mapping[str, Any]]]
 """Numbers of a trial, by method and seed."""
 ERRORS = 2.0
-"""A difference of so many standard errors counts."""
+"""Number of standard errors from which a difference counts."""
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57)
-"""The same for a standard error that comes from 2, 3, … 6 values alone: 95 % of Student's t."""
+"""The same for a standard error from only 2, 3, … 6 values: two-sided 95 % quantiles of Student's t."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +105,8 @@ class Verdict:
 def judge(claim: Claim, results: Results) -> Verdict:
     """Compare two methods, seed by seed and prompt by prompt.
 
-    Rewards have two standard errors, over prompts and, with several seeds, over seeds; the larger one counts. How far
-    log-probabilities moved is one number a trial: its standard error is that over seeds, which are few (Student's t).
+    Rewards have two standard errors, over prompts and, with several seeds, over seeds; the larger one is used. The change
+    of log-probs is one number per trial; its standard error is over a few seeds, hence Student's t.
     """
     first, second = results.get(claim.first, {}), results.get(claim.second, {})
     seeds = tuple(sorted(set(first) & set(second)))

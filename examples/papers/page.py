@@ -71,7 +71,7 @@ def describe_sizes(sizes: Sizes) -> list[str]:
 
 
 def format_claims(judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
-    """A table with one line a claim."""
+    """A table with one row per claim."""
     lines = ["| paper | claim | compared | difference | verdict |", "|---|---|---|---|---|"]
     for claim, verdict in judged:
         unit = " nats" if claim.measure == "chosen_log_ratio" else ""
@@ -83,16 +83,16 @@ def format_claims(judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
 
 
 def format_left(claim: Claim) -> str:
-    """The line of a claim that was not run."""
+    """The table row of a claim that was not run."""
     return f"| {claim.paper} | {claim.text} | `{claim.first}` − `{claim.second}` |"
 
 
 def describe_power(judged: Sequence[tuple[Claim, Verdict]]) -> str:
-    """How large a difference of rewards has to be, by the errors of those that were measured."""
+    """The smallest detectable reward difference, estimated from the measured errors."""
     errors = [verdict.error for claim, verdict in judged if claim.measure == "reward" and not math.isnan(verdict.error)]
     if not errors:
         return "Nothing was compared yet."
-    return f"A difference of rewards has to be about {ERRORS * statistics.median(errors):.2f} to be told here."
+    return f"A difference of rewards must be at least about {ERRORS * statistics.median(errors):.2f} to be detected here."
 
 
 def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: Results) -> list[str]:

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     entries = load_entries()
     sizes = Sizes(prompts=options.prompts, held_out=options.held_out, max_tokens=options.max_tokens)
     samples = make_samples(options.output / "samples", sizes, [entries[name].groups for name in options.methods], console)
-    # Seeds outside: a call that is stopped leaves every method with the first seeds.
+    # Seeds in the outer loop: an interrupted call has every method for the first seeds.
     for seed in options.seeds:
         for name in (START, *options.methods):
             console.rule(f"{name}, seed {seed}")

@@ -37,15 +37,15 @@ class Sizes:
     """Amounts of sampling, training and measuring."""
 
     prompts: int = 20
-    """Training prompts, `NUM_RESPONSES` samples each."""
+    """Number of training prompts, with `NUM_RESPONSES` samples each."""
     held_out: int = 72
-    """Prompts that the trained policies answer."""
+    """Number of prompts that the trained policies answer."""
     max_tokens: int = 24
     """Longest answer."""
     groups_per_step: int = 4
     epochs: float = 1.0
     lr: float = 6e-5
-    """At 1e-4, MPO's answers are rewarded more and make less sense; at 4e-5, they gain half as much."""
+    """At 1e-4, MPO's answers get higher rewards but make less sense; at 4e-5, rewards rise half as much."""
 
     def as_dict(self) -> dict[str, Any]:
         """The sizes for the record of a trial."""
@@ -102,7 +102,7 @@ class Samples:
 
 
 def make_samples(folder: Path, sizes: Sizes, group_sets: Iterable[GroupSet], console: Console) -> Samples:
-    """Sample once, or what is left of it; prepare the groups of each set.
+    """Sample once, resuming if necessary; prepare the groups of each set.
 
     Raises:
         ConfigError: the folder's samples were made with other sizes.

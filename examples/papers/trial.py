@@ -24,7 +24,7 @@ from mpo_megatron.terminal.console import Console
 
 METHODS = Path(__file__).with_name("methods.yaml")
 NUM_ANSWERS = 4
-"""Answers to each held-out prompt."""
+"""Answers per held-out prompt."""
 START = "start"
 """Name of the initial policy among the trials."""
 
@@ -36,7 +36,7 @@ class Entry:
     name: str
     loss: str
     params: dict[str, Any] = field(default_factory=dict)
-    """Hyper-parameters of the loss that are not its defaults."""
+    """Hyper-parameters of the loss that differ from its defaults."""
     groups: GroupSet
 
 
@@ -97,7 +97,7 @@ def read_trial(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
 
 
 def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
-    """Train; what it cost, and how far log-probabilities moved in the second half of the steps."""
+    """Train; returns the cost, and the mean change of log-probs over the second half of the steps."""
     sizes = samples.sizes
     options = {
         "output": str(folder / "run"),
