@@ -57,8 +57,8 @@ def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None)
     Returns:
         None when the run is complete; otherwise why it stopped and saved: a request, or the time limit.
     Raises:
-        ConfigError: a checkpoint does not fit or is damaged, no group has a contrast, or a run that samples has nothing to sample
-            with.
+        ConfigError: a checkpoint does not fit or is damaged, no group has different rewards, or a run that samples has no
+            engine.
         TrainingError: a step's loss is not finite; the weights are those before that step.
         SaveError: a checkpoint could not be written.
         DataError: another run is using the folder.
