@@ -95,7 +95,7 @@ def tokenize_group(
     prompt_text, prompt_tokens = prompt
     if len(prompt_tokens) > config.max_prompt_tokens:
         limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
-        raise RowError("prompt", f"has {len(prompt_tokens)} tokens, {limit}")
+        raise RowError("prompt", f"has {len(prompt_tokens)} tokens, but {limit}")
     kept: list[int] = []
     answers: list[Tokens] = []
     num_overlong, faults = 0, list[RowError]()

@@ -211,7 +211,7 @@ def test_an_adapter_continues_and_refuses_another_base(inputs: Path, undisturbed
     assert found.record == read_adapter(step)
     assert not found.adapter_off_is_reference  # the reference is where training starts: with the adapter as it was
     wrong = load_yaml(TrainConfig, save_config(inputs, tmp_path, step, lora={"rank": 8}))
-    with pytest.raises(ConfigError, match=r"holds an adapter with rank = 4, but lora.rank = 8; leave lora"):
+    with pytest.raises(ConfigError, match=r"holds an adapter with rank = 4, but lora.rank = 8; remove lora"):
         build_setup(wrong, 1)
     save_model(tmp_path / "hf", seed=9)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "other")))

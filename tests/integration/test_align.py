@@ -142,7 +142,7 @@ def test_an_unfinished_stage_takes_other_options(inputs: Path, aligned: Path, tm
     """Of what a failed stage needs, nothing is known before it failed."""
     output, changed = tmp_path / "out", {"optimizer": {"lr": 1e-3}}
     shutil.copytree(aligned, output)
-    with pytest.raises(ConfigError, match=r"train.model = .* the stage that uses it is done"):
+    with pytest.raises(ConfigError, match=r"train.model = .* the stage that uses it is complete"):
         align(settings(inputs, output, train=changed), QUIET)
     (output / "train.json").unlink()  # as if training had failed
     again = settings(inputs, output, train=changed)
@@ -322,8 +322,8 @@ def test_a_number_of_held_out_groups_that_is_given_stays(inputs: Path, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data": []}, "give one of them"),
-        ({"prompts": "p.jsonl"}, "give one of them"),
+        ({"data": []}, "give exactly one of them"),
+        ({"prompts": "p.jsonl"}, "give exactly one of them"),
         ({"data": ["-"]}, "a resumed run could not read standard input again"),
         ({"score": {"scorers": {"x": {"kind": "match"}}}}, "score is a stage of on-policy rounds"),
         ({"iterate": {"measure_kl": False}}, "iterate is a stage of on-policy rounds"),

@@ -88,7 +88,7 @@ def test_finished_runs_are_skipped(finished: tuple[Path, str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*")}
     numbers = json.loads((output / "comparison.json").read_text())["methods"]
     printed = run_compare(output, "--methods", *METHODS, "--steps", "2")
-    assert printed.count("finished before") == len(METHODS)
+    assert printed.count("already finished") == len(METHODS)
     assert {path: path.stat().st_mtime_ns for path in (output / "runs").rglob("*")} == before
     assert json.loads((output / "comparison.json").read_text())["methods"] == numbers
 

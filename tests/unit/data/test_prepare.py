@@ -173,7 +173,7 @@ def test_an_overlong_prompt_rejects_its_group(run: Run, write_lines: Writer, tmp
     run(write_lines(row(0), row(1, prompt=TALE * 20)), max_prompt_tokens=40)
     (line, group_id, field, reason) = rejected(tmp_path / "out")[0]
     assert (line, group_id, field) == (2, "row-1", "prompt")
-    assert re.fullmatch(r"has \d+ tokens, max_prompt_tokens = 40", reason)
+    assert re.fullmatch(r"has \d+ tokens, but max_prompt_tokens = 40", reason)
 
 
 def test_a_prompt_that_the_template_refuses_is_rejected(run: Run, write_lines: Writer, tmp_path: Path) -> None:

@@ -227,7 +227,7 @@ def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Ten
         convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out"), base=str(tmp_path / "deep")))
     with pytest.raises(ConfigError, match="is a PEFT adapter; set base to its base model's"):
         convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "out")))
-    with pytest.raises(ConfigError, match="is a whole model, no adapter"):
+    with pytest.raises(ConfigError, match="is a whole model, not an adapter"):
         convert(ConvertConfig(input=str(base / "megatron"), output=str(tmp_path / "out"), merge=True))
 
 

@@ -83,7 +83,7 @@ def test_what_cannot_be_converted_is_named(folder: Path, tmp_path: Path, monkeyp
         checkpoint_of(folder, tmp_path / "run")
     assert not [path for path in (tmp_path / "run" / "converted").iterdir() if path.is_dir()]
     (folder / "model.safetensors").write_bytes(b"short")
-    with pytest.raises(ConfigError, match=r"^model\.checkpoint = .* cannot be converted: .*model\.safetensors: not a whole"):
+    with pytest.raises(ConfigError, match=r"^model\.checkpoint = .* cannot be converted: .*model\.safetensors: incomplete"):
         checkpoint_of(folder, tmp_path / "run")
     with pytest.raises(ConfigError, match="neither a Hugging Face folder"):
         checkpoint_of(tmp_path, tmp_path / "run")

@@ -110,7 +110,7 @@ def test_an_engine_that_fails_ends_the_run_in_time(monkeypatch: pytest.MonkeyPat
         engine.update()
     monkeypatch.setattr(vllm_stand_in, "MEET_SECONDS", 1.0)
     gone = vllm_stand_in.Engine(gpus=1)  # of two workers
-    with pytest.raises(ConfigError, match=r"do not meet at 127.0.0.1:\d+ to pass weights by NCCL"):
+    with pytest.raises(ConfigError, match=r"could not connect at 127.0.0.1:\d+ for NCCL"):
         VllmLiveEngine(weights, around(gone), seconds=TIMEOUT, own_gpus=2)
 
 
@@ -224,7 +224,7 @@ def test_engines_that_fit_no_replica_are_refused(tmp_path: Path) -> None:
         ("fp8", "it reads only FP8 checkpoints; fp8_per_tensor quantises others"),
         ("awq", "it reads only quantised weights, but the policy's are not quantised: choose one of fp8_per_tensor, "),
         ("torchao", "only if all weights arrive in one call"),
-        *((name, "quantised already") for name in ("gptq", "gptq_marlin", "compressed-tensors", "modelopt_fp4", 4)),
+        *((name, "it reads only quantised weights") for name in ("gptq", "gptq_marlin", "compressed-tensors", "modelopt_fp4", 4)),
     ],
 )
 def test_quantised_engines_that_cannot_take_weights_are_refused(tmp_path: Path, method: Any, reason: str) -> None:

@@ -152,7 +152,7 @@ def test_wrong_servers_and_options_are_refused(server: Server, model_folder: Pat
         build(server, model_folder, api="pooling", endpoint={"server": "sglang"}).score([GROUP])
     with pytest.raises(ConfigError, match="classify and pooling need the model's tokenizer"):
         build_scorer_config("it", {"kind": "served_reward_model", "endpoint": {"base_url": server.url, "model": "m"}})
-    with pytest.raises(DataError, match=r"group a, response 0 has \d+ tokens with its prompt, the limit is 4"):
+    with pytest.raises(DataError, match=r"group a, response 0 has \d+ tokens with its prompt, but max_length = 4"):
         build(server, model_folder, max_length=4).score([GROUP])
     assert build(server, model_folder, max_length=4, too_long="missing").score([GROUP]) == [[None] * 4]
     server.answer = lambda path, body: (404, {}, b'{"detail": "Not Found"}')
