@@ -375,7 +375,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "kinds of layers in config": (
         lambda folder: edit_config(folder, num_hidden_layers=2),
-        r"config.json: .*`num_hidden_layers` \(2\) must be equal to the number of `layer_types` \(3\); check or copy the file again",
+        r"config.json: .*`num_hidden_layers` \(2\) must be equal to the number of `layer_types` \(3\); check or copy",
     ),
     "type in config": (
         lambda folder: edit_config(folder, hidden_size="64"),
