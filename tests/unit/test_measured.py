@@ -64,7 +64,7 @@ def check_tuning(text: str, name: str) -> None:
 
 
 def test_rounds_with_many_prompts() -> None:
-    text = section("docs/experiments/on_policy.md", "## An example on a CPU: MPO beside DPO", "### ")
+    text = section("docs/experiments/on_policy.md", "## An example on a CPU: MPO against DPO", "### ")
     check_rounds(text, "on_policy")
     check_tuning(text, "on_policy_tuning")
 

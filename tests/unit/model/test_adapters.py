@@ -190,7 +190,7 @@ def test_our_export_loads_in_peft(base: Path, ranks: Ranks, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_dora": True}, "use_dora = True, which is not implemented"),
+        ({"use_dora": True}, "use_dora = True, which is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"rank_pattern": {"q_proj": 8}}, "rank_pattern"),
         ({"bias": "all"}, "bias = all"),
@@ -328,7 +328,7 @@ def test_the_norm_is_that_of_all_products(base: Path, ranks: Ranks) -> None:
         ({"alpha": 8.0}, "lora.alpha = 8.0 without lora.rank"),
         ({"rslora": True}, "lora.rslora = True without lora.rank"),
         ({"rank": 4, "target_modules": []}, "name at least one layer"),
-        ({"rank": 4, "target_modules": ["q_proj", "q_proj"]}, "each once"),
+        ({"rank": 4, "target_modules": ["q_proj", "q_proj"]}, "each only once"),
     ],
 )
 def test_options_are_checked(options: dict[str, Any], message: str) -> None:

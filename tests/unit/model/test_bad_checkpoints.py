@@ -67,7 +67,11 @@ def with_fields(source: Path, target: Path, fields: dict[str, Any]) -> Path:
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": "2", "rope_theta": 1e4}}, r"factor = '2' of the rotary"),
         ("llama", {"rope_parameters": {"rope_theta": "x"}}, r"rope_theta = 'x' of the rotary embedding must be a positive"),
         ("llama", {"rope_parameters": {"rope_theta": -1.0}}, r"rope_theta = -1.0 of the rotary"),
-        ("llama", {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}}, r"mrope_section = \[1\] .* is not read"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_theta": 1e4, "mrope_section": [1]}},
+            r"mrope_section = \[1\] .* is not supported with",
+        ),
         ("llama", {"rope_parameters": {"rope_type": ["linear"], "factor": 2.0}}, r"rope_type = \['linear'\] is not supported"),
         ("gemma2", {"query_pre_attn_scalar": 0}, r"query_pre_attn_scalar = 0; it must be positive"),
         ("olmo3", {"layer_types": ["chunked_attention", "full_attention"]}, r"layer_types has 'chunked_attention'"),

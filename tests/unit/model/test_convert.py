@@ -524,8 +524,8 @@ def test_bad_megatron_checkpoint(case: str, megatron_copy: Path, tmp_path: Path)
     ("name", "message"),
     [
         ("megatron/.metadata", r"\.metadata: its content differs from what was written \(the digest of 0 to .*; copy it again"),
-        ("hf/tokenizer.json", r"tokenizer\.json: its bytes"),
-        ("conversion.json", r"conversion\.json: its bytes"),
+        ("hf/tokenizer.json", r"tokenizer\.json: its content differs"),
+        ("conversion.json", r"conversion\.json: its content differs"),
         (digests.LIST, r"mpo_digests\.json: damaged"),
         (None, r"megatron: has no digests, .* convert it again"),
     ],

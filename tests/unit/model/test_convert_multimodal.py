@@ -127,7 +127,7 @@ def test_a_run_s_checkpoint_finds_them_where_training_began(dense: Path, tmp_pat
 
 
 def test_others_are_chosen_on_the_way_in(dense: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"others = drop, but .* way in"):
+    with pytest.raises(ConfigError, match=r"others = drop, but .* conversions to Megatron only"):
         run(run(dense, tmp_path / "megatron"), tmp_path / "back", others="drop")
 
 

@@ -116,7 +116,7 @@ def test_what_layers_cannot_recompute_is_refused(
     ("options", "message"),
     [
         ({"recompute": "selective", "recompute_modules": []}, "name at least one module, each only once"),
-        ({"recompute": "selective", "recompute_modules": ["mlp", "mlp"]}, "each once"),
+        ({"recompute": "selective", "recompute_modules": ["mlp", "mlp"]}, "each only once"),
         ({"recompute_modules": ["mlp"]}, "which ignores it; set model.recompute to selective"),
         ({"offload_layers": -1}, "must be 0 or more"),
         ({"offload_layers": 2, "recompute": "full"}, "Megatron supports only one of them"),
