@@ -47,6 +47,18 @@ MEANINGLESS = (
 )
 """Prefixes of Megatron-Core's warnings that do not apply to this package's layers."""
 
+DEPRECATIONS = {
+    "megatron.core.distributed.distributed_data_parallel": "DistributedDataParallel: full_param_layout not provided",
+    "megatron.core.dist_checkpointing.strategies.common": "load_common is deprecated",
+    "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
+}
+"""Loggers of Megatron-Core, and prefixes of their deprecation messages, which only this package can act on."""
+CHECKPOINT_READS = (
+    "The argument order of load has been changed",
+    "torch.distributed is disabled, unavailable or uninitialized",
+)
+"""Prefixes of torch's warnings when Megatron-Core reads checkpoints."""
+
 COMPILED_VARIANTS = 64
 """Limit of compiled variants per function of `compile_for_any_length`."""
 
@@ -181,11 +193,19 @@ def _check_resiliency_extension() -> None:
 
 def quiet_megatron() -> None:
     """Hide Megatron-Core's uninformative warnings. The main rank still shows one about lost speed."""
+    for name, start in DEPRECATIONS.items():
+        logging.getLogger(name).addFilter(functools.partial(_begins_otherwise, start))
+    for message in CHECKPOINT_READS:
+        warnings.filterwarnings("ignore", message=message, category=UserWarning)
     if not has_gpu() or os.environ.get("RANK", "0") != "0":  # on a CPU, they only report the missing GPU
         warnings.filterwarnings("ignore", module=r"megatron\..*")
         return
     for message in MEANINGLESS:
         warnings.filterwarnings("ignore", message=message, module=r"megatron\..*")
+
+
+def _begins_otherwise(start: str, record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(start)
 
 
 def cuda_stand_ins() -> dict[str, Any]:

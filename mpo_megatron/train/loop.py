@@ -87,6 +87,8 @@ def train_steps(run: Run, term: GradientTerm | None) -> str | None:
     adam = optimizer.build_optimizer(config.optimizer, run.model, run.ranks)
     saved = resume(run.setup, run.model, adam, run.ranks)
     done = saved.step
+    if done >= last and run.ranks.is_main:
+        print(f"nothing is left to train: step {done} of {total_steps} is saved", flush=True)
     if term is not None:
         term.resume(done)
     scheduler = optimizer.build_scheduler(config.optimizer, adam, total_steps=total_steps, start_step=done)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -197,11 +198,17 @@ def check_same_run(before: dict[str, Any], fixed: dict[str, Any], folder: Path) 
         before = {"experts": defaults, **before}
     changed = find_change(before, fixed)
     if changed is not None:
-        name, then, now = changed
+        name, then, now = changed[0], _shorten(changed[1]), _shorten(changed[2])
         raise ConfigError(
             f"cannot resume from {folder}: it was trained with {name} = {then}, now it is {now}; use the old value, or start "
             f"a new run: another output (from these weights: model.checkpoint = {folder}), or checkpoint.resume = false."
         )
+
+
+def _shorten(value: Any) -> Any:
+    """A value as a message shows it: of a digest the beginning, which is enough to tell two apart."""
+    is_digest = isinstance(value, str) and re.fullmatch("[0-9a-f]{32,}", value) is not None
+    return f"digest {value[:8]}…" if is_digest else value
 
 
 def check_first_step(first_step: int, done: int, folder: Path) -> None:

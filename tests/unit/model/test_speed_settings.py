@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +137,20 @@ def test_a_warning_that_names_lost_speed_is_shown(gpu: bool, rank: str, shown: b
         for message in (LOST_SPEED, *device.MEANINGLESS):
             warnings.warn_explicit(message, UserWarning, "layers.py", 1, module="megatron.core.tensor_parallel.layers")
     assert [str(warning.message) for warning in caught] == ([LOST_SPEED] if shown else [])
+
+
+@pytest.mark.parametrize(("name", "start"), device.DEPRECATIONS.items())
+def test_deprecations_that_only_megatrons_callers_can_heed_are_hidden(
+    name: str, start: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And each is still what Megatron-Core says."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    assert start in Path(str(spec.origin)).read_text()
+    device.quiet_megatron()
+    logging.getLogger(name).warning("%s, and so on", start)
+    logging.getLogger(name).warning("something else")
+    assert caplog.messages == ["something else"]
 
 
 def test_rotary_frequencies_are_transformers(ranks: Ranks) -> None:

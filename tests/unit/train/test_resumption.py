@@ -33,6 +33,12 @@ def test_a_run_that_would_take_another_course_is_refused_by_its_newest_state(
     resumption.check_resumption(setup(tmp_path))  # the ranks take an older one, and say so
 
 
+def test_of_digests_only_the_beginning_is_shown(tmp_path: Path) -> None:
+    before, now = ({"reference model": digit * 64} for digit in "ab")
+    with pytest.raises(ConfigError, match="with reference model = digest aaaaaaaa…, now it is digest bbbbbbbb…; use the old"):
+        course.check_same_run(before, now, tmp_path)
+
+
 def test_a_run_without_a_whole_checkpoint_is_refused(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000003.damaged").mkdir(parents=True)
     with pytest.raises(DamagedError, match=r"no checkpoint is complete; damaged: step_00000003\.damaged"):
