@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     table = [
         {
-            "TRL sees": row["pairing"],
+            "TRL trains on": row["pairing"],
             "sequences per group, TRL": row["sequences"],
             "pairs per micro-batch": row["pairs_per_micro_batch"],
             "ours, groups/s": f"{row['ours_groups_per_second']:.3f}",
