@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import check_lines, check_record
 
@@ -297,6 +298,11 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
                 raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}; choose one.")
             dataset = dataset[split]
         return _read_dataset(dataset, str(folder))
+    if (folder / INFO_FILE).is_file():
+        raise DataError(
+            f"input = {folder}; it holds groups that are prepared already ({INFO_FILE}); train on them with "
+            f"`mpo train --data.train {folder}`, or name the file that they were made from."
+        )
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_readable(path))
     if not files or subset is not None or (folder / "README.md").is_file():
         return _load_dataset(str(folder), split, subset)

@@ -24,6 +24,7 @@ def find_model(name: str) -> Family:
         return load_family(folder / "hf")
     if folder.is_dir():
         return load_family(folder)
-    nearest = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.4) or list(by_name)
-    choices = ", ".join(by_name[key] for key in nearest)
-    raise ConfigError(f"model = {name}; neither a checkpoint folder nor a known model; did you mean {choices}?")
+    nearest = difflib.get_close_matches(name.lower(), by_name, n=3, cutoff=0.4)
+    choices = ", ".join(by_name[key] for key in nearest or by_name)
+    fix = f"did you mean {choices}?" if nearest else f"give a folder with a config.json, or one of {choices}."
+    raise ConfigError(f"model = {name}; neither a checkpoint folder nor a known model; {fix}")

@@ -6,7 +6,6 @@ import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -110,8 +109,7 @@ def load(path: str, name: str, config: ChatConfig) -> Partner:
     Raises:
         ConfigError: the path holds no model.
     """
-    aligned = Path(path) / ALIGNED
-    folder = hugging_face_folder(locate_model(str(aligned) if aligned.is_dir() else path, name))
+    folder = hugging_face_folder(locate_model(path, name))
     tokenizer, adapter = load_tokenizer(folder), None
     if is_peft(folder):
         folder, adapter = base_folder(folder), folder

@@ -15,6 +15,8 @@ from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
 
 EXPORT_FOLDER = "exported"
 """Folder beside a Megatron checkpoint's weights that holds its Hugging Face form."""
+ALIGNED = "aligned"
+"""Where `mpo align` leaves its model: its folder stands for it."""
 _MAX_SHARD_BYTES = 4 * 2**30
 
 
@@ -27,6 +29,8 @@ def locate_model(path: str, name: str = "model", *, tokenizer_only: bool = False
         ConfigError: there is no checkpoint.
     """
     folder = Path(path)
+    if (folder / ALIGNED).is_dir():
+        folder = folder / ALIGNED
     require(folder.is_dir(), f"{name} = {path}; no such folder; name the folder of a checkpoint or of a training run.")
     from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 

@@ -72,6 +72,9 @@ def test_a_folder_of_files(tmp_path: Path, write_lines: Writer) -> None:
     (tmp_path / "plain" / "c.json").write_text("[]")
     with pytest.raises(DataError, match="files of several kinds"):
         read_groups(str(tmp_path / "plain"))
+    (tmp_path / "plain" / "prepare.json").touch()
+    with pytest.raises(DataError, match=r"holds groups that are prepared already .*; train on them with `mpo train"):
+        read_groups(str(tmp_path / "plain"))
 
 
 def test_a_dataset_folder_as_the_hub_lays_it_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.chat import Partner, chat, load
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from mpo_megatron.rollout.models import locate_model
 from mpo_megatron.terminal.visible import visible
 from tests.tiny import save_model, save_tokenizer
 
@@ -72,6 +73,12 @@ def test_two_models_answer_and_a_conversation_begins_anew(
     assert printed.count(f"── {model_folder}") == 6
     assert "\\x1b[31mred" in printed
     assert "\x1b" not in printed
+
+
+def test_a_folder_of_mpo_align_stands_for_its_model(tmp_path: Path) -> None:
+    (tmp_path / "out" / "aligned").mkdir(parents=True)
+    (tmp_path / "out" / "aligned" / "config.json").touch()
+    assert locate_model(str(tmp_path / "out")) == tmp_path / "out" / "aligned"
 
 
 def test_an_answer_ends_where_the_model_ends(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
