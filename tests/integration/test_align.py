@@ -253,7 +253,7 @@ def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) 
     changes: dict[str, Any] = {"data": [], "prompts": str(inputs / "prompts.jsonl"), "rounds": 2, "score": {"scorers": scorers}}
     align(settings(inputs, tmp_path / "out", plan=True, **changes), Console(file=output, width=400))
     # 16 prompts, two held out; answers are taken for half of generate.max_tokens.
-    assert "a round: 7 prompts × 8 answers of about 4 tokens" in output.getvalue()
+    assert "per round: 7 prompts × 8 answers of about 4 tokens" in output.getvalue()
     assert re.search(r"minutes at [\d,]+ tokens/s; training \d+ minutes.* All rounds, .* about \d+ minutes on", output.getvalue())
     assert not (tmp_path / "out").exists()
 

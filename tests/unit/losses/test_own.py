@@ -118,7 +118,7 @@ def test_what_cannot_work_is_refused_by_name(source: str, tmp_path: Path) -> Non
 def test_refusals_before_any_import(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"loss\.function = hinge; write package\.module:function or path/to/file\.py:function"):
         LossConfig(function="hinge")
-    with pytest.raises(ConfigError, match=r"loss\.name = dpo with loss\.function = a\.py:b, which takes its place"):
+    with pytest.raises(ConfigError, match=r"loss\.name = dpo with loss\.function = a\.py:b, which replaces it"):
         LossConfig(name="dpo", function="a.py:b")
     with pytest.raises(ConfigError, match=r"there is no file .*none\.py; paths start where the command runs"):
         build_objective(LossConfig(function=f"{tmp_path / 'none.py'}:f"))

@@ -409,7 +409,7 @@ BAD_HF: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: rename(folder, lambda name: f"module.{name}"),
         r"weight names start with 'module.' .*as DistributedDataParallel saves them",
     ),
-    "compiled": (lambda folder: rename(folder, lambda name: f"_orig_mod.{name}"), r"begin with '_orig_mod.' .*a compiled model"),
+    "compiled": (lambda folder: rename(folder, lambda name: f"_orig_mod.{name}"), r"start with '_orig_mod.' .*a compiled model"),
     "base model": (
         lambda folder: rename(folder, lambda name: name.removeprefix("model.")),
         r"holds a base model .*lm_head.weight is missing",
@@ -527,7 +527,7 @@ def test_bad_megatron_checkpoint(case: str, megatron_copy: Path, tmp_path: Path)
         ("hf/tokenizer.json", r"tokenizer\.json: its content differs"),
         ("conversion.json", r"conversion\.json: its content differs"),
         (digests.LIST, r"mpo_digests\.json: damaged"),
-        (None, r"megatron: has no digests, .* convert it again"),
+        (None, r"megatron: has no digests .* convert it again"),
     ],
 )
 def test_damaged_megatron_checkpoint(name: str | None, message: str, megatron_copy: Path, tmp_path: Path) -> None:
@@ -606,7 +606,7 @@ def test_full_disk_leaves_nothing_behind(direction: str, qwen3: Path, megatron: 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(ConfigError, match=r"output = .*out: File too large while writing 0.00 GiB of weights; make room"):
+        with pytest.raises(ConfigError, match=r"output = .*out: File too large while writing 0.00 GiB of weights; free space"):
             convert_folder(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

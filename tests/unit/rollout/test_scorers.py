@@ -102,7 +102,7 @@ def test_wrong_heads_are_refused(tmp_path: Path, model_folder: Path) -> None:
     weights = load_file(headless / "model.safetensors")
     del weights["score.weight"]
     save_file(weights, headless / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"1 weights are not in the checkpoint, for example score\.weight"):
+    with pytest.raises(ConfigError, match=r"1 weights are missing in the checkpoint, for example score\.weight"):
         build("reward_model", model=str(headless), device="cpu")
 
 

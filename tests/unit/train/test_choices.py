@@ -80,7 +80,7 @@ def test_damage_is_noticed(data: PreparedGroups, ranks: Ranks, tmp_path: Path, c
     first.write_bytes(first.read_bytes()[:-1])
     assert len(ReferenceChoices.open(tmp_path, data, SMALL, ranks).missing()) == len(data)
     said = capsys.readouterr().out
-    assert "missing, its list says" in said
+    assert "missing, but its list says" in said
     assert said.count("Its groups are computed again when needed.") == 2
 
 
