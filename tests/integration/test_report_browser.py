@@ -66,7 +66,7 @@ def as_numbers(cells: list[str]) -> list[float]:
 def test_charts_are_drawn_and_nothing_is_asked_for(browser: Any, pages: dict[str, Path]) -> None:
     page, wrong = visit(browser, pages["one"])
     titles = page.locator(".chart h3").all_inner_texts()
-    for title in ("Loss", "Log-probability drift", "KL from the reference", "Peak memory", "Where the log-ratios are", "Rewards"):
+    for title in ("Loss", "Log-probability drift", "KL from the reference", "Peak memory", "Distribution of log-ratios", "Rewards"):
         assert title in titles
     assert page.locator(".chart .js-plotly-plot").count() == len(titles)
     drawn = page.evaluate(
@@ -146,6 +146,6 @@ def test_a_run_of_three_steps_without_held_out_groups(browser: Any, pages: dict[
     page, wrong = visit(browser, pages["young"])
     assert page.locator(".chip").inner_text() == "running"
     assert "step 3 of 40" in page.locator(".head").inner_text()
-    assert "No run here has kept held-out groups" in page.locator("main").inner_text()
+    assert "No run has saved held-out groups" in page.locator("main").inner_text()
     assert wrong == []
     page.close()

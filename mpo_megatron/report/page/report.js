@@ -1,6 +1,6 @@
 "use strict";
 // The page: `content` (report/content.py) → sections, charts (plotly.js) and tables.
-// Texts of prompts and responses reach the page through `textContent` only, so they stay texts.
+// Texts of prompts and responses reach the page through `textContent` only, so they are never parsed as HTML.
 
 const content = JSON.parse(document.getElementById("content").textContent);
 const runs = content.runs;
@@ -24,7 +24,7 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-// Plotly reads a little HTML in labels.
+// Plotly interprets some HTML in labels.
 const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 const known = (value) => value !== null && value !== undefined;
 
@@ -114,7 +114,7 @@ function comparison() {
     const header = make("tr", {}, make("th", {}, "Option"), runs.map((run) => make("th", {}, run.name)));
     const lines = content.differences.map((row) => make("tr", {}, make("td", { class: "mono" }, row.option),
       row.values.map((value) => make("td", { class: "mono" }, value))));
-    whole.append(make("h2", {}, "What differs between them"), make("div", { class: "card scroll" },
+    whole.append(make("h2", {}, "Differing options"), make("div", { class: "card scroll" },
       make("table", {}, make("thead", {}, header), make("tbody", {}, lines))));
   }
 }
@@ -140,7 +140,7 @@ function chart(title, about, draw, wide = false) {
   drawings.push(() => {
     const { traces, ...rest } = draw();
     Plotly.react(plot, traces, layout(rest), { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"],
-      displayModeBar: matchMedia("(hover: hover)").matches && "hover" }); // with a finger it would always be there, over the legend
+      displayModeBar: matchMedia("(hover: hover)").matches && "hover" }); // on touch screens it would always cover the legend
   });
   return card;
 }
@@ -222,7 +222,7 @@ function distributions() {
         hovermode: "closest", xaxis: { title: { text: "tokens of the response" } }, yaxis: { title: { text: "log π/π_ref, nats" } },
       })));
     }
-    // Runs on the same data have the same histograms: once is enough.
+    // Runs on the same data have the same histograms: show them once.
     const same = runs.slice(0, index).some((other) => JSON.stringify(other.data) === JSON.stringify(run.data));
     if (!same) {
       run.data.forEach((spec) => cards.push(chart(prefix + spec.title, "Shares of the training data, and of the held-out data.", () => ({
@@ -240,8 +240,8 @@ function driftCard(run, prefix) {
   const top = Math.max(...counts.slice(-1)[0].flat()) * 1.15;
   let place = steps.length - 1;
   const label = make("b", {}, steps[place]);
-  const card = chart(prefix + "Where the log-ratios are",
-    "log π/π_ref of all held-out responses; before training they are all 0. Drag to go through the evaluations.", () => ({
+  const card = chart(prefix + "Distribution of log-ratios",
+    "log π/π_ref of all held-out responses; before training they are all 0. Drag to select an evaluation.", () => ({
     traces: ["preferred", "others"].map((name, which) => ({ type: "bar", x: middles(edges), y: counts[place][which], name,
       width: widths(edges), opacity: 0.6, marker: { color: css(which ? "--rejected" : "--chosen") } })),
     barmode: "overlay", bargap: 0, xaxis: { title: { text: "log π/π_ref, nats" } },
@@ -290,9 +290,9 @@ function responseCard(response) {
       make("span", {}, "reward ", make("b", {}, number(response.reward))),
       make("span", {}, "log π/π_ref ", make("b", {}, number(last(response.ratios), true))),
       make("span", {}, "log π ", make("b", {}, number(response.policy))),
-      make("span", {}, "was ", make("b", {}, number(response.reference))),
+      make("span", {}, "log π_ref ", make("b", {}, number(response.reference))),
       make("span", {}, make("b", {}, number(response.tokens)), " tokens")),
-    make("div", { class: "text" }, response.text ?? "(the text is not here any more)"));
+    make("div", { class: "text" }, response.text ?? "(the text is no longer available)"));
 }
 
 const COLUMNS = [
@@ -315,7 +315,7 @@ const AT_ONCE = 50;
 function groups() {
   if (!runs.some((run) => run.groups.length)) {
     section("Groups", "groups", null, make("p", { class: "card pad soft" },
-      "No run here has kept held-out groups: set data.eval, and they are written at every evaluation."));
+      "No run has saved held-out groups. Set data.eval to save them at every evaluation."));
     return;
   }
   let key = "margin", down = false, filter = "all", shown = AT_ONCE, search = "";
@@ -335,7 +335,7 @@ function groups() {
   }
   function compare(a, b) {
     const [left, right] = [a[key], b[key]];
-    if (!known(left) || !known(right)) return known(right) - known(left); // what is missing comes last either way
+    if (!known(left) || !known(right)) return known(right) - known(left); // missing values come last in both orders
     return (typeof left === "number" ? left - right : String(left).localeCompare(String(right), "en", { numeric: true })) * (down ? -1 : 1);
   }
   function line(row) {
@@ -349,7 +349,7 @@ function groups() {
       if (whole.classList.toggle("open")) {
         const order = [...row.responses].sort((a, b) => (b.reward ?? b.set) - (a.reward ?? a.set));
         whole.after(make("tr", {}, make("td", { class: "detail", colspan: COLUMNS.length },
-          make("div", { class: "prompt" }, row.prompt ?? "(the prompt is not here any more)"),
+          make("div", { class: "prompt" }, row.prompt ?? "(the prompt is no longer available)"),
           make("div", { class: "responses" }, order.map(responseCard)))));
       } else whole.nextSibling.remove();
     };
@@ -410,7 +410,7 @@ function incidents() {
         make("span", { class: "soft" }, `${found.length} groups, gradient norm ${number(found[0].grad_norm)}`)),
       found.map(incidentGroup));
   }));
-  if (cards.length) section("Incidents", "incidents", "steps that looked wrong, and their groups with the highest loss first", ...cards);
+  if (cards.length) section("Incidents", "incidents", "suspicious steps; groups with the highest loss first", ...cards);
 }
 
 function facts() {
