@@ -66,7 +66,8 @@ def as_numbers(cells: list[str]) -> list[float]:
 def test_charts_are_drawn_and_nothing_is_asked_for(browser: Any, pages: dict[str, Path]) -> None:
     page, wrong = visit(browser, pages["one"])
     titles = page.locator(".chart h3").all_inner_texts()
-    for title in ("Loss", "Log-probability drift", "KL from the reference", "Peak memory", "Distribution of log-ratios", "Rewards"):
+    charts = ("Loss", "Log-probability drift", "KL from the reference", "Peak memory", "Distribution of log-ratios", "Rewards")
+    for title in charts:
         assert title in titles
     assert page.locator(".chart .js-plotly-plot").count() == len(titles)
     drawn = page.evaluate(
