@@ -103,6 +103,11 @@ def validate_evaluate(config: EvaluateConfig) -> None:
         config.candidate is not None or not config.benchmarks,
         f"{', '.join(config.benchmarks)}: there is no model to answer; set candidate to a model.",
     )
+    for name in ("prompts", "generate", "score"):
+        require(
+            config.candidate is not None or not getattr(config, name),
+            f"{name} is set, but there is no candidate to sample or score; set candidate, or remove {name}.",
+        )
     require(
         config.held_out is not None or config.candidate is not None,
         "nothing to evaluate: set held_out (groups with model.checkpoint and model.reference), or candidate.",

@@ -233,6 +233,11 @@ def validate_generate(config: GenerateConfig) -> None:
         ConfigError: names the field, the rule and the fix.
     """
     check_writable(Path(config.output), "output")
+    for name, default in (("vllm", VllmConfig()), ("transformers", TransformersConfig())):
+        require(
+            config.engine == name or getattr(config, name) == default,
+            f"{name}.* is set, but engine = {config.engine} does not read it; set engine = {name}, or remove it.",
+        )
     if config.engine == "openai":
         validate_endpoint(config.endpoint, "endpoint")
         require(
@@ -248,7 +253,7 @@ def validate_generate(config: GenerateConfig) -> None:
         require(
             not config.load_adapter,
             f"load_adapter = true applies to a server (engine = openai); engine = {config.engine} loads adapters anyway: remove "
-            "out.",
+            "it.",
         )
         require(
             config.endpoint == EndpointConfig(),

@@ -42,7 +42,7 @@ class PlanConfig(Section):
     inter_gbps: float | None = None
     """GB/s from a GPU to other machines, per direction, if not the hardware's."""
     data: str | None = None
-    """Folder with prepared groups, for their lengths; by default that of `train`, if it exists."""
+    """Folder with prepared groups, for their lengths; by default that of `train`, if it exists and no lengths are given."""
     prompt_tokens: int = 512
     """Mean prompt length P, without data."""
     response_tokens: int = 512

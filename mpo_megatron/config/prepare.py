@@ -101,6 +101,11 @@ class PrepareConfig(Section):
         )
         for weight in self.weights:
             require(0 < weight < float("inf"), f"weights = {self.weights}; each must be positive and finite.")
+        require(
+            self.prompt_format != "templated" or self.system_prompt is None,
+            f"system_prompt = {self.system_prompt} with prompt_format = templated: prompts are used unchanged; remove one of "
+            "them.",
+        )
         require(self.check_every >= 0, f"check_every = {self.check_every}; it must be 0 (never) or more.")
         for ours, theirs in self.columns.items():
             require(bool(ours and theirs), f"columns = {self.columns}; write ours=yours, for example prompt=question.")

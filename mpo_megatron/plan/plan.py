@@ -192,13 +192,25 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     )
 
 
+LENGTHS = ("prompt_tokens", "response_tokens", "responses", "spread")
+"""Options that describe groups without data."""
+
+
 def find_sequences(config: PlanConfig, train: TrainConfig, objective: Objective, groups_per_step: int) -> Sequences:
     """Lengths from the data if given, else from the options.
 
     Raises:
         ConfigError: the data lacks what the loss reads.
     """
-    folder = config.data or (train.data.train if (Path(train.data.train) / "prepare.json").is_file() else None)
+    given = [name for name in LENGTHS if getattr(config, name) != getattr(PlanConfig, name)]
+    require(
+        config.data is None or not given,
+        f"{' and '.join(given)}: lengths come from data = {config.data}; remove one of them.",
+    )
+    folder = config.data
+    # Without --train, data.train is only a placeholder: a folder of that name may be anything.
+    if config.train is not None and not given and (Path(train.data.train) / "prepare.json").is_file():
+        folder = folder or train.data.train
     if folder:
         info = read_info(folder)
         check_data(objective, has_rewards=info.reward_kind != "labels", has_labels=info.has_labels, where=folder)

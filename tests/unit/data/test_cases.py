@@ -285,6 +285,8 @@ def test_columns_are_mapped(write_lines: Writer) -> None:
         parse(PrepareConfig, ["--input", "a", "--output", "o", "--tokenizer", "t", "--input"])
     with pytest.raises(ConfigError, match="there are 2 inputs; give one weight for each"):
         PrepareConfig(input=["a", "b"], output="o", tokenizer="t", weights=[1.0])
+    with pytest.raises(ConfigError, match="system_prompt = S with prompt_format = templated: prompts are used unchanged"):
+        PrepareConfig(input="a", output="o", tokenizer="t", prompt_format="templated", system_prompt="S")
 
 
 def test_several_inputs_have_ids_of_their_own(write_lines: Writer) -> None:

@@ -151,6 +151,8 @@ def test_models_are_sampled_scored_and_asked(
         ([], "nothing to evaluate"),
         (["--candidate", "/nowhere"], "candidate = /nowhere; no such"),
         (["--baseline", "FILE"], "no candidate"),
+        (["--prompts", "FILE"], "prompts is set, but there is no candidate"),
+        (["--score", '{"combine": "sum"}'], "score is set, but there is no candidate"),
         (["--alpaca_eval", "FILE"], "there is no model to answer"),
         (["--candidate", "UNSCORED"], "configure scorers"),
         (["--candidate", "MODEL"], "prompts = None"),

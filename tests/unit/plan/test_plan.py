@@ -135,7 +135,9 @@ def test_options_are_checked(options: dict[str, Any], message: str) -> None:
         PlanConfig(gpus=8, **options)
 
 
-def test_lengths_come_from_prepared_groups(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lengths_come_from_prepared_groups(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     save_tokenizer(tmp_path / "model")
     groups = random_groups(24)
     save_groups(tmp_path / "groups", groups, tmp_path / "model")
@@ -143,6 +145,11 @@ def test_lengths_come_from_prepared_groups(tmp_path: Path, capsys: pytest.Captur
     printed = capsys.readouterr().out
     assert str(tmp_path / "groups") in printed.replace("\n", "")
     assert "24 groups in" in printed
+    with pytest.raises(ConfigError, match=r"prompt_tokens and spread: lengths come from data = .*groups; remove one of them"):
+        plan(PlanConfig(model="Qwen2.5-0.5B", gpus=2, data=str(tmp_path / "groups"), prompt_tokens=99, spread=0.1))
+    monkeypatch.chdir(tmp_path)  # nobody named the folder `groups` that is here
+    plan(PlanConfig(model="Qwen2.5-0.5B", gpus=2, groups_per_step=8, groups=1000, suggest=1))
+    assert "1,000 groups in" in capsys.readouterr().out
     labels = [dataclasses.replace(group, rewards=None, labels=np.zeros(group.num_responses, dtype=np.int8)) for group in groups]
     write_groups(tmp_path / "labels", labels, tokenizer_digest="", vocab_size=256, end_token_ids=[], reward_kind="labels")
     with pytest.raises(ConfigError, match=r"loss.name = mpo reads rewards, but .*labels has chosen / rejected labels only"):

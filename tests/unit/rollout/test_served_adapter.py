@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig
+from mpo_megatron.config import ConfigError, EndpointConfig, GenerateConfig, VllmConfig
 from mpo_megatron.files import DataError
 from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.engines.served_adapter import adapter_name
@@ -148,5 +148,7 @@ def test_an_adapter_that_the_server_keeps_is_told(
 def test_options_that_do_not_fit(config: GenerateConfig, model_folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"load_adapter = true applies to a server"):
         run(config, engine="transformers", endpoint=EndpointConfig())
+    with pytest.raises(ConfigError, match=r"vllm\.\* is set, but engine = openai does not read it; set engine = vllm"):
+        run(config, vllm=VllmConfig(tensor_parallel=2))
     with pytest.raises(ConfigError, match=r"load_adapter = true, but model = .* is no adapter"):
         run(config, model=str(model_folder))
