@@ -14,18 +14,18 @@ from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 
 BASE = "base"
-"""Name under which it serves the base model."""
+"""Name of the base model on this server."""
 
 
 class AdapterServer:
-    """Speaks the part of the protocol that `mpo generate` uses with `api: tokens`."""
+    """Implements the part of the protocol that `mpo generate` uses with `api: tokens`."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         """Serve the Hugging Face checkpoint in `folder`; `kind` is vllm or sglang."""
         self.folder, self.kind, self.tokenizer = folder, kind, load_tokenizer(folder)
         self.engines = {BASE: self._engine(None)}
         self.asked: list[tuple[str, dict[str, Any]]] = []
-        """(path, body) of all requests."""
+        """(path, body) of every request."""
         self.loads_adapters = True
         self.lock = threading.Lock()
         outer = self
@@ -66,7 +66,7 @@ class AdapterServer:
 
     @property
     def actions(self) -> list[str]:
-        """Last parts of the paths of requests other than completions, in order."""
+        """Last path components of all requests other than completions, in order."""
         return [path.rpartition("/")[2] for path, _ in self.asked if not path.endswith("completions")]
 
     def answer(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
@@ -88,7 +88,7 @@ class AdapterServer:
         return self._say(200, f"Success: LoRA adapter '{name}' added successfully.")
 
     def _say(self, status: int, message: str) -> tuple[int, Any]:
-        """In the words of each kind: vLLM answers with text, or an error object; SGLang with JSON."""
+        """In each server's format: vLLM answers with text or an error object; SGLang with JSON."""
         if self.kind == "sglang":
             return (200, {"success": True}) if status == 200 else (400, {"success": False, "error_message": message})
         return status, message if status == 200 else {"error": {"message": message, "code": status}}

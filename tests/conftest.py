@@ -5,21 +5,21 @@ from __future__ import annotations
 import gc
 import os
 
-# Before torch is imported anywhere: tests run side by side, and ranks beside each other; one thread each.
+# Must precede any import of torch: tests and ranks run in parallel, with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Nothing is downloaded: what a test needs it makes.
+# Nothing is downloaded: tests build their own inputs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 
 
 def pytest_collection_finish() -> None:
-    """What was imported is no garbage: spare each collection the look at it (Megatron makes one in every save)."""
+    """Exclude imported objects from garbage collection, which is slow otherwise (Megatron collects in every save)."""
     gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip tests marked `gpu` on machines without a GPU."""
     wanted = [item for item in items if item.get_closest_marker("gpu")]
     if not wanted:
         return

@@ -1,4 +1,4 @@
-"""Signals as commands in a terminal have them: tests under nohup or in a shell's background inherit that two are ignored."""
+"""Signals as in a terminal: tests under nohup or in a shell's background inherit that two signals are ignored."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ import signal
 
 
 def obey_signals() -> None:
-    """From now on this process, and what it starts, obeys SIGINT and SIGHUP; the product leaves ignored ones ignored."""
+    """From now on this process and its children obey SIGINT and SIGHUP; the product keeps ignored signals ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

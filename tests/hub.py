@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face hub on this machine: it serves a folder as the files of a model."""
+"""A local stand-in for the Hugging Face hub: it serves a folder as a model's files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
 
 class Hub:
-    """What is there, and what was asked for."""
+    """The files, and the requests received."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -30,7 +30,7 @@ class Hub:
 
 @contextlib.contextmanager
 def running_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A hub that huggingface_hub talks to, with an empty cache in the folder `cache`."""
+    """A hub that huggingface_hub connects to, with an empty cache in the folder `cache`."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_HEAD(self) -> None:
@@ -93,5 +93,5 @@ def running_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def digest(path: Path) -> str:
-    """What stands for a file's Git object."""
+    """A stand-in for a file's Git object."""
     return hashlib.sha1(path.read_bytes()).hexdigest()

@@ -1,7 +1,7 @@
-"""Adapters of PEFT on plain `transformers` models: what ours are compared with.
+"""PEFT adapters on plain `transformers` models, as a reference for ours.
 
-Experts have none in PEFT that correspond, since `transformers` stacks their weights, and gate and up; here their weights are
-W + scale · B · A by parametrization, and autograd does the rest.
+PEFT has no corresponding adapters for experts, since `transformers` stacks their weights, and gate and up. Here, their weights
+are W + scale · B · A by parametrization, and autograd does the rest.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter
 
 
 def start_matrix(name: str, shape: tuple[int, ...]) -> Tensor:
-    """What a matrix begins with in tests, by its PEFT name; B not 0, so that A has a gradient."""
+    """Initial values of an adapter matrix in tests, by its PEFT name; B is not 0, so that A has a gradient."""
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
     return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -49,8 +49,9 @@ class ExpertAdapters(torch.nn.Module):
 
 
 def attach_adapters(model: Any, adapter: Adapter | None) -> Callable[..., dict[str, Tensor]]:
-    """Give the model adapters, all else frozen; returns what copies their matrices, or gradients, under PEFT's names."""
-    from peft import LoraConfig, inject_adapter_in_model  # seconds to import, for these cases alone
+    """Add adapters to the model and freeze all other weights; returns a function that copies matrices or gradients by PEFT
+    names."""
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import, and only these cases need it
 
     assert adapter is not None
     experts = {
@@ -60,7 +61,7 @@ def attach_adapters(model: Any, adapter: Adapter | None) -> Callable[..., dict[s
         r=adapter.rank,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]
         use_rslora=adapter.rslora,
-        # By whole names: for those alone PEFT would take a layer's stacked experts for the target, too.
+        # Full names: with the last parts alone, PEFT would also target a layer's stacked experts.
         target_modules=[
             name
             for name, module in model.named_modules()
@@ -68,7 +69,7 @@ def attach_adapters(model: Any, adapter: Adapter | None) -> Callable[..., dict[s
         ],
         lora_dropout=0.0,
     )
-    # Of a type that it knows, PEFT would give stacked experts one adapter for all layers that end as theirs do.
+    # For types that it knows, PEFT would give stacked experts one adapter for all layers with the same suffix.
     with mock.patch.object(model.config, "model_type", "plain"):
         inject_adapter_in_model(config, model)
     for parameter_name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""One rank of the equivalence tests: the gradients of a fused and of two-phase steps, for every loss, in several layouts.
+"""One rank of the equivalence tests: the gradients of fused and two-phase steps, for every loss, in several layouts.
 
 `python -m tests.distributed.equivalence_worker SPEC.json` writes, per layout and loss, the largest difference between the two
 ways, relative to the largest gradient.
@@ -32,7 +32,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.utils import get_model_config  # isort: skip
 
 SPLIT_ROW_TOKENS = 50
-"""Short rows, so that groups lie in several rows and, with several replicas, on several ranks."""
+"""Short rows, so that groups span several rows and, with several replicas, several ranks."""
 
 
 def main(spec_path: str) -> None:
@@ -60,7 +60,7 @@ def run_layout(layout: dict[str, Any], losses: list[dict[str, Any]], folder: Pat
 
 
 def load_weights(model: list[Any], folder: Path, ranks: Ranks) -> list[torch.Tensor]:
-    """Copies of a checkpoint's weights, to take turns in the model."""
+    """Copies of a checkpoint's weights, loaded into the model in turn."""
     checkpoint.load_weights(model, folder, ranks)
     return [parameter.detach().clone() for parameter in model[0].parameters()]
 
@@ -141,7 +141,7 @@ def load_resident(parallel: ParallelConfig, ranks: Ranks, folder: Path, offload:
 def everything_at_once(
     model: list[Any], batch: Any, reference: Any, objective: Any, ranks: Ranks, generator: torch.Generator, resident: Any
 ) -> None:
-    """Gradients of a loss that needs the whole batch, without the code under test dropping anything from the second pass."""
+    """Gradients of a loss over the whole batch, with nothing dropped from the second pass."""
     policy = forward_step(model, batch, objective, ranks, resident)
     _, coefficients, kl_coefficients = loss_coefficients(batch, policy, reference, objective, generator)
 

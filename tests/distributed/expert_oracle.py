@@ -14,7 +14,7 @@ from mpo_megatron.data.group import TokenizedGroup
 
 
 class Gates:
-    """The routers of a model: what they compute in its last pass, and which experts they are made to take."""
+    """A model's routers: the results of the last pass, and the experts that they are forced to choose."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -23,9 +23,9 @@ class Gates:
         self.logits: list[Tensor] = [torch.empty(0)] * len(self.modules)
         """[T, E] by layer."""
         self.indices: list[Tensor] = list(self.logits)
-        """[T, k] the routers' own choices by layer."""
+        """[T, k] the routers' own choices, per layer."""
         self.forced: list[Tensor] | None = None
-        """[T, k] choices to take, by layer."""
+        """[T, k] choices to force, per layer."""
         for place, module in enumerate(self.modules):
             module.forward = self._watched(place, module, module.forward)
 
@@ -44,7 +44,7 @@ class Gates:
 
 
 class Routed:
-    """A policy whose routers are watched, and take the reference's choices if `options` say so."""
+    """A policy whose routers are recorded, and forced to the reference's choices if `options` require it."""
 
     def __init__(self, policy: Any, reference: Any, options: dict[str, Any]) -> None:
         self.ours, self.theirs, self.options = Gates(policy), Gates(reference), options
@@ -64,7 +64,7 @@ class Routed:
         return result
 
     def terms(self, groups: Sequence[TokenizedGroup]) -> tuple[Tensor, dict[str, float]]:
-        """What routers of all sequences since the last call add to the loss, and the metrics; a prompt counts once."""
+        """Router losses and metrics of all sequences since the last call; a prompt counts once."""
         layers = range(len(self.ours.modules))
         units: list[list[Tensor]] = [[] for _ in layers]  # by layer and group
         agreed = number = 0
@@ -91,7 +91,9 @@ class Routed:
         balance, z = zero, zero
         for layer in layers:
             losses = [load_balancing_loss_func((tokens,), tokens.shape[1], self.ours.topk) for tokens in units[layer]]
-            balance = balance + torch.stack(losses).mean() / self.ours.topk  # theirs is k where ours, and the paper's, is 1
+            balance = (
+                balance + torch.stack(losses).mean() / self.ours.topk
+            )  # perfect balance is k there, but 1 here and in the paper
             z = z + (everything[layer].logsumexp(dim=-1) ** 2).mean()
         measured = {"router_drift": 1 - agreed / number}
         if self.options.get("balance_coeff"):

@@ -1,4 +1,4 @@
-"""One of two ranks fails while the other computes, with groups that are taken down together, as NCCL's are."""
+"""One of two ranks fails while the other computes; their process groups are destroyed together, like NCCL's."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def main() -> int:
             raise RuntimeError("out of memory")
         while not process.exists():
             time.sleep(0.01)
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may end at any moment
+        with contextlib.suppress(psutil.NoSuchProcess):  # the process may end at any moment
             failed = psutil.Process(int(process.read_text()))
             while failed.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""What two ranks do when things go wrong: one scenario after another in one process group, results for test_faults.py."""
+"""Faults on two ranks: one scenario after another in one process group, results for test_faults.py."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def options(output: Path) -> list[str]:
 
 
 def run(name: str, *more: str, patches: tuple[Any, ...] = ()) -> dict[str, Any]:
-    """Train in INPUTS/runs/name with these options and patches; what came of it."""
+    """Train in INPUTS/runs/name with these options and patches; returns the outcome."""
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -63,7 +63,7 @@ def run(name: str, *more: str, patches: tuple[Any, ...] = ()) -> dict[str, Any]:
 
 
 def at_step(step: int, action: Callable[[], None], rank: int | None = None) -> Any:
-    """A patch: do something at the beginning of a step, on one rank or all."""
+    """A patch: run a function at the start of a step, on one rank or all."""
     original = loop.take_step
 
     def patched(run: Any, batch: Any, *arguments: Any) -> Any:
@@ -110,7 +110,7 @@ def bad_norm(*steps: int) -> Any:
 
 
 class Clock:
-    """The clock that steps are measured with, which a test can put forward: a load on the machine must not decide a test."""
+    """The clock for step times, which tests can advance, so that machine load does not affect them."""
 
     def __init__(self) -> None:
         self.ahead = 0.0
@@ -124,7 +124,7 @@ class Clock:
 
 @contextlib.contextmanager
 def slow(name: str, rank: int) -> Iterator[None]:
-    """A patch: one of the loop's functions takes a thousand seconds longer on one rank."""
+    """A patch: one of the loop's functions takes 1,000 seconds longer on one rank."""
     original, clock = getattr(loop, name), Clock()
 
     def patched(*arguments: Any, **named: Any) -> Any:
@@ -138,7 +138,7 @@ def slow(name: str, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def slow_data(rank: int) -> Iterator[None]:
-    """A patch: one rank waits a thousand seconds for every batch."""
+    """A patch: one rank waits 1,000 seconds for every batch."""
     original, clock = loop.iterate_steps, Clock()
 
     def patched(*arguments: Any, **named: Any) -> Iterator[Any]:
@@ -153,7 +153,7 @@ def slow_data(rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def late(looks: int, seconds: float = 60.0) -> Iterator[None]:
-    """A patch: another machine than the main rank's looks so many times in vain for what the main rank has written."""
+    """A patch: another machine than the main rank's checks this many times in vain for a file of the main rank."""
     original = agreement.machines_without
 
     def patched(is_there: Callable[[], bool]) -> list[str]:
@@ -169,7 +169,7 @@ def late(looks: int, seconds: float = 60.0) -> Iterator[None]:
 
 
 def on_main(action: Callable[[], Any]) -> None:
-    """Do something on one rank while the other waits."""
+    """Run a function on one rank while the other waits."""
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         action()
@@ -177,7 +177,7 @@ def on_main(action: Callable[[], Any]) -> None:
 
 
 def copy_run(source: str, target: str, last_step: int) -> Path:
-    """A run as it was after a step."""
+    """A copy of a run after a step."""
     folder = INPUTS / "runs" / target
 
     def copy() -> None:
@@ -211,11 +211,11 @@ CHANGES = (
     *(("--optimizer.weight_decay", "0.1"), ("--optimizer.clip_grad", "0"), ("--model.precision", "bf16")),
     ("--model.reference", str(INPUTS / "other")),
 )
-"""Options that a run must not be resumed with, as it would take another course."""
+"""Options that a resumed run must not have, since they change the result."""
 
 
 def limit_files(size: int) -> Callable[[], None]:
-    """No file may grow beyond `size` bytes from now on, as on a disk that is full."""
+    """Limit files to `size` bytes from now on, as on a full disk."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -224,12 +224,12 @@ def limit_files(size: int) -> Callable[[], None]:
 
 
 def stay_away_from_the_collective() -> None:
-    """What a rank does that the others wait for."""
+    """Work of one rank that the others wait for."""
     time.sleep(1000)
 
 
 def hang() -> None:
-    """Rank 1 does not come to the collectives of step 3; until then a busy machine has the time it needs."""
+    """Rank 1 skips the collectives of step 3; before that, a busy machine has enough time."""
     torch.distributed.init_process_group("gloo")
     original = supervisor.Watchdog.beat
 

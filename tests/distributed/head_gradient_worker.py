@@ -1,4 +1,4 @@
-"""One of two ranks: the output weight's gradient that goes straight into Megatron's buffer equals the one by way of autograd.
+"""One of two ranks: the output weight's gradient added directly to Megatron's buffer equals the one from autograd.
 
 `python -m tests.distributed.head_gradient_worker SPEC.json` writes, per model and layout, the largest difference over all weights
 and ranks, relative to the largest gradient.
@@ -55,7 +55,7 @@ def compare(folder: Path, case: dict[str, Any], parallel: ParallelConfig, ranks:
 
 
 def gradients(folder: Path, case: dict[str, Any], parallel: ParallelConfig, ranks: Ranks) -> list[torch.Tensor]:
-    """This rank's (with the distributed optimizer: its part of the) gradients of a sum over two rows."""
+    """This rank's gradients (with the distributed optimizer: its part) of a sum over two rows."""
     name = case["model"]
     config = ModelConfig(checkpoint=str(folder / name), precision="fp32")
     conversion = load_conversion(folder / name)
@@ -85,7 +85,7 @@ def gradients(folder: Path, case: dict[str, Any], parallel: ParallelConfig, rank
 
     run_rows(model, batch.rows, ranks, row_loss)
     buffers = [buffer.grad_data for buffer in model[0].buffers]
-    if case["distributed"]:  # reduce-scattered: each replica holds its own part of the sum
+    if case["distributed"]:  # reduce-scattered: each replica has its part of the sum
         buffers = [buffer.chunk(ranks.data_size)[ranks.data_rank] for buffer in buffers]
     return [buffer.clone() for buffer in buffers]
 

@@ -1,4 +1,4 @@
-"""A rank that is asked to stop while it starts: `python -m tests.distributed.joining_worker PHASE`.
+"""A rank that receives a stop request during start-up: `python -m tests.distributed.joining_worker PHASE`.
 
 PHASE: starting (rank 1 is asked before it has joined), loading (rank 0 is asked, which holds the store), alone (the others never
 come, and this rank is asked), waiting (the others never come).
@@ -16,7 +16,7 @@ from mpo_megatron.train.rank import be_rank
 
 
 def work() -> str | None:
-    """Join the others, and load until asked to stop."""
+    """Join the other ranks, and load until a stop request."""
     from mpo_megatron.config import ParallelConfig
     from mpo_megatron.model.parallel import model_parallel
     from mpo_megatron.train.faults.spreading import spreading_requests

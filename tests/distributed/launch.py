@@ -1,4 +1,4 @@
-"""Start a module on several gloo ranks, as torchrun would, but for its imports.
+"""Start a module on several gloo ranks, as torchrun would, but without import time.
 
 Ranks are forked from a process that has imported torch, Megatron-Core and `transformers` already, one for each process that runs
 tests: importing them takes a rank six seconds of a core. What starts through torchrun, as users start it, is tested in
@@ -42,13 +42,13 @@ PRELOADED = (
     "torch._dynamo",
 )
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
-"""Environment of ranks: gloo's, also where there are GPUs."""
+"""Environment of ranks: uses gloo, also on machines with GPUs."""
 GRACE = 30.0
-"""Seconds that the other ranks get to say something when one has failed."""
+"""Seconds that the other ranks have to report after one has failed."""
 
 
 def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """Run `python -m module` on `num_ranks` ranks of this machine; the first exit code that is not 0."""
+    """Run `python -m module` on `num_ranks` ranks of this machine; returns the first exit code that is not 0."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder) / name for name in ("stdout", "stderr")]
         with start_ranks(num_ranks, module, arguments, outputs) as processes:
@@ -61,12 +61,14 @@ def run_ranks(num_ranks: int, module: str, arguments: Sequence[str], *, check: b
 
 @contextlib.contextmanager
 def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], outputs: list[Path]) -> Iterator[list[BaseProcess]]:
-    """Start `python -m module` on `num_ranks` ranks of this machine, on a port of their own; killed at the end if they still run.
+    """Start `python -m module` on `num_ranks` ranks of this machine, on a separate port; kill them at the end if still running.
 
     Args:
         outputs: files for stdout and stderr
     """
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun's: no port is free for long
+    store = TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )  # as in torchrun: a free port may be taken before use
     environment = {**os.environ, **ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     environment |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -86,12 +88,12 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], outputs: 
 
 
 def launch_ranks(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-    """In the place of `mpo_megatron.train.launcher.launch`."""
+    """Replaces `mpo_megatron.train.launcher.launch`."""
     return run_ranks(num_ranks, module, arguments).returncode
 
 
 def kill_ranks_when(done: Callable[[], bool], num_ranks: int, module: str, arguments: Sequence[str], log: Path) -> None:
-    """Start ranks, and SIGKILL all of them as soon as `done()`; they must not have ended before."""
+    """Start ranks, and SIGKILL all of them as soon as `done()`; fails if they end before."""
     deadline = time.monotonic() + TIMEOUT
     with start_ranks(num_ranks, module, arguments, [log, log]) as processes:
         while not done():
@@ -101,7 +103,7 @@ def kill_ranks_when(done: Callable[[], bool], num_ranks: int, module: str, argum
 
 
 def free_port() -> int:
-    """A port nobody listens on; not one of those that connections get, or one of them might before somebody listens on it."""
+    """A port without a listener, outside the range for outgoing connections, so that none takes it."""
     while True:
         port = random.randrange(20_000, 32_768)
         with contextlib.suppress(OSError), socket.socket() as server:
@@ -111,7 +113,7 @@ def free_port() -> int:
 
 @functools.cache
 def _fork_server() -> ForkServerContext:
-    """The process that ranks are forked from; it computes nothing, so that it may be forked."""
+    """The process from which ranks are forked; it computes nothing, so that forking is safe."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
     with mock.patch.dict(os.environ, {**ON_CPU, "PYTHONPATH": str(ROOT)}):
@@ -120,10 +122,10 @@ def _fork_server() -> ForkServerContext:
 
 
 def _be_rank(environment: dict[str, str], outputs: list[Path], module: str, arguments: Sequence[str]) -> None:
-    """In a forked process: be a rank, with the streams in files."""
+    """In a forked process: run as a rank, with its streams in files."""
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    gc.freeze()  # what was imported is no garbage, and Megatron looks for some in every save
+    gc.freeze()  # imported objects are not garbage, and Megatron collects in every save
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -132,7 +134,7 @@ def _be_rank(environment: dict[str, str], outputs: list[Path], module: str, argu
 
 
 def _wait(processes: Sequence[BaseProcess]) -> int:
-    """Wait for all to end; when one has failed the others get a moment. The exit code of the first that failed, or 0."""
+    """Wait until all ranks end; after one fails, the others have a moment. Returns the first failed rank's exit code, or 0."""
     code, deadline, running = 0, time.monotonic() + TIMEOUT, list(processes)
     while running and wait([process.sentinel for process in running], max(0.0, deadline - time.monotonic())):
         for process in [process for process in running if process.exitcode is not None]:

@@ -1,4 +1,4 @@
-"""`launch` of light ranks, in a process of its own: what comes of it is its exit code, output, and processes that are left."""
+"""`launch` of light ranks in a separate process: its exit code, output, and remaining processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def be_launcher(folder: Path, phase: str, num_ranks: int, max_restarts: int) -> None:
-    """In a forked process: launch light ranks, and end with their exit code."""
+    """In a forked process: launch light ranks, and exit with their exit code."""
     code = 1
     obey_signals()
     try:
@@ -40,7 +40,7 @@ class Launch:
         self.process, self.folder = process, folder
 
     def ranks(self, number: int, seconds: float = 120.0) -> list[psutil.Process]:
-        """The ranks, once they are all at work."""
+        """The ranks, once all are running."""
         deadline = time.monotonic() + seconds
         while True:
             found = sorted(self.folder.glob("started-*"))
@@ -52,13 +52,13 @@ class Launch:
             time.sleep(0.02)
 
     def output(self) -> str:
-        """What launcher and ranks have printed."""
+        """Output of launcher and ranks."""
         path = self.folder / "output"
         return path.read_text() if path.exists() else ""
 
 
 def left_over(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
-    """Those of the processes that are still alive after a while."""
+    """Processes that are still alive after a while."""
     deadline = time.monotonic() + seconds
     while (alive := [process for process in processes if _is_alive(process)]) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -73,7 +73,7 @@ def _is_alive(process: psutil.Process) -> bool:
 
 @contextlib.contextmanager
 def ended(processes: list[psutil.Process]) -> Iterator[None]:
-    """At the end, none of these processes is left."""
+    """Assert that none of these processes is left at the end."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A rank that does everything but compute: it starts in a tenth of a second, and stops, fails and hears requests as others do.
+"""A rank that does everything except compute: it starts in 0.1 s, and stops, fails and receives requests like a real one.
 
     python -m tests.distributed.light_rank FOLDER PHASE
 
@@ -18,7 +18,7 @@ from mpo_megatron.train.rank import be_rank
 
 
 def work() -> str | None:
-    """Tell that this rank is at work, and do what the command line says."""
+    """Report that this rank runs, and act as the command line requires."""
     folder, phase, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
     if phase == "steps":
         signals.defer()

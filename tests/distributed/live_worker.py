@@ -59,7 +59,7 @@ def main(spec_path: str) -> None:
 
 
 def samples_of(folder: Path) -> list[TokenizedGroup]:
-    """Groups whose responses stand for samples."""
+    """Groups whose responses are used as samples."""
     return list(load_groups(folder / "samples"))
 
 
@@ -140,7 +140,7 @@ def run_layout(layout: dict[str, Any], folder: Path, expected: dict[str, Any] | 
 
 
 def gather(name: str, layout: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Weights of a model against its Hugging Face checkpoint, and samples of it."""
+    """Compares a model's weights with its Hugging Face checkpoint, and samples from it."""
     parallel = ParallelConfig(**layout)
     with model_parallel(parallel, seed=1) as ranks:
         padded, family = load_conversion(folder / name).padded_vocab_size, load_family(folder / name / "hf")
@@ -174,7 +174,7 @@ def hand_to_vllm(weights: LiveWeights) -> list[dict[str, Tensor]]:
         inner: Any = None if engine is None else SimpleNamespace(engine=engine)
         with pytest.MonkeyPatch.context() as patch:
             vllm_stand_in.install(patch)
-            patch.setattr(transfer, "LEAST_BUFFER_BYTES", 1)  # the largest weight decides: many chunks
+            patch.setattr(transfer, "LEAST_BUFFER_BYTES", 1)  # a buffer of the largest weight's size: many chunks
             live = live_vllm.VllmLiveEngine(weights, inner, seconds=60, own_gpus=own_gpus)
             for _ in range(2):
                 live.update()
@@ -183,7 +183,7 @@ def hand_to_vllm(weights: LiveWeights) -> list[dict[str, Tensor]]:
 
 
 def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path) -> list[list[list[int]]]:
-    """Samples of the policy; whatever the layout, the same are asked for."""
+    """Samples of the policy; the requests are the same for every layout."""
     config = TrainConfig(
         output=str(folder / "run"),
         model=ModelConfig(checkpoint=str(folder / "policy"), precision="fp32"),
@@ -203,7 +203,7 @@ def draw(model: list[Any], family: Any, padded: int, ranks: Ranks, folder: Path)
 def kl_and_loss(
     model: list[Any], resident: Any, ranks: Ranks, parallel: ParallelConfig, folder: Path, *, with_kl: bool, with_loss: bool
 ) -> tuple[list[Tensor], float]:
-    """Gradients of the regulariser, of a loss on data, or of both as a step has them; and the mean divergence of a sample."""
+    """Gradients of the regulariser, of a loss on data, or of both as in a step; and the mean divergence of a sample."""
     shape = RowShape(
         row_tokens=60,
         layout="shared",

@@ -1,4 +1,4 @@
-"""Every layout against plain `transformers`: the cases, the oracle, and how far apart they are.
+"""Every layout against plain `transformers`: cases, oracle, and differences.
 
 A case is a model, a layout over ranks and a way to run it. Ranks train three steps with Megatron's distributed optimizer
 (parity_worker.py); the oracle, one process that knows nothing of ours, runs each response on its own after its own copy of the
@@ -125,11 +125,11 @@ class Case:
     parallel: dict[str, Any] = field(default_factory=dict)
     """Options of `parallel`."""
     resume: dict[str, Any] | None = None
-    """Those of the second and third step, which then begin with a checkpoint of the first; None: no checkpoint is written."""
+    """Layout of the second and third step, which then start from a checkpoint of the first; None: no checkpoint is written."""
     layers: dict[str, Any] = field(default_factory=dict)
-    """Options of `model`: recomputation, for example; `attention: varlen` with the flash kernel's work in plain operations."""
+    """Options of `model`, such as recomputation; `attention: varlen` replaces the flash kernel by plain operations."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """Options of `optimizer`, besides those all cases have."""
+    """Options of `optimizer`, in addition to those of all cases."""
     rows: str = "shared"
     row_tokens: int = 256
     two_phase: bool = False
@@ -137,15 +137,15 @@ class Case:
     experts: dict[str, Any] = field(default_factory=dict)
     """Options of `experts`."""
     lora: dict[str, Any] = field(default_factory=dict)
-    """Options of `lora`: adapters alone are trained then, and compared under PEFT's names."""
+    """Options of `lora`: then only adapters are trained, and compared under PEFT's names."""
     adapter_off: bool = False
     """The reference is the policy with its adapter off, not another model."""
     core: bool = False
-    """Whether it is among those that run with all tests."""
+    """Whether it runs in the normal test suite."""
 
     @property
     def tolerance(self) -> float:
-        """How far it may be from the oracle."""
+        """Maximum difference from the oracle."""
         return STATE_TOLERANCE if MODELS[self.model]["model_type"].startswith(("qwen3_5", "qwen3_next")) else TOLERANCE
 
     def __str__(self) -> str:
@@ -161,7 +161,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """How far a case is from the oracle, and where it is farthest."""
+    """A case's differences from the oracle, and the tensor with the largest."""
 
     case: Case
     loss: float
@@ -171,9 +171,9 @@ class Result:
     weights: float
     weight_name: str
     routing: float
-    """Of the metrics of routers."""
+    """For the routers' metrics."""
     report: dict[str, Any]
-    """What the worker says besides."""
+    """Other messages of the worker."""
 
     @property
     def passed(self) -> bool:
@@ -182,10 +182,10 @@ class Result:
 
 
 SPLIT = {"two_phase": True, "row_tokens": 64}
-"""Short rows: groups lie in several rows, of several replicas."""
+"""Short rows: groups span several rows of several replicas."""
 UNSHARED = {"rows": "unshared", "row_tokens": 512}
 BALANCE = {"balance_coeff": 0.2, "z_coeff": 0.05}
-"""Large, so that the terms' gradients are of the size of the loss's."""
+"""Large, so that the regulariser's gradients are comparable to the loss's."""
 OVER_STEP = {**BALANCE, "balance_over": "step"}
 REPLAY = {"routing": "replay"}
 QUANTIZED = {"rank": 4, "quantize": "nf4"}
@@ -389,7 +389,7 @@ ALL_CASES = [
     Case(model="qwen3-moe", ranks=8, parallel={"tensor": 2, "expert": 4}, optimizer={"overlap": "all"}, **SPLIT),
 ]
 CASES = [case for case in ALL_CASES if not case.lora.get("quantize") or importlib.util.find_spec("bitsandbytes") is not None]
-"""All layouts that are held against the oracle: those in 4 bits if bitsandbytes is installed."""
+"""All layouts compared with the oracle; with 4-bit ones if bitsandbytes is installed."""
 
 
 def response_logp(model: Any, group: TokenizedGroup, k: int) -> Tensor:
@@ -455,20 +455,20 @@ class Truth:
 
 
 def first_response(group: TokenizedGroup) -> TokenizedGroup:
-    """The group with its first response alone."""
+    """The group with only its first response."""
     assert group.rewards is not None
     return dataclasses.replace(group, response_tokens=group.response_tokens[:1], rewards=group.rewards[:1])
 
 
 class World:
-    """Models in both formats, groups, and what the oracle finds for each model and loss."""
+    """Models in both formats, groups, and the oracle's results for each model and loss."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         groups = [
             *random_groups(5, seed=4),
             *random_groups(1, seed=7, max_responses=16, response_tokens=(1, 8), tied_share=0.0),
-            *random_groups(2, seed=8, response_tokens=(1, 1), tied_share=0.0),  # an end token and nothing else
+            *random_groups(2, seed=8, response_tokens=(1, 1), tied_share=0.0),  # only an end token
             *random_groups(2, seed=9, prompt_tokens=(0, 0), response_tokens=(1, 6), tied_share=0.0),
             *(first_response(group) for group in random_groups(1, seed=10)),  # K = 1: nothing to compare with
         ]
@@ -478,7 +478,7 @@ class World:
         save_groups(folder / "groups", self.groups, folder / "qwen3-policy-hf")
 
     def checkpoint(self, model: str, role: str) -> Path:
-        """The folder of a model, made if it is not there yet; with `-hf`, that of the Hugging Face checkpoint."""
+        """The folder of a model, created if missing; with `-hf`, that of the Hugging Face checkpoint."""
         folder = self.folder / f"{model}-{role}"
         if not folder.exists():
             hf = save_model(Path(f"{folder}-hf"), seed={"policy": 1, "reference": 2}[role], **MODELS[model])
@@ -496,7 +496,7 @@ class World:
             AutoModelForCausalLM.from_pretrained(
                 f"{self.checkpoint(model, role)}-hf",
                 dtype=torch.float32,
-                attn_implementation="eager" if model == "gemma2" else None,  # others leave caps out
+                attn_implementation="eager" if model == "gemma2" else None,  # other implementations ignore score caps
             )
             for role in ("policy", "policy" if adapter_off else "reference")
         )
@@ -540,7 +540,7 @@ class World:
 
 @torch.no_grad()
 def round_to_nf4(model: Any) -> None:
-    """Give the linear layers of attention and MLPs the values that bitsandbytes' NF4 rounds their weights to."""
+    """Round the linear layers of attention and MLPs to the values of bitsandbytes' NF4."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     for name, weight in model.named_parameters():
@@ -584,7 +584,7 @@ def mixtral_names(named: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
-    """Run cases that want the same number of ranks, in one start, and compare them with the oracle."""
+    """Run cases with the same number of ranks in one start, and compare them with the oracle."""
     [ranks] = {case.ranks for case in cases}
     folder = world.folder
     specs = []
@@ -601,7 +601,7 @@ def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
 
 
 def compare(world: World, case: Case, output: Path) -> Result:
-    """A case's files against the oracle."""
+    """Compares a case's files with the oracle."""
     truth = world.truth(case.model, case.loss, json.dumps(case.experts), json.dumps(case.lora), case.adapter_off)
     report = json.loads(output.with_suffix(".json").read_text())
     gradients, weights = (load_file(f"{output}-{name}.safetensors") for name in ("gradients", "weights"))

@@ -44,7 +44,7 @@ from megatron.core.utils import get_model_config  # isort: skip
 
 def main(spec_path: str) -> None:
     spec = json.loads(Path(spec_path).read_text())
-    # `varlen` on a CPU and in float32: a kernel of plain operations stands for flash attention's.
+    # `varlen` on a CPU and in float32: plain operations replace the flash attention kernel.
     attention_backends._missing = lambda model: None
     attention_varlen.find_kernel = lambda capped=False: plain_varlen_kernel  # type: ignore[assignment]
     dist.init_process_group("gloo")
@@ -54,7 +54,7 @@ def main(spec_path: str) -> None:
 
 
 def run_case(case: dict[str, Any], spec: dict[str, Any]) -> None:
-    """All steps on one layout, or the first on one and the others, from a checkpoint, on another."""
+    """All steps on one layout, or the first on one layout and the others, from a checkpoint, on another."""
     legs = [case["parallel"], case["resume"]] if case["resume"] else [case["parallel"]]
     saved = Path(f"{case['output']}-checkpoint")
     steps = spec["steps"]
@@ -117,7 +117,7 @@ class Leg:
         optimizer.build_scheduler(config, self.adam, total_steps=spec["steps"], start_step=0)  # the same rate in all steps
 
     def record_choices(self) -> Choices:
-        """The choices of experts of the model that is loaded, from rows that are packed otherwise than those of the steps."""
+        """The recorded expert choices of the loaded model, computed from rows with other packing than the steps."""
         other = {"shared": "unshared", "unshared": "shared"}[self.case["rows"]]
         shape = replace(self.shape, row_tokens=96, layout=other)  # type: ignore[arg-type]
         batch = build_step(0, self.data, np.arange(len(self.data)), select_all, shape)
@@ -127,7 +127,7 @@ class Leg:
         return gather_choices(routings, batch.rows, batch.table, self.family.experts, self.ranks)
 
     def build_routing(self) -> StepRouting | None:
-        """What a step's routers are told; a resident reference's choices, if there is one, are its own."""
+        """The forced choices of a step; those of a resident reference, if there is one."""
         if not self.case["experts"] or self.family.experts is None:
             return None
         choices = self.choices if self.resident is None else None
@@ -155,12 +155,12 @@ class Leg:
 
 
 def first_step(leg: Leg) -> dict[str, Any]:
-    """A step whose gradients are written, and what there is to say of it."""
+    """A step whose gradients are written; returns its metrics."""
     keep_whole_gradients(leg.model, True)
     logps = leg.compute_gradients()
     parameters = [parameter for part in leg.parts for parameter in part.parameters() if parameter.requires_grad]
     weights = [parameter.data for parameter in parameters]
-    for parameter in parameters:  # in the place of the weights, gradients have the weights' names
+    for parameter in parameters:  # export gradients in place of weights, under the weights' names
         parameter.data = parameter.main_grad
     leg.write("gradients")
     for parameter, weight in zip(parameters, weights, strict=True):
@@ -198,7 +198,7 @@ def row_shape(case: dict[str, Any], parallel: ParallelConfig, ranks: Ranks) -> R
 
 
 def keep_whole_gradients(model: list[Any], on: bool) -> None:
-    """Reduce gradients so that every rank has all of each, not only the part that its optimizer steps."""
+    """Reduce gradients so that every rank has all of them, not only the part for its optimizer."""
     finish = get_model_config(model[0])
     if on:
         original = finish.finalize_model_grads_func

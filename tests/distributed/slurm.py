@@ -1,4 +1,4 @@
-"""A Slurm of one's own: munged, slurmctld and one slurmd on this machine, in a folder, on free ports.
+"""A private Slurm: munged, slurmctld and one slurmd on this machine, in a folder, on free ports.
 
 A job that is queued again waits for `cred_expire` seconds (Slurm's default: two minutes), because the node refuses the
 credentials that it revoked.
@@ -49,15 +49,15 @@ PartitionName=test Nodes={host} Default=YES MaxTime=INFINITE State=UP
 
 
 def installed() -> bool:
-    """Whether Slurm's daemons are here, and may be started: that takes root."""
+    """Whether Slurm's daemons are installed, and may be started: this requires root."""
     return os.geteuid() == 0 and all(shutil.which(name) for name in ("slurmctld", "slurmd", "sbatch", "munged"))
 
 
 @contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[dict[str, str]]:
-    """Run Slurm, one at a time on this machine; yields the environment that its commands need."""
+    """Run Slurm, only one instance per machine; yields the environment for its commands."""
     for path in (folder, *folder.parents[:-1]):
-        path.chmod(path.stat().st_mode | 0o055)  # munged wants to be reachable for all
+        path.chmod(path.stat().st_mode | 0o055)  # munged requires that all users can reach it
     for name in ("spool", "state"):
         (folder / name).mkdir()
     controller, daemon = _free_ports(2)
@@ -80,7 +80,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             log = stack.enter_context((folder / f"{command[0]}.out").open("w"))
             process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
             stack.callback(_stop, process)
-            time.sleep(1)  # the next one talks to this one
+            time.sleep(1)  # the next daemon connects to this one
         _wait_until_idle(environment)
         yield environment
         subprocess.run(["scancel", "--full", "--user=root"], env=environment, check=False)

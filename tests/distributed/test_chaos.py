@@ -1,4 +1,4 @@
-"""Runs that are killed again and again end where an undisturbed run ends; `python tools/chaos.py --kills 100` does more of it."""
+"""Repeatedly killed runs end like an undisturbed run; `python tools/chaos.py --kills 100` runs more."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_killed_runs_end_where_an_undisturbed_one_ends(tmp_path: Path) -> None:
     command = [sys.executable, "tools/chaos.py", "--kills", str(KILLS), "--folder", str(tmp_path / "runs")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    # The seed is a new one each time, and in the output.
+    # The seed is new each time, and printed.
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
     summary = result.stdout.splitlines()[-1]
     kills, others = re.match(r"(\d+) kills .* resumptions \((\d+) on another layout\)", summary).groups()  # type: ignore[union-attr]

@@ -1,7 +1,7 @@
 """A converted checkpoint loads through Megatron-Core at any TP × PP × EP and computes what `transformers` computes; saved by
 Megatron-Core from the widest layout, it exports to the very weights it came from.
 
-The test starts this file on four ranks (gloo on a CPU); `main` is what each does.
+The test starts this file on four ranks (gloo on a CPU); each runs `main`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def write_models(folder: Path) -> None:
             **SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
         ),
         "qwen3": Qwen3Config(**SIZES, head_dim=16, tie_word_embeddings=False),
-        # The first and third layer are dense, so layers have keys of their own in the checkpoint.
+        # The first and third layer are dense, so layers have separate keys in the checkpoint.
         "qwen2-moe": Qwen2MoeConfig(**SIZES, **EXPERTS, decoder_sparse_step=2, shared_expert_intermediate_size=80),
         "qwen3-moe": Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16, norm_topk_prob=True),
     }
@@ -71,7 +71,7 @@ def write_models(folder: Path) -> None:
             else:
                 torch.nn.init.normal_(weight, 0.0, 0.15)
         model.save_pretrained(folder / name / "hf", max_shard_size="100KB")
-        # Reference logits from the model that was just built, not from a reloaded one: nothing but weights is compared.
+        # Reference logits from the model that was just built, not from a reloaded one: only weights are compared.
         logits = {}
         with torch.no_grad():
             for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
@@ -90,7 +90,7 @@ def read_hf(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """Folder with the checkpoints, and what the ranks found."""
+    """Folder with the checkpoints, and the ranks' results."""
     from mpo_megatron.model.convert import convert
 
     folder = tmp_path_factory.mktemp("layouts")
@@ -134,7 +134,7 @@ def test_weights_saved_by_megatron_export_bit_identical(results: tuple[Path, dic
 
 
 def main(folder: Path) -> None:
-    """What each of the 4 ranks does: every model at every layout."""
+    """The work of each of the 4 ranks: every model at every layout."""
     from mpo_megatron.model.parallel import model_parallel
 
     torch.distributed.init_process_group("gloo")

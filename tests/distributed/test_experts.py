@@ -78,7 +78,7 @@ def test_killed_run_resumes_bit_for_bit_and_reads_what_was_recorded(
 
 
 def test_choices_are_recorded_where_only_log_probs_are_there(inputs: Path, tmp_path: Path) -> None:
-    """Free routing records none and says so; to measure the drift they are computed once, on another layout."""
+    """Free routing records no choices and reports this; to measure drift they are computed once, on another layout."""
     more = ("--seed", "3", "--model.reference", str(inputs / "model"), "--max_steps", "1")
     for folder in (inputs / "train", inputs / "eval"):
         for path in folder.glob("reference/*/experts-*"):
@@ -102,7 +102,7 @@ def test_choices_are_recorded_where_only_log_probs_are_there(inputs: Path, tmp_p
 
 
 def test_an_adapter_replays_the_choices_of_its_base_model(inputs: Path, tmp_path: Path) -> None:
-    """With the adapter off the reference chooses beside the policy; cached choices give the same run."""
+    """With the adapter off the reference chooses in the same process; cached choices give the same run."""
     found = {}
     for name, reference in (("off", ("--model.reference", "adapter_off")), ("cached", ())):
         files = set(inputs.glob("train/reference/*/experts-*"))
@@ -110,7 +110,7 @@ def test_an_adapter_replays_the_choices_of_its_base_model(inputs: Path, tmp_path
         run_ranks(2, "mpo_megatron.train", options(inputs, tmp_path / name, *more))
         found[name] = [line for line in metrics(tmp_path / name) if "router_drift" in line or "eval/router_drift" in line]
         if name == "off":
-            assert set(inputs.glob("train/reference/*/experts-*")) == files  # nothing is written
+            assert set(inputs.glob("train/reference/*/experts-*")) == files  # no file is added
     assert [line["step"] for line in found["off"]] == [0, 1, 2, 2]
     assert found["off"][1]["router_drift"] == 0
     assert found["off"][2]["router_drift"] > 0
@@ -131,4 +131,4 @@ def test_a_dense_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
         save_groups(tmp_path / name, random_groups(2, seed=1), tmp_path / "hf")
     assert main(["train", *options(tmp_path, tmp_path / "run", f"--{option}", "0.1")]) == 2
     assert f"{option} = 0.1, but the model of model.checkpoint has no experts" in capsys.readouterr().err
-    assert json.loads((tmp_path / "model" / "conversion.json").read_text())  # nothing was touched
+    assert json.loads((tmp_path / "model" / "conversion.json").read_text())  # the model is unchanged

@@ -1,4 +1,4 @@
-"""Things go wrong on two ranks, and in a real `mpo train`: what is lost (nothing), what is said, and where the run goes on."""
+"""Faults on two ranks, and in a real `mpo train`: nothing is lost, the message is right, and the run continues."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(inputs: Path) -> dict[str, Any]:
-    """What came of each scenario."""
+    """The outcome of each scenario."""
     run_ranks(2, "tests.distributed.faults_worker", [str(inputs), str(inputs / "results.json")])
     return json.loads((inputs / "results.json").read_text())
 
@@ -135,7 +135,7 @@ def test_a_request_on_one_rank_stops_all_and_the_run_goes_on_bit_for_bit(inputs:
     assert results["request, resumed"] == {"stopped": None, "error": None}
     run, whole = inputs / "runs" / "request", inputs / "runs" / "whole"
     assert same(tensors(run, STEPS), tensors(whole, STEPS))
-    # Asked to stop at an evaluated step, the run saved first; the evaluation came after the resumption, to the same numbers.
+    # On a stop request at an evaluated step, the run saves first; the evaluation follows on resuming, with the same numbers.
     assert learning(run) == learning(whole)
 
 
@@ -196,7 +196,7 @@ def test_what_would_change_the_course_of_a_run_is_refused_and_the_rest_is_not(in
         assert error.startswith(begins), error
         assert "use the old value" in error
     assert results["changed freely"]["error"] is None
-    # Rows and steps of other kinds sum in another order; three Adam steps of lr 1e-3. Of the refused runs none has left a trace.
+    # Rows and steps of other kinds sum in another order; three Adam steps of lr 1e-3. Refused runs left no files.
     expected, weights_now = tensors(inputs / "runs" / "whole", STEPS), tensors(run, STEPS)
     weights = [name for name in expected if not name.startswith("optimizer.")]
     assert max(float((weights_now[name] - expected[name]).abs().max()) for name in weights) < 1e-5
@@ -265,7 +265,7 @@ def test_too_little_room_is_an_error_before_it_costs_anything(inputs: Path, resu
 
 
 def test_a_hung_collective_ends_every_rank_with_its_stacks(inputs: Path) -> None:
-    """Ten seconds in which nothing computes."""
+    """Ten seconds without computation."""
     result = run_ranks(2, "tests.distributed.faults_worker", [str(inputs), "hang"], check=False)
     assert result.returncode == 1
     run = inputs / "runs" / "hang"
@@ -274,11 +274,11 @@ def test_a_hung_collective_ends_every_rank_with_its_stacks(inputs: Path) -> None
         text = (run / "incidents" / f"hang_step_3_rank_{rank:05d}.txt").read_text()
         assert "in step 3 (faults.hang_minutes)" in text
         assert where in text
-    assert steps(run)[-1] >= 1  # from where a restart goes on
+    assert steps(run)[-1] >= 1  # a restart continues from there
 
 
 def test_a_rank_that_fails_ends_although_others_know_of_nothing(tmp_path: Path) -> None:
-    """NCCL's communicators are taken down together: a rank that tried to would wait for those that compute."""
+    """NCCL's communicators are destroyed together: a rank that tried would wait for those that compute."""
     result = run_ranks(2, "tests.distributed.failing_worker", [str(tmp_path)], check=False)
     assert result.returncode == 1
     assert f"rank 1 on {socket.gethostname()} failed:\n" in result.stderr
@@ -289,7 +289,7 @@ def test_a_rank_that_fails_ends_although_others_know_of_nothing(tmp_path: Path) 
 def test_slow_ranks_and_slow_data_are_told(inputs: Path, results: dict[str, Any]) -> None:
     slow = [line for line in metrics(inputs / "runs" / "slow") if "lr" in line]
     assert all(line["slowest_rank"] == 1 for line in slow)
-    assert all(line["step_seconds_max_over_mean"] > 1.5 for line in slow)  # 2, but for what the other rank takes
+    assert all(line["step_seconds_max_over_mean"] > 1.5 for line in slow)  # 2, without the other rank's share
     waiting = [line for line in metrics(inputs / "runs" / "slow_data") if "lr" in line]
     assert all(line["data_wait"] >= 1000 for line in waiting)
     assert all(line["data_wait"] < 1000 for line in slow)

@@ -1,4 +1,4 @@
-"""The output weight's gradient goes straight into Megatron's buffer: tied and untied, on every layout, overlapped or not."""
+"""The output weight's gradient is added directly to Megatron's buffer: tied and untied, on every layout, overlapped or not."""
 
 from __future__ import annotations
 

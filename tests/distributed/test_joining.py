@@ -1,4 +1,4 @@
-"""Ranks that no `mpo train` launched, as under srun: asked to stop while they start, they leave together and wait for no one."""
+"""Ranks not launched by `mpo train`, as under srun: on a stop request during start-up they exit together without waiting."""
 
 from __future__ import annotations
 

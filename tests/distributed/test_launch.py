@@ -1,4 +1,4 @@
-"""Rendered jobs, run: several torchrun agents as machines of their own, and a real Slurm that stops a run and starts it again."""
+"""Rendered jobs run: several torchrun agents as separate machines, and a real Slurm that stops and restarts a run."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_two_machines(inputs: Path, one_machine: list[float], rendezvous: Any) -
 
 @contextlib.contextmanager
 def submitted(job: SlurmJob, folder: Path) -> Iterator[tuple[str, Callable[..., str]]]:
-    """The job in the queue of a Slurm of its own: its number, and what calls Slurm's commands."""
+    """A job in a private Slurm: its number, and a function that calls Slurm's commands."""
     script = folder / "job.sh"
     script.write_text(render(job)[0])
     (folder / "slurm").mkdir()
@@ -112,7 +112,7 @@ def submitted(job: SlurmJob, folder: Path) -> Iterator[tuple[str, Callable[..., 
 
 @pytest.mark.skipif(not installed(), reason="needs Slurm's daemons (Debian: slurmctld slurmd slurm-client munge), and root")
 def test_slurm_requeues_a_run_that_was_asked_to_stop(inputs: Path, tmp_path: Path) -> None:
-    """SIGUSR1 in the middle: the run saves, the job queues itself again, and the second start finishes."""
+    """SIGUSR1 during training: the run saves, the job requeues itself, and the second start finishes."""
     run = tmp_path / "run"
     job = SlurmJob(
         train=write_config(inputs, run, max_steps=150, checkpoint={"every": 0}),

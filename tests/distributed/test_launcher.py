@@ -1,4 +1,4 @@
-"""`launch` with ranks that compute nothing: who is asked to stop, what is printed last, exit codes, and that nobody is left."""
+"""`launch` with ranks that compute nothing: stop requests, last output, exit codes, and no remaining processes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Start = Callable[..., Launch]
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
-    """Starts a launcher in a process of its own."""
+    """Starts a launcher in a separate process."""
     processes: list[psutil.Process] = []
 
     def begin(phase: str, num_ranks: int = 2, max_restarts: int = 0) -> Launch:
@@ -35,7 +35,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 
 def end(run: Launch) -> tuple[int, str]:
-    """The exit code and the output, once all has ended."""
+    """The exit code and output, after all processes have ended."""
     handle = run.handle  # type: ignore[attr-defined]
     handle.join(120)
     assert handle.exitcode is not None, run.output()
@@ -78,7 +78,7 @@ def test_a_request_before_there_is_anything_to_save_ends_all_at_once(start: Star
 
 
 def test_a_second_ctrl_c_ends_it_at_once(start: Start) -> None:
-    run = start("broken", num_ranks=1)  # hears nothing: a rank 1 is not there
+    run = start("broken", num_ranks=1)  # no failure: there is no rank 1
     ranks = run.ranks(1)
     ranks[0].suspend()
     run.process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Samples of the policy as it trains: weights gathered from shards, SPO's regulariser, and runs that keep both."""
+"""Samples of the policy during training: weights gathered from shards, SPO's regulariser, and runs that store both."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "results.json").read_text())
     results = found["layouts"]
     assert len(results) == 5
-    # Samples are drawn by one engine, by one a replica, …: of the same prompts with the same randomness.
+    # One engine, or one per replica, …, draws the same samples: same prompts, same seeds.
     assert all(result["samples"] == results[0]["samples"] for result in results)
     assert [[len(tokens) for tokens in group] for group in results[0]["samples"]] == [[6, 6]] * 5
     for result in results:
@@ -82,7 +82,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
         assert result["weights"] == 0, result
         assert result["kl"] == pytest.approx(result["expected_kl"], rel=1e-5), result
         assert result["gradients"] <= TOLERANCE * result["largest"], result
-        # A step's gradients are the sum of both: nothing is reduced twice.
+        # A step's gradients are the sum of both: no gradient is reduced twice.
         assert result["sum"] <= TOLERANCE * max(result["largest"], result["loss_largest"]), result
         assert result["loss_largest"] > 0
     for (name, _), result in zip(GATHERED, found["gathered"], strict=True):
@@ -93,7 +93,7 @@ def test_regulariser_and_live_weights_on_two_ranks(tmp_path: Path) -> None:
 
 
 def draw(folder: Path, groups: Iterable[TokenizedGroup]) -> list[list[list[int]]]:
-    """What the exported checkpoint answers, asked as the live policy is."""
+    """Answers of the exported checkpoint, to the same requests as the live policy."""
     engine = EmbeddedEngine.load(folder, load_tokenizer(folder), TransformersConfig(dtype="float32"))
     prompts = [Prompt(group_id=group.group_id, token_ids=tuple(group.prompt_tokens.tolist()), messages=()) for group in groups]
     found = {answer.group_id: answer.responses for answer in engine.generate(prompts, Sampling(num_responses=2, max_tokens=6))}
@@ -145,7 +145,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def samples(run: Path, step: int) -> list[dict[str, Any]]:
-    """The records of a step's file, whose last line says how many there are."""
+    """The records of a step's file; its last line gives their number."""
     *records, last = map(json.loads, (run / "online" / f"samples_{step:08d}.jsonl").read_text().splitlines())
     assert "index" not in last
     return records
@@ -161,12 +161,12 @@ def test_a_run_samples_every_t_steps_from_the_policy_it_has_then(inputs: Path, u
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert ["sample_seconds" in line for line in lines] == [True, False] * 3
     assert ["engine_kl" in line for line in lines] == [True, False] * 3
-    # The engine draws none of the five embeddings that stand for no token: about log(264 / 259) nats a token.
+    # The engine never samples the five embeddings without a token: about log(264 / 259) nats per token.
     assert all(0.005 < line["engine_kl"] < 0.1 for line in lines[::2])
-    assert lines[0]["sample_kl"] == pytest.approx(0, abs=1e-6)  # the policy is its reference still
+    assert lines[0]["sample_kl"] == pytest.approx(0, abs=1e-6)  # the policy still equals its reference
     assert all(line["sample_kl"] > 1e-4 for line in lines[1:])
     assert all(1 <= line["sample_length"] <= 9 for line in lines)
-    # The exported checkpoint of that step, asked the same, gives the very same samples.
+    # The exported checkpoint of that step, with the same request, gives identical samples.
     weights(undisturbed, EVERY, tmp_path / "hf")
     tokenizer = load_tokenizer(tmp_path / "hf")
     engine = EmbeddedEngine.load(tmp_path / "hf", tokenizer, TransformersConfig(dtype="float32"))
@@ -192,7 +192,7 @@ def test_a_run_samples_every_t_steps_from_the_policy_it_has_then(inputs: Path, u
 
 @pytest.mark.parametrize("killed_after", [3, 4])
 def test_a_killed_run_continues_bit_by_bit(inputs: Path, undisturbed: Path, tmp_path: Path, killed_after: int) -> None:
-    """After step 3 the samples of step 2 are in use; after step 4 new ones are due."""
+    """After step 3 the samples of step 2 are in use; after step 4 new ones are drawn."""
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     for step in range(killed_after + 1, STEPS + 1):

@@ -1,4 +1,4 @@
-"""Adapters, whole: a run is killed, resumes, moves to another layout, and what it saved goes to PEFT and answers."""
+"""Adapters, end to end: a run is killed, resumes on another layout, exports to PEFT, and generates."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_it_starts_at_the_reference_and_learns(inputs: Path, undisturbed: Path) 
 
     lines = metrics(undisturbed)
     data = load_groups(inputs / "train")
-    # Policy and reference are the same forward pass: the first loss is that of equal log-probs, to rounding of float64.
+    # Policy and reference are the same forward pass: the first loss is that of equal log-probs, up to float64 rounding.
     expected = first_loss(data, step_indices(0, len(data), 8, seed=1234, shuffle=True))
     assert lines[0]["loss"] == pytest.approx(expected, abs=1e-12)
     assert lines[0]["kl"] == 0
@@ -133,7 +133,7 @@ def test_the_cached_reference_gives_the_same(inputs: Path, undisturbed: Path, tm
 
 
 def test_what_was_trained_answers_the_same_everywhere(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """PEFT's model, the merged one, and the embedded engine with the adapter beside its base model."""
+    """PEFT's model, the merged one, and the embedded engine with a separate adapter."""
     convert(ConvertConfig(input=str(undisturbed), output=str(tmp_path / "peft")))
     convert(ConvertConfig(input=str(undisturbed), output=str(tmp_path / "merged"), merge=True))
     base, merged = (AutoModelForCausalLM.from_pretrained(path) for path in (inputs / "hf", tmp_path / "merged"))
@@ -155,7 +155,7 @@ def test_what_was_trained_answers_the_same_everywhere(inputs: Path, undisturbed:
 
 
 def test_weights_in_four_bits_move_to_another_layout_and_merge(tmp_path: Path) -> None:
-    """A run beside NF4 weights stops and resumes on another layout; its merged model answers as PEFT on rounded weights does."""
+    """A run on NF4 weights stops and resumes on another layout; its merged model answers as PEFT on rounded weights does."""
     pytest.importorskip("bitsandbytes")
     inputs = tmp_path
     save_model(inputs / "hf", hidden_size=128, intermediate_size=256, num_hidden_layers=2)
@@ -188,7 +188,7 @@ def test_weights_in_four_bits_move_to_another_layout_and_merge(tmp_path: Path) -
 
 
 def test_held_out_groups_are_measured_against_the_base_model(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
-    """`mpo evaluate`, its reference named by `adapter_off` or by the base model's folder."""
+    """`mpo evaluate` with the reference given by `adapter_off` or by the base model's folder."""
     found = []
     for number, reference in enumerate(("adapter_off", str(inputs / "model"))):
         held_out = HeldOutConfig(
@@ -209,7 +209,7 @@ def test_an_adapter_continues_and_refuses_another_base(inputs: Path, undisturbed
     config = load_yaml(TrainConfig, save_config(inputs, tmp_path, step))
     found = build_setup(config, 1)
     assert found.record == read_adapter(step)
-    assert not found.adapter_off_is_reference  # the reference is where training starts: with the adapter as it was
+    assert not found.adapter_off_is_reference  # the reference is the initial policy, with its adapter
     wrong = load_yaml(TrainConfig, save_config(inputs, tmp_path, step, lora={"rank": 8}))
     with pytest.raises(ConfigError, match=r"holds an adapter with rank = 4, but lora.rank = 8; remove lora"):
         build_setup(wrong, 1)

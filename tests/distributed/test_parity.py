@@ -33,7 +33,7 @@ def describe(result: Result) -> str:
 
 
 def test_every_weight_moves_far_beyond_the_tolerance(world: World) -> None:
-    """A missed, doubled or wrongly clipped step is seen in every tensor; and the norm that clips depends on all of them."""
+    """A missed, doubled or wrongly clipped step shows in every tensor; the clipping norm depends on all of them."""
     truth = world.truth("qwen3", "mpo")
     assert truth.norm > 1.1
     for name, before in truth.before.items():

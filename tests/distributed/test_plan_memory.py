@@ -1,5 +1,5 @@
-"""What `mpo plan` says of memory against what training steps allocate: weights, gradients and optimizer states exactly, the rest
-within 10 %, on two ranks in many layouts (benchmarks/plan.py measures)."""
+"""Memory planned by `mpo plan` against memory allocated by training steps: weights, gradients and optimizer states exactly, the
+rest within 10 %, on two ranks in many layouts (benchmarks/plan.py measures)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.launch import run_ranks
 
 TOLERANCE = 0.1
-"""Of activations and working memory together; the largest error when this was written was 7.4 %, with experts; 5 % without."""
+"""For activations and working memory together; the largest error at the time of writing was 7.4 %, with experts; 5 % without."""
 PADDING = 2e-4
 """Of optimizer states: Megatron's buffers end on a multiple of 128 elements, of which states hold only what is used."""
 
@@ -49,7 +49,7 @@ def test_memory_is_as_planned(rows: list[dict[str, Any]]) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_the_cases_are_told_apart(rows: list[dict[str, Any]]) -> None:
-    """A plan that said the same of everything could not be right: the peaks it predicts differ by more than its error."""
+    """A constant plan could not pass: the predicted peaks differ by more than the tolerance."""
     dynamic = {row["case"]: row["measured"]["dynamic"] for row in rows if row["stage"] == 0}
     assert dynamic["data 2, full recomputation"] < dynamic["data 2"] / 3
     assert dynamic["tensor 2"] < dynamic["data 2"] / 1.7

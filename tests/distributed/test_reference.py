@@ -1,4 +1,4 @@
-"""`mpo reference`: computed once, resumed when killed, found by `mpo train`, never taken for another model's or data's."""
+"""`mpo reference`: computed once, resumed when killed, found by `mpo train`, never used for another model or data."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def files(cache: Path) -> dict[str, int]:
 
 
 def compute_here(inputs: Path, data: Path, *more: str, whole: bool = True) -> str | None:
-    """`mpo reference` on one rank, which is this process, or the pass before a run's first step; why it stopped early."""
+    """`mpo reference` on one rank, in this process, or the pass before a run's first step; returns why it stopped early."""
     try:
         with session(build_setup(parse(TrainConfig, options(inputs, data, *more)), 1)) as place:
             place.references(whole=whole)
@@ -95,7 +95,7 @@ def compute_here(inputs: Path, data: Path, *more: str, whole: bool = True) -> st
 
 @pytest.fixture(scope="module")
 def computed(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Groups with the cache that an undisturbed rank computes; only to be copied."""
+    """Groups with the cache of an undisturbed rank; only to be copied."""
     data = tmp_path_factory.mktemp("computed")
     for name in ("train", "eval"):
         shutil.copytree(inputs / name, data / name)
@@ -137,7 +137,7 @@ def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected
     assert f"{done} of {NUM_GROUPS} groups are cached" in result.stdout
     assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
     assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
-    assert files(cache).items() >= finished.items()  # what was there was not computed again
+    assert files(cache).items() >= finished.items()  # completed groups were not computed again
     resumed = read(cache)
     assert resumed.keys() == expected.keys()
     for index, logps in expected.items():
@@ -171,7 +171,7 @@ def test_other_data_gets_a_cache_of_its_own(inputs: Path, cached: Path) -> None:
     shutil.move(cached / "train" / "reference", cached / "kept")
     shutil.rmtree(cached / "train")
     save_groups(cached / "train", random_groups(NUM_GROUPS, seed=3), inputs / "model-hf")
-    shutil.move(cached / "kept", cached / "train" / "reference")  # as if the folder had been prepared again in place
+    shutil.move(cached / "kept", cached / "train" / "reference")  # as after preparing the folder again in place
     (first,) = caches(cached / "train")
     compute_here(inputs, cached)
     assert len(caches(cached / "train")) == 2

@@ -1,4 +1,4 @@
-"""`mpo train`, called again on a run's folder that it must refuse: no rank starts, and no file's code runs."""
+"""`mpo train` on a run's folder that it must refuse: no rank starts, and no file's code runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ for arguments in eval(sys.argv[1]):
 
 
 def test_other_options_data_and_models_are_refused_before_torch_is_imported(folder: Path) -> None:
-    """In one process; where torch cannot be imported, so no rank can have started."""
+    """In one process in which torch cannot be imported, so no rank can have started."""
     commands = []
     for change, _ in CHANGES:
         words = [str(folder / word) if word in ("changed", "other") else word for word in change.split()]
@@ -110,7 +110,7 @@ def test_a_damaged_model_is_refused_before_torch_is_imported(folder: Path, tmp_p
 
 
 class Command:
-    """A pickle of this leaves a mark when it is read."""
+    """A pickle that leaves a mark when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -120,7 +120,7 @@ class Command:
 
 
 def poison(step: Path, name: str, mark: Path, *, sealed: bool) -> None:
-    """Put a pickle that runs a command into a step; `sealed`: its digests are written anew, as an attacker would."""
+    """Put a pickle that runs a command into a step; `sealed`: with new digests, as an attacker would write."""
     path = step / "megatron" / name
     if name == ".metadata":
         path.write_bytes(pickle.dumps(Command(mark)))

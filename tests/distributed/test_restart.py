@@ -1,4 +1,4 @@
-"""A real `mpo train`: torchrun starts its ranks again when one has failed; asked to stop, it leaves with its work saved."""
+"""A real `mpo train`: torchrun restarts its ranks after a failure; on a stop request, it saves and exits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def steps_logged(run: Path) -> list[int]:
 
 
 def test_mpo_train_restarts_after_a_failed_rank_and_obeys_a_request(tmp_path: Path) -> None:
-    """A rank is killed: torchrun starts all again. Then SIGTERM comes to `mpo train`: exit code 75. The next start completes."""
+    """A rank is killed: torchrun restarts all. Then `mpo train` receives SIGTERM: exit code 75. The next start completes."""
     inputs, output = tmp_path, tmp_path / "run"
     convert(ConvertConfig(input=str(save_model(inputs / "hf", num_hidden_layers=2)), output=str(inputs / "model")))
     save_groups(inputs / "train", random_groups(24, seed=1), inputs / "hf")

@@ -1,4 +1,4 @@
-"""For every loss: a two-phase step has the fused step's gradients, also when groups lie in several rows and replicas."""
+"""For every loss: a two-phase step has the same gradients as a fused one, also when groups span several rows and replicas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.distributed
 
 # Of the largest gradient: products of some 500 tokens, summed row by row.
 TOLERANCE = reordered(500)
-# Other hyper-parameters than the defaults where those would leave a path untried.
+# Non-default hyper-parameters where the defaults would leave a branch untested.
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "mpo": [{"beta": 0.1}, {"beta": 0.1, "partition": "top_bottom", "num_top": 1, "num_bottom": 1}],
     "mcpo": [{"beta": 0.1, "num_negatives": 1}, {"beta": 0.1, "num_negatives": 2, "sampling": "random"}],
@@ -34,7 +34,7 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 
 def all_losses() -> list[dict[str, Any]]:
     found = [{"name": loss.name, "params": params} for loss in list_losses() for params in CHANGES.get(loss.name, [{}])]
-    return [loss for loss in found if ":" not in loss["name"]]  # those of users are entered when they are asked for
+    return [loss for loss in found if ":" not in loss["name"]]  # users' losses are registered on demand
 
 
 def run_layouts(
@@ -55,8 +55,8 @@ def run_layouts(
 def check(results: list[dict[str, Any]]) -> None:
     assert results
     for result in results:
-        assert result["largest"] > 0, result  # a loss without a gradient would agree with anything
-        assert result["split_groups"] > 0 or result["loss"]["name"] == "sft", result  # sft scores one response a group
+        assert result["largest"] > 0, result  # a loss without a gradient would match anything
+        assert result["split_groups"] > 0 or result["loss"]["name"] == "sft", result  # sft scores one response per group
         assert result["two_phase"] <= TOLERANCE, result
         assert result["split"] <= TOLERANCE, result
         losses, fused = result["losses"]
@@ -70,7 +70,7 @@ def test_divergence_over_the_vocabulary_on_two_ranks(tmp_path: Path) -> None:
         {
             "name": "spo",
             "params": {"alpha": 0.1, "gamma": gamma, "form": "ranked", "regularizer": "token_kl"},
-            "offload": gamma == 0.0,  # the reference's weights away from the device while it does not run
+            "offload": gamma == 0.0,  # moves the reference's weights off the device between uses
         }
         for gamma in (0.0, 0.01)
     ]
@@ -87,5 +87,5 @@ def test_every_loss_on_two_ranks(tmp_path: Path) -> None:
     results = run_layouts(tmp_path, 2, [{"tensor": 2}, {"pipeline": 2}, {}], [*all_losses(), own])
     check(results)
     shares = {json.dumps(result["loss"]): result["backward_share"] for result in results}
-    # MC-PO pays for the backward pass of the chosen and of the drawn negatives only.
+    # MC-PO's backward pass has only the chosen response and the drawn negatives.
     assert all(share < 1 for loss, share in shares.items() if json.loads(loss)["name"] == "mcpo")

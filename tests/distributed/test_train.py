@@ -1,4 +1,4 @@
-"""The training command, whole: it starts at the reference, learns, is killed, resumes, and refuses what cannot work."""
+"""The training command, end to end: it starts at the reference, learns, is killed, resumes, and refuses invalid options."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_killed_run_resumes_bit_for_bit(inputs: Path, undisturbed: Path, tmp_pat
     expected, resumed = weights(undisturbed), weights(output)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
     timing = ("seconds", "tokens_per_second", "groups_per_second", "tflops_per_rank", "peak_memory_gib")
-    timing += ("slowest_rank", "step_seconds_max_over_mean", "data_wait", "xxh3")  # the digest is of times, too
+    timing += ("slowest_rank", "step_seconds_max_over_mean", "data_wait", "xxh3")  # the digest covers times
     same = [{key: value for key, value in line.items() if key not in timing} for line in metrics(output)]
     assert same == [{key: value for key, value in line.items() if key not in timing} for line in metrics(undisturbed)]
 
@@ -128,7 +128,7 @@ def test_resume_on_another_layout(inputs: Path, undisturbed: Path, tmp_path: Pat
     shutil.copytree(undisturbed, output)
     for step in range(4, STEPS + 1):
         shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
-    train(inputs, output, 2, "--parallel.pipeline", "2", "--model.checkpoint", str(inputs / "hf"))  # of the same weights
+    train(inputs, output, 2, "--parallel.pipeline", "2", "--model.checkpoint", str(inputs / "hf"))  # the same weights
     assert len(list((output / "converted").glob("hf-*"))) == 1
     expected, resumed = weights(undisturbed), weights(output)
     # Two float32 computations in another order, through three Adam steps of lr 1e-3.

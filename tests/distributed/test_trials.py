@@ -1,4 +1,4 @@
-"""A few of the disturbances that `python -m tools.trials` makes hundreds of."""
+"""A few of the disturbances of `python -m tools.trials`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ KINDS = ("prepare/killed", "prepare/disk full", "reference/killed", "train/kille
 def test_disturbed_commands_end_where_undisturbed_ones_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.trials", "--each", "2", "--folder", str(tmp_path / "trials"), "--only", *KINDS]
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-    # The seed is a new one each time, and in the output.
+    # The seed is new each time, and printed.
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
     assert "12 trials (4 × disk full, 6 × killed, 2 × two at a time" in result.stdout

@@ -1,4 +1,4 @@
-"""What a GPU machine has, and what a check of it found.
+"""The abilities of a GPU machine, and the results of its checks.
 
 python -m tests.gpu.machine FILE.json         # GPU, versions, recipes, attention kernels
 python -m tests.gpu.machine --summary FOLDER  # of what tools/gpu_check.sh left there; exit code 1 if a part failed or no test ran
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
 
 
 def describe() -> dict[str, Any]:
-    """Versions and abilities, each with the reason where it is missing."""
+    """Versions and abilities; where one is missing, the reason."""
     from benchmarks.timing import describe_machine
     from mpo_megatron import device
 
@@ -74,7 +74,7 @@ def summarize(folder: Path) -> int:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """The tables of the benchmarks that were measured, by name."""
+    """The benchmarks' tables, by name."""
     found = {}
     for name in ("breakdown", "layouts", "fp8", "plan"):
         path = folder / f"{name}.json"

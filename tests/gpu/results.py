@@ -1,6 +1,7 @@
-"""A pytest plugin (`-p tests.gpu.results`): each test is a line of the file in GPU_CHECK_TESTS as soon as its outcome is known.
+"""A pytest plugin (`-p tests.gpu.results`): appends a line per test to the file in GPU_CHECK_TESTS as soon as its outcome is
+known.
 
-pytest's own reports are written when all is done: a session that is killed, or dies of a kernel, leaves none.
+pytest's own reports are written at the end: a killed or crashed session leaves none.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import pytest
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append a line when a test has passed, failed or been skipped."""
+    """Append a line when a test passes, fails or is skipped."""
     if report.when != "call" and report.outcome == "passed":
         return
     line = {

@@ -28,7 +28,7 @@ GROUPS = cast(PreparedGroups, random_groups(16, seed=1, vocab_size=VOCAB, prompt
 
 
 def family(**changes: Any) -> Family:
-    """Every side of every matrix is a multiple of 128, so that any recipe will do."""
+    """Every side of every matrix is a multiple of 128, as every recipe requires."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
     return read_family(Qwen3Config(**{**sizes, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCAB, **changes}))
 
@@ -64,7 +64,7 @@ def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Mo
 
 
 def plain_names(part: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters by the names that they have with every layer implementation."""
+    """Parameters by names that are common to all layer implementations."""
     moved = {
         "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
         "mlp.linear_fc1.layer_norm_weight": "pre_mlp_layernorm.weight",

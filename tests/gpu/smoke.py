@@ -1,8 +1,8 @@
-"""One small piece of everything that a GPU computes, each on its own: what works, and the error of what does not.
+"""One small run of every GPU computation, separately: successes, and the errors of failures.
 
-    python -m tests.gpu.smoke FILE.json      # written anew after each piece; exit code 1 if one failed
+    python -m tests.gpu.smoke FILE.json      # rewritten after each piece; exit code 1 if one failed
 
-It takes seconds and comes before the tests: a kernel that kills the process is the last line of the file.
+It takes seconds and runs before the tests: a kernel that kills the process is named in the file's last line.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mpo_megatron.train.step import forward_step, fused_step
 from tests.gpu import small
 
 Piece = Callable[[], str]
-"""Computes, and says what came out; raises if it is wrong."""
+"""Computes, and returns a description of the result; raises if it is wrong."""
 
 KERNELS = ("_flash_attn_3", "_transformer_engine", "_flash_attn", "_torch")
 """Finders of variable-length kernels in attention_varlen.py."""
@@ -56,12 +56,12 @@ def main(arguments: list[str]) -> int:
 
 
 def write(path: Path, found: list[dict[str, object]]) -> None:
-    """What was found so far."""
+    """Results so far."""
     path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def pieces(ranks: Ranks) -> Iterator[tuple[str, Piece]]:
-    """Everything that is installed here, the simple things first."""
+    """Everything that is installed, simple things first."""
     yield "matrix product in bf16", multiply
     yield "attention: flex", lambda: attend(lambda *inputs: flex_row_attention(*inputs, SEGMENTS))
     for finder in KERNELS:

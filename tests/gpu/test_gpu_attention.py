@@ -48,14 +48,14 @@ def test_equals_exact_attention(attend: Callable[..., Tensor], heads: int, group
 
 @pytest.mark.parametrize(("context", "length"), [(1, 200), (200, 1), (7, 7), (300, 129), (129, 300)])
 def test_causal_mask_is_aligned_at_the_bottom_right(attend: Callable[..., Tensor], context: int, length: int) -> None:
-    """A response's first token sees its whole prompt and itself, its last one everything."""
+    """A response's first token attends to its whole prompt and itself, its last one to everything."""
     segments = row_layout([(0, context, 0, 0), (context, context + length, 0, context)])
     query, key, _ = (part.detach() for part in random_qkv(context + length, 2, 2, channels=64, device="cuda"))
-    # Values that say which keys were seen: the mean of 0 … n − 1 under uniform weights.
+    # Values that reveal the attended keys: the mean of 0 … n − 1 under uniform weights.
     positions = torch.arange(context + length, device="cuda", dtype=torch.float32) / 512
     value = positions[:, None, None].expand_as(key).contiguous()
     output = attend((0 * query).bfloat16(), key.bfloat16(), value.bfloat16(), segments)
-    expected = positions / 2  # token t sees 0 … t: prompt and response lie one after the other
+    expected = positions / 2  # token t attends to 0 … t: prompt and response are consecutive
     assert (output[:, 0, 0].float() - expected).abs().max() <= 2**-8
 
 
@@ -82,7 +82,7 @@ def test_siblings_do_not_matter(attend: Callable[..., Tensor]) -> None:
 
 
 def test_flex_mask_of_a_long_row_is_small() -> None:
-    """A mask of 65536² entries would take 4 GiB; intervals take a few integers a token and block."""
+    """A mask of 65536² entries would take 4 GiB; intervals take a few integers per token and block."""
     prompt, response = 2048, 512
     size = prompt + 12 * response
     segments = []

@@ -1,4 +1,4 @@
-"""On a GPU with FP8: each recipe starts at the exact loss, stays near bf16, learns, and comes back from a checkpoint."""
+"""On a GPU with FP8: each recipe starts at the exact loss, stays near bf16, learns, and resumes from a checkpoint."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_near_bf16(ranks: Ranks, options: dict[str, object]) -> None:
     batch = small.batch(config)
     found = small.per_token(batch, forward_step(small.build(config, ranks), batch, small.OBJECTIVE, ranks))
     bf16 = small.per_token(batch, forward_step(small.build(plain, ranks), batch, small.OBJECTIVE, ranks))
-    # e4m3 rounds by up to 2^-4; averaged over 512 terms a product, four layers and the tokens of a response.
+    # e4m3 rounds by up to 2^-4; averaged over 512 terms per product, four layers and the tokens of a response.
     assert np.abs(found - bf16).mean() < 0.1
     assert not np.array_equal(found, bf16)
 

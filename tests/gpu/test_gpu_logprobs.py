@@ -59,7 +59,7 @@ def test_statistics_equal_plain_torch(ranks: Ranks, dtype: torch.dtype, toleranc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_goes_into_a_part_of_a_larger_buffer(ranks: Ranks, dtype: torch.dtype) -> None:
-    """As Megatron's gradient buffers are: one long tensor, of which each weight has a stretch."""
+    """Like Megatron's gradient buffers: one long tensor, with a slice for each weight."""
     hidden, weight, targets = draw(300, 64, PADDED, dtype)
     whole = torch.zeros(weight.numel() + 200, device="cuda")
     buffer = whole[100:-100].view_as(weight)

@@ -1,4 +1,4 @@
-"""On a GPU: an optimizer whose states lie in host memory trains as one whose states do not, and resumes."""
+"""On a GPU: an optimizer with states in host memory trains like one without, and resumes."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ def test_offloaded_states_train_alike_and_resume(inputs: Path, tmp_path: Path, s
     assert len(whole) == STEPS
     # Two implementations of Adam, whose weights are rounded to bf16 after each step.
     assert whole == pytest.approx(losses(inputs, tmp_path / "plain"), rel=1e-2)
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")  # the one after half of the steps is left
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{STEPS:08d}")  # leaves the one after half of the steps
     assert losses(inputs, tmp_path / "run", *options)[-1] == pytest.approx(whole[-1], rel=1e-2)

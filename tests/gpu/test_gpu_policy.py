@@ -1,4 +1,4 @@
-"""On a GPU: the policy with Transformer Engine's layers and with every attention back end computes what the exact one does."""
+"""On a GPU: the policy with Transformer Engine's layers and every attention back end matches exact attention."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_log_probs(ranks: Ranks, exact: np.ndarray, backend: str, attention: str
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 def test_gradients_with_recomputation(ranks: Ranks, recompute: str) -> None:
-    """As a user has it: automatic layers and attention, in bf16, against float32."""
+    """With the defaults: automatic layers and attention, in bf16, against float32."""
     found = []
     for options in ({"precision": "fp32", "backend": "local"}, {"precision": "bf16", "recompute": recompute}):
         config = small.model_config(**options)
@@ -92,7 +92,7 @@ def test_a_bf16_run_starts_at_the_exact_loss(ranks: Ranks) -> None:
     reference = forward_step(parts, batch, small.OBJECTIVE, ranks)
     model, _ = small.wrap(parts, ranks)
     policy = fused_step(model, batch, reference, small.OBJECTIVE, ranks).policy
-    # Attention kernels may sum in another order when they also keep what backward needs.
+    # Attention kernels may sum in another order when they also save tensors for backward.
     assert small.mean_loss(batch, policy, reference) == pytest.approx(small.first_loss(batch), abs=1e-5)
 
 

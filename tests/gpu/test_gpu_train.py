@@ -1,4 +1,4 @@
-"""On a GPU: the training command, from a checkpoint to a checkpoint, with the layers and kernels that a user gets by default."""
+"""On a GPU: the training command, from checkpoint to checkpoint, with default layers and kernels."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Pat
     # bf16. (In the same rows it is exact: test_gpu_policy.py, test_gpu_fp8.py.)
     assert losses[0] == pytest.approx(first_loss(inputs / "train"), abs=5e-3)
     assert np.mean(losses[4:]) < np.mean(losses[:4])  # every group is seen twice
-    again = run(inputs, tmp_path / "run", "--model.fp8", fp8)  # all done: it resumes and has nothing to do
+    again = run(inputs, tmp_path / "run", "--model.fp8", fp8)  # complete: it resumes with nothing to do
     assert [line["loss"] for line in again if "loss" in line] == losses
 
 
@@ -90,12 +90,12 @@ def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tens
         if engine == "vllm":
             options += ["--online.vllm.tensor_parallel", str(tensor), "--online.vllm.gpus", gpus]
         lines = run(inputs, output, *options, "--nproc", str(tensor))
-        # Nats a token: random weights give nearly equal logits, and bf16 moves each by a thousandth.
+        # Nats per token: random weights give nearly equal logits, and bf16 moves each by a thousandth.
         assert all(abs(line["engine_kl"]) < 0.05 for line in lines if "engine_kl" in line)
         found[engine] = [path.read_text().splitlines() for path in sorted((output / "online").glob("samples_*.jsonl"))]
     equal = total = 0
     assert [len(lines) for lines in found["vllm"]] == [len(lines) for lines in found["transformers"]]
-    for ours, theirs in zip(found["transformers"][-1], found["vllm"][-1], strict=True):  # of weights that were handed over twice
+    for ours, theirs in zip(found["transformers"][-1], found["vllm"][-1], strict=True):  # with weights transferred twice
         for one, other in zip(json.loads(ours).get("responses", ()), json.loads(theirs).get("responses", ()), strict=True):
             equal += one["tokens"][:4] == other["tokens"][:4]
             total += 1
