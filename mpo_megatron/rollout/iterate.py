@@ -45,6 +45,7 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.round_report import REPORT_FILE, report_round, write_report
 from mpo_megatron.rollout.rounds import (
+    PROMPT_OPTIONS,
     STATE_FILE,
     Round,
     RoundPolicy,
@@ -210,7 +211,7 @@ def measure_kl(
         input=str(folder / "selected" / "groups.jsonl"),
         output=str(folder / "groups"),
         tokenizer=str(policy.hf),
-        **{name: getattr(item.prepare, name) for name in ("system_prompt", "chat_template", "chat_template_kwargs")},
+        **{name: getattr(item.prepare, name) for name in PROMPT_OPTIONS},
         **{name: getattr(item.prepare, name) for name in ("max_prompt_tokens", "max_response_tokens", "num_workers")},
     )
     stage("prepare held-out", folder / "groups" / INFO_FILE, lambda: prepare(prepared, quiet), console)

@@ -287,6 +287,25 @@ def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
 
 
+PROMPT_OPTIONS = ("system_prompt", "chat_template", "chat_template_kwargs", "prompt_format")
+"""Options that decide what the model reads before its answer."""
+
+
+def check_same_prompts(generate: GenerateConfig, prepare: PrepareConfig) -> None:
+    """Refuse training on other prompts than the answers are drawn for.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in PROMPT_OPTIONS:
+        drawn, trained = getattr(generate, name), getattr(prepare, name)
+        require(
+            drawn == trained or (name == "prompt_format" and "templated" not in (drawn, trained)),
+            f"generate.{name} = {drawn}, prepare.{name} = {trained}; training would read other prompts than the answers are "
+            "drawn for: set both to the same value.",
+        )
+
+
 def check_round(item: Round, model: Path, num_ranks: int) -> None:
     """Check what a round's stages would refuse later, as far as it does not depend on data.
 
@@ -303,6 +322,7 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         )
         validate_generate(item.generate)
         validate_score(item.score)
+        check_same_prompts(item.generate, item.prepare)
         train = item.train
         validate_unused(train)
         check_ranks(train.parallel, num_ranks)

@@ -192,6 +192,13 @@ def test_a_server_may_read_each_rounds_weights(options: dict[str, Any]) -> None:
     assert all(item.generate.load_weights for item in plan.rounds)
 
 
+def test_prompts_are_drawn_for_and_trained_on_alike(options: dict[str, Any]) -> None:
+    alike = {"system_prompt": "S", "chat_template_kwargs": {"enable_thinking": False}}
+    sections = {name: {**options.get(name, {}), **alike} for name in ("generate", "prepare")}
+    sections["prepare"]["prompt_format"] = "chat"  # as auto, without the look at the first prompts
+    build_plan(IterateConfig(**{**options, **sections}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -201,6 +208,11 @@ def test_a_server_may_read_each_rounds_weights(options: dict[str, Any]) -> None:
         ({"generate": {"num_response": 4}}, r"generate: .*num_response"),
         ({"generate": {"temperature": -1.0}}, r"generate\.temperature = -1\.0"),
         ({"score": {}}, r"score: .*scorers"),
+        (
+            {"generate": {"system_prompt": "S"}},
+            r"generate\.system_prompt = S, prepare\.system_prompt = None",
+        ),
+        ({"prepare": {"prompt_format": "templated"}}, r"generate\.prompt_format = auto, prepare\.prompt_format = templated"),
         ({"score": {"scorers": {"x": {"kind": "magic"}}}}, r"scorers\.x\.kind = magic"),
         ({"select": {"sets": "best"}}, r"select: .*sets"),
         ({"train": {"loss": {"name": "mpoo"}}}, r"round 1: loss.*mpoo.*did you mean mpo"),
