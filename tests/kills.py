@@ -1,4 +1,4 @@
-"""A process that is killed at a chosen place, played within this one."""
+"""Simulates a process that is killed at a chosen place, within this process."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pytest
 
 
 class Killed(BaseException):
-    """Ends a command as a signal would: nothing of ours handles it."""
+    """Ends a command like a signal: the package never catches it."""
 
 
 def raise_at(owner: Any, name: str, calls: int, patch: pytest.MonkeyPatch) -> None:
-    """Let a function work so many times, and be killed in the next."""
+    """Let a function run this many times, and be killed in the next call."""
     original, left = getattr(owner, name), [calls]
 
     def killed(*arguments: Any, **options: Any) -> Any:

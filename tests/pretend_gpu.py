@@ -1,12 +1,12 @@
-"""A pretend GPU: tensors that say they are on `cuda:0`, lie in the CPU's memory, and are refused where CUDA would refuse them.
+"""A pretend GPU: tensors report the device `cuda:0`, are stored in CPU memory, and are refused where CUDA would refuse them.
 
     python -m tests.pretend_gpu MODULE [ARGUMENTS…]      # run a module as on a machine with one GPU
 
-It finds host and device mixed up (a CPU tensor beside a GPU tensor, `.numpy()` of a GPU tensor, a collective of NCCL over a CPU
+It finds mixed devices (a CPU tensor beside a GPU tensor, `.numpy()` of a GPU tensor, a collective of NCCL over a CPU
 tensor, a CPU generator for numbers on the GPU, a GPU tensor in a forked process) and wrong use of `torch.cuda`, with real numbers
 coming out. It checks *placement, not kernels*: every operation runs as its CPU kernel, at once, one after the other; nothing is
 compiled; memory and time mean nothing, so tests and benchmarks that measure them fail or mislead (torch's profiler cannot record
-its GPU at all). Processes that it starts have no GPU: run `mpo_megatron.train` on it, not `mpo train`, which starts ranks.
+its GPU at all). Child processes have no GPU: run `mpo_megatron.train` on it, not `mpo train`, which starts ranks.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ MIXED = {
     "aten::_copy_from", "aten::_foreach_copy_", "aten::_to_copy", "aten::copy_", "aten::fill_", "aten::index", "aten::index_put_",
     "aten::_index_put_impl_", "aten::index_put", "aten::masked_fill", "aten::masked_fill_",
 }  # fmt: skip
-"""Operations that take CPU tensors beside GPU tensors: copies, indices (on the GPU's tensors only) and values to fill in."""
+"""Operations that accept CPU tensors together with GPU tensors: copies, indices (of GPU tensors only) and fill values."""
 
 _owner = os.getpid()
 
@@ -48,7 +48,7 @@ class MixedDevicesError(RuntimeError):
 
 
 class GPUTensor(torch.Tensor):
-    """A tensor with a CPU tensor's memory whose device is the GPU. Views and parameters share it as anywhere else."""
+    """A tensor with a CPU tensor's memory that reports the GPU as its device. Views and parameters share memory as usual."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -77,7 +77,7 @@ class GPUTensor(torch.Tensor):
 
 
 def on_gpu(value: Any) -> bool:
-    """Whether this is a tensor on the GPU; `tensor.data = other` can move one to the other side, and its keys know."""
+    """Whether this is a tensor on the GPU; `tensor.data = other` can change its device, which its dispatch keys show."""
     return isinstance(value, GPUTensor) and torch._C._dispatch_keys(value).has(torch._C.DispatchKey.CUDA)
 
 
@@ -94,7 +94,7 @@ def memory_of(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Check where an operation's tensors are, run it on their memory, and hand back tensors where CUDA would put them."""
+    """Check the devices of an operation's tensors, run it on their memory, and return tensors on CUDA's output devices."""
     if func is torch.ops.prim.device.default:
         return GPU if on_gpu(args[0]) else CPU
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
@@ -117,7 +117,7 @@ def run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if wanted is not None:
         kwargs = {**kwargs, "device": CPU}
     if func.name() == "aten::_fused_sdp_choice":
-        return 0  # of scaled_dot_product_attention's ways, the one without a kernel of its own
+        return 0  # scaled_dot_product_attention's back end without a separate kernel
     plain_args, plain_kwargs = tree_map_only(GPUTensor, memory_of, (args, kwargs))
     if func.name() == "aten::addmm.dtype_out":  # the CPU has no such kernel
         return kwargs["out"].add_(args[1].to(args[3]) @ args[2].to(args[3]))
@@ -154,7 +154,7 @@ def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Seq
     """Refuse what CUDA refuses.
 
     Raises:
-        MixedDevicesError: naming the operation and where its tensors are.
+        MixedDevicesError: names the operation and the devices of its tensors.
     """
     name = func.name().split(".")[0]
     gpus = list(map(on_gpu, tensors))
@@ -174,7 +174,7 @@ def check(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: Seq
 
 
 def check_collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """NCCL moves GPU tensors only, gloo's groups here CPU tensors only."""
+    """NCCL moves only GPU tensors, gloo's groups here only CPU tensors."""
     values = {argument.name: value for argument, value in arguments_of(func, args, kwargs)}
     group = dist.ProcessGroup.unbox(values["process_group"])
     nccl = group.group_name in cuda.nccl_groups
@@ -196,10 +196,10 @@ def writes(argument: Any) -> bool:
 
 
 class Placement(TorchDispatchMode):
-    """Sees the operations that have no GPU tensor among their arguments, too: factories, copies to the GPU."""
+    """Also handles operations without GPU tensors among their arguments: factories, copies to the GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        # In inference mode operations made of others arrive whole, such as `to` and `linear`; `run` is about their parts.
+        # In inference mode, composite operations arrive undecomposed, such as `to` and `linear`; `run` is about their parts.
         if torch.is_inference_mode_enabled() and func is not torch.ops.prim.device.default and func._can_decompose():
             with self:
                 out = func.decompose(*args, **(kwargs or {}))
@@ -209,7 +209,7 @@ class Placement(TorchDispatchMode):
 
 
 class Names(TorchFunctionMode):
-    """Calls that torch answers before an operation begins, and that a torch without CUDA refuses."""
+    """Calls that torch handles before an operation starts, and that a torch without CUDA refuses."""
 
     def __torch_function__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -227,7 +227,7 @@ class Names(TorchFunctionMode):
             if on_gpu(args[0]):
                 raise RuntimeError(f"cannot pin '{args[0].type()}' only dense CPU tensors can be pinned")
             return args[0].clone()
-        elif func is torch.nn.functional.scaled_dot_product_attention and on_gpu(args[0]):  # which asks for cuDNN's version
+        elif func is torch.nn.functional.scaled_dot_product_attention and on_gpu(args[0]):  # it reads cuDNN's version
             return plain_attention(*args, **kwargs)
         elif func is torch.Tensor.tolist:  # refused for subclasses
             args = (args[0].cpu(),)
@@ -246,7 +246,7 @@ def indexed(device: Any) -> Any:
 
 
 def dense_attention(query: Any, key: Any, value: Any, *, block_mask: Any, enable_gqa: bool, **options: Any) -> torch.Tensor:
-    """What flex attention computes, by a mask of all entries."""
+    """Flex attention, computed with a mask of all entries."""
     rows, columns = (torch.arange(part.shape[2], device=part.device) for part in (query, key))
     mask = block_mask.mask_mod(None, None, rows[:, None], columns[None])
     assert "score_mod" not in options
@@ -258,7 +258,7 @@ def dense_attention(query: Any, key: Any, value: Any, *, block_mask: Any, enable
 def segment_attention(
     query: Any, key: Any, value: Any, query_ends: Any, key_ends: Any, *longest: int, **options: Any
 ) -> torch.Tensor:
-    """What torch's variable-length attention computes, segment by segment: causal, aligned at the bottom right."""
+    """Torch's variable-length attention, segment by segment: causal, aligned at the bottom right."""
     assert options["window_size"] == (-1, 0)
     assert on_gpu(query_ends)
     assert on_gpu(key_ends)
@@ -276,7 +276,7 @@ def segment_attention(
 def plain_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: torch.Tensor | None = None, **options: Any
 ) -> torch.Tensor:
-    """`scaled_dot_product_attention` in plain operations, whatever kernels there are."""
+    """`scaled_dot_product_attention` in plain operations, regardless of available kernels."""
     dropout, causal = options.pop("dropout_p", 0.0), options.pop("is_causal", False)
     if attn_mask is not None:  # to be added to the scores
         attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, float("-inf"))
@@ -284,12 +284,12 @@ def plain_attention(
 
 
 def causal_mask(rows: int, columns: int) -> torch.Tensor:
-    """Every row sees the columns up to its own, the last row all."""
+    """Every row attends to the columns up to its own, the last row to all."""
     return torch.ones(rows, columns, dtype=torch.bool, device=GPU).tril(columns - rows)
 
 
 class OwnRandomness:
-    """Within it the CPU's generator is in the GPU's state: each has its own sequence."""
+    """Within this context, the CPU's generator is in the GPU's state: each has its own sequence."""
 
     def __enter__(self) -> None:
         self.state = torch.get_rng_state()
@@ -301,11 +301,11 @@ class OwnRandomness:
 
 
 def install() -> None:
-    """Give this process a GPU, in all its threads; it cannot be taken away again. Call it before Megatron is imported."""
+    """Give this process a GPU, in all its threads, permanently. Call it before Megatron is imported."""
     cuda.replace_names()
     torch.nn.attention.flex_attention.flex_attention = dense_attention  # type: ignore[assignment]
     torch.nn.attention.varlen.varlen_attn = segment_attention  # type: ignore[assignment]
-    # A tensor subclass of torch's own, which does not go with the modes below; the mask it stands for does.
+    # This mask is torch's own tensor subclass, which is incompatible with the modes below; a plain mask is not.
     torch.nn.attention.bias.causal_lower_right = causal_mask  # type: ignore[assignment]
     torch.compile = lambda function=None, **options: function or (lambda function: function)  # type: ignore[assignment]
     run_backward = torch.autograd._engine_run_backward
@@ -327,7 +327,7 @@ def install() -> None:
 
 
 if __name__ == "__main__":
-    from tests import pretend_gpu  # not this copy, named __main__, but what everybody imports
+    from tests import pretend_gpu  # not this copy, named __main__, but the imported module
 
     pretend_gpu.install()
     sys.argv = sys.argv[1:]

@@ -1,4 +1,4 @@
-"""The parts of the pretend GPU (pretend_gpu.py) that stand for names: torch.cuda's, NCCL, and what autograd asks of CUDA."""
+"""The names that the pretend GPU (pretend_gpu.py) replaces: torch.cuda's, NCCL, and autograd's queries of CUDA."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ GIB = 2**30
 generator = torch.Generator()
 """The GPU's own."""
 gpu_generators: dict[int, torch.Generator] = {}
-"""The generators made for the GPU, by address."""
+"""The GPU's generators, by address."""
 nccl_groups: set[str] = set()
-"""Names of the process groups that were asked for as NCCL's and are gloo's."""
+"""Names of the process groups that were requested as NCCL's and use gloo."""
 
 
 def replace_names() -> None:
-    """Put all of them in their places; torch's own are gone until the process ends."""
+    """Install all replacements; torch's own names are gone until the process ends."""
     _build_guard()
     for dotted, value in _cuda_names().items():
         *parents, name = dotted.split(".")
@@ -39,7 +39,7 @@ def replace_names() -> None:
 
 
 class Generator(torch.Generator):
-    """A generator that may be the GPU's."""
+    """A generator, possibly the GPU's."""
 
     def __new__(cls, device: Any = "cpu") -> Generator:
         made = super().__new__(cls)
@@ -52,7 +52,7 @@ class Generator(torch.Generator):
 
 
 class Stream:
-    """A stream or event: everything is done at once."""
+    """A stream or event: every operation has already finished."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = GPU
@@ -79,7 +79,7 @@ class Stream:
 
 
 def _cuda_names() -> dict[str, Any]:
-    """What stands for names below `torch.cuda`."""
+    """Replacements for names below `torch.cuda`."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         pass
@@ -134,14 +134,14 @@ struct Guard : impl::NoOpDeviceGuardImpl<DeviceType::CUDA> {
 namespace c10::impl { C10_REGISTER_GUARD_IMPL(CUDA, Guard) }
 static auto hooks = new (const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks())) Hooks;  // in the place of theirs
 """
-"""What autograd asks CUDA for, and a torch without CUDA lacks: whether it is there, the current device and stream."""
+"""CUDA queries of autograd that a torch without CUDA lacks: availability, current device and stream."""
 
 
 def _build_guard() -> None:
     root = Path(torch.__file__).parent
     built = Path(tempfile.gettempdir()) / f"pretend_gpu_{os.getuid()}_{torch.__version__}_{zlib.crc32(GUARD.encode()):x}.so"
     if not built.exists() or built.stat().st_uid != os.getuid():  # compiled once, then shared by all processes of this user
-        made = built.with_name(f"{built.name}.{os.getpid()}")  # renamed when it is whole: others may look for it meanwhile
+        made = built.with_name(f"{built.name}.{os.getpid()}")  # renamed when complete: other processes may look for it meanwhile
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(made), f"-I{root / 'include'}"]
         subprocess.run([*command, f"-L{root / 'lib'}", "-ltorch_cpu", "-lc10"], input=GUARD, text=True, check=True)
         made.replace(built)

@@ -1,4 +1,4 @@
-"""A run's folder as training writes it, made on the spot: for what reads runs."""
+"""A run's folder as training writes it, created on the spot for tests of its readers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HOSTILE = (
     "</script><script>document.title = 'broken'</script><img src=x onerror=\"document.title='broken'\"> "
     '<b>bold</b> \u2028 & "quoted"'
 )
-"""A response that breaks a page which takes texts for HTML."""
+"""A response that would break a page that treats texts as HTML."""
 
 
 def write_data(folder: Path, num_groups: int = 12, *, seed: int = 0) -> PreparedGroups:

@@ -1,4 +1,4 @@
-"""Tiny models, tokenizers and groups that tests build on the spot; nothing is downloaded."""
+"""Tiny models, tokenizers and groups, built on the spot; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def save_model(folder: Path, *, model_type: str = "qwen3", tied: bool = False, s
         for parameter in model.parameters():  # away from zeros, ones and the symmetric start
             parameter += 0.05 * torch.randn_like(parameter)
         for name, parameter in model.named_parameters():
-            if name.endswith("A_log"):  # drawn for decays that leave nothing of most states after a token
+            if name.endswith("A_log"):  # chosen for decays that erase most states after one token
                 parameter -= 3
     model.save_pretrained(folder)
     return folder

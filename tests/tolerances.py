@@ -1,11 +1,11 @@
-"""How far two computations of the same floating-point sum may be apart."""
+"""Tolerances between two computations of the same floating-point sum."""
 
 import math
 
 import torch
 
 ROOM = 16
-"""Room for cancellation, for the layers between a sum and what is compared, and for other processors' kernels."""
+"""Factor for cancellation, for layers between a sum and the compared values, and for other processors' kernels."""
 
 
 def reordered(length: int, dtype: torch.dtype = torch.float32) -> float:

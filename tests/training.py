@@ -1,4 +1,4 @@
-"""Training on one rank, which is this process."""
+"""Training on one rank, in this process."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ from mpo_megatron.train.term import GradientTerm
 
 
 def train(config: TrainConfig, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
-    """As a rank of `mpo train` does; why it stopped early, or None."""
+    """Trains like a rank of `mpo train`; returns why it stopped early, or None."""
     return loop.train(build_setup(config, 1), build_term)

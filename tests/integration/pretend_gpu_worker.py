@@ -1,4 +1,4 @@
-"""What test_pretend_gpu.py runs on the pretend GPU, in one process.
+"""The work of test_pretend_gpu.py on the pretend GPU, in one process.
 
 `python -m tests.pretend_gpu tests.integration.pretend_gpu_worker FOLDER` writes FOLDER/results.json.
 """
@@ -29,13 +29,13 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {"refused": refused(), "fp32": run(training(folder, "fp32"))}
     bf16 = training(folder, "bf16", precision="bf16", steps=5)
     results["bf16"] = run(bf16)
-    # Megatron offloads only with Transformer Engine's Adam, for which another Adam stands.
+    # Megatron offloads only with Transformer Engine's Adam, which is replaced by another Adam.
     megatron.core.utils.get_te_version = lambda: Version("2.11.0")
     megatron_optimizer.Adam = GPUAdam
     distrib_optimizer.HAVE_APEX_OR_TE = True
     from mpo_megatron.train import inputs
 
-    inputs.check_offload = lambda *arguments: None  # it would miss Transformer Engine
+    inputs.check_offload = lambda *arguments: None  # it would report that Transformer Engine is missing
     offloaded = training(folder, "offloaded", precision="bf16", steps=5, cpu_offload=0.5)
     run(dataclasses.replace(offloaded, stop_after=2))
     results["offloaded"] = run(offloaded)  # from the checkpoint after two steps
@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
 
 
 class GPUAdam(torch.optim.Optimizer):
-    """AdamW that counts steps by group, and is no subclass of the one that Megatron runs on the host, as Transformer Engine's."""
+    """AdamW that counts steps per group, and is not a subclass of the host's AdamW, like Transformer Engine's."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {})
@@ -91,7 +91,7 @@ def run(config: TrainConfig) -> list[list[float]]:
 
 
 def refused() -> dict[str, str | None]:
-    """The exception of each of some mistakes; None if there was none."""
+    """The exception for each of some mistakes; None if there was none."""
     gpu, cpu = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
     mistakes: dict[str, Callable[[], Any]] = {
         "a tensor of each": lambda: gpu + cpu,
@@ -120,7 +120,7 @@ def failure(action: Callable[[], Any]) -> str | None:
 
 
 def planted(config: TrainConfig) -> str | None:
-    """What becomes of a run whose rows stay on the host."""
+    """The outcome of a run whose rows stay on the host."""
     device.upload = torch.as_tensor  # type: ignore[assignment]
     return failure(lambda: run(config))
 

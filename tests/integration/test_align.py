@@ -59,7 +59,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "report": lambda patch: raise_at(aligning, "report", 0, patch),
     "outcome": lambda patch: raise_at(aligning, "replace_file", 0, patch),
 }
-"""One after the other: each kill is followed by the same command, which resumes and reaches the next."""
+"""In sequence: after each kill, the same command resumes and reaches the next."""
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def aligned(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             arm(patch)
             with pytest.raises(Killed):
                 align(settings(inputs, output), QUIET)
-    align(settings(inputs, output), QUIET)  # by now without training
+    align(settings(inputs, output), QUIET)  # training is complete by now
     return output
 
 
@@ -139,7 +139,7 @@ def test_repeating_it_runs_nothing_and_shows_the_end_again(inputs: Path, aligned
 
 @pytest.mark.distributed
 def test_an_unfinished_stage_takes_other_options(inputs: Path, aligned: Path, tmp_path: Path) -> None:
-    """Of what a failed stage needs, nothing is known before it failed."""
+    """Nothing that a failed stage needs is known before it fails."""
     output, changed = tmp_path / "out", {"optimizer": {"lr": 1e-3}}
     shutil.copytree(aligned, output)
     with pytest.raises(ConfigError, match=r"train.model = .* the stage that uses it is complete"):
@@ -168,7 +168,7 @@ def test_a_folder_that_was_started_otherwise_is_refused(inputs: Path, aligned: P
     with pytest.raises(ConfigError, match=r"holds \['file'\], and no align.json"):
         align(settings(inputs, tmp_path / "other"), QUIET)
     shutil.copytree(inputs, tmp_path / "moved")
-    align(settings(tmp_path / "moved", aligned), QUIET)  # the same by its digests
+    align(settings(tmp_path / "moved", aligned), QUIET)  # the same model by its digests
 
 
 @pytest.mark.distributed
@@ -252,7 +252,7 @@ def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) 
     scorers = {"x": {"kind": "match"}}
     changes: dict[str, Any] = {"data": [], "prompts": str(inputs / "prompts.jsonl"), "rounds": 2, "score": {"scorers": scorers}}
     align(settings(inputs, tmp_path / "out", plan=True, **changes), Console(file=output, width=400))
-    # 16 prompts, two held out; answers are taken for half of generate.max_tokens.
+    # 16 prompts, two held out; answers are assumed to have half of generate.max_tokens.
     assert "per round: 7 prompts × 8 answers of about 4 tokens" in output.getvalue()
     assert re.search(r"minutes at [\d,]+ tokens/s; training \d+ minutes.* All rounds, .* about \d+ minutes on", output.getvalue())
     assert not (tmp_path / "out").exists()
@@ -294,7 +294,7 @@ def test_labels_split_the_groups_of_the_default_loss(
 
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 def test_generation_reads_weights_or_multiplies(engine: Any) -> None:
-    """On an H100 a decoding step of an 8B model reads 16 GB whatever the batch."""
+    """On an H100, a decoding step of an 8B model reads 16 GB regardless of the batch."""
     lengths = {"prompt_tokens": 32, "response_tokens": 32, "responses": 4, "groups": 8}
     train = TrainConfig(output="o", model=ModelConfig(checkpoint="m"), data=DataConfig(train="d"))
     workload = build_problem(PlanConfig(gpus=8, model="Llama-3-8B", hardware="h100", **lengths), train)
@@ -350,7 +350,7 @@ def test_what_cannot_work_is_named_before_anything_runs(
 
 @pytest.mark.parametrize("name", ["data/part.jsonl", "data", "data/*.jsonl"])
 def test_a_change_of_the_data_is_seen(tmp_path: Path, name: str) -> None:
-    """Even one that leaves every size as it was; a moved folder is the same."""
+    """Also a change that keeps every size; a moved folder is the same."""
     folder = tmp_path / "data"
     folder.mkdir()
     (folder / "part.jsonl").write_text('{"label": 0}')
@@ -368,7 +368,7 @@ def test_data_that_are_not_there(inputs: Path, tmp_path: Path) -> None:
 
 @pytest.mark.distributed
 def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine's GPUs, played; the options that the user gave stay."""
+    """Simulated GPUs; the user's options are kept."""
     monkeypatch.setattr(device, "has_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 79 * 2**30}))

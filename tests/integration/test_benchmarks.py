@@ -17,9 +17,9 @@ from benchmarks.breakdown import kind_of
 from tests.distributed.launch import ROOT, run_ranks
 
 PARTS = ("__init__", "fp8_emulation", "hand_loops", "setup", "timing")
-"""Modules that benchmarks are made of."""
+"""Helper modules of the benchmarks."""
 COMPARED = ("published",)
-"""What measures nothing, but compares with what others measured: tests/unit/plan/test_published.py."""
+"""It measures nothing itself, but compares with published measurements: tests/unit/plan/test_published.py."""
 BENCHMARKS = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem not in PARTS + COMPARED)
 NUM_RANKS = {"plan": 2}
 """Where it is not one."""
@@ -33,7 +33,7 @@ def check(content: dict[str, Any]) -> None:
     assert content["rows"]
     assert content["table"]
     assert content["note"]
-    assert len({tuple(row) for row in content["table"]}) == 1  # the same columns in every line
+    assert len({tuple(row) for row in content["table"]}) == 1  # the same columns in every row
     check_numbers(content["rows"])
 
 
@@ -65,7 +65,7 @@ def test_kernels_count_for_the_outermost_operation_with_a_mark_or_for_their_name
 
 
 def measure_until(end: BaseException) -> Callable[[int], timing.Row]:
-    """A benchmark that ends in its third case."""
+    """A benchmark that is interrupted in its third case."""
 
     def measure(case: int) -> timing.Row:
         if case == 2:
@@ -81,7 +81,7 @@ def options(tmp_path: Path) -> Any:
 
 
 def test_what_was_measured_before_a_kill_is_on_disk(options: Any) -> None:
-    with pytest.raises(SystemExit):  # as a kill, it leaves no time to write
+    with pytest.raises(SystemExit):  # like a kill, without time to write
         timing.measure_each("name", options, [0, 1, 2, 3], measure_until(SystemExit()))
     content = json.loads((options.output / "name.json").read_text())
     assert content["rows"] == [{"case": 0}, {"case": 1}]

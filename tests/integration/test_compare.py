@@ -1,4 +1,4 @@
-"""The comparison: two methods at tiny size from data to picture, then again with nothing left to do."""
+"""The comparison: two methods at tiny size from data to figure, then again with nothing left to do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ METHODS = ("mpo", "simpo")  # a loss of log-ratios, and one without a reference
 
 
 def run_compare(output: Path, *arguments: str) -> str:
-    """The comparison, in this process; what it prints. Ranks are forked instead of started by `mpo train`."""
+    """The comparison, in this process; returns its output. Ranks are forked instead of started by `mpo train`."""
 
     def mpo(command: str, **options: object) -> None:
         assert cli.main([command, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]) == 0
@@ -58,7 +58,7 @@ def test_table_numbers_and_picture(finished: tuple[Path, str]) -> None:
     for method in comparison["methods"]:
         start, *_, last = method["curve"]
         assert [point["step"] for point in method["curve"]] == [0, 1, 2]
-        # Before training policy and reference are one model, whether or not the loss has a reference.
+        # Before training policy and reference are the same model, whether or not the loss has a reference.
         assert (start["accuracy"], start["margin"], start["chosen"]) == (0.5, 0, 0)
         final = {name: value["mean"] for name, value in method["final"].items()}
         assert final["accuracy"] == last["accuracy"]
@@ -103,7 +103,7 @@ def test_other_data_in_the_same_folder_is_refused(finished: tuple[Path, str]) ->
 def test_methods_are_valid(method: Method) -> None:
     build_params(method.loss, method.params)
     assert method.reason
-    # One scale for all losses of log-ratios: the comparison's claim.
+    # One β for all losses of log-ratios, as the comparison claims.
     if "beta" in build_params(method.loss, {}).__dataclass_fields__ and method.loss not in ("simpo", "mpo_reference_free"):
         assert method.params["beta"] == 0.1
 
@@ -128,7 +128,7 @@ def test_changed_settings_discard_a_run(tmp_path: Path) -> None:
     run = tmp_path / "seed_0"
     run.mkdir()
     (run / "settings.json").write_text('{"steps": 2}')
-    assert read_result(run, {"steps": 2}) is None  # interrupted: kept, and continued
+    assert read_result(run, {"steps": 2}) is None  # interrupted: kept, and resumed
     assert run.is_dir()
     (run / "result.json").write_text('{"curve": []}')
     assert read_result(run, {"steps": 2}) == {"curve": []}

@@ -1,4 +1,4 @@
-"""The documentation's commands: every one has options that exist, and those of a new user's first day run, at small size."""
+"""The documentation's commands: all options exist, and the commands of a new user's first day run, at small size."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ KINDS: dict[str, type[Any]] = {
     "plan": configs.PlanConfig,
 }
 LAUNCHER_OPTIONS = ("--nproc", "--max_restarts")
-"""Options of `mpo train` that are not the run's."""
+"""Options of `mpo train` that belong to the launcher."""
 GUIDES = ("conversion", "data", "launching", "planning", "watching", "on_policy", "extending")
 """Pages of docs/ whose commands run after the README's."""
 RUN_ELSEWHERE = ("mpo iterate", "mpo train")
-"""Commands of these pages that have tests of their own: tests/integration/test_on_policy.py, tests/distributed/test_live.py."""
+"""Commands of these pages that have separate tests: tests/integration/test_on_policy.py, tests/distributed/test_live.py."""
 SMALLER_GUIDES = {
     "--held_out 500": "--held_out 8",
     "--num_workers 8": "--num_workers 1",
     "--step 12 --row 3": "--step 1 --row 0",
     "--replica 1": "--replica 0",
     "--max_tokens 1024": "--max_tokens 8",
-    "mpo select ": "mpo select --truncated keep ",  # a random model seldom ends its answers,
-    "--min_spread 0.1": "--min_spread 0",  # and they are all as long
+    "mpo select ": "mpo select --truncated keep ",  # a random model rarely ends its answers,
+    "--min_spread 0.1": "--min_spread 0",  # and all have the same length
     "--gpus 8 --data": "--gpus 8 --groups_per_step 8 --data",
 }
 """The same for the guides."""
@@ -69,7 +69,7 @@ SMALLER = {
     "--num_workers 8": "--num_workers 1",
     "mpo train ": "mpo train --model.precision fp32 --data.groups_per_step 8 --data.row_tokens 512 --max_steps 2 ",
 }
-"""What makes a documented command fit two CPU cores and a tiny model."""
+"""Replacements that fit a documented command to two CPU cores and a tiny model."""
 
 
 def commands(page: Path) -> list[str]:
@@ -102,7 +102,7 @@ def test_there_are_commands() -> None:
 def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, name, *arguments = shlex.split(command.replace("…", ""))
     if name in ("losses", "report"):
-        return  # their arguments are names of losses and folders; the pipeline below runs `report`
+        return  # their arguments are names of losses and folders; the README's pipeline runs `report`
     if name == "doctor":
         assert read_options([argument for argument in arguments if argument != "--config" and "." not in argument])
         return
@@ -112,7 +112,7 @@ def test_options_exist(page: Path, command: str, tmp_path: Path, monkeypatch: py
     known = set(kind.__dataclass_fields__) | {"config", "print_config", "help"} | {item[2:] for item in LAUNCHER_OPTIONS}
     assert options <= known
     if "config" in options or not arguments:
-        return  # the file has the rest
+        return  # the file has the other options
     monkeypatch.chdir(tmp_path)
     for option in LAUNCHER_OPTIONS:
         if option in arguments:
@@ -136,7 +136,7 @@ def test_quoted_messages_exist() -> None:
 
 
 def test_the_new_loss_of_the_guide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The file of docs/extending.md is a whole loss."""
+    """The file of docs/extending.md is a complete loss."""
     monkeypatch.setattr(registry, "_LOSSES", dict(registry._LOSSES))
     (tmp_path / "hinge.py").write_text(code_block("extending", "@register"))
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,9 +148,9 @@ def test_the_new_loss_of_the_guide(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with what the README takes for granted, in which every line of its pipeline has run, as written but for sizes."""
+    """A folder with the README's inputs, in which every line of its pipeline has run, unchanged except for sizes."""
     folder = tmp_path_factory.mktemp("docs")
-    save_model(folder / "Qwen" / "Qwen3-14B", seed=3)  # in the place of the model on the hub
+    save_model(folder / "Qwen" / "Qwen3-14B", seed=3)  # instead of the model on the hub
     with (folder / "groups.jsonl").open("w") as file:
         file.writelines(json.dumps(group) + "\n" for group in build_groups(64, seed=5))
     script = re.sub(r" +", " ", "\n".join(commands(ROOT / "README.md")))
@@ -162,13 +162,13 @@ def readme(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for command in script.splitlines():
             if command.startswith("mpo train"):
                 run_in_shell(command)
-            else:  # in this process, which has imported everything
+            else:  # in this process, which has already imported everything
                 assert main(shlex.split(command)[1:]) == 0, command
     return folder
 
 
 def run_in_shell(command: str) -> None:
-    """As a reader of the README does."""
+    """Runs a command as a reader of the README would."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(["bash", "-eux", "-c", command], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-5000:]}"
@@ -183,7 +183,7 @@ def test_the_readme_runs(readme: Path) -> None:
 
 @pytest.fixture(scope="module")
 def guides(readme: Path) -> Path:
-    """The README's folder with what the guides take for granted besides."""
+    """The README's folder with the guides' additional inputs."""
     (readme / "runs").mkdir()
     (readme / "checkpoints").mkdir()
     (readme / "path" / "to").mkdir(parents=True)
@@ -208,7 +208,7 @@ def guides(readme: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_the_guides_run(guides: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every command of the guides, as written but for sizes, in the folder that the README's commands have filled."""
+    """Every command of the guides, unchanged except for sizes, in the folder of the README's commands."""
     script = "\n".join(command for page in GUIDES for command in commands(ROOT / "docs" / f"{page}.md") if "→" not in command)
     script = re.sub(r" +", " ", script)
     for written, smaller in SMALLER_GUIDES.items():

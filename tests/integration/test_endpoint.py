@@ -46,7 +46,7 @@ pytestmark = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     save_model(folder, vocab_size=save_tokenizer(folder), num_hidden_layers=2, hidden_size=32)
-    # What a server takes from here wherever a request leaves something out; every draw below would be another.
+    # The server's defaults for parameters missing in a request; with them, every sample below would differ.
     settings = {"do_sample": False, "top_k": 3, "temperature": 0.1, "repetition_penalty": 3.0}
     settings |= {"eos_token_id": 256, "pad_token_id": 257}
     (folder / "generation_config.json").write_text(json.dumps(settings))
@@ -118,7 +118,7 @@ def test_samples_differ(config: GenerateConfig) -> None:
 
 
 def exact_distribution(model: Path, prompt: str, sampling: Sampling) -> dict[str, float]:
-    """By text: the probability of the first token, computed from the model's logits."""
+    """With text: the probability of the first token, computed from the model's logits."""
     chat = Chat(load_tokenizer(model))
     engine = EmbeddedEngine.load(model, chat.tokenizer, TransformersConfig(device="cpu"))
     ids = torch.tensor([chat.prompt([{"role": "user", "content": prompt}])[1].tolist()])
@@ -134,7 +134,7 @@ def exact_distribution(model: Path, prompt: str, sampling: Sampling) -> dict[str
 
 
 def p_value(counts: Counter[str], expected: dict[str, float]) -> float:
-    """Of Pearson's chi-square test; texts that are expected fewer than five times are one class."""
+    """Significance of Pearson's chi-square test; texts expected fewer than five times form one class."""
     total = sum(counts.values())
     if set(counts) - set(expected):
         return 0.0
@@ -147,7 +147,7 @@ def p_value(counts: Counter[str], expected: dict[str, float]) -> float:
 
 
 def test_engines_draw_from_the_same_distribution(config: GenerateConfig, model: Path, tmp_path: Path) -> None:
-    """Both engines against the exact probabilities, whatever the model's generation_config.json says; the seeds are fixed."""
+    """Both engines against the exact probabilities, regardless of the model's generation_config.json; the seeds are fixed."""
     (tmp_path / "p.jsonl").write_text(json.dumps({"id": "p", "prompt": "Question"}) + "\n")
     sampling = {"temperature": 0.7, "top_k": 40, "top_p": 0.9}
     exact = exact_distribution(model, "Question", Sampling(num_responses=1, **sampling))

@@ -1,4 +1,4 @@
-"""The skeleton of tools/gpu_check.sh, with a stand-in for Python: each part has its limit, and leaves what it found."""
+"""The control flow of tools/gpu_check.sh, with a stand-in for Python: each part has a time limit, and keeps its results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 STAND_IN = f"""#!/usr/bin/env bash
-# Answers for Python: the breakdown hangs, having written; the smoke dies; everything else passes.
+# Replaces Python: the breakdown writes and then hangs; the smoke test dies; everything else passes.
 case "$*" in
   *"tests.gpu.machine --summary"*) exec {sys.executable} "$@" ;;
   *tests.gpu.machine*) echo '{{}}' >"${{@: -1}}" ;;
@@ -50,7 +50,7 @@ def test_each_part_leaves_its_file_whatever_becomes_of_the_others(tmp_path: Path
     }
     summary = json.loads((output / "summary.json").read_text())
     assert [part["part"] for part in summary["parts"]] == ["machine", "smoke", "exactness", "layouts", "fp8", "plan", "tests"]
-    assert summary["smoke"] == {"a kernel": "begun"}  # it is the one that killed the process
+    assert summary["smoke"] == {"a kernel": "begun"}  # this one killed the process
     assert summary["tests"] == {"passed": 2}
     log = (output / "check.log").read_text()
     assert "ran -m benchmarks.fp8 --size 3b --repeat 1 --output" in log
@@ -61,7 +61,7 @@ def test_a_part_that_hangs_is_ended_and_the_rest_gets_what_is_left(tmp_path: Pat
     done, output = check(tmp_path, PARTS="exactness breakdown plan", CHECK_SECONDS="3")
     assert done.returncode == 1
     found = parts(output)
-    assert found["breakdown"]["exit_code"] == 137  # it ignored the interrupt, and was killed
+    assert found["breakdown"]["exit_code"] == 137  # ignored the interrupt, and was killed
     assert found["breakdown"]["limit"] <= 3
     assert found["plan"]["exit_code"] == 124
     assert found["plan"]["limit"] <= 0
@@ -81,7 +81,7 @@ def test_all_parts_fit_into_the_time() -> None:
     assert len(limits) == 8
     given = re.search(r"CHECK_SECONDS:-(\d+)", text)
     assert given is not None
-    assert sum(limits) <= int(given[1]) <= 580  # of 10 minutes, the last part's grace and the summary
+    assert sum(limits) <= int(given[1]) <= 580  # of 10 minutes, minus the last part's grace period and the summary
 
 
 @pytest.mark.parametrize("outcome", ["passed", "failed"])

@@ -1,4 +1,4 @@
-"""`make example` with a tiny random model in the place of the pretrained one: every part but what it learns."""
+"""`make example` with a tiny random model instead of the pretrained one: everything except learning."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def test_the_example_with_a_tiny_model(
     monkeypatch.setattr(stages, "launch", launch_ranks)
     monkeypatch.setattr(example, "align", align)
     monkeypatch.setattr(example, "NUM_PROMPTS", 20)
-    # Seeded so that answers, bytes by chance, are not all of one reward.
+    # The seed gives answers (random bytes) with different rewards.
     monkeypatch.setattr(example, "write_model", lambda folder: save_model(folder, num_hidden_layers=1, hidden_size=32))
-    example.main(["--output", str(tmp_path / "out")])  # whether the reward rises is chance
+    example.main(["--output", str(tmp_path / "out")])  # a rise of the reward would be chance
     result = json.loads((tmp_path / "out" / "instructions.json").read_text())["seeds"]["0"]
     assert result["before"]["prompts"] == result["after"]["prompts"] == 4
     assert 0 <= result["after"]["reward"] <= 1

@@ -1,4 +1,4 @@
-"""On-policy rounds, tiny: two rounds run through, and once more with a kill in every stage; both end alike to the bit."""
+"""Tiny on-policy rounds: two rounds without interruption, and again with a kill in every stage; results are bitwise equal."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def uninterrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL what started torchrun when the first checkpoint is there: torchrun and its ranks must end, too."""
+    """SIGKILL the parent of torchrun after the first checkpoint: torchrun and its ranks must also end."""
 
     def killed(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
         run = Path(arguments[-1]).with_name("run")
@@ -121,7 +121,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "score of the second round": lambda patch: raise_at(rounds, "score", 0, patch),
     "last report": lambda patch: raise_at(rounds, "write_report", 0, patch),
 }
-"""One after the other: each kill is followed by the same command, which goes on to the next."""
+"""In sequence: after each kill, the same command resumes and reaches the next."""
 
 
 def finished_stages(output: Path) -> set[str]:
@@ -139,9 +139,9 @@ def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             arm(patch)
             with pytest.raises(Killed):
                 rounds.iterate(config, QUIET)
-        assert before <= finished_stages(output), name  # nothing that was done is lost
+        assert before <= finished_stages(output), name  # no completed work is lost
         before = finished_stages(output)
-    rounds.iterate(config, QUIET)  # by now without training
+    rounds.iterate(config, QUIET)  # training is complete by now
     return output
 
 
@@ -167,7 +167,7 @@ def test_a_kill_in_each_stage_resumes_to_the_same_result(uninterrupted: Path, in
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
-    """Each round trains on samples of the policy before it, with that policy as its reference, and moves the weights."""
+    """Each round trains on samples of the previous policy, with that policy as its reference, and changes the weights."""
     policies = [dict(weights(uninterrupted / f"policies/{number:02d}")) for number in (0, 1, 2)]
     for before, after in itertools.pairwise(policies):
         assert any(not torch.equal(before[name], after[name]) for name in before)
@@ -180,7 +180,7 @@ def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
         training = report["training"]
         assert (training["loss"], training["params"], training["lr"]) == ("mpo", {"beta": {1: 0.1, 2: 0.2}[number]}, 1e-3)
         steps = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-        learned = [row for row in steps if "loss" in row]  # groups without contrast may make up a whole step
+        learned = [row for row in steps if "loss" in row]  # a step may have only groups without contrast
         assert len(steps) == 3
         assert training["last_step"] == {name: learned[-1][name] for name in ("step", "loss", "accuracy", "margin")}
         # Policy and reference are the same at the first step.
@@ -193,7 +193,7 @@ def test_rounds_follow_each_other(inputs: Path, uninterrupted: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_kl_is_that_of_the_exported_policies(uninterrupted: Path) -> None:
-    """KL of round 2, once more with plain transformers on the exported checkpoints."""
+    """KL of round 2, recomputed with plain transformers on the exported checkpoints."""
     groups = load_groups(uninterrupted / "policies/02/kl/groups")
     models = [
         AutoModelForCausalLM.from_pretrained(uninterrupted / f"policies/{number:02d}/hf", dtype=torch.float64)
@@ -216,7 +216,7 @@ def test_kl_is_that_of_the_exported_policies(uninterrupted: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_three_rounds_of_a_hybrid_model(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gated DeltaNets and attention: sampled, trained from the round before, and exported as `transformers` reads them."""
+    """Gated DeltaNets and attention: sampled, trained from the previous round, and exported as `transformers` reads them."""
     monkeypatch.setattr(stages, "launch", launch_ranks)
     save_model(tmp_path / "hf", model_type="qwen3_5_text", hidden_size=32)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "model")))
@@ -279,9 +279,9 @@ def test_summary_and_picture_of_the_example(tmp_path: Path) -> None:
 
 
 def test_rounds_hand_over_the_adapter_alone(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Policies after the first are PEFT's folders beside it; the second round continues the adapter of the first.
+    """Policies after the first are separate PEFT folders; the second round continues the adapter of the first.
 
-    A server of the first policy answers: it loads the adapter of each later one, and forgets it.
+    A server of the first policy answers: it loads each later policy's adapter, and unloads it.
     """
     monkeypatch.setattr(stages, "launch", launch_ranks)
     server = AdapterServer(inputs / "hf", "vllm")

@@ -20,7 +20,7 @@ SMALL = ["--prompts", "12", "--held-out", "3", "--max-tokens", "6", "--methods",
 def test_two_methods_from_one_set_of_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "launch", launch_ranks)
     (tmp_path / "vowels.py").write_text("def vowels(response):\n    return sum(c in 'aeiou' for c in response) / 8\n")
-    monkeypatch.setattr(samples, "REWARD", f"{tmp_path / 'vowels.py'}:vowels")  # random bytes follow no instruction
+    monkeypatch.setattr(samples, "REWARD", f"{tmp_path / 'vowels.py'}:vowels")  # random bytes never follow an instruction
     monkeypatch.setattr(samples, "write_model", lambda folder: save_model(folder, num_hidden_layers=1, hidden_size=32))
     folder = tmp_path / "out"
     assert main(["--output", str(folder), *SMALL]) == 0

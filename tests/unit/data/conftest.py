@@ -1,4 +1,4 @@
-"""Tokenizers that need no hub: a small byte-level BPE, Qwen's real one (optional packages), a small SentencePiece model."""
+"""Tokenizers without a hub: a small byte-level BPE, Qwen's real one (optional packages), a small SentencePiece model."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def write_lines(tmp_path: Path) -> Callable[..., str]:
-    """Write rows (objects, or raw text) as a JSONL file; its path."""
+    """Write rows (objects, or raw text) as a JSONL file; returns its path."""
 
     def write(*rows: Any, name: str = "rows.jsonl") -> str:
         lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
@@ -120,7 +120,7 @@ def write_lines(tmp_path: Path) -> Callable[..., str]:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder with alpaca_eval_k8.jsonl and gsm8k_k4.jsonl; not part of the repository."""
+    """Folder with alpaca_eval_k8.jsonl and gsm8k_k4.jsonl, which are not part of the repository."""
     folder = Path(os.environ.get("MPO_DATA", Path(__file__).parents[4] / "shared" / "data"))
     if not (folder / "gsm8k_k4.jsonl").is_file():
         pytest.skip("no real data; set MPO_DATA to the folder that holds gsm8k_k4.jsonl")

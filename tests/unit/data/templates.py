@@ -1,4 +1,4 @@
-"""Chat templates of real models: those that trl brings along (Apache-2.0), and imitations of two that it does not."""
+"""Chat templates of real models: those included in trl (Apache-2.0), and imitations of two others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MISTRAL = """{%- if messages[0].role == 'system' %}{%- set system = messages[0].
     {%- else %}{{ raise_exception('Only user, assistant and tool roles are supported.') }}{%- endif %}
 {%- endfor %}
 """
-"""How Mistral's template (version 3) lays tools, calls and results out: no mark tells the model to answer."""
+"""Layout of tools, calls and results in Mistral's template (version 3): there is no generation prompt."""
 END_TOKENS = {
     "llama3_1": ("<|begin_of_text|>", "<|eot_id|>"),
     "gemma": ("<bos>", "<eos>"),
@@ -42,7 +42,7 @@ END_TOKENS = {
     "deepseek_r1_distill": ("<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
     "mistral": ("<s>", "</s>"),
 }
-"""The tokens that begin and end a text; ChatML's for the others."""
+"""Begin- and end-of-text tokens; ChatML's for the others."""
 TEMPLATES = (
     *("qwen2_5", "qwen3", "qwen3_thinking", "qwen3_5_think", "qwen3_6", "deepseek_r1_distill"),
     *("llama3_1", "mistral", "gemma", "gemma3"),

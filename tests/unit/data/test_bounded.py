@@ -1,4 +1,4 @@
-"""Functions and templates that never end, or fill the memory: each call ends with a reason, and the next one works."""
+"""Functions and templates that never end, or exhaust memory: each call ends with a reason, and the next one works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mpo_megatron.data.bounded import Bounded, FailedError, LimitError
 from mpo_megatron.data.templates import Renderer, fill
 
 SECONDS = 0.3
-"""CPU time of a call, which no load of the machine makes longer."""
+"""CPU time of a call, which does not depend on machine load."""
 
 
 def run(what: str) -> Any:
@@ -26,7 +26,7 @@ def run(what: str) -> Any:
     if what == "loop":
         while True:
             pass
-    if what == "power":  # one call into C, which no signal handler of Python interrupts
+    if what == "power":  # one call into C, which Python's signal handlers cannot interrupt
         return 10**10**9
     if what == "memory":
         return len(bytearray(2**40))
@@ -132,7 +132,7 @@ def test_a_template_that_does_not_end_well(source: str, reason: str) -> None:
 
 
 COMPILED = "{{ 10 ** (10 ** 9) }}"
-"""Jinja computes it while it compiles."""
+"""Jinja evaluates it at compile time."""
 
 
 @pytest.mark.parametrize("source", [NEVER, COMPILED, "{{ n ** (n ** 9) }}"])

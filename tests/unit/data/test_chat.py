@@ -28,7 +28,7 @@ QWEN2_5 = """{%- if messages[0]['role'] == 'system' %}
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-"""How Qwen2.5's template treats plain conversations: a system message of its own where there is none."""
+"""Like Qwen2.5's template for plain conversations: adds a default system message if there is none."""
 QWEN3 = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' and loop.last %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
@@ -41,7 +41,7 @@ QWEN3 = """{%- for message in messages %}
     {%- endif %}
 {%- endif %}
 """
-"""How Qwen3's template treats plain conversations: an empty thinking block before the last answer."""
+"""Like Qwen3's template for plain conversations: an empty thinking block before the last answer."""
 ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -97,7 +97,7 @@ def test_the_system_prompt_is_never_doubled(bpe_folder: Path, tmp_path: Path) ->
     plain, own = Chat(tokenizer), Chat(tokenizer, system_prompt="Answer in verse.")
     texts = [chat.prompt(messages)[0] for chat in (plain, own) for messages in (QUESTION, [SYSTEM, *QUESTION])]
     assert [text.count("<|im_start|>system") for text in texts] == [1, 1, 1, 1]
-    assert "You are Qwen" in texts[0]  # the template's own, as at inference
+    assert "You are Qwen" in texts[0]  # the template's default, as at inference
     assert "You are Qwen" not in texts[2]
     assert "Answer in verse." in texts[2]
     assert "Answer in verse." not in texts[3]
@@ -105,7 +105,7 @@ def test_the_system_prompt_is_never_doubled(bpe_folder: Path, tmp_path: Path) ->
 
 
 def test_no_double_begin_of_text(bpe_folder: Path, tmp_path: Path) -> None:
-    """The template writes the token, and the tokenizer would add it to plain text: once is right."""
+    """The template writes the token, and the tokenizer would add it again: it must appear once."""
     from tokenizers import processors
 
     target = tmp_path / "with_bos"
@@ -143,7 +143,7 @@ def test_a_response_that_starts_with_a_newline_does_not_merge_with_the_template(
     chat = Chat(qwen)
     prompt, prompt_ids = chat.prompt(QUESTION)
     together = qwen.encode(prompt + "\nFour.")
-    assert (prompt_ids[-1], together[len(prompt_ids) - 1]) == (198, 271)  # "\n" became "\n\n": not what generation sees
+    assert (prompt_ids[-1], together[len(prompt_ids) - 1]) == (198, 271)  # "\n" became "\n\n": generation never sees this
     assert chat.response("\nFour.")[0] == 198
 
 
@@ -163,7 +163,7 @@ def test_qwen3_without_thinking(qwen: HuggingFaceTokenizer, monkeypatch: pytest.
     off, on = Chat(qwen, variables={"enable_thinking": False}), Chat(qwen)
     assert off.prompt(QUESTION)[0].endswith("<think>\n\n</think>\n\n")
     assert off.lead == ""
-    assert on.lead == "<think>\n\n</think>\n\n"  # the caller is warned; a response is taken as it stands
+    assert on.lead == "<think>\n\n</think>\n\n"  # the caller is warned; a response is unchanged
     assert off.response("Four.").tolist() == on.response("Four.").tolist() == qwen.encode("Four.<|im_end|>")
 
 
@@ -207,7 +207,7 @@ def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("split_special_tokens", [False, True])
 def test_many_texts_at_once_get_the_ids_of_each(tmp_path: Path, bpe_folder: Path, split_special_tokens: bool) -> None:
-    """Also where the tokenizer's file asks for truncation and padding, which inference does not apply."""
+    """Also if the tokenizer's file requests truncation and padding, which inference does not apply."""
     settings = json.loads((bpe_folder / "tokenizer.json").read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     settings["padding"] = {
@@ -254,7 +254,7 @@ def test_sentencepiece_with_the_plain_template(sentencepiece_model: Path) -> Non
     assert text == "<s>Be brief.\n\nUser: What is 2 + 2?\nAssistant:"
     assert (ids.tolist().count(1), ids[0]) == (1, 1)
     assert chat.end_token_id == tokenizer.eos_id == 2
-    # In this template a space stands before the answer, and so it does in the tokenizer's own reading of a conversation.
+    # This template has a space before the answer, and so does the tokenizer's own encoding of a conversation.
     whole = tokenizer.encode(
         tokenizer.render([*QUESTION, {"role": "assistant", "content": "Four."}], add_generation_prompt=False, variables={})
     )
@@ -265,7 +265,7 @@ def test_sentencepiece_with_the_plain_template(sentencepiece_model: Path) -> Non
 
 @pytest.mark.parametrize("text", ["Four.", "\nFour.", "\n\nFour.", " Four."])
 def test_no_space_sneaks_in_before_a_response(sentencepiece_model: Path, tmp_path: Path, text: str) -> None:
-    """SentencePiece puts a space before a text; behind a template's newline there is none."""
+    """SentencePiece adds a space before a text, but not after a template's newline."""
     tokenizer = load_tokenizer(sentencepiece_model, template_file(tmp_path, ZEPHYR))
     chat = Chat(tokenizer)
     prompt, ids = chat.prompt(QUESTION)
@@ -281,7 +281,7 @@ def test_the_digest_says_which_tokenizer(bpe_folder: Path, sentencepiece_model: 
     bpe, pieces = load_tokenizer(bpe_folder), load_tokenizer(sentencepiece_model)
     assert bpe.digest() != pieces.digest()
     for name, tokenizer in (("bpe", bpe), ("pieces", pieces)):
-        tokenizer.save(tmp_path / name / "hf")  # where a Megatron checkpoint keeps it
+        tokenizer.save(tmp_path / name / "hf")  # as in a Megatron checkpoint
         again: Tokenizer = load_tokenizer(tmp_path / name)
         assert type(again) is type(tokenizer)
         assert again.digest() == tokenizer.digest()
@@ -346,7 +346,7 @@ def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> Non
 
 
 def test_a_damaged_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    """Rust raises a plain Exception for these."""
+    """Rust raises a plain Exception for these inputs."""
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     whole = path.read_text()

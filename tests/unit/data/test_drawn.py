@@ -1,4 +1,4 @@
-"""Token ids that come with responses: trained on as they were drawn, if they are those of the text; counted where they differ."""
+"""Token ids that come with responses: used in training if they decode to the text; counted where they differ."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.tiny import CHATML
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bytes, and one merge: "ab" is token 256 where the tokenizer writes it."""
+    """Bytes, and one merge: the tokenizer encodes "ab" as token 256."""
     folder = tmp_path_factory.mktemp("tokenizer")
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*alphabet, "ab"])}
@@ -46,7 +46,7 @@ def run(
 
 
 def ids_of(text: str) -> list[int]:
-    """Byte by byte, as the tokenizer would not write it."""
+    """Byte by byte, which differs from the tokenizer's encoding."""
     return [sorted(pre_tokenizers.ByteLevel.alphabet()).index(character) for character in text]
 
 
@@ -54,7 +54,7 @@ def test_what_was_drawn_is_trained_on(tmp_path: Path, tokenizer: Path) -> None:
     end = 257
     responses = [
         {"text": "ab", "reward": 1.0, "token_ids": [*ids_of("ab"), end]},  # drawn as two tokens, encoded as one
-        {"text": "cd", "reward": 0.5, "token_ids": [*ids_of("cd"), end]},  # as the tokenizer writes it
+        {"text": "cd", "reward": 0.5, "token_ids": [*ids_of("cd"), end]},  # as the tokenizer encodes it
         {"text": "cab", "reward": 0.4, "token_ids": ids_of("cab"), "finish_reason": "length"},  # truncated: no end token
         {"text": "ef", "reward": 0.3, "token_ids": [*ids_of("xy"), end]},  # another text
         {"text": "gh", "reward": 0.2, "token_ids": [10**6]},  # another tokenizer

@@ -16,7 +16,7 @@ def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = No
 
 
 def texts(group: Group) -> tuple[Any, ...]:
-    """The responses; those that are one message without more, as its text."""
+    """The responses; a single plain message becomes its text."""
     return tuple(
         answer[0]["content"] if isinstance(answer, tuple) and [{*part} for part in answer] == [{"role", "content"}] else answer
         for answer in group.responses
@@ -166,7 +166,7 @@ def test_a_label_in_words_is_named() -> None:
 
 @pytest.mark.parametrize("field", ["prompt", "chosen"])
 def test_messages_as_python_prints_them_are_refused(field: str) -> None:
-    """`str(messages)` in a CSV file would be taken for the words."""
+    """`str(messages)` in a CSV file would be read as the response's text."""
     row = {"prompt": "Q", "chosen": "A", "rejected": "B"} | {field: str([{"role": "user", "content": "Q"}])}
     with pytest.raises(RowError, match=rf"{field} is a list of messages as Python prints it; write it as JSON"):
         read(row)
@@ -191,7 +191,7 @@ def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
     row: dict[str, Any] = {"prompt": "Q", "response": "A", "clarity": 3, "depth": 4, "id": 9}
     with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['clarity', 'depth'\]"):
         detect([row])
-    with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['seed'\]"):  # no reward by its name
+    with pytest.raises(DataError, match=r"Set rating to one or more \(a\+b\) of \['seed'\]"):  # no known name of a reward
         detect([{"prompt": "Q", "response": "A", "seed": 7}])
     with pytest.raises(DataError, match="match no known format"):
         detect([{"prompt": "Q", "response": "A", "url": "u"}])

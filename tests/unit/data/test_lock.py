@@ -1,4 +1,4 @@
-"""One writer at a time, and who it is."""
+"""One writer at a time, and its identity."""
 
 from __future__ import annotations
 

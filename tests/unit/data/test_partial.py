@@ -1,4 +1,4 @@
-"""What killed processes left is cleared by the next one that writes the same; what a live one writes stays."""
+"""Leftovers of killed processes are removed by the next writer of the same output; those of live processes stay."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with partial_folder(target) as folder, partial_file(target) as (path, file):
 
 @pytest.fixture
 def writer(tmp_path: Path):
-    """A process that is writing a folder and a file `out`, and the paths that it writes to."""
+    """A process that is writing a folder and a file `out`, and its paths."""
     command = [sys.executable, "-c", WRITE, str(tmp_path / "out")]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
@@ -54,7 +54,7 @@ def test_what_a_live_process_writes_stays_and_it_is_named(tmp_path: Path, writer
     for refused in (lambda: AtomicFolder(tmp_path / "out"), staged(tmp_path / "out", 1).__enter__):
         with pytest.raises(DataError, match=rf"out: another run is writing it \(process {process.pid} on .+\); wait for it"):
             refused()
-    replace_file(tmp_path / "out", [b"1"])  # of files the last one counts
+    replace_file(tmp_path / "out", [b"1"])  # of files, the last write counts
     assert path.is_file()
 
 
@@ -89,7 +89,7 @@ def test_a_folder_without_an_owner_is_cleared(tmp_path: Path) -> None:
 
 
 def test_the_same_process_id_blocks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In a container every start of a command is process 1."""
+    """In a container, every command is process 1."""
     monkeypatch.setattr(os, "getpid", lambda: 1)
     with partial_folder(tmp_path / "out") as first:
         pass
@@ -170,7 +170,7 @@ def test_of_two_that_began_together_the_second_leaves_what_the_first_has_written
 def test_what_a_kill_after_the_last_rename_left_is_cleared_although_the_output_is_complete(
     tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The output has its name, its writer's lock file is left, and nobody holds it."""
+    """The output is complete; its writer's lock file remains, and nobody holds it."""
     (tmp_path / "model" / "megatron").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "complete").touch()

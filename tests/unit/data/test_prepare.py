@@ -37,7 +37,7 @@ def row(index: int, size: int = 4, **changes: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def run(bpe_folder: Path, tmp_path: Path) -> Run:
-    """Prepare into tmp_path/out (or `output`) with the small tokenizer, and without printing."""
+    """Prepare into tmp_path/out (or `output`) with the small tokenizer, without printing."""
 
     def call(source: str, output: str = "out", console: Console | None = None, **options: Any) -> PrepareSummary:
         config = PrepareConfig(input=source, output=str(tmp_path / output), tokenizer=str(bpe_folder), **options)
@@ -131,7 +131,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(run: Run, write_lin
 def test_rows_that_nothing_changes_are_copied(
     run: Run, write_lines: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """To the same bytes as if every group were read and written again."""
+    """The same bytes as if every group were read and written again."""
     path = write_lines(*(row(index) for index in range(300)))
     run(path, held_out=5)
     monkeypatch.setattr("mpo_megatron.data.prepare._changes_nothing", lambda config: False)
@@ -165,7 +165,7 @@ def test_overlong_responses_leave_or_are_cut_one_by_one(run: Run, write_lines: W
     assert (groups[0].num_responses, summary.tally.overlong_dropped, summary.tally.overlong_truncated) == (3, 0, 2)
     cut = groups[0].response_tokens[1]
     assert len(cut) == 30
-    assert groups.info.end_token_ids[0] not in cut  # it did not end there
+    assert groups.info.end_token_ids[0] not in cut  # the response did not end there
     assert groups[0].response_tokens[2][-1] == groups.info.end_token_ids[0]
 
 

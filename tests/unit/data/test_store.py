@@ -210,7 +210,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 
 
 def test_any_damage_is_found_before_it_is_used(tmp_path: Path) -> None:
-    """Flipped bits and zeroed blocks all over the three files: everything that is read is as it was written, or refused."""
+    """Flipped bits and zeroed blocks in all three files: everything read is as written, or refused."""
     folder, draw = tmp_path / "out", random.Random(0)
     write(folder, make_groups(BATCH_GROUPS + 9, labels=True))
     for name in ("groups.arrow", "groups.pieces", "prepare.json"):
@@ -231,7 +231,7 @@ def test_any_damage_is_found_before_it_is_used(tmp_path: Path) -> None:
 
 
 def test_a_plan_reads_no_tokens_and_training_no_other_batch(tmp_path: Path) -> None:
-    """A damaged piece is no obstacle to what is in the others."""
+    """A damaged piece does not affect the others."""
     folder = tmp_path / "out"
     groups = make_groups(BATCH_GROUPS + 9)
     write(folder, groups)

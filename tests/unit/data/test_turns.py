@@ -51,11 +51,11 @@ def use(tokenizer: HuggingFaceTokenizer, name: str, **variables: Any) -> Chat:
     begin, end = END_TOKENS.get(name, (None, "<|im_end|>"))
     tokenizer.backend.chat_template = read_template(name)
     tokenizer.backend.bos_token, tokenizer.backend.eos_token = begin, end
-    return Chat(HuggingFaceTokenizer(tokenizer.backend), variables=variables)  # anew: its renderer keeps what it began with
+    return Chat(HuggingFaceTokenizer(tokenizer.backend), variables=variables)  # rebuilt: its renderer caches the first state
 
 
 class Conversations:
-    """Draws conversations; every text is marked by who says it."""
+    """Generates random conversations; every text names its speaker."""
 
     def __init__(self, seed: int) -> None:
         self.draw, self.number = random.Random(seed), 0
@@ -126,7 +126,7 @@ def test_prompts_and_one_message_are_those_of_apply_chat_template(
             continue
         try:
             wanted = plain(tokenizer, messages, tools, add_generation_prompt=True, **variables)
-        except TypeError:  # arguments that the template wants as text: `Chat` gives them so
+        except TypeError:  # arguments that the template requires as text: `Chat` passes them as such
             outcomes.append("text arguments")
             continue
         assert ids.tolist() == wanted, (name, seed)
@@ -144,7 +144,7 @@ def test_prompts_and_one_message_are_those_of_apply_chat_template(
             assert unicodedata.normalize("NFC", whole).startswith(shown), (name, seed)
             assert unicodedata.normalize("NFC", whole).rstrip() == shown.rstrip(), (name, seed)
             outcomes.append("equal")
-        elif chat.seam is None:  # Mistral's moves the system message once the model has answered
+        elif chat.seam is None:  # Mistral's moves the system message after the model's answer
             outcomes.append("equal")
             assert shown == unicodedata.normalize("NFC", f"{text} {answer[0]['content']}{tokenizer.backend.eos_token}")
         else:
@@ -181,7 +181,7 @@ def test_of_several_turns_the_assistants_are_scored(
         others = tokenizer.decode(tokens.ids[~tokens.scored].tolist())
         for message in answer:
             words = unicodedata.normalize("NFC", (message["content"] or "").strip())
-            written = (words, json.dumps(words, ensure_ascii=False)[1:-1])  # Llama's writes results as JSON
+            written = (words, json.dumps(words, ensure_ascii=False)[1:-1])  # Llama's renders results as JSON
             assert any(form in (others if message["role"] == "tool" else scored) for form in written), (name, seed, words)
             assert unicodedata.normalize("NFC", message.get("reasoning_content", "").strip()) in scored
             for call in message.get("tool_calls", ()):
@@ -195,7 +195,7 @@ def test_of_several_turns_the_assistants_are_scored(
             exact += 1
             shown = tokenizer.decode([*ids.tolist(), *tokens.ids.tolist()])
             assert whole.rstrip() == shown.rstrip(), (name, seed)
-        # Each turn follows what inference would render before it, from the turn before on.
+        # Each turn follows the text that inference would render before it, starting at the previous turn.
         *_, last = (place for place, message in enumerate(answer) if message["role"] == "tool")
         before = plain(
             tokenizer, [*messages, *answer[: last + 1]], [TOOL], tokenize=False, add_generation_prompt=True, **variables

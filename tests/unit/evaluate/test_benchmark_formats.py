@@ -1,4 +1,4 @@
-"""Answers of public benchmarks, as the benchmarks' own readers take them."""
+"""Answers of public benchmarks, in the form that the benchmarks' own readers expect."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_mt_bench_has_both_turns_and_its_temperatures(tmp_path: Path) -> None:
     assert path == tmp_path / "out" / "model_answer" / "org--model.jsonl"
     records = lines(path)
     assert [record["question_id"] for record in records] == [81, 111]
-    # FastChat's judge reads these; answer ids tell answers apart.
+    # FastChat's judge reads these; answer ids distinguish answers.
     assert records[0]["choices"] == [{"index": 0, "turns": ["a", "b"]}]
     assert records[0]["model_id"] == "org/model"
     assert records[0]["tstamp"] > 0

@@ -1,4 +1,4 @@
-"""`mpo evaluate` as a command: from files of samples, from models, and what it refuses."""
+"""`mpo evaluate` as a command: from sample files, from models, and refusals."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_files_of_scored_samples(tmp_path: Path) -> None:
         group("c", "s", ("?", 0.0)),
         group("d", "t", ("?", None)),
     ]
-    # The same prompt, written as messages; another order; one prompt more.
+    # The same prompt, written as messages; in another order; one more prompt.
     theirs = [group("b", "r", ("yes", 2.0)), group("a", question, ("short", 2.0)), group("e", "u", ("!", 5.0))]
     arguments = [
         *("evaluate", "--output", str(tmp_path / "out"), "--name", "ours", "--num_resamples", "50"),
@@ -77,7 +77,7 @@ def test_files_of_scored_samples(tmp_path: Path) -> None:
     assert comparison["win_rate"]["value"] == pytest.approx((0.5 + 0.5) / 2)
     assert (comparison["prompts"], comparison["only_candidate"], comparison["only_baseline"]) == (2, 1, 1)
     assert (comparison["pairs"], comparison["ties"]) == (3, 1)
-    # In a the shorter answer wins, so at equal length the candidate, whose answers are longer here, is no worse.
+    # In prompt a, the shorter answer wins, so at equal length the candidate, whose answers are longer here, is no worse.
     assert comparison["length_controlled_win_rate"]["value"] >= comparison["win_rate"]["value"]
     assert (tmp_path / "out" / "evaluation.png").stat().st_size > 1000
     assert result["config"]["name"] == "ours"
@@ -118,7 +118,7 @@ def test_models_are_sampled_scored_and_asked(
         assert 0 <= result[role]["reward"]["value"] <= 1
     answers = [json.loads(line) for line in (tmp_path / "out/mt_bench/model_answer/candidate.jsonl").read_text().splitlines()]
     first_turns = [answer["choices"][0]["turns"][0] for answer in answers]
-    # The second turn was asked with the first one's answer in it, each category at its own temperature.
+    # The second turn's prompt includes the first answer, each category at its own temperature.
     asked = [json.loads(line) for line in (tmp_path / "out/mt_bench/turn-2-temperature-0.7.jsonl").read_text().splitlines()]
     assert asked[0]["prompt"] == [
         {"role": "user", "content": "Write."},
@@ -129,11 +129,11 @@ def test_models_are_sampled_scored_and_asked(
     assert cold["prompt"][0]["content"] == "Add."
     (output,) = json.loads((tmp_path / "out/alpaca_eval/model_outputs.json").read_text())
     assert (output["dataset"], output["instruction"], output["generator"]) == ("koala", "Say 1.", "candidate")
-    # The same command again samples nothing; samples of one prompt file serve for a benchmark as well.
+    # The same command again samples nothing; a benchmark can also use samples of the prompt file.
     stamp = (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns
     assert main(arguments) == 0
     assert (tmp_path / "out/candidate/samples/samples.jsonl").stat().st_mtime_ns == stamp
-    # Another candidate in the same folder is given neither this one's samples nor its answers to a benchmark.
+    # Another candidate in the same folder uses neither this one's samples nor its benchmark answers.
     capsys.readouterr()
     assert main([str(models["theirs"]) if part == str(models["ours"]) else part for part in arguments]) == 2
     assert "out/candidate/samples" in capsys.readouterr().err

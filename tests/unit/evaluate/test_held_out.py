@@ -38,7 +38,7 @@ def held_out(folder: Path, **model: str) -> HeldOutConfig:
 
 
 def evaluate(config: HeldOutConfig, output: Path, groups_per_step: int = 128) -> list[GroupMetrics]:
-    """On one rank, which is this process."""
+    """Evaluates on one rank, in this process."""
     return evaluate_held_out(build_setup(as_training(EvaluateConfig(output=str(output), held_out=config), groups_per_step), 1))
 
 
@@ -66,7 +66,7 @@ def log_ratios(folder: Path, group: TokenizedGroup) -> np.ndarray:
 
 
 def test_accuracy_and_margin(folder: Path, tmp_path: Path) -> None:
-    # Two groups at a time: results do not depend on how the data is cut.
+    # Two groups at a time: results do not depend on the split of the data.
     results = evaluate(held_out(folder), tmp_path, groups_per_step=2)
     right, pairs, margins = 0.0, 0, []
     for group in load_groups(folder / "groups"):

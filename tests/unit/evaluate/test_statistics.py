@@ -68,7 +68,7 @@ def test_length_controlled_fit_is_the_penalised_likelihood_s_optimum() -> None:
 
 
 def test_length_control_recovers_what_length_hid() -> None:
-    # Equally good models, but one writes longer and length is rewarded: the plain rate is fooled, the controlled one is not.
+    # Equally good models, but one writes longer answers and length is rewarded: only the plain rate is misled.
     comparison = simulated(4000, strength=0.0, length_effect=2.0, shift=150)
     everything = np.ones(4000)
     assert compute_win_rate(comparison, everything) > 0.75

@@ -1,4 +1,4 @@
-"""The files of examples/launch are what the commands in its README write."""
+"""The files of examples/launch equal the output of the commands in its README."""
 
 from __future__ import annotations
 

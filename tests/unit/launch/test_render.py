@@ -1,4 +1,4 @@
-"""What `mpo launch` writes: shells accept it, its numbers are the job's, and layouts that do not fit are refused."""
+"""Output of `mpo launch`: shells accept it, its numbers match the job, and unsuitable layouts are refused."""
 
 from __future__ import annotations
 

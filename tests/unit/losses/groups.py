@@ -1,4 +1,4 @@
-"""Random groups for the tests, and the list of methods and settings they run over."""
+"""Random groups for the tests, and the list of methods and settings to test."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def make_batch(
 
 
 def as_lists(batch: GroupBatch) -> list[dict[str, list]]:
-    """The groups as the oracle reads them: lists over valid responses."""
+    """The groups in the oracle's form: lists over valid responses."""
     fields = {
         "logp": batch.policy_logps,
         "ref": batch.reference_logps,
@@ -182,5 +182,5 @@ def index_responses(batch: GroupBatch, index: torch.Tensor) -> GroupBatch:
 
 
 def get_input(batch: GroupBatch, name: str) -> str:
-    """Field of the batch that a method's gradient goes to."""
+    """Field of the batch that receives a method's gradient."""
     return "token_logps" if name == "grpo_offline" else "policy_logps"

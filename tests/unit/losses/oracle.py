@@ -1,4 +1,4 @@
-"""Every loss once more, from the papers' formulas: plain loops over responses, in 120-digit arithmetic.
+"""Every loss, recomputed from the papers' formulas: plain loops over responses, in 120-digit arithmetic.
 
 Nothing here calls the package. A group is a dict of lists over its responses (padding left out): logp, ref,
 S, label, length, tokens, ref_tokens. `evaluate(name, groups, p)` gives one number per group, or None for a

@@ -1,4 +1,4 @@
-"""What is refused, and how the message reads: value; rule broken; fix."""
+"""Refusals, and their messages: value; violated rule; fix."""
 
 import dataclasses
 
@@ -100,7 +100,7 @@ def test_hyperparameters(name, hyperparameters, message):
 
 @pytest.mark.parametrize("loss", list_losses(), ids=lambda loss: loss.name)
 def test_every_number_has_a_least_value(loss):
-    """A field that a subclass declares again with another default would lose the rule in its annotation."""
+    """A subclass that redeclares a field with another default would lose the rule in its annotation."""
     for field in dataclasses.fields(loss.params):
         if type(field.default) in (int, float):
             with pytest.raises(ValueError, match=rf"{field.name} = -1; it must"):
@@ -149,7 +149,7 @@ def test_not_finite(field, value):
     with pytest.raises(ValueError, match=rf"{field}\[group 1, response 2\] = {value:g}; it must be finite"):
         group_loss("mpo", **inputs)
     valid = put(torch.ones(2, 3, dtype=torch.bool), False)
-    assert group_loss("mpo", **inputs, valid=valid).isfinite().all()  # the same in padding is nobody's business
+    assert group_loss("mpo", **inputs, valid=valid).isfinite().all()  # the same values in padding do not matter
 
 
 def test_token_values():
@@ -221,7 +221,7 @@ def test_no_contrast(name):
 
 def test_labels_without_rewards_work_where_an_order_is_enough():
     values = group_loss("dpo", POLICY, REFERENCE - POLICY * 0.1, labels=LABELS, beta=0.1)
-    margin = 0.1 * 0.1 * (POLICY[0, 0] - POLICY[0, 1])  # s = 0.1 log π + 0.5; the label −1 takes no part
+    margin = 0.1 * 0.1 * (POLICY[0, 0] - POLICY[0, 1])  # s = 0.1 log π + 0.5; the label −1 is ignored
     assert torch.allclose(values[0], -torch.nn.functional.logsigmoid(margin))
     assert group_loss("mpo", POLICY, REFERENCE, labels=LABELS, partition="labels").isfinite().all()
 

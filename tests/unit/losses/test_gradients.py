@@ -131,7 +131,7 @@ def listing_loss(policy_logps, reference_logps, rewards, beta):
 
 
 def test_no_dead_gradient_where_the_listing_has_one():
-    """A policy that got the group entirely wrong: the clamped listing cannot learn from it, ours can."""
+    """A policy that ranks the group entirely wrong: the clamped listing cannot learn from it, ours can."""
     rewards = torch.tensor([[3.0, 1.0, 0.0]])
     reference = torch.tensor([[-100.0, -100.0, -100.0]])
     start = torch.tensor([[-500.0, -100.0, -50.0]])  # β s = −40, 0, 5: the best has probability e^−45
@@ -166,7 +166,7 @@ def test_orpo_at_probability_one(loser):
 
 
 def test_exploding_ratios_stay_finite():
-    """Policy far above the reference: e^s is no float; the tangent keeps value and gradient finite and alive."""
+    """Policy far above the reference: e^s overflows; the tangent keeps value and gradient finite and nonzero."""
     rewards = torch.tensor([[1.0, 0.0]])
     policy = torch.tensor([[-5.0, -6.0]], requires_grad=True)
     reference = torch.full((1, 2), -5000.0)

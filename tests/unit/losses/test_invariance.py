@@ -1,4 +1,4 @@
-"""The order of the responses, the padding and the company of other groups must not matter. Nor what a method ignores."""
+"""The order of responses, padding, other groups and ignored fields must not change a loss."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def compute(case, batch):
 
 
 def cuts_ties_by_index(case):
-    """Methods that single out one of several equal rewards, as they document."""
+    """Methods that select one of several equal rewards, as documented."""
     name, p = case[0], build_params(*case)
     if getattr(p, "partition", "mean") in ("top_bottom", "one_vs_rest"):
         return True
@@ -78,7 +78,7 @@ def test_other_groups_matter_only_to_batch_statistics(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_needs_are_exact(case):
-    """Without what it says it does not need, a method computes the same; without what it needs, it raises."""
+    """Without fields that a method does not need, its value is the same; without a needed field, it raises."""
     loss, params = get_loss(case[0]), build_params(*case)
     needs = loss.needs(params)
     batch = make_batch(seed=34)
@@ -126,7 +126,7 @@ def test_scored_without_log_probabilities(case):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_unscored_responses_need_no_log_probabilities(case):
-    """What a trainer leaves out of the forward pass may hold any number."""
+    """Responses that a trainer skips in the forward pass may hold any number."""
     loss, params = get_loss(case[0]), build_params(*case)
     batch = make_batch(seed=36)
     scored = loss.scored(batch, params)

@@ -1,4 +1,4 @@
-"""Losses of users' own: the guide's passes the tests of the package's; what cannot work is refused by name."""
+"""Users' losses: the guide's passes the tests of the package's losses; invalid ones are refused by name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def cases(tmp_path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The guides' losses, without `@register` and with it, as the tests of losses take them."""
+    """The guides' losses, without `@register` and with it, in the form of the loss tests."""
     (tmp_path / "registered.py").write_text(code_block("extending", "@register").replace('"hinge"', '"registered_hinge"'))
     functions = (guide_loss(tmp_path), f"{tmp_path / 'registered.py'}:compute_hinge")
     return [(build_objective(LossConfig(function=function)).loss.name, {"margin": 0.7}) for function in functions]

@@ -1,4 +1,4 @@
-"""The table itself: complete, documented, light to import, and open to one more method."""
+"""The registry: complete, documented, fast to import, and extensible."""
 
 import ast
 import dataclasses
@@ -113,7 +113,7 @@ def test_adding_a_method_takes_a_few_lines(monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=name_case)
 def test_never_waits_for_the_device(case):
-    """On the meta device, tensors have no values: anything that reads one back (and so would stall a GPU) raises."""
+    """On the meta device, tensors have no values: anything that reads one (and so would stall a GPU) raises."""
     loss, params = get_loss(case[0]), build_params(*case)
     batch = make_batch(seed=41)
     moved = {

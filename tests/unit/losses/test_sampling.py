@@ -24,7 +24,7 @@ def make_copies(seed=0):
 
 
 def draw(name, **hyperparameters):
-    """Losses, and which responses were drawn, seen from the gradient."""
+    """Losses, and the drawn responses, inferred from the gradient."""
     batch = make_copies()
     values = get_loss(name).compute(batch, build_params(name, hyperparameters))
     values.sum().backward()
@@ -76,7 +76,7 @@ def test_more_negatives_than_candidates_takes_all():
 
 
 def test_current_state_may_be_its_own_negative():
-    """Algorithm 1 to the letter: the chain ends at y_0 with probability w_0; the loss is then ln 2, with no gradient."""
+    """Algorithm 1 literally: the chain ends at y_0 with probability w_0; then the loss is ln 2, without gradient."""
     stay = torch.softmax(RATIOS, dim=0)[0].item()
     for steps in (1, 2, 5):
         values, drawn = draw("mcpo", beta=1.0, include_current=True, chain_steps=steps)
@@ -86,7 +86,7 @@ def test_current_state_may_be_its_own_negative():
 
 
 def test_chains_of_any_length_are_exact_on_fixed_candidates():
-    """Chi-square of where the chain ends against softmax(β s) over y_0 and all candidates."""
+    """Chi-square test of the chain's last state against softmax(β s) over y_0 and all candidates."""
     expected = torch.softmax(RATIOS, dim=0) * NUM_GROUPS
     for steps in (1, 2, 3, 8):
         _, drawn = draw("mcpo", beta=1.0, include_current=True, chain_steps=steps)
@@ -115,7 +115,7 @@ def test_same_generator_state_same_draw():
 
 
 def test_kernel_follows_the_current_policy():
-    """A candidate that the policy came to favour is drawn (almost) always."""
+    """A candidate that the policy now favours is drawn (almost) always."""
     batch = make_copies()
     moved = batch.policy_logps.detach() + torch.tensor([0.0, 50.0, 0.0, 0.0])
     source = moved.requires_grad_()

@@ -1,4 +1,4 @@
-"""The pairwise methods against TRL's own trainers, run on a stand-in for the model that returns given log-probabilities."""
+"""The pairwise methods against TRL's own trainers, with a stand-in model that returns given log-probs."""
 
 import collections
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ class Accelerator:
 
 
 class Model:
-    """Stand-in: per-token log-probabilities instead of a network."""
+    """A stand-in that returns given per-token log-probs."""
 
     training = True
 
@@ -62,7 +62,7 @@ def ours(name, seed=0, **hyperparameters):
 
 
 def build_trainer(kind, **attributes):
-    """A trainer without its constructor, which wants a model, a tokenizer and data."""
+    """A trainer without its constructor, which requires a model, a tokenizer and data."""
     trainer = object.__new__(kind)
     trainer.accelerator = Accelerator()
     trainer.aux_loss_enabled = False
@@ -116,7 +116,7 @@ def run_dpo_trainer(loss_type, beta, label_smoothing=0.0):
 def test_dpo_trainer(loss_type, name, hyperparameters):
     smoothing = hyperparameters.get("label_smoothing", 0.0)
     theirs = run_dpo_trainer(loss_type, hyperparameters["beta"], smoothing)
-    # TRL takes log ε of EXO in float32: 6e-8 of relative rounding.
+    # TRL computes log ε of EXO in float32: 6e-8 of relative rounding.
     tolerance = {"rtol": 1e-7, "atol": 0} if name == "exo" else exact
     torch.testing.assert_close(ours(name, **hyperparameters), theirs, **tolerance)
 
