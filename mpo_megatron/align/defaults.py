@@ -89,7 +89,7 @@ def count_parameters(family: Family) -> int:
     """Parameters of a model."""
     parallel = ParallelConfig()
     parts = [part for stage in stage_parts(family, parallel) for part in stage]
-    return sum(weight.size for part in parts for weight in part_weights(family, parallel, part, family.vocab_size))
+    return sum(weight.total for part in parts for weight in part_weights(family, parallel, part, family.vocab_size))
 
 
 def machine_workload(train: TrainConfig, model: Path, nproc: int | None, lengths: Mapping[str, Any]) -> Workload | None:

@@ -103,6 +103,7 @@ MODELS: dict[str, dict[str, Any]] = {
         **_shared(512, 10, 512),
     ),
     "Qwen3.5-0.8B": _hybrid("qwen3_5_text", 1024, 3584, 24, 8, 2, 248320, values=16, tied=True),
+    "Qwen3.5-2B": _hybrid("qwen3_5_text", 2048, 6144, 24, 8, 2, 248320, values=16, tied=True),
     "Qwen3.5-4B": _hybrid("qwen3_5_text", 2560, 9216, 32, 16, 4, 248320, values=32, tied=True),
     "Qwen3.5-9B": _hybrid("qwen3_5_text", 4096, 12288, 32, 16, 4, 248320, values=32),
     "Qwen3.5-27B": _hybrid("qwen3_5_text", 5120, 17408, 64, 24, 4, 248320, values=48),

@@ -96,7 +96,8 @@ def read_text_model(config: PretrainedConfig) -> Family:
         f"config.json: tie_word_embeddings = {config.tie_word_embeddings}, but {text.tie_word_embeddings} in text_config; set "
         "both to match the weights.",
     )
-    family = {"qwen3_5_text": read_qwen3_5, "qwen3_5_moe_text": read_qwen3_5_moe}[text.model_type](text)
+    # By the type of the whole: some files repeat it in text_config, and `transformers` takes the text model's class from it.
+    family = {"qwen3_5": read_qwen3_5, "qwen3_5_moe": read_qwen3_5_moe}[config.model_type](text)
     return dataclasses.replace(family, whole_config=config, rules=tuple(_within(rule) for rule in family.rules))
 
 

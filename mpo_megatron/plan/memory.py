@@ -198,7 +198,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
         trained = [adapter_weights(layout.shape, layout.adapter, layout.parallel, part) for part in parts]
     dense = sum(buffer_size([w for w in part if not w.expert], layout.sharing) for part in trained)
     expert = sum(buffer_size([w for w in part if w.expert], layout.expert_sharing) for part in trained)
-    frozen = 0 if layout.adapter is None else sum(weight.size for part in weights for weight in part)
+    frozen = 0 if layout.adapter is None else sum(weight.total for part in weights for weight in part)
     elements, stored = dense + expert + frozen, _weight_bytes(layout, weights, dense + expert + frozen)
     state_bytes = STATE_BYTES + (MASTER_BYTES if layout.dtype_bytes == 2 else 0)
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
@@ -252,7 +252,7 @@ def chunks_in_flight(parallel: ParallelConfig, stage: int, num_rows: int) -> int
 
 def _weight_bytes(layout: MemoryLayout, weights: list[list[Weight]], elements: int) -> int:
     """Stored weights: in 4 bits with scales; with FP8 plus quantized copies, row-wise and column-wise, a byte each."""
-    matrices = sum(weight.size for part in weights for weight in part if weight.matrix)
+    matrices = sum(weight.total for part in weights for weight in part if weight.matrix)
     if layout.in_blocks:
         return round(matrices * BYTES_PER_WEIGHT) + layout.dtype_bytes * (elements - matrices)
     if layout.model.fp8 == "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,16 +19,23 @@ BUFFER_ALIGNMENT = 128
 
 
 class Weight(NamedTuple):
-    """One parameter on one rank."""
+    """Parameters of one kind on one rank: the same weight of several layers and experts."""
 
     name: str
     """Its key in a Megatron checkpoint."""
     size: int
-    """Elements."""
+    """Elements of each."""
     matrix: bool
     """Whether it is a layer's matrix, which FP8 quantizes."""
     expert: bool
     """Whether it belongs to an expert, and is shared with other ranks than dense weights."""
+    count: int = 1
+    """How many there are."""
+
+    @property
+    def total(self) -> int:
+        """Elements of all of them."""
+        return self.size * self.count
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +74,23 @@ def part_weights(family: Family, parallel: ParallelConfig, part: Part, padded_vo
             weights.append(_weight(rule, parallel, padded_vocab))
     if part.last and not part.first and family.tie_word_embeddings:
         weights.append(_weight(family.rules[0], parallel, padded_vocab)._replace(name="output_layer.weight"))
-    for layer in part.layers:
-        for rule in per_layer:
-            if rule.layers is None or layer in rule.layers:
-                weights += [_weight(rule, parallel, padded_vocab)] * ((rule.experts or parallel.expert) // parallel.expert)
-    return weights
+    return weights + _layer_weights(per_layer, parallel, part, padded_vocab)
 
 
 def adapter_weights(family: Family, adapter: Adapter, parallel: ParallelConfig, part: Part) -> list[Weight]:
     """The matrices of an adapter that one rank holds of a part of the model."""
-    return [
-        _weight(rule, parallel, 0)._replace(matrix=False)
-        for layer in part.layers
-        for rule in adapter_rules(family, adapter)
-        if rule.layers is None or layer in rule.layers
-        for _ in range((rule.experts or parallel.expert) // parallel.expert)
-    ]
+    weights = _layer_weights(adapter_rules(family, adapter), parallel, part, 0)
+    return [weight._replace(matrix=False) for weight in weights]
+
+
+def _layer_weights(rules: Iterable[Rule], parallel: ParallelConfig, part: Part, padded_vocab: int) -> list[Weight]:
+    weights = []
+    for rule in rules:
+        layers = len(part.layers) if rule.layers is None else len(rule.layers.intersection(part.layers))
+        experts = (rule.experts or parallel.expert) // parallel.expert
+        if layers:
+            weights.append(_weight(rule, parallel, padded_vocab)._replace(count=layers * experts))
+    return weights
 
 
 def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
@@ -95,7 +104,7 @@ def _weight(rule: Rule, parallel: ParallelConfig, padded_vocab: int) -> Weight:
 def count_parameters(family: Family) -> int:
     """Parameters of the whole model, each counted once, without vocabulary padding."""
     part = Part(layers=range(family.num_hidden_layers), first=True, last=True)
-    return sum(weight.size for weight in part_weights(family, ParallelConfig(), part, family.vocab_size))
+    return sum(weight.total for weight in part_weights(family, ParallelConfig(), part, family.vocab_size))
 
 
 def buffer_size(weights: list[Weight], num_sharing: int) -> int:
@@ -103,6 +112,6 @@ def buffer_size(weights: list[Weight], num_sharing: int) -> int:
 
     Overlapped communication uses several buckets, each padded at its end: less than 1 in 10,000 further elements.
     """
-    used = sum(math.ceil(weight.size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT for weight in weights)
+    used = sum(math.ceil(weight.size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT * weight.count for weight in weights)
     multiple = math.lcm(num_sharing, BUFFER_ALIGNMENT)
     return math.ceil(used / multiple) * multiple

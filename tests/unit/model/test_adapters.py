@@ -299,7 +299,7 @@ def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
     part = Part(layers=range(2), first=True, last=True)
     padded = load_conversion(base / "megatron").padded_vocab_size
     frozen = sum(parameter.numel() for parameter in parts[0].parameters() if not parameter.requires_grad)
-    assert sum(weight.size for weight in part_weights(family, ParallelConfig(), part, padded)) == frozen
+    assert sum(weight.total for weight in part_weights(family, ParallelConfig(), part, padded)) == frozen
     (wrapped,) = wrap_data_parallel(parts, OptimizerConfig(), ranks)
     planned = buffer_size(adapter_weights(family, adapter, ParallelConfig(), part), 1)
     assert sum(buffer.grad_data.numel() for buffer in wrapped.buffers) == planned  # type: ignore[union-attr, operator]

@@ -185,6 +185,7 @@ def test_published_fields_are_read(tmp_path: Path) -> None:
     config = multimodal().to_dict() | {"language_model_only": False}
     config["vision_config"] |= {"deepstack_visual_indexes": [], "model_type": "qwen3_5"}
     config["text_config"] |= {
+        **{"model_type": "qwen3_5", "mlp_only_layers": [], "tie_word_embeddings": False},  # each in some files
         **{"attn_output_gate": True, "mamba_ssm_dtype": "float32", "full_attention_interval": 4, "mtp_num_hidden_layers": 1},
         **{"mtp_use_dedicated_embeddings": False, "partial_rotary_factor": 0.25, "output_gate_type": "swish"},
         "rope_parameters": {

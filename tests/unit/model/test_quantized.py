@@ -151,7 +151,7 @@ def test_the_planner_counts_the_bytes(base: Path, ranks: Ranks) -> None:
     checkpoint.load_weights([part], base / "megatron", ranks)
     padded = load_conversion(base / "megatron").padded_vocab_size
     weights = part_weights(family, ParallelConfig(), Part(layers=range(2), first=True, last=True), padded)
-    matrices = sum(weight.size for weight in weights if weight.matrix)
+    matrices = sum(weight.total for weight in weights if weight.matrix)
     assert sum(home.blocks.num_bytes for home in quantized.quantized_layers(part)) == matrices * BYTES_PER_WEIGHT
 
 

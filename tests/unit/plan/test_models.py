@@ -61,6 +61,7 @@ PUBLISHED = {
     "OLMo-3-7B": 7_298_011_136,
     "Qwen3-Next-80B-A3B": 79_674_391_296,
     "Qwen3.5-0.8B": 752_393_024,
+    "Qwen3.5-2B": 1_881_825_088,
     "Qwen3.5-4B": 4_205_751_296,
     "Qwen3.5-9B": 8_953_803_264,
     "Qwen3.5-27B": 26_895_998_464,
@@ -117,9 +118,9 @@ def test_cutting_loses_and_repeats_nothing(name: str, parallel: ParallelConfig) 
     weights = [weight for parts in stages for part in parts for weight in part_weights(shape, parallel, part, shape.vocab_size)]
     # Norms and the router are on every tensor-parallel rank; everything else is cut.
     whole = {rule.megatron for rule in shape.rules if rule.shard is None}
-    experts = sum(weight.size for weight in weights if weight.expert)
-    cut = sum(weight.size for weight in weights if not weight.expert and weight.name not in whole)
-    uncut = sum(weight.size for weight in weights if weight.name in whole)
+    experts = sum(weight.total for weight in weights if weight.expert)
+    cut = sum(weight.total for weight in weights if not weight.expert and weight.name not in whole)
+    uncut = sum(weight.total for weight in weights if weight.name in whole)
     assert parallel.tensor * cut + uncut + experts == count_parameters(shape)
 
 
