@@ -1,4 +1,4 @@
-"""What `mpo` sets before torch is imported."""
+"""Environment variables that `mpo` sets before torch is imported."""
 
 from __future__ import annotations
 

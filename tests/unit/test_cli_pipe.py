@@ -1,4 +1,4 @@
-"""The command line as one part of a pipe."""
+"""The command line in a pipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.parametrize("argument", ["losses", "--help"])
 def test_a_reader_that_leaves_early_gets_no_traceback(argument: str) -> None:
-    """`mpo losses | head`: the exit status is the one that a shell gives for SIGPIPE."""
+    """`mpo losses | head`: the exit status is the shell's for SIGPIPE."""
     command = [sys.executable, "-m", "mpo_megatron.cli", argument]
     root = Path(__file__).parents[2]
     with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -102,7 +102,7 @@ def test_layouts_that_do_not_divide_the_model(layout: dict[str, Any], message: s
 
 
 def test_options_of_stages_stand_on_the_command_line_as_those_of_their_commands(tmp_path: Path) -> None:
-    """Typed as the stage's command has them, and over those of a file."""
+    """Typed like the options of the stage's command, and they override those of a file."""
     (tmp_path / "i.yaml").write_text("train: {optimizer: {lr: 1e-5, schedule: linear}}\nprepare: {columns: {prompt: question}}\n")
     arguments = ["--config", str(tmp_path / "i.yaml"), "--output", "o", "--model", "m", "--prompts", "p"]
     arguments += ["--train.loss.params.beta", "0.2", "--train.loss.params.p=2", "--train.loss.name", "swepo"]

@@ -1,4 +1,4 @@
-"""The stand-ins for torch.cuda on a machine without a GPU, name by name: an upgrade that moves one fails here."""
+"""The stand-ins for torch.cuda on a machine without a GPU, name by name: fails if an upgrade moves one."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_device_contexts_still_act_on_factories() -> None:
 
 
 def test_transformers_in_the_same_process_keeps_its_buffers(tmp_path: Path) -> None:
-    """from_pretrained builds on the meta device; rotary frequencies are made, not loaded."""
+    """from_pretrained builds on the meta device; rotary frequencies are computed, not loaded."""
     from transformers import AutoModelForCausalLM
 
     from tests.tiny import save_model
@@ -126,7 +126,7 @@ def test_config_data_losses_import_without_megatron() -> None:
 
 @pytest.mark.parametrize("failing", ["__init__", "pytorch"])
 def test_a_broken_transformer_engine_is_one_message(tmp_path: Path, failing: str) -> None:
-    """Whatever it raises; Megatron-Core would end in a traceback."""
+    """For any exception; Megatron-Core would end in a traceback."""
     package = tmp_path / "transformer_engine"
     package.mkdir()
     (package / "__init__.py").write_text("from . import pytorch\n")
@@ -169,7 +169,7 @@ def test_compiled_once_for_all_lengths_and_never_silently_uncompiled(monkeypatch
     for length in (5, 9, 300, 2, 17):
         assert torch.equal(compiled(torch.ones(length), "a"), torch.ones(length))
     assert len(graphs) == 1
-    with ThreadPoolExecutor(1) as elsewhere:  # PyTorch's own limit is 8, in each thread
+    with ThreadPoolExecutor(1) as elsewhere:  # PyTorch's own limit is 8 per thread
         list(elsewhere.map(lambda options: compiled(torch.ones(3), options * "a"), range(2, 15)))
     assert len(graphs) == 14
     with torch._dynamo.config.patch(recompile_limit=8), pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
@@ -178,7 +178,7 @@ def test_compiled_once_for_all_lengths_and_never_silently_uncompiled(monkeypatch
 
 @pytest.mark.parametrize(("installed", "refused"), [(None, False), ("0.4.1", True), ("0.6.0", False), ("0.7.0.dev12", False)])
 def test_an_old_resiliency_extension_is_named(installed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core ends in an AttributeError beside one; PyPI's newest is one."""
+    """Megatron-Core ends in an AttributeError with an older one; PyPI's newest is such."""
 
     def version(name: str) -> str:
         if installed is None:

@@ -50,7 +50,7 @@ def row_errors(segments: list[Segment], dtype: torch.dtype, place: str = "cpu", 
 
 
 def transformers_errors(place: str = "cpu") -> dict[str, float]:
-    """Errors of outputs and last states of two sequences that start from states, against the function in `transformers`."""
+    """Errors of outputs and last states of two sequences with initial states, against the function in `transformers`."""
     from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
 
     lengths = [70, 3]
@@ -78,7 +78,7 @@ def _error(ours: Tensor, truth: Tensor) -> float:
 
 
 class _Index(int):
-    """A loop's index in the interpreter, which gives kernels a plain number where the compiler gives a tensor."""
+    """A loop's index in the interpreter, which passes kernels a number where the compiler passes a tensor."""
 
     def to(self, dtype: Any) -> _Index:
         return self
@@ -89,7 +89,7 @@ def _indices(*bounds: int) -> Iterator[_Index]:
 
 
 def prepare_interpreter() -> None:
-    """Let Triton's interpreter run the kernels: without timing their settings, which needs a GPU, and with indices as tensors."""
+    """Let Triton's interpreter run the kernels: without autotuning, which needs a GPU, and with indices as tensors."""
     from triton.runtime.autotuner import Autotuner
 
     prune = Autotuner.prune_configs

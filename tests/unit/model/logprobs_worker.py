@@ -1,4 +1,4 @@
-"""One of two ranks that share a vocabulary: values and gradients equal those of plain torch over the whole of it."""
+"""One of two ranks that share a vocabulary: values and gradients equal those of plain torch over the whole vocabulary."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def random_groups_row(seed: int, *, max_groups: int = 4, max_responses: int = 16
 
 
 def visible_pairs(segments: list[Segment], window: int | None = None) -> Tensor:
-    """[T, T] which key each query sees, spelled out."""
+    """[T, T] the keys that each query attends to, computed directly."""
     visible = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.bool)
     for segment in segments:
         for token in range(segment.start, segment.end):
@@ -52,7 +52,7 @@ def random_qkv(
 
 
 def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
-    """What a variable-length flash kernel computes, in plain operations: causal, aligned at the bottom right."""
+    """A variable-length flash kernel in plain operations: causal, aligned at the bottom right."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     outputs = []
     for number in range(len(index.query_ends) - 1):

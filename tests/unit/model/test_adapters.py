@@ -1,4 +1,4 @@
-"""Adapters: beginning, PEFT's folders in and out, merging, and what is refused."""
+"""Adapters: initialisation, import and export of PEFT's folders, merging, and refusals."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_peft(base: Path, folder: Path, **options: Any) -> PeftModel:
-    """An adapter of PEFT with B other than 0, saved, and its model."""
+    """A saved PEFT adapter with nonzero B, and its model."""
     model = AutoModelForCausalLM.from_pretrained(base / "hf", dtype=torch.float32)
     settings = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]} | options
     adapted = get_peft_model(model, PeftConfig(task_type="CAUSAL_LM", **settings))
@@ -101,7 +101,7 @@ def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path
 
 
 def test_rows_of_fused_layers_find_their_places(tmp_path: Path, ranks: Ranks) -> None:
-    """In hybrids Megatron orders some rows otherwise (queries and their gates): the model holds what PEFT's folder does."""
+    """In hybrid models Megatron orders some rows differently (queries and their gates): the model matches PEFT's folder."""
     save_model(tmp_path / "hf", model_type="qwen3_5_text", num_hidden_layers=4)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
     targets = ["q_proj", "in_proj_qkv", "in_proj_z", "out_proj", "down_proj"]
@@ -130,7 +130,7 @@ def test_rows_of_fused_layers_find_their_places(tmp_path: Path, ranks: Ranks) ->
 def test_a_merged_model_answers_as_the_adapter_does(
     base: Path, peft: tuple[Path, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Also straight from PEFT's folder; float32 weights are summed in float64, so that one rounding is all that differs."""
+    """Also directly from PEFT's folder; float32 weights are summed in float64, so that only one rounding differs."""
     folder, logits = peft
     megatron = tmp_path / "adapter"
     convert(ConvertConfig(input=str(folder), output=str(megatron), base=str(base / "megatron")))
@@ -175,7 +175,7 @@ def test_a_merge_reports_how_rounding_changes_log_probs(tmp_path: Path, capsys: 
 
 
 def test_our_export_loads_in_peft(base: Path, ranks: Ranks, tmp_path: Path) -> None:
-    """Its configuration is ours then: rsLoRA, and an alpha that is no whole number."""
+    """Its configuration then: rsLoRA, and a fractional alpha."""
     model = save_peft(base, tmp_path / "peft", use_rslora=True, lora_alpha=7)
     convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "adapter"), base=str(base / "megatron")))
     (tmp_path / "adapter" / "peft" / "adapter_config.json").unlink()
@@ -213,7 +213,7 @@ def test_what_peft_has_and_we_do_not_is_refused(
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:
-    """By its shapes from PEFT, by the weights' digest once it is ours."""
+    """By its shapes for PEFT's, by the weights' digest for ours."""
     save_model(tmp_path / "hf", model_type="qwen2", tied=True, num_hidden_layers=2, seed=3)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "other")))
     convert(ConvertConfig(input=str(peft[0]), output=str(tmp_path / "adapter"), base=str(base / "megatron")))
@@ -257,7 +257,7 @@ def test_scales() -> None:
 
 
 def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, ranks: Ranks) -> None:
-    """Log-probs with B = 0 equal the base model's to the last bit; A is uniform with PEFT's bound, other in each layer."""
+    """Log-probs with B = 0 equal the base model's bitwise; A is uniform with PEFT's bound, and differs between layers."""
     adapter = Adapter(rank=8, alpha=16.0, rslora=False, target_modules=("q_proj", "k_proj", "o_proj", "up_proj", "down_proj"))
     family, parts = build(base, adapter, ranks)
     checkpoint.load_weights(parts, base / "megatron", ranks)
@@ -291,7 +291,7 @@ def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, r
 
 
 def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
-    """Elements of Megatron's gradient buffers, and of the weights beside them."""
+    """Elements of Megatron's gradient buffers, and of the weights without gradients."""
     family = load_family(base / "megatron" / "hf")
     adapter = choose_adapter(family, LoraConfig(rank=5))
     assert adapter is not None

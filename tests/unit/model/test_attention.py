@@ -1,4 +1,4 @@
-"""Attention over a packed row equals attention with the mask spelled out, and sees nothing it should not."""
+"""Attention over a packed row equals attention with an explicit mask, and attends to nothing else."""
 
 from __future__ import annotations
 

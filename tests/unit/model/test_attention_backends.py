@@ -1,4 +1,4 @@
-"""`varlen` and `flex` see what `sdpa` sees: their index tensors and masks are checked here without their GPU kernels."""
+"""`varlen` and `flex` attend like `sdpa`: their index tensors and masks are checked here without their GPU kernels."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mpo_megatron.model.attention_varlen import (
 from tests.unit.model.rows import plain_varlen_kernel, random_groups_row, random_qkv, visible_pairs
 
 SCORES = [PLAIN, ScoreSettings(window=5), ScoreSettings(window=1), ScoreSettings(window=3, scale=0.1, cap=0.5)]
-"""Windows shorter than most prompts and responses, or of a token alone."""
+"""Windows shorter than most prompts and responses, or of a single token."""
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -71,7 +71,7 @@ def test_gathered_keys_sum_their_gradients_in_float32() -> None:
 
 
 def test_gathered_keys_sum_their_gradients_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No operation that a GPU does in any order; groups of several sizes, a prompt alone, and a response without a prompt."""
+    """No operation whose order varies on a GPU; groups of several sizes, a prompt alone, and a response without a prompt."""
     layout = row_layout(
         [(0, 3, 0, 0), (3, 5, 0, 3), (5, 9, 0, 3), (9, 11, 0, 0), (11, 12, 9, 11), (12, 14, 0, 0), (14, 16, 14, 14)]
     )
@@ -187,7 +187,7 @@ def test_wide_heads_do_not_go_to_cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
 def install(
     monkeypatch: pytest.MonkeyPatch, installed: set[str], capability: tuple[int, int], cudnn: tuple[int, int, int] = (9, 19, 0)
 ) -> None:
-    """Stands for packages on a GPU: their kernels return ones (cuDNN) or twos (flash-attn)."""
+    """Replaces packages for GPUs: their kernels return ones (cuDNN) or twos (flash-attn)."""
 
     class Core(torch.nn.Module):
         def __init__(self, *arguments: object, **options: object) -> None:

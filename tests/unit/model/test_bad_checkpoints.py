@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, of another kind, or of a variant: refused by the name of what is wrong, as `transformers` would
+"""Checkpoints that are damaged, of another kind, or of a variant: refused with the cause, where `transformers` would
 refuse them or compute something else."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A whole checkpoint of each model type that the cases need."""
+    """A complete checkpoint of each model type that the cases need."""
     root = tmp_path_factory.mktemp("whole")
     sizes: dict[str, dict[str, Any]] = {
         **{kind: {"num_hidden_layers": 1} for kind in ("llama", "mixtral", "qwen3_moe")},

@@ -1,4 +1,4 @@
-"""An option that names a model takes a Hugging Face folder: converted once beside the run, and found again."""
+"""An option that names a model accepts a Hugging Face folder: converted once in the output, and reused."""
 
 from __future__ import annotations
 

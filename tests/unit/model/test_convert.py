@@ -1,4 +1,4 @@
-"""Conversion: round trips are exact, and every input that cannot be converted says what is wrong with it."""
+"""Conversion: round trips are exact, and every inconvertible input is refused with the reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from mpo_megatron.model.safetensors_io import INDEX, PlannedTensor, list_tensors
 from tests.waiting import TIMEOUT
 
 SIZES = {
-    "vocab_size": 1003,  # divisible by nothing that matters
+    "vocab_size": 1003,  # not divisible by any parallel size
     "hidden_size": 64,
     "intermediate_size": 96,
     "num_hidden_layers": 3,
@@ -185,7 +185,7 @@ def test_padded_rows_are_zero_and_stay_inside(hf: Path, tmp_path: Path) -> None:
 
 
 def test_tensors_keep_their_own_dtypes(hf: Path, tmp_path: Path) -> None:
-    """Norms in float32 beside bf16 matrices: every kind of weight may have a dtype of its own."""
+    """Norms in float32 next to bf16 matrices: every kind of weight may have its own dtype."""
     for file in hf.glob("*.safetensors"):
         tensors = load_file(file)
         save_file({k: v.float() if "norm" in k else v for k, v in tensors.items()}, file, {"format": "pt"})
@@ -310,7 +310,7 @@ def to_float32(tensors: dict[str, Tensor], name: str) -> None:
 
 
 def rename(folder: Path, new_name: Callable[[str], str]) -> None:
-    """Give all weights other names."""
+    """Rename all weights."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
         renamed = {new_name(name): tensor for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Conversion's memory is that of a few pieces of tensors, not of the model: measured in a process of its own."""
+"""Conversion's memory is that of a few pieces of tensors, not of the model: measured in a separate process."""
 
 from __future__ import annotations
 

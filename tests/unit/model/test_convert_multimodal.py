@@ -1,4 +1,4 @@
-"""Conversion of multimodal Qwen3.5: its text model is trained, and all other weights come out as they went in, or are dropped."""
+"""Conversion of multimodal Qwen3.5: its text model is trained; all other weights are returned unchanged, or dropped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weight map against both sides' own models at real sizes: a mapping error cannot hide in a small model.
+"""The weight map against both libraries' models at real sizes: a mapping error cannot hide in a small model.
 
 Nothing is allocated: both models are built from fake tensors, which have shapes and no storage.
 """
@@ -118,7 +118,7 @@ def test_every_row_is_covered_once(name: str) -> None:
 
 
 def joined(runs: list[tuple[int, int]]) -> tuple[int, int]:
-    """Ends of runs that must follow one another without gap or overlap."""
+    """Ends of ranges that must follow one another without gap or overlap."""
     for (_, stop), (start, _) in itertools.pairwise(runs):
         assert stop == start
     return runs[0][0], runs[-1][1]

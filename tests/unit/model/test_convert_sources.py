@@ -21,7 +21,7 @@ from tests.tiny import save_model, save_tokenizer
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder with what else the hub has beside models."""
+    """A Hugging Face folder with the hub's additional files."""
     folder = save_model(tmp_path_factory.mktemp("hub") / "model", num_hidden_layers=1, hidden_size=32)
     (folder / "modeling_own.py").write_text("raise SystemExit('code of the model ran')")
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
@@ -52,7 +52,7 @@ def test_a_name_on_the_hub(hub: Hub, folder: Path, tmp_path: Path, monkeypatch: 
     assert not {"modeling_own.py", "pytorch_model.bin", "consolidated.safetensors", "original/params.json"} & set(hub.taken)
     taken = len(hub.taken)
     convert_name("owner/model", tmp_path / "again", revision=COMMIT)
-    assert len(hub.taken) == taken  # all of it is in the cache
+    assert len(hub.taken) == taken  # everything is in the cache
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     convert_name("owner/model", tmp_path / "offline")
     assert load_conversion(tmp_path / "offline") == load_conversion(tmp_path / "local")

@@ -48,7 +48,7 @@ def random_inputs(tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.floa
 
 
 def by_definition(inputs: list[Tensor], segments: list[Segment]) -> Tensor:
-    """The rule, one token after the other."""
+    """The rule, token by token."""
     query, key, value, decay, rate = inputs
     query, key = (unit(part).repeat_interleave(SHARE, dim=1) for part in (query, key))
     outputs: dict[int, Tensor] = {}
@@ -99,7 +99,7 @@ def test_chunks_compute_what_the_definition_says(segments: list[Segment]) -> Non
 
 
 def test_megatron_core_s_rule_agrees() -> None:
-    """For whole sequences, float32, the chunk size that both have."""
+    """For whole sequences, in float32, with the chunk size that both have."""
     segments = row((100, []), (64, []))
     inputs = random_inputs(164, dtype=torch.float32)
     ours = run_chunks(*inputs, build_chunks(segments))
@@ -155,7 +155,7 @@ def test_the_convolution_goes_on_where_the_prompt_ends(prompt: int, taps: int) -
 def sequential_kernel(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, ends: Tensor, state: Tensor | None, *, final: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """What flash-linear-attention's function computes, by Megatron-Core's for one sequence."""
+    """Replaces flash-linear-attention's function by Megatron-Core's, for one sequence."""
     outputs, lasts = [], []
     for number, (start, end) in enumerate(itertools.pairwise(ends.tolist())):
         part = slice(start, end)
@@ -188,7 +188,7 @@ KERNELS = importlib.util.find_spec("fla") is not None and importlib.util.find_sp
 
 @pytest.mark.skipif(not KERNELS, reason="flash-linear-attention or triton is not installed")
 def test_the_kernels_of_flash_linear_attention() -> None:
-    """Through Triton's interpreter, in a process of its own: it must be asked for before triton is imported."""
+    """Through Triton's interpreter, in a separate process: it must be enabled before triton is imported."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.unit.model.fla_rows"]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

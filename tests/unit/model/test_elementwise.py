@@ -1,4 +1,4 @@
-"""Elementwise parts of a layer against PyTorch's expressions of them, and their gradients against differences."""
+"""Elementwise parts of a layer against PyTorch's expressions, and their gradients against finite differences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def values(*shape: int) -> Tensor:
 
 @pytest.mark.parametrize("rest", [0, 2])
 def test_rotation(rest: int) -> None:
-    """Of strided queries too, as a fused projection yields them; channels beyond the angles stay."""
+    """Also for strided queries, as a fused projection yields them; channels beyond the angles are unchanged."""
     angles = values(TOKENS, 1, 4).detach()
     cosines, sines = angles.cos(), angles.sin()
     x = values(TOKENS, 3, 2 * (8 + rest))[..., : 8 + rest]

@@ -1,4 +1,4 @@
-"""Which layouts a model allows; each that it does not is refused with the field, the rule and what works."""
+"""Layouts that a model allows; others are refused with the field, the rule and valid values."""
 
 from __future__ import annotations
 

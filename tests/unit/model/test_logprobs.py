@@ -116,7 +116,7 @@ def plain_statistics(hidden: Tensor, weight: Tensor, reference: tuple[Tensor, Te
 @pytest.mark.parametrize("chunk", [1, 5, 100])
 def test_entropy_and_kl(ranks: Ranks, chunk: int) -> None:
     hidden, weight, targets = inputs(23, torch.float64)
-    other = [part.detach().roll(1, 0).requires_grad_() for part in (hidden, weight)]  # padding in another place, which is ignored
+    other = [part.detach().roll(1, 0).requires_grad_() for part in (hidden, weight)]  # padding elsewhere, which is ignored
     ours = vocab_parallel_statistics(
         *(hidden, weight, targets),
         **{"vocab_size": 37, "chunk": chunk, "tp_group": ranks.tensor, "entropy": True, "reference": (other[0], other[1])},
@@ -217,7 +217,7 @@ def test_large_logits(ranks: Ranks, size: float) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation made, in numbers."""
+    """The size of the largest tensor created by any operation, in elements."""
 
     numbers = 0
 
@@ -247,7 +247,7 @@ def test_vocabulary_over_two_ranks() -> None:
 
 
 def test_gradient_of_logits_is_the_same_compiled() -> None:
-    """As on a GPU, where it adds at the targets in another way."""
+    """The GPU's path, which adds at the targets differently."""
     logits, (entropy, grad_logps, grad_entropy) = torch.randn(7, 33), torch.randn(3, 7).unbind()
     targets = (torch.randint(33, (7,)), torch.arange(7) % 3 > 0)
     arguments = (logits, targets, logits.logsumexp(-1), grad_logps, _Extras((grad_entropy, entropy), None))

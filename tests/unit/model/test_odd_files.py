@@ -1,4 +1,4 @@
-"""Checkpoint files that nobody wrote so: refused with a sentence that names file and field, whatever they hold."""
+"""Malformed checkpoint files: refused with a sentence that names file and field, whatever their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""States of optimizers, as checkpoints bring them."""
+"""Optimizer states, as loaded from checkpoints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_counts_of_steps_are_beside_the_weights_whatever_the_checkpoint_says_of_
     adam = torch.optim.AdamW([torch.nn.Parameter(torch.empty(3, device="meta"))])
     moments = {name: torch.empty(3, device="meta") for name in ("exp_avg", "exp_avg_sq")}
 
-    def load(saved: dict[str, Any]) -> None:  # as Megatron does: it takes the count from the groups, to host memory
+    def load(saved: dict[str, Any]) -> None:  # like Megatron: it takes the count from the groups, into host memory
         groups = [{**group, "params": [0]} for group in saved["optimizer"]["param_groups"]]
         adam.load_state_dict({"state": {0: {**moments, "step": torch.tensor(7.0)}}, "param_groups": groups})
 
@@ -26,4 +26,4 @@ def test_counts_of_steps_are_beside_the_weights_whatever_the_checkpoint_says_of_
     load_states(single, {"optimizer": {"param_groups": [older]}}, {})
     [state] = adam.state.values()
     assert adam.param_groups[0]["fused"] is True
-    assert state["step"].device.type == "meta"  # torch's fused kernel wants it there; a GPU in earnest
+    assert state["step"].device.type == "meta"  # torch's fused kernel requires this; in practice a GPU

@@ -1,4 +1,4 @@
-"""The process groups of a block that nobody leaves."""
+"""Process groups of a `with` block that is still open at exit."""
 
 from __future__ import annotations
 

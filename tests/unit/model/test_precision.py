@@ -1,4 +1,4 @@
-"""FP8 is refused, with the reason, where it cannot work; where it can, Megatron is told the recipe."""
+"""FP8 is refused, with the reason, where it cannot work; otherwise Megatron receives the recipe."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HF = read_family(Qwen2Config(**SIZES, num_key_value_heads=4))
 
 
 def engine(monkeypatch: pytest.MonkeyPatch, *, power_of_two: bool = True, **available: bool) -> None:
-    """Stands for an installed Transformer Engine whose GPU has these recipes."""
+    """Replaces an installed Transformer Engine whose GPU has these recipes."""
     module = types.ModuleType("transformer_engine.pytorch")
     for recipe in RECIPES.values():
         answer = available.get(recipe.availability, True)
@@ -88,7 +88,7 @@ def test_scales_that_are_no_powers_of_two_are_refused(monkeypatch: pytest.Monkey
     validate_fp8(ModelConfig(checkpoint="", fp8="blockwise"), ParallelConfig(), HF)
     with pytest.raises(ConfigError, match="ignores NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1"):
         validate_fp8(ModelConfig(checkpoint="", fp8="current"), ParallelConfig(), HF)
-    monkeypatch.setenv(precision.device.POWER_OF_TWO_SCALES, "0")  # who asks for other scales gets them
+    monkeypatch.setenv(precision.device.POWER_OF_TWO_SCALES, "0")  # a user's choice of scales is kept
     validate_fp8(ModelConfig(checkpoint="", fp8="current"), ParallelConfig(), HF)
 
 
@@ -166,7 +166,7 @@ def test_delayed_scaling_is_not_offered() -> None:
 
 
 def test_weights_that_are_gathered_early_are_transposed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core leaves it out where a gather overlaps with the forward pass, and was forced before it."""
+    """Megatron-Core omits it where a gather overlaps with the forward pass, and was forced before it."""
     events: list[object] = []
     in_8_bits, other = torch.nn.Parameter(torch.zeros(1)), torch.nn.Parameter(torch.zeros(1))
     monkeypatch.setattr(weights, "is_float8tensor", lambda tensor: tensor is in_8_bits)

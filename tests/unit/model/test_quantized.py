@@ -1,6 +1,6 @@
 """Base weights in 4 bits (QLoRA): blocks, loading layer by layer, what autograd keeps, merging, memory, and what is refused.
 
-Loss, gradients and steps on several layouts are held against `transformers` and PEFT in tests/distributed/parity.py.
+Loss, gradients and steps on several layouts are compared with `transformers` and PEFT in tests/distributed/parity.py.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def build(base: Path, ranks: Ranks) -> tuple[Family, Adapter, Any]:
 
 
 def test_blocks_do_not_depend_on_the_layout() -> None:
-    """Rows (column-parallel layers) and whole blocks of columns (row-parallel ones), in other shards or another order."""
+    """Rows (column-parallel layers) and whole blocks of columns (row-parallel ones), in other shards or orders."""
     matrix = torch.randn(12, 256, generator=torch.Generator().manual_seed(0))
     whole = nf4.rounded(matrix)
     assert torch.equal(nf4.rounded(matrix[4:8]), whole[4:8])
     assert torch.equal(nf4.rounded(matrix[:, 128:]), whole[:, 128:])
     order = torch.randperm(12, generator=torch.Generator().manual_seed(1))
     assert torch.equal(nf4.rounded(matrix[order]), whole[order])
-    assert torch.equal(nf4.rounded(whole), whole)  # a round trip of what was rounded changes nothing
+    assert torch.equal(nf4.rounded(whole), whole)  # a second round trip changes nothing
     # Half the widest gap between two of the 16 values, 1 − 0.6962, times the block's largest value.
     largest = matrix.view(12, 4, 64).abs().amax(-1, keepdim=True).expand(-1, -1, 64).reshape(12, 256)
     assert ((whole - matrix).abs() <= 0.152 * largest).all()
@@ -87,7 +87,7 @@ def test_values_are_the_library_s(dtype: torch.dtype) -> None:
 
 
 def test_weights_are_loaded_layer_by_layer(base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At no time are more weights whole than those of one transformer layer, from building on; blocks hold the checkpoint's."""
+    """At no time, from building on, are the weights of more than one layer unquantized; blocks equal the checkpoint's."""
     _, _, part = build(base, ranks)
     homes = quantized.quantized_layers(part)
     assert len(homes) == 2 * 4
@@ -109,7 +109,7 @@ def test_weights_are_loaded_layer_by_layer(base: Path, ranks: Ranks, monkeypatch
 
 
 def test_bf16_weights_keep_float32_scales(base: Path, ranks: Ranks) -> None:
-    """Blocks are made of what training without them would hold; the model's cast to bf16 leaves them alone."""
+    """Blocks come from the weights of training without them; casting the model to bf16 does not change them."""
     family = load_family(base / "megatron" / "hf")
     adapter = choose_adapter(family, LoraConfig(rank=4, quantize="nf4"))
     padded = load_conversion(base / "megatron").padded_vocab_size
@@ -126,7 +126,7 @@ def test_bf16_weights_keep_float32_scales(base: Path, ranks: Ranks) -> None:
 
 
 def test_autograd_keeps_blocks_alone(base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Backward makes the weight once more, and its gradient is that of the rounded weight."""
+    """Backward dequantizes the weight again, and its gradient is that of the rounded weight."""
     _, _, part = build(base, ranks)
     checkpoint.load_weights([part], base / "megatron", ranks)
     home = quantized.quantized_layers(part)[-1]  # linear_fc2
@@ -138,7 +138,7 @@ def test_autograd_keeps_blocks_alone(base: Path, ranks: Ranks, monkeypatch: pyte
     output, _ = home(x)
     assert not hasattr(home, "weight")
     assert len(made) == 1
-    made[0].fill_(torch.nan)  # nobody reads it any more
+    made[0].fill_(torch.nan)  # it is no longer read
     gradient = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     output.backward(gradient)
     assert len(made) == 2
@@ -156,7 +156,7 @@ def test_the_planner_counts_the_bytes(base: Path, ranks: Ranks) -> None:
 
 
 def test_gated_delta_nets_keep_their_projections_in_blocks(tmp_path: Path, ranks: Ranks) -> None:
-    """Convolution, decays and norms stay whole; a fused row of blocks is the row of the checkpoint's own layer."""
+    """Convolution, decays and norms are not quantized; a fused row of blocks is the row of the checkpoint's own layer."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "linear_value_head_dim": 32}
     save_model(tmp_path / "hf", model_type="qwen3_5_text", **sizes)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
@@ -178,7 +178,7 @@ def test_gated_delta_nets_keep_their_projections_in_blocks(tmp_path: Path, ranks
 def test_a_merge_adds_to_the_weights_that_were_trained_with(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those in 4 bits, for layers with and without adapter; embedding, norms and biases are the base model's."""
+    """4-bit weights, for layers with and without adapter; embedding, norms and biases are the base model's."""
     from peft import LoraConfig as PeftConfig
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
@@ -221,7 +221,7 @@ def rewrite(folder: Path, record: AdapterRecord) -> None:
 
 
 def test_an_adapter_goes_on_beside_either_format(base: Path, tmp_path: Path) -> None:
-    """By default beside the weights that it was trained with; without adapters there is nothing to quantize for."""
+    """By default on the weights that it was trained with; without adapters there is nothing to quantize."""
     from mpo_megatron.config.train import DataConfig, TrainConfig
 
     def train(**lora: Any) -> TrainConfig:

@@ -1,4 +1,4 @@
-"""Packed in any way, groups of any shape have the log-probs and gradients of each response alone in a row of its own."""
+"""With any packing, groups of any shape have the log-probs and gradients of each response in a separate row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def build(ranks: Ranks, attention: str = "auto") -> list[torch.nn.Module]:
 
 
 def draw_groups(seed: int) -> list[TokenizedGroup]:
-    """Five groups with 1 … 16 responses, prompts from no token on, many responses of one."""
+    """Five groups with 1 … 16 responses, prompts of zero or more tokens, many responses of one."""
     rng = np.random.default_rng(seed)
     groups = []
     for index in range(5):
@@ -106,7 +106,7 @@ def test_packed_as_alone(ranks: Ranks, monkeypatch: pytest.MonkeyPatch, seed: in
 
 
 def test_tokens_that_the_model_did_not_generate_contribute_nothing(ranks: Ranks) -> None:
-    """Log-probs and gradients of masked responses are those of the scored tokens alone, each in its whole context."""
+    """Log-probs and gradients of masked responses are those of the scored tokens only, each in its whole context."""
     groups = draw_groups(3)
     rng = np.random.default_rng(3)
     masks = [tuple(rng.random(len(ids)) < 0.5 for ids in group.response_tokens) for group in groups]

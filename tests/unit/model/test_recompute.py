@@ -1,4 +1,4 @@
-"""Modules that are computed again give the gradients that they gave; what a model's layers cannot do is refused."""
+"""Recomputed modules give the same gradients; modules that a model's layers cannot recompute are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is switched on for speed where a machine has it: fused kernels, overlapped exchange, warnings that are shown."""
+"""Settings enabled for speed where a machine supports them: fused kernels, overlapped exchange, visible warnings."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_on_a_cpu_gradients_are_added_in_the_gemm_and_weights_updated_in_one_pas
 
 
 def test_the_output_layer_needs_no_fused_kernel(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core's own layer raises if it is to fuse and NVIDIA's apex is not there; its GEMM is never run."""
+    """Megatron-Core's own layer raises if it should fuse without NVIDIA's apex; its GEMM is never run."""
     fused = build_transformer_config(FAMILY, ModelConfig(checkpoint=""), ParallelConfig())
     fused.gradient_accumulation_fusion = True
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
@@ -143,7 +143,7 @@ def test_a_warning_that_names_lost_speed_is_shown(gpu: bool, rank: str, shown: b
 def test_deprecations_that_only_megatrons_callers_can_heed_are_hidden(
     name: str, start: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """And each is still what Megatron-Core says."""
+    """And each is still Megatron-Core's message."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert start in Path(str(spec.origin)).read_text()

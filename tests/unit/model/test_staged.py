@@ -1,4 +1,4 @@
-"""The folder that a conversion is written to."""
+"""The output folder of a conversion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_an_output_that_is_a_link_is_written_where_it_points(tmp_path: Path) -> 
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a machine that goes down may leave a folder that looks complete, and is not."""
+    """Otherwise a machine that crashes may leave an incomplete folder that looks complete."""
     forced: list[int] = []
     rename = os.rename
 

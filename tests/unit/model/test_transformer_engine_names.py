@@ -1,4 +1,4 @@
-"""The names of Transformer Engine that the package reads are listed, and the versions it supports have them."""
+"""The names of Transformer Engine that the package uses are listed, and the supported versions have them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).parents[3] / "mpo_megatron"
 
 
 def imported() -> set[tuple[str, str]]:
-    """(module, name) of what the package imports from Transformer Engine."""
+    """(module, name) of the package's imports from Transformer Engine."""
     found = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -34,7 +34,7 @@ def test_what_is_imported_is_listed() -> None:
 
 
 def write_engine(root: Path, **changes: str) -> Path:
-    """A Transformer Engine with every name, spread over modules as the real one is."""
+    """A Transformer Engine with every name, in the same modules as the real one."""
     files = {
         "__init__": "",
         "pytorch/__init__": "from transformer_engine.pytorch.quantization import is_fp8_available, is_mxfp8_available\n"

@@ -1,4 +1,4 @@
-"""Pickles of a checkpoint folder that name a function which would run a command: refused wherever they lie, and never run."""
+"""Pickles of a checkpoint folder that name a function which would run a command: refused wherever they are, and never run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMMON = ShardedObject("common_state", None, (1,), (0,)).unique_key
 
 
 class Command:
-    """A pickle of this leaves a mark when it is read."""
+    """A pickle that leaves a mark when it is read."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -104,7 +104,7 @@ def test_a_flipped_bit_of_metadata_ends_in_no_other_error(model: Path, tmp_path:
 
 
 def save_common(folder: Path, content: Any) -> None:
-    """Store `content` where Megatron-Core keeps what is no tensor, as any object."""
+    """Store `content` where Megatron-Core stores non-tensors, as any object."""
     stream = io.BytesIO()
     torch.save(content, stream)
     torch.distributed.checkpoint.save({COMMON: stream}, checkpoint_id=folder, no_dist=True)
@@ -112,7 +112,7 @@ def save_common(folder: Path, content: Any) -> None:
 
 
 def replace_object(folder: Path, evil: Command) -> None:
-    """Put a pickle in place of an object of a *.distcp file; `torch.save` there is one archive an entry."""
+    """Put a pickle in place of an object of a *.distcp file; `torch.save` writes one archive per entry there."""
     metadata = read_metadata(folder)
     [where] = [place for index, place in metadata.storage_data.items() if index.fqn == COMMON]
     path = folder / where.relative_path
@@ -156,7 +156,7 @@ def test_megatron_reads_metadata_through_the_list(model: Path, tmp_path: Path, m
 
 
 def test_no_other_place_of_the_package_reads_pickles() -> None:
-    """But for what a process itself put into a database that has no name and that no other process can open."""
+    """Except for entries by the process itself in a private database that no other process can open."""
     package = Path(unpickling.__file__).parents[1]
     readers = ("pickle.load", "Unpickler", "torch.load(", "FileSystemReader(", "joblib", "allow_pickle", "load_common_state_dict")
     found = {

@@ -1,4 +1,4 @@
-"""What a Gated DeltaNet keeps for its backward pass, held against what autograd saves."""
+"""Memory that a Gated DeltaNet keeps for its backward pass, compared with the tensors that autograd saves."""
 
 from __future__ import annotations
 
@@ -52,5 +52,5 @@ def test_bytes_that_autograd_keeps(precision: Any, ranks: Ranks) -> None:
     assert output.requires_grad
     assert family.delta_net is not None
     planned = delta_net_kept(family.delta_net, model, tokens=TOKENS, ranks=1, gpu=False, recomputed=False)
-    # Left out: indices, masks, and numbers of a token or a head.
+    # Ignored: indices, masks, and single numbers per token or head.
     assert planned == pytest.approx(sum(kept.values()), rel=0.1)

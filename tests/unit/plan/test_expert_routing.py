@@ -1,4 +1,4 @@
-"""What routing of experts costs is in the plan: the choices' bytes, the maps that the losses keep, the second pass."""
+"""The plan includes the costs of expert routing: the choices' bytes, the maps that the losses keep, the second pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mpo_megatron.plan.search import Workload
 
 LAYOUT = ParallelConfig(tensor=4, expert=8)
 CHOICES = 48 * 8
-"""Of a token of Qwen3-30B-A3B: 48 layers, 8 of 128 experts."""
+"""Bytes per token of Qwen3-30B-A3B: 48 layers, 8 of 128 experts."""
 
 
 def build(model: str = "Qwen3-30B-A3B", loss: LossConfig | None = None, **experts: object) -> Workload:
@@ -63,7 +63,7 @@ def test_the_reference_pass_is_planned_for_what_a_run_reaches() -> None:
     free = build(loss=LossConfig(name="simpo"))
     assert cached_groups(free, 64) == 0
     assert summarize(free, free.evaluate(LAYOUT, "full", 8192), 64)["reference_hours"] == 0
-    assert cached_groups(build(loss=LossConfig(name="simpo"), measure_drift=True), 64) == 64  # its choices come with it
+    assert cached_groups(build(loss=LossConfig(name="simpo"), measure_drift=True), 64) == 64  # its choices are included
 
 
 def test_losses_of_routers_keep_maps_of_tokens_and_experts() -> None:

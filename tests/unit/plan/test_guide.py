@@ -1,4 +1,4 @@
-"""The tables of docs/experiments/planning.md are what the plan says today."""
+"""The tables of docs/experiments/planning.md equal today's plans."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ GUIDE = (
 )
 RECIPE = RECIPES / "mpo_on_policy" / "qwen3-32b" / "train.yaml"
 TOLERANCE = 0.02
-"""Of a number besides its rounding: what another way of packing changes may stay unsaid."""
+"""Tolerance of a number beyond its rounding: small changes of packing need no update."""
 
 
 def evaluate(train: TrainConfig, gpus: int, groups_per_step: int, fp8: str | None = None) -> tuple[Workload, Candidate]:
-    """The recipe's run on so many GPUs."""
+    """The recipe's run on this many GPUs."""
     if fp8:
         train = dataclasses.replace(train, model=dataclasses.replace(train.model, fp8=fp8))  # type: ignore[arg-type]
     problem = build_problem(build_plan(RECIPE, gpus=gpus, groups_per_step=groups_per_step), train)
@@ -33,7 +33,7 @@ def evaluate(train: TrainConfig, gpus: int, groups_per_step: int, fp8: str | Non
 
 
 def rows(pattern: str) -> list[list[str]]:
-    """Cells of the tables' rows whose line matches."""
+    """Cells of the table rows that match."""
     lines = [line for line in GUIDE.splitlines() if re.match(pattern, line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -123,9 +123,9 @@ def test_weights_gradients_and_states_by_hand(tensor: int, pipeline: int, gpus: 
 
 
 def test_operations_by_hand() -> None:
-    """Six operations for each weight a token meets; twelve for each attending pair, layer and query channel.
+    """Six operations per weight and token; twelve per attending pair, layer and query channel.
 
-    Source: Narayanan et al. 2021, §5.1, without recomputation and with the pairs there are instead of T².
+    Source: Narayanan et al. 2021, §5.1, without recomputation and with the actual pairs instead of T².
     """
     _, candidate = evaluate(load_yaml(TrainConfig, RECIPE), 64, 128)
     hidden, layers, queries, keys, ffn, vocabulary = 5120, 64, 64 * 128, 8 * 128, 25600, 151936

@@ -1,4 +1,4 @@
-"""Properties of the memory model that hold whatever its constants; tests/distributed/test_plan_memory.py has the measurements."""
+"""Properties of the memory model that hold for any constants; tests/distributed/test_plan_memory.py has the measurements."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_an_engine_samples_where_activations_were() -> None:
         engine = EngineMemory(weights=awake, cache=0, sequence_cache=0, working=0, asleep=1000)
         first, last = (stage_memory(dataclasses.replace(layout, sampler=engine), stage, ROW, 4) for stage in range(2))
         assert first.total == without[0].total + 1000 + max(0, awake - without[0].dynamic)
-        assert last == without[1]  # engines run beside the ranks of the first stage
+        assert last == without[1]  # engines run on the GPUs of the first stage
 
 
 def test_buffers_pad_parameters_and_their_end() -> None:
@@ -70,7 +70,7 @@ def test_buffers_pad_parameters_and_their_end() -> None:
     [
         ({"pipeline": 4}, 16, [4, 3, 2, 1]),
         ({"pipeline": 4}, 2, [2, 2, 2, 1]),
-        # Megatron-Core's own comment on the interleaved schedule: 2 · (stages behind) + (runs − 1) · stages, and one more.
+        # Megatron-Core's own comment on the interleaved schedule: 2 · (stages behind) + (virtual stages − 1) · stages, plus one.
         ({"pipeline": 4, "virtual_pipeline": 2}, 16, [11, 9, 7, 5]),
         ({"pipeline": 4, "virtual_pipeline": 2}, 4, [8, 8, 7, 5]),
         ({}, 16, [1]),
@@ -82,7 +82,7 @@ def test_rows_in_flight(parallel: dict[str, int], rows: int, chunks: list[int]) 
 
 
 def test_dense_layer_kept_by_hand() -> None:
-    """One Qwen3-14B layer on one GPU, in bytes a token: counted off the modules of the layer."""
+    """One Qwen3-14B layer on one GPU, in bytes per token: counted from the layer's modules."""
     hidden, queries, keys, ffn = 5120, 5120, 1024, 17408
     norms = 2 * 2 * hidden * 2 + 2 * 4
     heads = (queries + keys) * 2 + 4 * (40 + 8)  # inputs of the norms of queries and keys
@@ -91,7 +91,7 @@ def test_dense_layer_kept_by_hand() -> None:
     swiglu = 3 * ffn * 2
     row = dataclasses.replace(ROW, context=0, responses=0, rectangles=0)
     layout = build_layout(world=1)
-    # Without shared prompts keys and values are read where they lie; with them, they live on as gathered copies.
+    # Without shared prompts keys and values are read in place; with them, gathered copies are kept.
     assert layer_kept(layout, row) == row.tokens * (norms + heads + core + inputs + swiglu)
     gathered = (ROW.tokens + ROW.context) * 2 * keys * 2
     assert layer_kept(layout, ROW) == row.tokens * (norms + heads + core + swiglu) + gathered
@@ -127,7 +127,7 @@ def test_fp8_keeps_inputs_in_one_byte_and_copies_of_weights() -> None:
 def test_experts_are_shared_out() -> None:
     one, eight = (stage_memory(build_layout("Qwen3-30B-A3B", world=64, expert=size), 0, ROW, 4) for size in (1, 8))
     assert eight.parameters < one.parameters / 4
-    # Experts of eight ranks, and a rank's share of their states is what it was: the same ranks own each state once.
+    # Experts on eight ranks; a rank's share of their states is unchanged: the same ranks own each state once.
     assert eight.optimizer == pytest.approx(one.optimizer, rel=0.01)
 
 
@@ -142,7 +142,7 @@ def test_modules_that_are_computed_again_are_not_kept() -> None:
     core = dataclasses.replace(plain, model=dataclasses.replace(model, recompute_modules=["core_attn"]))
     assert layer_kept(core, ROW) - layer_kept(both, ROW) == swiglu + norm
     peaks = [stage_memory(layout, 0, ROW, 16).dynamic for layout in (plain, again)]
-    assert peaks[1] < 0.7 * peaks[0]  # one layer's are there again at the peak
+    assert peaks[1] < 0.7 * peaks[0]  # one layer's are recomputed at the peak
 
 
 def test_what_experts_compute_again_is_not_kept() -> None:

@@ -71,7 +71,7 @@ PUBLISHED = {
     "Qwen3.6-27B": 26_895_998_464,
     "Qwen3.6-35B-A3B": 34_660_610_688,
 }
-"""Parameters of the checkpoints on the hub; a tied embedding counts once. Of hybrid models, whose checkpoints hold more than the
+"""Parameters of the checkpoints on the hub; a tied embedding counts once. For hybrid models, whose checkpoints have more than the
 language model, those of transformers' text models."""
 
 
@@ -116,7 +116,7 @@ def test_cutting_loses_and_repeats_nothing(name: str, parallel: ParallelConfig) 
     stages = stage_parts(shape, parallel)
     assert sorted(layer for parts in stages for part in parts for layer in part.layers) == list(range(shape.num_hidden_layers))
     weights = [weight for parts in stages for part in parts for weight in part_weights(shape, parallel, part, shape.vocab_size)]
-    # Norms and the router are on every tensor-parallel rank; everything else is cut.
+    # Norms and the router are on every tensor-parallel rank; everything else is sharded.
     whole = {rule.megatron for rule in shape.rules if rule.shard is None}
     experts = sum(weight.total for weight in weights if weight.expert)
     cut = sum(weight.total for weight in weights if not weight.expert and weight.name not in whole)

@@ -1,4 +1,4 @@
-"""The command: what it prints, writes and refuses, and that its estimates move the right way."""
+"""The command: output, files and refusals; and its estimates change in the right direction."""
 
 from __future__ import annotations
 

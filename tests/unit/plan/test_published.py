@@ -1,4 +1,4 @@
-"""The planner against published runs: the table is whole, its runs are met, and the guide shows what the plan says."""
+"""The planner against published runs: the table is complete, errors are within the goals, and the guide shows current plans."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_weak_scalings_rows_fit() -> None:
 
 
 def test_a_fit_finds_the_efficiencies_again() -> None:
-    """To times that the planner itself gives, from another start."""
+    """Fitted to the planner's own times, from another start."""
     found = [price(index) for index, run in enumerate(RUNS) if run.hardware == "h100" and run.batch <= 1024]
     true = dict(zip(EFFICIENCIES, (0.6, 0.7, 0.5, 0.8), strict=True))
     planned = [item.price(true).seconds for item in found]

@@ -1,4 +1,4 @@
-"""Every recipe parses, is laid out so that it fits, and says what its neighbours say."""
+"""Every recipe parses, has a layout that fits, and is consistent with related recipes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FOLDERS = {"output": "out", "model": {"checkpoint": "model"}, "data": {"train": 
 
 @functools.cache
 def load_run(path: Path) -> TrainConfig:
-    """The run that a recipe trains; of a round on one machine, its last stage."""
+    """The training run of a recipe; for a round on one machine, its last stage."""
     if path.name.startswith("train"):
         return load_yaml(TrainConfig, path)
     stage = load_yaml(IterateConfig, path).train
@@ -64,7 +64,7 @@ def test_runs_fit(path: Path) -> None:
     "path", [path for path in RUNS if path.name.startswith("train")], ids=lambda path: path.parent.name + path.stem
 )
 def test_rows_hold_the_longest_group(path: Path) -> None:
-    """The prepared groups' limits and the row budget belong together."""
+    """The prepared groups' limits must match the row budget."""
     train = load_run(path)
     [prepared] = [
         prepare

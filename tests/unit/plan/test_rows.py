@@ -1,4 +1,4 @@
-"""Planned rows are the trainer's rows."""
+"""Planned rows equal the trainer's rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the report says of runs, against runs whose numbers are known; the page in a browser is under tests/integration."""
+"""The report's statements about runs with known numbers; tests/integration has the page in a browser."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_lines_that_are_no_metrics_are_named(tmp_path: Path, line: str) -> None:
 def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
 ) -> None:
-    """Runs of older versions recorded paths as they were given."""
+    """Runs of older versions recorded paths as given."""
     home = tmp_path / "home"
     home.mkdir()
     folder = write_run(home / "run", write_data(home / "groups"))

@@ -1,4 +1,4 @@
-"""Tiny models and a server that misbehaves as told, for the tests of generating and scoring."""
+"""Tiny models and a server with configurable misbehaviour, for the tests of generating and scoring."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Answer = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], bytes]]
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A causal model whose every output stands for a token of its tokenizer."""
+    """A causal model whose every output is a token of its tokenizer."""
     folder = tmp_path_factory.mktemp("model")
     return save_model(folder, vocab_size=save_tokenizer(folder), num_hidden_layers=2, hidden_size=32)
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of ours, as `mpo iterate` starts from."""
+    """A converted checkpoint, as `mpo iterate` starts from."""
     from mpo_megatron.model.convert import import_from_hf  # imports Megatron: seconds
 
     folder = tmp_path_factory.mktemp("model")
@@ -37,14 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """An HTTP server whose answers a test gives; it notes what it was asked."""
+    """An HTTP server with answers from a test; it records its requests."""
 
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.answer: Answer = lambda path, body: completion("fine")
         self.pages: dict[str, Any] = {}
-        """By path: what is there to GET."""
+        """By path: answers to GET."""
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -60,7 +60,7 @@ class Server:
                     self.send_header("content-length", str(len(content)))
                     self.end_headers()
                     self.wfile.write(content)
-                except OSError:  # the client has given up
+                except OSError:  # the client disconnected
                     pass
 
             def do_GET(self) -> None:
@@ -85,7 +85,7 @@ class Server:
 
 
 def completion(text: str, *, reason: str = "stop", tokens: int = 3) -> tuple[int, dict[str, str], bytes]:
-    """An answer that serves both completions and chat."""
+    """An answer that is valid for both completions and chat."""
     choice = {"index": 0, "text": text, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
     body = {"id": "x", "object": "text_completion", "created": 0, "model": "m", "choices": [choice]}
     return 200, {}, json.dumps(body | {"usage": {"completion_tokens": tokens, "prompt_tokens": 1, "total_tokens": 1}}).encode()

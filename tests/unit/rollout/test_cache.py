@@ -1,4 +1,4 @@
-"""The cache with room holds what transformers' own cache would hold."""
+"""The preallocated cache has the same content as transformers' own cache."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mpo_megatron.rollout.engines.cache import ROOM, RoomyLayer
 
 
 def test_same_keys_and_values_as_transformers() -> None:
-    """A prompt, its repetition, tokens beyond the buffer's room, and rows that leave in between."""
+    """A prompt, its repetition, tokens beyond the buffer's size, and rows that end in between."""
     ours, theirs = RoomyLayer(), DynamicLayer()
     draw = torch.Generator().manual_seed(0)
 

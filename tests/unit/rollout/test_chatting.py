@@ -1,4 +1,4 @@
-"""`mpo chat`: what a model is asked, what is printed, and what is remembered."""
+"""`mpo chat`: requests to a model, output, and history."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_folder_of_mpo_align_stands_for_its_model(tmp_path: Path) -> None:
 
 
 def test_an_answer_ends_where_the_model_ends(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions beyond those that it was made for are never computed."""
+    """Positions beyond the model's maximum are never computed."""
     config = ChatConfig(model=str(model_folder), temperature=0, max_tokens=12, device="cpu")
     partner, asked = load(config.model, "model", config), list[int]()
     monkeypatch.setattr("mpo_megatron.rollout.chat.draw", lambda *given: asked.append(given[3].max_tokens) or "")

@@ -1,4 +1,4 @@
-"""Endpoints that are down, slow, busy, or talk nonsense: named, counted, asked again, and nothing lost."""
+"""Endpoints that are down, slow, busy, or return garbage: reported, counted, retried, and nothing is lost."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SAMPLING = Sampling(num_responses=2, max_tokens=5, top_k=7, stop=("x",), stop_to
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses before repetitions, noted and not kept; the client's own clock ticks on."""
+    """Pauses before retries, recorded but skipped; the client's own clock advances."""
     noted: list[float] = []
     sleep = asyncio.sleep
 
     async def note(seconds: float) -> None:
-        if seconds != 0.05:  # how often the client looks whether it is to stop
+        if seconds != 0.05:  # the interval at which the client checks for stop requests
             noted.append(seconds)
         await sleep(0.001)
 
@@ -179,7 +179,7 @@ def test_an_unknown_model_stops_at_once(server: Server, model_folder: Path) -> N
 def test_a_server_that_goes_down_loses_nothing(
     server: Server, tmp_path: Path, model_folder: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of the way up, then no connection: the command stops early; when the server is back, it asks for the rest only."""
+    """Half of the way up, then no connection: the command stops early; when the server is back, it requests only the rest."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     path = write_lines(tmp_path / "p.jsonl", [{"id": f"p{index}", "prompt": f"Question {index}"} for index in range(40)])
     with socket.socket() as free:

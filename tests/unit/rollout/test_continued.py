@@ -56,7 +56,7 @@ def test_segments_follow_each_other_in_one_run(model: Path, tmp_path: Path) -> N
     assert len({train.seed for train in trains}) == 1
     assert {train.model.checkpoint for train in trains} == {str(model)}
     assert [Path(train.data.train).parent.name for train in trains] == ["01", "02", "03"]
-    # Candidates come from the policy as it is at the segment's start.
+    # Candidates come from the policy at the segment's start.
     assert [Path(item.generate.model).parent.name for item in plan.rounds] == ["00", "01", "02"]
 
 
@@ -112,7 +112,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "third segment, at its first step": lambda patch: raise_at(loop, "take_step", 0, patch),
     "last report": lambda patch: raise_at(rounds, "write_report", 0, patch),
 }
-"""One after the other: each kill is followed by the same command, which goes on to the next."""
+"""In sequence: after each kill, the same command resumes and reaches the next."""
 
 
 def small(model: Path, folder: Path) -> IterateConfig:

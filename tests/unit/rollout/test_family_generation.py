@@ -1,4 +1,4 @@
-"""Every family answers as `transformers` does: greedily, token by token, in batches of prompts of all lengths."""
+"""Every family generates like `transformers`: greedily, token by token, in batches of prompts of all lengths."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_greedy_answers(model: str, tmp_path: Path) -> None:
 
 @torch.no_grad()
 def greedy(model: torch.nn.Module, prompt: torch.Tensor, vocabulary: int, number: int) -> tuple[int, ...]:
-    """The likeliest tokens, everything computed anew for each: no cache, no batch, no padding."""
+    """The likeliest tokens, each computed from scratch: no cache, no batch, no padding."""
     row = prompt
     for _ in range(number):
         token = model(input_ids=row[None], use_cache=False).logits[0, -1, :vocabulary].argmax()
@@ -56,7 +56,7 @@ def test_a_model_may_call_its_cache_by_the_old_name(tmp_path: Path) -> None:
     tokenizer, given = load_tokenizer(folder), list[Any]()
 
     class Older(torch.nn.Module):
-        """As models of transformers before 5.24 are called."""
+        """Calls models in the style of transformers before 5.24."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,4 +1,4 @@
-"""Reward functions as people write them: called by the names of their parameters, in their own process, or refused by name."""
+"""Typical reward functions: called by their parameter names, in a separate process, or refused by name."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def build(function: str, **options: Any) -> Function:
 
 
 def run_reading(function: Any, params: dict[str, Any] | None = None) -> Scores:
-    """What the worker would compute, in this process."""
+    """The worker's result, computed in this process."""
     reading = find_reading("it", [Parameter(*item) for item in describe(function)], params or {})
     scores: Scores = [[None] * len(group["responses"]) for group in GROUPS]
     for call in reading.calls(GROUPS):

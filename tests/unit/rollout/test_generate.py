@@ -1,4 +1,4 @@
-"""`mpo generate` as a whole: kills, shards, policies, faults; what it wrote is the same whatever happened on the way."""
+"""`mpo generate` end to end: kills, shards, policies, faults; the output is the same in all cases."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_one_line_a_prompt_in_the_order_of_the_file(config: GenerateConfig) -> N
     counts = json.loads((samples.parent / "generate.json").read_text())["counts"]
     assert (counts["groups"], counts["responses"]) == (20, 40)
     before = samples.stat()
-    run(config)  # complete: nothing is done
+    run(config)  # complete: nothing to do
     assert samples.stat() == before
 
 
@@ -108,7 +108,7 @@ def test_a_killed_run_continues_to_the_same_file(config: GenerateConfig, tmp_pat
 
 
 class Scripted:
-    """An engine that says what a test wants: a function of (group id, index, attempt)."""
+    """An engine that answers with a test's function of (group id, index, attempt)."""
 
     def __init__(self, script: Any, sampling_seed: int = 1234) -> None:
         self.script, self.asked = script, []
@@ -162,7 +162,8 @@ def test_empty_and_equal_responses_are_drawn_again(config: GenerateConfig, monke
 
 
 def test_several_temperatures_in_one_run(config: GenerateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Response k is what a run at its own temperature draws as response k; a run that lost some asks at the right temperature."""
+    """Response k equals response k of a run at its own temperature; a run that lost some requests them at the right
+    temperature."""
     hot, cold = (
         dataclasses.replace(config, num_responses=4, temperature=value, output=str(tmp_path / str(value))) for value in (1.0, 0.5)
     )
@@ -218,13 +219,13 @@ def test_failures_are_kept_and_tried_again(config: GenerateConfig, monkeypatch: 
     }
     engine = use(monkeypatch, lambda group_id, index, attempt: f"answer {index}")
     records = list(read_lines(run(config)))
-    assert sorted(engine.asked) == [("p2", 1, 0), ("p5", 0, 0), ("p5", 1, 0)]  # what arrived was not asked for again
+    assert sorted(engine.asked) == [("p2", 1, 0), ("p5", 0, 0), ("p5", 1, 0)]  # received responses were not requested again
     assert all([response["text"] for response in record["responses"]] == ["answer 0", "answer 1"] for record in records)
     assert not (output / "failures.jsonl").exists()
 
 
 def test_a_kill_leaves_what_arrived_of_failed_groups(config: GenerateConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At no time is failures.jsonl without the responses that were paid for."""
+    """failures.jsonl always contains the responses that were paid for."""
     use(monkeypatch, lambda group_id, index, attempt: None if (group_id, index) == ("p2", 1) else f"answer {index}")
     original, seen = os.replace, []
 

@@ -1,4 +1,4 @@
-"""`mpo iterate` without running a stage: the split of prompts, the plan of every round, what is refused, and the reports."""
+"""`mpo iterate` without running a stage: the split of prompts, the plan of every round, refusals, and reports."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_too_few_prompts(tmp_path: Path) -> None:
 
 
 def test_a_command_of_its_own_gets_a_file_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What stands behind the dot of a temperature is no suffix."""
+    """The digits after a temperature's decimal point are not a file suffix."""
     monkeypatch.setattr(stages.device, "has_gpu", lambda: True)
     process = MagicMock(**{"wait.return_value": 3})
     process.__enter__.return_value = process
@@ -129,7 +129,7 @@ def test_a_command_of_its_own_is_asked_to_stop_before_the_process_that_started_i
 
 
 def test_a_command_of_its_own_ends_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Else it would go on with the GPU and the lock, and the next start would be refused."""
+    """Otherwise it would keep the GPU and the lock, and the next start would be refused."""
     command = tmp_path / "python"
     command.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/child\nexec sleep 600\n")
     command.chmod(0o755)
@@ -167,7 +167,7 @@ def test_options_change_by_round(options: dict[str, Any]) -> None:
     assert [item.train.optimizer.lr for item in plan.rounds] == [2e-3, 1e-3]
     assert [item.train.loss.params for item in plan.rounds] == [{"beta": 0.1}, {"beta": 0.5}]
     assert [item.generate.top_p for item in plan.rounds] == [1.0, 0.9]
-    # Policies are measured alike, whatever rounds do.
+    # Policies are measured the same way in all rounds.
     held_out = [policy.generate for policy in plan.policies]
     assert {(stage.top_p, stage.seed, stage.num_responses) for stage in held_out} == {(1.0, 1234, 2)}
     assert [item.train.seed for item in plan.rounds] == [1235, 1236]

@@ -1,4 +1,4 @@
-"""What a judge's answer states, what it does not, and what its biases are."""
+"""Verdicts in a judge's answer, missing verdicts, and the judge's biases."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_verdict_is_forced_by_a_schema(server: Server, tmp_path: Path) -> None
     "contradictions, expected", [("tie", [0.25, 0.75, 0.5]), ("missing", [0.0, 1.0, None]), ("group_missing", [None] * 3)]
 )
 def test_orders_that_contradict_each_other(contradictions: Any, expected: list[float | None]) -> None:
-    """Response 1 beats 0 in either order; whatever meets response 2 wins if it stands first."""
+    """Response 1 beats 0 in either order; against response 2, the first one wins."""
     notes: dict[str, Any] = {}
     scores = score_by_comparison(
         [group_line("a", "x", "y", "z"), group_line("b", "x", "y")],

@@ -1,4 +1,4 @@
-"""A served vLLM that takes the policy's weights: what it is asked, in which order, and when it is refused."""
+"""A vLLM server that receives the policy's weights: requests, their order, and refusals."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_where_the_server_finds_the_sender(server: Server) -> None:
 
 @pytest.fixture
 def asked(server: Server, model_folder: Path, tmp_path: Path) -> GenerateConfig:
-    """`mpo generate` by a server that is to read a checkpoint's weights."""
+    """`mpo generate` with a server that reads a checkpoint's weights."""
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"Why {index}?"}) + "\n" for index in range(3)))
     return GenerateConfig(
         prompts=str(tmp_path / "prompts.jsonl"),
@@ -206,7 +206,7 @@ def test_generation_by_a_server_that_reads_weights(server: Server, asked: Genera
         *("/reset_prefix_cache", "/resume", "/update_weight_version"),
     ]
     run("two")
-    assert len(server.loaded) == 1  # it has them
+    assert len(server.loaded) == 1  # already loaded
     server.weights = "default"
     run("three")
     assert len(server.loaded) == 2
@@ -214,7 +214,7 @@ def test_generation_by_a_server_that_reads_weights(server: Server, asked: Genera
 
 
 def test_a_server_has_a_version_only_with_whole_weights_and_awake(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After each call: so a command that is killed there leaves nothing that the next one takes for good."""
+    """After each call: a command killed there leaves no state that the next one would trust."""
     post, seen = VllmServer._post, list[str]()
 
     def look(self: VllmServer, path: str, body: dict[str, Any], cure: str) -> Any:

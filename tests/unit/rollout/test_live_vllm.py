@@ -1,4 +1,4 @@
-"""vLLM beside the training, without vLLM: how weights reach its workers, what its processes inherit, and when it is refused."""
+"""vLLM next to training, without vLLM: transfer of weights to its workers, its processes' environment, and refusals."""
 
 from __future__ import annotations
 

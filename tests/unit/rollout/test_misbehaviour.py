@@ -1,6 +1,7 @@
-"""One server that misbehaves in every way we know of, against what one bad answer may cost: one response.
+"""One server with every known kind of misbehaviour; a bad answer may cost only one response.
 
-Four responses to a prompt are asked for; the third one's answers are bad, whatever the seed. The other three must always arrive.
+Four responses to a prompt are requested; the third one's answers are always bad, for any seed. The other three must always
+arrive.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ THINKING = (
 
 
 def body(text: Any = "Blue.", reason: Any = "stop", usage: Any = {"completion_tokens": 3}, **more: Any) -> dict[str, Any]:  # noqa: B006
-    """A well-formed answer that serves completions and chat, but for what is changed."""
+    """A well-formed answer for completions and chat, with the given changes."""
     choice = {"index": 0, "finish_reason": reason, "text": text} | more.pop("choice", {})
     choice["message"] = {"role": "assistant", "content": choice["text"]} | more.pop("message", {})
     return {"id": "x", "choices": [choice], "usage": usage} | more
@@ -66,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.server.misbehave(self)
             else:
                 self.send(json.dumps(body(f"Answer {request['seed']}.")).encode())
-        except OSError:  # the client has given up
+        except OSError:  # the client disconnected
             self.close_connection = True
 
     def send(self, content: bytes, status: int = 200, kind: str = "application/json", **headers: str) -> None:
@@ -124,7 +125,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def draw(
     bad: Bad, chat: Chat, misbehave: Callable[[Handler], None], tools: list[dict[str, Any]] | None = None, **changes: Any
 ) -> Record:
-    """What becomes of one group, and what was asked for it in `bad.asked`."""
+    """The outcome of one group; its requests are in `bad.asked`."""
     bad.misbehave, bad.asked = misbehave, []
     options = {
         "base_url": bad.url,
@@ -279,7 +280,7 @@ def test_a_lost_answer_leaves_the_others_for_the_next_run(bad: Bad, chat: Chat, 
     record = draw(bad, chat, misbehave, **options)
     assert record["error"].startswith(reason)
     assert sorted(response["index"] for response in record["responses"]) == [0, 1, 3]
-    assert bad.asked.count(response_seed(1, "g", BAD)) >= 2  # the same draw, tried again
+    assert bad.asked.count(response_seed(1, "g", BAD)) >= 2  # the same seed, retried
     assert time.monotonic() - started < 20  # an idle machine takes a second; a limit for each read would never end
 
 

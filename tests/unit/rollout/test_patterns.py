@@ -1,4 +1,4 @@
-"""Regular expressions of users: what they find, and the one that never ends."""
+"""Users' regular expressions: matches, and one that never ends."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mpo_megatron.rollout.scorers.verifiable import Match, Regex
 
 ENDLESS = "(a+)+$"
 SLOW, FAST = "a" * 60 + "b", "aaa"
-"""A text that the expression needs about 2^60 steps for, and one that it matches at once."""
+"""A text for which the expression needs about 2^60 steps, and one that matches at once."""
 
 
 def test_what_an_expression_finds() -> None:

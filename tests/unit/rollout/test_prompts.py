@@ -1,4 +1,4 @@
-"""Prompt files: what a line may hold, what is left out and why, tokens as training sees them."""
+"""Prompt files: valid content of a line, skipped lines and reasons, tokens as in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lines on disk: whole ones only, in a fixed order, and a summary that says they are complete."""
+"""Lines on disk: only whole ones, in a fixed order, and a summary that marks them complete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
 
 
 def test_lines_that_changed_are_refused(tmp_path: Path) -> None:
-    """A line by itself in a file that grows, and the whole file once a summary lists it."""
+    """A single line in a growing file, and the whole file once a summary lists it."""
     path = tmp_path / "samples.jsonl"
     with LineWriter(path) as lines:
         lines.write({"group_id": "a", "text": "one"})
@@ -105,7 +105,7 @@ def test_lines_of_unknown_origin_are_refused(tmp_path: Path) -> None:
 
 
 def test_shards_that_start_at_once_do_not_refuse_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another shard notes what it does and writes its first line while this one looks whether there is a note."""
+    """Another shard writes its note and its first line while this one looks for a note."""
     look = Path.glob
 
     def glob(folder: Path, pattern: str) -> Iterator[Path]:
@@ -121,7 +121,7 @@ def test_shards_that_start_at_once_do_not_refuse_each_other(tmp_path: Path, monk
 
 
 def test_two_may_replace_a_file_at_once(tmp_path: Path) -> None:
-    """Shards in containers of two machines may well have one process id."""
+    """Shards in containers on two machines may have the same process id."""
 
     def chunks() -> Iterator[bytes]:
         yield b"first "
@@ -134,7 +134,7 @@ def test_two_may_replace_a_file_at_once(tmp_path: Path) -> None:
 
 
 def test_tasks_of_an_array_with_gaps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`sbatch --array=1,3,7`: which of three parts task 7 is, no variable says."""
+    """`sbatch --array=1,3,7`: no variable tells which of three parts task 7 is."""
     for name, value in {"ID": "7", "MIN": "1", "STEP": "1", "COUNT": "3"}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
     with pytest.raises(ConfigError, match=r"Slurm array .*--shard"):

@@ -1,4 +1,4 @@
-"""Drawing tokens: the distribution is the model's, the source of randomness each response's own."""
+"""Sampling tokens: the distribution is the model's, and each response has its own source of randomness."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS = [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 4, 1.0), (1.3, 0, 0.7), (0.8, 6,
 
 
 def exact_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """By the definition, one token after the other."""
+    """By definition, token by token."""
     weights = np.exp(logits / temperature - (logits / temperature).max())
     order = sorted(range(len(weights)), key=lambda token: -weights[token])
     kept = order[:top_k] if top_k else order
@@ -41,7 +41,7 @@ def exact_distribution(logits: np.ndarray, temperature: float, top_k: int, top_p
 def check_frequencies(counts: np.ndarray, probabilities: np.ndarray) -> None:
     """Each count within five standard deviations of its expectation; nothing where the probability is nil.
 
-    Tokens expected less than 20 times are taken together: a count that small is far from normally distributed.
+    Tokens expected less than 20 times form one class: a count that small is far from normally distributed.
     """
     number = counts.sum()
     assert not counts[probabilities == 0].any()
@@ -73,7 +73,7 @@ def test_same_tokens_stay_as_in_transformers(temperature: float, top_k: int, top
 
 def test_ends_of_the_interval() -> None:
     logits = torch.tensor([[float("-inf"), 0.0, float("-inf"), 1.0, float("-inf")]]).expand(2, -1)
-    tokens = draw_tokens(logits, torch.tensor([0.0, 1.0], dtype=torch.float64))  # 1.0: what rounding may make of the last
+    tokens = draw_tokens(logits, torch.tensor([0.0, 1.0], dtype=torch.float64))  # 1.0: a possible result of rounding
     assert tokens.tolist() == [1, 3]
 
 

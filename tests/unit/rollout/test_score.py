@@ -1,4 +1,4 @@
-"""`mpo score` as a whole: combination, missing scores, resuming; and its output is what `mpo prepare` reads."""
+"""`mpo score` end to end: combination, missing scores, resuming; `mpo prepare` reads its output."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_that_nothing_could_be_scored_is_said_with_the_reasons(tmp_path: Path) -
 
 
 def test_one_id_for_two_groups_is_refused(config: ScoreConfig) -> None:
-    """Lines are told apart by their ids: the second group would be lost, and the first one written twice."""
+    """Lines are identified by their ids: the second group would be lost, and the first one written twice."""
     write_lines(Path(config.input), [group_line("a", "x"), group_line("b", "y"), group_line("a", "z")])
     with pytest.raises(DataError, match=r"groups\.jsonl: group a appears twice; give each group a unique id"):
         run(dataclasses.replace(config, scorers={"length": config.scorers["length"]}))
@@ -189,7 +189,7 @@ def test_what_is_scored_can_be_prepared(config: ScoreConfig, tmp_path: Path, mod
 
 @pytest.mark.parametrize("way", ["file", "arguments"])
 def test_texts_in_options_are_taken_as_they_stand(tmp_path: Path, way: str) -> None:
-    """A pattern that would parse as a list or a truth value stays a text."""
+    """A pattern that would parse as a list or a boolean stays text."""
     scorers = {name: {"kind": "regex", "pattern": pattern} for name, pattern in (("x", "[a-z]"), ("y", "no"))}
     options = {"input": "in", "output": "out", "scorers": scorers}
     if way == "file":

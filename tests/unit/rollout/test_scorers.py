@@ -1,4 +1,4 @@
-"""Scorers one by one, each against a computation of its own."""
+"""Scorers one by one, each against an independent computation."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def save_classifier(folder: Path, *, num_labels: int = 1, pad: bool = True, seed
 
 
 def conversation_logit(folder: Path, group: Record, text: str) -> float:
-    """What transformers gives for one conversation alone, by its own chat template."""
+    """transformers' result for a single conversation, with its own chat template."""
     from transformers import AutoTokenizer
 
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForSequenceClassification.from_pretrained(folder)
@@ -107,7 +107,7 @@ def test_wrong_heads_are_refused(tmp_path: Path, model_folder: Path) -> None:
 
 
 def test_code_of_a_checkpoint_runs_only_when_asked_for(tmp_path: Path) -> None:
-    """A model in the manner of ArmoRM: its own class, whose output names the reward `score`."""
+    """A model like ArmoRM: its own class, whose output names the reward `score`."""
     folder = save_classifier(tmp_path / "armo")
     (folder / "modeling_armo_tiny.py").write_text(
         "from types import SimpleNamespace\n"
@@ -164,7 +164,7 @@ def test_tournament_finds_best_and_worst_with_fewer_questions(number: int) -> No
     [scores] = score_by_comparison([group], compare, tournament=True, both_orders=False)
     rounds = math.ceil(math.log2(number))
     assert len(asked) <= rounds * (number // 2)
-    assert len({frozenset((pair.a, pair.b)) for pair in asked}) == len(asked)  # nobody meets twice
+    assert len({frozenset((pair.a, pair.b)) for pair in asked}) == len(asked)  # no pair is repeated
     assert scores[strengths.index(max(strengths))] == max(score for score in scores if score is not None) == 1.0
     assert scores[strengths.index(min(strengths))] in (0.0, None)
     [full] = score_by_comparison([group], compare, tournament=False, both_orders=False)
@@ -262,11 +262,11 @@ def test_judge_grades(server: Server, tmp_path: Path) -> None:
     assert scorer.score(groups) == [[4.5, 4.5, None, None]]
     assert scorer.notes["a"]["garbage"] == 2 + 3
     assert sum(count for note, count in scorer.notes["a"].items() if note.startswith("failed: 500")) == 1
-    assert len({body["seed"] for body in server.requests}) == len(server.requests)  # garbage is asked for with another seed
+    assert len({body["seed"] for body in server.requests}) == len(server.requests)  # garbage is requested again with another seed
 
 
 def test_judge_compares_and_ties(server: Server, tmp_path: Path) -> None:
-    """The longer one wins; equal lengths tie; a judge that says A whatever it is shown contradicts itself, which is a tie."""
+    """The longer one wins; equal lengths tie; a judge that always says A contradicts itself, which is a tie."""
     template = tmp_path / "compare.txt"
     template.write_text("{{ a }}|{{ b }}")
 

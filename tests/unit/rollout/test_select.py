@@ -1,4 +1,4 @@
-"""Selection: what stays is what each rule says, worked out by hand; what goes is counted; labels are the loss's sets."""
+"""Selection: each rule's result, computed by hand; dropped responses are counted; labels are the loss's sets."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def write_lines(path: Path, groups: list[dict[str, Any]]) -> Path:
 
 
 def test_files_counts_and_prepare(tmp_path: Path) -> None:
-    """The whole command: counts add up, a picture is there, and `prepare` finds rewards and the chosen labels."""
+    """The whole command: counts add up, the plot exists, and `prepare` finds rewards and the chosen labels."""
     rng = np.random.default_rng(1)
     groups = [record(rng.normal(size=size).tolist(), f"g{index}") for index, size in enumerate([2, 4, 6, 6, 6, 3])]
     groups[1]["responses"][0]["reward"] = None
@@ -158,7 +158,7 @@ def test_files_counts_and_prepare(tmp_path: Path) -> None:
     info = select(config, Console(quiet=True))
     assert json.loads(json.dumps(info)) == unseal(tmp_path / "selected" / "select.json")
     assert info["responses_read"] == 27 == info["responses_written"] + sum(info["dropped_responses"].values())
-    # Two of each are not there in groups of 2, of 3, and of 4 with a reward missing.
+    # Groups of 2, of 3, and of 4 with a missing reward do not have two of each.
     assert info["dropped_groups"] == {"no_contrast": 3}
     assert (info["groups_written"], info["responses_written"]) == (3, 12)
     assert info["sets"]["positive"]["mean_reward"] > info["sets"]["negative"]["mean_reward"]

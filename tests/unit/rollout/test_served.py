@@ -1,4 +1,4 @@
-"""Reward models behind a server: what vLLM and SGLang are sent, what is read, and what one bad answer costs."""
+"""Reward models on a server: requests to vLLM and SGLang, their replies, and the cost of one bad answer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reply(value: Any) -> tuple[int, dict[str, str], bytes]:
 
 
 def sum_of(body: dict[str, Any]) -> float:
-    """A score that only the right tokens give."""
+    """A score that only the right tokens produce."""
     ids = body.get("input") or body.get("input_ids") or [*(body["text_1"] + "|" + body["text_2"]).encode()]
     return sum(ids) / 100
 

@@ -1,4 +1,4 @@
-"""Adapters on servers that load them at run time: `mpo generate` hands over a folder's path, and asks for it by name."""
+"""Adapters on servers that load them at run time: `mpo generate` passes a folder's path, and requests it by name."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def run(config: GenerateConfig, **changes: Any) -> list[Any]:
 def test_the_server_answers_with_the_adapter(
     config: GenerateConfig, server: AdapterServer, tmp_path: Path, adapter: Path
 ) -> None:
-    """As the embedded engine does; only a name and a path are sent, and the adapter is gone afterwards."""
+    """Equals the embedded engine; only a name and a path are sent, and the adapter is unloaded afterwards."""
     served = run(config)
     name = adapter_name(adapter)
     assert server.actions == ["load_lora_adapter", "unload_lora_adapter"]
@@ -91,7 +91,7 @@ def test_the_server_answers_with_the_adapter(
 
 
 def test_an_adapter_that_is_there_is_shared_and_stays(config: GenerateConfig, server: AdapterServer, tmp_path: Path) -> None:
-    """Whoever else loaded it may still ask for it; so do shards of one command leave it to each other."""
+    """Another program that loaded it may still use it; shards of one command also keep it for each other."""
     whole = run(config)
     parts = [run(config, shard=f"{index}/2", output=str(tmp_path / "parts")) for index in range(2)]
     assert parts[1] == whole  # the last one joins all
@@ -101,7 +101,7 @@ def test_an_adapter_that_is_there_is_shared_and_stays(config: GenerateConfig, se
 
 
 def test_another_adapter_is_another_name(adapter: Path, config: GenerateConfig, tmp_path: Path) -> None:
-    """By its matrices and by its configuration: also the command refuses to continue another one's samples."""
+    """Identified by its matrices and configuration: the command also refuses to continue samples of another adapter."""
     run(config)
     other = tmp_path / "other"
     other.mkdir()

@@ -1,4 +1,4 @@
-"""What vLLM is asked, and what is made of its answers; an engine of its interface stands in for it, on a CPU."""
+"""Requests to vLLM, and the handling of its answers; a stand-in engine with its interface runs on a CPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mpo_megatron.rollout.engines.vllm_engine import VllmEngine
 
 
 class FakeEngine:
-    """Answers the newest request first, one a step: tokens are the seed's digits, then the end token."""
+    """Answers the newest request first, one per step: tokens are the seed's digits, then the end token."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self.options, self.waiting, self.asked, self.most = options, [], [], 0
@@ -94,7 +94,7 @@ def test_an_option_vllm_does_not_know_is_named(model_folder: Path) -> None:
 
 @pytest.mark.usefixtures("vllm")
 def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM keeps the base model; it makes room for ranks of certain sizes."""
+    """vLLM keeps the base model; it reserves memory for certain ranks."""
     module = ModuleType("vllm.lora.request")
     module.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.lora", ModuleType("vllm.lora"))

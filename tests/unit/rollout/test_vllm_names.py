@@ -1,4 +1,4 @@
-"""vLLM's interface: what the package uses is listed, the tests' stand-in has it, and an installed vLLM is checked for it."""
+"""vLLM's interface: the package's uses are listed, the tests' stand-in has them, and an installed vLLM is checked."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_stand_in_has_the_interface() -> None:
 
 
 def write_vllm(root: Path, changed: str = "", content: str = "") -> Path:
-    """A vLLM of nothing but the names."""
+    """A vLLM with only the names."""
     modules: dict[str, dict[str, list[str]]] = {}
     for each in NAMES:
         outer, _, member = each.name.partition(".")

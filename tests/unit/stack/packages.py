@@ -1,4 +1,4 @@
-"""Packages that are not there: what their metadata and their modules would say."""
+"""Fake packages, with metadata and modules."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def install(
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is searched first; what was imported from it is forgotten afterwards."""
+    """A folder that is searched first; its imports are forgotten afterwards."""
     folder = tmp_path / "site"
     folder.mkdir()
     before = set(sys.modules)

@@ -1,4 +1,4 @@
-"""GPUs that torch cannot use are named with their cure, and `mpo train` does not fall back to the CPU beside them."""
+"""GPUs that torch cannot use are named with their fix, and `mpo train` does not fall back to the CPU."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_train_refuses_before_it_opens_anything(machine: Any) -> None:
         ((8, 0), ["sm_86"], False),
         ((7, 0), ["sm_75", "sm_80"], False),
         ((12, 1), ["sm_90", "compute_120"], True),  # compiled further by the driver
-        ((10, 3), ["sm_100a"], False),  # code for this GPU alone
+        ((10, 3), ["sm_100a"], False),  # code for this GPU only
         ((10, 0), ["sm_100a"], True),
         ((11, 0), ["sm_90", "sm_100"], False),
     ],

@@ -1,4 +1,4 @@
-"""`mpo doctor`: what it prints and returns, with the machine's answers replaced."""
+"""`mpo doctor`: output and exit codes, with the machine's answers replaced."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ABLE = {"layers": {"local": "usable"}, "attention": {"sdpa": "usable"}, "fp8": {
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """No processes: what they would answer."""
+    """Answers that replace processes."""
     able: dict[str, Any] = dict(ABLE)
     monkeypatch.setattr(abilities, "ask", lambda config: dict(able))
     monkeypatch.setattr(software, "import_error_apart", lambda module: None)
@@ -124,7 +124,7 @@ def test_a_model_that_does_not_load_is_a_problem(quick: dict[str, Any], capsys: 
 
 
 def test_what_works_here_and_what_a_run_would_use(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Answered by this process instead of one of its own."""
+    """Runs in this process instead of a separate one."""
     config = tmp_path / "run.yaml"
     options = {
         "output": "run",

@@ -1,4 +1,4 @@
-"""Packages that do not fit each other or do not import: named with the command that cures it."""
+"""Packages that are incompatible or do not import: named with the command that fixes it."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_an_engine_for_another_cuda_is_an_error_of_train(site: Path, monkeypatch
 @pytest.mark.usefixtures("gpu")
 def test_how_an_absent_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
-    checks.require_working_gpus("auto")  # absent is no error, but told
+    checks.require_working_gpus("auto")  # absence is reported, but no error
     monkeypatch.setattr(transformer_engine, "find_nvcc", lambda: "/usr/bin/nvcc")
     told = checks.shortfalls(transformer_engine=False)
     assert told[0].startswith("Transformer Engine is not installed: layers are slower, without FP8; install it: NVTE_BUILD")
@@ -114,7 +114,7 @@ def test_a_library_tells_its_cuda(site: Path, monkeypatch: pytest.MonkeyPatch) -
     assert problem.cure.startswith(
         "pip install --no-cache-dir --force-reinstall --no-deps --no-build-isolation flash-attn==2.8.3"
     )
-    (site / "flash-attn.so").write_bytes(b"libcublas.so.12\0libcublas.so.13\0")  # it opens what is there
+    (site / "flash-attn.so").write_bytes(b"libcublas.so.12\0libcublas.so.13\0")  # it opens installed libraries
     assert linked_cuda(FLASH) == 13
     monkeypatch.setattr(packages, "torch_cuda", lambda: (12, 9))
     assert linked_cuda(FLASH) == 12
