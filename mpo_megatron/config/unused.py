@@ -1,4 +1,4 @@
-"""Options of `mpo train` that are set and, beside the others, have no effect: somebody believes that they have one."""
+"""Refuses options of `mpo train` that are set but have no effect with the other options."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def validate_unused(config: TrainConfig) -> None:
             value, default = getattr(values, name), getattr(type(values)(), name)
             require(
                 used or value == default,
-                f"{section}.{name} = {value} has no effect without {condition}; set that, too, or leave {section}.{name} out.",
+                f"{section}.{name} = {value} has no effect without {condition}; set that as well, or remove {section}.{name}.",
             )
     evaluates = config.data.eval is not None
     require(
         evaluates or config.eval_every in (0, type(config).eval_every),
-        f"eval_every = {config.eval_every} has no effect without held-out groups; set data.eval, or leave eval_every out.",
+        f"eval_every = {config.eval_every} has no effect without held-out groups; set data.eval, or remove eval_every.",
     )
     low, lr = config.optimizer.min_lr, config.optimizer.lr
     require(
         config.optimizer.schedule != "constant" or low in (OptimizerConfig.min_lr, lr),
-        f"optimizer.min_lr = {low} has no effect with optimizer.schedule = constant; set schedule to cosine or linear, or leave "
-        "min_lr out.",
+        f"optimizer.min_lr = {low} has no effect with optimizer.schedule = constant; set schedule to cosine or linear, or remove "
+        "min_lr.",
     )
     best = config.checkpoint
     require(
@@ -43,7 +43,7 @@ def validate_unused(config: TrainConfig) -> None:
 
 
 def _rules(config: TrainConfig) -> Iterator[tuple[str, tuple[str, ...], bool, str]]:
-    """Section, options, whether they have an effect, and what that takes."""
+    """Section, options, whether they have an effect, and the condition for it."""
     online = tuple(field.name for field in fields(config.online) if field.name != "kl_weight")
     yield "online", online, config.online.kl_weight > 0, "online.kl_weight, which samples"
     yield "checkpoint", ("best_metric", "best_is"), config.checkpoint.keep_best > 0, "checkpoint.keep_best"

@@ -14,7 +14,7 @@ _LARGEST = 1e30
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _WORDS = {"true": 1, "false": 0}
 _PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
-"""How `str` writes a list of messages: nobody's words."""
+"""A list of messages formatted by `str`, which is never real text."""
 
 
 class RowError(ValueError):

@@ -24,13 +24,13 @@ class Weight(NamedTuple):
     name: str
     """Its key in a Megatron checkpoint."""
     size: int
-    """Elements of each."""
+    """Elements of each one."""
     matrix: bool
     """Whether it is a layer's matrix, which FP8 quantizes."""
     expert: bool
     """Whether it belongs to an expert, and is shared with other ranks than dense weights."""
     count: int = 1
-    """How many there are."""
+    """Number of them."""
 
     @property
     def total(self) -> int:

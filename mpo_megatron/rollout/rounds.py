@@ -288,11 +288,11 @@ def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
 
 
 PROMPT_OPTIONS = ("system_prompt", "chat_template", "chat_template_kwargs", "prompt_format")
-"""Options that decide what the model reads before its answer."""
+"""Options that affect the prompt tokens."""
 
 
 def check_same_prompts(generate: GenerateConfig, prepare: PrepareConfig) -> None:
-    """Refuse training on other prompts than the answers are drawn for.
+    """Refuse options with which training would use other prompts than sampling.
 
     Raises:
         ConfigError: naming the option.
@@ -301,8 +301,8 @@ def check_same_prompts(generate: GenerateConfig, prepare: PrepareConfig) -> None
         drawn, trained = getattr(generate, name), getattr(prepare, name)
         require(
             drawn == trained or (name == "prompt_format" and "templated" not in (drawn, trained)),
-            f"generate.{name} = {drawn}, prepare.{name} = {trained}; training would read other prompts than the answers are "
-            "drawn for: set both to the same value.",
+            f"generate.{name} = {drawn}, prepare.{name} = {trained}; training and sampling would use different "
+            "prompts; set both to the same value.",
         )
 
 

@@ -55,8 +55,8 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     check_installed(config.logging)
     require(
         not config.model.resident_offload or objective.needs.token_kl or config.online.kl_weight > 0,
-        "model.resident_offload = true, but no reference model runs beside the policy; it has an effect with online.kl_weight "
-        "or loss.params.regularizer = token_kl; leave it out.",
+        "model.resident_offload = true, but no reference model is in memory; it has an effect with online.kl_weight "
+        "or loss.params.regularizer = token_kl; remove it.",
     )
     best = config.checkpoint
     if best.keep_best and not needs_reference(objective, config, family.experts):

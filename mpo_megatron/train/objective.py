@@ -127,11 +127,11 @@ def check_data(objective: Objective, *, has_rewards: bool, has_labels: bool, whe
 
 
 CHECKED_GROUPS = 4096
-"""Groups that are looked at in one piece for a contrast."""
+"""Number of groups checked at a time for a contrast."""
 
 
 def check_contrast(objective: Objective, data: PreparedGroups, name: str) -> None:
-    """Refuse data of which the loss learns nothing, however long the run is.
+    """Refuse data from which the loss cannot learn.
 
     Raises:
         ConfigError: no group contributes.
@@ -151,7 +151,7 @@ def check_contrast(objective: Objective, data: PreparedGroups, name: str) -> Non
             return
     raise ConfigError(
         f"{name} = {data.path}: for loss.name = {objective.loss.name} with {objective.params} none of its {len(data):,} groups "
-        "has preferred and other responses, so that there is nothing to learn from; change loss.params, or prepare other groups."
+        "has preferred and other responses, so there is nothing to learn from; change loss.params, or prepare other groups."
     )
 
 

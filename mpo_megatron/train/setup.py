@@ -129,7 +129,7 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
 
 
 def check_contrasts(setup: Setup) -> None:
-    """Refuse training or held-out groups of which the loss learns or measures nothing.
+    """Refuse training groups without a contrast to learn from, and held-out groups without one to measure.
 
     Raises:
         ConfigError: naming the data and the loss.
