@@ -105,9 +105,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     note = (
         f"Differences are from {first}, over the loss curve of {size.steps} steps and on the held-out groups (loss, accuracy of "
-        "pairs); the last line is the yardstick. First loss − ln: difference from ln(K / |Y+|), 0 if policy and "
-        "reference compute "
-        "alike. Adam's step included; peak memory on a CPU is the process's so far."
+        "pairs); the last line is the yardstick. First loss − ln: difference from ln(K / |Y+|), 0 if policy and reference "
+        "compute alike. Adam's step included; peak memory on a CPU is the process's so far."
     )
     for recipe, reason in refused.items():
         note += f"\nNot run: {recipe}: {reason}"

@@ -136,9 +136,8 @@ def raise_changed(folder: Path, name: str, before: object, now: object) -> None:
     what = {"model": "another model", "data": "other data"}.get(name, f"{name} = {before}, now it is {now}")
     require(
         False,
-        f"output = {folder} was started with {what}, and the stage that uses it is complete; use the old value, "
-        "another output, or "
-        "remove the files of that stage and of later ones (docs/align.md).",
+        f"output = {folder} was started with {what}, and the stage that uses it is complete; use the old value, another output, "
+        "or remove the files of that stage and of later ones (docs/align.md).",
     )
 
 

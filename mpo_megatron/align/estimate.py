@@ -120,9 +120,8 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
     generating = tokens / rate / 60
     total = config.rounds * (generating + minutes) + (config.rounds + 1) * held_out / rate / 60
     return (
-        f"per round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to "
-        "held-out prompts "
-        f"included: about {total:,.0f} minutes on {machine.words}. Scoring is not included."
+        f"per round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to held-out "
+        f"prompts included: about {total:,.0f} minutes on {machine.words}. Scoring is not included."
     )
 
 

@@ -87,9 +87,8 @@ class ModelConfig(Section, prefix="model."):
         require(self.offload_layers >= 0, f"model.offload_layers = {self.offload_layers}; it must be 0 or more.")
         require(
             not self.offload_layers or self.recompute == "none",
-            f"model.offload_layers = {self.offload_layers} with model.recompute = {self.recompute}: Megatron supports "
-            "only one of them; "
-            "set offload_layers to 0, or recompute to none.",
+            f"model.offload_layers = {self.offload_layers} with model.recompute = {self.recompute}: Megatron supports only one "
+            "of them; set offload_layers to 0, or recompute to none.",
         )
         require(self.fp8_bf16_layers >= 0, f"model.fp8_bf16_layers = {self.fp8_bf16_layers}; it must be 0 or more.")
         require(

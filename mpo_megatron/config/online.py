@@ -102,9 +102,8 @@ class OnlineConfig(Section, prefix="online."):
         )
         require(
             self.endpoint.server in ("auto", "vllm"),
-            f"online.endpoint.server = {self.endpoint.server}; only vLLM can receive live weights: set it to auto or "
-            "vllm, or set "
-            "online.engine to vllm or transformers.",
+            f"online.endpoint.server = {self.endpoint.server}; only vLLM can receive live weights: set it to auto or vllm, or "
+            "set online.engine to vllm or transformers.",
         )
         address = re.fullmatch(r"[^\s:/]+(?::(\d{1,5}))?", "any" if self.weights_address is None else self.weights_address)
         require(

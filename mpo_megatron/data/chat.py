@@ -345,10 +345,9 @@ def check_templated(prompts: Sequence[Sequence[Message]], chat: Chat) -> None:
     templated = [prompt for prompt in prompts if chat.looks_templated(prompt)]
     require(
         2 * len(templated) <= len(prompts),
-        f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had "
-        "already been applied "
-        f"to them, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to templated "
-        "to use them unchanged, or to chat to apply the template again.",
+        f"prompt_format = auto; {len(templated)} of the first {len(prompts)} prompts look as if a chat template had already "
+        f"been applied to them, for example {templated[0][0]['content'][:60] if templated else ''!r}; set prompt_format to "
+        "templated to use them unchanged, or to chat to apply the template again.",
     )
 
 

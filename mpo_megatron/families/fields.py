@@ -181,9 +181,8 @@ def _check_rope(parameters: dict[str, Any], kind: str) -> None:
         known = name in needed | optional | ROPE_COMMON
         require(
             known or not value,
-            f"config.json: {name} = {value!r} of the rotary embedding is not supported with rope_type = {kind!r}; "
-            "remove it if the "
-            "model was trained without it.",
+            f"config.json: {name} = {value!r} of the rotary embedding is not supported with rope_type = {kind!r}; remove it if "
+            "the model was trained without it.",
         )
         if known and name not in ("rope_type", "type", "truncate") and value is not None:
             number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -86,9 +86,8 @@ def choose_memory_fraction(need: EngineMemory, *, free: int, total: int) -> floa
     require(
         need.least <= free,
         f"online.engine = vllm needs {need.least / GIB:.1f} GiB of the GPU for one sequence at a time (weights "
-        f"{need.weights / GIB:.1f}), but only {free / GIB:.1f} of {total / GIB:.1f} GiB are free beside the training; "
-        "spread it with "
-        "online.vllm.tensor_parallel, spread the training (mpo plan), or set online.engine to transformers.",
+        f"{need.weights / GIB:.1f}), but only {free / GIB:.1f} of {total / GIB:.1f} GiB are free beside the training; spread it "
+        "with online.vllm.tensor_parallel, spread the training (mpo plan), or set online.engine to transformers.",
     )
     return min(need.awake, free) / total
 

@@ -25,9 +25,8 @@ def load_run(job: JobConfig) -> TrainConfig:
     check_ranks(config.parallel, job.nodes * job.ranks)
     require(
         job.ranks % config.parallel.tensor == 0,
-        f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a "
-        "machine: tensor-parallel ranks "
-        f"must share a machine; choose a divisor of {job.ranks}.",
+        f"parallel.tensor = {config.parallel.tensor} in {job.train} does not divide the {job.ranks} ranks of a machine: "
+        f"tensor-parallel ranks must share a machine; choose a divisor of {job.ranks}.",
     )
     return config
 

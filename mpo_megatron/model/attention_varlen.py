@@ -88,9 +88,8 @@ def require_kernel(scores: ScoreSettings = PLAIN) -> Kernel:
 
 
 NO_KERNEL = (
-    "neither flash-attn (FlashAttention 3 on Hopper), nor a torch whose varlen_attn supports grouped heads, nor "
-    "Transformer Engine "
-    "with cuDNN 9.18 on a Hopper or Blackwell GPU is installed"
+    "neither flash-attn (FlashAttention 3 on Hopper), nor a torch whose varlen_attn supports grouped heads, nor Transformer "
+    "Engine with cuDNN 9.18 on a Hopper or Blackwell GPU is installed"
 )
 
 

@@ -155,9 +155,8 @@ def _experts_of(stacked: StoredTensor, rule: Rule, layer: int) -> dict[str, Stor
     expected = (rule.experts, rule.rows, rule.columns)
     if stacked.shape != expected:
         raise CheckpointError(
-            f"{stacked.name} is {list(stacked.shape)} in {stacked.file}, but {list(expected)} according to "
-            "config.json. Check that config.json "
-            "belongs to these weights."
+            f"{stacked.name} is {list(stacked.shape)} in {stacked.file}, but {list(expected)} according to config.json. Check "
+            "that config.json belongs to these weights."
         )
     parts, start = {}, stacked.start
     for expert in range(rule.experts or 0):

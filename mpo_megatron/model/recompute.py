@@ -41,7 +41,6 @@ def check_offload_kernel(model: ModelConfig) -> None:
     missing = missing_for_transformer_engine() if model.offload_layers else None
     require(
         missing is None,
-        f"model.offload_layers = {model.offload_layers}, but {missing}, and Megatron offloads activations with "
-        "Transformer Engine; "
-        "set it to 0.",
+        f"model.offload_layers = {model.offload_layers}, but {missing}, and Megatron offloads activations with Transformer "
+        "Engine; set it to 0.",
     )

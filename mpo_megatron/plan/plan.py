@@ -246,9 +246,8 @@ def explain(problem: Workload, candidate: Candidate) -> str:
     name = max((name for name in PARTS if name != "overhead"), key=lambda name: getattr(worst, name))
     ways = remedies(problem, candidate)
     return (
-        f"{candidate.describe()}: stage {worst.stage} needs {worst.total / GIB:.1f} GiB, but only "
-        f"{problem.limit / GIB:.1f} of the "
-        f"{problem.hardware.memory_gib} GiB of {problem.hardware.name} are available; the largest part is {PARTS[name][1]}, "
+        f"{candidate.describe()}: stage {worst.stage} needs {worst.total / GIB:.1f} GiB, but only {problem.limit / GIB:.1f} of "
+        f"the {problem.hardware.memory_gib} GiB of {problem.hardware.name} are available; the largest part is {PARTS[name][1]}, "
         f"{getattr(worst, name) / GIB:.1f} GiB. "
         + (f"It would fit with {'; or '.join(ways)}." if ways else explain_nothing_fits(problem))
     )
@@ -375,9 +374,9 @@ def print_time(console: Console, problem: Workload, candidate: Candidate, groups
     )
     console.print(
         f"{summary['rows_per_replica']:.1f} rows per replica and step, {summary['fill']:.0%} full; bubble "
-        f"{time.bubble_share:.1%}; "
-        f"{time.model_flops / 1e15:,.1f} PFLOP per step; MFU {summary['mfu']:.1%}; {summary['groups_per_second']:.1f} groups/s; "
-        f"{groups:,} groups in {summary['hours']:.1f} h{reference} ({summary['days']:.2f} days)",
+        f"{time.bubble_share:.1%}; {time.model_flops / 1e15:,.1f} PFLOP per step; MFU {summary['mfu']:.1%}; "
+        f"{summary['groups_per_second']:.1f} groups/s; {groups:,} groups in {summary['hours']:.1f} h{reference} "
+        f"({summary['days']:.2f} days)",
         soft_wrap=True,
     )
     if choices := summary.get("choices_gb"):

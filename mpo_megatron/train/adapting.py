@@ -39,9 +39,8 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
         if wanted is None:
             require(
                 config.lora.quantize in (None, "none"),
-                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen weights can "
-                "have 4 bits; set "
-                "lora.rank.",
+                f"lora.quantize = {config.lora.quantize}, but all weights are trained, and only frozen weights can have 4 bits; "
+                "set lora.rank.",
             )
             return None
         return AdapterRecord(adapter=wanted, base=os.path.abspath(folder), base_digest=weights_digest(folder))

@@ -115,9 +115,8 @@ class ReferenceChoices:
         size, free = int(self.tokens[missing].sum()) * token_bytes(self.experts), shutil.disk_usage(self.folder).free
         require(
             free >= size,
-            f"{self.folder}: the reference's expert choices take {size / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB "
-            "are free; free "
-            "some space, or set experts.routing to free and remove experts.measure_drift.",
+            f"{self.folder}: the reference's expert choices take {size / 1e9:,.3f} GB, but only {free / 1e9:,.3f} GB are free; "
+            "free some space, or set experts.routing to free and remove experts.measure_drift.",
         )
 
     def write(self, indices: Int64, ids: npt.NDArray[Any]) -> None:

@@ -80,9 +80,8 @@ def check_offload(config: OptimizerConfig, precision: str, family: Family) -> No
         return
     require(
         device.has_gpu(),
-        f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states already "
-        "are in host memory; "
-        "remove it.",
+        f"optimizer.cpu_offload = {config.cpu_offload}, but this machine has no GPU: the optimizer's states already are in host "
+        "memory; remove it.",
     )
     missing = missing_for_transformer_engine()
     require(

@@ -99,9 +99,8 @@ class Judge(Scorer):
             text = self._fill(self._source, variables)
         except TemplateError as error:
             raise ConfigError(
-                f"scorers.{self.name}.template = {self.config.template}; it cannot be filled for group "
-                f"{group['group_id']}: {error}; it "
-                f"may use prompt, messages, group, {', '.join(texts)}."
+                f"scorers.{self.name}.template = {self.config.template}; it cannot be filled for group {group['group_id']}: "
+                f"{error}; it may use prompt, messages, group, {', '.join(texts)}."
             ) from error
         return _Question(group["group_id"], text, key)
 
