@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,22 +30,30 @@ is as far below zero, else it **cannot be told**. Standard errors are those over
 - **Power.** {power}
 - **Chance.** Of many comparisons without a real difference, one in twenty passes {errors:g} standard errors.
 - **Nothing is tuned per method**: one learning rate, β = 0.1 in every loss of log-ratios
-  ([methods.yaml](../../examples/compare/methods.yaml)). A method may only be faster than another.
+  ([methods.yaml](../../examples/papers/methods.yaml)). Adam's steps are about equally long whatever a loss's scale, so
+  that methods differ in direction more than in speed.
 - **Scale.** A model of 135 M parameters, a few steps and exact rewards say little about the papers' own setting: large
   models, long training, learned rewards.
 """
 NOT_RUN = """\
 ## Not run yet
 
-`python -m examples.papers` runs these, too: {names}. A part: `--methods {some} --seeds 0`.
+`python -m examples.papers` runs these, too; `--methods {some} --seeds 0` a part of them:
+{names}.
 
 | paper | claim | compared |
 |---|---|---|
 """
 
 
-def format_page(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> str:
-    """The page in Markdown."""
+def format_page(
+    entries: Mapping[str, Entry], results: Results, sizes: Sizes, examples: Mapping[str, Mapping[str, str]] | None = None
+) -> str:
+    """The page in Markdown.
+
+    Args:
+        examples: by method and prompt, an answer
+    """
     done = [name for name in entries if results.get(name)]
     missing = [name for name in entries if not results.get(name)]
     verdicts = [(claim, judge(claim, results)) for claim in CLAIMS]
@@ -53,8 +62,10 @@ def format_page(entries: Mapping[str, Entry], results: Results, sizes: Sizes) ->
     lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", *format_claims(judged), ""]
     lines += [CAVEAT.format(errors=ERRORS, power=describe_power(judged))]
     lines += ["## Methods", "", *format_methods(entries, done, results), ""]
+    if examples:
+        lines += ["## Answers", "", *format_examples(examples), ""]
     if missing:
-        names = ", ".join(f"`{name}`" for name in missing)
+        names = textwrap.fill(", ".join(f"`{name}`" for name in missing), 118)
         lines += [NOT_RUN.format(names=names, some=" ".join(missing[:2])) + "\n".join(map(format_left, left)), ""]
     return "\n".join(lines)
 
@@ -65,7 +76,7 @@ def describe_sizes(sizes: Sizes) -> list[str]:
         "| what | number |",
         "|---|---|",
         f"| training prompts × samples of the start | {sizes.prompts} × {NUM_RESPONSES}, up to {sizes.max_tokens} tokens |",
-        f"| training | {sizes.epochs:g} epoch, {sizes.groups_per_step} prompts a step, learning rate {sizes.lr:g} |",
+        f"| training | {sizes.epochs:g} epoch, {sizes.groups_per_step} prompts a step, Adam, peak learning rate {sizes.lr:.0e} |",
         f"| held-out prompts × answers | {sizes.held_out} × {NUM_ANSWERS} |",
     ]
 
@@ -100,10 +111,11 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
     lines = [
         "- Reward: mean of held-out answers. Gain: over the start, with the same prompts and sampling seeds.",
         "- ±: one standard error, the larger of that over prompts and that over seeds.",
-        "- Moved: mean log π/π_ref of the preferred (and of the other) training responses, in the second half of the steps.",
+        "- Moved: mean log π/π_ref of the preferred (and of the other) training responses that the loss compares, in the",
+        "  second half of the steps.",
         "- Tokens: those of the steps' rows, and the share of them in the backward pass.",
-        "- CPU seconds: with the start of the process; for the first method of each K with the reference's log-probabilities. "
-        "Without trials that were stopped and resumed.",
+        "- CPU seconds: training with the start of its process; for the first method of each K also the reference's",
+        "  log-probabilities. Trials that were stopped and resumed are left out.",
         "",
         "| method | K | seeds | reward | gain | tokens per answer | moved, nats | tokens trained | CPU seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -130,6 +142,17 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
             measured = [trials[seed]["cpu_seconds"] for seed in seeds if trials[seed]["cpu_seconds"] is not None]
             cells[8] = f"{statistics.fmean(measured):.0f}" if measured else ""
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def format_examples(examples: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """The answers to each prompt, one below the other."""
+    lines = ["The first answer of each policy to the first held-out prompts, with its reward."]
+    for prompt in dict.fromkeys(prompt for answers in examples.values() for prompt in answers):
+        lines += ["", f"> {prompt}", ""]
+        for name, answers in examples.items():
+            label = f"`{name}`" if name != START else name
+            lines += [f"- {label}: {answers[prompt]}"] if prompt in answers else []
     return lines
 
 

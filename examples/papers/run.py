@@ -19,10 +19,13 @@ from typing import Any
 
 from benchmarks.timing import describe_machine
 from examples.papers.page import as_record, format_page
-from examples.papers.samples import Samples, Sizes, make_samples
+from examples.papers.samples import Samples, Sizes, make_samples, read_examples
 from examples.papers.trial import START, describe_trial, load_entries, read_trial, run_trial, write
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.terminal.console import Console
+
+NUM_EXAMPLES = 3
+"""Held-out prompts whose answers the page shows."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -81,6 +84,9 @@ def write_page(options: argparse.Namespace, samples: Samples) -> None:
             found = read_trial(folder, describe_trial(entries.get(name), seed, samples.sizes))
             if found is not None:
                 results.setdefault(name, {})[seed] = found
-    record = {"machine": describe_machine(), **as_record(entries, results, samples.sizes)}
+    examples = {
+        name: read_examples(trial_folder(options.output, name, min(trials)), NUM_EXAMPLES) for name, trials in results.items()
+    }
+    record = {"machine": describe_machine(), **as_record(entries, results, samples.sizes), "examples": examples}
     write(options.record or options.output / "papers.json", record)
-    replace_file(page_of(options), [format_page(entries, results, samples.sizes).encode()])
+    replace_file(page_of(options), [format_page(entries, results, samples.sizes, examples).encode()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +19,7 @@ from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.iterate import stage
-from mpo_megatron.rollout.records import GENERATE_FILE, SCORE_FILE, SELECT_FILE
+from mpo_megatron.rollout.records import GENERATE_FILE, SCORE_FILE, SCORED_FILE, SELECT_FILE, read_lines
 from mpo_megatron.rollout.round_report import read_answers, rewards_of
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import select
@@ -177,6 +178,18 @@ def read_rewards(folder: Path) -> dict[str, float]:
     """The mean reward of the answers to each prompt."""
     found = {group_id: rewards_of(responses) for group_id, responses in read_answers(folder).items()}
     return {group_id: sum(rewards) / len(rewards) for group_id, rewards in found.items() if rewards}
+
+
+def read_examples(folder: Path, number: int) -> dict[str, str]:
+    """The first answer to each of the first prompts, with its reward; nothing if the answers are gone."""
+    path = folder / "scored" / SCORED_FILE
+    if not path.is_file():
+        return {}
+    examples = {}
+    for record in itertools.islice(read_lines(path), number):
+        answer = record["responses"][0]
+        examples[record["prompt"][-1]["content"]] = f"{' '.join(answer['text'].split())} *({answer['reward']:g})*"
+    return examples
 
 
 def count_tokens(folder: Path) -> float:

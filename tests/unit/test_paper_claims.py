@@ -85,7 +85,8 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
         "mpo": {0: trial(0.9, 0.8, 0.9, moved=1.5)},
         "dpo": {0: trial(0.3, 0.2, 0.2, moved=-2.0)},
     }
-    page = format_page(entries, results, Sizes())
+    page = format_page(entries, results, Sizes(), {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}})
+    assert "> Why?\n\n- start: So. *(1)*\n- `mpo`: Because. *(0.5)*" in page
     assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo` − `dpo` | +0.633" in page
     assert "(1 seed) | **holds here** |" in page
     left_out = page.partition("## Not run yet")[2]
