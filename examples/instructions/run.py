@@ -27,7 +27,7 @@ from mpo_megatron.cli import main as mpo
 from mpo_megatron.files.atomic import replace_file
 
 CONFIG = Path(__file__).with_name("align.yaml")
-NUM_PROMPTS = 88
+NUM_PROMPTS = 72
 """Number of prompts, including the held-out ones of align.yaml."""
 
 
