@@ -41,6 +41,9 @@ NOT_RUN = """\
 `python -m examples.papers` runs these, too; `--methods {some} --seeds 0` a part of them:
 {names}.
 
+No trial here tests several on-policy rounds, the spacing of rewards (`mpo select` draws it), SPO's KL on live samples
+(`online.kl_weight`) or MC-PO's segments (`optimizer: continued` of `mpo iterate`).
+
 | paper | claim | compared |
 |---|---|---|
 """
