@@ -4,8 +4,10 @@ import sys
 
 from examples.papers.run import main
 from mpo_megatron.config import ConfigError
+from mpo_megatron.files import DataError
+from mpo_megatron.terminal.interruption import StageError
 
 try:
     sys.exit(main())
-except ConfigError as error:
+except (ConfigError, DataError, StageError) as error:
     sys.exit(f"examples.papers: {error}")

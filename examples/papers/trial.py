@@ -107,7 +107,7 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "optimizer": {"lr": sizes.lr},
         "epochs": sizes.epochs,
         "eval_every": 0,
-        "checkpoint": {"every": 0},
+        "checkpoint": {"every": 0, "asynchronous": False},  # a save in the background needs a copy of all states
         "logging": {"reference_metrics": True},  # also log-ratios of losses that read no reference
         "seed": seed,
     }
