@@ -105,8 +105,9 @@ class Verdict:
 def judge(claim: Claim, results: Results) -> Verdict:
     """Compare two methods, seed by seed and prompt by prompt.
 
-    Rewards have two standard errors, over prompts and, with several seeds, over seeds; the larger one is used. The change
-    of log-probs is one number per trial; its standard error is over a few seeds, hence Student's t.
+    Rewards have two standard errors, over prompts and over seeds; the larger one is used. The change of log-probs is one
+    number per trial; its standard error is over a few seeds, hence Student's t. One seed gives no verdict: its error over
+    prompts is that of two policies, and another order of the data makes others.
     """
     first, second = results.get(claim.first, {}), results.get(claim.second, {})
     seeds = tuple(sorted(set(first) & set(second)))
@@ -125,7 +126,7 @@ def judge(claim: Claim, results: Results) -> Verdict:
     if len(seeds) > 1:
         errors.append(standard_error(by_seed))
     difference, error = statistics.fmean(by_seed), max(errors, default=math.nan)
-    if math.isnan(error) or abs(difference) <= needed * error:
+    if len(seeds) < 2 or abs(difference) <= needed * error:
         return Verdict(words="cannot be told", difference=difference, error=error, seeds=seeds)
     words: Literal["holds here", "does not hold here"] = "holds here" if difference > 0 else "does not hold here"
     return Verdict(words=words, difference=difference, error=error, seeds=seeds)

@@ -25,7 +25,9 @@ The program knows nothing of whether an answer is right ([task.py](../../example
 """
 CAVEAT = """\
 A claim **holds here** if the difference is more than {errors:g} standard errors above zero, **does not hold here** if it
-is as far below zero, else it **cannot be told**. Standard errors are those over prompts or over seeds, whichever is larger.
+is as far below zero, else it **cannot be told**. Standard errors are those over prompts or over seeds, whichever is
+larger. With one seed nothing can be told: another order of the data makes another policy. Log-ratios have the error over
+seeds alone, and its bound is Student's t.
 
 - **Power.** {power}
 - **Chance.** Of many comparisons without a real difference, one in twenty passes {errors:g} standard errors.

@@ -36,8 +36,15 @@ def test_every_claim_compares_methods_that_are_trained() -> None:
         ((0.9, 0.1, 0.5), (0.1, 0.9, 0.4), "cannot be told"),
     ],
 )
-def test_one_seed_is_judged_by_its_prompts(first: tuple[float, ...], second: tuple[float, ...], words: str) -> None:
-    assert judge(CLAIM, {"a": {0: trial(*first)}, "b": {0: trial(*second)}}).words == words
+def test_seeds_that_agree_are_judged_by_their_prompts(first: tuple[float, ...], second: tuple[float, ...], words: str) -> None:
+    a, b = trial(*first), trial(*second)
+    assert judge(CLAIM, {"a": {0: a, 1: a}, "b": {0: b, 1: b}}).words == words
+
+
+def test_one_seed_tells_nothing() -> None:
+    verdict = judge(CLAIM, {"a": {0: trial(0.9, 0.8, 0.9)}, "b": {0: trial(0.1, 0.1, 0.2)}})
+    assert verdict.words == "cannot be told"
+    assert verdict.difference == pytest.approx(11 / 15)
 
 
 def test_seeds_that_disagree_tell_nothing() -> None:
@@ -82,17 +89,17 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
     entries = load_entries()
     results = {
         START: {0: trial(0.1, 0.1, 0.2)},
-        "mpo": {0: trial(0.9, 0.8, 0.9, moved=1.5)},
-        "dpo": {0: trial(0.3, 0.2, 0.2, moved=-2.0)},
+        "mpo": dict.fromkeys((0, 1), trial(0.9, 0.8, 0.9, moved=1.5)),
+        "dpo": dict.fromkeys((0, 1), trial(0.3, 0.2, 0.2, moved=-2.0)),
     }
     page = format_page(entries, results, Sizes(), {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}})
     assert "> Why?\n\n- start: So. *(1)*\n- `mpo`: Because. *(0.5)*" in page
     assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo` − `dpo` | +0.633" in page
-    assert "(1 seed) | **holds here** |" in page
+    assert "(2 seeds) | **holds here** |" in page
     left_out = page.partition("## Not run yet")[2]
     assert "| NCA | NCA beats InfoNCA | `nca` − `infonca` |" in left_out
     assert "must be at least about 0.0" in page  # two errors over the three prompts
-    assert "| `mpo` | 8 | 1 | 0.867 ± 0.033 | +0.733" in page
+    assert "| `mpo` | 8 | 2 | 0.867 ± 0.033 | +0.733" in page
     assert "+1.50 (-1.00) | 100 (50%) | 3 |" in page
     assert all(f"`{name}`" in left_out for name in entries if name not in results)
     assert set(as_record(entries, results, Sizes())["results"]) == {START, "mpo", "dpo"}
