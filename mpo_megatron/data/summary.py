@@ -230,8 +230,8 @@ def print_tally(console: Console, tally: Tally) -> None:
     for note in tally.notes:
         console.print(Text(note, style="yellow"))
     if 2 * tally.num_rejected >= tally.rows:
-        share = tally.num_rejected / max(1, tally.rows)
-        text = f"WARNING: {share:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
+        rejected = tally.num_rejected / max(1, tally.rows)
+        text = f"WARNING: {rejected:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
         console.print(Text(text, style="bold red"))
     if tally.labels_against_rewards:
         text = (

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, is_hugging_face, load_yaml
+from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, is_hugging_face, load_yaml, validate_unused
 from mpo_megatron.files import DataError
 from mpo_megatron.hf.live_engine import quantized_sampling
 from mpo_megatron.stack.checks import has_fused_gradients
@@ -153,6 +153,7 @@ def refusal(config: TrainConfig) -> str | None:
     from mpo_megatron.train.setup import build_setup, read_layout
 
     try:
+        validate_unused(config)
         if is_hugging_face(Path(config.model.checkpoint)):  # `mpo train` would convert it
             read_layout(config)
         else:

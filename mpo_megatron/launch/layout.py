@@ -6,7 +6,7 @@ import posixpath
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, require
+from mpo_megatron.config import ConfigError, JobConfig, TrainConfig, load_yaml, require, validate_unused
 from mpo_megatron.config.parallel import check_ranks
 
 
@@ -20,6 +20,7 @@ def load_run(job: JobConfig) -> TrainConfig:
     require(Path(job.train).is_file(), f"train = {job.train}; no such file; write the options of `mpo train` there.")
     try:
         config = load_yaml(TrainConfig, job.train)
+        validate_unused(config)
     except ConfigError as error:
         raise ConfigError(f"train = {error}") from error
     check_ranks(config.parallel, job.nodes * job.ranks)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 def work() -> str | None:
     """Train as the command line says, with a term on live samples if configured; return why the run stopped early, or None."""
     setup = read_setup("mpo train")
+    from mpo_megatron.config import validate_unused
     from mpo_megatron.train.loop import train
+
+    validate_unused(setup.given)  # as `mpo train` does: a job may start ranks directly
 
     build_term: Callable[[Run], GradientTerm] | None = None
     if setup.config.online.kl_weight > 0:

@@ -141,7 +141,7 @@ def check_contrast(objective: Objective, data: PreparedGroups, name: str) -> Non
     for first in range(0, len(data), CHECKED_GROUPS):
         ends = offsets[first : first + CHECKED_GROUPS + 1]
         valid = torch.arange(int(np.diff(ends).max())) < torch.from_numpy(np.diff(ends))[:, None]
-        given: dict[str, Tensor] = {}
+        given: dict[str, Any] = {}
         for field, flat in values.items():
             if flat is not None:
                 own = torch.from_numpy(flat[ends[0] : ends[-1]].copy())

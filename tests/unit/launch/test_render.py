@@ -231,6 +231,9 @@ def test_a_broken_training_configuration_is_named(tmp_path: Path) -> None:
     path.write_text("output: /data/run\nmodel: {checkpoint: model}\ndata: {train: groups}\nparalel: {tensor: 2}\n")
     with pytest.raises(ConfigError, match=r"train\.yaml:4: paralel: .* did you mean parallel"):
         render(TorchrunJob(train=str(path)))
+    path.write_text("output: /data/run\nmodel: {checkpoint: model}\ndata: {train: groups}\nlogging: {wandb_run: x}\n")
+    with pytest.raises(ConfigError, match=r"train = logging\.wandb_run = x has no effect without logging\.wandb_project"):
+        render(TorchrunJob(train=str(path)))
 
 
 def test_dry_run_writes_the_file_and_submits_nothing(
