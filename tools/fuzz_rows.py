@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from transformers import PreTrainedTokenizerFast
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.formats import detect
+from mpo_megatron.data.formats import InputLayout, detect, find_format
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.known_formats import FORMATS
-from mpo_megatron.data.readers import build_groups
+from mpo_megatron.data.readers import InputReader, RowStream, build_groups, gather
 from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer
-from mpo_megatron.data.tokenizing import Chunk, tokenize_group
+from mpo_megatron.data.tokenizing import Chunk, tokenize_groups
 from mpo_megatron.files import DataError
 
 TEMPLATE = (
@@ -148,7 +149,7 @@ def check_rows(rows: list[dict[str, Any]], base: dict[str, Any], chat: Chat, cou
     for row in rows:
         raw = [RawRow("rows.jsonl", 1, base), RawRow("rows.jsonl", 2, row)] if joined else [RawRow("rows.jsonl", 1, row)]
         try:
-            items = list(build_groups(raw, layout, Counter(), Spill()))
+            items = list(read_rows(raw, layout))
             for item in items:
                 if isinstance(item, Rejection):
                     json.loads(item.as_json().encode("utf-8", "surrogatepass"))
@@ -156,14 +157,13 @@ def check_rows(rows: list[dict[str, Any]], base: dict[str, Any], chat: Chat, cou
                     continue
                 chunk = Chunk()
                 counts["groups"] += 1
-                try:
-                    [prompt] = chat.prompts([(item.prompt, item.tools)])
-                    group = tokenize_group(item, prompt, chat, config, chunk)
-                    lost = len(item.responses) - group.num_responses
-                    if lost != sum(chunk.dropped.values()) + chunk.counts["overlong_dropped"]:
-                        wrong.append(f"a response is lost: {row!r}")
-                except RowError:
+                [group] = tokenize_groups([item], chat, config, chunk)
+                if isinstance(group, RowError):
                     counts["refused by the tokenizer"] += 1
+                    continue
+                lost = len(item.responses) - group.num_responses
+                if lost != sum(event.number for event in chunk.events if event.table or event.name == "overlong_dropped"):
+                    wrong.append(f"a response is lost: {row!r}")
             if not joined and len(items) != 1:
                 wrong.append(f"{len(items)} items for one row: {row!r}")
             if joined and not (1 <= len(items) <= 2 and _num_responses(items) <= 2):
@@ -173,6 +173,14 @@ def check_rows(rows: list[dict[str, Any]], base: dict[str, Any], chat: Chat, cou
         except Exception:  # noqa: BLE001 what the command looks for
             wrong.append(f"{row!r}\n{traceback.format_exc()}")
     return wrong
+
+
+def read_rows(rows: list[RawRow], layout: InputLayout) -> Iterator[Group | Rejection]:
+    """The groups of rows, as an input gives them."""
+    reader = InputReader(layout=layout, columns={})
+    parsed = map(reader.parse, rows)
+    stream = RowStream(reader, None, gather(parsed) if find_format(layout.format).joins_rows else parsed, Counter())
+    return build_groups(stream, Spill()).items
 
 
 def _num_responses(items: list[Group | Rejection]) -> int:

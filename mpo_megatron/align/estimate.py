@@ -19,6 +19,8 @@ from mpo_megatron.config.sections import has_option
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group
 from mpo_megatron.data.prepare import open_streams
+from mpo_megatron.data.readers import build_groups
+from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.tokenizing import load_chat
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.parameters import count_parameters
@@ -158,8 +160,8 @@ def sample_lengths(prepare: PrepareConfig) -> dict[str, Any]:
         ConfigError: no row forms a group.
     """
     chat = load_chat(prepare)
-    streams = open_streams(replace(prepare, max_rows=SAMPLED_ROWS))
-    groups = [item for stream in streams for item in stream.items if isinstance(item, Group)]
+    streams, seen = open_streams(replace(prepare, max_rows=SAMPLED_ROWS)), Spill()
+    groups = [item for stream in streams for item in build_groups(stream, seen).items if isinstance(item, Group)]
     require(bool(groups), f"data = {prepare.input}; none of the first {SAMPLED_ROWS} rows is a group.")
     prompts = [len(chat.prompt(group.prompt, group.tools)[1]) for group in groups]
     responses = [_length(chat, answer) for group in groups for answer in group.responses]

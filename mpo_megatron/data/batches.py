@@ -39,30 +39,34 @@ Cells = list[memoryview | None]
 def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
     """Groups as one Arrow record batch of `SCHEMA`."""
 
-    def lists(values: Iterable[npt.NDArray[Any] | None], kind: type[np.generic]) -> pa.ListArray:
-        arrays = list(values)
-        ends = np.cumsum([0] + [0 if item is None else len(item) for item in arrays], dtype=np.int64)
+    def lists(values: Sequence[Sequence[npt.NDArray[Any]] | None], kind: type[np.generic]) -> pa.ListArray:
+        """Of each group the list of all values of some arrays, or null."""
+        present = [array for arrays in values if arrays is not None for array in arrays]
+        sizes = [0 if arrays is None else sum(map(len, arrays)) for arrays in values]
+        ends = np.cumsum([0, *sizes], dtype=np.int64)
         if ends[-1] > np.iinfo(np.int32).max:
             raise DataError(
-                f"{ends[-1]} tokens in one batch of {len(arrays)} groups; at most 2^31 − 1 fit: lower max_response_tokens."
+                f"{ends[-1]} tokens in one batch of {len(values)} groups; at most 2^31 − 1 fit: lower max_response_tokens."
             )
-        present = [item for item in arrays if item is not None]
         flat = np.concatenate(present) if present else np.zeros(0)
-        offsets = pa.array(ends.astype(np.int32), mask=np.array([item is None for item in arrays] + [False]))
-        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind)))
+        absent = np.array([arrays is None for arrays in values] + [False])
+        offsets = pa.array(ends.astype(np.int32), mask=absent)
+        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind, copy=False)))
 
-    nothing = np.zeros(0, np.int32)
-    lengths = [np.array([len(tokens) for tokens in group.response_tokens], np.int32) for group in groups]
+    def single(values: Iterable[npt.NDArray[Any] | None]) -> list[tuple[npt.NDArray[Any]] | None]:
+        return [None if value is None else (value,) for value in values]
+
+    lengths = [np.array(list(map(len, group.response_tokens)), np.int32) for group in groups]
     columns = [
         pa.array([group.group_id for group in groups], pa.string()),
         pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
         pa.array([group.num_responses for group in groups], pa.int32()),
-        lists(lengths, np.int32),
-        lists((group.rewards for group in groups), np.float64),
-        lists((group.labels for group in groups), np.int8),
-        lists((group.prompt_tokens for group in groups), np.int32),
-        lists((np.concatenate([nothing, *group.response_tokens]) for group in groups), np.int32),
-        lists((None if group.scored is None else np.concatenate(group.scored) for group in groups), np.bool_),
+        lists(single(lengths), np.int32),
+        lists(single(group.rewards for group in groups), np.float64),
+        lists(single(group.labels for group in groups), np.int8),
+        lists(single(group.prompt_tokens for group in groups), np.int32),
+        lists([group.response_tokens for group in groups], np.int32),
+        lists([group.scored for group in groups], np.bool_),
         pa.array([group.prompt_text for group in groups], pa.string()),
         pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
         pa.array([group.where for group in groups], pa.string()),
@@ -106,16 +110,13 @@ class Digest:
         Raises:
             DataError: a group has no responses, or one without tokens; or only some groups have rewards, or labels.
         """
-        ids, tokens, masks = batch["group_id"].to_pylist(), _cells(batch["response_tokens"]), _cells(batch["response_scored"])
+        ids, masks = batch["group_id"].to_pylist(), _cells(batch["response_scored"])
         prompts, rewards, labels = (_cells(batch[name]) for name in ("prompt_tokens", "rewards", "labels"))
+        responses = _with_lengths(batch["response_tokens"], batch["response_lengths"])
         for row, lengths in enumerate(batch["response_lengths"].to_pylist()):
-            ends = list(itertools.accumulate(lengths, initial=0))
-            responses, mask = tokens[row], masks[row]
-            assert responses is not None
-            parts = [ids[row].encode(), prompts[row]]
-            parts += [responses[4 * start : 4 * end] for start, end in itertools.pairwise(ends)]
-            parts += [rewards[row], labels[row]]
-            scored = [] if mask is None else [mask[start:end] for start, end in itertools.pairwise(ends)]
+            mask, scored = masks[row], list[memoryview]()
+            if mask is not None:
+                scored = [mask[start:end] for start, end in itertools.pairwise(itertools.accumulate(lengths, initial=0))]
             self.kinds.add((rewards[row] is None, labels[row] is None))
             wrong = "some groups have rewards or labels, and others do not" if len(self.kinds) > 1 else ""
             if not lengths or 0 in lengths:
@@ -124,15 +125,31 @@ class Digest:
                 wrong = "one of its responses has no scored token"
             if wrong:
                 raise DataError(f"{batch['where'][row]}: group {ids[row]}: {wrong}.")
-            fed = [(len(parts) + len(scored)).to_bytes(8, "little")]
-            for part in (*parts, *scored):
-                fed.append((-1 if part is None else len(part)).to_bytes(8, "little", signed=True))
-                fed.append(part or b"")
+            fed: list[bytes | memoryview] = [(4 + len(lengths) + len(scored)).to_bytes(8, "little")]
+            fed += _with_length(ids[row].encode())
+            fed += _with_length(prompts[row])
+            fed.append(responses[row])
+            for part in (rewards[row], labels[row], *scored):
+                fed += _with_length(part)
             self.sha.update(b"".join(fed))
 
     def hexdigest(self) -> str:
         """The digest of all groups so far."""
         return self.sha.hexdigest()
+
+
+def _with_length(part: bytes | memoryview | None) -> tuple[bytes, bytes | memoryview]:
+    return (-1 if part is None else len(part)).to_bytes(8, "little", signed=True), part or b""
+
+
+def _with_lengths(tokens: pa.ListArray, lengths: pa.ListArray) -> list[memoryview]:
+    """Of each group the bytes of its responses, each behind its own length: `_with_length` for a whole batch at once."""
+    sizes = lengths.flatten().to_numpy().astype(np.int64)
+    words = (4 * sizes).astype("<i8").view("<i4")  # a length is as long as two tokens
+    flat = np.insert(tokens.flatten().to_numpy().astype("<i4", copy=False), np.repeat(np.cumsum(sizes) - sizes, 2), words)
+    data = memoryview(flat).cast("B")
+    ends = np.cumsum(4 * tokens.value_lengths().to_numpy() + 8 * lengths.value_lengths().to_numpy(), dtype=np.int64).tolist()
+    return [data[start:end] for start, end in itertools.pairwise([0, *ends])]
 
 
 def _cells(column: pa.ListArray) -> Cells:

@@ -53,6 +53,19 @@ class Tokens(NamedTuple):
     """Whether the template renders the whole conversation exactly like this; otherwise earlier turns are used as generated."""
 
 
+_NOTHING = Tokens("", np.zeros(0, np.int32), None)
+
+
+class Asked(NamedTuple):
+    """A prompt with its responses."""
+
+    prompt_text: str
+    """The prompt's messages, rendered."""
+    messages: Sequence[Message]
+    answers: Sequence[Answer]
+    tools: Sequence[dict[str, Any]] = ()
+
+
 class Chat:
     """A tokenizer with its chat template: messages to prompt ids, responses to response ids."""
 
@@ -189,7 +202,7 @@ class Chat:
         ]
         texts = self.tokenizer.render_many(said, variables=self.variables)
         ids = iter(self.tokenizer.encode_many([self.shorten(text, limit) for text in texts if isinstance(text, str)]))
-        return [(text, np.array(next(ids), np.int32)) if isinstance(text, str) else text for text in texts]
+        return [(text, next(ids)) if isinstance(text, str) else text for text in texts]
 
     def _try_prompt(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]], limit: int | None
@@ -213,29 +226,30 @@ class Chat:
         ids = [*self._text_ids(self.shorten(self._prefix + text, limit)), self.end_token_id]
         return np.array(ids, np.int32)
 
-    def answers(
-        self,
-        prompt_text: str,
-        messages: Sequence[Message],
-        answers: Sequence[Answer],
-        tools: Sequence[dict[str, Any]] = (),
-        limit: int | None = None,
-    ) -> list[Tokens | RowError]:
-        """Results, or errors, of `answer` for each of a prompt's responses; faster than one by one."""
-        seam, found = find_seam(prompt_text), list[Tokens | RowError]()
-        texts: dict[int, str] = {}
-        for place, answer in enumerate(answers):
-            try:
-                if not isinstance(answer, str) or (self._adds_space and self._anchored):
-                    found.append(self.answer(prompt_text, messages, answer, tools, limit))
-                    continue
-                texts[place] = continue_prompt(seam, self.strip_end(answer))
-                found.append(Tokens(texts[place], np.zeros(0, np.int32), None))
-            except RowError as error:
-                found.append(error)
-        many = self.tokenizer.encode_many([self.shorten(self._prefix + text, limit) for text in texts.values()])
-        for (place, text), ids in zip(texts.items(), many, strict=True):
-            found[place] = Tokens(text, np.array([*ids, self.end_token_id], np.int32), None)
+    def answers(self, asked: Sequence[Asked], limit: int | None = None) -> list[list[Tokens | RowError]]:
+        """What `answer` gives, or raises, for each response of several prompts; faster than one by one.
+
+        Args:
+            limit: as for `prompt`
+        """
+        found = list[list[Tokens | RowError]]()
+        texts, places = list[str](), list[tuple[list[Tokens | RowError], int, str]]()
+        for prompt_text, messages, answers, tools in asked:
+            seam, own = find_seam(prompt_text), list[Tokens | RowError]()
+            for answer in answers:
+                try:
+                    if not isinstance(answer, str) or (self._adds_space and self._anchored):
+                        own.append(self.answer(prompt_text, messages, answer, tools, limit))
+                        continue
+                    text = continue_prompt(seam, self.strip_end(answer))
+                    places.append((own, len(own), text))
+                    texts.append(self.shorten(self._prefix + text, limit))
+                    own.append(_NOTHING)
+                except RowError as error:
+                    own.append(error)
+            found.append(own)
+        for (own, place, text), ids in zip(places, self.tokenizer.encode_many(texts, self.end_token_id), strict=True):
+            own[place] = Tokens(text, ids, None)
         return found
 
     def strip_end(self, text: str) -> str:

@@ -56,9 +56,9 @@ def _says(item: dict[str, Any]) -> bool:
 
 def as_messages(value: Any) -> Any:
     """Messages in a JSON string; one message as a list of one; any other value unchanged."""
-    parsed = parse_json(value, "[")
     if isinstance(value, str):
-        return parsed if is_conversation(parsed) else value
+        parsed = parse_json(value, "[")
+        return parsed if parsed is not value and is_conversation(parsed) else value
     return [value] if isinstance(value, dict) and _role_name(value) is not None else value
 
 
@@ -196,8 +196,8 @@ def read_prompt(row: FieldRecord, *, required: bool = True) -> tuple[Message, ..
 
 def find_prompt(row: FieldRecord) -> str | None:
     """The field that holds the row's prompt; marks it as read."""
-    names = [name for name in PROMPT_FIELDS if name not in _LISTS_ONLY or not isinstance(as_messages(row.values.get(name)), str)]
-    return row.find(names)
+    text_only = [name for name in _LISTS_ONLY if isinstance(as_messages(row.values.get(name)), str)]
+    return row.find([name for name in PROMPT_FIELDS if name not in text_only] if text_only else PROMPT_FIELDS)
 
 
 def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]:
@@ -276,6 +276,8 @@ def join_answers(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> tup
     """
     field = find_prompt(row) if _needs_prompt(row, answers) else None
     own = read_prompt(row, required=False) if field is not None else ()
+    if own and all(isinstance(answer, str) for _, answer in answers):  # nearly all rows
+        return own, [answer for _, answer in answers]
     wholes: list[tuple[Any, ...]] = []
     for place, answer in answers:
         if isinstance(answer, str):

@@ -12,6 +12,8 @@ _INDEX = re.compile(r"\[\d+\]")
 class FieldRecord:
     """A row, or a record inside one. Fields never requested through `get` or `find` are unused."""
 
+    __slots__ = ("inner", "place", "used", "values")
+
     def __init__(self, values: Mapping[str, Any], place: str = "", parent: FieldRecord | None = None) -> None:
         self.values, self.place, self.used = values, place, set[str]()
         self.inner: list[FieldRecord] = []

@@ -59,6 +59,8 @@ def is_number(value: Any) -> bool:
 
 def read_number(value: Any, field: str) -> float:
     """A finite number; also accepts a numeric string ("4") and a boolean (1 or 0)."""
+    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # nearly all
+        return value
     if value is None:
         raise RowError(field, "is missing")
     if isinstance(value, str):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,7 +108,7 @@ class Format:
     """Whether a row holds one response, so that all rows of a prompt form its group."""
 
 
-def rename(row: Any, columns: dict[str, str]) -> Any:
+def rename(row: Any, columns: Mapping[str, str]) -> Any:
     """The row with its columns renamed to the formats' names.
 
     Args:
@@ -181,10 +181,10 @@ class Responses:
     labels: list[int] = field(default_factory=list)
     dropped: list[RowError] = field(default_factory=list)
 
-    def read(self, read: Callable[[], tuple[Any, float | None, int | None] | None]) -> None:
-        """Add one response with its reward and label, or record why not; None drops it deliberately."""
+    def read(self, read: Callable[..., tuple[Any, float | None, int | None] | None], *given: Any) -> None:
+        """Add what `read` returns, a response with its reward and label, or record its error; None drops it deliberately."""
         try:
-            found = read()
+            found = read(*given)
         except RowError as error:
             self.dropped.append(error)
             return

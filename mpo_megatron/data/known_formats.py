@@ -25,6 +25,8 @@ _SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("ch
 _SWIFT = ("rejected_response", "rejected_messages", "negative_messages")
 _COMPARED = (("response_0", "response_1"), ("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
 _WINNERS = ("better_response_id", "overall_preference", "preference_strength", "winner")
+_MESSAGE_KEYS = {"role", "from", "tool_calls", "reasoning_content", "reasoning"}
+"""Keys that make a record with a text a message."""
 _COMPLETIONS = ("completion", "response", "output")
 _LABELS = ("label", "kto_tag")
 
@@ -38,7 +40,7 @@ def _read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> t
     record = row.within(item, place)
     name = record.find(_TEXTS) or name
     text = record.get(name)
-    keys = [key for key in ("role", "from", "tool_calls", "reasoning_content", "reasoning") if record.has(key)]
+    keys = [key for key in record.values.keys() & _MESSAGE_KEYS if record.has(key)]
     if keys and not isinstance(as_messages(text), list):
         message = {"role": "assistant", "content": text} | {key: record.get(key) for key in keys}
         return read_answer(record, [message], place), record
@@ -66,7 +68,7 @@ class _Column:
     def __init__(
         self, row: FieldRecord, size: int, inner: Sequence[str], outer: Sequence[str], read: Callable[[Any, str], Any]
     ) -> None:
-        self.inner, self.convert = inner, read
+        self.inner, self.names, self.convert = inner, frozenset(inner), read
         self.outer = row.find(outer)
         self.values = None if self.outer is None else read_list(row.get(self.outer), self.outer)
         if self.values is not None and len(self.values) != size:
@@ -74,7 +76,7 @@ class _Column:
 
     def given(self, item: Any) -> bool:
         """Whether a response, or the row, gives a value at all."""
-        return self.values is not None or (isinstance(item, dict) and any(name in item for name in self.inner))
+        return self.values is not None or (isinstance(item, dict) and not self.names.isdisjoint(item))
 
     def read(self, record: FieldRecord, index: int, default: str | None = None) -> Any:
         """The value of one response; if both places have one, they must agree."""
@@ -147,24 +149,25 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     if not (has_rewards or has_ranks or has_labels or layout.ratings):
         raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
     found, places, drawn = Responses(), list[str](), list[Drawn | None]()
+
+    def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:
+        place = f"{field}[{index}]"
+        response, record = _read_item(row, item, place)
+        ids = read_drawn(row, record)
+        reward = None
+        if layout.ratings:
+            reward = _average(record, layout.ratings)
+        elif has_rewards:
+            reward = rewards.read(record, index)
+        elif has_ranks:
+            reward = -ranks.read(record, index)
+        label = labels.read(record, index) if has_labels else None
+        places.append(place)
+        drawn.append(ids if isinstance(response, str) else None)
+        return response, reward, label
+
     for index, item in enumerate(items):
-
-        def read(index: int = index, item: Any = item) -> tuple[Any, float | None, int | None]:
-            response, record = _read_item(row, item, f"{field}[{index}]")
-            ids = read_drawn(row, record)
-            reward = None
-            if layout.ratings:
-                reward = _average(record, layout.ratings)
-            elif has_rewards:
-                reward = rewards.read(record, index)
-            elif has_ranks:
-                reward = -ranks.read(record, index)
-            label = labels.read(record, index) if has_labels else None
-            places.append(f"{field}[{index}]")
-            drawn.append(ids if isinstance(response, str) else None)
-            return response, reward, label
-
-        found.read(read)
+        found.read(read, index, item)
     parsed = _finish(row, found, places)
     return replace(parsed, drawn=tuple(drawn)) if any(drawn) else parsed
 
@@ -201,20 +204,20 @@ def _parse_ultrafeedback(row: FieldRecord, layout: InputLayout) -> Parsed:
 def _parse_records(row: FieldRecord, field: str, reward: Callable[[FieldRecord, str], float | None], text: str) -> Parsed:
     """Responses in records, each with the source of its reward; None drops a response deliberately."""
     found, places = Responses(), list[str]()
+
+    def read(index: int, item: Any) -> tuple[Any, float | None, int | None] | None:
+        place = f"{field}[{index}]"
+        if not isinstance(item, dict):
+            raise RowError(place, f"is of type {type(item).__name__}, not a record")
+        response, record = _read_item(row, item, place, text)
+        value = reward(record, place)
+        if value is None:
+            return None
+        places.append(place)
+        return response, value, None
+
     for index, item in enumerate(read_list(row.get(field), field)):
-
-        def read(index: int = index, item: Any = item) -> tuple[Any, float | None, int | None] | None:
-            place = f"{field}[{index}]"
-            if not isinstance(item, dict):
-                raise RowError(place, f"is of type {type(item).__name__}, not a record")
-            response, record = _read_item(row, item, place, text)
-            value = reward(record, place)
-            if value is None:
-                return None
-            places.append(place)
-            return response, value, None
-
-        found.read(read)
+        found.read(read, index, item)
     return _finish(row, found, places)
 
 

@@ -13,7 +13,7 @@ import functools
 import itertools
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,10 @@ from mpo_megatron.data.batches import SCHEMA, to_batch
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
 from mpo_megatron.data.formats import InputLayout
-from mpo_megatron.data.group import Group, RewardKind, TokenizedGroup
+from mpo_megatron.data.group import Group, Message, RewardKind, TokenizedGroup
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
-from mpo_megatron.data.readers import GroupStream, read_inputs
+from mpo_megatron.data.readers import PartOfRow, RowStream, find_repeated, open_inputs
 from mpo_megatron.data.rewards import (
     RewardScale,
     add_noise,
@@ -42,9 +42,10 @@ from mpo_megatron.data.rewards import (
     swap_two_tokens,
 )
 from mpo_megatron.data.sources import Rejection
+from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups, write_batches, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
-from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, cut_chunks, load_chat, map_in_order, tokenize_chunk
+from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, Task, cut_tasks, load_chat, map_in_order, tokenize_chunk
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.partial import clear_leftovers
@@ -78,9 +79,9 @@ class Accepted:
 
     def add(self, chunk: Chunk) -> None:
         """Append a chunk's groups."""
-        self.prompt_keys += chunk.prompt_keys
+        self.prompt_keys += b"".join(chunk.prompt_keys)
         self.holds += chunk.holds
-        self.inputs += np.array(chunk.inputs, dtype=np.uint16).tobytes()
+        self.inputs += np.full(len(chunk.holds), chunk.number, dtype=np.uint16).tobytes()
 
 
 UNFINISHED = ".unfinished"
@@ -153,9 +154,9 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
     return summary
 
 
-def open_streams(config: PrepareConfig) -> list[GroupStream]:
-    """The groups of each input."""
-    return read_inputs(
+def open_streams(config: PrepareConfig) -> list[RowStream]:
+    """The rows of each input."""
+    return open_inputs(
         config.inputs,
         format_name=config.format,
         split=config.split,
@@ -167,11 +168,11 @@ def open_streams(config: PrepareConfig) -> list[GroupStream]:
     )
 
 
-def _stored_format(config: PrepareConfig, streams: list[GroupStream]) -> str:
+def _stored_format(config: PrepareConfig, streams: list[RowStream]) -> str:
     return streams[0].layout.format if len(streams) == 1 else config.format
 
 
-def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: list[GroupStream]) -> None:
+def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: list[RowStream]) -> None:
     for source, stream in zip(config.inputs, streams, strict=True):
         console.print(Text(visible(f"{source}: format {stream.layout.format}, because {stream.layout.why}.")), soft_wrap=True)
     if chat.lead.strip() and not chat.templated:
@@ -187,13 +188,13 @@ def _print_start(console: Console, config: PrepareConfig, chat: Chat, streams: l
 
 
 def _tokenize(
-    config: PrepareConfig, chat: Chat, streams: list[GroupStream], spool: Path, rejected_file: Path, tally: Tally
+    config: PrepareConfig, chat: Chat, streams: list[RowStream], spool: Path, rejected_file: Path, tally: Tally
 ) -> Accepted:
     """Write accepted groups to `spool`, and rejections to the file beside it."""
     accepted = Accepted()
     totals = [stream.total for stream in streams]
     total = None if None in totals else sum(count for count in totals if count is not None)
-    items = itertools.chain.from_iterable(stream.items for stream in streams)
+    seen = Spill()
     with (
         writing(Path(config.output)),  # outermost: closing a file also writes; readers raise DataError themselves
         pa.OSFile(str(spool), "wb") as sink,
@@ -201,12 +202,19 @@ def _tokenize(
         rejected_file.open("w", encoding="utf-8") as rejected,
     ):
         chunks = map_in_order(
-            functools.partial(tokenize_chunk, config), cut_chunks(_peek(config, chat, items)), config.num_workers
+            functools.partial(tokenize_chunk, config), _peek(config, chat, cut_tasks(streams)), config.num_workers
         )
-        for chunk in track("tokenizing", chunks, total, weigh=lambda chunk: len(chunk.holds) + len(chunk.rejections)):
+        for chunk in track("tokenizing", chunks, total, weigh=lambda chunk: chunk.num_rows):
+            repeated = {
+                built.row: error
+                for built in chunk.built
+                if (error := find_repeated(seen, built.group_id, built.where, own=built.own_id)) is not None
+            }
+            if repeated:
+                chunk.reject(repeated)
             if chunk.batch is not None:
                 writer.write_batch(chunk.batch)
-            rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections)
+            rejected.writelines(rejection.as_json() + "\n" for rejection in chunk.rejections.values())
             accepted.add(chunk)
             _count(tally, chunk)
     for stream in streams:
@@ -214,39 +222,49 @@ def _tokenize(
     return accepted
 
 
-def _peek(config: PrepareConfig, chat: Chat, items: Iterator[Group | Rejection]) -> Iterator[Group | Rejection]:
-    """The items, after checking the first ones.
+def _peek(config: PrepareConfig, chat: Chat, tasks: Iterator[Task]) -> Iterator[Task]:
+    """The tasks, after checking the first rows.
 
     Raises:
         ConfigError: most prompts look already templated.
     """
-    head = list(itertools.islice(items, _PEEKED))
-    groups = [item for item in head if isinstance(item, Group)]
+    head, prompts = list[Task](), list[Sequence[Message]]()
+    num_rows = 0
+    for task in tasks:
+        head.append(task)
+        for row in task.rows[: _PEEKED - num_rows]:
+            item = task.reader.build(row if isinstance(row, PartOfRow) else task.reader.parse(row))
+            prompts += [item.prompt] if isinstance(item, Group) else []
+        num_rows += len(task.rows)
+        if num_rows >= _PEEKED:
+            break
     if config.prompt_format == "auto":
-        check_templated([group.prompt for group in groups], chat)
-    return itertools.chain(head, items)
+        check_templated(prompts, chat)
+    return itertools.chain(head, tasks)
 
 
 def _count(tally: Tally, chunk: Chunk) -> None:
-    for rejection in chunk.rejections:
+    for rejection in chunk.rejections.values():
         name = rejection.field.split("[")[0].split(".")[0]
         tally.rejected[name] += 1
         where = f"{rejection.file}:{rejection.line}"
         tally.examples.setdefault(name, f"{where}: {rejection.field} {rejection.reason}")
-    tally.rows += len(chunk.holds) + len(chunk.rejections)
-    for name, number in chunk.counts.items():
-        setattr(tally, name, getattr(tally, name) + number)
-    for name, example in chunk.examples.items():
-        tally.examples.setdefault(name, example)
-    tally.dropped += chunk.dropped
-    tally.not_written += chunk.not_written
+    tally.rows += chunk.num_rows
+    tally.unused += chunk.unused
+    for event in chunk.events:
+        if event.table:
+            getattr(tally, event.table)[event.name] += event.number
+        else:
+            setattr(tally, event.name, getattr(tally, event.name) + event.number)
+        if event.example:
+            tally.examples.setdefault(f"{event.table} {event.name}".strip(), event.example)
 
 
 def _reasons(tally: Tally) -> str:
     return "; ".join(f"{count} × {name}: {tally.examples[name]}" for name, count in tally.rejected.most_common(5))
 
 
-def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tally) -> str:
+def _nothing_left(config: PrepareConfig, streams: list[RowStream], tally: Tally) -> str:
     read = ", ".join(f"{stream.layout.format} because {stream.layout.why}" for stream in streams)
     unused = f"; columns not used: {', '.join(sorted(tally.unused))}" if tally.unused else ""
     names = " and ".join(config.inputs)
@@ -256,7 +274,7 @@ def _nothing_left(config: PrepareConfig, streams: list[GroupStream], tally: Tall
 # --------------------------------------------------------------------------------------------------- between the passes
 
 
-def _reward_kind(config: PrepareConfig, streams: list[GroupStream], accepted: Accepted) -> RewardKind:
+def _reward_kind(config: PrepareConfig, streams: list[RowStream], accepted: Accepted) -> RewardKind:
     """Meaning of the accepted groups' rewards: that of the inputs that have any.
 
     Raises:

@@ -9,7 +9,6 @@ Legend: K responses of a group.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -118,24 +117,33 @@ def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | 
 
 
 def spacing(rewards: Float64) -> Float64:
-    """Gaps [K − 1] between neighbours of the sorted rewards; 0 for a tie.
+    """Gaps [… K − 1] between neighbours of the sorted rewards; 0 for a tie.
 
     Source: MPO appendix A.5 (mean gap Δ, which falls roughly as 1/K) and Theorem 2.
     """
     return np.diff(np.sort(rewards))
 
 
-def summarize_spacing(groups: Sequence[Float64]) -> dict[str, Any]:
-    """Statistics of the gaps over groups: mean and median gap, smallest gap of a group, share of ties, mean gap by K."""
-    gaps = [spacing(rewards) for rewards in groups]
-    every, smallest = np.concatenate(gaps), np.array([gap.min() for gap in gaps])
-    by_size: dict[int, list[float]] = {}
-    for gap in gaps:
-        by_size.setdefault(len(gap) + 1, []).append(float(gap.mean()))
+def summarize_spacing(rewards: Float64, sizes: Int64) -> dict[str, Any]:
+    """Statistics of the gaps over groups: mean and median gap, smallest gap of a group, share of ties, mean gap by K.
+
+    Args:
+        rewards: [ΣK] of all groups, one after the other
+        sizes: [G] K of each group, at least 2
+    """
+    starts = np.cumsum(sizes) - sizes
+    every, smallest = np.empty(len(rewards) - len(sizes)), np.empty(len(sizes))
+    by_size: dict[int, Float64] = {}
+    for size in np.unique(sizes).tolist():
+        groups = np.flatnonzero(sizes == size)
+        gaps = spacing(rewards[starts[groups, None] + np.arange(size)])
+        every[(starts - np.arange(len(sizes)))[groups, None] + np.arange(size - 1)] = gaps
+        smallest[groups] = gaps.min(axis=1)
+        by_size[size] = gaps.mean(axis=1)
     return {
         "mean": float(every.mean()),
         "median": float(np.median(every)),
         "median_smallest": float(np.median(smallest)),
         "tied_share": float((every == 0).mean()),
-        "mean_by_num_responses": {str(size): float(np.mean(means)) for size, means in sorted(by_size.items())},
+        "mean_by_num_responses": {str(size): float(np.mean(means)) for size, means in by_size.items()},
     }

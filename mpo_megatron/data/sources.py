@@ -58,11 +58,16 @@ class Rejection:
 
 
 class RawRow(NamedTuple):
-    """One row as read; `value` is a `RowError` if it could not be decoded."""
+    """One row as read."""
 
     file: str
     line: int
     value: Any
+    """Undecoded JSON as bytes; decoded, or `RowError` where it cannot be."""
+
+    def decode(self) -> RawRow:
+        """The row with its value decoded."""
+        return self._replace(value=_decode(self.value)) if isinstance(self.value, bytes) else self
 
     def reject(self, error: RowError, group_id: str | None = None) -> Rejection:
         """The rejection of this row."""
@@ -121,7 +126,7 @@ def _read_jsonl(path: Path) -> Source:
 def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            yield RawRow(name, number, _decode(line.strip()))
+            yield RawRow(name, number, line.strip())
 
 
 def _unsealed(row: Any) -> Any:
@@ -258,6 +263,16 @@ def _read_files(files: list[Path], name: str) -> Source:
 
 
 def open_source(source: str, *, split: str = "train", subset: str | None = None) -> Source:
+    """Decoded rows of an input.
+
+    Raises:
+        DataError: as `open_undecoded`.
+    """
+    total, rows = open_undecoded(source, split=split, subset=subset)
+    return Source(total, (row.decode() for row in rows))
+
+
+def open_undecoded(source: str, *, split: str = "train", subset: str | None = None) -> Source:
     """Rows of standard input (`-`), a file, a glob pattern, a folder, or a dataset on the hub.
 
     Raises:

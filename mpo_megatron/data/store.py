@@ -354,6 +354,21 @@ class StoredGroups:
         batch, row = self._locate(index, piece=2)
         return batch["prompt_text"][row].as_py(), tuple(batch["response_texts"][row].as_py())
 
+    def num_repeated_texts(self) -> Int64:
+        """[G] responses of every group whose text one before them has."""
+        found = [np.zeros(0, np.int64)]
+        for start, batch in zip(self._starts, self._batches, strict=False):
+            if batch.num_rows:
+                self._locate(start, piece=2)
+                texts = batch["response_texts"]
+                sizes = texts.value_lengths().to_numpy().astype(np.int64)
+                encoded = texts.flatten().dictionary_encode()
+                width = max(len(encoded.dictionary), 1)
+                group = np.repeat(np.arange(len(sizes)), sizes)
+                distinct = np.unique(group * width + encoded.indices.to_numpy()) // width
+                found.append(sizes - np.bincount(distinct, minlength=len(sizes)))
+        return np.concatenate(found)
+
     def check_texts(self) -> None:
         """Compare the pieces that `text` reads with their digests.
 

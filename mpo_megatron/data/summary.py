@@ -126,23 +126,19 @@ def compute_statistics(groups: StoredGroups) -> dict[str, Any]:
     contrast = rewards if rewards is not None else groups.all_labels()
     assert contrast is not None  # every group has rewards or labels
     spreads = np.maximum.reduceat(contrast, starts) - np.minimum.reduceat(contrast, starts)
-    repeated, with_repeated = 0, 0
-    for index in range(len(groups)):
-        texts = groups.text(index)[1]
-        count = len(texts) - len(set(texts))
-        repeated, with_repeated = repeated + count, with_repeated + (count > 0)
+    repeated = groups.num_repeated_texts()
     statistics: dict[str, Any] = {
         "num_responses": {str(size): int(count) for size, count in zip(sizes, counts, strict=True)},
         "prompt_tokens": _lengths(groups.prompt_lengths()),
         "response_tokens": _lengths(groups.all_response_lengths()),
         "without_contrast": int((spreads == 0).sum()),
-        "groups_with_duplicate_responses": with_repeated,
-        "duplicate_responses": repeated,
+        "groups_with_duplicate_responses": int((repeated > 0).sum()),
+        "duplicate_responses": int(repeated.sum()),
     }
     if rewards is not None:
         statistics["reward"] = _describe(rewards)
         statistics["reward_spread"] = _describe(spreads)
-        statistics["reward_spacing"] = summarize_spacing(np.split(rewards, starts[1:]))
+        statistics["reward_spacing"] = summarize_spacing(rewards, groups.num_responses())
     return statistics
 
 

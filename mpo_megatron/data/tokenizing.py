@@ -1,17 +1,22 @@
-"""Groups to tokenized groups, in worker processes: chunks of rows in, record batches and counts out."""
+"""Rows to tokenized groups, in worker processes: chunks of rows in, record batches and counts out.
+
+Workers also parse the rows: one process that did so for all would feed about ten workers. Which ids came before, only the process
+that sees all rows can say: it takes repeated groups out of a chunk afterwards (`Chunk.reject`).
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import multiprocessing
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,18 +25,20 @@ from jinja2 import TemplateError
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data.arrays import Int32
 from mpo_megatron.data.batches import to_batch
-from mpo_megatron.data.chat import Chat, Tokens
+from mpo_megatron.data.chat import Asked, Chat, Tokens
 from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.formats import Parsed
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
-from mpo_megatron.data.sources import Rejection
+from mpo_megatron.data.readers import InputReader, PartOfRow, RowStream
+from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 
 _CHUNK_GROUPS, _CHUNK_CHARACTERS = 32, 1 << 20
-"""Maximum size of one task: groups, and characters of their responses (at least one group)."""
+"""Maximum size of one task: rows, and their characters (at least one row)."""
 _AHEAD = 4
 """Unfinished chunks per worker: keeps workers busy and bounds memory."""
 REWARDS, LABELS = 1, 2
@@ -51,55 +58,148 @@ def load_chat(config: PrepareConfig) -> Chat:
     return _load_chat(config.tokenizer, config.chat_template, config.system_prompt, variables, templated)
 
 
+class Task(NamedTuple):
+    """A run of rows that are tokenized together."""
+
+    reader: InputReader
+    first: int
+    """The place of the first row among all."""
+    rows: list[RawRow | PartOfRow]
+
+
+class Event(NamedTuple):
+    """Something to count in the summary."""
+
+    row: int
+    """The row that it befell, counted in its chunk."""
+    table: str
+    """A counter of `Tally`; "" for its plain numbers."""
+    name: str
+    number: int
+    example: str
+    """The case in words; "" for none."""
+
+
+class Built(NamedTuple):
+    """A group that was read, whether or not it could be tokenized."""
+
+    row: int
+    group_id: str
+    where: str
+    own_id: bool
+    """Whether the row gives the id itself."""
+
+
 @dataclass(kw_only=True)
 class Chunk:
-    """A worker's result, in the order of its items."""
+    """A worker's result, in the order of its rows."""
 
+    num_rows: int = 0
+    number: int = 0
+    """The input that the rows were read from."""
+    row: int = 0
+    """The row that is being counted."""
     batch: pa.RecordBatch | None = None
-    prompt_keys: bytearray = field(default_factory=bytearray)
+    accepted: list[int] = field(default_factory=list)
+    """For each accepted group, its row."""
+    prompt_keys: list[bytes] = field(default_factory=list)
     """For each accepted group, 16 bytes: a hash of its prompt's messages."""
     holds: bytearray = field(default_factory=bytearray)
     """For each accepted group, whether it has REWARDS, LABELS."""
-    inputs: list[int] = field(default_factory=list)
-    """For each accepted group, the index of its input."""
-    rejections: list[Rejection] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
-    """Counts by the names of `Tally`'s fields."""
-    dropped: Counter[str] = field(default_factory=Counter)
-    """Unusable responses, by field."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """By the names in `counts` and `dropped`, the first case as text."""
-    not_written: Counter[str] = field(default_factory=Counter)
-    """Parts of prompts that the chat template omits, with their number of groups."""
+    rejections: dict[int, Rejection] = field(default_factory=dict)
+    """By row."""
+    built: list[Built] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)
+    """Unread columns and keys, with their number of rows."""
 
-    def count(self, name: str, where: str, number: int = 1) -> None:
-        """Count something, and keep its first occurrence."""
+    def count(self, name: str, example: str, number: int = 1, table: str = "") -> None:
+        """Count something about the current row."""
         if number:
-            self.counts[name] += number
-            self.examples.setdefault(name, where)
+            self.events.append(Event(self.row, table, name, int(number), example))
+
+    def drop(self, where: str, fault: str) -> None:
+        """Count a response of the current row that cannot be used."""
+        name = fault.split(" ")[0].split("[")[0].split(".")[0]
+        self.count(name, f"{where}: {fault}", table="dropped")
+
+    def reject(self, repeated: dict[int, RowError]) -> None:
+        """Take out groups whose id came before.
+
+        Args:
+            repeated: by row, what is wrong
+        """
+        for built in self.built:
+            if (error := repeated.get(built.row)) is not None:
+                self.rejections[built.row] = make_rejection(built.where, built.group_id, error)
+        self.rejections = dict(sorted(self.rejections.items()))
+        self.events = [event for event in self.events if event.row not in repeated]
+        stays = [row not in repeated for row in self.accepted]
+        if self.batch is not None:
+            self.batch = self.batch.filter(pa.array(stays)) if any(stays) else None
+        self.accepted = list(itertools.compress(self.accepted, stays))
+        self.prompt_keys = list(itertools.compress(self.prompt_keys, stays))
+        self.holds = bytearray(itertools.compress(self.holds, stays))
 
 
-def tokenize_group(
-    group: Group, prompt: tuple[str, Int32] | TemplateError, chat: Chat, config: PrepareConfig, chunk: Chunk
+def make_rejection(where: str, group_id: str, error: RowError) -> Rejection:
+    """The rejection of a group that was read at `where`."""
+    file, _, line = where.rpartition(":")
+    return Rejection(file=file, line=int(line), group_id=group_id, field=error.field, reason=error.reason)
+
+
+def tokenize_groups(
+    groups: Sequence[Group], chat: Chat, config: PrepareConfig, chunk: Chunk
+) -> Iterator[TokenizedGroup | RowError]:
+    """Token ids of groups; what happens to their responses is counted in `chunk` as they are taken.
+
+    An error says of its group that the template refuses the prompt, it is too long, or fewer than two responses remain.
+    """
+    prompts = [
+        _check_prompt(prompt, config)
+        for prompt in chat.prompts([(group.prompt, group.tools) for group in groups], limit=config.max_prompt_tokens)
+    ]
+    asked = [
+        Asked(prompt[0], group.prompt, group.responses, group.tools)
+        for prompt, group in zip(prompts, groups, strict=True)
+        if not isinstance(prompt, RowError)
+    ]
+    answers = iter(chat.answers(asked, limit=config.max_response_tokens))
+    for prompt, group in zip(prompts, groups, strict=True):
+        if isinstance(prompt, RowError):
+            yield prompt
+            continue
+        try:
+            yield _tokenize_group(group, prompt, next(answers), chat, config, chunk)
+        except RowError as error:
+            yield error
+
+
+def _check_prompt(prompt: tuple[str, Int32] | TemplateError, config: PrepareConfig) -> tuple[str, Int32] | RowError:
+    if isinstance(prompt, TemplateError):
+        return RowError("prompt", f"is refused by the chat template: {prompt}")
+    if len(prompt[1]) > config.max_prompt_tokens:
+        return RowError("prompt", f"has {len(prompt[1])} tokens, but max_prompt_tokens = {config.max_prompt_tokens}")
+    return prompt
+
+
+def _tokenize_group(
+    group: Group,
+    prompt: tuple[str, Int32],
+    found: Sequence[Tokens | RowError],
+    chat: Chat,
+    config: PrepareConfig,
+    chunk: Chunk,
 ) -> TokenizedGroup:
-    """Token ids of a group; outcomes of its responses are counted in `chunk`.
-
-    Args:
-        prompt: its prompt from `Chat.prompts`
+    """A group of its prompt and its responses.
 
     Raises:
-        RowError: the template refuses the prompt, it is too long, or fewer than two responses remain.
+        RowError: fewer than two responses remain.
     """
-    if isinstance(prompt, TemplateError):
-        raise RowError("prompt", f"is refused by the chat template: {prompt}") from prompt
     prompt_text, prompt_tokens = prompt
-    if len(prompt_tokens) > config.max_prompt_tokens:
-        limit = f"max_prompt_tokens = {config.max_prompt_tokens}"
-        raise RowError("prompt", f"has {len(prompt_tokens)} tokens, but {limit}")
     kept: list[int] = []
     answers: list[Tokens] = []
     num_overlong, faults = 0, list[RowError]()
-    found = chat.answers(prompt_text, group.prompt, group.responses, group.tools, limit=config.max_response_tokens)
     for index, tokens in enumerate(found):
         if isinstance(tokens, RowError):
             faults.append(RowError(f"responses[{index}]{tokens.field}", tokens.reason))
@@ -120,7 +220,7 @@ def tokenize_group(
         raise RowError("responses", f"leave K = {len(kept)} of {len(group.responses)} within {limit}; a group needs at least two")
     chunk.count("overlong_truncated" if config.overlong == "truncate" else "overlong_dropped", group.where, num_overlong)
     for fault in faults:
-        _drop(chunk, group.where, str(fault))
+        chunk.drop(group.where, str(fault))
     _count_thoughts(chunk, chat, group, prompt_text, [group.responses[index] for index in kept], answers)
     chunk.count("labels_against_rewards", group.where, contradict(group))
     masked = any(tokens.scored is not None for tokens in answers)
@@ -168,12 +268,6 @@ def _mask(tokens: Tokens) -> Any:
     return np.ones(len(tokens.ids), np.bool_) if tokens.scored is None else tokens.scored
 
 
-def _drop(chunk: Chunk, where: str, fault: str) -> None:
-    name = fault.split(" ")[0].split("[")[0].split(".")[0]
-    chunk.dropped[name] += 1
-    chunk.examples.setdefault(f"dropped {name}", f"{where}: {fault}")
-
-
 def _count_thoughts(
     chunk: Chunk, chat: Chat, group: Group, prompt_text: str, responses: list[Any], answers: list[Tokens]
 ) -> None:
@@ -189,43 +283,46 @@ def _count_thoughts(
         chunk.count("rewritten_turns", group.where, not tokens.exact)
 
 
-def tokenize_chunk(config: PrepareConfig, numbered: tuple[int, list[Group | Rejection]]) -> Chunk:
-    """Tokenize a chunk of groups; rejections among them keep their position.
-
-    Args:
-        numbered: index of the first item among all, and the items
-    """
-    chat, chunk = load_chat(config), Chunk()
-    groups: list[TokenizedGroup] = []
-    first, items = numbered
-    conversations = [(item.prompt, item.tools) for item in items if isinstance(item, Group)]
-    prompts = iter(chat.prompts(conversations, limit=config.max_prompt_tokens))
-    for place, item in enumerate(items, start=first):
+def tokenize_chunk(config: PrepareConfig, task: Task) -> Chunk:
+    """Read and tokenize a run of rows."""
+    chat, chunk = load_chat(config), Chunk(num_rows=len(task.rows), number=task.reader.number)
+    groups = dict[int, Group]()
+    for row, given in enumerate(task.rows):
+        parsed = given if isinstance(given, PartOfRow) else task.reader.parse(given)
+        item = task.reader.build(parsed)
+        if isinstance(parsed.part, Parsed):
+            chunk.unused.update(parsed.part.unused)
         if isinstance(item, Rejection):
-            chunk.rejections.append(item)
+            chunk.rejections[row] = item
             continue
-        try:
-            group = tokenize_group(item, next(prompts), chat, config, chunk)
-        except RowError as error:
-            file, _, line = item.where.rpartition(":")
-            chunk.rejections.append(
-                Rejection(file=file, line=int(line), group_id=item.group_id, field=error.field, reason=error.reason)
-            )
+        groups[row] = item
+        own_id = isinstance(parsed.part, Parsed) and parsed.part.group_id is not None
+        chunk.built.append(Built(row, item.group_id, item.where, own_id))
+    found = tokenize_groups(list(groups.values()), chat, config, chunk)
+    kept: list[TokenizedGroup] = []
+    for row, item in groups.items():
+        chunk.row = row
+        group = next(found)
+        if isinstance(group, RowError):
+            chunk.rejections[row] = make_rejection(item.where, item.group_id, group)
             continue
-        if config.check_every and place % config.check_every == 0:
+        if config.check_every and (task.first + row) % config.check_every == 0:
             check_group(item, group, chat)
-            chunk.counts["checked"] += 1
-        groups.append(group)
+            chunk.count("checked", "")
+        kept.append(group)
+        chunk.accepted.append(row)
         key = [item.prompt, item.tools] if item.tools else item.prompt
-        chunk.prompt_keys += hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()[:16]
+        chunk.prompt_keys.append(hashlib.sha256(json.dumps(key, sort_keys=True).encode()).digest()[:16])
         chunk.holds.append((item.rewards is not None) * REWARDS + (item.labels is not None) * LABELS)
-        chunk.inputs.append(item.source)
         for fault in item.dropped:
-            _drop(chunk, item.where, fault)
-        chunk.count("special_tokens", item.where, not chat.templated and chat.spells_special(item.prompt, group.response_texts))
-        chunk.count("templated_prompts", item.where, not chat.templated and chat.looks_templated(item.prompt))
-        chunk.not_written.update(find_not_written(chat, item, group.prompt_text))
-    chunk.batch = to_batch(groups) if groups else None
+            chunk.drop(item.where, fault)
+        if not chat.templated:
+            chunk.count("special_tokens", item.where, chat.spells_special(item.prompt, group.response_texts))
+            chunk.count("templated_prompts", item.where, chat.looks_templated(item.prompt))
+        for name in find_not_written(chat, item, group.prompt_text):
+            chunk.count(name, "", table="not_written")
+    chunk.rejections = dict(sorted(chunk.rejections.items()))
+    chunk.batch = to_batch(kept) if kept else None
     return chunk
 
 
@@ -276,16 +373,27 @@ def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterab
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def cut_chunks(items: Iterable[Group | Rejection]) -> Iterator[tuple[int, list[Group | Rejection]]]:
-    """Split items into chunks for one task each, with the index of their first item."""
-    chunk: list[Group | Rejection] = []
-    first, characters = 0, 0
-    for item in items:
-        chunk.append(item)
-        if isinstance(item, Group):
-            characters += sum(len(part) for part in item.responses if isinstance(part, str))
-        if len(chunk) >= _CHUNK_GROUPS or characters >= _CHUNK_CHARACTERS:
-            yield first, chunk
-            first, characters, chunk = first + len(chunk), 0, []
-    if chunk:
-        yield first, chunk
+def cut_tasks(streams: Iterable[RowStream]) -> Iterator[Task]:
+    """The rows of all inputs in runs that one task tokenizes."""
+    first = 0
+    for stream in streams:
+        rows: list[RawRow | PartOfRow] = []
+        characters = 0
+        for row in stream.rows:
+            rows.append(row)
+            characters += _num_characters(row.value if isinstance(row, RawRow) else getattr(row.part, "responses", ()))
+            if len(rows) >= _CHUNK_GROUPS or characters >= _CHUNK_CHARACTERS:
+                yield Task(stream.reader, first, rows)
+                first, characters, rows = first + len(rows), 0, []
+        if rows:
+            yield Task(stream.reader, first, rows)
+            first += len(rows)
+
+
+def _num_characters(value: Any) -> int:
+    """About how many characters a value holds."""
+    if isinstance(value, str | bytes):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_num_characters, value.values()))
+    return sum(map(_num_characters, value)) if isinstance(value, list | tuple) else 0

@@ -231,7 +231,7 @@ def summarize(selection: Selection) -> dict[str, Any]:
         "num_responses": {str(size): count for size, count in sorted(Counter(map(len, selection.rewards)).items())},
         "reward": describe(rewards),
         "reward_spread": describe(np.array([group.max() - group.min() for group in selection.rewards])),
-        "reward_spacing": summarize_spacing(selection.rewards),
+        "reward_spacing": summarize_spacing(rewards, np.array(list(map(len, selection.rewards)))),
         "without_contrast": sum(bool((group == group[0]).all()) for group in selection.rewards),
     }
     if selection.labels:

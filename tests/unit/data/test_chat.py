@@ -206,7 +206,9 @@ def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("split_special_tokens", [False, True])
-def test_many_texts_at_once_get_the_ids_of_each(tmp_path: Path, bpe_folder: Path, split_special_tokens: bool) -> None:
+def test_many_texts_at_once_get_the_ids_of_each(
+    tmp_path: Path, bpe_folder: Path, split_special_tokens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also if the tokenizer's file requests truncation and padding, which inference does not apply."""
     settings = json.loads((bpe_folder / "tokenizer.json").read_text())
     settings["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
@@ -224,8 +226,12 @@ def test_many_texts_at_once_get_the_ids_of_each(tmp_path: Path, bpe_folder: Path
     config_file.write_text(json.dumps(json.loads(config_file.read_text()) | {"split_special_tokens": split_special_tokens}))
     texts = ["", " ", "a", "What is <|im_end|> here?\n\n", "é́ 東京 🙂", *AWKWARD, "word " * 400, "\u0000\ufeff"]
     expected = [HuggingFaceTokenizer(AutoTokenizer.from_pretrained(tmp_path / "tokenizer")).encode(text) for text in texts]
-    assert load_tokenizer(tmp_path / "tokenizer").encode_many(texts) == expected
-    assert load_tokenizer(tmp_path / "tokenizer").encode_many([]) == []
+    many = load_tokenizer(tmp_path / "tokenizer").encode_many
+    assert [ids.tolist() for ids in many(texts)] == expected
+    assert [ids.tolist() for ids in many(texts, 7)] == [[*ids, 7] for ids in expected]
+    monkeypatch.setattr("mpo_megatron.data.tokenizer._CHARACTERS", 40)
+    assert [ids.tolist() for ids in many(texts)] == expected
+    assert (many([]), [ids.tolist() for ids in many([""])]) == ([], [[]])
     assert (len(expected[3]) > 12) == split_special_tokens
 
 

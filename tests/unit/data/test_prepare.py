@@ -128,6 +128,20 @@ def test_the_result_does_not_depend_on_the_number_of_workers(run: Run, write_lin
     assert len(rejected(tmp_path / "out1")) == 22
 
 
+def test_a_repeated_id_takes_its_group_out_of_a_chunk(run: Run, write_lines: Writer, tmp_path: Path) -> None:
+    """Also one that is over-long, counts nothing else of it, and leaves the order of rejections."""
+    again = [row(1, prompt="x <|im_end|>"), {"prompt": "no answers"}, row(2, prompt="word " * 3000)]
+    path = write_lines(row(0), row(1), row(2), *again, row(3))
+    summary = run(path)
+    assert rejected(tmp_path / "out") == [
+        (4, "row-1", "id", f"repeats the id of {path}:2"),
+        (5, None, "responses", "is missing"),
+        (6, "row-2", "id", f"repeats the id of {path}:3"),
+    ]
+    assert [group.group_id for group in load_groups(tmp_path / "out")] == ["row-0", "row-1", "row-2", "row-3"]
+    assert (summary.tally.rows, summary.tally.special_tokens, summary.tally.num_rejected) == (7, 0, 3)
+
+
 def test_rows_that_nothing_changes_are_copied(
     run: Run, write_lines: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

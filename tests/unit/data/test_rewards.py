@@ -97,7 +97,7 @@ def test_dataset_normalisation_needs_the_scale() -> None:
 
 def test_spacing_by_hand() -> None:
     assert spacing(np.array([3.0, 1.0, 1.0, 7.0])).tolist() == [0.0, 2.0, 4.0]
-    stats = summarize_spacing([np.array([3.0, 1.0, 1.0, 7.0]), np.array([0.0, 1.0])])
+    stats = summarize_spacing(np.array([3.0, 1.0, 1.0, 7.0, 0.0, 1.0]), np.array([4, 2]))
     assert stats["mean"] == 7 / 4
     assert stats["median"] == 1.5
     assert stats["median_smallest"] == 0.5
