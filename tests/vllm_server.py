@@ -1,4 +1,4 @@
-"""A served vLLM as far as replacing its weights goes: the routes of `tools/vllm_names.py`, around the stand-in's workers."""
+"""A vLLM server that implements only weight updates: the routes of `tools/vllm_names.py`, with the stand-in's workers."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Server(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
         self.engine = vllm_stand_in.Engine(workers)
         self.version, self.weights, self.paused, self.forgets = "0.33.0", "default", False, True
-        self.connected = True  # to a run that was killed
+        self.connected = True  # to a killed run
         self.calls: list[str] = []
         self.loaded: list[tuple[str, Any]] = []
         self.config: dict[str, Any] = {

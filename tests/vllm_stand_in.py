@@ -1,4 +1,4 @@
-"""vLLM's side of a live engine, on a CPU and without vLLM, by the names that tools/vllm_names.py finds in its sources.
+"""vLLM's side of a live engine, on a CPU and without vLLM, with the names that tools/vllm_names.py finds in its sources.
 
 The buffer that CUDA IPC would share is a file in shared memory. As in vLLM it is exported once an update and used again for every
 chunk, so that a worker that kept a view of it would see later chunks. What NCCL would broadcast goes through a TCPStore, at the
@@ -30,7 +30,7 @@ from torch import Tensor
 from tests.waiting import TIMEOUT
 
 MEET_SECONDS = TIMEOUT
-"""How long sender and workers wait for each other."""
+"""How long sender and workers wait for each other, in seconds."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class NCCLTrainerInitInfo:
 
 
 class NCCLTrainerWeightTransferEngine:
-    """Sends all weights of a source from one rank, which waits for the workers as long as nobody shuts it down."""
+    """Sends all weights of a source from one rank, which waits for the workers until it is shut down."""
 
     def __init__(self, info: NCCLTrainerInitInfo, client: Any, source: Any) -> None:
         self.info, self.client, self.source = info, client, source
@@ -143,7 +143,7 @@ class NCCLTrainerWeightTransferEngine:
     def send_weights(self) -> None:
         meta = self.source.metadata
         if not self.sends:
-            assert list(self.source.iter_full()) == []  # it only helps to gather
+            assert list(self.source.iter_full()) == []  # this rank only takes part in the gathering
             return
         fields = {"names": [each.name for each in meta], "shapes": [list(each.shape) for each in meta]}
         fields |= {"dtype_names": [str(each.dtype).removeprefix("torch.") for each in meta]}
@@ -167,13 +167,13 @@ class NCCLTrainerWeightTransferEngine:
 
 
 def meet(info: dict[str, Any], *, is_master: bool) -> dist.TCPStore:
-    """Where sender and workers find each other."""
+    """The address at which sender and workers connect."""
     limit = timedelta(seconds=MEET_SECONDS)
     return dist.TCPStore(info["master_address"], info["master_port"], info["world_size"], is_master, timeout=limit)
 
 
 class Worker:
-    """A worker process of vLLM's: it keeps what its model's loaders are given."""
+    """A vLLM worker process: it records the input of its model's loaders."""
 
     def __init__(self, gpu: str, rank: int = 0) -> None:
         self.gpu, self.rank, self.packed, self.active, self.fails = gpu, rank, False, False, False
@@ -219,7 +219,7 @@ class Worker:
 
 
 class Engine:
-    """`LLMEngine`, as far as weights go."""
+    """`LLMEngine`, limited to weights."""
 
     def __init__(self, gpus: int = 1) -> None:
         self.workers = [Worker(f"GPU {index}", index) for index in range(gpus)]
@@ -238,7 +238,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - carried over to the thread that asked
                 outcomes.put(error)
 
-        for worker in self.workers:  # at the same time: they may wait for each other, for ever if one fails
+        for worker in self.workers:  # in parallel: they may wait for each other, forever if one fails
             threading.Thread(target=call, args=(worker,), daemon=True).start()
         for _ in self.workers:
             if (failure := outcomes.get()) is not None:
@@ -258,7 +258,7 @@ class Engine:
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the stand-in where vLLM would be imported from."""
+    """Install the stand-in under vLLM's module names."""
     for name, module in modules():
         monkeypatch.setitem(sys.modules, name, module)
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# find_python.sh: print a Python that this project runs on. Each candidate is run: that a name exists says little, as with pyenv's shims.
+# find_python.sh: print a Python that this project supports. Each candidate is run, since its name may exist without working (pyenv's shims).
 #
-#   PYTHON   take this one, or fail
+#   PYTHON   use this one, or fail
 set -u
 in_range='import sys, ensurepip, venv; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))'  # as in setup.py
 
@@ -15,7 +15,7 @@ if [[ -n "${PYTHON:-}" ]]; then
 fi
 shopt -s nullglob
 pyenv="${PYENV_ROOT:-$HOME/.pyenv}/versions"
-# Among versions the oldest first: it is what GPU images bring, and so the most used.
+# The oldest version first: GPU images have it, so it is the most used.
 for candidate in python3 python3.12 python3.13 "$pyenv"/3.12*/bin/python "$pyenv"/3.13*/bin/python; do
     works "$candidate" && echo "$candidate" && exit
 done
@@ -26,7 +26,7 @@ if command -v uv >/dev/null; then
 fi
 cat >&2 <<'END'
 make: there is no Python 3.12 or 3.13 here: not as python3, python3.12 or python3.13, not under pyenv, not in uv. Install one, and run this again:
-    apt install python3.12 python3.12-venv      # Ubuntu 24.04; the package of another system has a like name
+    apt install python3.12 python3.12-venv      # Ubuntu 24.04; other systems have similar packages
     pyenv install 3.12                          # pyenv
     uv python install 3.12                      # uv (https://docs.astral.sh/uv), without being root
 or name one: make PYTHON=/path/to/python3.12

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# gpu_check.sh [OUTPUT]: everything that a first look at a GPU should tell, in less than 10 minutes, what tells most first.
+# gpu_check.sh [OUTPUT]: a first check of a GPU in less than 10 minutes, most informative parts first.
 #
 #   part       seconds  question                                                              file in OUTPUT
-#   machine         40  versions, GPU, recipes and attention kernels that are there           machine.json
+#   machine         40  versions, GPU, available recipes and attention kernels                machine.json
 #   smoke           75  does each kernel run: attention, layers, every FP8 recipe             smoke.json
 #   exactness      120  bf16 and FP8 start at the exact loss; gradients; resuming             exactness.jsonl
 #   breakdown       75  a step's time and MFU at 3B                                           breakdown.json
-#   layouts         70  shared against unshared prompts, and what the FLOP model says         layouts.json
+#   layouts         70  shared against unshared prompts, and the FLOP model's ratio           layouts.json
 #   fp8             75  FP8 against bf16: speed, and the loss curves                          fp8.json
 #   plan            55  peak memory against `mpo plan`                                        plan.json
 #   tests           60  the other tests of tests/gpu, as many as there is time for            tests.jsonl
 #
-# Each part is a process of its own with a time limit, and writes its file as it goes: what one found stays if it, or the next
-# one, dies. parts/NAME.json has its exit code and seconds, check.log all that was printed, summary.json everything in short.
+# Each part is a separate process with a time limit, and writes its file continuously: results stay if it, or a later part,
+# crashes. parts/NAME.json has its exit code and seconds, check.log all output, summary.json a summary.
 # The exit code is 1 if a part failed.
 #
 #   BENCHMARK_SIZE   size of the benchmarks (3b; see benchmarks/setup.py)
@@ -32,7 +32,7 @@ python=${PYTHON:-python3}
 size=${BENCHMARK_SIZE:-3b}
 deadline=$((SECONDS + ${CHECK_SECONDS:-570}))
 
-part() { # part NAME SECONDS COMMAND…: run it within the limit and what is left, and note how it ended
+part() { # part NAME SECONDS COMMAND…: run it within its limit and the remaining time, and record the outcome
   local name=$1 limit=$2 started=$SECONDS code=124
   shift 2
   ((limit = limit < deadline - SECONDS ? limit : deadline - SECONDS))
@@ -74,7 +74,7 @@ for each in ${PARTS:-machine smoke exactness breakdown layouts fp8 plan tests}; 
     layouts) benchmark layouts 70 ;;
     fp8) benchmark fp8 75 --steps 8 ;;
     plan) benchmark plan 55 --ranks 1 ;;
-    # Of whole runs only the one in bf16: each takes a minute or so.
+    # Of the whole runs, only the one in bf16: each takes about a minute.
     tests) tests tests 60 tests/gpu/test_gpu_{attention,delta,logprobs,train,offload,policy,fp8}.py \
       -k "not (test_gpu_train and (current or blockwise)) and not ($exact)" ;;
     *) echo "gpu_check.sh: PARTS has $each; there is no such part" >&2 && exit 2 ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# install.sh VENV ARGUMENTS…: `pip install ARGUMENTS…` into a virtual environment, by uv where there is one: it takes a quarter of the time.
+# install.sh VENV ARGUMENTS…: `pip install ARGUMENTS…` into a virtual environment, by uv if available: it takes a quarter of the time.
 set -eu
 venv="$1"
 shift

@@ -1,4 +1,4 @@
-"""What is written with a digest is read with it: every changed byte is found, or changes nothing that is read."""
+"""Everything written with a digest is verified on reading: every changed byte is found, or has no effect on the content."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT: dict[str, Any] = {"b": [1, 2.5, None, "ü\u2028"], "a": {"9": 1, "10": 
 
 
 def damage(whole: bytes) -> list[bytes]:
-    """Every byte changed in three ways, cut off behind, and blotted out with those behind it."""
+    """Every byte changed in three ways, truncated there, and zeroed from there on."""
     flips = [
         whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :] for place in range(len(whole)) for bits in (1, 7, 0x20)
     ]

@@ -1,4 +1,4 @@
-"""`--help` explains what matters and names the rest; `--help-all` explains everything."""
+"""`--help` explains the important options and lists the rest; `--help-all` explains everything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KINDS: dict[str, type[Any]] = {
     **{f"launch {name}": kind for name, kind in TARGETS.items()},
 }
 MOST_EXPLAINED = 11
-"""Options that a short help may explain; a command with few more explains all."""
+"""Number of options that a short help may explain; a command with few more explains all."""
 
 
 def shown(kind: type[Any], option: str, capsys: pytest.CaptureFixture[str], **options: Any) -> str:

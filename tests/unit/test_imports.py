@@ -1,4 +1,4 @@
-"""Who may import whom: dependencies point one way, heavy ones are confined, and every example's configuration parses."""
+"""Allowed imports: dependencies point one way, heavy ones are confined, and every example's configuration parses."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OTHER_YAML = {
     ROOT / "examples" / "recipes" / "plans.yaml",
     *(ROOT / "examples" / "launch" / name for name in ("pytorchjob.yaml", "jobset.yaml", "skypilot.yaml")),
 }
-"""Files of an example that are its own, not a command's configuration; the example's tests read them."""
+"""An example's own files, which are not a command's configuration; the example's tests read them."""
 EXAMPLE_CONFIGS = sorted(set((ROOT / "examples").rglob("*.yaml")) - OTHER_YAML)
 
 MAY_IMPORT = {
@@ -68,18 +68,18 @@ MAY_IMPORT = {
         *("hf", "model", "train", "rollout", "evaluate", "align"),
     },
 }
-"""What each part of the package may import of the package, besides itself."""
+"""Allowed imports of each part of the package from other parts."""
 
 
 def part_of(path: Path) -> str:
-    """The part of the package that a file belongs to: its folder, or its own name. A program stands above them all, as `cli`."""
+    """The part of the package to which a file belongs: its folder, or its own name. A program is above all, like `cli`."""
     if path == PACKAGE / "train" / "__main__.py":
         return "cli"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_names(path: Path) -> set[str]:
-    """Full names of all that a file imports, at its top or inside functions."""
+    """Full names of all imports of a file, at its top or inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -92,7 +92,7 @@ def imported_names(path: Path) -> set[str]:
 
 
 def within(name: str, *modules: str) -> bool:
-    """Whether a full name is one of these modules or lies in one."""
+    """Whether a full name is one of these modules or inside one."""
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
@@ -132,7 +132,7 @@ def test_only_families_know_the_names_of_models(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if part_of(path) == "config"], ids=lambda path: path.name)
 def test_options_name_no_module(path: Path) -> None:
-    """Which program runs with them is their readers' matter."""
+    """Any program may run with them."""
     texts = [node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Constant)]
     assert not [text for text in texts if isinstance(text, str) and text.startswith("mpo_megatron.")]
 
@@ -169,7 +169,7 @@ PRIVATE_ELSEWHERE = {
 def test_private_parts_of_megatron_are_reached_in_one_room(path: Path) -> None:
     if part_of(path) in ("mcore", "device") or not any(within(name, "megatron") for name in imported_names(path)):
         return
-    private = re.compile(r"(?<!self)(?<!cls)\._[a-z]")  # of another object, or module, than the one at hand
+    private = re.compile(r"(?<!self)(?<!cls)\._[a-z]")  # of another object or module
     assert {name for name in attributes(path) if private.search(name)} <= PRIVATE_ELSEWHERE
 
 
@@ -187,7 +187,7 @@ def type_names(path: Path) -> set[str]:
 
 
 SHARED_NAMES: set[str] = set()
-"""Names that two types may have, with the reason beside each."""
+"""Names that two types may share, each with the reason."""
 
 
 def test_a_types_name_is_unique() -> None:
@@ -208,7 +208,7 @@ def test_megatron_may_be_absent() -> None:
 
 
 def write_model(folder: Path) -> None:
-    """What `mpo train` reads of a run's inputs before it imports Megatron: a model of 40 heads, and groups."""
+    """Reads of a run's inputs by `mpo train` before it imports Megatron: a model of 40 heads, and groups."""
     for name in ("model/megatron", "model/hf", "groups"):
         (folder / name).mkdir(parents=True)
     (folder / "model/hf/config.json").write_text(json.dumps(MODELS["Qwen3-14B"]))

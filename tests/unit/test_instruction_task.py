@@ -1,4 +1,4 @@
-"""The example's task: every instruction is checked, and every prompt holds what its reward reads."""
+"""The example's task: every instruction is checked, and every prompt has the fields that its reward reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests to stop a command of one process, and output that nobody reads any more."""
+"""Requests to stop a command of one process, and output whose reader has gone."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def test_a_command_cleans_up_and_says_how_to_resume(
             os.kill(os.getpid(), signal.Signals[number])
             signal.pause()
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)  # once more while it cleans up: changes nothing
+            os.kill(os.getpid(), signal.SIGTERM)  # again while it cleans up: no effect
             cleaned.append("all")
         return 0
 
-    if number == "SIGINT":  # the second one is not ignored: it is how a user ends what cleans up for too long
+    if number == "SIGINT":  # a second one is not ignored: users end long clean-ups this way
         monkeypatch.setitem(COMMANDS, "select", lambda arguments: os.kill(os.getpid(), signal.SIGINT) or signal.pause() or 0)
         cleaned.append("all")
     else:

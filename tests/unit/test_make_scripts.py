@@ -1,4 +1,4 @@
-"""What `make` runs: an interpreter is found by running candidates, and packages are installed by uv or, without it, by pip."""
+"""The scripts of `make`: they find an interpreter by running candidates, and install packages by uv or, without it, by pip."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Program = Callable[[str, str], Path]
 
 @pytest.fixture
 def program(tmp_path: Path) -> Program:
-    """Writes an executable script below the test's folder."""
+    """Writes an executable script into the test's folder."""
 
     def write(path: str, script: str) -> Path:
         file = tmp_path / path
@@ -33,7 +33,7 @@ def program(tmp_path: Path) -> Program:
 
 
 def run(tmp_path: Path, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script, with no program in sight but the test's own and those of /usr/bin, whose python3 is not found either."""
+    """A script that finds only the test's programs and those of /usr/bin, without a python3."""
     for name in ("bash", "cat", "timeout", "env", "sh"):
         link = tmp_path / "bin" / name
         if not link.exists():
@@ -53,7 +53,7 @@ def run(tmp_path: Path, script: str, *arguments: str, **environment: str) -> sub
 def test_pythons_are_run_before_they_are_chosen(tmp_path: Path, program: Program) -> None:
     program("bin/python3", OLD)
     program("bin/python3.12", SHIM)
-    program(".pyenv/versions/3.11.7/bin/python", WORKS)  # not looked at
+    program(".pyenv/versions/3.11.7/bin/python", WORKS)  # not tried
     broken = program(".pyenv/versions/3.12.1/bin/python", OLD)
     good = program(".pyenv/versions/3.13.0/bin/python", WORKS)
     assert run(tmp_path, "find_python.sh").stdout.strip() == str(good)

@@ -1,4 +1,4 @@
-"""The tables of measured rewards and methods in the guides are those of the files that they name."""
+"""The tables of measured rewards and methods in the guides match the files that they name."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(name: str) -> Any:
 
 
 def section(page: str, start: str, end: str) -> str:
-    """What a page says between two headings."""
+    """A page's text between two headings."""
     return (ROOT / page).read_text(encoding="utf-8").partition(f"\n{start}\n")[2].partition(f"\n{end}")[0]
 
 
@@ -45,7 +45,7 @@ def test_comparison_of_methods() -> None:
 
 
 def check_rounds(text: str, name: str) -> None:
-    """The table of rewards by round, and what the text says of single seeds and of the lead."""
+    """The table of rewards by round, and the text's numbers on single seeds and on the lead."""
     methods, prose = list(load(name)["methods"].values()), " ".join(text.split())
     table = [cells[1:] for cells in rows(text, "MPO, all") + rows(text, "DPO, best")]
     assert table == [with_errors(method["reward"], method["error"]) for method in methods]

@@ -95,7 +95,7 @@ def test_files(text: str, message: str, capsys: pytest.CaptureFixture[str]) -> N
     printed = capsys.readouterr().err
     assert message.replace("\\t", "\t") in printed or message in printed
     assert "run.yaml" in printed or "optimizer.lr" in printed
-    with pytest.raises(ConfigError, match=r"^run.yaml"):  # as other commands name the file
+    with pytest.raises(ConfigError, match=r"^run.yaml"):  # as in other commands' messages
         load_yaml(TrainConfig, "run.yaml")
 
 
@@ -121,7 +121,7 @@ def test_a_runs_folder_is_answered_with_its_newest_step(command: str, capsys: py
     for name in ("step_00000002", "step_00000010", "step_00000020.partial-x"):
         (run / "checkpoints" / name / "megatron").mkdir(parents=True)
         (run / "checkpoints" / name / "megatron" / "metadata.json").touch()
-    (run / "checkpoints" / "step_00000030" / "megatron").mkdir(parents=True)  # not whole
+    (run / "checkpoints" / "step_00000030" / "megatron").mkdir(parents=True)  # incomplete
     for folder in (run, run / "checkpoints"):
         arguments = ["--output", "out", "--model.checkpoint", str(folder), "--data.train", "groups"]
         assert main([command, *arguments]) == 2
@@ -195,7 +195,7 @@ def test_what_no_check_foresees(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    """Also where `mpo_megatron.device` lets Megatron's tensors on "cuda" be made on the CPU."""
+    """Also where `mpo_megatron.device` redirects Megatron's tensors on "cuda" to the CPU."""
     device.prepare()
     with pytest.raises(ConfigError, match="device = cuda:0; torch cannot use it"):
         choose_device("cuda:0")
@@ -214,7 +214,7 @@ QUICK = [
     f"train {' '.join(TRAIN)}",
     f"reference {' '.join(TRAIN)}",
 ]
-"""Commands that end before the packages that take seconds to import are needed."""
+"""Commands that end before packages with slow imports are needed."""
 PROGRAM = f"""
 import contextlib, io, sys
 from mpo_megatron.cli import main

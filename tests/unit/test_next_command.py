@@ -1,4 +1,4 @@
-"""A finished command names the next one, and that one has the options it is given."""
+"""A finished command names the next one, and that one has the given options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the papers' page says of numbers: every claim has its trials, and a verdict follows from differences and errors."""
+"""The papers' page: every claim has its trials, and a verdict follows from differences and errors."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_one_seed_tells_nothing() -> None:
 
 
 def test_seeds_that_disagree_tell_nothing() -> None:
-    """Each seed alone would: the error over seeds is the larger one."""
+    """Each seed alone would suffice, but the error over seeds is the larger one."""
     high, low = trial(0.9, 0.9, 0.8), trial(0.1, 0.1, 0.1)
     verdict = judge(CLAIM, {"a": {0: high, 1: low}, "b": {0: low, 1: high}})
     assert verdict.words == "cannot be told"

@@ -1,4 +1,4 @@
-"""Options of `mpo train` that would have no effect are refused, in place of a belief that they have one."""
+"""Options of `mpo train` that would have no effect are refused."""
 
 from __future__ import annotations
 

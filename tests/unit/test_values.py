@@ -1,4 +1,4 @@
-"""Every option of every command, given what it cannot be: each failure is a ConfigError that names the option, and quick."""
+"""Every option of every command with invalid values: each failure is a ConfigError that names the option, and fast."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BASES: dict[type[Any], dict[str, Any]] = {
     TARGETS["kubernetes"]: {"train": "t", "image": "i"},
     TARGETS["skypilot"]: {"train": "t", "accelerators": "H100"},
 }
-"""The least that every command, scorer and target needs."""
+"""The required options of every command, scorer and target."""
 
 NO_NUMBERS = [
     *(True, "", "abc", "nan", "inf", "-inf", "1_000", "0x10", "0b1", "010x", "\uff11\uff12", "\u0661", "1e", "--", " 1", "null"),
@@ -90,7 +90,7 @@ def every_option() -> list[tuple[type[Any], str]]:
 
 
 def given(kind: type[Any], name: str, value: Any) -> dict[str, Any]:
-    """The least of a command's options, and one more."""
+    """A command's required options, and one more."""
     options = copy.deepcopy(BASES[kind])
     section, names = options, name.split(".")
     for part in names[:-1]:
@@ -191,7 +191,7 @@ def test_numbers_in_a_file(text: str, tmp_path: Path) -> None:
     for line in (f"epochs: {text}", f"loss: {{params: {{beta: {text}}}}}"):
         path.write_text(f"output: o\nmodel: {{checkpoint: c}}\ndata: {{train: t}}\n{line}\n")
         if "loss" in line and text in ("null", "'1_000'"):
-            continue  # the loss looks at its own parameters
+            continue  # the loss checks its own parameters
         with pytest.raises(ConfigError, match=r"train.yaml:4: .*(epochs|beta) = "):
             load_yaml(TrainConfig, path)
         with pytest.raises(ConfigError, match=r"train.yaml:4: .*(epochs|beta) = "):

@@ -1,4 +1,4 @@
-"""Characters that a terminal obeys: shown as escapes wherever a command prints text of others."""
+"""Terminal control characters: shown as escapes wherever a command prints foreign text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples live beside the package, not in it: make them importable wherever pytest is started."""
+"""The examples are outside the package: make them importable from any working directory."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread():
-    # Tiny tensors: handing them to threads costs more than it saves.
+    # Tiny tensors: threads cost more than they save.
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -54,7 +54,7 @@ LOSSES = [(loss.name, {}) for loss in list_losses() if ":" not in loss.name] + [
 
 @dataclass(frozen=True, kw_only=True)
 class Oracle:
-    """PEFT's model in one precision: what it finds of every response, with the graph behind it."""
+    """PEFT's model in one precision: its log-probs of every response, with their graph."""
 
     model: Any
     copy_of: Any
@@ -63,7 +63,7 @@ class Oracle:
     reference: Logps
 
     def gradients(self, objective: Any, batch: StepBatch) -> dict[str, Tensor]:
-        """Of the mean loss over the groups that contribute."""
+        """For the mean loss over the groups that contribute."""
         self.model.zero_grad()
         taken = Logps(
             response=self.policy.response,
@@ -114,7 +114,7 @@ def build_oracle(folder: Path, data: PreparedGroups, batch: StepBatch, dtype: to
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """Ours and the oracles, on the same groups."""
+    """Our model and the oracles, on the same groups."""
 
     folder: Path
     ranks: Ranks
@@ -174,7 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 
 def test_with_b_zero_it_is_the_base_model_to_the_last_bit(world: World) -> None:
-    """Log-probs of a model with adapters, switched off or with B = 0, and of one that has none."""
+    """Log-probs of a model with adapters, switched off or with B = 0, and of one without."""
     objective = build_objective(LossConfig(name="mpo"))
     batch, ranks = world.batch(objective), world.ranks
 
@@ -201,7 +201,7 @@ def error(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
     """The largest difference from float64 in any tensor, relative to that tensor's largest value, or to FLOOR of all."""
     assert found.keys() == exact.keys()
     largest = max(float(tensor.abs().max()) for tensor in exact.values())
-    assert largest > 0  # a loss without a gradient would agree with anything
+    assert largest > 0  # a loss without a gradient would match anything
     return max(
         float((found[name] - tensor).abs().max()) / max(float(tensor.abs().max()), FLOOR * largest)
         for name, tensor in exact.items()

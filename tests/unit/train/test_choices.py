@@ -1,4 +1,4 @@
-"""The reference's choices on disk: each group's own, found again in any order, never read when damaged."""
+"""The reference's choices on disk: each group's own, found in any order, never used when damaged."""
 
 from __future__ import annotations
 

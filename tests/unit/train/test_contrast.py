@@ -1,4 +1,4 @@
-"""Data of which a loss learns nothing are refused before a run begins, not skipped step by step."""
+"""Data from which a loss cannot learn are refused before a run begins, not skipped step by step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_groups_without_any_contrast_are_refused(tmp_path: Path) -> None:
     data = store(tmp_path, [1.0, 1.0], [0.5, 0.5, 0.5])
     with pytest.raises(ConfigError, match=r"data.train = .*groups: for loss.name = mpo with .* none of its 2 groups has"):
         check(data)
-    check(data, "sft")  # which has no need of one
+    check(data, "sft")  # which needs none
 
 
 def test_sets_larger_than_the_groups_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ranks on GPUs set what makes them faster, by layout and architecture, and leave alone what the user set."""
+"""Ranks on GPUs set variables for speed, by layout and architecture, and keep the user's own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def config(**options: Any) -> TrainConfig:
 
 @pytest.fixture
 def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A program that answers for the driver: two Hopper GPUs."""
+    """A program that replaces the driver's: two Hopper GPUs."""
     program = tmp_path / "nvidia-smi"
     program.write_text("#!/bin/sh\nprintf '9.0\\n9.0\\n'\n")
     program.chmod(0o755)
@@ -62,7 +62,7 @@ def test_it_is_set_and_printed_once(gpus: Path, monkeypatch: pytest.MonkeyPatch,
     assert chosen["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert environment == {"PATH": str(gpus.parent), **chosen}
     assert capfd.readouterr().out.startswith("set for speed: CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=")
-    assert set_environment(run) == {}  # all is there, as it is to a rank that is started again
+    assert set_environment(run) == {}  # all variables are set, as for a restarted rank
     environment |= {"RANK": "1"}
     del environment["CUDA_DEVICE_MAX_CONNECTIONS"]
     assert set_environment(run) == {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}

@@ -1,4 +1,4 @@
-"""Requests to stop, the deadline, and the watchdog, each in a process of its own where it ends one."""
+"""Requests to stop, the deadline, and the watchdog, in a separate process where it ends one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_the_deadline_leaves_time_for_a_step_and_a_save(monkeypatch: pytest.Monk
     assert slow_save.is_near(100.0, 860.0)
     slow_step = Deadline(FaultConfig(walltime_minutes=60 + 30))
     assert slow_step.is_near(1800.0, 0.0)
-    assert slow_step.is_near(1.0, 0.0)  # a step as slow as that one may come again
+    assert slow_step.is_near(1.0, 0.0)  # a similarly slow step may follow
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now + 90)))
     slurm = Deadline(FaultConfig())
     assert not slurm.is_near(1.0, 0.0)
@@ -174,7 +174,7 @@ def test_a_rank_with_nothing_to_save_leaves_at_once(
     _, errors = process.communicate(timeout=TIMEOUT)
     name = "SIGUSR1" if sent == "signal" else "SIGINT"
     sentence = f"mpo reference: stopped ({name}) before there was anything new to save; run the same command again."
-    if launcher:  # which prints the sentence when all ranks have ended, and leaves with the code
+    if launcher:  # which prints the message when all ranks have ended, and exits with the code
         assert (process.returncode, errors) == (0, "")
         assert (tmp_path / launched.EXIT_CODE).read_text() == "143"
         assert (tmp_path / launched.LAST_WORDS).read_text() == sentence

@@ -1,4 +1,4 @@
-"""Training a model with Gated DeltaNets in bf16: what its decays are made of stays float32, also in checkpoints."""
+"""Training a model with Gated DeltaNets in bf16: the parameters of its decays stay float32, also in checkpoints."""
 
 from __future__ import annotations
 

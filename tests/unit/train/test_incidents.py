@@ -1,4 +1,4 @@
-"""Which steps look wrong, what is done about them, and what is written down."""
+"""Suspicious steps, the reaction to them, and their records."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ RECORDED = {
         """,
     ),
 }
-"""Losses and gradient norms, step by step, of runs of the examples in which nothing was wrong."""
+"""Losses and gradient norms, step by step, of normal runs of the examples."""
 
 
 def recorded(name: str) -> list[tuple[float, float]]:
@@ -110,7 +110,7 @@ def test_spikes_of_loss_and_norm(policy: str, apply: bool, stop: bool) -> None:
 def test_ordinary_noise_falls_and_small_windows_are_no_spikes() -> None:
     for seed in range(20):
         guard = trained(FaultConfig(on_spike="stop"), seed=seed)
-        assert guard.judge(-5.0, 0.001).wrong is None  # far below is good news
+        assert guard.judge(-5.0, 0.001).wrong is None  # far below is no spike
     few = trained(FaultConfig(on_spike="stop", spike_window=32), steps=15)
     assert few.judge(100.0, 100.0).wrong is None
     equal = Guard(FaultConfig(on_spike="stop"), [0.5] * 40, [1.0] * 40, 0)
@@ -119,7 +119,7 @@ def test_ordinary_noise_falls_and_small_windows_are_no_spikes() -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_healthy_runs_have_no_spikes_and_planted_ones_are_found(name: str) -> None:
-    """At every step that is judged, ten times the largest loss or norm of the window is a spike, and what came is none."""
+    """At every judged step, ten times the window's largest loss or norm is a spike, but the actual value is not."""
     config = FaultConfig(on_spike="skip")
     guard, planted = Guard(config, [], [], 0), 0
     for loss, norm in recorded(name):
@@ -135,7 +135,7 @@ def test_healthy_runs_have_no_spikes_and_planted_ones_are_found(name: str) -> No
 
 @pytest.mark.parametrize("policy", ["skip", "log"])
 def test_a_run_may_find_another_level_at_once(policy: Literal["skip", "log"]) -> None:
-    """A tenfold norm from some step on is noted, and with `log` no longer once it is the window's usual."""
+    """A tenfold norm from some step on is logged, but no longer once it is the window's usual value."""
     config = FaultConfig(on_spike=policy, max_skips=100)
     guard, rng = trained(config), random.Random(5)
     judged = [guard.judge(0.6, 10 * rng.gauss(2, 0.3)).wrong is not None for _ in range(60)]

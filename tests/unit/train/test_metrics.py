@@ -1,4 +1,4 @@
-"""Metrics of a step, against values worked out by hand; averages do not depend on how data was cut."""
+"""Metrics of a step, against values worked out by hand; averages do not depend on the split of the data."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_texts_with_separators_and_damaged_lines_do_not_keep_a_run_from_going_on
         first.log_samples(step, odd)
     first.close()
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b"\0" * 40 + b"\n" + path.read_bytes() + b"[1]\n{}\n")  # after a machine went down
+    path.write_bytes(b"\0" * 40 + b"\n" + path.read_bytes() + b"[1]\n{}\n")  # after a machine crashed
     JsonlTracker(tmp_path, start_step=2).close()
     assert f"{path}: 3 lines are damaged" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2]

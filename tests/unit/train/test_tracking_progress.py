@@ -1,4 +1,4 @@
-"""What a person sees of a run: on a terminal, and in a log file."""
+"""A run's progress output: on a terminal, and in a log file."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_quick_steps_do_not_flood_a_log_and_the_last_is_there() -> None:
 
 def test_time_left_follows_the_last_steps() -> None:
     clock = Clock()
-    pace = Pace(1100, 1000, clock)  # a resumed run: what was done before took no time now
+    pace = Pace(1100, 1000, clock)  # a resumed run: earlier steps took no time now
     assert pace.remaining is None
     clock.now = 3.0
     pace.mark(1001)

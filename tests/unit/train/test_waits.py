@@ -1,4 +1,4 @@
-"""A step's rows follow each other without a wait of the host: on a GPU each would let it run dry."""
+"""A step's rows are queued without the host waiting: each wait would let a GPU idle."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GROUPS = random_groups(12, seed=3, tied_share=0.0)
 
 
 class Waits(TorchDispatchMode):
-    """Counts operations whose result, or its shape, depends on numbers in a tensor: a GPU's host waits for them."""
+    """Counts operations whose result, or its shape, depends on tensor values: the host would wait for a GPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def ranks() -> Iterator[Ranks]:
 
 
 def count_waits(objective: Objective, ranks: Ranks, row_tokens: int, *, two_phase: bool) -> tuple[int, Counter[str]]:
-    """Rows of a step, and what it waits for."""
+    """Rows of a step, and its waits."""
     parts = build_policy(read_family(CONFIG), ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, 256)
     model: list[Any] = optimizer.wrap_data_parallel(parts, OptimizerConfig(), ranks)
     prepare_schedules(model)
@@ -73,7 +73,7 @@ def count_waits(objective: Objective, ranks: Ranks, row_tokens: int, *, two_phas
 
 @pytest.fixture
 def plain_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of torch's causal masks cannot be made while operations are watched."""
+    """The class of torch's causal masks cannot be created while operations are watched."""
 
     def causal_lower_right(queries: int, keys: int) -> torch.Tensor:
         return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)

@@ -1,4 +1,4 @@
-"""What `mpo inspect` shows of rows, against the groups they were packed from and attention computed as training computes it."""
+"""`mpo inspect` against the packed groups, and against attention computed as in training."""
 
 from __future__ import annotations
 
