@@ -24,7 +24,7 @@ from mpo_megatron.report.content import content
 from mpo_megatron.report.run_record import read_run
 
 STEPS = {"tiny": (100,), "small": (1_000, 20_000, 100_000)}
-"""Of a run."""
+"""Steps of a run, by size."""
 ROWS = {"tiny": ((16, 2),), "small": ((1_024, 128), (8_192, 1), (8_192, 1_024))}
 """Groups per step, and replicas."""
 RESPONSES, GROUPS, EVERY = 8, 100, 50

@@ -199,7 +199,7 @@ def fuzz(num_rows: int, seed: int) -> tuple[Counter[str], list[str]]:
 
 
 def main() -> int:
-    """The command."""
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)

@@ -63,5 +63,5 @@ class TokenizedGroup:
 
     @property
     def num_responses(self) -> int:
-        """K."""
+        """K: number of responses."""
         return len(self.response_tokens)

@@ -107,7 +107,7 @@ class Chunk:
     holds: bytearray = field(default_factory=bytearray)
     """For each accepted group, whether it has REWARDS, LABELS."""
     rejections: dict[int, Rejection] = field(default_factory=dict)
-    """By row."""
+    """Rejections, by row."""
     built: list[Built] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)

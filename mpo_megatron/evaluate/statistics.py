@@ -38,7 +38,7 @@ class Comparison:
 
     @property
     def num_prompts(self) -> int:
-        """P."""
+        """P: number of prompts."""
         return int(self.prompt.max()) + 1
 
     @property

@@ -23,7 +23,7 @@ class AdapterRecord:
     """Identity of the base model's weights (`weights_digest`)."""
 
     def to_bytes(self) -> bytes:
-        """adapter.json."""
+        """Content of adapter.json."""
         return json.dumps(dataclasses.asdict(self), indent=2).encode() + b"\n"
 
 

@@ -43,7 +43,7 @@ class EngineMemory:
 
     @property
     def awake(self) -> int:
-        """Bytes while sampling."""
+        """Bytes in use while sampling."""
         return self.asleep + self.weights + self.cache + self.working
 
     @property

@@ -24,7 +24,7 @@ from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised,
 
 
 def needs_lengths(params: PairParams) -> Needs:
-    """Lengths always."""
+    """Lengths are always needed."""
     return replace(needs_pairs(params), lengths=True)
 
 

@@ -44,7 +44,7 @@ class SpoParams(PairParams):
     """In-dataset regulariser (Table 4): −log π(y_w); or, averaged over the group's scored responses, the next token's Σ_τ
     KL(π_θ ‖ π_ref) (keeps the reference model in memory), or e^s · s."""
     regularizer_weight: NonNegative = 0.1
-    """Its weight."""
+    """Weight of the regulariser."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

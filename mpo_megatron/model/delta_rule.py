@@ -73,7 +73,7 @@ class ChunkIndex:
     places: Tensor
     """[T] position of each token."""
     size: int
-    """C."""
+    """C: tokens per chunk."""
     steps: tuple[tuple[int, ...], tuple[int, ...]]
     """Number of chunks that advance together in each step, for segments without and with a context. A step continues the first
     segments of the step before it."""

@@ -100,7 +100,7 @@ class MemoryLayout:
 
     @property
     def dtype_bytes(self) -> int:
-        """b."""
+        """b: bytes per element."""
         return 2 if self.model.precision == "bf16" else 4
 
     @property
@@ -120,12 +120,12 @@ class MemoryLayout:
 
     @property
     def sequence_parts(self) -> int:
-        """s."""
+        """s: number of parts into which sequence parallelism divides activations."""
         return self.parallel.tensor if self.parallel.sequence_parallel else 1
 
     @property
     def vocabulary(self) -> int:
-        """V."""
+        """V: vocabulary rows of one tensor-parallel rank."""
         return self.padded_vocab // self.parallel.tensor
 
     def recomputes(self, module: str) -> bool:
@@ -180,7 +180,7 @@ class StageMemory:
 
     @property
     def total(self) -> int:
-        """The peak."""
+        """Peak memory of the rank, in bytes."""
         return self.static + self.dynamic + self.overhead
 
 
@@ -270,7 +270,7 @@ def _hidden(layout: MemoryLayout, row: RowCounts) -> int:
 
 
 def _tokens(layout: MemoryLayout, row: RowCounts) -> int:
-    """t."""
+    """t: tokens of a row on one context-parallel rank."""
     return row.tokens // layout.parallel.context
 
 

@@ -70,7 +70,7 @@ class StepTime:
     data: float
     """Exposed: gradients to their owners, weights back."""
     update: float
-    """AdamW."""
+    """AdamW's update, in seconds."""
     volumes: dict[str, float]
     """GB that the busiest rank sends, by purpose."""
     model_flops: float

@@ -60,7 +60,7 @@ class RunRecord:
     train_data: PreparedGroups | None
     """None if the data is missing, damaged, or changed."""
     held_out_data: PreparedGroups | None
-    """The same."""
+    """The same for the held-out groups."""
     missing: tuple[str, ...]
     """Missing data: option, path, reason."""
     age: float

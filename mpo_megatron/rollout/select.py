@@ -64,7 +64,7 @@ class Selection:
     groups_read: int = 0
     responses_read: int = 0
     dropped_groups: Counter[str] = field(default_factory=Counter)
-    """By reason."""
+    """Number of dropped groups, by reason."""
     dropped_responses: Counter[str] = field(default_factory=Counter)
     """By reason, including `with_its_group`, so that the counts add up."""
     examples: dict[str, str] = field(default_factory=dict)

@@ -24,7 +24,7 @@ class Package:
     """A package, and its use here."""
 
     name: str
-    """Its distribution."""
+    """Name of its distribution."""
     module: str
     """The module to import."""
     serves: str

@@ -40,7 +40,7 @@ class _Lasting(io.RawIOBase):
         self.descriptor = descriptor
 
     def writable(self) -> bool:
-        """True."""
+        """Always True, as for a real stream."""
         return True
 
     def isatty(self) -> bool:
