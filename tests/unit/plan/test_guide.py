@@ -87,7 +87,7 @@ def test_what_the_text_says() -> None:
     apart = dataclasses.replace(train, optimizer=dataclasses.replace(train.optimizer, overlap="none"))
     (without,) = re.findall(r"without overlap a step takes ([\d.]+) s", GUIDE)
     check(without, evaluate(apart, 512, 1024)[1].time.seconds)
-    ((seconds, mfu),) = re.findall(r"([\d.]+) s a step and (\d+) % MFU", GUIDE)
+    ((seconds, mfu),) = re.findall(r"([\d.]+) s per step and (\d+) % MFU", GUIDE)
     problem, candidate = evaluate(train, 512, 128)
     check(seconds, candidate.time.seconds)
     check(mfu, 100 * summarize(problem, candidate, 60_000)["mfu"])
