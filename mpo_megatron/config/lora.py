@@ -20,7 +20,7 @@ class LoraConfig(Section, prefix="lora."):
     """scale = alpha / rank; by default alpha is twice the rank, so that scale = 2."""
     rslora: bool = False
     """Use scale = alpha / √rank instead (Kalajdzievski 2023, arXiv:2312.03732)."""
-    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    target_modules: list[str] | str = field(default_factory=lambda: ["all-linear"])
     """Linear layers with an adapter: Hugging Face names, such as [q_proj, v_proj], or `all-linear`, `attention`, `mlp`."""
 
     quantize: Literal["none", "nf4"] | None = None
@@ -29,8 +29,14 @@ class LoraConfig(Section, prefix="lora."):
     base: str | None = None
     """Folder of the base model, if `model.checkpoint` is an adapter; by default, its folder when the adapter was saved."""
 
+    @property
+    def targets(self) -> list[str]:
+        """The names in `target_modules`, which may be one name alone, as in PEFT."""
+        return [self.target_modules] if isinstance(self.target_modules, str) else self.target_modules
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "target_modules", self.targets)
         require(self.rank >= 0, f"lora.rank = {self.rank}; it must be 0 (off) or positive.")
         require(
             self.alpha is None or 0 < self.alpha < math.inf,

@@ -87,7 +87,7 @@ def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
         return None
     known = adaptable_modules(family)
     chosen: set[str] = set()
-    for target in config.target_modules:
+    for target in config.targets:
         names = {name for name, whole in known.items() if _is_in(target, whole)} if target in GROUPS else {target} & set(known)
         require(
             bool(names),

@@ -7,7 +7,8 @@ base model's. Adapters are small, so memory holds their whole matrices, but neve
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import sys
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf
+from mpo_megatron.families.rules import TEXT_MODEL
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError
@@ -27,15 +29,21 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk,
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 
+PEFT_EXPERTS = ("qwen3_moe", "mixtral")
+"""Model types for which PEFT 0.21 loads the adapters of single experts beside the stacked weights of transformers 5."""
+
 ORIGINAL = "peft"
 """Folder that keeps the original adapter_config.json of a converted adapter."""
 
-READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules"})
+READ = frozenset({"peft_type", "r", "lora_alpha", "use_rslora", "target_modules", "init_lora_weights"})
 """Fields of adapter_config.json that determine the adapter's computation, and that are supported."""
+KEEPS_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""Values of init_lora_weights with which PEFT leaves the base weights as they are. Others, such as `pissa` and `olora`, subtract
+B · A from them at the start: without that, the adapter computes something else."""
 HARMLESS = frozenset(
     {
         *("task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"),
-        *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
         *("lora_dropout", "ensure_weight_tying", "qalora_group_size", "megatron_core", "layers_pattern", "exclude_modules"),
     }
 )
@@ -88,6 +96,12 @@ def _read_settings(path: Path) -> dict[str, Any]:
         isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float) and alpha > 0,
         f"{path}: r = {rank}, lora_alpha = {alpha}; both must be positive.",
     )
+    start = settings.get("init_lora_weights")
+    require(
+        start in KEEPS_BASE,
+        f"{path}: init_lora_weights = {start}, with which PEFT changes the base weights, too; save the adapter with peft's "
+        "path_initial_model_for_weight_conversion, which makes it an adapter of the original weights.",
+    )
     for name, value in settings.items():
         if name not in READ | HARMLESS and value and (name, value) != ("bias", "none"):
             raise CheckpointError(
@@ -103,7 +117,7 @@ def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], source: P
     if unknown or not expected:
         raise CheckpointError(
             f"{source}: {len(unknown)} of {len(stored)} weights belong to no layer of the base model that can have an adapter: "
-            f"{', '.join(unknown[:3])}; those are {', '.join(known)}, in all layers. Is it an adapter of this model?"
+            f"{', '.join(unknown[:3])}; those are {', '.join(known)}, in all layers. {_explain(unknown, expected)}"
         )
     missing = [name for name in expected if name not in stored]
     require(
@@ -117,6 +131,15 @@ def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], source: P
             f"{source}: {name} is {list(stored[name].shape)}, but {list(shape)} according to the base model's config.json and "
             f"{PEFT_CONFIG}. Is it an adapter of this model?",
         )
+
+
+def _explain(unknown: list[str], expected: Collection[str]) -> str:
+    """Why weights may have other names than the base model's layers, and what to do."""
+    if set(unknown) <= {name.replace(TEXT_MODEL, "model.", 1) for name in expected}:
+        return "The adapter was trained on the text model alone: convert the base model with --others drop, and name that one."
+    if {name.replace(TEXT_MODEL, "model.", 1) for name in unknown} <= set(expected):
+        return "The adapter was trained on the multimodal model: convert that one with --others keep, and name it."
+    return "Is it an adapter of this model?"
 
 
 def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
@@ -157,6 +180,12 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         ConfigError: a file is missing or damaged.
     """
     record, matrices = read_matrices(source)
+    if _only_merged(load_family(source / "hf"), record.adapter):
+        print(
+            "WARNING: with transformers 5, PEFT loads adapters of this model's experts wrongly, without an error; to use it "
+            "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
+            file=sys.stderr,
+        )
     with staged(output, _num_bytes(matrices.values())) as folder:
         save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         original = source / ORIGINAL / PEFT_CONFIG
@@ -168,6 +197,12 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         copy_side_files(source / "hf", folder)
         (folder / "config.json").unlink()  # with it, the folder would look like a whole model
         digests.write_list(folder)
+
+
+def _only_merged(family: Family, adapter: Adapter) -> bool:
+    """Whether PEFT does not find the matrices of experts: it renames them to its own for some model types only."""
+    leaves = {leaf(name) for rule in family.rules if rule.experts is not None and rule.linear for name in rule.parts}
+    return family.config.model_type not in PEFT_EXPERTS and not leaves.isdisjoint(adapter.target_modules)
 
 
 def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:

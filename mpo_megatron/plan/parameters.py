@@ -29,13 +29,13 @@ class Weight(NamedTuple):
     """Whether it is a layer's matrix, which FP8 quantizes."""
     expert: bool
     """Whether it belongs to an expert, and is shared with other ranks than dense weights."""
-    count: int = 1
+    copies: int = 1
     """Number of them."""
 
     @property
     def total(self) -> int:
         """Elements of all of them."""
-        return self.size * self.count
+        return self.size * self.copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def _layer_weights(rules: Iterable[Rule], parallel: ParallelConfig, part: Part, 
         layers = len(part.layers) if rule.layers is None else len(rule.layers.intersection(part.layers))
         experts = (rule.experts or parallel.expert) // parallel.expert
         if layers:
-            weights.append(_weight(rule, parallel, padded_vocab)._replace(count=layers * experts))
+            weights.append(_weight(rule, parallel, padded_vocab)._replace(copies=layers * experts))
     return weights
 
 
@@ -112,6 +112,6 @@ def buffer_size(weights: list[Weight], num_sharing: int) -> int:
 
     Overlapped communication uses several buckets, each padded at its end: less than 1 in 10,000 further elements.
     """
-    used = sum(math.ceil(weight.size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT * weight.count for weight in weights)
+    used = sum(math.ceil(weight.size / PARAMETER_ALIGNMENT) * PARAMETER_ALIGNMENT * weight.copies for weight in weights)
     multiple = math.lcm(num_sharing, BUFFER_ALIGNMENT)
     return math.ceil(used / multiple) * multiple

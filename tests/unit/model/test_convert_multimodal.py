@@ -23,8 +23,11 @@ from transformers import (
 
 from mpo_megatron.config import ConfigError, ConvertConfig
 from mpo_megatron.families import load_family, read_family
+from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.model.convert import convert
+from mpo_megatron.model.convert_adapter import peft_settings, read_peft
+from mpo_megatron.model.weight_map import build_adapter_map
 
 TEXT: dict[str, Any] = {
     **{"vocab_size": 203, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -198,3 +201,19 @@ def test_published_fields_are_read(tmp_path: Path) -> None:
     assert family.rotary_channels == 4
     assert [family.has_state(layer) for layer in range(2)] == [True, False]
     assert family.difference(read_family(multimodal())) == "ropes"  # of 10⁷, not of 10⁴
+
+
+@pytest.mark.parametrize(("trained_on", "advice"), [("text", "--others drop"), ("whole", "--others keep")])
+def test_an_adapter_of_the_other_form_is_explained(trained_on: str, advice: str, tmp_path: Path) -> None:
+    """PEFT's names contain `language_model` only if the whole multimodal model was loaded."""
+    whole = read_family(multimodal())
+    families = {"whole": whole, "text": read_family(whole.config)}
+    own = families.pop(trained_on)
+    adapter = Adapter(rank=2, alpha=4.0, rslora=False, target_modules=("in_proj_z", "q_proj"))
+    shapes = {part.name: part.shape for item in build_adapter_map(own, adapter) for part in item.placements}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(peft_settings(adapter, "base")))
+    assert read_peft(tmp_path, own)[0] == adapter
+    (other,) = families.values()
+    with pytest.raises(ConfigError, match=rf"belong to no layer .*{advice}"):
+        read_peft(tmp_path, other)
