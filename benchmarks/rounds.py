@@ -28,8 +28,8 @@ from mpo_megatron.terminal.console import Console
 RESPONSES = 8
 WORDS = 40
 """Words per response; it has as many token ids."""
-SIZES = {"tiny": (20, 40), "small": (5_000, 20_000)}
-RESUMED = {"tiny": (40,), "small": (20_000, 200_000)}
+SIZES = {"tiny": (20, 40), "small": (5_000, 20_000), "large": (20_000, 200_000)}
+RESUMED = {"tiny": (40,), "small": (20_000, 200_000), "large": (20_000, 200_000)}
 MIB = 2**20
 
 

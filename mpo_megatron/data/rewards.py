@@ -9,9 +9,11 @@ Legend: K responses of a group.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mpo_megatron.data.arrays import Bools, Float64, Int32, Int64
 
@@ -124,6 +126,19 @@ def spacing(rewards: Float64) -> Float64:
     return np.diff(np.sort(rewards))
 
 
+def split_by_size[Kind: np.generic](values: npt.NDArray[Kind], sizes: Int64) -> Iterator[tuple[int, Int64, npt.NDArray[Kind]]]:
+    """For each K in ascending order: K, the indices [n] of the groups with K responses, and their values [n, K].
+
+    Args:
+        values: [ΣK] of all groups, one after the other
+        sizes: [G] K of each group
+    """
+    starts = np.cumsum(sizes) - sizes
+    for size in np.unique(sizes).tolist():
+        groups = np.flatnonzero(sizes == size)
+        yield size, groups, values[starts[groups, None] + np.arange(size)]
+
+
 def summarize_spacing(rewards: Float64, sizes: Int64) -> dict[str, Any]:
     """Statistics of the gaps over groups: mean and median gap, smallest gap of a group, share of ties, mean gap by K.
 
@@ -131,13 +146,12 @@ def summarize_spacing(rewards: Float64, sizes: Int64) -> dict[str, Any]:
         rewards: [ΣK] of all groups, one after the other
         sizes: [G] K of each group, at least 2
     """
-    starts = np.cumsum(sizes) - sizes
+    firsts = np.cumsum(sizes - 1) - (sizes - 1)
     every, smallest = np.empty(len(rewards) - len(sizes)), np.empty(len(sizes))
     by_size: dict[int, Float64] = {}
-    for size in np.unique(sizes).tolist():
-        groups = np.flatnonzero(sizes == size)
-        gaps = spacing(rewards[starts[groups, None] + np.arange(size)])
-        every[(starts - np.arange(len(sizes)))[groups, None] + np.arange(size - 1)] = gaps
+    for size, groups, values in split_by_size(rewards, sizes):
+        gaps = spacing(values)
+        every[firsts[groups, None] + np.arange(size - 1)] = gaps
         smallest[groups] = gaps.min(axis=1)
         by_size[size] = gaps.mean(axis=1)
     return {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,17 +46,17 @@ TOLD = {
 class _Tally:
     """Statistics of one score over all responses."""
 
-    values: list[float] = field(default_factory=list)
+    values: array[float] = field(default_factory=lambda: array("d"))
     num_varied: int = 0
     """Groups of several responses whose scores differ."""
     num_groups: int = 0
     """Groups of several responses."""
-    products: list[tuple[float, float, float]] = field(default_factory=list)
+    products: array[float] = field(default_factory=lambda: array("d"))
     """For each group, sums of products of deviations from its mean: score · length, score², length²."""
 
     def add(self, values: Sequence[float], lengths: Sequence[int]) -> None:
         """Add one group's scores, with the number of characters of each response."""
-        self.values += values
+        self.values.extend(values)
         if len(values) < 2:
             return
         self.num_groups += 1
@@ -63,13 +64,11 @@ class _Tally:
         scale = max(map(abs, values)) or 1.0  # 1e200 squared overflows
         mean, length = statistics.fmean(value / scale for value in values), statistics.fmean(lengths)
         pairs = [(value / scale - mean, characters - length) for value, characters in zip(values, lengths, strict=True)]
-        self.products.append((sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs), sum(y * y for _, y in pairs)))
+        self.products.extend((sum(x * y for x, y in pairs), sum(x * x for x, _ in pairs), sum(y * y for _, y in pairs)))
 
     def describe(self) -> dict[str, Any]:
         """Spread, and correlation with length; null where either is constant."""
-        covariance, variance, length_variance = (
-            math.fsum(column) for column in zip((0.0, 0.0, 0.0), *self.products, strict=True)
-        )
+        covariance, variance, length_variance = (math.fsum(self.products[place::3]) for place in range(3))
         product = variance * length_variance  # fsum: exact whatever the order, which shards change
         return {
             "mean": statistics.fmean(self.values),
@@ -84,7 +83,8 @@ class _Tally:
 def summarize(records: Iterable[Record], config: ScoreConfig) -> dict[str, Any]:
     """Counts and statistics, computed from the lines, so they do not depend on the number of resumptions."""
     tallies = {name: _Tally() for name in (*config.scorers, "reward")}
-    spreads, best, notes, missing = [], [], dict[str, Counter[str]](), Counter[str]()
+    spreads, best = array("d"), array("d")  # of numbers, for a million groups
+    notes, missing = dict[str, Counter[str]](), Counter[str]()
     counts = Counter[str]()
     for record in records:
         responses = record["responses"]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import statistics
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
-from mpo_megatron.data.arrays import Float64
+from mpo_megatron.data.arrays import Float64, Int8, Int64
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
@@ -69,12 +69,14 @@ class Selection:
     """By reason, including `with_its_group`, so that the counts add up."""
     examples: dict[str, str] = field(default_factory=dict)
     """By reason, the first group dropped for it."""
-    rewards: list[Float64] = field(default_factory=list)
-    """Rewards of each kept group, [K]."""
-    labels: list[list[int]] = field(default_factory=list)
-    """Labels of each kept group, [K]; empty without sets."""
-    lengths: dict[str, list[int]] = field(default_factory=lambda: {"1": [], "0": [], "": []})
-    """Characters of each kept response, by label."""
+    sizes: array[int] = field(default_factory=lambda: array("q"))
+    """Number of responses of each kept group."""
+    rewards: array[float] = field(default_factory=lambda: array("d"))
+    """Rewards of all kept groups, one after the other."""
+    labels: array[int] = field(default_factory=lambda: array("b"))
+    """Their labels; empty without sets."""
+    characters: Counter[int] = field(default_factory=Counter)
+    """Characters of all kept responses, by label."""
 
     def drop_group(self, record: Record, reason: str) -> None:
         """Count a dropped group, with its remaining responses."""
@@ -102,12 +104,12 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
                 line = encode_line(record)
                 digest.update(line)
                 lines.write(line)
-        if not selection.rewards:
+        if not selection.sizes:
             raise NothingLeftError(explain_nothing_left(source, selection))
         files = list_files(partial.path, [GROUPS_FILE])
         info = {"config": to_dict(config), "groups_digest": digest.hexdigest(), "files": files, **summarize(selection)}
         write_summary(partial.path / SELECT_FILE, info)
-        plot_spacing(selection.rewards, selection.labels, partial.path / PLOT_FILE)
+        plot_spacing(*_as_arrays(selection), partial.path / PLOT_FILE)
         partial.commit()
     print_selection(console or Console(), output, info)
     return info
@@ -181,11 +183,12 @@ def split_groups(records: Iterable[Record], config: SelectConfig, selection: Sel
                     selection.drop_group(record, "no_contrast")
                     continue
                 selection.dropped_responses["in_neither_set"] += len(labels) - len(kept)
-                selection.labels.append([response["label"] for response in kept])
+                selection.labels.extend(response["label"] for response in kept)
+                for response in kept:
+                    selection.characters[response["label"]] += len(response["text"])
                 record = {**record, "responses": kept}
-            selection.rewards.append(np.array([response["reward"] for response in record["responses"]], np.float64))
-            for response in record["responses"]:
-                selection.lengths[str(response["label"]) if labels is not None else ""].append(len(response["text"]))
+            selection.sizes.append(len(record["responses"]))
+            selection.rewards.extend(response["reward"] for response in record["responses"])
             yield record
 
 
@@ -219,32 +222,38 @@ def build_partition(config: SelectConfig) -> PartitionParams:
 
 def summarize(selection: Selection) -> dict[str, Any]:
     """Counts and statistics of kept groups; rewards in their own unit, lengths in characters."""
-    rewards = np.concatenate(selection.rewards)
+    rewards, sizes, labels = _as_arrays(selection)
+    starts = np.cumsum(sizes) - sizes
+    spreads = np.maximum.reduceat(rewards, starts) - np.minimum.reduceat(rewards, starts)
     summary: dict[str, Any] = {
         "groups_read": selection.groups_read,
-        "groups_written": len(selection.rewards),
+        "groups_written": len(sizes),
         "responses_read": selection.responses_read,
         "responses_written": len(rewards),
         "dropped_groups": dict(sorted(selection.dropped_groups.items())),
         "dropped_responses": {name: count for name, count in sorted(selection.dropped_responses.items()) if count},
         "examples": selection.examples,
-        "num_responses": {str(size): count for size, count in sorted(Counter(map(len, selection.rewards)).items())},
+        "num_responses": {str(size): count for size, count in sorted(Counter(selection.sizes).items())},
         "reward": describe(rewards),
-        "reward_spread": describe(np.array([group.max() - group.min() for group in selection.rewards])),
-        "reward_spacing": summarize_spacing(rewards, np.array(list(map(len, selection.rewards)))),
-        "without_contrast": sum(bool((group == group[0]).all()) for group in selection.rewards),
+        "reward_spread": describe(spreads),
+        "reward_spacing": summarize_spacing(rewards, sizes),
+        "without_contrast": int((spreads == 0).sum()),
     }
-    if selection.labels:
-        labels = np.concatenate([np.array(group) for group in selection.labels])
+    if len(labels):
         summary["sets"] = {
             name: {
                 "responses": int((labels == label).sum()),
                 "mean_reward": float(rewards[labels == label].mean()),
-                "mean_characters": statistics.fmean(selection.lengths[str(label)]),
+                "mean_characters": selection.characters[label] / int((labels == label).sum()),
             }
             for name, label in (("positive", 1), ("negative", 0))
         }
     return summary
+
+
+def _as_arrays(selection: Selection) -> tuple[Float64, Int64, Int8]:
+    """Rewards [ΣK], sizes [G] and labels [ΣK] of the kept groups; labels are empty without sets."""
+    return np.array(selection.rewards, np.float64), np.array(selection.sizes, np.int64), np.array(selection.labels, np.int8)
 
 
 def describe(values: Float64) -> dict[str, float]:
