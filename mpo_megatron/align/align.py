@@ -175,6 +175,12 @@ def link_or_copy(source: Path, target: Path) -> None:
 # ----------------------------------------------------------------------------------------------------- the plan
 
 
+def describe_length(train: TrainConfig) -> str:
+    """How long a run is, in words."""
+    number, unit = (train.max_steps, "step") if train.max_steps else (train.epochs, "epoch")
+    return f"{number:g} {unit}{'' if number == 1 else 's'}"
+
+
 def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
     """Print the stages and an estimated training time; write nothing."""
     train: TrainConfig = stages.train
@@ -182,7 +188,7 @@ def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
     prepare_inputs = visible(", ".join(config.data))
     rows = (
         ("prepare", f"tokenize {prepare_inputs}; hold out {stages.prepare.held_out} groups", "groups, groups-eval"),
-        ("train", f"{train.loss.name}, lr {train.optimizer.lr:g}, {train.epochs:g} epochs", "run"),
+        ("train", f"{train.loss.title}, lr {train.optimizer.lr:g}, {describe_length(train)}", "run"),
         ("export", "Megatron → Hugging Face", "aligned"),
         ("answers", f"{config.answers} held-out prompts, before and after", "answers"),
         ("report", "curves, held-out groups, changes", "report.html, align.md"),

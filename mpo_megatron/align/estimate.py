@@ -38,7 +38,9 @@ VLLM_BATCH = 256
 
 def estimate(config: AlignConfig, stages: Stages) -> str:
     """The training time here, as text: from `mpo plan` on GPUs that it knows, on a CPU from a measured matrix product."""
-    lengths = sample_lengths(stages.prepare) | {"groups": max(1, count_rows(config.data, config.prepare))}
+    lengths = sample_lengths(stages.prepare) | {
+        "groups": max(1, count_rows(config.data, config.prepare) - stages.prepare.held_out)
+    }
     train = stages.train
     machine = find_machine(train, stages.model, config.nproc, lengths)
     if isinstance(machine, str):

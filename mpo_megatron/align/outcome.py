@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.table import Table
 
 from mpo_megatron.align.plan import Stages
+from mpo_megatron.data.store import read_info
 from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines, read_summary
 from mpo_megatron.rollout.round_report import REPORT_FILE, read_metrics
 from mpo_megatron.terminal.console import Console
@@ -53,7 +54,9 @@ class AlignOutcome:
 def describe_outcome(stages: Stages, num_answers: int) -> AlignOutcome:
     """Build the report from the stages' output."""
     pairs = read_pairs(Path(stages.before.output), Path(stages.after.output)) if num_answers else []
-    numbers = [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
+    measured = f"{read_info(stages.folder / 'groups-eval').num_groups:,}"  # so that a few are not taken for many
+    numbers = [("groups", measured, measured)]
+    numbers += [*read_numbers(stages.folder / "run" / "metrics.jsonl"), *compare_lengths(pairs)]
     return AlignOutcome(numbers=tuple(numbers), pairs=tuple(pairs))
 
 

@@ -123,6 +123,7 @@ def test_groups_and_a_model_become_an_aligned_model(inputs: Path, aligned: Path)
     assert all(row["lr"] <= defaults.LEARNING_RATES[0][1] for row in trained)
     page = (aligned / "align.md").read_text()
     assert f"{steps[-1]['eval/accuracy']:.1%}" in page
+    assert "| groups | 4 | 4 |" in page
     assert page.count("**Before**") == page.count("**After**") == 2
     assert (aligned / "report.html").is_file()
 
@@ -165,7 +166,7 @@ def test_a_folder_that_was_started_otherwise_is_refused(inputs: Path, aligned: P
         align(settings(inputs, aligned, model=str(tmp_path / "model")), QUIET)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
-    with pytest.raises(ConfigError, match=r"holds \['file'\], and no align.json"):
+    with pytest.raises(ConfigError, match=r"holds \['file'\], but no align.json"):
         align(settings(inputs, tmp_path / "other"), QUIET)
     shutil.copytree(inputs, tmp_path / "moved")
     align(settings(tmp_path / "moved", aligned), QUIET)  # the same model by its digests
@@ -240,11 +241,13 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     output = io.StringIO()
     align(settings(inputs, tmp_path / "out", plan=True), Console(file=output, width=200))
     assert "hold out 4 groups" in output.getvalue()
-    assert "training processes 40 groups: about" in output.getvalue()
+    assert "training processes 36 groups: about" in output.getvalue()
     assert not (tmp_path / "out").exists()
     two = settings(inputs, tmp_path / "out", plan=True, train={"parallel": {"tensor": 2}, "max_steps": 2})
     align(two, Console(file=output, width=200))
     assert "training processes 256 groups: about" in output.getvalue()
+    assert ", 1 epoch " in output.getvalue()
+    assert ", 2 steps " in output.getvalue()
 
 
 def test_a_plan_of_rounds_says_how_long_they_take(inputs: Path, tmp_path: Path) -> None:
