@@ -97,14 +97,19 @@ def read_text(text: str, where: str) -> Any:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except (yaml.YAMLError, RecursionError):
         return text
-    return None if node is None else _Values().read(node, where)
+    return None if node is None else _Values(in_file=False).read(node, where)
 
 
 class _Values:
     """Values of a YAML file's nodes. Refuses numbers that YAML 1.1 reads differently than they look."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, in_file: bool = True) -> None:
         self.count = 0
+        self.in_file = in_file
+
+    def _place(self, node: yaml.Node, where: str, name: str) -> str:
+        """File, line and name; for a text of the command line, its option and the name inside it."""
+        return f"{where}:{node.start_mark.line + 1}: {name}" if self.in_file else f"{where} {name}".rstrip()
 
     def read(self, node: yaml.Node, where: str, name: str = "", depth: int = 0) -> Any:
         """The value of a node.
@@ -113,13 +118,13 @@ class _Values:
             ConfigError: names the line.
         """
         self.count += 1
-        place = f"{where}:{node.start_mark.line + 1}"
+        place = self._place(node, where, name)
         if self.count > MAX_NODES or depth > MAX_DEPTH:  # a few lines of aliases can expand to billions of values
-            raise ConfigError(f"{place}: {name} is too large, or contains itself; write its values out.")
+            raise ConfigError(f"{place} is too large, or contains itself; write its values out.")
         if isinstance(node, yaml.SequenceNode):
             return [self.read(item, where, name, depth + 1) for item in node.value]
         if not isinstance(node, yaml.MappingNode):
-            return _read_scalar(node, place, name)
+            return _read_scalar(node, place)
         values = _Mapping()
         for key, value in node.value:
             own = str(key.value)
@@ -130,24 +135,23 @@ class _Values:
                         values.setdefault(other, item)
                 continue
             if own in values.lines:
-                line = f"{where}:{key.start_mark.line + 1}"
-                raise ConfigError(f"{line}: {inner} is given twice; merge both.")
+                raise ConfigError(f"{self._place(key, where, inner)} is given twice; merge both.")
             values[own] = self.read(value, where, inner, depth + 1)
             values.lines[own] = key.start_mark.line + 1
         return values
 
 
-def _read_scalar(node: yaml.Node, place: str, name: str) -> Any:
+def _read_scalar(node: yaml.Node, place: str) -> Any:
     text, kind = str(node.value), node.tag.rpartition(":")[2]
     if kind == "str" and getattr(node, "style", None) is None and NUMBER.fullmatch(text):
         kind = "float"  # 1e-6 is a number in YAML 1.2 only
     if kind in ("str", "null", "bool"):
         return {"str": text, "null": None, "bool": text.lower() in ("true", "yes", "on")}[kind]
     if kind not in ("int", "float"):
-        raise ConfigError(f"{place}: {name} = {show(text)}; YAML reads it as another type ({kind}); put it in quotes.")
+        raise ConfigError(f"{place} = {show(text)}; YAML reads it as another type ({kind}); put it in quotes.")
     if len(text) > MAX_DIGITS or (WHOLE if kind == "int" else NUMBER).fullmatch(text) is None:
         raise ConfigError(
-            f"{place}: {name} = {show(text)}; it must be a finite number: digits, with a point or an exponent; put a text that "
+            f"{place} = {show(text)}; it must be a finite number: digits, with a point or an exponent; put a text that "
             "looks like that in quotes."
         )
     return int(text) if kind == "int" else float(text)

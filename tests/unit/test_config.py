@@ -123,7 +123,7 @@ def test_options_of_stages_stand_on_the_command_line_as_those_of_their_commands(
         (["--train.optimizer.lr"], "--train.optimizer.lr: a value is missing"),
         (["--train.loss.name", "--rounds", "2"], "--train.loss.name: a value is missing"),
         (["--train.seed", "1", "--train.seed.x", "2"], "--train.seed.x: seed holds no options"),
-        (["--train.loss.params.beta", "1_000"], "must be a finite number"),
+        (["--train.loss.params.beta", "1_000"], "beta = 1_000; it must be a finite number"),
     ],
 )
 def test_options_of_stages_that_cannot_be(arguments: list[str], message: str) -> None:
