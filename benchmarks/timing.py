@@ -45,13 +45,23 @@ def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
     return options
 
 
-def interleave(sides: Mapping[str, Callable[[], object]], repeat: int, *, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every run of every side. The sides take turns, so that other load on the machine affects all of them."""
+def interleave(
+    sides: Mapping[str, Callable[[], object]],
+    repeat: int,
+    *,
+    warmup: int = 1,
+    measure: Callable[[Callable[[], object]], float] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every run of every side. The sides take turns, so that other load on the machine affects all of them.
+
+    Args:
+        measure: seconds of one run; by default `clock`
+    """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-warmup, repeat):
         order = list(sides)
         for name in order if turn % 2 else reversed(order):
-            elapsed = clock(sides[name])
+            elapsed = (measure or clock)(sides[name])
             if turn >= 0:
                 seconds[name].append(elapsed)
     return seconds

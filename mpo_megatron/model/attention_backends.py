@@ -5,6 +5,7 @@ from __future__ import annotations
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, require
 from mpo_megatron.model.attention import RowAttention, sdpa_row_attention
+from mpo_megatron.model.attention_cpu import cpu_row_attention
 
 
 def choose_attention(model: ModelConfig, *, capped: bool = False) -> str:
@@ -65,4 +66,4 @@ def attention_function(name: str) -> RowAttention:
         from mpo_megatron.model.attention_varlen import varlen_row_attention
 
         return varlen_row_attention
-    return sdpa_row_attention
+    return sdpa_row_attention if device.has_gpu() else cpu_row_attention

@@ -16,7 +16,7 @@ from benchmarks import timing
 from benchmarks.breakdown import kind_of
 from tests.distributed.launch import ROOT, run_ranks
 
-PARTS = ("__init__", "fp8_emulation", "hand_loops", "setup", "timing")
+PARTS = ("__init__", "fp8_emulation", "hand_loops", "hand_sides", "setup", "timing")
 """Helper modules of the benchmarks."""
 COMPARED = ("published",)
 """It measures nothing itself, but compares with published measurements: tests/unit/plan/test_published.py."""

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -191,3 +192,23 @@ def test_an_old_resiliency_extension_is_named(installed: str | None, refused: bo
         return
     with pytest.raises(ConfigError, match=r"nvidia-resiliency-ext 0\.4\.1 is installed, .* remove it \(pip uninstall"):
         device._check_resiliency_extension()
+
+
+@pytest.mark.parametrize(("gpu", "given", "kept"), [(False, None, True), (True, None, False), (False, "MALLOC_ARENA_MAX", False)])
+def test_freed_memory_is_kept_on_a_cpu_unless_the_user_sets_malloc(
+    monkeypatch: pytest.MonkeyPatch, *, gpu: bool, given: str | None, kept: bool
+) -> None:
+    options: dict[int, int] = {}
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=options.__setitem__))
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    if given is not None:
+        monkeypatch.setenv(given, "1")
+    device.keep_freed_memory()
+    assert options == ({device.MALLOC_NUMBER_OF_MAPS: 0, device.MALLOC_TRIM_THRESHOLD: -1} if kept else {})
+
+
+def test_without_glibc_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.ctypes, "CDLL", lambda name: SimpleNamespace())
+    device.keep_freed_memory()
