@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mpo_megatron.families import read_family
+from mpo_megatron.model.weight_map import build_weight_map
 from mpo_megatron.stack.packages import LIVE_VLLM
 from tests import vllm_stand_in
+from tests.tiny import CONFIGS, HYBRID
 from tools.vllm_names import ENGINE, NAMES, TEXTS, TRANSFER, VERSIONS, WORKER, missing_names
 
 PACKAGE = Path(__file__).parents[3] / "mpo_megatron"
@@ -78,3 +81,20 @@ def test_an_installed_vllm_has_all_names() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed; python -m tools.vllm_names downloads its sources")
     assert missing_names(Path(spec.submodule_search_locations[0]).parent) == []
+
+
+@pytest.mark.parametrize("model_type", HYBRID)
+def test_weights_of_hybrid_models_have_names_that_vllm_knows(model_type: str) -> None:
+    """Each module on the way to a weight is an attribute there, or is mapped to a part of one."""
+    known = "\n".join(text for module, texts in TEXTS.items() if ".model_executor." in module for text in texts)
+    experts = {} if model_type == "qwen3_5_text" else {"num_experts": 2, "num_experts_per_tok": 2}
+    family = read_family(CONFIGS[model_type](num_hidden_layers=4, **experts))
+    names = [part.name for item in build_weight_map(family, family.vocab_size) for part in item.placements]
+    words = {word for name in names for word in name.split(".")}
+    assert "A_log" in words
+    unknown = {
+        word
+        for word in words - {"model", "layers", "mlp", "weight"}
+        if not word.isdigit() and f"self.{word} = " not in known and f'.{word}": (' not in known
+    }
+    assert not unknown
