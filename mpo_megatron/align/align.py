@@ -20,8 +20,6 @@ from mpo_megatron.align.outcome import (
     OUTCOME_FILE,
     describe_outcome,
     describe_rounds,
-    next_after_rounds,
-    next_commands,
     print_outcome,
 )
 from mpo_megatron.align.plan import Stages, build_rounds, build_stages, data_digest, find_folder
@@ -39,6 +37,7 @@ from mpo_megatron.rollout.iterate import TRAIN_FILE, iterate, run_training, stag
 from mpo_megatron.rollout.records import GENERATE_FILE, read_summary, write_summary
 from mpo_megatron.rollout.stages import run_command
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.next_command import after_align, after_aligned_rounds
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train.launcher import count_ranks
 
@@ -84,7 +83,7 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         stage("report", page, lambda: report(ReportConfig(runs=[str(stages.folder / "run")], output=str(page))), console)
         outcome = describe_outcome(stages, config.answers)
         replace_file(stages.folder / OUTCOME_FILE, [outcome.as_markdown().encode()])
-        print_outcome(console, outcome, stages.folder / "aligned", next_commands(config.model, stages.folder))
+        print_outcome(console, outcome, stages.folder / "aligned", after_align(config.model, stages.folder))
 
 
 def open_folder(config: AlignConfig, stages: Stages) -> None:
@@ -161,7 +160,7 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
             partial.commit()
     outcome = describe_rounds(Path(rounds.output), config.rounds, config.answers)
     replace_file(Path(config.output) / OUTCOME_FILE, [outcome.as_markdown().encode()])
-    print_outcome(console, outcome, aligned, next_after_rounds(config.model, Path(config.output), config.rounds))
+    print_outcome(console, outcome, aligned, after_aligned_rounds(config.model, Path(config.output), config.rounds))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from mpo_megatron.data.store import read_info
 from mpo_megatron.rollout.records import GENERATE_FILE, SAMPLES_FILE, Record, find_lines, read_lines, read_summary
 from mpo_megatron.rollout.round_report import REPORT_FILE, read_metrics
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.next_command import NextCommand, describe_next
 from mpo_megatron.terminal.visible import visible
 
 OUTCOME_FILE = "align.md"
@@ -129,7 +129,7 @@ def _last_words(line: Record) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
-def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, commands: Sequence[str]) -> None:
+def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, commands: Sequence[NextCommand]) -> None:
     """Print both tables, the aligned model's folder, and the next commands."""
     table = Table("held-out groups", "before", "after", title="What changed")
     for row in outcome.numbers:
@@ -141,27 +141,7 @@ def print_outcome(console: Console, outcome: AlignOutcome, aligned: Path, comman
             answers.add_row(*(_cut(text) for text in (pair.prompt, pair.before, pair.after)))
         console.print(answers)
     console.print(f"the aligned model: {aligned}", soft_wrap=True)
-    console.print("next:\n" + "\n".join(f"  {line}" for line in commands), soft_wrap=True)
-
-
-def next_after_rounds(model: str, folder: Path, number: int) -> list[str]:
-    """Suggested commands after on-policy rounds."""
-    quoted, base = shlex.quote(str(folder)), shlex.quote(model)
-    return [
-        f"mpo chat {quoted} --beside {base}    # talk to both",
-        f"open {quoted}/rounds/report.png    # what each round changed; report.md has the numbers",
-        f"mpo report {quoted}/rounds/rounds/{number:02d}/run    # curves of the last round's training",
-    ]
-
-
-def next_commands(model: str, folder: Path) -> list[str]:
-    """Suggested commands after training on groups."""
-    quoted, base = shlex.quote(str(folder)), shlex.quote(model)
-    return [
-        f"mpo chat {quoted} --beside {base}    # talk to both",
-        f"open {shlex.quote(str(folder / 'report.html'))}    # curves, and changes of log-probs",
-        f"mpo inspect {quoted}/run    # a row as the model saw it",
-    ]
+    console.print(describe_next(commands), soft_wrap=True)
 
 
 def _cut(text: str) -> str:

@@ -19,15 +19,43 @@ class NextCommand:
     purpose: str
 
 
+def describe_next(commands: Sequence[NextCommand]) -> str:
+    """The commands, one per line, with their purpose; empty without any."""
+    lines = [f"  {visible(shlex.join(command.words))}    # {command.purpose}" for command in commands]
+    return "\n".join(["next:", *lines]) if lines else ""
+
+
 def say_next(commands: Sequence[NextCommand]) -> None:
     """Print the commands, one per line, with their purpose."""
-    lines = [f"  {visible(shlex.join(command.words))}    # {command.purpose}" for command in commands]
-    if lines:
-        print("\n".join(["next:", *lines]), flush=True)
+    if commands:
+        print(describe_next(commands), flush=True)
 
 
 def _command(purpose: str, *words: object) -> NextCommand:
     return NextCommand(tuple(map(str, words)), purpose)
+
+
+def after_align(model: str, folder: Path) -> list[NextCommand]:
+    """After training on groups."""
+    return [
+        _command("talk to both", "mpo", "chat", folder, "--beside", model),
+        _command("curves, and changes of log-probs", "open", folder / "report.html"),
+        _command("a row as the model saw it", "mpo", "inspect", "--run", folder / "run"),
+    ]
+
+
+def after_aligned_rounds(model: str, folder: Path, number: int) -> list[NextCommand]:
+    """After on-policy rounds.
+
+    Args:
+        number: of rounds
+    """
+    run = folder / "rounds" / "rounds" / f"{number:02d}" / "run"
+    return [
+        _command("talk to both", "mpo", "chat", folder, "--beside", model),
+        _command("what each round changed; report.md has the numbers", "open", folder / "rounds" / "report.png"),
+        _command("curves of the last round's training", "mpo", "report", run),
+    ]
 
 
 def after_convert(output: str) -> list[NextCommand]:

@@ -12,6 +12,8 @@ from mpo_megatron.config.names import options_of
 from mpo_megatron.launch.launch import TARGETS
 from mpo_megatron.terminal.next_command import (
     NextCommand,
+    after_align,
+    after_aligned_rounds,
     after_convert,
     after_evaluate,
     after_generate,
@@ -27,6 +29,8 @@ from mpo_megatron.terminal.next_command import (
 )
 
 NAMED = [
+    *after_align("model", Path("aligned")),
+    *after_aligned_rounds("model", Path("aligned"), 2),
     *after_convert("my model"),
     *after_prepare("groups", "model"),
     *after_generate("samples"),
@@ -46,6 +50,7 @@ NAMED = [
 def test_options_exist(command: NextCommand) -> None:
     _, name, *rest = command.words
     assert name in COMMANDS
+    assert rest[0].startswith("--") or name in ("chat", "report", "launch")  # which take a word without an option
     kind = TARGETS[rest[0]] if name == "launch" else getattr(configs, f"{name.capitalize()}Config")
     known = {*options_of(kind), "config", "print_config", "nproc"}
     assert {word[2:] for word in rest if word.startswith("--")} <= known
