@@ -80,3 +80,20 @@ def test_rounds_in_the_readme() -> None:
     (row,) = re.findall(r"^\| three on-policy rounds.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     ends = [with_errors(method["reward"], method["error"])[-1] for method in (mpo, dpo)]
     assert f"{mpo['reward'][0]:.3f} → MPO {ends[0]}, DPO best-vs-worst {ends[1]}" in row
+
+
+def test_instructions_followed() -> None:
+    record = load("instructions")
+    table = {cells[0]: cells[1:] for cells in rows(section("examples/instructions/README.md", "## Measured", "## "), "")}
+    for seed, result in record["seeds"].items():
+        before, after, wins = result["before"], result["after"], result["win_rate"]
+        assert table[seed] == [
+            f"{before['reward']:.1%} → {after['reward']:.1%} ± {after['error']:.1%}".replace("%", " %"),
+            f"{wins['value']:.1%} ± {wins['error']:.1%}".replace("%", " %"),
+            f"{before['tokens']:.1f} → {after['tokens']:.1f}",
+        ]
+    before, after, gain, error = (
+        100 * value for value in (record["before"]["mean"], record["after"]["mean"], *record["gain"].values())
+    )
+    (row,) = re.findall(r"^\| one on-policy round of SmolLM2.*", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"{before:.1f} % → {after:.1f} %, gain {gain:.1f} ± {error:.1f} points over {len(record['seeds'])} seeds" in row
