@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def format_page(
     verdicts = [(claim, judge(claim, results)) for claim in CLAIMS]
     judged = [(claim, verdict) for claim, verdict in verdicts if verdict.words != "not run"]
     left = [claim for claim, verdict in verdicts if verdict.words == "not run"]
-    lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", *format_claims(judged), ""]
+    lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", count_verdicts(verdicts), "", *format_claims(judged), ""]
     lines += [CAVEAT.format(errors=ERRORS, power=describe_power(judged))]
     lines += ["## Methods", "", *format_methods(entries, done, results), ""]
     if examples:
@@ -96,6 +97,13 @@ def format_claims(judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
         compared = f"`{claim.first}` − `{claim.second}`"
         lines.append(f"| {claim.paper} | {claim.text} | {compared} | {number} ({seeds}) | **{verdict.words}** |")
     return lines
+
+
+def count_verdicts(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
+    """How many claims have each verdict."""
+    counts = Counter(verdict.words for _, verdict in verdicts)
+    words = ("holds here", "does not hold here", "cannot be told", "not run")
+    return f"Of {len(verdicts)} claims: " + ", ".join(f"{counts[name]} *{name}*" for name in words) + "."
 
 
 def format_left(claim: Claim) -> str:

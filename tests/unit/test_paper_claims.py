@@ -93,6 +93,10 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
         "dpo": dict.fromkeys((0, 1), trial(0.3, 0.2, 0.2, moved=-2.0)),
     }
     page = format_page(entries, results, Sizes(), {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}})
+    assert (
+        f"Of {len(CLAIMS)} claims: 1 *holds here*, 0 *does not hold here*, 0 *cannot be told*, {len(CLAIMS) - 1} *not run*."
+        in page
+    )
     assert "> Why?\n\n- start: So. *(1)*\n- `mpo`: Because. *(0.5)*" in page
     assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo` − `dpo` | +0.633" in page
     assert "(2 seeds) | **holds here** |" in page
