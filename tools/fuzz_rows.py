@@ -152,7 +152,7 @@ def check_rows(rows: list[dict[str, Any]], base: dict[str, Any], chat: Chat, cou
             items = list(read_rows(raw, layout))
             for item in items:
                 if isinstance(item, Rejection):
-                    json.loads(item.as_json().encode("utf-8", "surrogatepass"))
+                    json.loads(item.as_json().encode())
                     counts["rejected"] += 1
                     continue
                 chunk = Chunk()

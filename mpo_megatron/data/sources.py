@@ -54,7 +54,12 @@ class Rejection:
 
     def as_json(self) -> str:
         """One line of `rejected.jsonl`."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        line = json.dumps(asdict(self), ensure_ascii=False)
+        try:
+            line.encode()
+        except UnicodeEncodeError:  # half a surrogate pair, in an id for example: only its escape can be written
+            return json.dumps(asdict(self))
+        return line
 
 
 class RawRow(NamedTuple):

@@ -142,6 +142,11 @@ def test_a_repeated_id_takes_its_group_out_of_a_chunk(run: Run, write_lines: Wri
     assert (summary.tally.rows, summary.tally.special_tokens, summary.tally.num_rejected) == (7, 0, 3)
 
 
+def test_an_id_that_utf_8_cannot_hold_is_rejected_and_written(run: Run, write_lines: Writer, tmp_path: Path) -> None:
+    run(write_lines(row(0), row(1, id="x\ud83d")))
+    assert rejected(tmp_path / "out") == [(2, "x\ud83d", "id", "has half a surrogate pair at character 1")]
+
+
 def test_rows_that_nothing_changes_are_copied(
     run: Run, write_lines: Writer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
