@@ -44,8 +44,8 @@ def cpu_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayo
     return attended
 
 
-def split_blocks(segments: tuple[Segment, ...], window: None = None) -> list[Block]:
-    """Blocks that hold each attended pair once. The causal ones come first and have every token as a query once."""
+def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> list[Block]:
+    """Blocks that hold each attended pair once; there is no window. First come causal blocks, one for each token."""
     causal, dense = [], []
     waiting = [(segment.start, segment.end) for segment in segments]
     while waiting:
