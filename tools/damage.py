@@ -36,7 +36,7 @@ import torch
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.files import DataError
-from tools.damage_kinds import Kind, kinds, write_inputs
+from tools.damage_kinds import LAYERS, Kind, kinds, write_inputs
 
 RIGHT = ("no difference", "refused", "computed again", "as after a kill")
 """Right outcomes; the last is a file of lines without those after the damage, or with an incomplete last line."""
@@ -248,7 +248,7 @@ def feed(digest: Any, value: Any) -> None:
     digest.update(b")")
 
 
-def damage(root: Path, number: int, seed: int, only: str | None = None) -> Tally:
+def damage(root: Path, number: int, seed: int, only: str | None = None, model_type: str = "qwen3") -> Tally:
     """Write the files in `root`, run the trials; their outcomes.
 
     Args:
@@ -258,7 +258,7 @@ def damage(root: Path, number: int, seed: int, only: str | None = None) -> Tally
     if pid == 0:
         code = 1
         try:
-            write_inputs(root)
+            write_inputs(root, model_type)
             code = 0
         except BaseException:  # noqa: BLE001  (the process ends with it)
             traceback.print_exc()
@@ -283,13 +283,14 @@ def main() -> int:
     parser.add_argument("--trials", type=int, default=3000, help="Minimum number of trials.")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6), help="Seed of the damage.")
     parser.add_argument("--only", help="Only kinds whose name contains this.")
+    parser.add_argument("--model", choices=list(LAYERS), default="qwen3", help="Kind of model.")
     parser.add_argument("--folder", type=Path, help="Working folder, which is kept. Default: a temporary folder.")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="mpo-damage-"))
     started = time.monotonic()
     try:
-        tally = damage(folder, arguments.trials, arguments.seed, arguments.only)
+        tally = damage(folder, arguments.trials, arguments.seed, arguments.only, arguments.model)
     finally:
         if arguments.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

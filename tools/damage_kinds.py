@@ -90,10 +90,17 @@ def length_reward(response: str, group: dict[str, Any]) -> float:
     return float(len(response))
 
 
-def write_inputs(root: Path) -> None:
+LAYERS: dict[str, dict[str, Any]] = {
+    "qwen3": {"num_hidden_layers": 1},
+    "qwen3_5_text": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},
+}
+"""The layers of each kind of model."""
+
+
+def write_inputs(root: Path, model_type: str = "qwen3") -> None:
     """Write small files of every kind, with the commands that write them."""
     quiet = Console(quiet=True)
-    save_model(root / "hf", num_hidden_layers=1, hidden_size=32)
+    save_model(root / "hf", model_type=model_type, hidden_size=32, **LAYERS[model_type])
     convert(ConvertConfig(input=str(root / "hf"), output=str(root / "model")))
     texts = [
         f"Question {index}: {''.join(chr(97 + (index * step) % 26) for step in range(30))}?" for index in range(NUMBER_GROUPS)
