@@ -76,7 +76,7 @@ def test_policy_and_reference_may_be_of_either_kind(folder: Path, tmp_path: Path
 
 
 def test_what_cannot_be_converted_is_named(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"output = .*hf/run lies inside model.checkpoint = .*hf"):
+    with pytest.raises(ConfigError, match=r"output = .*hf/run is inside model.checkpoint = .*hf"):
         checkpoint_of(folder, folder / "run")
     monkeypatch.setattr(convert_folder.shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(ConfigError, match=r"^model\.checkpoint = .*hf, a Hugging Face folder, .* only 0\.00 GiB are free"):

@@ -309,7 +309,7 @@ def test_judge_templates_are_checked(server: Server, tmp_path: Path) -> None:
         ({"kind": "match", "mode": "fuzzy"}, r"scorers\.it: .*(?s:.*)exact"),
         ({"kind": "regex", "pattern": "("}, r"scorers\.it\.pattern = \(; not a regular expression"),
         ({"kind": "regex"}, r"scorers\.it: .*pattern"),
-        ({"kind": "pairwise", "model": "m", "template": "{a}{b}"}, r"needs \{prompt\} once"),
+        ({"kind": "pairwise", "model": "m", "template": "{a}{b}"}, r"must contain {prompt} exactly once"),
         ({"kind": "judge", "template": "t", "endpoint": {}, "parse": "x"}, "needs a group"),
     ],
 )
