@@ -53,7 +53,7 @@ class Kernels:
     layers: Literal["transformer_engine", "local"]
     attention: Literal["sdpa", "flex", "varlen"]
     gpu: bool
-    """On a CPU nothing is fused: norms and SwiGLU keep intermediate results, and attention has a dense mask per response."""
+    """On a CPU nothing is fused: norms and SwiGLU keep intermediate results. Attention is by blocks in place of `sdpa`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -397,16 +397,16 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Bytes within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
+    by_segment = layout.kernels.attention == "sdpa" and layout.kernels.gpu  # on a CPU by blocks, which read the row in place
     kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
     if parallel.context > 1:
         kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
-        kept += row.tokens * queries * b if layout.kernels.attention != "sdpa" else 0  # the result, before it is sent back
+        kept += 0 if by_segment else row.tokens * queries * b  # the result, before it is sent back
     if layout.kernels.attention == "varlen":
         return kept + (row.tokens + row.context) * 2 * keys * b if row.context else kept
-    if layout.kernels.attention == "sdpa":
+    if by_segment:
         kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
         kept += row.tokens * queries * b  # results per segment, before concatenation
-        kept += 0 if layout.kernels.gpu else row.rectangles * b  # masks
     return kept
 
 
