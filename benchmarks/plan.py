@@ -20,11 +20,9 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch.nn.attention.bias import causal_lower_right
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PretrainedConfig
 
@@ -36,7 +34,6 @@ from mpo_megatron.config import LoraConfig, LossConfig, ModelConfig, OptimizerCo
 from mpo_megatron.data.loader import RowShape, StepBatch
 from mpo_megatron.families import read_family
 from mpo_megatron.families.adapters import Adapter, choose_adapter
-from mpo_megatron.model import attention
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.parallel import model_parallel
@@ -321,19 +318,9 @@ def measure_peak(action: Callable[[], object]) -> int:
         action()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with patch.object(attention, "causal_lower_right", _outside_modes(causal_lower_right)), Storages() as counted:
+    with Storages() as counted:
         action()
     return counted.peak
-
-
-def _outside_modes(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """PyTorch's description of a mask is a tensor subclass, which cannot be created inside a dispatch mode."""
-
-    def make_outside(*args: Any) -> torch.Tensor:
-        with _disable_current_modes():
-            return make(*args)
-
-    return make_outside
 
 
 def gather(row: timing.Row) -> list[timing.Row]:

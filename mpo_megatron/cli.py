@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import mpo_megatron
+from mpo_megatron import starting
 from mpo_megatron.config import (
     AlignConfig,
     ChatConfig,
@@ -252,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))  # read once, when torch is imported
     try:
         code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        starting.before_exit()
         sys.stdout.flush()  # here, to distinguish a closed reader (`mpo losses | head`) from other errors
         return code
     except BrokenPipeError:

@@ -15,8 +15,9 @@ import importlib.util
 import logging
 import os
 import resource
+import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,12 @@ CHECKPOINT_READS = (
     "torch.distributed is disabled, unavailable or uninitialized",
 )
 """Prefixes of torch's warnings when Megatron-Core reads checkpoints."""
+
+NEEDLESS = ("absl", "tensorboard", "wandb")
+"""Packages that Megatron-Core imports where they are installed, and that a CPU run of it has no use for; they take a second."""
+
+NEVER_COMPILED = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
+"""Methods of torch's optimizers that import its compiler when they are called, only to be left out of what it compiles."""
 
 COMPILED_VARIANTS = 64
 """Limit of compiled variants per function of `compile_for_any_length`."""
@@ -192,6 +199,7 @@ def prepare() -> None:
         owner.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.Tensor.type = _cuda_type_names(torch.Tensor.type)  # type: ignore[method-assign]
+    _spare_compiler()
     _prepare_megatron()
 
 
@@ -333,7 +341,7 @@ def _import_transformer_engine() -> None:
 
 
 def _prepare_megatron() -> None:
-    with _quiet_imports(), _eager_imports():
+    with _quiet_imports(), _eager_imports(), _without(NEEDLESS):
         _import_transformer_engine()
         from megatron.core import jit
         from megatron.core.tensor_parallel import layers, random
@@ -370,6 +378,26 @@ def _add_weight_gradient(inputs: torch.Tensor, grad_outputs: torch.Tensor, total
         total.addmm_(grad_outputs.T, inputs)
     else:
         total += grad_outputs.T @ inputs
+
+
+def _spare_compiler() -> None:
+    """Let torch's optimizers work without torch's compiler, whose import takes a second."""
+    for name in NEVER_COMPILED:
+        method = getattr(torch.optim.Optimizer, name).__wrapped__
+        method.__dynamo_disable = method  # where `torch._disable_dynamo` keeps the method it calls
+    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[attr-defined, method-assign]
+
+
+@contextlib.contextmanager
+def _without(packages: Sequence[str]) -> Iterator[None]:
+    """Modules imported here find none of these packages, unless they have been imported before."""
+    hidden = [package for package in packages if package not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: an ImportError
+    try:
+        yield
+    finally:
+        for package in hidden:
+            del sys.modules[package]
 
 
 @contextlib.contextmanager

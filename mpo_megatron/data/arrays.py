@@ -1,12 +1,25 @@
-"""NumPy array types by element type."""
+"""NumPy's arrays by the type of their elements, and as views of Arrow's."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 Bools = npt.NDArray[np.bool_]
 Int8 = npt.NDArray[np.int8]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
+
+
+def as_numpy(values: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """The numbers of an Arrow array without nulls, read-only; a view, unless it has several chunks.
+
+    Arrow's `to_numpy` imports pandas first, where it is installed: half a second.
+    """
+    if isinstance(values, pa.ChunkedArray):
+        values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()
+    return np.from_dlpack(values)

@@ -30,7 +30,7 @@ import pyarrow as pa
 import xxhash
 from pyarrow.compute import list_flatten
 
-from mpo_megatron.data.arrays import Float64, Int8, Int32, Int64
+from mpo_megatron.data.arrays import Float64, Int8, Int32, Int64, as_numpy
 from mpo_megatron.data.batches import SCHEMA, Digest, take_rows, to_batch
 from mpo_megatron.data.group import RewardKind, TokenizedGroup
 from mpo_megatron.files import DataError
@@ -272,9 +272,9 @@ class StoredGroups:
         """One group's value in a list column as a read-only view of the mapped file; None where null."""
         batch, row = self._locate(index, piece=1 if name.endswith(("tokens", "scored")) else 0)
         values = batch[name][row].values
-        return (
-            None if values is None else values.to_numpy(zero_copy_only=values.type != pa.bool_())
-        )  # Arrow stores booleans as bits
+        if values is None or values.type != pa.bool_():
+            return None if values is None else as_numpy(values)
+        return values.to_numpy(zero_copy_only=False)  # Arrow stores booleans as bits
 
     def __getitem__(self, index: int) -> TokenizedGroup:
         """One group; the arrays are read-only views of the mapped file."""
@@ -301,7 +301,7 @@ class StoredGroups:
         return pa.Table.from_batches(self._batches, SCHEMA)[name]
 
     def _flat(self, name: str) -> npt.NDArray[Any]:
-        return list_flatten(self._column(name)).to_numpy()
+        return as_numpy(list_flatten(self._column(name)))
 
     def _has(self, name: str) -> bool:
         return any(batch[name].null_count < batch.num_rows for batch in self._batches)
@@ -312,11 +312,11 @@ class StoredGroups:
 
     def prompt_lengths(self) -> Int64:
         """[G] number of tokens of every prompt."""
-        return self._column("prompt_length").to_numpy().astype(np.int64)
+        return as_numpy(self._column("prompt_length")).astype(np.int64)
 
     def num_responses(self) -> Int64:
         """[G] number of responses K of every group."""
-        return self._column("num_responses").to_numpy().astype(np.int64)
+        return as_numpy(self._column("num_responses")).astype(np.int64)
 
     def response_offsets(self) -> Int64:
         """[G + 1] group g has the responses offsets[g] to offsets[g + 1] − 1 among all responses."""

@@ -22,7 +22,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from mpo_megatron.model.context_parallel import heads_to_tokens, tokens_to_heads
 from mpo_megatron.model.elementwise import rotate
@@ -129,7 +128,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) ->
     if scores.cap is not None or (scores.window is not None and num_keys > scores.window):
         mask = window_mask(num_queries, num_keys, scores.window, query.device)
     elif num_keys > num_queries:
-        mask = causal_lower_right(num_queries, num_keys)
+        mask = causal_mask(num_queries, num_keys, query.device)
     if scores.cap is not None:
         output = _capped_attention(*parts, mask, scores.scale or query.shape[-1] ** -0.5, scores.cap)
     else:
@@ -137,6 +136,15 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) ->
             *parts, attn_mask=mask, is_causal=mask is None, enable_gqa=True, scale=scores.scale
         )
     return output.squeeze(0).transpose(0, 1)
+
+
+def causal_mask(num_queries: int, num_keys: int, on: torch.device) -> Tensor:
+    """[q, k] which keys each of the last queries sees; on a GPU, PyTorch's description of it, which flash kernels take."""
+    if on.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right  # imports PyTorch's compiler: a second
+
+        return causal_lower_right(num_queries, num_keys)
+    return torch.ones(num_queries, num_keys, dtype=torch.bool, device=on).tril(num_keys - num_queries)
 
 
 def window_mask(num_queries: int, num_keys: int, window: int | None, on: torch.device) -> Tensor:

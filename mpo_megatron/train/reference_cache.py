@@ -27,11 +27,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from pyarrow.compute import list_flatten
 from torch.distributed import broadcast
 
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig
-from mpo_megatron.data.arrays import Float64, Int64
+from mpo_megatron.data.arrays import Float64, Int64, as_numpy
 from mpo_megatron.data.loader import GroupTable
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.files import DataError
@@ -97,11 +98,11 @@ class ReferenceLogps:
 
     def fill(self, part: pa.Table) -> None:
         """Add a part's content."""
-        index = part["index"].to_numpy()
+        index = as_numpy(part["index"])
         begin, end = self.groups[index], self.groups[index + 1]
-        self.response[_places(begin, end)] = _flat(part["logps"])
+        self.response[_places(begin, end)] = as_numpy(list_flatten(part["logps"]))
         if self.token is not None:
-            self.token[_places(self.responses[begin], self.responses[end])] = _flat(part["token_logps"])
+            self.token[_places(self.responses[begin], self.responses[end])] = as_numpy(list_flatten(part["token_logps"]))
 
     def select(self, table: GroupTable) -> Logps:
         """The reference log-probs of a step's groups, padded like its table."""
@@ -120,12 +121,6 @@ def _places(begin: Int64, end: Int64) -> Int64:
     sizes = end - begin
     places: Int64 = np.repeat(begin - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
     return places
-
-
-def _flat(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The numbers of an Arrow list column, concatenated."""
-    values: npt.NDArray[Any] = column.combine_chunks().flatten().to_numpy()
-    return values
 
 
 def cache_key(
@@ -160,7 +155,7 @@ def read_cache(folder: Path, data: PreparedGroups, ranks: Ranks, *, tokens: bool
         columns = ["index", "logps", *(["token_logps"] if tokens else [])]
         for path in sorted(path for kind in kinds for path in folder.glob(f"{kind}-*-*.parquet")):
             try:
-                logps.fill(pq.read_table(pa.BufferReader(read_named(path)), columns=columns))
+                logps.fill(pq.ParquetFile(pa.BufferReader(read_named(path))).read(columns=columns))
             except DamagedError as error:
                 logps.damaged.append(path)
                 print(f"{visible(error)} Its groups are computed again when needed.", flush=True)
@@ -237,7 +232,7 @@ class PartWriter:
         if not self.tables:
             return
         table = pa.concat_tables(self.tables)
-        indices = table["index"].to_numpy()
+        indices = as_numpy(table["index"])
         if self.choices is not None:
             self.choices.write(indices, np.concatenate(self.ids))
         path = _write_part(table, self.folder / f"{self.prefix}-{indices[0]:08d}-{indices[-1]:08d}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mpo_megatron import starting
 from mpo_megatron.config import TrainConfig, validate_experts, validate_folders
 from mpo_megatron.config.loss_names import check_loss_names
 from mpo_megatron.config.model import ADAPTER_OFF
@@ -119,9 +120,10 @@ def build_setup(config: TrainConfig, num_ranks: int | None = None, *, resumes: b
     check_early(config, resumes=resumes)
     num_ranks, family, padded_vocab_size = read_layout(config, num_ranks)
     validate_experts(config.experts, num_experts=family.num_experts, loss_step=config.loss.step)
-    from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
-    from mpo_megatron.train.inputs import open_inputs
-    from mpo_megatron.train.objective import build_objective
+    with starting.imports():
+        from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
+        from mpo_megatron.train.inputs import open_inputs
+        from mpo_megatron.train.objective import build_objective
 
     objective = build_objective(config.loss)
     given = replace(config, model=with_megatron_checkpoints(config.model, Path(config.output)))
@@ -147,8 +149,9 @@ def read_layout(config: TrainConfig, num_ranks: int | None = None) -> tuple[int,
     Raises:
         ConfigError: it does not, or a file is missing or damaged.
     """
-    from mpo_megatron.hf.layout import read_model
-    from mpo_megatron.train.launcher import count_ranks
+    with starting.imports():
+        from mpo_megatron.hf.layout import read_model
+        from mpo_megatron.train.launcher import count_ranks
 
     num_ranks = num_ranks or count_ranks(config.parallel)
     check_ranks(config.parallel, num_ranks)

@@ -39,7 +39,6 @@ PRELOADED = (
     "mpo_megatron.train.reference_main",
     "mpo_megatron.rollout.live.regularizer",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("qwen2", "qwen3", "qwen2_moe", "qwen3_moe")),
-    "torch._dynamo",
 )
 ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 """Environment of ranks: uses gloo, also on machines with GPUs."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.metadata
+import json
 import os
 import subprocess
 import sys
@@ -109,6 +111,27 @@ def test_a_second_call_changes_nothing() -> None:
     before = {name: getattr(torch, name) for name in device.FACTORIES}
     device.prepare()
     assert before == {name: getattr(torch, name) for name in device.FACTORIES}
+
+
+@needs_cpu
+def test_optimizers_work_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._dynamo", None)  # to import it is an error
+    weight = torch.nn.Parameter(torch.ones(3))
+    adam = torch.optim.AdamW([weight], lr=0.5, weight_decay=0.0)
+    weight.grad = torch.ones(3)
+    adam.step()
+    adam.load_state_dict(adam.state_dict())
+    adam.zero_grad()
+    assert weight.grad is None
+    assert torch.allclose(weight, torch.full((3,), 0.5))
+
+
+def test_needless_packages_are_hidden_for_a_while_only() -> None:
+    with device._without(("xdrlib", "json")):
+        assert json.loads("1") == 1  # imported before
+        with pytest.raises(ImportError):
+            importlib.import_module("xdrlib")
+    assert "xdrlib" not in sys.modules
 
 
 def test_names_that_torch_dropped_fail_loudly() -> None:

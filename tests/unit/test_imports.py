@@ -41,6 +41,7 @@ OTHER_YAML = {
 EXAMPLE_CONFIGS = sorted(set((ROOT / "examples").rglob("*.yaml")) - OTHER_YAML)
 
 MAY_IMPORT = {
+    "starting": set(),
     "terminal": set(),
     "config": {"terminal"},
     "files": {"terminal", "config"},
@@ -52,7 +53,7 @@ MAY_IMPORT = {
     "hf": {"config", "files", "device", "families"},
     "mcore": {"device"},
     "model": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf"},
-    "train": {"mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
+    "train": {"starting", "mcore", "terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model"},
     "rollout": {"terminal", "config", "files", "device", "stack", "data", "losses", "families", "hf", "model", "train"},
     "evaluate": {"terminal", "config", "files", "device", "data", "losses", "families", "hf", "model", "train", "rollout"},
     "align": {
@@ -65,7 +66,7 @@ MAY_IMPORT = {
     "doctor": {"terminal", "config", "files", "device", "stack", "data", "hf", "model", "train"},
     "cli": {
         *("terminal", "config", "files", "plan", "doctor", "launch", "report", "viewer", "device", "data", "losses", "families"),
-        *("hf", "model", "train", "rollout", "evaluate", "align"),
+        *("starting", "hf", "model", "train", "rollout", "evaluate", "align"),
     },
 }
 """Allowed imports of each part of the package from other parts."""

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
+from mpo_megatron import starting
 from mpo_megatron.terminal.visible import visible
 from mpo_megatron.train import launched
 
@@ -35,6 +36,7 @@ def end(main: Callable[[], int]) -> NoReturn:
             traceback.print_exc()
         code = 1
     if code == 0:
+        starting.before_exit()
         sys.exit()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,7 +16,6 @@ from transformers import Qwen3Config
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.families import read_family
-from mpo_megatron.model import attention
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import optimizer
@@ -71,17 +70,6 @@ def count_waits(objective: Objective, ranks: Ranks, row_tokens: int, *, two_phas
     return len(batch.rows), waits.found
 
 
-@pytest.fixture
-def plain_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The class of torch's causal masks cannot be created while operations are watched."""
-
-    def causal_lower_right(queries: int, keys: int) -> torch.Tensor:
-        return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-
-    monkeypatch.setattr(attention, "causal_lower_right", causal_lower_right)
-
-
-@pytest.mark.usefixtures("plain_masks")
 @pytest.mark.parametrize(("name", "two_phase"), [("mpo", False), ("mpo", True), ("grpo_offline", False), ("grpo_offline", True)])
 def test_no_row_waits(ranks: Ranks, name: str, two_phase: bool) -> None:
     objective = build_objective(LossConfig(name=name))
