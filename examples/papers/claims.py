@@ -90,11 +90,14 @@ CLAIMS = (
 )
 
 
+Words = Literal["holds here", "does not hold here", "inconclusive", "not run"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
     """The verdict of the numbers."""
 
-    words: Literal["holds here", "does not hold here", "cannot be told", "not run"]
+    words: Words
     difference: float = math.nan
     """First minus second."""
     error: float = math.nan
@@ -127,8 +130,8 @@ def judge(claim: Claim, results: Results) -> Verdict:
         errors.append(standard_error(by_seed))
     difference, error = statistics.fmean(by_seed), max(errors, default=math.nan)
     if len(seeds) < 2 or abs(difference) <= needed * error:
-        return Verdict(words="cannot be told", difference=difference, error=error, seeds=seeds)
-    words: Literal["holds here", "does not hold here"] = "holds here" if difference > 0 else "does not hold here"
+        return Verdict(words="inconclusive", difference=difference, error=error, seeds=seeds)
+    words: Words = "holds here" if difference > 0 else "does not hold here"
     return Verdict(words=words, difference=difference, error=error, seeds=seeds)
 
 

@@ -7,9 +7,9 @@ import statistics
 import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
-from examples.papers.claims import CLAIMS, ERRORS, Claim, Results, Verdict, judge, standard_error, subtract
+from examples.papers.claims import CLAIMS, ERRORS, Claim, Results, Verdict, Words, judge, standard_error, subtract
 from examples.papers.samples import NUM_RESPONSES, Sizes
 from examples.papers.trial import NUM_ANSWERS, START, Entry
 
@@ -26,7 +26,7 @@ The program knows nothing of whether an answer is right ([task.py](../../example
 """
 CAVEAT = """\
 A claim **holds here** if the difference is more than {errors:g} standard errors above zero, **does not hold here** if it
-is as far below zero, else it **cannot be told**. Standard errors are those over prompts or over seeds, whichever is
+is as far below zero, else it is **inconclusive**. Standard errors are those over prompts or over seeds, whichever is
 larger. With one seed nothing can be told: another order of the data makes another policy. Log-ratios have the error over
 seeds alone, and its bound is Student's t.
 
@@ -102,8 +102,7 @@ def format_claims(judged: Sequence[tuple[Claim, Verdict]]) -> list[str]:
 def count_verdicts(verdicts: Sequence[tuple[Claim, Verdict]]) -> str:
     """How many claims have each verdict."""
     counts = Counter(verdict.words for _, verdict in verdicts)
-    words = ("holds here", "does not hold here", "cannot be told", "not run")
-    return f"Of {len(verdicts)} claims: " + ", ".join(f"{counts[name]} *{name}*" for name in words) + "."
+    return f"Of {len(verdicts)} claims: " + ", ".join(f"{counts[words]} *{words}*" for words in get_args(Words)) + "."
 
 
 def format_left(claim: Claim) -> str:

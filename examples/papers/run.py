@@ -6,7 +6,7 @@
 
 SmolLM2-135M-Instruct answers prompts with verifiable instructions, once. Every method of methods.yaml trains on those samples,
 and its policy answers held-out prompts. Each trial writes its result at its end. Repeat the command to resume: finished trials
-are skipped. The page gives a verdict on each claim: holds here, does not, cannot be told, not run.
+are skipped. The page gives a verdict on each claim: holds here, does not, inconclusive, not run.
 """
 
 from __future__ import annotations

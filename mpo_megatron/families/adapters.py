@@ -24,6 +24,9 @@ ADAPTER = ".adapter."
 GROUPS = ("attention", "mlp", "all-linear")
 """Names of groups of layers."""
 
+PEFT_EXPERTS = ("qwen3_moe", "mixtral")
+"""Model types for which PEFT 0.21 loads the adapters of single experts beside the stacked weights of transformers 5."""
+
 MIXERS = (".self_attn.", ".linear_attn.")
 """Parts of Hugging Face names of token-mixing layers: the group `attention`. All other layers are the MLP's."""
 
@@ -164,3 +167,9 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 ),
             ]
     return tuple(rules)
+
+
+def peft_misses_experts(family: Family, adapter: Adapter) -> bool:
+    """Whether PEFT ignores the adapter's matrices of experts: it renames them to its own for some model types only."""
+    leaves = {leaf(name) for rule in family.rules if rule.experts is not None and rule.linear for name in rule.parts}
+    return family.config.model_type not in PEFT_EXPERTS and not leaves.isdisjoint(adapter.target_modules)

@@ -25,7 +25,7 @@ FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-class Block(NamedTuple):
+class AttentionBlock(NamedTuple):
     """Queries of tokens [start, end) with keys of tokens [key_start, key_end)."""
 
     start: int
@@ -44,18 +44,18 @@ def cpu_row_attention(query: Tensor, key: Tensor, value: Tensor, layout: RowLayo
     return attended
 
 
-def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> list[Block]:
+def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> list[AttentionBlock]:
     """Blocks that hold each attended pair once; there is no window. First come causal blocks, one for each token."""
     causal, dense = [], []
     waiting = [(segment.start, segment.end) for segment in segments]
     while waiting:
         start, end = waiting.pop()
         if end - start <= SQUARE:
-            causal.append(Block(start, end, start, end, causal=True))
+            causal.append(AttentionBlock(start, end, start, end, causal=True))
             continue
         middle = (start + end) // 2
         waiting += [(start, middle), (middle, end)]
-        dense.append(Block(middle, end, start, middle, causal=False))
+        dense.append(AttentionBlock(middle, end, start, middle, causal=False))
     for segment in segments:
         context = segment.context_start, segment.context_end
         if context[0] == context[1]:
@@ -63,13 +63,13 @@ def split_blocks(segments: tuple[Segment, ...], window: int | None = None) -> li
         if dense and (dense[-1].end, *dense[-1][2:4]) == (segment.start, *context):  # responses of one group
             dense[-1] = dense[-1]._replace(end=segment.end)
         else:
-            dense.append(Block(segment.start, segment.end, *context, causal=False))
+            dense.append(AttentionBlock(segment.start, segment.end, *context, causal=False))
     return causal + dense
 
 
 class _BlockAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[Block], scale: float | None) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: list[AttentionBlock], scale: float | None) -> Tensor:
         exact = torch.promote_types(query.dtype, torch.float32)
         output, normalizer = query.new_empty(query.shape, dtype=exact), query.new_empty(query.shape[:2], dtype=exact)
         for block in blocks:
@@ -102,7 +102,7 @@ class _BlockAttention(torch.autograd.Function):
         return (*(part.to(query.dtype) for part in grads), None, None)
 
 
-def _parts(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _parts(block: AttentionBlock, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """[q, A, D], [k, Q, D], [k, Q, D] of one block."""
     keys = slice(block.key_start, block.key_end)
     return query[block.start : block.end], key[keys], value[keys]

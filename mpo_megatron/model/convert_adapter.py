@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf
+from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf, peft_misses_experts
 from mpo_megatron.families.rules import TEXT_MODEL
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
@@ -28,9 +28,6 @@ from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
-
-PEFT_EXPERTS = ("qwen3_moe", "mixtral")
-"""Model types for which PEFT 0.21 loads the adapters of single experts beside the stacked weights of transformers 5."""
 
 ORIGINAL = "peft"
 """Folder that keeps the original adapter_config.json of a converted adapter."""
@@ -180,7 +177,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         ConfigError: a file is missing or damaged.
     """
     record, matrices = read_matrices(source)
-    if _only_merged(load_family(source / "hf"), record.adapter):
+    if peft_misses_experts(load_family(source / "hf"), record.adapter):
         print(
             "WARNING: with transformers 5, PEFT loads adapters of this model's experts wrongly, without an error; to use it "
             "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
@@ -197,12 +194,6 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         copy_side_files(source / "hf", folder)
         (folder / "config.json").unlink()  # with it, the folder would look like a whole model
         digests.write_list(folder)
-
-
-def _only_merged(family: Family, adapter: Adapter) -> bool:
-    """Whether PEFT does not find the matrices of experts: it renames them to its own for some model types only."""
-    leaves = {leaf(name) for rule in family.rules if rule.experts is not None and rule.linear for name in rule.parts}
-    return family.config.model_type not in PEFT_EXPERTS and not leaves.isdisjoint(adapter.target_modules)
 
 
 def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:

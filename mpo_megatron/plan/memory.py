@@ -397,7 +397,8 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Bytes within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
-    by_segment = layout.kernels.attention == "sdpa" and layout.kernels.gpu  # on a CPU by blocks, which read the row in place
+    plain = layout.shape.window is None and layout.shape.score_cap is None  # on a CPU then by blocks, which read the row in place
+    by_segment = layout.kernels.attention == "sdpa" and (layout.kernels.gpu or not plain)
     kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
     if parallel.context > 1:
         kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
@@ -407,6 +408,7 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     if by_segment:
         kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
         kept += row.tokens * queries * b  # results per segment, before concatenation
+        kept += 0 if layout.kernels.gpu else row.rectangles * b  # masks
     return kept
 
 
@@ -422,14 +424,18 @@ def _mlp_kept(layout: MemoryLayout, row: RowCounts, ffn: int | None = None) -> i
 
 
 def _moe_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Experts, with tokens spread evenly: routing probabilities, tokens sent and received (H each), SwiGLU, and results."""
+    """Experts, with tokens spread evenly: routing probabilities, the received tokens (H), and SwiGLU.
+
+    Sorting, sending and summing keep only indices. On a CPU, SwiGLU keeps six tensors of F: gate and value, the activated gate,
+    a copy of the value, and the product before and after the probabilities.
+    """
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
     own = _tokens(layout, row) // layout.sequence_parts
     routed = own * shape.active_experts * parallel.expert_tensor
-    inner = shape.expert_ffn // parallel.expert_tensor * ((3 if layout.kernels.gpu else 5) - int(layout.recomputes("moe_act")))
+    inner = shape.expert_ffn // parallel.expert_tensor * (2 if layout.recomputes("moe_act") else 3 if layout.kernels.gpu else 6)
     routing = layout.routing  # logits and probabilities; the losses keep them again, with each token's load density
     maps = 3 + 2 * (routing.balance_coeff > 0) + (routing.z_coeff > 0)
-    kept = own * shape.num_experts * 4 * maps + routed * b * (3 * shape.hidden_size + inner)
+    kept = own * shape.num_experts * 4 * maps + routed * b * (shape.hidden_size + inner)
     if shape.shared_ffn and not layout.recomputes("shared_experts"):
         kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden_size * b
     return kept
@@ -506,7 +512,7 @@ def _backward(layout: MemoryLayout, row: RowCounts) -> int:
         weight = 0
     whole = tokens * shape.hidden_size
     output = hidden + (whole if layout.sequence_parts > 1 or shape.num_experts else 0)
-    freed = 1 if layout.kernels.gpu else 3 if shape.num_experts else 2  # freed once the gradient [2F] exists
+    freed = 1 if layout.kernels.gpu else 4 if shape.num_experts else 2  # freed once the gradient [2F] exists
     gathered = whole if layout.sequence_parts > 1 else 0
     second = output + tokens * ffn + weight
     halves = output + 2 * tokens * ffn

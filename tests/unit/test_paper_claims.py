@@ -33,7 +33,7 @@ def test_every_claim_compares_methods_that_are_trained() -> None:
     [
         ((0.9, 0.8, 0.9), (0.1, 0.1, 0.2), "holds here"),
         ((0.1, 0.1, 0.2), (0.9, 0.8, 0.9), "does not hold here"),
-        ((0.9, 0.1, 0.5), (0.1, 0.9, 0.4), "cannot be told"),
+        ((0.9, 0.1, 0.5), (0.1, 0.9, 0.4), "inconclusive"),
     ],
 )
 def test_seeds_that_agree_are_judged_by_their_prompts(first: tuple[float, ...], second: tuple[float, ...], words: str) -> None:
@@ -43,7 +43,7 @@ def test_seeds_that_agree_are_judged_by_their_prompts(first: tuple[float, ...], 
 
 def test_one_seed_tells_nothing() -> None:
     verdict = judge(CLAIM, {"a": {0: trial(0.9, 0.8, 0.9)}, "b": {0: trial(0.1, 0.1, 0.2)}})
-    assert verdict.words == "cannot be told"
+    assert verdict.words == "inconclusive"
     assert verdict.difference == pytest.approx(11 / 15)
 
 
@@ -51,7 +51,7 @@ def test_seeds_that_disagree_tell_nothing() -> None:
     """Each seed alone would suffice, but the error over seeds is the larger one."""
     high, low = trial(0.9, 0.9, 0.8), trial(0.1, 0.1, 0.1)
     verdict = judge(CLAIM, {"a": {0: high, 1: low}, "b": {0: low, 1: high}})
-    assert verdict.words == "cannot be told"
+    assert verdict.words == "inconclusive"
     assert verdict.seeds == (0, 1)
     assert verdict.error == pytest.approx(23 / 30)  # two values ±23/30 around 0
 
@@ -65,14 +65,14 @@ def test_only_seeds_and_prompts_of_both_count() -> None:
 
 def test_log_probabilities_need_several_seeds() -> None:
     one = {"a": {0: trial(0.5, moved=1.0)}, "b": {0: trial(0.5, moved=-1.0)}}
-    assert judge(MOVED, one).words == "cannot be told"
+    assert judge(MOVED, one).words == "inconclusive"
     two = {"a": {0: trial(0.5, moved=1.0), 1: trial(0.5, moved=1.2)}, "b": {0: trial(0.5, moved=-1.0), 1: trial(0.5, moved=-1.1)}}
     assert judge(MOVED, two).words == "holds here"
     apart = {
         "a": {0: trial(0.5, moved=1.0), 1: trial(0.5, moved=2.0)},
         "b": {0: trial(0.5, moved=-1.0), 1: trial(0.5, moved=-1.5)},
     }
-    assert judge(MOVED, apart).words == "cannot be told"  # 2.75 ± 0.75, but of two values
+    assert judge(MOVED, apart).words == "inconclusive"  # 2.75 ± 0.75, but of two values
 
 
 def test_metrics_of_the_later_steps() -> None:
@@ -94,8 +94,7 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
     }
     page = format_page(entries, results, Sizes(), {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}})
     assert (
-        f"Of {len(CLAIMS)} claims: 1 *holds here*, 0 *does not hold here*, 0 *cannot be told*, {len(CLAIMS) - 1} *not run*."
-        in page
+        f"Of {len(CLAIMS)} claims: 1 *holds here*, 0 *does not hold here*, 0 *inconclusive*, {len(CLAIMS) - 1} *not run*." in page
     )
     assert "> Why?\n\n- start: So. *(1)*\n- `mpo`: Because. *(0.5)*" in page
     assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo` − `dpo` | +0.633" in page

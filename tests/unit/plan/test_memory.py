@@ -153,7 +153,7 @@ def test_what_experts_compute_again_is_not_kept() -> None:
         kept[module] = layer_kept(dataclasses.replace(plain, model=model), ROW, experts=True)
     assert layer_kept(plain, ROW, experts=True) - kept["moe_act"] == ROW.tokens * 8 * 768 * 2
     assert layer_kept(plain, ROW, experts=True) - kept["layernorm"] == ROW.tokens * (2048 * 2 + 4)
-    assert kept["moe"] < kept["moe_act"] / 3
+    assert kept["moe"] < kept["moe_act"] / 2
 
 
 def test_offloaded_layers_leave_two_on_their_way() -> None:
