@@ -62,10 +62,10 @@ CHECKPOINT_READS = (
 """Prefixes of torch's warnings when Megatron-Core reads checkpoints."""
 
 NEEDLESS = ("absl", "tensorboard", "wandb")
-"""Packages that Megatron-Core imports where they are installed, and that a CPU run of it has no use for; they take a second."""
+"""Packages that Megatron-Core imports if installed; it does not need them on a CPU, and importing them takes a second."""
 
 NEVER_COMPILED = ("add_param_group", "load_state_dict", "state_dict", "zero_grad")
-"""Methods of torch's optimizers that import its compiler when they are called, only to be left out of what it compiles."""
+"""Methods of torch's optimizers that import the compiler only to exclude themselves from compilation."""
 
 COMPILED_VARIANTS = 64
 """Limit of compiled variants per function of `compile_for_any_length`."""
@@ -381,16 +381,19 @@ def _add_weight_gradient(inputs: torch.Tensor, grad_outputs: torch.Tensor, total
 
 
 def _spare_compiler() -> None:
-    """Let torch's optimizers work without torch's compiler, whose import takes a second."""
+    """Keep torch's optimizers from importing its compiler, which takes a second; without effect if torch changes its names."""
     for name in NEVER_COMPILED:
-        method = getattr(torch.optim.Optimizer, name).__wrapped__
-        method.__dynamo_disable = method  # where `torch._disable_dynamo` keeps the method it calls
-    torch.optim.Adam.step = torch.no_grad()(torch.optim.Adam.step.__wrapped__)  # type: ignore[attr-defined, method-assign]
+        method = getattr(getattr(torch.optim.Optimizer, name), "__wrapped__", None)
+        if method is not None:
+            method.__dynamo_disable = method  # `torch._disable_dynamo` looks up the method to call here
+    step = getattr(torch.optim.Adam.step, "__wrapped__", None)
+    if step is not None:
+        torch.optim.Adam.step = torch.no_grad()(step)  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
 def _without(packages: Sequence[str]) -> Iterator[None]:
-    """Modules imported here find none of these packages, unless they have been imported before."""
+    """Hide these packages from imports within the context, unless they were imported before."""
     hidden = [package for package in packages if package not in sys.modules]
     sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: an ImportError
     try:

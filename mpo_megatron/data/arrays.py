@@ -1,4 +1,4 @@
-"""NumPy's arrays by the type of their elements, and as views of Arrow's."""
+"""NumPy array types by element type, and NumPy views of Arrow arrays."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Float64 = npt.NDArray[np.float64]
 
 
 def as_numpy(values: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
-    """The numbers of an Arrow array without nulls, read-only; a view, unless it has several chunks.
+    """A read-only view of an Arrow array without nulls; a copy if it has several chunks.
 
-    Arrow's `to_numpy` imports pandas first, where it is installed: half a second.
+    Arrow's own `to_numpy` imports pandas if installed, which takes half a second.
     """
     if isinstance(values, pa.ChunkedArray):
         values = values.chunk(0) if values.num_chunks == 1 else values.combine_chunks()

@@ -139,7 +139,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) ->
 
 
 def causal_mask(num_queries: int, num_keys: int, on: torch.device) -> Tensor:
-    """[q, k] which keys each of the last queries sees; on a GPU, PyTorch's description of it, which flash kernels take."""
+    """[q, k] True where a query sees a key; on a GPU, PyTorch's `causal_lower_right`, which flash kernels accept."""
     if on.type == "cuda":
         from torch.nn.attention.bias import causal_lower_right  # imports PyTorch's compiler: a second
 

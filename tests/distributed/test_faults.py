@@ -212,7 +212,7 @@ def test_a_checkpoint_without_its_state_is_damaged(inputs: Path, results: dict[s
 
 def test_a_checkpoint_of_a_newer_version_stays_as_it_is(inputs: Path, results: dict[str, Any]) -> None:
     assert results["newer format"]["error"].startswith("ConfigError: ")
-    assert "has format 1, this version of mpo_megatron reads format 0" in results["newer format"]["error"]
+    assert "has format 1, but this version of mpo_megatron reads format 0" in results["newer format"]["error"]
     assert steps(inputs / "runs" / "newer") == [1, 2, 3]
 
 
