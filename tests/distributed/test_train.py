@@ -208,4 +208,4 @@ def test_groups_of_another_tokenizer_are_refused(inputs: Path, tmp_path: Path, c
 def test_a_reference_of_another_architecture_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     convert(ConvertConfig(input=str(save_model(tmp_path / "hf", num_hidden_layers=2)), output=str(tmp_path / "model")))
     assert main(["train", *options(inputs, tmp_path / "run", "--model.reference", str(tmp_path / "model"))]) == 2
-    assert "num_hidden_layers = 2, model.checkpoint has 4" in capsys.readouterr().err
+    assert "num_hidden_layers = 2, but model.checkpoint has 4" in capsys.readouterr().err
