@@ -30,16 +30,19 @@ def test_the_example_with_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls = []
+    (tmp_path / "vowels.py").write_text("def vowels(response):\n    return sum(c in 'aeiou' for c in response) / 8\n")
+    # Random bytes follow no instruction.
+    vowels = {"vowels": {"kind": "function", "function": f"{tmp_path / 'vowels.py'}:vowels"}}
+    smaller = {**SMALLER, "score.scorers": json.dumps(vowels)}
 
     def align(**options: object) -> None:
         calls.append(options["output"])
-        arguments = [part for name, value in {**options, **SMALLER}.items() for part in (f"--{name}", str(value))]
+        arguments = [part for name, value in {**options, **smaller}.items() for part in (f"--{name}", str(value))]
         assert cli.main(["align", *arguments]) == 0
 
     monkeypatch.setattr(stages, "launch", launch_ranks)
     monkeypatch.setattr(example, "align", align)
     monkeypatch.setattr(example, "NUM_PROMPTS", 20)
-    # The seed gives answers (random bytes) with different rewards.
     monkeypatch.setattr(example, "write_model", lambda folder: save_model(folder, num_hidden_layers=1, hidden_size=32))
     example.main(["--output", str(tmp_path / "out")])  # a rise of the reward would be chance
     result = json.loads((tmp_path / "out" / "instructions.json").read_text())["seeds"]["0"]
