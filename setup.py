@@ -34,9 +34,8 @@ DOCS = [
     "mkdocstrings[python]>=0.30,<2",  # its options in mkdocs.yml are those of 0.30 and 1
 ]
 
-QLORA = [
-    "bitsandbytes>=0.49,<0.51"
-]  # model/nf4.py: CPU kernels of NF4 since 0.46; its functional API may change with a minor version
+# model/nf4.py: CPU kernels of NF4 since 0.46; its functional API may change with a minor version.
+QLORA = ["bitsandbytes>=0.49,<0.51"]
 
 TRACKING = ["tensorboard>=2.16", "wandb>=0.19", "mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.13"]
 

@@ -137,10 +137,10 @@ def compile_for_any_length(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_freed_memory() -> None:
-    """On a CPU, let this process keep the memory that it frees for its next tensors.
+    """On a CPU, reuse freed memory for the next tensors instead of returning it to the kernel.
 
-    Left alone, glibc hands back to the kernel what a step frees, and a tenth of a step on one core is spent in the kernel, which
-    clears every page before it hands it out again. Options of glibc's that the user has set in the environment stay.
+    By default, glibc returns what a step frees, and the kernel clears each page before it is used again: a tenth of a step.
+    Without effect if the user has set one of glibc's `MALLOC_…` variables.
     """
     libc = ctypes.CDLL(None)
     if has_gpu() or not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
