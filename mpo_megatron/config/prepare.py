@@ -56,6 +56,9 @@ class PrepareConfig(Section):
     """File with a Jinja chat template that replaces the tokenizer's."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra variables for the chat template, for example `enable_thinking: false` for Qwen3."""
+    other_prompts: Literal["refuse", "allow"] = "refuse"
+    """Responses of `mpo generate` whose prompt was sampled with other options than these: refuse them, or train on them
+    with this prompt (for example, to learn a system prompt's effect without it)."""
     max_prompt_tokens: int = 2048
     """Reject groups with a longer rendered prompt: a truncated prompt would be another question."""
     max_response_tokens: int = 2048

@@ -9,6 +9,7 @@ response that starts with one) into a token that generation never produces. The 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -118,6 +119,11 @@ class Chat:
         self._adds_space = tokenizer.encode(_ANSWER) != self._behind(_ANSWER, "\n")
         self._read_lead(prompt, whole)
         self.templated = templated
+
+    @functools.cached_property
+    def tokenizer_digest(self) -> str:
+        """`Tokenizer.digest()`, computed once."""
+        return self.tokenizer.digest()
 
     def _find_end(self, after: str) -> int:
         """The first special token after the assistant's words, or else the tokenizer's end of text."""

@@ -16,7 +16,7 @@ from typing import Any
 from mpo_megatron.data.conversations import read_tools
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.group import Answer, Group, Message, RewardKind
+from mpo_megatron.data.group import Answer, Group, Message, PromptDigests, RewardKind
 from mpo_megatron.files import DataError
 
 RowValues = dict[str, Any]
@@ -87,6 +87,8 @@ class Parsed:
     """Columns and keys of the row with values that were not read."""
     drawn: tuple[tuple[int, ...] | None, ...] = ()
     """As `Group.drawn`."""
+    sampled_prompt: PromptDigests | None = None
+    """As `Group.sampled_prompt`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,4 +230,5 @@ def build_group(parsed: Parsed, where: str, source: int = 0) -> Group:
         source=source,
         dropped=tuple(str(error) for error in parsed.dropped),
         drawn=parsed.drawn,
+        sampled_prompt=parsed.sampled_prompt,
     )

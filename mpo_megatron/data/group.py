@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from mpo_megatron.data.arrays import Bools, Float64, Int8, Int32
 
@@ -13,6 +13,17 @@ Message = dict[str, Any]
 Answer = str | tuple[Message, ...]
 """A response: the model's own output as text, or messages that the chat template renders: one assistant message, or with tools
 several, the first and the last being the assistant's."""
+
+
+class PromptDigests(NamedTuple):
+    """A rendered prompt, as digests."""
+
+    tokenizer: str
+    """Of the tokenizer, without its chat template."""
+    messages: str
+    """Of the messages, the system prompt included, and the tools."""
+    ids: str
+    """Of the token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +48,8 @@ class Group:
     """For each unusable response, the field and the reason."""
     drawn: tuple[tuple[int, ...] | None, ...] = ()
     """For each response its sampled token ids, including the end token, where known; empty if known for none."""
+    sampled_prompt: PromptDigests | None = None
+    """The prompt that the responses were sampled with, if known."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

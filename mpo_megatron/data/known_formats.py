@@ -12,6 +12,7 @@ from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, is_number, parse_json, read_id, read_label, read_list, read_number
 from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
+from mpo_megatron.data.sampled_prompt import read_digests
 from mpo_megatron.files import DataError
 
 _RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")
@@ -168,7 +169,7 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
 
     for index, item in enumerate(items):
         found.read(read, index, item)
-    parsed = _finish(row, found, places)
+    parsed = replace(_finish(row, found, places), sampled_prompt=read_digests(row))
     return replace(parsed, drawn=tuple(drawn)) if any(drawn) else parsed
 
 

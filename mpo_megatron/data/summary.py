@@ -55,6 +55,8 @@ class Tally:
     """Of these, responses whose text would be encoded to other tokens."""
     drawn_of_another_text: int = 0
     """Responses whose token ids do not decode to their text; the text was encoded."""
+    sampled_otherwise: int = 0
+    """Groups whose responses were sampled with another prompt."""
     checked: int = 0
     """Groups compared with plain `apply_chat_template`."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -95,6 +97,7 @@ class Tally:
             "drawn_responses": self.drawn_responses,
             "drawn_otherwise": self.drawn_otherwise,
             "drawn_of_another_text": self.drawn_of_another_text,
+            "sampled_otherwise": self.sampled_otherwise,
             "checked": self.checked,
             "unusable_responses_by_field": dict(sorted(self.dropped.items())),
             "unused_columns": dict(sorted(self.unused.items())),
@@ -234,6 +237,12 @@ def print_tally(console: Console, tally: Tally) -> None:
             f"WARNING: in {tally.labels_against_rewards:,} groups a chosen response has a lower reward than a rejected one, for "
             f"example {tally.examples.get('labels_against_rewards', '')}. Rewards decide, except with partition = labels. If "
             "lower is better in this column, negate it."
+        )
+        console.print(Text(visible(text), style="bold red"))
+    if tally.sampled_otherwise:
+        text = (
+            f"WARNING: the responses of {tally.sampled_otherwise:,} groups were sampled with another prompt than the one "
+            f"prepared here, or with another tokenizer: for example {tally.examples.get('sampled_otherwise', '')}."
         )
         console.print(Text(visible(text), style="bold red"))
     if tally.templated_prompts:

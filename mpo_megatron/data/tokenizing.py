@@ -32,6 +32,7 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Parsed
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
 from mpo_megatron.data.readers import InputReader, PartOfRow, RowStream
+from mpo_megatron.data.sampled_prompt import check_sampled_prompt
 from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
@@ -195,8 +196,11 @@ def _tokenize_group(
 
     Raises:
         RowError: fewer than two responses remain.
+        ConfigError: the responses were sampled with another prompt.
     """
     prompt_text, prompt_tokens = prompt
+    allowed = config.other_prompts == "allow"
+    chunk.count("sampled_otherwise", group.where, check_sampled_prompt(group, prompt_tokens, chat, allow=allowed))
     kept: list[int] = []
     answers: list[Tokens] = []
     num_overlong, faults = 0, list[RowError]()

@@ -24,6 +24,7 @@ from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.formats import InputLayout, detect, parse
 from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import read_inputs
+from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.files import DataError
@@ -32,7 +33,7 @@ from mpo_megatron.rollout.records import Record
 _SAMPLE = 64
 """Rows read to detect the format."""
 _NOT_META = {
-    *("group_id", "id", "meta", "reference_answer", "messages", "question", "instruction"),
+    *("group_id", "id", "meta", FIELD, "reference_answer", "messages", "question", "instruction"),
     *("responses", "all_generated_responses", "rewards", "scores", "all_rm_scores", "labels"),
 }
 """Fields of a row that have another place in a line, or belong to responses, which are dropped."""
@@ -43,7 +44,7 @@ class PromptSet:
     """The distinct prompts of an input, in its order."""
 
     records: list[Record] = field(default_factory=list)
-    """Group lines without responses."""
+    """Group lines without responses, with digests of the rendered prompts."""
     token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """By group id: [P] token ids of the rendered prompt, as `mpo prepare` would store it."""
     rejections: list[Rejection] = field(default_factory=list)
@@ -97,7 +98,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
         if len(ids) > max_prompt_tokens:
             found.leave_out("too_long", where, group_id, f"has {len(ids)} tokens, but max_prompt_tokens = {max_prompt_tokens}")
             continue
-        found.records.append(item)
+        found.records.append(item | {FIELD: digest_prompt(chat, item["prompt"], tools, ids)._asdict()})
         found.token_ids[group_id] = ids
     found.counts["prompts"] = len(found.records)
     if not found.records:

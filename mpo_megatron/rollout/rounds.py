@@ -297,6 +297,8 @@ def check_same_prompts(generate: GenerateConfig, prepare: PrepareConfig) -> None
     Raises:
         ConfigError: naming the option.
     """
+    if prepare.other_prompts == "allow":
+        return
     for name in PROMPT_OPTIONS:
         drawn, trained = getattr(generate, name), getattr(prepare, name)
         require(

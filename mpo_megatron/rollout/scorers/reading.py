@@ -27,7 +27,7 @@ _OF_GROUP = {"prompt", "messages", "group"}
 _PLURALS = {"prompts": "prompt", "groups": "group", "ground_truths": "ground_truth", "data_sources": "data_source",
             "extra_infos": "extra_info", "reference_answers": "reference_answer"}  # fmt: skip
 """For a batch: names of lists → names of their items."""
-_NOT_FIELDS = {"responses", "notes", "dropped", "unusable", "uncontrolled", "missing"}
+_NOT_FIELDS = {"responses", "notes", "dropped", "unusable", "uncontrolled", "missing", "prompt_digests"}
 """Keys of a group line that are not fields of the prompt."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -9,13 +11,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from mpo_megatron.config import PrepareConfig
+from mpo_megatron.config import ConfigError, PrepareConfig, ScoreConfig, SelectConfig
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
+from mpo_megatron.rollout.score import score
+from mpo_megatron.rollout.select import select
 from tests.unit.rollout.conftest import write_lines
 
 
@@ -101,6 +105,7 @@ def test_fields_go_along(tmp_path: Path, model_folder: Path) -> None:
         record.pop("group_id")
         == load(write_lines(tmp_path / "q.jsonl", [{"prompt": "2 + 2?"}]), model_folder).records[0]["group_id"]
     )
+    assert set(record.pop("prompt_digests")) == {"tokenizer", "messages", "ids"}
     assert record == {
         "prompt": [{"role": "user", "content": "2 + 2?"}],
         "reference_answer": [4, "four"],
@@ -154,3 +159,63 @@ def test_nothing_usable_is_refused(tmp_path: Path, model_folder: Path) -> None:
 def test_first_prompts_only(tmp_path: Path, model_folder: Path) -> None:
     path = write_lines(tmp_path / "p.jsonl", [{"prompt": text} for text in ("a", "a", "b", "c")])
     assert [record["prompt"][0]["content"] for record in load(path, model_folder, most=2).records] == ["a", "b"]
+
+
+@pytest.fixture(scope="module")
+def selected(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
+    """Groups sampled with a system prompt, that went through `mpo score` and `mpo select`."""
+    folder = tmp_path_factory.mktemp("selected")
+    prompts = write_lines(folder / "prompts.jsonl", [{"prompt": "2 + 2?", "reference_answer": "four"}])
+    answers = [{"text": text, "finish_reason": "stop", "num_tokens": 1, "seed": 1} for text in ("four", "five")]
+    [record] = load(prompts, model_folder, system="Be brief.").records
+    write_lines(folder / "samples.jsonl", [record | {"responses": answers}])
+    options = {"scorers": {"right": {"kind": "regex", "pattern": "four"}}}
+    score(ScoreConfig(input=str(folder / "samples.jsonl"), output=str(folder / "scored"), **options), Console(quiet=True))
+    select(SelectConfig(input=str(folder / "scored"), output=str(folder / "selected")), Console(quiet=True))
+    return folder / "selected" / "groups.jsonl"
+
+
+TERSE = "{% for m in messages %}<|im_start|>{{ m.role + m.content }}<|im_end|>{% endfor %}<|im_start|>assistant"
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({"system_prompt": "Be brief."}, None),
+        ({"system_prompt": "Be verbose."}, "system_prompt: .*groups.jsonl:1"),
+        ({}, "system_prompt: .*groups.jsonl:1"),
+        ({"system_prompt": "Be brief.", "chat_template": TERSE}, "chat_template, chat_template_kwargs or prompt_format: "),
+    ],
+    ids=["same", "another system prompt", "none", "another template"],
+)
+def test_training_uses_the_prompt_that_was_sampled_with(
+    options: dict[str, Any], refused: str | None, selected: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    if "chat_template" in options:
+        (tmp_path / "terse.jinja").write_text(options["chat_template"])
+        options = options | {"chat_template": str(tmp_path / "terse.jinja")}
+    config = PrepareConfig(input=str(selected), output=str(tmp_path / "out"), tokenizer=str(model_folder), **options)
+    if refused is None:
+        statistics = prepare(config, Console(quiet=True)).train.statistics["preparation"]
+        assert statistics["sampled_otherwise"] == 0
+        assert statistics["unused_columns"] == {}
+        return
+    with pytest.raises(ConfigError, match=rf"{refused}.*sampled with another prompt"):
+        prepare(config, Console(quiet=True))
+    console = Console(file=io.StringIO(), width=200)
+    allowed = prepare(dataclasses.replace(config, other_prompts="allow"), console)
+    assert allowed.train.statistics["preparation"]["sampled_otherwise"] == 1
+    assert "1 groups were sampled with another prompt" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_another_tokenizer_renders_another_prompt(selected: Path, tmp_path: Path, model_folder: Path) -> None:
+    """Answers of another model: their prompt had other ids, but the same messages."""
+    [line] = [json.loads(text) for text in selected.read_text().splitlines()]
+    del line["xxh3"]
+    line["prompt_digests"] |= {"tokenizer": "another", "ids": "another"}
+    source = write_lines(tmp_path / "groups.jsonl", [line])
+    options = {"input": str(source), "tokenizer": str(model_folder)}
+    found = prepare(PrepareConfig(**options, output=str(tmp_path / "out"), system_prompt="Be brief."), Console(quiet=True))
+    assert found.train.statistics["preparation"]["sampled_otherwise"] == 1
+    with pytest.raises(ConfigError, match="system_prompt"):
+        prepare(PrepareConfig(**options, output=str(tmp_path / "other")), Console(quiet=True))
