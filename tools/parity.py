@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from tests.distributed.parity import CASES, STATE_TOLERANCE, TOLERANCE, Case, Result, World, run_cases
+from tests.distributed.parity import Result, World, run_cases
+from tests.distributed.parity_cases import CASES, STATE_TOLERANCE, TOLERANCE, Case
 
 TOGETHER = 8
 """Layouts of one start of the ranks."""

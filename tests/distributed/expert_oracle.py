@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-
-from mpo_megatron.data.group import TokenizedGroup
 
 
 class Gates:
@@ -21,11 +18,11 @@ class Gates:
         self.modules = [module for module in model.modules() if type(module).__name__.endswith("TopKRouter")]
         self.topk: int = self.modules[0].top_k
         self.logits: list[Tensor] = [torch.empty(0)] * len(self.modules)
-        """[T, E] by layer."""
+        """[N · T, E] by layer."""
         self.indices: list[Tensor] = list(self.logits)
-        """[T, k] the routers' own choices, per layer."""
+        """[N · T, k] the routers' own choices, per layer."""
         self.forced: list[Tensor] | None = None
-        """[T, k] choices to force, per layer."""
+        """[N · T, k] choices to force, per layer."""
         for place, module in enumerate(self.modules):
             module.forward = self._watched(place, module, module.forward)
 
@@ -44,60 +41,44 @@ class Gates:
 
 
 class Routed:
-    """A policy whose routers are recorded, and forced to the reference's choices if `options` require it."""
+    """A policy whose routers are recorded, and forced to the reference's choices if `options` require it.
 
-    def __init__(self, policy: Any, reference: Any, options: dict[str, Any]) -> None:
-        self.ours, self.theirs, self.options = Gates(policy), Gates(reference), options
-        self.chosen: dict[tuple[int, ...], list[Tensor]] = {}
-        self.seen: dict[tuple[int, ...], tuple[list[Tensor], list[Tensor]]] = {}
+    Args:
+        tokens: [N, T] the rows of each pass
+        groups: [N · T] the group in whose routing a place counts; -1: in none
+    """
 
-    def __call__(self, row: Tensor) -> Any:
-        key = tuple(row[0].tolist())
-        if key not in self.chosen:
-            with torch.no_grad():
-                self.theirs.model(row)
-            self.chosen[key] = list(self.theirs.indices)
-        if self.options.get("routing") == "replay":
-            self.ours.forced = self.chosen[key]
-        result = self.ours.model(row)
-        self.seen[key] = list(self.ours.logits), list(self.ours.indices)
-        return result
+    def __init__(self, policy: Any, reference: Any, tokens: Tensor, groups: Tensor, options: dict[str, Any]) -> None:
+        self.ours, self.groups, self.options = Gates(policy), groups, options
+        theirs = Gates(reference)
+        with torch.no_grad():
+            reference(tokens)
+        self.chosen = list(theirs.indices)
+        """[N · T, k] the reference's choices, per layer."""
+        if options.get("routing") == "replay":
+            self.ours.forced = self.chosen
 
-    def terms(self, groups: Sequence[TokenizedGroup]) -> tuple[Tensor, dict[str, float]]:
-        """Router losses and metrics of all sequences since the last call; a prompt counts once."""
-        layers = range(len(self.ours.modules))
-        units: list[list[Tensor]] = [[] for _ in layers]  # by layer and group
-        agreed = number = 0
-        for group in groups:
-            parts: list[list[Tensor]] = [[] for _ in layers]
-            start = 0
-            for response in group.response_tokens:
-                key = tuple(np.concatenate((group.prompt_tokens, response)).tolist())
-                if key not in self.seen:
-                    continue
-                for layer, (logits, ours, theirs) in enumerate(zip(*self.seen[key], self.chosen[key], strict=True)):
-                    parts[layer].append(logits[start:-1])
-                    agreed += int((ours[start:-1, :, None] == theirs[start:-1, None, :]).sum())
-                    number += ours[start:-1].numel()
-                start = len(group.prompt_tokens)
-            for layer in layers:
-                if sum(map(len, parts[layer])):
-                    units[layer].append(torch.cat(parts[layer]))
-        self.seen = {}
-        everything = [torch.cat(of_layer) for of_layer in units]
-        if self.options.get("balance_over") == "step":
-            units = [[tokens] for tokens in everything]
-        zero = everything[0].new_zeros(())
-        balance, z = zero, zero
-        for layer in layers:
-            losses = [load_balancing_loss_func((tokens,), tokens.shape[1], self.ours.topk) for tokens in units[layer]]
-            balance = (
-                balance + torch.stack(losses).mean() / self.ours.topk
-            )  # perfect balance is k there, but 1 here and in the paper
-            z = z + (everything[layer].logsumexp(dim=-1) ** 2).mean()
+    def __call__(self, tokens: Tensor) -> Any:
+        return self.ours.model(tokens)
+
+    def terms(self) -> tuple[Tensor, dict[str, float]]:
+        """Router losses and metrics of the last pass."""
+        counted = self.groups >= 0
+        pairs = list(zip(self.ours.indices, self.chosen, strict=True))
+        agreed = sum(int((ours[counted, :, None] == theirs[counted, None, :]).sum()) for ours, theirs in pairs)
+        number = sum(ours[counted].numel() for ours, _ in pairs)
+        groups = [self.groups == group for group in self.groups[counted].unique()]
+        units = [counted] if self.options.get("balance_over") == "step" else groups
+        balance = z = self.ours.logits[0].new_zeros(())
+        for logits in self.ours.logits:
+            losses = [load_balancing_loss_func((logits[unit],), logits.shape[1], self.ours.topk) for unit in units]
+            # Perfect balance is k there, but 1 here and in the paper.
+            balance = balance + torch.stack(losses).mean() / self.ours.topk
+            z = z + (logits[counted].logsumexp(dim=-1) ** 2).mean()
         measured = {"router_drift": 1 - agreed / number}
+        layers = len(self.ours.modules)
         if self.options.get("balance_coeff"):
-            measured["load_balancing_loss"] = balance.item() / len(layers)
+            measured["load_balancing_loss"] = balance.item() / layers
         if self.options.get("z_coeff"):
-            measured["router_z_loss"] = z.item() / len(layers)
+            measured["router_z_loss"] = z.item() / layers
         return self.options.get("balance_coeff", 0.0) * balance + self.options.get("z_coeff", 0.0) * z, measured

@@ -33,7 +33,7 @@ from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.live.regularizer import build_regularizer, choose_prompts
 from tests.distributed.launch import run_ranks
-from tests.distributed.parity import MODELS
+from tests.distributed.parity_cases import MODELS
 from tests.tiny import random_groups, save_groups, save_model
 from tests.tolerances import reordered
 from tests.training import train

@@ -32,7 +32,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.train.setup import build_setup
 from tests.distributed.launch import kill_ranks_when, run_ranks
-from tests.distributed.parity import round_to_nf4
+from tests.distributed.parity_oracle import round_to_nf4
 from tests.distributed.test_train import first_loss, metrics, newest_step
 from tests.tiny import random_groups, save_groups, save_model
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed.parity import CASES, TOLERANCE, Result, World, run_cases
+from tests.distributed.parity import Result, World, run_cases
+from tests.distributed.parity_cases import CASES, TOLERANCE, Case
 
 pytestmark = pytest.mark.distributed
 
@@ -34,7 +35,7 @@ def describe(result: Result) -> str:
 
 def test_every_weight_moves_far_beyond_the_tolerance(world: World) -> None:
     """A missed, doubled or wrongly clipped step shows in every tensor; the clipping norm depends on all of them."""
-    truth = world.truth("qwen3", "mpo")
+    truth = world.truth(Case(model="qwen3"))
     assert truth.norm > 1.1
     for name, before in truth.before.items():
         change = (truth.after[name] - before).abs().max() / before.abs().max()

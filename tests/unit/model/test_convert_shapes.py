@@ -21,7 +21,7 @@ from mpo_megatron.hf.conversion import padded_vocab_size
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import Policy, build_policy
 from mpo_megatron.model.weight_map import Slice, build_weight_map, extra_state_keys
-from tests.distributed.parity import split_experts
+from tests.distributed.parity_oracle import split_experts
 
 
 def qwen(kind: type, hidden: int, layers: int, heads: int, groups: int, ffn: int, vocab: int, **options: Any) -> Any:

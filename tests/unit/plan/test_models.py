@@ -13,7 +13,7 @@ from mpo_megatron.hf.conversion import padded_vocab_size
 from mpo_megatron.model.weight_map import build_weight_map
 from mpo_megatron.plan.models import find_model
 from mpo_megatron.plan.parameters import count_parameters, part_weights, stage_parts
-from tests.distributed.parity import mixtral_names, split_experts
+from tests.distributed.parity_oracle import mixtral_names, split_experts
 from tests.tiny import save_model
 
 PUBLISHED = {

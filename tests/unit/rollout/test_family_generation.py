@@ -13,7 +13,7 @@ from mpo_megatron.config import TransformersConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from tests.distributed.parity import MODELS
+from tests.distributed.parity_cases import MODELS
 from tests.tiny import save_model
 
 PROMPT_TOKENS = (1, 3, 9, 14)
