@@ -339,6 +339,11 @@ class StoredGroups:
         """[ΣK] every label, group by group; None without labels."""
         return self._flat("labels") if self._has("labels") else None
 
+    def prompt_tokens(self, index: int) -> Int32:
+        """[P] token ids of one group's prompt."""
+        tokens: Int32 = self._row(index, "prompt_tokens")
+        return tokens
+
     def rewards(self, index: int) -> Float64 | None:
         """[K] one group's rewards."""
         rewards: Float64 | None = self._row(index, "rewards")

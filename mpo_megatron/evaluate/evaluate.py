@@ -50,6 +50,8 @@ def evaluate(config: EvaluateConfig, num_ranks: int | None = None, console: Cons
         num_ranks = num_ranks or count_ranks(config.held_out.parallel)
         check_ranks(config.held_out.parallel, num_ranks)
         num_ranks = build_setup(held_out.as_training(config), num_ranks).num_ranks
+        if overlap := held_out.describe_training(config.held_out):
+            console.print(f"WARNING: {overlap}", style="bold red", markup=False, soft_wrap=True)
     save_config(output / CONFIG_FILE, config)
     results: dict[str, Any] = {"config": to_dict(config)}
     pictures: dict[str, Any] = {}

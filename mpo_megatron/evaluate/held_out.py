@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, LossConfig, TrainConfig, require
+from mpo_megatron.config import ConfigError, DataConfig, EvaluateConfig, HeldOutConfig, LossConfig, TrainConfig, require
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.arrays import Float64
 from mpo_megatron.data.loader import build_step
@@ -32,6 +32,7 @@ from mpo_megatron.train.reference import select_all
 from mpo_megatron.train.session import session
 from mpo_megatron.train.setup import Setup
 from mpo_megatron.train.step import forward_step
+from mpo_megatron.train.tracking.facts import RUN_FILE, earlier_starts
 
 GROUPS_FILE = "held_out.jsonl"
 
@@ -105,6 +106,19 @@ def as_training(evaluation: EvaluateConfig, groups_per_step: int = 128) -> Train
         data=DataConfig(train=config.groups, groups_per_step=groups_per_step, row_tokens=config.row_tokens),
         parallel=config.parallel,
         loss=LossConfig(name="mpo", params={"partition": "labels"} if labels_only else {}),
+    )
+
+
+def describe_training(config: HeldOutConfig) -> str | None:
+    """A sentence if the policy's run was trained on these groups; None if it was not, or its run is unknown."""
+    folder = Path(config.model.checkpoint)
+    runs = (folder, folder.parent.parent)  # a run, or `<run>/checkpoints/step_*`
+    trained = {start["digests"]["train"] for run in runs for start in earlier_starts(run / RUN_FILE)}
+    if load_groups(config.groups).info.data_digest not in trained:
+        return None
+    return (
+        f"held_out.groups = {config.groups} are the groups that {folder} was trained on: accuracy and margin measure "
+        "training, not new prompts. Name groups that `mpo prepare --held_out` split off."
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mpo_megatron.data.overlap import describe_overlap
 from mpo_megatron.report.run_record import RunRecord
 
 RISE = 1.05
@@ -43,7 +44,7 @@ class Finding:
 def findings(run: RunRecord) -> list[Finding]:
     """All findings: problems first, then successes, then notes."""
     checks: tuple[Callable[[RunRecord], Iterator[Finding]], ...] = (
-        *(_missing_data, _no_reference, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
+        *(_missing_data, _trained_on, _no_reference, _progress, _finite, _incidents, _held_out_loss, _accuracy, _displacement),
         *(_gradients, _skipped, _speed, _stragglers, _data_wait),
     )
     order = {"bad": 0, "warn": 1, "good": 2, "note": 3}
@@ -58,6 +59,14 @@ def count(number: int, thing: str) -> str:
 def _missing_data(run: RunRecord) -> Iterator[Finding]:
     if run.missing:
         yield Finding(level="warn", title="Data is missing from this page", text=missing_data(run))
+
+
+def _trained_on(run: RunRecord) -> Iterator[Finding]:
+    if run.train_data is None or run.held_out_data is None:
+        return
+    overlap = describe_overlap(run.train_data, run.held_out_data)
+    if overlap is not None:
+        yield Finding(level="warn", title="Held-out prompts were trained on", text=overlap)
 
 
 def _no_reference(run: RunRecord) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from mpo_megatron.config import ConfigError, OptimizerConfig, require, to_dict
 from mpo_megatron.config.run_paths import with_absolute_paths
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.loader import StepBatch, iterate_steps, steps_per_epoch
+from mpo_megatron.data.overlap import describe_overlap
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.hf.identity import ADAPTER_FILE
@@ -269,6 +270,8 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
         print(note, flush=True)
     if warning := warn_dead_gradients(setup.objective, setup.train):
         print(warning, flush=True)
+    if setup.held_out is not None and (overlap := describe_overlap(setup.train, setup.held_out)):
+        print(f"WARNING: {overlap}", flush=True)
     if not setup.needs_reference:
         unused = config.model.reference is not None and config.online.kl_weight == 0 and not setup.objective.needs.token_kl
         ignored = f"; model.reference = {config.model.reference} has no effect" if unused else ""

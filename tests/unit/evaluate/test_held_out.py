@@ -14,10 +14,11 @@ from mpo_megatron.config import ConfigError, ConvertConfig, EvaluateConfig, Held
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.evaluate.evaluate import evaluate as run_evaluate
-from mpo_megatron.evaluate.held_out import GroupMetrics, as_training, evaluate_held_out, read_groups, summarize
+from mpo_megatron.evaluate.held_out import GroupMetrics, as_training, describe_training, evaluate_held_out, read_groups, summarize
 from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
 from mpo_megatron.train.setup import build_setup
+from tests.run_folder import write_data, write_run
 from tests.tiny import random_groups, save_groups, save_model
 
 
@@ -105,3 +106,16 @@ def test_refusals(folder: Path, tmp_path: Path) -> None:
     kept = read_groups(tmp_path / "out" / "held_out.jsonl")
     assert len(kept) == 2
     assert kept[0].counts["margin"] == 0
+
+
+def test_groups_that_the_run_was_trained_on_are_named(tmp_path: Path) -> None:
+    data, other = write_data(tmp_path / "groups"), write_data(tmp_path / "other", seed=1)
+    run = write_run(tmp_path / "run", data)
+    for checkpoint, groups, found in (
+        (run, data, True),
+        (run / "checkpoints" / "step_00000040", data, True),
+        (run, other, False),
+        (tmp_path / "elsewhere", data, False),
+    ):
+        config = HeldOutConfig(groups=str(groups.path), model=ModelConfig(checkpoint=str(checkpoint)))
+        assert ("was trained on" in str(describe_training(config))) == found

@@ -278,6 +278,7 @@ def test_healthy_runs_and_sick_ones_are_told_apart(tmp_path: Path, data: Prepare
     well = titles(run)
     assert well["Held-out loss fell"] == well["Preferences learned"] == well["Preferred responses got more likely"] == "good"
     assert well["Gradient norm has spikes"] == "note"
+    assert well.pop("Held-out prompts were trained on") == "warn"  # one folder for both
     assert not {"warn", "bad"} & set(well.values())
     sick = write_run(tmp_path / "sick", data, chosen=-3.0)
 
