@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mpo_megatron.config import TransformersConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines import Prompt, Sampling
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
+from tests.local_server import LocalServer
 
 BASE = "base"
 """Name of the base model on this server."""
@@ -52,9 +53,8 @@ class AdapterServer:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.server = LocalServer(Handler)
+        self.url = f"{self.server.url}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def _engine(self, adapter: Path | None) -> EmbeddedEngine:

@@ -7,12 +7,14 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
+
+from tests.local_server import LocalServer
 
 COMMIT = hashlib.sha1(b"the only commit").hexdigest()
 
@@ -74,9 +76,8 @@ def running_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         def log_message(self, *_: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    hub = Hub(f"http://127.0.0.1:{server.server_address[1]}")
+    server = LocalServer(Handler)
+    hub = Hub(server.url)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     for name, value in (
         ("ENDPOINT", hub.url),

@@ -6,10 +6,11 @@ import contextlib
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from tests import vllm_stand_in
+from tests.local_server import LocalServer
 
 TOKENS, LOGPS = [0, 0, 256], [-0.5, -0.25, -0.25]
 
@@ -78,12 +79,10 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
+class Server(LocalServer):
     def __init__(self, workers: int) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        super().__init__(Handler)
+        self.url += "/v1"
         self.engine = vllm_stand_in.Engine(workers)
         self.version, self.weights, self.paused, self.forgets = "0.33.0", "default", False, True
         self.connected = True  # to a killed run

@@ -207,7 +207,8 @@ class Client:
             except openai.APIConnectionError as error:
                 if isinstance(error.__cause__, UnusableAnswerError):  # openai < 3 wraps errors raised while reading the body
                     return None, self._describe(error.__cause__)
-                reason = self._clean(f"no connection: {error.__cause__ or error}")
+                cause = error.__cause__ or error
+                reason = self._clean(f"no connection: {str(cause) or type(cause).__name__}")  # a reset connection has no text
             except ConfigError:  # ConfigError is a ValueError: do not treat it as bad JSON
                 raise
             except (UnusableAnswerError, RecursionError, ValueError) as error:

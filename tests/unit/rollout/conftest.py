@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpo_megatron.rollout.records import Record
+from tests.local_server import LocalServer
 from tests.tiny import save_model, save_tokenizer
 
 Answer = Callable[[str, dict[str, Any]], tuple[int, dict[str, str], bytes]]
@@ -74,9 +75,8 @@ class Server:
             def log_message(self, *_: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.server = LocalServer(Handler)
+        self.url = f"{self.server.url}/v1"
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     def close(self) -> None:

@@ -11,10 +11,11 @@ import gzip
 import json
 import math
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from mpo_megatron.rollout.engines import Sampling, response_seed
 from mpo_megatron.rollout.engines.answers import read_answer
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
 from mpo_megatron.rollout.records import Record, encode_line
+from tests.local_server import LocalServer
 
 K, BAD, ATTEMPTS = 4, 2, 2
 SEEDS = {response_seed(1, "g", BAD, attempt) for attempt in range(ATTEMPTS)}
@@ -88,17 +90,14 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
 
 
-class Bad(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 64
-
+class Bad(LocalServer):
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.misbehave: Callable[[Handler], None] = lambda handler: None
         self.asked: list[int] = []
         self.seeds = SEEDS
         self.over = threading.Event()
-        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
+        self.url += "/v1"
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +152,12 @@ def reply(value: Any, **options: Any) -> Callable[[Handler], None]:
 
 def hang_up(handler: Handler) -> None:
     handler.connection.shutdown(socket.SHUT_RDWR)
+    handler.close_connection = True
+
+
+def reset(handler: Handler) -> None:
+    handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    handler.connection.close()
     handler.close_connection = True
 
 
@@ -259,6 +264,7 @@ LOST: dict[str, tuple[Callable[[Handler], None], dict[str, Any], str]] = {
     "says nothing": (lambda handler: handler.server.over.wait(20), {"timeout": 0.4}, "no answer within 0.4 s"),
     "drips an error": (lambda handler: handler.stream(b" ", 0.02, 500), {"timeout": 0.4}, "no answer within 0.4 s"),
     "hangs up": (hang_up, {}, "no connection: "),
+    "resets the connection": (reset, {}, "no connection: ReadError"),
     "hangs up in the middle": (cut_body, {}, "no connection: "),
     "does not speak HTTP": (speak_nonsense, {}, "no connection: "),
     "a header of 200 kB": (huge_header, {}, "no connection: "),
