@@ -10,8 +10,9 @@ Ours is all that `mpo train` does in a step: data from disk, metrics, the guard,
 `metrics.jsonl`. Before the clock starts, every side's reference log-probs are compared with ours. Bare matrix products of
 the linear layers' shapes take turns with them, for the share of the processor's peak that a step reaches.
 
-Peak memory of each side is measured in another process of its own, beyond its imports: weights, gradients, AdamW's states
-and two steps. The loops run a group at a time; ours runs the same rows (a group each), and rows of --row-tokens.
+The loops run a group at a time; so does ours: its rows have the longest group's length, unless --row-tokens says otherwise.
+Peak memory of each side is measured in another process of its own, beyond its imports: weights, gradients, AdamW's states and
+two steps.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, nargs="*", default=[], help="additional files with prompts and K responses")
     parser.add_argument("--ratios", nargs="*", help="ratios of prompt to response, such as 4:1; by default all of the size")
     parser.add_argument("--groups-per-step", type=int, default=2)
-    parser.add_argument("--row-tokens", type=int, default=8192, help="data.row_tokens of our side")
+    parser.add_argument("--row-tokens", type=int, help="data.row_tokens of our side; by default the longest group's length")
     options = timing.parse(parser, arguments)
     if device.has_gpu():
         raise SystemExit("benchmarks.hand_written: the loops run on a CPU only; hide the GPU (CUDA_VISIBLE_DEVICES=)")
@@ -85,16 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in rows
         for side in (OURS, *LOOPS)
     ]
-    full = ", ".join(f"{row['peak_mib']['full rows']:,.0f}" for row in rows)
+    row_tokens = ", ".join(f"{row['row_tokens']:,}" for row in rows)
     peaks = ", ".join(f"{row['peak_flops_per_second']['median'] / 1e9:.0f}" for row in rows)
     note = (
-        "Whole steps in turn; ratio: median (min…max) over turns. Peak memory beyond imports, a group a row on all sides; "
-        f"ours with rows of {options.row_tokens} tokens: {full} MiB. Of the peak: operations per second over those of the linear "
-        f"layers' bare matrix products, {peaks} GFLOP/s."
+        f"Whole steps in turn; ratio: median (min…max) over turns. Our rows: {row_tokens} tokens. Peak memory beyond imports. "
+        f"Of the peak: operations per second over those of the linear layers' bare matrix products, {peaks} GFLOP/s."
     )
     settings = {
         "groups_per_step": options.groups_per_step,
-        "row_tokens": options.row_tokens,
         "responses": RESPONSES,
         **SHAPES[options.size],
     }
@@ -105,7 +104,8 @@ def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[
     """All sides on one data set: seconds of a step, tokens, agreement, peak memory."""
     write_data(options, folder, source)
     count, num_steps = options.groups_per_step, options.repeat + 1
-    task = Task(folder=folder, groups_per_step=count, row_tokens=options.row_tokens, num_steps=num_steps, threads=options.threads)
+    row_tokens = options.row_tokens or longest_group(folder)
+    task = Task(folder=folder, groups_per_step=count, row_tokens=row_tokens, num_steps=num_steps, threads=options.threads)
     groups = task.groups()
     with contextlib.ExitStack() as stack:
         sides = {side: stack.enter_context(running(side, task)) for side in (OURS, *LOOPS, PRODUCTS)}
@@ -119,6 +119,7 @@ def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[
     peaks = [products / bare for bare in seconds[PRODUCTS]]
     return {
         "data": name,
+        "row_tokens": row_tokens,
         "seconds": {side: timing.summarize(values) for side, values in seconds.items()},
         "groups_per_second": {side: count / timing.summarize(seconds[side])["median"] for side in (OURS, *LOOPS)},
         "ratio": {side: timing.compare(seconds[side], seconds[OURS]) for side in LOOPS},
@@ -129,7 +130,7 @@ def measure(options: argparse.Namespace, folder: Path, name: str, source: tuple[
         "peak_flops_per_second": timing.summarize(peaks),
         "tokens": count_tokens(groups),
         "difference": difference,
-        "peak_mib": measure_memory(options, task, groups),
+        "peak_mib": measure_memory(task),
     }
 
 
@@ -200,16 +201,16 @@ def count_tokens(groups: Sequence[Group]) -> dict[str, float]:
     return {side: float(np.mean(values)) for side, values in counts.items()}
 
 
-def measure_memory(options: argparse.Namespace, task: Task, groups: Sequence[Group]) -> dict[str, float]:
-    """MiB of each side's first two steps; ours with a group a row, as the loops have it, and with rows of `--row-tokens`."""
-    longest = max(len(prompt) + sum(len(response) for response in responses) for prompt, responses, _ in groups)
+def longest_group(folder: Path) -> int:
+    """Tokens of the longest group with its prompt once, as a multiple of 16."""
+    longest = max(len(group.prompt_tokens) + sum(map(len, group.response_tokens)) for group in load_groups(folder / "groups"))
+    return -(-longest // 16) * 16
+
+
+def measure_memory(task: Task) -> dict[str, float]:
+    """MiB of each side's first two steps."""
     short = dataclasses.replace(task, num_steps=2)
-    one_group = dataclasses.replace(short, row_tokens=-(-longest // 16) * 16)
-    return {
-        OURS: peak_memory(OURS, one_group),
-        "full rows": peak_memory(OURS, short),
-        **{side: peak_memory(side, short) for side in LOOPS},
-    }
+    return {side: peak_memory(side, short) for side in (OURS, *LOOPS)}
 
 
 if __name__ == "__main__":

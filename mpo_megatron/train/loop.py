@@ -48,6 +48,11 @@ NO_REFERENCE = (
     "at the cost of one more forward pass over the groups, set logging.reference_metrics = true"
 )
 """A note at the start of a run."""
+SPLIT = (
+    "step {step}: {count} of its {groups} groups are longer than data.row_tokens = {row_tokens:,}. Such a step takes one more "
+    "forward pass, about a third more work; longer rows avoid it if memory allows"
+)
+"""A note at a run's first step with such a group."""
 
 
 def train(setup: Setup, build_term: Callable[[Run], GradientTerm] | None = None) -> str | None:
@@ -209,8 +214,12 @@ def two_phase(run: Run, batch: StepBatch) -> bool:
             f"loss.step = fused, but group {group} is longer than data.row_tokens = {run.config.data.row_tokens}; "
             "raise data.row_tokens, or set loss.step to auto."
         )
-    whole = run.setup.objective.needs_whole_batch or run.config.experts.needs_whole_batch
-    return run.config.loss.step == "two_phase" or whole or bool(batch.plan.split_groups)
+    return run.config.loss.step == "two_phase" or needs_whole_batch(run) or bool(batch.plan.split_groups)
+
+
+def needs_whole_batch(run: Run) -> bool:
+    """Whether the loss, or the experts' balance, needs the whole global batch before any backward pass."""
+    return run.setup.objective.needs_whole_batch or run.config.experts.needs_whole_batch
 
 
 def batches(run: Run, steps: range) -> Iterator[StepBatch]:
@@ -220,8 +229,9 @@ def batches(run: Run, steps: range) -> Iterator[StepBatch]:
         ConfigError: a response does not fit into a row.
     """
     config = run.config
+    silent = not run.ranks.is_main or config.loss.step != "auto" or needs_whole_batch(run)
     try:
-        yield from iterate_steps(
+        for batch in iterate_steps(
             steps,
             run.setup.train,
             run.setup.objective.select,
@@ -230,7 +240,12 @@ def batches(run: Run, steps: range) -> Iterator[StepBatch]:
             seed=config.seed,
             shuffle=config.data.shuffle,
             first_step=config.data.first_step,
-        )
+        ):
+            if batch.plan.split_groups and not silent:
+                counts = {"count": len(batch.plan.split_groups), "groups": len(batch.groups)}
+                print(SPLIT.format(step=batch.step + 1, row_tokens=config.data.row_tokens, **counts), flush=True)
+                silent = True
+            yield batch
     except PackingError as error:
         raise ConfigError(str(error)) from error
 
