@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -11,8 +11,9 @@ from typing import Any, get_args
 import yaml
 
 from mpo_megatron.config.checks import ConfigError, require
+from mpo_megatron.config.other_names import counterparts, why_absent
 from mpo_megatron.config.sealed import check_seal
-from mpo_megatron.config.values import NUMBER, WHOLE, check_written, field_types, section_of, show
+from mpo_megatron.config.values import NUMBER, WHOLE, check_written, collection_of, field_types, section_of, show
 from mpo_megatron.terminal.visible import visible
 
 MAX_NODES, MAX_DEPTH = 100_000, 30
@@ -33,24 +34,59 @@ def options_of(kind: type[Any]) -> dict[str, Any]:
     return options
 
 
-def unknown_option(kind: type[Any], name: str, prefix: str = "") -> str:
+def unknown_option(kind: type[Any], name: str, prefix: str = "", root: type[Any] | None = None) -> str:
     """A message that no option has this name, with a suggestion, or all names.
 
     Args:
         prefix: prefix of names in the message
+        root: the command's configuration, if `kind` is one of its sections
     """
     section, _, last = name.rpartition(".")
-    options = options_of(kind)
+    options, root = options_of(kind), root or kind
     inner = section_of(options.get(section))
     if inner is not None:
-        return unknown_option(inner, last, f"{prefix}{section}.")
-    same = [option for option in options if option.rpartition(".")[2] == last]
+        return unknown_option(inner, last, f"{prefix}{section}.", root)
+    if near := [f"{prefix}{option}" for option in options if option.rpartition(".")[2] == last]:
+        return _suggest(near)
+    dashes = "--" if prefix.startswith("--") else ""
+    if theirs := _of_other_trainers(root, last, dashes):
+        return theirs
     begun = [option for option in options if option.startswith(name) and option.count(".") == name.count(".")]
-    near = same or begun or difflib.get_close_matches(name, options, n=2, cutoff=0.7)
+    near = begun or difflib.get_close_matches(name, options, n=2, cutoff=0.7) or _alike(last, options)
     if near:
-        return f"there is no such option; did you mean {' or '.join(prefix + option for option in near[:2])}?"
+        return _suggest([f"{prefix}{option}" for option in near])
     names = [option for option in options if "." not in option]
     return f"there is no such option; there are {', '.join(prefix + option for option in names)}."
+
+
+def _suggest(names: Sequence[str]) -> str:
+    return f"there is no such option; did you mean {' or '.join(names[:2])}?"
+
+
+def _of_other_trainers(root: type[Any], name: str, dashes: str) -> str | None:
+    """The message about another trainer's name for an option; None if no trainer is known to use it."""
+    if reason := why_absent(name):
+        return f"there is no such option: {reason}."
+    ours = [option.partition(":") for option in counterparts(name)]
+    options, stages = options_of(root), getattr(root, "STAGE_TYPES", {})
+    own = [option for _, _, option in ours if option in options or collection_of(options.get(option.rpartition(".")[0])) is dict]
+    own = own or [f"{command}.{option}" for command, _, option in ours if command in stages]
+    if own:
+        return _suggest([f"{dashes}{option}" for option in own])
+    by_command: dict[str, list[str]] = {}
+    for command, _, option in ours:
+        by_command.setdefault(command, []).append(f"{dashes}{option}")
+    elsewhere = [f"{' and '.join(options)} of `mpo {command}`" for command, options in by_command.items()]
+    return _suggest(elsewhere) if elsewhere else None
+
+
+def _alike(name: str, options: Iterable[str]) -> list[str]:
+    """Options of any section with a similar name."""
+    by_name: dict[str, list[str]] = {}
+    for option in options:
+        by_name.setdefault(option.rpartition(".")[2], []).append(option)
+    near = difflib.get_close_matches(name, by_name, n=2, cutoff=0.8)
+    return [option for found in near for option in by_name[found]]
 
 
 def read_file(kind: type[Any], path: str | Path) -> dict[str, Any]:
@@ -157,12 +193,15 @@ def _read_scalar(node: yaml.Node, place: str) -> Any:
     return int(text) if kind == "int" else float(text)
 
 
-def check_options(kind: type[Any] | None, options: Mapping[str, Any], where: str, prefix: str = "") -> None:
+def check_options(
+    kind: type[Any] | None, options: Mapping[str, Any], where: str, prefix: str = "", root: type[Any] | None = None
+) -> None:
     """Check names and values in a mapping of options.
 
     Args:
         kind: the configuration that has these options; None if any option is allowed
         where: source of the options, for messages
+        root: the command's configuration, if `kind` is one of its sections
     Raises:
         ConfigError: an unknown name, a value of another type, or a section without options.
     """
@@ -171,13 +210,13 @@ def check_options(kind: type[Any] | None, options: Mapping[str, Any], where: str
     for name in map(str, options):
         if kind and name not in known:
             place = places.get(name, where)
-            raise ConfigError(f"{place}: {prefix}{visible(name)}: {visible(unknown_option(kind, name, prefix))}")
+            raise ConfigError(f"{place}: {prefix}{visible(name)}: {visible(unknown_option(kind, name, prefix, root))}")
     for name, value in options.items():
         place = places.get(name, where)
         expected = known.get(name)
         inner = section_of(expected)
         if inner is not None and isinstance(value, Mapping):
-            check_options(inner, value, where, f"{prefix}{name}.")
+            check_options(inner, value, where, f"{prefix}{name}.", root or kind)
         elif inner is not None and not (value is None and NoneType in get_args(expected)):
             raise ConfigError(f"{place}: {prefix}{name} is a section; give options under it, or remove it.")
         elif inner is None and kind:

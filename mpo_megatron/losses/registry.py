@@ -147,8 +147,10 @@ def build_params(name: str, hyperparameters: dict[str, Any]) -> Any:
     valid = [field.name for field in dataclasses.fields(loss.params)]
     unknown = sorted(set(hyperparameters) - set(valid))
     if unknown:
+        near = difflib.get_close_matches(str(unknown[0]), valid, n=1)
         choices = f"it has {', '.join(valid)}" if valid else "it has none"
-        raise ValueError(f"{name}.{unknown[0]}; {name} has no such hyper-parameter; {choices}.")
+        meant = f"; did you mean {near[0]}?" if near else "."
+        raise ValueError(f"{name}.{unknown[0]}; {name} has no such hyper-parameter; {choices}{meant}")
     try:
         return loss.params(**hyperparameters)
     except ValueError as error:

@@ -13,7 +13,19 @@ import torch
 
 from mpo_megatron import device
 from mpo_megatron.cli import COMMANDS, main
-from mpo_megatron.config import ConfigError, LossConfig, ScoreConfig, TrainConfig, from_dict, load_yaml, parse
+from mpo_megatron.config import (
+    ConfigError,
+    GenerateConfig,
+    LossConfig,
+    PrepareConfig,
+    ScoreConfig,
+    TrainConfig,
+    from_dict,
+    load_yaml,
+    parse,
+)
+from mpo_megatron.config.names import options_of
+from mpo_megatron.config.other_names import OTHER_NAMES
 from mpo_megatron.rollout.models import choose_device
 from mpo_megatron.train.objective import build_objective
 
@@ -37,8 +49,22 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("train --lr 1", "mpo train: --lr: there is no such option; did you mean --optimizer.lr?"),
         ("train --paralel.tensor=2", "--paralel.tensor: there is no such option; did you mean --parallel.tensor?"),
         ("train --optimizer.warmup 1", "there is no such option; did you mean --optimizer.warmup_fraction?"),
-        ("train --loss.paramz.beta 1", "--loss.paramz.beta: there is no such option; did you mean --loss.params?"),
+        ("train --loss.paramz.beta 1", "--loss.paramz.beta: there is no such option; did you mean --loss.params.beta?"),
         ("train --logging.x 1", "there is no such option; there are --logging.tensorboard, --logging.wandb_project,"),
+        ("train --learning_rate 1e-6", "--learning_rate: there is no such option; did you mean --optimizer.lr?"),
+        ("train --lora.r 8", "--lora.r: there is no such option; did you mean --lora.rank?"),
+        ("train --r 8", "--r: there is no such option; did you mean --lora.rank?"),
+        ("train --lora.lora_dropout 0.1", "--lora.lora_dropout: there is no such option: adapters train without dropout."),
+        ("train --num-train-epochs 3", "--num-train-epochs: there is no such option; did you mean --epochs?"),
+        ("train --trainer.total_epochs 3", "--trainer.total_epochs: there is no such option; did you mean --epochs?"),
+        ("train --data.train_files x", "--data.train_files: there is no such option; did you mean --data.train?"),
+        ("train --beta 0.1", "--beta: there is no such option; did you mean --loss.params.beta?"),
+        ("train --pipelin 2", "--pipelin: there is no such option; did you mean --parallel.pipeline?"),
+        (
+            "train --max_length 512",
+            "did you mean --max_prompt_tokens and --max_response_tokens of `mpo prepare`?",
+        ),
+        ("iterate --learning_rate 1", "--learning_rate: there is no such option; did you mean --train.optimizer.lr?"),
         ("train --max_steps", "mpo train: argument --max_steps: expected one argument"),
         ("train --max_steps many", "mpo train: max_steps = many; it must be a whole number, or null."),
         ("train --seed 1.0", "mpo train: seed = 1.0; it must be a whole number."),
@@ -76,6 +102,13 @@ def test_options(arguments: str, message: str, capsys: pytest.CaptureFixture[str
         ("mmodel: {checkpoint: a}", ":1: mmodel: there is no such option; did you mean model?"),
         ("output: r\n\nlr: 1\n", ":3: lr: there is no such option; did you mean optimizer.lr?"),
         ("model:\n  checkpoynt: a\n", ":2: model.checkpoynt: there is no such option; did you mean model.checkpoint?"),
+        (
+            "per_device_train_batch_size: 8\n",
+            ":1: per_device_train_batch_size: there is no such option; did you mean data.",
+        ),
+        ("model:\n  lora_rank: 8\n", ":2: model.lora_rank: there is no such option; did you mean lora.rank?"),
+        ("lora: {r: 8, lora_alpha: 16}", ":1: lora.r: there is no such option; did you mean lora.rank?"),
+        ("trainer:\n  total_epochs: 3\n", ":1: trainer: there is no such option: it is a section of another trainer"),
         ("optimizer: {lr: 1e-6}\noptimizer: {eps: 1e-6}\n", ":2: optimizer is given twice"),
         ("loss:\n  params:\n    beta: 1\n    beta: 2\n", ":4: loss.params.beta is given twice"),
         ("optimizer:\n#  lr: 1\n", ":1: optimizer is a section; give options under it, or remove it."),
@@ -234,3 +267,10 @@ for command in {QUICK!r}:
 def test_refusals_do_not_wait_for_imports() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_other_trainers_names_lead_to_options_that_exist() -> None:
+    for ours in OTHER_NAMES:
+        command, _, option = ours.partition(":")
+        options = options_of({"train": TrainConfig, "prepare": PrepareConfig, "generate": GenerateConfig}[command])
+        assert option in options or option.startswith("loss.params."), ours
