@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from mpo_megatron.config.checks import check_seed, check_writable, require
 from mpo_megatron.config.values import Section
@@ -94,10 +95,22 @@ class EndpointConfig(Section):
             not self.base_url or re.match(r"https?://[^/]", self.base_url) is not None,
             f"base_url = {self.base_url}; it must start with http:// or https://, for example http://localhost:8000/v1.",
         )
+        check_url(self.base_url)
         require(self.concurrency >= 1, f"concurrency = {self.concurrency}; it must be at least 1.")
         require(0 < self.timeout < float("inf"), f"timeout = {self.timeout}; it must be a positive number of seconds.")
         require(self.retries >= 0, f"retries = {self.retries}; it must be 0 or more.")
         require(0 <= self.max_wait < float("inf"), f"max_wait = {self.max_wait}; it must be 0 or more seconds.")
+
+
+def check_url(base_url: str) -> None:
+    """Raise `ConfigError` unless an address has a valid host and port, and nothing behind its path."""
+    try:
+        parts = urlsplit(base_url)
+        valid = parts.port != 0 and not parts.query and not parts.fragment and not re.search(r"[\s\x00-\x1f]", base_url)
+    except ValueError:  # brackets without an IPv6 address, or a port beyond 65535
+        valid = False
+    shown = base_url.partition("?")[0]  # a key may follow
+    require(valid, f"base_url = {shown}; it must be http://host:port/v1: no `?` or `#`, a port below 65536, IPv6 as [::1].")
 
 
 @dataclass(frozen=True, kw_only=True)

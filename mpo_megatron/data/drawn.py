@@ -16,7 +16,7 @@ from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError
 
 Drawn = tuple[int, ...]
-_NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "scores", "reward_before_noise")
+_NOTED = ("finish_reason", "num_tokens", "seed", "attempt", "temperature", "model", "scores", "reward_before_noise")
 """Fields of a response written by earlier stages that training does not need."""
 _NOTED_OF_GROUP = ("reference_answer", "meta", "dropped", "unusable", "uncontrolled", "missing", "notes")
 """Such fields of a group."""

@@ -8,8 +8,8 @@ Outcomes of a request:
 - `lost`: no answer after all retries (no connection, timeout, 408, 409, 429, 5xx). Each retry waits longer than the last, or as
   long as the server asks.
 
-A wrong key, an unknown model, or a server that stops answering or refuses everything ends the command. The key comes from the
-environment and is removed from every message.
+A wrong key, an unknown model, a redirect, or a server that stops answering or refuses everything ends the command. The key comes
+from the environment and is removed from every message. Prompts and key go to `base_url` only.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
-from mpo_megatron.config import ConfigError, EndpointConfig
+from mpo_megatron.config import ConfigError, EndpointConfig, require
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout.proxies import describe_proxy, find_proxy
+from mpo_megatron.terminal.visible import visible
 
 MAX_BODY_BYTES = 16 * 2**20
 """Largest body of an answer: 10⁵ tokens, as text and as ids, plus as many prompt ids, take 3 MB."""
@@ -77,6 +79,13 @@ class Client:
     def __init__(self, config: EndpointConfig) -> None:
         self.config = config
         self._key = os.environ.get(config.api_key_env, "")
+        self._proxy = find_proxy(config.base_url)
+        self._other_models: set[str] = set()
+        require(
+            all("!" <= character <= "~" for character in self._key),
+            f"endpoint.api_key_env = {config.api_key_env}; the key in this variable holds a space, a line break or "
+            "another character that no key has; set it again.",
+        )
 
     def ask_all[Question, Answer](
         self, questions: Sequence[Question], ask: Callable[[Any, Question], Awaitable[Answer]]
@@ -119,6 +128,21 @@ class Client:
         """
         [outcome] = self.ask_all([question], ask)
         return outcome
+
+    def find_other_model(self, answer: Any, requested: str) -> str | None:
+        """The model that an answer comes from, if it is another than requested; prints each such name once.
+
+        Names may differ in their folder and in what follows: `org/model` may answer as `/models/model-2024-08-06`.
+        """
+        served = answer.get("model") if isinstance(answer, dict) else None
+        if not isinstance(served, str) or _last_part(served).startswith(_last_part(requested)):
+            return None
+        served = self._clean(served)
+        if served not in self._other_models:
+            self._other_models.add(served)
+            text = f"{self.config.base_url} answers as {served}, but endpoint.model = {requested}; check the server's model."
+            print(visible(f"WARNING: {text}"), file=sys.stderr)
+        return served
 
     async def _run[Question, Answer](
         self,
@@ -165,15 +189,28 @@ class Client:
         return package.create_ssl_context()
 
     def _open(self) -> Any:
-        """An `openai.AsyncOpenAI` that reads only bounded bodies."""
+        """An `openai.AsyncOpenAI` that reads only bounded bodies, and follows no redirect.
+
+        Raises:
+            ConfigError: the proxy cannot be used.
+        """
         import openai
 
-        http_client = openai.DefaultAsyncHttpxClient(
-            verify=self._tls,
-            timeout=None,  # the deadline in `_ask` bounds a request as a whole
-            headers={"accept-encoding": "identity"},  # a small compressed body can expand a thousandfold
-            event_hooks={"response": [_bound_body]},
-        )
+        try:
+            http_client = openai.DefaultAsyncHttpxClient(
+                verify=self._tls,
+                timeout=None,  # the deadline in `_ask` bounds a request as a whole
+                headers={"accept-encoding": "identity"},  # a small compressed body can expand a thousandfold
+                event_hooks={"response": [_bound_body]},
+                follow_redirects=False,  # prompts would go to another host
+                trust_env=False,
+                proxy=self._proxy,
+            )
+        except (ImportError, ValueError) as error:  # SOCKS needs a package; an address may be malformed
+            raise ConfigError(
+                f"the proxy {describe_proxy(str(self._proxy))} of the environment cannot be used ({self._clean(str(error))}); "
+                "fix HTTP_PROXY, HTTPS_PROXY or ALL_PROXY, or list the server in NO_PROXY."
+            ) from None
         return openai.AsyncOpenAI(
             base_url=self.config.base_url,
             api_key=self._key or "none",
@@ -197,6 +234,8 @@ class Client:
                     return await ask(client, question), None
             except openai.APIStatusError as error:
                 reason = self.describe_refusal(error)
+                if 300 <= error.status_code < 400:
+                    raise ConfigError(self._explain_redirect(error.response)) from None
                 if error.status_code in _FATAL:
                     raise ConfigError(self._explain(error.status_code, reason)) from None  # the cause may hold the key
                 if error.status_code not in _LATER and error.status_code < 500:
@@ -208,7 +247,8 @@ class Client:
                 if isinstance(error.__cause__, UnusableAnswerError):  # openai < 3 wraps errors raised while reading the body
                     return None, self._describe(error.__cause__)
                 cause = error.__cause__ or error
-                reason = self._clean(f"no connection: {str(cause) or type(cause).__name__}")  # a reset connection has no text
+                through = "" if self._proxy is None else f" (through the proxy {describe_proxy(self._proxy)})"
+                reason = self._clean(f"no connection{through}: {str(cause) or type(cause).__name__}")  # a reset has no text
             except ConfigError:  # ConfigError is a ValueError: do not treat it as bad JSON
                 raise
             except (UnusableAnswerError, RecursionError, ValueError) as error:
@@ -233,6 +273,13 @@ class Client:
         text = text.replace(self._key, "…") if self._key else text
         text = _CONTROL.sub(" ", text).encode("utf-8", "replace").decode()
         return text if len(text) <= 400 else text[:400] + "…"
+
+    def _explain_redirect(self, response: Any) -> str:
+        target = self._clean(response.headers.get("location", "")) or "nowhere"
+        return (
+            f"endpoint.base_url = {self.config.base_url}; the server redirects to {target} (status {response.status_code}). "
+            "Redirects are not followed, because prompts and key would go there; set base_url to the address that answers."
+        )
 
     def _explain(self, status: int, reason: str) -> str:
         if status in (401, 403):
@@ -275,6 +322,10 @@ class _Tally:
                 f"{self.config.base_url}: the server refuses all of the first {self.refused} questions; the last: {reason}. "
                 "Set endpoint.api, endpoint.server and the sampling to values that it accepts."
             )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
 
 
 def _read_refusal(error: Any) -> str:

@@ -34,7 +34,8 @@ class DrawnGroup:
         group = cls(record=record, token_ids=token_ids)
         for line in failure["responses"] if failure is not None else ():
             values: dict[str, Any] = {name: line[name] for name in ("text", "finish_reason", "num_tokens", "seed")}
-            group.responses[line["index"]] = Response(**values, token_ids=tuple(line.get("token_ids", ())))
+            others = {"token_ids": tuple(line.get("token_ids", ())), "model": line.get("model", "")}
+            group.responses[line["index"]] = Response(**values, **others)
             group.attempts[line["index"]] = line.get("attempt", 0)
         for index, attempt in (failure.get("attempts", {}) if failure is not None else {}).items():
             group.attempts[int(index)] = attempt

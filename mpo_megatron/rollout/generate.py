@@ -59,6 +59,7 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.visible import visible
 
 REJECTED_FILE = "rejected.jsonl"
 STARTED_FILE = "generate.started.json"
@@ -306,6 +307,7 @@ def _join(
 def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
     """generate.json: counts come from the lines, so they do not depend on the number of resumptions."""
     counts, reasons, dropped, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
+    other_models = Counter[str]()
     uncontrolled = set[str]()
     for record in read_lines(samples):
         texts = [response["text"] for response in record["responses"]]
@@ -318,6 +320,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
         reasons.update(response["finish_reason"] for response in record["responses"])
         counts["with_token_ids"] += sum("token_ids" in response for response in record["responses"])
+        other_models.update(response["model"] for response in record["responses"] if "model" in response)
         uncontrolled.update(record.get("uncontrolled", ()))
         dropped.update(record.get("dropped", {}))
         unusable.update(record.get("unusable", {}))
@@ -328,6 +331,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
         "files": list_files(samples.parent, [samples.name]),
         "counts": {**counts, **found},
         "uncontrolled": sorted(uncontrolled),
+        "other_models": dict(other_models),
         "prompts": dict(prompts.counts),
         "config": to_dict(config),
     }
@@ -363,6 +367,8 @@ def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) 
             f"{counts['responses'] - counts['with_token_ids']:,} responses have no token ids: training uses their text, encoded "
             "again."
         )
+    for name, count in summary.get("other_models", {}).items():
+        say(f"WARNING: {count:,} responses come from the model {visible(name)}, not from endpoint.model.")
     if summary["uncontrolled"]:
         say(
             f"The server may have applied its own {', '.join(summary['uncontrolled'])}: it does not identify its kind, so these "

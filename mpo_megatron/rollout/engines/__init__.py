@@ -115,6 +115,8 @@ class Response:
     """Whether it contains a stop text: the text ends before it, the tokens do not."""
     logp: float | None = None
     """Log-prob at temperature 1 under the engine's own weights, in nats, if requested."""
+    model: str = ""
+    """The model that answered, if a server says that it is another than the requested one."""
 
     def as_line(self) -> dict[str, Any]:
         """The fields of this response in a group line; token ids only if they decode to the text."""
@@ -124,6 +126,7 @@ class Response:
             "num_tokens": self.num_tokens,
             "seed": self.seed,
         }
+        line |= {"model": self.model} if self.model else {}
         line |= {} if self.logp is None else {"engine_logp": self.logp}
         return line | {"token_ids": list(self.token_ids)} if self.token_ids and not self.cut else line
 

@@ -15,6 +15,8 @@ from mpo_megatron.rollout.thoughts import Thoughts
 
 _EXTRA_TOKENS = 1
 """A server may count the end token that it sampled at the limit."""
+_LONG_PROMPT = 16
+"""Characters from which a text that starts with its prompt was not drawn so by chance."""
 
 
 def read_answer(
@@ -65,6 +67,18 @@ def read_answer(
     if num_tokens is None:
         num_tokens = len(tokenizer.encode(text))
     return Response(text=text, finish_reason=reason, num_tokens=num_tokens, seed=seed)
+
+
+def refuse_echo(text: str, prompt_ids: Sequence[int], tokenizer: Tokenizer) -> None:
+    """Raise for a text that starts with the whole prompt.
+
+    Raises:
+        UnusableAnswerError: it does; training would learn to repeat the template.
+    """
+    for prompt in (tokenizer.decode(prompt_ids), tokenizer.decode(prompt_ids, skip_special=True)):
+        prompt = prompt.strip()
+        if len(prompt) >= _LONG_PROMPT and text.lstrip().startswith(prompt):
+            raise UnusableAnswerError("repeats_prompt", "its text starts with the prompt; the server must not echo it")
 
 
 def _read_logp(choice: dict[str, Any], number: int) -> float | None:

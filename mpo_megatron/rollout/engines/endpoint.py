@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,8 @@ from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling
-from mpo_megatron.rollout.engines.answers import read_answer
+from mpo_megatron.rollout.engines.answers import read_answer, refuse_echo
+from mpo_megatron.rollout.engines.seeds import SeedWatch
 from mpo_megatron.rollout.engines.served_adapter import ServedAdapter
 from mpo_megatron.rollout.engines.servers import UNCONTROLLED, find_kind, request_fields
 from mpo_megatron.rollout.thoughts import Thoughts
@@ -62,6 +64,7 @@ class EndpointEngine:
         self.adapter = None if adapter is None else ServedAdapter(config, self.kind, adapter)
         self.keep_adapter = keep_adapter
         self.model_fields = {"model": config.model}
+        self.seeds = SeedWatch(config.base_url)
         if self.adapter is not None:
             self.adapter.load()
             self.model_fields = self.adapter.fields
@@ -87,6 +90,7 @@ class EndpointEngine:
         def gather(group_id: str, error: str | None) -> Generation:
             found = arrived.pop(group_id)
             responses = tuple(found[position] for position in sorted(found))
+            self.seeds.watch(responses, sampling)
             return Generation(group_id=group_id, responses=responses, misses=tuple(misses.pop(group_id, ())), error=error)
 
         try:
@@ -129,7 +133,11 @@ class EndpointEngine:
         path = "/chat/completions" if api == "chat" else "/completions"
         answer = await client.post(path, cast_to=object, body=body)
         thoughts = Thoughts(self.chat, prompt.messages, prompt.tools) if prompt.messages else None
-        return read_answer(answer, api=api, seed=question.seed, sampling=sampling, tokenizer=self.tokenizer, thoughts=thoughts)
+        options: dict[str, Any] = {"sampling": sampling, "tokenizer": self.tokenizer, "thoughts": thoughts}
+        response = read_answer(answer, api=api, seed=question.seed, **options)
+        refuse_echo(response.text, prompt.token_ids, self.tokenizer)
+        other = self.client.find_other_model(answer, str(self.model_fields.get("model", self.config.model)))
+        return response if other is None else replace(response, model=other)
 
     def _messages(self, prompt: Prompt) -> list[Message]:
         """The conversation, with the system message that `Chat` adds, and with tool arguments as text."""

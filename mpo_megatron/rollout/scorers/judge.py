@@ -160,6 +160,7 @@ class Judge(Scorer):
             schema = {"name": "verdict", "strict": True, "schema": self._schema()}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
         answer = await client.post("/chat/completions", cast_to=object, body=body)
+        self.client.find_other_model(answer, str(body["model"]))
         self._count(question.group_id, answer)
         choice = find_choice(answer)
         message = choice.get("message")

@@ -22,10 +22,12 @@ from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client, _retry_after
-from mpo_megatron.rollout.engines import Generation, Prompt, Sampling
+from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.endpoint import EndpointEngine
+from mpo_megatron.rollout.engines.seeds import WATCHED_PROMPTS, SeedWatch
 from mpo_megatron.rollout.engines.servers import list_models
 from mpo_megatron.rollout.generate import generate
+from mpo_megatron.rollout.proxies import describe_proxy, find_proxy
 from mpo_megatron.rollout.records import read_lines
 from tests.unit.rollout.conftest import Server, completion, write_lines
 
@@ -233,3 +235,68 @@ def test_certificates_are_read_once_and_checked(server: Server, monkeypatch: pyt
     first, second = given
     assert first is second
     assert (first.verify_mode, first.check_hostname) == (ssl.CERT_REQUIRED, True)
+
+
+PROXY = "http://user:secret@proxy.example:3128"
+
+
+@pytest.mark.parametrize(
+    ("url", "variables", "proxy"),
+    [
+        ("http://localhost:8000/v1", {"http_proxy": PROXY, "all_proxy": PROXY}, None),
+        ("http://127.0.0.1:8000/v1", {"http_proxy": PROXY}, None),
+        ("http://[::1]:8000/v1", {"http_proxy": PROXY}, None),
+        ("http://node7:8000/v1", {"http_proxy": PROXY}, PROXY),
+        ("http://node7:8000/v1", {"http_proxy": PROXY, "no_proxy": "node7"}, None),
+        ("https://api.example/v1", {"http_proxy": PROXY}, None),
+        ("https://api.example/v1", {"https_proxy": "proxy.example:3128"}, "http://proxy.example:3128"),
+        ("https://api.example/v1", {"all_proxy": PROXY}, PROXY),
+    ],
+)
+def test_proxies_of_the_environment(
+    url: str, variables: dict[str, str], proxy: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_proxy(url) == proxy
+    assert "secret" not in describe_proxy(PROXY)
+
+
+def test_a_proxy_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("http_proxy", "http://user:secret@127.0.0.1:9")
+    client = Client(EndpointConfig(base_url="http://node7.invalid/v1", model="m", retries=0, timeout=20.0))
+    failure = client.ask_one(None, lambda connection, _: list_models(connection)).failure
+    assert failure is not None
+    assert failure.reason.startswith("no connection (through the proxy http://127.0.0.1:9): ")
+    monkeypatch.setenv("http_proxy", "gopher://user:secret@127.0.0.1:9")
+    client = Client(EndpointConfig(base_url="http://node7.invalid/v1", model="m", retries=0))
+    with pytest.raises(ConfigError, match=r"the proxy gopher://127\.0\.0\.1:9 of the environment cannot be used"):
+        client.ask_one(None, lambda connection, _: list_models(connection))
+
+
+@pytest.mark.parametrize("key", ["sk-1\n", "sk 1", "sk-\u00e9"])
+def test_a_key_that_no_header_holds_is_refused(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY; the key in this variable holds a space, a line break") as caught:
+        Client(EndpointConfig(base_url="http://localhost:1/v1", model="m"))
+    assert key not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:99999/v1", "http://host/v1?key=secret", "http://ho st/v1"])
+def test_addresses_that_no_request_can_have(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"base_url = .*; it must be http://host:port/v1") as caught:
+        EndpointConfig(base_url=url, model="m")
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("texts", "warned"), [(("a", "a"), True), (("a", "b"), False)])
+def test_a_server_that_ignores_seeds_is_noticed(texts: tuple[str, str], warned: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    watch = SeedWatch("http://host/v1")
+    responses = [Response(text=text, finish_reason="stop", num_tokens=9, seed=seed) for seed, text in enumerate(texts)]
+    for _ in range(2 * WATCHED_PROMPTS):
+        watch.watch(responses, Sampling(num_responses=2, max_tokens=16))
+        watch.watch(responses, Sampling(num_responses=2, max_tokens=16, temperature=0.0))
+    assert capsys.readouterr().err.count("equal responses to different seeds") == warned

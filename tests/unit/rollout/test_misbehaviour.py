@@ -38,6 +38,7 @@ SEEDS = {response_seed(1, "g", BAD, attempt) for attempt in range(ATTEMPTS)}
 """Seeds whose answers are bad."""
 SAMPLING = Sampling(num_responses=K, max_tokens=8, stop_token_ids=(256,), seed=1)
 MESSAGES = ({"role": "user", "content": "Why is the sky blue?"},)
+PROMPT = "<|im_start|>user\nWhy is the sky blue?<|im_end|>\n<|im_start|>assistant\n"
 THINKING = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
     "{% if m.reasoning_content %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}"
@@ -178,10 +179,6 @@ def huge_header(handler: Handler) -> None:
     handler.send(b"{}", x_padding="a" * 200_000)
 
 
-def redirect_in_a_circle(handler: Handler) -> None:
-    handler.send(b"", status=307, location="/v1/chat/completions")
-
-
 UNUSABLE: dict[str, tuple[Any, str]] = {
     "content is null, cut": (body(None, "length"), "no_text"),
     "content is null, ended": (body(None), "no_text"),
@@ -226,6 +223,10 @@ UNUSABLE: dict[str, tuple[Any, str]] = {
     "an empty body": (b"", "not_json"),
     "not UTF-8": (b'{"choices": "\xff\xfe"}', "not_json"),
     "a body of 300 KiB": (body("a" * 300 * 1024), "too_large"),
+    "repeats the prompt": (body(f"{PROMPT}Blue."), "repeats_prompt"),
+    "repeats the prompt without its special tokens": (
+        body(PROMPT.replace("<|im_start|>", "").replace("<|im_end|>", "") + "Blue."), "repeats_prompt"
+    ),
 }  # fmt: skip
 
 
@@ -268,7 +269,6 @@ LOST: dict[str, tuple[Callable[[Handler], None], dict[str, Any], str]] = {
     "hangs up in the middle": (cut_body, {}, "no connection: "),
     "does not speak HTTP": (speak_nonsense, {}, "no connection: "),
     "a header of 200 kB": (huge_header, {}, "no connection: "),
-    "redirects in a circle": (redirect_in_a_circle, {}, "no connection: "),
     "500": (reply(b"down", status=500), {}, "500"),
     "500, nested without end": (reply(b"[" * 100_000, status=500), {}, "500"),
     "503 with a Retry-After of a year": (
@@ -303,6 +303,8 @@ USABLE: dict[str, tuple[Any, dict[str, Any]]] = {
     "stopped because it repeats itself": (body("aaa", "repetition"), {"finish_reason": "repetition"}),
     "ended as text-generation-inference says it": (body(reason="eos_token"), {"finish_reason": "stop"}),
     "token ids": (body("!!", choice={"token_ids": [0, 0, 256]}), {"token_ids": [0, 0, 256], "num_tokens": 3}),
+    "answers as another model": (body(model="models/other"), {"text": "Blue.", "model": "models/other"}),
+    "answers as a version of the model": (body(model="org/m-2026-11-29"), {"text": "Blue."}),
     "token ids of another text": (body("Blue.", choice={"token_ids": [0, 0, 256]}), {"text": "Blue."}),
 }
 
@@ -419,6 +421,14 @@ def test_what_concerns_every_question_ends_the_command(
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(error, match=message):
         draw(bad, chat, reply(b"{}", status=status))
+
+
+@pytest.mark.parametrize("status", [302, 307])
+def test_prompts_and_key_follow_no_redirect(bad: Bad, chat: Chat, status: int) -> None:
+    elsewhere = bad.url.replace("127.0.0.1", "localhost") + "/elsewhere"
+    with pytest.raises(ConfigError, match=rf"redirects to {elsewhere} \(status {status}\)\. Redirects are not followed"):
+        draw(bad, chat, reply(b"", status=status, location=elsewhere))
+    assert len(bad.asked) <= K  # one for each response
 
 
 def test_a_server_that_refuses_everything_ends_the_command(bad: Bad, chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
