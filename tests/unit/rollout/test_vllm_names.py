@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib.util
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,17 @@ def test_an_installed_vllm_has_all_names() -> None:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("vLLM is not installed; python -m tools.vllm_names downloads its sources")
     assert missing_names(Path(spec.submodule_search_locations[0]).parent) == []
+
+
+@pytest.mark.slow
+def test_an_installed_vllm_s_models_take_our_weights() -> None:
+    """Each number of an update is in exactly one place, the one where vLLM's own loader puts it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    result = subprocess.run(
+        [sys.executable, "-m", "tools.vllm_models"], capture_output=True, text=True, timeout=1200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("model_type", HYBRID)
