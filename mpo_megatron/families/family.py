@@ -254,9 +254,17 @@ class Family:
         """Number of layers with a window."""
         return sum(layer.window is not None for layer in self.attention)
 
+    @property
+    def rotation_factors(self) -> tuple[float, ...]:
+        """Factors of the rotated channels of queries and keys, for each of `ropes`, if only part of each head is rotated; 1
+        otherwise: `score_scale` then includes the factor."""
+        whole = self.rotary_channels == self.head_dim
+        return tuple(1.0 if whole else rope.factor for rope in self.ropes)
+
     def score_scale(self, layer: int) -> float:
-        """Factor of a layer's scores if queries and keys are rotated by angles alone."""
-        return self.query_scale * self.ropes[self.attention[layer].rope].factor ** 2
+        """Factor of a layer's scores; rotation contributes `rotation_factors`."""
+        rope = self.attention[layer].rope
+        return self.query_scale * (self.ropes[rope].factor / self.rotation_factors[rope]) ** 2
 
     def difference(self, other: Family) -> str | None:
         """The first feature in which two models differ; None if their weights are interchangeable."""

@@ -128,19 +128,13 @@ def _read(config: PretrainedConfig, experts: Experts | None, *, joint: bool) -> 
         )
     delta_net = _read_delta_net(config)
     kinds = ["full_attention" if kind == "linear_attention" else kind for kind in config.layer_types]
-    ropes = read_ropes(config, partial=True)
-    require(
-        ropes[0].factor == 1 or 2 * len(ropes[0].inverse_frequencies) == config.head_dim,
-        "config.json: a rotary embedding with an attention factor that rotates only part of each head is not supported; set "
-        "attention_factor to 1 if the model was trained with it.",
-    )
     return Family(
         **decoder_sizes(config),
         activation=activation(config),
         norm_offset=True,
         qk_norm="head",
         output_gate=True,
-        ropes=ropes,
+        ropes=read_ropes(config, partial=True),
         attention=read_layers(config, kinds),
         delta_net=delta_net,
         experts=experts,

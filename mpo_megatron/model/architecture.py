@@ -108,7 +108,8 @@ def build_transformer_config(family: Family, model: ModelConfig, parallel: Paral
         persist_layer_norm=False,
         # Weight gradients are added to Megatron's buffers inside the GEMM; for the output layer see Policy.
         gradient_accumulation_fusion=engine or has_fused_gradients(),
-        apply_rope_fusion=engine,
+        # Transformer Engine's kernel has no factor of the rotated channels.
+        apply_rope_fusion=engine and set(family.rotation_factors) == {1.0},
         # GroupAttention is the attention core; of Transformer Engine it may use only cuDNN's kernel. With another value here,
         # Megatron-Core refuses the environment variables that select that kernel (attention_varlen.py).
         attention_backend=AttnBackend.fused,

@@ -77,6 +77,7 @@ class Policy(LanguageModule):
         self.embedding_scale, self.logit_cap = family.embedding_scale, family.logit_cap
         # Not a buffer: it must stay float32 in a bf16 model.
         self.inverse_frequencies = torch.tensor([rope.inverse_frequencies for rope in family.ropes], device=device.device())
+        self.rotation_factors = torch.tensor(family.rotation_factors, device=device.device())
         self.logprob_chunk = logprob_chunk
         self.overlap_grad_reduce = False
         """Set by the code that wraps the policy in DistributedDataParallel; see `output_weight_gradient`."""
@@ -210,12 +211,13 @@ class Policy(LanguageModule):
     def rotary_embeddings(self, position_ids: Tensor) -> Tensor:
         """What the layers of each of the R rotary embeddings need for every token, float32.
 
-        [R, T, 1, 1, D] angles for Transformer Engine's kernel; [R, 2, T, 1, D / 2] their cosines and sines for ours.
+        [R, T, 1, 1, D] angles for Transformer Engine's kernel; [R, 2, T, 1, D / 2] their cosines and sines, times
+        `Family.rotation_factors`, for ours.
         """
         angles = position_ids[0].float()[:, None] * self.inverse_frequencies[:, None]
         if self.config.apply_rope_fusion:
             return torch.cat((angles, angles), dim=-1)[:, :, None, None]
-        return torch.stack((angles.cos(), angles.sin()), dim=1)[:, :, :, None]
+        return (torch.stack((angles.cos(), angles.sin()), dim=1) * self.rotation_factors[:, None, None, None])[:, :, :, None]
 
     def gather_sequence(self, hidden: Tensor) -> Tensor:
         """Hidden states of all tokens of this context-parallel rank, on every tensor-parallel rank: [T (/ context), 1, H].

@@ -153,16 +153,6 @@ REFUSED: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.2}},
         "partial_rotary_factor = 0.2 of 16 channels",
     ),
-    "a factor on a part of a head": (
-        NEXT,
-        {
-            "rope_parameters": {
-                **{"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16},
-                "partial_rotary_factor": 0.25,
-            }
-        },
-        "attention factor that rotates only part",
-    ),
     "experts with probabilities as they are": (
         multimodal("experts"),
         {"text_config.norm_topk_prob": False},
