@@ -5,6 +5,7 @@ Shapes: G groups, K responses. Units: nats per group.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
 from mpo_megatron.losses.hyperparameters import Count, Hyperparameters, Positive, require
-from mpo_megatron.losses.numerics import masked_logsumexp
-from mpo_megatron.losses.pairing import compute_better, compute_preferences, find_best
+from mpo_megatron.losses.numerics import masked_logsumexp, shift_places, suffix_logsumexp
+from mpo_megatron.losses.pairing import compute_preferences, find_best, find_worse_than_best
 from mpo_megatron.losses.partition import compute_rank, has_distinct_rewards
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.setwise import contrast_sets
@@ -27,11 +28,6 @@ def find_ranked(batch: GroupBatch, params: Any) -> Tensor:
     return usable & has_distinct_rewards(scores, usable).unsqueeze(-1)
 
 
-def find_worse_than_best(batch: GroupBatch) -> Tensor:
-    """[G, K] bool: responses with a strictly lower score than the best."""
-    return (compute_better(batch) & find_best(batch).unsqueeze(-1)).any(dim=-2)
-
-
 def sort_by_preference(batch: GroupBatch, values: Tensor) -> tuple[Tensor, Tensor]:
     """`values` [G, K] from the best response to the worst (ties by index), and which places are filled, [G, K] bool."""
     scores, usable = compute_preferences(batch)
@@ -39,19 +35,12 @@ def sort_by_preference(batch: GroupBatch, values: Tensor) -> tuple[Tensor, Tenso
     return values.gather(-1, order), usable.gather(-1, order)
 
 
-def mask_suffixes(filled: Tensor, first: int) -> Tensor:
-    """[G, K, K] bool: for each place k the filled places j ≥ k + first."""
-    place = torch.arange(filled.shape[-1], device=filled.device)
-    return filled.unsqueeze(-2) & (place.unsqueeze(0) >= place.unsqueeze(1) + first)
-
-
 def compute_choice_terms(ordered: Tensor, filled: Tensor) -> tuple[Tensor, Tensor]:
     """Plackett–Luce: −log( e^{z_k} / Σ_{j ≥ k} e^{z_j} ) for each place k, and the places that have such a
     choice (a filled place below them), both [G, K]. Computed as −log σ(z_k − log Σ_{j > k} e^{z_j}), which
     keeps small losses' digits."""
-    rest = mask_suffixes(filled, first=1)
-    rest_logsumexp = masked_logsumexp(ordered.unsqueeze(-2), rest)
-    return -F.logsigmoid(ordered - rest_logsumexp), rest.any(dim=-1) & filled
+    below = shift_places(suffix_logsumexp(ordered, filled), 0.0)
+    return -F.logsigmoid(ordered - below).to(ordered.dtype), shift_places(filled, False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +109,28 @@ def compute_sdpo(batch: GroupBatch, params: SdpoParams) -> Tensor:
     logits = params.beta * compute_log_ratios(batch)
     if params.form == "best":
         return contrast_sets(logits, find_best(batch), find_worse_than_best(batch))
-    better = compute_better(batch)  # [G, W, L]
-    terms = -F.logsigmoid(logits - masked_logsumexp(logits.unsqueeze(-2), better))
-    return torch.where(better.any(dim=-1), terms, 0.0).sum(dim=-1)
+    scores, _ = compute_preferences(batch)
+    ordered, filled = sort_by_preference(batch, logits)
+    ranked, _ = sort_by_preference(batch, scores)
+    worse = find_next_worse(ranked, filled)
+    present = worse < filled.shape[-1]
+    below = suffix_logsumexp(ordered, filled).gather(-1, worse.clamp(max=filled.shape[-1] - 1))
+    terms = -F.logsigmoid(ordered - below).to(ordered.dtype)
+    return torch.where(present, terms, 0.0).sum(dim=-1)
+
+
+def find_next_worse(scores: Tensor, filled: Tensor) -> Tensor:
+    """[G, K] int64: for each place of a ranking, the first one with a strictly lower score; K if there is none.
+
+    Args:
+        scores: [G, K], from the highest to the lowest
+        filled: [G, K] bool, the first places of each group
+    """
+    num_places = filled.shape[-1]
+    place = torch.arange(num_places, device=filled.device)
+    lower = filled & (scores != torch.cat((scores[..., :1], scores[..., :-1]), dim=-1))
+    starts = torch.where(lower, place, num_places)
+    return shift_places(starts.flip(-1).cummin(dim=-1).values.flip(-1), num_places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +162,16 @@ def compute_binned_mpo(batch: GroupBatch, params: BinnedMpoParams) -> Tensor:
     Source: MPO, Fig. 7: hybrid models between MPO's two bins and Plackett–Luce's K.
     """
     ordered, filled = sort_by_preference(batch, params.beta * compute_log_ratios(batch))
-    count = filled.sum(dim=-1, keepdim=True)
-    place = torch.arange(ordered.shape[-1], device=ordered.device)
-    bins = torch.where(count < params.num_bins, place, place * params.num_bins // count.clamp(min=1))
-    total = torch.zeros_like(ordered[..., 0])
-    for number in range(min(params.num_bins, ordered.shape[-1]) - 1):
-        own, below = filled & (bins == number), filled & (bins > number)
-        total = total + torch.where(below.any(dim=-1), contrast_sets(ordered, own, below), 0.0)
-    return total
+    num_places, count = ordered.shape[-1], filled.sum(dim=-1, keepdim=True)
+    num_bins = min(params.num_bins, num_places)
+    bins = count.clamp(min=1, max=params.num_bins)  # of each group
+    # The first place of each bin, and of one after the last: b·n / B, rounded up.
+    edges = (torch.arange(num_bins + 1, device=ordered.device) * count + bins - 1) // bins
+    edges = torch.minimum(edges, count)
+    first, end = edges[..., :-1], edges[..., 1:]
+    place = first.unsqueeze(-1) + torch.arange(math.ceil(num_places / num_bins), device=ordered.device)  # [G, B, places]
+    members = ordered.gather(-1, place.clamp(max=num_places - 1).flatten(-2)).view(place.shape)
+    own = masked_logsumexp(members.double(), place < end.unsqueeze(-1))
+    below = suffix_logsumexp(ordered, filled).gather(-1, end.clamp(max=num_places - 1))
+    terms = torch.where(end < count, -F.logsigmoid(own - below), 0.0)
+    return terms.sum(dim=-1).to(ordered.dtype)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, draw_uniform
 from mpo_megatron.losses.hyperparameters import Count, Hyperparameters, Positive, check_unused
-from mpo_megatron.losses.listwise import find_best_and_worse, find_worse_than_best
-from mpo_megatron.losses.pairing import find_best
+from mpo_megatron.losses.listwise import find_best_and_worse
+from mpo_megatron.losses.pairing import find_best, find_worse_than_best
 from mpo_megatron.losses.partition import compute_rank
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.setwise import contrast_sets

@@ -23,6 +23,25 @@ def masked_logsumexp(values: Tensor, mask: Tensor) -> Tensor:
     return torch.logsumexp(torch.where(nonempty, filled, 0.0), dim=-1)
 
 
+def suffix_logsumexp(ordered: Tensor, filled: Tensor) -> Tensor:
+    """log Σ_{j ≥ k} e^{ordered_j} for each place k [G, K], float64; finite but meaningless at places that are not filled.
+
+    float64, because the gradient divides by these sums in logarithms, whose rounding grows with their size.
+
+    Args:
+        ordered: [G, K]
+        filled: [G, K] bool, the first places of each group
+    """
+    # A finite filler: −inf minus −inf would make the gradient NaN.
+    values = torch.where(filled, ordered.double(), torch.finfo(torch.float64).min)
+    return torch.logcumsumexp(values.flip(-1), dim=-1).flip(-1)
+
+
+def shift_places(values: Tensor, last: float) -> Tensor:
+    """`values` [G, K] of the next place, `last` at the last one."""
+    return F.pad(values[..., 1:], (0, 1), value=last)
+
+
 def masked_mean(values: Tensor, mask: Tensor, dim: int | tuple[int, ...] = -1) -> Tensor:
     """Mean of `values` where `mask` is True; 0 if it is True nowhere."""
     # max(count, 1): an empty set has sum 0, and 0 / 1 = 0 keeps it finite.

@@ -1,7 +1,8 @@
 """Pairs (winner, loser) inside a group, for the pairwise losses.
 
-Pairs are a mask [G, W, L] over winner index W and loser index L (both run over the K responses): a pairwise
-loss is a formula in broadcast tensors [G, K, 1] and [G, 1, K], reduced over that mask. Equal rewards never form a pair.
+Pairs are a mask [G, W, L] over winners W and losers L: a pairwise loss is a formula in broadcast tensors [G, W, 1] and [G, 1, L],
+reduced over that mask. W and L are the K responses, or 1 where `pairing` leaves a group one winner or loser, so that work and
+memory are those of the pairs. Equal rewards never form a pair.
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def compute_better(batch: GroupBatch) -> Tensor:
     return comparable & (scores.unsqueeze(-1) > scores.unsqueeze(-2))
 
 
+def find_worse_than_best(batch: GroupBatch) -> Tensor:
+    """[G, K] bool: responses with a strictly lower score than the best."""
+    scores, usable = compute_preferences(batch)
+    return usable & (scores < torch.where(usable, scores, -torch.inf).amax(dim=-1, keepdim=True))
+
+
 def find_best(batch: GroupBatch) -> Tensor:
     """[G, K] bool: the one response with the highest score, the first of equals."""
     scores, usable = compute_preferences(batch)
@@ -63,50 +70,80 @@ def find_worst(batch: GroupBatch) -> Tensor:
     return usable & (compute_rank(-scores, usable) == 0)
 
 
-def compute_candidate_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, W, L] bool: pairs before sampling; for best_random, all candidates."""
-    if params.pairing == "cross_pairs":
-        positive, negative = compute_partition(batch, params)
-        pairs = positive.unsqueeze(-1) & negative.unsqueeze(-2)
-        # Labels take precedence over rewards; top_bottom and one_vs_rest may separate equal rewards.
-        return pairs if params.partition == "labels" else pairs & compute_better(batch)
-    better = compute_better(batch)
+@dataclass(frozen=True, kw_only=True)
+class Pairs:
+    """The pairs of each group, and values of their responses in the pairs' shape."""
+
+    mask: Tensor
+    """[G, W, L] bool."""
+    winner: Tensor | None = None
+    """[G, K] bool: the group's only winner, W = 1; None: W = K."""
+    loser: Tensor | None = None
+    """[G, K] bool: the group's only loser, L = 1; None: L = K."""
+    reduction: str
+    """`mean` or `sum`, over a group's pairs."""
+
+    def winners(self, values: Tensor) -> Tensor:
+        """[G, W, 1] from [G, K]."""
+        return pick(values, self.winner).unsqueeze(-1)
+
+    def losers(self, values: Tensor) -> Tensor:
+        """[G, 1, L] from [G, K]."""
+        return pick(values, self.loser).unsqueeze(-2)
+
+    def margins(self, scores: Tensor) -> Tensor:
+        """Score of the winner − score of the loser, [G, W, L] from [G, K]."""
+        return self.winners(scores) - self.losers(scores)
+
+    def reduce(self, losses: Tensor) -> Tensor:
+        """Mean (or sum) of pair losses [G, W, L] over each group's pairs, [G]; 0 for a group without pairs."""
+        if self.reduction == "sum":
+            return torch.where(self.mask, losses, 0.0).sum(dim=(-2, -1))
+        return masked_mean(losses, self.mask, dim=(-2, -1))
+
+
+def pick(values: Tensor, only: Tensor | None) -> Tensor:
+    """The value of each group's only such response, [G, 1], 0 where there is none; all values [G, K] for None."""
+    return values if only is None else torch.where(only, values, 0.0).sum(dim=-1, keepdim=True)
+
+
+def compute_pairs(batch: GroupBatch, params: PairParams) -> Pairs:
+    """The pairs in the loss; best_random draws one loser per group, uniformly, from the generator."""
+    if params.pairing in ("all_pairs", "cross_pairs"):
+        return Pairs(mask=compute_many_pairs(batch, params), reduction=params.reduction)
+    best, losers = find_best(batch), find_losers(batch, params)
+    if params.pairing == "best_vs_each":
+        return Pairs(mask=losers.unsqueeze(-2), winner=best, reduction=params.reduction)
+    if params.pairing == "best_random":
+        noise = torch.where(losers, draw_uniform(batch), -1.0)
+        losers = losers & (compute_rank(noise, losers) == 0)
+    mask = losers.any(dim=-1)[..., None, None]
+    return Pairs(mask=mask, winner=best, loser=losers, reduction=params.reduction)
+
+
+def compute_many_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
+    """[G, K, K] bool: all ordered pairs, or those of Y+ × Y−."""
     if params.pairing == "all_pairs":
-        return better
-    best_first = better & find_best(batch).unsqueeze(-1)
-    if params.pairing == "best_worst":
-        return best_first & find_worst(batch).unsqueeze(-2)
-    return best_first
+        return compute_better(batch)
+    positive, negative = compute_partition(batch, params)
+    pairs = positive.unsqueeze(-1) & negative.unsqueeze(-2)
+    # Labels take precedence over rewards; top_bottom and one_vs_rest may separate equal rewards.
+    return pairs if params.partition == "labels" else pairs & compute_better(batch)
 
 
-def compute_pairs(batch: GroupBatch, params: PairParams) -> Tensor:
-    """[G, W, L] bool: the pairs in the loss; best_random draws one loser per group, uniformly, from the generator."""
-    pairs = compute_candidate_pairs(batch, params)
-    if params.pairing != "best_random":
-        return pairs
-    losers = pairs.any(dim=-2)
-    noise = torch.where(losers, draw_uniform(batch), -1.0)
-    drawn = losers & (compute_rank(noise, losers) == 0)
-    return pairs & drawn.unsqueeze(-2)
+def find_losers(batch: GroupBatch, params: PairParams) -> Tensor:
+    """[G, K] bool: the losers of pairs with the best response, before sampling."""
+    worse = find_worse_than_best(batch)
+    return worse & find_worst(batch) if params.pairing == "best_worst" else worse
 
 
 def find_paired(batch: GroupBatch, params: PairParams) -> Tensor:
     """[G, K] bool: responses in any pair, before sampling."""
-    pairs = compute_candidate_pairs(batch, params)
-    return pairs.any(dim=-1) | pairs.any(dim=-2)
-
-
-def compute_margins(scores: Tensor) -> Tensor:
-    """score of W − score of L, [G, W, L] from [G, K]."""
-    return scores.unsqueeze(-1) - scores.unsqueeze(-2)
-
-
-def reduce_pairs(batch: GroupBatch, params: PairParams, losses: Tensor) -> Tensor:
-    """Mean (or sum) of pair losses [G, W, L] over each group's pairs, [G]; 0 for a group without pairs."""
-    pairs = compute_pairs(batch, params)
-    if params.reduction == "sum":
-        return torch.where(pairs, losses, 0.0).sum(dim=(-2, -1))
-    return masked_mean(losses, pairs, dim=(-2, -1))
+    if params.pairing in ("all_pairs", "cross_pairs"):
+        pairs = compute_many_pairs(batch, params)
+        return pairs.any(dim=-1) | pairs.any(dim=-2)
+    losers = find_losers(batch, params)
+    return losers | (find_best(batch) & losers.any(dim=-1, keepdim=True))
 
 
 def needs_pairs(params: PairParams) -> Needs:

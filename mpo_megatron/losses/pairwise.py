@@ -1,7 +1,7 @@
 """Pairwise losses with a reference policy: DPO and its relatives, on the pairs that `pairing` selects from a group.
 
 s = log π_θ(y) − log π_ref(y); w is the pair's winner, l its loser. Each function returns the mean (or sum)
-over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers (both K).
+over the group's pairs. Units: nats, unless a docstring says otherwise. Shapes: G groups, W winners and L losers.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from mpo_megatron.losses.hyperparameters import BELOW_HALF, NonNegative, Positiv
 from mpo_megatron.losses.numerics import logistic_loss
 from mpo_megatron.losses.pairing import (
     PairParams,
-    compute_margins,
+    compute_pairs,
     find_paired,
     needs_reference_pairs,
-    reduce_pairs,
 )
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
@@ -47,8 +46,9 @@ def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
 
     Source: DPO (Rafailov et al. 2023), Eq. 7; smoothing: Mitchell 2023, "A note on DPO with noisy preferences".
     """
-    losses = logistic_loss(compute_margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
-    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
+    pairs = compute_pairs(batch, params)
+    losses = logistic_loss(pairs.margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
+    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +100,10 @@ def compute_dpo_positive(batch: GroupBatch, params: DpoPositiveParams) -> Tensor
 
     Source: DPO-Positive (Pal et al. 2024, "Smaug: fixing failure modes of preference optimisation with DPO-Positive"), Eq. 3.
     """
+    pairs = compute_pairs(batch, params)
     log_ratios = compute_log_ratios(batch)
-    fallen = torch.relu(-log_ratios).unsqueeze(-1)
-    return reduce_pairs(batch, params, logistic_loss(params.beta * (compute_margins(log_ratios) - params.penalty * fallen)))
+    fallen = pairs.winners(torch.relu(-log_ratios))
+    return pairs.reduce(logistic_loss(params.beta * (pairs.margins(log_ratios) - params.penalty * fallen)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,10 +128,11 @@ def compute_ipo(batch: GroupBatch, params: IpoParams) -> Tensor:
 
     Source: IPO (Azar et al. 2023), Eq. 17.
     """
+    pairs = compute_pairs(batch, params)
     log_ratios = compute_log_ratios(batch)
     if params.reading == "length_normalized":
         log_ratios = log_ratios / count_tokens(batch, log_ratios.dtype)
-    return reduce_pairs(batch, params, (compute_margins(log_ratios) - 1.0 / (2.0 * params.beta)) ** 2)
+    return pairs.reduce((pairs.margins(log_ratios) - 1.0 / (2.0 * params.beta)) ** 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,10 +157,11 @@ def compute_exo(batch: GroupBatch, params: ExoParams) -> Tensor:
 
     Source: EXO (Ji et al. 2024), Eq. 16 (EXO-pref), as in TRL's `exo_pair`.
     """
-    margins = compute_margins(params.beta * compute_log_ratios(batch))
+    pairs = compute_pairs(batch, params)
+    margins = pairs.margins(params.beta * compute_log_ratios(batch))
     winner = torch.sigmoid(margins) * (F.logsigmoid(margins) - math.log1p(-params.label_smoothing))
     loser = torch.sigmoid(-margins) * (F.logsigmoid(-margins) - math.log(params.label_smoothing))
-    return reduce_pairs(batch, params, winner + loser)
+    return pairs.reduce(winner + loser)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +188,10 @@ def compute_rdpo(batch: GroupBatch, params: RdpoParams) -> Tensor:
     The sign follows from the penalised reward r − α|y| that the paper optimises (SimPO's table prints the opposite one).
     Source: R-DPO (Park et al. 2024, "Disentangling length from quality in DPO").
     """
+    pairs = compute_pairs(batch, params)
     log_ratios = compute_log_ratios(batch)
     rewards = params.beta * log_ratios + params.alpha * count_tokens(batch, log_ratios.dtype)
-    return reduce_pairs(batch, params, logistic_loss(compute_margins(rewards), params.label_smoothing))
+    return pairs.reduce(logistic_loss(pairs.margins(rewards), params.label_smoothing))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,9 +214,9 @@ def compute_apo_zero(batch: GroupBatch, params: ApoZeroParams) -> Tensor:
 
     Source: APO (D'Oosterlinck et al. 2024), Eq. 7, as in TRL's `apo_zero`.
     """
+    pairs = compute_pairs(batch, params)
     rewards = params.beta * compute_log_ratios(batch)
-    losses = torch.sigmoid(-rewards).unsqueeze(-1) + torch.sigmoid(rewards).unsqueeze(-2)
-    return reduce_pairs(batch, params, losses)
+    return pairs.reduce(pairs.winners(torch.sigmoid(-rewards)) + pairs.losers(torch.sigmoid(rewards)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +241,7 @@ def compute_sppo(batch: GroupBatch, params: SppoParams) -> Tensor:
     estimates P with a preference model.
     Source: SPPO (Wu et al. 2024), Eq. 4.7.
     """
+    pairs = compute_pairs(batch, params)
     log_ratios = compute_log_ratios(batch)
     target = 1.0 / (2.0 * params.beta)
-    losses = ((log_ratios - target) ** 2).unsqueeze(-1) + ((log_ratios + target) ** 2).unsqueeze(-2)
-    return reduce_pairs(batch, params, losses)
+    return pairs.reduce(pairs.winners((log_ratios - target) ** 2) + pairs.losers((log_ratios + target) ** 2))

@@ -18,7 +18,7 @@ from mpo_megatron.losses.batch import (
 )
 from mpo_megatron.losses.hyperparameters import NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import log1mexp, logistic_loss
-from mpo_megatron.losses.pairing import PairParams, compute_margins, find_paired, needs_pairs, reduce_pairs
+from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_paired, needs_pairs
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
 
@@ -50,9 +50,10 @@ def compute_simpo(batch: GroupBatch, params: SimpoParams) -> Tensor:
 
     Source: SimPO (Meng et al. 2024), Eq. 6; CPO-SimPO: MC-PO, Table 5 (its "CPO").
     """
-    margins = compute_margins(params.beta * compute_mean_token_logps(batch)) - params.gamma
+    pairs = compute_pairs(batch, params)
+    margins = pairs.margins(params.beta * compute_mean_token_logps(batch)) - params.gamma
     losses = logistic_loss(margins, params.label_smoothing)
-    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +78,9 @@ def compute_cpo(batch: GroupBatch, params: CpoParams) -> Tensor:
 
     Source: CPO (Xu et al. 2024), Eq. 3, the supervised term as in TRL's `cpo_alpha`.
     """
-    losses = logistic_loss(compute_margins(params.beta * compute_policy_logps(batch)), params.label_smoothing)
-    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
+    pairs = compute_pairs(batch, params)
+    losses = logistic_loss(pairs.margins(params.beta * compute_policy_logps(batch)), params.label_smoothing)
+    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +103,10 @@ def compute_orpo(batch: GroupBatch, params: OrpoParams) -> Tensor:
 
     Source: ORPO (Hong et al. 2024), Eq. 4, 7.
     """
+    pairs = compute_pairs(batch, params)
     mean_logps = compute_mean_token_logps(batch)
-    losses = params.beta * logistic_loss(compute_margins(mean_logps - log1mexp(mean_logps)))
-    return reduce_pairs(batch, params, add_supervised(batch, losses, 1.0, "token"))
+    losses = params.beta * logistic_loss(pairs.margins(mean_logps - log1mexp(mean_logps)))
+    return pairs.reduce(add_supervised(batch, pairs, losses, 1.0, "token"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +143,7 @@ def compute_slic(batch: GroupBatch, params: SlicParams) -> Tensor:
     Deviation: the paper's supervised target is the reference answer of the supervised data; here it is the winner.
     Source: SLiC-HF (Zhao et al. 2023); the normalised form: RSO (Liu et al. 2023), as in TRL's `hinge`.
     """
+    pairs = compute_pairs(batch, params)
     scores = compute_log_ratios(batch) if params.normalized else compute_policy_logps(batch)
-    losses = torch.relu(params.margin - params.beta * compute_margins(scores))
-    return reduce_pairs(batch, params, add_supervised(batch, losses, params.sft_weight, params.sft_normalization))
+    losses = torch.relu(params.margin - params.beta * pairs.margins(scores))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))

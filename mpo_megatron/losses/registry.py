@@ -10,8 +10,8 @@ To add a method, write its hyper-parameters and its formula, and import the file
     @register("margin", params=MarginParams, scored=find_paired, needs=needs_reference_pairs, source="Someone 2030")
     def compute_margin(batch: GroupBatch, params: MarginParams) -> Tensor:
         \"\"\"max(0, margin − (s_w − s_l)), averaged over the group's pairs; nats.\"\"\"
-        margins = compute_margins(compute_log_ratios(batch))
-        return reduce_pairs(batch, params, torch.relu(params.margin - margins))
+        pairs = compute_pairs(batch, params)
+        return pairs.reduce(torch.relu(params.margin - pairs.margins(compute_log_ratios(batch))))
 
 The function may return any finite number for a group that does not contribute: the registry replaces it with 0.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps
 from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import masked_logsumexp, masked_mean
-from mpo_megatron.losses.pairing import PairParams, find_best, find_paired, needs_reference_pairs, reduce_pairs
+from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_best, find_paired, needs_reference_pairs
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.supervised import LogpNormalization, compute_negative_log_likelihood
 
@@ -45,6 +45,19 @@ def compute_reward_distribution(batch: GroupBatch, alpha: float) -> Tensor:
     return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1.0)  # the highest term is 1
 
 
+def compute_log_softmax(logits: Tensor, valid: Tensor) -> Tensor:
+    """log softmax(z) over each group's valid responses [G, K]; finite but meaningless at padding, and for less than two.
+
+    The highest, h, has log σ(z_h − log Σ_{j ≠ h} e^{z_j}), and i has z_i − z_h more. This keeps the digits of a log-probability
+    near 0, which only the highest can have and `log_softmax` loses.
+    """
+    index = torch.arange(logits.shape[-1], device=logits.device)
+    is_highest = index == torch.where(valid, logits, -torch.inf).argmax(dim=-1, keepdim=True)
+    highest = torch.where(is_highest, logits, 0.0).sum(dim=-1, keepdim=True)
+    others = masked_logsumexp(logits, valid & ~is_highest).unsqueeze(-1)
+    return F.logsigmoid(highest - others) + torch.where(is_highest, 0.0, logits - highest)
+
+
 @register(
     "infonca",
     params=NcaParams,
@@ -58,13 +71,8 @@ def compute_infonca(batch: GroupBatch, params: NcaParams) -> Tensor:
     Source: NCA (Chen et al. 2024, "Noise contrastive alignment of language models with explicit rewards"), Eq. 6.
     """
     logits = params.beta * compute_log_ratios(batch)
-    # log softmax(z)_i = log σ(z_i − log Σ_{j ≠ i} e^{z_j}): keeps the digits of a loss near 0, which log_softmax loses.
-    num_responses = logits.shape[-1]
-    is_other = ~torch.eye(num_responses, dtype=torch.bool, device=logits.device)
-    others = masked_logsumexp(logits.unsqueeze(-2), batch.valid.unsqueeze(-2) & is_other)
-    log_model = F.logsigmoid(logits - others)
     target = compute_reward_distribution(batch, params.alpha).to(logits.dtype)
-    return -(target * log_model).sum(dim=-1)
+    return -(target * compute_log_softmax(logits, batch.valid)).sum(dim=-1)
 
 
 @register(
@@ -147,7 +155,8 @@ def compute_nca_pair(batch: GroupBatch, params: NcaPairParams) -> Tensor:
 
     Source: NCA (Chen et al. 2024), listing of the pairwise loss; Eq. 11 with K = 2, α → 0.
     """
+    pairs = compute_pairs(batch, params)
     logits = params.beta * compute_log_ratios(batch)
     winner = -F.logsigmoid(logits) - 0.5 * F.logsigmoid(-logits)
     loser = -0.5 * F.logsigmoid(-logits)
-    return reduce_pairs(batch, params, winner.unsqueeze(-1) + loser.unsqueeze(-2))
+    return pairs.reduce(pairs.winners(winner) + pairs.losers(loser))

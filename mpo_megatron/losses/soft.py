@@ -15,11 +15,10 @@ from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps, mask_padding
 from mpo_megatron.losses.hyperparameters import NonNegative, check_unused
-from mpo_megatron.losses.listwise import compute_choice_terms, find_ranked, mask_suffixes, sort_by_preference
-from mpo_megatron.losses.numerics import exp_with_linear_tail, logistic_loss, masked_logsumexp, masked_mean
+from mpo_megatron.losses.listwise import compute_choice_terms, find_ranked, sort_by_preference
+from mpo_megatron.losses.numerics import exp_with_linear_tail, logistic_loss, masked_mean, shift_places, suffix_logsumexp
 from mpo_megatron.losses.pairing import (
     PairParams,
-    compute_margins,
     compute_pairs,
     find_best,
     find_paired,
@@ -91,9 +90,9 @@ def compute_choice_losses(ordered: Tensor, filled: Tensor, alpha: float) -> tupl
     if alpha > 0:
         terms, present = compute_choice_terms(alpha * ordered, filled)
         return terms / alpha, present
-    candidates = mask_suffixes(filled, first=0)
-    mean = masked_mean(ordered.unsqueeze(-2).expand(candidates.shape), candidates)
-    return mean - ordered, mask_suffixes(filled, first=1).any(dim=-1) & filled
+    candidates = torch.where(filled, ordered.double(), 0.0)  # float64: the mean of long sums loses the digits of a difference
+    total, count = (part.flip(-1).cumsum(dim=-1).flip(-1) for part in (candidates, filled))
+    return (total / count.clamp(min=1) - ordered).to(ordered.dtype), shift_places(filled, False)
 
 
 @register("spo", params=SpoParams, scored=find_soft, needs=needs_spo, source="SPO, Eq. 9–14, 16, 17, Table 4")
@@ -110,7 +109,7 @@ def compute_spo(batch: GroupBatch, params: SpoParams) -> Tensor:
     ordered, filled = sort_by_preference(batch, logps)
     losses, present = compute_choice_losses(ordered, filled, params.alpha)
     present = present & find_ranked(batch, params).any(dim=-1, keepdim=True)
-    log_mass = masked_logsumexp(ordered.unsqueeze(-2), mask_suffixes(filled, first=0))
+    log_mass = suffix_logsumexp(ordered, filled).to(ordered.dtype)
     weights = compute_weights(log_mass, present, params.gamma, dim=0)
     if params.form == "best_of_n":
         present = present & (torch.arange(present.shape[-1], device=present.device) == 0)
@@ -127,16 +126,14 @@ def compute_spo(batch: GroupBatch, params: SpoParams) -> Tensor:
 def compute_pair_form(batch: GroupBatch, params: SpoParams, logps: Tensor) -> Tensor:
     """[G]: the pairs' loss (Eq. 11, or 12 for α = 0), averaged or summed over each group's pairs."""
     pairs = compute_pairs(batch, params)
-    margins = compute_margins(logps)
+    margins = pairs.margins(logps)
     losses = logistic_loss(params.alpha * margins) / params.alpha if params.alpha > 0 else -0.5 * margins
-    log_mass = torch.logaddexp(logps.unsqueeze(-1), logps.unsqueeze(-2))
+    log_mass = torch.logaddexp(pairs.winners(logps), pairs.losers(logps))
     # The mean of Eq. 13 runs over all pairs of all groups.
-    losses = compute_weights(log_mass, pairs, params.gamma, dim=(0, 1, 2)) * losses
+    losses = compute_weights(log_mass, pairs.mask, params.gamma, dim=(0, 1, 2)) * losses
     if params.regularizer == "log_prob":
-        losses = losses - params.regularizer_weight * logps.unsqueeze(-1)
-    losses = torch.where(pairs, losses, 0.0)
-    total = losses.sum(dim=(-2, -1)) if params.reduction == "sum" else masked_mean(losses, pairs, dim=(-2, -1))
-    return total + compute_divergence_term(batch, params)
+        losses = losses - params.regularizer_weight * pairs.winners(logps)
+    return pairs.reduce(losses) + compute_divergence_term(batch, params)
 
 
 def compute_divergence_term(batch: GroupBatch, params: SpoParams) -> Tensor:

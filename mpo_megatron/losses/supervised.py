@@ -10,7 +10,7 @@ from torch import Tensor
 from mpo_megatron.losses.batch import GroupBatch, compute_mean_token_logps, compute_policy_logps
 from mpo_megatron.losses.hyperparameters import NonNegative, Smoothing, check_unused
 from mpo_megatron.losses.numerics import masked_mean
-from mpo_megatron.losses.pairing import PairParams, find_best, needs_pairs
+from mpo_megatron.losses.pairing import PairParams, Pairs, find_best, needs_pairs
 from mpo_megatron.losses.partition import PartitionParams, compute_partition
 from mpo_megatron.losses.registry import Needs, register
 
@@ -97,8 +97,8 @@ def needs_supervised(params: SupervisedPairParams) -> Needs:
     return replace(needs_pairs(params), lengths=params.sft_weight > 0 and params.sft_normalization == "token")
 
 
-def add_supervised(batch: GroupBatch, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
+def add_supervised(batch: GroupBatch, pairs: Pairs, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
     """Pair losses [G, W, L] + weight · NLL of the winner."""
     if weight == 0:
         return pair_losses
-    return pair_losses + weight * compute_negative_log_likelihood(batch, normalization).unsqueeze(-1)
+    return pair_losses + weight * pairs.winners(compute_negative_log_likelihood(batch, normalization))

@@ -17,13 +17,13 @@ from mpo_megatron.losses import GroupBatch, build_params, get_loss, group_loss, 
 from mpo_megatron.losses.batch import compute_log_ratios
 from mpo_megatron.losses.pairing import (
     PairParams,
-    compute_margins,
+    compute_pairs,
     find_paired,
     needs_reference_pairs,
-    reduce_pairs,
 )
+from tests.largest_tensor import LargestTensor
 
-from .groups import CASES, make_batch, name_case
+from .groups import CASES, get_input, make_batch, name_case
 
 PACKAGE = Path(mpo_megatron.losses.__file__).parent
 
@@ -101,7 +101,8 @@ def test_adding_a_method_takes_a_few_lines(monkeypatch):
     )
     def compute_margin(batch: GroupBatch, params: MarginParams) -> torch.Tensor:
         """max(0, margin − (s_w − s_l))."""
-        return reduce_pairs(batch, params, torch.relu(params.margin - compute_margins(compute_log_ratios(batch))))
+        pairs = compute_pairs(batch, params)
+        return pairs.reduce(torch.relu(params.margin - pairs.margins(compute_log_ratios(batch))))
 
     policy, reference = torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -2.2]])
     value = group_loss("margin", policy, reference, torch.tensor([[1.0, 0.0]]), margin=2.0)
@@ -123,3 +124,20 @@ def test_never_waits_for_the_device(case):
     }
     batch = dataclasses.replace(batch, **moved)
     assert loss.compute(batch, params).shape == loss.contributes(batch, params).shape == (8,)
+
+
+FEW_PAIRS = [case for case in CASES if case[1].get("pairing") not in ("all_pairs", "cross_pairs")]
+
+
+@pytest.mark.parametrize("case", FEW_PAIRS, ids=name_case)
+def test_memory_is_linear_in_responses(case):
+    """No tensor has K × K elements, forward or backward; the two pairings left out have that many pairs."""
+    loss, params = get_loss(case[0]), build_params(*case)
+    batch = make_batch(3, 128)
+    tokens = batch.token_logps.shape[-1]
+    leaf = getattr(batch, get_input(batch, case[0])).requires_grad_()
+    with LargestTensor() as largest:
+        loss.contributes(batch, params)
+        losses = loss.compute(batch, params)
+        torch.autograd.grad(losses.sum(), leaf)
+    assert 3 * 128 <= largest.elements <= 3 * 128 * tokens
