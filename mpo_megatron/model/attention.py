@@ -116,11 +116,11 @@ def segment_attention(
             )  # the first context token that the segment's first token sees
             keys = torch.cat((parts[1][context][first:], keys))
             values = torch.cat((parts[2][context][first:], values))
-        outputs.append(_attend(queries, keys, values, scores))
+        outputs.append(attend(queries, keys, values, scores))
     return torch.cat(outputs)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, scores: ScoreSettings) -> Tensor:
     """Attention of the last tokens [q, A, D] over all tokens [k, Q, D], causal and within the window."""
     num_queries, num_keys = len(query), len(key)
     parts = heads_first(query), heads_first(key), heads_first(value)

@@ -10,6 +10,14 @@ from mpo_megatron.model.attention import PLAIN, ScoreSettings, row_layout, segme
 from mpo_megatron.model.attention_cpu import cpu_row_attention, split_blocks
 from tests.unit.model.rows import random_groups_row, random_qkv, visible_pairs
 
+SCORES = (
+    PLAIN,
+    ScoreSettings(scale=0.3),
+    *(ScoreSettings(window=window) for window in (1, 5, 30)),
+    ScoreSettings(cap=0.5),
+    ScoreSettings(cap=0.5, window=5, scale=0.3),
+)
+
 
 @pytest.fixture(autouse=True, params=[1, 5, 128], ids="square {}".format)
 def square(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,19 +25,27 @@ def square(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(attention_cpu, "SQUARE", request.param)
 
 
+@pytest.mark.parametrize("window", [None, 1, 2, 7, 30, 1000])
 @pytest.mark.parametrize("seed", range(4))
-def test_every_pair_is_in_one_block(seed: int) -> None:
+def test_every_pair_is_in_one_block(seed: int, window: int | None) -> None:
     segments = random_groups_row(seed)
     counts = torch.zeros(segments[-1].end, segments[-1].end, dtype=torch.int)
-    for block in split_blocks(tuple(segments)):
+    blocks = split_blocks(tuple(segments), window)
+    for block in blocks:
         own = counts[block.start : block.end, block.key_start : block.key_end]
-        own += torch.ones_like(own).tril() if block.causal else 1
-    assert torch.equal(counts, visible_pairs(segments).int())
+        seen = torch.ones_like(own).tril() if block.causal else torch.ones_like(own)
+        if block.edge is not None:
+            seen = seen.triu(-block.edge)
+            assert seen.any(dim=-1).all()  # the kernel divides by a query's sum
+        own += seen
+    assert torch.equal(counts, visible_pairs(segments, window).int())
+    covered = [token for block in blocks if block.causal for token in range(block.start, block.end)]
+    assert sorted(covered) == list(range(segments[-1].end))
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
-@pytest.mark.parametrize("scores", [PLAIN, ScoreSettings(scale=0.3), ScoreSettings(window=5), ScoreSettings(cap=0.5)], ids=str)
+@pytest.mark.parametrize("scores", SCORES, ids=str)
 def test_equals_attention_by_segments(seed: int, heads: int, groups: int, scores: ScoreSettings) -> None:
     segments = random_groups_row(seed)
     inputs = random_qkv(segments[-1].end, heads, groups)
