@@ -1,15 +1,18 @@
 """The cost of a round's stages outside the models: CPU seconds and memory by the number of prompts.
 
-    python -m benchmarks.rounds                  # 5,000 and 20,000 prompts × 8 responses; resumption at up to 200,000
+    python -m benchmarks.rounds                     # 5,000 and 20,000 prompts × 8 responses
+    python -m benchmarks.rounds --prompts 100000    # another number
 
-`score` (a number extracted, a regular expression) and `select` read and write whole files of group lines. `resume` is what `mpo
-generate` reads before it calls an engine again: the prompts, tokenized, and the ids of finished lines. Each runs in a separate
-process, whose peak memory is compared with that after its imports, to show that it hardly grows with the prompts.
+`score` (a number extracted, a regular expression) and `select` read and write whole files of group lines. `resume` is `mpo
+generate` in a folder that has all lines, but no summary: it tokenizes the prompts, finds nothing to draw, sorts the lines
+and counts them. Each stage runs in a separate process, whose peak memory is compared with that after its imports, to show that it
+hardly grows with the prompts.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
@@ -17,19 +20,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
 from benchmarks import timing
-from mpo_megatron.config import ScoreConfig, SelectConfig
-from mpo_megatron.rollout.records import LineWriter, encode_line, read_ids
+from mpo_megatron.config import EndpointConfig, GenerateConfig, ScoreConfig, SelectConfig
+from mpo_megatron.rollout.records import LineWriter, encode_line
 from mpo_megatron.terminal.console import Console
 
 RESPONSES = 8
 WORDS = 40
 """Words per response; it has as many token ids."""
 SIZES = {"tiny": (20, 40), "small": (5_000, 20_000), "large": (20_000, 200_000)}
-RESUMED = {"tiny": (40,), "small": (20_000, 200_000), "large": (20_000, 200_000)}
+STAGES = ("score", "select", "resume")
 MIB = 2**20
 
 
@@ -42,9 +46,12 @@ class Case(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every stage at every size."""
-    options = timing.parse(timing.build_parser(__doc__, tuple(SIZES), repeat=1), arguments)
-    cases = [Case(stage, number) for number in SIZES[options.size] for stage in ("score", "select")]
-    cases += [Case("resume", number) for number in RESUMED[options.size]]
+    parser = timing.build_parser(__doc__, tuple(SIZES), repeat=1)
+    parser.add_argument("--prompts", type=int, nargs="+", help="numbers of prompts, instead of those of --size")
+    parser.add_argument("--stages", choices=STAGES, nargs="+", default=STAGES, help="stages to measure")
+    options = timing.parse(parser, arguments)
+    numbers = options.prompts or SIZES[options.size]
+    cases = [Case(stage, number) for number in numbers for stage in STAGES if stage in options.stages]
     with tempfile.TemporaryDirectory() as scratch:
         rows = timing.measure_each("rounds", options, cases, lambda case: measure(case, Path(scratch)))
     table = [
@@ -137,19 +144,31 @@ def _select(folder: Path) -> Callable[[], object]:
 
 
 def _resume(folder: Path) -> Callable[[], object]:
-    from mpo_megatron.data.chat import Chat
-    from mpo_megatron.data.tokenizer import load_tokenizer
-    from mpo_megatron.rollout.prompts import load_prompts
+    from mpo_megatron.rollout import generate as module
     from tests.tiny import save_tokenizer
 
-    save_tokenizer(folder / "tokenizer")
-    chat = Chat(load_tokenizer(folder / "tokenizer"))
+    save_tokenizer(folder / "model")
+    output = folder / "generated"
+    config = GenerateConfig(
+        prompts=str(folder / "prompts.jsonl"),
+        model=str(folder / "model"),
+        output=str(output),
+        engine="openai",
+        num_responses=RESPONSES,
+        endpoint=EndpointConfig(base_url="http://localhost/v1", model="none"),
+    )
+    check = module.check_started
 
-    def scan() -> None:
-        prompts = load_prompts(str(folder / "prompts.jsonl"), chat, max_prompt_tokens=2048, max_prompts=None)
-        assert {record["group_id"] for record in prompts.records} == read_ids(folder / "samples.jsonl")
+    def check_then_add_lines(*arguments: Any) -> None:
+        """The lines of an earlier run appear once the folder says what they depend on."""
+        check(*arguments)
+        os.link(folder / "samples.jsonl", output / "samples.jsonl")
 
-    return scan
+    def resume() -> None:
+        with mock.patch.object(module, "check_started", check_then_add_lines):
+            module.generate(config, Console(quiet=True))
+
+    return resume
 
 
 def _cpu_seconds() -> float:

@@ -101,7 +101,7 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
     prompts = max(1, (count_rows([config.prompts], {}) - config.held_out) // config.rounds)
     answer = max(1, generate.max_tokens // 2)
     lengths = {
-        "prompt_tokens": max(1, round(sum(map(len, sampled.token_ids.values())) / max(1, len(sampled.token_ids)))),
+        "prompt_tokens": max(1, round(sum(map(len, sampled.token_ids)) / max(1, len(sampled.token_ids)))),
         "response_tokens": answer,
         "responses": max(2, min(generate.num_responses, first.select.max_responses or generate.num_responses)),
         "groups": prompts,

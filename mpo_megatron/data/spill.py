@@ -1,4 +1,4 @@
-"""Facts about every row, on disk: earlier ids, and the rows of one prompt until all have been read."""
+"""Facts about every row, on disk: earlier ids, the rows of one prompt until all have been read, and values in their order."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import hashlib
 import pickle
 import sqlite3
 import tempfile
+from array import array
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from mpo_megatron.files import DataError
 
 _CACHE_KIB = 64 * 1024
 """Memory of the database, KiB; anything beyond goes to a temporary file."""
+_LIST_BYTES = 8 * 2**20
+"""Memory of a list; a larger one moves to a temporary file."""
+
+
+def _disk_error(error: Exception) -> DataError:
+    return DataError(
+        f"cannot keep what was read in the temporary folder {tempfile.gettempdir()}: {error}; free some space, or set "
+        "TMPDIR to a folder on a larger disk."
+    )
 
 
 class Spill:
@@ -37,10 +47,7 @@ class Spill:
         try:
             return self._database.execute(statement, values)
         except sqlite3.OperationalError as error:
-            raise DataError(
-                f"cannot keep what was read in the temporary folder {tempfile.gettempdir()}: {error}; free some space, or set "
-                "TMPDIR to a folder on a larger disk."
-            ) from error
+            raise _disk_error(error) from error
 
     def first_place(self, key: str, place: str) -> str | None:
         """Where `key` appeared first; None if it is new, and then `place` is stored."""
@@ -76,3 +83,41 @@ class Spill:
             yield together
         self._run("DELETE FROM parts")
         self._run("DELETE FROM prompts")
+
+
+class SpilledList[Item]:
+    """Values in their order: in memory while small, then in a file that disappears with the list. Memory holds their places."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(max_size=_LIST_BYTES)  # noqa: SIM115  closed with the list
+        self._ends = array("Q", [0])
+
+    def append(self, item: Item) -> None:
+        """Add a value, which pickle can store.
+
+        Raises:
+            DataError: the disk is full, or cannot be written.
+        """
+        payload = pickle.dumps(item, pickle.HIGHEST_PROTOCOL)
+        try:
+            self._file.seek(self._ends[-1])
+            self._file.write(payload)
+        except OSError as error:
+            raise _disk_error(error) from error
+        self._ends.append(self._ends[-1] + len(payload))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Item:
+        number = range(len(self))[index]
+        start, end = self._ends[number : number + 2]
+        try:
+            self._file.seek(start)  # also writes what the file object still holds
+            payload = self._file.read(end - start)
+        except OSError as error:
+            raise _disk_error(error) from error
+        return cast(Item, pickle.loads(payload))  # safe: written by this process
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import itertools
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -46,11 +47,11 @@ from mpo_megatron.rollout.records import (
     FAILURES_FILE,
     GENERATE_FILE,
     SAMPLES_FILE,
+    IndexedLines,
     LineWriter,
     Record,
     check_started,
     digest_lines,
-    encode_line,
     join_lines,
     read_ids,
     read_lines,
@@ -99,13 +100,13 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     )
     prompts = load_prompts(config.prompts, chat, max_prompt_tokens=config.max_prompt_tokens, max_prompts=config.max_prompts)
     if config.prompt_format == "auto":
-        check_templated([record["prompt"] for record in prompts.records[:64]], chat)
+        check_templated([record["prompt"] for record in itertools.islice(prompts.records, 64)], chat)
     sampling = _build_sampling(config, chat, checkpoint)
     if config.engine != "openai" or config.load_weights:
         _check_context(prompts, config.max_tokens, checkpoint)
     identity = _identity(config, checkpoint, tokenizer, prompts, sampling)
     check_started(output, STARTED_FILE, identity, "samples*.jsonl")
-    replace_file(output / REJECTED_FILE, [item.as_json().encode() + b"\n" for item in prompts.rejections])
+    replace_file(output / REJECTED_FILE, (item.as_json().encode() + b"\n" for item in prompts.rejections))
     _print_prompts(console, config, prompts, shard)
     samples = output / shard.name(SAMPLES_FILE)
     if not (output / shard.name(GENERATE_FILE)).is_file():
@@ -153,7 +154,7 @@ def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> Non
     limit = settings.get("max_position_embeddings")
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
     factor = rope.get("factor", 1.0)
-    longest = longest_prompt(prompts)
+    longest = prompts.longest
     if isinstance(limit, int):
         limit = int(limit * max(1.0, factor if isinstance(factor, int | float) else 1.0))
         require(
@@ -164,11 +165,6 @@ def _check_context(prompts: PromptSet, max_tokens: int, checkpoint: Path) -> Non
 
 
 # --------------------------------------------------------------------------------------------------- the request
-
-
-def longest_prompt(prompts: PromptSet) -> int:
-    """Tokens of the longest prompt."""
-    return max(map(len, prompts.token_ids.values()))
 
 
 def reads_weights(config: GenerateConfig) -> bool:
@@ -209,15 +205,25 @@ def _generate_shard(
     """Answer the shard's prompts that have no line yet."""
     output = Path(config.output)
     samples, failures = (output / shard.name(name) for name in (SAMPLES_FILE, FAILURES_FILE))
-    mine = prompts.records[shard.part :: shard.total]
-    failed: list[Record] = []
-    with LineWriter(samples) as lines:
-        done = read_ids(samples)
-        pending = [record for record in mine if record["group_id"] not in done]
-        before = {line["group_id"]: line for line in read_lines(failures)} if failures.is_file() else {}
+    total = len(range(shard.part, len(prompts.records), shard.total))
+    failed: dict[str, int] = {}
+    """By id: the number of the prompt."""
+    reasons = Counter[str]()
+    uncontrolled: Record = {}
+    with contextlib.ExitStack() as stack:
+        lines = stack.enter_context(LineWriter(samples))
+        pending = _find_pending(samples, prompts, shard)
+        numbers = {prompts.group_ids[number]: number for number in pending}
+        before = stack.enter_context(contextlib.closing(IndexedLines(failures))) if failures.is_file() else None
         groups = (
-            DrawnGroup.begin(record, prompts.token_ids[record["group_id"]], before.get(record["group_id"])) for record in pending
+            DrawnGroup.begin(
+                prompts.records[number],
+                tuple(prompts.token_ids[number]),
+                before.get(prompts.group_ids[number]) if before is not None else None,
+            )
+            for number in pending
         )
+        start = 0
         if pending:
             title = "generating" if shard.total == 1 else f"generating {shard.part}/{shard.total}"
             with (
@@ -225,34 +231,44 @@ def _generate_shard(
                 LineWriter(failures) as failure_lines,
                 show_progress(title, len(pending), "prompts", "tokens") as advance,
             ):
+                start = failures.stat().st_size
                 uncontrolled = {"uncontrolled": list(names)} if (names := getattr(engine, "uncontrolled", ())) else {}
                 while window := list(itertools.islice(groups, _WINDOW)):
                     for line in answer(engine, window, sampling, config):
                         if "error" in line:
                             failure_lines.write(line)
-                            failed.append(line)
+                            failed[line["group_id"]] = numbers[line["group_id"]]
+                            reasons[line["error"]] += 1
                         else:
                             lines.write(line | uncontrolled)
                             advance(1, sum(response["num_tokens"] for response in line["responses"]))
-        _settle_failures(failures, failed, len(mine), config.max_failed)
-        arrived = {line["group_id"]: line for line in failed if line["responses"]}
-        for record in pending:
-            if record["group_id"] in arrived:
-                lines.write(keep_arrived(record, arrived[record["group_id"]], config.num_responses) | uncontrolled)
+        _settle_failures(failures, start, reasons, total, config.max_failed)
+        for line in read_lines(failures) if failed else ():
+            if line["responses"]:
+                record = prompts.records[failed[line["group_id"]]]
+                lines.write(keep_arrived(record, line, config.num_responses) | uncontrolled)
 
 
-def _settle_failures(path: Path, failed: Sequence[Record], total: int, max_failed: float) -> None:
-    """Write exactly this run's failures to their file; raise `DataError` if they exceed `max_failed`."""
-    if not failed:
+def _find_pending(samples: Path, prompts: PromptSet, shard: Shard) -> array[int]:
+    """Numbers of the shard's prompts that have no line yet."""
+    done = read_ids(samples)
+    mine = range(shard.part, len(prompts.group_ids), shard.total)
+    return array("q", [number for number in mine if prompts.group_ids[number] not in done])
+
+
+def _settle_failures(path: Path, start: int, reasons: Counter[str], total: int, max_failed: float) -> None:
+    """Keep exactly this run's failures, the lines from byte `start`; raise `DataError` if they exceed `max_failed`."""
+    if not reasons:
         path.unlink(missing_ok=True)
         return
-    replace_file(path, map(encode_line, failed))
-    if len(failed) > max_failed * total:
-        reasons = Counter(line["error"] for line in failed)
+    with path.open("rb") as file:
+        file.seek(start)
+        replace_file(path, file)
+    if reasons.total() > max_failed * total:
         worst = "; ".join(f"{count} × {reason}" for reason, count in reasons.most_common(3))
         raise DataError(
-            f"{len(failed)} of {total} prompts failed: {worst}. They are in {path}, the others are kept: run the same command "
-            "again to retry, or allow a share with max_failed."
+            f"{reasons.total()} of {total} prompts failed: {worst}. They are in {path}, the others are kept: run the same "
+            "command again to retry, or allow a share with max_failed."
         )
 
 
@@ -271,7 +287,7 @@ def _load_engine(config: GenerateConfig, checkpoint: Path, chat: Chat, prompts: 
             engine,
             folder=hugging_face_folder(checkpoint),
             digest=model_digest(checkpoint),
-            max_tokens=longest_prompt(prompts) + config.max_tokens,
+            max_tokens=prompts.longest + config.max_tokens,
             output=Path(config.output),
         )
     folder, adapter = hugging_face_folder(checkpoint), None
@@ -299,7 +315,7 @@ def _join(
     """Sort the lines of a shard's file in the order of its prompts, then mark them complete."""
     output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
-    join_lines(sources, samples, [record["group_id"] for record in prompts.records[shard.part :: shard.total]])
+    join_lines(sources, samples, prompts.group_ids[shard.part :: shard.total])
     summary = _summarize(samples, prompts, identity, config)
     write_summary(output / shard.name(GENERATE_FILE), summary)
 
@@ -339,7 +355,7 @@ def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], c
 
 def _print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet, shard: Shard) -> None:
     others = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in prompts.counts.items() if kind != "prompts")
-    first = prompts.rejections[0] if prompts.rejections else None
+    first = next(iter(prompts.rejections), None)
     console.print(
         f"{config.prompts}: {len(prompts.records):,} prompts"
         + (f"; left out: {others}; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else "")

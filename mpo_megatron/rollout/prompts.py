@@ -1,7 +1,8 @@
 """Read prompt files: check each line, drop duplicates, and make token ids as `mpo prepare` does.
 
 A line holds a prompt (a string, or messages). It may hold `group_id` and `reference_answer`; any other field is kept
-under `meta`. Inputs of `mpo prepare`, and folders it wrote, are also accepted: their prompts are used.
+under `meta`. Inputs of `mpo prepare`, and folders it wrote, are also accepted: their prompts are used. Prompts are kept in a
+temporary file, so memory grows with their ids only.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,7 @@ from mpo_megatron.data.group import Message
 from mpo_megatron.data.readers import read_inputs
 from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
+from mpo_megatron.data.spill import Spill, SpilledList
 from mpo_megatron.data.store import INFO_FILE, load_groups
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
@@ -43,14 +46,28 @@ _NOT_META = {
 class PromptSet:
     """The distinct prompts of an input, in its order."""
 
-    records: list[Record] = field(default_factory=list)
+    records: SpilledList[Record] = field(default_factory=SpilledList)
     """Group lines without responses, with digests of the rendered prompts."""
-    token_ids: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    """By group id: [P] token ids of the rendered prompt, as `mpo prepare` would store it."""
-    rejections: list[Rejection] = field(default_factory=list)
+    group_ids: list[str] = field(default_factory=list)
+    """Their ids."""
+    token_ids: SpilledList[array[int]] = field(default_factory=SpilledList)
+    """Of each: [P] token ids of the rendered prompt, as `mpo prepare` would store it."""
+    longest: int = 0
+    """Tokens of the longest prompt."""
+    rejections: SpilledList[Rejection] = field(default_factory=SpilledList)
     """Rows without a usable prompt, duplicates included, and why."""
     counts: Counter[str] = field(default_factory=Counter)
     """Number of rows by outcome: prompts, duplicates, invalid, refused (by the template), too_long."""
+    _digest: Any = field(default_factory=hashlib.sha256)
+
+    def append(self, record: Record, token_ids: array[int]) -> None:
+        """Add a prompt."""
+        self.records.append(record)
+        self.group_ids.append(record["group_id"])
+        self.token_ids.append(token_ids)
+        self.longest = max(self.longest, len(token_ids))
+        self.counts["prompts"] += 1
+        self._digest.update(json.dumps([record["group_id"], token_ids.tolist()]).encode())
 
     def leave_out(self, kind: str, where: str, group_id: str, reason: str) -> None:
         """Count a dropped prompt, and record why."""
@@ -60,10 +77,8 @@ class PromptSet:
 
     def digest(self) -> str:
         """sha256 over ids and tokens in order, which are the engine's input."""
-        digest = hashlib.sha256()
-        for record in self.records:
-            digest.update(json.dumps([record["group_id"], self.token_ids[record["group_id"]]]).encode())
-        return digest.hexdigest()
+        digest: str = self._digest.hexdigest()
+        return digest
 
 
 def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts: int | None = None) -> PromptSet:
@@ -72,7 +87,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
     Raises:
         DataError: the input cannot be read, holds no prompt, or has two prompts with one id.
     """
-    found, seen, lines_of = PromptSet(), dict[str, str](), dict[str, str]()
+    found, seen = PromptSet(), Spill()
     for where, item in _read_rows(source):
         if max_prompts is not None and len(found.records) == max_prompts:
             break
@@ -81,29 +96,30 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             found.counts["invalid"] += 1
             continue
         tools = item.get("tools", [])
-        group_id, key = item["group_id"], json.dumps([item["prompt"], tools], sort_keys=True)
-        if key in seen:
-            found.leave_out("duplicates", where, group_id, f"repeats the prompt of {seen[key]}")
+        group_id = item["group_id"]
+        first = seen.first_place("prompt " + json.dumps([item["prompt"], tools], sort_keys=True), where)
+        if first is not None:
+            found.leave_out("duplicates", where, group_id, f"repeats the prompt of {first}")
             continue
-        if group_id in lines_of:
-            raise DataError(
-                f"{where}: group_id = {group_id} already belongs to the prompt at {lines_of[group_id]}; give each its own."
-            )
-        seen[key] = lines_of[group_id] = where
+        owner = seen.first_place("id " + group_id, where)
+        if owner is not None:
+            raise DataError(f"{where}: group_id = {group_id} already belongs to the prompt at {owner}; give each its own.")
         try:
-            ids = tuple(chat.prompt(item["prompt"], tools)[1].tolist())
+            ids = array("i", chat.prompt(item["prompt"], tools)[1].tolist())
         except TemplateError as error:
             found.leave_out("refused", where, group_id, f"is refused by the chat template: {error}")
             continue
         if len(ids) > max_prompt_tokens:
             found.leave_out("too_long", where, group_id, f"has {len(ids)} tokens, but max_prompt_tokens = {max_prompt_tokens}")
             continue
-        found.records.append(item | {FIELD: digest_prompt(chat, item["prompt"], tools, ids)._asdict()})
-        found.token_ids[group_id] = ids
-    found.counts["prompts"] = len(found.records)
+        found.append(item | {FIELD: digest_prompt(chat, item["prompt"], tools, ids)._asdict()}, ids)
     if not found.records:
-        first = found.rejections[0] if found.rejections else None
-        reason = f"; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else ""
+        first_rejection = next(iter(found.rejections), None)
+        reason = (
+            f"; the first: {first_rejection.file}:{first_rejection.line}: {first_rejection.field} {first_rejection.reason}"
+            if first_rejection
+            else ""
+        )
         raise DataError(f"prompts = {source}; it holds no usable prompt{reason}.")
     return found
 

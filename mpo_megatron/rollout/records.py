@@ -20,6 +20,7 @@ import contextlib
 import hashlib
 import json
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -152,6 +153,36 @@ def read_ids(path: str | Path) -> set[str]:
     return {record["group_id"] for record in read_lines(path)} if Path(path).is_file() else set()
 
 
+@final
+class IndexedLines:
+    """Group lines of a file by id, read when asked for; the last one of a repeated id. Memory holds positions, not lines."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the file once.
+
+        Raises:
+            DataError: no such file, or a line is damaged or no group line; names file and line.
+        """
+        self._path, self._positions = path, dict[str, int]()
+        self._file = _open(path)
+        position = 0
+        for number, line in enumerate(self._file, start=1):
+            if line.endswith(b"\n") and line.strip():
+                self._positions[_decode(line, f"{path}:{number}")["group_id"]] = position
+            position += len(line)
+
+    def get(self, group_id: str) -> Record | None:
+        """The line of this group, if there is one."""
+        if group_id not in self._positions:
+            return None
+        self._file.seek(self._positions[group_id])
+        return _decode(self._file.readline(), f"{self._path}: group {group_id}")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
 def find_repeated(ids: Iterable[str]) -> str | None:
     """The first id that appears a second time; None if all are unique."""
     seen: set[str] = set()
@@ -245,7 +276,8 @@ def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> i
 
     Skips ids that no file holds, and takes a repeated id once. Memory holds positions, not lines.
     """
-    places: dict[str, tuple[int, int]] = {}
+    numbers = {group_id: number for number, group_id in enumerate(order)}
+    sources_of, positions = array("q", [-1]) * len(order), array("q", [0]) * len(order)
     with contextlib.ExitStack() as stack:
         for path in sources:
             check_lines(path)
@@ -254,15 +286,16 @@ def join_lines(sources: Sequence[Path], target: Path, order: Sequence[str]) -> i
             position = 0
             for number, line in enumerate(file, start=1):
                 if line.endswith(b"\n") and line.strip():
-                    places.setdefault(_decode(line, f"{path}:{number}")["group_id"], (index, position))
+                    place = numbers.get(_decode(line, f"{path}:{number}")["group_id"])
+                    if place is not None and sources_of[place] < 0:
+                        sources_of[place], positions[place] = index, position
                 position += len(line)
 
         def lines() -> Iterator[bytes]:
-            for group_id in order:
-                if group_id in places:
-                    index, position = places[group_id]
+            for index, position in zip(sources_of, positions, strict=True):
+                if index >= 0:
                     files[index].seek(position)
                     yield files[index].readline()
 
         replace_file(target, lines())
-    return sum(group_id in places for group_id in order)
+    return sum(index >= 0 for index in sources_of)

@@ -28,6 +28,10 @@ def load(path: Path, model: Path, *, system: str | None = None, limit: int = 204
     return load_prompts(str(path), chat, max_prompt_tokens=limit, max_prompts=most)
 
 
+def tokens_by_id(found: PromptSet) -> dict[str, tuple[int, ...]]:
+    return dict(zip(found.group_ids, map(tuple, found.token_ids), strict=True))
+
+
 ROWS: list[dict[str, Any]] = [
     {"id": 7, "prompt": "Name a colour.", "responses": ["Blue.", "Seven."], "rewards": [1.0, 0.0]},
     {
@@ -50,9 +54,9 @@ def test_tokens_are_those_of_prepare(tmp_path: Path, model_folder: Path, system:
     config = PrepareConfig(input=str(path), output=str(tmp_path / "out"), tokenizer=str(model_folder), system_prompt=system)
     prepare(config, Console(quiet=True))
     prepared = {group.group_id: tuple(group.prompt_tokens.tolist()) for group in load_groups(tmp_path / "out")}
-    assert load(path, model_folder, system=system).token_ids == prepared
+    assert tokens_by_id(load(path, model_folder, system=system)) == prepared
     from_folder = load(tmp_path / "out", model_folder, system=system)  # a prepared folder as the prompt file
-    assert from_folder.token_ids == prepared
+    assert tokens_by_id(from_folder) == prepared
     assert from_folder.records[1]["prompt"] == ROWS[1]["prompt"]
 
 
@@ -77,11 +81,11 @@ def test_tools_histories_and_json_are_rendered_as_in_prepare(tmp_path: Path, mod
     prepared = {group.group_id: tuple(group.prompt_tokens.tolist()) for group in load_groups(tmp_path / "out")}
     chat = Chat(load_tokenizer(model_folder, template))
     found = load_prompts(str(path), chat, max_prompt_tokens=2048)
-    assert found.token_ids == prepared
+    assert tokens_by_id(found) == prepared
     assert found.records[0]["tools"] == [tool]
     assert [len(record["prompt"]) for record in found.records] == [1, 4, 1]
     assert not any("meta" in record for record in found.records)
-    assert load_prompts(str(tmp_path / "out"), chat, max_prompt_tokens=2048).token_ids == prepared
+    assert tokens_by_id(load_prompts(str(tmp_path / "out"), chat, max_prompt_tokens=2048)) == prepared
 
 
 def test_held_out_prompts_stay_apart(tmp_path: Path, model_folder: Path) -> None:

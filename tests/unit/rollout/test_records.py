@@ -12,6 +12,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError, list_files, seal_line
 from mpo_megatron.rollout.records import (
+    IndexedLines,
     LineWriter,
     check_started,
     find_lines,
@@ -86,6 +87,20 @@ def test_lines_are_joined_in_order_once_each(tmp_path: Path) -> None:
         ("b", "one"),
         ("d", "one"),
     ]
+
+
+def test_lines_are_found_by_id(tmp_path: Path) -> None:
+    path = tmp_path / "failures.jsonl"
+    with LineWriter(path) as lines:
+        for number, group_id in enumerate("aba"):
+            lines.write({"group_id": group_id, "number": number})
+        found = IndexedLines(path)
+        lines.write({"group_id": "c", "number": 3})  # written later, so unknown
+    assert [found.get(group_id) for group_id in "abc"] == [{"group_id": "a", "number": 2}, {"group_id": "b", "number": 1}, None]
+    found.close()
+    path.write_bytes(path.read_bytes().replace(b"1", b"7"))
+    with pytest.raises(DataError, match=r"failures\.jsonl:2: damaged or changed"):
+        IndexedLines(path)
 
 
 def test_an_unfinished_stage_is_no_input(tmp_path: Path) -> None:
