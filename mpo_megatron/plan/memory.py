@@ -397,8 +397,7 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     """Bytes within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
     parallel, b = layout.parallel, layout.dtype_bytes
     queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
-    plain = layout.shape.window is None and layout.shape.score_cap is None  # on a CPU then by blocks, which read the row in place
-    by_segment = layout.kernels.attention == "sdpa" and (layout.kernels.gpu or not plain)
+    by_segment = layout.kernels.attention == "sdpa" and layout.kernels.gpu  # on a CPU by blocks, which read the row in place
     kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
     if parallel.context > 1:
         kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
@@ -408,7 +407,6 @@ def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
     if by_segment:
         kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
         kept += row.tokens * queries * b  # results per segment, before concatenation
-        kept += 0 if layout.kernels.gpu else row.rectangles * b  # masks
     return kept
 
 

@@ -37,8 +37,6 @@ class RowCounts:
     """Response tokens that are inputs and attend to a prompt in the row."""
     context: int
     """Prompt tokens, counted once per response that attends to them."""
-    rectangles: int
-    """Queries × keys of the responses, including the prompt's keys: the size of their dense masks."""
 
 
 def count_row(row: Row, window: Window | None = None) -> RowCounts:
@@ -52,7 +50,6 @@ def count_row(row: Row, window: Window | None = None) -> RowCounts:
         scored=len(row.targets),
         responses=int(length[sees].sum()),
         context=int(context.sum()),
-        rectangles=int((length * (length + context))[sees].sum()),
     )
 
 
@@ -177,21 +174,19 @@ def _count_pieces(
     tokens = sum(piece.num_tokens for piece in pieces)
     padded = max(multiple, -(-tokens // multiple) * multiple)
     padding = padded - tokens
-    responses = context = rectangles = 0
+    responses = context = 0
     if layout == "shared":
         for piece in pieces:
             prompt = prompts[piece.slot]
             inputs = [lengths[piece.slot][k] - 1 for k in piece.responses]
             responses += sum(inputs)
             context += prompt * sum(length > 0 for length in inputs)
-            rectangles += sum(length * (length + prompt) for length in inputs)
     return RowCounts(
         tokens=padded,
         pairs=sum(piece.num_pairs for piece in pieces) + count_pairs(padding, 0, window),
         scored=sum(lengths[piece.slot][k] for piece in pieces for k in piece.responses),
         responses=responses,
         context=context,
-        rectangles=rectangles,
     )
 
 

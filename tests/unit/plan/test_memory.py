@@ -15,7 +15,7 @@ from mpo_megatron.plan.memory import Kernels, MemoryLayout, chunks_in_flight, la
 from mpo_megatron.plan.parameters import Weight, buffer_size
 from mpo_megatron.plan.rows import RowCounts
 
-ROW = RowCounts(tokens=8192, pairs=8_000_000, scored=6000, responses=6000, context=6000, rectangles=9_000_000)
+ROW = RowCounts(tokens=8192, pairs=8_000_000, scored=6000, responses=6000, context=6000)
 GPU = Kernels(layers="transformer_engine", attention="varlen", gpu=True)
 
 
@@ -89,7 +89,7 @@ def test_dense_layer_kept_by_hand() -> None:
     core = queries * 2 + queries * 2 + 4 * 40  # rotated queries, result, log-sum-exp
     inputs = (queries + 2 * keys) * 2 + keys * 2  # the projection's output for its values, rotated keys
     swiglu = 3 * ffn * 2
-    row = dataclasses.replace(ROW, context=0, responses=0, rectangles=0)
+    row = dataclasses.replace(ROW, context=0, responses=0)
     layout = build_layout(world=1)
     # Without shared prompts keys and values are read in place; with them, gathered copies are kept.
     assert layer_kept(layout, row) == row.tokens * (norms + heads + core + inputs + swiglu)
