@@ -18,7 +18,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,8 @@ from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective
 from mpo_megatron.train.step import prepare_schedules
 
+SHORT = (16, 16, 2)
+"""P, R, K of the step before the measured one."""
 COMPONENTS = ("weights", "gradients", "optimizer", "dynamic")
 """Components measured separately."""
 
@@ -195,7 +197,8 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         model = optimizer.wrap_data_parallel(parts, optimizer_config, ranks)
         prepare_schedules(model)
         step = TrainStep(own, model)
-        step(batch, zero_reference(batch))  # creates the optimizer's states
+        first = build_batch(own, replace(case, lengths=SHORT))
+        step(first, zero_reference(first))  # creates the optimizer's states
         measured = measure_static(model, step.adam)
         measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
         planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank(), adapter)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.losses import list_losses
+from mpo_megatron.losses import build_params, get_loss, list_losses
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import run_ranks
 from tests.guide import guide_loss
@@ -32,9 +32,19 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
 }
 
 
+# Layouts differ in how they compute log-probs, not in what a loss does with them: these losses have every need of a loss.
+KINDS = ("mpo", "mcpo", "bco", "simpo", "cpo", "sft", "grpo_offline")
+
+
 def all_losses() -> list[dict[str, Any]]:
     found = [{"name": loss.name, "params": params} for loss in list_losses() for params in CHANGES.get(loss.name, [{}])]
     return [loss for loss in found if ":" not in loss["name"]]  # users' losses are registered on demand
+
+
+def needs(losses: list[dict[str, Any]]) -> set[str]:
+    """What these losses need, such as lengths or the whole batch."""
+    found = (get_loss(loss["name"]).needs(build_params(loss["name"], loss["params"])) for loss in losses)
+    return {name for one in found for name, needed in vars(one).items() if needed}
 
 
 def run_layouts(
@@ -84,7 +94,10 @@ def test_divergence_over_the_vocabulary_on_two_ranks(tmp_path: Path) -> None:
 
 def test_every_loss_on_two_ranks(tmp_path: Path) -> None:
     own = {"name": "mpo", "function": guide_loss(tmp_path), "params": {"margin": 2.0}}
-    results = run_layouts(tmp_path, 2, [{"tensor": 2}, {"pipeline": 2}, {}], [*all_losses(), own])
+    results = run_layouts(tmp_path / "replicas", 2, [{}], [*all_losses(), own])
+    of_a_kind = [loss for loss in all_losses() if loss["name"] in KINDS]
+    assert needs(of_a_kind) == needs(all_losses())
+    results += run_layouts(tmp_path / "parts", 2, [{"tensor": 2}, {"pipeline": 2}], of_a_kind)
     check(results)
     shares = {json.dumps(result["loss"]): result["backward_share"] for result in results}
     # MC-PO's backward pass has only the chosen response and the drawn negatives.
