@@ -32,7 +32,7 @@ NAMES = (
 
 TEXTS = (
     "_high_precision_init_val",  # model/precision.py: keep_exact_weights
-    "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES",  # device.py
+    "NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES",  # mcore/preparation.py
     "NVTE_UNFUSED_ATTN",  # model/attention_varlen.py
     'group["step"]',  # mcore/optimizer_states.py: Adam's count of steps
 )

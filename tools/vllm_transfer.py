@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_megatron import device
 from mpo_megatron.files import DataError
+from mpo_megatron.mcore.preparation import prepare
 from mpo_megatron.model.live_weights import WeightInfo
 from mpo_megatron.rollout.live import transfer
 from tools.package_names import check
@@ -140,7 +140,7 @@ class Policy:
 
 def install(root: Path) -> None:
     """Make vLLM's back end importable from a folder, without what it needs of GPUs."""
-    device.prepare()
+    prepare()
     for name in [name for name in sys.modules if name.partition(".")[0] == "vllm"]:
         del sys.modules[name]
     contents: dict[str, dict[str, Any]] = {

@@ -1,5 +1,5 @@
 """The policy on Megatron-Core. Importing this package prepares Megatron-Core for this machine's device."""
 
-from mpo_megatron import device
+from mpo_megatron.mcore.preparation import prepare
 
-device.prepare()
+prepare()

@@ -21,6 +21,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
 from mpo_megatron.hf.fp8 import RECIPES, validate_fp8_layout
+from mpo_megatron.mcore.preparation import POWER_OF_TWO_SCALES
 from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
 
 UNROUNDED = "_high_precision_init_val"
@@ -89,15 +90,15 @@ def missing_for_recipe(name: str) -> str | None:
 
 
 def missing_powers_of_two() -> str | None:
-    """Why `current` would not round its scales to powers of 2 despite device.prepare; None if it does."""
+    """Why `current` would not round its scales to powers of 2 despite mcore.preparation; None if it does."""
     from transformer_engine.common.recipe import Float8CurrentScaling
 
-    asked = os.environ.get(device.POWER_OF_TWO_SCALES) == "1"
+    asked = os.environ.get(POWER_OF_TWO_SCALES) == "1"
     if not asked or getattr(Float8CurrentScaling(), "use_power_2_scales", False):
         return None
     return (
-        f"Transformer Engine ignores {device.POWER_OF_TWO_SCALES}=1, so a token's log-prob would depend on its row; import it "
-        "after mpo_megatron.device.prepare(), or use another version"
+        f"Transformer Engine ignores {POWER_OF_TWO_SCALES}=1, so a token's log-prob would depend on its row; import it "
+        "after mpo_megatron.mcore.preparation.prepare(), or use another version"
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 import torch
 
+from mpo_megatron.config import ConfigError
 from mpo_megatron.stack.cuda import find_nvcc, torch_cuda
 from mpo_megatron.stack.imports import diagnose, import_error, version_of
 from mpo_megatron.stack.problem import Problem
@@ -54,3 +56,22 @@ def other_cuda() -> Problem | None:
                 f"{install_transformer_engine()}",
             )
     return None
+
+
+def import_transformer_engine() -> None:
+    """Import Transformer Engine first, if installed: Megatron-Core tolerates only ImportError.
+
+    After an ImportError, Megatron-Core runs without it, which is fine without a GPU; with a GPU, `mpo train` then refuses to
+    start (stack/checks.py).
+    """
+    if not is_installed():
+        return
+    error = import_error(MODULE)
+    if error is None or error.startswith(("ImportError:", "ModuleNotFoundError:")):
+        return
+    package = importlib.util.find_spec("transformer_engine")
+    where = os.path.dirname(package.origin) if package is not None and package.origin else "transformer_engine"
+    raise ConfigError(
+        f"{where}: {diagnose('transformer-engine', error)}; without it: pip uninstall transformer-engine "
+        "transformer-engine-torch transformer-engine-cu12 transformer-engine-cu13."
+    )

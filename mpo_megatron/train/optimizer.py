@@ -52,7 +52,7 @@ def wrap_data_parallel(parts: list[torch.nn.Module], config: OptimizerConfig, ra
 
 
 def fuse_weight_gradients(part: torch.nn.Module) -> None:
-    """On a CPU, make local layers add weight gradients to their buffers inside the GEMM (device.py); on a GPU this needs apex."""
+    """On a CPU, make local layers add weight gradients to their buffers in the GEMM (mcore/cpu.py); on a GPU this needs apex."""
     for module in part.modules():
         if not device.has_gpu() and isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.gradient_accumulation_fusion = True

@@ -13,8 +13,9 @@ import psutil
 import torch.distributed
 
 from mpo_megatron import device
+from mpo_megatron.mcore.preparation import prepare
 
-device.prepare()
+prepare()
 
 from mpo_megatron.config import ParallelConfig  # noqa: E402
 from mpo_megatron.model.parallel import model_parallel  # noqa: E402

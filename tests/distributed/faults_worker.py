@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch.distributed
 
-from mpo_megatron import device
+from mpo_megatron.mcore.preparation import prepare
 
-device.prepare()
+prepare()
 
 from mpo_megatron.config import ConfigError, TrainConfig, parse  # noqa: E402
 from mpo_megatron.files import DataError  # noqa: E402

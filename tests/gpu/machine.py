@@ -25,8 +25,9 @@ def describe() -> dict[str, Any]:
     """Versions and abilities; where one is missing, the reason."""
     from benchmarks.timing import describe_machine
     from mpo_megatron import device
+    from mpo_megatron.mcore.preparation import prepare
 
-    device.prepare()
+    prepare()
     import torch
 
     from mpo_megatron.config import ModelConfig

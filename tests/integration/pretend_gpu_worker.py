@@ -18,10 +18,11 @@ from packaging.version import Version
 
 from mpo_megatron import device
 from mpo_megatron.config import CheckpointConfig, DataConfig, LossConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mpo_megatron.mcore.preparation import prepare
 
 
 def main(folder: Path) -> None:
-    device.prepare()
+    prepare()
     import megatron.core.optimizer as megatron_optimizer
     import megatron.core.utils
     from megatron.core.optimizer import distrib_optimizer

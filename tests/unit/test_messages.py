@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from mpo_megatron import device
 from mpo_megatron.cli import COMMANDS, main
 from mpo_megatron.config import (
     ConfigError,
@@ -26,6 +25,7 @@ from mpo_megatron.config import (
 )
 from mpo_megatron.config.names import options_of
 from mpo_megatron.config.other_names import OTHER_NAMES
+from mpo_megatron.mcore.preparation import prepare
 from mpo_megatron.rollout.models import choose_device
 from mpo_megatron.train.objective import build_objective
 
@@ -228,8 +228,8 @@ def test_what_no_check_foresees(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it is about machines without a GPU")
 def test_a_gpu_that_is_not_there_is_refused() -> None:
-    """Also where `mpo_megatron.device` redirects Megatron's tensors on "cuda" to the CPU."""
-    device.prepare()
+    """Also where `mpo_megatron.mcore` redirects Megatron's tensors on "cuda" to the CPU."""
+    prepare()
     with pytest.raises(ConfigError, match="device = cuda:0; torch cannot use it"):
         choose_device("cuda:0")
 

@@ -38,7 +38,7 @@ def engine(monkeypatch: pytest.MonkeyPatch, *, power_of_two: bool = True, **avai
     for name, each in {"": types.ModuleType("transformer_engine"), ".pytorch": module, ".common.recipe": recipes}.items():
         monkeypatch.setitem(sys.modules, f"transformer_engine{name}", each)
     monkeypatch.setitem(sys.modules, "transformer_engine.common", types.ModuleType("transformer_engine.common"))
-    monkeypatch.setenv(precision.device.POWER_OF_TWO_SCALES, "1")
+    monkeypatch.setenv(precision.POWER_OF_TWO_SCALES, "1")
     monkeypatch.setattr(sys.modules["transformer_engine"], "pytorch", module, raising=False)
     monkeypatch.setattr(precision.device, "has_gpu", lambda: True)
 
@@ -88,7 +88,7 @@ def test_scales_that_are_no_powers_of_two_are_refused(monkeypatch: pytest.Monkey
     validate_fp8(ModelConfig(checkpoint="", fp8="blockwise"), ParallelConfig(), HF)
     with pytest.raises(ConfigError, match="ignores NVTE_FP8_CURRENT_SCALING_POWER_2_SCALES=1"):
         validate_fp8(ModelConfig(checkpoint="", fp8="current"), ParallelConfig(), HF)
-    monkeypatch.setenv(precision.device.POWER_OF_TWO_SCALES, "0")  # a user's choice of scales is kept
+    monkeypatch.setenv(precision.POWER_OF_TWO_SCALES, "0")  # a user's choice of scales is kept
     validate_fp8(ModelConfig(checkpoint="", fp8="current"), ParallelConfig(), HF)
 
 

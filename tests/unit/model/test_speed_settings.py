@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen3Config, Qwen3MoeConfig
 from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import read_family
+from mpo_megatron.mcore import preparation
 from mpo_megatron.model import architecture
 from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
@@ -133,13 +134,13 @@ def test_a_warning_that_names_lost_speed_is_shown(gpu: bool, rank: str, shown: b
     monkeypatch.setenv("RANK", rank)
     with warnings.catch_warnings(record=True) as caught:
         warnings.resetwarnings()
-        device.quiet_megatron()
-        for message in (LOST_SPEED, *device.MEANINGLESS):
+        preparation.quiet_megatron()
+        for message in (LOST_SPEED, *preparation.MEANINGLESS):
             warnings.warn_explicit(message, UserWarning, "layers.py", 1, module="megatron.core.tensor_parallel.layers")
     assert [str(warning.message) for warning in caught] == ([LOST_SPEED] if shown else [])
 
 
-@pytest.mark.parametrize(("name", "start"), device.DEPRECATIONS.items())
+@pytest.mark.parametrize(("name", "start"), preparation.DEPRECATIONS.items())
 def test_deprecations_that_only_megatrons_callers_can_heed_are_hidden(
     name: str, start: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,7 +148,7 @@ def test_deprecations_that_only_megatrons_callers_can_heed_are_hidden(
     spec = importlib.util.find_spec(name)
     assert spec is not None
     assert start in Path(str(spec.origin)).read_text()
-    device.quiet_megatron()
+    preparation.quiet_megatron()
     logging.getLogger(name).warning("%s, and so on", start)
     logging.getLogger(name).warning("something else")
     assert caplog.messages == ["something else"]

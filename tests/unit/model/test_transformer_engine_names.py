@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mpo_megatron import device
 from mpo_megatron.hf.fp8 import RECIPES
+from mpo_megatron.mcore import preparation
 from mpo_megatron.model.precision import UNROUNDED
 from tools.package_names import download
 from tools.transformer_engine_names import NAMES, PYTORCH, TEXTS, VERSIONS, missing_names
@@ -30,7 +30,7 @@ def test_what_is_imported_is_listed() -> None:
     listed = {(each.module, each.name.partition(".")[0]) for each in NAMES}
     assert imported() <= listed
     assert {(PYTORCH, recipe.availability) for recipe in RECIPES.values()} <= listed
-    assert {UNROUNDED, device.POWER_OF_TWO_SCALES} <= set(TEXTS)
+    assert {UNROUNDED, preparation.POWER_OF_TWO_SCALES} <= set(TEXTS)
 
 
 def write_engine(root: Path, **changes: str) -> Path:
