@@ -76,7 +76,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], outputs: 
     try:
         for rank in range(num_ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _fork_server().Process(target=_be_rank, args=(own, outputs, module, arguments))
+            process = _fork_server().Process(target=_be_rank, args=(own, Path.cwd(), outputs, module, arguments))
             process.start()
             processes.append(process)
         yield processes
@@ -120,14 +120,14 @@ def _fork_server() -> ForkServerContext:
     return context
 
 
-def _be_rank(environment: dict[str, str], outputs: list[Path], module: str, arguments: Sequence[str]) -> None:
-    """In a forked process: run as a rank, with its streams in files."""
+def _be_rank(environment: dict[str, str], folder: Path, outputs: list[Path], module: str, arguments: Sequence[str]) -> None:
+    """In a forked process: run as a rank in this working folder, with its streams in files."""
     for descriptor, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     gc.freeze()  # imported objects are not garbage, and Megatron collects in every save
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     sys.argv[1:] = arguments
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

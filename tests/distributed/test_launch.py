@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and training groups."""
     folder = tmp_path_factory.mktemp("launch")
-    convert(ConvertConfig(input=str(save_model(folder / "hf")), output=str(folder / "model")))
+    convert(ConvertConfig(input=str(save_model(folder / "hf", num_hidden_layers=2)), output=str(folder / "model")))
     save_groups(folder / "train", random_groups(24, seed=1), folder / "hf")
     return folder
 

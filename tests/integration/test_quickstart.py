@@ -1,12 +1,10 @@
-"""The quickstart at smaller size: all commands of the pipeline in order, as a new user runs them."""
+"""The quickstart at smaller size: the pipeline's commands in order, in this process; `.ci/run` starts them as a user does."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,19 +14,13 @@ from examples.quickstart.task import WORDS, build_groups, compute_reward
 from mpo_megatron import cli
 from mpo_megatron.train import launcher
 from tests.distributed.launch import launch_ranks
-from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("MPO_DATA", ROOT.parent / "shared" / "data"))
 
 
-def run_quickstart(output: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "examples.quickstart.run", "--output", str(output), *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-
-
 def run_here(output: Path, *arguments: str) -> None:
-    """The same in this process, with forked ranks: imports would take longer than the work."""
+    """A quickstart in this process, with forked ranks: imports would take longer than the work."""
 
     def mpo(command: str, **options: object) -> None:
         assert cli.main([command, *(part for name, value in options.items() for part in (f"--{name}", str(value)))]) == 0
@@ -39,15 +31,11 @@ def run_here(output: Path, *arguments: str) -> None:
         assert quickstart.main(["--output", str(output), *arguments]) == 0
 
 
-def check_success(result: subprocess.CompletedProcess[str]) -> None:
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a run on the procedural task."""
     output = tmp_path_factory.mktemp("quickstart") / "out"
-    check_success(run_quickstart(output, "--steps", "40", "--groups", "600", "--held-out", "60"))
+    run_here(output, "--steps", "40", "--groups", "600", "--held-out", "60")
     return output
 
 
@@ -85,18 +73,32 @@ def test_export_loads_in_transformers(finished: Path) -> None:
     assert model.generate(**prompt, max_new_tokens=4, do_sample=False).shape[1] > prompt["input_ids"].shape[1]
 
 
+def run_on_data(name: str, folder: Path, rows: int, *arguments: str) -> Path:
+    """A quickstart on the first rows of a file of real data, which are copied to `excerpt.jsonl`; its output folder."""
+    source = DATA / name
+    if not source.is_file():
+        pytest.skip(f"no real data; set MPO_DATA to the folder that holds {name}")
+    excerpt, output = folder / "excerpt.jsonl", folder / "out"
+    with source.open(encoding="utf-8") as lines:
+        excerpt.write_text("".join(itertools.islice(lines, rows)), encoding="utf-8")
+    run_here(output, "--data", str(excerpt), *arguments)
+    return output
+
+
+@pytest.mark.slow
+def test_eight_rated_answers_per_instruction(tmp_path: Path) -> None:
+    output = run_on_data("alpaca_eval_k8.jsonl", tmp_path, 60, "--steps", "5", "--held-out", "15")
+    assert json.loads((output / "quickstart.json").read_text())["num_groups"] == 15
+    metrics = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics if "lr" in row] == [1, 2, 3, 4, 5]
+
+
 @pytest.mark.slow
 def test_training_skips_groups_without_contrast(tmp_path: Path) -> None:
-    source = DATA / "gsm8k_k4.jsonl"
-    if not source.is_file():
-        pytest.skip("no real data; set MPO_DATA to the folder that holds gsm8k_k4.jsonl")
-    excerpt, output = tmp_path / "excerpt.jsonl", tmp_path / "out"
-    with source.open(encoding="utf-8") as lines:
-        excerpt.write_text("".join(itertools.islice(lines, 40)), encoding="utf-8")
-    run_here(output, "--data", str(excerpt), "--steps", "2", "--held-out", "8")
+    output = run_on_data("gsm8k_k4.jsonl", tmp_path, 40, "--steps", "2", "--held-out", "8")
     metrics = [json.loads(line) for line in (output / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("skipped_groups", 0) for row in metrics) > 0
-    groups = [json.loads(line) for line in excerpt.read_text(encoding="utf-8").splitlines()]
+    groups = [json.loads(line) for line in (tmp_path / "excerpt.jsonl").read_text(encoding="utf-8").splitlines()]
     without = sum(len({response["reward"] for response in group["responses"]}) == 1 for group in groups)
     infos = [json.loads((output / name / "prepare.json").read_text()) for name in ("groups", "groups-eval")]
     assert sum(info["statistics"]["without_contrast"] for info in infos) == without > 0
@@ -104,9 +106,8 @@ def test_training_skips_groups_without_contrast(tmp_path: Path) -> None:
 
 def test_foreign_folder_is_not_cleared(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    result = run_quickstart(tmp_path)
-    assert result.returncode != 0
-    assert "choose another" in result.stderr
+    with pytest.raises(SystemExit, match="choose another"):
+        quickstart.main(["--output", str(tmp_path)])
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
