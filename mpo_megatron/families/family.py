@@ -195,6 +195,11 @@ class Family:
         """Channels of all key heads, which equal those of all value heads."""
         return self.num_key_value_heads * self.head_dim
 
+    @property
+    def rotary_channels(self) -> int:
+        """Number of rotated channels per head: the first ones."""
+        return 2 * len(self.ropes[0].inverse_frequencies)
+
     def has_state(self, layer: int) -> bool:
         """Whether a layer is a Gated DeltaNet."""
         return self.delta_net is not None and self.delta_net.layers[layer]

@@ -188,7 +188,7 @@ def test_published_fields_are_read(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     family = load_family(tmp_path)
-    assert 2 * len(family.ropes[0].inverse_frequencies) == 4
+    assert family.rotary_channels == 4
     assert [family.has_state(layer) for layer in range(2)] == [True, False]
     assert family.difference(read_family(multimodal())) == "ropes"  # of 10⁷, not of 10⁴
 
