@@ -21,6 +21,7 @@ from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.data.packing import plan_rows
 from mpo_megatron.files.digests import seal_line
 from mpo_megatron.report.content import content
+from mpo_megatron.report.held_out import Limits
 from mpo_megatron.report.run_record import read_run
 
 STEPS = {"tiny": (100,), "small": (1_000, 20_000, 100_000)}
@@ -87,7 +88,7 @@ def report_work(scratch: Path, steps: int) -> Callable[[], object]:
             for index in range(GROUPS)
         ]
         write_outcomes(folder, step, outcomes, "digest")
-    return lambda: content([read_run(folder)], max_groups=GROUPS, max_characters=100)
+    return lambda: content([read_run(folder)], Limits(GROUPS, 16, 100))
 
 
 def rows_work(groups: int, replicas: int) -> Callable[[], object]:

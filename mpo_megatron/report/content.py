@@ -11,7 +11,16 @@ from typing import Any
 
 from mpo_megatron.report.curves import CHARTS, curves
 from mpo_megatron.report.health import findings
-from mpo_megatron.report.held_out import cut, data_histograms, drift, group_rows, lengths_and_ratios, shown_evaluations
+from mpo_megatron.report.held_out import (
+    Limits,
+    cut,
+    data_histograms,
+    drift,
+    group_rows,
+    lengths_and_ratios,
+    shown_evaluations,
+    spread,
+)
 from mpo_megatron.report.run_record import RunRecord
 
 TILES = (
@@ -27,16 +36,13 @@ TILES = (
 MOST_INCIDENTS = 200
 
 
-def content(runs: Sequence[RunRecord], *, max_groups: int, max_characters: int) -> dict[str, Any]:
+def content(runs: Sequence[RunRecord], limits: Limits) -> dict[str, Any]:
     """The content of a page for these runs."""
     names = run_names([run.folder for run in runs])
     return {
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "charts": [dataclasses.asdict(chart) for chart in CHARTS],
-        "runs": [
-            describe(run, name, max_groups=max_groups, max_characters=max_characters)
-            for run, name in zip(runs, names, strict=True)
-        ],
+        "runs": [describe(run, name, limits) for run, name in zip(runs, names, strict=True)],
         "differences": differences([run.config for run in runs]),
     }
 
@@ -51,7 +57,7 @@ def run_names(folders: Sequence[Path]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, start=1)]
 
 
-def describe(run: RunRecord, name: str, *, max_groups: int, max_characters: int) -> dict[str, Any]:
+def describe(run: RunRecord, name: str, limits: Limits) -> dict[str, Any]:
     """One run."""
     return {
         "name": name,
@@ -67,9 +73,9 @@ def describe(run: RunRecord, name: str, *, max_groups: int, max_characters: int)
         "lengths": lengths_and_ratios(run),
         "data": data_histograms(run),
         "evaluations": shown_evaluations(run),
-        "groups": group_rows(run, max_groups, max_characters),
+        "groups": group_rows(run, limits),
         "num_groups": len(run.outcomes[max(run.outcomes)]) if run.outcomes else 0,
-        "incidents": [incident(line, max_characters) for line in run.incidents[:MOST_INCIDENTS]],
+        "incidents": [incident(line, limits) for line in run.incidents[:MOST_INCIDENTS]],
         "facts": facts(run),
         "config": flat(run.config),
     }
@@ -88,20 +94,22 @@ def tiles(run: RunRecord) -> list[dict[str, Any]]:
     return found
 
 
-def incident(line: dict[str, Any], most: int) -> dict[str, Any]:
+def incident(line: dict[str, Any], limits: Limits) -> dict[str, Any]:
     """One group of a suspicious step."""
+    found = line.get("responses", [])
+    by_reward = sorted(range(len(found)), key=lambda k: found[k].get("reward", found[k].get("label")) or 0.0, reverse=True)
     responses = [
         {
-            "text": cut(str(response.get("text", "")), most),
+            "text": cut(str(response.get("text", "")), limits.characters),
             "reward": response.get("reward", response.get("label")),
             "tokens": response.get("num_tokens"),
             "logp": response.get("logp"),
             "reference_logp": response.get("reference_logp"),
         }
-        for response in line.get("responses", [])
+        for response in (found[k] for k in sorted(spread(by_reward, limits.responses)))
     ]
     kept = {name: line.get(name) for name in ("step", "wrong", "grad_norm", "group_id", "loss")}
-    return kept | {"prompt": cut(str(line.get("prompt", "")), most), "responses": responses}
+    return kept | {"prompt": cut(str(line.get("prompt", "")), limits.characters), "k": len(found), "responses": responses}
 
 
 def facts(run: RunRecord) -> list[tuple[str, str]]:

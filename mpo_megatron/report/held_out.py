@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,17 @@ from mpo_megatron.report.run_record import RunRecord
 MOST_RESPONSES = 3000
 """Maximum responses in the plot of log-ratio against length."""
 NUM_BINS = 48
+
+
+class Limits(NamedTuple):
+    """What the page holds at most."""
+
+    groups: int
+    """Held-out groups of a run."""
+    responses: int
+    """Responses of a group."""
+    characters: int
+    """Characters of a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +47,10 @@ def score(outcome: GroupOutcome) -> Score:
     )
     if not chosen or not rejected:
         return Score(margin=None, accuracy=None)
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in chosen for b in rejected]
-    return Score(margin=float(np.mean(chosen) - np.mean(rejected)), accuracy=float(np.mean(pairs)))
+    ordered = np.sort(rejected)  # counted by binary search: K responses have up to K² / 4 pairs
+    below, not_above = (np.searchsorted(ordered, chosen, side=side) for side in ("left", "right"))
+    accuracy = float(np.mean(below + not_above)) / (2 * len(ordered))
+    return Score(margin=float(np.mean(chosen) - np.mean(rejected)), accuracy=accuracy)
 
 
 def shown_evaluations(run: RunRecord) -> list[int]:
@@ -45,7 +58,7 @@ def shown_evaluations(run: RunRecord) -> list[int]:
     return sorted(run.outcomes)
 
 
-def group_rows(run: RunRecord, max_groups: int, max_characters: int) -> list[dict[str, Any]]:
+def group_rows(run: RunRecord, limits: Limits) -> list[dict[str, Any]]:
     """The held-out groups on the page, worst margin first; empty if the run stored none."""
     steps = shown_evaluations(run)
     if not steps:
@@ -61,10 +74,13 @@ def group_rows(run: RunRecord, max_groups: int, max_characters: int) -> list[dic
             "margin": _short(result.margin),
             "began": _short(began.get(outcome.index)),
             "accuracy": _short(result.accuracy),
-            **_texts(run, outcome, max_characters),
-            "responses": [_response(run, outcome, k, by_step, max_characters) for k in range(len(outcome.sets))],
+            **_texts(run, outcome, limits.characters),
+            "k": len(outcome.sets),
+            "responses": [
+                _response(run, outcome, k, by_step, limits.characters) for k in _shown_responses(run, outcome, limits.responses)
+            ],
         }
-        for outcome, result in choose(scored, max_groups)
+        for outcome, result in choose(scored, limits.groups)
     ]
 
 
@@ -75,6 +91,20 @@ def choose(ordered: Sequence[Any], most: int) -> list[Any]:
     worst = most // 2
     others = np.linspace(worst, len(ordered) - 1, most - worst).round().astype(int)
     return [*ordered[:worst], *(ordered[place] for place in others)]
+
+
+def spread(ordered: Sequence[Any], most: int) -> list[Any]:
+    """At most `most` items, spread evenly from the first to the last."""
+    if len(ordered) <= most:
+        return list(ordered)
+    return [ordered[place] for place in np.linspace(0, len(ordered) - 1, most).round().astype(int)]
+
+
+def _shown_responses(run: RunRecord, outcome: GroupOutcome, most: int) -> list[int]:
+    """Indices of the responses on the page: of more than `most`, a selection spread over their rewards, or over their sets."""
+    rewards = None if run.held_out_data is None else run.held_out_data.rewards(outcome.index)
+    values = np.asarray(outcome.sets if rewards is None else rewards)
+    return sorted(spread(np.argsort(-values, kind="stable").tolist(), most))
 
 
 def _texts(run: RunRecord, outcome: GroupOutcome, most: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from mpo_megatron.config import ConfigError, ReportConfig, check_writable
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.report.content import content
 from mpo_megatron.report.health import missing_data
+from mpo_megatron.report.held_out import Limits
 from mpo_megatron.report.run_record import read_run
 from mpo_megatron.terminal.visible import visible
 
@@ -34,7 +35,8 @@ def report(config: ReportConfig) -> None:
     for run in runs:
         if run.missing:
             print(visible(f"{run.folder}: {missing_data(run)}"), file=sys.stderr)
-    shown = content(runs, max_groups=config.max_groups, max_characters=config.max_characters)
+    limits = Limits(config.max_groups, config.max_responses, config.max_characters)
+    shown = content(runs, limits)
     text = render(shown).encode()
     replace_file(output, [text])
     print(f"{output}: {visible(', '.join(run['name'] for run in shown['runs']))} ({len(text) / 2**20:.1f} MB)")

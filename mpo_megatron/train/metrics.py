@@ -61,20 +61,34 @@ def compute_metrics(batch: GroupBatch, losses: Tensor, contributes: Tensor, comp
     positive, negative = positive & use, negative & use
     both = positive.any(dim=1) & negative.any(dim=1)
     chosen, rejected = _masked_mean(ratio, positive)[both], _masked_mean(ratio, negative)[both]
-    pairs = positive[:, :, None] & negative[:, None, :]
-    difference = ratio[:, :, None] - ratio[:, None, :]
     # Where policy and reference agree, the difference is the rounding of two float32 sums: a tie, not an order.
-    magnitude = batch.policy_logps.detach().double().abs()
-    tied = difference.abs() <= ROUNDING * (magnitude[:, :, None] + magnitude[:, None, :])
-    ordered = torch.where(tied, 0.5, (difference > 0).double())
+    rounding = ROUNDING * batch.policy_logps.detach().double().abs()
+    right, num_pairs = count_right(ratio - rounding, ratio + rounding, positive, negative)
     return {
         "loss": loss,
         "margin": Mean(float((chosen - rejected).sum()), int(both.sum())),
-        "accuracy": Mean(float(ordered[pairs].sum()), int(pairs.sum())),
+        "accuracy": Mean(right, num_pairs),
         "chosen_log_ratio": Mean(float(chosen.sum()), int(both.sum())),
         "rejected_log_ratio": Mean(float(rejected.sum()), int(both.sum())),
         "kl": Mean(float(-ratio[use].sum()), int(use.sum())),
     }
+
+
+def count_right(low: Tensor, high: Tensor, positive: Tensor, negative: Tensor) -> tuple[float, int]:
+    """Pairs Y+ × Y− of all groups in the right order, a tie as a half, and all pairs; by sorting, since there are up to K² / 4.
+
+    Args:
+        low: [G, K] least value of each response
+        high: [G, K] greatest value; two responses are tied if their intervals touch
+        positive: [G, K] Y+
+        negative: [G, K] Y−
+    """
+    count = negative.sum(dim=1, keepdim=True)
+    highs, lows = (torch.where(negative, part, torch.inf).sort(dim=1).values for part in (high, low))
+    above = torch.searchsorted(highs, low.contiguous())  # of Y−, those that are lower
+    below = count - torch.searchsorted(lows, high.contiguous(), right=True)
+    right = torch.where(positive, count + above - below, 0)
+    return int(right.sum()) / 2, int((positive.sum(dim=1, keepdim=True) * count).sum())
 
 
 def combine(parts: Iterable[dict[str, Mean]]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.report.content import describe
+from mpo_megatron.report.held_out import Limits
 from mpo_megatron.report.run_record import read_run
 from mpo_megatron.train import reference, reference_cache
 from mpo_megatron.train.faults import signals
@@ -221,7 +222,7 @@ def test_a_loss_without_a_reference_goes_without_the_pass(
     assert not names & set(REFERENCE_METRICS)
     outcomes = read_outcomes(outcome_files(data / "run")[1])
     assert all(outcome.log_ratio(0) is None for outcome in outcomes)
-    page = describe(read_run(data / "run"), "run", max_groups=6, max_characters=100)
+    page = describe(read_run(data / "run"), "run", Limits(6, 16, 100))
     assert "loss" in page["curves"]
     assert not page["curves"].keys() & set(REFERENCE_METRICS)
     assert page["drift"] is None

@@ -326,7 +326,7 @@ function groups() {
     onclick: () => { down = key === column.key ? !down : false; key = column.key; fill(); } }, column.name));
 
   function rows() {
-    return runs[state.groupsRun].groups.map((group) => ({ ...group, k: group.responses.length,
+    return runs[state.groupsRun].groups.map((group) => ({ ...group,
       change: known(group.margin) && known(group.began) ? group.margin - group.began : null }));
   }
   function matches(row) {
@@ -350,7 +350,7 @@ function groups() {
         const order = [...row.responses].sort((a, b) => (b.reward ?? b.set) - (a.reward ?? a.set));
         whole.after(make("tr", {}, make("td", { class: "detail", colspan: COLUMNS.length },
           make("div", { class: "prompt" }, row.prompt ?? "(the prompt is no longer available)"),
-          make("div", { class: "responses" }, order.map(responseCard)))));
+          selection(row), make("div", { class: "responses" }, order.map(responseCard)))));
       } else whole.nextSibling.remove();
     };
     whole.addEventListener("click", toggle);
@@ -389,11 +389,17 @@ function groups() {
 
 // --------------------------------------------------------------------------------------- incidents and facts
 
+// A note above responses of a large group, of which the page holds some.
+function selection(group) {
+  return group.responses.length < group.k ?
+    make("p", { class: "soft" }, `${group.responses.length} of ${group.k} responses, spread evenly over their rewards`) : null;
+}
+
 function incidentGroup(incident) {
   return make("details", {},
     make("summary", {}, make("span", { class: "mono" }, incident.group_id ?? "?"), " ",
       make("span", { class: "soft" }, `loss ${number(incident.loss)} · ${excerpt(incident.prompt).slice(0, 100)}`)),
-    make("div", { class: "pad" }, make("div", { class: "prompt" }, incident.prompt),
+    make("div", { class: "pad" }, make("div", { class: "prompt" }, incident.prompt), selection(incident),
       make("div", { class: "responses" }, incident.responses.map((response) => make("div", { class: "response" },
         make("div", { class: "numbers" }, make("span", {}, "reward ", make("b", {}, number(response.reward))),
           make("span", {}, "log π ", make("b", {}, number(response.logp))),

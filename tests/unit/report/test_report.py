@@ -17,10 +17,10 @@ from mpo_megatron.config import ConfigError, ReportConfig
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.files.digests import seal_lines
-from mpo_megatron.report.content import content, differences, run_names
+from mpo_megatron.report.content import content, differences, incident, run_names
 from mpo_megatron.report.curves import thin
 from mpo_megatron.report.health import findings
-from mpo_megatron.report.held_out import bin_edges, choose, cut, histogram, score
+from mpo_megatron.report.held_out import Limits, bin_edges, choose, cut, histogram, score, spread
 from mpo_megatron.report.report import report, script_json
 from mpo_megatron.report.run_record import evenly, read_run
 from tests.run_folder import HOSTILE, write_data, write_run
@@ -106,7 +106,7 @@ def test_data_that_is_gone_or_changed_leaves_a_report_without_texts_that_says_so
     moved = write_data(tmp_path / "groups")
     folder = write_run(tmp_path / "run", moved)
     shutil.rmtree(tmp_path / "groups")
-    [shown] = content([read_run(folder)], max_groups=10, max_characters=100)["runs"]
+    [shown] = content([read_run(folder)], Limits(10, 16, 100))["runs"]
     assert shown["groups"][0]["prompt"] is None
     assert titles(folder)["Data is missing from this page"] == "warn"
     assert read_run(folder).missing == tuple(
@@ -181,15 +181,15 @@ def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
     config |= {"output": start + "run", "data": {"train": start + "groups", "eval": start + "groups"}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(home)
-    expected = content([read_run(Path("run"))], max_groups=10, max_characters=100)["runs"][0]["groups"]
+    expected = content([read_run(Path("run"))], Limits(10, 16, 100))["runs"][0]["groups"]
     assert expected[0]["prompt"] is not None
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert content([read_run(Path("../home/run"))], max_groups=10, max_characters=100)["runs"][0]["groups"] == expected
+    assert content([read_run(Path("../home/run"))], Limits(10, 16, 100))["runs"][0]["groups"] == expected
     home.rename(tmp_path / "moved")
     record = read_run(Path("../moved/run"))
     assert record.missing == ()
-    assert content([record], max_groups=10, max_characters=100)["runs"][0]["groups"] == expected
+    assert content([record], Limits(10, 16, 100))["runs"][0]["groups"] == expected
 
 
 def test_a_run_that_went_on_with_other_held_out_groups(tmp_path: Path, data: PreparedGroups) -> None:
@@ -209,7 +209,7 @@ def test_no_run_no_report(tmp_path: Path) -> None:
 
 
 def test_groups_come_worst_first_with_how_their_log_probs_moved(run: Path) -> None:
-    [shown] = content([read_run(run)], max_groups=100, max_characters=1000)["runs"]
+    [shown] = content([read_run(run)], Limits(100, 16, 1000))["runs"]
     margins = [group["margin"] for group in shown["groups"]]
     assert margins == sorted(margins)
     assert margins[0] < 0 < margins[-1]
@@ -238,6 +238,22 @@ def test_the_worst_groups_are_always_there() -> None:
     assert len(chosen) == 100
     assert chosen[-1] == 999
     assert choose([1, 2, 3], 100) == [1, 2, 3]
+
+
+def test_of_many_responses_the_page_holds_some_of_all_rewards(run: Path) -> None:
+    assert (spread([*range(64)], 4), spread([1, 2], 4)) == ([0, 21, 42, 63], [1, 2])
+    record = read_run(run)
+    [whole], [few] = (content([record], Limits(100, most, 1000))["runs"] for most in (16, 2))
+    for every, some in zip(whole["groups"], few["groups"], strict=True):
+        rewards = [response["reward"] for response in every["responses"]]
+        assert [response["reward"] for response in some["responses"] if response in every["responses"]] in (
+            [max(rewards), min(rewards)],
+            [min(rewards), max(rewards)],
+        )
+        assert every["k"] == some["k"] == len(rewards)
+    assert any(group["k"] > 2 for group in whole["groups"])
+    lines = [{"text": str(k), "reward": float(k % 8)} for k in range(8)]
+    assert [response["text"] for response in incident({"responses": lines}, Limits(1, 3, 9))["responses"]] == ["0", "3", "7"]
 
 
 def test_long_texts_are_cut_with_a_word() -> None:
@@ -333,7 +349,7 @@ def test_displacement_counts_from_one_nat(tmp_path: Path, data: PreparedGroups, 
 
 def test_runs_side_by_side(tmp_path: Path, data: PreparedGroups, run: Path) -> None:
     other = write_run(tmp_path / "runs" / "first", data, beta=0.5)
-    shown = content([read_run(run), read_run(other)], max_groups=5, max_characters=100)
+    shown = content([read_run(run), read_run(other)], Limits(5, 16, 100))
     names = [item["name"] for item in shown["runs"]]
     assert len(set(names)) == 2
     assert all(name.endswith("/first") for name in names)
