@@ -188,7 +188,7 @@ class _CappedAttention(torch.autograd.Function):
         ctx.segments, ctx.scores = segments, scores
         output = torch.empty_like(query)
         for rows, keys in _visible(segments, scores.window):
-            output[rows] = attend(query[rows], *(torch.cat([part[span] for span in keys]) for part in (key, value)), scores)
+            output[rows] = attend(query[rows], _gather(key, keys), _gather(value, keys), scores)
         return output
 
     @staticmethod
@@ -198,16 +198,19 @@ class _CappedAttention(torch.autograd.Function):
         grads = [torch.zeros_like(part, dtype=exact) for part in ctx.saved_tensors]
         query, key, value = (part.detach() for part in ctx.saved_tensors)
         for rows, keys in _visible(ctx.segments, ctx.scores.window):
-            inputs = [query[rows], *(torch.cat([part[span] for span in keys]) for part in (key, value))]
-            inputs = [part.requires_grad_() for part in inputs]
+            inputs = [part.requires_grad_() for part in (query[rows], _gather(key, keys), _gather(value, keys))]
             with torch.enable_grad():
-                output = attend(*inputs, ctx.scores)
+                output = attend(inputs[0], inputs[1], inputs[2], ctx.scores)
             parts = torch.autograd.grad(output, inputs, grad[rows])
             grads[0][rows] += parts[0]
             for total, part in zip(grads[1:], parts[1:], strict=True):
                 for span, piece in zip(keys, part.split([span.stop - span.start for span in keys]), strict=True):
                     total[span] += piece
         return (*(part.to(query.dtype) for part in grads), None, None)
+
+
+def _gather(values: Tensor, spans: Sequence[slice]) -> Tensor:
+    return torch.cat([values[span] for span in spans])
 
 
 def _visible(segments: Sequence[Segment], window: int | None) -> Iterator[tuple[slice, list[slice]]]:
