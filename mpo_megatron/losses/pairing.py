@@ -16,7 +16,7 @@ from torch import Tensor
 from mpo_megatron.losses.batch import GroupBatch, draw_uniform
 from mpo_megatron.losses.hyperparameters import check_unused
 from mpo_megatron.losses.numerics import masked_mean
-from mpo_megatron.losses.partition import PartitionParams, compute_partition, compute_rank
+from mpo_megatron.losses.partition import PartitionParams, compute_partition, compute_rank, has_distinct_rewards
 from mpo_megatron.losses.registry import Needs
 
 
@@ -139,9 +139,16 @@ def find_losers(batch: GroupBatch, params: PairParams) -> Tensor:
 
 def find_paired(batch: GroupBatch, params: PairParams) -> Tensor:
     """[G, K] bool: responses in any pair, before sampling."""
-    if params.pairing in ("all_pairs", "cross_pairs"):
-        pairs = compute_many_pairs(batch, params)
-        return pairs.any(dim=-1) | pairs.any(dim=-2)
+    scores, usable = compute_preferences(batch)
+    if params.pairing == "all_pairs":
+        return usable & has_distinct_rewards(scores, usable).unsqueeze(-1)
+    if params.pairing == "cross_pairs":
+        positive, negative = compute_partition(batch, params)
+        if params.partition == "labels":
+            return positive | negative
+        highest = torch.where(positive, scores, -torch.inf).amax(dim=-1, keepdim=True)
+        lowest = torch.where(negative, scores, torch.inf).amin(dim=-1, keepdim=True)
+        return (positive & (scores > lowest)) | (negative & (scores < highest))
     losers = find_losers(batch, params)
     return losers | (find_best(batch) & losers.any(dim=-1, keepdim=True))
 
