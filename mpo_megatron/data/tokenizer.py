@@ -373,7 +373,9 @@ def _load_backend(folder: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import: only when a tokenizer is needed
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer.encode(_PROBE, add_special_tokens=False, verbose=False)  # settings of a wrong type fail only here
+        return tokenizer
     except Exception as error:
         # tokenizers (Rust) raises plain Exception; on damaged files, transformers fails on missing values in various ways.
         if type(error) is not Exception and not isinstance(error, DAMAGE):
@@ -384,11 +386,16 @@ def _load_backend(folder: Path) -> Any:
 
 def _load_sentencepiece(model: Path, template: str | None) -> SentencePieceTokenizer:
     settings_file, template_file = model.with_name("tokenizer_config.json"), model.with_name("chat_template.jinja")
-    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
-    if template is None and template_file.is_file():
-        template = template_file.read_text(encoding="utf-8")
-    template = template or settings.get("chat_template") or PLAIN_TEMPLATE
-    added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    try:
+        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+        if template is None and template_file.is_file():
+            template = template_file.read_text(encoding="utf-8")
+        template = template or settings.get("chat_template") or PLAIN_TEMPLATE
+        added = {token["content"]: int(index) for index, token in settings.get("added_tokens_decoder", {}).items()}
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"tokenizer = {model}; tokenizer_config.json or chat_template.jinja beside it is damaged ({error}); copy both again."
+        ) from error
     try:
         return SentencePieceTokenizer(model, template, added)
     except ImportError as error:

@@ -69,13 +69,13 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
     """
     if not path.is_file():
         raise DataError(f"{path}: no such file; name the question file from {benchmark}'s own repository.")
-    text = path.read_text(encoding="utf-8")
     questions: list[Question] = []
     try:
+        text = path.read_text(encoding="utf-8-sig")
         lines = text.split("\n") if benchmark != "alpaca_eval" else [json.dumps(item) for item in json.loads(text)]
         for line in filter(str.strip, lines):
             questions.append(_READERS[benchmark](json.loads(line), len(questions)))
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         number = len(questions) + 1
         raise DataError(f"{path}: question {number}: not a question of {benchmark} ({type(error).__name__}: {error}).") from error
     if not questions:

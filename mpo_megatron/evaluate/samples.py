@@ -32,7 +32,7 @@ from mpo_megatron.rollout.records import (
     SCORED_FILE,
     Record,
     find_lines,
-    read_lines,
+    read_answered,
 )
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.stages import run_command
@@ -88,18 +88,18 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
 
 def has_rewards(path: Path) -> bool:
     """Whether a file of group lines contains any reward; missing ones are counted when it is read."""
-    return any(is_number(response.get("reward")) for record in read_lines(path) for response in record.get("responses", []))
+    return any(is_number(response.get("reward")) for record in read_answered(path) for response in record["responses"])
 
 
 def read_samples(path: Path) -> SampleSet:
     """The rewards and lengths (in characters) of a file's samples.
 
     Raises:
-        DataError: no sample has a reward, or a group appears twice.
+        DataError: a line is damaged, no sample has a reward, or a group appears twice.
     """
     found = SampleSet(path=path)
-    for record in read_lines(path):
-        responses = record.get("responses", [])
+    for record in read_answered(path):
+        responses = record["responses"]
         scored = [response for response in responses if is_number(response.get("reward"))]
         found.counts["responses"] += len(responses)
         found.counts["without_reward"] += len(responses) - len(scored)
@@ -179,4 +179,4 @@ def _estimate(pairs: Comparison, statistic: Any, config: EvaluateConfig) -> Esti
 
 def read_texts(path: Path) -> Mapping[str, Record]:
     """The first response to every prompt, by prompt."""
-    return {prompt_key(record): record["responses"][0] for record in read_lines(path) if record.get("responses")}
+    return {prompt_key(record): record["responses"][0] for record in read_answered(path) if record["responses"]}

@@ -208,7 +208,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         check_seal(path, text)
         config = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: damaged, it does not parse ({' '.join(str(error).split())}); {REMOVE}.") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: damaged: it holds no options; {REMOVE}.")

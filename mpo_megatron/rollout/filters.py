@@ -40,7 +40,10 @@ def find_unscored(responses: Sequence[ResponseLine], config: SelectConfig) -> li
 
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 def find_empty(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:

@@ -119,8 +119,10 @@ def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str
     path = home / name
     check_file(path)
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        settings: Any = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"it holds a {type(settings).__name__}, not an object")
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); copy the checkpoint again.") from error
     return settings
 

@@ -61,6 +61,36 @@ def read_lines(path: str | Path) -> Iterator[Record]:
                 yield _decode(line, f"{path}:{number}")
 
 
+def read_answered(path: str | Path) -> Iterator[Record]:
+    """The records of `read_lines`, each with a list of responses of the form that `mpo generate` writes.
+
+    Raises:
+        DataError: as in `read_lines`; or a response has another form: names the group and the field.
+    """
+    for record in read_lines(path):
+        responses = record.setdefault("responses", [])
+        wrong = None if isinstance(responses, list) else "responses"
+        for index, response in enumerate(responses if wrong is None else ()):
+            wrong = wrong or _find_wrong(response, f"responses[{index}]")
+        if wrong is not None:
+            raise DataError(
+                f'{path}: group {record["group_id"]}: {wrong} does not have the form of a response: {{"text": "…", '
+                '"num_tokens": 17, "reward": 0.5}; fix the line.'
+            )
+        yield record
+
+
+def _find_wrong(response: Any, place: str) -> str | None:
+    """The first field of a response with a wrong type; None if there is none."""
+    if not isinstance(response, dict):
+        return place
+    if not isinstance(response.get("text"), str):
+        return f"{place}.text"
+    count = response.get("num_tokens", 0)
+    is_count = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**31
+    return None if is_count else f"{place}.num_tokens"
+
+
 def _open(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
@@ -71,7 +101,7 @@ def _open(path: Path) -> BinaryIO:
 def _is_json(line: bytes) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 

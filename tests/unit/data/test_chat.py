@@ -360,3 +360,8 @@ def test_a_damaged_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
         path.write_text(damaged)
         with pytest.raises(ConfigError, match=r"transformers cannot load it \(.*\); copy the tokenizer again\.$"):
             load_tokenizer(tmp_path)
+    path.write_text(whole)
+    settings = tmp_path / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "x"}))
+    with pytest.raises(ConfigError, match="transformers cannot load it"):  # which fails only when it encodes
+        load_tokenizer(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,12 +12,14 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError, list_files, seal_line
+from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.records import (
     IndexedLines,
     LineWriter,
     check_started,
     find_lines,
     join_lines,
+    read_answered,
     read_ids,
     read_lines,
     read_summary,
@@ -155,3 +158,35 @@ def test_tasks_of_an_array_with_gaps_are_refused(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ConfigError, match=r"Slurm array .*--shard"):
         choose_shard(None)
     assert choose_shard("2/3") == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("responses", "place"),
+    [
+        (None, "responses"),
+        ("abc", "responses"),
+        ([None], r"responses\[0\]"),
+        ([{"text": "a"}, {"text": 7}], r"responses\[1\]\.text"),
+        ([{"text": "a", "num_tokens": "3"}], r"responses\[0\]\.num_tokens"),
+        ([{"text": "a", "num_tokens": 10**400}], r"responses\[0\]\.num_tokens"),
+    ],
+)
+def test_responses_of_another_form_are_named(responses: Any, place: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(seal_line({"group_id": "g", "responses": responses}))
+    with pytest.raises(DataError, match=rf"lines\.jsonl: group g: {place} does not have the form of a response"):
+        list(read_answered(path))
+
+
+def test_a_line_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b"[" * 100_000)
+    assert list(read_answered(path)) == []  # an incomplete last line
+    path.write_bytes(b"[" * 100_000 + b"\n")
+    with pytest.raises(DataError, match=r"lines\.jsonl:1: damaged or changed: nested too deeply"):
+        list(read_answered(path))
+
+
+@pytest.mark.parametrize(("value", "number"), [(10**400, False), (float("nan"), False), (True, False), (3, True)])
+def test_finite_numbers(value: object, number: bool) -> None:
+    assert is_number(value) == number
