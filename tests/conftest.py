@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # Must precede any import of torch: tests and ranks run in parallel, with one thread each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -11,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+if TYPE_CHECKING:
+    from mpo_megatron.model.parallel import Ranks
 
 
 def pytest_collection_finish() -> None:
@@ -28,3 +33,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    """A world of one rank, this process."""
+    from mpo_megatron.config import ParallelConfig  # here, since most tests need no Megatron-Core
+    from mpo_megatron.model.parallel import model_parallel
+
+    with model_parallel(ParallelConfig(), seed=1) as ranks:
+        yield ranks

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_policy_logps
-from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Positive, check_unused
+from mpo_megatron.losses.hyperparameters import Hyperparameters, Positive
 from mpo_megatron.losses.numerics import masked_logsumexp, masked_mean
 from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_best, find_paired, needs_reference_pairs
 from mpo_megatron.losses.registry import Needs, register
-from mpo_megatron.losses.supervised import LogpNormalization, compute_negative_log_likelihood
+from mpo_megatron.losses.supervised import SupervisedTermParams, compute_negative_log_likelihood
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,24 +93,13 @@ def compute_nca(batch: GroupBatch, params: NcaParams) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceFreeNcaParams(NcaParams):
-    """Hyper-parameters of `nca_reference_free`."""
-
-    sft_weight: NonNegative = 0.0
-    """Weight of the best response's negative log-likelihood, added to the loss; without it, likelihoods collapse (nca Table
-    4)."""
-    sft_normalization: LogpNormalization = "token"
-    """Unit of that likelihood: per token (nats per token) or per sequence."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.sft_weight == 0:
-            check_unused(self, "sft_weight > 0", "sft_normalization")
+class ReferenceFreeNcaParams(SupervisedTermParams, NcaParams):
+    """Hyper-parameters of `nca_reference_free`. Without a supervised term, likelihoods collapse (nca Table 4)."""
 
 
 def needs_reference_free_nca(params: ReferenceFreeNcaParams) -> Needs:
     """Rewards; lengths only for a supervised term per token."""
-    return Needs(rewards=True, lengths=params.sft_weight > 0 and params.sft_normalization == "token")
+    return Needs(rewards=True, lengths=params.per_token)
 
 
 @register(

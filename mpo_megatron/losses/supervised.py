@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from mpo_megatron.losses.batch import GroupBatch, compute_mean_token_logps, compute_policy_logps
-from mpo_megatron.losses.hyperparameters import NonNegative, Smoothing, check_unused
+from mpo_megatron.losses.hyperparameters import Hyperparameters, NonNegative, Smoothing, check_unused
 from mpo_megatron.losses.numerics import masked_mean
 from mpo_megatron.losses.pairing import PairParams, Pairs, find_best, needs_pairs
 from mpo_megatron.losses.partition import PartitionParams, compute_partition
@@ -76,13 +76,11 @@ def compute_sft(batch: GroupBatch, params: SftParams) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SupervisedPairParams(PairParams):
-    """Hyper-parameters of pairwise losses with an optional supervised term."""
+class SupervisedTermParams(Hyperparameters):
+    """Hyper-parameters of an optional supervised term."""
 
-    label_smoothing: Smoothing = 0.0
-    """Assumed share of flipped preferences, in [0, 0.5)."""
     sft_weight: NonNegative = 0.0
-    """Weight of the winner's negative log-likelihood, added to the loss."""
+    """Weight of the negative log-likelihood of the winner (or best response), added to the loss."""
     sft_normalization: LogpNormalization = "token"
     """Unit of that likelihood: per token (nats per token) or per sequence."""
 
@@ -91,10 +89,23 @@ class SupervisedPairParams(PairParams):
         if self.sft_weight == 0:
             check_unused(self, "sft_weight > 0", "sft_normalization")
 
+    @property
+    def per_token(self) -> bool:
+        """Whether there is a supervised term per token, for which lengths are needed."""
+        return self.sft_weight > 0 and self.sft_normalization == "token"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedPairParams(SupervisedTermParams, PairParams):
+    """Hyper-parameters of pairwise losses with an optional supervised term."""
+
+    label_smoothing: Smoothing = 0.0
+    """Assumed share of flipped preferences, in [0, 0.5)."""
+
 
 def needs_supervised(params: SupervisedPairParams) -> Needs:
     """Lengths only for a supervised term per token."""
-    return replace(needs_pairs(params), lengths=params.sft_weight > 0 and params.sft_normalization == "token")
+    return replace(needs_pairs(params), lengths=params.per_token)
 
 
 def add_supervised(batch: GroupBatch, pairs: Pairs, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:

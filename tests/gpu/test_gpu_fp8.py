@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from mpo_megatron.config import ConfigError, ParallelConfig
 from mpo_megatron.hf.fp8 import RECIPES
 from mpo_megatron.mcore.weights import unwrap
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import missing_for_recipe, missing_for_transformer_engine, validate_fp8
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.checkpoints import checkpoint
@@ -30,12 +30,6 @@ VARIANTS = [
     {"fp8": "blockwise", "fp8_params": True},
     {"fp8": "current", "recompute": "full"},
 ]
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 @pytest.fixture(params=VARIANTS, ids=lambda options: "-".join(f"{value}" for value in options.values()))

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
 
-from mpo_megatron.config import ParallelConfig
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.model.attention_varlen import find_kernel
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.precision import missing_for_transformer_engine
 from mpo_megatron.train.resident import Resident
 from mpo_megatron.train.step import forward_step, fused_step
 from tests.gpu import small
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

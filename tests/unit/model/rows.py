@@ -51,6 +51,15 @@ def random_qkv(
     return [tensor.to(device, dtype).requires_grad_() for tensor in drawn]
 
 
+def assert_same(ours: Tensor, exact: Tensor, inputs: list[Tensor]) -> None:
+    """Two computations from the same inputs have the same result, and the same gradients of it, weighted at random."""
+    torch.testing.assert_close(ours, exact)
+    weights = torch.randn_like(exact)
+    gradients = (torch.autograd.grad((output * weights).sum(), inputs) for output in (ours, exact))
+    for left, right in zip(*gradients, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def plain_varlen_kernel(query: Tensor, key: Tensor, value: Tensor, index: VarlenIndex, scores: ScoreSettings) -> Tensor:
     """A variable-length flash kernel in plain operations: causal, aligned at the bottom right."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))

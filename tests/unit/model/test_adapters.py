@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.families import Family, load_family
+from mpo_megatron.families import load_family
 from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import read_adapter
@@ -28,31 +27,22 @@ from mpo_megatron.model.adapters import adapters_off, clear_adapters, linear_ada
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_adapter import peft_settings
 from mpo_megatron.model.live_weights import LiveWeights
-from mpo_megatron.model.parallel import Ranks, model_parallel
-from mpo_megatron.model.policy import build_policy
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import build_adapter_map
 from mpo_megatron.plan.parameters import Part, adapter_weights, buffer_size, part_weights
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.optimizer import wrap_data_parallel
 from tests.distributed.adapters import start_matrix
 from tests.tiny import save_model
+from tests.unit.model.adapted import build_adapted, save_base
 
 TOKENS = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 60]])
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model in both formats: hf and megatron."""
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder / "hf", model_type="qwen2", tied=True, num_hidden_layers=2)
-    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"), model_type="qwen2", tied=True, num_hidden_layers=2)
 
 
 def save_peft(base: Path, folder: Path, **options: Any) -> PeftModel:
@@ -77,13 +67,6 @@ def peft(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Te
         return folder, model(TOKENS).logits
 
 
-def build(base: Path, adapter: Adapter, ranks: Ranks) -> tuple[Family, list[torch.nn.Module]]:
-    family = load_family(base / "megatron" / "hf")
-    padded = load_conversion(base / "megatron").padded_vocab_size
-    settings = ModelConfig(checkpoint="", precision="fp32")
-    return family, build_policy(family, settings, ParallelConfig(), ranks, padded, adapter)
-
-
 def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:
     megatron, out = tmp_path / "adapter", tmp_path / "out"
     convert(ConvertConfig(input=str(peft[0]), output=str(megatron), base=str(base / "megatron")))
@@ -104,14 +87,13 @@ def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path
 
 def test_rows_of_fused_layers_find_their_places(tmp_path: Path, ranks: Ranks) -> None:
     """In hybrid models Megatron orders some rows differently (queries and their gates): the model matches PEFT's folder."""
-    save_model(tmp_path / "hf", model_type="qwen3_5_text", num_hidden_layers=4)
-    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
+    save_base(tmp_path, model_type="qwen3_5_text", num_hidden_layers=4)
     targets = ["q_proj", "in_proj_qkv", "in_proj_z", "out_proj", "down_proj"]
     save_peft(tmp_path, tmp_path / "peft", target_modules=targets)
     convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "adapter"), base=str(tmp_path / "megatron")))
     adapter = read_adapter(tmp_path / "adapter").adapter
     stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
-    family, parts = build(tmp_path, adapter, ranks)
+    family, parts = build_adapted(tmp_path, adapter, ranks)
 
     def check() -> None:
         held = dict(LiveWeights.of_adapter(parts, family, adapter, ranks).stream())
@@ -192,8 +174,7 @@ def test_our_export_loads_in_peft(base: Path, ranks: Ranks, tmp_path: Path) -> N
 @pytest.mark.parametrize(("model_type", "loads"), [("qwen3_moe", True), ("mixtral", True), ("qwen2_moe", False)])
 def test_adapters_of_experts_in_peft(model_type: str, loads: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """PEFT loads those of some model types as they were trained; for the others the export says to merge."""
-    save_model(tmp_path / "hf", model_type=model_type, num_hidden_layers=1)
-    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
+    save_base(tmp_path, model_type=model_type, num_hidden_layers=1)
     family = load_family(tmp_path / "hf")
     adapter = choose_adapter(family, LoraConfig(rank=2, target_modules="mlp"))
     assert adapter is not None
@@ -289,7 +270,7 @@ def test_scales() -> None:
 def test_a_new_adapter_changes_nothing_and_has_peft_s_distribution(base: Path, ranks: Ranks) -> None:
     """Log-probs with B = 0 equal the base model's bitwise; A is uniform with PEFT's bound, and differs between layers."""
     adapter = Adapter(rank=8, alpha=16.0, rslora=False, target_modules=("q_proj", "k_proj", "o_proj", "up_proj", "down_proj"))
-    family, parts = build(base, adapter, ranks)
+    family, parts = build_adapted(base, adapter, ranks)
     checkpoint.load_weights(parts, base / "megatron", ranks)
     initialize_adapters(parts, family, adapter, ranks, seed=5)
     assert adapter_norm(parts, ranks) == 0
@@ -325,7 +306,7 @@ def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
     family = load_family(base / "megatron" / "hf")
     adapter = choose_adapter(family, LoraConfig(rank=5))
     assert adapter is not None
-    _, parts = build(base, adapter, ranks)
+    _, parts = build_adapted(base, adapter, ranks)
     part = Part(layers=range(2), first=True, last=True)
     padded = load_conversion(base / "megatron").padded_vocab_size
     frozen = sum(parameter.numel() for parameter in parts[0].parameters() if not parameter.requires_grad)
@@ -338,7 +319,7 @@ def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
 
 def test_the_norm_is_that_of_all_products(base: Path, ranks: Ranks) -> None:
     adapter = Adapter(rank=2, alpha=3.0, rslora=True, target_modules=("v_proj", "down_proj"))
-    family, parts = build(base, adapter, ranks)
+    family, parts = build_adapted(base, adapter, ranks)
     fill_adapters(parts, family, adapter, ranks, start_matrix)
     found: dict[str, Tensor] = {}
     found.update({name: tensor.double() for name, tensor in LiveWeights.of_adapter(parts, family, adapter, ranks).stream()})

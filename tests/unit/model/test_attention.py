@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mpo_megatron.model.attention import PLAIN, ScoreSettings, Segment, row_layout, segment_attention
-from tests.unit.model.rows import visible_pairs
+from tests.unit.model.rows import assert_same, random_groups_row, random_qkv, visible_pairs
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], scores: ScoreSettings) -> Tensor:
@@ -24,51 +24,20 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, segments: list[Se
     return torch.einsum("hqk,khd->qhd", weights, value)
 
 
-def random_row(seed: int) -> list[Segment]:
-    """Up to four groups of up to five responses, some of one token."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(low: int, high: int) -> int:
-        return int(torch.randint(low, high + 1, (), generator=generator))
-
-    segments, end = [], 0
-    for _ in range(draw(1, 4)):
-        prompt = (end, end + draw(1, 9))
-        segments.append(Segment(*prompt, prompt[0], prompt[0]))
-        end = prompt[1]
-        for _ in range(draw(0, 5)):
-            length = draw(1, 7)
-            segments.append(Segment(end, end + length, *prompt))
-            end += length
-    return segments
-
-
-def random_inputs(num_tokens: int, heads: int, groups: int, seed: int = 0) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(num_tokens, heads, 8), (num_tokens, groups, 8), (num_tokens, groups, 8)]
-    return [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
-
-
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (6, 1)])
 @pytest.mark.parametrize(
     "scores", [PLAIN, ScoreSettings(window=4), ScoreSettings(window=1), ScoreSettings(window=7, scale=0.2, cap=0.5)], ids=str
 )
 def test_equals_dense_attention(seed: int, heads: int, groups: int, scores: ScoreSettings) -> None:
-    segments = random_row(seed)
-    inputs = random_inputs(segments[-1].end, heads, groups)
-    ours, dense = segment_attention(*inputs, segments, scores), dense_attention(*inputs, segments, scores)
-    torch.testing.assert_close(ours, dense)
-    weights = torch.randn_like(dense)
-    for left, right in zip(
-        torch.autograd.grad((ours * weights).sum(), inputs), torch.autograd.grad((dense * weights).sum(), inputs), strict=True
-    ):
-        torch.testing.assert_close(left, right)
+    segments = random_groups_row(seed, max_responses=5, max_tokens=9)
+    inputs = random_qkv(segments[-1].end, heads, groups)
+    assert_same(segment_attention(*inputs, segments, scores), dense_attention(*inputs, segments, scores), inputs)
 
 
 def test_siblings_and_neighbours_do_not_matter() -> None:
     segments = [Segment(0, 5, 0, 0), Segment(5, 9, 0, 5), Segment(9, 12, 0, 5), Segment(12, 15, 12, 12), Segment(15, 18, 12, 15)]
-    inputs = random_inputs(18, 4, 2)
+    inputs = random_qkv(18, 4, 2)
     before = segment_attention(*inputs, segments)
     changed = [part.detach().clone() for part in inputs]
     for part in changed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,17 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mpo_megatron.config import ParallelConfig
 from mpo_megatron.model import logprobs
 from mpo_megatron.model.logprobs import WeightGradient, _Extras, differentiate_logits, vocab_parallel_statistics
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from tests.distributed.launch import run_ranks
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def inputs(num_tokens: int, dtype: torch.dtype, vocab: int = 37, padded: int = 48) -> tuple[Tensor, Tensor, Tensor]:

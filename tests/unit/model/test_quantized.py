@@ -6,7 +6,6 @@ Loss, gradients and steps on several layouts are compared with `transformers` an
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, ModelConfig, ParallelConfig
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.families.adapters import Adapter, choose_adapter
+from mpo_megatron.families.adapters import choose_adapter
 from mpo_megatron.hf import quantization
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import load_conversion
@@ -25,41 +24,30 @@ from mpo_megatron.hf.identity import ADAPTER_FILE
 from mpo_megatron.hf.quantization import BYTES_PER_WEIGHT, validate_quantization
 from mpo_megatron.model import quantized
 from mpo_megatron.model.convert import convert
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.plan.parameters import Part, part_weights
 from mpo_megatron.train.adapting import choose_record
 from mpo_megatron.train.checkpoints import checkpoint
 from tests.distributed.adapters import start_matrix
-from tests.tiny import save_model
+from tests.unit.model.adapted import build_adapted, save_base
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
 nf4 = pytest.importorskip("mpo_megatron.model.nf4")
 
 
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model in both formats: hf and megatron."""
-    folder = tmp_path_factory.mktemp("base")
-    save_model(folder / "hf", model_type="qwen2", hidden_size=128, intermediate_size=192, num_hidden_layers=2)
-    convert(ConvertConfig(input=str(folder / "hf"), output=str(folder / "megatron")))
-    return folder
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2}
+    return save_base(tmp_path_factory.mktemp("base"), model_type="qwen2", **sizes)
 
 
-def build(base: Path, ranks: Ranks) -> tuple[Family, Adapter, Any]:
-    family = load_family(base / "megatron" / "hf")
-    adapter = choose_adapter(family, LoraConfig(rank=4, quantize="nf4"))
-    assert adapter is not None
-    padded = load_conversion(base / "megatron").padded_vocab_size
-    settings = ModelConfig(checkpoint="", precision="fp32")
-    (part,) = build_policy(family, settings, ParallelConfig(), ranks, padded, adapter)
-    return family, adapter, part
+def build(base: Path, ranks: Ranks) -> tuple[Family, Any]:
+    """The family of a base, and a policy with base weights in 4 bits."""
+    adapter = choose_adapter(load_family(base / "megatron" / "hf"), LoraConfig(rank=4, quantize="nf4"))
+    family, (part,) = build_adapted(base, adapter, ranks)
+    return family, part
 
 
 def test_blocks_do_not_depend_on_the_layout() -> None:
@@ -88,7 +76,7 @@ def test_values_are_the_library_s(dtype: torch.dtype) -> None:
 
 def test_weights_are_loaded_layer_by_layer(base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """At no time, from building on, are the weights of more than one layer unquantized; blocks equal the checkpoint's."""
-    _, _, part = build(base, ranks)
+    _, part = build(base, ranks)
     homes = quantized.quantized_layers(part)
     assert len(homes) == 2 * 4
     assert not [name for name, _ in part.named_parameters() if name.endswith("linear_fc1.weight")]
@@ -127,7 +115,7 @@ def test_bf16_weights_keep_float32_scales(base: Path, ranks: Ranks) -> None:
 
 def test_autograd_keeps_blocks_alone(base: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     """Backward dequantizes the weight again, and its gradient is that of the rounded weight."""
-    _, _, part = build(base, ranks)
+    _, part = build(base, ranks)
     checkpoint.load_weights([part], base / "megatron", ranks)
     home = quantized.quantized_layers(part)[-1]  # linear_fc2
     weight = home.blocks.dequantize()
@@ -147,7 +135,7 @@ def test_autograd_keeps_blocks_alone(base: Path, ranks: Ranks, monkeypatch: pyte
 
 
 def test_the_planner_counts_the_bytes(base: Path, ranks: Ranks) -> None:
-    family, _, part = build(base, ranks)
+    family, part = build(base, ranks)
     checkpoint.load_weights([part], base / "megatron", ranks)
     padded = load_conversion(base / "megatron").padded_vocab_size
     weights = part_weights(family, ParallelConfig(), Part(layers=range(2), first=True, last=True), padded)
@@ -158,9 +146,8 @@ def test_the_planner_counts_the_bytes(base: Path, ranks: Ranks) -> None:
 def test_gated_delta_nets_keep_their_projections_in_blocks(tmp_path: Path, ranks: Ranks) -> None:
     """Convolution, decays and norms are not quantized; a fused row of blocks is the row of the checkpoint's own layer."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "linear_value_head_dim": 32}
-    save_model(tmp_path / "hf", model_type="qwen3_5_text", **sizes)
-    convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "megatron")))
-    family, _, part = build(tmp_path, ranks)
+    save_base(tmp_path, model_type="qwen3_5_text", **sizes)
+    family, part = build(tmp_path, ranks)
     validate_quantization(family, ModelConfig(checkpoint="", backend="local"), ParallelConfig(), samples=False)
     checkpoint.load_weights([part], tmp_path / "megatron", ranks)
     assert len(quantized.quantized_layers(part)) == 4 * 4

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from mpo_megatron.data.loader import RowShape, group_table, pack
 from mpo_megatron.data.packing import Piece, Row, build_row
 from mpo_megatron.families import read_family
 from mpo_megatron.model import attention_backends, attention_varlen
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.schedule import RowTensors
 from mpo_megatron.train.step import collect_logps, run_rows, sum_responses, token_index
@@ -30,12 +30,6 @@ CONFIG = Qwen3Config(
 )
 PADDED_VOCAB = 256
 SHAPE = RowShape(row_tokens=1000, layout="shared", multiple=16, num_replicas=1, replica=0, pair_weight=0.0)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def build(ranks: Ranks, attention: str = "auto") -> list[torch.nn.Module]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.families import read_family
 from mpo_megatron.hf.recompute import validate_recompute
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.recompute import check_offload_kernel, offload_settings
 from mpo_megatron.train.reference import select_all
@@ -41,12 +40,6 @@ ALONE = Qwen3MoeConfig(
     norm_topk_prob=True,
 )
 GROUPS: Any = random_groups(6, seed=3, vocab_size=97)
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def gradients(config: PretrainedConfig, ranks: Ranks, **options: Any) -> dict[str, torch.Tensor]:

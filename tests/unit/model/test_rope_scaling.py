@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from mpo_megatron.config import ConfigError, ModelConfig, ParallelConfig
 from mpo_megatron.families import Family, read_family
 from mpo_megatron.model.attention import row_layout
 from mpo_megatron.model.live_weights import held_boxes, place_in
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.weight_map import build_weight_map
 from tests.tiny import CONFIGS, HYBRID
@@ -43,12 +42,6 @@ HYBRID_SIZES: dict[str, Any] = {
     **{"linear_key_head_dim": 8, "linear_value_head_dim": 4},
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 12}
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def build_config(model_type: str, rope: dict[str, Any]) -> Any:

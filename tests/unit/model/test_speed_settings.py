@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from mpo_megatron.mcore import preparation
 from mpo_megatron.model import architecture
 from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train.optimizer import build_optimizer, choose_overlap, wrap_data_parallel
 
@@ -39,12 +38,6 @@ EXPERTS = Qwen3MoeConfig(
     moe_intermediate_size=16,
     norm_topk_prob=True,
 )
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("engine", [False, True])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,18 +11,12 @@ from torch import Tensor
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.families import read_family
 from mpo_megatron.model.attention import row_layout
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.plan.delta_net import delta_net_kept
 from tests.tiny import CONFIGS
 
 TOKENS = 256
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mpo_megatron.config import ConfigError, ExpertsConfig, ParallelConfig, validate_experts
+from mpo_megatron.config import ConfigError, ExpertsConfig, validate_experts
 from mpo_megatron.data.loader import group_table
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families.family import Experts
 from mpo_megatron.files import DataError
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.train.choices import ReferenceChoices, data_tokens, token_bytes
 from mpo_megatron.train.routing import group_tokens
 from tests.tiny import random_groups, save_groups, save_tokenizer
 
 SMALL = Experts(num=8, per_token=2, channels=4, layers=(True, False, True))
 MANY = Experts(num=300, per_token=3, channels=4, layers=(True,))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from mpo_megatron import device
 from mpo_megatron.config import ExpertsConfig, LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.families import read_family
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.routing import RowRouter
 from mpo_megatron.train import optimizer
@@ -37,12 +36,6 @@ GROUPS: Any = random_groups(6, seed=3, vocab_size=97, tied_share=0.0)
 OBJECTIVE = build_objective(LossConfig(name="mpo", params={"beta": 0.1}))
 assert FAMILY.experts is not None
 EXPERTS = FAMILY.experts
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def batch_of(layout: Any = "shared", row_tokens: int = 256, select: Any = select_all) -> tuple[StepBatch, RowShape]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import Qwen3Config
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.families import read_family
-from mpo_megatron.model.parallel import Ranks, model_parallel
+from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import Objective, build_objective
@@ -45,12 +44,6 @@ class Waits(TorchDispatchMode):
         if by_mask or (tags & set(func.tags) and not func.name().startswith("aten::index.")):
             self.found[func.name()] += 1
         return func(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with model_parallel(ParallelConfig(), seed=1) as ranks:
-        yield ranks
 
 
 def count_waits(objective: Objective, ranks: Ranks, row_tokens: int, *, two_phase: bool) -> tuple[int, Counter[str]]:
