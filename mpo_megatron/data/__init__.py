@@ -1,7 +1,8 @@
 """Groups: from common data formats, to token ids on disk, to packed rows.
 
     sources, readers, spill      files, folders and datasets → rows → groups; facts about all rows, on disk
-    formats, known_formats       what a format is; the known formats
+    formats, known_formats       what a format is; the known formats, which are in
+    format_groups, _pairs, _single, _parts  all responses, two, or one in a row; what they share
     field_record, fields         a row that records which fields are read; its values, checked
     conversations                prompts, messages, tools; where answers begin
     tokenizer, chat, drawn       text → token ids, through the chat template, or as sampled

@@ -1,0 +1,171 @@
+"""Formats with all responses of a prompt in a row: groups, UltraFeedback, Nectar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from mpo_megatron.data.conversations import PROMPT_FIELDS
+from mpo_megatron.data.drawn import Drawn, read_drawn
+from mpo_megatron.data.field_record import FieldRecord
+from mpo_megatron.data.fields import RowError, parse_json, read_label, read_list, read_number
+from mpo_megatron.data.format_parts import Column, average, empty_scores, finish, read_item
+from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Responses, Sample
+from mpo_megatron.data.sampled_prompt import read_digests
+from mpo_megatron.files import DataError
+
+_RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")
+_REWARDS = ("rewards", "scores", "all_rm_scores")
+_RANKS = ("ranks", "rank")
+_ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
+
+
+def _fits_groups(sample: Sample) -> bool:
+    if not sample.has(*PROMPT_FIELDS):
+        return False
+    if sample.has(*_RESPONSES[:2]):
+        return True
+    return any(sample.any(name, lambda value: isinstance(parse_json(value, "["), list)) for name in _RESPONSES[2:])
+
+
+def _settle_groups(sample: Sample, options: Options) -> InputLayout:
+    keys = set(sample.columns)
+    for row in sample.rows:
+        for field in _RESPONSES:
+            items = parse_json(row.get(field), "[")
+            for item in items if isinstance(items, list) else []:
+                keys |= {f".{key}" for key in item} if isinstance(item, dict) else set()
+    has_rewards = bool(keys & {*_REWARDS, ".reward", ".score"}) or bool(options.ratings)
+    has_ranks = bool(keys & {*_RANKS, ".rank"})
+    has_labels = bool(keys & {"labels", ".label"})
+    kind: Any = "scores" if has_rewards else "ranks" if has_ranks else "labels" if has_labels else "scores"
+    return InputLayout(format="groups", reward_kind=kind, ratings=options.ratings, notes=empty_scores(sample, _REWARDS))
+
+
+def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
+    field = row.find(_RESPONSES) or "responses"
+    items = read_list(row.get(field), field)
+    rewards = Column(row, len(items), ("reward", "score"), _REWARDS, read_number)
+    ranks = Column(row, len(items), ("rank",), _RANKS, read_number)
+    labels = Column(row, len(items), ("label",), ("labels",), read_label)
+    has_rewards = any(map(rewards.given, items))
+    has_ranks = not has_rewards and not layout.ratings and any(map(ranks.given, items))
+    has_labels = any(map(labels.given, items))
+    if not (has_rewards or has_ranks or has_labels or layout.ratings):
+        raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
+    found, places, drawn = Responses(), list[str](), list[Drawn | None]()
+
+    def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:
+        place = f"{field}[{index}]"
+        response, record = read_item(row, item, place)
+        ids = read_drawn(row, record)
+        reward = None
+        if layout.ratings:
+            reward = average(record, layout.ratings)
+        elif has_rewards:
+            reward = rewards.read(record, index)
+        elif has_ranks:
+            reward = -ranks.read(record, index)
+        label = labels.read(record, index) if has_labels else None
+        places.append(place)
+        drawn.append(ids if isinstance(response, str) else None)
+        return response, reward, label
+
+    for index, item in enumerate(items):
+        found.read(read, index, item)
+    parsed = replace(finish(row, found, places), sampled_prompt=read_digests(row))
+    return replace(parsed, drawn=tuple(drawn)) if any(drawn) else parsed
+
+
+def _fits_ultrafeedback(sample: Sample) -> bool:
+    return sample.has(*PROMPT_FIELDS) and sample.any("completions", _is_annotated)
+
+
+def _is_annotated(value: Any) -> bool:
+    items = _records(value)
+    return any("annotations" in item or "overall_score" in item for item in items)
+
+
+def _records(value: Any) -> list[Any]:
+    try:
+        return [item for item in read_list(value, "") if isinstance(item, dict)]
+    except RowError:
+        return []
+
+
+def _settle_ultrafeedback(sample: Sample, options: Options) -> InputLayout:
+    scored = any(item.get("overall_score") is not None for value in sample.values("completions") for item in _records(value))
+    ratings = options.ratings or (("overall_score",) if scored else _ASPECTS)
+    return InputLayout(format="ultrafeedback", reward_kind="scores", ratings=ratings)
+
+
+def _parse_ultrafeedback(row: FieldRecord, layout: InputLayout) -> Parsed:
+    return _parse_records(row, "completions", lambda record, place: average(record, layout.ratings), "response")
+
+
+def _parse_records(row: FieldRecord, field: str, reward: Callable[[FieldRecord, str], float | None], text: str) -> Parsed:
+    """Responses in records, each with the source of its reward; None drops a response deliberately."""
+    found, places = Responses(), list[str]()
+
+    def read(index: int, item: Any) -> tuple[Any, float | None, int | None] | None:
+        place = f"{field}[{index}]"
+        if not isinstance(item, dict):
+            raise RowError(place, f"is of type {type(item).__name__}, not a record")
+        response, record = read_item(row, item, place, text)
+        value = reward(record, place)
+        if value is None:
+            return None
+        places.append(place)
+        return response, value, None
+
+    for index, item in enumerate(read_list(row.get(field), field)):
+        found.read(read, index, item)
+    return finish(row, found, places)
+
+
+def _fits_nectar(sample: Sample) -> bool:
+    return sample.has(*PROMPT_FIELDS) and sample.any("answers", lambda value: any("rank" in item for item in _records(value)))
+
+
+def _settle_nectar(sample: Sample, options: Options) -> InputLayout:
+    if options.ratings:
+        rating = "+".join(options.ratings)
+        raise DataError(f"rating = {rating}; it has no effect on format nectar, whose reward is −rank; remove it.")
+    return InputLayout(format="nectar", reward_kind="ranks", drop_ranks=options.drop_ranks)
+
+
+def _parse_nectar(row: FieldRecord, layout: InputLayout) -> Parsed:
+    def reward(record: FieldRecord, place: str) -> float | None:
+        rank = read_number(record.get("rank"), f"{record.place}rank")
+        return None if rank in layout.drop_ranks else -rank
+
+    return _parse_records(row, "answers", reward, "answer")
+
+
+ULTRAFEEDBACK = Format(
+    name="ultrafeedback",
+    looks="an instruction with completions, each with annotations or an overall_score",
+    uses=("completions", "instruction"),
+    fits=_fits_ultrafeedback,
+    settle=_settle_ultrafeedback,
+    parse=_parse_ultrafeedback,
+)
+
+NECTAR = Format(
+    name="nectar",
+    looks="a prompt with answers, each with a rank",
+    uses=("answers", "prompt"),
+    fits=_fits_nectar,
+    settle=_settle_nectar,
+    parse=_parse_nectar,
+)
+
+GROUPS = Format(
+    name="groups",
+    looks="a prompt and a list of responses, with rewards, ranks or labels in or beside them",
+    uses=(*_RESPONSES, *PROMPT_FIELDS, *_REWARDS, *_RANKS, "labels"),
+    fits=_fits_groups,
+    settle=_settle_groups,
+    parse=_parse_groups,
+)
