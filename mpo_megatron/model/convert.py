@@ -48,6 +48,7 @@ from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, trained_merger
 from mpo_megatron.model.other_weights import FOLDER as OTHERS
 from mpo_megatron.model.other_weights import (
+    check_vision,
     count_bytes,
     describe,
     find_others,
@@ -208,6 +209,7 @@ def import_from_hf(
         family = text_model(family)
         stored, dropped, others = read_names(text_names(stored), family, source), others, {}
         print(f"{source}: {describe(dropped)} are dropped", file=sys.stderr)
+    check_vision(others, family, source)  # of a multimodal model
     tied_output = stored.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(stored, build_weight_map(family, family.vocab_size), source)
     vocab_size = vocabulary_needed(source, family, resize=resize_vocabulary)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
 from mpo_megatron.families import Family, model_name, read_family
 from mpo_megatron.hf.conversion import CheckpointError, Conversion
@@ -30,6 +30,8 @@ from mpo_megatron.model.safetensors_io import (
 
 FOLDER = "others"
 """Folder inside a Megatron checkpoint folder."""
+VISION = "model.visual."
+"""Prefix of the vision tower's weights."""
 SHARD_BYTES = 4 * 2**30
 """Largest file in that folder."""
 
@@ -38,6 +40,32 @@ def split_others(tensors: Mapping[str, StoredTensor], family: Family) -> tuple[d
     """Split a checkpoint's tensors into the language model's and all others."""
     others = {name: tensor for name, tensor in tensors.items() if name.startswith(family.other_weights)}
     return {name: tensor for name, tensor in tensors.items() if name not in others}, others
+
+
+def check_vision(others: Mapping[str, StoredTensor], family: Family, source: Path) -> None:
+    """Refuse a multimodal checkpoint with an incomplete vision tower: `transformers` would load random numbers for the rest.
+
+    If its weights have other names than in this `transformers`, they cannot be compared.
+
+    Raises:
+        CheckpointError: names missing weights, or one of another shape.
+    """
+    if family.whole_config is None:
+        return
+    with torch.device("meta"):
+        model = AutoModel.from_config(family.whole_config.vision_config)
+    expected = {VISION + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tensor.shape for name, tensor in others.items() if name.startswith(VISION)}
+    missing = [name for name in expected if name not in found]
+    hint = "copy the checkpoint again, or convert its text model alone with --others drop"
+    if missing and found.keys() <= expected.keys():
+        raise CheckpointError(
+            f"{source}: {len(missing)} of the vision tower's {len(expected)} weights are missing: "
+            f"{', '.join(missing[:3])}; {hint}."
+        )
+    for name in found.keys() & expected.keys():
+        if found[name] != expected[name]:
+            raise CheckpointError(f"{source}: {name} is {list(found[name])}, but {list(expected[name])} by config.json; {hint}.")
 
 
 def text_model(family: Family) -> Family:
@@ -106,7 +134,10 @@ def find_others(source: Path, conversion: Conversion) -> dict[str, StoredTensor]
 def read_rows(tensor: StoredTensor, reader: RowReader, max_bytes: int) -> Iterator[Tensor]:
     """A tensor's rows, in order, in pieces of at most `max_bytes`."""
     if not tensor.shape:
-        raise CheckpointError(f"{tensor.name} in {tensor.file} is a single number; only tensors with rows can be kept.")
+        raise CheckpointError(
+            f"{tensor.name} in {tensor.file} is a single number; only tensors with rows can be kept: drop them all "
+            "with --others drop."
+        )
     step = max(1, max_bytes // max(1, tensor.row_bytes))
     for first in range(0, tensor.shape[0], step):
         rows = torch.empty((min(step, tensor.shape[0] - first), *tensor.shape[1:]), dtype=tensor.dtype)

@@ -129,6 +129,55 @@ def test_a_run_s_checkpoint_finds_them_where_training_began(dense: Path, tmp_pat
         run(step, tmp_path / "missing")
 
 
+TOKENS = torch.tensor([[5, 9, 2, 77, 31, 8, 8, 60]])
+
+
+def test_the_whole_model_answers_as_before(dense: Path, tmp_path: Path) -> None:
+    """Loaded as a multimodal model, from a folder in which all other files are the same."""
+    for name in ("generation_config.json", "video_preprocessor_config.json", "chat_template.jinja"):
+        (dense / name).write_text("{}\n")
+    back = run(run(dense, tmp_path / "megatron"), tmp_path / "back")
+    files = {path.name: path.read_bytes() for path in dense.iterdir() if path.suffix != ".safetensors"}
+    assert {name: (back / name).read_bytes() for name in files} == files
+    ours, theirs = (AutoModelForImageTextToText.from_pretrained(folder).eval() for folder in (back, dense))
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=TOKENS).logits, theirs(input_ids=TOKENS).logits)
+
+
+PATCHES = "model.visual.patch_embed.proj.weight"
+DAMAGED: dict[str, tuple[dict[str, Tensor | None], str]] = {
+    "a weight of the vision tower is missing": ({PATCHES: None}, rf"1 of .* 21 weights are missing: {PATCHES}; .*--others drop"),
+    "another shape": ({PATCHES: torch.zeros(2, 3)}, rf"{PATCHES} is \[2, 3\], but \[16, 3, 2, 4, 4\] by config"),
+    "a single number": ({"mtp.scale": torch.tensor(1.0)}, "is a single number; .*--others drop"),
+    "not of this model": ({"model.audio.weight": torch.zeros(2, 3)}, "unknown to the Megatron model .* model.audio.weight"),
+    "integers": ({"mtp.ids": torch.arange(4)}, "has dtype I64"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_damaged_other_weights_are_refused(case: str, dense: Path, tmp_path: Path) -> None:
+    changes, message = DAMAGED[case]
+    source = tmp_path / "hf"
+    shutil.copytree(dense, source)
+    weights = {name: tensor for name, tensor in (read(dense) | changes).items() if tensor is not None}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=message):
+        run(source, tmp_path / "megatron")
+    assert not (tmp_path / "megatron").exists()
+    if "--others" in message:
+        run(source, tmp_path / "megatron", others="drop")
+
+
+def test_a_vision_tower_is_compared_only_under_the_names_of_transformers(dense: Path, tmp_path: Path) -> None:
+    """Another version may have renamed its weights."""
+    source = tmp_path / "hf"
+    shutil.copytree(dense, source)
+    weights = read(dense)
+    weights[PATCHES.replace("proj", "projection")] = weights.pop(PATCHES)
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert identical(weights, read(run(run(source, tmp_path / "megatron"), tmp_path / "back")))
+
+
 def test_others_are_chosen_on_the_way_in(dense: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"others = drop, but .* conversions to Megatron only"):
         run(run(dense, tmp_path / "megatron"), tmp_path / "back", others="drop")
