@@ -36,8 +36,10 @@ from mpo_megatron.families import read_family
 from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.model.architecture import use_transformer_engine
 from mpo_megatron.model.attention_backends import choose_attention
+from mpo_megatron.model.nf4 import quantize
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.model.quantized import quantized_layers
 from mpo_megatron.plan.memory import Kernels, MemoryLayout, StageMemory, stage_memory
 from mpo_megatron.plan.rows import count_row
 from mpo_megatron.train import optimizer
@@ -65,6 +67,8 @@ class Case:
     """Changes of the model's configuration, on CPUs."""
     lora: int = 0
     """Rank of adapters in all linear layers, with frozen weights; 0: all weights are trained."""
+    quantize: str | None = None
+    """Format of the frozen weights."""
 
 
 QWEN2 = {"model_type": "qwen2", "tie_word_embeddings": True}
@@ -77,6 +81,18 @@ EXPERTS = {
     "norm_topk_prob": True,
 }
 """Experts instead of an MLP."""
+
+
+HYBRID = {
+    "model_type": "qwen3_5_text",
+    **{"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32},
+}
+"""Three Gated DeltaNets, then one layer of gated attention."""
+HYBRID_EXPERTS = HYBRID | {
+    "model_type": "qwen3_5_moe_text",
+    **{"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192, "shared_expert_intermediate_size": 192},
+}
+"""The same with experts in all layers."""
 
 
 LARGE_VOCABULARY = Case(
@@ -94,6 +110,21 @@ CASES = {
         Case(name="longer rows", lengths=(512, 320, 5)),
         Case(name="adapters", lora=8),
         Case(name="adapters, full recomputation", lora=8, model={"recompute": "full"}),
+        Case(name="hybrid", shape=HYBRID),
+        Case(name="hybrid, longer rows", shape=HYBRID, lengths=(512, 320, 5)),
+        Case(name="hybrid, selective recomputation", shape=HYBRID, model={"recompute": "selective"}),
+        Case(name="hybrid, full recomputation", shape=HYBRID, model={"recompute": "full"}),
+        Case(name="hybrid, adapters", shape=HYBRID, lora=8),
+        Case(name="hybrid, adapters, longer rows", shape=HYBRID, lora=8, lengths=(512, 320, 5)),
+        Case(name="hybrid, adapters in 4 bits", shape=HYBRID, lora=8, quantize="nf4"),
+        Case(
+            name="hybrid, adapters in 4 bits, full recomputation",
+            shape=HYBRID,
+            lora=8,
+            quantize="nf4",
+            model={"recompute": "full"},
+        ),
+        Case(name="hybrid, experts, adapters", shape=HYBRID_EXPERTS, lora=8),
     ),
     2: (
         Case(name="data 2"),
@@ -118,6 +149,8 @@ CASES = {
         Case(name="adapters, data 2", lora=8),
         Case(name="adapters, tensor 2", lora=8, parallel={"tensor": 2}),
         Case(name="adapters, pipeline 2, full recomputation", lora=8, parallel={"pipeline": 2}, model={"recompute": "full"}),
+        Case(name="hybrid, tensor 2", parallel={"tensor": 2}, shape=HYBRID),
+        Case(name="hybrid, adapters, data 2", lora=8, shape=HYBRID),
     ),
 }
 """Cases by number of ranks."""
@@ -188,18 +221,23 @@ def measure(case: Case, config: PretrainedConfig, options: argparse.Namespace) -
         prompt, response, responses = case.lengths
         batch = build_batch(own, case)
         family = read_family(config)
-        adapter = choose_adapter(family, LoraConfig(rank=case.lora))
+        adapter = choose_adapter(family, LoraConfig(rank=case.lora, quantize=case.quantize))
         parts = build_policy(family, model_config, parallel, ranks, config.vocab_size, adapter)
         with torch.no_grad():
             for part in parts:
                 for parameter in part.parameters():  # random, so that experts share the tokens
                     parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1.0)
+                for layer in quantized_layers(part):
+                    layer.blocks = quantize(
+                        0.02 * torch.randn(layer.weight_shape, dtype=layer.weight_dtype, device=device.device())
+                    )
         model = optimizer.wrap_data_parallel(parts, optimizer_config, ranks)
         prepare_schedules(model)
         step = TrainStep(own, model)
         first = build_batch(own, replace(case, lengths=SHORT))
         step(first, zero_reference(first))  # creates the optimizer's states
         measured = measure_static(model, step.adam)
+        measured["weights"] += sum(layer.blocks.num_bytes for part in parts for layer in quantized_layers(part))
         measured["dynamic"] = measure_peak(lambda: step(batch, zero_reference(batch)))
         planned = plan(own, model_config, optimizer_config, batch, own.ranks.pipeline.rank(), adapter)
     return {

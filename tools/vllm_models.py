@@ -23,17 +23,24 @@ os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, Qwen3_5Config, Qwen3_5MoeConfig
 
-from mpo_megatron.config import ConvertConfig, ModelConfig, ParallelConfig
+from mpo_megatron.config import ConvertConfig, LoraConfig, ModelConfig, ParallelConfig
 from mpo_megatron.families import load_family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.hf.conversion import load_conversion
+from mpo_megatron.hf.identity import PEFT_CONFIG, PEFT_WEIGHTS
+from mpo_megatron.model.adapter_weights import fill_adapters
 from mpo_megatron.model.convert import convert
+from mpo_megatron.model.convert_adapter import peft_settings
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks, model_parallel
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.rollout.live.weights import MergedWeights
 from mpo_megatron.train.checkpoints import checkpoint
+from tests.distributed.adapters import start_matrix
 from tests.tiny import CONFIGS, HYBRID, save_model
 
 WHOLE = {"qwen3_5": Qwen3_5Config, "qwen3_5_moe": Qwen3_5MoeConfig}
@@ -47,6 +54,12 @@ SIZES: dict[str, dict[str, Any]] = {
 Gemma 2 lacks."""
 BF16 = (*HYBRID, "qwen3")
 """Model types that are also tried in bf16; the parameters of decays stay float32."""
+ADAPTED: dict[str, tuple[tuple[str, ...], ...]] = {
+    **dict.fromkeys(("qwen2", "qwen3", "llama", "mistral", "gemma2", "gemma3_text"), (("all-linear",),)),
+    **dict.fromkeys(("qwen3_moe", "qwen3_next", "qwen3_5_moe_text"), (("attention",),)),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5"), (("all-linear",), ("in_proj_qkv",), ("in_proj_b",), ("in_proj_a",))),
+}
+"""Targets of adapters that vLLM loads beside the base weights."""
 CHUNK = 7
 """Weights per call: real updates arrive in parts that end anywhere."""
 Update = Iterable[tuple[str, Tensor]]
@@ -66,7 +79,7 @@ def save(folder: Path, model_type: str) -> Path:
     return folder / "whole"
 
 
-def build_model(folder: Path, dtype: str) -> tuple[Any, Any]:
+def build_model(folder: Path, dtype: str, **options: Any) -> tuple[Any, Any]:
     """vLLM's model for a folder, with uninitialized parameters, and its configuration."""
     from vllm.config import set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel, model_parallel_is_initialized
@@ -76,9 +89,8 @@ def build_model(folder: Path, dtype: str) -> tuple[Any, Any]:
 
     experts: Any = importlib.import_module("vllm.model_executor.layers.fused_moe.experts.cpu_moe")
     experts.cpu_prepack_moe_weight = lambda weight, *options: weight  # a kernel's order of a loaded weight
-    settings = EngineArgs(
-        *(str(folder),), dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, max_model_len=64, gpu_memory_utilization=0.1
-    ).create_engine_config()
+    options |= {"enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 64, "gpu_memory_utilization": 0.1}
+    settings = EngineArgs(str(folder), dtype=dtype, **options).create_engine_config()
     with set_current_vllm_config(settings), set_default_torch_dtype(getattr(torch, dtype)):
         if not model_parallel_is_initialized():
             with tempfile.NamedTemporaryFile() as file:
@@ -128,20 +140,33 @@ def numbered(update: Update) -> Iterator[tuple[str, Tensor]]:
         first += weight.numel()
 
 
-def differences(folder: Path, dtype: str, ranks: Ranks) -> list[str]:
+class Subject:
+    """A tiny model in both formats, and the policy with its weights."""
+
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
+        """Convert the folder, once."""
+        self.folder, self.ranks = folder, ranks
+        self.megatron = folder.with_name(f"{folder.name}-megatron")
+        if not self.megatron.is_dir():
+            convert(ConvertConfig(input=str(folder), output=str(self.megatron)))
+        self.family = load_family(folder)
+        self.padded = load_conversion(self.megatron).padded_vocab_size
+
+    def build(self, precision: str, adapter: Adapter | None = None) -> tuple[list[torch.nn.Module], LiveWeights]:
+        """A policy and its weights."""
+        settings = ModelConfig(checkpoint="", precision=precision)
+        policy = build_policy(self.family, settings, ParallelConfig(), self.ranks, self.padded, adapter)
+        checkpoint.load_weights(policy, self.megatron, self.ranks)
+        return policy, LiveWeights.of_policy(policy, self.family, self.padded, self.ranks)
+
+
+def weight_differences(subject: Subject, dtype: str) -> list[str]:
     """What vLLM's model gets wrong from an update, a line each."""
-    megatron = folder.with_name(f"{folder.name}-megatron")
-    if not megatron.is_dir():
-        convert(ConvertConfig(input=str(folder), output=str(megatron)))
-    family, padded = load_family(folder), load_conversion(megatron).padded_vocab_size
-    settings = ModelConfig(checkpoint="", precision="fp32" if dtype == "float32" else "bf16")
-    policy = build_policy(family, settings, ParallelConfig(), ranks, padded)
-    checkpoint.load_weights(policy, megatron, ranks)
-    live = LiveWeights.of_policy(policy, family, padded, ranks)
+    _, live = subject.build("fp32" if dtype == "float32" else "bf16")
     update = [(name, weight.clone()) for name, weight in live.stream()]
-    model, engine = build_model(folder, dtype)
+    model, engine = build_model(subject.folder, dtype)
     expected, found = load_folder(model, engine), load_update(model, engine, update)
-    vocab_size = family.vocab_size
+    vocab_size = subject.family.vocab_size
     wrong = [
         f"{name}: not as from the folder" for name, parameter in expected.items() if not same(parameter, found[name], vocab_size)
     ]
@@ -152,6 +177,46 @@ def differences(folder: Path, dtype: str, ranks: Ranks) -> list[str]:
         if not torch.equal(values.sort().values, torch.arange(1, total + 1, dtype=torch.float32)):
             wrong.append(f"{len(values)} elements hold {len(values[values.isfinite()].unique())} of {total} numbers")
     return wrong
+
+
+def adapter_differences(subject: Subject, targets: Sequence[str]) -> list[str]:
+    """Where vLLM's adapter layers add something else than a merge, a line each."""
+    from vllm.config import set_current_vllm_config
+    from vllm.lora.request import LoRARequest
+    from vllm.lora.worker_manager import WorkerLoRAManager
+
+    family, ranks = subject.family, subject.ranks
+    adapter = choose_adapter(family, LoraConfig(rank=3, alpha=5.0, target_modules=list(targets)))
+    assert adapter is not None
+    policy, base = subject.build("fp32", adapter)
+    fill_adapters(policy, family, adapter, ranks, start_matrix)
+    matrices = LiveWeights.of_adapter(policy, family, adapter, ranks)
+    folder = subject.folder.with_name(f"{subject.folder.name}-{'-'.join(targets)}")
+    folder.mkdir()
+    save_file(dict(matrices.stream()), folder / PEFT_WEIGHTS)
+    (folder / PEFT_CONFIG).write_text(json.dumps(peft_settings(adapter, "base")))
+    model, engine = build_model(subject.folder, "float32", enable_lora=True, max_loras=1, max_lora_rank=8)
+    before = load_folder(model, engine)
+    merged = load_update(model, engine, MergedWeights(base, matrices, adapter, keep_base=False).stream())
+    manager = WorkerLoRAManager(engine, torch.device("cpu"), model.embedding_modules)
+    with set_current_vllm_config(engine):
+        manager.create_lora_manager(model, engine)
+        manager.add_adapter(LoRARequest("policy", 1, str(folder)))  # also activates it
+    layers = manager._adapter_manager
+    added = {
+        f"{name}.weight": torch.cat(
+            [up[0, 0] @ down[0, 0] for down, up in zip(layer.lora_a_stacked, layer.lora_b_stacked, strict=True)]
+        )
+        for name, layer in layers.modules.items()
+        if isinstance(getattr(layer, "lora_a_stacked", None), tuple)  # not of embeddings and the output layer
+    }
+    changes = {name: parameter - before[name] for name, parameter in merged.items()}
+    wrong = []
+    for name, change in changes.items():
+        found = added.get(name, torch.zeros_like(change))
+        if (found - change).abs().max() > 1e-6 * merged[name].abs().max():  # a few roundings of the merged weight
+            wrong.append(f"{name}: the adapter is {found.norm():.3f}, merged {change.norm():.3f}")
+    return wrong if any(change.any() for change in changes.values()) else ["the adapter changes nothing"]
 
 
 def used(parameter: Tensor, vocab_size: int) -> Tensor:
@@ -175,10 +240,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen.sort(key=lambda name: "moe" not in name and name not in ("mixtral", "qwen3_next"))
     with tempfile.TemporaryDirectory() as folder, model_parallel(ParallelConfig(), seed=1) as ranks:
         for model_type in chosen:
-            source = save(Path(folder) / model_type, model_type)
-            for dtype in ("float32", *(("bfloat16",) if model_type in BF16 else ())):
-                wrong = differences(source, dtype, ranks)
-                print(f"{model_type}, {dtype}: {'; '.join(wrong[:5]) or 'as from the folder'}", flush=True)
+            subject = Subject(save(Path(folder) / model_type, model_type), ranks)
+            results = {
+                dtype: weight_differences(subject, dtype) for dtype in ("float32", *(("bfloat16",) if model_type in BF16 else ()))
+            }
+            results |= {
+                f"adapter of {' and '.join(targets)}": adapter_differences(subject, targets)
+                for targets in ADAPTED.get(model_type, ())
+            }
+            for case, wrong in results.items():
+                print(f"{model_type}, {case}: {'; '.join(wrong[:5]) or 'equal'}", flush=True)
                 failed |= bool(wrong)
     return int(failed)
 

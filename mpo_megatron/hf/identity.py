@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +62,32 @@ def adapter_rank(folder: Path) -> int:
     Raises:
         ConfigError: it is damaged.
     """
+    return _read_peft_field(folder, "r", int)
+
+
+def adapter_targets(folder: Path) -> frozenset[str]:
+    """The target modules in adapter_config.json of a PEFT folder; a pattern as it is.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    return _read_peft_field(folder, "target_modules", lambda value: frozenset([value] if isinstance(value, str) else value))
+
+
+def vllm_refuses(targets: Collection[str]) -> str | None:
+    """Why vLLM 0.33 cannot load an adapter of these layers; None if it can.
+
+    Its layer `in_proj_qkvz` takes a missing adapter of `in_proj_qkv` for that of the whole layer (expand_packed_lora).
+    """
+    if "in_proj_z" in targets and "in_proj_qkv" not in targets:
+        return "an adapter of in_proj_z without one of in_proj_qkv"
+    return None
+
+
+def _read_peft_field[Field](folder: Path, name: str, read: Callable[[Any], Field]) -> Field:
     path = folder / PEFT_CONFIG
     digests.check_file(path)
     try:
-        return int(json.loads(path.read_bytes())["r"])
+        return read(json.loads(path.read_bytes())[name])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: names no rank ({error!r}); copy the adapter again.") from error
+        raise ConfigError(f"{path}: field {name} is missing or damaged ({error!r}); copy the adapter again.") from error

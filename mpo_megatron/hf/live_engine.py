@@ -65,8 +65,8 @@ def engine_memory(
     """
     split = min(engine.tensor_parallel, family.num_key_value_heads)  # beyond that, heads are replicated
     per_token = 2 * family.num_key_value_heads * family.head_dim * dtype_bytes // split
-    layers = -(-family.num_hidden_layers // engine.pipeline_parallel)
-    sequence = per_token * layers * tokens
+    attentions, states = (-(-number // engine.pipeline_parallel) for number in (family.num_attentions, family.num_states))
+    sequence = per_token * attentions * tokens + _state_bytes(family, dtype_bytes) // engine.tensor_parallel * states
     width = max(family.intermediate_size, family.experts.channels * family.experts.per_token if family.experts else 0)
     return EngineMemory(
         weights=parameters * dtype_bytes // (engine.tensor_parallel * engine.pipeline_parallel),
@@ -75,6 +75,12 @@ def engine_memory(
         working=BATCH_TOKENS * (2 * family.hidden_size + 3 * width // engine.tensor_parallel) * dtype_bytes
         + min(sequences, LOGIT_ROWS) * family.vocab_size * 4 * 2,  # logits, and their probabilities
     )
+
+
+def _state_bytes(family: Family, dtype_bytes: int) -> int:
+    """Bytes of a sequence in a Gated DeltaNet: its state, in float32, and the convolution's last inputs."""
+    net = family.delta_net
+    return 0 if net is None else net.state * 4 + (net.taps - 1) * net.convolved * dtype_bytes
 
 
 def choose_memory_fraction(need: EngineMemory, *, free: int, total: int) -> float:
@@ -142,6 +148,12 @@ def validate_engine_layout(engine: LiveVllmConfig, parallel: ParallelConfig, fam
         heads % engine.tensor_parallel == 0,
         f"online.vllm.tensor_parallel = {engine.tensor_parallel} does not divide num_attention_heads = {heads}; choose one of "
         f"{', '.join(str(size) for size in range(1, heads + 1) if heads % size == 0)}.",
+    )
+    keys = heads if family.delta_net is None else family.delta_net.key_heads
+    require(
+        keys % engine.tensor_parallel == 0,
+        f"online.vllm.tensor_parallel = {engine.tensor_parallel} does not divide linear_num_key_heads = {keys}; choose one of "
+        f"{', '.join(str(size) for size in range(1, keys + 1) if keys % size == 0)}.",
     )
     require(
         engine.pipeline_parallel <= family.num_hidden_layers,

@@ -23,7 +23,7 @@ from mpo_megatron.families.rules import TEXT_MODEL
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError
-from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, weights_digest
+from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, vllm_refuses, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
@@ -183,6 +183,9 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
             "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
             file=sys.stderr,
         )
+    reason = vllm_refuses(record.adapter.target_modules)
+    if reason is not None:
+        print(f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there.", file=sys.stderr)
     with staged(output, _num_bytes(matrices.values())) as folder:
         save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         original = source / ORIGINAL / PEFT_CONFIG

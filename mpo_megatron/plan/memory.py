@@ -374,7 +374,8 @@ def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
         heads = (queries + keys) // shape.head_dim
         kept += normalized * b + 4 * heads
     if _core_keeps_inputs(layout, row):
-        kept += (queries + 2 * keys) * b  # the projection's output, because of the values in it
+        gates = queries if shape.output_gate else 0
+        kept += (queries + gates + 2 * keys) * b  # the projection's output, because of the values in it
         kept += (queries + keys) * b  # rotated
     elif layout.parallel.context == 1:
         kept += queries * b  # rotated queries; keys and values are kept gathered
@@ -383,6 +384,7 @@ def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
     if layout.kernels.layers == "local" and b < 4:
         kept += 2 * shape.head_dim * b  # cosines and sines in bf16, for queries and for keys
     kept += queries * b  # the core's result
+    kept += queries * (4 + b) if shape.output_gate else 0  # the gate's sigmoid in float32, and the gated result
     return kept * tokens
 
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, VllmConfig
+from mpo_megatron.config import ConfigError, VllmConfig, require
 from mpo_megatron.data.tokenizer import Tokenizer
-from mpo_megatron.hf.identity import adapter_rank
+from mpo_megatron.hf.identity import adapter_rank, adapter_targets, vllm_refuses
 from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
@@ -41,6 +41,12 @@ class VllmEngine:
                 f"engine = vllm needs vLLM, but importing it failed ({error}): pip install 'mpo-megatron[rollout]', or set "
                 "engine = transformers."
             ) from error
+        reason = None if adapter is None else vllm_refuses(adapter_targets(adapter))
+        require(
+            reason is None,
+            f"model: {reason}, which vLLM cannot load; set engine = transformers, or merge the adapter (mpo convert --merge "
+            "true).",
+        )
         options: dict[str, Any] = {
             "model": str(folder),
             "tensor_parallel_size": config.tensor_parallel,

@@ -197,6 +197,10 @@ def test_memory_follows_the_model(tmp_path: Path) -> None:
     assert (two.weights, two.cache) == (one.weights // 2, one.cache // min(2, family.num_key_value_heads))
     deep = engine_memory(family, LiveVllmConfig(pipeline_parallel=2), parameters=10**9, dtype_bytes=2, sequences=8, tokens=1000)
     assert (deep.weights, deep.cache) == (one.weights // 2, one.cache // 2)
+    hybrid = load_family(save_model(tmp_path / "hybrid", model_type="qwen3_5_text", num_hidden_layers=4, hidden_size=64))
+    three = engine_memory(hybrid, LiveVllmConfig(), parameters=10**9, dtype_bytes=2, sequences=8, tokens=1000)
+    # One layer of attention; three states [4, 16, 8] in float32 and 3 inputs of convolutions of 2 · 2 · 16 + 4 · 8 channels.
+    assert three.sequence_cache == 2 * 2 * 32 * 2 * 1000 + 3 * (4 * 16 * 8 * 4 + 3 * 96 * 2)
     total = 80 * GIB
     assert choose_memory_fraction(one, free=70 * GIB, total=total) == one.awake / total
     tight = (one.least + one.awake) // 2
@@ -216,6 +220,10 @@ def test_engines_that_fit_no_replica_are_refused(tmp_path: Path) -> None:
     validate_engine_layout(LiveVllmConfig(tensor_parallel=4, pipeline_parallel=2, gpus="own"), parallel, family)
     with pytest.raises(ConfigError, match=r"the model has 2 layers"):
         validate_engine_layout(LiveVllmConfig(pipeline_parallel=4), parallel, family)
+    hybrid = load_family(save_model(tmp_path / "hybrid", model_type="qwen3_5_text", num_hidden_layers=4))
+    validate_engine_layout(LiveVllmConfig(tensor_parallel=2), parallel, hybrid)
+    with pytest.raises(ConfigError, match=r"tensor_parallel = 4 does not divide linear_num_key_heads = 2; choose one of 1, 2"):
+        validate_engine_layout(LiveVllmConfig(tensor_parallel=4), parallel, hybrid)
 
 
 @pytest.mark.parametrize(

@@ -99,13 +99,16 @@ def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, 
     module.LoRARequest = lambda name, number, path: (name, number, path)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.lora", ModuleType("vllm.lora"))
     monkeypatch.setitem(sys.modules, "vllm.lora.request", module)
-    (tmp_path / "adapter_config.json").write_text('{"r": 12}')
+    (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["q_proj"]}')
     engine = VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
     expected = {"model": str(model_folder), "enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
     assert expected.items() <= engine.engine.options.items()
     prompt = Prompt(group_id="a", token_ids=(1,), messages=(), seeds=(11, 13))
     assert len(list(engine.generate([prompt], Sampling(num_responses=2, stop_token_ids=(256,))))) == 1
     assert engine.engine.adapters == {("policy", 1, str(tmp_path))}
-    (tmp_path / "adapter_config.json").write_text('{"r": 1024}')
+    (tmp_path / "adapter_config.json").write_text('{"r": 1024, "target_modules": ["q_proj"]}')
     with pytest.raises(ConfigError, match="rank 1024; vLLM supports up to 512; set engine = transformers"):
+        VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["in_proj_z", "q_proj"]}')
+    with pytest.raises(ConfigError, match=r"in_proj_z without one of in_proj_qkv, which vLLM cannot load; .*--merge true"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
