@@ -50,11 +50,13 @@ LARGEST = 1e15
 
 
 def mask_padding(values: Tensor, valid: Tensor) -> Tensor:
-    """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False.
+    """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False; NaN where they are infinite.
 
-    Beyond `LARGEST` the gradient is also zero: bf16 reaches 3e38, whose square is infinite.
+    Beyond `LARGEST` the gradient is also zero: bf16 reaches 3e38, whose square is infinite. An infinite log-prob is a fault of
+    the model or an overflow of half precision. Clamped, it would give a finite loss that moves the other responses only.
     """
-    return torch.where(valid, upcast(values), 0.0).clamp(-LARGEST, LARGEST)
+    kept = torch.where(valid, upcast(values), 0.0)
+    return torch.where(kept.isinf(), torch.nan, kept.clamp(-LARGEST, LARGEST))
 
 
 def compute_policy_logps(batch: GroupBatch) -> Tensor:

@@ -76,6 +76,8 @@ def compute_weights(log_mass: Tensor, present: Tensor, gamma: float, dim: int | 
 
     `dim`: the dimensions that the mean runs over, where `present` is True. Source: SPO, Eq. 13.
     """
+    if gamma == 0:
+        return torch.ones_like(log_mass)  # without the batch, in which another group's NaN would reach all
     # In log space: m itself underflows (log-probs of −5000), m^γ does not for small γ.
     mass = torch.exp(gamma * log_mass.detach())
     return 2.0 * torch.sigmoid(mass - masked_mean(mass, present, dim=dim))

@@ -119,6 +119,23 @@ def test_zero_gradient_where_nothing_counts(case):
         assert not loss.contributes(batch, params).all()  # the batch has such groups
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf])
+@pytest.mark.parametrize("case", CASES, ids=name_case)
+def test_an_infinite_log_prob_makes_its_groups_loss_nan(case, value):
+    """Never a finite number: the trainer reports a step whose loss is not finite, with the group."""
+    name, hyperparameters = case
+    batch = make_batch(seed=17, logps="near")
+    loss, params = get_loss(name), build_params(name, hyperparameters)
+    group = int(loss.contributes(batch, params).nonzero()[0])
+    field = get_input(batch, name)
+    values = getattr(batch, field).clone()
+    values[group][loss.scored(batch, params)[group]] = value  # all, because some losses draw what they use
+    losses = loss.compute(dataclasses.replace(batch, **{field: values}), params)
+    assert losses[group].isnan()
+    if not loss.needs(params).batch_statistics:
+        assert losses.isfinite().sum() == len(losses) - 1
+
+
 def listing_loss(policy_logps, reference_logps, rewards, beta):
     """MPO as the paper's listing (App. K, α = 0) computes it: softmax, sums clamped at 1e-10, log."""
     eps = 1e-10
