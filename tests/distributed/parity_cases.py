@@ -37,6 +37,13 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
     },
     "qwen3.5": {"model_type": "qwen3_5_text"},
+    "qwen3.5-yarn": {
+        "model_type": "qwen3_5_text",
+        "rope_parameters": {
+            **{"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 1e4},
+            "partial_rotary_factor": 0.25,
+        },
+    },
     "qwen3.5-tied": {"model_type": "qwen3_5_text", "tied": True, "linear_num_value_heads": 2},
     "qwen3.5-moe": {"model_type": "qwen3_5_moe_text"},
     "qwen3-next": {"model_type": "qwen3_next", "mlp_only_layers": [0], "linear_conv_kernel_dim": 3},
@@ -189,6 +196,9 @@ ALL_CASES = [
     Case(model="qwen3.5", ranks=2, parallel={"tensor": 2}, lora={"rank": 4}),
     Case(model="qwen3.5", ranks=2, parallel={"context": 2}, lora={"rank": 4}),
     Case(model="qwen3-next", ranks=2, parallel={"tensor": 2, "expert": 2}, lora={"rank": 4}, **SPLIT),
+    Case(model="qwen3.5", ranks=2, parallel={"tensor": 2}, resume={"context": 2}, lora={"rank": 4}),
+    Case(model="qwen3-next", ranks=2, resume={"tensor": 2}, lora={"rank": 4}),
+    Case(model="qwen3.5-yarn", ranks=2, parallel={"tensor": 2}),
     Case(model="qwen3.5-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED),
     Case(model="qwen3.5-wide", ranks=2, parallel={"pipeline": 2}, lora=QUANTIZED, layers={"recompute": "selective"}),
     Case(model="qwen3-tied", ranks=2, parallel={"pipeline": 2, "virtual_pipeline": 2}, lora={"rank": 4}, core=True),
