@@ -370,6 +370,7 @@ DAMAGE = (ValueError, OSError, LookupError, ImportError, TypeError, AttributeErr
 
 
 def _load_backend(folder: Path) -> Any:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer  # slow to import: only when a tokenizer is needed
 
     try:
@@ -378,7 +379,8 @@ def _load_backend(folder: Path) -> Any:
         return tokenizer
     except Exception as error:
         # tokenizers (Rust) raises plain Exception; on damaged files, transformers fails on missing values in various ways.
-        if type(error) is not Exception and not isinstance(error, DAMAGE):
+        # StrictDataclassError: a field of config.json has another type.
+        if type(error) is not Exception and not isinstance(error, (*DAMAGE, StrictDataclassError)):
             raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error

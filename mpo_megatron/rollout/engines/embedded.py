@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mpo_megatron.config import ConfigError, TransformersConfig
-from mpo_megatron.data.tokenizer import Tokenizer
+from mpo_megatron.data.tokenizer import DAMAGE, Tokenizer
 from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
 from mpo_megatron.rollout.models import choose_device
@@ -61,6 +62,7 @@ class EmbeddedEngine:
         Raises:
             ConfigError: transformers cannot load it.
         """
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM  # seconds to import
 
         device = choose_device(config.device)
@@ -71,8 +73,11 @@ class EmbeddedEngine:
                 model = AutoModelForCausalLM.from_pretrained(
                     str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
                 )
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            raise ConfigError(f"model = {folder}; transformers cannot load it: {error}") from error
+        except torch.OutOfMemoryError:
+            raise
+        except (*DAMAGE, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"model = {folder}; transformers cannot load it: {reason}; copy the model again.") from error
         return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:
