@@ -57,6 +57,10 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
         return [None if value is None else (value,) for value in values]
 
     lengths = [np.array(list(map(len, group.response_tokens)), np.int32) for group in groups]
+    texts = pa.ListArray.from_arrays(
+        pa.array(np.cumsum([0, *(len(group.response_texts) for group in groups)], dtype=np.int32)),
+        pa.array([text for group in groups for text in group.response_texts], pa.string()),
+    )
     columns = [
         pa.array([group.group_id for group in groups], pa.string()),
         pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
@@ -68,7 +72,7 @@ def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
         lists([group.response_tokens for group in groups], np.int32),
         lists([group.scored for group in groups], np.bool_),
         pa.array([group.prompt_text for group in groups], pa.string()),
-        pa.array([list(group.response_texts) for group in groups], pa.list_(pa.string())),
+        texts,
         pa.array([group.where for group in groups], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)

@@ -169,6 +169,11 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
 # --------------------------------------------------------------------------------------------------- prompts
 
 
+def is_ordinary(value: Any) -> bool:
+    """Whether a value is clearly a text and nothing else: not empty, not JSON, and no transcript. False: look closer."""
+    return isinstance(value, str) and value[:1].isalnum() and not value.startswith("Human:") and "<extra_id_1>" not in value
+
+
 def split_transcript(text: str) -> list[Message]:
     """Messages of "\\n\\nHuman: …\\n\\nAssistant: …" text, or of HelpSteer's markers; empty for any other text."""
     if "<extra_id_1>" in text and _HELPSTEER_TURNS.search(text):
@@ -252,6 +257,8 @@ def _with_system(row: FieldRecord, messages: tuple[Message, ...], field: str) ->
 
 def read_answer(row: FieldRecord, value: Any, field: str) -> Answer:
     """An answer as its text, or as messages that may repeat the conversation before it."""
+    if is_ordinary(value):
+        return check_unicode(value, field)
     value = as_messages(value)
     if isinstance(value, str):
         turns = split_transcript(value)

@@ -43,8 +43,9 @@ class FieldRecord:
 
     def unused(self) -> Iterator[str]:
         """Names of unread fields with a value; list indices shown as `[]`."""
-        for name, value in self.values.items():
-            if name not in self.used and value is not None and value not in ("", [], {}):
-                yield _INDEX.sub("[]", f"{self.place}{name}")
+        if not self.values.keys() <= self.used:
+            for name, value in self.values.items():
+                if name not in self.used and value is not None and value not in ("", [], {}):
+                    yield _INDEX.sub("[]", f"{self.place}{name}")
         for record in self.inner:
             yield from record.unused()

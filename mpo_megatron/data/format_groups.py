@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from mpo_megatron.data.conversations import PROMPT_FIELDS
+from mpo_megatron.data.conversations import PROMPT_FIELDS, is_ordinary
 from mpo_megatron.data.drawn import Drawn, read_drawn
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, parse_json, read_label, read_list, read_number
@@ -16,6 +16,8 @@ from mpo_megatron.data.sampled_prompt import read_digests
 from mpo_megatron.files import DataError
 
 _RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")
+_PLAIN = frozenset(("text", "reward"))
+"""The keys of most responses."""
 _REWARDS = ("rewards", "scores", "all_rm_scores")
 _RANKS = ("ranks", "rank")
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
@@ -55,9 +57,15 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     if not (has_rewards or has_ranks or has_labels or layout.ratings):
         raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
     found, places, drawn = Responses(), list[str](), list[Drawn | None]()
+    only_rewards = has_rewards and rewards.values is None and not has_labels and not layout.ratings
 
     def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:
         place = f"{field}[{index}]"
+        if only_rewards and isinstance(item, dict) and item.keys() == _PLAIN and is_ordinary(item["text"]):  # nearly all
+            said = item["text"], read_number(item["reward"], f"{place}.reward"), None
+            places.append(place)
+            drawn.append(None)
+            return said
         response, record = read_item(row, item, place)
         ids = read_drawn(row, record)
         reward = None

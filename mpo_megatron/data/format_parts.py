@@ -12,7 +12,7 @@ from mpo_megatron.data.formats import Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
 
 _TEXTS = ("text", "response", "content", "answer", "completion", "output", "messages")
-_MESSAGE_KEYS = {"role", "from", "tool_calls", "reasoning_content", "reasoning"}
+_MESSAGE_KEYS = frozenset(("role", "from", "tool_calls", "reasoning_content", "reasoning"))
 """Keys that make a record with a text a message."""
 
 
@@ -23,7 +23,7 @@ def read_item(row: FieldRecord, item: Any, place: str, name: str = "text") -> tu
     record = row.within(item, place)
     name = record.find(_TEXTS) or name
     text = record.get(name)
-    keys = [key for key in record.values.keys() & _MESSAGE_KEYS if record.has(key)]
+    keys = [] if _MESSAGE_KEYS.isdisjoint(item) else [key for key in item.keys() & _MESSAGE_KEYS if record.has(key)]
     if keys and not isinstance(as_messages(text), list):
         message = {"role": "assistant", "content": text} | {key: record.get(key) for key in keys}
         return read_answer(record, [message], place), record

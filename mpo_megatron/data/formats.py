@@ -170,8 +170,8 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     record = FieldRecord(row)
     parsed = find_format(layout.format).parse(record, layout)
-    tools = read_tools(record)
-    return replace(parsed, tools=tools, unused=tuple(dict.fromkeys(record.unused())))
+    tools, unused = read_tools(record), tuple(dict.fromkeys(record.unused()))
+    return replace(parsed, tools=tools, unused=unused) if tools or unused else parsed
 
 
 @dataclass(kw_only=True)

@@ -64,7 +64,7 @@ class InputReader:
         row, part = parsed
         if isinstance(part, RowError):
             return row.reject(part, _peek_id(row.value))
-        if part.group_id is not None:
+        if part.group_id is not None and self.id_prefix:
             part = replace(part, group_id=self.id_prefix + part.group_id)
         try:
             return build_group(part, f"{row.file}:{row.line}", self.number)

@@ -130,8 +130,8 @@ def _read_jsonl(path: Path) -> Source:
 
 def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield RawRow(name, number, line.strip())
+        if line := line.strip():
+            yield RawRow(name, number, line)
 
 
 def _unsealed(row: Any) -> Any:

@@ -6,6 +6,7 @@ expressions then.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -34,15 +35,23 @@ def _refusal(kind: str, message: str) -> TemplateError:
 class Renderer:
     """A rendering function with limits per text."""
 
-    def __init__(self, render: Callable[..., str], name: str, cpu_seconds: float = CPU_SECONDS) -> None:
+    def __init__(
+        self,
+        render: Callable[..., str],
+        name: str,
+        cpu_seconds: float = CPU_SECONDS,
+        *,
+        render_all: Callable[[list[tuple[Any, ...]]], list[str]] | None = None,
+    ) -> None:
         """Store the function; its process starts with the first text.
 
         Args:
             render: makes a text from its arguments
             name: the option with the template, for messages
+            render_all: makes the texts of several calls, faster than one by one; raises if any of them fails
         """
         self._render, self._name, self._num_limits = Bounded(render, cpu_seconds), name, 0
-        self._render_many = Bounded(functools.partial(_try_each, render), cpu_seconds)
+        self._render_many = Bounded(functools.partial(_try_each, render, render_all), cpu_seconds)
 
     def many(self, calls: list[tuple[Any, ...]]) -> list[str | TemplateError]:
         """The texts of several calls, or the errors of `__call__`, in one request to the process.
@@ -80,8 +89,13 @@ class Renderer:
             raise TemplateError(str(error)) from error
 
 
-def _try_each(render: Callable[..., str], calls: list[tuple[Any, ...]]) -> list[list[str]]:
+def _try_each(
+    render: Callable[..., str], render_all: Callable[[list[tuple[Any, ...]]], list[str]] | None, calls: list[tuple[Any, ...]]
+) -> list[list[str]]:
     """For each call its text, or the type and message of its exception."""
+    if render_all is not None:
+        with contextlib.suppress(Exception):  # then one by one, to find out which call fails
+            return [[text] for text in render_all(calls)]
     results = []
     for arguments in calls:
         try:

@@ -38,8 +38,10 @@ from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.files import DataError
 
-_CHUNK_GROUPS, _CHUNK_CHARACTERS = 32, 1 << 20
-"""Maximum size of one task: rows, and their characters (at least one row)."""
+_FEWEST, _MOST = 32, 256
+"""Rows of the first task, and of later ones: they grow, so that few rows are spread over the workers, and many cost less each."""
+_CHUNK_CHARACTERS = 1 << 20
+"""Maximum characters of one task (at least one row)."""
 _AHEAD = 4
 """Unfinished chunks per worker: keeps workers busy and bounds memory."""
 REWARDS, LABELS = 1, 2
@@ -225,20 +227,20 @@ def _tokenize_group(
     chunk.count("overlong_truncated" if config.overlong == "truncate" else "overlong_dropped", group.where, num_overlong)
     for fault in faults:
         chunk.drop(group.where, str(fault))
-    _count_thoughts(chunk, chat, group, prompt_text, [group.responses[index] for index in kept], answers)
+    responses = [group.responses[index] for index in kept]
+    _count_thoughts(chunk, chat, group, prompt_text, responses, answers)
     chunk.count("labels_against_rewards", group.where, contradict(group))
     masked = any(tokens.scored is not None for tokens in answers)
     return TokenizedGroup(
         group_id=group.group_id,
         prompt_tokens=prompt_tokens,
-        response_tokens=tuple(tokens.ids for tokens in answers),
+        response_tokens=tuple([tokens.ids for tokens in answers]),
         scored=tuple(_mask(tokens) for tokens in answers) if masked else None,
         rewards=None if group.rewards is None else np.array(group.rewards, np.float64)[kept],
         labels=None if group.labels is None else np.array(group.labels, np.int8)[kept],
         prompt_text=prompt_text,
         response_texts=tuple(
-            response if isinstance(response, str) else tokens.text
-            for response, tokens in zip((group.responses[index] for index in kept), answers, strict=True)
+            [said if isinstance(said, str) else tokens.text for said, tokens in zip(responses, answers, strict=True)]
         ),
         where=group.where,
     )
@@ -276,15 +278,14 @@ def _count_thoughts(
     chunk: Chunk, chat: Chat, group: Group, prompt_text: str, responses: list[Any], answers: list[Tokens]
 ) -> None:
     """Count what the summary reports about thoughts."""
-    seam = find_seam(prompt_text)
-    for response, tokens in zip(responses, answers, strict=True):
-        is_text = isinstance(response, str)
-        if is_text and seam is not None:
-            chunk.count("repeated_thoughts", group.where, chat.strip_end(response) != tokens.text)
-            chunk.count("open_thoughts", group.where, leaves_open(seam, tokens.text))
-        elif is_text and chat.lead.strip() and not chat.templated:
-            chunk.count("without_lead", group.where, not response.lstrip().startswith(chat.lead.strip()[:4]))
-        chunk.count("rewritten_turns", group.where, not tokens.exact)
+    seam, lead = find_seam(prompt_text), "" if chat.templated else chat.lead.strip()
+    texts = [(said, tokens.text) for said, tokens in zip(responses, answers, strict=True) if isinstance(said, str)]
+    if seam is not None:
+        chunk.count("repeated_thoughts", group.where, sum(chat.strip_end(said) != text for said, text in texts))
+        chunk.count("open_thoughts", group.where, sum(leaves_open(seam, text) for _, text in texts))
+    elif lead:
+        chunk.count("without_lead", group.where, sum(not said.lstrip().startswith(lead[:4]) for said, _ in texts))
+    chunk.count("rewritten_turns", group.where, sum(not tokens.exact for tokens in answers))
 
 
 def tokenize_chunk(config: PrepareConfig, task: Task) -> Chunk:
@@ -386,7 +387,7 @@ def cut_tasks(streams: Iterable[RowStream]) -> Iterator[Task]:
         for row in stream.rows:
             rows.append(row)
             characters += _num_characters(row.value if isinstance(row, RawRow) else getattr(row.part, "responses", ()))
-            if len(rows) >= _CHUNK_GROUPS or characters >= _CHUNK_CHARACTERS:
+            if len(rows) >= min(max(_FEWEST, first // _FEWEST), _MOST) or characters >= _CHUNK_CHARACTERS:
                 yield Task(stream.reader, first, rows)
                 first, characters, rows = first + len(rows), 0, []
         if rows:

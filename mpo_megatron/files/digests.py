@@ -137,8 +137,10 @@ def check_record(record: Any) -> None:
             raise ValueError(f"its digest does not match; if you changed it yourself, remove its field {LINE_DIGEST}")
         return
     last = next(reversed(record), "")
-    differ = sum(one != other for one, other in zip(last, LINE_DIGEST, strict=False))
-    if len(last) == len(LINE_DIGEST) and differ == 1 and len(str(record[last])) == 16:
+    if len(last) != len(LINE_DIGEST):
+        return
+    differ = sum(one != other for one, other in zip(last, LINE_DIGEST, strict=True))
+    if differ == 1 and len(str(record[last])) == 16:
         raise ValueError(f"its last field is {last!r}, but should be {LINE_DIGEST}, its digest")
 
 
