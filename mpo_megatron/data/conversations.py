@@ -32,6 +32,7 @@ _EXTRAS = ("tool_calls", "reasoning_content", "thinking", "name", "tool_call_id"
 """Fields of a message besides role and content; templates read them."""
 _SYSTEM_ROLES = ("system", "developer")
 _TRANSCRIPT = re.compile(r"\n\n(Human|Assistant):(?: |(?=\n)|$)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HELPSTEER_TURNS = re.compile(r"\s*<extra_id_1>(User|Assistant)\n")
 
 # --------------------------------------------------------------------------------------------------- messages
@@ -171,7 +172,9 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
 
 def is_ordinary(value: Any) -> bool:
     """Whether a value is clearly a text and nothing else: not empty, not JSON, and no transcript. False: look closer."""
-    return isinstance(value, str) and value[:1].isalnum() and not value.startswith("Human:") and "<extra_id_1>" not in value
+    if not isinstance(value, str) or not value[:1].isalnum() or value.startswith("Human:") or "<extra_id_1>" in value:
+        return False
+    return value.isascii() or _SURROGATE.search(value) is None
 
 
 def split_transcript(text: str) -> list[Message]:
@@ -258,7 +261,7 @@ def _with_system(row: FieldRecord, messages: tuple[Message, ...], field: str) ->
 def read_answer(row: FieldRecord, value: Any, field: str) -> Answer:
     """An answer as its text, or as messages that may repeat the conversation before it."""
     if is_ordinary(value):
-        return check_unicode(value, field)
+        return str(value)
     value = as_messages(value)
     if isinstance(value, str):
         turns = split_transcript(value)

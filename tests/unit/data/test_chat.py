@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from mpo_megatron.config import ConfigError
@@ -233,6 +234,27 @@ def test_many_texts_at_once_get_the_ids_of_each(
     assert [ids.tolist() for ids in many(texts)] == expected
     assert (many([]), [ids.tolist() for ids in many([""])]) == ([], [[]])
     assert (len(expected[3]) > 12) == split_special_tokens
+
+
+def test_many_conversations_at_once_get_the_text_of_each(bpe_folder: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('refused') }}{% endif %}"
+        "{{ m.role + m.content }}{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+    )
+    (tmp_path / "refuses.jinja").write_text(template)
+    tokenizer = load_tokenizer(str(bpe_folder), str(tmp_path / "refuses.jinja"))
+    plain = [([{"role": "user", "content": text}], []) for text in ("one", "two")]
+    tools = [([{"role": "user", "content": "use"}], [{"value": value}]) for value in (1, True, 1.0)]  # equal, written differently
+    refused = [([{"role": "user", "content": "no"}], [])]
+    for asked in (plain, [*plain, *tools, *plain], [*plain, *refused, *tools]):
+        found = tokenizer.render_many(asked, variables={})
+        for (messages, own), text in zip(asked, found, strict=True):
+            if messages[0]["content"] == "no":
+                assert isinstance(text, TemplateError)
+                assert str(text) == "refused"
+            else:
+                assert text == tokenizer.render(messages, add_generation_prompt=True, variables={}, tools=own)
+    assert len({str(text) for text in tokenizer.render_many(tools, variables={})}) == 3
 
 
 def test_an_end_token_is_taken_off_however_often_it_stands_there(tokenizer: HuggingFaceTokenizer) -> None:

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from mpo_megatron.data import conversations, format_groups
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, Options, build_group, detect, parse
 from mpo_megatron.data.group import Group
@@ -308,3 +310,45 @@ def test_ids_come_from_the_row_or_from_its_content() -> None:
     assert read(GOOD | {"group_id": "g", "id": 17})[1].group_id == "g"
     first, again, other = read(GOOD)[1], read(GOOD | {"note": "x"})[1], read(with_first(reward=2.0))[1]
     assert first.group_id == again.group_id != other.group_id
+
+
+# ------------------------------------------------------------------------------------------ short ways
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("words", "7", "é", "", " ", "\n words", "[words]", '[{"role": "assistant", "content": "words"}]', "\ud800", "a\ud800"),
+        *("[{'role': 'assistant', 'content': 'words'}]", "\n\nHuman: a\n\nAssistant: b", "Human: a\n\nAssistant: b", "Human: a"),
+        *(
+            "a\n\nHuman: b\n\nAssistant: c",
+            "a<extra_id_1>User\nb\n<extra_id_1>Assistant\nc",
+            "<extra_id_1>User\na",
+            None,
+            7,
+            ["a"],
+        ),
+    ],
+)
+def test_plain_responses_are_read_as_all_others(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    rewards = (0.5, 1, "2", True, None, "none", float("nan"), 1e31)
+    rows: list[dict[str, Any]] = [
+        {"id": "a", "prompt": "Q", "responses": [{"text": value, "reward": reward}, *({"text": t, "reward": 0.0} for t in "AB")]}
+        for reward in rewards
+    ]
+    layout = detect([{"prompt": "Q", "responses": [{"text": "A", "reward": 1.0}]}])
+
+    def outcomes() -> list[Any]:
+        found = list[Any]()
+        for row in rows:
+            try:
+                parsed = parse(row, layout)
+                found.append((replace(parsed, dropped=()), [str(error) for error in parsed.dropped]))
+            except RowError as error:
+                found.append(str(error))
+        return found
+
+    short = outcomes()
+    for module in (conversations, format_groups):
+        monkeypatch.setattr(module, "is_ordinary", lambda value: False)
+    assert short == outcomes()

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,10 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig
 from mpo_megatron.data import tokenizing as module
+from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.prepare import PrepareSummary, prepare
+from mpo_megatron.data.readers import InputReader, RowStream
+from mpo_megatron.data.sources import RawRow
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.files import DataError
 
@@ -93,6 +97,17 @@ def test_groups_and_what_the_folder_says_of_them(run: Run, write_lines: Writer, 
     printed = out.getvalue()
     for pattern in (r"groups\s+│ 4, 12 responses", r"K = 2\s+2 █", r"groups without contrast\s+│ 1 \(25.0%\)", r"rejected\s+│ 2"):
         assert re.search(pattern, printed), pattern
+
+
+def test_tasks_grow_with_the_rows_before_them() -> None:
+    layout = InputLayout(format="groups", reward_kind="scores")
+    rows = [RawRow("rows.jsonl", line, b"{}") for line in range(20_000)]
+    tasks = list(module.cut_tasks([RowStream(InputReader(layout=layout, columns={}), None, iter(rows), Counter())]))
+    assert [row for task in tasks for row in task.rows] == rows
+    sizes = [len(task.rows) for task in tasks]
+    assert sizes[:-1] == sorted(sizes[:-1])
+    assert (sizes[0], max(sizes)) == (32, 256)
+    assert all(len(task.rows) <= max(32, task.first // 32) for task in tasks)
 
 
 def test_special_tokens_in_texts_are_counted_and_stay(run: Run, write_lines: Writer, tmp_path: Path) -> None:
