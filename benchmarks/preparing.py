@@ -131,7 +131,7 @@ def measure(workers: int, groups: int, file: Path, tokenizer: str, folder: Path,
             shutil.rmtree(output, ignore_errors=True)
     quantities = ("wall", "cpu", "memory_mib")
     return {"workers": workers, "groups": groups} | {
-        name: {quantity: timing.summarize([run[quantity] for run in runs]) for quantity in quantities}
+        name: {quantity: timing.summarize([measured[quantity] for measured in runs]) for quantity in quantities}
         for name, runs in found.items()
     }
 
