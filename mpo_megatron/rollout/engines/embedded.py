@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from mpo_megatron.config import ConfigError, TransformersConfig
-from mpo_megatron.data.tokenizer import DAMAGE, Tokenizer
+from mpo_megatron.config import TransformersConfig
+from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
+from mpo_megatron.rollout.loading import loading
 from mpo_megatron.rollout.models import choose_device
 
 ENDED_SHARE = 1 / 8
@@ -62,22 +62,16 @@ class EmbeddedEngine:
         Raises:
             ConfigError: transformers cannot load it.
         """
-        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoModelForCausalLM  # seconds to import
 
         device = choose_device(config.device)
-        try:
+        with loading(f"model = {folder}; transformers"):
             if adapter is not None:
                 model = _load_merged(folder, adapter, config.dtype)
             else:
                 model = AutoModelForCausalLM.from_pretrained(
                     str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
                 )
-        except torch.OutOfMemoryError:
-            raise
-        except (*DAMAGE, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"model = {folder}; transformers cannot load it: {reason}; copy the model again.") from error
         return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Generation]:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config import require
 from mpo_megatron.config.score import ModelScorer
 from mpo_megatron.hf.fingerprint import model_digest
+from mpo_megatron.rollout.loading import loading
 from mpo_megatron.rollout.models import choose_device, read_model_settings
 
 BALANCED = "balanced"
@@ -40,8 +41,8 @@ class Classifier:
             f"scorers.{name}.device = {BALANCED} needs the package accelerate: pip install accelerate, or name one device.",
         )
         device = None if spread else choose_device(config.device)
-        try:
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
+        with loading(f"scorers.{name}.model = {self.folder}; transformers"):
+            model, report = AutoModelForSequenceClassification.from_pretrained(
                 str(self.folder),
                 dtype=config.dtype,
                 local_files_only=True,
@@ -49,9 +50,7 @@ class Classifier:
                 output_loading_info=True,
                 **({"device_map": BALANCED} if spread else {}),
             )
-        except (ValueError, OSError, KeyError, ImportError, RuntimeError) as error:
-            raise ConfigError(f"scorers.{name}.model = {self.folder}; transformers cannot load it: {error}") from error
-        missing = sorted(loading["missing_keys"])
+        missing = sorted(report["missing_keys"])
         require(
             not missing,
             f"scorers.{name}.model = {self.folder}; {len(missing)} weights are missing in the checkpoint, for example "

@@ -7,9 +7,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from mpo_megatron.config import ConfigError
 from mpo_megatron.config.score import PairwiseScorer
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout.loading import loading
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.classifier import Classifier
@@ -31,10 +31,8 @@ class PairwiseRanker(Scorer):
 
         super().__init__(name, config)
         self.classifier = Classifier(name, config)
-        try:
+        with loading(f"scorers.{name}.model = {config.model}; its tokenizer: transformers"):
             self.tokenizer = AutoTokenizer.from_pretrained(config.model, local_files_only=True, trust_remote_code=False)
-        except (ValueError, OSError, KeyError, ImportError) as error:
-            raise ConfigError(f"scorers.{name}.model = {config.model}; its tokenizer cannot be loaded: {error}") from error
 
     def score(self, groups: Sequence[Record]) -> Scores:
         """The share of comparisons won, weighted by the model's probabilities.

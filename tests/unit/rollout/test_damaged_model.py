@@ -30,7 +30,7 @@ def test_what_transformers_cannot_load_is_named(
     if isinstance(content, dict):
         content = json.dumps(json.loads((folder / name).read_text()) | content).encode()
     (folder / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=r"model = .*; transformers cannot load it: .*; copy the model again\.$"):
+    with pytest.raises(ConfigError, match=r"model = .*; transformers cannot load it: .*; copy it again\.$"):
         EmbeddedEngine.load(folder, tokenizer, TransformersConfig(device="cpu"))
 
 
