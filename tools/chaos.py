@@ -97,10 +97,12 @@ class Life:
         ranks, own = (LAYOUTS | EXPERT_LAYOUTS)[layout]
         port = free_port()
         self.codes: dict[int, int | None] = {}
-        shared = tempfile.mkdtemp(dir=log.parent)  # ranks pass requests on through it, as under `mpo train`
+        shared = Path(tempfile.mkdtemp(dir=log.parent))  # ranks pass requests on through it, as under `mpo train`
+        self.exit_file = shared / launched.EXIT_CODE
         for rank in range(ranks):
             environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-            environment |= {"TORCHELASTIC_RUN_ID": "chaos", launched.FOLDER: shared}  # ranks identify their launcher by it
+            environment |= {"TORCHELASTIC_RUN_ID": "chaos"}  # ranks identify their launcher by it
+            environment |= {launched.FOLDER: shared, launched.EXIT_FILE: self.exit_file}
             pid = os.fork()
             if pid == 0:
                 be_rank({**environment, "MASTER_ADDR": "127.0.0.1"}, [*options, *own], log)
@@ -111,7 +113,10 @@ class Life:
         for pid in [pid for pid, code in self.codes.items() if code is None]:
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                self.codes[pid] = os.waitstatus_to_exitcode(status)
+                code = os.waitstatus_to_exitcode(status)
+                if code == 0 and self.exit_file.exists():  # a clean exit, whose code is there
+                    code = int(self.exit_file.read_text())
+                self.codes[pid] = code
         return None not in self.codes.values()
 
     def wait(self, seconds: float) -> float:
