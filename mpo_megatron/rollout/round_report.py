@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mpo_megatron.config import TrainConfig
+from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError, unseal_line
 from mpo_megatron.rollout.filters import is_number
@@ -108,8 +109,15 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         DamagedError: a line differs from what was written.
+        DataError: the file is gone.
     """
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"{path} no longer exists; this run's report needs it: restore it, or use another output folder."
+        ) from error
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
                 yield unseal_line(line)

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from mpo_megatron.config import ConfigError, IterateConfig, TrainConfig, parse
 from mpo_megatron.data import prepare as preparing
+from mpo_megatron.files import DataError
 from mpo_megatron.model import convert as converting
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout import iterate as rounds
@@ -84,6 +85,9 @@ def test_a_round_reports_its_own_last_step(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step, "loss": 1.0 / step}) + "\n" for step in range(1, 7)))
     assert read_last_metrics(path, 3) == {"step": 3, "loss": 1 / 3}
     assert read_last_metrics(path, None) == {"step": 6, "loss": 1 / 6}
+    path.unlink()
+    with pytest.raises(DataError, match=r"metrics\.jsonl no longer exists"):
+        read_last_metrics(path, None)
 
 
 # --------------------------------------------------------------------------------------------------- kills
