@@ -18,11 +18,12 @@ def run(phase: str, folder: Path, ranks: int) -> list[tuple[int | None, str]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MPO_", "TORCHELASTIC_"))}
     environment |= {**ON_CPU, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2"}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    worker = "tests.distributed.joining_worker", [phase]
     processes, outputs = [], []
     for rank in range(ranks):
         own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         outputs.append([folder / f"{rank}.out", folder / f"{rank}.err"])
-        process = _fork_server().Process(target=_be_rank, args=(own, outputs[-1], "tests.distributed.joining_worker", [phase]))
+        process = _fork_server().Process(target=_be_rank, args=(own, ROOT, outputs[-1], *worker))
         process.start()
         processes.append(process)
     ended = []
