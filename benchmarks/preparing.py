@@ -101,7 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(scratch)
         tokenizer = options.tokenizer or train_tokenizer(folder / "tokenizer")
         files = {number: write_groups(folder / f"{number}.jsonl", number, options.input) for number in SIZES[options.size]}
-        cases = [(workers, number) for workers in WORKERS for number in files]
+        counts = WORKERS[-1:] if options.size == "tiny" else WORKERS
+        cases = [(workers, number) for workers in counts for number in files]
         rows = timing.measure_each(
             "preparing", options, cases, lambda case: measure(*case, files[case[1]], tokenizer, folder, options.repeat)
         )

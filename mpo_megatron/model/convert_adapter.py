@@ -28,6 +28,7 @@ from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
+from mpo_megatron.terminal.visible import visible
 
 ORIGINAL = "peft"
 """Folder that keeps the original adapter_config.json of a converted adapter."""
@@ -185,7 +186,8 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         )
     reason = vllm_refuses(record.adapter.target_modules)
     if reason is not None:
-        print(f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there.", file=sys.stderr)
+        text = f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
+        print(visible(text), file=sys.stderr)
     with staged(output, _num_bytes(matrices.values())) as folder:
         save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         original = source / ORIGINAL / PEFT_CONFIG
