@@ -45,7 +45,17 @@ from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups, write_batches, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
-from mpo_megatron.data.tokenizing import LABELS, REWARDS, Chunk, Task, cut_tasks, load_chat, map_in_order, tokenize_chunk
+from mpo_megatron.data.tokenizing import (
+    LABELS,
+    REWARDS,
+    Chunk,
+    Task,
+    cut_tasks,
+    load_chat,
+    map_in_order,
+    start_fork_server,
+    tokenize_chunk,
+)
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.partial import clear_leftovers
@@ -104,6 +114,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         shutil.rmtree(held_out)
     for folder in (output, held_out) if config.held_out else (output,):
         require(is_free(folder), f"output = {folder}; exists and is not an empty folder; remove it, or choose another output.")
+    if config.num_workers > 1:
+        start_fork_server()
     chat = load_chat(config)
     streams = open_streams(config)
     tally = Tally(notes=list(dict.fromkeys(note for stream in streams for note in stream.layout.notes)))

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -353,14 +355,21 @@ def _without(message: Message, name: str) -> Message:
     return {key: value for key, value in message.items() if key != name}
 
 
+def start_fork_server() -> ForkServerContext:
+    """Start the process that workers are forked from. It imports for seconds: start it before work that it can run beside."""
+    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, and its children start clean.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
+    forkserver.ensure_running()
+    return context
+
+
 def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """`map` over processes: results in the order of the items, with a bounded number in progress."""
     if num_workers == 1:
         yield from map(function, items)
         return
-    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, and its children start clean.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
+    context = start_fork_server()
     under_way: deque[Future[Result]] = deque()
     with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
         try:
