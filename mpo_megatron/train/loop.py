@@ -50,7 +50,7 @@ NO_REFERENCE = (
 """A note at the start of a run."""
 SPLIT = (
     "step {step}: {count} of its {groups} groups are longer than data.row_tokens = {row_tokens:,}. Such a step takes one more "
-    "forward pass, about a third more work; longer rows avoid it if memory allows"
+    "forward pass, about a third more work; raise data.row_tokens if memory allows"
 )
 """A note at a run's first step with such a group."""
 
