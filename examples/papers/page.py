@@ -44,20 +44,22 @@ NOT_RUN = """\
 `python -m examples.papers` runs these, too; `--methods {some} --seeds 0` a part of them:
 {names}.
 
-No trial here tests several on-policy rounds, the spacing of rewards (`mpo select` draws it), SPO's KL on live samples
-(`online.kl_weight`) or MC-PO's segments (`optimizer: continued` of `mpo iterate`).
-
 | paper | claim | compared |
 |---|---|---|
 """
 
 
 def format_page(
-    entries: Mapping[str, Entry], results: Results, sizes: Sizes, examples: Mapping[str, Mapping[str, str]] | None = None
+    entries: Mapping[str, Entry],
+    results: Results,
+    sizes: Sizes,
+    spacing: Mapping[int, float] | None = None,
+    examples: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
     """The page in Markdown.
 
     Args:
+        spacing: mean gap of neighbouring rewards, by number of responses
         examples: by method and prompt, an answer
     """
     done = [name for name in entries if results.get(name)]
@@ -68,6 +70,8 @@ def format_page(
     lines = [INTRODUCTION, *describe_sizes(sizes), "", "## Claims", "", count_verdicts(verdicts), "", *format_claims(judged), ""]
     lines += [CAVEAT.format(errors=ERRORS, power=describe_power(judged))]
     lines += ["## Methods", "", *format_methods(entries, done, results), ""]
+    if spacing:
+        lines += ["## Spacing of rewards", "", *format_spacing(spacing), ""]
     if examples:
         lines += ["## Answers", "", *format_examples(examples), ""]
     if missing:
@@ -157,6 +161,18 @@ def format_methods(entries: Mapping[str, Entry], done: Sequence[str], results: R
     return lines
 
 
+def format_spacing(spacing: Mapping[int, float]) -> list[str]:
+    """A table with one row per number of responses."""
+    return [
+        "MPO's Fig. 10: the mean gap between neighbours of a prompt's sorted rewards falls about as 1 / K, so that a ranking of",
+        "more responses rests on smaller differences. Here, on the shared samples before training:",
+        "",
+        "| K | mean gap | gap × (K − 1): the mean range |",
+        "|---|---|---|",
+        *(f"| {number} | {gap:.3f} | {gap * (number - 1):.2f} |" for number, gap in sorted(spacing.items())),
+    ]
+
+
 def format_examples(examples: Mapping[str, Mapping[str, str]]) -> list[str]:
     """The answers to each prompt, one below the other."""
     lines = ["The first answer of each policy to the first held-out prompts, with its reward."]
@@ -192,9 +208,7 @@ def as_record(entries: Mapping[str, Entry], results: Results, sizes: Sizes) -> d
     """The numbers in the page."""
     return {
         "sizes": sizes.as_dict(),
-        "methods": {
-            name: {"loss": entry.loss, "params": entry.params, **entry.groups.options()} for name, entry in entries.items()
-        },
+        "methods": {name: entry.settings() for name, entry in entries.items()},
         "results": {
             name: {str(seed): dict(trial) for seed, trial in trials.items()} for name, trials in results.items() if trials
         },

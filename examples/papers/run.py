@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.timing import describe_machine
 from examples.papers.page import as_record, format_page
-from examples.papers.samples import Samples, Sizes, make_samples, read_examples
+from examples.papers.samples import Samples, Sizes, make_samples, read_examples, read_spacing
 from examples.papers.trial import START, describe_trial, load_entries, read_trial, run_trial, write
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.terminal.console import Console
@@ -87,6 +87,8 @@ def write_page(options: argparse.Namespace, samples: Samples) -> None:
     examples = {
         name: read_examples(trial_folder(options.output, name, min(trials)), NUM_EXAMPLES) for name, trials in results.items()
     }
-    record = {"machine": describe_machine(), **as_record(entries, results, samples.sizes), "examples": examples}
+    spacing = read_spacing(samples)
+    numbers = as_record(entries, results, samples.sizes)
+    record = {"machine": describe_machine(), **numbers, "reward_spacing": spacing, "examples": examples}
     write(options.record or options.output / "papers.json", record)
-    replace_file(page_of(options), [format_page(entries, results, samples.sizes, examples).encode()])
+    replace_file(page_of(options), [format_page(entries, results, samples.sizes, spacing, examples).encode()])

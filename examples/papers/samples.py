@@ -28,9 +28,14 @@ from mpo_megatron.terminal.console import Console
 NUM_RESPONSES = 8
 SAMPLE_SEED = 100
 """Seed of the prompts and of the samples, which are the same for all trials."""
-REWARD = f"{Path(__file__).parents[1] / 'instructions' / 'task.py'}:reward"
+SCORERS: dict[str, Any] = {
+    "instructions": {"kind": "function", "function": f"{Path(__file__).parents[1] / 'instructions' / 'task.py'}:reward"}
+}
+"""Scorers of `mpo score`: the share of a prompt's instructions that an answer follows."""
 TEMPERATURE = 0.7
 """Sampling temperature; at 1, a model of this size rarely makes sense."""
+SELECTION: dict[str, Any] = {"truncated": "keep", "duplicates": "keep"}
+"""Options of `mpo select`. Truncated answers are judged unchanged: at this length there are many."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +123,7 @@ def make_samples(folder: Path, sizes: Sizes, group_sets: Iterable[GroupSet], con
     write_prompts(folder / "prompts.jsonl", prompts[sizes.held_out :])
     answer(samples.model, folder / "prompts.jsonl", folder / "train", NUM_RESPONSES, SAMPLE_SEED, sizes, console)
     selected = folder / "train" / "selected"
-    # Truncated answers are judged unchanged: at this length there are many.
-    chosen = SelectConfig(input=str(folder / "train" / "scored"), output=str(selected), truncated="keep", duplicates="keep")
+    chosen = SelectConfig(input=str(folder / "train" / "scored"), output=str(selected), **SELECTION)
     stage("select", selected / SELECT_FILE, lambda: select(chosen, console), console)
     for group_set in dict.fromkeys(group_sets):
         options = group_set.options()
@@ -159,19 +163,22 @@ def answer(model: Path, prompts: Path, output: Path, number: int, seed: int, siz
         "model": str(model),
         "output": str(output / "samples"),
         "num_responses": number,
-        "max_tokens": sizes.max_tokens,
-        "temperature": TEMPERATURE,
         "seed": seed,
-        "transformers": {"batch_size": 160},
+        **sampling_options(sizes),
     }
     sampling = from_dict(GenerateConfig, options, "generate")
     stage("generate", output / "samples" / GENERATE_FILE, lambda: generate(sampling, console), console)
     scoring = ScoreConfig(
         input=str(output / "samples"),
         output=str(output / "scored"),
-        scorers={"instructions": {"kind": "function", "function": REWARD}},
+        scorers=SCORERS,
     )
     stage("score", output / "scored" / SCORE_FILE, lambda: score(scoring, console), console)
+
+
+def sampling_options(sizes: Sizes) -> dict[str, Any]:
+    """Options of `mpo generate` that all samples share."""
+    return {"max_tokens": sizes.max_tokens, "temperature": TEMPERATURE, "transformers": {"batch_size": 160}}
 
 
 def read_rewards(folder: Path) -> dict[str, float]:
@@ -190,6 +197,16 @@ def read_examples(folder: Path, number: int) -> dict[str, str]:
         answer = record["responses"][0]
         examples[record["prompt"][-1]["content"]] = f"{' '.join(answer['text'].split())} *({answer['reward']:g})*"
     return examples
+
+
+def read_spacing(samples: Samples) -> dict[int, float]:
+    """Mean gap between neighbours of a prompt's sorted rewards, by number of responses (MPO, Fig. 10)."""
+    folders = {number: samples.groups(GroupSet(responses=number)) for number in range(2, NUM_RESPONSES + 1)}
+    return {
+        number: json.loads((folder / INFO_FILE).read_bytes())["statistics"]["reward_spacing"]["mean"]
+        for number, folder in folders.items()
+        if (folder / INFO_FILE).is_file()
+    }
 
 
 def count_tokens(folder: Path) -> float:

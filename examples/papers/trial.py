@@ -14,11 +14,23 @@ from typing import Any
 import yaml
 
 from examples.compare.run import load_methods
-from examples.papers.samples import GroupSet, Samples, Sizes, answer, count_tokens, read_rewards
-from mpo_megatron.config import ConvertConfig, TrainConfig, from_dict
+from examples.instructions.task import build_prompts, write_prompts
+from examples.papers.samples import (
+    SAMPLE_SEED,
+    SCORERS,
+    SELECTION,
+    GroupSet,
+    Samples,
+    Sizes,
+    answer,
+    count_tokens,
+    read_rewards,
+    sampling_options,
+)
+from mpo_megatron.config import ConvertConfig, IterateConfig, TrainConfig, from_dict
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.model.convert import convert
-from mpo_megatron.rollout.iterate import TRAIN_FILE, run_training, stage
+from mpo_megatron.rollout.iterate import TRAIN_FILE, iterate, run_training, stage
 from mpo_megatron.rollout.round_report import read_metrics
 from mpo_megatron.terminal.console import Console
 
@@ -27,6 +39,10 @@ NUM_ANSWERS = 4
 """Answers per held-out prompt."""
 START = "start"
 """Name of the initial policy among the trials."""
+RUNS = ("run", "rounds")
+"""Folders of a trial's training."""
+NUM_UNUSED = 2
+"""Prompts that `mpo iterate` holds out of a run in segments; no number comes from them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +54,15 @@ class Entry:
     params: dict[str, Any] = field(default_factory=dict)
     """Hyper-parameters of the loss that differ from its defaults."""
     groups: GroupSet
+    train: dict[str, Any] = field(default_factory=dict)
+    """Other options of `mpo train`."""
+    segments: int = 0
+    """Number of the run's segments, each with new samples from the current policy; 0 trains on the shared samples."""
+
+    def settings(self) -> dict[str, Any]:
+        """What a trial's numbers depend on: options that differ from the defaults are left out."""
+        other = {name: value for name, value in (("train", self.train), ("segments", self.segments)) if value}
+        return {"loss": self.loss, "params": self.params, **self.groups.options(), **other}
 
 
 def load_entries(path: Path = METHODS) -> dict[str, Entry]:
@@ -69,14 +94,20 @@ def run_trial(folder: Path, entry: Entry | None, seed: int, samples: Samples, co
     result: dict[str, Any] = {"settings": settings}
     model = samples.model
     if entry is not None:
-        result |= train(folder, entry, seed, samples, console)
+        whole = not any((folder / name).exists() for name in RUNS)  # otherwise an interrupted earlier call did part of it
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        run = (train_in_segments if entry.segments else train)(folder, entry, seed, samples, console)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        # Excludes the reference's log-probs in later trials with the same groups, because these are cached beside the groups.
+        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        result |= {"cpu_seconds": seconds if whole else None, **read_steps(run)}
         model = folder / "hf"
-        export = ConvertConfig(input=str(folder / "run"), output=str(model))
+        export = ConvertConfig(input=str(run), output=str(model))
         stage("export", model, lambda: convert(export), console)
     answer(model, samples.held_out, folder, NUM_ANSWERS, 1000 + seed, samples.sizes, console)
     result |= {"reward": read_rewards(folder), "answer_tokens": count_tokens(folder)}
     write(folder / "result.json", result)
-    for name in ("hf", "run"):  # gigabytes
+    for name in ("hf", *RUNS):  # gigabytes
         shutil.rmtree(folder / name, ignore_errors=True)
     return result
 
@@ -85,7 +116,7 @@ def describe_trial(entry: Entry | None, seed: int, sizes: Sizes) -> dict[str, An
     """The settings that a trial's numbers depend on."""
     settings: dict[str, Any] = {"seed": seed, "sizes": sizes.as_dict()}
     if entry is not None:
-        settings |= {"loss": entry.loss, "params": entry.params, **entry.groups.options()}
+        settings |= entry.settings()
     return settings
 
 
@@ -96,13 +127,47 @@ def read_trial(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | No
     return result if result is not None and result["settings"] == settings else None
 
 
-def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> dict[str, Any]:
-    """Train; returns the cost, and the mean change of log-probs over the second half of the steps."""
-    sizes = samples.sizes
+def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> Path:
+    """Train on the shared samples; the run's folder."""
+    run, options = folder / "run", train_options(entry, seed, samples.sizes)
+    options["output"] = str(run)
+    options["model"]["checkpoint"] = str(samples.checkpoint)
+    options["data"]["train"] = str(samples.groups(entry.groups))
+    config = from_dict(TrainConfig, options, "train")
+    stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, 1), console)
+    return run
+
+
+def train_in_segments(folder: Path, entry: Entry, seed: int, samples: Samples, console: Console) -> Path:
+    """Train on samples that the policy draws at the start of each segment, for the same prompts; the run's folder."""
+    rounds, sizes = folder / "rounds", samples.sizes
+    prompts = build_prompts(sizes.held_out + sizes.prompts + NUM_UNUSED, SAMPLE_SEED)
+    write_prompts(folder / "prompts.jsonl", prompts[sizes.held_out :])
     options = {
-        "output": str(folder / "run"),
-        "model": {"checkpoint": str(samples.checkpoint), "precision": "fp32"},
-        "data": {"train": str(samples.groups(entry.groups)), "groups_per_step": sizes.groups_per_step, "row_tokens": 1024},
+        "output": str(rounds),
+        "model": str(samples.model),
+        "prompts": str(folder / "prompts.jsonl"),
+        "rounds": entry.segments,
+        "held_out": NUM_UNUSED,
+        "optimizer": "continued",
+        "reference": "initial",
+        "measure_kl": False,
+        "nproc": 1,
+        "seed": seed,
+        "generate": {"num_responses": entry.groups.responses, **sampling_options(sizes)},
+        "score": {"scorers": SCORERS},
+        "select": SELECTION,
+        "train": train_options(entry, seed, sizes),
+    }
+    iterate(from_dict(IterateConfig, options, "iterate"), console)
+    return rounds / "run"
+
+
+def train_options(entry: Entry, seed: int, sizes: Sizes) -> dict[str, Any]:
+    """Options of `mpo train`, without paths."""
+    return {
+        "model": {"precision": "fp32"},
+        "data": {"groups_per_step": sizes.groups_per_step, "row_tokens": 1024},
         "loss": {"name": entry.loss, "params": entry.params},
         "optimizer": {"lr": sizes.lr},
         "epochs": sizes.epochs,
@@ -110,17 +175,15 @@ def train(folder: Path, entry: Entry, seed: int, samples: Samples, console: Cons
         "checkpoint": {"every": 0, "asynchronous": False},  # a save in the background needs a copy of all states
         "logging": {"reference_metrics": True},  # also log-ratios of losses that read no reference
         "seed": seed,
+        **entry.train,
     }
-    config = from_dict(TrainConfig, options, "train")
-    whole = not (folder / "run").exists()  # otherwise an interrupted earlier call did part of it
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    stage("train", folder / TRAIN_FILE, lambda: run_training(folder, config, 1), console)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    steps = [row for row in read_metrics(folder / "run" / "metrics.jsonl") if "seconds" in row]
+
+
+def read_steps(run: Path) -> dict[str, Any]:
+    """A run's tokens, and the mean change of log-probs over the second half of its steps."""
+    steps = [row for row in read_metrics(run / "metrics.jsonl") if "seconds" in row]
     tokens = [row["tokens_per_second"] * row["seconds"] for row in steps]
     return {
-        # Excludes the reference's log-probs in later trials with the same groups, because these are cached beside the groups.
-        "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime if whole else None,
         "tokens": sum(tokens),
         "backward_tokens": sum(row.get("backward_share", 1.0) * count for row, count in zip(steps, tokens, strict=True)),
         "steps": len(steps),

@@ -10,8 +10,8 @@ import pytest
 from examples.papers.claims import CLAIMS, Claim, judge
 from examples.papers.page import as_record, format_page, mean_reward
 from examples.papers.samples import GroupSet, Sizes, keep_sizes
-from examples.papers.trial import START, load_entries, mean_late
-from mpo_megatron.config import ConfigError, LossConfig, PrepareConfig
+from examples.papers.trial import START, load_entries, mean_late, train_options
+from mpo_megatron.config import ConfigError, LossConfig, PrepareConfig, TrainConfig, from_dict
 
 CLAIM = Claim(paper="P", text="a above b", first="a", second="b")
 MOVED = Claim(paper="P", text="a above b", first="a", second="b", measure="chosen_log_ratio")
@@ -92,11 +92,14 @@ def test_the_page_says_what_was_run_and_what_was_not() -> None:
         "mpo": dict.fromkeys((0, 1), trial(0.9, 0.8, 0.9, moved=1.5)),
         "dpo": dict.fromkeys((0, 1), trial(0.3, 0.2, 0.2, moved=-2.0)),
     }
-    page = format_page(entries, results, Sizes(), {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}})
+    page = format_page(
+        entries, results, Sizes(), {2: 0.5, 8: 0.125}, {START: {"Why?": "So. *(1)*"}, "mpo": {"Why?": "Because. *(0.5)*"}}
+    )
     assert (
         f"Of {len(CLAIMS)} claims: 1 *holds here*, 0 *does not hold here*, 0 *inconclusive*, {len(CLAIMS) - 1} *not run*." in page
     )
     assert "> Why?\n\n- start: So. *(1)*\n- `mpo`: Because. *(0.5)*" in page
+    assert "| 8 | 0.125 | 0.88 |" in page
     assert "| MPO | All K responses beat the best and the worst (DPO) | `mpo` − `dpo` | +0.633" in page
     assert "(2 seeds) | **holds here** |" in page
     left_out = page.partition("## Not run yet")[2]
@@ -133,3 +136,6 @@ def test_rows_name_losses_and_options_that_exist() -> None:
         options = entry.groups.options()
         PrepareConfig(input="a", output="b", tokenizer="c", responses_per_prompt=options.pop("responses"), **options)
         LossConfig(name=entry.loss, params=entry.params)
+        training = train_options(entry, 0, Sizes())
+        training["model"]["checkpoint"] = training["data"]["train"] = "d"
+        from_dict(TrainConfig, {"output": "e", **training}, "train")
