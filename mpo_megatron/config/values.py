@@ -31,6 +31,9 @@ LARGEST_WHOLE = 2**31 - 1
 LARGEST = 1e15
 """Largest other number; products of larger ones overflow."""
 
+LARGEST_REWARD = 1e30
+"""Largest magnitude of a reward: differences, squares and their sums stay finite, also as float32."""
+
 _LARGEST_OF = {"seed": 2**63 - 1, "epochs": 1e6, "timeout": 1e8, "max_wait": 1e8, "seconds_between_lines": 1e8}
 """Limits of numbers with their own maximum: times in seconds, about three years."""
 

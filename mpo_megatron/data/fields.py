@@ -7,10 +7,9 @@ import math
 import re
 from typing import Any
 
+from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.data.field_record import FieldRecord
 
-_LARGEST = 1e30
-"""Largest magnitude of a reward: differences, squares and float32 can still represent it."""
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _WORDS = {"true": 1, "false": 0}
 _PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
@@ -59,7 +58,7 @@ def is_number(value: Any) -> bool:
 
 def read_number(value: Any, field: str) -> float:
     """A finite number; also accepts a numeric string ("4") and a boolean (1 or 0)."""
-    if type(value) is float and -_LARGEST <= value <= _LARGEST:  # nearly all
+    if type(value) is float and -LARGEST_REWARD <= value <= LARGEST_REWARD:  # nearly all
         return value
     if value is None:
         raise RowError(field, "is missing")
@@ -76,8 +75,8 @@ def read_number(value: Any, field: str) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise RowError(field, f"is {number}; a reward must be finite")
-    if abs(number) > _LARGEST:
-        raise RowError(field, f"is {number}; a reward must be within ±{_LARGEST:g}")
+    if abs(number) > LARGEST_REWARD:
+        raise RowError(field, f"is {number}; a reward must be within ±{LARGEST_REWARD:g}")
     return number
 
 

@@ -87,8 +87,9 @@ def swap_two_tokens(tokens: Int32, movable: Bools, number: int, group_id: str, *
 
 
 class RewardScale(NamedTuple):
-    """Statistics of all rewards of a data set, for normalisation over the data set."""
+    """Statistics of rewards in units of 2^`exponent`, in which neither squares overflow nor those of tiny spreads vanish."""
 
+    exponent: int
     mean: float
     std: float
     """Population standard deviation."""
@@ -97,8 +98,10 @@ class RewardScale(NamedTuple):
 
 
 def measure_scale(rewards: Float64) -> RewardScale:
-    """Mean, standard deviation and range of rewards [N]."""
-    return RewardScale(float(rewards.mean()), float(rewards.std()), float(rewards.min()), float(rewards.max()))
+    """Mean, standard deviation and range of rewards [N]; the unit makes the range at least ½ and below 1."""
+    exponent = int(np.frexp(rewards.max() - rewards.min())[1])
+    scaled = np.ldexp(rewards, -exponent)
+    return RewardScale(exponent, float(scaled.mean()), float(scaled.std()), float(scaled.min()), float(scaled.max()))
 
 
 def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | None = None) -> Float64:
@@ -115,7 +118,7 @@ def normalize(rewards: Float64, kind: RewardNormalization, scale: RewardScale | 
     shift, width = (own.mean, own.std) if kind.endswith("zscore") else (own.low, own.high - own.low)
     if own.low == own.high:
         return np.zeros_like(rewards)
-    return (rewards - shift) / width
+    return (np.ldexp(rewards, -own.exponent) - shift) / width
 
 
 def spacing(rewards: Float64) -> Float64:

@@ -53,7 +53,7 @@ def answer_questions(config: EvaluateConfig, benchmark: Benchmark, questions: Se
             found = texts.get(prompt_key({"prompt": prompts[index]}))
             if found is None:
                 raise DataError(_missing(config, benchmark, questions[index], turn))
-            answers[index].append(TurnAnswer(text=found["text"], num_tokens=found.get("num_tokens", 0)))
+            answers[index].append(TurnAnswer(text=found["text"], num_tokens=found.get("num_tokens") or 0))
     return answers
 
 

@@ -106,6 +106,13 @@ def _print_estimates(console: Console, title: str, summary: dict[str, Any], name
     for name in names:
         estimate = summary[name]
         parts.append(f"{name.replace('_', ' ')} {estimate['value']:.4g} [{estimate['low']:.4g}, {estimate['high']:.4g}]")
-    missing = summary.get("without_reward")
-    note = f"; {missing} responses without reward" if missing else ""
-    console.print(f"{title}: {', '.join(parts)}{note}", markup=False, soft_wrap=True)
+    notes = (
+        f"; {count:,} {what}"
+        for name, what in (
+            ("without_reward", "without reward among the responses"),
+            ("only_candidate", "of the candidate's prompts left out: not in the baseline's file"),
+            ("only_baseline", "of the baseline's prompts left out: not in the candidate's file"),
+        )
+        if (count := summary.get(name))
+    )
+    console.print(f"{title}: {', '.join(parts)}{''.join(notes)}", markup=False, soft_wrap=True)

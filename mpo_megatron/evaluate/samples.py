@@ -24,7 +24,6 @@ from mpo_megatron.evaluate.statistics import (
 )
 from mpo_megatron.files import DataError
 from mpo_megatron.hf.identity import PEFT_CONFIG
-from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (
     SAMPLES_FILE,
@@ -32,6 +31,7 @@ from mpo_megatron.rollout.records import (
     SCORED_FILE,
     Record,
     find_lines,
+    is_reward,
     read_answered,
 )
 from mpo_megatron.rollout.score import score
@@ -87,8 +87,19 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
 
 
 def has_rewards(path: Path) -> bool:
-    """Whether a file of group lines contains any reward; missing ones are counted when it is read."""
-    return any(is_number(response.get("reward")) for record in read_answered(path) for response in record["responses"])
+    """Whether a file of group lines contains any reward; missing ones are counted when it is read.
+
+    Raises:
+        DataError: a line is damaged, or there is none.
+    """
+    holds_groups = False
+    for record in read_answered(path):
+        if any(is_reward(response.get("reward")) for response in record["responses"]):
+            return True
+        holds_groups = True
+    if not holds_groups:
+        raise DataError(f"{path}: holds no group; name a file of samples.")
+    return False
 
 
 def read_samples(path: Path) -> SampleSet:
@@ -100,11 +111,11 @@ def read_samples(path: Path) -> SampleSet:
     found = SampleSet(path=path)
     for record in read_answered(path):
         responses = record["responses"]
-        scored = [response for response in responses if is_number(response.get("reward"))]
+        scored = [response for response in responses if is_reward(response.get("reward"))]
         found.counts["responses"] += len(responses)
         found.counts["without_reward"] += len(responses) - len(scored)
         found.counts["truncated"] += sum(response.get("finish_reason") == "length" for response in responses)
-        found.counts["tokens"] += sum(response.get("num_tokens", 0) for response in responses)
+        found.counts["tokens"] += sum(response.get("num_tokens") or 0 for response in responses)
         if record["group_id"] in found.prompts:
             raise DataError(f"{path}: group {record['group_id']} appears twice; give each prompt a unique id.")
         found.prompts[record["group_id"]] = prompt_key(record)

@@ -49,6 +49,10 @@ LARGEST = 1e15
 """Largest log-prob in nats; its square, times any hyper-parameter, stays far below float32's limit."""
 
 
+LARGEST_REWARD = torch.finfo(torch.float32).max
+"""Largest magnitude of a reward: in float64, sums, differences and squares stay finite."""
+
+
 def mask_padding(values: Tensor, valid: Tensor) -> Tensor:
     """`values`, upcast, within ± `LARGEST`, with 0 (and zero gradient) where `valid` is False; NaN where they are infinite.
 

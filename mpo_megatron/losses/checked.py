@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_megatron.losses.batch import GroupBatch
+from mpo_megatron.losses.batch import LARGEST_REWARD, GroupBatch
 from mpo_megatron.losses.registry import Needs, build_params, get_loss
 
 
@@ -52,7 +52,7 @@ def group_loss(
 
     Raises:
         ValueError: an unknown method or hyper-parameter; shapes that differ; an input the method needs and did not get;
-            NaN or infinity in a valid entry; no group with contrast.
+            NaN, infinity or a reward beyond float32's range in a valid entry; no group with contrast.
     """
     loss = get_loss(name)
     params = build_params(name, hyperparameters)
@@ -166,11 +166,14 @@ def check_present(name: str, batch: GroupBatch, needs: Needs) -> None:
 
 
 def check_values(batch: GroupBatch) -> None:
-    """Refuse NaN and infinity, and lengths below one, in valid entries; name the first."""
+    """Refuse NaN and infinity, huge rewards, and lengths below one, in valid entries; name the first."""
     for name in ("policy_logps", "reference_logps", "rewards", "token_kl"):
         values = getattr(batch, name)
         if values is not None:
             refuse_first(name, values, batch.valid & ~torch.isfinite(values), "it must be finite")
+    if batch.rewards is not None:
+        huge = batch.valid & (batch.rewards.abs() > LARGEST_REWARD)
+        refuse_first("rewards", batch.rewards, huge, f"it must be within ±{LARGEST_REWARD:.2g}")
     if batch.lengths is None:
         return
     refuse_first("lengths", batch.lengths, batch.valid & (batch.lengths < 1), "a response must have tokens")

@@ -5,7 +5,6 @@ A response is a record as `mpo generate` and `mpo score` write it: text, finish_
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 
 from mpo_megatron.config import SelectConfig
 from mpo_megatron.files import DataError
+from mpo_megatron.rollout.records import is_reward
 
 ResponseLine = Mapping[str, Any]
 DropRule = Callable[[Sequence[ResponseLine], SelectConfig], list[bool]]
@@ -35,15 +35,7 @@ def apply_rules(responses: Sequence[ResponseLine], config: SelectConfig) -> tupl
 
 def find_unscored(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
     """No reward, or not a finite one: a scorer failed on this response."""
-    return [not is_number(response.get("reward")) for response in responses]
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
-    try:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # an integer beyond the largest float
-        return False
+    return [not is_reward(response.get("reward")) for response in responses]
 
 
 def find_empty(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:
@@ -103,9 +95,9 @@ def measure_lengths(responses: Sequence[ResponseLine], config: SelectConfig) -> 
     if config.length_unit == "characters":
         return [len(response["text"]) for response in responses]
     lengths = [response.get("num_tokens") for response in responses]
-    if not all(is_number(length) for length in lengths):
+    if None in lengths:
         raise DataError("a response has no num_tokens (mpo generate writes it); set length_unit = characters.")
-    return [int(length) for length in lengths if length is not None]
+    return [length for length in lengths if length is not None]
 
 
 def find_duplicates(responses: Sequence[ResponseLine], config: SelectConfig) -> list[bool]:

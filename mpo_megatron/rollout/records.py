@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,6 +28,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, final
 
 from mpo_megatron.config import require
+from mpo_megatron.config.values import LARGEST_REWARD, show
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file, writing
 from mpo_megatron.files.digests import check_lines, seal, seal_line, unseal, unseal_line
@@ -45,50 +47,74 @@ def encode_line(record: Record) -> bytes:
 
 
 def read_lines(path: str | Path) -> Iterator[Record]:
-    """All records of a file, in order; skips an incomplete last line, left by a kill.
+    """All records of a file that a stage continues, in order; skips an incomplete last line, left by a kill.
 
     Raises:
         DataError: no such file, or a line is damaged or no group line; names file and line.
         DamagedError: the file belongs to a finished stage, but differs from the one its summary lists.
     """
+    return (record for _, record in _read_numbered(Path(path), begun=True))
+
+
+def read_answered(path: str | Path) -> Iterator[Record]:
+    """All records of an input, in order, each with a list of responses of the form that `mpo generate` writes.
+
+    Raises:
+        DataError: as in `read_lines`; the last line is incomplete; or a response has another form: names the line and the field.
+        DamagedError: as in `read_lines`.
+    """
     path = Path(path)
+    for number, record in _read_numbered(path, begun=False):
+        responses = record.get("responses")
+        wrong = None if isinstance(responses, list) else 'it needs a list "responses", as `mpo generate` writes it'
+        for index, response in enumerate(responses if isinstance(responses, list) else ()):
+            wrong = wrong or _find_wrong(response, f"responses[{index}]")
+        if wrong is not None:
+            raise DataError(f"{path}:{number}: group {record['group_id']}: {wrong}; fix the line.")
+        yield record
+
+
+def _read_numbered(path: Path, *, begun: bool) -> Iterator[tuple[int, Record]]:
+    """The line numbers and records of a file.
+
+    Args:
+        begun: the file may end with an incomplete line
+    """
     check_lines(path)
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n") and not _is_json(line):
-                return  # incomplete
+                if begun:
+                    return
+                raise DataError(
+                    f"{path}:{number}: the last line is incomplete: the file was cut, or the command that writes it was killed; "
+                    "copy the file again, repeat that command, or remove the line."
+                )
             if line.strip():
-                yield _decode(line, f"{path}:{number}")
+                yield number, _decode(line, f"{path}:{number}")
 
 
-def read_answered(path: str | Path) -> Iterator[Record]:
-    """The records of `read_lines`, each with a list of responses of the form that `mpo generate` writes.
-
-    Raises:
-        DataError: as in `read_lines`; or a response has another form: names the group and the field.
-    """
-    for record in read_lines(path):
-        responses = record.setdefault("responses", [])
-        wrong = None if isinstance(responses, list) else "responses"
-        for index, response in enumerate(responses if wrong is None else ()):
-            wrong = wrong or _find_wrong(response, f"responses[{index}]")
-        if wrong is not None:
-            raise DataError(
-                f'{path}: group {record["group_id"]}: {wrong} does not have the form of a response: {{"text": "…", '
-                '"num_tokens": 17, "reward": 0.5}; fix the line.'
-            )
-        yield record
+FORM = 'does not have the form of a response: {"text": "…", "num_tokens": 17, "reward": 0.5}'
 
 
 def _find_wrong(response: Any, place: str) -> str | None:
-    """The first field of a response with a wrong type; None if there is none."""
+    """What is wrong with a response, beginning with the field; None if nothing is."""
     if not isinstance(response, dict):
-        return place
+        return f"{place} {FORM}"
     if not isinstance(response.get("text"), str):
-        return f"{place}.text"
-    count = response.get("num_tokens", 0)
+        return f"{place}.text {FORM}"
+    count, reward = response.get("num_tokens"), response.get("reward")
     is_count = isinstance(count, int) and not isinstance(count, bool) and 0 <= count < 2**31
-    return None if is_count else f"{place}.num_tokens"
+    if count is not None and not is_count:
+        return f"{place}.num_tokens {FORM}"
+    if isinstance(reward, int | float) and LARGEST_REWARD < abs(reward) != math.inf:
+        return f"{place}.reward is {show(reward)}; a reward must be within ±{LARGEST_REWARD:g}"
+    return None
+
+
+def is_reward(value: object) -> bool:
+    """Whether a value is a number that can be a reward: finite, and not so large that sums of squares overflow."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_REWARD <= value <= LARGEST_REWARD
 
 
 def _open(path: Path) -> BinaryIO:

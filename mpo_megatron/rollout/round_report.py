@@ -16,9 +16,8 @@ from mpo_megatron.config import TrainConfig
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError, unseal_line
-from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.panels import BLUE, GREEN, ORANGE, RED, draw_panels
-from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, read_lines, read_summary, write_summary
+from mpo_megatron.rollout.records import SCORED_FILE, SELECT_FILE, Record, is_reward, read_lines, read_summary, write_summary
 
 REPORT_FILE = "report.json"
 
@@ -60,7 +59,7 @@ def read_answers(policy: Path) -> dict[str, list[Record]]:
 
 def rewards_of(responses: Sequence[Record]) -> list[float]:
     """The rewards of responses that have one."""
-    return [float(response["reward"]) for response in responses if is_number(response.get("reward"))]
+    return [float(response["reward"]) for response in responses if is_reward(response.get("reward"))]
 
 
 def summarize_answers(answers: dict[str, list[Record]]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from typing import Any
 
 from mpo_megatron.config import ScoreConfig, require, validate_score
 from mpo_megatron.config.score import JudgeScorer, ServedRewardModelScorer, build_scorer_config, read_weight
+from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
@@ -37,7 +38,9 @@ from mpo_megatron.rollout.records import (
     digest_lines,
     find_lines,
     find_repeated,
+    is_reward,
     join_lines,
+    read_answered,
     read_ids,
     read_lines,
     read_summary,
@@ -124,9 +127,11 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
         done = read_ids(scored)
         num_groups = sum(group_id not in done for group_id in _read_order(source)[shard.part :: shard.total])
         advance = stack.enter_context(show_progress("scoring", num_groups, "groups", "responses"))
-        records = itertools.islice(read_lines(source), shard.part, None, shard.total)
+        records = itertools.islice(read_answered(source), shard.part, None, shard.total)
         pending = (record for record in records if record["group_id"] not in done)
         while chunk := list(itertools.islice(pending, config.chunk_groups)):
+            for record in chunk:
+                _read_prompt(record, source)
             for record, missing in zip(chunk, _score_chunk(chunk, scorers), strict=True):
                 if missing and config.missing == "error":
                     first = first or f"group {record['group_id']} from {', '.join(missing)}{_quote_notes(record)}"
@@ -150,14 +155,14 @@ def _read_order(source: Path) -> list[str]:
     Raises:
         DataError: two groups share an id.
     """
-    order = [record["group_id"] for record in read_lines(source)]
+    order = [record["group_id"] for record in read_answered(source)]
     repeated = find_repeated(order)
     if repeated is not None:
         raise DataError(f"{source}: group {repeated} appears twice; give each group a unique id.")
     return order
 
 
-def _read_prompt(record: Record) -> None:
+def _read_prompt(record: Record, source: Path) -> None:
     """Convert a group line's prompt into messages: a text becomes a user message.
 
     Raises:
@@ -172,7 +177,7 @@ def _read_prompt(record: Record) -> None:
         or not all(isinstance(message, dict) and isinstance(message.get("role"), str) for message in prompt)
     ):
         raise DataError(
-            f"group {record['group_id']}: prompt is neither a text nor messages, "
+            f"{source}: group {record['group_id']}: prompt is neither a text nor messages, "
             '[{"role": "user", "content": …}, …]; write one of them.'
         )
 
@@ -180,26 +185,18 @@ def _read_prompt(record: Record) -> None:
 def _score_chunk(chunk: Sequence[Record], scorers: Sequence[Scorer]) -> list[Counter[str]]:
     """Add scores and notes to group lines; for each group, the number of missing scores by scorer."""
     missing: list[Counter[str]] = [Counter() for _ in chunk]
-    for record in chunk:
-        if not isinstance(record.get("responses"), list) or not all(
-            isinstance(response, dict) and isinstance(response.get("text"), str) for response in record["responses"]
-        ):
-            raise DataError(
-                f"group {record['group_id']}: its responses lack the form that `mpo generate` writes: a list of {{text: …}}."
-            )
-        _read_prompt(record)
     for scorer in scorers:
         for record, gone, values in zip(chunk, missing, scorer.score(chunk), strict=True):
             for response, value in zip(record["responses"], values, strict=True):
-                if value is not None and math.isfinite(value):
-                    response.setdefault("scores", {})[scorer.name] = value
-                else:
-                    response.setdefault("scores", {})[scorer.name] = None
-                    gone[scorer.name] += 1
+                usable = is_reward(value)
+                response.setdefault("scores", {})[scorer.name] = value if usable else None
+                gone[scorer.name] += not usable
+                if not usable and value is not None and math.isfinite(value):
+                    scorer.note(record["group_id"], "too_large")
             notes = scorer.notes.pop(record["group_id"], None)
             if notes:
                 record.setdefault("notes", {})[scorer.name] = dict(sorted(notes.items()))
-    return missing
+    return [+counts for counts in missing]
 
 
 def _quote_notes(record: Record) -> str:
@@ -221,7 +218,11 @@ def _drop_missing(record: Record, missing: Counter[str], config: ScoreConfig) ->
 
 
 def _combine(record: Record, config: ScoreConfig) -> None:
-    """Add the reward to each response of a group."""
+    """Add the reward to each response of a group.
+
+    Raises:
+        DataError: a reward is too large, because of the weights.
+    """
     rewards = [0.0] * len(record["responses"])
     for name, options in config.scorers.items():
         values = [response["scores"][name] for response in record["responses"]]
@@ -229,6 +230,11 @@ def _combine(record: Record, config: ScoreConfig) -> None:
             values = standardize(values)
         rewards = [reward + read_weight(name, options) * value for reward, value in zip(rewards, values, strict=True)]
     for response, reward in zip(record["responses"], rewards, strict=True):
+        if not is_reward(reward):
+            raise DataError(
+                f"group {record['group_id']}: the weighted sum of its scores is {reward:g}; a reward must be within "
+                f"±{LARGEST_REWARD:g}; lower the weights."
+            )
         response["reward"] = reward
 
 

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from mpo_megatron.config import ScoreConfig, to_dict
 from mpo_megatron.config.score import JudgeScorer, build_scorer_config
+from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.terminal.console import Console
 
@@ -40,6 +41,10 @@ TOLD = {
     *("answers", "prompt_tokens", "completion_tokens"),
 }
 """Notes that only count successes; `print_summary` prints them in other words."""
+
+
+UNUSABLE = {"not_finite": "NaN or infinite", "too_large": f"beyond ±{LARGEST_REWARD:g}"}
+"""Notes about scores that cannot be used."""
 
 
 @dataclass(kw_only=True)
@@ -159,9 +164,9 @@ def _find_faults(summary: Mapping[str, Any]) -> list[str]:
     num_responses = summary["counts"]["responses"]
     for name, count in summary["missing_scores"].items():
         if count >= _MANY * (num_responses + count):
-            nan = summary["notes"].get(name, {}).get("not_finite", 0)
-            why = f", {nan:,} of them NaN or infinite" if nan else ""
-            faults.append(f"{name} is missing for {count:,} responses{why}.")
+            notes = summary["notes"].get(name, {})
+            parts = [f"{notes[what]:,} of them {words}" for what, words in UNUSABLE.items() if notes.get(what)]
+            faults.append(f"{', '.join([f'{name} is missing for {count:,} responses', *parts])}.")
     for name, judge in summary["judges"].items():
         share = judge.get("first_place_share", 0.5)
         if judge.get("decided", 0) >= _MIN_DECIDED and max(share, 1 - share) >= _PLACE_BIAS:

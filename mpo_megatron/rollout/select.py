@@ -33,7 +33,7 @@ from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.partial import clear_leftovers
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
-from mpo_megatron.rollout.filters import apply_rules, is_number
+from mpo_megatron.rollout.filters import apply_rules
 from mpo_megatron.rollout.records import (
     GROUPS_FILE,
     SCORE_FILE,
@@ -42,7 +42,8 @@ from mpo_megatron.rollout.records import (
     Record,
     encode_line,
     find_lines,
-    read_lines,
+    is_reward,
+    read_answered,
     write_summary,
 )
 from mpo_megatron.rollout.spacing_plot import plot_spacing
@@ -100,7 +101,7 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     selection, digest = Selection(), hashlib.sha256()
     with AtomicFolder(output) as partial, writing(output):
         with (partial.path / GROUPS_FILE).open("wb") as lines:
-            for record in split_groups(filter_groups(read_groups(source), config, selection), config, selection):
+            for record in split_groups(filter_groups(read_answered(source), config, selection), config, selection):
                 line = encode_line(record)
                 digest.update(line)
                 lines.write(line)
@@ -113,19 +114,6 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
         partial.commit()
     print_selection(console or Console(), output, info)
     return info
-
-
-def read_groups(path: Path) -> Iterator[Record]:
-    """The groups of a file.
-
-    Raises:
-        DataError: a line is no group; names file and line, or the group.
-    """
-    for record in read_lines(path):
-        responses = record.get("responses")
-        if not isinstance(responses, list) or not all(isinstance(item, dict) for item in responses):
-            raise DataError(f"{path}: group {record['group_id']}: its field `responses` must be a list of records.")
-        yield record
 
 
 def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
@@ -165,7 +153,7 @@ def disturb(record: Record, config: SelectConfig) -> list[Record]:
     noise = add_noise(np.zeros(len(responses)), config.reward_noise, record["group_id"], seed=config.seed)
     return [
         {**response, "reward": response["reward"] + float(shift), "reward_before_noise": response["reward"]}
-        if is_number(response.get("reward"))
+        if is_reward(response.get("reward"))
         else response
         for response, shift in zip(responses, noise, strict=True)
     ]

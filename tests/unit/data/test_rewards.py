@@ -81,8 +81,19 @@ def test_fractions_are_nested() -> None:
     ],
 )
 def test_normalisations_by_hand(kind: str, wanted: list[float]) -> None:
-    scale = measure_scale(np.array([-1.0, 7.0]))._replace(mean=3.0, std=2.0)
+    scale = measure_scale(np.array([-1.0, 7.0]))._replace(mean=3.0 / 16, std=2.0 / 16)  # the range is 8 = 2⁴ / 2
     np.testing.assert_allclose(normalize(np.array([1.0, 2.0, 6.0]), kind, scale), wanted, rtol=1e-15)
+
+
+@pytest.mark.parametrize("kind", ["zscore", "minmax", "dataset_zscore", "dataset_minmax"])
+@pytest.mark.parametrize("unit", [1e-310, 1e-200, 1e30])
+def test_normalised_rewards_do_not_depend_on_their_unit(kind: str, unit: float) -> None:
+    """The square of 1e-200 is 0, which divided by it as a standard deviation of 0."""
+    rewards = np.array([1.0, 2.0, 6.0])
+    tiny = rewards * unit / 6
+    wanted = normalize(rewards, kind, measure_scale(rewards))
+    # Numbers of 1e-310 have 11 digits.
+    np.testing.assert_allclose(normalize(tiny, kind, measure_scale(tiny)), wanted, rtol=1e-10 if unit == 1e-310 else 1e-14)
 
 
 @pytest.mark.parametrize("kind", ["zscore", "minmax"])

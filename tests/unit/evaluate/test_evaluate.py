@@ -51,7 +51,7 @@ def test_models_and_samples_are_told_apart(tmp_path: Path, files: list[str], mod
     assert is_model(str(tmp_path)) is model
 
 
-def test_files_of_scored_samples(tmp_path: Path) -> None:
+def test_files_of_scored_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     question = [{"role": "user", "content": "q"}]
     ours = [
         group("a", "q", ("long answer", 1.0), ("x", 3.0)),
@@ -67,6 +67,9 @@ def test_files_of_scored_samples(tmp_path: Path) -> None:
         *("--baseline", str(write_lines(tmp_path / "theirs.jsonl", theirs))),
     ]
     assert main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "; 2 without reward among the responses\n" in said
+    assert "; 1 of the candidate's prompts left out: not in the baseline's file; 1 of the baseline's prompts" in said
     result = evaluation(tmp_path / "out")
     assert result["candidate"]["reward"]["value"] == pytest.approx((2.0 + 2.0 + 0.0) / 3)
     assert result["candidate"]["without_reward"] == 2

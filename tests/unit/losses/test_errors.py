@@ -152,6 +152,12 @@ def test_not_finite(field, value):
     assert group_loss("mpo", **inputs, valid=valid).isfinite().all()  # the same values in padding do not matter
 
 
+def test_a_huge_reward():
+    """Sums of 1e308 are infinite, and every response would be below the mean."""
+    with pytest.raises(ValueError, match=r"rewards\[group 1, response 2\] = 1e\+308; it must be within ±3\.4e\+38"):
+        group_loss("mpo", POLICY, REFERENCE, put(REWARDS.double(), 1e308))
+
+
 def test_token_values():
     arguments = {"lengths": LENGTHS, "reference_token_logps": TOKENS}
     bad = TOKENS.clone()

@@ -12,12 +12,12 @@ from mpo_megatron.config import ConfigError
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError, list_files, seal_line
-from mpo_megatron.rollout.filters import is_number
 from mpo_megatron.rollout.records import (
     IndexedLines,
     LineWriter,
     check_started,
     find_lines,
+    is_reward,
     join_lines,
     read_answered,
     read_ids,
@@ -163,30 +163,34 @@ def test_tasks_of_an_array_with_gaps_are_refused(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("responses", "place"),
     [
-        (None, "responses"),
-        ("abc", "responses"),
-        ([None], r"responses\[0\]"),
-        ([{"text": "a"}, {"text": 7}], r"responses\[1\]\.text"),
-        ([{"text": "a", "num_tokens": "3"}], r"responses\[0\]\.num_tokens"),
-        ([{"text": "a", "num_tokens": 10**400}], r"responses\[0\]\.num_tokens"),
+        (None, 'it needs a list "responses"'),
+        ("abc", 'it needs a list "responses"'),
+        ([None], r"responses\[0\] does not have the form of a response"),
+        ([{"text": "a"}, {"text": 7}], r"responses\[1\]\.text does not have the form"),
+        ([{"text": "a", "num_tokens": "3"}], r"responses\[0\]\.num_tokens does not have the form"),
+        ([{"text": "a", "num_tokens": 10**400}], r"responses\[0\]\.num_tokens does not have the form"),
+        ([{"text": "a", "reward": -1e308}], r"responses\[0\]\.reward is -1e\+308; a reward must be within ±1e\+30"),
+        ([{"text": "a", "reward": 10**400}], r"responses\[0\]\.reward is 10\^400 or so; a reward must be within"),
     ],
 )
 def test_responses_of_another_form_are_named(responses: Any, place: str, tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(seal_line({"group_id": "g", "responses": responses}))
-    with pytest.raises(DataError, match=rf"lines\.jsonl: group g: {place} does not have the form of a response"):
+    with pytest.raises(DataError, match=rf"lines\.jsonl:1: group g: {place}.*; fix the line\.$"):
         list(read_answered(path))
 
 
 def test_a_line_nested_without_end_is_damaged(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b"[" * 100_000)
-    assert list(read_answered(path)) == []  # an incomplete last line
+    assert list(read_lines(path)) == []  # a stage that continues drops an incomplete last line
+    with pytest.raises(DataError, match=r"lines\.jsonl:1: the last line is incomplete"):
+        list(read_answered(path))
     path.write_bytes(b"[" * 100_000 + b"\n")
     with pytest.raises(DataError, match=r"lines\.jsonl:1: damaged or changed: nested too deeply"):
         list(read_answered(path))
 
 
-@pytest.mark.parametrize(("value", "number"), [(10**400, False), (float("nan"), False), (True, False), (3, True)])
-def test_finite_numbers(value: object, number: bool) -> None:
-    assert is_number(value) == number
+@pytest.mark.parametrize(("value", "usable"), [(10**400, False), (1e31, False), (float("nan"), False), (True, False), (3, True)])
+def test_rewards_are_finite_numbers_of_bounded_size(value: object, usable: bool) -> None:
+    assert is_reward(value) == usable

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,9 @@ from mpo_megatron.config.score import RegexScorer, build_scorer_config
 from mpo_megatron.data.prepare import prepare
 from mpo_megatron.data.store import load_groups
 from mpo_megatron.files import DataError
-from mpo_megatron.rollout.records import read_lines
-from mpo_megatron.rollout.score import score, standardize
+from mpo_megatron.rollout.records import Record, read_lines
+from mpo_megatron.rollout.score import _score_chunk, score, standardize
+from mpo_megatron.rollout.scorers import Scorer, Scores
 from tests.unit.rollout.conftest import group_line, write_lines
 
 SCRIPT = """
@@ -214,6 +217,27 @@ def test_a_text_is_a_question(prompt: object, tmp_path: Path) -> None:
     )
     scored = json.loads((tmp_path / "out" / "scored.jsonl").read_text().splitlines()[0])
     assert scored["prompt"] == [{"role": "user", "content": "What?"}]
+
+
+def test_scores_beyond_every_sum_are_missing() -> None:
+    class Huge(Scorer):
+        def score(self, groups: Sequence[Record]) -> Scores:
+            return [[1e308, -1e30, None, math.inf]]
+
+    record: Record = {"group_id": "1", "responses": [{"text": "a"} for _ in range(4)]}
+    (missing,) = _score_chunk([record], [Huge("huge", RegexScorer(pattern="a"))])
+    assert [response["scores"]["huge"] for response in record["responses"]] == [None, -1e30, None, None]
+    assert missing == {"huge": 3}
+    assert record["notes"] == {"huge": {"too_large": 1}}
+
+
+def test_a_reward_made_too_large_by_weights_is_refused(tmp_path: Path) -> None:
+    line = {"group_id": "1", "prompt": "What?", "responses": [{"text": "a"}, {"text": "b"}]}
+    (tmp_path / "in.jsonl").write_text(json.dumps(line) + "\n")
+    scorer = {"kind": "regex", "pattern": "a", "found": 1e15, "weight": 1e15}
+    scorers = {"one": scorer, "two": scorer}
+    with pytest.raises(DataError, match=r"group 1: the weighted sum of its scores is 2e\+30; a reward must be within"):
+        score(ScoreConfig(input=str(tmp_path / "in.jsonl"), output=str(tmp_path / "out"), scorers=scorers))
 
 
 @pytest.mark.parametrize("prompt", [None, 3, [], ["text"], {"role": "user"}, [{"content": "no role"}]])

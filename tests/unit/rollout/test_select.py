@@ -198,7 +198,7 @@ def test_names_of_groups_and_folders_are_printed_as_they_stand(tmp_path: Path, c
         ("", "holds no group"),
         ('{"group_id": "a", "responses": [{"text": "x"}, {"text": "y"}]}\n', r"none of 1 groups is left .*2 × no_reward"),
         ('{"responses": [{"te\n', r"scored.jsonl:1: is not valid JSON"),
-        ('{"group_id": "a", "responses": ["x", "y"]}\n', r"group a: its field `responses` must be a list of records"),
+        ('{"group_id": "a", "responses": ["x", "y"]}\n', r"scored\.jsonl:1: group a: responses\[0\] does not have the form"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(tmp_path: Path, text: str, message: str) -> None:
