@@ -42,7 +42,7 @@ from mpo_megatron.terminal import next_command
 from mpo_megatron.terminal.interruption import StageError, interruptible, say_interrupted
 from mpo_megatron.terminal.next_command import say_next
 from mpo_megatron.terminal.output import outlive_readers
-from mpo_megatron.terminal.visible import visible
+from mpo_megatron.terminal.visible import message, visible
 
 
 def align(arguments: Sequence[str]) -> int:
@@ -280,10 +280,10 @@ def _run(arguments: list[str]) -> int:
         with interruptible():
             return COMMANDS[name](rest)
     except (ConfigError, DataError) as error:
-        print(f"mpo {name}: {visible(error, lines=True)}", file=sys.stderr)
+        print(f"mpo {name}: {message(error)}", file=sys.stderr)
         return 2
     except StageError as error:
-        print(f"mpo {name}: {visible(error, lines=True)}", file=sys.stderr, flush=True)
+        print(f"mpo {name}: {message(error)}", file=sys.stderr, flush=True)
         return error.status
     except OSError as error:
         if error.errno not in OUTSIDE:

@@ -11,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mpo_megatron.config.checks import require
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.config.train import TrainConfig
+from mpo_megatron.config.values import show
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -42,10 +44,14 @@ def candidates(run: Path, config: dict[str, Any], section: str, name: str) -> li
         config: the content of its config.yaml
         section: section of the option for the input, such as `data`
         name: name of that option, such as `train`
+    Raises:
+        ConfigError: the option is not a text.
     """
-    path = (config.get(section) or {}).get(name)
+    options = config.get(section)
+    path = options.get(name) if isinstance(options, dict) else None
     if path is None:
         return []
+    require(isinstance(path, str), f"{run / 'config.yaml'}: {section}.{name} = {show(path)}; it must be a path; correct it.")
     found = [Path(path)]
     output = config.get("output")
     if isinstance(output, str):

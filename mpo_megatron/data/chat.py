@@ -37,6 +37,7 @@ _MARKERS = re.compile(
 """How texts start that some model's template has already been applied to."""
 _PIECE, _SLACK = 1 << 16, 256
 """Characters of a long text that are counted at a time, and the tokens that a boundary between two pieces may add."""
+_OTHER_TEMPLATE = "copy the tokenizer again, or give another template with the option chat_template"
 _TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, RecursionError)
 """Errors that a template may raise on unexpected messages."""
 
@@ -91,16 +92,17 @@ class Chat:
         """
         self.tokenizer, self.system_prompt, self.variables = tokenizer, system_prompt, dict(variables or {})
         self.templated = False
+        where = f"tokenizer = {tokenizer.source}: its chat template"
         question: list[Message] = [{"role": "user", "content": _QUESTION}]
         try:
             prompt, _ = self.prompt(question)
             whole = self.render([*question, {"role": "assistant", "content": _ANSWER}], add_generation_prompt=False)
         except TemplateError as error:
             what = "a system message" if system_prompt is not None else "a question and an answer"
-            raise ConfigError(f"chat_template: the template refuses {what}: {error}") from error
+            raise ConfigError(f"{where} refuses {what}: {error}; {_OTHER_TEMPLATE}.") from error
         before, found, after = whole.rpartition(_ANSWER)
         if not found:
-            raise ConfigError(f"chat_template: the template omits the assistant's message; it renders {whole!r}.")
+            raise ConfigError(f"{where} omits the assistant's message: it renders {whole!r}; {_OTHER_TEMPLATE}.")
         self.end_token_id = self._find_end(after)
         self.lead = before[len(prompt) :] if before.startswith(prompt) else ""
         """What the template renders between the generation prompt and the assistant's words; "" in most templates."""
@@ -132,8 +134,8 @@ class Chat:
                 return token
         if self.tokenizer.eos_id is None:
             raise ConfigError(
-                "tokenizer: neither its template nor its settings define the token that ends a response; set "
-                "eos_token in its tokenizer_config.json."
+                f"tokenizer = {self.tokenizer.source}: neither its template nor its settings define the token that ends a "
+                "response; set eos_token in its tokenizer_config.json."
             )
         return self.tokenizer.eos_id
 

@@ -425,10 +425,13 @@ def read_info(folder: str | Path) -> PreparedInfo:
         fields = unseal(path, "copy it again, or prepare it again")
     except DamagedError as error:
         raise DataError(str(error)) from error
-    version = fields["format_version"]
+    version = fields.get("format_version")
     if version != FORMAT_VERSION:
         raise DataError(f"{path}: format_version = {version}; this version reads {FORMAT_VERSION}; prepare the data again.")
-    return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
+    try:
+        return PreparedInfo(**fields | {"end_token_ids": tuple(fields["end_token_ids"])})
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: another version wrote it, with other fields ({error}); prepare the data again.") from error
 
 
 def _read_pieces(folder: Path, info: PreparedInfo) -> Words:

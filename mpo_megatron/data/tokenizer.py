@@ -49,6 +49,10 @@ class Tokenizer(Protocol):
     """Text to token ids and back."""
 
     @property
+    def source(self) -> str:
+        """Where it was loaded from, for messages."""
+
+    @property
     def vocab_size(self) -> int:
         """Every id is below this."""
 
@@ -164,6 +168,10 @@ class HuggingFaceTokenizer(_Templated):
     def template(self) -> Any:
         return self.backend.chat_template
 
+    @property
+    def source(self) -> str:
+        return str(self.backend.name_or_path)
+
     @functools.cached_property
     def vocab_size(self) -> int:
         return int(max(self.backend.get_vocab().values())) + 1
@@ -237,7 +245,7 @@ class SentencePieceTokenizer(_Templated):
     def __init__(self, model: Path, template: str, added: Mapping[str, int] | None = None) -> None:
         import sentencepiece  # needed only for SentencePiece models
 
-        self.model, self.template = model, template
+        self.model, self.template, self.source = model, template, str(model)
         self._renderer = Renderer(self._render, "chat_template")
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
         size = self.processor.vocab_size()
@@ -339,7 +347,10 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
 
 def _read_template(path: Path) -> str:
     require(path.is_file(), f"chat_template = {path}; no such file; give a file with a Jinja template.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"chat_template = {path}; not UTF-8 ({error}); save it as UTF-8.") from error
 
 
 def count_tokens(folder: Path) -> int | None:

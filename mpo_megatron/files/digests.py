@@ -245,7 +245,11 @@ def require_list(folder: Path) -> dict[str, Entry]:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    return {name: (size, digests) for name, (size, digests) in unseal(path).get("files", {}).items()}
+    content = unseal(path)
+    try:
+        return {name: (int(size), digests) for name, (size, digests) in content.get("files", {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DamagedError(f"{path}: another version wrote it: its list of files has an unknown form; {AGAIN}.") from error
 
 
 def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -> None:

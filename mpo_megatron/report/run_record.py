@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.run_paths import candidates
 from mpo_megatron.config.sealed import check_seal
+from mpo_megatron.config.values import check_value, show
 from mpo_megatron.data.outcomes import GroupOutcome, outcome_files, read_digest, read_outcomes
 from mpo_megatron.data.store import INFO_FILE, PreparedGroups, load_groups
 from mpo_megatron.files import DataError
@@ -197,10 +198,10 @@ def _strip(line: Line) -> Line:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A run's config.yaml; empty without one.
+    """A run's config.yaml, as it is or as its user changed it; empty without one.
 
     Raises:
-        ConfigError: it is damaged.
+        ConfigError: it is damaged, or a value that the report uses has another type.
     """
     if not path.is_file():
         return {}
@@ -212,6 +213,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: damaged, it does not parse ({' '.join(str(error).split())}); {REMOVE}.") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: damaged: it holds no options; {REMOVE}.")
+    data = config.get("data", {})
+    require(isinstance(data, dict), f"{path}: data = {show(data)}; it must hold options; {REMOVE}.")
+    for name, value in (("max_steps", config.get("max_steps")), ("data.groups_per_step", data.get("groups_per_step"))):
+        check_value(int | None, value, f"{path}: {name}")
     return config
 
 

@@ -148,7 +148,7 @@ def chat(config: ChatConfig) -> None:
             try:
                 answer(partners, message, config)
             except ConfigError as error:
-                print(visible(error, lines=True), file=sys.stderr)
+                print(message(error), file=sys.stderr)
 
 
 def ask() -> str | None:

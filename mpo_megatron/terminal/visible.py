@@ -25,6 +25,16 @@ def visible(text: object, *, lines: bool = False) -> str:
     return (_LINES if lines else _ONE_LINE).sub(_escape, str(text))
 
 
+_HEAD, _TAIL = 1200, 600
+"""Characters kept of a long message: its start, and its end, which has the fix."""
+
+
+def message(error: object) -> str:
+    """An error's text for the terminal: visible, and cut in the middle if it quotes something long."""
+    text = visible(error, lines=True)
+    return text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]} … {text[-_TAIL:]}"
+
+
 def _escape(match: re.Match[str]) -> str:
     character = match[0]
     code = ord(character)

@@ -139,3 +139,9 @@ def test_half_a_line_is_told_from_a_damaged_one() -> None:
     assert all(digests.is_unfinished(line[:place]) for place in range(len(line)))
     assert not digests.is_unfinished(line[:-1] + b"\x0b")
     assert not digests.is_unfinished(line[:40] + bytes(len(line) - 40))
+
+
+def test_a_list_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mpo_digests.json").write_bytes(digests.seal({"files": {"a": "no size"}}))
+    with pytest.raises(digests.DamagedError, match=r"mpo_digests\.json: another version wrote it"):
+        digests.read_list(tmp_path)

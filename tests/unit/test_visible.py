@@ -15,7 +15,7 @@ from rich.text import Text
 import mpo_megatron
 from mpo_megatron.cli import main
 from mpo_megatron.terminal.console import Console
-from mpo_megatron.terminal.visible import visible
+from mpo_megatron.terminal.visible import message, visible
 
 PACKAGE = Path(mpo_megatron.__file__).parent
 OBEYED = [
@@ -79,3 +79,11 @@ def test_errors_are_printed_visibly() -> None:
     bare = re.compile(r"(?<![._])print\([^)]*\{(error|message|problem|reason)[}!:]")
     found = [path.name for path in PACKAGE.rglob("*.py") if bare.search(path.read_text(encoding="utf-8"))]
     assert set(found) <= {"ending.py", "supervisor.py", "incidents.py"}, "their texts are made visible before, or are numbers"
+
+
+def test_an_error_that_quotes_something_long_keeps_its_start_and_its_fix() -> None:
+    text = f"mpo chat: model = m; {'9' * 100_000}; copy it again."
+    shown = message(text)
+    assert len(shown) < 2000
+    assert (shown[:21], shown[-16:]) == (text[:21], text[-16:])
+    assert message("short") == "short"

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from mpo_megatron import starting
-from mpo_megatron.terminal.visible import visible
+from mpo_megatron.terminal.visible import message as shown
 from mpo_megatron.train import launched
 
 ALONE_SECONDS = 3.0
@@ -48,10 +48,10 @@ def complain(program: str, message: str) -> None:
     because other machines may not see it."""
     rank, local = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     where = "" if rank == "0" else f"rank {rank} on {socket.gethostname()}: "
-    message = visible(message, lines=True)
-    if launched.say_last(f"{program}: {where}{message}"):
+    text = f"{program}: {where}{shown(message)}"
+    if launched.say_last(text):
         return
     if local != "0":  # if others report the same, the launcher ends this rank now
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(ALONE_SECONDS)
-    print(f"{program}: {where}{message}", file=sys.stderr, flush=True)
+    print(text, file=sys.stderr, flush=True)

@@ -196,11 +196,17 @@ def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> N
     gemma = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + ZEPHYR
     tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, gemma))
     Chat(tokenizer)
-    with pytest.raises(ConfigError, match="the template refuses a system message: System role not supported"):
+    with pytest.raises(
+        ConfigError,
+        match=r"tokenizer = .*: its chat template refuses a system message: System role not supported; copy the tokenizer",
+    ):
         Chat(tokenizer, system_prompt="Be brief.")
     tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, "{{ 'nothing of the conversation' }}"))
     with pytest.raises(ConfigError, match="omits the assistant's message"):
         Chat(tokenizer)
+    (tmp_path / "bad.jinja").write_bytes(b"{{ '\xff' }}")
+    with pytest.raises(ConfigError, match=r"chat_template = .*bad\.jinja; not UTF-8 .*; save it as UTF-8"):
+        load_tokenizer(bpe_folder, tmp_path / "bad.jinja")
 
 
 # ------------------------------------------------------------------------------------------ SentencePiece

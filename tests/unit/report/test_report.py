@@ -168,6 +168,24 @@ def test_lines_that_are_no_metrics_are_named(tmp_path: Path, line: str) -> None:
     report(ReportConfig(runs=[str(folder)], output=str(tmp_path / "page.html")))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, r"data = null; it must hold options"),
+        ({"data": {"train": 0}}, r"data\.train = 0; it must be a path"),
+        ({"data": {"groups_per_step": "many"}}, r"data\.groups_per_step = many; it must be a whole number"),
+        ({"max_steps": [1]}, r"max_steps = \[1\]; it must be a whole number"),
+    ],
+)
+def test_options_that_a_user_changed_are_named(
+    tmp_path: Path, data: PreparedGroups, change: dict[str, Any], message: str
+) -> None:
+    folder = write_run(tmp_path / "run", data)
+    (folder / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load((folder / "config.yaml").read_text()) | change))
+    with pytest.raises(ConfigError, match=rf"config\.yaml: {message}"):
+        read_run(folder)
+
+
 @pytest.mark.parametrize("recorded", ["absolute", "relative"])
 def test_a_run_is_the_same_from_elsewhere_and_after_a_move(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recorded: str
