@@ -40,7 +40,8 @@ from mpo_megatron.model.nf4 import quantize
 from mpo_megatron.model.parallel import model_parallel
 from mpo_megatron.model.policy import build_policy
 from mpo_megatron.model.quantized import quantized_layers
-from mpo_megatron.plan.memory import Kernels, MemoryLayout, StageMemory, stage_memory
+from mpo_megatron.plan.memory import StageMemory, stage_memory
+from mpo_megatron.plan.memory_layout import Kernels, MemoryLayout
 from mpo_megatron.plan.rows import count_row
 from mpo_megatron.train import optimizer
 from mpo_megatron.train.objective import build_objective

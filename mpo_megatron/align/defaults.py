@@ -18,7 +18,8 @@ from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.families import Family
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.parameters import part_weights, stage_parts
-from mpo_megatron.plan.plan import build_problem, explain_nothing_fits
+from mpo_megatron.plan.plan import build_problem
+from mpo_megatron.plan.remedies import explain_nothing_fits
 from mpo_megatron.plan.search import Candidate, Workload, search
 
 LEARNING_RATES = ((1e9, 5e-6), (4e9, 2e-6), (math.inf, 5e-7))

@@ -22,9 +22,10 @@ from mpo_megatron.data.prepare import open_streams
 from mpo_megatron.data.readers import build_groups
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.tokenizing import load_chat
+from mpo_megatron.plan.figures import summarize
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.parameters import count_parameters
-from mpo_megatron.plan.plan import build_problem, summarize
+from mpo_megatron.plan.plan import build_problem
 from mpo_megatron.plan.search import Workload
 from mpo_megatron.rollout.prompts import load_prompts
 from mpo_megatron.rollout.rounds import build_round

@@ -1,136 +1,27 @@
 """Bytes of one rank of a pipeline stage at the peak of a training step.
 
-Static memory is exact: weights, gradients and optimizer states as Megatron-Core allocates them. What autograd keeps of a row is
-counted tensor by tensor, following Korthikanti et al. 2022 (arXiv:2205.05198, Eq. 1–4), for the layers used here: RMS norm,
-grouped heads, SwiGLU, attention over segments without a score matrix. The largest of a few moments of the backward pass is added.
-docs/reference/planning.md gives the formulas and the measurements.
-
-Legend: T tokens of a row, t = T / context tokens on one rank, s ranks that shard norms and residuals (sequence parallelism), H
-hidden, q, k channels of queries and keys on one rank, F MLP channels on one rank, S scored tokens, C tokens of a log-prob chunk,
-V vocabulary rows on one rank, b bytes of the compute dtype.
+Static memory is exact: weights, gradients and optimizer states as Megatron-Core allocates them. What autograd keeps of a row
+(kept.py) is added, and the largest of a few moments of the backward pass. docs/reference/planning.md gives the formulas and the
+measurements. Legend: memory_layout.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
-from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import ParallelConfig
 from mpo_megatron.config.model import kept_chunks
-from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import Adapter, adapter_rules
-from mpo_megatron.hf.live_engine import EngineMemory
 from mpo_megatron.hf.quantization import BYTES_PER_WEIGHT
-from mpo_megatron.plan.delta_net import delta_net_kept
-from mpo_megatron.plan.parameters import (
-    Part,
-    Weight,
-    adapter_weights,
-    buffer_size,
-    part_weights,
-    stage_parts,
-)
+from mpo_megatron.plan.kept import core_kept, head_kept, layer_kept, mlp_kept, stage_kept, state_kept
+from mpo_megatron.plan.memory_layout import GRADIENT_BYTES, INDEX_BYTES, MemoryLayout
+from mpo_megatron.plan.parameters import Part, Weight, adapter_weights, buffer_size, part_weights, stage_parts
 from mpo_megatron.plan.rows import RowCounts
 
-GIB = 2**30
 STATE_BYTES = 8
 """AdamW's two moments in float32."""
 MASTER_BYTES = 4
 """Float32 master weights beside bf16 ones; float32 weights need none."""
-LEAVING = 2
-"""Layers whose activations are being transferred to or from host memory at the same time (`model.offload_layers`)."""
-GRADIENT_BYTES = 4
-"""Gradients are summed and reduced in float32."""
-INDEX_BYTES = 8
-"""Token ids, positions and indices are int64."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kernels:
-    """The kernels in use: they decide which tensors autograd keeps."""
-
-    layers: Literal["transformer_engine", "local"]
-    attention: Literal["sdpa", "flex", "varlen"]
-    gpu: bool
-    """On a CPU nothing is fused: norms and SwiGLU keep intermediate results. Attention is by blocks in place of `sdpa`."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class MemoryLayout:
-    """Everything besides the row that determines memory."""
-
-    shape: Family
-    """The model."""
-    padded_vocab: int
-    model: ModelConfig
-    parallel: ParallelConfig
-    optimizer: OptimizerConfig
-    world_size: int
-    kernels: Kernels
-    resident: bool
-    """A reference model stays in memory beside the policy, for token-wise divergences."""
-    sampler: EngineMemory | None = None
-    """The engine that samples from the policy between steps, on its busiest GPU (`online.kl_weight`)."""
-    routing: ExpertsConfig = field(default_factory=ExpertsConfig)
-    """Additional work of experts' routers."""
-    records_choices: bool = False
-    """The reference's expert choices come from its cache."""
-    adapter: Adapter | None = None
-    """Adapter trained on frozen weights."""
-    gpu_bytes: int | None = None
-    """Memory of a GPU, which determines the log-prob kernel's chunks; None on a CPU."""
-
-    @property
-    def replicas(self) -> int:
-        """Data-parallel size."""
-        parallel = self.parallel
-        return self.world_size // (parallel.tensor * parallel.pipeline * parallel.context)
-
-    @property
-    def sharing(self) -> int:
-        """Ranks with the same weights, which shard optimizer states."""
-        return self.replicas * self.parallel.context
-
-    @property
-    def expert_sharing(self) -> int:
-        """Ranks with the same experts."""
-        parallel = self.parallel
-        return self.world_size // (parallel.pipeline * parallel.expert * parallel.expert_tensor)
-
-    @property
-    def dtype_bytes(self) -> int:
-        """b: bytes per element."""
-        return 2 if self.model.precision == "bf16" else 4
-
-    @property
-    def linear_input_bytes(self) -> int:
-        """Bytes per element that a matrix product keeps of its input."""
-        return self.dtype_bytes if self.model.fp8 == "none" else 1
-
-    @property
-    def keeps_normalized(self) -> bool:
-        """Whether norms keep their normalized input for their weight's gradient: PyTorch's in bf16 on a CPU, unless frozen."""
-        return not self.kernels.gpu and self.dtype_bytes < 4 and self.adapter is None
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether frozen linear weights are stored in 4 bits, and dequantized only while they multiply."""
-        return self.adapter is not None and self.adapter.quantize != "none"
-
-    @property
-    def sequence_parts(self) -> int:
-        """s: number of parts into which sequence parallelism divides activations."""
-        return self.parallel.tensor if self.parallel.sequence_parallel else 1
-
-    @property
-    def vocabulary(self) -> int:
-        """V: vocabulary rows of one tensor-parallel rank."""
-        return self.padded_vocab // self.parallel.tensor
-
-    def recomputes(self, module: str) -> bool:
-        """Whether a module of each layer is recomputed on its own."""
-        return self.model.recompute == "selective" and module in self.model.recompute_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +93,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
     elements, stored = dense + expert + frozen, _weight_bytes(layout, weights, dense + expert + frozen)
     state_bytes = STATE_BYTES + (MASTER_BYTES if layout.dtype_bytes == 2 else 0)
     chunks = chunks_in_flight(layout.parallel, stage, num_rows)
-    kept = chunks * max(_kept(layout, part, row) for part in parts) + _kept_by_head(layout, parts[-1], row)
+    kept = chunks * max(stage_kept(layout, part, row) for part in parts) + head_kept(layout, parts[-1], row)
     moment, working = _peak(layout, parts, row)
     sampler = layout.sampler if stage == 0 else None  # engines run beside the ranks of the first stage
     rows_bytes = INDEX_BYTES * (2 * row.tokens + 3 * row.scored) * num_rows + _choices(layout, row, num_rows)
@@ -234,7 +125,7 @@ def _choices(layout: MemoryLayout, row: RowCounts, num_rows: int) -> int:
     experts = layout.shape.experts
     if experts is None or not layout.records_choices:
         return 0
-    tokens = row.tokens * num_rows * layout.replicas + _tokens(layout, row) // layout.sequence_parts * num_rows
+    tokens = row.tokens * num_rows * layout.replicas + layout.tokens(row) // layout.sequence_parts * num_rows
     return tokens * experts.choices * (1 if experts.id_bytes == 1 else 4)
 
 
@@ -261,225 +152,36 @@ def _weight_bytes(layout: MemoryLayout, weights: list[list[Weight]], elements: i
     return quantized + layout.dtype_bytes * (elements - (matrices if layout.model.fp8_params else 0))
 
 
-# --------------------------------------------------------------------------------------------- kept for the backward pass
-
-
-def _hidden(layout: MemoryLayout, row: RowCounts) -> int:
-    """Elements of a residual on one rank: t·H / s."""
-    return _tokens(layout, row) * layout.shape.hidden_size // layout.sequence_parts
-
-
-def _tokens(layout: MemoryLayout, row: RowCounts) -> int:
-    """t: tokens of a row on one context-parallel rank."""
-    return row.tokens // layout.parallel.context
-
-
-def _attention_widths(layout: MemoryLayout) -> tuple[int, int, int]:
-    """(q, k, k') channels of one rank; k' includes key-value heads replicated for context parallelism."""
-    shape, parallel = layout.shape, layout.parallel
-    queries, keys = shape.queries // parallel.tensor, shape.keys // parallel.tensor
-    repeated = max(keys, parallel.context * shape.head_dim) if parallel.context > 1 else keys
-    return queries, keys, repeated
-
-
-def _kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
-    """Bytes kept of one row by one virtual stage, without the head."""
-    hidden, b = _hidden(layout, row), layout.dtype_bytes
-    sent = 0 if part.last else hidden * b  # Megatron keeps what a stage sends
-    if layout.model.recompute == "full":
-        angles = _tokens(layout, row) * layout.shape.head_dim * 4
-        return len(part.layers) * hidden * b + angles + sent
-    layers = [
-        layer_kept(layout, row, experts=layout.shape.has_experts(layer), state=layout.shape.has_state(layer))
-        for layer in part.layers
-    ]
-    if layout.model.offload_layers:  # one is transferred while the next one computes
-        return sum(layers[layout.model.offload_layers :]) + LEAVING * max(layers) + sent
-    return sum(layers) + sent
-
-
-def layer_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False, state: bool = False) -> int:
-    """Bytes that autograd keeps of one layer for one row, except recomputed parts.
-
-    Args:
-        experts: the layer has experts
-        state: the layer is a Gated DeltaNet
-    """
-    kept = _norms_kept(layout, row, experts=experts) + _adapters_kept(layout, row, experts=experts)
-    kept += 0 if layout.recomputes("moe" if experts else "mlp") else _second_half(layout, row, experts=experts)
-    if state:
-        return kept + _delta_net(layout, row, recomputed=layout.recomputes("core_attn"))
-    kept += _projections_kept(layout, row)
-    return kept if layout.recomputes("core_attn") else kept + _core_kept(layout, row)
-
-
-def _delta_net(layout: MemoryLayout, row: RowCounts, *, recomputed: bool) -> int:
-    """Bytes of a Gated DeltaNet, in place of attention's projections and core."""
-    assert layout.shape.delta_net is not None
-    return delta_net_kept(
-        *(layout.shape.delta_net, layout.model),
-        tokens=_tokens(layout, row),
-        ranks=layout.parallel.tensor,
-        gpu=layout.kernels.gpu,
-        recomputed=recomputed,
-    )
-
-
-def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
-    """A x of each adapter in a layer [t, rank]; its input is the layer's own, which is kept anyway.
-
-    Recomputation is ignored: the term is smaller than the output that a recomputed layer keeps anyway.
-    """
-    if layout.adapter is None:
-        return 0
-    tokens, narrow = _tokens(layout, row), 0
-    for rule in adapter_rules(layout.shape, layout.adapter):
-        if not rule.megatron.endswith("lora_A") or (".mlp." in rule.megatron and (".experts." in rule.megatron) != experts):
-            continue
-        times = layout.shape.active_experts if rule.experts is not None else 1
-        narrow += tokens * layout.adapter.rank * times // (layout.sequence_parts if rule.experts is not None else 1)
-    return narrow * layout.dtype_bytes
-
-
-def _second_half(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
-    """Bytes of what follows the second norm: experts or a dense MLP."""
-    return _moe_kept(layout, row) if experts else _mlp_kept(layout, row)
-
-
-def _norms_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool = False) -> int:
-    """Two norms: input (the residual) and output (the next product's input); unfused also the normalized input, and 1 / rms.
-
-    Transformer Engine fuses them into the following products, except the norm before experts.
-    """
-    tokens, b, engine = _tokens(layout, row), layout.dtype_bytes, layout.kernels.layers == "transformer_engine"
-    hidden = _hidden(layout, row)
-    output = hidden * (layout.linear_input_bytes + (b if layout.keeps_normalized else 0)) + 4 * tokens // layout.sequence_parts
-    outputs = 2 * output
-    if layout.recomputes("layernorm"):
-        outputs -= int(experts) * output
-    elif layout.recomputes("mlp") and not experts and engine:
-        outputs -= output
-    return 2 * hidden * b + outputs
-
-
-def _projections_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Bytes around the attention core: queries, keys and values before and after norm and rotation, and the result."""
-    shape, tokens, b = layout.shape, _tokens(layout, row), layout.dtype_bytes
-    queries, keys, _ = _attention_widths(layout)
-    fused = layout.kernels.gpu
-    kept = queries * layout.linear_input_bytes if layout.model.fp8 != "none" else 0  # the output projection's quantized input
-    if shape.qk_norm:
-        normalized = queries + keys  # inputs; PyTorch's norm and the norm over all heads also keep the normalized ones
-        normalized += queries if not fused and (shape.qk_norm == "width" or b < 4) else 0
-        heads = (queries + keys) // shape.head_dim
-        kept += normalized * b + 4 * heads
-    if _core_keeps_inputs(layout, row):
-        gates = queries if shape.output_gate else 0
-        kept += (queries + gates + 2 * keys) * b  # the projection's output, because of the values in it
-        kept += (queries + keys) * b  # rotated
-    elif layout.parallel.context == 1:
-        kept += queries * b  # rotated queries; keys and values are kept gathered
-    elif shape.qk_norm and not fused:
-        kept += (queries + 2 * keys) * b
-    if layout.kernels.layers == "local" and b < 4:
-        kept += 2 * shape.head_dim * b  # cosines and sines in bf16, for queries and for keys
-    kept += queries * b  # the core's result
-    kept += queries * (4 + b) if shape.output_gate else 0  # the gate's sigmoid in float32, and the gated result
-    return kept * tokens
-
-
-def _core_keeps_inputs(layout: MemoryLayout, row: RowCounts) -> bool:
-    """Whether the core's inputs are kept unchanged: it is recomputed from them, or reads them in place."""
-    if layout.recomputes("core_attn"):
-        return True
-    return layout.parallel.context == 1 and not (layout.kernels.attention == "varlen" and row.context)
-
-
-def _core_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Bytes within the attention core, all tokens of the row for this rank's heads: what its kernel keeps besides its inputs."""
-    parallel, b = layout.parallel, layout.dtype_bytes
-    queries, _, keys = (width // parallel.context for width in _attention_widths(layout))
-    by_segment = layout.kernels.attention == "sdpa" and layout.kernels.gpu  # on a CPU by blocks, which read the row in place
-    kept = 4 * row.tokens * (queries // layout.shape.head_dim)  # log-sum-exp of every query
-    if parallel.context > 1:
-        kept += row.tokens * (queries + 2 * keys) * b  # received from the all-to-all
-        kept += 0 if by_segment else row.tokens * queries * b  # the result, before it is sent back
-    if layout.kernels.attention == "varlen":
-        return kept + (row.tokens + row.context) * 2 * keys * b if row.context else kept
-    if by_segment:
-        kept += (row.context + row.responses) * 2 * keys * b  # gathered per response
-        kept += row.tokens * queries * b  # results per segment, before concatenation
-    return kept
-
-
-def _mlp_kept(layout: MemoryLayout, row: RowCounts, ffn: int | None = None) -> int:
-    """SwiGLU: gate and value as one tensor (2F), the product (F); on a CPU also the activated gate (F).
-
-    Megatron-Core's own, used by shared experts (`ffn`), also keeps a copy of the value on a CPU.
-    """
-    width = layout.shape.intermediate_size // layout.parallel.tensor if ffn is None else ffn
-    b = layout.dtype_bytes
-    extra = 0 if layout.kernels.gpu else 1 if ffn is None else 2
-    return _tokens(layout, row) * width * (2 * b + layout.linear_input_bytes + extra * b)
-
-
-def _moe_kept(layout: MemoryLayout, row: RowCounts) -> int:
-    """Experts, with tokens spread evenly: routing probabilities, the received tokens (H), and SwiGLU.
-
-    Sorting, sending and summing keep only indices. On a CPU, SwiGLU keeps six tensors of F: gate and value, the activated gate,
-    a copy of the value, and the product before and after the probabilities.
-    """
-    shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
-    own = _tokens(layout, row) // layout.sequence_parts
-    routed = own * shape.active_experts * parallel.expert_tensor
-    inner = shape.expert_ffn // parallel.expert_tensor * (2 if layout.recomputes("moe_act") else 3 if layout.kernels.gpu else 6)
-    routing = layout.routing  # logits and probabilities; the losses keep them again, with each token's load density
-    maps = 3 + 2 * (routing.balance_coeff > 0) + (routing.z_coeff > 0)
-    kept = own * shape.num_experts * 4 * maps + routed * b * (shape.hidden_size + inner)
-    if shape.shared_ffn and not layout.recomputes("shared_experts"):
-        kept += _mlp_kept(layout, row, shape.shared_ffn // parallel.tensor) + own * shape.hidden_size * b
-    return kept
-
-
-def _kept_by_head(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
-    """The final norm, the hidden states [S, H] of scored tokens, and five numbers of each."""
-    if not part.last:
-        return 0
-    norm = _hidden(layout, row) * layout.dtype_bytes * (2 if layout.keeps_normalized else 1)
-    scored = row.scored // layout.parallel.context
-    return norm + scored * (layout.shape.hidden_size * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
-
-
 # ----------------------------------------------------------------------------------------------------- moments of a step
 
 
 def _peak(layout: MemoryLayout, parts: tuple[Part, ...], row: RowCounts) -> tuple[str, int]:
     """The moment with the most allocated memory, and its bytes beyond what is kept for the backward pass."""
-    moments = {"backward of an MLP": _backward(layout, row) - _kept_by_head(layout, parts[-1], row)}
+    moments = {"backward of an MLP": _backward(layout, row) - head_kept(layout, parts[-1], row)}
     shape = layout.shape
     kinds = {(shape.has_experts(layer), shape.has_state(layer)) for part in parts for layer in part.layers}
     if layout.model.recompute == "full":
         again = max(layer_kept(layout, row, experts=experts, state=state) for experts, state in kinds)
-        moments["backward of an MLP"] += again - _hidden(layout, row) * layout.dtype_bytes
+        moments["backward of an MLP"] += again - layout.hidden(row) * layout.dtype_bytes
     elif layout.model.recompute == "selective":
         moments["backward of an MLP"] += max(_recomputed(layout, row, experts=experts) for experts, _ in kinds)
         if layout.recomputes("core_attn"):
-            gone = _kept_by_head(layout, parts[-1], row) + (0 if layout.recomputes("mlp") else _mlp_kept(layout, row))
+            gone = head_kept(layout, parts[-1], row) + (0 if layout.recomputes("mlp") else mlp_kept(layout, row))
             moments["backward of attention"] = (
-                _core_kept(layout, row) + _tokens(layout, row) * sum(_attention_widths(layout)) * layout.dtype_bytes - gone
+                core_kept(layout, row) + layout.tokens(row) * sum(layout.attention_widths) * layout.dtype_bytes - gone
             )
             if any(state for _, state in kinds):
-                moments["backward of a Gated DeltaNet"] = _delta_net(layout, row, recomputed=False) - gone
+                moments["backward of a Gated DeltaNet"] = state_kept(layout, row, recomputed=False) - gone
     if layout.parallel.context > 1:
-        moments["all-to-all"] = moments["backward of an MLP"] - _backward(layout, row) - _mlp_kept(layout, row)
+        moments["all-to-all"] = moments["backward of an MLP"] - _backward(layout, row) - mlp_kept(layout, row)
         moments["all-to-all"] += _all_to_all(layout, row)
     if parts[-1].last:
         moments["log-probs"] = _head(layout, row)
     if parts[0].first and layout.adapter is None:
         embedding = layout.padded_vocab // layout.parallel.tensor * layout.shape.hidden_size * layout.dtype_bytes
-        done = _kept(layout, parts[0], row) + _kept_by_head(layout, parts[-1], row)
+        done = stage_kept(layout, parts[0], row) + head_kept(layout, parts[-1], row)
         moments["gradient of the embedding"] = (
-            embedding + 2 * _tokens(layout, row) * layout.shape.hidden_size * layout.dtype_bytes - done
+            embedding + 2 * layout.tokens(row) * layout.shape.hidden_size * layout.dtype_bytes - done
         )
     name = max(moments, key=lambda moment: moments[moment])
     return name, max(0, moments[name])
@@ -498,7 +200,7 @@ def _recomputed(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> int:
 def _backward(layout: MemoryLayout, row: RowCounts) -> int:
     """Backward of the MLP (of one expert's matrices): gradients of its output, its product or halves, and a weight."""
     shape, parallel, b = layout.shape, layout.parallel, layout.dtype_bytes
-    tokens, hidden = _tokens(layout, row), _hidden(layout, row)
+    tokens, hidden = layout.tokens(row), layout.hidden(row)
     if shape.num_experts:
         ffn = shape.expert_ffn // parallel.expert_tensor
         tokens = tokens // layout.sequence_parts * shape.active_experts * parallel.expert_tensor
@@ -536,7 +238,7 @@ def _head(layout: MemoryLayout, row: RowCounts) -> int:
     padded = layout.padded_vocab > shape.vocab_size and not layout.kernels.gpu
     working = logits * (each + (4 if padded else 0)) + (kept - chunk) * layout.vocabulary * b
     working += (chunk + scored) * shape.hidden_size * b
-    spread = (_tokens(layout, row) + 2 * scored) * shape.hidden_size * b
+    spread = (layout.tokens(row) + 2 * scored) * shape.hidden_size * b
     return max(working, spread)
 
 
@@ -544,5 +246,5 @@ def _all_to_all(layout: MemoryLayout, row: RowCounts) -> int:
     """Queries, keys and values: as sent, as received, and in row order."""
     if layout.parallel.context == 1:
         return 0
-    queries, _, keys = _attention_widths(layout)
-    return 3 * _tokens(layout, row) * (queries + 2 * keys) * layout.dtype_bytes
+    queries, _, keys = layout.attention_widths
+    return 3 * layout.tokens(row) * (queries + 2 * keys) * layout.dtype_bytes

@@ -25,7 +25,8 @@ from mpo_megatron.hf.live_engine import EngineMemory, engine_memory, validate_en
 from mpo_megatron.hf.quantization import check_blocks
 from mpo_megatron.hf.recompute import validate_recompute
 from mpo_megatron.plan.hardware import Hardware
-from mpo_megatron.plan.memory import GIB, Kernels, MemoryLayout, StageMemory, stage_memory
+from mpo_megatron.plan.memory import StageMemory, stage_memory
+from mpo_megatron.plan.memory_layout import GIB, Kernels, MemoryLayout
 from mpo_megatron.plan.parameters import count_parameters
 from mpo_megatron.plan.rows import PackedSteps, Sequences
 from mpo_megatron.plan.step_time import Assumptions, Clock, StepTime

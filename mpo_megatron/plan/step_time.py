@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields, replace
 
 from mpo_megatron.hf.flops import BACKWARD, FlopModel
 from mpo_megatron.plan.hardware import Hardware
-from mpo_megatron.plan.memory import GRADIENT_BYTES, MemoryLayout, StageMemory
+from mpo_megatron.plan.memory import StageMemory
+from mpo_megatron.plan.memory_layout import GRADIENT_BYTES, MemoryLayout
 from mpo_megatron.plan.parameters import stage_parts
 from mpo_megatron.plan.rows import PackedSteps, RowCounts
 from mpo_megatron.plan.traffic import head_traffic, layer_traffic, weight_traffic

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mpo_megatron.plan.memory import GRADIENT_BYTES, MemoryLayout
+from mpo_megatron.plan.memory_layout import GRADIENT_BYTES, MemoryLayout
 
 CAST_BYTES = 2
 """Bytes per element that a cast to FP8 writes: for the product, and transposed for the gradient's."""

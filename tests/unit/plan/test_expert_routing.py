@@ -17,7 +17,8 @@ from mpo_megatron.config import (
     PlanConfig,
     TrainConfig,
 )
-from mpo_megatron.plan.plan import build_problem, cached_groups, choices_on_disk, plan, summarize
+from mpo_megatron.plan.figures import cached_groups, choices_on_disk, summarize
+from mpo_megatron.plan.plan import build_problem, plan
 from mpo_megatron.plan.search import Workload
 
 LAYOUT = ParallelConfig(tensor=4, expert=8)

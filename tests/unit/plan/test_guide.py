@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from mpo_megatron.config import ParallelConfig, TrainConfig, load_yaml
-from mpo_megatron.plan.memory import GIB
-from mpo_megatron.plan.plan import build_problem, summarize
+from mpo_megatron.plan.figures import summarize
+from mpo_megatron.plan.memory_layout import GIB
+from mpo_megatron.plan.plan import build_problem
 from mpo_megatron.plan.search import Candidate, Workload
 from tests.unit.plan.test_recipes import RECIPES, build_plan
 

@@ -11,7 +11,9 @@ from mpo_megatron.config import ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import read_family
 from mpo_megatron.families.published import build_config
 from mpo_megatron.hf.live_engine import EngineMemory
-from mpo_megatron.plan.memory import Kernels, MemoryLayout, chunks_in_flight, layer_kept, stage_memory
+from mpo_megatron.plan.kept import layer_kept
+from mpo_megatron.plan.memory import chunks_in_flight, stage_memory
+from mpo_megatron.plan.memory_layout import Kernels, MemoryLayout
 from mpo_megatron.plan.parameters import Weight, buffer_size
 from mpo_megatron.plan.rows import RowCounts
 

@@ -22,8 +22,10 @@ from mpo_megatron.config import (
     TrainConfig,
 )
 from mpo_megatron.data.store import write_groups
+from mpo_megatron.plan.figures import summarize
 from mpo_megatron.plan.hardware import TABLE
-from mpo_megatron.plan.plan import build_problem, explain_nothing_fits, plan, summarize
+from mpo_megatron.plan.plan import build_problem, plan
+from mpo_megatron.plan.remedies import explain_nothing_fits
 from mpo_megatron.plan.search import Workload, search
 from mpo_megatron.plan.step_time import TIMES
 from mpo_megatron.train.throughput import peak_flops

@@ -15,7 +15,7 @@ from mpo_megatron.config import ParallelConfig
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.families.published import MODELS
 from mpo_megatron.plan.hardware import TABLE
-from mpo_megatron.plan.memory import GIB
+from mpo_megatron.plan.memory_layout import GIB
 
 SOURCES, RUNS = load_table()
 GUIDE = Path(__file__).parents[3] / "docs" / "experiments" / "planning.md"

@@ -22,7 +22,8 @@ from mpo_megatron.config import (
     load_yaml,
     to_dict,
 )
-from mpo_megatron.plan.plan import build_problem, explain, num_groups, plan
+from mpo_megatron.plan.plan import build_problem, num_groups, plan
+from mpo_megatron.plan.remedies import explain
 
 RECIPES = Path(__file__).parents[3] / "examples" / "recipes"
 PLANS: dict[str, dict[str, Any]] = yaml.safe_load((RECIPES / "plans.yaml").read_text(encoding="utf-8"))
