@@ -6,6 +6,8 @@ import json
 import math
 import sys
 import time
+import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
@@ -53,7 +55,7 @@ def options(model: Path, tmp_path: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- prompts
 
 
-def questions(rows: list[dict[str, Any]]) -> set[str]:
+def questions(rows: Iterable[dict[str, Any]]) -> set[str]:
     return {row["prompt"] for row in rows}
 
 
@@ -69,6 +71,18 @@ def test_every_prompt_has_one_place_whatever_the_order(tmp_path: Path) -> None:
     assert questions(shuffled.held_out) != questions(split.held_out)
     # The held-out prompts do not depend on the number of rounds.
     assert questions(split_prompts(tmp_path / "a.jsonl", rounds=2, held_out=5, seed=0).held_out) == questions(split.held_out)
+
+
+def test_memory_does_not_grow_with_the_prompts_texts(tmp_path: Path) -> None:
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{number} {'x' * 200_000}"}) + "\n" for number in range(250)))  # 50 MB
+    tracemalloc.start()
+    split = split_prompts(path, rounds=2, held_out=50, seed=0)
+    read = sum(len(row["prompt"]) for part in (*split.rounds, split.held_out) for row in part)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert read > 50e6
+    assert peak < 20e6  # 8 MiB until they move to a file, and copies of some prompts
 
 
 def test_duplicates_are_left_out_and_counted(tmp_path: Path) -> None:
