@@ -119,7 +119,7 @@ def _serve(connection: Connection, case: Case, options: argparse.Namespace) -> N
     """In a forked process: send the seconds of each run but the first, and the peak memory of all."""
     peak = PeakMemory()
     if case.work == "step":
-        seconds = step_seconds(*case.size, options)
+        seconds = step_seconds(case.size[0], options)
     else:
         seconds = clock(losses_work(*case.size) if case.work == "losses" else attention_work(*case.size), options.repeat + 1)
     connection.send((seconds[1:], peak.mib()))

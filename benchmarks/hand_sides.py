@@ -11,7 +11,7 @@ import io
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -127,7 +127,7 @@ def _measure(connection: Connection, name: str, task: Task) -> None:
     connection.send(peak.mib())
 
 
-def hand_side(name: str, task: Task) -> Iterator[list[float]]:
+def hand_side(name: str, task: Task) -> Generator[list[float]]:
     """A loop with the optimizer's settings that ours has: yields the reference's log-probs, then nothing after each step."""
     groups, count = task.groups(), task.groups_per_step
     betas = (ADAM["beta1"], ADAM["beta2"])
@@ -139,7 +139,7 @@ def hand_side(name: str, task: Task) -> Iterator[list[float]]:
         yield []
 
 
-def our_side(name: str, task: Task) -> Iterator[list[float]]:
+def our_side(name: str, task: Task) -> Generator[list[float]]:
     """What the loop of `mpo train` does between two checkpoints; yields as `hand_side` does."""
     with _our_run(task) as run:
         yield run.references[run.setup.train.path].response.tolist()
@@ -158,7 +158,7 @@ def _our_run(task: Task) -> Iterator[Run]:
             train=str(folder / "groups"), groups_per_step=task.groups_per_step, row_tokens=task.row_tokens, shuffle=False
         ),
         loss=LossConfig(name="mpo"),
-        optimizer=OptimizerConfig(**ADAM, schedule="constant", warmup_fraction=0.0),
+        optimizer=OptimizerConfig(schedule="constant", warmup_fraction=0.0, **ADAM),  # type: ignore[arg-type]
         checkpoint=CheckpointConfig(every=0),
         logging=LoggingConfig(num_samples=0),
         max_steps=task.num_steps,
@@ -189,7 +189,7 @@ def _our_steps(run: Run) -> Iterator[None]:
             tracker.close()
 
 
-def products_side(name: str, task: Task) -> Iterator[list[float]]:
+def products_side(name: str, task: Task) -> Generator[list[float]]:
     """Products only, into memory that is there already; yields as `hand_side` does, an empty list at first."""
     family, groups = read_family(AutoConfig.from_pretrained(task.folder / "hf")), task.groups()
     products = [
@@ -224,7 +224,7 @@ def count_shared(group: Group) -> tuple[int, int]:
     return len(prompt) + scored - len(responses), scored
 
 
-_SIDES: dict[str, Callable[[str, Task], Iterator[list[float]]]] = {
+_SIDES: dict[str, Callable[[str, Task], Generator[list[float]]]] = {
     OURS: our_side,
     PRODUCTS: products_side,
     **dict.fromkeys(LOOPS, hand_side),

@@ -180,7 +180,7 @@ def read_groups(path: Path, folder: Path, num_groups: int, vocab_size: int) -> l
         shutil.copy(folder / "words" / name, folder / "hf" / name)
     prepare(PrepareConfig(input=str(path), tokenizer=str(folder / "hf"), output=str(folder / "all")))
     data = load_groups(folder / "all")
-    chosen = itertools.islice((group for group in data if np.ptp(group.rewards) > 0), num_groups)
+    chosen = itertools.islice((group for group in data if group.rewards is not None and np.ptp(group.rewards) > 0), num_groups)
     groups = [dataclasses.replace(group, scored=None) for group in chosen]
     if len(groups) < num_groups:
         raise SystemExit(f"benchmarks.hand_written: {path} has {len(groups)} groups with contrast; {num_groups} are needed")

@@ -19,7 +19,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,7 +68,7 @@ class Case:
     """Changes of the model's configuration, on CPUs."""
     lora: int = 0
     """Rank of adapters in all linear layers, with frozen weights; 0: all weights are trained."""
-    quantize: str | None = None
+    quantize: Literal["none", "nf4"] | None = None
     """Format of the frozen weights."""
 
 

@@ -63,7 +63,7 @@ class Run:
     fields: dict[str, Any] | None = None
     layers: int | None = None
     lora_rank: int = 0
-    parallel: dict[str, int] = field(default_factory=dict)
+    parallel: dict[str, Any] = field(default_factory=dict)
     overlapped: tuple[str, ...] = ()
     deduplicated: bool = False
     tokens_per_second: float | None = None

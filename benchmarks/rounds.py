@@ -157,7 +157,7 @@ def _resume(folder: Path) -> Callable[[], object]:
         num_responses=RESPONSES,
         endpoint=EndpointConfig(base_url="http://localhost/v1", model="none"),
     )
-    check = module.check_started
+    check = vars(module)["check_started"]
 
     def check_then_add_lines(*arguments: Any) -> None:
         """The lines of an earlier run appear once the folder says what they depend on."""

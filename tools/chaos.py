@@ -100,7 +100,13 @@ class Life:
         shared = Path(tempfile.mkdtemp(dir=log.parent))  # ranks pass requests on through it, as under `mpo train`
         self.exit_file = shared / launched.EXIT_CODE
         for rank in range(ranks):
-            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+            environment: dict[str, object] = {
+                "RANK": rank,
+                "LOCAL_RANK": rank,
+                "WORLD_SIZE": ranks,
+                "LOCAL_WORLD_SIZE": ranks,
+                "MASTER_PORT": port,
+            }
             environment |= {"TORCHELASTIC_RUN_ID": "chaos"}  # ranks identify their launcher by it
             environment |= {launched.FOLDER: shared, launched.EXIT_FILE: self.exit_file}
             pid = os.fork()

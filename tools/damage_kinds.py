@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from mpo_megatron.config import (
     CheckpointConfig,
@@ -51,6 +50,7 @@ from mpo_megatron.rollout.records import LineWriter, encode_line, find_lines, re
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import select
 from mpo_megatron.rollout.stages import save_config
+from mpo_megatron.terminal.console import Console
 from mpo_megatron.train import loop
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, read_state
@@ -200,7 +200,7 @@ def kinds(root: Path) -> list[Kind]:
         ),
         Kind(name="reference cache", files=files_of(cache), open=lambda: cached(root / "train", cache), again=True),
         *(
-            Kind(name=f"run: {path.name}", files=[path], open=plain(lambda path=path: read_metrics(path)), lines=True)
+            Kind(name=f"run: {path.name}", files=[path], open=plain(partial(read_metrics, path)), lines=True)
             for path in (run / "metrics.jsonl", run / "samples.jsonl")
         ),
         Kind(name="run, resumed: metrics.jsonl", files=[run / "metrics.jsonl"], open=plain(lambda: continued(run)), again=True),
@@ -219,7 +219,7 @@ def kinds(root: Path) -> list[Kind]:
             Kind(
                 name=f"stage {stages[name]}",
                 files=[root / name / lines[name], root / name / f"{stages[name]}.json"],
-                open=plain(lambda name=name: stage(root / name, lines[name], f"{stages[name]}.json")),
+                open=plain(partial(stage, root / name, lines[name], f"{stages[name]}.json")),
             )
             for name in stages
         ),
@@ -243,7 +243,7 @@ def kinds(root: Path) -> list[Kind]:
             open=plain(lambda: list(open_source(str(root / "prompts" / "round-01.jsonl")).rows)),
         ),
         *(
-            Kind(name=f"iterate: {name}", files=[rest / name], open=plain(lambda name=name: read_summary(rest / name)))
+            Kind(name=f"iterate: {name}", files=[rest / name], open=plain(partial(read_summary, rest / name)))
             for name in ("iterate.json", "train.json", "kl.json")
         ),
         Kind(name="id at a service", files=[rest / "wandb_run_id"], open=plain(lambda: read_id(rest / "wandb_run_id"))),
@@ -394,7 +394,8 @@ def continued(run: Path) -> Any:
 
 def earlier(run: Path) -> Any:
     """Facts of the run's earlier starts; [None] if they are lost."""
-    return earlier_starts(run / "run.json") or [None]
+    found = earlier_starts(run / "run.json")
+    return found if found else [None]
 
 
 def reported(run: Path) -> Any:

@@ -46,7 +46,7 @@ TEMPLATE = (
 )
 USER = {"role": "user", "content": "Sky in Bonn?"}
 CALL = {"type": "function", "function": {"name": "get_sky", "arguments": {"city": "Bonn"}}}
-TURNS = [
+TURNS: list[dict[str, Any]] = [
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
     {"role": "tool", "content": "blue"},
     {"role": "assistant", "content": "Blue.", "reasoning_content": "It scatters."},

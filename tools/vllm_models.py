@@ -17,7 +17,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -152,7 +152,9 @@ class Subject:
         self.family = load_family(folder)
         self.padded = load_conversion(self.megatron).padded_vocab_size
 
-    def build(self, precision: str, adapter: Adapter | None = None) -> tuple[list[torch.nn.Module], LiveWeights]:
+    def build(
+        self, precision: Literal["bf16", "fp32"], adapter: Adapter | None = None
+    ) -> tuple[list[torch.nn.Module], LiveWeights]:
         """A policy and its weights."""
         settings = ModelConfig(checkpoint="", precision=precision)
         policy = build_policy(self.family, settings, ParallelConfig(), self.ranks, self.padded, adapter)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpo_megatron.config import ConfigError
 from mpo_megatron.files import DataError
 from mpo_megatron.mcore.preparation import prepare
 from mpo_megatron.model.live_weights import WeightInfo
@@ -63,7 +64,7 @@ class Communicator:
 def meet(host: str, port: int, rank: int, world_size: int) -> SimpleNamespace:
     """`StatelessProcessGroup.create`."""
     limit = datetime.timedelta(seconds=SECONDS / 4)
-    store = torch.distributed.TCPStore(host, port, world_size, is_master=rank == 0, timeout=limit)
+    store = torch.distributed.TCPStore(host, port, world_size, is_master=rank == 0, timeout=limit)  # type: ignore[attr-defined]
     return SimpleNamespace(store=store, rank=rank, world_size=world_size)
 
 
@@ -168,8 +169,8 @@ def install(root: Path) -> None:
     torch.accelerator.current_device_index = lambda: 0
     torch.accelerator.current_stream = torch.cuda.current_stream
     torch.accelerator.synchronize = lambda *arguments: None
-    torch.Event = torch.cuda.Event  # type: ignore[assignment, misc]
-    torch.Tensor.record_stream = lambda *arguments: None  # type: ignore[assignment, method-assign]
+    torch.Event = torch.cuda.Event  # type: ignore[misc]
+    torch.Tensor.record_stream = lambda *arguments: None  # type: ignore[method-assign]
 
 
 def failures(root: Path) -> list[str]:
@@ -206,7 +207,7 @@ def expect(check: str, call: Any, text: str) -> list[str]:
     def run() -> None:
         try:
             call()
-        except (DataError, transfer.ConfigError) as error:
+        except (DataError, ConfigError) as error:
             said.append(str(error))
 
     thread = threading.Thread(target=run, daemon=True)

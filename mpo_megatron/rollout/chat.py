@@ -17,7 +17,7 @@ from mpo_megatron.data.group import Message
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
 from mpo_megatron.rollout.models import base_folder, hugging_face_folder, is_peft, locate_model
-from mpo_megatron.terminal.visible import visible
+from mpo_megatron.terminal.visible import message, visible
 
 ALIGNED = "aligned"
 """Folder inside the output of `mpo align` that holds the aligned model."""
@@ -140,13 +140,13 @@ def chat(config: ChatConfig) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  (lines that are typed can be edited, and come back)
         print(HELP)
-    while (message := ask()) is not None:
-        if message == RESET:
+    while (asked := ask()) is not None:
+        if asked == RESET:
             for partner in partners:
                 partner.messages = []
-        elif message:
+        elif asked:
             try:
-                answer(partners, message, config)
+                answer(partners, asked, config)
             except ConfigError as error:
                 print(message(error), file=sys.stderr)
 

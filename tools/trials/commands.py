@@ -122,7 +122,7 @@ def run_rounds(inputs: Path, folder: Path) -> int:
     def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
         return be_rank(train_work, "mpo train", list(arguments))
 
-    stages.launch = train_here  # type: ignore[assignment]
+    vars(stages)["launch"] = train_here
     path = folder.with_name(f"{folder.name}.yaml")  # beside the folder whose file operations count
     path.write_text(yaml.safe_dump(to_dict(rounds_config(inputs, folder))))
     return main(["iterate", "--config", str(path)])
@@ -171,7 +171,11 @@ def cache(folder: Path) -> Result:
 
 def copy_data(inputs: Path) -> Callable[[Path], None]:
     """Puts the prepared groups into a folder: the cache is written beside them."""
-    return lambda folder: shutil.copytree(inputs / "train", folder / "train") and None
+
+    def copy(folder: Path) -> None:
+        shutil.copytree(inputs / "train", folder / "train")
+
+    return copy
 
 
 def commands(inputs: Path) -> dict[str, Command]:

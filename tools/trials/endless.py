@@ -73,7 +73,7 @@ def endless_trials(folder: Path, inputs: Path) -> Iterator[str | None]:
 def _bounded(case: Endless, place: Path) -> int:
     """In a forked process: run the command, with short limits."""
     for limited in (Renderer, Pattern):
-        limited.__init__.__defaults__ = (CPU_SECONDS,)  # type: ignore[attr-defined, misc]
+        limited.__init__.__defaults__ = (CPU_SECONDS,)
     return case.run(place)
 
 

@@ -26,7 +26,7 @@ NUM_RANKS = 2
 def launch_trials(folder: Path, each: int, rng: random.Random) -> Iterator[str | None]:
     """What is wrong with each trial, or None."""
     folder.mkdir(exist_ok=True)
-    actions = [*REQUESTS, "kill the launcher", "kill a rank", "ask a rank"]
+    actions: list[signal.Signals | str] = [*REQUESTS, "kill the launcher", "kill a rank", "ask a rank"]
     for number in range(each):
         for action in actions:
             for phase in ("loading", "steps"):
@@ -52,7 +52,8 @@ def _trial(folder: Path, phase: str, action: signal.Signals | str, rng: random.R
     elif action == "ask a rank":
         rng.choice(ranks).send_signal(signal.SIGUSR1)
     else:
-        run.process.send_signal(int(action))
+        assert isinstance(action, signal.Signals)
+        run.process.send_signal(action)
     code = _wait(pid)
     output, left = run.output(), left_over(ranks, COMES_DOWN)
     for rank in left:
@@ -67,8 +68,8 @@ def _trial(folder: Path, phase: str, action: signal.Signals | str, rng: random.R
         return f"{saved} ranks saved\n{output[-2000:]}"
     if action == "kill the launcher":
         return None
-    expected = REQUESTS.get(action, 75)  # type: ignore[call-overload]  # a rank passes its signal on
-    named = "SIGUSR1" if action == "ask a rank" else signal.Signals(int(action)).name  # type: ignore[arg-type]
+    asked = action if isinstance(action, signal.Signals) else signal.SIGUSR1  # a rank passes its signal on
+    expected, named = REQUESTS[asked], asked.name
     if code != expected or f"stopped ({named})" not in output.splitlines()[-1] or "Traceback" in output:
         return f"exit code {code}\n{output[-2000:]}"
     return None

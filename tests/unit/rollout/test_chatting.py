@@ -106,3 +106,20 @@ def test_what_cannot_be_answered_is_said(model_folder: Path, tmp_path: Path, cap
         chat(ChatConfig(model=str(model_folder), beside=str(tmp_path / "none"), device="cpu"))
     with pytest.raises(ConfigError, match=r"the conversation has .* tokens, and .* reads 4096"):
         chat(ChatConfig(model=str(model_folder), prompt="long " * 4096, device="cpu"))
+
+
+def test_a_message_that_cannot_be_answered_does_not_end_the_conversation(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def answer(self: Partner, message: str, config: ChatConfig, write: Any) -> str:
+        if message == "long":
+            raise ConfigError("too \x1blong")
+        write("fine")
+        return "fine"
+
+    monkeypatch.setattr(Partner, "answer", answer)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("long\nshort\n"))
+    chat(ChatConfig(model=str(model_folder), device="cpu"))
+    printed = capsys.readouterr()
+    assert "fine" in printed.out
+    assert printed.err == "too \\x1blong\n"
