@@ -174,6 +174,8 @@ class Family:
     """Location of every weight in a Megatron checkpoint."""
     other_weights: tuple[str, ...] = field(default=(), compare=False, repr=False)
     """Prefixes of further weights in checkpoints, which are not trained."""
+    predicting_layers: int = field(default=0, compare=False, repr=False)
+    """Layers for multi-token prediction, by config.json; their weights are among these."""
 
     @property
     def embedding_name(self) -> str:

@@ -36,12 +36,14 @@ from mpo_megatron.families.rules import (
     norm_rule,
 )
 
+PREDICTING_FIELDS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+"""Names of the number of layers that predict further tokens; engines read the second one in Qwen3-Next."""
 FIELDS = DECODER | {
     *("layer_types", "full_attention_interval", "partial_rotary_factor"),
     *("attn_output_gate", "mamba_ssm_dtype", "output_gate_type"),
     *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads"),
     # for layers that predict further tokens; the language model computes the same without them
-    *("mtp_num_hidden_layers", "mtp_use_dedicated_embeddings"),
+    *(*PREDICTING_FIELDS, "mtp_use_dedicated_embeddings"),
 }
 WHOLE_FIELDS = {
     *("text_config", "vision_config", "tie_word_embeddings"),
@@ -140,7 +142,19 @@ def _read(config: PretrainedConfig, experts: Experts | None, *, joint: bool) -> 
         experts=experts,
         rules=_rules(config, delta_net, experts, joint=joint),
         other_weights=OTHER_WEIGHTS,
+        predicting_layers=_read_predicting_layers(config),
     )
+
+
+def _read_predicting_layers(config: PretrainedConfig) -> int:
+    """Number of layers that predict further tokens."""
+    found = {name: getattr(config, name, None) or 0 for name in PREDICTING_FIELDS}
+    for name, value in found.items():
+        require(
+            type(value) is int and 0 <= value <= 100,
+            f"config.json: {name} = {value!r}; no model has this value; check or copy the file again.",
+        )
+    return max(found.values())
 
 
 def _read_delta_net(config: PretrainedConfig) -> DeltaNet:

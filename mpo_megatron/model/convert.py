@@ -46,6 +46,7 @@ from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk,
 from mpo_megatron.model.hf_names import check_kind, is_adapter, read_names, text_names
 from mpo_megatron.model.merge_report import describe_change, read_tokens
 from mpo_megatron.model.merging import Rounding, trained_merger
+from mpo_megatron.model.odd_values import OddValues
 from mpo_megatron.model.other_weights import FOLDER as OTHERS
 from mpo_megatron.model.other_weights import (
     check_vision,
@@ -56,7 +57,8 @@ from mpo_megatron.model.other_weights import (
     read_rows,
     split_others,
     text_model,
-    write_text_config,
+    warn_of_missing_layers,
+    write_kept_config,
 )
 from mpo_megatron.model.resizing import check_padding, grow_vocabulary, resize_family, vocabulary_needed
 from mpo_megatron.model.safetensors_io import (
@@ -209,6 +211,8 @@ def import_from_hf(
         family = text_model(family)
         stored, dropped, others = read_names(text_names(stored), family, source), others, {}
         print(f"{source}: {describe(dropped)} are dropped", file=sys.stderr)
+    else:
+        warn_of_missing_layers(others, family, source)
     check_vision(others, family, source)  # of a multimodal model
     tied_output = stored.pop(OUTPUT, None) if family.tie_word_embeddings else None
     _check_hf_tensors(stored, build_weight_map(family, family.vocab_size), source)
@@ -223,7 +227,7 @@ def import_from_hf(
     homes = {chunk: item for item in slices for chunk in _chunks(item, dtypes[item.key], max_chunk_bytes)}
     total = sum(chunk.num_bytes for chunk in homes) + count_bytes(others)
     digest = WeightsDigest()
-    odd: dict[str, int] = {}
+    odd = OddValues()
 
     with staged(output, total) as folder, RowReader() as reader, progress("Hugging Face → Megatron", total) as advance:
         if tied_output is not None:
@@ -231,20 +235,14 @@ def import_from_hf(
 
         def resolve(chunk: StoredChunk) -> Tensor:
             advance(chunk.num_bytes)
-            data = _gather_rows(chunk, homes[chunk], tensors, reader, digest)
-            # Block by block: a mask of the whole would need one more piece of memory.
-            count = sum(len(block) - int(torch.isfinite(block).sum()) for block in data.flatten().split(1 << 20))
-            if count:
-                odd[chunk.key] = odd.get(chunk.key, 0) + count
-            return data
+            return _gather_rows(chunk, homes[chunk], tensors, reader, digest, odd)
 
         write_checkpoint(folder / "megatron", list(homes), extra_state_keys(family), resolve)
-        for key, count in odd.items():
-            print(f"warning: {source}: {count:,} values of {key} are NaN or infinite", file=sys.stderr)
         copy_side_files(source, folder / "hf")
-        if multimodal and drop_others:
-            write_text_config(folder / "hf" / "config.json", family)
-        others_digest = keep_others(folder, others, max_chunk_bytes, advance) if others else None
+        if drop_others:
+            write_kept_config(folder / "hf" / "config.json", family, multimodal=multimodal)
+        others_digest = keep_others(folder, others, max_chunk_bytes, advance, odd) if others else None
+        odd.warn(source)
         if vocab_size != stored[family.embedding_name].shape[0]:
             change_config(folder / "hf" / "config.json", "vocab_size", vocab_size)
         conversion = Conversion(
@@ -320,7 +318,12 @@ def _chunks(item: Slice, dtype: torch.dtype, max_bytes: int) -> Iterator[StoredC
 
 
 def _gather_rows(
-    chunk: StoredChunk, item: Slice, tensors: dict[str, StoredTensor], reader: RowReader, digest: WeightsDigest
+    chunk: StoredChunk,
+    item: Slice,
+    tensors: dict[str, StoredTensor],
+    reader: RowReader,
+    digest: WeightsDigest,
+    odd: OddValues,
 ) -> Tensor:
     """The chunk's data: rows of Hugging Face tensors, read directly into place, and zeros for padding."""
     data = torch.zeros(chunk.sizes, dtype=chunk.dtype)
@@ -335,6 +338,7 @@ def _gather_rows(
                 into = rows[start - chunk_start : stop - chunk_start]
                 reader.read(tensor, run.hf_row + start - run.megatron_row, into)
                 digest.update(tensor, into)
+                odd.count(tensor.name, into)
     return data
 
 
@@ -393,6 +397,7 @@ def export_to_hf(
     total = sum(tensor.num_bytes for tensor in planned)
     read_slice = _LastSlice(checkpoint)
     others_digest = WeightsDigest()
+    odd = OddValues()
 
     with staged(output, total) as folder, RowReader() as reader, progress("Megatron → Hugging Face", total) as advance:
 
@@ -400,17 +405,21 @@ def export_to_hf(
             if tensor.name in others:
                 for rows in read_rows(others[tensor.name], reader, MAX_CHUNK_BYTES):
                     others_digest.update(others[tensor.name], rows)
+                    odd.count(tensor.name, rows)
                     advance(rows.numel() * rows.dtype.itemsize)
                     yield rows
                 return
             item, placement = homes[tensor.name]
             first = 0
             for rows in _scatter_rows(checkpoint, read_slice, item, placement):
-                yield rows if change is None else change(tensor.name, first, rows)
+                written = rows if change is None else change(tensor.name, first, rows)
+                odd.count(tensor.name, written)
+                yield written
                 first += len(rows)
                 advance(rows.numel() * rows.dtype.itemsize)
 
         write_shards(folder, plan_shards(planned, max_shard_bytes), rows_of)
+        odd.warn(source)
         if others and others_digest.hexdigest() != conversion.others_digest:
             raise CheckpointError(
                 f"{next(iter(others.values())).file.parent}: these weights differ from the converted ones, or are damaged; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from mpo_megatron.hf.conversion import CheckpointError
 from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, vllm_refuses, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
+from mpo_megatron.model.odd_values import OddValues
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 from mpo_megatron.terminal.visible import visible
@@ -188,6 +189,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
     if reason is not None:
         text = f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
         print(visible(text), file=sys.stderr)
+    _warn_of_odd(matrices, source)
     with staged(output, _num_bytes(matrices.values())) as folder:
         save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         original = source / ORIGINAL / PEFT_CONFIG
@@ -229,6 +231,7 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
     family = load_family(base / "hf")
     adapter, matrices = read_peft(source, family)
     _check_dtypes(matrices, source)
+    _warn_of_odd(matrices, source)
     record = AdapterRecord(adapter=adapter, base=str(base.absolute()), base_digest=weights_digest(base))
     homes = {}
     for item in build_adapter_map(family, adapter):
@@ -255,6 +258,13 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
 def _check_dtypes(matrices: dict[str, Tensor], source: Path) -> None:
     dtypes = {DTYPE_NAMES[matrix.dtype] for matrix in matrices.values()}
     require(len(dtypes) == 1, f"{source}: its weights are {' and '.join(sorted(dtypes))}; save the adapter with one dtype.")
+
+
+def _warn_of_odd(matrices: Mapping[str, Tensor], source: Path) -> None:
+    odd = OddValues()
+    for name, matrix in matrices.items():
+        odd.count(name, matrix)
+    odd.warn(source)
 
 
 def _num_bytes(matrices: Iterable[Tensor]) -> int:

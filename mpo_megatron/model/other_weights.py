@@ -17,7 +17,9 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModel
 
 from mpo_megatron.families import Family, model_name, read_family
+from mpo_megatron.families.qwen_hybrid import PREDICTING_FIELDS
 from mpo_megatron.hf.conversion import CheckpointError, Conversion
+from mpo_megatron.model.odd_values import OddValues
 from mpo_megatron.model.safetensors_io import (
     PlannedTensor,
     RowReader,
@@ -27,11 +29,14 @@ from mpo_megatron.model.safetensors_io import (
     plan_shards,
     write_shards,
 )
+from mpo_megatron.terminal.visible import visible
 
 FOLDER = "others"
 """Folder inside a Megatron checkpoint folder."""
 VISION = "model.visual."
 """Prefix of the vision tower's weights."""
+PREDICTING = "mtp."
+"""Prefix of layers that predict further tokens."""
 SHARD_BYTES = 4 * 2**30
 """Largest file in that folder."""
 
@@ -68,22 +73,43 @@ def check_vision(others: Mapping[str, StoredTensor], family: Family, source: Pat
             raise CheckpointError(f"{source}: {name} is {list(found[name])}, but {list(expected[name])} by config.json; {hint}.")
 
 
+def warn_of_missing_layers(others: Mapping[str, StoredTensor], family: Family, source: Path) -> None:
+    """Report layers for multi-token prediction that config.json names and that have no weights.
+
+    `transformers` drops these weights whenever it saves a model, and keeps the field. The language model is complete without
+    them, so this is no error.
+    """
+    layers = range(family.predicting_layers)
+    missing = [index for index in layers if not any(name.startswith(f"{PREDICTING}layers.{index}.") for name in others)]
+    if missing:
+        text = (
+            f"{source}: {len(missing)} of the {len(layers)} layers for multi-token prediction that config.json names have no "
+            f"weights ({PREDICTING}layers.{missing[0]}.*); training does not need them, but an engine cannot predict with the "
+            "exported model. To keep them, convert the published checkpoint."
+        )
+        print(visible(f"WARNING: {text}"), file=sys.stderr)
+
+
 def text_model(family: Family) -> Family:
     """The same language model as a standalone model: only its own config, and weights under its own names."""
     return family if family.whole_config is None else read_family(family.config)
 
 
-def write_text_config(path: Path, family: Family) -> None:
-    """Replace the config.json of a multimodal model with that of its text model."""
-    whole = json.loads(path.read_text(encoding="utf-8"))
-    inherited = {name: whole[name] for name in ("dtype", "torch_dtype", "transformers_version") if name in whole}
-    settings = {
-        **inherited,
-        **whole["text_config"],
-        "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)].__name__],
-        **model_name(family.config),
-    }
-    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+def write_kept_config(path: Path, family: Family, *, multimodal: bool) -> None:
+    """Change a config.json to what is left without other weights: a text model, without layers for multi-token prediction."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if multimodal:
+        inherited = {name: settings[name] for name in ("dtype", "torch_dtype", "transformers_version") if name in settings}
+        settings = {
+            **inherited,
+            **settings["text_config"],
+            "architectures": [MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)].__name__],
+            **model_name(family.config),
+        }
+    named = [name for name in PREDICTING_FIELDS if settings.get(name)]
+    settings |= dict.fromkeys(named, 0)
+    if multimodal or named:  # otherwise config.json stays byte-identical
+        path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(others: Mapping[str, StoredTensor]) -> str:
@@ -97,8 +123,10 @@ def count_bytes(others: Mapping[str, StoredTensor]) -> int:
     return sum(_planned(tensor).num_bytes for tensor in others.values())
 
 
-def keep_others(folder: Path, others: Mapping[str, StoredTensor], max_bytes: int, advance: Callable[[int], None]) -> str:
-    """Write them to a Megatron checkpoint folder; their digest."""
+def keep_others(
+    folder: Path, others: Mapping[str, StoredTensor], max_bytes: int, advance: Callable[[int], None], odd: OddValues
+) -> str:
+    """Write them to a Megatron checkpoint folder, and count their odd values; their digest."""
     digest = WeightsDigest()
     (folder / FOLDER).mkdir()
     with RowReader() as reader:
@@ -106,6 +134,7 @@ def keep_others(folder: Path, others: Mapping[str, StoredTensor], max_bytes: int
         def rows_of(planned: PlannedTensor) -> Iterator[Tensor]:
             for rows in read_rows(others[planned.name], reader, max_bytes):
                 digest.update(others[planned.name], rows)
+                odd.count(planned.name, rows)
                 advance(rows.numel() * rows.dtype.itemsize)
                 yield rows
 

@@ -42,6 +42,8 @@ _FATAL = {401, 403, 404, 405}
 """Statuses that concern every request, not only this one."""
 _MIN_LOST = 8
 """A server counts as down after this many consecutive lost requests, and at least as many as run concurrently."""
+_VERSION = re.compile(r"|@.+|[-:](latest|main|\d{3,}(-\d{2}){0,2})")
+"""What may follow a model's name in that of one of its versions."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 """Control characters in a server's text, which must not reach a terminal or a log."""
 
@@ -132,10 +134,10 @@ class Client:
     def find_other_model(self, answer: Any, requested: str) -> str | None:
         """The model that an answer comes from, if it is another than requested; prints each such name once.
 
-        Names may differ in their folder and in what follows: `org/model` may answer as `/models/model-2024-08-06`.
+        Names may differ in their folder and in a version: `org/model` may answer as `/models/model-2024-08-06`.
         """
         served = answer.get("model") if isinstance(answer, dict) else None
-        if not isinstance(served, str) or _last_part(served).startswith(_last_part(requested)):
+        if not isinstance(served, str) or _is_version(served, requested):
             return None
         served = self._clean(served)
         if served not in self._other_models:
@@ -324,8 +326,22 @@ class _Tally:
             )
 
 
+def _is_version(served: str, requested: str) -> bool:
+    """Whether a served name is the requested one, or one of its versions: with a date, a number of 3 digits or more, a revision.
+
+    `gpt-4o-mini` is no version of `gpt-4o`, nor `model-7b-instruct` of `model-7b`.
+    """
+    found, name = _last_part(served), _last_part(requested)
+    name = name.removesuffix(":latest").removesuffix("-latest") or name
+    return found.startswith(name) and _VERSION.fullmatch(found.removeprefix(name)) is not None
+
+
 def _last_part(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2].lower()
+    """A model's own name, in lower case, without its folder or the suffix of its file."""
+    path = name.rstrip("/").lower().split("/")
+    if len(path) > 2 and path[-2] == "snapshots":  # the hub's cache: …/models--org--name/snapshots/<commit>
+        return path[-3].rpartition("--")[2]
+    return path[-1].removesuffix(".gguf")
 
 
 def _read_refusal(error: Any) -> str:

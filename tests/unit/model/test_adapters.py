@@ -161,6 +161,29 @@ def test_a_merged_model_answers_as_the_adapter_does(
     assert (merged - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
+def test_odd_values_of_an_adapter_are_reported_at_every_conversion(
+    base: Path, peft: tuple[Path, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((peft[0] / "adapter_config.json").read_bytes())
+    matrices = load_file(peft[0] / "adapter_model.safetensors")
+    name = next(name for name in matrices if name.endswith("q_proj.lora_B.weight"))
+    matrices[name][0, 0] = float("inf")
+    save_file(matrices, folder / "adapter_model.safetensors")
+    megatron = str(base / "megatron")
+    for source, output, options in (
+        (folder, tmp_path / "adapter", {"base": megatron}),
+        (tmp_path / "adapter", tmp_path / "back", {}),
+    ):
+        capsys.readouterr()
+        convert(ConvertConfig(input=str(source), output=str(output), **options))
+        assert f"WARNING: {source}: 1 value is NaN or infinite, in {name};" in capsys.readouterr().err
+    convert(ConvertConfig(input=str(tmp_path / "adapter"), output=str(tmp_path / "merged"), merge=True))
+    merged = name.removeprefix("base_model.model.").replace("lora_B.weight", "weight")
+    assert f"NaN or infinite, in {merged};" in capsys.readouterr().err
+
+
 def test_a_merge_reports_how_rounding_changes_log_probs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In bf16, against the same comparison made here with plain `transformers`."""
     save_model(tmp_path / "hf", model_type="qwen2", num_hidden_layers=2)

@@ -237,5 +237,8 @@ def test_stacked_experts_are_taken_apart(name: str, tmp_path: Path) -> None:
 
 def test_weights_that_are_no_numbers_are_reported(hf: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(hf, lambda tensors: tensors[UP].view(-1)[:3].fill_(float("nan")))
-    convert(ConvertConfig(input=str(hf), output=str(tmp_path / "megatron")))
-    assert "3 values of decoder.layers.mlp.linear_fc1.weight are NaN or infinite" in capsys.readouterr().err
+    for source, output in (("hf", "megatron"), ("megatron", "back")):  # by its name in Hugging Face, on both ways
+        source_path = hf if source == "hf" else tmp_path / source
+        convert(ConvertConfig(input=str(source_path), output=str(tmp_path / output)))
+        assert f"{source_path}: 3 values are NaN or infinite, in {UP};" in capsys.readouterr().err
+    assert int(read_hf(tmp_path / "back")[UP].isnan().sum()) == 3

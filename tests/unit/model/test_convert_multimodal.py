@@ -168,6 +168,47 @@ def test_damaged_other_weights_are_refused(case: str, dense: Path, tmp_path: Pat
         run(source, tmp_path / "megatron", others="drop")
 
 
+def test_odd_values_outside_the_language_model_are_reported(
+    dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(dense, source)
+    weights = read(dense)
+    weights[PATCHES].view(-1)[:2] = float("nan")
+    weights[PREDICTING][0] = float("inf")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    for start, end in ((source, "megatron"), (tmp_path / "megatron", "back")):
+        run(start, tmp_path / end)
+        printed = capsys.readouterr().err
+        assert f"WARNING: {start}: 3 values are NaN or infinite, in " in printed
+        assert PATCHES in printed
+        assert PREDICTING in printed
+    assert int(read(tmp_path / "back")[PATCHES].isnan().sum()) == 2
+    run(source, tmp_path / "dropped", others="drop")
+    assert "NaN" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("field", "number", "missing"), [("mtp_num_hidden_layers", 1, 0), ("num_nextn_predict_layers", 3, 2)])
+def test_layers_for_further_tokens_without_weights_are_reported(
+    field: str, number: int, missing: int, dense: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "hf"
+    shutil.copytree(dense, source)
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"][field] = number
+    (source / "config.json").write_text(json.dumps(config))
+    run(source, tmp_path / "kept")
+    warning = (
+        f"{missing} of the {number} layers for multi-token prediction that config.json names have no weights (mtp.layers.1.*)"
+    )
+    assert (warning in capsys.readouterr().err) == (missing > 0)
+    run(source, tmp_path / "dropped", others="drop")
+    text = run(tmp_path / "dropped", tmp_path / "text")
+    assert json.loads((text / "config.json").read_text())[field] == 0
+    run(text, tmp_path / "again")
+    assert "multi-token" not in capsys.readouterr().err.rpartition("Megatron → Hugging Face")[2]
+
+
 def test_a_vision_tower_is_compared_only_under_the_names_of_transformers(dense: Path, tmp_path: Path) -> None:
     """Another version may have renamed its weights."""
     source = tmp_path / "hf"
@@ -192,6 +233,7 @@ REFUSED: dict[str, tuple[PretrainedConfig, dict[str, Any], str]] = {
     "another dtype of states": (NEXT, {"mamba_ssm_dtype": "bfloat16"}, "mamba_ssm_dtype = 'bfloat16'"),
     "another gate": (multimodal(), {"text_config.output_gate_type": "sigmoid"}, "output_gate_type = 'sigmoid'"),
     "two answers": (multimodal(), {"tie_word_embeddings": True}, "tie_word_embeddings = True, but False in text_config"),
+    "layers for further tokens": (NEXT, {"mtp_num_hidden_layers": -1}, "mtp_num_hidden_layers = -1"),
     "a kind of layer": (NEXT, {"layer_types": ["linear_attention", "mamba"]}, "layer_types has 'mamba'"),
     "too few layers": (NEXT, {"layer_types": ["full_attention"]}, "layer_types names 1 layers, but num_hidden_layers = 2"),
     "heads": (NEXT, {"linear_num_key_heads": 3}, "linear_num_key_heads = 3 does not divide linear_num_value_heads = 4"),

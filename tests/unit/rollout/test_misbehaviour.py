@@ -331,6 +331,33 @@ def test_what_is_usable_is_used(bad: Bad, chat: Chat, name: str) -> None:
     assert "unusable" not in record
 
 
+NAMES = [
+    ("gpt-4o-2024-08-06", "gpt-4o", True),
+    ("mistral-large-2411", "mistral-large-latest", True),
+    ("llama3", "llama3:latest", True),
+    ("/data/Qwen3-8B/", "Qwen/qwen3-8b", True),
+    ("Qwen/Qwen3-8B@main", "Qwen/Qwen3-8B", True),
+    ("/hub/models--Qwen--Qwen3-8B/snapshots/0ab1c2d3", "Qwen/Qwen3-8B", True),
+    ("models/qwen3-8b.gguf", "qwen3-8b", True),
+    ("gpt-4o-mini", "gpt-4o", False),
+    ("model-7b-other", "model-7b", False),
+    ("Qwen3-8B-Base", "Qwen3-8B", False),
+    ("gpt-4o-2024-08-06", "gpt-4o-2024-05-13", False),
+    ("qwen2.5", "qwen2", False),
+    ("-latest", "m", False),
+]
+
+
+@pytest.mark.parametrize(("served", "requested", "same"), NAMES)
+def test_a_version_of_a_model_is_told_from_another_one(
+    served: str, requested: str, same: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = client_module.Client(EndpointConfig(base_url="http://localhost:1/v1", model=requested))
+    assert client.find_other_model({"model": served}, requested) == (None if same else served)
+    assert client.find_other_model({"model": served}, requested) == (None if same else served)
+    assert capsys.readouterr().err.count(f"answers as {served}") == (not same)  # once
+
+
 STATED: dict[str, tuple[Any, float | None]] = {
     "one a token": ({"token_logprobs": [-0.5, 0, -1]}, -1.5),
     "one too few": ({"token_logprobs": [-0.5, -1]}, None),
