@@ -1,6 +1,7 @@
 """Forward and backward of the same groups in three layouts: shared prompt, unshared (packed), and padded.
 
     python -m benchmarks.layouts                 # two CPU cores, minutes
+    python -m benchmarks.layouts --size hybrid   # Gated DeltaNets and attention
     python -m benchmarks.layouts --size 3b       # one GPU
 
 `shared` computes a group's prompt once; `unshared` repeats it for every response and packs the sequences into rows; `padded`
@@ -25,6 +26,7 @@ from mpo_megatron.train.step import RowTensors, run_rows
 
 CASES: dict[str, tuple[tuple[int, int, int, float], ...]] = {
     "tiny": ((32, 8, 4, 0.0),),
+    "hybrid": ((512, 128, 4, 0.0), (1024, 256, 8, 0.0)),
     "small": (
         (1024, 256, 8, 0.0),
         (1024, 256, 8, 0.5),

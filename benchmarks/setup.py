@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, Qwen2Config
+from transformers import PretrainedConfig, Qwen2Config, Qwen3_5TextConfig
 
 from mpo_megatron import device
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
@@ -30,18 +30,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
     # For two cores; the output layer's share of the work is similar to Qwen2.5-1.5B's.
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "heads": (8, 2), "vocab_size": 2048},
+    # Three Gated DeltaNets, then attention; proportions of Qwen3.5-0.8B.
+    "hybrid": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "heads": (4, 1), "vocab_size": 2048},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "heads": (12, 2), "vocab_size": 151936},
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "heads": (16, 2), "vocab_size": 151936},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "heads": (28, 4), "vocab_size": 152064},
 }
-"""Two CPU sizes, and Qwen2.5's published shapes."""
+"""Three CPU sizes, and Qwen2.5's published shapes."""
 
 
 def hf_config(size: str) -> PretrainedConfig:
     """The Hugging Face configuration of a size."""
     shape = dict(SHAPES[size])
     heads, key_value_heads = shape.pop("heads")
-    return Qwen2Config(
+    kind: type[PretrainedConfig] = Qwen2Config
+    own: dict[str, Any] = {}
+    if size == "hybrid":
+        kind, own = Qwen3_5TextConfig, {"head_dim": 128, "linear_num_key_heads": 8, "linear_num_value_heads": 8}
+    return kind(
+        **own,
         **shape,
         num_attention_heads=heads,
         num_key_value_heads=key_value_heads,

@@ -69,13 +69,13 @@ for each in ${PARTS:-machine smoke exactness breakdown layouts fp8 plan tests}; 
   case $each in
     machine) part machine 40 "$python" -m tests.gpu.machine "$output/machine.json" ;;
     smoke) part smoke 75 "$python" -m tests.gpu.smoke "$output/smoke.json" ;;
-    exactness) tests exactness 120 tests/gpu/test_gpu_{policy,fp8}.py -k "$exact" ;;
+    exactness) tests exactness 120 tests/gpu/test_gpu_{policy,fp8,adapters,hybrid}.py -k "$exact" ;;
     breakdown) benchmark breakdown 75 ;;
     layouts) benchmark layouts 70 ;;
     fp8) benchmark fp8 75 --steps 8 ;;
     plan) benchmark plan 55 --ranks 1 ;;
     # Of the whole runs, only the one in bf16: each takes about a minute.
-    tests) tests tests 60 tests/gpu/test_gpu_{attention,delta,logprobs,train,offload,policy,fp8}.py \
+    tests) tests tests 60 tests/gpu/test_gpu_{attention,delta,hybrid,adapters,logprobs,train,rollout,offload,policy,fp8}.py \
       -k "not (test_gpu_train and (current or blockwise)) and not ($exact)" ;;
     *) echo "gpu_check.sh: PARTS has $each; there is no such part" >&2 && exit 2 ;;
   esac

@@ -15,42 +15,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import run_ranks
-from tests.distributed.parity_cases import MODELS, Case
-from tests.distributed.parity_oracle import LOSSES, NUM_STEPS, OPTIMIZER, Truth, find_truth
+from tests.distributed.parity_cases import MODELS, RATIO, TOLERANCE, Case
+from tests.distributed.parity_oracle import FLOOR, LOSSES, NUM_STEPS, OPTIMIZER, Differences, Truth, find_truth
 from tests.tiny import random_groups, save_groups, save_model
-
-FLOOR = 1e-2
-"""A gradient much smaller than the model's largest is a difference of large terms that cancel: its error is that of the terms. So
-a tensor's largest value counts as at least this much of the model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
-    """A case's differences from the oracle, and the tensor with the largest."""
+class Result(Differences):
+    """A case's differences from the oracle."""
 
     case: Case
-    loss: float
-    norm: float
-    gradients: float
-    gradient_name: str
-    weights: float
-    weight_name: str
     routing: float
     """For the routers' metrics."""
+    gradient_tolerance: float
+    weight_tolerance: float
     report: dict[str, Any]
     """Other messages of the worker."""
 
     @property
     def passed(self) -> bool:
         """Whether all is within tolerance."""
-        return max(self.loss, self.norm, self.gradients, self.weights, self.routing) <= self.case.tolerance
+        return (
+            max(self.loss, self.norm, self.routing) <= TOLERANCE
+            and self.gradients <= self.gradient_tolerance
+            and self.weights <= self.weight_tolerance
+        )
 
 
 def first_response(group: TokenizedGroup) -> TokenizedGroup:
@@ -65,6 +61,7 @@ class World:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.truths: dict[str, Truth] = {}
+        self.roundings: dict[str, Differences] = {}
         groups = [
             *random_groups(5, seed=4),
             *random_groups(1, seed=7, max_responses=16, response_tokens=(1, 8), tied_share=0.0),
@@ -87,12 +84,30 @@ class World:
 
     def truth(self, case: Case) -> Truth:
         """What the oracle finds; the same for all layouts of a model, loss, experts and adapters."""
-        key = json.dumps([case.model, case.loss, case.experts, case.lora, case.adapter_off])
-        if key not in self.truths:
-            reference = "policy" if case.adapter_off else "reference"
-            folders = [Path(f"{self.checkpoint(case.model, role)}-hf") for role in ("policy", reference)]
-            self.truths[key] = find_truth(case, self.groups, *folders)
-        return self.truths[key]
+        if key_of(case) not in self.truths:
+            self.truths[key_of(case)] = find_truth(case, self.groups, *self.folders(case))
+        return self.truths[key_of(case)]
+
+    def tolerances(self, case: Case) -> tuple[float, float]:
+        """Maximum differences of gradients and weights from the oracle."""
+        if not case.has_states:
+            return TOLERANCE, TOLERANCE
+        if key_of(case) not in self.roundings:
+            exact, rounded = find_truth(case, self.groups, *self.folders(case), dtype=torch.float64), self.truth(case)
+            self.roundings[key_of(case)] = exact.differences(rounded.loss, rounded.norm, rounded.gradients, rounded.after)
+        rounding = self.roundings[key_of(case)]
+        assert max(rounding.loss, rounding.norm) <= TOLERANCE, f"{case}: the oracles in float32 and in float64 disagree"
+        return max(TOLERANCE, (1 + RATIO) * rounding.gradients), max(TOLERANCE, (1 + RATIO) * rounding.weights)
+
+    def folders(self, case: Case) -> list[Path]:
+        """The Hugging Face checkpoints of policy and reference."""
+        roles = ("policy", "policy" if case.adapter_off else "reference")
+        return [Path(f"{self.checkpoint(case.model, role)}-hf") for role in roles]
+
+
+def key_of(case: Case) -> str:
+    """Everything of a case that the oracle's numbers depend on."""
+    return json.dumps([case.model, case.loss, case.experts, case.lora, case.adapter_off])
 
 
 def run_cases(world: World, cases: Sequence[Case], tag: str) -> list[Result]:
@@ -117,31 +132,15 @@ def compare(world: World, case: Case, output: Path) -> Result:
     truth = world.truth(case)
     report = json.loads(output.with_suffix(".json").read_text())
     gradients, weights = (load_file(f"{output}-{name}.safetensors") for name in ("gradients", "weights"))
-    largest = max(gradient.abs().max().item() for gradient in truth.gradients.values())
-    gradient, gradient_name = farthest(
-        gradients,
-        truth.gradients,
-        {name: max(tensor.abs().max().item(), FLOOR * largest) for name, tensor in truth.gradients.items()},
-    )
-    weight, weight_name = farthest(
-        weights, truth.after, {name: tensor.abs().max().item() for name, tensor in truth.after.items()}
-    )
+    differences = truth.differences(report["loss"], report["norm"], gradients, weights)
+    gradient_tolerance, weight_tolerance = world.tolerances(case)
     assert set(truth.measured) == set(report["measured"])
     routing = [abs(report["measured"][name] - value) / max(abs(value), FLOOR) for name, value in truth.measured.items()]
     return Result(
+        **dataclasses.asdict(differences),
         case=case,
-        loss=abs(report["loss"] - truth.loss) / abs(truth.loss),
-        norm=abs(report["norm"] - truth.norm) / truth.norm,
-        gradients=gradient,
-        gradient_name=gradient_name,
-        weights=weight,
-        weight_name=weight_name,
         routing=max(routing, default=0.0),
+        gradient_tolerance=gradient_tolerance,
+        weight_tolerance=weight_tolerance,
         report=report,
     )
-
-
-def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor], scale: dict[str, float]) -> tuple[float, str]:
-    """The largest difference over all tensors, each relative to its scale, and the tensor's name."""
-    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))[:4]
-    return max(((ours[name] - theirs[name]).abs().max().item() / scale[name], name) for name in theirs)

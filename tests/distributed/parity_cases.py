@@ -6,12 +6,14 @@ import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.tiny import HYBRID
+
 # Relative to the loss, to the norm, to the largest value of each tensor's gradient, and to that of each weight.
 # Float32 sums of a few thousand products in another order differ by some 1e-6 of their largest terms: 2⁻²⁴ · √n, layers deep.
 TOLERANCE = 1e-5
-STATE_TOLERANCE = 3e-5
-"""Of models with Gated DeltaNets, whose decays are exponentials of float32 sums: `transformers`' own gradients are 5e-6 from
-those in float64 there, and 2e-6 in models of attention alone."""
+RATIO = 4.0
+"""Of our rounding error to that of `transformers` in float32, both against float64, in models with Gated DeltaNets. Decays are
+exponentials of float32 sums: rounding grows with the size of the weights, and no fixed number fits all. The two errors add up."""
 
 EIGHT_LAYERS = {"num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4}
 MODELS: dict[str, dict[str, Any]] = {
@@ -111,9 +113,9 @@ class Case:
     """Whether it runs in the normal test suite."""
 
     @property
-    def tolerance(self) -> float:
-        """Maximum difference from the oracle."""
-        return STATE_TOLERANCE if MODELS[self.model]["model_type"].startswith(("qwen3_5", "qwen3_next")) else TOLERANCE
+    def has_states(self) -> bool:
+        """Whether some layers are Gated DeltaNets."""
+        return MODELS[self.model]["model_type"] in HYBRID
 
     def __str__(self) -> str:
         options = [*self.parallel.items(), *self.layers.items(), *self.optimizer.items(), *self.experts.items()]
@@ -182,6 +184,8 @@ ALL_CASES = [
     Case(model="qwen2-moe-wide", lora=QUANTIZED, **SPLIT),
     Case(model="qwen3.5", lora={"rank": 4}, adapter_off=True, **SPLIT),
     Case(model="qwen3-next", lora={"rank": 4}, layers={"recompute": "full"}),
+    Case(model="qwen3-next", lora={"rank": 4, "rslora": True}),
+    Case(model="qwen3.5", lora={"rank": 4, "rslora": True}, **UNSHARED),
     Case(model="qwen3.5-wide", lora=QUANTIZED, adapter_off=True, **SPLIT),
     # two ranks
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED, core=True),

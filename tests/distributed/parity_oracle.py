@@ -6,6 +6,7 @@ the end of a row changes nothing before it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mpo_megatron.families.adapters import choose_adapter
 from tests.distributed.adapters import attach_adapters
 from tests.distributed.expert_oracle import Routed
 from tests.distributed.parity_cases import Case
+from tests.float64 import Float64
 
 NUM_STEPS = 3
 OPTIMIZER: dict[str, Any] = {
@@ -32,6 +34,10 @@ OPTIMIZER: dict[str, Any] = {
 }
 """AdamW's ε is of the size of gradients: with a small one every weight moves by the learning rate whatever the size of its
 gradient, and where that is near 0 in the direction of its rounding error. The clipped gradient's scale matters, too, then."""
+
+FLOOR = 1e-2
+"""A gradient much smaller than the model's largest is a difference of large terms that cancel: its error is that of the terms. So
+a tensor's largest value counts as at least this much of the model's."""
 
 BETA = 0.1
 SPO: dict[str, Any] = {"alpha": 0.1, "gamma": 0.0, "regularizer": "token_kl", "regularizer_weight": 0.3}
@@ -144,18 +150,60 @@ class Truth:
     measured: dict[str, float]
     """Metrics of routers in the first step."""
 
+    def differences(self, loss: float, norm: float, gradients: dict[str, Tensor], after: dict[str, Tensor]) -> Differences:
+        """How far another computation's numbers are from these."""
+        largest = max(gradient.abs().max().item() for gradient in self.gradients.values())
+        gradient, gradient_name = farthest(gradients, self.gradients, FLOOR * largest)
+        weight, weight_name = farthest(after, self.after, 0.0)
+        return Differences(
+            loss=abs(loss - self.loss) / abs(self.loss),
+            norm=abs(norm - self.norm) / self.norm,
+            gradients=gradient,
+            gradient_name=gradient_name,
+            weights=weight,
+            weight_name=weight_name,
+        )
 
-def find_truth(case: Case, groups: Sequence[TokenizedGroup], policy_folder: Path, reference_folder: Path) -> Truth:
+
+@dataclass(frozen=True, kw_only=True)
+class Differences:
+    """Relative differences from a truth, and the tensors with the largest."""
+
+    loss: float
+    norm: float
+    gradients: float
+    gradient_name: str
+    weights: float
+    weight_name: str
+
+
+def farthest(ours: dict[str, Tensor], theirs: dict[str, Tensor], floor: float) -> tuple[float, str]:
+    """The largest difference over all tensors, each relative to its largest value or to the floor, and the tensor's name."""
+    assert set(ours) == set(theirs), sorted(set(ours) ^ set(theirs))[:4]
+    scale = {name: max(tensor.abs().max().item(), floor) for name, tensor in theirs.items()}
+    return max(((ours[name] - theirs[name]).abs().max().item() / scale[name], name) for name in theirs)
+
+
+def find_truth(
+    case: Case,
+    groups: Sequence[TokenizedGroup],
+    policy_folder: Path,
+    reference_folder: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> Truth:
     """Three steps of plain `transformers`; with adapters, of PEFT.
 
     Args:
         case: of which only model, loss, experts and adapters count
+        dtype: of all computations
     """
     policy, reference = (
         AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="eager" if case.model == "gemma2" else None,  # other implementations ignore score caps
+            experts_implementation="eager" if dtype is torch.float64 else None,  # others have no float64
         )
         for folder in (policy_folder, reference_folder)
     )
@@ -165,6 +213,20 @@ def find_truth(case: Case, groups: Sequence[TokenizedGroup], policy_folder: Path
             round_to_nf4(model)
     if case.lora:
         weights_of = attach_adapters(policy, choose_adapter(read_family(policy.config), LoraConfig(**case.lora)))
+    for model in (policy, reference):
+        model.to(dtype)
+    with Float64() if dtype is torch.float64 else contextlib.nullcontext():
+        return run_steps(case, groups, policy, reference, weights_of)
+
+
+def run_steps(
+    case: Case, groups: Sequence[TokenizedGroup], policy: Any, reference: Any, weights_of: Callable[..., dict[str, Tensor]]
+) -> Truth:
+    """Three steps of a policy.
+
+    Args:
+        weights_of: copies of the trained weights, or of their gradients, by name
+    """
     loss = LOSSES[case.loss]
     rewards = [np.asarray(group.rewards) for group in groups]
     chosen = [loss.choose(values) for values in rewards]

@@ -29,7 +29,7 @@ def describe(result: Result) -> str:
     return (
         f"{result.case} on {result.case.ranks} ranks: the loss is off by {result.loss:.1e}, the norm by {result.norm:.1e}, the "
         f"gradient of {result.gradient_name} by {result.gradients:.1e}, after three steps {result.weight_name} by "
-        f"{result.weights:.1e}; the tolerance is {result.case.tolerance}"
+        f"{result.weights:.1e}; the tolerance is {result.gradient_tolerance:.1e} and {result.weight_tolerance:.1e}"
     )
 
 

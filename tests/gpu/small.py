@@ -1,18 +1,20 @@
-"""A small model with random weights and a step of random groups, for tests on a GPU."""
+"""Small models with random weights and a step of random groups, for tests on a GPU."""
 
 from __future__ import annotations
 
 import math
+import zlib
 from typing import Any, cast
 
 import numpy as np
 import torch
-from transformers import Qwen3Config
+from transformers import Qwen3_5TextConfig, Qwen3Config
 
 from mpo_megatron.config import LossConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.data.loader import RowShape, StepBatch, build_step
 from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.families import Family, read_family
+from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.hf.fp8 import token_multiple
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
@@ -33,6 +35,13 @@ def family(**changes: Any) -> Family:
     return read_family(Qwen3Config(**{**sizes, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": VOCAB, **changes}))
 
 
+def hybrid() -> Family:
+    """Three Gated DeltaNets and one layer of attention, of the same sizes."""
+    sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
+    net = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    return read_family(Qwen3_5TextConfig(**sizes, **net, num_key_value_heads=4, head_dim=64, vocab_size=VOCAB))
+
+
 def model_config(**options: Any) -> ModelConfig:
     return ModelConfig(checkpoint="random", **options)
 
@@ -48,19 +57,25 @@ def row_shape(config: ModelConfig) -> RowShape:
     )
 
 
-def build(config: ModelConfig, ranks: Ranks, **changes: Any) -> list[torch.nn.Module]:
-    """The policy in this precision, always with the same weights."""
-    parts = build_policy(family(**changes), config, ParallelConfig(), ranks, 1024)
-    generator = torch.Generator().manual_seed(0)
+def build(
+    config: ModelConfig, ranks: Ranks, *, model: Family | None = None, adapter: Adapter | None = None, **changes: Any
+) -> list[torch.nn.Module]:
+    """The policy in this precision; a weight has the same values in every policy that has it."""
+    parts = build_policy(model or family(**changes), config, ParallelConfig(), ranks, 1024, adapter)
     values = {}
     with torch.no_grad():
-        for name, parameter in sorted(plain_names(parts[0]).items()):
-            random = 0.05 * torch.randn(parameter.shape, generator=generator)
-            value = random if parameter.dim() > 1 else torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
-            values[parameter] = value.to(parameter.dtype)
+        for name, parameter in plain_names(parts[0]).items():
+            values[parameter] = start_value(name, parameter.shape).to(parameter.dtype)
             parameter.copy_(values[parameter].to(parameter.device))  # to FP8 from bf16, as checkpoints are loaded
     keep_exact_weights(parts[0], {name: values[parameter] for name, parameter in parts[0].named_parameters()})
     return parts
+
+
+def start_value(name: str, shape: torch.Size) -> torch.Tensor:
+    """Random matrices; norms of 1, biases of 0, and decays that keep a state for some tokens."""
+    if len(shape) > 1:
+        return 0.05 * torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
+    return torch.full(shape, -2.0 if name.endswith("A_log") else 0.0 if name.endswith("bias") else 1.0)
 
 
 def plain_names(part: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

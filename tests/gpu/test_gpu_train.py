@@ -75,6 +75,21 @@ def test_starts_at_the_exact_loss_learns_and_resumes(inputs: Path, tmp_path: Pat
     assert [line["loss"] for line in again if "loss" in line] == losses
 
 
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_adapters_start_at_the_exact_loss_learn_and_merge(inputs: Path, tmp_path: Path, quantize: str) -> None:
+    if quantize != "none":
+        pytest.importorskip("bitsandbytes")
+    options = ["--lora.rank", "8", "--lora.quantize", quantize, "--model.reference", "adapter_off", "--optimizer.lr", "1e-2"]
+    lines = run(inputs, tmp_path / "run", *options)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[0] == pytest.approx(first_loss(inputs / "train"), abs=1e-5)  # B = 0, in the same rows
+    assert np.mean(losses[4:]) < np.mean(losses[:4])
+    again = run(inputs, tmp_path / "run", *options)
+    assert [line["loss"] for line in again if "loss" in line] == losses
+    convert(ConvertConfig(input=str(tmp_path / "run"), output=str(tmp_path / "merged"), merge=True))
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 @pytest.mark.skipif(missing_for_live_vllm() is not None, reason=str(missing_for_live_vllm()))
 @pytest.mark.parametrize(("tensor", "gpus"), [(1, "shared"), (2, "shared"), (1, "own"), (2, "own")])
 def test_vllm_samples_the_policy_as_it_trains(inputs: Path, tmp_path: Path, tensor: int, gpus: str) -> None:

@@ -16,20 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from mpo_megatron.config import EndpointConfig, GenerateConfig, ScoreConfig, TransformersConfig
-from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.config import EndpointConfig, GenerateConfig, ScoreConfig
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.engines import Sampling
-from mpo_megatron.rollout.engines.embedded import EmbeddedEngine
-from mpo_megatron.rollout.engines.sampling import filter_logits
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import read_lines
 from mpo_megatron.rollout.score import score
 from tests.distributed.launch import free_port
+from tests.distribution import exact_distribution, p_value
 from tests.tiny import save_model, save_tokenizer
 from tests.waiting import TIMEOUT
 
@@ -115,35 +111,6 @@ def test_the_server_and_the_embedded_engine_agree(config: GenerateConfig, api: s
 def test_samples_differ(config: GenerateConfig) -> None:
     served = texts(generate(dataclasses.replace(config, temperature=1.0), Console(quiet=True)))
     assert len({text for answers in served.values() for text in answers}) > 6
-
-
-def exact_distribution(model: Path, prompt: str, sampling: Sampling) -> dict[str, float]:
-    """With text: the probability of the first token, computed from the model's logits."""
-    chat = Chat(load_tokenizer(model))
-    engine = EmbeddedEngine.load(model, chat.tokenizer, TransformersConfig(device="cpu"))
-    ids = torch.tensor([chat.prompt([{"role": "user", "content": prompt}])[1].tolist()])
-    with torch.inference_mode():
-        logits = engine.model(ids).logits[:, -1, : chat.tokenizer.vocab_size]
-    kept = filter_logits(logits, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    found: dict[str, float] = {}
-    for token, probability in enumerate(kept.double().softmax(dim=-1)[0].tolist()):
-        if probability > 0:
-            text = chat.tokenizer.decode([token], skip_special=True)
-            found[text] = found.get(text, 0.0) + probability
-    return found
-
-
-def p_value(counts: Counter[str], expected: dict[str, float]) -> float:
-    """Significance of Pearson's chi-square test; texts expected fewer than five times form one class."""
-    total = sum(counts.values())
-    if set(counts) - set(expected):
-        return 0.0
-    common = [text for text, probability in expected.items() if probability * total >= 5]
-    pairs = [(counts[text], expected[text] * total) for text in common]
-    pairs.append((total - sum(seen for seen, _ in pairs), total - sum(mean for _, mean in pairs)))
-    pairs = [(seen, mean) for seen, mean in pairs if mean > 1e-9 * total]
-    statistic = sum((seen - mean) ** 2 / mean for seen, mean in pairs)
-    return float(torch.special.gammaincc(torch.tensor((len(pairs) - 1) / 2), torch.tensor(statistic / 2)))
 
 
 def test_engines_draw_from_the_same_distribution(config: GenerateConfig, model: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2MoeConfig, Qwen3Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen2MoeConfig, Qwen3_5TextConfig, Qwen3Config, Qwen3MoeConfig
 
 from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import build_flop_model
@@ -39,6 +39,25 @@ def test_operations_of_a_row(config: PretrainedConfig) -> None:
     expected = flops.per_token * TOKENS + flops.per_pair * TOKENS**2 + flops.per_scored * TOKENS
     rotary = 2 * 16 * TOKENS if config.model_type == "qwen2_moe" else 2 * 32 * TOKENS
     assert abs(counter.get_total_flops() - expected) <= rotary  # angles of positions, an outer product
+
+
+def test_linear_layers_and_convolutions_of_gated_delta_nets() -> None:
+    """The rule itself is not compared: `transformers` computes it in chunks, which takes more products."""
+    torch.manual_seed(0)
+    net = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 8}
+    config = Qwen3_5TextConfig(**{**SIZES, **net, "num_hidden_layers": 4}, head_dim=32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.arange(TOKENS)[None])
+    counts = counter.get_flop_counts()["Global"]
+    family = read_family(config)
+    assert family.delta_net is not None
+    layers, own = family.num_states, family.delta_net
+    convolved, rule = 2 * layers * own.taps * own.convolved, 2 * layers * 3 * own.state
+    flops = build_flop_model(family)
+    assert layers == 3
+    assert counts[torch.ops.aten.mm] == (flops.per_token - convolved - rule + flops.per_scored) * TOKENS
+    assert counts[torch.ops.aten.convolution] == convolved * (TOKENS + own.taps - 1)  # padded at both ends, then cut
 
 
 @pytest.mark.parametrize("frozen", [False, True])
