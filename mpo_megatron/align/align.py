@@ -196,4 +196,4 @@ def print_plan(config: AlignConfig, stages: Stages, console: Console) -> None:
         table.add_row(*row)
     console.print(Text(f"{config.model} → {stages.folder / 'aligned'}"))
     console.print(table)
-    console.print(f"{estimate(config, stages)} Remove --plan to run it.", soft_wrap=True)
+    console.print(f"{estimate(config, stages)} To run it, leave out --plan.", soft_wrap=True)

@@ -48,8 +48,15 @@ def estimate(config: AlignConfig, stages: Stages) -> str:
         return machine
     groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
     minutes, reference = training_minutes(machine, train, groups, chooses=not has_option(config.train, "parallel"))
-    share = f", {reference:,.0f} of them for the reference's log-probs" if reference else ", no reference log-probs among them"
-    return f"training processes {groups:,} groups: about {minutes:,.0f} minutes on {machine.words}{share}."
+    share = f"{describe_minutes(reference)} of it for the reference's log-probs" if reference else "no reference is needed"
+    return f"Training on {groups:,} groups takes {describe_minutes(minutes)} on {machine.words}; {share}."
+
+
+def describe_minutes(minutes: float) -> str:
+    """A duration, as text."""
+    if minutes < 1:
+        return "less than a minute"
+    return f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:,.0f} hours"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,7 @@ def find_machine(train: TrainConfig, model: Path, nproc: int | None, lengths: Ma
     peak = measure_peak()
     workload = build_problem(PlanConfig(gpus=ranks, model=str(model), hardware="h100", **lengths), train)
     hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
-    words = f"{peak:.2f} TFLOP/s, the speed of a matrix product measured now"
+    words = f"this machine ({peak:.2f} TFLOP/s, measured now with a matrix product)"
     return Machine(workload=replace(workload, hardware=hardware), words=words, gpu=False)
 
 
@@ -114,19 +121,19 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
     held_out = config.held_out * config.held_out_responses * answer
     minutes, reference = training_minutes(machine, train, groups_of_round(config, train, prompts), chooses=False)
     made = f"{prompts:,} prompts × {generate.num_responses} answers of about {answer} tokens (half of generate.max_tokens)"
-    trained = f"training {minutes:,.0f} minutes" + (
-        f", {reference:,.0f} of them for the reference's log-probs" if reference else ""
+    trained = f"training takes {describe_minutes(minutes)}" + (
+        f", {describe_minutes(reference)} of it for the reference's log-probs" if reference else ""
     )
     if generate.engine == "openai":
         return (
-            f"per round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring is not included."
+            f"Per round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring is not included."
         )
     rate = generation_rate(machine, generate)
     generating = tokens / rate / 60
     total = config.rounds * (generating + minutes) + (config.rounds + 1) * held_out / rate / 60
     return (
-        f"per round: {made}: {generating:,.0f} minutes at {rate:,.0f} tokens/s; {trained}. All rounds, answers to held-out "
-        f"prompts included: about {total:,.0f} minutes on {machine.words}. Scoring is not included."
+        f"Per round: {made} take {describe_minutes(generating)} at {rate:,.0f} tokens/s; {trained}. All rounds, with answers to "
+        f"held-out prompts: {describe_minutes(total)} on {machine.words}. Scoring is not included."
     )
 
 

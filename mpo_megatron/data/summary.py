@@ -168,12 +168,11 @@ def print_summary(console: Console, title: str, info: PreparedInfo) -> None:
         table.add_row("gap between neighbouring rewards", f"mean {gaps['mean']:.4g}, {gaps['tied_share']:.1%} tied")
     else:
         table.add_row("reward", "none; labels only (chosen, rejected)")
-    share = stats["without_contrast"] / info.num_groups
-    table.add_row("groups without contrast", f"{stats['without_contrast']:,} ({share:.1%}): kept, but nothing to learn from")
-    table.add_row(
-        "groups with equal responses",
-        f"{stats['groups_with_duplicate_responses']:,} ({stats['duplicate_responses']:,} repeated texts): kept",
-    )
+    without, equal = stats["without_contrast"], stats["groups_with_duplicate_responses"]
+    meaning = f" ({without / info.num_groups:.1%}): kept, but nothing to learn from" if without else ""
+    table.add_row("groups without contrast", f"{without:,}{meaning}")
+    meaning = f" ({stats['duplicate_responses']:,} repeated texts): kept" if equal else ""
+    table.add_row("groups with equal responses", f"{equal:,}{meaning}")
     console.print(table)
 
 
@@ -200,12 +199,13 @@ def print_tally(console: Console, tally: Tally) -> None:
         ("over-long responses truncated", tally.overlong_truncated),
         ("groups with a prompt seen before", tally.duplicate_prompts),
         ("groups outside fraction", tally.outside_fraction),
+        ("groups outside weights", tally.outside_weights),
     ):
-        table.add_row(label, f"{count:,}")
-    if tally.outside_weights:
-        table.add_row("groups outside weights", f"{tally.outside_weights:,}")
-    meaning = ": encoded as control tokens, not as text" if tally.special_tokens else ""
-    table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}{meaning}")
+        if count:
+            table.add_row(label, f"{count:,}")
+    if tally.special_tokens:
+        meaning = "encoded as control tokens, not as text"
+        table.add_row("groups with special tokens in their text", f"{tally.special_tokens:,}: {meaning}")
     for name, count in tally.dropped.most_common():
         example = tally.examples.get(f"dropped {name}", "")
         table.add_row("unusable responses dropped", Text(visible(f"{count:,} × {name}, for example {example}")))
