@@ -163,10 +163,10 @@ class Supervisor:
     def after_step(self, *, has_written: bool, save_seconds: float) -> Agreement:
         """Exchange every rank's state; all ranks call it once after each step.
 
-        Metrics: `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of gradients,
-        divided by the ranks' mean, and `slowest_rank`, its number. Ranks of one model replica wait for each other within a step,
-        so this distinguishes replicas: the rank belongs to the slow replica. `data_wait`: the longest wait of any rank for its
-        data, seconds.
+        Metrics: `data_wait`, the longest wait of any rank for its data, seconds; with several ranks also
+        `step_seconds_max_over_mean`, the slowest rank's time from the start of the step to the reduction of gradients, divided by
+        the ranks' mean, and `slowest_rank`, its number. Ranks of one model replica wait for each other within a step, so this
+        distinguishes replicas: the rank belongs to the slow replica.
 
         Args:
             has_written: whether this rank has written its part of the current save
@@ -186,11 +186,8 @@ class Supervisor:
         return Agreement(
             stop=name_request(int(requests.max())),
             all_written=bool(written.all()),
-            metrics={
-                "slowest_rank": slowest,
-                "step_seconds_max_over_mean": ratio,
-                "data_wait": float(waits.max()),
-            },
+            metrics={"data_wait": float(waits.max())}
+            | ({"slowest_rank": slowest, "step_seconds_max_over_mean": ratio} if self.world > 1 else {}),
         )
 
     def pauses(self, doing: str, save_seconds: float) -> Callable[[], None]:
