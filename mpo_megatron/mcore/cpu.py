@@ -56,6 +56,7 @@ def prepare_megatron() -> None:
     with _quiet_imports(), _eager_imports(), _without(NEEDLESS):
         import_transformer_engine()
         from megatron.core import jit
+        from megatron.core.distributed import param_and_grad_buffer
         from megatron.core.tensor_parallel import layers, random
         from megatron.core.transformer.moe import token_dispatcher
     jit.disable_jit_fuser()  # applies to modules imported later
@@ -77,6 +78,12 @@ def prepare_megatron() -> None:
         )
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
     layers._grad_accum_fusion_available = True
+    for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
+        if not hasattr(param_and_grad_buffer, name):
+            raise AttributeError(
+                f"megatron.core.distributed.param_and_grad_buffer.{name} no longer exists; mcore/cpu.py must follow"
+            )
+        setattr(param_and_grad_buffer, name, _between_ranks(getattr(param_and_grad_buffer, name)))
     # Token counts from a GPU become numpy arrays, as all-to-all expects; from a CPU they would stay tensors.
     token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
         tensor.numpy() if as_numpy and tensor is not None else tensor
@@ -169,6 +176,19 @@ def _cuda_type_names(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self).replace("torch.", "torch.cuda.", 1)
 
     return type_name
+
+
+def _between_ranks(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """The collective, except in place on a single rank: gloo would copy all weights or gradients through two more buffers."""
+
+    @functools.wraps(collective)
+    def between_ranks(output: torch.Tensor, given: torch.Tensor, *, group: Any, async_op: bool = False, **options: Any) -> Any:
+        in_place = output.data_ptr() == given.data_ptr() and output.numel() == given.numel()
+        if group.size() == 1 and in_place and not async_op:  # whoever overlaps it waits for a result
+            return None
+        return collective(output, given, group=group, async_op=async_op, **options)
+
+    return between_ranks
 
 
 def _add_weight_gradient(inputs: torch.Tensor, grad_outputs: torch.Tensor, total: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
-from mpo_megatron.train.optimizer import build_optimizer, choose_overlap, wrap_data_parallel
+from mpo_megatron.train.optimizer import build_optimizer, choose_overlap, update, wrap_data_parallel
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 DENSE = Qwen3Config(**SIZES, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=False)
@@ -63,6 +63,19 @@ def test_on_a_cpu_gradients_are_added_in_the_gemm_and_weights_updated_in_one_pas
     assert linear.weight.grad is None
     expected = torch.ones_like(output).flatten(0, 1).T @ x.flatten(0, 1)
     torch.testing.assert_close(linear.weight.main_grad, 1 + expected.float())
+
+
+def test_a_cpu_rank_alone_copies_no_weights_or_gradients_to_exchange_them(ranks: Ranks) -> None:
+    model = wrap_data_parallel(
+        build_policy(FAMILY, ModelConfig(checkpoint=""), ParallelConfig(), ranks, 64), OptimizerConfig(), ranks
+    )
+    adam = build_optimizer(OptimizerConfig(), model, ranks)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        model[0].finish_grad_sync()
+        update(model, adam)
+    names = {event.name for event in profiler.events()}
+    assert "aten::_fused_adamw_" in names
+    assert not [name for name in names if "gather" in name or "scatter" in name]
 
 
 def test_the_output_layer_needs_no_fused_kernel(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
