@@ -47,7 +47,7 @@ def instantiate[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -
     required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
     missing = [f"{prefix}{name}" for name in required if name not in values]
     if missing:
-        raise ConfigError(f"missing: {', '.join(missing)}.")
+        raise ConfigError(f"missing: {', '.join(missing)}; set them.")
     fields = {}
     for name, expected in field_types(kind).items():
         if name in values:
@@ -270,7 +270,7 @@ def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
         name = match[1].partition("=")[0]
         return f"{name}: {unknown_option(kind, name.lstrip('-'), option_prefix)}"
     if match := re.match(r"the following arguments are required: (.+)", message):
-        return f"missing: {', '.join(option_prefix + name for name in match[1].split(', '))}."
+        return f"missing: {', '.join(option_prefix + name for name in match[1].split(', '))}; `--help` explains them."
     key, value = re.match(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if key and (section_of(options_of(kind).get(key[1])) is not None or "Unable to load config" in message):
         name = key[1]

@@ -147,7 +147,7 @@ def _decode(line: bytes) -> Any:
     try:
         return _unsealed(json.loads(line.decode("utf-8-sig")))
     except UnicodeDecodeError as error:
-        return RowError("row", f"is not UTF-8 (byte {error.start})")
+        return RowError("row", f"is not UTF-8 (byte {error.start}); save the file as UTF-8")
     except json.JSONDecodeError as error:
         return RowError("row", f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:

@@ -74,10 +74,15 @@ def read_questions(benchmark: Benchmark, path: Path) -> list[Question]:
         text = path.read_text(encoding="utf-8-sig")
         lines = text.split("\n") if benchmark != "alpaca_eval" else [json.dumps(item) for item in json.loads(text)]
         for line in filter(str.strip, lines):
-            questions.append(_READERS[benchmark](json.loads(line), len(questions)))
+            raw = json.loads(line)
+            json.dumps(raw, ensure_ascii=False).encode()  # half of a surrogate pair could not be written
+            questions.append(_READERS[benchmark](raw, len(questions)))
     except (KeyError, TypeError, ValueError, IndexError, RecursionError) as error:
         number = len(questions) + 1
-        raise DataError(f"{path}: question {number}: not a question of {benchmark} ({type(error).__name__}: {error}).") from error
+        raise DataError(
+            f"{path}: question {number}: not a question of {benchmark} ({type(error).__name__}: {error}); copy the file "
+            f"again from {benchmark}'s own repository, or correct it."
+        ) from error
     if not questions:
         raise DataError(f"{path}: it contains no questions.")
     return questions

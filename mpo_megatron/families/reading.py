@@ -71,9 +71,13 @@ def load_family(folder: str | Path) -> Family:
         _require_possible(settings["text_config"], path)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (StrictDataclassError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError) as error:
+    except (StrictDataclassError, *FAILURES) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; check or copy the file again.") from error
     return read_family(config)
+
+
+FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)
+"""Errors that `transformers` raises on a damaged config.json."""
 
 
 def _require_possible(fields: dict[str, Any], path: Path) -> None:

@@ -30,6 +30,8 @@ DIGEST, LINE_DIGEST, END = "digest", "xxh3", "lines"
 """Keys of the digest in sealed JSON and in a sealed line, and of the line count in the last line."""
 FINISHED = re.compile(rb'"xxh3": "[0-9a-f]{16}"\}.', re.DOTALL)
 """The end of a sealed line, and the byte expected as its newline."""
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")
+"""An escaped half of a surrogate pair, with or without the other half."""
 WEIGHTS = (".distcp", ".safetensors")
 """Suffixes of the files that hold a checkpoint's weights."""
 PIECE = 1 << 26
@@ -107,10 +109,12 @@ def unseal_line(line: bytes, *, sealed: bool = False) -> Any:
     Args:
         sealed: require a digest; otherwise a line without one, such as a user's own, passes
     Raises:
-        ValueError: it is not JSON, or differs from what was written.
+        ValueError: it is not JSON, holds half of a surrogate pair, or differs from what was written.
     """
     try:
         record = json.loads(line)
+        if HALF.search(line):  # half of a surrogate pair could not be written again
+            json.dumps(record, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     if sealed and not (isinstance(record, dict) and LINE_DIGEST in record):

@@ -120,7 +120,7 @@ def load_prompts(source: str, chat: Chat, *, max_prompt_tokens: int, max_prompts
             if first_rejection
             else ""
         )
-        raise DataError(f"prompts = {source}; it holds no usable prompt{reason}.")
+        raise DataError(f'prompts = {source}; it holds no usable prompt{reason}; write one {{"prompt": "…"}} per line.')
     return found
 
 

@@ -144,8 +144,8 @@ def _score_groups(config: ScoreConfig, source: Path, scored: Path, scorers: Sequ
     if lacking:
         counts = ", ".join(f"{count} groups from {name}" for name, count in lacking.items())
         raise DataError(
-            f"scores are missing: {counts}; the first: {first}. All other groups are kept: run the same command again to "
-            "retry, or set missing = drop_response or drop_group (in a new output)."
+            f"{source}: scores are missing: {counts}; the first: {first}. All other groups are kept: run the same command again "
+            "to retry, or set missing = drop_response or drop_group (in a new output)."
         )
 
 

@@ -28,6 +28,7 @@ from rich.table import Table
 from mpo_megatron.config import SelectConfig, check_writable, require, to_dict
 from mpo_megatron.data.arrays import Float64, Int8, Int64
 from mpo_megatron.data.rewards import add_noise, summarize_spacing
+from mpo_megatron.data.spill import Spill
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.digests import list_files
@@ -52,6 +53,24 @@ from mpo_megatron.terminal.console import Console
 PLOT_FILE = "reward_spacing.png"
 _CHUNK = 512
 """Groups split together: the split works on a rectangle of rewards."""
+
+
+REMEDIES = {
+    "no_reward": "score the responses with `mpo score`, and read its warnings",
+    "empty": "the model answers with white space only; check its chat template",
+    "truncated": "answers ended at the token limit: raise max_tokens of `mpo generate`, or set truncated = keep",
+    "repeating": "the engine stopped answers that repeat themselves; sample at another temperature, or set truncated = keep",
+    "aborted": "the engine or server stopped early; generate again",
+    "filtered": "the server's content filter cut answers; use other prompts, or another server",
+    "too_short": "lower min_length",
+    "too_long": "raise max_length",
+    "unlike_length": "raise max_length_ratio",
+    "duplicate": "answers are equal: raise the temperature of `mpo generate`, or set duplicates = keep",
+    "too_few_responses": "generate more responses to a prompt (num_responses), or lower min_responses",
+    "small_spread": "the rewards of a group are too similar: lower min_spread, or use a scorer that tells answers apart",
+    "no_contrast": "all rewards of a group are equal; use a scorer that tells answers apart, or sets = all",
+}
+"""What to do if a rule drops everything."""
 
 
 class NothingLeftError(DataError):
@@ -101,7 +120,7 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
     selection, digest = Selection(), hashlib.sha256()
     with AtomicFolder(output) as partial, writing(output):
         with (partial.path / GROUPS_FILE).open("wb") as lines:
-            for record in split_groups(filter_groups(read_answered(source), config, selection), config, selection):
+            for record in split_groups(filter_groups(read_groups(source), config, selection), config, selection):
                 line = encode_line(record)
                 digest.update(line)
                 lines.write(line)
@@ -114,6 +133,19 @@ def select(config: SelectConfig, console: Console | None = None) -> dict[str, An
         partial.commit()
     print_selection(console or Console(), output, info)
     return info
+
+
+def read_groups(path: Path) -> Iterator[Record]:
+    """The groups of a file.
+
+    Raises:
+        DataError: a line is damaged or no group, or a group appears twice.
+    """
+    seen = Spill()
+    for record in read_answered(path):
+        if seen.first_place(record["group_id"], "") is not None:
+            raise DataError(f"{path}: group {record['group_id']} appears twice; give each group a unique id.")
+        yield record
 
 
 def filter_groups(records: Iterable[Record], config: SelectConfig, selection: Selection) -> Iterator[Record]:
@@ -262,7 +294,8 @@ def explain_nothing_left(source: Path, selection: Selection) -> str:
         return f"{source}: holds no group; did `mpo score` write it?"
     reasons = selection.dropped_groups + selection.dropped_responses
     listed = "; ".join(f"{count} × {name}" for name, count in reasons.most_common())
-    return f"{source}: none of {selection.groups_read} groups is left ({listed}); loosen the rule that dropped most."
+    causes = [name for name, _ in reasons.most_common() if name in REMEDIES] or ["no_reward"]
+    return f"{source}: none of {selection.groups_read} groups is left ({listed}). {causes[0]}: {REMEDIES[causes[0]]}."
 
 
 def print_selection(console: Console, output: Path, info: dict[str, Any]) -> None:

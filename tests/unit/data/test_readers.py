@@ -119,7 +119,7 @@ def test_bad_lines_are_rejected_with_file_and_line(write_lines: Writer, tmp_path
         (path, 4, "row", "is not valid JSON: Unterminated string starting at at character 12"),
         (path, 5, "row", "is of type list, not an object with fields"),
         (path, 6, "row", "is of type str, not an object with fields"),
-        (path, 8, "row", "is not UTF-8 (byte 12)"),
+        (path, 8, "row", "is not UTF-8 (byte 12); save the file as UTF-8"),
         (path, 9, "row", "is not usable JSON: nested too deeply"),
         (path, 10, "row", "is not usable JSON: a number has thousands of digits"),
     ]

@@ -191,6 +191,16 @@ def test_a_line_nested_without_end_is_damaged(tmp_path: Path) -> None:
         list(read_answered(path))
 
 
+def test_half_a_surrogate_pair_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    """It ended in a UnicodeEncodeError where the line was written again."""
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"group_id": "a", "prompt": "\\ud83d\\ude00", "responses": []}\n')
+    assert next(read_lines(path))["prompt"] == "\U0001f600"
+    path.write_text(path.read_text() + '{"group_id": "b", "prompt": "\\ud83d", "responses": []}\n')
+    with pytest.raises(DataError, match=r"lines\.jsonl:2: damaged or changed: .*surrogates not allowed; remove the line"):
+        list(read_lines(path))
+
+
 @pytest.mark.parametrize(("value", "usable"), [(10**400, False), (1e31, False), (float("nan"), False), (True, False), (3, True)])
 def test_rewards_are_finite_numbers_of_bounded_size(value: object, usable: bool) -> None:
     assert is_reward(value) == usable

@@ -18,8 +18,8 @@ from mpo_megatron.data.store import load_groups
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import seal, unseal
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
-from mpo_megatron.rollout.filters import apply_rules
-from mpo_megatron.rollout.select import Selection, filter_groups, label_groups, select, split_groups
+from mpo_megatron.rollout.filters import RULES, apply_rules
+from mpo_megatron.rollout.select import REMEDIES, Selection, filter_groups, label_groups, select, split_groups
 from tests.tiny import save_tokenizer
 
 NAMES = "abcdefghijklmnop"
@@ -196,8 +196,12 @@ def test_names_of_groups_and_folders_are_printed_as_they_stand(tmp_path: Path, c
     ("text", "message"),
     [
         ("", "holds no group"),
-        ('{"group_id": "a", "responses": [{"text": "x"}, {"text": "y"}]}\n', r"none of 1 groups is left .*2 × no_reward"),
+        (
+            '{"group_id": "a", "responses": [{"text": "x"}, {"text": "y"}]}\n',
+            r"none of 1 groups is left .*2 × no_reward.*\. no_reward: score the responses",
+        ),
         ('{"responses": [{"te\n', r"scored.jsonl:1: is not valid JSON"),
+        ('{"group_id": "a", "responses": []}\n' * 2, "group a appears twice; give each group a unique id"),
         ('{"group_id": "a", "responses": ["x", "y"]}\n', r"scored\.jsonl:1: group a: responses\[0\] does not have the form"),
     ],
 )
@@ -236,3 +240,7 @@ def test_input_and_output_are_checked_first(tmp_path: Path) -> None:
 def test_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(**options)
+
+
+def test_every_reason_has_a_remedy() -> None:
+    assert set(RULES) | {"too_few_responses", "small_spread", "no_contrast"} == set(REMEDIES) | {"surplus"}  # keeps some
