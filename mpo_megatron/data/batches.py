@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,44 +38,53 @@ Cells = list[memoryview | None]
 
 def to_batch(groups: Sequence[TokenizedGroup]) -> pa.RecordBatch:
     """Groups as one Arrow record batch of `SCHEMA`."""
-
-    def lists(values: Sequence[Sequence[npt.NDArray[Any]] | None], kind: type[np.generic]) -> pa.ListArray:
-        """Of each group the list of all values of some arrays, or null."""
-        present = [array for arrays in values if arrays is not None for array in arrays]
-        sizes = [0 if arrays is None else sum(map(len, arrays)) for arrays in values]
-        ends = np.cumsum([0, *sizes], dtype=np.int64)
-        if ends[-1] > np.iinfo(np.int32).max:
-            raise DataError(
-                f"{ends[-1]} tokens in one batch of {len(values)} groups; at most 2^31 − 1 fit: lower max_response_tokens."
-            )
-        flat = np.concatenate(present) if present else np.zeros(0)
-        absent = np.array([arrays is None for arrays in values] + [False])
-        offsets = pa.array(ends.astype(np.int32), mask=absent)
-        return pa.ListArray.from_arrays(offsets, pa.array(flat.astype(kind, copy=False)))
-
-    def single(values: Iterable[npt.NDArray[Any] | None]) -> list[tuple[npt.NDArray[Any]] | None]:
-        return [None if value is None else (value,) for value in values]
-
-    lengths = [np.array(list(map(len, group.response_tokens)), np.int32) for group in groups]
-    texts = pa.ListArray.from_arrays(
-        pa.array(np.cumsum([0, *(len(group.response_texts) for group in groups)], dtype=np.int32)),
-        pa.array([text for group in groups for text in group.response_texts], pa.string()),
-    )
+    responses = [tokens for group in groups for tokens in group.response_tokens]
+    texts = [text for group in groups for text in group.response_texts]
+    masks = [mask for group in groups for mask in group.scored or ()]
+    sizes = [len(group.response_tokens) for group in groups]
+    lengths = np.fromiter(map(len, responses), np.int32, len(responses))
+    num_tokens = [sum(map(len, group.response_tokens)) for group in groups]
     columns = [
         pa.array([group.group_id for group in groups], pa.string()),
         pa.array([len(group.prompt_tokens) for group in groups], pa.int32()),
-        pa.array([group.num_responses for group in groups], pa.int32()),
-        lists(single(lengths), np.int32),
-        lists(single(group.rewards for group in groups), np.float64),
-        lists(single(group.labels for group in groups), np.int8),
-        lists(single(group.prompt_tokens for group in groups), np.int32),
-        lists([group.response_tokens for group in groups], np.int32),
-        lists([group.scored for group in groups], np.bool_),
+        pa.array(sizes, pa.int32()),
+        _to_lists([lengths], sizes, np.int32),
+        _to_lists(*_present([group.rewards for group in groups]), np.float64),
+        _to_lists(*_present([group.labels for group in groups]), np.int8),
+        _to_lists(*_present([group.prompt_tokens for group in groups]), np.int32),
+        _to_lists(responses, num_tokens, np.int32),
+        _to_lists(
+            masks, [None if group.scored is None else size for group, size in zip(groups, num_tokens, strict=True)], np.bool_
+        ),
         pa.array([group.prompt_text for group in groups], pa.string()),
-        texts,
+        pa.ListArray.from_arrays(
+            pa.array(np.cumsum([0, *(len(group.response_texts) for group in groups)], dtype=np.int32)),
+            pa.array(texts, pa.string()),
+        ),
         pa.array([group.where for group in groups], pa.string()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
+
+
+def _present(cells: list[npt.NDArray[Any] | None]) -> tuple[list[npt.NDArray[Any]], list[int | None]]:
+    """The arrays of some cells, and the size of each cell; None where it is null."""
+    return [cell for cell in cells if cell is not None], [None if cell is None else len(cell) for cell in cells]
+
+
+def _to_lists(values: Sequence[npt.NDArray[Any]], sizes: Sequence[int | None], kind: type[np.generic]) -> pa.ListArray:
+    """The values of some arrays, one after the other, as lists of these sizes; null where a size is None.
+
+    Raises:
+        DataError: there are more than Arrow's offsets can count.
+    """
+    ends = np.cumsum([0, *(size or 0 for size in sizes)], dtype=np.int64)
+    if ends[-1] > np.iinfo(np.int32).max:
+        raise DataError(
+            f"{ends[-1]} tokens in one batch of {len(sizes)} groups; at most 2^31 − 1 fit: lower max_response_tokens."
+        )
+    flat = np.concatenate(values) if values else np.zeros(0)
+    absent = np.array([size is None for size in sizes] + [False])
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32), mask=absent), pa.array(flat.astype(kind, copy=False)))
 
 
 def take_rows(batches: Sequence[pa.RecordBatch], indices: Int64, size: int) -> Iterator[pa.RecordBatch]:

@@ -242,14 +242,17 @@ class Chat:
         """
         found = list[list[Tokens | RowError]]()
         texts, places = list[str](), list[tuple[list[Tokens | RowError], int, str]]()
+        anchored = self._adds_space and self._anchored
         for prompt_text, messages, answers, tools in asked:
             seam, own = find_seam(prompt_text), list[Tokens | RowError]()
             for answer in answers:
                 try:
-                    if not isinstance(answer, str) or (self._adds_space and self._anchored):
+                    if anchored or not isinstance(answer, str):
                         own.append(self.answer(prompt_text, messages, answer, tools, limit))
                         continue
-                    text = continue_prompt(seam, self.strip_end(answer))
+                    text = self.strip_end(answer)
+                    if seam is not None:
+                        text = continue_prompt(seam, text)
                     places.append((own, len(own), text))
                     texts.append(self.shorten(self._prefix + text, limit))
                     own.append(_NOTHING)

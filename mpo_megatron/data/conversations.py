@@ -172,9 +172,9 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
 
 def is_ordinary(value: Any) -> bool:
     """Whether a value is clearly a text and nothing else: not empty, not JSON, and no transcript. False: look closer."""
-    if not isinstance(value, str) or not value[:1].isalnum() or value.startswith("Human:") or "<extra_id_1>" in value:
+    if not isinstance(value, str) or not value or value[0].isspace() or value.startswith(("[", "Human:")):
         return False
-    return value.isascii() or _SURROGATE.search(value) is None
+    return "<extra_id_1>" not in value and (value.isascii() or _SURROGATE.search(value) is None)
 
 
 def split_transcript(text: str) -> list[Message]:
@@ -209,15 +209,17 @@ def find_prompt(row: FieldRecord) -> str | None:
 
 
 def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]:
-    value = as_messages(value)
-    if not isinstance(value, str):
-        return read_messages(row, value, field)
-    turns = split_transcript(value)
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        turns.pop()
-    if turns:
-        return read_messages(FieldRecord({}), turns, field)
-    text = read_text(value, field)
+    text = value
+    if not is_ordinary(value):
+        value = as_messages(value)
+        if not isinstance(value, str):
+            return read_messages(row, value, field)
+        turns = split_transcript(value)
+        if turns and turns[-1] == {"role": "assistant", "content": ""}:
+            turns.pop()
+        if turns:
+            return read_messages(FieldRecord({}), turns, field)
+        text = read_text(value, field)
     if field == "instruction" and row.has("input") and row.get("input") != "":
         text = f"{text}\n{read_text(row.get('input'), 'input')}"
     return (*_read_history(row), {"role": "user", "content": text})
@@ -325,10 +327,11 @@ def _starts_answer(wholes: Sequence[tuple[Any, ...]], place: int) -> bool:
 def _needs_prompt(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> bool:
     """Whether to read a prompt field: not if it is `messages` beside answers that hold the whole conversation."""
     wholes = all(not isinstance(answer, str) and answer[0]["role"] != "assistant" for _, answer in answers)
-    field = FieldRecord(row.values)
-    name = find_prompt(field)
-    if name is None or not wholes:
-        return name is not None
+    if not wholes:
+        return True
+    name = find_prompt(FieldRecord(row.values))
+    if name is None:
+        return False
     value = as_messages(row.values[name])
     ends = value[-1] if isinstance(value, list) and value and isinstance(value[-1], dict) else {}
     return _ROLES.get(str(_role_name(ends))) != "assistant"

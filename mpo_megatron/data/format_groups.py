@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.data.conversations import PROMPT_FIELDS, is_ordinary
 from mpo_megatron.data.drawn import Drawn, read_drawn
 from mpo_megatron.data.field_record import FieldRecord
@@ -17,7 +18,7 @@ from mpo_megatron.files import DataError
 
 _RESPONSES = ("responses", "all_generated_responses", "answers", "candidates", "completions", "outputs", "generations")
 _PLAIN = frozenset(("text", "reward"))
-"""The keys of most responses."""
+"""The keys of a plain response."""
 _REWARDS = ("rewards", "scores", "all_rm_scores")
 _RANKS = ("ranks", "rank")
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
@@ -48,6 +49,9 @@ def _settle_groups(sample: Sample, options: Options) -> InputLayout:
 def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     field = row.find(_RESPONSES) or "responses"
     items = read_list(row.get(field), field)
+    if not layout.ratings and all(map(_is_plain, items)) and row.find((*_REWARDS, *_RANKS, "labels")) is None:
+        found = Responses(responses=[item["text"] for item in items], rewards=[float(item["reward"]) for item in items])
+        return _with_digests(row, finish(row, found, [f"{field}[{index}]" for index in range(len(items))]))
     rewards = Column(row, len(items), ("reward", "score"), _REWARDS, read_number)
     ranks = Column(row, len(items), ("rank",), _RANKS, read_number)
     labels = Column(row, len(items), ("label",), ("labels",), read_label)
@@ -57,15 +61,9 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     if not (has_rewards or has_ranks or has_labels or layout.ratings):
         raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
     found, places, drawn = Responses(), list[str](), list[Drawn | None]()
-    only_rewards = has_rewards and rewards.values is None and not has_labels and not layout.ratings
 
     def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:
         place = f"{field}[{index}]"
-        if only_rewards and isinstance(item, dict) and item.keys() == _PLAIN and is_ordinary(item["text"]):  # nearly all
-            said = item["text"], read_number(item["reward"], f"{place}.reward"), None
-            places.append(place)
-            drawn.append(None)
-            return said
         response, record = read_item(row, item, place)
         ids = read_drawn(row, record)
         reward = None
@@ -82,8 +80,24 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
 
     for index, item in enumerate(items):
         found.read(read, index, item)
-    parsed = replace(finish(row, found, places), sampled_prompt=read_digests(row))
+    parsed = _with_digests(row, finish(row, found, places))
     return replace(parsed, drawn=tuple(drawn)) if any(drawn) else parsed
+
+
+def _is_plain(item: Any) -> bool:
+    """Whether a response is a text and its reward, both clearly usable, and nothing else; nearly all are. False: look closer."""
+    return (
+        isinstance(item, dict)
+        and item.keys() == _PLAIN
+        and type(item["reward"]) in (float, int)
+        and -LARGEST_REWARD < item["reward"] < LARGEST_REWARD
+        and is_ordinary(item["text"])
+    )
+
+
+def _with_digests(row: FieldRecord, parsed: Parsed) -> Parsed:
+    digests = read_digests(row)
+    return parsed if digests is None else replace(parsed, sampled_prompt=digests)
 
 
 def _fits_ultrafeedback(sample: Sample) -> bool:

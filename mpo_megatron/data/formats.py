@@ -7,6 +7,7 @@ row into its parts and lists unused columns; `build_group` makes the group. Any 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -122,6 +123,7 @@ def rename(row: Any, columns: Mapping[str, str]) -> Any:
     return {theirs.get(name, name): value for name, value in row.items() if name in theirs or name not in columns}
 
 
+@functools.cache
 def find_format(name: str) -> Format:
     """The format of this name."""
     from mpo_megatron.data.known_formats import FORMATS  # it imports the classes above

@@ -223,7 +223,7 @@ def find_repeated(seen: Spill, group_id: str, where: str, *, own: bool) -> RowEr
 
 def _decode(row: RawRow, columns: Mapping[str, str]) -> RawRow:
     row = row.decode()
-    return row._replace(value=rename(row.value, columns))
+    return row._replace(value=rename(row.value, columns)) if columns else row
 
 
 def _describe(value: Any) -> str:

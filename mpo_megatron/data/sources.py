@@ -72,7 +72,7 @@ class RawRow(NamedTuple):
 
     def decode(self) -> RawRow:
         """The row with its value decoded."""
-        return self._replace(value=_decode(self.value)) if isinstance(self.value, bytes) else self
+        return RawRow(self.file, self.line, _decode(self.value)) if isinstance(self.value, bytes) else self
 
     def reject(self, error: RowError, group_id: str | None = None) -> Rejection:
         """The rejection of this row."""

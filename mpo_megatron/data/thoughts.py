@@ -15,6 +15,7 @@ _TAGS = (
     ("[THINK]", "[/THINK]"),
 )
 """How models mark a thought."""
+_ENDS = tuple(tag for tags in _TAGS for tag in tags)
 
 
 class Seam(NamedTuple):
@@ -33,6 +34,8 @@ class Seam(NamedTuple):
 def find_seam(prompt: str) -> Seam | None:
     """The thought at the end of a prompt, opened or closed; None without one."""
     text = prompt.rstrip()
+    if not text.endswith(_ENDS):
+        return None
     space = prompt[len(text) :]
     for tag, end_tag in _TAGS:
         if text.endswith(tag):

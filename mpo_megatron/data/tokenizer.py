@@ -39,8 +39,10 @@ PLAIN_TEMPLATE = (
 """Chat template of a SentencePiece model that comes without one."""
 _PROBE = "Naïve café, 東京  (2 spaces)\n\n\tx = 10_000;  don't <b>UPPER</b> 🙂\r\n end "
 """Probe text whose ids are part of the digest: white space, digits, contractions, several scripts, an emoji."""
-_CHARACTERS = 1 << 18
-"""Characters tokenized at a time; tokenizers use 250 bytes for each."""
+_CHARACTERS = 1 << 16
+"""Characters tokenized at a time; tokenizers use 250 bytes for each. More at a time take new pages from the system each time."""
+_CACHED_WORDS = 1 << 16
+"""Words whose tokens a BPE or Unigram model remembers, with 0.5 KiB each; by default 10,000, which a large data set exceeds."""
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 """Files of which a `transformers` tokenizer folder has at least one."""
 
@@ -209,6 +211,8 @@ class HuggingFaceTokenizer(_Templated):
             fast.no_truncation()
             fast.no_padding()
             fast.encode_special_tokens = bool(getattr(self.backend, "split_special_tokens", False))
+            if (resize := getattr(fast.model, "_resize_cache", None)) is not None:  # no public name; other models have no cache
+                resize(_CACHED_WORDS)
         return fast
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

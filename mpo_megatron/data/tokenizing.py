@@ -238,8 +238,8 @@ def _tokenize_group(
         prompt_tokens=prompt_tokens,
         response_tokens=tuple([tokens.ids for tokens in answers]),
         scored=tuple(_mask(tokens) for tokens in answers) if masked else None,
-        rewards=None if group.rewards is None else np.array(group.rewards, np.float64)[kept],
-        labels=None if group.labels is None else np.array(group.labels, np.int8)[kept],
+        rewards=None if group.rewards is None else np.array([group.rewards[index] for index in kept], np.float64),
+        labels=None if group.labels is None else np.array([group.labels[index] for index in kept], np.int8),
         prompt_text=prompt_text,
         response_texts=tuple(
             [said if isinstance(said, str) else tokens.text for said, tokens in zip(responses, answers, strict=True)]
@@ -281,7 +281,8 @@ def _count_thoughts(
 ) -> None:
     """Count what the summary reports about thoughts."""
     seam, lead = find_seam(prompt_text), "" if chat.templated else chat.lead.strip()
-    texts = [(said, tokens.text) for said, tokens in zip(responses, answers, strict=True) if isinstance(said, str)]
+    if seam is not None or lead:
+        texts = [(said, tokens.text) for said, tokens in zip(responses, answers, strict=True) if isinstance(said, str)]
     if seam is not None:
         chunk.count("repeated_thoughts", group.where, sum(chat.strip_end(said) != text for said, text in texts))
         chunk.count("open_thoughts", group.where, sum(leaves_open(seam, text) for _, text in texts))
