@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import json
 import multiprocessing
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -365,6 +366,11 @@ def start_fork_server() -> ForkServerContext:
     return context
 
 
+def _use_one_thread() -> None:
+    """Keep `tokenizers` from starting a thread per core in each worker: they would compete, each with its own cache of words."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
 def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
     """`map` over processes: results in the order of the items, with a bounded number in progress."""
     if num_workers == 1:
@@ -372,7 +378,7 @@ def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterab
         return
     context = start_fork_server()
     under_way: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_use_one_thread) as pool:
         try:
             for item in items:
                 under_way.append(pool.submit(function, item))

@@ -324,6 +324,9 @@ def test_ids_come_from_the_row_or_from_its_content() -> None:
             "a\n\nHuman: b\n\nAssistant: c",
             "a<extra_id_1>User\nb\n<extra_id_1>Assistant\nc",
             "<extra_id_1>User\na",
+            "**a**",
+            '{"a": 1}',
+            "\x1c a",
             None,
             7,
             ["a"],
@@ -331,11 +334,12 @@ def test_ids_come_from_the_row_or_from_its_content() -> None:
     ],
 )
 def test_plain_responses_are_read_as_all_others(value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rewards = (0.5, 1, "2", True, None, "none", float("nan"), 1e31)
+    rewards = (0.5, 1, "2", True, None, "none", float("nan"), 1e30, 10**30, 1e31)
     rows: list[dict[str, Any]] = [
         {"id": "a", "prompt": "Q", "responses": [{"text": value, "reward": reward}, *({"text": t, "reward": 0.0} for t in "AB")]}
         for reward in rewards
     ]
+    rows += [{"prompt": value, "responses": [{"text": text, "reward": 1} for text in "AB"]}]
     layout = detect([{"prompt": "Q", "responses": [{"text": "A", "reward": 1.0}]}])
 
     def outcomes() -> list[Any]:

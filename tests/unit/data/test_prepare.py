@@ -143,6 +143,10 @@ def test_the_result_does_not_depend_on_the_number_of_workers(run: Run, write_lin
     assert len(rejected(tmp_path / "out1")) == 22
 
 
+def test_workers_use_one_thread() -> None:
+    assert list(module.map_in_order(os.getenv, ["TOKENIZERS_PARALLELISM"] * 4, 2)) == ["false"] * 4
+
+
 def test_a_repeated_id_takes_its_group_out_of_a_chunk(run: Run, write_lines: Writer, tmp_path: Path) -> None:
     """Also one that is over-long, counts nothing else of it, and leaves the order of rejections."""
     again = [row(1, prompt="x <|im_end|>"), {"prompt": "no answers"}, row(2, prompt="word " * 3000)]
