@@ -123,16 +123,23 @@ def test_killed_run_resumes_bit_for_bit(inputs: Path, undisturbed: Path, tmp_pat
     assert same == [{key: value for key, value in line.items() if key not in timing} for line in metrics(undisturbed)]
 
 
-def test_resume_on_another_layout(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_resume_on_another_layout_with_other_rows(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     shutil.copytree(undisturbed, output)
     for step in range(4, STEPS + 1):
         shutil.rmtree(output / "checkpoints" / f"step_{step:08d}")
-    train(inputs, output, 2, "--parallel.pipeline", "2", "--model.checkpoint", str(inputs / "hf"))  # the same weights
+    # The same weights, and rows that split some groups.
+    options = ("--parallel.pipeline", "2", "--data.row_tokens", "96", "--model.checkpoint", str(inputs / "hf"))
+    resumed_lines = train(inputs, output, 2, *options)
     assert len(list((output / "converted").glob("hf-*"))) == 1
     expected, resumed = weights(undisturbed), weights(output)
     # Two float32 computations in another order, through three Adam steps of lr 1e-3.
     assert max((resumed[name] - expected[name]).abs().max().item() for name in expected) < 1e-5
+    before, after = ({line["step"]: line for line in lines if "loss" in line} for lines in (metrics(undisturbed), resumed_lines))
+    assert list(after) == list(range(1, STEPS + 1))
+    for step in range(4, STEPS + 1):  # the same groups in the same order
+        assert after[step]["loss"] == pytest.approx(before[step]["loss"], rel=1e-5)
+        assert after[step]["skipped_groups"] == before[step]["skipped_groups"]
 
 
 def test_bf16_on_two_replicas(inputs: Path, undisturbed: Path, tmp_path: Path) -> None:
