@@ -25,13 +25,15 @@ def visible(text: object, *, lines: bool = False) -> str:
     return (_LINES if lines else _ONE_LINE).sub(_escape, str(text))
 
 
+_LONG_WORD = re.compile(r"([^\s/]{60})[^\s/]{240,}(?<![;:.,])")
+"""More than any file's name: a number, or nested lists, that a library quotes."""
 _HEAD, _TAIL = 1200, 600
 """Characters kept of a long message: its start, and its end, which has the fix."""
 
 
 def message(error: object) -> str:
-    """An error's text for the terminal: visible, and cut in the middle if it quotes something long."""
-    text = visible(error, lines=True)
+    """An error's text for the terminal: visible, and shortened where it quotes something long."""
+    text = _LONG_WORD.sub(r"\1…", visible(error, lines=True))
     return text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]} … {text[-_TAIL:]}"
 
 

@@ -82,8 +82,9 @@ def test_errors_are_printed_visibly() -> None:
 
 
 def test_an_error_that_quotes_something_long_keeps_its_start_and_its_fix() -> None:
-    text = f"mpo chat: model = m; {'9' * 100_000}; copy it again."
+    assert message(f"model = m; {'9' * 100_000}; copy it again.") == f"model = m; {'9' * 60}…; copy it again."
+    text = f"model = m; {'9 ' * 100_000}; copy it again."
     shown = message(text)
     assert len(shown) < 2000
-    assert (shown[:21], shown[-16:]) == (text[:21], text[-16:])
+    assert (shown[:10], shown[-16:]) == (text[:10], text[-16:])
     assert message("short") == "short"
