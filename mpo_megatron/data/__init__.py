@@ -9,7 +9,7 @@
     turns, thoughts              answers of several turns; thoughts opened by a prompt
     prepare, tokenizing, choice  `mpo prepare`: its two passes; chunks in worker processes; the choice of held-out groups
     fidelity, preview            a group compared with `apply_chat_template`; a group as the model sees it
-    rewards, summary             options that change rewards; the printed summary
+    finishing, rewards, summary  options that change single groups, and rewards; the printed summary
     group, store                 a group; prepared groups on disk
     packing, loader              groups → packed rows; a step's rows, built ahead
     outcomes                     a policy's log-probs of held-out groups, on disk

@@ -3,7 +3,7 @@
     mpo prepare --input pairs.jsonl --tokenizer checkpoints/qwen --output data/pairs --held_out 200 --num_workers 8
 
 Two passes. The first reads rows in order, tokenizes them in parallel (tokenizing.py), and stores accepted groups in a temporary
-file. The second needs facts about all groups: it splits off held-out ones (choice.py) and applies the options of `rewards.py`.
+file. The second needs facts about all groups: it splits off held-out ones (choice.py) and applies the options of `finishing.py`.
 The number of workers changes nothing: chunks return in order. Memory holds some chunks, and a few bytes per group.
 """
 
@@ -24,23 +24,17 @@ import pyarrow as pa
 from rich.text import Text
 
 from mpo_megatron.config import PrepareConfig, check_writable, require, to_dict
-from mpo_megatron.data.arrays import Float64, Int64
+from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.batches import SCHEMA, to_batch
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
+from mpo_megatron.data.finishing import changes_nothing, finish_group
 from mpo_megatron.data.formats import InputLayout
-from mpo_megatron.data.group import Group, Message, RewardKind, TokenizedGroup
+from mpo_megatron.data.group import Group, Message, RewardKind
 from mpo_megatron.data.preview import print_group
 from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import PartOfRow, RowStream, find_repeated, open_inputs
-from mpo_megatron.data.rewards import (
-    RewardScale,
-    add_noise,
-    choose_responses,
-    measure_scale,
-    normalize,
-    swap_two_tokens,
-)
+from mpo_megatron.data.rewards import measure_scale
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.spill import Spill
 from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups, write_batches, write_info
@@ -137,14 +131,14 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         rewards = groups.all_rewards()
         scale = None if rewards is None else measure_scale(rewards)
         labels = _all_labelled(accepted, usable)
-        finish = functools.partial(_finish, chat=chat, scale=scale, labels=labels)
+        finish = functools.partial(finish_group, chat=chat, scale=scale, labels=labels)
         untouched = replace(config, reward_noise=0.0, responses_per_prompt=None, keep_best=False, swapped_negatives=0)
         write = functools.partial(_write, config, chat, _stored_format(config, streams), kind, tally)
         eval_info = None
         with writing(output):
 
             def batches(places: Int64, options: PrepareConfig) -> Iterator[pa.RecordBatch]:
-                if _changes_nothing(options) and (labels or groups.all_labels() is None):
+                if changes_nothing(options) and (labels or groups.all_labels() is None):
                     return groups.batches(places)
                 return map(to_batch, itertools.batched((finish(groups[index], options) for index in places), BATCH_GROUPS))
 
@@ -357,71 +351,6 @@ def _all_labelled(accepted: Accepted, usable: Int64) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------- second pass
-
-
-def _changes_nothing(config: PrepareConfig) -> bool:
-    """Whether `_finish` leaves groups unchanged, except for labels."""
-    keeps_rewards = config.reward_noise == 0 and config.reward_normalization == "none"
-    return keeps_rewards and config.responses_per_prompt is None and not config.keep_best and not config.swapped_negatives
-
-
-def _finish(
-    group: TokenizedGroup, config: PrepareConfig, *, chat: Chat, scale: RewardScale | None, labels: bool
-) -> TokenizedGroup:
-    """Apply the options for single groups: noise on all rewards, the choice of responses, the scale, added negatives.
-
-    Args:
-        scale: statistics of all accepted groups' rewards, before noise and choice; None with labels only
-        labels: whether to keep labels
-    """
-    rewards = group.rewards
-    if rewards is not None and config.reward_noise > 0:
-        rewards = add_noise(rewards, config.reward_noise, group.group_id, seed=config.seed)
-    best = int(np.argmax(_preference(group, rewards))) if config.keep_best else None
-    keep = choose_responses(group.num_responses, config.responses_per_prompt, group.group_id, seed=config.seed, best=best)
-    if rewards is not None:
-        rewards = normalize(rewards[keep], config.reward_normalization, scale)
-    masks = None if group.scored is None else tuple(group.scored[index] for index in keep)
-    chosen = replace(
-        group,
-        response_tokens=tuple(group.response_tokens[index] for index in keep),
-        scored=None if masks is None or all(mask.all() for mask in masks) else masks,
-        response_texts=tuple(group.response_texts[index] for index in keep),
-        rewards=rewards,
-        labels=None if group.labels is None or not labels else group.labels[keep],
-    )
-    return _add_negatives(chosen, config, chat) if config.swapped_negatives else chosen
-
-
-def _preference(group: TokenizedGroup, rewards: Float64 | None) -> Float64:
-    """[K] values that identify the best response: rewards, or labels without rewards."""
-    if rewards is not None:
-        return rewards
-    assert group.labels is not None
-    return group.labels.astype(np.float64)
-
-
-def _add_negatives(group: TokenizedGroup, config: PrepareConfig, chat: Chat) -> TokenizedGroup:
-    """The group with copies of its best response with two tokens swapped; unchanged if no response is better than another."""
-    preference = _preference(group, group.rewards)
-    best = int(np.argmax(preference))
-    if preference.min() == preference.max():
-        return group
-    tokens = group.response_tokens[best]
-    movable = np.ones(len(tokens), np.bool_) if group.scored is None else group.scored[best].copy()
-    movable[-1] &= tokens[-1] != chat.end_token_id
-    swapped = swap_two_tokens(tokens, movable, config.swapped_negatives, group.group_id, seed=config.seed)
-    number = len(swapped)
-    texts = tuple(chat.tokenizer.decode(copy.tolist(), skip_special=True) for copy in swapped)
-    lowest = None if group.rewards is None else np.concatenate([group.rewards, np.full(number, group.rewards.min())])
-    return replace(
-        group,
-        response_tokens=(*group.response_tokens, *swapped),
-        scored=None if group.scored is None else (*group.scored, *(group.scored[best],) * number),
-        response_texts=(*group.response_texts, *texts),
-        rewards=lowest,
-        labels=None if group.labels is None else np.concatenate([group.labels, np.zeros(number, np.int8)]),
-    )
 
 
 def _write(

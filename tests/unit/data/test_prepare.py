@@ -172,7 +172,7 @@ def test_rows_that_nothing_changes_are_copied(
     """The same bytes as if every group were read and written again."""
     path = write_lines(*(row(index) for index in range(300)))
     run(path, held_out=5)
-    monkeypatch.setattr("mpo_megatron.data.prepare._changes_nothing", lambda config: False)
+    monkeypatch.setattr("mpo_megatron.data.prepare.changes_nothing", lambda config: False)
     run(path, "again", held_out=5)
     for suffix in ("", "-eval"):
         files = [tmp_path / f"{name}{suffix}" / "groups.arrow" for name in ("out", "again")]
