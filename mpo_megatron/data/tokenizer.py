@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,8 +42,10 @@ _PROBE = "Naïve café, 東京  (2 spaces)\n\n\tx = 10_000;  don't <b>UPPER</b> 
 """Probe text whose ids are part of the digest: white space, digits, contractions, several scripts, an emoji."""
 _CHARACTERS = 1 << 16
 """Characters tokenized at a time; tokenizers use 250 bytes for each. More at a time take new pages from the system each time."""
-_CACHED_WORDS = 1 << 16
-"""Words whose tokens a BPE or Unigram model remembers, with 0.5 KiB each; by default 10,000, which a large data set exceeds."""
+_CACHED_WORDS, _USUAL_WORDS = 1 << 16, 10_000
+"""Words whose tokens a BPE or Unigram model remembers, 0.5 KiB each, and its default; a large data set has far more."""
+_OFF = ("", "off", "false", "f", "no", "n", "0")
+"""Values of TOKENIZERS_PARALLELISM that mean one thread."""
 HUGGING_FACE_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 """Files of which a `transformers` tokenizer folder has at least one."""
 
@@ -117,6 +120,14 @@ def _cut(texts: Sequence[str]) -> Iterator[list[str]]:
         characters += len(text)
     if run:
         yield run
+
+
+def _num_threads() -> int:
+    """Threads that encode a batch; each has a cache of words of its own."""
+    if os.environ.get("TOKENIZERS_PARALLELISM", "true").lower() in _OFF:
+        return 1
+    wanted = os.environ.get("RAYON_NUM_THREADS", "")
+    return (int(wanted) if wanted.isdecimal() else 0) or os.cpu_count() or 1
 
 
 def _as_arrays(lists: Iterable[list[int]], end: int | None) -> list[Int32]:
@@ -212,7 +223,7 @@ class HuggingFaceTokenizer(_Templated):
             fast.no_padding()
             fast.encode_special_tokens = bool(getattr(self.backend, "split_special_tokens", False))
             if (resize := getattr(fast.model, "_resize_cache", None)) is not None:  # no public name; other models have no cache
-                resize(_CACHED_WORDS)
+                resize(max(_USUAL_WORDS, _CACHED_WORDS // _num_threads()))
         return fast
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import unicodedata
 from pathlib import Path
@@ -11,6 +12,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.data import tokenizer as module
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from tests.tiny import save_tokenizer
@@ -240,6 +242,18 @@ def test_many_texts_at_once_get_the_ids_of_each(
     assert [ids.tolist() for ids in many(texts)] == expected
     assert (many([]), [ids.tolist() for ids in many([""])]) == ([], [[]])
     assert (len(expected[3]) > 12) == split_special_tokens
+
+
+@pytest.mark.parametrize(
+    ("parallel", "wanted", "threads"),
+    [("false", "8", 1), ("Off", "8", 1), ("true", "8", 8), ("true", "", os.cpu_count()), ("1", "many", os.cpu_count())],
+)
+def test_more_words_are_remembered_by_fewer_threads(
+    parallel: str, wanted: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+    monkeypatch.setenv("RAYON_NUM_THREADS", wanted)
+    assert module._num_threads() == threads
 
 
 def test_many_conversations_at_once_get_the_text_of_each(bpe_folder: Path, tmp_path: Path) -> None:
