@@ -363,7 +363,7 @@ def load_tokenizer(path: str | Path, chat_template: str | Path | None = None) ->
 def _read_template(path: Path) -> str:
     require(path.is_file(), f"chat_template = {path}; no such file; give a file with a Jinja template.")
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # an editor's byte-order mark would be part of every prompt
     except UnicodeDecodeError as error:
         raise ConfigError(f"chat_template = {path}; not UTF-8 ({error}); save it as UTF-8.") from error
 

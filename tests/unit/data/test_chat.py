@@ -206,6 +206,8 @@ def test_a_template_that_refuses_is_named(bpe_folder: Path, tmp_path: Path) -> N
     tokenizer = load_tokenizer(bpe_folder, template_file(tmp_path, "{{ 'nothing of the conversation' }}"))
     with pytest.raises(ConfigError, match="omits the assistant's message"):
         Chat(tokenizer)
+    (tmp_path / "marked.jinja").write_text(ZEPHYR, encoding="utf-8-sig")
+    assert load_tokenizer(bpe_folder, tmp_path / "marked.jinja").template == ZEPHYR
     (tmp_path / "bad.jinja").write_bytes(b"{{ '\xff' }}")
     with pytest.raises(ConfigError, match=r"chat_template = .*bad\.jinja; not UTF-8 .*; save it as UTF-8"):
         load_tokenizer(bpe_folder, tmp_path / "bad.jinja")
