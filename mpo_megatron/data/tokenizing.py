@@ -403,7 +403,7 @@ def cut_tasks(streams: Iterable[RowStream]) -> Iterator[Task]:
         for row in stream.rows:
             rows.append(row)
             characters += _num_characters(row.value if isinstance(row, RawRow) else getattr(row.part, "responses", ()))
-            if len(rows) >= min(max(_FEWEST, first // _FEWEST), _MOST) or characters >= _CHUNK_CHARACTERS:
+            if len(rows) >= min(max(_FEWEST, first // 8), _MOST) or characters >= _CHUNK_CHARACTERS:
                 yield Task(stream.reader, first, rows)
                 first, characters, rows = first + len(rows), 0, []
         if rows:
