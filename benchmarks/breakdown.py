@@ -6,13 +6,15 @@
 
 Shares come from torch's profiler: every operation's own time (on a GPU, that of the kernels it starts) counts for the kind of its
 outermost enclosing operation with a kind, backward included; a kernel without one counts by its own name. On a CPU, collectives
-run in a separate thread, and operations that wait for them include that time. The rest is measured separately, without the
-profiler, as shares of wall time: data wait (how long the loop waits for its next batch, which a thread builds meanwhile), and on
-a GPU its idle time and MFU, the rate of the step's operations over the GPU's peak (padding counts, recomputation does not).
+run in threads of their own, which are left out: communication is the time that a rank waits for them, and so for slower ranks.
+The rest is measured separately, without the profiler, as shares of wall time: data wait (how long the loop waits for its next
+batch, which a thread builds meanwhile), and on a GPU its idle time and MFU, the rate of the step's operations over the GPU's
+peak (padding counts, recomputation does not).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import tempfile
 import time
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.distributed import Work
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import timing
@@ -35,11 +38,12 @@ GPU_DATA = (32, 1024, 256, 8, 16384)
 """Groups of a step, prompt tokens, response tokens, responses, tokens of a row."""
 
 OPTIMIZER = "optimizer step"
+WAIT = "wait for ranks"
 KINDS = (
     ("optimizer", (OPTIMIZER,)),
     ("log-probs", ("VocabParallel",)),
     ("attention", ("scaled_dot_product", "ScaledDotProduct", "flash", "flex_attention", "FusedAttn", "FlashAttn")),
-    ("communication", ("c10d::", "gloo:", "nccl:", "record_param_comms", "ncclDevKernel")),
+    ("communication", (WAIT, "c10d::", "nccl:", "record_param_comms", "ncclDevKernel")),
     ("GEMM", ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear", "gemm", "nvjet", "splitKreduce")),
 )
 """Marks in the name of an operation or a kernel (`nvjet` are cuBLAS's on Hopper); the outermost mark counts, and within one name
@@ -131,7 +135,7 @@ def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) ->
     batch = next(batches)
     step(batch, zero_reference(batch))
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.has_gpu() else [])]
-    with profile(activities=activities) as profiler:
+    with marked_waits(), profile(activities=activities) as profiler:
         for _ in range(repeat):
             batch = next(batches)
             step(batch, zero_reference(batch))
@@ -139,13 +143,29 @@ def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) ->
     step.update = original  # type: ignore[method-assign]
     seconds = dict.fromkeys([kind for kind, _ in KINDS] + [REST], 0.0)
     for event in profiler.events():
-        if not device.has_gpu():
+        if not device.has_gpu() and not event.name.startswith("gloo:"):  # these run in gloo's threads, while the rank's waits
             seconds[kind_of(event)] += event.self_cpu_time_total / 1e6
         for kernel in event.kernels:
             if kernel.name != event.name:  # for a `record_function`, it spans from the first kernel to the last
                 seconds[kind_of(event, kernel.name)] += kernel.duration / 1e6
     rest = seconds.pop(REST)
     return {**dict(sorted(seconds.items(), key=lambda item: -item[1])), REST: rest}
+
+
+@contextlib.contextmanager
+def marked_waits() -> Iterator[None]:
+    """Within this context, each wait for a collective is an operation of its own for the profiler."""
+    original = Work.wait
+
+    def wait(work: Work, *arguments: Any, **options: Any) -> bool:
+        with record_function(WAIT):
+            return original(work, *arguments, **options)
+
+    Work.wait = wait  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Work.wait = original  # type: ignore[method-assign]
 
 
 def kind_of(event: Any, kernel: str = "") -> str:
