@@ -155,17 +155,18 @@ def profile_steps(step: TrainStep, batches: Iterator[StepBatch], repeat: int) ->
 @contextlib.contextmanager
 def marked_waits() -> Iterator[None]:
     """Within this context, each wait for a collective is an operation of its own for the profiler."""
-    original = Work.wait
+    collective: Any = Work
+    original = collective.wait
 
-    def wait(work: Work, *arguments: Any, **options: Any) -> bool:
+    def wait(work: Work, *arguments: Any, **options: Any) -> Any:
         with record_function(WAIT):
             return original(work, *arguments, **options)
 
-    Work.wait = wait  # type: ignore[method-assign]
+    collective.wait = wait
     try:
         yield
     finally:
-        Work.wait = original  # type: ignore[method-assign]
+        collective.wait = original
 
 
 def kind_of(event: Any, kernel: str = "") -> str:
