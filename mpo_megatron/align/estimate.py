@@ -49,6 +49,8 @@ def estimate(config: AlignConfig, stages: Stages) -> str:
     groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
     minutes, reference = training_minutes(machine, train, groups, chooses=not has_option(config.train, "parallel"))
     share = f"{describe_minutes(reference)} of it for the reference's log-probs" if reference else "no reference is needed"
+    if 0 < reference < 1:
+        share = "the reference's log-probs included"
     return f"Training on {groups:,} groups takes {describe_minutes(minutes)} on {machine.words}; {share}."
 
 

@@ -241,7 +241,7 @@ def test_a_plan_writes_nothing(inputs: Path, tmp_path: Path) -> None:
     output = io.StringIO()
     align(settings(inputs, tmp_path / "out", plan=True), Console(file=output, width=200))
     assert "hold out 4 groups" in output.getvalue()
-    assert re.search(r"Training on 36 groups takes (about|less than a) .* of it for the reference's", output.getvalue())
+    assert re.search(r"Training on 36 groups takes (about|less than a) .*; .* the reference's log-probs", output.getvalue())
     assert not (tmp_path / "out").exists()
     two = settings(inputs, tmp_path / "out", plan=True, train={"parallel": {"tensor": 2}, "max_steps": 2})
     align(two, Console(file=output, width=200))
@@ -384,7 +384,7 @@ def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, mon
     found = build_stages(given, inputs / "model")
     assert found.train.parallel.tensor == 2
     assert not {"parallel.tensor", "optimizer.lr"} & found.chosen.keys()
-    assert "minutes on 2 × h100" in estimate(config, found)
+    assert "less than a minute on 2 × h100; the reference's log-probs included." in estimate(config, found)
     assert "minutes on 2 × h100" in estimate(given, found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
     assert "parallel.tensor" not in build_stages(config, inputs / "model").chosen
