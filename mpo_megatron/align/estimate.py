@@ -48,10 +48,7 @@ def estimate(config: AlignConfig, stages: Stages) -> str:
         return machine
     groups = round(lengths["groups"] * train.epochs) if not train.max_steps else train.max_steps * train.data.groups_per_step
     minutes, reference = training_minutes(machine, train, groups, chooses=not has_option(config.train, "parallel"))
-    share = f"{describe_minutes(reference)} of it for the reference's log-probs" if reference else "no reference is needed"
-    if 0 < reference < 1:
-        share = "the reference's log-probs included"
-    return f"Training on {groups:,} groups takes {describe_minutes(minutes)} on {machine.words}; {share}."
+    return f"Training on {groups:,} groups takes {describe_minutes(minutes)} on {machine.words}; {describe_reference(reference)}."
 
 
 def describe_minutes(minutes: float) -> str:
@@ -59,6 +56,15 @@ def describe_minutes(minutes: float) -> str:
     if minutes < 1:
         return "less than a minute"
     return f"about {minutes:.0f} minutes" if minutes < 120 else f"about {minutes / 60:,.0f} hours"
+
+
+def describe_reference(minutes: float) -> str:
+    """What the reference's log-probs add to the training time, as text."""
+    if minutes == 0:
+        return "no reference is needed"
+    return (
+        f"{describe_minutes(minutes)} of it for the reference's log-probs" if minutes >= 1 else "with the reference's log-probs"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +129,7 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
     held_out = config.held_out * config.held_out_responses * answer
     minutes, reference = training_minutes(machine, train, groups_of_round(config, train, prompts), chooses=False)
     made = f"{prompts:,} prompts × {generate.num_responses} answers of about {answer} tokens (half of generate.max_tokens)"
-    trained = f"training takes {describe_minutes(minutes)}" + (
-        f", {describe_minutes(reference)} of it for the reference's log-probs" if reference else ""
-    )
+    trained = f"training takes {describe_minutes(minutes)}, {describe_reference(reference)}"
     if generate.engine == "openai":
         return (
             f"Per round: {made}: {tokens:,} tokens at the server's speed; {trained}, on {machine.words}. Scoring is not included."

@@ -384,7 +384,7 @@ def test_on_gpus_the_planner_chooses_the_layout(inputs: Path, aligned: Path, mon
     found = build_stages(given, inputs / "model")
     assert found.train.parallel.tensor == 2
     assert not {"parallel.tensor", "optimizer.lr"} & found.chosen.keys()
-    assert "less than a minute on 2 × h100; the reference's log-probs included." in estimate(config, found)
+    assert "less than a minute on 2 × h100; with the reference's log-probs." in estimate(config, found)
     assert "minutes on 2 × h100" in estimate(given, found)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Another GPU")
     assert "parallel.tensor" not in build_stages(config, inputs / "model").chosen
