@@ -107,7 +107,7 @@ def test_tasks_grow_with_the_rows_before_them() -> None:
     sizes = [len(task.rows) for task in tasks]
     assert sizes[:-1] == sorted(sizes[:-1])
     assert (sizes[0], max(sizes)) == (32, 256)
-    assert all(len(task.rows) <= max(32, task.first // 32) for task in tasks)
+    assert all(len(task.rows) <= max(32, task.first // 8) for task in tasks)
 
 
 def test_special_tokens_in_texts_are_counted_and_stay(run: Run, write_lines: Writer, tmp_path: Path) -> None:
