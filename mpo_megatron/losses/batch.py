@@ -49,7 +49,7 @@ LARGEST = 1e15
 """Largest log-prob in nats; its square, times any hyper-parameter, stays far below float32's limit."""
 
 
-LARGEST_REWARD = torch.finfo(torch.float32).max
+FLOAT32_MAX = torch.finfo(torch.float32).max
 """Largest magnitude of a reward: in float64, sums, differences and squares stay finite."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpo_megatron.losses.batch import LARGEST_REWARD, GroupBatch
+from mpo_megatron.losses.batch import FLOAT32_MAX, GroupBatch
 from mpo_megatron.losses.registry import Needs, build_params, get_loss
 
 
@@ -172,8 +172,8 @@ def check_values(batch: GroupBatch) -> None:
         if values is not None:
             refuse_first(name, values, batch.valid & ~torch.isfinite(values), "it must be finite")
     if batch.rewards is not None:
-        huge = batch.valid & (batch.rewards.abs() > LARGEST_REWARD)
-        refuse_first("rewards", batch.rewards, huge, f"it must be within ±{LARGEST_REWARD:.2g}")
+        huge = batch.valid & (batch.rewards.abs() > FLOAT32_MAX)
+        refuse_first("rewards", batch.rewards, huge, f"it must be within ±{FLOAT32_MAX:.2g}")
     if batch.lengths is None:
         return
     refuse_first("lengths", batch.lengths, batch.valid & (batch.lengths < 1), "a response must have tokens")
