@@ -28,7 +28,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # exported, though not declared
 
 from tests.waiting import TIMEOUT
 
@@ -76,7 +76,7 @@ def start_ranks(num_ranks: int, module: str, arguments: Sequence[str], outputs: 
     try:
         for rank in range(num_ranks):
             own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = _fork_server().Process(target=_be_rank, args=(own, Path.cwd(), outputs, module, arguments))
+            process: BaseProcess = _fork_server().Process(target=_be_rank, args=(own, Path.cwd(), outputs, module, arguments))
             process.start()
             processes.append(process)
         yield processes

@@ -128,9 +128,9 @@ class Case:
         return f"{self.model}: {', '.join(words) or 'plain'}"
 
 
-SPLIT = {"two_phase": True, "row_tokens": 64}
+SPLIT: dict[str, Any] = {"two_phase": True, "row_tokens": 64}
 """Short rows: groups span several rows of several replicas."""
-UNSHARED = {"rows": "unshared", "row_tokens": 512}
+UNSHARED: dict[str, Any] = {"rows": "unshared", "row_tokens": 512}
 BALANCE = {"balance_coeff": 0.2, "z_coeff": 0.05}
 """Large, so that the regulariser's gradients are comparable to the loss's."""
 OVER_STEP = {**BALANCE, "balance_over": "step"}
