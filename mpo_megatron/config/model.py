@@ -53,6 +53,9 @@ class ModelConfig(Section, prefix="model."):
     delta_rule: Literal["auto", "torch", "fla"] = "auto"
     """Kernel of Gated DeltaNet layers (Qwen3-Next, Qwen3.5, 3.6): `torch` runs anywhere; `fla` (flash-linear-attention) needs a
     GPU and bf16; `auto` uses `fla` there, and `torch` elsewhere."""
+    delta_chunk: int = 64
+    """Tokens that Gated DeltaNet layers compute at once, before their state moves on. Fewer keep more states in memory, more
+    keep larger products; `fla` has kernels for 64 only."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activation recomputation in the backward pass: none, `recompute_modules`, or every layer."""
     recompute_modules: list[Literal["core_attn", "layernorm", "mlp", "moe", "moe_act", "shared_experts"]] = field(
@@ -84,6 +87,7 @@ class ModelConfig(Section, prefix="model."):
             f"model.recompute_modules = {self.recompute_modules} with model.recompute = {self.recompute}, which ignores "
             "it; set model.recompute to selective.",
         )
+        require(self.delta_chunk >= 1, f"model.delta_chunk = {self.delta_chunk}; it must be at least 1.")
         require(self.offload_layers >= 0, f"model.offload_layers = {self.offload_layers}; it must be 0 or more.")
         require(
             not self.offload_layers or self.recompute == "none",

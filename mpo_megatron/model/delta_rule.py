@@ -29,9 +29,6 @@ from mpo_megatron import device
 from mpo_megatron.data.arrays import Int64
 from mpo_megatron.model.attention import RowLayout, Segment
 
-CHUNK = 64
-"""C: tokens of a chunk."""
-
 DeltaRule = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, RowLayout], Tensor]
 """A back end: query and key [T, H, K], value [T, H·R, V], decay and rate [T, H·R] in float32, the row's layout → [T, H·R, V].
 It normalizes queries and keys, and scales queries by 1 / √K."""
@@ -83,8 +80,8 @@ class ChunkIndex:
     """[branches] position of each segment with a context among these, sorted by origin."""
 
 
-def build_chunks(segments: Sequence[Segment], window: int | None = None, size: int = CHUNK) -> ChunkIndex:
-    """Chunks of a row, step by step; `window` is ignored."""
+def build_chunks(segments: Sequence[Segment], size: int) -> ChunkIndex:
+    """Chunks of a row, step by step, of `size` tokens."""
     states = order_states(segments)
     parts: list[Int64] = []
     steps = []
@@ -118,13 +115,20 @@ def build_chunks(segments: Sequence[Segment], window: int | None = None, size: i
     )
 
 
-def chunked_delta_rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
-    """The back end `torch`, in plain operations for any device: float32, or the inputs' dtype if that is wider."""
-    return run_chunks(query, key, value, decay, rate, layout.index(build_chunks))
+def chunked_delta_rule(size: int) -> DeltaRule:
+    """The back end `torch`, in plain operations for any device, with chunks of `size` tokens."""
+
+    def build(segments: tuple[Segment, ...], _window: int | None) -> ChunkIndex:
+        return build_chunks(segments, size)
+
+    def rule(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, layout: RowLayout) -> Tensor:
+        return run_chunks(query, key, value, decay, rate, layout.index(build))
+
+    return rule
 
 
 def run_chunks(query: Tensor, key: Tensor, value: Tensor, decay: Tensor, rate: Tensor, chunks: ChunkIndex) -> Tensor:
-    """`chunked_delta_rule` for given chunks."""
+    """The rule for given chunks: in float32, or in the inputs' dtype if that is wider."""
     heads, dtype = key.shape[1], torch.promote_types(value.dtype, torch.float32)
 
     def split(tensor: Tensor) -> Tensor:

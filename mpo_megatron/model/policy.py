@@ -276,7 +276,7 @@ def build_policy(
                 model.from_engine,
                 ranks.pipeline.rank(),
                 chunk,
-                RowKernels(attend=attention_function(model.attention), delta_rule=delta_function(model.delta_rule)),
+                RowKernels(attend=attention_function(model.attention), delta_rule=delta_function(model)),
                 adapter,
             ),
             family=family,

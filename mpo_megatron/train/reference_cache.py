@@ -141,6 +141,7 @@ def cache_key(
         "transformer_engine": model.from_engine,
         "attention": model.attention,
         **({} if model.delta_rule == "auto" else {"delta_rule": model.delta_rule}),  # resolved if any layer uses it
+        **({} if model.delta_chunk == ModelConfig.delta_chunk else {"delta_chunk": model.delta_chunk}),
         **({} if quantize == "none" else {"quantize": quantize}),
         **({} if fp8 is None else {"fp8": fp8} | ({"adapted": True} if adapted else {})),
     }

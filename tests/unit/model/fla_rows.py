@@ -39,7 +39,7 @@ def row_errors(segments: list[Segment], dtype: torch.dtype, place: str = "cpu", 
     """Errors of outputs and gradients of a row, relative to the largest value of each; plain operations compute in float32."""
     inputs = random_inputs(segments[-1].end, dtype, place, channels=channels)
     exact = [part.detach().float().requires_grad_() for part in inputs]
-    outputs = fla_delta_rule(*inputs, row_layout(segments)), run_chunks(*exact, build_chunks(segments))
+    outputs = fla_delta_rule(*inputs, row_layout(segments)), run_chunks(*exact, build_chunks(segments, 64))
     weights = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(1)).to(place)
     gradients = [
         torch.autograd.grad((output.float() * weights).sum(), own) for output, own in zip(outputs, (inputs, exact), strict=True)

@@ -102,7 +102,7 @@ def test_megatron_core_s_rule_agrees() -> None:
     """For whole sequences, in float32, with the chunk size that both have."""
     segments = row((100, []), (64, []))
     inputs = random_inputs(164, dtype=torch.float32)
-    ours = run_chunks(*inputs, build_chunks(segments))
+    ours = run_chunks(*inputs, build_chunks(segments, 64))
     query, key, value, decay, rate = inputs
     for start, end, *_ in segments:
         part = slice(start, end)
@@ -175,7 +175,7 @@ def test_the_calls_of_flash_linear_attention(segments: list[Segment], monkeypatc
     """Prompts in one call, responses from their states in another; the kernel itself needs a GPU."""
     monkeypatch.setattr(delta_fla, "_kernel", sequential_kernel)
     inputs = random_inputs(segments[-1].end, dtype=torch.float32)
-    truth = run_chunks(*inputs, build_chunks(segments))
+    truth = run_chunks(*inputs, build_chunks(segments, 64))
     ours = delta_fla.fla_delta_rule(*inputs, row_layout(segments))
     torch.testing.assert_close(ours, truth, rtol=FLOAT32, atol=FLOAT32)
     weights = torch.randn(truth.shape, generator=torch.Generator().manual_seed(1))
@@ -225,6 +225,8 @@ def test_a_gpu_needs_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPat
     versions["fla-core"] = "0.4.1"
     with pytest.raises(ConfigError, match=r"0\.4\.1 is installed, but <0\.7,>=0\.5\.2 is needed"):
         choose_delta_rule(model, hybrid())
+    with pytest.raises(ConfigError, match="64 tokens at once"):
+        choose_delta_rule(dataclasses.replace(model, delta_chunk=32), hybrid())
     with pytest.raises(ConfigError, match="float32"):
         choose_delta_rule(dataclasses.replace(model, precision="fp32", delta_rule="fla"), hybrid())
 
@@ -245,5 +247,7 @@ def test_a_model_without_such_layers_has_no_kernel_to_choose() -> None:
     family = read_family(CONFIGS["qwen3"]())
     with pytest.raises(ConfigError, match=r"model\.delta_rule = torch, but no layer"):
         choose_delta_rule(ModelConfig(checkpoint="x", delta_rule="torch"), family)
+    with pytest.raises(ConfigError, match=r"model\.delta_chunk = 32, but no layer"):
+        choose_delta_rule(ModelConfig(checkpoint="x", delta_chunk=32), family)
     chosen = choose_delta_rule(ModelConfig(checkpoint="x"), family)  # a run decides once for all ranks, and each builds with that
     assert choose_delta_rule(ModelConfig(checkpoint="x", delta_rule=chosen), family) == chosen  # type: ignore[arg-type]

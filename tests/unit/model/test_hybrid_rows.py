@@ -24,7 +24,6 @@ from mpo_megatron.data.loader import RowShape, group_table, pack
 from mpo_megatron.data.packing import Piece, Row, build_row
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.hf.conversion import load_conversion
-from mpo_megatron.model.delta_rule import CHUNK
 from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
@@ -38,6 +37,8 @@ RATIO = 4.0
 """Ours sums in another order: over chunks of a row, over heads at once, and up to the group's shared prompt."""
 FLOOR = 1e-2
 """A tensor's error is relative to its largest value, or to this share of the largest of all: see tests/distributed/parity.py."""
+CHUNK = 16
+"""`model.delta_chunk`."""
 LENGTHS: list[tuple[int, list[int]]] = [
     (0, [5, 1]),
     (1, [1, CHUNK]),
@@ -127,7 +128,8 @@ def world(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> World:
     folder = save_base(tmp_path_factory.mktemp("hybrid"), model_type="qwen3_5_text")
     family: Family = load_family(folder / "hf")
     padded = load_conversion(folder / "megatron").padded_vocab_size
-    parts = build_policy(family, ModelConfig(checkpoint="", precision="fp32"), ParallelConfig(), ranks, padded)
+    model = ModelConfig(checkpoint="", precision="fp32", delta_chunk=CHUNK)
+    parts = build_policy(family, model, ParallelConfig(), ranks, padded)
     load_weights(parts, folder / "megatron", ranks)
     groups = draw_groups()
     valid = group_table(groups, np.arange(len(groups))).valid
