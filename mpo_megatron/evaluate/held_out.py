@@ -25,7 +25,7 @@ from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import seal_lines, unseal_lines
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import with_megatron_checkpoints
-from mpo_megatron.model.convert import find_megatron_checkpoint
+from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.train.metrics import compute_metrics
 from mpo_megatron.train.objective import Logps, group_batch, take_groups
 from mpo_megatron.train.reference import select_all

@@ -58,7 +58,7 @@ def megatron_checkpoint(path: str, run: Path, name: str) -> str:
     digest = folder_digest(folder, side_files(folder))
     target = run / CONVERTED / f"{folder.resolve().name}-{digest[:12]}"
     if not target.is_dir():
-        from mpo_megatron.model.convert import import_from_hf  # imports Megatron: seconds
+        from mpo_megatron.model.convert_import import import_from_hf  # imports Megatron: seconds
 
         with hold(target.with_name(f".{target.name}.lock"), target, wait_seconds=math.inf):
             if not target.is_dir():

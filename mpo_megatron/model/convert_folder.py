@@ -9,9 +9,11 @@ import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from mpo_megatron.config import ConfigError, require
@@ -23,6 +25,8 @@ from mpo_megatron.terminal.console import Console
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".distcp")
 """Files of a Hugging Face folder that are weights, in any format."""
+MAX_CHUNK_BYTES = 128 * 2**20
+"""Largest piece of a tensor read, written or stored at once; memory use is a small multiple of it."""
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:
@@ -92,6 +96,23 @@ def change_config(path: Path, name: str, value: str | int) -> None:
     if text is not None and (name in text or name not in settings):
         text[name] = value
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> str:
+    """The dtype of most elements of a checkpoint, by its name in a config.json.
+
+    Args:
+        tensors: dtype and number of elements of each tensor
+    """
+    count: Counter[torch.dtype] = Counter()
+    for dtype, elements in tensors:
+        count[dtype] += elements
+    return str(count.most_common(1)[0][0]).removeprefix("torch.")
+
+
+def first_names(names: Sequence[str]) -> str:
+    """The first three names, for a message."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
 
 
 @contextlib.contextmanager

@@ -31,8 +31,9 @@ from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import write_list
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.identity import PEFT_CONFIG, is_adapter_folder
-from mpo_megatron.model.convert import convert, find_megatron_checkpoint
+from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_adapter import export_adapter
+from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.rollout.divergence import KL_FILE
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.records import (

@@ -94,8 +94,8 @@ def hugging_face_folder(checkpoint: Path) -> Path:
         check_folder(target, weights=True)
         return target
     from mpo_megatron.hf.adapter import find_base, read_adapter
-    from mpo_megatron.model.convert import export_to_hf  # imports Megatron: seconds
     from mpo_megatron.model.convert_adapter import export_adapter
+    from mpo_megatron.model.convert_export import export_to_hf  # imports Megatron: seconds
 
     check_writable(checkpoint, "model")
     with hold(

@@ -39,7 +39,7 @@ from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import read_info
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import DamagedError
-from mpo_megatron.model import convert as converting
+from mpo_megatron.model import convert_export
 from mpo_megatron.plan.plan import build_problem
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
@@ -54,7 +54,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "prepare": lambda patch: raise_at(preparing, "_write", 1, patch),
     "train": lambda patch: raise_at(stages, "launch", 0, patch),
     "train, done and not noted": lambda patch: raise_at(rounds, "write_summary", 0, patch),
-    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "export": lambda patch: raise_at(convert_export, "write_shards", 0, patch),
     "answers": lambda patch: raise_at(records.LineWriter, "write", 1, patch),
     "report": lambda patch: raise_at(aligning, "report", 0, patch),
     "outcome": lambda patch: raise_at(aligning, "replace_file", 0, patch),

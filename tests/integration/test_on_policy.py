@@ -26,7 +26,7 @@ from examples.on_policy.run import build_prompts, load_methods, summarize
 from mpo_megatron.config import ConvertConfig, IterateConfig
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import load_groups
-from mpo_megatron.model import convert as converting
+from mpo_megatron.model import convert_export
 from mpo_megatron.model.convert import convert
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
@@ -111,7 +111,7 @@ def kill_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "export": lambda patch: raise_at(convert_export, "write_shards", 0, patch),
     "generate held-out": lambda patch: raise_at(records.LineWriter, "write", 1, patch),
     "generate": lambda patch: raise_at(records.LineWriter, "write", 12, patch),
     "select": lambda patch: raise_at(selecting, "plot_spacing", 0, patch),

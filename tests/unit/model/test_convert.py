@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 from mpo_megatron.config import ConvertConfig
 from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
-from mpo_megatron.model.convert import convert, export_to_hf, import_from_hf
+from mpo_megatron.model.convert import convert
+from mpo_megatron.model.convert_export import export_to_hf
+from mpo_megatron.model.convert_import import import_from_hf
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.model.safetensors_io import INDEX, PlannedTensor, list_tensors, plan_shards, write_shards
 from tests.unit.model.converting import MODELS, SIDE_FILES, UP, assert_identical, convert_folder, copy, read_hf, rewrite, write_hf

@@ -34,7 +34,8 @@ CHUNK = 16 * MIB
 MEASURE = """
 import sys
 from pathlib import Path
-from mpo_megatron.model.convert import export_to_hf, import_from_hf
+from mpo_megatron.model.convert_export import export_to_hf
+from mpo_megatron.model.convert_import import import_from_hf
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

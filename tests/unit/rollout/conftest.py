@@ -29,7 +29,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted checkpoint, as `mpo iterate` starts from."""
-    from mpo_megatron.model.convert import import_from_hf  # imports Megatron: seconds
+    from mpo_megatron.model.convert_import import import_from_hf  # imports Megatron: seconds
 
     folder = tmp_path_factory.mktemp("model")
     save_model(folder / "hf", num_hidden_layers=2, hidden_size=32)

@@ -16,7 +16,7 @@ from rich.console import Console
 from mpo_megatron.config import ConfigError, IterateConfig, TrainConfig, parse
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.files import DataError
-from mpo_megatron.model import convert as converting
+from mpo_megatron.model import convert_export
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
@@ -105,7 +105,7 @@ KILLS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "first segment, trained and not noted": lambda patch: patch.setattr(
         rounds, "find_megatron_checkpoint", Mock(side_effect=Killed)
     ),
-    "export": lambda patch: raise_at(converting, "write_shards", 0, patch),
+    "export": lambda patch: raise_at(convert_export, "write_shards", 0, patch),
     "generate": lambda patch: raise_at(records.LineWriter, "write", 5, patch),
     "score, between its two files": lambda patch: raise_at(scoring, "write_summary", 1, patch),
     "select": lambda patch: raise_at(selecting, "plot_spacing", 0, patch),

@@ -272,7 +272,7 @@ def test_faults_show_before_a_model_loads(config: GenerateConfig, monkeypatch: p
 
 @pytest.mark.slow
 def test_our_own_checkpoint_is_exported_once(config: GenerateConfig, tmp_path: Path, model_folder: Path) -> None:
-    from mpo_megatron.model.convert import import_from_hf
+    from mpo_megatron.model.convert_import import import_from_hf
 
     import_from_hf(model_folder, tmp_path / "run" / "checkpoints" / "step_00000003", vocab_multiple=128)
     direct = run(config).read_bytes()
