@@ -29,7 +29,8 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES, TrainStep, bench, make_groups, model_config, zero_reference
 from mpo_megatron import device
 from mpo_megatron.data.loader import StepBatch, iterate_steps
-from mpo_megatron.data.store import load_groups, write_groups
+from mpo_megatron.data.store import load_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.train.throughput import peak_flops
 

@@ -42,7 +42,8 @@ from mpo_megatron import device
 from mpo_megatron.config import ConvertConfig, PrepareConfig
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.prepare import prepare
-from mpo_megatron.data.store import load_groups, write_groups
+from mpo_megatron.data.store import load_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import read_family
 from mpo_megatron.hf.flops import build_flop_model

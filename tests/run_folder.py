@@ -12,7 +12,8 @@ from mpo_megatron.config import DataConfig, LossConfig, ModelConfig, TrainConfig
 from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.outcomes import GroupOutcome, write_outcomes
-from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.files.digests import seal_line
 from mpo_megatron.train.tracking.facts import record_start
 

@@ -28,7 +28,8 @@ from transformers import (
 )
 
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.data.tokenizer import load_tokenizer
 
 CHATML = (

@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data.chat import Chat
+from mpo_megatron.data.chunks import Chunk
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, detect, find_format
 from mpo_megatron.data.group import Group
@@ -33,8 +34,8 @@ from mpo_megatron.data.known_formats import FORMATS
 from mpo_megatron.data.readers import InputReader, RowStream, build_groups, gather
 from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.spill import Spill
-from mpo_megatron.data.tokenizer import HuggingFaceTokenizer
-from mpo_megatron.data.tokenizing import Chunk, tokenize_groups
+from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
+from mpo_megatron.data.tokenizing import tokenize_groups
 from mpo_megatron.files import DataError
 
 TEMPLATE = (

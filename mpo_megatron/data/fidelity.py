@@ -9,7 +9,7 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.group import Group, TokenizedGroup
-from mpo_megatron.data.tokenizer import HuggingFaceTokenizer
+from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
 from mpo_megatron.files import DataError
 
 

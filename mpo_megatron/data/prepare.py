@@ -28,6 +28,7 @@ from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.batches import SCHEMA, to_batch
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.choice import choose_groups, count_prompts, read_keys
+from mpo_megatron.data.chunks import LABELS, REWARDS, Chunk, Task
 from mpo_megatron.data.finishing import changes_nothing, finish_group
 from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.group import Group, Message, RewardKind
@@ -37,19 +38,11 @@ from mpo_megatron.data.readers import PartOfRow, RowStream, find_repeated, open_
 from mpo_megatron.data.rewards import measure_scale
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.spill import Spill
-from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups, write_batches, write_info
+from mpo_megatron.data.store import BATCH_GROUPS, GROUPS_FILE, PreparedInfo, StoredGroups
+from mpo_megatron.data.store_writing import write_batches, write_info
 from mpo_megatron.data.summary import Tally, compute_statistics, print_summary, print_tally
-from mpo_megatron.data.tokenizing import (
-    LABELS,
-    REWARDS,
-    Chunk,
-    Task,
-    cut_tasks,
-    load_chat,
-    map_in_order,
-    start_fork_server,
-    tokenize_chunk,
-)
+from mpo_megatron.data.tokenizing import cut_tasks, load_chat, tokenize_chunk
+from mpo_megatron.data.workers import map_in_order, start_fork_server
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.partial import clear_leftovers

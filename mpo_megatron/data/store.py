@@ -17,9 +17,7 @@ tokens, texts), so planning reads neither tokens nor texts. A last piece holds t
 from __future__ import annotations
 
 import bisect
-import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,11 +29,10 @@ import xxhash
 from pyarrow.compute import list_flatten
 
 from mpo_megatron.data.arrays import Float64, Int8, Int32, Int64, as_numpy
-from mpo_megatron.data.batches import SCHEMA, Digest, take_rows, to_batch
+from mpo_megatron.data.batches import SCHEMA, take_rows
 from mpo_megatron.data.group import RewardKind, TokenizedGroup
 from mpo_megatron.files import DataError
-from mpo_megatron.files.atomic import AtomicFolder, writing
-from mpo_megatron.files.digests import DamagedError, seal, unseal
+from mpo_megatron.files.digests import DamagedError, unseal
 
 FORMAT_VERSION = 2
 GROUPS_FILE = "groups.arrow"
@@ -89,119 +86,11 @@ class PreparedInfo:
     """The configuration of the `mpo prepare` that wrote the folder."""
 
 
-# --------------------------------------------------------------------------------------------------- writing
-
-
-def write_arrow(path: Path, groups: Iterable[TokenizedGroup]) -> dict[str, Any]:
-    """Write groups to an Arrow file, and `groups.pieces` beside it; the result of `write_batches`.
-
-    Raises:
-        DataError: as in `write_batches`.
-    """
-    return write_batches(path, map(to_batch, itertools.batched(groups, BATCH_GROUPS)))
-
-
-def write_batches(path: Path, batches: Iterable[pa.RecordBatch]) -> dict[str, Any]:
-    """Write record batches to an Arrow file, and `groups.pieces` beside it; digest, size and counts, named as in `PreparedInfo`.
-
-    Raises:
-        DataError: a group has no responses, or one without tokens; or only some groups have rewards, or labels.
-    """
-    digest = Digest()
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as file:
-        for batch in batches:
-            digest.update(batch)
-            file.write_batch(batch)
-    pieces = _cut_pieces(path).astype("<u8").tobytes()
-    path.with_name(PIECES_FILE).write_bytes(pieces)
-    stored = StoredGroups(path)
-    sizes, prompts, responses = stored.num_responses(), stored.prompt_lengths(), stored.all_response_lengths()
-    wholes = prompts + np.add.reduceat(responses, stored.response_offsets()[:-1])
-    return {
-        "data_digest": digest.hexdigest(),
-        "has_labels": stored.all_labels() is not None,
-        "num_groups": len(stored),
-        "num_responses": len(responses),
-        "num_prompt_tokens": int(prompts.sum()),
-        "num_response_tokens": int(responses.sum()),
-        "max_prompt_tokens": int(prompts.max(initial=0)),
-        "max_response_tokens": int(responses.max(initial=0)),
-        "max_group_tokens": int(wholes.max(initial=0)),
-        "max_responses": int(sizes.max(initial=0)),
-        "arrow_bytes": path.stat().st_size,
-        "pieces_digest": xxhash.xxh3_128_hexdigest(pieces),
-    }
-
-
-def _cut_pieces(path: Path) -> Words:
-    """[3 · batches + 1, 2] end and digest of each piece of an Arrow file."""
-    mapped, batches = _map(path)
-
-    def start(batch: pa.RecordBatch, column: str) -> int:
-        buffers = [buffer for buffer in batch[column].buffers() if buffer is not None and buffer.size]
-        return int(buffers[0].address - mapped.address)
-
-    ends: list[int] = []
-    for batch in batches:
-        texts = [buffer for name in SCHEMA.names[-3:] for buffer in batch[name].buffers() if buffer is not None and buffer.size]
-        last = max(buffer.address + buffer.size for buffer in texts) - mapped.address
-        ends += [start(batch, TOKENS), start(batch, TEXTS), last]
-    ends.append(mapped.size)
-    data = memoryview(mapped)
-    digests = [xxhash.xxh3_64_intdigest(data[first:end]) for first, end in itertools.pairwise([0, *ends])]
-    return np.array([ends, digests], dtype=np.uint64).T
-
-
-def _map(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
+def map_batches(path: Path) -> tuple[pa.Buffer, list[pa.RecordBatch]]:
     """A memory-mapped file, and its record batches."""
     mapped = pa.memory_map(str(path)).read_buffer()
     reader = pa.ipc.open_file(pa.BufferReader(mapped))
     return mapped, [reader.get_batch(index) for index in range(reader.num_record_batches)]
-
-
-def write_info(folder: Path, info: PreparedInfo) -> None:
-    """Write `prepare.json`."""
-    (folder / INFO_FILE).write_bytes(seal(dataclasses.asdict(info)))
-
-
-def write_groups(
-    folder: str | Path,
-    groups: Iterable[TokenizedGroup],
-    *,
-    tokenizer_digest: str,
-    vocab_size: int,
-    end_token_ids: Sequence[int],
-    reward_kind: RewardKind,
-    statistics: dict[str, Any] | None = None,
-    config: dict[str, Any] | None = None,
-) -> PreparedInfo:
-    """Write a prepared folder in one step; it must be missing or empty.
-
-    Raises:
-        DataError: the folder is not empty or cannot be written, or there are no groups.
-    """
-    target = Path(folder)
-    with AtomicFolder(target) as output:
-        with writing(target):
-            counts = write_arrow(output.path / GROUPS_FILE, groups)
-        if not counts["num_groups"]:
-            raise DataError(f"{target}: no groups to write.")
-        info = PreparedInfo(
-            tokenizer_digest=tokenizer_digest,
-            vocab_size=vocab_size,
-            end_token_ids=tuple(end_token_ids),
-            reward_kind=reward_kind,
-            statistics=statistics or {},
-            config=config or {},
-            **counts,
-        )
-        with writing(target):
-            write_info(output.path, info)
-        output.commit()
-    return info
-
-
-# --------------------------------------------------------------------------------------------------- reading
 
 
 class Pieces:
@@ -250,7 +139,7 @@ class StoredGroups:
                 -1,
             ]:  # before Arrow, which may crash on damaged data, parses any of it
                 self._pieces.check(index)
-        _, self._batches = _map(file)
+        _, self._batches = map_batches(file)
         self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches]).tolist()
 
     def __reduce__(self) -> tuple[Any, ...]:  # each worker process maps the file itself
@@ -383,15 +272,6 @@ class StoredGroups:
         for start, batch in zip(self._starts, self._batches, strict=False):
             if batch.num_rows:
                 self._locate(start, piece=2)
-
-    def compute_digest(self) -> str:
-        """The digest of the stored groups; equals `PreparedInfo.data_digest` unless the file changed. Reads everything."""
-        digest = Digest()
-        for start, batch in zip(self._starts, self._batches, strict=False):
-            if batch.num_rows:
-                self._locate(start, piece=1)
-                digest.update(batch)
-        return digest.hexdigest()
 
     def batches(self, indices: Int64) -> Iterator[pa.RecordBatch]:
         """These groups, in ascending order, as record batches of the usual size."""

@@ -1,54 +1,39 @@
-"""Rows to tokenized groups, in worker processes: chunks of rows in, record batches and counts out.
+"""Rows to tokenized groups, in worker processes: tasks of rows in, chunks of record batches and counts out.
 
-Workers also parse the rows: one process that did so for all would feed about ten workers. Which ids came before, only the process
-that sees all rows can say: it takes repeated groups out of a chunk afterwards (`Chunk.reject`).
+Workers also parse the rows: one process that did so for all would feed about ten workers.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from multiprocessing import forkserver
-from multiprocessing.context import ForkServerContext
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from jinja2 import TemplateError
 
 from mpo_megatron.config import PrepareConfig
 from mpo_megatron.data.arrays import Int32
 from mpo_megatron.data.batches import to_batch
 from mpo_megatron.data.chat import Asked, Chat, Tokens
+from mpo_megatron.data.chunks import LABELS, REWARDS, Built, Chunk, Task, make_rejection
 from mpo_megatron.data.drawn import Drawn, differs, take_drawn
 from mpo_megatron.data.fidelity import check_group
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import Parsed
 from mpo_megatron.data.group import Group, Message, TokenizedGroup
-from mpo_megatron.data.readers import InputReader, PartOfRow, RowStream
+from mpo_megatron.data.readers import PartOfRow, RowStream
 from mpo_megatron.data.sampled_prompt import check_sampled_prompt
 from mpo_megatron.data.sources import RawRow, Rejection
 from mpo_megatron.data.thoughts import find_seam, leaves_open
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.files import DataError
 
 _FEWEST, _MOST = 32, 256
 """Rows of the first task, and of later ones: they grow, so that few rows are spread over the workers, and many cost less each."""
 _CHUNK_CHARACTERS = 1 << 20
 """Maximum characters of one task (at least one row)."""
-_AHEAD = 4
-"""Unfinished chunks per worker: keeps workers busy and bounds memory."""
-REWARDS, LABELS = 1, 2
-"""Bits of `Chunk.holds`."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -62,96 +47,6 @@ def load_chat(config: PrepareConfig) -> Chat:
     variables = json.dumps(config.chat_template_kwargs, sort_keys=True)
     templated = config.prompt_format == "templated"
     return _load_chat(config.tokenizer, config.chat_template, config.system_prompt, variables, templated)
-
-
-class Task(NamedTuple):
-    """A run of rows that are tokenized together."""
-
-    reader: InputReader
-    first: int
-    """The place of the first row among all."""
-    rows: list[RawRow | PartOfRow]
-
-
-class Event(NamedTuple):
-    """Something to count in the summary."""
-
-    row: int
-    """The row that it befell, counted in its chunk."""
-    table: str
-    """A counter of `Tally`; "" for its plain numbers."""
-    name: str
-    number: int
-    example: str
-    """The case in words; "" for none."""
-
-
-class Built(NamedTuple):
-    """A group that was read, whether or not it could be tokenized."""
-
-    row: int
-    group_id: str
-    where: str
-    own_id: bool
-    """Whether the row gives the id itself."""
-
-
-@dataclass(kw_only=True)
-class Chunk:
-    """A worker's result, in the order of its rows."""
-
-    num_rows: int = 0
-    number: int = 0
-    """The input that the rows were read from."""
-    row: int = 0
-    """The row that is being counted."""
-    batch: pa.RecordBatch | None = None
-    accepted: list[int] = field(default_factory=list)
-    """For each accepted group, its row."""
-    prompt_keys: list[bytes] = field(default_factory=list)
-    """For each accepted group, 16 bytes: a hash of its prompt's messages."""
-    holds: bytearray = field(default_factory=bytearray)
-    """For each accepted group, whether it has REWARDS, LABELS."""
-    rejections: dict[int, Rejection] = field(default_factory=dict)
-    """Rejections, by row."""
-    built: list[Built] = field(default_factory=list)
-    events: list[Event] = field(default_factory=list)
-    unused: Counter[str] = field(default_factory=Counter)
-    """Unread columns and keys, with their number of rows."""
-
-    def count(self, name: str, example: str, number: int = 1, table: str = "") -> None:
-        """Count something about the current row."""
-        if number:
-            self.events.append(Event(self.row, table, name, int(number), example))
-
-    def drop(self, where: str, fault: str) -> None:
-        """Count a response of the current row that cannot be used."""
-        name = fault.split(" ")[0].split("[")[0].split(".")[0]
-        self.count(name, f"{where}: {fault}", table="dropped")
-
-    def reject(self, repeated: dict[int, RowError]) -> None:
-        """Take out groups whose id came before.
-
-        Args:
-            repeated: by row, what is wrong
-        """
-        for built in self.built:
-            if (error := repeated.get(built.row)) is not None:
-                self.rejections[built.row] = make_rejection(built.where, built.group_id, error)
-        self.rejections = dict(sorted(self.rejections.items()))
-        self.events = [event for event in self.events if event.row not in repeated]
-        stays = [row not in repeated for row in self.accepted]
-        if self.batch is not None:
-            self.batch = self.batch.filter(pa.array(stays)) if any(stays) else None
-        self.accepted = list(itertools.compress(self.accepted, stays))
-        self.prompt_keys = list(itertools.compress(self.prompt_keys, stays))
-        self.holds = bytearray(itertools.compress(self.holds, stays))
-
-
-def make_rejection(where: str, group_id: str, error: RowError) -> Rejection:
-    """The rejection of a group that was read at `where`."""
-    file, _, line = where.rpartition(":")
-    return Rejection(file=file, line=int(line), group_id=group_id, field=error.field, reason=error.reason)
 
 
 def tokenize_groups(
@@ -355,43 +250,6 @@ def find_not_written(chat: Chat, group: Group, prompt_text: str) -> Iterator[str
 
 def _without(message: Message, name: str) -> Message:
     return {key: value for key, value in message.items() if key != name}
-
-
-def start_fork_server() -> ForkServerContext:
-    """Start the process that workers are forked from. It imports for seconds: start it before work that it can run beside."""
-    # Not fork: the parent has threads (Arrow, the progress bar). The fork server imports once, and its children start clean.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "transformers.models.auto.tokenization_auto"])
-    forkserver.ensure_running()
-    return context
-
-
-def _use_one_thread() -> None:
-    """Keep `tokenizers` from starting a thread per core in each worker: they would compete, each with its own cache of words."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-
-def map_in_order[Item, Result](function: Callable[[Item], Result], items: Iterable[Item], num_workers: int) -> Iterator[Result]:
-    """`map` over processes: results in the order of the items, with a bounded number in progress."""
-    if num_workers == 1:
-        yield from map(function, items)
-        return
-    context = start_fork_server()
-    under_way: deque[Future[Result]] = deque()
-    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_use_one_thread) as pool:
-        try:
-            for item in items:
-                under_way.append(pool.submit(function, item))
-                if len(under_way) >= _AHEAD * num_workers:
-                    yield under_way.popleft().result()
-            while under_way:
-                yield under_way.popleft().result()
-        except BrokenProcessPool as error:
-            raise DataError(
-                f"num_workers = {num_workers}; a tokenizing process died, perhaps out of memory; use fewer workers."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def cut_tasks(streams: Iterable[RowStream]) -> Iterator[Task]:

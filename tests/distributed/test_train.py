@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConvertConfig
-from mpo_megatron.data.store import PreparedGroups, write_groups
+from mpo_megatron.data.store import PreparedGroups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.model.convert import convert
 from tests.distributed.launch import kill_ranks_when, run_ranks
 from tests.tiny import random_groups, save_groups, save_model

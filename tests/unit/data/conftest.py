@@ -10,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from mpo_megatron.data.batches import Digest
+from mpo_megatron.data.store import StoredGroups
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
@@ -25,6 +29,14 @@ TEXTS = [
     "Write a short poem about two doors, one key.  Two doors stood still, one key was lost.",
     "def add(a, b):\n    return a + b\n",
 ]
+
+
+def digest_of(groups: StoredGroups) -> str:
+    """The digest of what the file holds; equals `PreparedInfo.data_digest` unless the file changed."""
+    digest = Digest()
+    for batch in groups.batches(np.arange(len(groups))):
+        digest.update(batch)
+    return digest.hexdigest()
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, **settings: Any) -> Path:

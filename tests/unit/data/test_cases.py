@@ -23,7 +23,8 @@ from mpo_megatron.data.prepare import PrepareSummary, prepare
 from mpo_megatron.data.readers import read_groups, read_inputs
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.data.store import StoredGroups, load_groups
-from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
 from mpo_megatron.files import DataError
 from tests.unit.data.conftest import train_bpe
 from tests.unit.data.templates import SPECIAL, read_template

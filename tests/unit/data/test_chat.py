@@ -12,9 +12,10 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 
 from mpo_megatron.config import ConfigError
-from mpo_megatron.data import tokenizer as module
+from mpo_megatron.data import tokenizer_backends
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer, SentencePieceTokenizer
 from tests.tiny import save_tokenizer
 
 QWEN2_5 = """{%- if messages[0]['role'] == 'system' %}
@@ -240,7 +241,7 @@ def test_many_texts_at_once_get_the_ids_of_each(
     many = load_tokenizer(tmp_path / "tokenizer").encode_many
     assert [ids.tolist() for ids in many(texts)] == expected
     assert [ids.tolist() for ids in many(texts, 7)] == [[*ids, 7] for ids in expected]
-    monkeypatch.setattr("mpo_megatron.data.tokenizer._CHARACTERS", 40)
+    monkeypatch.setattr("mpo_megatron.data.tokenizer_backends._CHARACTERS", 40)
     assert [ids.tolist() for ids in many(texts)] == expected
     assert (many([]), [ids.tolist() for ids in many([""])]) == ([], [[]])
     assert (len(expected[3]) > 12) == split_special_tokens
@@ -255,7 +256,7 @@ def test_more_words_are_remembered_by_fewer_threads(
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
     monkeypatch.setenv("RAYON_NUM_THREADS", wanted)
-    assert module._num_threads() == threads
+    assert tokenizer_backends._num_threads() == threads
 
 
 def test_many_conversations_at_once_get_the_text_of_each(bpe_folder: Path, tmp_path: Path) -> None:

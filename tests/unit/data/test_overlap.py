@@ -9,7 +9,8 @@ import pytest
 
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.overlap import describe_overlap
-from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.store_writing import write_groups
 
 
 def store(folder: Path, prompts: dict[str, int], reward: float = 1.0) -> PreparedGroups:

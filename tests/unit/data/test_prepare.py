@@ -21,13 +21,15 @@ import pytest
 from rich.console import Console
 
 from mpo_megatron.config import ConfigError, PrepareConfig
-from mpo_megatron.data import tokenizing as module
+from mpo_megatron.data import tokenizing
 from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.prepare import PrepareSummary, prepare
 from mpo_megatron.data.readers import InputReader, RowStream
 from mpo_megatron.data.sources import RawRow
 from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.workers import map_in_order
 from mpo_megatron.files import DataError
+from tests.unit.data.conftest import digest_of
 
 Writer = Callable[..., str]
 Run = Callable[..., PrepareSummary]
@@ -102,7 +104,7 @@ def test_groups_and_what_the_folder_says_of_them(run: Run, write_lines: Writer, 
 def test_tasks_grow_with_the_rows_before_them() -> None:
     layout = InputLayout(format="groups", reward_kind="scores")
     rows = [RawRow("rows.jsonl", line, b"{}") for line in range(20_000)]
-    tasks = list(module.cut_tasks([RowStream(InputReader(layout=layout, columns={}), None, iter(rows), Counter())]))
+    tasks = list(tokenizing.cut_tasks([RowStream(InputReader(layout=layout, columns={}), None, iter(rows), Counter())]))
     assert [row for task in tasks for row in task.rows] == rows
     sizes = [len(task.rows) for task in tasks]
     assert sizes[:-1] == sorted(sizes[:-1])
@@ -144,7 +146,7 @@ def test_the_result_does_not_depend_on_the_number_of_workers(run: Run, write_lin
 
 
 def test_workers_use_one_thread() -> None:
-    assert list(module.map_in_order(os.getenv, ["TOKENIZERS_PARALLELISM"] * 4, 2)) == ["false"] * 4
+    assert list(map_in_order(os.getenv, ["TOKENIZERS_PARALLELISM"] * 4, 2)) == ["false"] * 4
 
 
 def test_a_repeated_id_takes_its_group_out_of_a_chunk(run: Run, write_lines: Writer, tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_rows_that_nothing_changes_are_copied(
 
 def test_a_worker_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DataError, match="num_workers = 2; a tokenizing process died, perhaps out of memory; use fewer workers"):
-        list(module.map_in_order(os._exit, [1, 1], 2))
+        list(map_in_order(os._exit, [1, 1], 2))
 
 
 # ------------------------------------------------------------------------------------------ over-long
@@ -411,4 +413,4 @@ def test_real_data(run: Run, real_data: Path, tmp_path: Path) -> None:
     kept = summary.train.num_responses + summary.eval.num_responses
     assert kept + summary.tally.overlong_dropped == 60 * 8
     assert summary.tally.overlong_dropped > 0
-    assert load_groups(tmp_path / "alpaca").compute_digest() == summary.train.data_digest
+    assert digest_of(load_groups(tmp_path / "alpaca")) == summary.train.data_digest

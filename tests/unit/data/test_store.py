@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from mpo_megatron.data.group import TokenizedGroup
-from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, read_info, write_groups
+from mpo_megatron.data.store import BATCH_GROUPS, PreparedInfo, load_groups, read_info
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import seal
+from tests.unit.data.conftest import digest_of
 
 
 def make_groups(count: int, *, labels: bool = False, rewards: bool = True, masks: bool = False) -> list[TokenizedGroup]:
@@ -65,7 +67,7 @@ def test_what_is_read_is_what_was_written(tmp_path: Path, labels: bool, masks: b
 def test_masks_enter_the_digest_and_leave_a_token_to_score(tmp_path: Path) -> None:
     plain, masked = make_groups(5), make_groups(5, masks=True)
     assert write(tmp_path / "plain", plain).data_digest != write(tmp_path / "masked", masked).data_digest
-    assert load_groups(tmp_path / "masked").compute_digest() == load_groups(tmp_path / "masked").info.data_digest
+    assert digest_of(load_groups(tmp_path / "masked")) == load_groups(tmp_path / "masked").info.data_digest
     nothing = dataclasses.replace(plain[0], scored=tuple(np.zeros(len(ids), bool) for ids in plain[0].response_tokens))
     with pytest.raises(DataError, match="group group-0: one of its responses has no scored token"):
         write(tmp_path / "nothing", [nothing])
@@ -112,7 +114,7 @@ def test_digest_covers_ids_tokens_rewards_and_labels(tmp_path: Path) -> None:
     digests = set()
     for number, change in enumerate(changes):
         info = write(tmp_path / str(number), [dataclasses.replace(group, **change)])
-        assert load_groups(tmp_path / str(number)).compute_digest() == info.data_digest
+        assert digest_of(load_groups(tmp_path / str(number))) == info.data_digest
         digests.add(info.data_digest)
     assert len(digests) == len(changes)
     text_only = dataclasses.replace(group, prompt_text="", where="elsewhere:1")

@@ -12,7 +12,8 @@ from jinja2 import TemplateError
 
 from mpo_megatron.data.chat import Chat
 from mpo_megatron.data.fields import RowError
-from mpo_megatron.data.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from mpo_megatron.data.tokenizer import load_tokenizer
+from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer
 from tests.unit.data.conftest import train_bpe
 from tests.unit.data.templates import END_TOKENS, SPECIAL, TEMPLATES, read_template
 

@@ -21,7 +21,7 @@ from mpo_megatron.config import (
     PlanConfig,
     TrainConfig,
 )
-from mpo_megatron.data.store import write_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.plan.figures import summarize
 from mpo_megatron.plan.hardware import TABLE
 from mpo_megatron.plan.plan import build_problem, plan

@@ -16,7 +16,8 @@ from mpo_megatron.config import ConfigError, DataConfig, LoggingConfig, ModelCon
 from mpo_megatron.data.group import TokenizedGroup
 from mpo_megatron.data.loader import RowShape, build_step
 from mpo_megatron.data.outcomes import outcome_files, read_outcomes
-from mpo_megatron.data.store import PreparedGroups, load_groups, write_groups
+from mpo_megatron.data.store import PreparedGroups, load_groups
+from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.files.digests import unseal_line
 from mpo_megatron.losses import build_params
 from mpo_megatron.train.objective import Logps
