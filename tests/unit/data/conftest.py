@@ -17,6 +17,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from mpo_megatron.data.batches import Digest
 from mpo_megatron.data.store import StoredGroups
 
+Writer = Callable[..., str]
+"""Writes rows to a file of JSON lines and returns its path."""
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -119,7 +121,7 @@ def sentencepiece_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def write_lines(tmp_path: Path) -> Callable[..., str]:
+def write_lines(tmp_path: Path) -> Writer:
     """Write rows (objects, or raw text) as a JSONL file; returns its path."""
 
     def write(*rows: Any, name: str = "rows.jsonl") -> str:

@@ -10,6 +10,7 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.formats import InputLayout, Options, build_group, detect, parse
 from mpo_megatron.data.group import Group
 from mpo_megatron.files import DataError
+from tests.unit.data.messages import assistant, user
 
 
 def read(row: dict[str, Any], format_name: str = "auto", rating: str | None = None) -> tuple[InputLayout, Group]:
@@ -23,14 +24,6 @@ def texts(group: Group) -> tuple[Any, ...]:
         answer[0]["content"] if isinstance(answer, tuple) and [{*part} for part in answer] == [{"role", "content"}] else answer
         for answer in group.responses
     )
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
 
 
 # ------------------------------------------------------------------------------------------ one test per format

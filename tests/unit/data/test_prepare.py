@@ -29,9 +29,8 @@ from mpo_megatron.data.sources import RawRow
 from mpo_megatron.data.store import PreparedGroups, load_groups
 from mpo_megatron.data.workers import map_in_order
 from mpo_megatron.files import DataError
-from tests.unit.data.conftest import digest_of
+from tests.unit.data.conftest import Writer, digest_of
 
-Writer = Callable[..., str]
 Run = Callable[..., PrepareSummary]
 TALE = "two doors stood still, one key was lost. "
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from mpo_megatron.data.group import Group
 from mpo_megatron.data.readers import read_groups
 from mpo_megatron.data.sources import Rejection
 from mpo_megatron.files import DataError
+from tests.unit.data.conftest import Writer
 
 ROWS = [
     {"prompt": f"Q{index}", "responses": [{"text": "A", "reward": float(index)}, {"text": "B", "reward": -1.0}]}
     for index in range(5)
 ]
-Writer = Callable[..., str]
 
 
 def groups_of(source: Any, **options: Any) -> list[Group]:

@@ -10,17 +10,13 @@ import pytest
 
 from mpo_megatron.evaluate.benchmarks import TurnAnswer, count_markdown, read_questions, write_answers
 from mpo_megatron.files import DataError
+from tests.json_lines import write_lines
 
 TEXT = "# Title\n\n1. one\n2. **two**\n- three\n```\n# no header\n- no item\n```\n"
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def write_lines(path: Path, items: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
 
 
 def test_alpaca_eval(tmp_path: Path) -> None:

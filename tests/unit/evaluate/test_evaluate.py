@@ -10,12 +10,8 @@ import pytest
 
 from mpo_megatron.cli import main
 from mpo_megatron.evaluate.samples import is_model
+from tests.json_lines import write_lines
 from tests.tiny import save_model
-
-
-def write_lines(path: Path, items: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(item) + "\n" for item in items))
-    return path
 
 
 def group(name: str, prompt: Any, *responses: tuple[str, float | None]) -> dict[str, Any]:

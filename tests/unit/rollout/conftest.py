@@ -109,8 +109,3 @@ def group_line(group_id: str, *texts: str, **fields: Any) -> Record:
         **fields,
         "responses": responses,
     }
-
-
-def write_lines(path: Path, records: list[Record]) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path

@@ -29,7 +29,8 @@ from mpo_megatron.rollout.engines.servers import list_models
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.proxies import describe_proxy, find_proxy
 from mpo_megatron.rollout.records import read_lines
-from tests.unit.rollout.conftest import Server, completion, write_lines
+from tests.json_lines import write_lines
+from tests.unit.rollout.conftest import Server, completion
 
 PROMPTS = [Prompt(group_id=name, token_ids=(1, 2, 3), messages=({"role": "user", "content": name},)) for name in "abc"]
 SAMPLING = Sampling(num_responses=2, max_tokens=5, top_k=7, stop=("x",), stop_token_ids=(256,))

@@ -22,7 +22,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout import generate as stage
 from mpo_megatron.rollout.engines import Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.records import read_lines
-from tests.unit.rollout.conftest import write_lines
+from tests.json_lines import write_lines
 
 
 def run(config: GenerateConfig) -> Path:

@@ -16,7 +16,8 @@ from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.scorers.comparison import score_by_comparison
 from mpo_megatron.rollout.scorers.verdicts import read_comparison, read_grade
-from tests.unit.rollout.conftest import Server, completion, group_line, write_lines
+from tests.json_lines import write_lines
+from tests.unit.rollout.conftest import Server, completion, group_line
 
 GRADES: dict[str, float | None] = {
     "Score: 7": 7, "Score: 7/10": 7, "Score: 7 out of 10": 7, "**Score:** 7": 7, "**Score**: **7**.": 7, "[[6]]": 6,

@@ -20,7 +20,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.select import select
-from tests.unit.rollout.conftest import write_lines
+from tests.json_lines import write_lines
 
 
 def load(path: Path, model: Path, *, system: str | None = None, limit: int = 2048, most: int | None = None) -> PromptSet:

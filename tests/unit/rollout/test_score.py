@@ -22,7 +22,8 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record, read_lines
 from mpo_megatron.rollout.score import _score_chunk, score, standardize
 from mpo_megatron.rollout.scorers import Scorer, Scores
-from tests.unit.rollout.conftest import group_line, write_lines
+from tests.json_lines import write_lines
+from tests.unit.rollout.conftest import group_line
 
 SCRIPT = """
 import pathlib

@@ -20,6 +20,7 @@ from mpo_megatron.files.digests import seal, unseal
 from mpo_megatron.losses import GroupBatch, PartitionParams, compute_partition
 from mpo_megatron.rollout.filters import RULES, apply_rules
 from mpo_megatron.rollout.select import REMEDIES, Selection, filter_groups, label_groups, select, split_groups
+from tests.json_lines import write_lines
 from tests.tiny import save_tokenizer
 
 NAMES = "abcdefghijklmnop"
@@ -139,11 +140,6 @@ def test_noise_changes_the_choice_and_keeps_the_reward() -> None:
     doubled = [item["reward"] - item["reward_before_noise"] for item in other["responses"]]
     assert doubled == pytest.approx([2 * shift for shift in shifts])
     assert len({round(shift, 6) for shift in shifts}) == 3
-
-
-def write_lines(path: Path, groups: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(group) + "\n" for group in groups))
-    return path
 
 
 def test_files_counts_and_prepare(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from mpo_megatron.rollout.records import read_lines
 from mpo_megatron.rollout.score import score
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.scorers.served import read_number
-from tests.unit.rollout.conftest import Server, group_line, write_lines
+from tests.json_lines import write_lines
+from tests.unit.rollout.conftest import Server, group_line
 from tests.waiting import TIMEOUT
 
 GROUP = group_line("a", "one", "two!", "three", "four")

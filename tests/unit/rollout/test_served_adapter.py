@@ -21,7 +21,7 @@ from mpo_megatron.rollout.engines.served_adapter import adapter_name
 from mpo_megatron.rollout.generate import generate
 from tests.adapter_server import BASE, AdapterServer
 from tests.distributed.adapters import start_matrix
-from tests.unit.rollout.conftest import write_lines
+from tests.json_lines import write_lines
 
 
 @pytest.fixture(scope="module")
