@@ -53,28 +53,8 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     validate_fp8(config.model, config.parallel, family)
     check_offload(config.optimizer, config.model.precision, family)
     check_installed(config.logging)
-    require(
-        not config.model.resident_offload or objective.needs.token_kl or config.online.kl_weight > 0,
-        "model.resident_offload = true, but no reference model is in memory; it has an effect with online.kl_weight "
-        "or loss.params.regularizer = token_kl; remove it.",
-    )
-    best = config.checkpoint
-    if best.keep_best and not needs_reference(objective, config, family.experts):
-        require(
-            best.best_metric.removeprefix("eval/") not in REFERENCE_METRICS,
-            f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference "
-            "log-probs to measure it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and "
-            "best_is = smallest.",
-        )
-    if config.online.kl_weight > 0 and config.online.engine != "transformers":
-        missing = missing_for_live_vllm()
-        require(missing is None, f"online.engine = {config.online.engine}, but {missing}; or set online.engine = transformers.")
-        require(
-            device.has_gpu(),
-            f"online.engine = {config.online.engine}, but this machine has no GPU, but vLLM receives weights from GPUs only; set "
-            "online.engine = transformers.",
-        )
-        validate_engine_layout(config.online.vllm, config.parallel, family)
+    check_reference_uses(config, family, objective)
+    check_engine(config, family)
     record = choose_record(config, family)
     if record is not None:
         checkpoint.verify(Path(record.base))
@@ -91,26 +71,8 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     reference = base if base and config.model.reference == ADAPTER_OFF else Path(config.model.reference or folder)
     if reference not in (folder, base):
         check_reference(reference, family)
-    tokenizer = load_tokenizer(folder)
-    opened = {}
-    for name, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        if path is None:
-            continue
-        data = opened[name] = load_groups(path)
-        require(
-            data.info.tokenizer_digest == tokenizer.digest(),
-            f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
-            f"prepare it again: mpo prepare --tokenizer {shlex.quote(str(folder))} …",
-        )
-        require(
-            data.info.vocab_size <= family.vocab_size,
-            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, but the model has {family.vocab_size} embeddings; "
-            f"prepare it again with the model's tokenizer: mpo prepare --tokenizer {shlex.quote(str(folder))} …",
-        )
-        check_lengths(data, config.data.row_tokens, name)
-        check_positions(data, family, name)
-        check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=str(path))
-    total_steps = count_steps(config, len(opened["data.train"]))
+    train, held_out = open_groups(config, family, objective)
+    total_steps = count_steps(config, len(train))
     check_space(config, total_steps, checkpoint_bytes(config, family, record))
     return Setup(
         given=config,
@@ -120,12 +82,83 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
         padded_vocab_size=padded_vocab_size,
         model_digest=weights_digest(folder),
         reference_digest=weights_digest(reference),
-        train=opened["data.train"],
-        held_out=opened.get("data.eval"),
+        train=train,
+        held_out=held_out,
         objective=objective,
         total_steps=total_steps,
         record=record,
     )
+
+
+def check_reference_uses(config: TrainConfig, family: Family, objective: Objective) -> None:
+    """Check that options about reference log-probs, or a reference model in memory, have an effect.
+
+    Raises:
+        ConfigError: one has none.
+    """
+    require(
+        not config.model.resident_offload or objective.needs.token_kl or config.online.kl_weight > 0,
+        "model.resident_offload = true, but no reference model is in memory; it has an effect with online.kl_weight "
+        "or loss.params.regularizer = token_kl; remove it.",
+    )
+    best = config.checkpoint
+    if best.keep_best and not needs_reference(objective, config, family.experts):
+        require(
+            best.best_metric.removeprefix("eval/") not in REFERENCE_METRICS,
+            f"checkpoint.best_metric = {best.best_metric}, but loss.name = {config.loss.title} reads no reference "
+            "log-probs to measure it with; set logging.reference_metrics = true, or checkpoint.best_metric = eval/loss and "
+            "best_is = smallest.",
+        )
+
+
+def check_engine(config: TrainConfig, family: Family) -> None:
+    """Check that the machine and the layout suit the engine that samples during training, if there is one.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if config.online.kl_weight == 0 or config.online.engine == "transformers":
+        return
+    missing = missing_for_live_vllm()
+    require(missing is None, f"online.engine = {config.online.engine}, but {missing}; or set online.engine = transformers.")
+    require(
+        device.has_gpu(),
+        f"online.engine = {config.online.engine}, but this machine has no GPU, and vLLM receives weights from GPUs only; set "
+        "online.engine = transformers.",
+    )
+    validate_engine_layout(config.online.vllm, config.parallel, family)
+
+
+def open_groups(config: TrainConfig, family: Family, objective: Objective) -> tuple[PreparedGroups, PreparedGroups | None]:
+    """The groups to train on, and the held-out ones if any, checked against the model and the loss.
+
+    Raises:
+        ConfigError: names the field, the rule and the fix.
+        DataError: a folder is missing or damaged.
+    """
+    folder = Path(config.model.checkpoint)
+    digest = load_tokenizer(folder).digest()
+
+    def open_one(name: str, path: str) -> PreparedGroups:
+        data = load_groups(path)
+        again = f"mpo prepare --tokenizer {shlex.quote(str(folder))} …"
+        require(
+            data.info.tokenizer_digest == digest,
+            f"{name} = {path} was prepared with another tokenizer than that of model.checkpoint = {folder}; "
+            f"prepare it again: {again}",
+        )
+        require(
+            data.info.vocab_size <= family.vocab_size,
+            f"{name} = {path} has token ids up to {data.info.vocab_size - 1}, but the model has {family.vocab_size} embeddings; "
+            f"prepare it again with the model's tokenizer: {again}",
+        )
+        check_lengths(data, config.data.row_tokens, name)
+        check_positions(data, family, name)
+        check_data(objective, has_rewards=data.info.reward_kind != "labels", has_labels=data.info.has_labels, where=path)
+        return data
+
+    train = open_one("data.train", config.data.train)
+    return train, None if config.data.eval is None else open_one("data.eval", config.data.eval)
 
 
 def resolve(config: TrainConfig, num_ranks: int, family: Family) -> TrainConfig:
