@@ -17,12 +17,7 @@ from torch import Tensor
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, count_tokens
 from mpo_megatron.losses.hyperparameters import BELOW_HALF, NonNegative, Positive, Smoothing
 from mpo_megatron.losses.numerics import logistic_loss
-from mpo_megatron.losses.pairing import (
-    PairParams,
-    compute_pairs,
-    find_paired,
-    needs_reference_pairs,
-)
+from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_paired, needs_reference_pairs
 from mpo_megatron.losses.registry import Needs, register
 from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
 
@@ -48,7 +43,7 @@ def compute_dpo(batch: GroupBatch, params: DpoParams) -> Tensor:
     """
     pairs = compute_pairs(batch, params)
     losses = logistic_loss(pairs.margins(params.beta * compute_log_ratios(batch)), params.label_smoothing)
-    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params))
 
 
 @dataclass(frozen=True, kw_only=True)

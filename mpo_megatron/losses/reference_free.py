@@ -10,17 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from mpo_megatron.losses.batch import (
-    GroupBatch,
-    compute_log_ratios,
-    compute_mean_token_logps,
-    compute_policy_logps,
-)
+from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_mean_token_logps, compute_policy_logps
 from mpo_megatron.losses.hyperparameters import NonNegative, Positive, check_unused
 from mpo_megatron.losses.numerics import log1mexp, logistic_loss
 from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_paired, needs_pairs
 from mpo_megatron.losses.registry import Needs, register
-from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, needs_supervised
+from mpo_megatron.losses.supervised import SupervisedPairParams, add_supervised, compute_negative_log_likelihood, needs_supervised
 
 
 def needs_lengths(params: PairParams) -> Needs:
@@ -53,7 +48,7 @@ def compute_simpo(batch: GroupBatch, params: SimpoParams) -> Tensor:
     pairs = compute_pairs(batch, params)
     margins = pairs.margins(params.beta * compute_mean_token_logps(batch)) - params.gamma
     losses = logistic_loss(margins, params.label_smoothing)
-    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +75,7 @@ def compute_cpo(batch: GroupBatch, params: CpoParams) -> Tensor:
     """
     pairs = compute_pairs(batch, params)
     losses = logistic_loss(pairs.margins(params.beta * compute_policy_logps(batch)), params.label_smoothing)
-    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +101,7 @@ def compute_orpo(batch: GroupBatch, params: OrpoParams) -> Tensor:
     pairs = compute_pairs(batch, params)
     mean_logps = compute_mean_token_logps(batch)
     losses = params.beta * logistic_loss(pairs.margins(mean_logps - log1mexp(mean_logps)))
-    return pairs.reduce(add_supervised(batch, pairs, losses, 1.0, "token"))
+    return pairs.reduce(losses + pairs.winners(compute_negative_log_likelihood(batch, "token")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,4 +141,4 @@ def compute_slic(batch: GroupBatch, params: SlicParams) -> Tensor:
     pairs = compute_pairs(batch, params)
     scores = compute_log_ratios(batch) if params.normalized else compute_policy_logps(batch)
     losses = torch.relu(params.margin - params.beta * pairs.margins(scores))
-    return pairs.reduce(add_supervised(batch, pairs, losses, params.sft_weight, params.sft_normalization))
+    return pairs.reduce(add_supervised(batch, pairs, losses, params))

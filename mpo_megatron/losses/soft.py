@@ -17,13 +17,7 @@ from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios, compute_po
 from mpo_megatron.losses.hyperparameters import NonNegative, check_unused
 from mpo_megatron.losses.listwise import compute_choice_terms, find_ranked, sort_by_preference
 from mpo_megatron.losses.numerics import exp_with_linear_tail, logistic_loss, masked_mean, shift_places, suffix_logsumexp
-from mpo_megatron.losses.pairing import (
-    PairParams,
-    compute_pairs,
-    find_best,
-    find_paired,
-    needs_pairs,
-)
+from mpo_megatron.losses.pairing import PairParams, compute_pairs, find_best, find_paired, needs_pairs
 from mpo_megatron.losses.registry import Needs, register
 
 

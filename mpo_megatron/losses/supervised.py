@@ -108,8 +108,8 @@ def needs_supervised(params: SupervisedPairParams) -> Needs:
     return replace(needs_pairs(params), lengths=params.per_token)
 
 
-def add_supervised(batch: GroupBatch, pairs: Pairs, pair_losses: Tensor, weight: float, normalization: str) -> Tensor:
-    """Pair losses [G, W, L] + weight · NLL of the winner."""
-    if weight == 0:
-        return pair_losses
-    return pair_losses + weight * pairs.winners(compute_negative_log_likelihood(batch, normalization))
+def add_supervised(batch: GroupBatch, pairs: Pairs, losses: Tensor, params: SupervisedTermParams) -> Tensor:
+    """[G, W, L] pair losses + sft_weight · NLL of the winner."""
+    if params.sft_weight == 0:
+        return losses
+    return losses + params.sft_weight * pairs.winners(compute_negative_log_likelihood(batch, params.sft_normalization))

@@ -17,12 +17,7 @@ from torch import Tensor
 from mpo_megatron.losses.batch import GroupBatch, compute_log_ratios
 from mpo_megatron.losses.hyperparameters import NonNegative, Positive
 from mpo_megatron.losses.numerics import masked_mean
-from mpo_megatron.losses.partition import (
-    PartitionParams,
-    compute_partition,
-    find_partitioned,
-    needs_partition,
-)
+from mpo_megatron.losses.partition import PartitionParams, compute_partition, find_partitioned, needs_partition
 from mpo_megatron.losses.registry import Needs, register
 
 
