@@ -12,7 +12,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -60,33 +60,20 @@ def prepare_megatron() -> None:
         from megatron.core.tensor_parallel import layers, random
         from megatron.core.transformer.moe import token_dispatcher
     jit.disable_jit_fuser()  # applies to modules imported later
-    for name in ("_get_cuda_rng_state", "_set_cuda_rng_state"):
-        if not hasattr(random, name):
-            raise AttributeError(f"megatron.core.tensor_parallel.random.{name} no longer exists; mcore/cpu.py must follow")
     # Its check that forked GPU randomness leaves the CPU's unchanged cannot hold where the CPU replaces the GPU.
     logging.getLogger(random.__name__).setLevel(logging.ERROR)
-    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
-    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
-    if not hasattr(token_dispatcher, "maybe_move_tensor_to_cpu"):
-        raise AttributeError(
-            "megatron.core.transformer.moe.token_dispatcher.maybe_move_tensor_to_cpu no longer exists; mcore/cpu.py must follow"
-        )
+    _replace(random, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
+    _replace(random, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state))
     # NVIDIA's apex adds weight gradients to Megatron's buffer inside the GEMM; PyTorch can do the same.
-    if not hasattr(layers, "_grad_accum_fusion_available"):
-        raise AttributeError(
-            "megatron.core.tensor_parallel.layers._grad_accum_fusion_available no longer exists; mcore/cpu.py must follow"
-        )
+    _replace(layers, "_grad_accum_fusion_available", True)
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=_add_weight_gradient)
-    layers._grad_accum_fusion_available = True
     for name in ("dist_all_gather_func", "dist_reduce_scatter_func"):
-        if not hasattr(param_and_grad_buffer, name):
-            raise AttributeError(
-                f"megatron.core.distributed.param_and_grad_buffer.{name} no longer exists; mcore/cpu.py must follow"
-            )
-        setattr(param_and_grad_buffer, name, _between_ranks(getattr(param_and_grad_buffer, name)))
+        _replace(param_and_grad_buffer, name, _between_ranks(getattr(param_and_grad_buffer, name)))
     # Token counts from a GPU become numpy arrays, as all-to-all expects; from a CPU they would stay tensors.
-    token_dispatcher.maybe_move_tensor_to_cpu = lambda tensor, as_numpy=False, record_stream=False: (
-        tensor.numpy() if as_numpy and tensor is not None else tensor
+    _replace(
+        token_dispatcher,
+        "maybe_move_tensor_to_cpu",
+        lambda tensor, as_numpy=False, record_stream=False: tensor.numpy() if as_numpy and tensor is not None else tensor,
     )
 
 
@@ -145,12 +132,18 @@ class _NullStream:
         return 0.0
 
 
-def _replace(owner: Any, dotted: str, value: Any) -> None:
+def _replace(module: ModuleType, dotted: str, value: Any) -> None:
+    """Replace an existing name of a module.
+
+    Raises:
+        AttributeError: this version of torch or Megatron-Core does not have it.
+    """
+    owner: Any = module
     *path, name = dotted.split(".")
     for part in path:
         owner = getattr(owner, part)
     if not hasattr(owner, name):
-        raise AttributeError(f"torch.cuda.{dotted} no longer exists; mcore/cpu.py must follow this version of torch")
+        raise AttributeError(f"{module.__name__}.{dotted} no longer exists; mcore/cpu.py must follow")
     setattr(owner, name, value)
 
 

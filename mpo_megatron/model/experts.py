@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.extensions import transformer_engine
-from megatron.core.transformer.moe import moe_utils
 
 from mpo_megatron.config import ModelConfig, ParallelConfig, require
 from mpo_megatron.families import Family
@@ -35,8 +34,6 @@ def expert_settings(family: Family, model: ModelConfig, parallel: ParallelConfig
         f"model.fp8 = {model.fp8}: FP8 is for models without experts: with them its scales and checkpoints are untested; set "
         "model.fp8 to none.",
     )
-    if not hasattr(moe_utils, "te_general_gemm"):  # Megatron-Core 0.16 reads it even without Transformer Engine
-        moe_utils.te_general_gemm = None
     if not experts.everywhere:
         settings["moe_layer_freq"] = [int(sparse) for sparse in experts.layers]
     return settings | {
