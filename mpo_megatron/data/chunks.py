@@ -34,7 +34,7 @@ class Event(NamedTuple):
     """Something to count in the summary."""
 
     row: int
-    """The row that it befell, counted in its chunk."""
+    """Index of the row that it concerns, in its chunk."""
     table: str
     """A counter of `Tally`; "" for its plain numbers."""
     name: str

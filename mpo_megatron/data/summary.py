@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,31 +229,30 @@ def print_tally(console: Console, tally: Tally) -> None:
     console.print(table)
     for note in tally.notes:
         console.print(Text(note, style="yellow"))
+    for warning in _warnings(tally):
+        console.print(Text(visible(f"WARNING: {warning}"), style="bold red"))
+
+
+def _warnings(tally: Tally) -> Iterator[str]:
+    """What a user should look at before training."""
     if 2 * tally.num_rejected >= tally.rows:
         rejected = tally.num_rejected / max(1, tally.rows)
-        text = f"WARNING: {rejected:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
-        console.print(Text(text, style="bold red"))
+        yield f"{rejected:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
     if tally.labels_against_rewards:
-        text = (
-            f"WARNING: in {tally.labels_against_rewards:,} groups a chosen response has a lower reward than a rejected one, for "
+        yield (
+            f"in {tally.labels_against_rewards:,} groups a chosen response has a lower reward than a rejected one, for "
             f"example {tally.examples.get('labels_against_rewards', '')}. Rewards decide, except with partition = labels. If "
             "lower is better in this column, negate it."
         )
-        console.print(Text(visible(text), style="bold red"))
     if tally.sampled_otherwise:
-        text = (
-            f"WARNING: the responses of {tally.sampled_otherwise:,} groups were sampled with another prompt than the one "
-            f"prepared here, or with another tokenizer: for example {tally.examples.get('sampled_otherwise', '')}."
+        yield (
+            f"the responses of {tally.sampled_otherwise:,} groups were sampled with another prompt than the one prepared here, "
+            f"or with another tokenizer: for example {tally.examples.get('sampled_otherwise', '')}."
         )
-        console.print(Text(visible(text), style="bold red"))
     if tally.templated_prompts:
-        console.print(
-            Text(
-                f"WARNING: {tally.templated_prompts:,} prompts look as if a chat template had already been applied, and "
-                f"it was applied again: for example {tally.examples.get('templated_prompts', '')}. If so, set prompt_format to "
-                "templated.",
-                style="bold red",
-            )
+        yield (
+            f"{tally.templated_prompts:,} prompts look as if a chat template had already been applied, and it was applied again: "
+            f"for example {tally.examples.get('templated_prompts', '')}. If so, set prompt_format to templated."
         )
 
 

@@ -23,9 +23,10 @@ import math
 import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, final
+from typing import Any, final
 
 from mpo_megatron.config import require
 from mpo_megatron.config.values import LARGEST_REWARD, show
@@ -117,7 +118,7 @@ def is_reward(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST_REWARD <= value <= LARGEST_REWARD
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
@@ -251,11 +252,8 @@ def find_repeated(ids: Iterable[str]) -> str | None:
 
 def digest_lines(path: Path) -> str:
     """sha256 of a file."""
-    digest = hashlib.sha256()
     with _open(path) as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find_lines(source: str | Path, name: str, summary: str) -> Path:

@@ -142,9 +142,7 @@ class NcclTransfer:
         try:
             self.sender.send_weights()
         except Exception as error:
-            cause = error if self.client is None or self.client.failure is None else self.client.failure
-            if isinstance(cause, (ConfigError, DataError)):
-                raise cause from None
+            cause = find_cause(error, self.client)
             raise DataError(
                 f"online.engine: vLLM did not receive the policy's weights ({describe(cause)}); check the engine's log, then run "
                 "the same command again to resume."
@@ -198,9 +196,7 @@ def open_nccl(weights: Weights, client: EngineClient | None, *, address: str, po
     try:
         sender = NCCLTrainerWeightTransferEngine.trainer_init(settings, client=watched, source=source)
     except Exception as error:
-        cause = error if watched is None or watched.failure is None else watched.failure
-        if isinstance(cause, (ConfigError, DataError)):
-            raise cause from None
+        cause = find_cause(error, watched)
         raise ConfigError(
             f"online.engine: vLLM and this run could not connect at {address}:{port} for NCCL ({describe(cause)}); make "
             "sure that the engine can reach that address."
@@ -242,6 +238,18 @@ def absent(error: ImportError) -> ConfigError:
         f"online.engine needs vLLM with its weight update API, but importing it failed ({error}): pip install "
         "'mpo-megatron[rollout]', or set online.engine = transformers."
     )
+
+
+def find_cause(error: Exception, client: WatchedClient | None) -> Exception:
+    """The failure of the engine that broke a connection, or `error` itself.
+
+    Raises:
+        ConfigError, DataError: the failure already has a message for the user.
+    """
+    cause = error if client is None or client.failure is None else client.failure
+    if isinstance(cause, (ConfigError, DataError)):
+        raise cause from None
+    return cause
 
 
 def describe(error: BaseException) -> str:

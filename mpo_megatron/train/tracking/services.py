@@ -6,6 +6,7 @@ run's id is stored in its folder, and steps that the service already has are not
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -165,8 +166,8 @@ class MlflowTracker:
         from mlflow.entities import Param
 
         params = [Param(name, value[:MLFLOW_PARAM_LENGTH]) for name, value in flatten(config).items()]
-        for start in range(0, len(params), MLFLOW_PARAMS):
-            self.client.log_batch(self.run_id, params=params[start : start + MLFLOW_PARAMS])
+        for some in itertools.batched(params, MLFLOW_PARAMS):
+            self.client.log_batch(self.run_id, params=some)
 
     def _last_step(self, name: str) -> int:
         """The last step of a metric in MLflow; −1 without one."""
