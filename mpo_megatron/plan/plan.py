@@ -23,7 +23,8 @@ from mpo_megatron.config.experts import require_no_router_losses
 from mpo_megatron.config.model import ADAPTER_OFF
 from mpo_megatron.data.packing import PackingError
 from mpo_megatron.data.store import read_info
-from mpo_megatron.families.adapters import choose_adapter
+from mpo_megatron.families import Family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.hf.conversion import load_conversion, padded_vocab_size
 from mpo_megatron.hf.flops import build_flop_model
@@ -134,13 +135,7 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
     if attention == "auto":
         attention = "sdpa" if train.model.precision == "fp32" else config.attention
     layers = "local" if train.model.backend == "local" else "transformer_engine"
-    adapter = choose_adapter(family, train.lora)
-    if adapter is not None:
-        require_no_router_losses(train.experts)
-        require(
-            adapter.quantize == "none" or train.model.fp8 == "none",
-            f"lora.quantize = {adapter.quantize} with model.fp8 = {train.model.fp8}: set one of them to none.",
-        )
+    adapter = find_adapter(family, train)
     reference = needs_reference(objective, train, family.experts)
     # Then the reference is the policy with its adapter off, and no second model is in memory.
     own_reference = adapter is not None and train.model.reference in (None, ADAPTER_OFF, train.model.checkpoint)
@@ -161,20 +156,45 @@ def build_problem(config: PlanConfig, train: TrainConfig) -> Workload:
         adapter=adapter,
         gpus=config.gpus,
         hardware=hardware,
-        assumed=Assumptions(
-            efficiency=config.efficiency,
-            fp8_efficiency=config.fp8_efficiency,
-            memory_efficiency=config.memory_efficiency,
-            network_efficiency=config.network_efficiency,
-            latency_us=config.latency_us,
-            forward_only=train.loss.step == "two_phase"
-            or objective.needs_whole_batch
-            or objective.needs.token_kl
-            or train.experts.needs_whole_batch
-            or (train.model.reference == ADAPTER_OFF and reference),
-        ),
+        assumed=assume(config, train, objective, reference=reference),
         overhead_gib=config.overhead_gib,
         usable=config.usable,
+    )
+
+
+def find_adapter(family: Family, train: TrainConfig) -> Adapter | None:
+    """The adapter that is trained; None if all weights are.
+
+    Raises:
+        ConfigError: the model or another option does not allow it.
+    """
+    adapter = choose_adapter(family, train.lora)
+    if adapter is not None:
+        require_no_router_losses(train.experts)
+        require(
+            adapter.quantize == "none" or train.model.fp8 == "none",
+            f"lora.quantize = {adapter.quantize} with model.fp8 = {train.model.fp8}: set one of them to none.",
+        )
+    return adapter
+
+
+def assume(config: PlanConfig, train: TrainConfig, objective: Objective, *, reference: bool) -> Assumptions:
+    """What an estimate of time assumes.
+
+    Args:
+        reference: the run reads reference log-probs
+    """
+    return Assumptions(
+        efficiency=config.efficiency,
+        fp8_efficiency=config.fp8_efficiency,
+        memory_efficiency=config.memory_efficiency,
+        network_efficiency=config.network_efficiency,
+        latency_us=config.latency_us,
+        forward_only=train.loss.step == "two_phase"
+        or objective.needs_whole_batch
+        or objective.needs.token_kl
+        or train.experts.needs_whole_batch
+        or (train.model.reference == ADAPTER_OFF and reference),
     )
 
 

@@ -4,7 +4,7 @@ Every stage reads and writes *group lines* (`records.py`): one JSON object per p
 reads. Each stage adds its results to the lines.
 
 generate.py    `mpo generate`: prompts.py reads and tokenizes prompts; engines/ answer them; draws.py redraws empty, repeated or
-               unusable responses; thoughts.py restores thoughts that a server removed
+               unusable responses; thoughts.py restores thoughts that a server removed; generate_summary.py counts
 score.py       `mpo score`: scorers/ compute the scores, score_summary.py warns about suspicious ones; client.py sends requests
                to servers, for a judge and for an engine
 select.py      `mpo select`: filters.py has the rules, spacing_plot.py draws the rewards

@@ -12,7 +12,6 @@ next run retries them.
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.util
 import itertools
 from array import array
@@ -22,16 +21,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import GenerateConfig, require, to_dict, validate_generate
+from mpo_megatron.config import GenerateConfig, require, validate_generate
 from mpo_megatron.data.chat import Chat, check_templated
 from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import replace_file
-from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.draws import DrawnGroup, answer, keep_arrived
 from mpo_megatron.rollout.engines import Engine, Sampling
+from mpo_megatron.rollout.generate_summary import REJECTED_FILE, print_prompts, print_summary, summarize
 from mpo_megatron.rollout.models import (
     base_folder,
     hugging_face_folder,
@@ -51,7 +50,6 @@ from mpo_megatron.rollout.records import (
     LineWriter,
     Record,
     check_started,
-    digest_lines,
     join_lines,
     read_ids,
     read_lines,
@@ -60,9 +58,7 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 from mpo_megatron.terminal.console import Console
-from mpo_megatron.terminal.visible import visible
 
-REJECTED_FILE = "rejected.jsonl"
 STARTED_FILE = "generate.started.json"
 """What the folder's lines were generated with; a run with other settings is refused."""
 _WINDOW = 1024
@@ -107,7 +103,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     identity = _identity(config, checkpoint, tokenizer, prompts, sampling)
     check_started(output, STARTED_FILE, identity, "samples*.jsonl")
     replace_file(output / REJECTED_FILE, (item.as_json().encode() + b"\n" for item in prompts.rejections))
-    _print_prompts(console, config, prompts, shard)
+    print_prompts(console, config, prompts, shard)
     samples = output / shard.name(SAMPLES_FILE)
     if not (output / shard.name(GENERATE_FILE)).is_file():
         with hold(output / f".{samples.name}.lock", samples):
@@ -117,7 +113,7 @@ def generate(config: GenerateConfig, console: Console | None = None) -> Path:
     whole = replace(config, shard=None)
     if not join_shards(output, shard, GENERATE_FILE, lambda: _join(parts, Shard(0, 1), prompts, identity, whole), console):
         return samples
-    _print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
+    print_summary(console, output / SAMPLES_FILE, read_summary(output / GENERATE_FILE))
     return output / SAMPLES_FILE
 
 
@@ -316,77 +312,5 @@ def _join(
     output = Path(config.output)
     samples = output / shard.name(SAMPLES_FILE)
     join_lines(sources, samples, prompts.group_ids[shard.part :: shard.total])
-    summary = _summarize(samples, prompts, identity, config)
+    summary = summarize(samples, prompts, identity, config)
     write_summary(output / shard.name(GENERATE_FILE), summary)
-
-
-def _summarize(samples: Path, prompts: PromptSet, identity: Mapping[str, Any], config: GenerateConfig) -> dict[str, Any]:
-    """generate.json: counts come from the lines, so they do not depend on the number of resumptions."""
-    counts, reasons, dropped, unusable = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    other_models = Counter[str]()
-    uncontrolled = set[str]()
-    for record in read_lines(samples):
-        texts = [response["text"] for response in record["responses"]]
-        counts["groups"] += 1
-        counts["responses"] += len(texts)
-        counts["tokens"] += sum(response["num_tokens"] for response in record["responses"])
-        counts["empty"] += sum(not text.strip() for text in texts)
-        counts["duplicates"] += len(texts) - len(set(texts))
-        counts["groups_with_duplicates"] += len(set(texts)) < len(texts)
-        counts["resampled"] += sum(response.get("attempt", 0) for response in record["responses"])
-        reasons.update(response["finish_reason"] for response in record["responses"])
-        counts["with_token_ids"] += sum("token_ids" in response for response in record["responses"])
-        other_models.update(response["model"] for response in record["responses"] if "model" in response)
-        uncontrolled.update(record.get("uncontrolled", ()))
-        dropped.update(record.get("dropped", {}))
-        unusable.update(record.get("unusable", {}))
-    found = {"dropped": dict(dropped), "unusable": dict(unusable), "finish_reasons": dict(sorted(reasons.items()))}
-    return {
-        "identity": identity,
-        "samples_digest": digest_lines(samples),
-        "files": list_files(samples.parent, [samples.name]),
-        "counts": {**counts, **found},
-        "uncontrolled": sorted(uncontrolled),
-        "other_models": dict(other_models),
-        "prompts": dict(prompts.counts),
-        "config": to_dict(config),
-    }
-
-
-def _print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet, shard: Shard) -> None:
-    others = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in prompts.counts.items() if kind != "prompts")
-    first = next(iter(prompts.rejections), None)
-    console.print(
-        f"{config.prompts}: {len(prompts.records):,} prompts"
-        + (f"; left out: {others}; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else "")
-        + (f"; see {Path(config.output) / REJECTED_FILE}" if first else "")
-        + (f"; part {shard.part} of {shard.total}" if shard.total > 1 else "")
-        + ".",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-
-
-def _print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) -> None:
-    counts = summary["counts"]
-    say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    say(
-        f"{samples}: {counts['groups']:,} groups, {counts['responses']:,} responses, {counts['tokens']:,} tokens "
-        f"({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and {counts['duplicates']:,} "
-        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} redrawn."
-    )
-    if counts["unusable"]:
-        say(f"unusable draws: {', '.join(f'{count:,} × {label}' for label, count in counts['unusable'].items())}.")
-    if counts["with_token_ids"] < counts["responses"]:
-        say(
-            f"{counts['responses'] - counts['with_token_ids']:,} responses have no token ids: training uses their text, encoded "
-            "again."
-        )
-    for name, count in summary.get("other_models", {}).items():
-        say(f"WARNING: {count:,} responses come from the model {visible(name)}, not from endpoint.model.")
-    if summary["uncontrolled"]:
-        say(
-            f"The server may have applied its own {', '.join(summary['uncontrolled'])}: it does not identify its kind, so these "
-            "settings were not sent. Set endpoint.server, or check its defaults."
-        )
