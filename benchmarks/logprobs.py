@@ -26,7 +26,7 @@ from benchmarks import timing
 from benchmarks.setup import SHAPES
 from mpo_megatron import device
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import WeightGradient, add_product, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import Head, WeightGradient, add_product, vocab_parallel_statistics
 from mpo_megatron.model.parallel import model_parallel
 
 CHUNK = 1024
@@ -134,8 +134,7 @@ def run_side(side: str, tokens: int, vocab_size: int, hidden: int) -> dict[str, 
 
         def kernel(count: int) -> torch.Tensor:
             return vocab_parallel_statistics(
-                inputs[:count],
-                weight,
+                Head(inputs[:count], weight),
                 targets[:count],
                 vocab_size=vocab_size,
                 chunk=CHUNK,

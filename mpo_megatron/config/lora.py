@@ -21,7 +21,8 @@ class LoraConfig(Section, prefix="lora."):
     rslora: bool = False
     """Use scale = alpha / √rank instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     target_modules: list[str] | str = field(default_factory=lambda: ["all-linear"])
-    """Linear layers with an adapter: Hugging Face names, such as [q_proj, v_proj], or `all-linear`, `attention`, `mlp`."""
+    """Linear layers with an adapter: Hugging Face names, such as [q_proj, v_proj], or `all-linear`, `attention`, `mlp`. None of
+    these groups includes the output layer: [all-linear, lm_head]."""
 
     quantize: Literal["none", "nf4"] | None = None
     """Format of the frozen weights of linear layers: `nf4`, 4 bits each (QLoRA, Dettmers et al. 2023, arXiv:2305.14314); by

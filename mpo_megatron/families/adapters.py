@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mpo_megatron.config import LoraConfig, require
 from mpo_megatron.families.family import Family
-from mpo_megatron.families.rules import Rule
+from mpo_megatron.families.rules import OUTPUT, Rule, output_rule
 
 PEFT_PREFIX = "base_model.model."
 """PEFT's prefix of a model's module names."""
@@ -26,6 +26,10 @@ GROUPS = ("attention", "mlp", "all-linear")
 
 PEFT_EXPERTS = ("qwen3_moe", "mixtral")
 """Model types for which PEFT 0.21 loads the adapters of single experts beside the stacked weights of transformers 5."""
+
+OUTPUT_LAYER = OUTPUT.removesuffix(".weight")
+"""Name of the output layer, which no group includes. Even if it is tied to the embedding, the adapter is its own, as in PEFT: the
+embedding keeps its weights."""
 
 MIXERS = (".self_attn.", ".linear_attn.")
 """Parts of Hugging Face names of token-mixing layers: the group `attention`. All other layers are the MLP's."""
@@ -71,13 +75,18 @@ def leaf(name: str) -> str:
 
 
 def is_adaptable(rule: Rule) -> bool:
-    """Whether a rule's weight belongs to linear layers that can have an adapter: not embedding, output layer or router."""
+    """Whether a rule's weight belongs to linear layers within the model's layers that can have an adapter: not a router's."""
     return rule.linear
+
+
+def adaptable_rules(family: Family) -> list[Rule]:
+    """The rules of all weights that can have an adapter, in the model's order: linear layers, and the output layer."""
+    return [*(rule for rule in family.rules if is_adaptable(rule)), output_rule(family.rules[0])]
 
 
 def adaptable_modules(family: Family) -> dict[str, str]:
     """Last name part → full name of the layers that can have an adapter, in the model's order."""
-    return {leaf(name): name for rule in family.rules if is_adaptable(rule) for name in rule.parts}
+    return {leaf(name): name for rule in adaptable_rules(family) for name in rule.parts}
 
 
 def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
@@ -109,16 +118,16 @@ def choose_adapter(family: Family, config: LoraConfig) -> Adapter | None:
 
 def _is_in(group: str, name: str) -> bool:
     attention = any(mixer in name for mixer in MIXERS)
+    if name == OUTPUT:
+        return False
     return group == "all-linear" or attention == (group == "attention")
 
 
-def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter]:
+def linear_adapters(family: Family, adapter: Adapter, padded_vocab: int) -> dict[str, LinearAdapter]:
     """Adapters by the key of the weight beside them, for linear layers that have any."""
     found = {}
-    for rule in family.rules:
-        if not is_adaptable(rule):
-            continue
-        rows = {leaf(name): number for name, number in rule.parts.items()}
+    for rule in adaptable_rules(family):
+        rows = {leaf(name): padded_vocab if rule.padded else number for name, number in rule.parts.items()}
         targets = frozenset(rows) & frozenset(adapter.target_modules)
         if targets:
             found[rule.megatron] = LinearAdapter(
@@ -135,9 +144,7 @@ def linear_adapters(family: Family, adapter: Adapter) -> dict[str, LinearAdapter
 def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
     """Location of A and B of every layer: the rules of an adapter's weights, under PEFT's names."""
     rules = []
-    for rule in family.rules:
-        if not is_adaptable(rule):
-            continue
+    for rule in adaptable_rules(family):
         for name, rows in rule.parts.items():
             if leaf(name) not in adapter.target_modules:
                 continue
@@ -158,6 +165,7 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 ),
                 dataclasses.replace(
                     same,
+                    padded=rule.padded,
                     megatron=key + "lora_B",
                     parts={up: rule.blocks * rows // blocks},
                     blocks=blocks,
@@ -167,6 +175,11 @@ def adapter_rules(family: Family, adapter: Adapter) -> tuple[Rule, ...]:
                 ),
             ]
     return tuple(rules)
+
+
+def splits_tied(family: Family, adapter: Adapter) -> bool:
+    """Whether the adapter makes the output layer differ from the embedding to which it is tied."""
+    return family.tie_word_embeddings and OUTPUT_LAYER in adapter.target_modules
 
 
 def peft_misses_experts(family: Family, adapter: Adapter) -> bool:

@@ -77,6 +77,12 @@ class Rule:
         """Whether every layer has such a tensor."""
         return all("{layer}" in name for name in self.parts)
 
+    def num_layers(self, model: int) -> int:
+        """Number of such tensors in a model with so many layers, experts aside."""
+        if not self.per_layer:
+            return 1
+        return model if self.layers is None else len(self.layers)
+
     @property
     def rows(self) -> int:
         """Rows without padding."""
@@ -104,8 +110,12 @@ def decoder_rules(sizes: Sizes, layers: Iterable[Rule]) -> tuple[Rule, ...]:
     """The table of a whole decoder: embedding, layers, final norm, and the output layer unless tied."""
     embedding = Rule("embedding.word_embeddings.weight", {EMBEDDING: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
     norm = Rule("decoder.final_layernorm.weight", {"model.norm.weight": sizes.hidden})
-    output = Rule("output_layer.weight", {OUTPUT: sizes.vocab}, sizes.hidden, padded=True, shard="rows")
-    return (embedding, *layers, norm, *([] if sizes.tied else [output]))
+    return (embedding, *layers, norm, *([] if sizes.tied else [output_rule(embedding)]))
+
+
+def output_rule(embedding: Rule) -> Rule:
+    """The output layer, from the embedding's rule: the same shape, whether the two are tied or not."""
+    return dataclasses.replace(embedding, megatron="output_layer.weight", parts={OUTPUT: embedding.rows})
 
 
 def norm_rule(megatron: str, name: str, size: int, layers: frozenset[int] | None = None) -> Rule:

@@ -16,7 +16,7 @@ from mpo_megatron import device
 from mpo_megatron.families import Family
 from mpo_megatron.families.adapters import Adapter
 from mpo_megatron.model.adapters import linear_adapters_of
-from mpo_megatron.model.live_weights import held_boxes, place_in
+from mpo_megatron.model.live_weights import held_boxes, padded_vocab, place_in
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import build_adapter_map
 
@@ -34,7 +34,7 @@ def fill_adapters(
     held = held_boxes(model, ranks, adapters=True)
     for box in held:
         boxes[box.key].append(box)
-    for item in build_adapter_map(family, adapter):
+    for item in build_adapter_map(family, adapter, padded_vocab(model)):
         for box in boxes[item.key]:
             place = place_in(box, item)
             if place is not None:

@@ -7,6 +7,8 @@ every rank. Ranks exchange tensors of width r, not of the layer's width (r: the 
     column-parallel, inputs by tokens  (sequence parallelism)          Forward gathers A x [T, r], backward reduce-scatters it.
     row-parallel, outputs whole        A sharded by columns, B whole.  Forward sums A x [T, r] over ranks.
     row-parallel, outputs by tokens    (sequence parallelism)          Forward reduce-scatters A x [T, r], backward gathers it.
+    output layer                       A whole, B sharded by rows.     Ranks have parts of the gradients of A and x: A's is summed
+                                     here, that of x by the caller.
     expert's                           The dispatcher sums outputs, and gradients of inputs, over ranks; backward sums the
                                      gradient of the whole matrix.
 
@@ -105,6 +107,17 @@ class LinearAdapters(torch.nn.Module):
             narrow = self._summed_gradient(narrow)
         outputs = [linear(part, up) for part, up in zip(narrow.split(self.plan.rank, dim=-1), ups, strict=True)]
         return self._interleave(dict(zip(names, outputs, strict=True)), narrow)
+
+    def of_head(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """scale · A x [T, r] and this rank's rows of B, for a head that itself multiplies the two.
+
+        Args:
+            x: whole on every rank, which returns only its vocabulary's part of the gradient
+        """
+        (pair,) = self.pairs
+        down, up = pair()
+        # With sequence parallelism, finalize_model_grads sums the parts of A's gradient, once a step.
+        return linear(x, down if self.sequence_parallel else self._summed_gradient(down)) * self.plan.scale, up
 
     def _interleave(self, outputs: dict[str, Tensor], like: Tensor) -> Tensor:
         """Outputs of the fused layers in Megatron's row order: block by block, zeros for a layer without adapter."""

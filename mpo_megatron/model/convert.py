@@ -19,17 +19,25 @@ from torch import Tensor
 from mpo_megatron.config import ConvertConfig, is_hub_name, require, validate_convert
 from mpo_megatron.data.hub import download_model
 from mpo_megatron.families import load_family
-from mpo_megatron.families.adapters import Adapter
+from mpo_megatron.families.adapters import Adapter, splits_tied
+from mpo_megatron.families.rules import OUTPUT
 from mpo_megatron.hf.adapter import find_base
 from mpo_megatron.hf.identity import is_adapter_folder
 from mpo_megatron.hf.quantization import require_package
-from mpo_megatron.model.convert_adapter import export_adapter, import_adapter, read_matrices, read_peft, require_base
+from mpo_megatron.model.convert_adapter import (
+    check_output_copy,
+    export_adapter,
+    import_adapter,
+    read_matrices,
+    read_peft,
+    require_base,
+)
 from mpo_megatron.model.convert_export import export_to_hf, read_weights
 from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.model.convert_import import import_from_hf
 from mpo_megatron.model.hf_names import is_adapter
 from mpo_megatron.model.merge_report import describe_change, read_tokens
-from mpo_megatron.model.merging import Rounding, trained_merger
+from mpo_megatron.model.merging import Rounding, merge_all, merged_config, trained_merger
 
 
 def convert(config: ConvertConfig) -> None:
@@ -90,6 +98,7 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
     if megatron is None:
         base = require_base(config.base, source)
         adapter, matrices = read_peft(source, load_family(base / "hf"))
+        check_output_copy(source, base)
     else:
         record, matrices = read_matrices(megatron)
         adapter, base = record.adapter, find_base(megatron, record, config.base, "base")
@@ -106,17 +115,19 @@ def _convert_adapter(config: ConvertConfig, megatron: Path | None, output: Path)
         merge = trained_merger(family, adapter, matrices, None)
 
         def exact() -> Iterator[tuple[str, Tensor]]:  # float32 weights are summed in float64 and rounded to float32
-            return ((name, merge(name, 0, weight.float())) for name, weight in read_weights(base, family))
+            return merge_all(family, adapter, ((name, weight.float()) for name, weight in read_weights(base, family)), merge)
 
         def rounded() -> Iterator[tuple[str, Tensor]]:
-            return ((name, merge(name, 0, weight)) for name, weight in read_weights(base, family))
+            return merge_all(family, adapter, read_weights(base, family), merge)
 
-        print(describe_change(family, tokens, exact, rounded), file=sys.stderr)
+        print(describe_change(merged_config(family, adapter), tokens, exact, rounded), file=sys.stderr)
 
 
 def merge_to_hf(base: Path, adapter: Adapter, matrices: dict[str, Tensor], output: Path, *, max_shard_bytes: float) -> None:
     """Write the Hugging Face checkpoint `output` of a Megatron checkpoint with an adapter merged into its weights."""
-    rounding = Rounding()
-    change = trained_merger(load_family(base / "hf"), adapter, matrices, rounding)
-    export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=change)
+    rounding, family = Rounding(), load_family(base / "hf")
+    change, untie = trained_merger(family, adapter, matrices, rounding), splits_tied(family, adapter)
+    export_to_hf(base, output, max_shard_bytes=max_shard_bytes, change=change, untie=untie)
     print(rounding.describe(), file=sys.stderr)
+    if untie:
+        print(f"the output layer has its own weights, {OUTPUT}: tie_word_embeddings = false in config.json", file=sys.stderr)

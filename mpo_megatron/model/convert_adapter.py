@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,18 @@ from torch import Tensor
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.families import Family, load_family
-from mpo_megatron.families.adapters import Adapter, adaptable_modules, leaf, peft_misses_experts
-from mpo_megatron.families.rules import TEXT_MODEL
+from mpo_megatron.families.adapters import (
+    OUTPUT_LAYER,
+    PEFT_PREFIX,
+    Adapter,
+    adaptable_modules,
+    leaf,
+    peft_misses_experts,
+)
+from mpo_megatron.families.rules import TEXT_MODEL, output_rule
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
-from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, vllm_refuses, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
@@ -30,6 +37,11 @@ from mpo_megatron.model.odd_values import OddValues
 from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 from mpo_megatron.terminal.visible import visible
+
+OUTPUT_COPY = f"{PEFT_PREFIX}{OUTPUT_LAYER}.base_layer.weight"
+"""Copy of the output layer's base weight, which PEFT saves beside its adapter."""
+ROWS_AT_ONCE = 4096
+"""Rows of it compared at a time."""
 
 ORIGINAL = "peft"
 """Folder that keeps the original adapter_config.json of a converted adapter."""
@@ -64,6 +76,7 @@ def read_peft(source: Path, family: Family) -> tuple[Adapter, dict[str, Tensor]]
         f"{source} has no {PEFT_WEIGHTS}; adapters saved as pickles (.bin) are not read: load and save it with peft once.",
     )
     stored = read_header(source / PEFT_WEIGHTS)
+    stored.pop(OUTPUT_COPY, None)
     known = adaptable_modules(family)
     named = {leaf(name.rpartition(".lora_")[0] + ".weight") for name in stored if ".lora_" in name}
     rank = settings["r"]
@@ -73,13 +86,47 @@ def read_peft(source: Path, family: Family) -> tuple[Adapter, dict[str, Tensor]]
         rslora=bool(settings.get("use_rslora", False)),
         target_modules=tuple(name for name in known if name in named),
     )
-    _check_names(stored, build_adapter_map(family, adapter), source, known)
+    _check_names(stored, build_adapter_map(family, adapter, family.vocab_size), source, known)
     with RowReader() as reader:
         matrices = {}
         for name, tensor in stored.items():
             matrices[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
             reader.read(tensor, 0, matrices[name])
     return adapter, matrices
+
+
+def check_output_copy(source: Path, base: Path, read: Callable[[int, int], Tensor] | None = None) -> None:
+    """Check that the output layer's base weight in a PEFT folder, if it has one, is that of the base model.
+
+    Args:
+        base: the base model's Megatron checkpoint, or with `read` its Hugging Face folder
+        read: returns so many rows of its output layer, from a first one; by default, from the checkpoint
+    Raises:
+        CheckpointError: it has other values, as after a change of the vocabulary.
+    """
+    copy = read_header(source / PEFT_WEIGHTS).get(OUTPUT_COPY)
+    if copy is None:
+        return
+    family = load_family(base if read else base / "hf")
+    if read is None:
+        checkpoint = CheckpointReader(base / "megatron")
+        embedding = family.rules[0]
+        key = embedding.megatron if family.tie_word_embeddings else output_rule(embedding).megatron
+
+        def read(first: int, rows: int) -> Tensor:
+            return checkpoint.read(key, [first, 0], [rows, family.hidden_size])
+
+    same = copy.shape == (family.vocab_size, family.hidden_size)
+    with RowReader() as reader:
+        for first in range(0, family.vocab_size, ROWS_AT_ONCE) if same else ():
+            own = torch.empty((min(ROWS_AT_ONCE, family.vocab_size - first), family.hidden_size), dtype=copy.dtype)
+            reader.read(copy, first, own)
+            same = same and torch.equal(read(first, len(own)).to(copy.dtype), own)
+    require(
+        same,
+        f"{source}: {OUTPUT_COPY} is {list(copy.shape)}, and not the output layer's weight in {base}; the adapter was trained on "
+        "a model with another vocabulary or other weights: save that model, convert it, and name it with base.",
+    )
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -152,7 +199,8 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
     record = read_adapter(source)
     checkpoint = CheckpointReader(source / "megatron")
     matrices = {}
-    for item in build_adapter_map(load_family(source / "hf"), record.adapter):
+    padded = load_conversion(source).padded_vocab_size
+    for item in build_adapter_map(load_family(source / "hf"), record.adapter, padded):
         entry = checkpoint.tensors.get(item.key)
         require(entry is not None, f"{source}: the adapter's weight {item.key} is missing; copy the checkpoint again.")
         assert entry is not None
@@ -179,13 +227,14 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         ConfigError: a file is missing or damaged.
     """
     record, matrices = read_matrices(source)
-    if peft_misses_experts(load_family(source / "hf"), record.adapter):
+    family = load_family(source / "hf")
+    if peft_misses_experts(family, record.adapter):
         print(
             "WARNING: with transformers 5, PEFT loads adapters of this model's experts wrongly, without an error; to use it "
             "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
             file=sys.stderr,
         )
-    reason = vllm_refuses(record.adapter.target_modules)
+    reason = vllm_refuses(record.adapter.target_modules, family.config.model_type, family.vocab_size)
     if reason is not None:
         text = f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
         print(visible(text), file=sys.stderr)
@@ -230,11 +279,12 @@ def import_adapter(source: Path, output: Path, base: Path) -> None:
     """
     family = load_family(base / "hf")
     adapter, matrices = read_peft(source, family)
+    check_output_copy(source, base)
     _check_dtypes(matrices, source)
     _warn_of_odd(matrices, source)
     record = AdapterRecord(adapter=adapter, base=str(base.absolute()), base_digest=weights_digest(base))
     homes = {}
-    for item in build_adapter_map(family, adapter):
+    for item in build_adapter_map(family, adapter, load_conversion(base).padded_vocab_size):
         (placement,) = item.placements
         sizes = (*(1 for _ in item.index), *item.shape)
         offsets = (*item.index, *(0 for _ in item.shape))

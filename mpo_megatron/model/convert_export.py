@@ -16,6 +16,7 @@ from mpo_megatron.files import digests
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.model.convert_folder import (
     MAX_CHUNK_BYTES,
+    change_config,
     copy_side_files,
     first_names,
     main_dtype,
@@ -31,7 +32,12 @@ from mpo_megatron.model.weight_map import Placement, Slice, build_weight_map
 
 
 def export_to_hf(
-    source: Path, output: Path, *, max_shard_bytes: float, change: Callable[[str, int, Tensor], Tensor] | None = None
+    source: Path,
+    output: Path,
+    *,
+    max_shard_bytes: float,
+    change: Callable[[str, int, Tensor], Tensor] | None = None,
+    untie: bool = False,
 ) -> None:
     """Write the Hugging Face checkpoint `output` from the Megatron checkpoint folder `source`.
 
@@ -40,6 +46,7 @@ def export_to_hf(
         output: folder to create; may exist empty
         max_shard_bytes: largest safetensors file, unless one tensor alone is larger
         change: replaces rows before writing; gets a weight's name, first row and rows
+        untie: write the output layer separately from the embedding to which it is tied
     Raises:
         ConfigError: names the file or tensor that is missing, unknown, of another shape, or damaged.
     """
@@ -51,7 +58,7 @@ def export_to_hf(
     checkpoint = CheckpointReader(source / "megatron")
     _check_megatron_tensors(checkpoint, slices)
     homes: dict[str, tuple[Slice, Placement]] = {p.name: (item, p) for item in slices for p in item.placements}
-    if conversion.tied_output_stored:
+    if conversion.tied_output_stored or untie:
         homes[OUTPUT] = homes[family.embedding_name]
     others = find_others(source, conversion)
     planned = [
@@ -94,6 +101,8 @@ def export_to_hf(
         copy_side_files(source / "hf", folder)
         if dtype != conversion.dtype:  # training used another precision; otherwise config.json stays byte-identical
             set_config_dtype(folder / "config.json", dtype)
+        if untie:
+            change_config(folder / "config.json", "tie_word_embeddings", False)
         digests.write_list(folder)
 
 

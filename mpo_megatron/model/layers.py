@@ -31,7 +31,7 @@ from torch.distributed.nn.functional import all_reduce
 
 from mpo_megatron import device
 from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
+from mpo_megatron.families.adapters import LinearAdapter
 from mpo_megatron.model.adapters import adapted, adapted_grouped
 from mpo_megatron.model.attention import GroupAttention, RowAttention, RowLayout, ScoreSettings
 from mpo_megatron.model.delta_net import DeltaNetSubmodules, GatedDeltaNet
@@ -163,9 +163,16 @@ def build_block_spec(
     pipeline_rank: int,
     chunk: int,
     kernels: RowKernels,
-    adapter: Adapter | None = None,
+    adapters: dict[str, LinearAdapter],
+    *,
+    in_blocks: bool,
 ) -> TransformerBlockSubmodules:
-    """The spec of one run of layers of one pipeline stage."""
+    """The spec of one run of layers of one pipeline stage.
+
+    Args:
+        adapters: adapters by the key of the weight beside them; if there are any, only they are trained
+        in_blocks: keep the weights of linear layers in 4 bits
+    """
     norm: Any = RMSNorm
     if transformer_engine:
         from megatron.core.extensions.transformer_engine import TENorm
@@ -173,8 +180,6 @@ def build_block_spec(
         norm = TENorm
     num_layers = get_num_layers_to_build(config, vp_stage=chunk, pp_rank=pipeline_rank)
     first = get_transformer_layer_offset(config, chunk if config.virtual_pipeline_model_parallel_size else None, pipeline_rank)
-    adapters = {} if adapter is None else linear_adapters(family, adapter)
-    in_blocks = adapter is not None and adapter.quantize != "none"
     layers = [
         _layer_spec(family, layer, transformer_engine, kernels, adapters, in_blocks=in_blocks)
         for layer in range(first, first + num_layers)

@@ -70,7 +70,7 @@ class LiveWeights:
     @classmethod
     def of_adapter(cls, model: Sequence[Any], family: Family, adapter: Adapter, ranks: Ranks) -> LiveWeights:
         """The matrices of the policy's adapter, under PEFT's names."""
-        return cls(model, ranks, build_adapter_map(family, adapter), adapters=True)
+        return cls(model, ranks, build_adapter_map(family, adapter, padded_vocab(model)), adapters=True)
 
     @cached_property
     def metadata(self) -> list[WeightInfo]:
@@ -119,6 +119,12 @@ class LiveWeights:
     def _owners(self) -> dict[str, list[tuple[Box, int]]]:
         """The boxes of each checkpoint tensor, and the rank that broadcasts each."""
         return _find_owners(list(held_boxes(self.model, self.ranks, adapters=self.adapters)))
+
+
+def padded_vocab(model: Sequence[Any]) -> int:
+    """The padded vocabulary size with which the policy's parts were built."""
+    size: int = unwrap(model[0]).padded_vocab_size
+    return size
 
 
 def _tensors_of(whole: Tensor, item: Slice) -> Iterator[tuple[str, Tensor]]:

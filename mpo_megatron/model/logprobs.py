@@ -10,14 +10,14 @@ projection in backward). It returns the weight's gradient as a separate tensor. 
 token's coefficient is known only after the loss over whole groups, entropy and KL use the same logits, and the weight's gradient
 goes directly into Megatron's buffer.
 
-Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk; z logits,
-p = softmax(z) the policy's distribution, q the reference's, δ the target's one-hot vector.
+Legend: S scored tokens, H hidden, V rows of the output weight on this tensor-parallel rank, C tokens of one chunk, r rank of the
+output layer's adapter; z logits, p = softmax(z) the policy's distribution, q the reference's, δ the target's one-hot vector.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,19 @@ from mpo_megatron.config.model import kept_chunks
 
 PADDING_LOGIT = -1e30
 """Logit of padding rows of the vocabulary: probability exactly 0, but finite, so that 0 · log 0 is 0."""
+
+
+class Head(NamedTuple):
+    """What the logits of a model's scored tokens are computed from: z = hidden · weightᵀ, and + narrow · upᵀ with an adapter."""
+
+    hidden: Tensor
+    """[S, H]"""
+    weight: Tensor
+    """[V, H], this rank's rows of the output weight"""
+    narrow: Tensor | None = None
+    """[S, r] scale · A x, if the output layer has an adapter"""
+    up: Tensor | None = None
+    """[V, r], this rank's rows of its B"""
 
 
 class WeightGradient(NamedTuple):
@@ -53,39 +66,37 @@ class TokenStatistics(NamedTuple):
 
 
 def vocab_parallel_statistics(
-    hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     targets: Tensor,
     *,
     vocab_size: int,
     chunk: int,
     tp_group: ProcessGroup,
     entropy: bool = False,
-    reference: tuple[Tensor, Tensor] | None = None,
+    reference: Head | None = None,
     gradient: WeightGradient | None = None,
     logit_cap: float | None = None,
 ) -> TokenStatistics:
     """log π(target | hidden) of each scored token and, on request, entropy and KL divergence from a reference, in nats.
 
     Peak extra memory is O(chunk × V) for any S; without `gradient`, plus the weight's gradient in float32. Gradients are exact,
-    and flow to `hidden` and `weight` only. The gradient of `hidden` is this rank's part: the caller's layout must sum it over
+    and flow to `head` only. Those of `hidden` and `narrow` are this rank's part: the caller's layout must sum them over
     `tp_group` (`copy_to_tensor_model_parallel_region`, or the reduce-scatter of `gather_from_sequence_parallel_region`).
 
     Args:
-        hidden: [S, H]
-        weight: [V, H], this rank's rows of the output weight
         targets: [S] token ids in the whole vocabulary
         vocab_size: real vocabulary size; further rows of the weight are padding
         chunk: C, scored tokens whose logits exist at the same time
         entropy: whether to compute the entropy
-        reference: hidden states [S, H'] and this rank's output weight [V, H'] of the reference model, for the KL divergence
+        reference: the reference model's, which may have another H and r, for the KL divergence
         gradient: buffer to which backward adds the weight's gradient, instead of returning it to autograd
         logit_cap: logits z, also the reference's, become cap · tanh(z / cap)
     """
-    kept = kept_chunks(chunk, len(weight)) if torch.is_grad_enabled() else 0
-    shape = _Shape(vocab_size - tp_group.rank() * weight.shape[0], chunk, kept, tp_group, entropy, gradient, logit_cap)
-    reference_hidden, reference_weight = (None, None) if reference is None else (part.detach() for part in reference)
-    logps, entropies, kl = _VocabParallelStatistics.apply(hidden, weight, targets, reference_hidden, reference_weight, shape)
+    rows = len(head.weight)
+    kept = kept_chunks(chunk, rows) if torch.is_grad_enabled() else 0
+    shape = _Shape(vocab_size - tp_group.rank() * rows, chunk, kept, tp_group, entropy, gradient, logit_cap)
+    other = (None,) * len(Head._fields) if reference is None else (None if part is None else part.detach() for part in reference)
+    logps, entropies, kl = _VocabParallelStatistics.apply(shape, targets, *head, *other)
     return TokenStatistics(logps, entropies if entropy else None, None if reference is None else kl)
 
 
@@ -107,66 +118,62 @@ class _VocabParallelStatistics(torch.autograd.Function):
     """logps, entropy, KL [S] each; unrequested ones are empty."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        reference_hidden: Tensor | None,
-        reference_weight: Tensor | None,
-        shape: _Shape,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        first = shape.tp_group.rank() * weight.shape[0]
-        owned = (targets >= first) & (targets < first + weight.shape[0])
-        local = (targets - first).clamp(0, weight.shape[0] - 1)
+    def forward(ctx: Any, shape: _Shape, targets: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        head, reference = _heads(tensors)
+        hidden, rows = head.hidden, len(head.weight)
+        first = shape.tp_group.rank() * rows
+        owned = (targets >= first) & (targets < first + rows)
+        local = (targets - first).clamp(0, rows - 1)
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         sums = hidden.new_zeros((len(_Sums._fields), len(targets)), dtype=dtype)
         parts = _chunks(len(targets), shape.chunk)
         ctx.kept = dict.fromkeys(range(max(0, len(parts) - shape.kept), len(parts)))
         for index, part in enumerate(parts):
-            logits = compute_logits(hidden[part], weight, shape.local_vocab, shape.cap)
+            logits = compute_logits(head, part, shape.local_vocab, shape.cap)
             if index in ctx.kept:
                 ctx.kept[index] = logits
-            other = None
-            if reference_hidden is not None and reference_weight is not None:
-                other = compute_logits(reference_hidden[part], reference_weight, shape.local_vocab, shape.cap)
+            other = None if reference is None else compute_logits(reference, part, shape.local_vocab, shape.cap)
             sums[:, part] = _fused(reduce_logits)(logits, other, local[part], shape.entropy, dtype)
             del logits, other  # before the next chunk allocates its own
-        extras = shape.entropy or reference_hidden is not None
+        extras = shape.entropy or reference is not None
         totals = _sum_over_vocabulary(_Sums(*sums), owned, shape.tp_group, extras=extras)
-        ctx.save_for_backward(hidden, weight, local, owned, reference_hidden, reference_weight, *totals)
+        ctx.save_for_backward(local, owned, *tensors, *totals)
         ctx.shape = shape
         return (
             totals.target - totals.log_normalizer,
             totals.entropy if shape.entropy else totals.entropy[:0],
-            totals.kl if reference_hidden is not None else totals.kl[:0],
+            totals.kl if reference is not None else totals.kl[:0],
         )
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, local, owned, reference_hidden, reference_weight, *saved = ctx.saved_tensors
-        cap = ctx.shape.cap
-        totals = _Sums(*saved)
-        grad_logps, grad_entropy, grad_kl = (grad.to(totals.target.dtype) for grad in grad_outputs)
-        grad_hidden, local_vocab = torch.empty_like(hidden), ctx.shape.local_vocab
+        local, owned, *saved = ctx.saved_tensors
+        head, reference = _heads(saved[: 2 * len(Head._fields)])
+        hidden, weight, narrow, up = head
+        totals = _Sums(*saved[2 * len(Head._fields) :])
+        cap, local_vocab, dtype = ctx.shape.cap, ctx.shape.local_vocab, totals.target.dtype
+        grad_logps, grad_entropy, grad_kl = (grad.to(dtype) for grad in grad_outputs)
+        grad_hidden = torch.empty_like(hidden)
         # Chunks are summed in float32: in bf16 a long row's many small contributions would be rounded away.
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
+        grad_weight = grad_narrow = grad_up = None
+        if ctx.needs_input_grad[3]:
             given = ctx.shape.gradient
-            grad_weight = torch.zeros_like(weight, dtype=totals.target.dtype) if given is None else given.buffer
+            grad_weight = torch.zeros_like(weight, dtype=dtype) if given is None else given.buffer
+        if narrow is not None and up is not None:
+            grad_narrow, grad_up = torch.empty_like(narrow), torch.zeros_like(up, dtype=dtype)
         for index, part in reversed([*enumerate(_chunks(len(local), ctx.shape.chunk))]):
             extras = _Extras(
                 (grad_entropy[part], totals.entropy[part]) if ctx.shape.entropy else None,
                 None
-                if reference_hidden is None
+                if reference is None
                 else (
                     *(grad_kl[part], totals.kl[part]),
-                    *(compute_logits(reference_hidden[part], reference_weight, local_vocab, cap), totals.reference[part]),
+                    *(compute_logits(reference, part, local_vocab, cap), totals.reference[part]),
                 ),
             )
             logits = ctx.kept.pop(index, None)  # None when backward runs a second time
             if logits is None:
-                logits = compute_logits(hidden[part], weight, local_vocab, cap)
+                logits = compute_logits(head, part, local_vocab, cap)
             slope = None if cap is None else 1 - (logits / cap).square_()  # ∂ cap·tanh(z / cap) / ∂z = 1 − tanh²
             grad_logits = _fused(differentiate_logits)(
                 logits,
@@ -181,8 +188,21 @@ class _VocabParallelStatistics(torch.autograd.Function):
             grad_hidden[part] = grad_logits @ weight
             if grad_weight is not None:
                 add_product(grad_weight, grad_logits.T, hidden[part])
+            if narrow is not None and up is not None and grad_narrow is not None and grad_up is not None:
+                grad_narrow[part] = grad_logits @ up
+                add_product(grad_up, grad_logits.T, narrow[part])
             del logits, grad_logits, slope, extras
-        return grad_hidden, _handed_on(grad_weight, weight, ctx.shape.gradient), None, None, None, None
+        return (
+            *(None, None, grad_hidden, _handed_on(grad_weight, weight, ctx.shape.gradient)),
+            *(grad_narrow, None if grad_up is None or up is None else grad_up.to(up.dtype)),
+            *(None for _ in Head._fields),
+        )
+
+
+def _heads(tensors: Sequence[Tensor | None]) -> tuple[Head, Head | None]:
+    """The policy's and the reference's head, from the function's arguments."""
+    own, other = tensors[: len(Head._fields)], tensors[len(Head._fields) :]
+    return Head(*own), None if other[0] is None else Head(*other)  # type: ignore[arg-type]
 
 
 def _handed_on(summed: Tensor | None, weight: Tensor, gradient: WeightGradient | None) -> Tensor | None:
@@ -214,9 +234,11 @@ class _Sums(NamedTuple):
     """between the distributions normalized over this shard"""
 
 
-def compute_logits(hidden: Tensor, weight: Tensor, local_vocab: int, cap: float | None = None) -> Tensor:
+def compute_logits(head: Head, part: slice, local_vocab: int, cap: float | None = None) -> Tensor:
     """Logits [C, V] of one chunk, optionally capped; padding rows get a logit so low that they do not count."""
-    logits = hidden @ weight.T
+    logits = head.hidden[part] @ head.weight.T
+    if head.narrow is not None and head.up is not None:
+        logits.addmm_(head.narrow[part], head.up.T)
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
     logits[:, max(local_vocab, 0) :] = PADDING_LOGIT

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.families import Family
 
 MOST_TOKENS = 1024
 """Number of tokens of the text; more would take longer and show the same."""
@@ -35,9 +34,9 @@ def read_tokens(path: Path, tokenizer: Path) -> list[int]:
     return tokens
 
 
-def describe_change(family: Family, tokens: list[int], exact: NamedTensors, rounded: NamedTensors) -> str:
+def describe_change(config: PretrainedConfig, tokens: list[int], exact: NamedTensors, rounded: NamedTensors) -> str:
     """Mean and largest change of a token's log-prob, as text; memory holds one model at a time, in float32."""
-    before, after = (_logps(family, tokens, weights) for weights in (exact, rounded))
+    before, after = (_logps(config, tokens, weights) for weights in (exact, rounded))
     change = (after - before).abs()
     return (
         f"merged: log-probs of {len(change)} tokens change by {change.mean():.2e} nats on average, {change.max():.2e} at most, "
@@ -46,11 +45,11 @@ def describe_change(family: Family, tokens: list[int], exact: NamedTensors, roun
 
 
 @torch.no_grad()
-def _logps(family: Family, tokens: list[int], weights: NamedTensors) -> Tensor:
+def _logps(config: PretrainedConfig, tokens: list[int], weights: NamedTensors) -> Tensor:
     """Log-probs [T − 1] of the tokens after the first, computed in float32."""
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)]
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     state = {name: weight.float() for name, weight in weights()}
-    model = kind.from_pretrained(None, config=family.config, state_dict=state, dtype=torch.float32).eval()
+    model = kind.from_pretrained(None, config=config, state_dict=state, dtype=torch.float32).eval()
     row = torch.tensor([tokens])
     logps: Tensor = model(row).logits[0, :-1].float().log_softmax(dim=-1)
     return logps.gather(1, row[0, 1:, None]).squeeze(1)

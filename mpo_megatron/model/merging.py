@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter, is_adaptable, leaf
+from mpo_megatron.families.adapters import PEFT_PREFIX, Adapter, is_adaptable, leaf, splits_tied
+from mpo_megatron.families.rules import OUTPUT
 from mpo_megatron.model.nf4 import rounded
 
 
@@ -27,6 +30,9 @@ class Rounding:
         share = (self.lost / self.added) ** 0.5 if self.added else 0.0
         return f"merged: the adapter adds {self.added**0.5:.3e} (Frobenius norm); rounding changes {share:.2%} of it"
 
+
+Named = tuple[str, Tensor]
+"""A weight's Hugging Face name and the weight."""
 
 Change = Callable[[str, int, Tensor], Tensor]
 """Function from a weight's Hugging Face name, first row and rows to the replacement of those rows."""
@@ -71,3 +77,21 @@ def merger(adapter: Adapter, matrices: dict[str, Tensor], rounding: Rounding | N
         return merged
 
     return merge
+
+
+def merge_all(family: Family, adapter: Adapter, weights: Iterable[Named], merge: Change) -> Iterator[Named]:
+    """A whole model's merged weights; with those of an output layer that the adapter separates from the embedding."""
+    for name, weight in weights:
+        if name == family.embedding_name and splits_tied(family, adapter):
+            yield OUTPUT, merge(OUTPUT, 0, weight)
+        if name != OUTPUT or not splits_tied(family, adapter):
+            yield name, merge(name, 0, weight)
+
+
+def merged_config(family: Family, adapter: Adapter) -> PretrainedConfig:
+    """The text model's configuration after merging."""
+    config = family.config
+    if splits_tied(family, adapter):
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = False
+    return config

@@ -25,8 +25,8 @@ from mpo_megatron import device
 from mpo_megatron.config import ModelConfig, ParallelConfig
 from mpo_megatron.data.arrays import Int64
 from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import Adapter
-from mpo_megatron.model.adapters import freeze_base
+from mpo_megatron.families.adapters import Adapter, LinearAdapter, linear_adapters
+from mpo_megatron.model.adapters import NAME, adapted, freeze_base
 from mpo_megatron.model.architecture import build_transformer_config, resolve_model
 from mpo_megatron.model.attention import RowLayout
 from mpo_megatron.model.attention_backends import attention_function
@@ -34,7 +34,7 @@ from mpo_megatron.model.context_parallel import sum_parts, take_part
 from mpo_megatron.model.delta_backends import delta_function
 from mpo_megatron.model.experts import mark_experts
 from mpo_megatron.model.layers import RowKernels, build_block_spec
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import Head, WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
 
@@ -58,7 +58,7 @@ class Policy(LanguageModule):
         pre_process: bool,
         post_process: bool,
         vp_stage: int | None,
-        adapted: bool = False,
+        adapters: dict[str, LinearAdapter] | None = None,
     ) -> None:
         """Set the attributes under the names that Megatron-Core's schedules and optimizers use.
 
@@ -66,14 +66,15 @@ class Policy(LanguageModule):
             pre_process: whether it starts with the embedding
             post_process: whether it ends with the output layer
             vp_stage: index of this virtual stage in an interleaved schedule
-            adapted: only adapters are trained
+            adapters: adapters by the key of the weight beside them, if only these are trained; of which this class adds the
+                output layer's
         """
         super().__init__(config=config, pg_collection=groups)
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process, self.vp_stage = pre_process, post_process, vp_stage
         self.share_embeddings_and_output_weights = family.tie_word_embeddings
-        self.real_vocab_size = family.vocab_size
-        self.adapted = adapted
+        self.real_vocab_size, self.padded_vocab_size = family.vocab_size, padded_vocab_size
+        self.adapted = adapters is not None
         self.embedding_scale, self.logit_cap = family.embedding_scale, family.logit_cap
         # Not a buffer: it must stay float32 in a bf16 model.
         self.inverse_frequencies = torch.tensor([rope.inverse_frequencies for rope in family.ropes], device=device.device())
@@ -102,7 +103,8 @@ class Policy(LanguageModule):
             # weight is used here, would require NVIDIA's apex for this.
             unfused = copy.copy(config)
             unfused.gradient_accumulation_fusion = False
-            self.output_layer = ColumnParallelLinear(
+            plan = (adapters or {}).get("output_layer.weight")
+            self.output_layer = (ColumnParallelLinear if plan is None else adapted(ColumnParallelLinear, plan))(
                 config.hidden_size,
                 padded_vocab_size,
                 config=unfused,
@@ -119,6 +121,9 @@ class Policy(LanguageModule):
         """Like GPTModel's, which stores no extra state of the output layer; so checkpoints have none."""
         states: dict[str, Any] = super().sharded_state_dict(prefix, *arguments, **options)
         states.pop(f"{prefix}output_layer._extra_state", None)
+        for name, state in states.items():
+            if name.startswith(f"{prefix}output_layer.{NAME}.") and name.endswith(".lora_B"):
+                state.allow_shape_mismatch = True  # as Megatron-Core has it for the weight: its padding may differ
         return states
 
     def set_input_tensor(self, input_tensor: list[Tensor | None]) -> None:
@@ -133,7 +138,7 @@ class Policy(LanguageModule):
         layout: RowLayout,
         sources: Int64,
         targets: Tensor,
-        reference: tuple[Tensor, Tensor] | None = None,
+        reference: Head | None = None,
     ) -> Tensor:
         """Log-probs of the row's scored tokens on the last stage, hidden states on the others.
 
@@ -146,7 +151,7 @@ class Policy(LanguageModule):
             layout: the row's segments
             sources: [S] row index of the token that predicts each scored token
             targets: [S] ids of the scored tokens
-            reference: `scored_hidden` and `output_weight` of the reference model, to compute KL(π ‖ π_ref) as well
+            reference: `head` of the reference model, to compute KL(π ‖ π_ref) as well
         Returns:
             [S] log-probs in nats, float32, or [2, S] log-probs and divergences; before the last stage [T, 1, H], with T sharded
                 over context-parallel ranks and, with sequence parallelism, over tensor-parallel ones
@@ -157,13 +162,12 @@ class Policy(LanguageModule):
         context = self.pg_collection.cp
         own = device.upload(self.own_sources(sources))
         found = vocab_parallel_statistics(
-            self.select_sources(hidden, sources),
-            self.output_weight(),
+            self.head(self.select_sources(hidden, sources)),
             targets[own],
             vocab_size=self.real_vocab_size,
             chunk=self.logprob_chunk,
             tp_group=self.pg_collection.tp,
-            reference=reference,
+            reference=None if reference is None else Head(*reference),  # Float16Module makes it a plain tuple
             gradient=self.output_weight_gradient(),
             logit_cap=self.logit_cap,
         )
@@ -228,6 +232,18 @@ class Policy(LanguageModule):
             return gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=self.pg_collection.tp)
         return copy_to_tensor_model_parallel_region(hidden, group=self.pg_collection.tp)
 
+    def head(self, hidden: Tensor) -> Head:
+        """What the logits of these scored tokens [S, H] are computed from, with the output layer's adapter if it is on."""
+        if not getattr(self.output_layer, "adapters_on", False):
+            return Head(hidden, self.output_weight())
+        narrow, up = self.output_layer.adapter.of_head(hidden)
+        return Head(hidden, self.output_weight(), narrow, up)
+
+    def head_weights(self) -> list[Tensor]:
+        """The weights in `head`, and A."""
+        adapter = getattr(self.output_layer, NAME, None)
+        return [self.output_weight(), *(() if adapter is None else adapter.parameters())]
+
     def output_weight(self) -> Tensor:
         """This rank's rows [V, H] of the output projection; the embedding's rows if tied."""
         if self.share_embeddings_and_output_weights:
@@ -266,6 +282,8 @@ def build_policy(
     """
     model = resolve_model(model, family)
     config = build_transformer_config(family, model, parallel)
+    adapters = None if adapter is None else linear_adapters(family, adapter, padded_vocab_size)
+    in_blocks = adapter is not None and adapter.quantize != "none"
     parts = []
     for chunk in range(parallel.virtual_pipeline):
         part = Policy(
@@ -277,7 +295,8 @@ def build_policy(
                 ranks.pipeline.rank(),
                 chunk,
                 RowKernels(attend=attention_function(model.attention), delta_rule=delta_function(model)),
-                adapter,
+                adapters or {},
+                in_blocks=in_blocks,
             ),
             family=family,
             padded_vocab_size=padded_vocab_size,
@@ -286,7 +305,7 @@ def build_policy(
             pre_process=ranks.is_first_stage and chunk == 0,
             post_process=ranks.is_last_stage and chunk == parallel.virtual_pipeline - 1,
             vp_stage=chunk if parallel.virtual_pipeline > 1 else None,
-            adapted=adapter is not None,
+            adapters=adapters,
         ).to(device.device())
         mark_experts(part)
         if adapter is not None:

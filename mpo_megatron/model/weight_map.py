@@ -46,8 +46,8 @@ class Placement:
         return tensor
 
     def scatter(self, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """A Megatron tensor of this shape with the rows of `tensor` in place; other rows stay uninitialized."""
-        whole = tensor.new_empty(shape)
+        """A Megatron tensor of this shape with the rows of `tensor` in place; other rows are zero."""
+        whole = tensor.new_zeros(shape)
         for run in self.runs:
             whole[run.megatron_row : run.megatron_row + run.num_rows] = tensor[run.hf_row : run.hf_row + run.num_rows]
         return whole
@@ -102,9 +102,13 @@ def build_weight_map(family: Family, padded_vocab: int) -> list[Slice]:
     ]
 
 
-def build_adapter_map(family: Family, adapter: Adapter) -> list[Slice]:
+def build_adapter_map(family: Family, adapter: Adapter, padded_vocab: int) -> list[Slice]:
     """Every Megatron tensor of an adapter, layer by layer; its parts have PEFT names."""
-    return _layer_slices(adapter_rules(family, adapter), family)
+    rules = adapter_rules(family, adapter)
+    return [
+        *_layer_slices([rule for rule in rules if rule.per_layer], family),
+        *(_slice(rule, padded_vocab) for rule in rules if not rule.per_layer),
+    ]
 
 
 def _layer_slices(rules: Sequence[Rule], family: Family) -> list[Slice]:

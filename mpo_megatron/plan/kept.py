@@ -68,7 +68,9 @@ def _adapters_kept(layout: MemoryLayout, row: RowCounts, *, experts: bool) -> in
         return 0
     tokens, narrow = layout.tokens(row), 0
     for rule in adapter_rules(layout.shape, layout.adapter):
-        if not rule.megatron.endswith("lora_A") or (".mlp." in rule.megatron and (".experts." in rule.megatron) != experts):
+        if not rule.per_layer or not rule.megatron.endswith("lora_A"):
+            continue
+        if ".mlp." in rule.megatron and (".experts." in rule.megatron) != experts:
             continue
         times = layout.shape.active_experts if rule.experts is not None else 1
         narrow += tokens * layout.adapter.rank * times // (layout.sequence_parts if rule.experts is not None else 1)
@@ -181,4 +183,4 @@ def head_kept(layout: MemoryLayout, part: Part, row: RowCounts) -> int:
         return 0
     norm = layout.hidden(row) * layout.dtype_bytes * (2 if layout.keeps_normalized else 1)
     scored = row.scored // layout.parallel.context
-    return norm + scored * (layout.shape.hidden_size * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)
+    return norm + scored * ((layout.shape.hidden_size + layout.head_rank) * layout.dtype_bytes + 5 * 4 + 2 * INDEX_BYTES + 1)

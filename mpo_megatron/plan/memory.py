@@ -86,7 +86,7 @@ def stage_memory(layout: MemoryLayout, stage: int, row: RowCounts, num_rows: int
     weights = [part_weights(layout.shape, layout.parallel, part, layout.padded_vocab) for part in parts]
     trained = weights
     if layout.adapter is not None:
-        trained = [adapter_weights(layout.shape, layout.adapter, layout.parallel, part) for part in parts]
+        trained = [adapter_weights(layout.shape, layout.adapter, layout.parallel, part, layout.padded_vocab) for part in parts]
     dense = sum(buffer_size([w for w in part if not w.expert], layout.sharing) for part in trained)
     expert = sum(buffer_size([w for w in part if w.expert], layout.expert_sharing) for part in trained)
     frozen = 0 if layout.adapter is None else sum(weight.total for part in weights for weight in part)
@@ -237,7 +237,9 @@ def _head(layout: MemoryLayout, row: RowCounts) -> int:
         each += 2 * b + 8
     padded = layout.padded_vocab > shape.vocab_size and not layout.kernels.gpu
     working = logits * (each + (4 if padded else 0)) + (kept - chunk) * layout.vocabulary * b
-    working += (chunk + scored) * shape.hidden_size * b
+    working += (chunk + scored) * (shape.hidden_size + layout.head_rank) * b
+    if layout.head_rank:  # the gradient of B, summed in float32
+        working += layout.vocabulary * layout.head_rank * (4 if b == 4 else 4 + b)
     spread = (layout.tokens(row) + 2 * scored) * shape.hidden_size * b
     return max(working, spread)
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 from mpo_megatron.config import ExpertsConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import Adapter
+from mpo_megatron.families.adapters import OUTPUT_LAYER, Adapter
 from mpo_megatron.hf.live_engine import EngineMemory
 from mpo_megatron.plan.rows import RowCounts
 
@@ -94,6 +94,11 @@ class MemoryLayout:
     def in_blocks(self) -> bool:
         """Whether frozen linear weights are stored in 4 bits, and dequantized only while they multiply."""
         return self.adapter is not None and self.adapter.quantize != "none"
+
+    @property
+    def head_rank(self) -> int:
+        """Rank of the output layer's adapter; 0 without one."""
+        return self.adapter.rank if self.adapter is not None and OUTPUT_LAYER in self.adapter.target_modules else 0
 
     @property
     def sequence_parts(self) -> int:

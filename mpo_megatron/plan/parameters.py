@@ -77,9 +77,12 @@ def part_weights(family: Family, parallel: ParallelConfig, part: Part, padded_vo
     return weights + _layer_weights(per_layer, parallel, part, padded_vocab)
 
 
-def adapter_weights(family: Family, adapter: Adapter, parallel: ParallelConfig, part: Part) -> list[Weight]:
+def adapter_weights(family: Family, adapter: Adapter, parallel: ParallelConfig, part: Part, padded_vocab: int) -> list[Weight]:
     """The matrices of an adapter that one rank holds of a part of the model."""
-    weights = _layer_weights(adapter_rules(family, adapter), parallel, part, 0)
+    rules = adapter_rules(family, adapter)
+    weights = _layer_weights([rule for rule in rules if rule.per_layer], parallel, part, padded_vocab)
+    if part.last:
+        weights += [_weight(rule, parallel, padded_vocab) for rule in rules if not rule.per_layer]
     return [weight._replace(matrix=False) for weight in weights]
 
 

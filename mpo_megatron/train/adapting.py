@@ -14,7 +14,7 @@ import torch
 
 from mpo_megatron.config import ConfigError, TrainConfig, require
 from mpo_megatron.families import Family
-from mpo_megatron.families.adapters import Adapter, choose_adapter
+from mpo_megatron.families.adapters import OUTPUT_LAYER, Adapter, choose_adapter, splits_tied
 from mpo_megatron.hf.adapter import AdapterRecord, find_base, read_adapter
 from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
 from mpo_megatron.model.adapter_weights import initialize_adapters
@@ -53,6 +53,24 @@ def choose_record(config: TrainConfig, family: Family) -> AdapterRecord | None:
         check_shape(wanted, saved.adapter, f"model.checkpoint = {folder}", "remove lora.* to continue with it")
     base = find_base(folder, saved, config.lora.base, "lora.base")
     return dataclasses.replace(saved, base=os.path.abspath(base))
+
+
+def check_output_layer(config: TrainConfig, family: Family, adapter: Adapter) -> None:
+    """Check that the run supports an adapter of the output layer, if it has one.
+
+    Raises:
+        ConfigError: names the option, the reason and the fix.
+    """
+    require(
+        adapter.target_modules != (OUTPUT_LAYER,) or config.parallel.pipeline == 1,
+        f"lora.target_modules = {OUTPUT_LAYER} with parallel.pipeline = {config.parallel.pipeline}: only the last stage would "
+        "train; add other layers, or set parallel.pipeline = 1.",
+    )
+    require(
+        not splits_tied(family, adapter) or config.online.kl_weight == 0,
+        f"lora.target_modules names {OUTPUT_LAYER}, which is tied to the embedding, with online.kl_weight: engines hold one "
+        f"weight for both; remove {OUTPUT_LAYER}.",
+    )
 
 
 def check_shape(wanted: Adapter, found: Adapter, what: str, fix: str) -> None:

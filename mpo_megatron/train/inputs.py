@@ -27,7 +27,7 @@ from mpo_megatron.model.precision import validate_fp8
 from mpo_megatron.model.recompute import check_offload_kernel
 from mpo_megatron.stack.checks import require_working_gpus
 from mpo_megatron.stack.packages import missing_for_live_vllm
-from mpo_megatron.train.adapting import choose_record
+from mpo_megatron.train.adapting import check_output_layer, choose_record
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.checkpoints.course import count_steps
 from mpo_megatron.train.checkpoints.step_folders import complete_steps, require_space
@@ -58,6 +58,7 @@ def open_inputs(config: TrainConfig, num_ranks: int, family: Family, padded_voca
     record = choose_record(config, family)
     if record is not None:
         checkpoint.verify(Path(record.base))
+        check_output_layer(config, family, record.adapter)
         if record.adapter.quantize != "none":
             validate_quantization(family, resolved.model, config.parallel, samples=config.online.kl_weight > 0)
     require(

@@ -3,7 +3,7 @@
 For the rows of a pass, the reference runs first, with the same schedule and layout as the policy, so that pipelines work. It
 keeps the last hidden states of the scored tokens, [S, H] per row on the last stage, from which the policy's log-prob head
 computes the reference's logits chunk by chunk. With `offload`, its weights stay in pinned host memory and move to the device only
-while it runs; the output weight stays on the device, because the head needs it during the policy's pass.
+while it runs; those of the output layer stay on the device, because the head needs them during the policy's pass.
 """
 
 from __future__ import annotations
@@ -20,13 +20,11 @@ from mpo_megatron import device
 from mpo_megatron.data.packing import Row
 from mpo_megatron.mcore.weights import unwrap
 from mpo_megatron.model.adapters import adapters_off
+from mpo_megatron.model.logprobs import Head
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.routing import RowRouting
 from mpo_megatron.train.routing import record_rows, recorded_choices
 from mpo_megatron.train.schedule import run_schedule, to_device
-
-Reference = tuple[Tensor, Tensor]
-"""Hidden states [S, H] of a row's scored tokens (with context parallelism, this rank's), and the output weight [V, H]."""
 
 
 class Resident:
@@ -44,22 +42,23 @@ class Resident:
         self.host: list[tuple[Tensor, Tensor]] = []
         if offload:
             last = unwrap(self.parts[-1])
-            kept = last.output_weight() if last.post_process else None
-            tensors = [tensor for part in self.parts for tensor in (*part.parameters(), *part.buffers()) if tensor is not kept]
+            kept = {id(tensor) for tensor in last.head_weights()} if last.post_process else set()
+            tensors = [
+                tensor for part in self.parts for tensor in (*part.parameters(), *part.buffers()) if id(tensor) not in kept
+            ]
             self.host = [(tensor, tensor.detach().to("cpu", copy=True).pin_memory()) for tensor in tensors]
             self._release()
 
     @torch.no_grad()
-    def run(self, rows: Sequence[Row], ranks: Ranks) -> list[Reference]:
-        """The policy head's input for each row, on the last pipeline stage; empty on the others. All ranks call it."""
+    def run(self, rows: Sequence[Row], ranks: Ranks) -> list[Head]:
+        """The head of each row, over its scored tokens (with context parallelism, this rank's), on the last pipeline stage; empty
+        on the others. All ranks call it."""
         routings = record_rows(rows, ranks) if unwrap(self.parts[0]).config.num_moe_experts else None
         with self.on_device():
             hidden = run_schedule(self.parts, rows, functools.partial(_forward, routings), forward_only=True)
+            heads = [unwrap(self.parts[-1]).head(states) for states in hidden] if ranks.is_last_stage else []
         self.choices = [recorded_choices(routing) for routing in routings or ()]
-        if not ranks.is_last_stage:
-            return []
-        weight = unwrap(self.parts[-1]).output_weight()
-        return [(states, weight) for states in hidden]
+        return heads
 
     @contextlib.contextmanager
     def on_device(self) -> Iterator[None]:

@@ -137,6 +137,7 @@ OVER_STEP = {**BALANCE, "balance_over": "step"}
 REPLAY = {"routing": "replay"}
 QUANTIZED = {"rank": 4, "quantize": "nf4"}
 """Needs rows of whole blocks of 64 on every rank: the wide models."""
+WITH_OUTPUT = {"rank": 4, "target_modules": ["all-linear", "lm_head"]}
 
 ALL_CASES = [
     Case(model="qwen3", core=True),
@@ -187,7 +188,20 @@ ALL_CASES = [
     Case(model="qwen3-next", lora={"rank": 4, "rslora": True}),
     Case(model="qwen3.5", lora={"rank": 4, "rslora": True}, **UNSHARED),
     Case(model="qwen3.5-wide", lora=QUANTIZED, adapter_off=True, **SPLIT),
+    Case(model="gemma2", lora=WITH_OUTPUT, adapter_off=True, loss="spo", layers={"logprob_chunk": 7}, core=True),
     # two ranks
+    Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2}, lora=WITH_OUTPUT, core=True),
+    Case(model="qwen3", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=WITH_OUTPUT, adapter_off=True, loss="spo"),
+    Case(
+        model="qwen3-tied",
+        ranks=2,
+        parallel={"pipeline": 2},
+        resume={"tensor": 2},
+        lora=WITH_OUTPUT,
+        optimizer={"overlap": "all"},
+        core=True,
+    ),
+    Case(model="qwen3", ranks=2, parallel={"context": 2}, lora=WITH_OUTPUT, **SPLIT),
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED, core=True),
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=QUANTIZED, **SPLIT),
     Case(model="qwen2-wide", ranks=2, parallel={"pipeline": 2}, lora=QUANTIZED, adapter_off=True, loss="spo"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mpo_megatron.model.logprobs import WeightGradient, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import Head, WeightGradient, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +28,7 @@ def test_statistics_equal_plain_torch(ranks: Ranks, dtype: torch.dtype, toleranc
     hidden, weight, targets = draw(300, 64, PADDED, dtype)
     other = (hidden.detach().roll(1, 0), weight.detach().roll(1, 0))
     ours = vocab_parallel_statistics(
-        hidden, weight, targets, vocab_size=VOCAB, chunk=128, tp_group=ranks.tensor, entropy=True, reference=other
+        Head(hidden, weight), targets, vocab_size=VOCAB, chunk=128, tp_group=ranks.tensor, entropy=True, reference=Head(*other)
     )
     exact_hidden, exact_weight = (part.detach().double().requires_grad_() for part in (hidden, weight))
     logps = (exact_hidden @ exact_weight[:VOCAB].T).log_softmax(dim=-1)
@@ -57,10 +57,10 @@ def test_gradient_goes_into_a_part_of_a_larger_buffer(ranks: Ranks, dtype: torch
     settings = {"vocab_size": VOCAB, "chunk": 128, "tp_group": ranks.tensor}
     for _ in range(2):
         vocab_parallel_statistics(
-            hidden, weight, targets, gradient=WeightGradient(buffer, False), **settings
+            Head(hidden, weight), targets, gradient=WeightGradient(buffer, False), **settings
         ).logps.sum().backward()
     assert weight.grad is None
-    expected = torch.autograd.grad(vocab_parallel_statistics(hidden, weight, targets, **settings).logps.sum(), weight)[0]
+    expected = torch.autograd.grad(vocab_parallel_statistics(Head(hidden, weight), targets, **settings).logps.sum(), weight)[0]
     torch.testing.assert_close(buffer, 2 * expected.float(), rtol=2e-2, atol=1e-3 * float(expected.abs().max()))
     assert whole[:100].abs().max() == whole[-100:].abs().max() == 0
 
@@ -71,7 +71,7 @@ def test_peak_memory_is_that_of_a_chunk_and_the_weights_gradient(ranks: Ranks) -
 
     def step() -> None:
         vocab_parallel_statistics(
-            hidden, weight, targets, vocab_size=vocab, chunk=chunk, tp_group=ranks.tensor
+            Head(hidden, weight), targets, vocab_size=vocab, chunk=chunk, tp_group=ranks.tensor
         ).logps.sum().backward()
 
     step()  # compiles

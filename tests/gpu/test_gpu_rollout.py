@@ -70,7 +70,7 @@ def test_an_adapter_answers_as_in_the_embedded_engine(model: Path, tmp_path: Pat
     assert adapter is not None
     peft = tmp_path / "peft"
     peft.mkdir()
-    shapes = {part.name: part.shape for item in build_adapter_map(family, adapter) for part in item.placements}
+    shapes = {part.name: part.shape for item in build_adapter_map(family, adapter, family.vocab_size) for part in item.placements}
     save_file({name: start_matrix(name, shape) for name, shape in shapes.items()}, peft / "adapter_model.safetensors")
     (peft / "adapter_config.json").write_text(json.dumps(peft_settings(adapter, str(model / "hf"))))
     convert(ConvertConfig(input=str(peft), output=str(tmp_path / "adapter"), base=str(model / "megatron")))

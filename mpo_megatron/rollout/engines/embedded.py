@@ -67,7 +67,7 @@ class EmbeddedEngine:
         device = choose_device(config.device)
         with loading(f"model = {folder}; transformers"):
             if adapter is not None:
-                model = _load_merged(folder, adapter, config.dtype)
+                model = load_merged(folder, adapter, config.dtype)
             else:
                 model = AutoModelForCausalLM.from_pretrained(
                     str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
@@ -194,7 +194,7 @@ class EmbeddedEngine:
             torch.cuda.empty_cache()
 
 
-def _load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
+def load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
     """The model in `folder` with an adapter merged into its weights; host memory holds the weights twice meanwhile.
 
     Raises:
@@ -204,19 +204,21 @@ def _load_merged(folder: Path, adapter: Path, dtype: str) -> Any:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     from mpo_megatron.families import load_family
-    from mpo_megatron.model.convert_adapter import read_peft
-    from mpo_megatron.model.merging import merger
+    from mpo_megatron.families.rules import OUTPUT
+    from mpo_megatron.model.convert_adapter import check_output_copy, read_peft
+    from mpo_megatron.model.merging import merge_all, merged_config, merger
 
     family = load_family(folder)
     shape, matrices = read_peft(adapter, family)
-    merge = merger(shape, matrices, None)
-    weights = {
-        name: merge(name, 0, weight) for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()
-    }
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(family.config)]
+    stored = {name: weight for file in sorted(folder.glob("*.safetensors")) for name, weight in load_file(file).items()}
+    output = family.embedding_name if family.tie_word_embeddings else OUTPUT
+    check_output_copy(adapter, folder, lambda first, rows: stored[output][first : first + rows])
+    weights = dict(merge_all(family, shape, stored.items(), merger(shape, matrices, None)))
+    config = merged_config(family, shape)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     # With `auto`, the dtype that config.json declares, as for a model without adapter.
-    chosen = getattr(family.config, "dtype", None) or next(iter(weights.values())).dtype if dtype == "auto" else dtype
-    return kind.from_pretrained(None, config=family.config, state_dict=weights, dtype=chosen)
+    chosen = getattr(config, "dtype", None) or next(iter(weights.values())).dtype if dtype == "auto" else dtype
+    return kind.from_pretrained(None, config=config, state_dict=weights, dtype=chosen)
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:

@@ -77,13 +77,7 @@ def estimate_bytes(model: Path, precision: str, rules: Sequence[Rule] | None = N
         num_layers: layers of the model
     """
     if rules is not None:
-        numbers = sum(
-            rule.rows
-            * math.prod(rule.row_shape)
-            * (rule.experts or 1)
-            * (num_layers if rule.layers is None else len(rule.layers))
-            for rule in rules
-        )
+        numbers = sum(rule.rows * math.prod(rule.row_shape) * (rule.experts or 1) * rule.num_layers(num_layers) for rule in rules)
     else:
         reader = CheckpointReader(model / "megatron")
         numbers = sum(math.prod(entry.size) for key, entry in reader.tensors.items() if not key.startswith("optimizer."))

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import all_reduce
 
 from mpo_megatron.config import ParallelConfig
-from mpo_megatron.model.logprobs import vocab_parallel_statistics
+from mpo_megatron.model.logprobs import Head, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks, model_parallel
 
 PADDED = 48
@@ -28,33 +28,36 @@ def check(vocab: int, chunk: int, ranks: Ranks) -> None:
     coefficients = torch.randn(3, 23, generator=generator, dtype=torch.float64)
     own = slice(ranks.tensor.rank() * PADDED // 2, (ranks.tensor.rank() + 1) * PADDED // 2)
 
+    narrow, up = (torch.randn(rows, 3, generator=generator, dtype=torch.float64).requires_grad_() for rows in (23, PADDED))
     hidden.requires_grad_()
     weight.requires_grad_()
-    logps = (hidden @ weight[:vocab].T).log_softmax(dim=-1)
+    logps = (hidden @ weight[:vocab].T + narrow @ up[:vocab].T).log_softmax(dim=-1)
     other = (other_hidden @ other_weight[:vocab].T).log_softmax(dim=-1)
     plain = (
         logps.gather(1, targets[:, None]).squeeze(1),
         -(logps.exp() * logps).sum(-1),
         (logps.exp() * (logps - other)).sum(-1),
     )
-    expected = torch.autograd.grad(weighted(plain, coefficients), (hidden, weight))
+    expected = torch.autograd.grad(weighted(plain, coefficients), (hidden, narrow, weight, up))
 
-    shard = weight[own].detach().requires_grad_()
+    shard, up_shard = (matrix[own].detach().requires_grad_() for matrix in (weight, up))
     ours = vocab_parallel_statistics(
-        *(hidden, shard, targets),
+        *(Head(hidden, shard, narrow, up_shard), targets),
         vocab_size=vocab,
         chunk=chunk,
         tp_group=ranks.tensor,
         entropy=True,
-        reference=(other_hidden, other_weight[own]),
+        reference=Head(other_hidden, other_weight[own]),
     )
     for left, right in zip(ours, plain, strict=True):
         assert left is not None
         torch.testing.assert_close(left, right)
-    grad_hidden, grad_shard = torch.autograd.grad(weighted(ours, coefficients), (hidden, shard))
-    all_reduce(grad_hidden, group=ranks.tensor)  # each rank has its vocabulary's part
-    torch.testing.assert_close(grad_hidden, expected[0])
-    torch.testing.assert_close(grad_shard, expected[1][own])
+    found = torch.autograd.grad(weighted(ours, coefficients), (hidden, narrow, shard, up_shard))
+    for whole, gradient in zip(found[:2], expected[:2], strict=True):
+        all_reduce(whole, group=ranks.tensor)  # each rank has its vocabulary's part
+        torch.testing.assert_close(whole, gradient)
+    for sharded, gradient in zip(found[2:], expected[2:], strict=True):
+        torch.testing.assert_close(sharded, gradient[own])
 
 
 def weighted(parts: tuple[Tensor | None, ...], coefficients: Tensor) -> Tensor:

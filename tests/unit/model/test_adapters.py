@@ -32,6 +32,7 @@ from mpo_megatron.model.live_weights import LiveWeights
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import build_adapter_map
 from mpo_megatron.plan.parameters import Part, adapter_weights, buffer_size, part_weights
+from mpo_megatron.rollout.engines.embedded import load_merged
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.optimizer import wrap_data_parallel
 from tests.distributed.adapters import start_matrix
@@ -161,6 +162,67 @@ def test_a_merged_model_answers_as_the_adapter_does(
     assert (merged - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_output_layer_has_an_adapter_of_its_own(tied: bool, tmp_path: Path, ranks: Ranks) -> None:
+    """From PEFT and back, merged, and generating: if it is tied to the embedding, that keeps its weights, as in PEFT."""
+    base = save_base(tmp_path, model_type="qwen3", tied=tied, num_hidden_layers=1)
+    peft = save_peft(base, tmp_path / "peft", target_modules=["q_proj", "lm_head"])
+    copy = "base_model.model.lm_head.base_layer.weight"
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert copy in stored  # PEFT's own decision
+    megatron, merged = tmp_path / "megatron", tmp_path / "merged"
+    convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "adapter"), base=str(megatron)))
+    convert(ConvertConfig(input=str(tmp_path / "adapter"), output=str(tmp_path / "out")))
+    exported = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert exported.keys() == stored.keys() - {copy}
+    assert all(torch.equal(stored[name], matrix) for name, matrix in exported.items())
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base / "hf"), tmp_path / "out")
+    convert(ConvertConfig(input=str(tmp_path / "adapter"), output=str(merged), merge=True))
+    assert json.loads((merged / "config.json").read_text())["tie_word_embeddings"] is False
+    embeddings = [load_file(folder / "model.safetensors")["model.embed_tokens.weight"] for folder in (base / "hf", merged)]
+    assert torch.equal(*embeddings)
+    adapter = read_adapter(tmp_path / "adapter").adapter
+    family, parts = build_adapted(base, adapter, ranks)
+    checkpoint.load_weights(parts, megatron, ranks)
+    checkpoint.load_adapter(parts, tmp_path / "adapter", ranks)
+    held = dict(LiveWeights.of_adapter(parts, family, adapter, ranks).stream())
+    assert held.keys() == exported.keys()
+    assert all(torch.equal(held[name], matrix) for name, matrix in exported.items())
+    length = TOKENS.shape[1]
+    row: Any = (TOKENS, torch.arange(length)[None], row_layout([(0, length, 0, 0)]), np.arange(length - 1), TOKENS[0, 1:])
+    models = [peft, again, AutoModelForCausalLM.from_pretrained(merged), load_merged(base / "hf", tmp_path / "peft", "auto")]
+    with torch.no_grad():
+        ours = parts[0](*row)
+        expected, reloaded, *others = (
+            model(TOKENS).logits[0, :-1].log_softmax(-1).gather(1, TOKENS[0, 1:, None])[:, 0] for model in models
+        )
+        with adapters_off(parts):
+            without = parts[0](*row)
+    assert torch.equal(expected, reloaded)
+    assert (expected - without).abs().max() > 0.05
+    # 2⁻²⁴ of the largest values, through sums of about 100 products
+    assert max((found - expected).abs().max() for found in (ours, *others)) <= 1e-5 * expected.abs().max()
+    part = Part(layers=range(1), first=True, last=True)
+    padded = load_conversion(megatron).padded_vocab_size
+    (wrapped,) = wrap_data_parallel(parts, OptimizerConfig(), ranks)
+    planned = buffer_size(adapter_weights(family, adapter, ParallelConfig(), part, padded), 1)
+    assert sum(buffer.grad_data.numel() for buffer in wrapped.buffers) == planned  # type: ignore[union-attr, operator]
+    squares = [
+        (adapter.scale * held[name.replace("lora_A", "lora_B")].double() @ down.double()).square().sum()
+        for name, down in held.items()
+        if "lora_A" in name
+    ]
+    assert adapter_norm(parts, ranks) == pytest.approx(float(torch.stack(squares).sum().sqrt()), rel=1e-10)
+    stored[copy][3, 5] += 1
+    save_file(stored, tmp_path / "peft" / "adapter_model.safetensors")
+    for use in (
+        lambda: convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(tmp_path / "other"), base=str(megatron))),
+        lambda: load_merged(base / "hf", tmp_path / "peft", "auto"),
+    ):
+        with pytest.raises(ConfigError, match=r"lm_head.base_layer.weight is .*and not the output layer's weight in"):
+            use()
+
+
 def test_odd_values_of_an_adapter_are_reported_at_every_conversion(
     base: Path, peft: tuple[Path, Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,7 +292,7 @@ def test_adapters_of_experts_in_peft(model_type: str, loads: bool, tmp_path: Pat
     family = load_family(tmp_path / "hf")
     adapter = choose_adapter(family, LoraConfig(rank=2, target_modules="mlp"))
     assert adapter is not None
-    shapes = {part.name: part.shape for item in build_adapter_map(family, adapter) for part in item.placements}
+    shapes = {part.name: part.shape for item in build_adapter_map(family, adapter, family.vocab_size) for part in item.placements}
     (tmp_path / "peft").mkdir()
     save_file({name: start_matrix(name, shape) for name, shape in shapes.items()}, tmp_path / "peft/adapter_model.safetensors")
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(peft_settings(adapter, "base")))
@@ -307,8 +369,9 @@ def test_targets_by_name_and_by_group(base: Path) -> None:
         family, LoraConfig(rank=2, target_modules=["mlp"])
     )
     assert targets("v_proj", "q_proj") == ("q_proj", "v_proj")
-    for name in ("lm_head", "embed_tokens", "qkv_proj"):
-        with pytest.raises(ConfigError, match=rf"names {name}, .*choose from q_proj, k_proj, .*down_proj, or attention"):
+    assert targets("lm_head", "all-linear") == (*attention, *mlp, "lm_head")  # by choice: no group has it
+    for name in ("embed_tokens", "qkv_proj"):
+        with pytest.raises(ConfigError, match=rf"names {name}, .*choose from q_proj, k_proj, .*down_proj, lm_head, or attention"):
             targets("q_proj", name)
     assert choose_adapter(family, LoraConfig()) is None
 
@@ -364,7 +427,7 @@ def test_the_planner_counts_what_is_trained(base: Path, ranks: Ranks) -> None:
     frozen = sum(parameter.numel() for parameter in parts[0].parameters() if not parameter.requires_grad)
     assert sum(weight.total for weight in part_weights(family, ParallelConfig(), part, padded)) == frozen
     (wrapped,) = wrap_data_parallel(parts, OptimizerConfig(), ranks)
-    planned = buffer_size(adapter_weights(family, adapter, ParallelConfig(), part), 1)
+    planned = buffer_size(adapter_weights(family, adapter, ParallelConfig(), part, padded), 1)
     assert sum(buffer.grad_data.numel() for buffer in wrapped.buffers) == planned  # type: ignore[union-attr, operator]
     assert not wrapped.expert_parallel_buffers  # type: ignore[operator]
 

@@ -291,7 +291,7 @@ def test_an_adapter_of_the_other_form_is_explained(trained_on: str, advice: str,
     families = {"whole": whole, "text": read_family(whole.config)}
     own = families.pop(trained_on)
     adapter = Adapter(rank=2, alpha=4.0, rslora=False, target_modules=("in_proj_z", "q_proj"))
-    shapes = {part.name: part.shape for item in build_adapter_map(own, adapter) for part in item.placements}
+    shapes = {part.name: part.shape for item in build_adapter_map(own, adapter, own.vocab_size) for part in item.placements}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(peft_settings(adapter, "base")))
     assert read_peft(tmp_path, own)[0] == adapter

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mpo_megatron.model import logprobs
-from mpo_megatron.model.logprobs import WeightGradient, _Extras, differentiate_logits, vocab_parallel_statistics
+from mpo_megatron.model.logprobs import Head, WeightGradient, _Extras, differentiate_logits, vocab_parallel_statistics
 from mpo_megatron.model.parallel import Ranks
 from tests.distributed.launch import run_ranks
 
@@ -26,7 +26,8 @@ def inputs(num_tokens: int, dtype: torch.dtype, vocab: int = 37, padded: int = 4
 
 
 def vocab_parallel_logps(*tensors: Tensor, **settings: Any) -> Tensor:
-    return vocab_parallel_statistics(*tensors, **settings).logps
+    hidden, weight, targets = tensors
+    return vocab_parallel_statistics(Head(hidden, weight), targets, **settings).logps
 
 
 def plain_logps(hidden: Tensor, weight: Tensor, targets: Tensor, vocab: int = 37) -> Tensor:
@@ -65,6 +66,33 @@ def test_gradcheck(ranks: Ranks) -> None:
         return vocab_parallel_logps(hidden, weight, targets, vocab_size=37, chunk=2, tp_group=ranks.tensor)
 
     assert torch.autograd.gradcheck(logps, (hidden, weight))
+
+
+def test_an_adapter_is_added_to_the_logits(ranks: Ranks) -> None:
+    """Values and gradients of hidden states, A x and B; with B = 0, the logits of the frozen weight to the last bit."""
+    hidden, weight, targets = inputs(7, torch.float64)
+    weight.requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    narrow, up = (torch.randn(rows, 3, generator=generator, dtype=torch.float64).requires_grad_() for rows in (7, 48))
+    settings: dict[str, Any] = {"vocab_size": 37, "chunk": 3, "tp_group": ranks.tensor, "logit_cap": 4.0}
+
+    logits = 4 * torch.tanh((hidden @ weight[:37].T + narrow @ up[:37].T) / 4)
+    plain = logits.log_softmax(dim=-1).gather(1, targets[:, None]).squeeze(1)
+    reference = Head(*(part.detach().roll(1, 0) for part in (hidden, weight, narrow, up)))  # it has an adapter, too
+
+    def statistics(hidden: Tensor, narrow: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        found = vocab_parallel_statistics(Head(hidden, weight, narrow, up), targets, reference=reference, **settings)
+        assert found.kl is not None
+        return found.logps, found.kl
+
+    torch.testing.assert_close(statistics(hidden, narrow, up)[0], plain)
+    assert torch.autograd.gradcheck(statistics, (hidden, narrow, up))
+    for dtype in (torch.float32, torch.bfloat16):
+        head = Head(*(part.detach().to(dtype) for part in (hidden, weight, narrow, up * 0)))
+        ours, base = (
+            vocab_parallel_statistics(each, targets, **settings).logps for each in (head, Head(head.hidden, head.weight))
+        )
+        assert torch.equal(ours, base)
 
 
 def test_bf16_is_reduced_in_float32(ranks: Ranks) -> None:
@@ -110,8 +138,8 @@ def test_entropy_and_kl(ranks: Ranks, chunk: int) -> None:
     hidden, weight, targets = inputs(23, torch.float64)
     other = [part.detach().roll(1, 0).requires_grad_() for part in (hidden, weight)]  # padding elsewhere, which is ignored
     ours = vocab_parallel_statistics(
-        *(hidden, weight, targets),
-        **{"vocab_size": 37, "chunk": chunk, "tp_group": ranks.tensor, "entropy": True, "reference": (other[0], other[1])},
+        *(Head(hidden, weight), targets),
+        **{"vocab_size": 37, "chunk": chunk, "tp_group": ranks.tensor, "entropy": True, "reference": Head(*other)},
     )
     assert ours.entropy is not None
     assert ours.kl is not None
@@ -132,7 +160,7 @@ def test_kl_from_itself_is_zero_and_the_reference_learns_nothing(ranks: Ranks) -
     hidden, weight, targets = inputs(7, torch.float64)
     other = [part.detach().clone().requires_grad_() for part in (hidden, weight)]
     kl = vocab_parallel_statistics(
-        *(hidden, weight, targets), vocab_size=37, chunk=3, tp_group=ranks.tensor, reference=(other[0], other[1])
+        *(Head(hidden, weight), targets), vocab_size=37, chunk=3, tp_group=ranks.tensor, reference=Head(*other)
     ).kl
     assert kl is not None
     assert kl.abs().max() < 1e-14
@@ -148,7 +176,7 @@ def test_entropy_of_a_uniform_and_of_a_certain_token(ranks: Ranks) -> None:
         hidden[0], weight[:] = 0.0, 0.0
         hidden[1], weight[5] = 10.0, 10.0  # one logit of 1600, the others 0
     entropy = vocab_parallel_statistics(
-        hidden, weight, targets, vocab_size=37, chunk=3, tp_group=ranks.tensor, entropy=True
+        Head(hidden, weight), targets, vocab_size=37, chunk=3, tp_group=ranks.tensor, entropy=True
     ).entropy
     assert entropy is not None
     assert entropy.tolist() == pytest.approx([math.log(37), 0.0])
@@ -226,7 +254,7 @@ def test_nothing_is_larger_than_a_chunk_of_logits(ranks: Ranks, dtype: torch.dty
     other = (hidden.detach().roll(1, 0), weight.detach())
     with Largest() as largest:
         found = vocab_parallel_statistics(
-            hidden, weight, targets, vocab_size=37, chunk=chunk, tp_group=ranks.tensor, entropy=True, reference=other
+            Head(hidden, weight), targets, vocab_size=37, chunk=chunk, tp_group=ranks.tensor, entropy=True, reference=Head(*other)
         )
         torch.stack([part for part in found if part is not None]).sum().backward()
     assert hidden.numel() <= largest.numbers

@@ -109,6 +109,8 @@ def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, 
     (tmp_path / "adapter_config.json").write_text('{"r": 1024, "target_modules": ["q_proj"]}')
     with pytest.raises(ConfigError, match="rank 1024; vLLM supports up to 512; set engine = transformers"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["lm_head"]}')
+    VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)  # qwen3
     (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["in_proj_z", "q_proj"]}')
     with pytest.raises(ConfigError, match=r"in_proj_z without one of in_proj_qkv, which vLLM cannot load; .*--merge true"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
