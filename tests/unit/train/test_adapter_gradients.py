@@ -89,7 +89,9 @@ def token_distributions(model: Any, data: PreparedGroups, index: int, k: int) ->
 def build_oracle(folder: Path, data: PreparedGroups, batch: StepBatch, dtype: torch.dtype) -> Oracle:
     base = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=dtype)
     policy = copy.deepcopy(base)
-    copy_of = attach_adapters(policy, choose_adapter(load_family(folder / "hf"), LoraConfig(rank=4)))
+    copy_of = attach_adapters(
+        policy, choose_adapter(load_family(folder / "hf"), LoraConfig(rank=4, target_modules=["all-linear", "lm_head"]))
+    )
     policy.to(dtype)
     shape = batch.table.valid.shape
     width = int(batch.table.lengths.max())
@@ -156,7 +158,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     groups = random_groups(4, seed=4, max_responses=5, prompt_tokens=(3, 12), response_tokens=(2, 9), tied_share=0.0)
     data = save_groups(folder / "groups", groups, folder / "hf")
     family = load_family(folder / "hf")
-    adapter = choose_adapter(family, LoraConfig(rank=4))
+    adapter = choose_adapter(family, LoraConfig(rank=4, target_modules=["all-linear", "lm_head"]))
     assert adapter is not None
     shape = RowShape(row_tokens=256, layout="shared", multiple=16, num_replicas=1, replica=0, pair_weight=1e-3)
     with model_parallel(ParallelConfig(), seed=1) as ranks:
