@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,24 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mpo_megatron.config import ConfigError, ConvertConfig, LoraConfig, OptimizerConfig, ParallelConfig
+from mpo_megatron.config import (
+    ConfigError,
+    ConvertConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OnlineConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+)
 from mpo_megatron.data.tokenizer import load_tokenizer
 from mpo_megatron.families import load_family
 from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import read_adapter
 from mpo_megatron.hf.conversion import load_conversion
-from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
+from mpo_megatron.hf.identity import is_adapter_folder, vllm_refuses, weights_digest
 from mpo_megatron.model.adapter_weights import adapter_norm, fill_adapters, initial_matrix, initialize_adapters
 from mpo_megatron.model.adapters import adapters_off, clear_adapters, linear_adapters_of
 from mpo_megatron.model.attention import row_layout
@@ -33,6 +44,7 @@ from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.weight_map import build_adapter_map
 from mpo_megatron.plan.parameters import Part, adapter_weights, buffer_size, part_weights
 from mpo_megatron.rollout.engines.embedded import load_merged
+from mpo_megatron.train.adapting import check_output_layer
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.optimizer import wrap_data_parallel
 from tests.distributed.adapters import start_matrix
@@ -374,6 +386,25 @@ def test_targets_by_name_and_by_group(base: Path) -> None:
         with pytest.raises(ConfigError, match=rf"names {name}, .*choose from q_proj, k_proj, .*down_proj, lm_head, or attention"):
             targets("q_proj", name)
     assert choose_adapter(family, LoraConfig()) is None
+
+
+def test_what_an_adapter_of_the_output_layer_excludes(base: Path) -> None:
+    family = load_family(base / "megatron" / "hf")
+    alone = Adapter(rank=2, alpha=4.0, rslora=False, target_modules=("lm_head",))
+    model, data = ModelConfig(checkpoint="model"), DataConfig(train="groups")
+
+    def check(adapter: Adapter = alone, **options: Any) -> None:
+        check_output_layer(TrainConfig(output="run", model=model, data=data, **options), family, adapter)
+
+    check()
+    check(replace(alone, target_modules=("q_proj", "lm_head")), parallel=ParallelConfig(pipeline=2))
+    with pytest.raises(ConfigError, match=r"lm_head with parallel.pipeline = 2: only the last stage would train; add other"):
+        check(parallel=ParallelConfig(pipeline=2))
+    with pytest.raises(ConfigError, match=r"lm_head, which is tied to the embedding, with online.kl_weight"):
+        check(online=OnlineConfig(kl_weight=0.1))
+    assert vllm_refuses(["q_proj", "lm_head"], "qwen3", 151_936) is None
+    assert vllm_refuses(["lm_head"], "qwen2", 151_936) == "an adapter of lm_head with model type qwen2"
+    assert "262144 rows, more than 258048" in (vllm_refuses(["lm_head"], "llama", 262_144) or "")
 
 
 def test_scales() -> None:
