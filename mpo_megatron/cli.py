@@ -238,8 +238,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 OUTLIVES_READERS = ("align", "convert", "prepare", "generate", "score", "select", "reference", "train", "iterate", "evaluate")
 """Commands that continue when their output has no reader, as after `mpo train | head`."""
 
-OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
-"""File errors caused by the machine that no check predicts: no permission, or no space."""
+OUTSIDE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
+"""File errors caused by the machine that no check predicts: no permission, no space, or a longer path than it allows."""
 
 
 SPINS = 3000
@@ -288,7 +288,7 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         if error.errno not in OUTSIDE:
             raise
-        print(f"mpo {name}: {visible(error.filename or 'a file')}: {error.strerror}.", file=sys.stderr)
+        print(f"mpo {name}: {message(visible(error.filename or 'a file'))}: {error.strerror}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return say_interrupted(name, error)

@@ -27,8 +27,12 @@ def damaged(path: Path, seed: int) -> bytes:
 
 
 def _change(path: Path, whole: bytes, rng: random.Random) -> bytes:
-    if rng.random() < 0.3 or path.suffix not in (".json", ".jsonl", ".yaml"):
+    if rng.random() < 0.3 or path.suffix not in (".json", ".jsonl", ".yaml", ".safetensors"):
         return _change_bytes(whole, rng)
+    if path.suffix == ".safetensors":  # a length, a JSON header, and the tensors
+        end = 8 + int.from_bytes(whole[:8], "little")
+        header = _encode(_change_value(json.loads(whole[8:end]), rng))
+        return len(header).to_bytes(8, "little") + header + whole[end:]
     if path.suffix == ".yaml":
         return yaml.safe_dump(_change_value(yaml.safe_load(whole), rng), sort_keys=False).encode(errors="surrogatepass")
     if path.suffix == ".json":
@@ -40,8 +44,8 @@ def _change(path: Path, whole: bytes, rng: random.Random) -> bytes:
 
 
 def _encode(value: Any) -> bytes:
-    """JSON; the text DEEP becomes lists nested beyond every parser's limit."""
-    return json.dumps(value).encode().replace(b'"DEEP"', b"[" * 100_000 + b"]" * 100_000)
+    """JSON; the text DEEP becomes lists nested beyond every parser's limit, and a name with TWICE in front a second one."""
+    return json.dumps(value).encode().replace(b'"DEEP"', b"[" * 100_000 + b"]" * 100_000).replace(b'"TWICE ', b'"')
 
 
 def _change_bytes(whole: bytes, rng: random.Random) -> bytes:
@@ -59,11 +63,17 @@ def _change_value(value: Any, rng: random.Random) -> Any:
     """A copy in which one value is another, or missing, or under another name."""
     value = copy.deepcopy(value)
     holder, key = rng.choice(list(_places(value)))
-    kind = rng.choice(("odd", "odd", "odd", "missing", "renamed", "deep"))
+    kind = rng.choice(("odd", "odd", "odd", "missing", "renamed", "deep", "twice", "another type"))
     if kind == "missing":
         del holder[key]
     elif kind == "renamed" and isinstance(holder, dict):
         holder[f"{key}x"] = holder.pop(key)
+    elif kind == "twice" and isinstance(holder, dict):
+        holder[f"TWICE {key}"] = rng.choice(ODD)
+    elif kind == "another type":
+        inner = holder[key]
+        number = isinstance(inner, int | float) and not isinstance(inner, bool)
+        holder[key] = rng.choice([[inner], {"a": inner}, str(inner), *([-inner, inner + 1, inner * 10**6] if number else [])])
     else:
         holder[key] = "DEEP" if kind == "deep" else rng.choice(ODD)
     return value

@@ -152,7 +152,7 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
         "model": str(model),
         "prompts": str(config.prompts),
         "rounds": config.rounds,
-        "held_out": config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}) // 10)),
+        "held_out": config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}, "prompts") // 10)),
         "generate": copy.deepcopy(config.generate),
         "score": copy.deepcopy(config.score),
         "select": copy.deepcopy(config.select),
@@ -171,14 +171,21 @@ def choose_held_out(config: AlignConfig, output: Path) -> int:
     """Number of groups to hold out; the actual number, once the groups are prepared."""
     if (output / "groups-eval" / INFO_FILE).is_file() and (output / "groups" / INFO_FILE).is_file():
         return read_info(output / "groups-eval").num_groups
-    return config.held_out or min(HELD_OUT, max(2, count_rows(config.data, config.prepare) // 10))
+    rows = count_rows(config.data, config.prepare, "data")
+    return config.held_out or min(HELD_OUT, max(2, rows // 10))
 
 
-def count_rows(data: list[str], prepare: Mapping[str, Any]) -> int:
-    """Number of rows of the inputs, which are groups in most formats."""
+def count_rows(data: list[str], prepare: Mapping[str, Any], option: str) -> int:
+    """Number of rows of the inputs, which are groups in most formats.
+
+    Args:
+        option: name of the option that names the inputs, for messages
+    Raises:
+        DataError: an input cannot be read.
+    """
     total = 0
     for name in data:
-        source = open_source(name, split=prepare.get("split", "train"), subset=prepare.get("subset"))
+        source = open_source(name, split=prepare.get("split", "train"), subset=prepare.get("subset"), option=option)
         total += source.total if source.total is not None else sum(1 for _ in source.rows)
     return min(total, int(prepare.get("max_rows") or total))
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from mpo_megatron.config.checks import check_seed, require
 from mpo_megatron.config.iterate import STAGES, IterateConfig
+from mpo_megatron.config.names import check_options
 from mpo_megatron.config.values import Section
 
 ROUND_STAGES = ("iterate", "score", "select")
@@ -60,6 +61,8 @@ class AlignConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_seed(self.seed)
+        for stage, kind in self.STAGE_TYPES.items():
+            check_options(kind, getattr(self, stage), stage)
         require(
             bool(self.data) != (self.prompts is not None),
             "data, prompts: give exactly one of them: groups with responses and rewards (--data FILE), or prompts to sample from "

@@ -22,6 +22,10 @@ from mpo_megatron.config.values import check_written, collection_of, convert, de
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
+class MissingError(ConfigError):
+    """Options without a default are not given."""
+
+
 def build_parser(kind: type[Any], program: str) -> ArgumentParser:
     """A parser for one root dataclass: `--config FILE`, `--field.subfield value`, `--print_config`."""
     parser = ArgumentParser(
@@ -47,7 +51,7 @@ def instantiate[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -
     required = [field.name for field in dataclasses.fields(kind) if _is_required(field)]  # type: ignore[arg-type]
     missing = [f"{prefix}{name}" for name in required if name not in values]
     if missing:
-        raise ConfigError(f"missing: {', '.join(missing)}; set them.")
+        raise MissingError(f"{_required(missing)}; set {'it' if len(missing) == 1 else 'them'}.")
     fields = {}
     for name, expected in field_types(kind).items():
         if name in values:
@@ -57,6 +61,11 @@ def instantiate[C](kind: type[C], values: Mapping[str, Any], prefix: str = "") -
             else:
                 fields[name] = instantiate(section, value, f"{prefix}{name}.")
     return kind(**fields)
+
+
+def _required(names: Sequence[str]) -> str:
+    """The start of a message that these options are missing."""
+    return f"{', '.join(names)}: required, but not given"
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:
@@ -97,7 +106,7 @@ def parse[C](
         set_stage_options(kind, values, of_stages)
         return instantiate(kind, values)
     except ArgumentError as error:
-        raise ConfigError(explain(kind, str(error), option_prefix="--")) from error
+        raise ConfigError(explain(kind, str(error), program, option_prefix="--")) from error
 
 
 def fill_flags(kind: type[Any], arguments: Sequence[str]) -> list[str]:
@@ -250,7 +259,7 @@ def from_dict[C](kind: type[C], options: Mapping[str, Any], where: str) -> C:
     try:
         return instantiate(kind, options)
     except ConfigError as error:
-        raise ConfigError(f"{where}{': ' if str(error).startswith('missing') else '.'}{error}") from error
+        raise ConfigError(f"{where}{': ' if isinstance(error, MissingError) else '.'}{error}") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -258,10 +267,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
+def explain(kind: type[Any], message: str, program: str = "mpo", option_prefix: str = "") -> str:
     """A parser's message as one sentence: the option, its value, and the rule.
 
     Args:
+        program: the command, for a pointer to its help
         option_prefix: prefix of the option's name where the user wrote it
     """
     if match := re.match(r"unrecognized arguments: (\S+)", message):
@@ -270,7 +280,8 @@ def explain(kind: type[Any], message: str, option_prefix: str = "") -> str:
         name = match[1].partition("=")[0]
         return f"{name}: {unknown_option(kind, name.lstrip('-'), option_prefix)}"
     if match := re.match(r"the following arguments are required: (.+)", message):
-        return f"missing: {', '.join(option_prefix + name for name in match[1].split(', '))}; `--help` explains them."
+        names = [option_prefix + name for name in match[1].split(", ")]
+        return f"{_required(names)}; `{program} --help` explains {'it' if len(names) == 1 else 'them'}."
     key, value = re.match(r'Parser key "([^"]+)"', message), re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
     if key and (section_of(options_of(kind).get(key[1])) is not None or "Unable to load config" in message):
         name = key[1]

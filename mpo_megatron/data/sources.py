@@ -102,6 +102,11 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
+def _one_line(error: Exception) -> str:
+    """A library's message without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRow]:
     """The rows; a read error names the line before it."""
     number = 0
@@ -110,7 +115,7 @@ def _guarded(path: Path, rows: Callable[[], Iterator[RawRow]]) -> Iterator[RawRo
             number = row.line
             yield row
     except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = getattr(error, "strerror", None) or _one_line(error)
         raise DataError(f"{path}: cannot be read after line {number}: {reason}; damaged or truncated: copy it again.") from error
 
 
@@ -168,7 +173,7 @@ def _read_json(path: Path) -> Source:
             "objects; if it holds one object a line, name it .jsonl."
         ) from error
     except (RecursionError, ValueError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
-        raise DataError(f"{path}: not usable JSON: {error}.") from error
+        raise DataError(f"{path}: not usable JSON: {_one_line(error)}.") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: holds one {type(rows).__name__}; a .json file must hold one list of objects.")
     return Source(len(rows), (RawRow(str(path), number, row) for number, row in enumerate(rows, start=1)))
@@ -214,7 +219,7 @@ def _read_parquet(path: Path) -> Source:
     try:
         file = pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+        raise DataError(f"{path}: not a readable Parquet file: {_one_line(error)}; copy it again.") from error
 
     def rows() -> Iterator[RawRow]:
         number = 0
@@ -224,7 +229,7 @@ def _read_parquet(path: Path) -> Source:
                     number += 1
                     yield RawRow(str(path), number, value)
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: damaged after row {number}: {error}") from error
+            raise DataError(f"{path}: damaged after row {number}: {_one_line(error)}; copy it again.") from error
 
     return Source(file.metadata.num_rows, rows())
 
@@ -242,23 +247,23 @@ def _is_readable(path: Path) -> bool:
     return _kind(path) in _READERS and (_kind(path) != ".parquet" or path.suffix == ".parquet")
 
 
-def _read_file(path: Path) -> Source:
+def _read_file(path: Path, option: str) -> Source:
     if not _is_readable(path):
         raise DataError(
-            f"input = {path}; the suffix must be one of {', '.join(_READERS)}, for text also with {', '.join(_COMPRESSED)} "
+            f"{option} = {path}; the suffix must be one of {', '.join(_READERS)}, for text also with {', '.join(_COMPRESSED)} "
             "after it; rename or convert it."
         )
     try:
         return _READERS[_kind(path)](path)
     except OSError as error:
-        raise DataError(f"input = {path}; cannot be read: {error.strerror or error}.") from error
+        raise DataError(f"{option} = {path}; cannot be read: {error.strerror or error}.") from error
 
 
-def _read_files(files: list[Path], name: str) -> Source:
+def _read_files(files: list[Path], name: str, option: str) -> Source:
     """Rows of files of one kind, in order; each file is opened when reached."""
     if len({_kind(path) for path in files}) > 1:
-        raise DataError(f"input = {name}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one.")
-    sources = [_read_file(path) for path in files]
+        raise DataError(f"{option} = {name}; it holds files of several kinds ({files[0].name} … {files[-1].name}); name one.")
+    sources = [_read_file(path, option) for path in files]
     totals = [source.total for source in sources]
     total = None if None in totals else sum(count for count in totals if count is not None)
     return Source(total, itertools.chain.from_iterable(source.rows for source in sources))
@@ -267,19 +272,23 @@ def _read_files(files: list[Path], name: str) -> Source:
 # --------------------------------------------------------------------------------------------------- any input
 
 
-def open_source(source: str, *, split: str = "train", subset: str | None = None) -> Source:
+def open_source(source: str, *, split: str = "train", subset: str | None = None, option: str = "input") -> Source:
     """Decoded rows of an input.
 
+    Args:
+        option: name of the option that names the input, for messages
     Raises:
         DataError: as `open_undecoded`.
     """
-    total, rows = open_undecoded(source, split=split, subset=subset)
+    total, rows = open_undecoded(source, split=split, subset=subset, option=option)
     return Source(total, (row.decode() for row in rows))
 
 
-def open_undecoded(source: str, *, split: str = "train", subset: str | None = None) -> Source:
+def open_undecoded(source: str, *, split: str = "train", subset: str | None = None, option: str = "input") -> Source:
     """Rows of standard input (`-`), a file, a glob pattern, a folder, or a dataset on the hub.
 
+    Args:
+        option: name of the option that names the input, for messages
     Raises:
         DataError: there is nothing readable.
     """
@@ -288,31 +297,31 @@ def open_undecoded(source: str, *, split: str = "train", subset: str | None = No
     if source == STANDARD_INPUT or path.is_file() or is_pattern:
         for name, value, default in (("split", split, "train"), ("subset", subset, None)):
             if value != default:
-                raise DataError(f"{name} = {value}; input = {source} is one file, which is read as a whole; remove {name}.")
+                raise DataError(f"{name} = {value}; {option} = {source} is one file, which is read as a whole; remove {name}.")
     if source == STANDARD_INPUT:
         return Source(None, _decode_lines(sys.stdin.buffer, "standard input"))
     if path.is_file():
-        return _read_file(path)
+        return _read_file(path, option)
     if is_pattern:
         files = sorted(Path(name) for name in glob.glob(source, recursive=True) if Path(name).is_file())
         if not files:
-            raise DataError(f"input = {source}; no file matches this pattern.")
-        return _read_files(files, source)
+            raise DataError(f"{option} = {source}; no file matches this pattern.")
+        return _read_files(files, source, option)
     if path.is_dir():
-        return _open_folder(path, split, subset)
+        return _open_folder(path, split, subset, option)
     if _is_readable(path) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise DataError(f"input = {source}; no such file or folder.")
-    return _load_dataset(source, split, subset)
+        raise DataError(f"{option} = {source}; no such file or folder.")
+    return _load_dataset(source, split, subset, option)
 
 
-def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
+def _open_folder(folder: Path, split: str, subset: str | None, option: str) -> Source:
     from datasets import DatasetDict, load_from_disk  # slow to import, and not needed for files
 
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         try:
             dataset = load_from_disk(str(folder))
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise DataError(f"input = {folder}: datasets cannot read it: {error}; copy it again.") from error
+            raise DataError(f"{option} = {folder}: datasets cannot read it: {_one_line(error)}; copy it again.") from error
         if isinstance(dataset, DatasetDict):
             if split not in dataset:
                 raise DataError(f"split = {split}; {folder} has the splits {', '.join(dataset)}; choose one.")
@@ -320,13 +329,13 @@ def _open_folder(folder: Path, split: str, subset: str | None) -> Source:
         return _read_dataset(dataset, str(folder))
     if (folder / INFO_FILE).is_file():
         raise DataError(
-            f"input = {folder}; it holds groups that are prepared already ({INFO_FILE}); train on them with "
+            f"{option} = {folder}; it holds groups that are prepared already ({INFO_FILE}); train on them with "
             f"`mpo train --data.train {folder}`, or name the file that they were made from."
         )
     files = sorted(path for path in folder.iterdir() if path.is_file() and _is_readable(path))
     if not files or subset is not None or (folder / "README.md").is_file():
-        return _load_dataset(str(folder), split, subset)
-    return _read_files(_files_of_split(files, split), str(folder))
+        return _load_dataset(str(folder), split, subset, option)
+    return _read_files(_files_of_split(files, split), str(folder), option)
 
 
 def _files_of_split(files: list[Path], split: str) -> list[Path]:
@@ -357,7 +366,7 @@ def _files_of_split(files: list[Path], split: str) -> list[Path]:
     return chosen
 
 
-def _load_dataset(name: str, split: str, subset: str | None) -> Source:
+def _load_dataset(name: str, split: str, subset: str | None, option: str) -> Source:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
@@ -365,7 +374,9 @@ def _load_dataset(name: str, split: str, subset: str | None) -> Source:
         dataset = load_dataset(name, subset, split=split)
     except (DatasetsError, ValueError, OSError) as error:
         where = "" if Path(name).exists() else "; no such file or folder here, and as a name on the hub"
-        raise DataError(f"input = {name}{where}, subset = {subset}, split = {split}; datasets cannot load it: {error}") from error
+        raise DataError(
+            f"{option} = {name}{where}, subset = {subset}, split = {split}; datasets cannot load it: {_one_line(error)}"
+        ) from error
     return _read_dataset(dataset, f"{name}[{split}]")
 
 

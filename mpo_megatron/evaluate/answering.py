@@ -90,8 +90,8 @@ def ask(
 def find_answers(candidate: str) -> Path:
     """The file of samples of a candidate that is not a model."""
     if (Path(candidate) / SCORED_FILE).is_file():
-        return find_lines(candidate, SCORED_FILE, SCORE_FILE)
-    return find_lines(candidate, SAMPLES_FILE, GENERATE_FILE)
+        return find_lines(candidate, SCORED_FILE, SCORE_FILE, "candidate")
+    return find_lines(candidate, SAMPLES_FILE, GENERATE_FILE, "candidate")
 
 
 def _missing(config: EvaluateConfig, benchmark: Benchmark, question: Question, turn: int) -> str:

@@ -71,7 +71,7 @@ def find_scored(config: EvaluateConfig, role: str, path: str) -> Path:
     """
     folder, whole = Path(config.output) / role, {"shard": "0/1"}  # the whole input, even in a task of a Slurm array
     if (Path(path) / SCORED_FILE).is_file():
-        return find_lines(path, SCORED_FILE, SCORE_FILE)
+        return find_lines(path, SCORED_FILE, SCORE_FILE, role)
     if Path(path).is_file() and has_rewards(Path(path)):
         return Path(path)
     if is_model(path):

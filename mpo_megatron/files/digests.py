@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import xxhash
@@ -249,11 +249,28 @@ def require_list(folder: Path) -> dict[str, Entry]:
 
 
 def _entries(path: Path) -> dict[str, Entry]:
-    content = unseal(path)
-    try:
-        return {name: (int(size), digests) for name, (size, digests) in content.get("files", {}).items()}
-    except (TypeError, ValueError, AttributeError) as error:
-        raise DamagedError(f"{path}: another version wrote it: its list of files has an unknown form; {AGAIN}.") from error
+    return entries_of(unseal(path), path)
+
+
+def entries_of(content: Mapping[str, Any], path: Path) -> dict[str, Entry]:
+    """The list of files in the content of a sealed file.
+
+    Raises:
+        DamagedError: it has another form, or names a file outside the folder.
+    """
+    files = content.get("files", {})
+    entries = [(name, *entry) for name, entry in files.items() if _is_entry(name, entry)] if isinstance(files, dict) else []
+    if not isinstance(files, dict) or len(entries) != len(files):
+        raise DamagedError(f"{path}: another version wrote it: its list of files has an unknown form; {AGAIN}.")
+    return {name: (size, digests) for name, size, digests in entries}
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    if not isinstance(entry, list) or len(entry) != 2 or PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+        return False
+    size, digests = entry
+    texts = digests if isinstance(digests, list) else [digests]
+    return type(size) is int and size >= 0 and all(isinstance(text, str) for text in texts)
 
 
 def check_pieces(folder: Path, files: Files, *, part: int = 0, parts: int = 1) -> None:

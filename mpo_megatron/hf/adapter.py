@@ -7,9 +7,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config import require
 from mpo_megatron.families.adapters import Adapter
-from mpo_megatron.hf.identity import ADAPTER_FILE, is_adapter_folder, read_adapter_file, weights_digest
+from mpo_megatron.files.objects import build_record
+from mpo_megatron.hf.identity import ADAPTER_FILE, COPY, is_adapter_folder, read_adapter_file, weights_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,11 @@ def read_adapter(folder: Path) -> AdapterRecord:
     Raises:
         ConfigError: it is damaged, or not in this version's format.
     """
-    content = read_adapter_file(folder)
-    try:
-        shape = content.pop("adapter")
-        return AdapterRecord(adapter=Adapter(**{**shape, "target_modules": tuple(shape["target_modules"])}), **content)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{folder / ADAPTER_FILE}: does not parse ({error!r}); copy the adapter again.") from error
+    content, path = read_adapter_file(folder), folder / ADAPTER_FILE
+    adapter = build_record(Adapter, content.get("adapter"), path, COPY)
+    require(adapter.rank >= 1 and adapter.alpha > 0, f"{path}: rank = {adapter.rank}, alpha = {adapter.alpha}; {COPY}.")
+    require(bool(adapter.target_modules), f"{path}: target_modules names no layer; {COPY}.")
+    return build_record(AdapterRecord, {**content, "adapter": adapter}, path, COPY)
 
 
 def find_base(folder: Path, record: AdapterRecord, other: str | None, option: str) -> Path:

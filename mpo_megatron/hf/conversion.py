@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mpo_megatron.config import ConfigError
+from mpo_megatron.config import ConfigError, require
 from mpo_megatron.files.digests import check_file
+from mpo_megatron.files.objects import build_record, read_object
 
 
 class CheckpointError(ConfigError):
@@ -48,10 +48,13 @@ def load_conversion(folder: str | Path) -> Conversion:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; it is part of a Megatron checkpoint folder: convert or copy it again.")
     check_file(path)
-    try:
-        return Conversion(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: does not parse ({error}); convert or copy it again.") from error
+    remedy = "convert or copy it again"
+    found = build_record(Conversion, read_object(path, remedy), path, remedy)
+    require(
+        0 < found.vocab_size <= found.padded_vocab_size,
+        f"{path}: vocab_size = {found.vocab_size}, padded_vocab_size = {found.padded_vocab_size}; {remedy}.",
+    )
+    return found
 
 
 VOCAB_MULTIPLE = 128

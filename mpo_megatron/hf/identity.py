@@ -10,12 +10,15 @@ from typing import Any
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.files import digests
+from mpo_megatron.files.objects import read_object
 from mpo_megatron.hf.conversion import load_conversion
 
 PEFT_CONFIG = "adapter_config.json"
 """PEFT's file that describes an adapter."""
 PEFT_WEIGHTS = "adapter_model.safetensors"
 """PEFT's file of an adapter's matrices."""
+COPY = "copy the adapter again"
+"""The remedy for a damaged file of an adapter."""
 ADAPTER_FILE = "adapter.json"
 """Additional file of a folder with an adapter alone; `hf.adapter` parses it."""
 
@@ -33,11 +36,7 @@ def read_adapter_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / ADAPTER_FILE
     digests.check_file(path)
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: does not parse ({error}); copy the adapter again.") from error
-    return content
+    return read_object(path, COPY)
 
 
 def weights_digest(folder: Path) -> str:
@@ -101,6 +100,6 @@ def _read_peft_field[Field](folder: Path, name: str, read: Callable[[Any], Field
     path = folder / PEFT_CONFIG
     digests.check_file(path)
     try:
-        return read(json.loads(path.read_bytes())[name])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path}: field {name} is missing or damaged ({error!r}); copy the adapter again.") from error
+        return read(read_object(path, COPY)[name])
+    except (OSError, OverflowError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: field {name} is missing or damaged ({error!r}); {COPY}.") from error

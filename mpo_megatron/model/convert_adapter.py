@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mpo_megatron.config import ConfigError, require
+from mpo_megatron.config.values import check_value
 from mpo_megatron.families import Family, load_family
 from mpo_megatron.families.adapters import (
+    ADAPTER,
     OUTPUT_LAYER,
     PEFT_PREFIX,
     Adapter,
@@ -28,6 +30,7 @@ from mpo_megatron.families.adapters import (
 )
 from mpo_megatron.families.rules import TEXT_MODEL, output_rule
 from mpo_megatron.files import digests
+from mpo_megatron.files.objects import read_object
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
 from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, vllm_refuses, weights_digest
@@ -130,18 +133,20 @@ def check_output_copy(source: Path, base: Path, read: Callable[[int, int], Tenso
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
+    settings = read_object(path, "copy or download it again")
     try:
-        settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         kind, rank, alpha = settings["peft_type"], settings["r"], settings["lora_alpha"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
         raise CheckpointError(
             f"{path}: not the configuration of a LoRA adapter ({error!r}); copy or download it again."
         ) from error
     require(kind == "LORA", f"{path}: peft_type = {kind}; only LORA is read.")
-    require(
-        isinstance(rank, int) and rank >= 1 and isinstance(alpha, int | float) and alpha > 0,
-        f"{path}: r = {rank}, lora_alpha = {alpha}; both must be positive.",
-    )
+    for name, expected in (("r", int), ("lora_alpha", float), ("use_rslora", bool)):
+        try:
+            check_value(expected, settings.get(name, False), name)
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+    require(rank >= 1 and alpha > 0, f"{path}: r = {rank}, lora_alpha = {alpha}; both must be positive.")
     start = settings.get("init_lora_weights")
     require(
         start in KEEPS_BASE,
@@ -198,9 +203,15 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
     digests.check_folder(source, weights=False)
     record = read_adapter(source)
     checkpoint = CheckpointReader(source / "megatron")
+    slices = build_adapter_map(load_family(source / "hf"), record.adapter, load_conversion(source).padded_vocab_size)
+    keys = {item.key for item in slices}
+    unknown = [key for key in checkpoint.tensors if ADAPTER in key and not key.startswith("optimizer.") and key not in keys]
+    require(
+        not unknown,
+        f"{source}: the checkpoint holds {', '.join(unknown[:1])}, which adapter.json does not name; copy it again.",
+    )
     matrices = {}
-    padded = load_conversion(source).padded_vocab_size
-    for item in build_adapter_map(load_family(source / "hf"), record.adapter, padded):
+    for item in slices:
         entry = checkpoint.tensors.get(item.key)
         require(entry is not None, f"{source}: the adapter's weight {item.key} is missing; copy the checkpoint again.")
         assert entry is not None
@@ -243,6 +254,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
         original = source / ORIGINAL / PEFT_CONFIG
         if original.is_file():
+            _check_original(original, record.adapter)
             (folder / PEFT_CONFIG).write_bytes(original.read_bytes())
         else:
             settings = peft_settings(record.adapter, base_name or record.base)
@@ -250,6 +262,21 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         copy_side_files(source / "hf", folder)
         (folder / "config.json").unlink()  # with it, the folder would look like a whole model
         digests.write_list(folder)
+
+
+def _check_original(path: Path, adapter: Adapter) -> None:
+    """Check that the original adapter_config.json describes the adapter; otherwise PEFT would compute something else.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    settings = _read_settings(path)
+    found = settings["r"], settings["lora_alpha"], settings.get("use_rslora", False)
+    expected = adapter.rank, adapter.alpha, adapter.rslora
+    require(
+        found == expected,
+        f"{path}: r, lora_alpha and use_rslora are {found}, but {expected} according to {ADAPTER_FILE}; copy the folder again.",
+    )
 
 
 def peft_settings(adapter: Adapter, base_name: str) -> dict[str, Any]:

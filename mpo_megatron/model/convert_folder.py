@@ -27,6 +27,8 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgp
 """Files of a Hugging Face folder that are weights, in any format."""
 MAX_CHUNK_BYTES = 128 * 2**20
 """Largest piece of a tensor read, written or stored at once; memory use is a small multiple of it."""
+OBJECTS = ("config.json", "generation_config.json", "tokenizer_config.json")
+"""JSON files of a Hugging Face folder that hold objects; a run writes some of them again."""
 
 
 def find_megatron_checkpoint(source: Path) -> Path | None:
@@ -76,9 +78,13 @@ def side_files(source: Path) -> list[Path]:
 def _check_json(path: Path) -> None:
     if path.suffix == ".json":
         try:
-            json.loads(path.read_bytes())
+            content = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: does not parse ({error}); copy or download it again.") from error
+        require(
+            isinstance(content, dict) or path.name not in OBJECTS,
+            f"{path}: holds a {type(content).__name__}, not an object; copy or download it again.",
+        )
 
 
 def set_config_dtype(path: Path, dtype: str) -> None:

@@ -110,7 +110,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_bytes())["weight_map"]
         complete = bool(index) and all(isinstance(item, str) for pair in index.items() for item in pair)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors index ({error!r}); copy or download it again.") from error
     require(complete, f"{path}: weight_map names no files; copy or download it again.")
     for file in set(index.values()):

@@ -16,14 +16,16 @@ PARTS = {
     "weights": ("weights", "weights"),
     "gradients": ("grads", "gradients"),
     "optimizer": ("optim.", "optimizer states"),
-    "activations": ("kept", "activations"),
-    "working": ("work", "working memory at the peak"),
+    "activations": ("activ.", "activations"),
+    "working": ("working", "working memory at the peak"),
     "reference": ("ref.", "the reference model"),
     "asleep": ("engine", "a sleeping engine"),
-    "sampling": ("awake", "the engine while it samples, in place of activations and working memory"),
+    "sampling": ("sampling", "the engine while it samples, in place of activations and working memory"),
     "overhead": ("other", "memory of the GPU's libraries"),
 }
 """Parts of a rank's memory by field name: column title, and description."""
+OPTIONAL = ("reference", "asleep", "sampling")
+"""Parts that only some runs have."""
 
 
 def print_problem(console: Console, problem: Workload, config: PlanConfig) -> None:
@@ -48,27 +50,32 @@ def describe_adapter(problem: Workload) -> str:
 
 
 def print_memory(console: Console, problem: Workload, candidate: Candidate) -> None:
-    """Print GiB per rank for each stage."""
+    """Print GiB per rank for each stage, and the meaning of the columns."""
     table = Table(title=f"GiB on each rank: {candidate.describe()}")
-    for name in ("stage", "param.", *(short for short, _ in PARTS.values()), "peak", "rows", "peak at"):
+    parts = [name for name in PARTS if name not in OPTIONAL or any(getattr(stage, name) for stage in candidate.stages)]
+    for name in ("stage", "param.", *(PARTS[part][0] for part in parts), "peak", "rows", "peak at"):
         table.add_column(name, justify="right", no_wrap=name != "peak at")
     for stage in candidate.stages:
         style = None if stage.total <= problem.limit else "red"
         table.add_row(
             str(stage.stage),
             f"{stage.parameters / 1e9:.2f} G",
-            *(f"{getattr(stage, name) / GIB:.2f}" for name in PARTS),
+            *(f"{getattr(stage, name) / GIB:.2f}" for name in parts),
             f"{stage.total / GIB:.2f}",
             f"{stage.rows_in_flight:g}",
             stage.moment,
             style=style,
         )
     console.print(table)
+    meanings = "; ".join(f"{short}: {long}" for short, long in (PARTS[part] for part in parts) if short != long)
+    console.print(
+        f"param.: parameters; {meanings}; peak: the sum of the parts that exist at one time; rows: in flight at that time",
+        soft_wrap=True,
+    )
     last = candidate.stages[-1]
     buffers = f"; all-to-all buffers {last.all_to_all / GIB:.2f} GiB" if last.all_to_all else ""
     console.print(
-        f"{problem.limit / GIB:.1f} GiB are available; `rows`: in flight at the same time; "
-        f"a chunk of log-probs: {last.log_probs / GIB:.2f} GiB{buffers}",
+        f"{problem.limit / GIB:.1f} GiB are available; a chunk of log-probs: {last.log_probs / GIB:.2f} GiB{buffers}",
         soft_wrap=True,
     )
 

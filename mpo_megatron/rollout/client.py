@@ -42,8 +42,11 @@ _FATAL = {401, 403, 404, 405}
 """Statuses that concern every request, not only this one."""
 _MIN_LOST = 8
 """A server counts as down after this many consecutive lost requests, and at least as many as run concurrently."""
-_VERSION = re.compile(r"|@.+|[-:](latest|main|\d{3,}(-\d{2}){0,2})")
-"""What may follow a model's name in that of one of its versions."""
+_MONTH, _DAY = "(0[1-9]|1[0-2])", "(0[1-9]|[12][0-9]|3[01])"
+_DATE = rf"(20\d\d-?)?{_MONTH}-?{_DAY}|2\d{_MONTH}({_DAY})?|20\d\d-?{_MONTH}"
+"""The dates in models' names: 2024-08-06, 20241022, 0613, 2411, 250528."""
+_VERSION = re.compile(rf"|@.+|[-:](latest|main|00\d|{_DATE})")
+"""What may follow a model's name in that of one of its versions; 001 is Google's."""
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 """Control characters in a server's text, which must not reach a terminal or a log."""
 
@@ -327,9 +330,9 @@ class _Tally:
 
 
 def _is_version(served: str, requested: str) -> bool:
-    """Whether a served name is the requested one, or one of its versions: with a date, a number of 3 digits or more, a revision.
+    """Whether a served name is the requested one, or one of its versions: with a date, a number such as 001, or a revision.
 
-    `gpt-4o-mini` is no version of `gpt-4o`, nor `model-7b-instruct` of `model-7b`.
+    `gpt-4o-mini` is no version of `gpt-4o`, nor `model-7b-instruct` or `model-7b-123` of `model-7b`.
     """
     found, name = _last_part(served), _last_part(requested)
     name = name.removesuffix(":latest").removesuffix("-latest") or name

@@ -65,7 +65,7 @@ def base_folder(folder: Path) -> Path:
     check_file(path)
     try:
         name = json.loads(path.read_bytes())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path}: names no base model ({error!r}); copy the adapter again.") from error
     require(
         isinstance(name, str) and Path(name).is_dir(),

@@ -129,7 +129,7 @@ def _read_rows(source: str) -> Iterator[tuple[str, Record | Rejection]]:
     if (Path(source) / INFO_FILE).is_file():
         yield from _read_prepared(Path(source))
         return
-    rows = iter(open_source(source).rows)
+    rows = iter(open_source(source, option="prompts").rows)
     head = list(itertools.islice(rows, _SAMPLE))
     layout = _detect(head)
     for row in itertools.chain(head, rows):

@@ -256,13 +256,14 @@ def digest_lines(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find_lines(source: str | Path, name: str, summary: str) -> Path:
+def find_lines(source: str | Path, name: str, summary: str, option: str = "input") -> Path:
     """The file of group lines at `source`, or in the finished stage folder `source`.
 
     Args:
         source: a .jsonl file, or a stage's output folder
         name: the stage's file, for example `samples.jsonl`
         summary: the file that appears when the stage is complete
+        option: name of the option that names the source, for messages
     Raises:
         DataError: neither exists, or the stage is not finished.
     """
@@ -270,11 +271,13 @@ def find_lines(source: str | Path, name: str, summary: str) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise DataError(f"input = {source}; no such file or folder.")
+        raise DataError(f"{option} = {source}; no such file or folder.")
     if not (path / name).is_file():
-        raise DataError(f"input = {source}; it holds no {name}; name the previous stage's folder, or a .jsonl file.")
+        raise DataError(f"{option} = {source}; it holds no {name}; name the previous stage's folder, or a .jsonl file.")
     if not (path / summary).is_file():
-        raise DataError(f"input = {source}; {name} is not complete: {summary} is missing; run the command that writes it again.")
+        raise DataError(
+            f"{option} = {source}; {name} is not complete: {summary} is missing; run the command that writes it again."
+        )
     return path / name
 
 

@@ -37,6 +37,8 @@ from mpo_megatron.config import (
     validate_unused,
 )
 from mpo_megatron.config.checks import find_change
+from mpo_megatron.config.iterate import STAGES
+from mpo_megatron.config.names import check_options
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.config.sections import has_option
 from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
@@ -184,6 +186,8 @@ def build_round(config: IterateConfig, number: int) -> Round:
     output = Path(config.output)
     folder, policy = output / "rounds" / f"{number:02d}", output / "policies" / f"{number - 1:02d}"
     options = options_of_round(config, number)
+    for stage, given in options.items():
+        check_options(STAGES[stage], given, stage)
     fill(options["generate"], prompts=output / "prompts" / f"round-{number:02d}.jsonl", model=policy / "hf")
     fill(options["generate"], output=folder / "samples", shard="0/1")  # the whole input, even in a task of a Slurm array
     fill(options["score"], input=folder / "samples", output=folder / "scored", shard="0/1")

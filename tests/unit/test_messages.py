@@ -42,8 +42,11 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("trian", "mpo: there is no command 'trian'; did you mean train? `mpo --help` lists them."),
         ("xyz", "mpo: there is no command 'xyz'; `mpo --help` lists them."),
-        ("prepare", "mpo prepare: missing: --input, --output, --tokenizer; `--help` explains them."),
-        ("train --output run", "mpo train: missing: --model.checkpoint, --data.train; `--help` explains them."),
+        ("prepare", "mpo prepare: --input, --output, --tokenizer: required, but not given; `mpo prepare --help` explains them."),
+        (
+            "train --output run",
+            "mpo train: --model.checkpoint, --data.train: required, but not given; `mpo train --help` explains them.",
+        ),
         ("convert in out", "mpo convert: in: write options as --name value."),
         ("convert --input i --output o --max_shard 3", "--max_shard: there is no such option; did you mean --max_shard_gib?"),
         ("train --lr 1", "mpo train: --lr: there is no such option; did you mean --optimizer.lr?"),

@@ -24,7 +24,8 @@ from typing import Any
 
 from mpo_megatron.config import CheckpointConfig, ConfigError
 from mpo_megatron.files.atomic import sync
-from mpo_megatron.files.digests import STATE, DamagedError, check_pieces, seal_sorted, unseal
+from mpo_megatron.files.digests import STATE, DamagedError, check_pieces, entries_of, seal_sorted, unseal
+from mpo_megatron.files.objects import build_record
 
 FORMAT = 1
 """Format of `state.json`; others are refused."""
@@ -91,7 +92,9 @@ def read_state(folder: Path) -> tuple[RunState, StepFiles]:
         raise ConfigError(
             f"{path}: has format {found}, but this version of mpo_megatron reads format {FORMAT}; use the version that wrote it."
         )
-    return RunState(**content["state"]), {name: (entry[0], entry[1]) for name, entry in content["files"].items()}
+    remedy = "copy the checkpoint again, or use an older one"
+    state = build_record(RunState, content.get("state"), path, remedy)
+    return state, {name: (size, str(digest)) for name, (size, digest) in entries_of(content, path).items()}
 
 
 def check_files(folder: Path, *, part: int = 0, parts: int = 1) -> None:

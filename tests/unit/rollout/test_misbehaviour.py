@@ -265,6 +265,9 @@ NAMES = [
     ("Qwen3-8B-Base", "Qwen3-8B", False),
     ("gpt-4o-2024-08-06", "gpt-4o-2024-05-13", False),
     ("qwen2.5", "qwen2", False),
+    *((f"gemini-1.5-pro-{version}", "gemini-1.5-pro", True) for version in ("001", "002", "latest")),
+    *((f"gpt-4-{date}", "gpt-4", True) for date in ("0613", "1106", "20240409", "2024-04-09", "2404", "240409", "2024-04")),
+    *((f"model-7b-{number}", "model-7b", False) for number in ("123", "1234", "32768", "100000", "20241399", "8192", "256")),
     ("-latest", "m", False),
 ]
 
