@@ -138,6 +138,14 @@ def test_repeating_it_runs_nothing_and_shows_the_end_again(inputs: Path, aligned
     assert f"mpo chat {aligned} --beside {inputs / 'model'}" in output.getvalue()
 
 
+@pytest.mark.parametrize("held_out", [None, 2])
+def test_missing_inputs_are_named_by_their_option(inputs: Path, tmp_path: Path, held_out: int | None) -> None:
+    with pytest.raises(DataError, match=r"^data = nothing; no such file or folder"):
+        align(settings(inputs, tmp_path / "out", data=["nothing"], held_out=held_out), QUIET)
+    with pytest.raises(ConfigError, match=r"^train: model is a section"):
+        settings(inputs, tmp_path / "out", train={"model": 5})
+
+
 @pytest.mark.distributed
 def test_an_unfinished_stage_takes_other_options(inputs: Path, aligned: Path, tmp_path: Path) -> None:
     """Nothing that a failed stage needs is known before it fails."""

@@ -92,7 +92,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_options(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Required options are given, unless the message is about them."""
     given = arguments.split()
-    assert main(given + (TRAIN if given[0] == "train" and "missing" not in message else [])) == 2
+    assert main(given + (TRAIN if given[0] == "train" and "required" not in message else [])) == 2
     printed = capsys.readouterr()
     assert message in printed.err
     assert printed.err.count("\n") == 1
