@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from mpo_megatron.config import LoraConfig, require
@@ -30,6 +31,11 @@ PEFT_EXPERTS = ("qwen3_moe", "mixtral")
 OUTPUT_LAYER = OUTPUT.removesuffix(".weight")
 """Name of the output layer, which no group includes. Even if it is tied to the embedding, the adapter is its own, as in PEFT: the
 embedding keeps its weights."""
+
+VLLM_OUTPUT_LAYERS = ("llama", "mixtral", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text")
+"""Model types whose classes in vLLM 0.33 have the output layer among their `embedding_modules`."""
+VLLM_OUTPUT_ROWS = 258_048
+"""Largest vocabulary of an output layer with an adapter in vLLM (LogitsProcessorWithLoRA)."""
 
 MIXERS = (".self_attn.", ".linear_attn.")
 """Parts of Hugging Face names of token-mixing layers: the group `attention`. All other layers are the MLP's."""
@@ -186,3 +192,18 @@ def peft_misses_experts(family: Family, adapter: Adapter) -> bool:
     """Whether PEFT ignores the adapter's matrices of experts: it renames them to its own for some model types only."""
     leaves = {leaf(name) for rule in family.rules if rule.experts is not None and rule.linear for name in rule.parts}
     return family.config.model_type not in PEFT_EXPERTS and not leaves.isdisjoint(adapter.target_modules)
+
+
+def vllm_refuses(family: Family, targets: Collection[str]) -> str | None:
+    """Why vLLM 0.33 cannot load an adapter of these layers; None if it can.
+
+    Its layer `in_proj_qkvz` takes a missing adapter of `in_proj_qkv` for that of the whole layer (expand_packed_lora).
+    """
+    model_type, vocab_size = family.config.model_type, family.vocab_size
+    if OUTPUT_LAYER in targets and model_type not in VLLM_OUTPUT_LAYERS:
+        return f"an adapter of lm_head with model type {model_type}"
+    if OUTPUT_LAYER in targets and vocab_size > VLLM_OUTPUT_ROWS:
+        return f"an adapter of lm_head with {vocab_size} rows, more than {VLLM_OUTPUT_ROWS}"
+    if "in_proj_z" in targets and "in_proj_qkv" not in targets:
+        return "an adapter of in_proj_z without one of in_proj_qkv"
+    return None

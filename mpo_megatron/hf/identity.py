@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,29 +71,6 @@ def adapter_targets(folder: Path) -> frozenset[str]:
         ConfigError: it is damaged.
     """
     return _read_peft_field(folder, "target_modules", lambda value: frozenset([value] if isinstance(value, str) else value))
-
-
-VLLM_OUTPUT_LAYERS = ("llama", "mixtral", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text")
-"""Model types whose classes in vLLM 0.33 have the output layer among their `embedding_modules`."""
-VLLM_OUTPUT_ROWS = 258_048
-"""Largest vocabulary of an output layer with an adapter in vLLM (LogitsProcessorWithLoRA)."""
-
-
-def vllm_refuses(targets: Collection[str], model_type: str, vocab_size: int) -> str | None:
-    """Why vLLM 0.33 cannot load an adapter of these layers; None if it can.
-
-    Its layer `in_proj_qkvz` takes a missing adapter of `in_proj_qkv` for that of the whole layer (expand_packed_lora).
-
-    Args:
-        model_type: that of the text model
-    """
-    if "lm_head" in targets and model_type not in VLLM_OUTPUT_LAYERS:
-        return f"an adapter of lm_head with model type {model_type}"
-    if "lm_head" in targets and vocab_size > VLLM_OUTPUT_ROWS:
-        return f"an adapter of lm_head with {vocab_size} rows, more than {VLLM_OUTPUT_ROWS}"
-    if "in_proj_z" in targets and "in_proj_qkv" not in targets:
-        return "an adapter of in_proj_z without one of in_proj_qkv"
-    return None
 
 
 def _read_peft_field[Field](folder: Path, name: str, read: Callable[[Any], Field]) -> Field:

@@ -27,13 +27,14 @@ from mpo_megatron.families.adapters import (
     adaptable_modules,
     leaf,
     peft_misses_experts,
+    vllm_refuses,
 )
 from mpo_megatron.families.rules import TEXT_MODEL, output_rule
 from mpo_megatron.files import digests
 from mpo_megatron.files.objects import read_object
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import CheckpointError, load_conversion
-from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, vllm_refuses, weights_digest
+from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, weights_digest
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.odd_values import OddValues
@@ -245,7 +246,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
             "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
             file=sys.stderr,
         )
-    reason = vllm_refuses(record.adapter.target_modules, family.config.model_type, family.vocab_size)
+    reason = vllm_refuses(family, record.adapter.target_modules)
     if reason is not None:
         text = f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
         print(visible(text), file=sys.stderr)

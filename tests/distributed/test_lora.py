@@ -57,6 +57,7 @@ def options(inputs: Path, output: Path, *more: str) -> list[str]:
         *("--data.groups_per_step", "8", "--data.row_tokens", "256", "--epochs", "2", "--eval_every", "0"),
         *("--optimizer.lr", "1e-2", "--loss.params.beta", "0.1", "--model.precision", "fp32", "--checkpoint.every", "1"),
         *("--checkpoint.keep", "10", "--lora.rank", "4", "--model.reference", "adapter_off"),
+        *("--lora.target_modules", "[all-linear, lm_head]"),
         *more,
     ]
 

@@ -15,7 +15,8 @@ from typing import Any
 from mpo_megatron.config import ConfigError, VllmConfig, require
 from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.families import load_family
-from mpo_megatron.hf.identity import adapter_rank, adapter_targets, vllm_refuses
+from mpo_megatron.families.adapters import vllm_refuses
+from mpo_megatron.hf.identity import adapter_rank, adapter_targets
 from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
@@ -42,10 +43,7 @@ class VllmEngine:
                 f"engine = vllm needs vLLM, but importing it failed ({error}): pip install 'mpo-megatron[rollout]', or set "
                 "engine = transformers."
             ) from error
-        reason = None
-        if adapter is not None:
-            family = load_family(folder)
-            reason = vllm_refuses(adapter_targets(adapter), family.config.model_type, family.vocab_size)
+        reason = None if adapter is None else vllm_refuses(load_family(folder), adapter_targets(adapter))
         require(
             reason is None,
             f"model: {reason}, which vLLM cannot load; set engine = transformers, or merge the adapter (mpo convert --merge "
