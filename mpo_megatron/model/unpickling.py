@@ -35,6 +35,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from mpo_megatron.hf.conversion import CheckpointError
+from mpo_megatron.terminal.visible import visible
 
 _CHECKPOINT = "torch.distributed.checkpoint"
 _ALLOWED = {
@@ -76,7 +77,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return pathlib.PurePosixPath
         if module == "torch" and isinstance(torch.__dict__.get(name), torch.dtype):
             return torch.__dict__[name]
-        raise UnsafePickleError(f"it names {module}.{name}")
+        raise UnsafePickleError(visible(f"it names {module}.{name}"))
 
 
 def read_metadata(folder: Path) -> Metadata:

@@ -145,3 +145,10 @@ def test_a_list_of_another_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "mpo_digests.json").write_bytes(digests.seal({"files": {"a": "no size"}}))
     with pytest.raises(digests.DamagedError, match=r"mpo_digests\.json: another version wrote it"):
         digests.read_list(tmp_path)
+
+
+def test_half_of_a_surrogate_pair_is_damage(tmp_path: Path) -> None:
+    path = tmp_path / "state.json"
+    path.write_bytes(digests.seal({"name": "a"}).replace(b'"a"', b'"\\ud800"'))
+    with pytest.raises(DamagedError, match=r"state.json: damaged or changed"):
+        digests.unseal(path)
