@@ -219,7 +219,7 @@ BAD_MEGATRON: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged metadata": (lambda folder: truncate(folder / "megatron/.metadata"), r".metadata: damaged"),
     "damaged data": (lambda folder: overwrite(folder / "megatron/__0_0.distcp"), r"the data of .* is damaged"),
     "no record": (lambda folder: (folder / "conversion.json").unlink(), r"conversion.json: no such file"),
-    "foreign record": (lambda folder: edit_record(folder, surprise=1), r"conversion.json: does not parse \(.*surprise"),
+    "foreign record": (lambda folder: edit_record(folder, surprise=1), "conversion.json: field surprise is unknown"),
     "no side files": (lambda folder: (folder / "hf/config.json").unlink(), r"hf/config.json: no such file"),
     "other vocabulary": (
         lambda folder: edit_record(folder, padded_vocab_size=2048),
