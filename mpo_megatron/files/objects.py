@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 from mpo_megatron.config import ConfigError, require
 from mpo_megatron.config.values import check_value, field_types
@@ -40,9 +40,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def build_record[Record](kind: type[Record], content: Any, path: Path, remedy: str) -> Record:
+def build_record[Record](kind: type[Record], content: Any, path: Path, remedy: str, *, measured: Collection[str] = ()) -> Record:
     """The dataclass whose fields a file holds; a list becomes a tuple where the field is one.
 
+    Args:
+        measured: fields with lists or objects of measured numbers, which may be NaN, infinite and of any size
     Raises:
         ConfigError: a field is missing, unknown, or of another type; ends with the remedy.
     """
@@ -53,6 +55,10 @@ def build_record[Record](kind: type[Record], content: Any, path: Path, remedy: s
         require(not names, f"{path}: field {min(names, default='')} {problem}; {remedy}.")
     values = {}
     for name, value in content.items():
+        if name in measured:
+            require(_holds_numbers(types[name], value), f"{path}: {name} holds something else than numbers; {remedy}.")
+            values[name] = value
+            continue
         is_tuple = types[name] == tuple[str, ...]
         try:
             check_value(list[str] if is_tuple else types[name], value, name)
@@ -60,6 +66,12 @@ def build_record[Record](kind: type[Record], content: Any, path: Path, remedy: s
             raise ConfigError(f"{path}: {str(error).rstrip('.')}; {remedy}.") from error
         values[name] = tuple(value) if is_tuple else value
     return kind(**values)
+
+
+def _holds_numbers(expected: Any, value: Any) -> bool:
+    if not isinstance(value, get_origin(expected)):
+        return False
+    return all(type(number) in (int, float) for number in (value.values() if isinstance(value, dict) else value))
 
 
 def _is_required(field: dataclasses.Field[Any]) -> bool:

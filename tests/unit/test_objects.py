@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ import pytest
 from mpo_megatron.config import ConfigError
 from mpo_megatron.config.values import field_types
 from mpo_megatron.families.adapters import Adapter
-from mpo_megatron.files.objects import read_object
+from mpo_megatron.files.objects import build_record, read_object
 from mpo_megatron.hf.adapter import AdapterRecord, read_adapter
 from mpo_megatron.hf.conversion import Conversion, load_conversion
+from mpo_megatron.train.checkpoints.step_folders import RunState
 from tests.damages import ODD
 
 ADAPTER = {"rank": 2, "alpha": 4.0, "rslora": False, "target_modules": ["o_proj"], "quantize": "none"}
@@ -83,3 +85,13 @@ def test_other_json(content: str, message: str, tmp_path: Path) -> None:
         read_object(path, "copy it again")
     with pytest.raises(ConfigError, match=r"adapter.json: "):
         read_adapter(tmp_path)
+
+
+def test_measured_numbers_may_be_anything(tmp_path: Path) -> None:
+    measured = ("held_out", "recent_losses")
+    content = {"step": 1, "fixed": {}, "held_out": {"accuracy": math.nan}, "recent_losses": [math.inf, 1e300]}
+    state = build_record(RunState, content, tmp_path, "copy it again", measured=measured)
+    assert state.recent_losses == [math.inf, 1e300]
+    for name, value in (("held_out", [1.0]), ("held_out", {"accuracy": "high"}), ("recent_losses", 1), ("recent_losses", [True])):
+        with pytest.raises(ConfigError, match=f"{name} holds something else than numbers; copy it again"):
+            build_record(RunState, content | {name: value}, tmp_path, "copy it again", measured=measured)

@@ -93,7 +93,7 @@ def read_state(folder: Path) -> tuple[RunState, StepFiles]:
             f"{path}: has format {found}, but this version of mpo_megatron reads format {FORMAT}; use the version that wrote it."
         )
     remedy = "copy the checkpoint again, or use an older one"
-    state = build_record(RunState, content.get("state"), path, remedy)
+    state = build_record(RunState, content.get("state"), path, remedy, measured=("held_out", "recent_losses", "recent_norms"))
     return state, {name: (size, str(digest)) for name, (size, digest) in entries_of(content, path).items()}
 
 
