@@ -16,7 +16,7 @@ PARTS = {
     "weights": ("weights", "weights"),
     "gradients": ("grads", "gradients"),
     "optimizer": ("optim.", "optimizer states"),
-    "activations": ("activ.", "activations"),
+    "activations": ("act.", "activations"),
     "working": ("working", "working memory at the peak"),
     "reference": ("ref.", "the reference model"),
     "asleep": ("engine", "a sleeping engine"),
