@@ -35,6 +35,7 @@ from mpo_megatron.report.report import report
 from mpo_megatron.rollout.generate import generate
 from mpo_megatron.rollout.iterate import TRAIN_FILE, iterate, run_training, stage
 from mpo_megatron.rollout.records import GENERATE_FILE, read_summary, write_summary
+from mpo_megatron.rollout.rounds import check_rounds
 from mpo_megatron.rollout.stages import run_command
 from mpo_megatron.terminal.console import Console
 from mpo_megatron.terminal.next_command import after_align, after_aligned_rounds
@@ -147,6 +148,7 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
     """Run `mpo iterate`, and make its last policy the result."""
     rounds = build_rounds(config, model)
     if config.plan:
+        check_rounds(rounds)
         lines = [f"rounds: {config.rounds} × (generate → score → select → prepare → train), in {rounds.output}"]
         console.print("\n".join([*lines, estimate_rounds(rounds, model)]), soft_wrap=True, markup=False)
         return

@@ -39,6 +39,7 @@ from mpo_megatron.data.sources import open_source
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
+from mpo_megatron.rollout.trained_adapter import check_trained_adapter
 
 HELD_OUT = 100
 """Groups to hold out of 1,000 or more."""
@@ -122,6 +123,9 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
         own = {"model": str(checkpoint), "output": str(output / "answers" / name)}
         return from_dict(GenerateConfig, answers | own, "generate")
 
+    after = answering("after", output / "aligned")
+    if config.answers:
+        check_trained_adapter(after, train.lora, family, model)
     return Stages(
         folder=output,
         model=model,
@@ -129,7 +133,7 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
         train=train,
         export=ConvertConfig(input=str(output / "run"), output=str(output / "aligned")),
         before=answering("before", model),
-        after=answering("after", output / "aligned"),
+        after=after,
         exported=output / "aligned" / (PEFT_CONFIG if train.lora.rank else "config.json"),
         chosen=chosen,
     )

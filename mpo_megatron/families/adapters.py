@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from mpo_megatron.config import LoraConfig, require
 from mpo_megatron.families.family import Family
@@ -32,6 +33,11 @@ OUTPUT_LAYER = OUTPUT.removesuffix(".weight")
 """Name of the output layer, which no group includes. Even if it is tied to the embedding, the adapter is its own, as in PEFT: the
 embedding keeps its weights."""
 
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Values of `max_lora_rank` in vLLM 0.33, which also takes 1: the ranks for which it reserves memory."""
+VLLM_STACKED_EXPERTS = ("qwen3_5_moe",)
+"""Model types of config.json whose classes in vLLM 0.33 take adapters of stacked experts (`is_3d_moe_weight`), not of each
+expert."""
 VLLM_OUTPUT_LAYERS = ("llama", "mixtral", "qwen3", "qwen3_moe", "qwen3_5_text", "qwen3_5_moe_text")
 """Model types whose classes in vLLM 0.33 have the output layer among their `embedding_modules`."""
 VLLM_OUTPUT_ROWS = 258_048
@@ -190,20 +196,40 @@ def splits_tied(family: Family, adapter: Adapter) -> bool:
 
 def peft_misses_experts(family: Family, adapter: Adapter) -> bool:
     """Whether PEFT ignores the adapter's matrices of experts: it renames them to its own for some model types only."""
+    return family.config.model_type not in PEFT_EXPERTS and _adapts_experts(family, adapter.target_modules)
+
+
+def _adapts_experts(family: Family, targets: Collection[str]) -> bool:
+    """Whether an adapter of these layers has matrices of experts."""
     leaves = {leaf(name) for rule in family.rules if rule.experts is not None and rule.linear for name in rule.parts}
-    return family.config.model_type not in PEFT_EXPERTS and not leaves.isdisjoint(adapter.target_modules)
+    return not leaves.isdisjoint(targets)
 
 
-def vllm_refuses(family: Family, targets: Collection[str]) -> str | None:
-    """Why vLLM 0.33 cannot load an adapter of these layers; None if it can.
+class VllmRefusal(NamedTuple):
+    """Why vLLM cannot load an adapter."""
+
+    option: Literal["rank", "target_modules"]
+    """The option of `lora` at fault."""
+    reason: str
+    """What vLLM cannot load: `an adapter of …`."""
+
+
+def vllm_refuses(family: Family, rank: int, targets: Collection[str]) -> VllmRefusal | None:
+    """Why vLLM 0.33 cannot load an adapter of this rank and these layers; None if it can.
 
     Its layer `in_proj_qkvz` takes a missing adapter of `in_proj_qkv` for that of the whole layer (expand_packed_lora).
     """
     model_type, vocab_size = family.config.model_type, family.vocab_size
+    whole_type = family.outer_config.model_type
+    if rank > VLLM_RANKS[-1]:
+        return VllmRefusal("rank", f"an adapter of rank {rank}, more than {VLLM_RANKS[-1]}")
+    reason = None
     if OUTPUT_LAYER in targets and model_type not in VLLM_OUTPUT_LAYERS:
-        return f"an adapter of lm_head with model type {model_type}"
-    if OUTPUT_LAYER in targets and vocab_size > VLLM_OUTPUT_ROWS:
-        return f"an adapter of lm_head with {vocab_size} rows, more than {VLLM_OUTPUT_ROWS}"
-    if "in_proj_z" in targets and "in_proj_qkv" not in targets:
-        return "an adapter of in_proj_z without one of in_proj_qkv"
-    return None
+        reason = f"an adapter of lm_head with model type {model_type}"
+    elif OUTPUT_LAYER in targets and vocab_size > VLLM_OUTPUT_ROWS:
+        reason = f"an adapter of lm_head with {vocab_size} rows, more than {VLLM_OUTPUT_ROWS}"
+    elif whole_type in VLLM_STACKED_EXPERTS and _adapts_experts(family, targets):
+        reason = f"adapters of single experts with model type {whole_type}"
+    elif "in_proj_z" in targets and "in_proj_qkv" not in targets:
+        reason = "an adapter of in_proj_z without one of in_proj_qkv"
+    return None if reason is None else VllmRefusal("target_modules", reason)

@@ -246,9 +246,9 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
             "there, merge the adapter (merge: true), or train with lora.target_modules = attention.",
             file=sys.stderr,
         )
-    reason = vllm_refuses(family, record.adapter.target_modules)
-    if reason is not None:
-        text = f"WARNING: {reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
+    refusal = vllm_refuses(family, record.adapter.rank, record.adapter.target_modules)
+    if refusal is not None:
+        text = f"WARNING: {refusal.reason}: vLLM cannot load it; merge the adapter (merge: true) to serve it there."
         print(visible(text), file=sys.stderr)
     _warn_of_odd(matrices, source)
     with staged(output, _num_bytes(matrices.values())) as folder:

@@ -47,6 +47,7 @@ from mpo_megatron.model.checkpoint_folder import CONVERTED, megatron_checkpoint
 from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.rollout.records import read_summary
+from mpo_megatron.rollout.trained_adapter import check_trained_adapter
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data
@@ -118,20 +119,7 @@ def build_plan(config: IterateConfig) -> RoundsPlan:
         ConfigError: names the option, the rule and the fix.
         DataError: a line of the prompt file holds no prompt.
     """
-    for stage, names in FILLED.items():
-        for name in names:
-            require(
-                not has_option(getattr(config, stage), name) and f"{stage}.{name}" not in config.per_round,
-                f"{stage}.{name} is set by mpo iterate itself; remove it.",
-            )
-    check_writable(Path(config.output), "output")
-    check_checkpoint(Path(config.model), "model")
-    policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
-    num_ranks = []
-    for number in range(1, config.rounds + 1):
-        item = build_round(config, number)
-        num_ranks.append(config.nproc or count_ranks(item.train.parallel))
-        check_round(item, Path(config.model), num_ranks[-1])
+    policies, num_ranks = check_rounds(config)
     prompts = split_prompts(Path(config.prompts), rounds=config.rounds, held_out=config.held_out, seed=config.seed)
     check_folder(Path(config.output), started_with(config, prompts))  # before the conversion, which takes time and space
     config = replace(config, model=megatron_checkpoint(config.model, Path(config.output), "model"))
@@ -147,6 +135,31 @@ def build_plan(config: IterateConfig) -> RoundsPlan:
         policies=policies,
         rounds=rounds,
     )
+
+
+def check_rounds(config: IterateConfig) -> tuple[list[RoundPolicy], list[int]]:
+    """Check every stage of every round as far as no prompt and no converted model is needed.
+
+    Returns:
+        the policies, and the number of ranks of each round's training
+    Raises:
+        ConfigError: names the option, the rule and the fix.
+    """
+    for stage, names in FILLED.items():
+        for name in names:
+            require(
+                not has_option(getattr(config, stage), name) and f"{stage}.{name}" not in config.per_round,
+                f"{stage}.{name} is set by mpo iterate itself; remove it.",
+            )
+    check_writable(Path(config.output), "output")
+    check_checkpoint(Path(config.model), "model")
+    policies = [build_policy_stages(config, number) for number in range(config.rounds + 1)]
+    num_ranks = []
+    for number in range(1, config.rounds + 1):
+        item = build_round(config, number)
+        num_ranks.append(config.nproc or count_ranks(item.train.parallel))
+        check_round(item, policies[number].generate, Path(config.model), num_ranks[-1])
+    return policies, num_ranks
 
 
 def join_runs(config: IterateConfig, rounds: Sequence[Round], num_prompts: Sequence[int]) -> list[Round]:
@@ -312,9 +325,11 @@ def check_same_prompts(generate: GenerateConfig, prepare: PrepareConfig) -> None
         )
 
 
-def check_round(item: Round, model: Path, num_ranks: int) -> None:
+def check_round(item: Round, answers: GenerateConfig, model: Path, num_ranks: int) -> None:
     """Check what a round's stages would refuse later, as far as it does not depend on data.
 
+    Args:
+        answers: the stage in which the round's policy answers the held-out prompts
     Raises:
         ConfigError: names the round, the option, the rule and the fix.
     """
@@ -332,7 +347,9 @@ def check_round(item: Round, model: Path, num_ranks: int) -> None:
         train = item.train
         validate_unused(train)
         check_ranks(train.parallel, num_ranks)
-        read_model(model, train.parallel)
+        family, _ = read_model(model, train.parallel)
+        for generate in (item.generate, answers):
+            check_trained_adapter(generate, train.lora, family, model)
         check_installed(train.logging)
         labelled = item.select.sets != "all"
         where = f"select.sets = {item.select.sets}"

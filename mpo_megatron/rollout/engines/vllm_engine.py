@@ -12,17 +12,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, VllmConfig, require
+from mpo_megatron.config import ConfigError, VllmConfig
 from mpo_megatron.data.tokenizer import Tokenizer
-from mpo_megatron.families import load_family
-from mpo_megatron.families.adapters import vllm_refuses
+from mpo_megatron.families import Family, load_family
+from mpo_megatron.families.adapters import VLLM_RANKS, vllm_refuses
 from mpo_megatron.hf.identity import adapter_rank, adapter_targets
 from mpo_megatron.rollout.client import UnusableAnswerError
 from mpo_megatron.rollout.engines import Generation, Miss, Prompt, Response, Sampling, read_finish_reason
 from mpo_megatron.rollout.engines.embedded import cut_at_stop
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM's `max_lora_rank` accepts."""
 
 
 class VllmEngine:
@@ -43,12 +40,6 @@ class VllmEngine:
                 f"engine = vllm needs vLLM, but importing it failed ({error}): pip install 'mpo-megatron[rollout]', or set "
                 "engine = transformers."
             ) from error
-        reason = None if adapter is None else vllm_refuses(load_family(folder), adapter_targets(adapter))
-        require(
-            reason is None,
-            f"model: {reason}, which vLLM cannot load; set engine = transformers, or merge the adapter (mpo convert --merge "
-            "true).",
-        )
         options: dict[str, Any] = {
             "model": str(folder),
             "tensor_parallel_size": config.tensor_parallel,
@@ -57,7 +48,7 @@ class VllmEngine:
             "gpu_memory_utilization": config.memory_fraction,
             "max_model_len": config.max_model_len,
             "enable_prefix_caching": True,
-            **({} if adapter is None else {"enable_lora": True, "max_loras": 1, "max_lora_rank": _lora_rank(adapter)}),
+            **({} if adapter is None else _adapter_options(load_family(folder), adapter)),
         }
         try:
             self.engine: Any = LLMEngine.from_engine_args(EngineArgs(**options | config.options))
@@ -143,14 +134,17 @@ class VllmEngine:
         gc.collect()
 
 
-def _lora_rank(adapter: Path) -> int:
-    """The smallest `max_lora_rank` of vLLM that covers an adapter's rank.
+def _adapter_options(family: Family, adapter: Path) -> dict[str, Any]:
+    """The options with which vLLM reserves memory for an adapter: the smallest `max_lora_rank` that covers its rank.
 
     Raises:
-        ConfigError: the rank is too large, or the adapter is damaged.
+        ConfigError: vLLM cannot load the adapter, or it is damaged.
     """
     rank = adapter_rank(adapter)
-    fitting = [size for size in LORA_RANKS if size >= rank]
-    if not fitting:
-        raise ConfigError(f"model: an adapter of rank {rank}; vLLM supports up to {LORA_RANKS[-1]}; set engine = transformers.")
-    return fitting[0]
+    refusal = vllm_refuses(family, rank, adapter_targets(adapter))
+    if refusal is not None:
+        raise ConfigError(
+            f"model: {refusal.reason}, which vLLM cannot load; set engine = transformers, or merge the adapter (mpo convert "
+            "--merge true)."
+        )
+    return {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(size for size in VLLM_RANKS if size >= rank)}

@@ -14,7 +14,7 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM
 
 from mpo_megatron.config import (
     ConfigError,
@@ -28,8 +28,8 @@ from mpo_megatron.config import (
     TrainConfig,
 )
 from mpo_megatron.data.tokenizer import load_tokenizer
-from mpo_megatron.families import load_family, read_family
-from mpo_megatron.families.adapters import Adapter, choose_adapter, vllm_refuses
+from mpo_megatron.families import load_family
+from mpo_megatron.families.adapters import Adapter, choose_adapter
 from mpo_megatron.files import digests
 from mpo_megatron.hf.adapter import read_adapter
 from mpo_megatron.hf.conversion import load_conversion
@@ -402,10 +402,6 @@ def test_what_an_adapter_of_the_output_layer_excludes(base: Path) -> None:
         check(parallel=ParallelConfig(pipeline=2))
     with pytest.raises(ConfigError, match=r"lm_head, which is tied to the embedding, with online.kl_weight"):
         check(online=OnlineConfig(kl_weight=0.1))
-    assert vllm_refuses(family, ["lm_head"]) == "an adapter of lm_head with model type qwen2"
-    assert vllm_refuses(family, ["q_proj"]) is None
-    llama = LlamaConfig(vocab_size=262_144, architectures=["LlamaForCausalLM"])
-    assert "262144 rows, more than 258048" in (vllm_refuses(read_family(llama), ["q_proj", "lm_head"]) or "")
 
 
 def test_scales() -> None:

@@ -107,7 +107,7 @@ def test_an_adapter_goes_with_every_request(model_folder: Path, tmp_path: Path, 
     assert len(list(engine.generate([prompt], Sampling(num_responses=2, stop_token_ids=(256,))))) == 1
     assert engine.engine.adapters == {("policy", 1, str(tmp_path))}
     (tmp_path / "adapter_config.json").write_text('{"r": 1024, "target_modules": ["q_proj"]}')
-    with pytest.raises(ConfigError, match="rank 1024; vLLM supports up to 512; set engine = transformers"):
+    with pytest.raises(ConfigError, match="rank 1024, more than 512, which vLLM cannot load; set engine = transformers"):
         VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"r": 12, "target_modules": ["lm_head"]}')
     VllmEngine(model_folder, load_tokenizer(model_folder), VllmConfig(), tmp_path)  # qwen3
