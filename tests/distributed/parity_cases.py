@@ -24,6 +24,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen3-deep": {"model_type": "qwen3", **EIGHT_LAYERS},
     "qwen3-deep-tied": {"model_type": "qwen3", "tied": True, **EIGHT_LAYERS},
     "qwen2-wide": {"model_type": "qwen2", "hidden_size": 128, "intermediate_size": 256},
+    "qwen2-wide-tied": {"model_type": "qwen2", "tied": True, "hidden_size": 128, "intermediate_size": 256},
     "qwen2-moe-wide": {
         "model_type": "qwen2_moe",
         **{"hidden_size": 128, "intermediate_size": 256, "mlp_only_layers": [0]},
@@ -138,6 +139,8 @@ REPLAY = {"routing": "replay"}
 QUANTIZED = {"rank": 4, "quantize": "nf4"}
 """Needs rows of whole blocks of 64 on every rank: the wide models."""
 WITH_OUTPUT = {"rank": 4, "target_modules": ["all-linear", "lm_head"]}
+QUANTIZED_WITH_OUTPUT = {**WITH_OUTPUT, "quantize": "nf4"}
+"""The output layer keeps its precision."""
 
 ALL_CASES = [
     Case(model="qwen3", core=True),
@@ -189,6 +192,7 @@ ALL_CASES = [
     Case(model="qwen3.5", lora={"rank": 4, "rslora": True}, **UNSHARED),
     Case(model="qwen3.5-wide", lora=QUANTIZED, adapter_off=True, **SPLIT),
     Case(model="gemma2", lora=WITH_OUTPUT, adapter_off=True, loss="spo", layers={"logprob_chunk": 7}, core=True),
+    Case(model="qwen2-wide", lora=QUANTIZED_WITH_OUTPUT, adapter_off=True, loss="spo", core=True),
     # two ranks
     Case(model="qwen2-tied", ranks=2, parallel={"tensor": 2}, lora=WITH_OUTPUT, core=True),
     Case(model="qwen3", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=WITH_OUTPUT, adapter_off=True, loss="spo"),
@@ -203,6 +207,8 @@ ALL_CASES = [
     ),
     Case(model="qwen3", ranks=2, parallel={"context": 2}, lora=WITH_OUTPUT, **SPLIT),
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED, core=True),
+    Case(model="qwen2-wide-tied", ranks=2, parallel={"tensor": 2}, lora=QUANTIZED_WITH_OUTPUT, core=True),
+    Case(model="qwen3.5-wide", ranks=2, parallel={"pipeline": 2}, lora=QUANTIZED_WITH_OUTPUT, **SPLIT),
     Case(model="qwen2-wide", ranks=2, parallel={"tensor": 2, "sequence": False}, lora=QUANTIZED, **SPLIT),
     Case(model="qwen2-wide", ranks=2, parallel={"pipeline": 2}, lora=QUANTIZED, adapter_off=True, loss="spo"),
     Case(model="qwen2-moe-wide", ranks=2, parallel={"expert": 2}, lora=QUANTIZED, core=True),

@@ -29,8 +29,7 @@ from mpo_megatron.model.policy import build_policy
 from mpo_megatron.plan.parameters import Part, part_weights
 from mpo_megatron.train.adapting import choose_record
 from mpo_megatron.train.checkpoints import checkpoint
-from tests.distributed.adapters import start_matrix
-from tests.unit.model.adapted import build_adapted, save_base
+from tests.unit.model.adapted import build_adapted, save_base, save_peft
 
 functional: Any = pytest.importorskip("bitsandbytes.functional")
 nf4 = pytest.importorskip("mpo_megatron.model.nf4")
@@ -165,18 +164,8 @@ def test_gated_delta_nets_keep_their_projections_in_blocks(tmp_path: Path, ranks
 def test_a_merge_adds_to_the_weights_that_were_trained_with(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """4-bit weights, for layers with and without adapter; embedding, norms and biases are the base model's."""
-    from peft import LoraConfig as PeftConfig
-    from peft import get_peft_model
-    from transformers import AutoModelForCausalLM
-
-    settings = PeftConfig(task_type="CAUSAL_LM", r=3, lora_alpha=6, target_modules=["v_proj"])
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base / "hf"), settings)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "lora_" in name:
-                weight.copy_(start_matrix(name, tuple(weight.shape)))
-    model.save_pretrained(tmp_path / "peft")
+    """4-bit weights, for layers with and without adapter; output layer, embedding, norms and biases are the base model's."""
+    save_peft(base, tmp_path / "peft", r=3, lora_alpha=6, target_modules=["v_proj", "lm_head"])
     adapter = tmp_path / "adapter"
     convert(ConvertConfig(input=str(tmp_path / "peft"), output=str(adapter), base=str(base / "megatron")))
     record = read_adapter(adapter)
@@ -187,10 +176,11 @@ def test_a_merge_adds_to_the_weights_that_were_trained_with(
     assert "base weights as nf4 rounds them" in capsys.readouterr().err
     stored, merged = load_file(base / "hf" / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
     matrices = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert {name.split(".")[-3] for name in matrices if ".lora_" in name} == {"v_proj", "lm_head"}
     for name, weight in stored.items():
         prefix = f"base_model.model.{name.removesuffix('.weight')}"
         expected = nf4.rounded(weight) if "proj.weight" in name else weight
-        if "v_proj.weight" in name:
+        if f"{prefix}.lora_A.weight" in matrices:
             expected = (
                 expected.double()
                 + 2 * matrices[f"{prefix}.lora_B.weight"].double() @ matrices[f"{prefix}.lora_A.weight"].double()
