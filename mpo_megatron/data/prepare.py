@@ -33,7 +33,6 @@ from mpo_megatron.data.finishing import changes_nothing, finish_group
 from mpo_megatron.data.formats import InputLayout
 from mpo_megatron.data.group import Group, Message, RewardKind
 from mpo_megatron.data.preview import print_group
-from mpo_megatron.data.progress import track
 from mpo_megatron.data.readers import PartOfRow, RowStream, find_repeated, open_inputs
 from mpo_megatron.data.rewards import measure_scale
 from mpo_megatron.data.sources import Rejection
@@ -47,6 +46,7 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.atomic import AtomicFolder, is_free, writing
 from mpo_megatron.files.partial import clear_leftovers
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.progress import track
 from mpo_megatron.terminal.visible import visible
 
 REJECTED_FILE = "rejected.jsonl"
@@ -135,7 +135,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
                     return groups.batches(places)
                 return map(to_batch, itertools.batched((finish(groups[index], options) for index in places), BATCH_GROUPS))
 
-            chosen = track("writing", batches(train, config), len(train), weigh=lambda batch: batch.num_rows)
+            chosen = track("writing", batches(train, config), len(train), "groups", lambda batch: batch.num_rows)
             info = write(partial.path, chosen)
             if len(evaluation):
                 with AtomicFolder(held_out) as eval_partial:
@@ -203,7 +203,7 @@ def _tokenize(
         chunks = map_in_order(
             functools.partial(tokenize_chunk, config), _peek(config, chat, cut_tasks(streams)), config.num_workers
         )
-        for chunk in track("tokenizing", chunks, total, weigh=lambda chunk: chunk.num_rows):
+        for chunk in track("tokenizing", chunks, total, "groups", lambda chunk: chunk.num_rows):
             repeated = {
                 built.row: error
                 for built in chunk.built
@@ -376,5 +376,4 @@ def _print_end(console: Console, summary: PrepareSummary, held_out: Path) -> Non
     if summary.eval is not None:
         print_summary(console, f"{held_out} (held out)", summary.eval)
     print_tally(console, summary.tally)
-    rate = summary.tally.rows / max(summary.seconds, 1e-9)
-    console.print(f"{summary.tally.rows:,} groups in {summary.seconds:.1f} s ({rate:,.0f} groups/s).")
+    console.print(f"took {summary.seconds:.1f} s")

@@ -40,7 +40,6 @@ from mpo_megatron.rollout.models import (
     read_model_settings,
     side_files,
 )
-from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.prompts import PromptSet, load_prompts
 from mpo_megatron.rollout.records import (
     FAILURES_FILE,
@@ -58,6 +57,7 @@ from mpo_megatron.rollout.records import (
 )
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.progress import show_progress
 
 STARTED_FILE = "generate.started.json"
 """What the folder's lines were generated with; a run with other settings is refused."""

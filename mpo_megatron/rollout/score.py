@@ -26,7 +26,6 @@ from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import list_files
 from mpo_megatron.files.lock import hold
 from mpo_megatron.rollout.generate import require_package
-from mpo_megatron.rollout.progress import show_progress
 from mpo_megatron.rollout.records import (
     GENERATE_FILE,
     SAMPLES_FILE,
@@ -50,6 +49,7 @@ from mpo_megatron.rollout.score_summary import TOLD, print_summary, summarize
 from mpo_megatron.rollout.scorers import Scorer, build_scorer
 from mpo_megatron.rollout.shards import Shard, choose_shard, join_shards
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.progress import show_progress
 
 STARTED_FILE = "score.started.json"
 """What the folder's lines were scored with; a run with other settings is refused."""

@@ -5,8 +5,8 @@ reference_cache.py stores the results.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mpo_megatron.data.arrays import Bools, Int64
 from mpo_megatron.data.loader import GroupTable, RowShape, StepBatch, build_ahead, build_step
@@ -22,15 +21,13 @@ from mpo_megatron.data.store import PreparedGroups
 from mpo_megatron.files import DataError
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.progress import Advance, show_progress
 from mpo_megatron.train.choices import ReferenceChoices
 from mpo_megatron.train.faults import signals
 from mpo_megatron.train.faults.stopping import Deadline, Pauses, Stopped
 from mpo_megatron.train.reference_cache import PartWriter, ReferenceLogps, read_cache
 from mpo_megatron.train.routing import gather_choices, record_rows
 from mpo_megatron.train.step import collect_logps, run_rows
-
-SECONDS_BETWEEN_LINES = 10.0
-"""Minimum seconds between progress lines where output is not a terminal."""
 
 
 def reference_logps(
@@ -72,7 +69,7 @@ def reference_logps(
     batches = build_ahead(lambda indices: build_step(0, data, indices, select_all, shape), chunks)
     pauses = Pauses(deadline)
     num_wanted = len(data) if wanted is None else len(wanted)
-    with signals.deferred(), _Progress(data, num_wanted, num_wanted - len(missing), enabled=ranks.is_main) as progress:
+    with signals.deferred(), _progress(data, num_wanted, num_wanted - len(missing), ranks) as advance:
         try:
             for indices, batch in zip(chunks, batches, strict=True):
                 part, ids = _compute_part(data, indices, batch, model, ranks, tokens, choices)
@@ -80,7 +77,7 @@ def reference_logps(
                 writer.add(part, ids)
                 if choices is not None:
                     choices.there[indices] = True
-                progress.add(len(indices), batch.plan.num_tokens)
+                advance(len(indices), batch.plan.num_tokens)
                 pauses.stop_if_asked()
         except Stopped:  # raised on all ranks
             writer.finish()
@@ -129,43 +126,16 @@ def select_all(table: GroupTable) -> tuple[Bools, Bools]:
     return np.ones(len(table.valid), dtype=bool), table.valid
 
 
-class _Progress:
-    """Groups done, rate and time left: a live bar on a terminal, occasional lines elsewhere."""
-
-    def __init__(self, data: PreparedGroups, total: int, done: int, *, enabled: bool) -> None:
-        self.name, self.total, self.done, self.enabled = data.path.name, total, done, enabled
-        self.others = len(data) - total
-        self.groups = self.tokens = 0
-        self.started = self.last_line = time.monotonic()
-        self.console = Console(highlight=False, stderr=False)
-        columns = (TextColumn("reference log-probs"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[text]}"))
-        live = enabled and self.console.is_terminal
-        self.bar = Progress(*columns, console=self.console, disable=not live, transient=True)
-        self.task = self.bar.add_task("reference", total=self.total, completed=done, text="")
-
-    def __enter__(self) -> _Progress:
-        self.bar.start()
-        if self.enabled and self.done:
-            self.console.print(f"reference log-probs of {self.name}: {self.done:,} of {self.total:,} groups are cached")
-        if self.enabled and self.others:
-            text = f"{self.total:,} groups are computed; the run does not use the other {self.others:,}"
-            self.console.print(f"reference log-probs of {self.name}: {text}", soft_wrap=True)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.bar.stop()
-
-    def add(self, groups: int, tokens: int) -> None:
-        """Count a finished part, with its tokens over all ranks, without padding."""
-        self.groups += groups
-        self.tokens += tokens
-        now = time.monotonic()
-        rate = self.groups / (now - self.started)
-        done = self.done + self.groups
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - done) / rate))
-        text = f"{rate:.2f} groups/s  {self.tokens / (now - self.started):,.0f} tok/s  {left} left"
-        self.bar.update(self.task, completed=done, text=text)
-        if self.enabled and not self.console.is_terminal and (done == self.total or now - self.last_line > SECONDS_BETWEEN_LINES):
-            self.last_line = now
-            line = f"reference log-probs of {self.name}: {done:,}/{self.total:,} groups  {text}"
-            self.console.print(line, soft_wrap=True)
+@contextlib.contextmanager
+def _progress(data: PreparedGroups, total: int, cached: int, ranks: Ranks) -> Iterator[Advance]:
+    """Groups done and their tokens over all ranks, without padding; the first rank shows it."""
+    if not ranks.is_main:
+        yield lambda units, amounts=0: None
+        return
+    title, console = f"reference log-probs of {data.path.name}", Console(highlight=False)
+    if cached:
+        console.print(f"{title}: {cached:,} of {total:,} groups are cached")
+    if others := len(data) - total:
+        console.print(f"{title}: {total:,} groups are computed; the run does not use the other {others:,}", soft_wrap=True)
+    with show_progress(title, total, "groups", "tokens", done=cached, console=console) as advance:
+        yield advance

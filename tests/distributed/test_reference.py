@@ -136,8 +136,8 @@ def test_killed_and_resumed_on_another_layout(inputs: Path, data: Path, expected
     more = ("--parallel.tensor", "2", "--data.groups_per_step", "5")
     result = run_ranks(2, "mpo_megatron.train.reference_main", options(inputs, data, *more))
     assert f"{done} of {NUM_GROUPS} groups are cached" in result.stdout
-    assert f"{NUM_GROUPS}/{NUM_GROUPS} groups" in result.stdout
-    assert all(rate in result.stdout for rate in ("groups/s", "tok/s", "left"))
+    assert f"{NUM_GROUPS - done} groups in" in result.stdout
+    assert all(rate in result.stdout for rate in ("groups/s", "tokens/s"))
     assert files(cache).items() >= finished.items()  # completed groups were not computed again
     resumed = read(cache)
     assert resumed.keys() == expected.keys()

@@ -18,12 +18,12 @@ from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines import read_finish_reason, response_seed
 from mpo_megatron.rollout.engines.answers import find_choice, read_text
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
-from mpo_megatron.rollout.progress import describe_answers
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.comparison import Pair, score_by_comparison
 from mpo_megatron.rollout.scorers.patterns import TOO_SLOW, Pattern
 from mpo_megatron.rollout.scorers.verdicts import read_comparison, read_grade, to_number, to_winner
+from mpo_megatron.terminal.progress import describe_speed
 
 _STRUCTURED: frozenset[ServerKind] = frozenset({"vllm", "sglang", "llamacpp", "openai"})
 """Kinds of server that support JSON schemas; others may ignore one silently."""
@@ -211,7 +211,7 @@ class Judge(Scorer):
 
     def report(self) -> str | None:
         """The judge's speed in this run."""
-        return describe_answers(self._num_answers, self._seconds)
+        return describe_speed(self._num_answers, "answers", self._seconds) if self._num_answers else None
 
     def settings(self) -> dict[str, Any]:
         """The judge's name, the template's text and all options except address, speed and price."""

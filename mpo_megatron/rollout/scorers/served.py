@@ -19,10 +19,10 @@ from mpo_megatron.files import DataError
 from mpo_megatron.rollout.client import Client, UnusableAnswerError
 from mpo_megatron.rollout.engines.answers import shorten
 from mpo_megatron.rollout.engines.servers import ServerKind, find_kind
-from mpo_megatron.rollout.progress import describe_answers
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.rollout.scorers import Scorer, Scores, join_messages
 from mpo_megatron.rollout.scorers.reward_model import encode_conversation
+from mpo_megatron.terminal.progress import describe_speed
 
 _APIS: dict[ServerKind, tuple[str, ...]] = {"vllm": ("classify", "pooling", "score"), "sglang": ("classify",)}
 """Endpoints of each kind of server. SGLang's /v1/score differs: it returns probabilities of given tokens."""
@@ -139,7 +139,7 @@ class ServedRewardModel(Scorer):
 
     def report(self) -> str | None:
         """The server's speed in this run."""
-        return describe_answers(self._num_answers, self._seconds)
+        return describe_speed(self._num_answers, "answers", self._seconds) if self._num_answers else None
 
     def settings(self) -> dict[str, Any]:
         """The model's name, its tokenizer and all options except address and speed."""
