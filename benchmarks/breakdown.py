@@ -34,7 +34,7 @@ from mpo_megatron.data.store_writing import write_groups
 from mpo_megatron.model.attention_backends import choose_attention
 from mpo_megatron.train.throughput import peak_flops
 
-DATA = {"tiny": (2, 32, 8, 4, 256), "small": (4, 256, 64, 8, 2048)}
+DATA = {"tiny": (2, 32, 8, 4, 256), "small": (4, 256, 64, 8, 2048), "wide": (4, 256, 64, 8, 2048)}
 GPU_DATA = (32, 1024, 256, 8, 16384)
 """Groups of a step, prompt tokens, response tokens, responses, tokens of a row."""
 

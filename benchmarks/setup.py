@@ -30,13 +30,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "heads": (4, 2), "vocab_size": 512},
     # For two cores; the output layer's share of the work is similar to Qwen2.5-1.5B's.
     "small": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 2, "heads": (8, 2), "vocab_size": 2048},
+    # Matrix products as wide as those of Qwen2.5-3B: between ranks, a token's data grows less than its work.
+    "wide": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 2, "heads": (16, 4), "vocab_size": 8192},
     # Three Gated DeltaNets, then attention; proportions of Qwen3.5-0.8B.
     "hybrid": {"hidden_size": 512, "intermediate_size": 1792, "num_hidden_layers": 4, "heads": (4, 1), "vocab_size": 2048},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "heads": (12, 2), "vocab_size": 151936},
     "3b": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36, "heads": (16, 2), "vocab_size": 151936},
     "7b": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "heads": (28, 4), "vocab_size": 152064},
 }
-"""Three CPU sizes, and Qwen2.5's published shapes."""
+"""Four CPU sizes, and Qwen2.5's published shapes."""
 
 
 def hf_config(size: str) -> PretrainedConfig:
