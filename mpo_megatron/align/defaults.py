@@ -52,7 +52,8 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
     fill("data.train", str(output / "groups"))
     fill("data.eval", str(output / "groups-eval"))
     options.setdefault("seed", config.seed)
-    default("optimizer.lr", choose_learning_rate(family, adapter=trains_adapter(options)))
+    for name, value in choose_options(family, options).items():
+        default(name, value)
     prepared = (output / "groups" / INFO_FILE).is_file()
     if prepared:
         info = read_info(output / "groups")
@@ -77,6 +78,18 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
 def trains_adapter(train: Mapping[str, Any]) -> bool:
     """Whether options of training request an adapter; a rank of 0 requests none."""
     return has_option(train, "lora.rank") and train["lora"]["rank"] != 0
+
+
+def choose_options(family: Family, train: Mapping[str, Any]) -> dict[str, object]:
+    """Options of training that depend on the model and the processor alone.
+
+    Args:
+        train: the options that the user set
+    """
+    chosen: dict[str, object] = {"optimizer.lr": choose_learning_rate(family, adapter=trains_adapter(train))}
+    if not device.computes_bf16():
+        chosen["model.precision"] = "fp32"
+    return chosen
 
 
 def choose_learning_rate(family: Family, *, adapter: bool) -> float:

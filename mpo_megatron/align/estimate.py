@@ -85,7 +85,7 @@ def find_machine(train: TrainConfig, model: Path, nproc: int | None, lengths: Ma
             return f"no estimate: mpo plan does not know {torch.cuda.get_device_name()}; it knows {', '.join(TABLE)}."
         return Machine(workload=workload, words=f"{workload.gpus} × {workload.hardware.name}", gpu=True)
     ranks = nproc or count_ranks(train.parallel)
-    peak = measure_peak()
+    peak = measure_peak(torch.float32 if train.model.precision == "fp32" else torch.bfloat16)
     workload = build_problem(PlanConfig(gpus=ranks, model=str(model), hardware="h100", **lengths), train)
     hardware = replace(workload.hardware, bf16_tflops=peak / ranks, memory_gib=1e6)  # ranks share the cores
     words = f"this machine ({peak:.2f} TFLOP/s, measured now with a matrix product)"
@@ -193,9 +193,9 @@ def _length(chat: Chat, answer: Any) -> int:
     return len(chat.tokenizer.encode(text)) + 1
 
 
-def measure_peak() -> float:
-    """TFLOP/s of a matrix product in float32 on this machine's processor."""
-    left = torch.randn(1024, 1024)
+def measure_peak(dtype: torch.dtype) -> float:
+    """TFLOP/s of a matrix product on this machine's processor."""
+    left = torch.randn(1024, 1024, dtype=dtype)
     best = math.inf
     for _ in range(5):
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.align.defaults import build_training, choose_learning_rate, trains_adapter
+from mpo_megatron.align.defaults import build_training, choose_options
 from mpo_megatron.config import (
     AlignConfig,
     ConvertConfig,
@@ -148,8 +148,9 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
     check_sections(config, SET_IN_ROUNDS)
     train = copy.deepcopy(config.train)
     family = find_model(str(model))
-    if not has_option(train, "optimizer.lr"):
-        set_option(train, "optimizer.lr", choose_learning_rate(family, adapter=trains_adapter(train)))
+    for name, value in choose_options(family, train).items():
+        if not has_option(train, name):
+            set_option(train, name, value)
     options: dict[str, Any] = {
         **copy.deepcopy(config.iterate),
         "output": str(Path(config.output) / "rounds"),

@@ -113,7 +113,7 @@ class ChatConfig(Section):
     device: str = "auto"
     """`auto`: a GPU if available, otherwise the CPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own, or float32 on a CPU without instructions for bfloat16."""
     seed: int = 1234
     """Seed for sampling."""
 

@@ -19,7 +19,7 @@ class TransformersConfig(Section, prefix="transformers."):
     device: str = "auto"
     """`auto`: the first GPU, or the CPU; or a torch device such as `cuda:1`."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own, or float32 on a CPU without instructions for bfloat16."""
     batch_size: int = 32
     """Responses generated in one batch."""
 

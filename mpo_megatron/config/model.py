@@ -39,7 +39,8 @@ class ModelConfig(Section, prefix="model."):
     """The reference policy π_ref, a folder of the same kinds; by default the initial model. `adapter_off`: the base model, which
     a run with `lora` computes in every step by switching its adapter off."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute dtype; optimizer states and master weights are float32 in both cases."""
+    """Compute dtype; optimizer states and master weights are float32 in both cases. `mpo align` selects fp32 on a CPU without
+    instructions for bfloat16, which takes several times as long there."""
     fp8: Literal["none", "current", "blockwise", "mxfp8"] = "none"
     """Recipe for FP8 matrix products in the layers (Transformer Engine; bf16 elsewhere); docs/fp8.md helps to choose."""
     fp8_bf16_layers: int = 0

@@ -25,7 +25,7 @@ class ModelScorer(Section):
     """`auto`: the first GPU (under torchrun, the rank's own), or the CPU; `balanced` spreads a model that is too large for one
     GPU over all GPUs, layer by layer."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the weights; `auto` is the checkpoint's own."""
+    """Dtype of the weights; `auto` is the checkpoint's own, or float32 on a CPU without instructions for bfloat16."""
     batch_size: int = 16
     """Sequences scored in one batch."""
     max_length: int = 4096

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +127,27 @@ def read_model_settings(checkpoint: Path, name: str = "config.json") -> dict[str
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); copy the checkpoint again.") from error
     return settings
+
+
+def choose_dtype(dtype: str, device: str | None, settings: Mapping[str, Any]) -> str:
+    """The dtype of the weights for `auto` or a dtype's name: float32 instead of 16 bits on a CPU without bfloat16 instructions.
+
+    Args:
+        device: torch's name of the device; None for several GPUs
+        settings: config.json
+    """
+    from mpo_megatron.device import computes_bf16  # imports torch
+
+    sections = (settings, *(part for part in settings.values() if isinstance(part, dict)))  # of a multimodal model: text_config
+    declared = {part.get(name) for part in sections for name in ("dtype", "torch_dtype")}
+    if dtype != "auto" or device != "cpu" or declared.isdisjoint(("bfloat16", "float16")) or computes_bf16():
+        return dtype
+    print(
+        "dtype = auto: float32, twice the memory of the checkpoint's 16 bits, because this processor has no instructions for "
+        "bfloat16, which takes several times as long.",
+        file=sys.stderr,
+    )
+    return "float32"
 
 
 def choose_device(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mpo_megatron.config import ConfigError
+from mpo_megatron.device import computes_bf16
 from mpo_megatron.stack.cuda import unsupported_gpus, unusable_gpus
 from mpo_megatron.stack.imports import diagnose, import_error
 from mpo_megatron.stack.packages import PACKAGES, is_importable
@@ -36,14 +37,17 @@ def has_fused_gradients() -> bool:
     return torch.cuda.is_available() and import_error(APEX_EXTENSION) is None
 
 
-def shortfalls(*, transformer_engine: bool) -> list[str]:
-    """Reasons why a run on GPUs is slower than possible, one line each; empty on a CPU.
+def shortfalls(*, transformer_engine: bool, precision: str) -> list[str]:
+    """Reasons why a run is slower than possible, one line each.
 
     Args:
         transformer_engine: whether it provides the layers
+        precision: model.precision
     """
     if not torch.cuda.is_available():
-        return []
+        if precision == "fp32" or computes_bf16():
+            return []
+        return ["this processor has no instructions for bfloat16, which takes several times as long; set model.precision to fp32"]
     found = []
     if not transformer_engine and not is_installed():
         found.append(f"Transformer Engine is not installed: layers are slower, without FP8; {install_transformer_engine()}")

@@ -279,7 +279,7 @@ def start_tracking(run: Run, done: int) -> list[Tracker]:
     config = with_absolute_paths(setup.given)  # the folder may be read from other directories
     replace_file(run.folder / "config.yaml", [seal_yaml(to_dict(config))])
     print(f"every option of this run: {run.folder / 'config.yaml'}", flush=True)
-    for shortfall in shortfalls(transformer_engine=run.config.model.from_engine):
+    for shortfall in shortfalls(transformer_engine=run.config.model.from_engine, precision=run.config.model.precision):
         print(f"slower than it could be: {shortfall}", flush=True)
     if note := unmeasured_drift(run.config.experts, run.setup.family.experts, resident=run.resident is not None):
         print(note, flush=True)

@@ -288,6 +288,23 @@ def test_only_an_adapter_takes_the_rate_of_adapters(inputs: Path, tmp_path: Path
     assert build_rounds(prompts, inputs / "model").train["optimizer"]["lr"] == rate
 
 
+@pytest.mark.parametrize(
+    ("train", "fast", "precision"),
+    [({}, True, "bf16"), ({}, False, "fp32"), ({"model": {"precision": "bf16"}}, False, "bf16")],
+)
+def test_precision_is_what_the_processor_computes_faster(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], fast: bool, precision: str
+) -> None:
+    monkeypatch.setattr(defaults.device, "computes_bf16", lambda: fast)
+    stages = build_stages(settings(inputs, tmp_path / "a", train=train), inputs / "model")
+    assert stages.train.model.precision == precision
+    assert ("model.precision" in stages.chosen) == (precision == "fp32")
+    score = {"scorers": {"x": {"kind": "match"}}}
+    prompts = settings(inputs, tmp_path / "a", data=[], prompts=str(inputs / "prompts.jsonl"), train=train, score=score)
+    rounds = build_rounds(prompts, inputs / "model")
+    assert rounds.train.get("model", {}).get("precision", "bf16") == precision
+
+
 @pytest.mark.parametrize(("loss", "partition"), [({}, "labels"), ({"params": {"beta": 0.1}}, "labels"), ({"name": "dpo"}, None)])
 def test_labels_split_the_groups_of_the_default_loss(
     inputs: Path, tmp_path: Path, loss: dict[str, Any], partition: str | None

@@ -24,6 +24,30 @@ def test_gpu_is_not_claimed() -> None:
     assert 0 < device.peak_memory_gib() < 1024
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"architecture": "x86_64", "avx512_f": True, "avx512_bf16": True}, True),
+        ({"architecture": "x86_64", "amx_bf16": True}, True),
+        ({"architecture": "arm64", "neon": True, "bf16": False}, False),
+        ({"architecture": "arm64", "neon": True, "bf16": True}, True),
+    ],
+)
+def test_which_processors_compute_bfloat16(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], fast: bool) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert device.computes_bf16() is fast
+    monkeypatch.setattr(device, "has_gpu", lambda: True)
+    assert device.computes_bf16()
+
+
+def test_a_torch_that_does_not_tell_computes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "has_gpu", lambda: False)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert not device.computes_bf16()
+
+
 def test_compiled_once_for_all_lengths_and_never_silently_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     graphs = []
 

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "files": {"terminal", "config"},
     "losses": set(),
     "data": {"terminal", "config", "files"},
-    "stack": {"config"},
+    "stack": {"config", "device"},
     "device": set(),
     "families": {"config", "files"},
     "hf": {"config", "files", "device", "families"},

@@ -25,7 +25,7 @@ from mpo_megatron.data.tokenizer import Tokenizer
 from mpo_megatron.rollout.engines import FinishReason, Generation, Prompt, Response, Sampling
 from mpo_megatron.rollout.engines.sampling import choose_tokens, draw_uniforms
 from mpo_megatron.rollout.loading import loading
-from mpo_megatron.rollout.models import choose_device
+from mpo_megatron.rollout.models import choose_device, choose_dtype, read_model_settings
 
 ENDED_SHARE = 1 / 8
 """Finished rows leave a batch once there are this many: each removal copies the keys and values of the others."""
@@ -65,12 +65,13 @@ class EmbeddedEngine:
         from transformers import AutoModelForCausalLM  # seconds to import
 
         device = choose_device(config.device)
+        dtype = choose_dtype(config.dtype, device, read_model_settings(folder))
         with loading(f"model = {folder}; transformers"):
             if adapter is not None:
-                model = load_merged(folder, adapter, config.dtype)
+                model = load_merged(folder, adapter, dtype)
             else:
                 model = AutoModelForCausalLM.from_pretrained(
-                    str(folder), dtype=config.dtype, local_files_only=True, trust_remote_code=False
+                    str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False
                 )
         return cls(model.to(device).eval(), tokenizer, batch_size=config.batch_size)
 

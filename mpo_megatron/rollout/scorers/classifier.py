@@ -15,7 +15,7 @@ from mpo_megatron.config import require
 from mpo_megatron.config.score import ModelScorer
 from mpo_megatron.hf.fingerprint import model_digest
 from mpo_megatron.rollout.loading import loading
-from mpo_megatron.rollout.models import choose_device, read_model_settings
+from mpo_megatron.rollout.models import choose_device, choose_dtype, read_model_settings
 
 BALANCED = "balanced"
 """Device name for all GPUs: `transformers` (accelerate) spreads the layers evenly over them."""
@@ -44,7 +44,7 @@ class Classifier:
         with loading(f"scorers.{name}.model = {self.folder}; transformers"):
             model, report = AutoModelForSequenceClassification.from_pretrained(
                 str(self.folder),
-                dtype=config.dtype,
+                dtype=choose_dtype(config.dtype, device, self.settings),
                 local_files_only=True,
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,

@@ -71,10 +71,10 @@ def test_how_an_absent_engine_is_installed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(sys.modules, "transformer_engine", None)
     checks.require_working_gpus("auto")  # absence is reported, but no error
     monkeypatch.setattr(transformer_engine, "find_nvcc", lambda: "/usr/bin/nvcc")
-    told = checks.shortfalls(transformer_engine=False)
+    told = checks.shortfalls(transformer_engine=False, precision="bf16")
     assert told[0].startswith("Transformer Engine is not installed: layers are slower, without FP8; install it: NVTE_BUILD")
     assert "apex is not installed" in told[1]
-    assert checks.shortfalls(transformer_engine=True) == []
+    assert checks.shortfalls(transformer_engine=True, precision="bf16") == []
 
 
 @pytest.mark.usefixtures("gpu")
@@ -121,11 +121,19 @@ def test_a_library_tells_its_cuda(site: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not [found for found in other_cudas() if found.what.startswith("flash-attn")]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(("precision", "fast", "told"), [("bf16", False, True), ("bf16", True, False), ("fp32", False, False)])
+def test_a_processor_without_bfloat16_is_told(monkeypatch: pytest.MonkeyPatch, precision: str, fast: bool, told: bool) -> None:
+    monkeypatch.setattr(checks, "computes_bf16", lambda: fast)
+    found = checks.shortfalls(transformer_engine=False, precision=precision)
+    assert [line.endswith("set model.precision to fp32") for line in found] == [True] * told
+
+
 @pytest.mark.usefixtures("gpu")
 def test_a_broken_attention_package_is_told(site: Path) -> None:
     library = "libcudart.so.12: cannot open shared object file: No such file or directory"
     install(site, "flash-attn", "2.8.3", module="flash_attn", source=f"raise ImportError('{library}')\n")
-    (told,) = checks.shortfalls(transformer_engine=True)
+    (told,) = checks.shortfalls(transformer_engine=True, precision="bf16")
     assert told.startswith(
         "attention runs without flash-attn: flash-attn 2.8.3 is installed but does not import (ImportError: libcudart"
     )
