@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mpo_megatron.config import ConfigError, require
@@ -38,7 +37,7 @@ from mpo_megatron.hf.identity import ADAPTER_FILE, PEFT_CONFIG, PEFT_WEIGHTS, we
 from mpo_megatron.model.convert_folder import copy_side_files, staged
 from mpo_megatron.model.convert_torch_dist import CheckpointReader, StoredChunk, write_checkpoint
 from mpo_megatron.model.odd_values import OddValues
-from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header
+from mpo_megatron.model.safetensors_io import DTYPE_NAMES, RowReader, StoredTensor, read_header, write_tensors
 from mpo_megatron.model.weight_map import Slice, build_adapter_map
 from mpo_megatron.terminal.visible import visible
 
@@ -252,7 +251,7 @@ def export_adapter(source: Path, output: Path, base_name: str | None = None) -> 
         print(visible(text), file=sys.stderr)
     _warn_of_odd(matrices, source)
     with staged(output, _num_bytes(matrices.values())) as folder:
-        save_file(matrices, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+        write_tensors(folder / PEFT_WEIGHTS, matrices)
         original = source / ORIGINAL / PEFT_CONFIG
         if original.is_file():
             _check_original(original, record.adapter)

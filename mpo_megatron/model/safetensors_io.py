@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -301,6 +301,12 @@ def write_shards(folder: Path, shards: list[list[PlannedTensor]], rows_of: Calla
         total = sum(tensor.num_bytes for shard in shards for tensor in shard)
         text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2, sort_keys=True)
         (folder / INDEX).write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file. The library's `save_file` raises its own error on a full disk, without an error number."""
+    planned = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in sorted(tensors.items())]
+    _write_file(path, planned, lambda tensor: iter((tensors[tensor.name].contiguous(),)))
 
 
 def _write_file(path: Path, shard: list[PlannedTensor], rows_of: Callable[[PlannedTensor], Iterator[Tensor]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,26 @@ def test_a_peft_adapter_goes_in_and_out_bit_for_bit(base: Path, peft: tuple[Path
         assert torch.equal(tensor.view(torch.uint8), after[name].view(torch.uint8)), name
     assert (out / "adapter_config.json").read_bytes() == (peft[0] / "adapter_config.json").read_bytes()
     assert not (out / "config.json").exists()
+    save_file(after, tmp_path / "library", metadata={"format": "pt"})
+    assert (out / "adapter_model.safetensors").read_bytes() == (tmp_path / "library").read_bytes()
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_full_disk_leaves_nothing_of_an_export(merge: bool, base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:
+    """A limit on the file size stands for the full disk; the same command then succeeds."""
+    (tmp_path / "outputs").mkdir()
+    megatron, out = tmp_path / "adapter", tmp_path / "outputs" / "out"
+    convert(ConvertConfig(input=str(peft[0]), output=str(megatron), base=str(base / "megatron")))
+    export = ConvertConfig(input=str(megatron), output=str(out), merge=merge)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try:
+        with pytest.raises(ConfigError, match=r"output = .*out: File too large while writing .* GiB of weights; free space and"):
+            convert(export)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(out.parent.iterdir())
+    convert(export)
 
 
 def test_a_merged_model_answers_as_the_adapter_does(
