@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import logging
 import os
+import re
 import warnings
 
 from packaging.version import Version
@@ -33,11 +34,19 @@ DEPRECATIONS = {
     "megatron.core.dist_checkpointing.strategies.torch": "MCore's async save is deprecated",
 }
 """Loggers of Megatron-Core, and prefixes of their deprecation messages, which only this package can act on."""
-CHECKPOINT_READS = (
-    "The argument order of load has been changed",
-    "torch.distributed is disabled, unavailable or uninitialized",
+TORCH: tuple[tuple[type[Warning], str, str], ...] = (
+    # Megatron-Core loads with its own sharded tensors, and passes the reader by position, as older versions of torch expect.
+    (FutureWarning, "Please use DTensor instead", r"torch\.distributed\.checkpoint\."),
+    (UserWarning, "The argument order of load has been changed", r"torch\.distributed\.checkpoint\."),
+    # It makes each rank load on its own, which is meant.
+    (UserWarning, "torch.distributed is disabled, unavailable or uninitialized", r"torch\.distributed\.checkpoint\."),
+    # torch 2.14 renames these functions; Megatron-Core and older versions of torch know the old names only.
+    (FutureWarning, "`torch.distributed.all_gather_into_tensor` is deprecated", r"torch\.distributed\."),
+    (FutureWarning, "`torch.distributed.reduce_scatter_tensor` is deprecated", r"torch\.distributed\."),
+    # NCCL groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
+    (UserWarning, "barrier(): using the device", r"torch\.distributed\."),
 )
-"""Prefixes of torch's warnings when Megatron-Core reads checkpoints."""
+"""Categories, prefixes and modules of torch's warnings about Megatron-Core's calls, which a user cannot change."""
 
 _prepared = False
 
@@ -57,10 +66,6 @@ def prepare() -> None:
     os.environ.setdefault(POWER_OF_TWO_SCALES, "1")
     quiet_megatron()
     _check_resiliency_extension()
-    # Megatron-Core uses names that torch will rename; a user cannot fix that.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
-    # NCCL groups are not bound to the GPU in advance: each of Megatron's would open a communicator, used or not.
-    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device")
     if device.has_gpu():
         import_transformer_engine()
         return
@@ -82,11 +87,12 @@ def _check_resiliency_extension() -> None:
 
 
 def quiet_megatron() -> None:
-    """Hide Megatron-Core's uninformative warnings. The main rank still shows one about lost speed."""
+    """Hide uninformative warnings of Megatron-Core, and of torch about its calls. The main rank still shows one about lost
+    speed."""
     for name, start in DEPRECATIONS.items():
         logging.getLogger(name).addFilter(functools.partial(_begins_otherwise, start))
-    for message in CHECKPOINT_READS:
-        warnings.filterwarnings("ignore", message=message, category=UserWarning)
+    for category, message, module in TORCH:
+        warnings.filterwarnings("ignore", re.escape(message), category, module)
     if not device.has_gpu() or os.environ.get("RANK", "0") != "0":  # on a CPU, they only report the missing GPU
         warnings.filterwarnings("ignore", module=r"megatron\..*")
         return

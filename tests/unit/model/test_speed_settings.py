@@ -24,7 +24,9 @@ from mpo_megatron.model.architecture import build_transformer_config
 from mpo_megatron.model.experts import PERMUTE_KERNELS, expert_settings
 from mpo_megatron.model.parallel import Ranks
 from mpo_megatron.model.policy import build_policy
+from mpo_megatron.train.checkpoints.checkpoint import load_weights
 from mpo_megatron.train.optimizer import build_optimizer, choose_overlap, update, wrap_data_parallel
+from tests.unit.model.adapted import build_adapted, save_base
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 DENSE = Qwen3Config(**SIZES, num_key_value_heads=2, vocab_size=50, tie_word_embeddings=False)
@@ -170,3 +172,23 @@ def test_rotary_frequencies_are_transformers(ranks: Ranks) -> None:
     (found,) = part.module.inverse_frequencies  # type: ignore[union-attr]
     assert found.dtype is torch.float32
     torch.testing.assert_close(found, Qwen2RotaryEmbedding(config).inv_freq)
+
+
+def test_a_load_of_a_checkpoint_warns_of_nothing_that_a_user_could_change(ranks: Ranks, tmp_path: Path) -> None:
+    """And torch still gives each warning that is hidden; any other one is shown."""
+    base = save_base(tmp_path, num_hidden_layers=1, hidden_size=32)
+    _, parts = build_adapted(base, None, ranks)
+
+    def load(*, quiet: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if quiet:
+                preparation.quiet_megatron()
+            load_weights(parts, base / "megatron", ranks)
+            warnings.warn_explicit("other", FutureWarning, "utils.py", 1, module="torch.distributed.checkpoint.utils")
+        return [str(warning.message) for warning in caught]
+
+    shown = load(quiet=False)
+    for _, message, module in preparation.TORCH:
+        assert "checkpoint" not in module or any(text.startswith(message) for text in shown)
+    assert load(quiet=True) == ["other"]
