@@ -77,7 +77,9 @@ def write_checkpoint(
             raise error.__context__ from None
         raise
     writer.finish(metadata, [results])
-    torch.save({}, folder / "common.pt")  # for non-tensors: a converted checkpoint has none
+    common = io.BytesIO()  # for non-tensors: a converted checkpoint has none
+    torch.save({}, common)
+    (folder / "common.pt").write_bytes(common.getvalue())  # on a full disk, torch.save raises no OSError
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(folder))
 
 

@@ -12,7 +12,10 @@ import pytest
 
 from tests.distributed.launch import ROOT
 
-KINDS = ("prepare/killed", "prepare/disk full", "reference/killed", "train/killed", "train/disk full", "train/two at a time")
+KINDS = (
+    *("prepare/killed", "prepare/disk full", "reference/killed", "train/killed", "train/disk full", "train/two at a time"),
+    *("convert adapter/disk full", "align/two at a time"),
+)
 
 
 @pytest.mark.distributed
@@ -23,4 +26,4 @@ def test_disturbed_commands_end_where_undisturbed_ones_end(tmp_path: Path) -> No
     result = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     # The seed is new each time, and printed.
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-6000:]}"
-    assert "12 trials (4 × disk full, 6 × killed, 2 × two at a time" in result.stdout
+    assert "16 trials (6 × disk full, 6 × killed, 4 × two at a time" in result.stdout

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from mpo_megatron.cli import main
-from mpo_megatron.config import ConvertConfig, IterateConfig, to_dict
+from mpo_megatron.config import AlignConfig, ConvertConfig, IterateConfig, to_dict
 from mpo_megatron.model.convert import convert
 from mpo_megatron.model.convert_torch_dist import CheckpointReader
 from mpo_megatron.rollout import stages
@@ -25,6 +25,7 @@ from mpo_megatron.train.checkpoints import resumption
 from mpo_megatron.train.checkpoints.step_folders import complete_steps
 from mpo_megatron.train.rank import run as run_rank
 from tests.tiny import random_groups, save_groups, save_model
+from tools.trials.processes import Child
 
 Result = dict[str, Any]
 
@@ -61,6 +62,9 @@ def build_inputs(folder: Path) -> None:
     (folder / "vowels.py").write_text("def vowels(response, group):\n    return sum(c in 'aeiou' for c in response) / 8\n")
     cli(*generate(folder, folder / "samples"))
     cli(*score(folder, folder / "samples", folder / "scored"))
+    outcome = Child(lambda: be_rank(train_work, "mpo train", train_adapter(folder)), folder / "lora").outcome()
+    if outcome.code:
+        raise SystemExit(f"training an adapter ended with {outcome.code}:\n{outcome.output[-4000:]}")
 
 
 def cli(*arguments: str) -> None:
@@ -81,14 +85,53 @@ def score(inputs: Path, samples: Path, output: Path) -> list[str]:
     return ["score", "--input", str(samples), "--output", str(output), "--scorers", json.dumps(scorers), "--chunk_groups", "2"]
 
 
-def training(inputs: Path, folder: Path, steps: int = 3) -> list[str]:
+def training(inputs: Path, folder: Path, steps: int = 3, run: str = "run") -> list[str]:
     """Arguments of `mpo train`, or `mpo reference`, on data that lies in the folder."""
     options = {
-        **{"output": folder / "run", "model.checkpoint": inputs / "model", "data.train": folder / "train"},
+        **{"output": folder / run, "model.checkpoint": inputs / "model", "data.train": folder / "train"},
         **{"data.eval": folder / "train", "data.groups_per_step": 4, "data.row_tokens": 256, "max_steps": steps, "eval_every": 2},
         **{"optimizer.lr": 1e-3, "loss.params.beta": 0.1, "model.precision": "fp32", "checkpoint.every": 1, "checkpoint.keep": 2},
     }
     return [part for name, value in options.items() for part in (f"--{name}", str(value))]
+
+
+def train_adapter(inputs: Path) -> list[str]:
+    """Arguments of `mpo train` for one step of an adapter, in the folder of the inputs."""
+    options = {"lora.rank": 2, "data.eval": "null", "eval_every": 0}
+    own = (part for name, value in options.items() for part in (f"--{name}", str(value)))
+    return [*training(inputs, inputs, steps=1, run="lora"), *own]
+
+
+def run_align(inputs: Path, folder: Path) -> int:
+    """`mpo align` from groups, whose training is a rank in this process."""
+    vars(stages)["launch"] = train_here
+    train = {
+        "model": {"precision": "fp32"},
+        "data": {"groups_per_step": 9, "row_tokens": 256},
+        "optimizer": {"lr": 1e-3},
+        "checkpoint": {"every": 1, "keep": 2},
+    }
+    config = AlignConfig(
+        output=str(folder / "out"),
+        model=str(inputs / "hf"),
+        data=[str(inputs / "groups.jsonl")],
+        answers=2,
+        train=train,
+        generate={"max_tokens": 4},
+    )
+    return run_config("align", config, folder)
+
+
+def run_config(command: str, config: object, folder: Path) -> int:
+    """Run a command with this configuration, in a file beside the folder whose file operations count."""
+    path = folder.with_name(f"{folder.name}.yaml")
+    path.write_text(yaml.safe_dump(to_dict(config)))
+    return main([command, "--config", str(path)])
+
+
+def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
+    """In place of `launch`: the only rank of training, in this process."""
+    return be_rank(train_work, "mpo train", list(arguments))
 
 
 def rounds_config(inputs: Path, folder: Path) -> IterateConfig:
@@ -118,14 +161,8 @@ def rounds_config(inputs: Path, folder: Path) -> IterateConfig:
 
 def run_rounds(inputs: Path, folder: Path) -> int:
     """`mpo iterate`, whose training is a rank in this process."""
-
-    def train_here(module: str, arguments: Sequence[str], *, num_ranks: int, max_restarts: int) -> int:
-        return be_rank(train_work, "mpo train", list(arguments))
-
     vars(stages)["launch"] = train_here
-    path = folder.with_name(f"{folder.name}.yaml")  # beside the folder whose file operations count
-    path.write_text(yaml.safe_dump(to_dict(rounds_config(inputs, folder))))
-    return main(["iterate", "--config", str(path)])
+    return run_config("iterate", rounds_config(inputs, folder), folder)
 
 
 def be_rank(work: Callable[[], str | None], program: str, arguments: list[str]) -> int:
@@ -204,6 +241,15 @@ def commands(inputs: Path) -> dict[str, Command]:
             lambda folder: files(folder, "out/*.safetensors", "out/*.json"),
             refuses_what_is_there=True,
         ),
+        *(
+            Command(
+                name,
+                call("convert", "--input", str(inputs / "lora"), "--output", "@/out", *options),
+                lambda folder: files(folder, "out/*.safetensors", "out/*.json"),
+                refuses_what_is_there=True,
+            )
+            for name, options in (("convert adapter", ()), ("convert merged", ("--merge", "true")))
+        ),
         Command(
             "select",
             call("select", "--input", str(inputs / "scored"), "--output", "@/out", "--truncated", "keep", "--duplicates", "keep"),
@@ -235,6 +281,11 @@ def commands(inputs: Path) -> dict[str, Command]:
             "iterate",
             lambda folder: run_rounds(inputs, folder),
             lambda folder: files(folder, "out/policies/01/hf/*.safetensors", "out/policies/*/scored/scored.jsonl"),
+        ),
+        Command(
+            "align",
+            lambda folder: run_align(inputs, folder),
+            lambda folder: files(folder, "out/groups*/*.arrow", "out/aligned/*", "out/answers/*/samples.jsonl", "out/align.md"),
         ),
     ]
     return {command.name: command for command in found}

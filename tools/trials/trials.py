@@ -149,7 +149,10 @@ def few_open_files(bench: Bench, command: Command) -> Iterator[str | None]:
     )
 
 
-LOCKS = {"train": "run/.lock", "iterate": "out/.lock", "generate": "out/.samples.jsonl.lock", "score": "out/.scored.jsonl.lock"}
+LOCKS = {
+    **{"train": "run/.lock", "iterate": "out/.lock", "align": "out/.lock"},
+    **{"generate": "out/.samples.jsonl.lock", "score": "out/.scored.jsonl.lock"},
+}
 """Lock files of commands."""
 
 
@@ -177,7 +180,7 @@ def foreign_lock(bench: Bench, command: Command) -> Iterator[str | None]:
 
 def moved(bench: Bench, command: Command) -> Iterator[str | None]:
     """Killed, moved with all it has, and resumed."""
-    if command.name not in ("train", "iterate", "generate", "score", "reference"):
+    if command.name not in ("train", "iterate", "align", "generate", "score", "reference"):
         return
     for at in bench.places(bench.operations[command.name])[:: max(1, bench.each // 4)]:
         folder = bench.new_folder(command)

@@ -9,10 +9,12 @@ import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from mpo_megatron.config import ConfigError
 from mpo_megatron.files import digests
@@ -340,6 +342,21 @@ def test_full_disk_leaves_nothing_behind(direction: str, qwen3: Path, megatron: 
             convert_folder(source, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_at_a_small_file_ends_in_a_sentence(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = FileSystemWriter.finish
+
+    def fill(writer: Any, *arguments: Any) -> None:
+        finish(writer, *arguments)
+        (Path(writer.path) / "common.pt").symlink_to("/dev/full")
+
+    monkeypatch.setattr(FileSystemWriter, "finish", fill)
+    with pytest.raises(ConfigError, match=r"output = .*out: No space left on device while writing .* free space and run"):
+        convert_folder(qwen3, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 
 
