@@ -155,21 +155,51 @@ DAMAGE = (ValueError, OSError, LookupError, ImportError, TypeError, AttributeErr
 """Errors that transformers raises on a damaged tokenizer."""
 
 
+LARGEST_ID = 2**31 - 1
+"""Largest token id: files and tensors hold ids in 32 bits."""
+
+
 def _load_backend(folder: Path) -> Any:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoTokenizer  # slow to import: only when a tokenizer is needed
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)  # settings of a wrong type fail only here
-        return tokenizer
+        probe = tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)  # settings of a wrong type fail only here
+        largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:
         # tokenizers (Rust) raises plain Exception; on damaged files, transformers fails on missing values in various ways.
         # StrictDataclassError: a field of config.json has another type.
         if type(error) is not Exception and not isinstance(error, (*DAMAGE, StrictDataclassError)):
             raise
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"tokenizer = {folder}; transformers cannot load it ({reason}); copy the tokenizer again.") from error
+        reason = _explain(folder / "tokenizer.json") or f"transformers cannot load it ({_one_line(error)})"
+        raise ConfigError(f"tokenizer = {folder}; {reason}; copy the tokenizer again.") from error
+    require(bool(probe), f"tokenizer = {folder}; it turns every text into no token; copy the tokenizer again.")
+    require(
+        largest <= LARGEST_ID,
+        f"tokenizer = {folder}; its largest token id is {largest}, beyond {LARGEST_ID}; copy the tokenizer again.",
+    )
+    return tokenizer
+
+
+def _explain(path: Path) -> str | None:
+    """Why a tokenizer.json is no tokenizer, in its reader's words, because transformers names only a missing key; None if it is
+    one."""
+    from tokenizers import Tokenizer as Backend
+
+    if not path.is_file():
+        return None
+    try:
+        Backend.from_file(str(path))
+    except Exception as error:
+        if type(error) is not Exception:  # the type that Rust raises
+            raise
+        return f"{path.name} does not hold a tokenizer ({_one_line(error)})"
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _load_sentencepiece(model: Path, template: str | None) -> SentencePieceTokenizer:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from mpo_megatron.config import ConfigError, ModelConfig, check_checkpoint, is_hugging_face, require
 from mpo_megatron.config.model import ADAPTER_OFF
+from mpo_megatron.data.tokenizer import count_tokens
 from mpo_megatron.files.lock import hold
 from mpo_megatron.hf.conversion import VOCAB_MULTIPLE
 from mpo_megatron.hf.fingerprint import folder_digest
@@ -64,6 +65,7 @@ def megatron_checkpoint(path: str, run: Path, name: str) -> str:
             if not target.is_dir():
                 print(f"{name} = {folder} is a Hugging Face folder: converting it, once, to {target}", flush=True)
                 try:
+                    count_tokens(folder)  # the conversion would only warn, and the run need a tokenizer that loads
                     import_from_hf(folder, target, vocab_multiple=VOCAB_MULTIPLE)
                 except ConfigError as error:
                     raise ConfigError(f"{name} = {folder}, a Hugging Face folder, cannot be converted: {error}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import AutoTokenizer
 from mpo_megatron.config import ConfigError
 from mpo_megatron.data import tokenizer_backends
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from mpo_megatron.data.tokenizer import Tokenizer, count_tokens, load_tokenizer
 from mpo_megatron.data.tokenizer_backends import HuggingFaceTokenizer, SentencePieceTokenizer
 from tests.tiny import save_tokenizer
 
@@ -383,9 +384,6 @@ def test_what_cannot_be_loaded_is_named(bpe_folder: Path, tmp_path: Path) -> Non
     pytest.importorskip("sentencepiece")
     with pytest.raises(ConfigError, match="sentencepiece cannot read it"):
         load_tokenizer(tmp_path / "bad.model")
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match="transformers cannot load it"):
-        load_tokenizer(tmp_path)
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copyfile(bpe_folder / "tokenizer.json", bare / "tokenizer.json")
@@ -401,10 +399,26 @@ def test_a_damaged_tokenizer_is_refused_in_one_sentence(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     whole = path.read_text()
-    for damaged in (whole.replace('"merges"', '"nerges"'), whole.replace('"content"', '"kontent"', 1)):
+    content = json.loads(whole)
+    a, model = {"a": 2**31}, content["model"]
+    for damaged, message in (
+        (whole.replace('"merges"', '"nerges"'), r"tokenizer\.json does not hold a tokenizer \(Missing vocab/merges.*\)"),
+        (whole.replace('"content"', '"kontent"', 1), r"tokenizer\.json does not hold a tokenizer \(.*field `content`.*\)"),
+        ("{}", r"tokenizer\.json does not hold a tokenizer \(Model missing.*\)"),
+        ("[]", r"tokenizer\.json does not hold a tokenizer \(.*\)"),
+        (json.dumps(content | {"model": None}), r"tokenizer\.json does not hold a tokenizer \(.*\)"),
+        (
+            json.dumps(content | {"model": model | {"vocab": model["vocab"] | a}}),
+            r"its largest token id is 2147483648, beyond 2.*",
+        ),
+        (json.dumps(content | {"model": model | {"vocab": {}}}), "it turns every text into no token"),
+    ):
         path.write_text(damaged)
-        with pytest.raises(ConfigError, match=r"transformers cannot load it \(.*\); copy the tokenizer again\.$"):
-            load_tokenizer(tmp_path)
+        for use in (load_tokenizer, count_tokens):
+            with pytest.raises(
+                ConfigError, match=rf"^tokenizer = {re.escape(str(tmp_path))}; {message}; copy the tokenizer again\.$"
+            ):
+                use(tmp_path)
     path.write_text(whole)
     settings = tmp_path / "tokenizer_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": "x"}))

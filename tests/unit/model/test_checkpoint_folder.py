@@ -44,6 +44,14 @@ def test_a_folder_is_converted_once_and_found_again(folder: Path, tmp_path: Path
     assert checkpoint_of(moved, tmp_path / "run") == found
 
 
+def test_a_tokenizer_that_does_not_load_is_refused_before_the_conversion(folder: Path, tmp_path: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    message = r"model\.checkpoint = .*, cannot be converted: tokenizer = .*; tokenizer\.json does not hold a tokenizer"
+    with pytest.raises(ConfigError, match=message):
+        checkpoint_of(folder, tmp_path / "run")
+    assert not [path for path in (tmp_path / "run" / "converted").iterdir() if path.is_dir()]
+
+
 def test_ranks_say_nothing_of_what_is_there(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -92,7 +92,7 @@ def test_what_is_nested_without_end(model: Path, tmp_path: Path) -> None:
     for name, content in (("tokenizer.json", DEEP), ("tokenizer.json", "[]"), ("tokenizer_config.json", "[1]")):
         shutil.copyfile(model / "tokenizer.json", tmp_path / "hf" / "tokenizer.json")
         (tmp_path / "hf" / name).write_text(content)
-        with pytest.raises(ConfigError, match="cannot load it"):
+        with pytest.raises(ConfigError, match=r"cannot load it|does not hold a tokenizer"):
             load_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(DEEP)
     with pytest.raises(ConfigError, match=r"config.json: not a JSON object"):
