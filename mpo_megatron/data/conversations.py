@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text
+from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text, split_columns
 from mpo_megatron.data.group import Answer, Message
+from mpo_megatron.data.unread import check_unread
 
 PROMPT_FIELDS = (
     *("prompt", "messages", "conversations", "conversation", "context", "trajectory"),
@@ -22,9 +23,11 @@ PROMPT_FIELDS = (
 _LISTS_ONLY = ("context",)
 """Fields that hold a prompt only if they hold messages: as text they mean something else."""
 _SYSTEM_FIELDS = ("system", "system_prompt")
+_CALL_ROLES = ("function_call", "tool_call")
+"""Roles of messages that are calls (ShareGPT, ms-swift): parallel calls, and the words before them, are separate messages."""
 _ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", "function_call"), "assistant"),
+    **dict.fromkeys(("assistant", "gpt", "bot", "model", "chatgpt", *_CALL_ROLES), "assistant"),
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
     **{name: name for name in ("system", "developer")},
 }
@@ -48,7 +51,8 @@ def is_conversation(value: Any) -> bool:
 
 
 def _role_name(item: dict[str, Any]) -> Any:
-    return item.get("role", item.get("from"))
+    role = item.get("role")
+    return item.get("from") if role is None else role
 
 
 def _says(item: dict[str, Any]) -> bool:
@@ -56,22 +60,38 @@ def _says(item: dict[str, Any]) -> bool:
 
 
 def as_messages(value: Any) -> Any:
-    """Messages in a JSON string; one message as a list of one; any other value unchanged."""
+    """Messages in a JSON string or in lists of roles and contents; one message as a list of one; any other value unchanged."""
     if isinstance(value, str):
         parsed = parse_json(value, "[")
         return parsed if parsed is not value and is_conversation(parsed) else value
-    return [value] if isinstance(value, dict) and _role_name(value) is not None else value
+    if not isinstance(value, dict) or _role_name(value) is None:
+        return value
+    return split_columns(value) if isinstance(_role_name(value), list) else [value]
+
+
+def is_answered(value: Any) -> bool:
+    """Whether a value is a conversation that ends with the assistant's message."""
+    messages = as_messages(value)
+    return is_conversation(messages) and _ROLES.get(str(_role_name(messages[-1]))) == "assistant"
 
 
 def read_messages(row: FieldRecord, value: Any, field: str, *, last_assistant: bool = False) -> tuple[Message, ...]:
     """A conversation: known roles, system message only at the start, ending with the assistant's turn iff `last_assistant`."""
-    messages = tuple(_read_message(row, item, f"{field}[{index}]", index) for index, item in enumerate(read_list(value, field)))
+    messages = list[Message]()
+    for index, item in enumerate(read_list(value, field)):
+        message = _read_message(row, item, f"{field}[{index}]", index)
+        last = messages[-1] if messages else {}
+        if last.get("role") == "assistant" and _role_name(item) in _CALL_ROLES:
+            calls = [*last.get("tool_calls", []), *message["tool_calls"]]
+            messages[-1] = message | last | {"tool_calls": calls}
+        else:
+            messages.append(message)
     if (messages[-1]["role"] == "assistant") != last_assistant:
         wanted = "must end with the assistant's message" if last_assistant else "ends with an assistant message, not a question"
         raise RowError(field, wanted)
     if messages[-1]["role"] in _SYSTEM_ROLES:
         raise RowError(field, "has a system message but no question")
-    return messages
+    return tuple(messages)
 
 
 def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Message:
@@ -85,7 +105,7 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
         raise RowError(f"{place}.role", f"is {name}; use system, user, assistant or tool")
     if role in _SYSTEM_ROLES and index:
         raise RowError(f"{place}.role", "is system; only the first message can be")
-    content = _join_parts(record.get(record.find(("content", "value")) or "content"), f"{place}.content")
+    content = _join_parts(record, record.get(record.find(("content", "value")) or "content"), f"{place}.content")
     extras = {name: record.get(name) for name in _EXTRAS if record.has(name)}
     if record.has("reasoning"):
         thought = record.get("reasoning")
@@ -98,7 +118,7 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
             raise RowError(f"{place}.{name}", "is not a string")
         if not check_unicode(said, f"{place}.{name}").strip():
             extras.pop(name, None)
-    if given == "function_call":  # ShareGPT: the call is the message's text
+    if given in _CALL_ROLES:
         extras["tool_calls"], content = parse_json(parse_json(content, "{"), "["), None
     if "tool_calls" in extras:
         calls = parse_json(extras.pop("tool_calls"), "[")
@@ -108,17 +128,23 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
         content = json.dumps(drop_none(content), ensure_ascii=False)
     if not content and ("tool_calls" in extras or (role == "tool" and content == "")):
         return {"role": role, "content": content, **extras}
+    if not content:
+        check_unread(record.unread())
     return {"role": role, "content": read_text(content, f"{place}.content"), **extras}
 
 
-def _join_parts(content: Any, place: str) -> Any:
+def _join_parts(record: FieldRecord, content: Any, place: str) -> Any:
     """The text of content that is given in parts."""
     if not (isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)):
         return content
+    texts = []
     for index, part in enumerate(content):
         if part["type"] != "text":
             raise RowError(f"{place}[{index}]", f"is of type {str(part['type'])[:40]!r}; only text is read")
-    return "".join(str(part.get("text") or "") for part in content)
+        fields = record.within(part, f"content[{index}]")
+        fields.get("type")
+        texts.append(str(fields.get("text") or ""))
+    return "".join(texts)
 
 
 def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
@@ -146,6 +172,8 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers; empty without such a column."""
+    if row.has("rejected_tools") and row.get("rejected_tools") != row.values.get("tools"):  # ms-swift repeats them
+        raise RowError("rejected_tools", "contradicts tools; both answers need the same")
     if not row.has("tools"):
         return ()
     value = row.get("tools")
@@ -220,9 +248,13 @@ def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]
         if turns:
             return read_messages(FieldRecord({}), turns, field)
         text = read_text(value, field)
-    if field == "instruction" and row.has("input") and row.get("input") != "":
+    if field == "instruction" and not _is_blank(row.get("input")):
         text = f"{text}\n{read_text(row.get('input'), 'input')}"
     return (*_read_history(row), {"role": "user", "content": text})
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def _read_history(row: FieldRecord) -> tuple[Message, ...]:
@@ -245,11 +277,14 @@ def _read_history(row: FieldRecord) -> tuple[Message, ...]:
 
 def _with_system(row: FieldRecord, messages: tuple[Message, ...], field: str) -> tuple[Message, ...]:
     """The messages, with a system message from a separate field of the row."""
-    name = row.find(_SYSTEM_FIELDS)
-    value = None if name is None else row.get(name)
-    if name is None or value == "":
+    given = {name: row.get(name) for name in _SYSTEM_FIELDS if not _is_blank(row.values.get(name))}
+    if not given:
         return messages
+    (name, value), *others = given.items()
     system = read_text(value, name)
+    for other, text in others:
+        if text != value:
+            raise RowError(other, f"contradicts {name}")
     if messages and messages[0]["role"] in _SYSTEM_ROLES:
         if messages[0]["content"].strip() != system.strip():
             raise RowError(name, f"contradicts the system message in {field}[0]")
@@ -332,9 +367,7 @@ def _needs_prompt(row: FieldRecord, answers: Sequence[tuple[str, Answer]]) -> bo
     name = find_prompt(FieldRecord(row.values))
     if name is None:
         return False
-    value = as_messages(row.values[name])
-    ends = value[-1] if isinstance(value, list) and value and isinstance(value[-1], dict) else {}
-    return _ROLES.get(str(_role_name(ends))) != "assistant"
+    return not is_answered(row.values[name])
 
 
 def _check_whole(

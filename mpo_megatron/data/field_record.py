@@ -41,11 +41,16 @@ class FieldRecord:
         """A record that is part of this one, for example `responses[0]`."""
         return FieldRecord(value, f"{self.place}{place}.", self)
 
-    def unused(self) -> Iterator[str]:
-        """Names of unread fields with a value; list indices shown as `[]`."""
+    def unread(self) -> Iterator[tuple[str, Any]]:
+        """Place and value of each unread field that has a value."""
         if not self.values.keys() <= self.used:
             for name, value in self.values.items():
                 if name not in self.used and value is not None and value not in ("", [], {}):
-                    yield _INDEX.sub("[]", f"{self.place}{name}")
+                    yield f"{self.place}{name}", value
         for record in self.inner:
-            yield from record.unused()
+            yield from record.unread()
+
+
+def without_indices(place: str) -> str:
+    """A place with list indices shown as `[]`."""
+    return _INDEX.sub("[]", place)

@@ -107,6 +107,15 @@ def parse_json(value: Any, opening: str) -> Any:
     return value
 
 
+def split_columns(value: Any) -> Any:
+    """The records in a dictionary of equally long lists (Arrow's form of a sequence of records); any other value unchanged."""
+    if not (isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values())):
+        return value
+    if len({len(column) for column in value.values()}) != 1:
+        return value
+    return [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+
+
 def read_list(value: Any, field: str) -> list[Any]:
     """A non-empty list, or the list in a JSON string.
 
@@ -114,11 +123,11 @@ def read_list(value: Any, field: str) -> list[Any]:
     """
     if value is None:
         raise RowError(field, "is missing")
-    value = parse_json(value, "[")
+    value = split_columns(parse_json(value, "["))
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        raise RowError(field, "is a list as text, but not JSON; write it with json.dumps")
     if isinstance(value, dict) and value and all(isinstance(column, list) for column in value.values()):
-        if len({len(column) for column in value.values()}) != 1:
-            raise RowError(field, "holds lists of different lengths")
-        value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+        raise RowError(field, "holds lists of different lengths")
     if not isinstance(value, list | tuple):
         raise RowError(field, f"is of type {type(value).__name__}, not a list")
     if not value:

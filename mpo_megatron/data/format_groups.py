@@ -21,24 +21,34 @@ _PLAIN = frozenset(("text", "reward"))
 """The keys of a plain response."""
 _REWARDS = ("rewards", "scores", "all_rm_scores")
 _RANKS = ("ranks", "rank")
+_VALUES = frozenset((*_REWARDS, ".reward", ".score", *_RANKS, ".rank", "labels", ".label"))
+"""What may judge responses, in the row or (after a point) in the responses."""
 _ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
 
 
 def _fits_groups(sample: Sample) -> bool:
     if not sample.has(*PROMPT_FIELDS):
         return False
-    if sample.has(*_RESPONSES[:2]):
-        return True
-    return any(sample.any(name, lambda value: isinstance(parse_json(value, "["), list)) for name in _RESPONSES[2:])
+    if not sample.has(*_RESPONSES[:2]) and not any(
+        sample.any(name, lambda value: isinstance(parse_json(value, "["), list)) for name in _RESPONSES[2:]
+    ):
+        return False
+    return not sample.columns.issuperset(("chosen", "rejected")) or not _VALUES.isdisjoint(_keys(sample))
 
 
-def _settle_groups(sample: Sample, options: Options) -> InputLayout:
+def _keys(sample: Sample) -> set[str]:
+    """Names of columns, and those of the responses' keys after a point."""
     keys = set(sample.columns)
     for row in sample.rows:
         for field in _RESPONSES:
             items = parse_json(row.get(field), "[")
             for item in items if isinstance(items, list) else []:
                 keys |= {f".{key}" for key in item} if isinstance(item, dict) else set()
+    return keys
+
+
+def _settle_groups(sample: Sample, options: Options) -> InputLayout:
+    keys = _keys(sample)
     has_rewards = bool(keys & {*_REWARDS, ".reward", ".score"}) or bool(options.ratings)
     has_ranks = bool(keys & {*_RANKS, ".rank"})
     has_labels = bool(keys & {"labels", ".label"})
@@ -59,7 +69,8 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     has_ranks = not has_rewards and not layout.ratings and any(map(ranks.given, items))
     has_labels = any(map(labels.given, items))
     if not (has_rewards or has_ranks or has_labels or layout.ratings):
-        raise RowError("rewards" if not any(isinstance(item, dict) for item in items) else f"{field}[0].reward", "is missing")
+        place = f"{field}[0].reward" if any(isinstance(item, dict) for item in items) else "rewards"
+        raise RowError(place, "is missing; map its column (--columns rewards=…), or set rating to a key of the responses")
     found, places, drawn = Responses(), list[str](), list[Drawn | None]()
 
     def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:

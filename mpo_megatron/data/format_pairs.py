@@ -15,7 +15,10 @@ from mpo_megatron.files import DataError
 _SCORE_NAMES = ("score", "rating", "reward")
 _SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages"))
 _SWIFT = ("rejected_response", "rejected_messages", "negative_messages")
-_COMPARED = (("response_0", "response_1"), ("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b"))
+_COMPARED = (
+    *(("response_0", "response_1"), ("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b")),
+    ("conversation_a", "conversation_b"),
+)
 _WINNERS = ("better_response_id", "overall_preference", "preference_strength", "winner")
 
 
@@ -124,7 +127,11 @@ def _settle_comparison(sample: Sample, options: Options) -> InputLayout:
             f"rating = {'+'.join(options.ratings)}; format comparison takes one column, which names the better "
             "answer; choose one."
         )
-    winner = next((name for name in options.ratings or _WINNERS if name in sample.columns), "")
+    winner = next((name for name in options.ratings or _WINNERS if name in sample.columns), None)
+    if winner is None:
+        raise DataError(
+            f"format comparison: which column names the better answer? Set rating to one of {sorted(sample.columns)}."
+        )
     by_strength = winner in ("overall_preference", "preference_strength")
     return InputLayout(format="comparison", reward_kind="scores" if by_strength else "labels", ratings=(winner,))
 
@@ -155,7 +162,7 @@ def _read_winner(value: Any, field: str, pair: tuple[str, str]) -> int:
     """0 if the first answer is better, 1 if the second is."""
     if value is None:
         raise RowError(field, "is missing")
-    names = [name.removeprefix("response").strip("_") for name in pair]
+    names = [name.removeprefix("response").removeprefix("conversation").strip("_") for name in pair]
     word = str(int(value)) if isinstance(value, bool) or (isinstance(value, float) and value.is_integer()) else str(value)
     for place, name in enumerate(names):
         if word.strip().lower().removeprefix("response_").removeprefix("model_") in (name, pair[place]):

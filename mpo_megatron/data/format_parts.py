@@ -12,7 +12,7 @@ from mpo_megatron.data.formats import Parsed, Responses, Sample
 from mpo_megatron.data.group import Answer
 
 _TEXTS = ("text", "response", "content", "answer", "completion", "output", "messages")
-_MESSAGE_KEYS = frozenset(("role", "from", "tool_calls", "reasoning_content", "reasoning"))
+_MESSAGE_KEYS = frozenset(("role", "from", "tool_calls", "reasoning_content", "reasoning", "thinking", "tool_plan"))
 """Keys that make a record with a text a message."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mpo_megatron.data.conversations import PROMPT_FIELDS, as_messages, is_conversation, read_answer
+from mpo_megatron.data.conversations import PROMPT_FIELDS, is_answered, read_answer
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, is_number, read_label
 from mpo_megatron.data.format_parts import average, finish
@@ -18,7 +18,7 @@ _LABELS = ("label", "kto_tag")
 
 
 def _fits_unpaired(sample: Sample) -> bool:
-    ends = sample.any("messages", _is_answered) or sample.any("conversations", _is_answered)
+    ends = sample.any("messages", is_answered) or sample.any("conversations", is_answered)
     # Labels of another kind are refused by name, unless a number may be what counts.
     labels = any(sample.any(name, _is_label) for name in _LABELS) or (sample.has(*_LABELS) and not _numbers(sample))
     return labels and (ends or (sample.has(*PROMPT_FIELDS) and sample.has(*_COMPLETIONS)))
@@ -29,11 +29,6 @@ def _is_label(value: Any) -> bool:
         return read_label(value, "") in (0, 1)
     except RowError:
         return False
-
-
-def _is_answered(value: Any) -> bool:
-    messages = as_messages(value)
-    return is_conversation(messages) and str(messages[-1].get("role", messages[-1].get("from"))) in ("assistant", "gpt")
 
 
 def _settle_unpaired(sample: Sample, options: Options) -> InputLayout:

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mpo_megatron.data.conversations import read_tools
-from mpo_megatron.data.field_record import FieldRecord
+from mpo_megatron.data.field_record import FieldRecord, without_indices
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Group, Message, PromptDigests, RewardKind
+from mpo_megatron.data.unread import check_unread
 from mpo_megatron.files import DataError
 
 RowValues = dict[str, Any]
@@ -112,7 +113,7 @@ class Format:
 
 
 def rename(row: Any, columns: Mapping[str, str]) -> Any:
-    """The row with its columns renamed to the formats' names.
+    """The row with its columns renamed to the formats' names; a column whose name another one takes stays, as unused.
 
     Args:
         columns: our name → the input's
@@ -120,7 +121,10 @@ def rename(row: Any, columns: Mapping[str, str]) -> Any:
     if not columns or not isinstance(row, dict):
         return row
     theirs = {name: ours for ours, name in columns.items()}
-    return {theirs.get(name, name): value for name, value in row.items() if name in theirs or name not in columns}
+    return {
+        theirs.get(name, f"{name} (replaced by {columns[name]})" if name in columns else name): value
+        for name, value in row.items()
+    }
 
 
 @functools.cache
@@ -146,12 +150,13 @@ def detect(rows: Sequence[RowValues], format_name: str = "auto", options: Option
             known = "; ".join(f"{item.name}: {item.looks}" for item in FORMATS)
             raise DataError(
                 f"format = auto; the columns {sorted(sample.columns)} match no known format ({known}); map them, for example "
-                "--columns prompt=question responses=answers rewards=scores."
+                "--columns prompt=question responses=answers rewards=scores, or chosen=good rejected=bad, or response_a=first "
+                "response_b=second winner=better."
             )
-        columns = [name for name in found.uses if name in sample.columns]
+        columns = dict.fromkeys(name for name in found.uses if name in sample.columns)
         why = f"its columns {', '.join(columns)} look like {found.looks}"
     else:
-        found, why = find_format(format_name), "as set by the option format"
+        found, why = find_format(format_name), "the option format says so"
     options = options or Options()
     if options.drop_ranks and found.name != "nectar":
         raise DataError(
@@ -172,7 +177,9 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     record = FieldRecord(row)
     parsed = find_format(layout.format).parse(record, layout)
-    tools, unused = read_tools(record), tuple(dict.fromkeys(record.unused()))
+    tools, unread = read_tools(record), list(record.unread())
+    check_unread(unread)
+    unused = tuple(dict.fromkeys(without_indices(place) for place, _ in unread))
     return replace(parsed, tools=tools, unused=unused) if tools or unused else parsed
 
 

@@ -24,6 +24,7 @@ from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import check_lines, check_record
+from mpo_megatron.files.objects import RepeatedNameError, read_pairs
 
 STANDARD_INPUT = "-"
 _SPLITS = {
@@ -150,13 +151,15 @@ def _unsealed(row: Any) -> Any:
 
 def _decode(line: bytes) -> Any:
     try:
-        return _unsealed(json.loads(line.decode("utf-8-sig")))
+        return _unsealed(json.loads(line.decode("utf-8-sig"), object_pairs_hook=read_pairs))
     except UnicodeDecodeError as error:
         return RowError("row", f"is not UTF-8 (byte {error.start}); save the file as UTF-8")
     except json.JSONDecodeError as error:
         return RowError("row", f"is not valid JSON: {error.msg} at character {error.pos + 1}")
     except RecursionError:
         return RowError("row", "is not usable JSON: nested too deeply")
+    except RepeatedNameError as error:
+        return RowError("row", f"is not usable JSON: {error}")
     except ValueError:  # Python refuses integers of more than 4,300 digits
         return RowError("row", "is not usable JSON: a number has thousands of digits")
 
@@ -164,7 +167,7 @@ def _decode(line: bytes) -> Any:
 def _read_json(path: Path) -> Source:
     try:
         with _open(path) as file:
-            rows = json.loads(file.read().decode("utf-8-sig"))
+            rows = json.loads(file.read().decode("utf-8-sig"), object_pairs_hook=read_pairs)
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 (byte {error.start}).") from error
     except json.JSONDecodeError as error:
@@ -361,8 +364,12 @@ def _files_of_split(files: list[Path], split: str) -> list[Path]:
         raise DataError(
             f"split = {split}; {files[0].parent} holds the splits {', '.join(names)}; name one, or files with a pattern."
         )
+    remedy = "name one, or files with a pattern"
     if not chosen:
-        raise DataError(f"split = {split}; {files[0].parent} holds {', '.join(path.name for path in files)}.")
+        raise DataError(f"split = {split}; {files[0].parent} holds {', '.join(path.name for path in files)}; {remedy}.")
+    unclear = [path.name for path in files if kind(labels[path]) is None and _kind(path) in {*map(_kind, chosen)}]
+    if unclear:
+        raise DataError(f"split = {split}; {files[0].parent} holds {', '.join(unclear)}, whose names tell no split; {remedy}.")
     return chosen
 
 

@@ -18,6 +18,8 @@ from mpo_megatron.data.thoughts import close_thought, continue_prompt, find_seam
 if TYPE_CHECKING:
     from mpo_megatron.data.chat import Chat
 
+GENERATED = ("thinking", "tool_plan")
+"""Fields of a message, besides its content, thought and calls, that hold words of the model."""
 _OTHER = "¤"
 """Placeholder content that shows where real content starts."""
 
@@ -83,7 +85,8 @@ def _write_turn(
         text, end, is_plain = words, chat.end, True
     else:
         raise RowError(where, "cannot follow its prompt: with it, the chat template renders the conversation differently")
-    for name, value in (("reasoning_content", thought), ("content", words)):
+    generated = [(name, str(message[name])) for name in GENERATED if message.get(name)]
+    for name, value in (("reasoning_content", thought), ("content", words), *generated):
         if value.strip() and value.strip() not in text:
             raise RowError(f"{where}.{name}", "is omitted by the chat template, and would be lost")
     if message.get("tool_calls"):

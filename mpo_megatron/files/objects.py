@@ -20,23 +20,27 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        content = json.loads(path.read_bytes(), object_pairs_hook=read_pairs)
     except (ValueError, RecursionError) as error:  # invalid UTF-8 raises a ValueError too
         raise ConfigError(f"{path}: does not parse ({error}); {remedy}.") from error
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}, not an object; {remedy}.")
     return dict(content)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object with these fields; Python itself would take the last of two with one name.
+class RepeatedNameError(ValueError):
+    """An object gives two values for one name."""
+
+
+def read_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object with these fields, for `json.loads`; Python itself would take the last of two with one name.
 
     Raises:
-        ValueError: a name is given twice.
+        RepeatedNameError: a name is given twice.
     """
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
+        raise RepeatedNameError(f"{next(name for name in names if names.count(name) > 1)} is given twice")
     return content
 
 

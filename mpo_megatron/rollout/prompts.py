@@ -30,6 +30,7 @@ from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.spill import Spill, SpilledList
 from mpo_megatron.data.store import INFO_FILE, load_groups
+from mpo_megatron.data.unread import check_unread
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record
 
@@ -164,6 +165,7 @@ def _read_row(row: Any, layout: InputLayout | None) -> Record:
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
     record = FieldRecord(row)
     prompt, tools, group_id = read_prompt(record), read_tools(record), read_id(record)
+    check_unread(record.unread())
     return _build(prompt, tools, group_id, {name: value for name, value in row.items() if name not in record.used})
 
 

@@ -180,6 +180,27 @@ def test_an_unknown_format_lists_the_columns_and_how_to_map_them() -> None:
     message = r"the columns \['text', 'url'\] match no known format .*groups: a prompt and a list of responses"
     with pytest.raises(DataError, match=message + ".*--columns prompt=question"):
         detect([{"text": "…", "url": "…"}])
+    with pytest.raises(DataError, match=r"chosen=good rejected=bad, or response_a=first response_b=second winner=better\.$"):
+        detect([{"question": "Q", "accepted": "A", "rejected": "B"}])
+
+
+def test_responses_without_rewards_beside_a_pair_are_not_the_group() -> None:
+    row: dict[str, Any] = {"prompt": "Q", "generations": ["A", "B", "C"], "chosen": "A", "rejected": "B"}
+    assert detect([row]).format == "pairs"
+    assert parse(row, detect([row])).unused == ("generations",)
+    assert detect([row | {"scores": [2, 1, 0]}]).format == "groups"
+    layout = detect([{"prompt": "Q", "all_generated_responses": [{"text": "A", "reward": 1}], "chosen": "A", "rejected": "B"}])
+    assert layout.format == "groups"
+
+
+def test_a_comparison_without_a_winner_asks_for_it() -> None:
+    with pytest.raises(DataError, match=r"which column names the better answer\? Set rating to one of \['pick', 'response_a'"):
+        detect([{"response_a": "A", "response_b": "B", "pick": "a"}], "comparison")
+
+
+def test_the_reason_names_each_column_once() -> None:
+    row = {"messages": [user("Q"), assistant("A")], "rejected_response": "B"}
+    assert detect([row]).why == "its columns rejected_response, messages look like a chosen and a rejected answer"
 
 
 def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
@@ -198,6 +219,7 @@ def test_an_ambiguous_or_unknown_rating_lists_the_numbers() -> None:
 
 # ------------------------------------------------------------------------------------------ bad rows
 
+NAME_REWARDS = "map its column (--columns rewards=…), or set rating to a key of the responses"
 GOOD: dict[str, Any] = {"prompt": "Q", "responses": [{"text": "A", "reward": 1.0}, {"text": "B", "reward": 0.0}]}
 
 
@@ -239,7 +261,9 @@ BAD = [
     (with_first(reward=float("-inf")), "responses[0].reward", "is -inf; a reward must be finite"),
     (with_first(reward=10**400), "responses[0].reward", "is inf; a reward must be finite"),
     (with_first(reward=-1e31), "responses[0].reward", "is -1e+31; a reward must be within ±1e+30"),
-    (GOOD | {"responses": ["A", "B"]}, "rewards", "is missing"),
+    (GOOD | {"responses": ["A", "B"]}, "rewards", f"is missing; {NAME_REWARDS}"),
+    (GOOD | {"responses": [{"text": "A"}, {"text": "B"}]}, "responses[0].reward", f"is missing; {NAME_REWARDS}"),
+    (GOOD | {"responses": "['A', 'B']"}, "responses", "is a list as text, but not JSON; write it with json.dumps"),
     (GOOD | {"responses": ["A", "B"], "rewards": [1]}, "rewards", "has 1 values for 2 responses"),
     (GOOD | {"responses": ["A", "B"], "rewards": 1}, "rewards", "is of type int, not a list"),
     (GOOD | {"id": True}, "id", "is True; use a non-empty string or an integer"),

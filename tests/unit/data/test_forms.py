@@ -37,6 +37,56 @@ def contents(group: Group) -> tuple[list[tuple[str, Any]], list[Any]]:
 
 # ------------------------------------------------------------------------------------------ formats
 
+CALLS = [{"type": "function", "function": {"name": "f", "arguments": {"x": k}}} for k in (1, 2)]
+
+
+@pytest.mark.parametrize("role", ["function_call", "tool_call"])
+def test_calls_as_messages_of_their_own(role: str) -> None:
+    """Of ShareGPT and ms-swift: parallel calls are one message for templates, with the words before them."""
+    said = [{"role": role, "content": json.dumps(call["function"])} for call in CALLS]
+    turns = [user("Q"), assistant("I look."), *said, tool("r"), tool("s"), assistant("A")]
+    group = read({"messages": turns, "rejected_response": "B"})[1]
+    assert group.prompt == (user("Q"), assistant("I look.", tool_calls=CALLS), tool("r"), tool("s"))
+    group = read({"prompt": [user("Q")], "chosen": said, "rejected": "B"})[1]
+    assert group.responses == ((assistant(None, tool_calls=CALLS),), "B")
+    rows = [{"messages": [user("Q"), *said], "label": True}, {"messages": [user("Q"), assistant("B")], "label": False}]
+    assert detect(rows).format == "unpaired"
+
+
+def test_messages_as_lists_of_roles_and_contents() -> None:
+    """Arrow's form of a sequence of records."""
+    chosen, rejected = ({"role": ["user", "assistant"], "content": ["Q", words]} for words in "AB")
+    group = read({"chosen": chosen, "rejected": rejected})[1]
+    assert contents(group) == ([("user", "Q")], [["A"], ["B"]])
+
+
+def test_conversations_of_two_models() -> None:
+    sides = {f"conversation_{name}": [user("Q"), assistant(name.upper())] for name in "ab"}
+    layout, group, _ = read(sides | {"winner": "model_b"})
+    assert (layout.format, contents(group), group.labels) == ("comparison", ([("user", "Q")], [["A"], ["B"]]), (0, 1))
+    with pytest.raises(RowError, match="winner is 'tie'; it must be a or b"):
+        read(sides | {"winner": "tie"})
+
+
+def test_system_messages_in_two_columns() -> None:
+    row = {"prompt": "Q", "chosen": "A", "rejected": "B", "system": "S"}
+    assert read(row | {"system_prompt": "S"})[2] == ()
+    assert contents(read(row | {"system": " ", "system_prompt": "T"})[1])[0] == [("system", "T"), ("user", "Q")]
+    with pytest.raises(RowError, match="system_prompt contradicts system"):
+        read(row | {"system_prompt": "T"})
+
+
+def test_a_blank_input_says_nothing() -> None:
+    row = {"instruction": "Q", "input": " \n", "chosen": "A", "rejected": "B"}
+    assert contents(read(row)[1])[0] == [("user", "Q")]
+
+
+def test_tools_of_one_answer_only() -> None:
+    row = {"messages": [user("Q"), assistant("A")], "rejected_response": "B", "tools": '[{"name": "f"}]'}
+    assert read(row | {"rejected_tools": row["tools"]})[2] == ()
+    with pytest.raises(RowError, match="rejected_tools contradicts tools"):
+        read(row | {"rejected_tools": '[{"name": "g"}]'})
+
 
 @pytest.mark.parametrize(
     ("row", "name", "prompt", "rewards", "labels"),
@@ -242,12 +292,23 @@ def test_names_of_splits(tmp_path: Path) -> None:
     assert read_groups(str(tmp_path), split="test").total == 1
 
 
+def test_files_whose_names_tell_no_split(tmp_path: Path) -> None:
+    for name in ("train_extra", "code", "math"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    with pytest.raises(DataError, match=r"split = train; .* holds code.jsonl, math.jsonl, whose names tell no split; name one"):
+        read_groups(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, ROWS)) + "\n")
+    assert read_groups(str(tmp_path)).total == len(ROWS)
+
+
 def test_columns_are_mapped(write_lines: Writer) -> None:
     path = write_lines({"Frage": "Q", "Antworten": ["A", "B"], "Noten": [1, 0], "prompt": "other"})
     columns = {"prompt": "Frage", "responses": "Antworten", "rewards": "Noten"}
     [group] = read_groups(path, columns=columns).items
     assert isinstance(group, Group)
     assert (contents(group), group.rewards) == (([("user", "Q")], ["A", "B"]), (1.0, 0.0))
+    stream = read_groups(path, columns=columns)
+    assert [len(list(stream.items)), dict(stream.unused)] == [1, {"prompt (replaced by Frage)": 1}]
     with pytest.raises(DataError, match=r"columns: rewards = Note; .* has no such column .*found \['Antworten', .*\]"):
         read_groups(path, columns=columns | {"rewards": "Note"})
     config = parse(

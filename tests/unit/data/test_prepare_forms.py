@@ -70,6 +70,15 @@ def test_tools_calls_and_thoughts_are_rendered(run: Any, model: Path, write_line
     assert summary.tally.checked == 1
 
 
+@pytest.mark.parametrize("name", ["thinking", "tool_plan"])
+def test_words_of_an_answer_that_the_template_omits(run: Any, write_lines: Writer, name: str) -> None:
+    row = {"prompt": "Q", "responses": [{"text": "A", name: "hm", "reward": 2}, "B", "C"], "rewards": [2, 1, 0]}
+    summary, groups, _ = run(write_lines(row), template="gemma")
+    assert groups[0].num_responses == 2
+    wanted = f"responses[0].{name} is omitted by the chat template, and would be lost"
+    assert summary.tally.examples["dropped responses"].endswith(wanted)
+
+
 def test_parts_that_the_template_does_not_write(run: Any, write_lines: Writer) -> None:
     thought = {"prompt": [user("Q")], "responses": [[assistant("A", reasoning_content="hm")], "B", "C"], "rewards": [2, 1, 0]}
     summary, groups, printed = run(write_lines(thought | {"tools": [TOOL]}), template="gemma")

@@ -111,6 +111,7 @@ def test_bad_lines_are_rejected_with_file_and_line(write_lines: Writer, tmp_path
     path = write_lines(ROWS[0], "{not json", "", '{"prompt": "cut', "[1, 2]", '"text"', ROWS[1])
     with open(path, "ab") as file:
         file.write(b'{"prompt": "\xff"}\n' + b"[" * 100_000 + b"\n" + b'{"reward": ' + b"9" * 5000 + b"}\n")
+        file.write(b'{"prompt": "Q", "responses": [{"text": "A", "reward": 1, "reward": 5}]}\n')
     items = list(read_groups(path).items)
     assert [item.where for item in items if isinstance(item, Group)] == [f"{path}:1", f"{path}:7"]
     assert [(item.file, item.line, item.field, item.reason) for item in items if isinstance(item, Rejection)] == [
@@ -121,6 +122,7 @@ def test_bad_lines_are_rejected_with_file_and_line(write_lines: Writer, tmp_path
         (path, 8, "row", "is not UTF-8 (byte 12); save the file as UTF-8"),
         (path, 9, "row", "is not usable JSON: nested too deeply"),
         (path, 10, "row", "is not usable JSON: a number has thousands of digits"),
+        (path, 11, "row", "is not usable JSON: reward is given twice"),
     ]
 
 
@@ -131,6 +133,9 @@ def test_unusable_files_are_errors(tmp_path: Path, write_lines: Writer) -> None:
         read_groups(write_lines())
     (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n')
     with pytest.raises(DataError, match=r"rows.json:2: not valid JSON: Extra data .* name it .jsonl"):
+        read_groups(str(tmp_path / "rows.json"))
+    (tmp_path / "rows.json").write_text('[{"prompt": "a", "prompt": "b"}]')
+    with pytest.raises(DataError, match=r"rows.json: not usable JSON: prompt is given twice"):
         read_groups(str(tmp_path / "rows.json"))
     (tmp_path / "rows.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match=r"holds one dict; a .json file must hold one list of objects"):

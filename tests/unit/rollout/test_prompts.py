@@ -135,16 +135,18 @@ def test_what_is_left_out_is_named(tmp_path: Path, model_folder: Path) -> None:
         {"prompt": "long " * 50},
         {"prompt": " "},
         {"text": 1},
+        {"prompt": "e", "images": ["a.png"]},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "c"\n' + '{"prompt": "d", "x": NaN}\n')
     found = load(path, model_folder, limit=100)
     assert [record["prompt"][0]["content"] for record in found.records] == ["a", "b"]
-    assert found.counts == {"prompts": 2, "duplicates": 1, "too_long": 1, "invalid": 4}
+    assert found.counts == {"prompts": 2, "duplicates": 1, "too_long": 1, "invalid": 5}
     told = {item.line: f"{item.group_id} {item.field} {item.reason}" for item in found.rejections}
     assert told[3] == f"y prompt repeats the prompt of {path}:1"
     assert "tokens, but max_prompt_tokens = 100" in told[4]
-    assert [*told] == [3, 4, 5, 6, 7, 8]
-    assert "JSON cannot hold" in told[8]
+    assert [*told] == [3, 4, 5, 6, 7, 8, 9]
+    assert "images is not text, and only text is read" in told[7]
+    assert "JSON cannot hold" in told[9]
 
 
 def test_one_id_for_two_prompts_is_refused(tmp_path: Path, model_folder: Path) -> None:
