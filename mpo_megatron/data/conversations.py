@@ -62,7 +62,8 @@ def _says(item: dict[str, Any]) -> bool:
 def as_messages(value: Any) -> Any:
     """Messages in a JSON string or in lists of roles and contents; one message as a list of one; any other value unchanged."""
     if isinstance(value, str):
-        parsed = parse_json(value, "[")
+        parsed = parse_json(parse_json(value, "["), "{")
+        parsed = [parsed] if isinstance(parsed, dict) and str(_role_name(parsed)) in _ROLES else parsed
         return parsed if parsed is not value and is_conversation(parsed) else value
     if not isinstance(value, dict) or _role_name(value) is None:
         return value
@@ -200,7 +201,7 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
 
 def is_ordinary(value: Any) -> bool:
     """Whether a value is clearly a text and nothing else: not empty, not JSON, and no transcript. False: look closer."""
-    if not isinstance(value, str) or not value or value[0].isspace() or value.startswith(("[", "Human:")):
+    if not isinstance(value, str) or not value or value[0].isspace() or value.startswith(("[", "{", "Human:")):
         return False
     return "<extra_id_1>" not in value and (value.isascii() or _SURROGATE.search(value) is None)
 
@@ -240,6 +241,8 @@ def _read_turns(row: FieldRecord, value: Any, field: str) -> tuple[Message, ...]
     text = value
     if not is_ordinary(value):
         value = as_messages(value)
+        if not isinstance(value, str | list):
+            raise RowError(field, f"is of type {type(value).__name__}, not a string or messages")
         if not isinstance(value, str):
             return read_messages(row, value, field)
         turns = split_transcript(value)

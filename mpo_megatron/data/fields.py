@@ -12,8 +12,8 @@ from mpo_megatron.data.field_record import FieldRecord
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*", re.ASCII)
 _WORDS = {"true": 1, "false": 0}
-_PYTHON_MESSAGES = re.compile(r"""\s*\[\{'(role|from|content|value)': ['"]""")
-"""A list of messages formatted by `str`, which is never real text."""
+_PYTHON_MESSAGES = re.compile(r"""\s*\[?\{'(role|from|content|value)': ['"]""")
+"""A message, or a list of them, formatted by `str`, which is never real text."""
 
 
 class RowError(ValueError):
@@ -45,7 +45,7 @@ def read_text(value: Any, field: str) -> str:
     if not value.strip():
         raise RowError(field, "is empty")
     if _PYTHON_MESSAGES.match(value):
-        raise RowError(field, "is a list of messages as Python prints it; write it as JSON (json.dumps)")
+        raise RowError(field, "is a message, or a list of them, as Python prints it; write it as JSON (json.dumps)")
     return check_unicode(value, field)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mpo_megatron.data.conversations import PROMPT_FIELDS, as_messages, is_conversation, read_answer
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, parse_json, read_number
+from mpo_megatron.data.fields import RowError, read_number
 from mpo_megatron.data.format_parts import empty_scores, finish
 from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Responses, Sample
 from mpo_megatron.files import DataError
@@ -19,6 +19,8 @@ _COMPARED = (
     *(("response_0", "response_1"), ("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b")),
     ("conversation_a", "conversation_b"),
 )
+_STRONGEST = 3
+"""Largest strength of a preference, by HelpSteer's scale."""
 _WINNERS = ("better_response_id", "overall_preference", "preference_strength", "winner")
 
 
@@ -90,8 +92,8 @@ def _score_like(scores: Mapping[str, str | None], side: str, names: Sequence[str
 
 
 def _answers_of(row: FieldRecord, side: str) -> list[tuple[str, Any]]:
-    """A side's answer with its place; several if the field holds a list."""
-    value = parse_json(row.get(side), "[")
+    """A side's answer with its place; several if the field holds a list. Text is one answer, even if it is a list in JSON."""
+    value = row.get(side)
     if not isinstance(value, list) or is_conversation(value):
         return [(side, value)]
     items = [as_messages(item) for item in value]
@@ -142,6 +144,8 @@ def _parse_comparison(row: FieldRecord, layout: InputLayout) -> Parsed:
     value = row.get(winner)
     if layout.reward_kind == "scores":  # −3 … 3, positive if the second is better
         strength = read_number(value, winner)
+        if abs(strength) > _STRONGEST:  # HelpSteer: −100 if no answer is valid
+            raise RowError(winner, f"is {strength:g}; it must be within ±{_STRONGEST}")
         judged: list[tuple[float | None, int | None]] = [(-strength / 2, None), (strength / 2, None)]
     else:
         second = _read_winner(value, winner, pair)

@@ -5,6 +5,7 @@ Workers also parse the rows: one process that did so for all would feed about te
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -246,6 +247,12 @@ def find_not_written(chat: Chat, group: Group, prompt_text: str) -> Iterator[str
                 yield name
         except TemplateError:
             continue  # the template requires this part
+    unseen = {message["role"] for message in group.prompt if str(message["content"] or "").strip() not in prompt_text}
+    for role in sorted(unseen):
+        rest = tuple(message for message in group.prompt if message["role"] != role)
+        with contextlib.suppress(TemplateError):
+            if rest and chat.render(rest, add_generation_prompt=True, tools=group.tools) == prompt_text:
+                yield f"prompt[] of role {role}"
 
 
 def _without(message: Message, name: str) -> Message:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -162,8 +163,29 @@ def test_a_label_in_words_is_named() -> None:
 @pytest.mark.parametrize("field", ["prompt", "chosen"])
 def test_messages_as_python_prints_them_are_refused(field: str) -> None:
     """`str(messages)` in a CSV file would be read as the response's text."""
-    row = {"prompt": "Q", "chosen": "A", "rejected": "B"} | {field: str([{"role": "user", "content": "Q"}])}
-    with pytest.raises(RowError, match=rf"{field} is a list of messages as Python prints it; write it as JSON"):
+    for value in (user("Q"), [user("Q")]):
+        row = {"prompt": "Q", "chosen": "A", "rejected": "B"} | {field: str(value)}
+        with pytest.raises(RowError, match=rf"{field} is a message, or a list of them, as Python prints it; write it as JSON"):
+            read(row)
+
+
+def test_an_answer_in_json_is_one_answer() -> None:
+    """As of data about structured output; only a list itself holds several answers."""
+    for words in ('["a", "b"]', "[1, 2]", '{"role": "king", "content": 1}', '{"a": 1}', "[]"):
+        assert texts(read({"prompt": "Q", "chosen": words, "rejected": "B"})[1]) == (words, "B")
+    assert texts(read({"prompt": "Q", "chosen": ["a", "b"], "rejected": "B"})[1]) == ("a", "b", "B")
+
+
+def test_one_message_as_a_json_string() -> None:
+    row = {"prompt": user("Q"), "chosen": {"from": "gpt", "value": "A"}, "rejected": assistant("B")}
+    group = read({name: json.dumps(value) for name, value in row.items()})[1]
+    assert (group.prompt, texts(group)) == ((user("Q"),), ("A", "B"))
+
+
+def test_a_strength_outside_the_scale_is_refused() -> None:
+    """HelpSteer marks comparisons without a valid answer by -100."""
+    row = {"prompt": "Q", "response_1": "A", "response_2": "B", "preference_strength": -100}
+    with pytest.raises(RowError, match="preference_strength is -100; it must be within ±3"):
         read(row)
 
 
@@ -232,7 +254,7 @@ BAD = [
     ({"responses": GOOD["responses"]}, "prompt", "is missing, and responses hold only an answer"),
     (GOOD | {"prompt": None}, "prompt", "is missing, and responses hold only an answer"),
     (GOOD | {"prompt": " \n"}, "prompt", "is empty"),
-    (GOOD | {"prompt": 3}, "prompt", "is of type int, not a list"),
+    (GOOD | {"prompt": 3}, "prompt", "is of type int, not a string or messages"),
     (GOOD | {"prompt": []}, "prompt", "is empty"),
     (GOOD | {"prompt": ["Q"]}, "prompt[0]", "is of type str, not a message"),
     (GOOD | {"prompt": [{"role": "robot", "content": "Q"}]}, "prompt[0].role", "is 'robot'; use system, user, assistant or tool"),

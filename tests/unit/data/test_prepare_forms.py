@@ -90,6 +90,13 @@ def test_parts_that_the_template_does_not_write(run: Any, write_lines: Writer) -
     assert summary.tally.not_written == Counter({"tools": 1})
 
 
+def test_messages_that_the_template_does_not_write(run: Any, write_lines: Writer) -> None:
+    row = {"prompt": [{"role": "developer", "content": "Be brief."}, user("Q")], "chosen": "A", "rejected": "B"}
+    summary, _, printed = run(write_lines(row), template="qwen2_5")
+    assert summary.tally.not_written == Counter({"prompt[] of role developer": 1})
+    assert "prompt[] of role developer: 1 groups" in printed
+
+
 def test_one_end_token(run: Any, model: Path, write_lines: Writer) -> None:
     row = {
         "prompt": "Q",
