@@ -12,7 +12,17 @@ from typing import Any
 import torch
 
 from mpo_megatron import device
-from mpo_megatron.config import AlignConfig, ConfigError, ParallelConfig, PlanConfig, TrainConfig, from_dict, validate_unused
+from mpo_megatron.config import (
+    AlignConfig,
+    ConfigError,
+    LoraConfig,
+    ParallelConfig,
+    PlanConfig,
+    TrainConfig,
+    from_dict,
+    validate_unused,
+)
+from mpo_megatron.config.checks import within
 from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.families import Family
@@ -71,13 +81,14 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
             default("model.recompute", best.model.recompute)
             default("data.row_tokens", best.row_tokens)
     train = from_dict(TrainConfig, options, "train")
-    validate_unused(train)
+    with within("train"):
+        validate_unused(train)
     return train, chosen
 
 
 def trains_adapter(train: Mapping[str, Any]) -> bool:
     """Whether options of training request an adapter; a rank of 0 requests none."""
-    return has_option(train, "lora.rank") and train["lora"]["rank"] != 0
+    return from_dict(LoraConfig, train.get("lora", {}), "train.lora").rank > 0
 
 
 def choose_options(family: Family, train: Mapping[str, Any]) -> dict[str, object]:

@@ -40,7 +40,7 @@ VLLM_BATCH = 256
 def estimate(config: AlignConfig, stages: Stages) -> str:
     """The training time here, as text: from `mpo plan` on GPUs that it knows, on a CPU from a measured matrix product."""
     lengths = sample_lengths(stages.prepare) | {
-        "groups": max(1, count_rows(config.data, config.prepare, "data") - stages.prepare.held_out)
+        "groups": max(1, count_rows(config.data, "data", stages.prepare) - stages.prepare.held_out)
     }
     train = stages.train
     machine = find_machine(train, stages.model, config.nproc, lengths)
@@ -114,7 +114,7 @@ def estimate_rounds(config: IterateConfig, model: Path) -> str:
     train, generate = first.train, first.generate
     chat = load_chat(replace(first.prepare, tokenizer=str(model)))
     sampled = load_prompts(config.prompts, chat, max_prompt_tokens=generate.max_prompt_tokens, max_prompts=SAMPLED_ROWS)
-    prompts = max(1, (count_rows([config.prompts], {}, "prompts") - config.held_out) // config.rounds)
+    prompts = max(1, (count_rows([config.prompts], "prompts") - config.held_out) // config.rounds)
     answer = max(1, generate.max_tokens // 2)
     lengths = {
         "prompt_tokens": max(1, round(sum(map(len, sampled.token_ids)) / max(1, len(sampled.token_ids)))),

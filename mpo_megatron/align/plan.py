@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import glob
 import hashlib
 from collections.abc import Mapping
@@ -31,7 +32,9 @@ from mpo_megatron.config import (
     from_dict,
     is_hub_name,
     require,
+    validate_generate,
 )
+from mpo_megatron.config.checks import within
 from mpo_megatron.config.iterate import STAGES
 from mpo_megatron.config.sections import has_option, set_option
 from mpo_megatron.data.hub import download_model
@@ -112,7 +115,8 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
     prepare = copy.deepcopy(config.prepare)
     prepare |= {"input": config.data, "output": str(output / "groups"), "tokenizer": str(model)}
     prepare.setdefault("seed", config.seed)
-    prepare["held_out"] = choose_held_out(config, output)
+    prepared = from_dict(PrepareConfig, prepare, "prepare")
+    prepared = dataclasses.replace(prepared, held_out=choose_held_out(config, prepared, output))
     train, chosen = build_training(config, model, family)
     answers = copy.deepcopy(config.generate) | {"prompts": str(output / "groups-eval"), "shard": "0/1"}
     for name, value in (("temperature", 0.0), ("max_tokens", ANSWER_TOKENS), ("empty", "keep"), ("seed", config.seed)):
@@ -125,11 +129,13 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
 
     after = answering("after", output / "aligned")
     if config.answers:
+        with within("generate"):
+            validate_generate(after)
         check_trained_adapter(after, train.lora, family, model)
     return Stages(
         folder=output,
         model=model,
-        prepare=from_dict(PrepareConfig, prepare, "prepare"),
+        prepare=prepared,
         train=train,
         export=ConvertConfig(input=str(output / "run"), output=str(output / "aligned")),
         before=answering("before", model),
@@ -157,7 +163,7 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
         "model": str(model),
         "prompts": str(config.prompts),
         "rounds": config.rounds,
-        "held_out": config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], {}, "prompts") // 10)),
+        "held_out": config.held_out or min(HELD_OUT, max(2, count_rows([str(config.prompts)], "prompts") // 10)),
         "generate": copy.deepcopy(config.generate),
         "score": copy.deepcopy(config.score),
         "select": copy.deepcopy(config.select),
@@ -172,27 +178,29 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
 # ----------------------------------------------------------------------------------------------------- the data
 
 
-def choose_held_out(config: AlignConfig, output: Path) -> int:
+def choose_held_out(config: AlignConfig, prepare: PrepareConfig, output: Path) -> int:
     """Number of groups to hold out; the actual number, once the groups are prepared."""
     if (output / "groups-eval" / INFO_FILE).is_file() and (output / "groups" / INFO_FILE).is_file():
         return read_info(output / "groups-eval").num_groups
-    rows = count_rows(config.data, config.prepare, "data")
+    rows = count_rows(config.data, "data", prepare)
     return config.held_out or min(HELD_OUT, max(2, rows // 10))
 
 
-def count_rows(data: list[str], prepare: Mapping[str, Any], option: str) -> int:
+def count_rows(data: list[str], option: str, prepare: PrepareConfig | None = None) -> int:
     """Number of rows of the inputs, which are groups in most formats.
 
     Args:
         option: name of the option that names the inputs, for messages
+        prepare: which of their rows count; by default all
     Raises:
         DataError: an input cannot be read.
     """
+    split, subset, max_rows = (prepare.split, prepare.subset, prepare.max_rows) if prepare else ("train", None, None)
     total = 0
     for name in data:
-        source = open_source(name, split=prepare.get("split", "train"), subset=prepare.get("subset"), option=option)
+        source = open_source(name, split=split, subset=subset, option=option)
         total += source.total if source.total is not None else sum(1 for _ in source.rows)
-    return min(total, int(prepare.get("max_rows") or total))
+    return min(total, max_rows or total)
 
 
 def data_digest(data: list[str]) -> str:

@@ -36,7 +36,7 @@ from mpo_megatron.config import (
     validate_score,
     validate_unused,
 )
-from mpo_megatron.config.checks import find_change
+from mpo_megatron.config.checks import find_change, within
 from mpo_megatron.config.iterate import STAGES
 from mpo_megatron.config.names import check_options
 from mpo_megatron.config.parallel import check_ranks
@@ -341,11 +341,14 @@ def check_round(item: Round, answers: GenerateConfig, model: Path, num_ranks: in
             "(train.lora.rank) with generate.load_adapter = true, whole models with generate.load_weights = true; or set "
             "generate.engine to vllm or transformers.",
         )
-        validate_generate(item.generate)
-        validate_score(item.score)
+        with within("generate"):
+            validate_generate(item.generate)
+        with within("score"):
+            validate_score(item.score)
         check_same_prompts(item.generate, item.prepare)
         train = item.train
-        validate_unused(train)
+        with within("train"):
+            validate_unused(train)
         check_ranks(train.parallel, num_ranks)
         family, _ = read_model(model, train.parallel)
         for generate in (item.generate, answers):
