@@ -173,7 +173,8 @@ def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
 
 def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
     """The tools that a row offers; empty without such a column."""
-    if row.has("rejected_tools") and row.get("rejected_tools") != row.values.get("tools"):  # ms-swift repeats them
+    other = parse_json(row.get("rejected_tools"), "[")  # of ms-swift
+    if other not in (None, "", []) and other != parse_json(row.values.get("tools"), "["):
         raise RowError("rejected_tools", "contradicts tools; both answers need the same")
     if not row.has("tools"):
         return ()

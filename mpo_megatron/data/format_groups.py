@@ -59,16 +59,17 @@ def _settle_groups(sample: Sample, options: Options) -> InputLayout:
 def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     field = row.find(_RESPONSES) or "responses"
     items = read_list(row.get(field), field)
-    if not layout.ratings and all(map(_is_plain, items)) and row.find((*_REWARDS, *_RANKS, "labels")) is None:
+    beside = any(map(row.has, (*_REWARDS, *_RANKS, "labels")))
+    if not layout.ratings and all(map(_is_plain, items)) and not beside:
         found = Responses(responses=[item["text"] for item in items], rewards=[float(item["reward"]) for item in items])
         return _with_digests(row, finish(row, found, [f"{field}[{index}]" for index in range(len(items))]))
-    rewards = Column(row, len(items), ("reward", "score"), _REWARDS, read_number)
-    ranks = Column(row, len(items), ("rank",), _RANKS, read_number)
+    # A column counts as read once it is asked for: ranks only without rewards, and neither with `rating`.
+    judges = [(("reward", "score"), _REWARDS, 1), (("rank",), _RANKS, -1)] if not layout.ratings else []
+    columns = ((Column(row, len(items), inner, outer, read_number), sign) for inner, outer, sign in judges)
+    rewards, sign = next(((column, sign) for column, sign in columns if any(map(column.given, items))), (None, 1))
     labels = Column(row, len(items), ("label",), ("labels",), read_label)
-    has_rewards = any(map(rewards.given, items))
-    has_ranks = not has_rewards and not layout.ratings and any(map(ranks.given, items))
     has_labels = any(map(labels.given, items))
-    if not (has_rewards or has_ranks or has_labels or layout.ratings):
+    if not (rewards or has_labels or layout.ratings):
         place = f"{field}[0].reward" if any(isinstance(item, dict) for item in items) else "rewards"
         raise RowError(place, "is missing; map its column (--columns rewards=…), or set rating to a key of the responses")
     found, places, drawn = Responses(), list[str](), list[Drawn | None]()
@@ -80,10 +81,8 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
         reward = None
         if layout.ratings:
             reward = average(record, layout.ratings)
-        elif has_rewards:
-            reward = rewards.read(record, index)
-        elif has_ranks:
-            reward = -ranks.read(record, index)
+        elif rewards is not None:
+            reward = sign * rewards.read(record, index)
         label = labels.read(record, index) if has_labels else None
         places.append(place)
         drawn.append(ids if isinstance(response, str) else None)

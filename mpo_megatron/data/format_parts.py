@@ -74,7 +74,7 @@ class Column:
 
 
 def finish(row: FieldRecord, found: Responses, places: Sequence[str], *, least: int = 2) -> Parsed:
-    """The parts of a row whose responses have been read."""
+    """The parts of a row whose responses have been read; a row with one response of its group (`least` 1) has no group's id."""
     found.require(least)
     if not found.responses:
         raise RowError("responses", "has K = 0 responses; a group needs at least two")
@@ -84,7 +84,7 @@ def finish(row: FieldRecord, found: Responses, places: Sequence[str], *, least: 
         responses=tuple(responses),
         rewards=tuple(found.rewards) or None,
         labels=tuple(found.labels) or None,
-        group_id=read_id(row),
+        group_id=read_id(row) if least > 1 else None,
         dropped=tuple(found.dropped),
     )
 

@@ -215,6 +215,20 @@ def test_responses_without_rewards_beside_a_pair_are_not_the_group() -> None:
     assert layout.format == "groups"
 
 
+def test_columns_that_do_not_judge_are_unused() -> None:
+    """A `rank` beside rewards may be the number of the process that sampled the row."""
+    plain = {"prompt": "Q", "responses": [{"text": "A", "reward": 1.0}, {"text": "B", "reward": 0.0}]}
+    beside = {"prompt": "Q", "responses": ["A", "B"], "rewards": [1, 0]}
+    for row in (plain | {"rank": 0}, beside | {"rank": 0}, beside | {"rank": [2, 1]}):
+        parsed = parse(row, detect([row]))
+        assert (parsed.rewards, parsed.unused) == ((1.0, 0.0), ("rank",))
+    row = {"prompt": "Q", "responses": [{"text": "A", "stars": 3}, {"text": "B", "stars": 4}], "rewards": [1, 0]}
+    parsed = parse(row, detect([row], options=Options(ratings=("stars",))))
+    assert (parsed.rewards, parsed.unused) == ((3.0, 4.0), ("rewards",))
+    row = {"id": 7, "prompt": "Q", "completion": "A", "label": True}
+    assert parse(row, detect([row])).unused == ("id",)  # the group is of several rows
+
+
 def test_a_comparison_without_a_winner_asks_for_it() -> None:
     with pytest.raises(DataError, match=r"which column names the better answer\? Set rating to one of \['pick', 'response_a'"):
         detect([{"response_a": "A", "response_b": "B", "pick": "a"}], "comparison")

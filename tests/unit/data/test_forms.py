@@ -83,7 +83,8 @@ def test_a_blank_input_says_nothing() -> None:
 
 def test_tools_of_one_answer_only() -> None:
     row = {"messages": [user("Q"), assistant("A")], "rejected_response": "B", "tools": '[{"name": "f"}]'}
-    assert read(row | {"rejected_tools": row["tools"]})[2] == ()
+    for same in (row["tools"], [{"name": "f"}], "", []):
+        assert read(row | {"rejected_tools": same})[2] == ()
     with pytest.raises(RowError, match="rejected_tools contradicts tools"):
         read(row | {"rejected_tools": '[{"name": "g"}]'})
 
