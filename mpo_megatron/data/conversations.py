@@ -14,6 +14,7 @@ from typing import Any
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text, split_columns
 from mpo_megatron.data.group import Answer, Message
+from mpo_megatron.data.tools import read_calls
 from mpo_megatron.data.unread import check_unread
 
 PROMPT_FIELDS = (
@@ -55,6 +56,10 @@ def _role_name(item: dict[str, Any]) -> Any:
     return item.get("from") if role is None else role
 
 
+def _has_role(item: Any) -> bool:
+    return isinstance(item, dict) and str(_role_name(item)) in _ROLES
+
+
 def _says(item: dict[str, Any]) -> bool:
     return any(item.get(name) is not None for name in ("content", "value", "tool_calls"))
 
@@ -63,8 +68,10 @@ def as_messages(value: Any) -> Any:
     """Messages in a JSON string or in lists of roles and contents; one message as a list of one; any other value unchanged."""
     if isinstance(value, str):
         parsed = parse_json(parse_json(value, "["), "{")
-        parsed = [parsed] if isinstance(parsed, dict) and str(_role_name(parsed)) in _ROLES else parsed
-        return parsed if parsed is not value and is_conversation(parsed) else value
+        parsed = [parsed] if isinstance(parsed, dict) and _has_role(parsed) else parsed
+        # Known roles suffice: a message without content is a fault to name, not text.
+        are_messages = isinstance(parsed, list) and bool(parsed) and all(map(_has_role, parsed))
+        return parsed if parsed is not value and (are_messages or is_conversation(parsed)) else value
     if not isinstance(value, dict) or _role_name(value) is None:
         return value
     return split_columns(value) if isinstance(_role_name(value), list) else [value]
@@ -124,7 +131,7 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
     if "tool_calls" in extras:
         calls = parse_json(extras.pop("tool_calls"), "[")
         if calls not in ([], {}, ""):
-            extras["tool_calls"] = _read_calls(calls, f"{place}.tool_calls")
+            extras["tool_calls"] = read_calls(calls, f"{place}.tool_calls")
     if role == "tool" and isinstance(content, dict | list):
         content = json.dumps(drop_none(content), ensure_ascii=False)
     if not content and ("tool_calls" in extras or (role == "tool" and content == "")):
@@ -146,55 +153,6 @@ def _join_parts(record: FieldRecord, content: Any, place: str) -> Any:
         fields.get("type")
         texts.append(str(fields.get("text") or ""))
     return "".join(texts)
-
-
-def _read_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's form, with arguments as an object, as templates and inference engines use them."""
-    calls = []
-    for index, item in enumerate(read_list([value] if isinstance(value, dict) else value, place)):
-        item = parse_json(item, "{")
-        if not isinstance(item, dict):
-            raise RowError(f"{place}[{index}]", f"is of type {type(item).__name__}, not a call")
-        outer = {} if "function" not in item else {key: value for key, value in item.items() if key != "function"}
-        function = item.get("function", item)
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise RowError(f"{place}[{index}].function.name", "is missing")
-        arguments = parse_json(function.get("arguments", function.get("parameters")), "{")
-        function = {key: value for key, value in function.items() if key != "parameters"}
-        calls.append(drop_none({"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}))
-    try:
-        check_unicode(json.dumps(calls, ensure_ascii=False, allow_nan=False), place)
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, RowError):
-            raise
-        raise RowError(place, f"cannot be written as JSON: {error}") from error
-    return calls
-
-
-def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
-    """The tools that a row offers; empty without such a column."""
-    other = parse_json(row.get("rejected_tools"), "[")  # of ms-swift
-    if other not in (None, "", []) and other != parse_json(row.values.get("tools"), "["):
-        raise RowError("rejected_tools", "contradicts tools; both answers need the same")
-    if not row.has("tools"):
-        return ()
-    value = row.get("tools")
-    tools = parse_json(value, "[")
-    if tools in ("", [], {}) or (isinstance(tools, str) and not tools.strip()):
-        return ()
-    found = []
-    for index, item in enumerate(read_list([tools] if isinstance(tools, dict) and "name" in tools else tools, "tools")):
-        item = parse_json(item, "{")
-        if not isinstance(item, dict):
-            raise RowError(f"tools[{index}]", f"is of type {type(item).__name__}, not an object")
-        found.append(drop_none(item))
-    try:
-        check_unicode(json.dumps(found, ensure_ascii=False, allow_nan=False), "tools")
-    except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, RowError):
-            raise
-        raise RowError("tools", f"cannot be written as JSON: {error}") from error
-    return tuple(found)
 
 
 # --------------------------------------------------------------------------------------------------- prompts

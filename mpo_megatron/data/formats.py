@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mpo_megatron.data.conversations import read_tools
 from mpo_megatron.data.field_record import FieldRecord, without_indices
 from mpo_megatron.data.fields import RowError
 from mpo_megatron.data.group import Answer, Group, Message, PromptDigests, RewardKind
+from mpo_megatron.data.tools import read_tools
 from mpo_megatron.data.unread import check_unread
 from mpo_megatron.files import DataError
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.config import ConfigError, require
-from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.conversations import read_prompt
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.rewards import hash_unit
 from mpo_megatron.data.spill import SpilledList
+from mpo_megatron.data.tools import read_tools
 from mpo_megatron.files import DataError
 from mpo_megatron.files.digests import unseal_line
 from mpo_megatron.rollout.records import find_repeated

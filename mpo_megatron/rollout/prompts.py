@@ -20,7 +20,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from mpo_megatron.data.chat import Chat
-from mpo_megatron.data.conversations import read_prompt, read_tools
+from mpo_megatron.data.conversations import read_prompt
 from mpo_megatron.data.field_record import FieldRecord
 from mpo_megatron.data.fields import RowError, read_id
 from mpo_megatron.data.formats import InputLayout, detect, parse
@@ -30,6 +30,7 @@ from mpo_megatron.data.sampled_prompt import FIELD, digest_prompt
 from mpo_megatron.data.sources import RawRow, Rejection, open_source
 from mpo_megatron.data.spill import Spill, SpilledList
 from mpo_megatron.data.store import INFO_FILE, load_groups
+from mpo_megatron.data.tools import read_tools
 from mpo_megatron.data.unread import check_unread
 from mpo_megatron.files import DataError
 from mpo_megatron.rollout.records import Record

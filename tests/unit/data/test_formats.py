@@ -180,6 +180,11 @@ def test_one_message_as_a_json_string() -> None:
     row = {"prompt": user("Q"), "chosen": {"from": "gpt", "value": "A"}, "rejected": assistant("B")}
     group = read({name: json.dumps(value) for name, value in row.items()})[1]
     assert (group.prompt, texts(group)) == ((user("Q"),), ("A", "B"))
+    turns = [user("Q"), {"role": "assistant", "function_call": {"name": "f"}}, user("R")]
+    with pytest.raises(RowError, match=r"prompt\[1\].function_call is not read"):
+        read({"prompt": json.dumps(turns), "chosen": "A", "rejected": "B"})
+    with pytest.raises(RowError, match=r"prompt\[0\].content is missing"):
+        read({"prompt": '[{"role": "user", "text": "Q"}]', "chosen": "A", "rejected": "B"})
 
 
 def test_a_strength_outside_the_scale_is_refused() -> None:
