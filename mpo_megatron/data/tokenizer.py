@@ -172,7 +172,9 @@ def _load_backend(folder: Path) -> Any:
         # StrictDataclassError: a field of config.json has another type.
         if type(error) is not Exception and not isinstance(error, (*DAMAGE, StrictDataclassError)):
             raise
-        reason = _explain(folder / "tokenizer.json") or f"transformers cannot load it ({_one_line(error)})"
+        reason = (
+            _explain(folder / "tokenizer.json") or _find_invalid(folder) or f"transformers cannot load it ({_one_line(error)})"
+        )
         raise ConfigError(f"tokenizer = {folder}; {reason}; copy the tokenizer again.") from error
     require(bool(probe), f"tokenizer = {folder}; it turns every text into no token; copy the tokenizer again.")
     require(
@@ -180,6 +182,16 @@ def _load_backend(folder: Path) -> Any:
         f"tokenizer = {folder}; its largest token id is {largest}, beyond {LARGEST_ID}; copy the tokenizer again.",
     )
     return tokenizer
+
+
+def _find_invalid(folder: Path) -> str | None:
+    """The first JSON file of a folder that does not parse, and why; None if all do."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_bytes())
+        except (ValueError, RecursionError) as error:
+            return f"{path.name} is not valid JSON ({_one_line(error)})"
+    return None
 
 
 def _explain(path: Path) -> str | None:

@@ -73,7 +73,12 @@ def load_family(folder: str | Path) -> Family:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (StrictDataclassError, *FAILURES) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}; check or copy the file again.") from error
-    return read_family(config)
+    try:
+        return read_family(config)
+    except ConfigError as error:
+        if not str(error).startswith(f"{path.name}: "):
+            raise
+        raise ConfigError(f"{path.parent}/{error}") from error
 
 
 FAILURES = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, OSError, RecursionError)

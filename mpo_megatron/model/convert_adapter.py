@@ -89,7 +89,7 @@ def read_peft(source: Path, family: Family) -> tuple[Adapter, dict[str, Tensor]]
         rslora=bool(settings.get("use_rslora", False)),
         target_modules=tuple(name for name in known if name in named),
     )
-    _check_names(stored, build_adapter_map(family, adapter, family.vocab_size), source, known)
+    _check_names(stored, build_adapter_map(family, adapter, family.vocab_size), source / PEFT_WEIGHTS, known)
     with RowReader() as reader:
         matrices = {}
         for name, tensor in stored.items():
@@ -162,24 +162,24 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], source: Path, known: dict[str, str]) -> None:
+def _check_names(stored: dict[str, StoredTensor], slices: list[Slice], path: Path, known: dict[str, str]) -> None:
     expected = {placement.name: placement.shape for item in slices for placement in item.placements}
     unknown = [name for name in stored if name not in expected]
     if unknown or not expected:
         raise CheckpointError(
-            f"{source}: {len(unknown)} of {len(stored)} weights belong to no layer of the base model that can have an adapter: "
+            f"{path}: {len(unknown)} of {len(stored)} weights belong to no layer of the base model that can have an adapter: "
             f"{', '.join(unknown[:3])}; those are {', '.join(known)}, in all layers. {_explain(unknown, expected)}"
         )
     missing = [name for name in expected if name not in stored]
     require(
         not missing,
-        f"{source}: {len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:3])}); all layers must have the "
+        f"{path}: {len(missing)} of {len(expected)} weights are missing ({', '.join(missing[:3])}); all layers must have the "
         "same adapters, A and B.",
     )
     for name, shape in expected.items():
         require(
             stored[name].shape == shape,
-            f"{source}: {name} is {list(stored[name].shape)}, but {list(shape)} according to the base model's config.json and "
+            f"{path}: {name} is {list(stored[name].shape)}, but {list(shape)} according to the base model's config.json and "
             f"{PEFT_CONFIG}. Is it an adapter of this model?",
         )
 
@@ -204,20 +204,20 @@ def read_matrices(source: Path) -> tuple[AdapterRecord, dict[str, Tensor]]:
     record = read_adapter(source)
     checkpoint = CheckpointReader(source / "megatron")
     slices = build_adapter_map(load_family(source / "hf"), record.adapter, load_conversion(source).padded_vocab_size)
-    keys = {item.key for item in slices}
+    keys, metadata = {item.key for item in slices}, source / "megatron" / ".metadata"
     unknown = [key for key in checkpoint.tensors if ADAPTER in key and not key.startswith("optimizer.") and key not in keys]
     require(
         not unknown,
-        f"{source}: the checkpoint holds {', '.join(unknown[:1])}, which adapter.json does not name; copy it again.",
+        f"{metadata}: holds {', '.join(unknown[:1])}, which adapter.json does not name; copy it again.",
     )
     matrices = {}
     for item in slices:
         entry = checkpoint.tensors.get(item.key)
-        require(entry is not None, f"{source}: the adapter's weight {item.key} is missing; copy the checkpoint again.")
+        require(entry is not None, f"{metadata}: the adapter's weight {item.key} is missing; copy the checkpoint again.")
         assert entry is not None
         require(
             tuple(entry.size) == item.global_shape and entry.properties.dtype in DTYPE_NAMES,
-            f"{source}: {item.key} is {list(entry.size)}, {entry.properties.dtype}; but {list(item.global_shape)} "
+            f"{metadata}: {item.key} is {list(entry.size)}, {entry.properties.dtype}; but {list(item.global_shape)} "
             "according to adapter.json; copy the checkpoint again.",
         )
         (placement,) = item.placements

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,18 @@ def test_what_peft_has_and_we_do_not_is_refused(
     with pytest.raises(ConfigError, match=message):
         convert(ConvertConfig(input=str(folder), output=str(tmp_path / "out"), base=str(base / "megatron")))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_of_an_adapter_under_another_name_is_named_with_its_file(
+    base: Path, peft: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(peft[0], tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    weights = load_file(path)
+    weights["other"] = weights.pop(min(weights))
+    save_file(weights, path)
+    with pytest.raises(ConfigError, match=rf"^{path}: 1 of \d+ weights belong to no layer .*: other; "):
+        convert(ConvertConfig(input=str(path.parent), output=str(tmp_path / "out"), base=str(base / "megatron")))
 
 
 def test_an_adapter_of_another_base_is_refused(base: Path, peft: tuple[Path, Tensor], tmp_path: Path) -> None:

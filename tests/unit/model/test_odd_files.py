@@ -47,6 +47,14 @@ def test_impossible_fields_of_a_configuration(model: Path, tmp_path: Path, name:
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_field_of_a_configuration_is_named_with_its_folder(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"attention_dropout": 1.5}))
+    with pytest.raises(ConfigError, match=rf"^{path}: attention_dropout = 1.5 "):
+        load_family(tmp_path / "hf")
+
+
 def change_header(path: Path, change: Callable[[dict[str, Any], str, str], None]) -> None:
     """Change the header of a safetensors file, given the names of the first two tensors by place."""
     content = path.read_bytes()
@@ -94,6 +102,9 @@ def test_what_is_nested_without_end(model: Path, tmp_path: Path) -> None:
         (tmp_path / "hf" / name).write_text(content)
         with pytest.raises(ConfigError, match=r"cannot load it|does not hold a tokenizer"):
             load_tokenizer(tmp_path / "hf")
+    (tmp_path / "hf" / "tokenizer_config.json").write_text(DEEP)
+    with pytest.raises(ConfigError, match=r"tokenizer_config.json is not valid JSON \(maximum recursion depth"):
+        load_tokenizer(tmp_path / "hf")
     (tmp_path / "hf" / "config.json").write_text(DEEP)
     with pytest.raises(ConfigError, match=r"config.json: not a JSON object"):
         convert(ConvertConfig(input=str(tmp_path / "hf"), output=str(tmp_path / "out")))
