@@ -134,8 +134,8 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
             extras["tool_calls"] = read_calls(calls, f"{place}.tool_calls")
     if role == "tool" and isinstance(content, dict | list):
         content = json.dumps(drop_none(content), ensure_ascii=False)
-    if not content and ("tool_calls" in extras or (role == "tool" and content == "")):
-        return {"role": role, "content": content, **extras}
+    if (content in (None, "", []) and "tool_calls" in extras) or (role == "tool" and content == ""):
+        return {"role": role, "content": None if content == [] else content, **extras}
     if not content:
         check_unread(record.unread())
     return {"role": role, "content": read_text(content, f"{place}.content"), **extras}

@@ -53,6 +53,15 @@ def test_calls_as_messages_of_their_own(role: str) -> None:
     assert detect(rows).format == "unpaired"
 
 
+def test_content_beside_calls() -> None:
+    for content, words in ((None, None), ("", ""), ([], None), ("I look.", "I look.")):
+        row = {"prompt": "Q", "chosen": [assistant("") | {"content": content, "tool_calls": CALLS}], "rejected": "B"}
+        assert read(row)[1].responses == ((assistant(words, tool_calls=CALLS),), "B")
+    for wrong in (0, False, {}):
+        with pytest.raises(RowError, match=rf"chosen\[0\].content is of type {type(wrong).__name__}, not a string"):
+            read({"prompt": "Q", "chosen": [assistant("") | {"content": wrong, "tool_calls": CALLS}], "rejected": "B"})
+
+
 def test_messages_as_lists_of_roles_and_contents() -> None:
     """Arrow's form of a sequence of records."""
     chosen, rejected = ({"role": ["user", "assistant"], "content": ["Q", words]} for words in "AB")
