@@ -73,7 +73,11 @@ def _parse_pairs(row: FieldRecord, layout: InputLayout) -> Parsed:
                 response = read_answer(row, value, place)
                 reward = None
                 if scored:
-                    name = scores[side] or _score_like(scores, side, layout.ratings)
+                    name = scores[side]
+                    if name is None:
+                        given = next(filter(None, scores.values()))
+                        remedy = f"to use labels instead, rename that column: --columns unused={given}"
+                        raise RowError(_score_like(scores, side, layout.ratings), f"is missing, but {given} is there; {remedy}")
                     reward = read_number(row.get(name), name)
                 places.append(place)
                 return response, reward, label

@@ -346,8 +346,11 @@ def test_each_fault_of_a_pair_has_its_message(row: Any, field: str, reason: str)
 
 def test_a_missing_score_of_a_pair_is_named() -> None:
     layout = detect([PAIR | {"chosen_score": 2, "rejected_score": 1}])
-    with pytest.raises(RowError, match="rejected_score is missing"):
+    remedy = "to use labels instead, rename that column: --columns unused=chosen_score"
+    with pytest.raises(RowError, match=f"rejected_score is missing, but chosen_score is there; {remedy}"):
         parse(PAIR | {"chosen_score": 2}, layout)
+    renamed = PAIR | {"unused": 2}
+    assert parse(renamed, detect([renamed])).unused == ("unused",)
 
 
 @pytest.mark.parametrize(
