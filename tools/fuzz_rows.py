@@ -18,7 +18,6 @@ import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -208,9 +207,11 @@ def main() -> int:
     counts, wrong = fuzz(options.rows, options.seed)
     print(", ".join(f"{name}: {count:,}" for name, count in sorted(counts.items())))
     if wrong:
-        path = Path(tempfile.gettempdir()) / "fuzz_rows.txt"
-        path.write_text("\n\n".join(wrong), encoding="utf-8", errors="backslashreplace")
-        print(f"{len(wrong)} rows went wrong; the first (all are in {path}):\n{wrong[0]}", file=sys.stderr)
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="fuzz_rows-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write("\n\n".join(wrong))
+        print(f"{len(wrong)} rows went wrong; the first (all are in {file.name}):\n{wrong[0]}", file=sys.stderr)
     return int(bool(wrong))
 
 
