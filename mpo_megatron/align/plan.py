@@ -42,7 +42,7 @@ from mpo_megatron.data.sources import open_source
 from mpo_megatron.data.store import INFO_FILE, read_info
 from mpo_megatron.hf.identity import PEFT_CONFIG
 from mpo_megatron.plan.models import find_model
-from mpo_megatron.rollout.trained_adapter import check_trained_adapter
+from mpo_megatron.rollout.trained_policy import check_trained_policy
 
 HELD_OUT = 100
 """Groups to hold out of 1,000 or more."""
@@ -131,7 +131,7 @@ def build_stages(config: AlignConfig, model: Path) -> Stages:
     if config.answers:
         with within("generate"):
             validate_generate(after)
-        check_trained_adapter(after, train.lora, family, model)
+        check_trained_policy(after, train.lora, family, model)
     return Stages(
         folder=output,
         model=model,

@@ -41,13 +41,12 @@ from mpo_megatron.config.iterate import STAGES
 from mpo_megatron.config.names import check_options
 from mpo_megatron.config.parallel import check_ranks
 from mpo_megatron.config.sections import has_option
-from mpo_megatron.hf.identity import is_adapter_folder, weights_digest
+from mpo_megatron.hf.identity import weights_digest
 from mpo_megatron.hf.layout import read_model
 from mpo_megatron.model.checkpoint_folder import CONVERTED, megatron_checkpoint
-from mpo_megatron.model.convert_folder import find_megatron_checkpoint
 from mpo_megatron.rollout.prompt_split import PromptSplit, split_prompts
 from mpo_megatron.rollout.records import read_summary
-from mpo_megatron.rollout.trained_adapter import check_trained_adapter
+from mpo_megatron.rollout.trained_policy import check_trained_policy
 from mpo_megatron.train.checkpoints import checkpoint
 from mpo_megatron.train.launcher import count_ranks
 from mpo_megatron.train.objective import build_objective, check_data
@@ -334,13 +333,6 @@ def check_round(item: Round, answers: GenerateConfig, model: Path, num_ranks: in
         ConfigError: names the round, the option, the rule and the fix.
     """
     try:
-        adapters = item.train.lora.rank > 0 or is_adapter_folder(find_megatron_checkpoint(model) or model)
-        require(
-            item.generate.engine != "openai" or (item.generate.load_adapter if adapters else item.generate.load_weights),
-            "generate.engine = openai; a server keeps its weights, but each round has new ones; let it load them: adapters "
-            "(train.lora.rank) with generate.load_adapter = true, whole models with generate.load_weights = true; or set "
-            "generate.engine to vllm or transformers.",
-        )
         with within("generate"):
             validate_generate(item.generate)
         with within("score"):
@@ -352,7 +344,7 @@ def check_round(item: Round, answers: GenerateConfig, model: Path, num_ranks: in
         check_ranks(train.parallel, num_ranks)
         family, _ = read_model(model, train.parallel)
         for generate in (item.generate, answers):
-            check_trained_adapter(generate, train.lora, family, model)
+            check_trained_policy(generate, train.lora, family, model)
         check_installed(train.logging)
         labelled = item.select.sets != "all"
         where = f"select.sets = {item.select.sets}"

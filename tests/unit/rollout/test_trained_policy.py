@@ -1,4 +1,4 @@
-"""An adapter that vLLM cannot load is refused before the training that would write it."""
+"""What the engine that answers cannot load is refused before the training that would write it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mpo_megatron.families import load_family, read_family
 from mpo_megatron.families.adapters import VLLM_RANKS, Adapter, vllm_refuses
 from mpo_megatron.hf.adapter import AdapterRecord
 from mpo_megatron.rollout.rounds import build_plan
-from mpo_megatron.rollout.trained_adapter import check_trained_adapter
+from mpo_megatron.rollout.trained_policy import check_trained_policy
 from tests.tiny import save_model
 
 QUIET = Console(quiet=True)
@@ -88,6 +88,23 @@ def test_it_is_refused_with_the_configuration(
         plan(qwen2, tmp_path, sections | {"generate": EMBEDDED})
 
 
+@pytest.mark.parametrize("plan", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.parametrize(("rank", "loads"), [(0, "load_weights"), (2, "load_adapter")])
+def test_a_server_must_load_what_is_trained(
+    plan: Callable[[Path, Path, dict[str, Any]], None], rank: int, loads: str, qwen2: Path, tmp_path: Path
+) -> None:
+    """Otherwise it would answer with the same weights before and after."""
+    server = {"engine": "openai", "endpoint": {"base_url": "http://localhost:1/v1", "model": "m"}}
+    train = {"lora": {"rank": rank}}
+    for options in ({}, {"load_weights": True, "load_adapter": True} | {loads: False}):
+        with pytest.raises(
+            ConfigError, match=rf"generate\.engine = openai; a server keeps its weights.*generate\.{loads} = true"
+        ):
+            plan(qwen2, tmp_path, {"generate": server | options, "train": train})
+    assert not (tmp_path / "out").exists()
+    plan(qwen2, tmp_path, {"generate": server | {loads: True}, "train": train})
+
+
 def test_an_adapter_that_training_continues_is_checked_too(qwen2: Path, tmp_path: Path) -> None:
     generate = GenerateConfig(prompts="p", model="m", output="o", engine="vllm")
     family, lora = load_family(qwen2), LoraConfig()
@@ -97,11 +114,11 @@ def test_an_adapter_that_training_continues_is_checked_too(qwen2: Path, tmp_path
         (tmp_path / "adapter.json").write_bytes(AdapterRecord(adapter=adapter, base="b", base_digest="0").to_bytes())
 
     save("q_proj")
-    check_trained_adapter(generate, lora, family, tmp_path)
+    check_trained_policy(generate, lora, family, tmp_path)
     save("q_proj", "lm_head")
-    check_trained_adapter(replace(generate, engine="transformers"), lora, family, tmp_path)
+    check_trained_policy(replace(generate, engine="transformers"), lora, family, tmp_path)
     with pytest.raises(ConfigError, match=rf"model = {tmp_path} with .*lm_head.*, or start from another model"):
-        check_trained_adapter(generate, lora, family, tmp_path)
+        check_trained_policy(generate, lora, family, tmp_path)
 
 
 def test_what_vllm_cannot_load(qwen2: Path) -> None:
