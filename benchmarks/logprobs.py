@@ -70,8 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = timing.measure_each("logprobs", options, CASES.get(options.size, GPU_CASES), measure)
     for row in rows:
         row["full_mib"], row["full_measured"] = full_memory(row, rows)
-        row["memory_ratio"] = row["kernel"]["peak_mib"]["median"] / row["full_mib"]
-        row["in_place_ratio"] = row["in place"]["peak_mib"]["median"] / row["full_mib"]
+        # At the tiny size, memory that the allocator kept from the warm-up may be enough.
+        row["memory_ratio"], row["in_place_ratio"] = (
+            row[side]["peak_mib"]["median"] / row["full_mib"] if row["full_mib"] else None for side in ("kernel", "in place")
+        )
         row["products_share"] = row["products"]["seconds"]["median"] / row["in place"]["seconds"]["median"]
     table = [
         {
@@ -84,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "in place, MiB": f"{row['in place']['peak_mib']['median']:,.0f}",
             "kernel, MiB": f"{row['kernel']['peak_mib']['median']:,.0f}",
             "full, MiB": f"{row['full_mib']:,.0f}" + ("" if row["full_measured"] else " (extrapolated)"),
-            "kernel / full, memory": f"{row['memory_ratio']:.1%}",
-            "in place / full": f"{row['in_place_ratio']:.1%}",
+            "kernel / full, memory": _share(row["memory_ratio"]),
+            "in place / full": _share(row["in_place_ratio"]),
         }
         for row in rows
     ]
@@ -94,6 +96,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "the largest measured case of the same vocabulary."
     )
     timing.report("logprobs", options, {"hidden": hidden, "chunk": CHUNK, "dtype": str(dtype())}, rows, table, note)
+
+
+def _share(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio:.1%}"
 
 
 def dtype() -> torch.dtype:

@@ -165,7 +165,7 @@ def _load_backend(folder: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-        probe = tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)  # settings of a wrong type fail only here
+        tokenizer.encode(PROBE, add_special_tokens=False, verbose=False)  # settings of a wrong type fail only here
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:
         # tokenizers (Rust) raises plain Exception; on damaged files, transformers fails on missing values in various ways.
@@ -176,7 +176,7 @@ def _load_backend(folder: Path) -> Any:
             _explain(folder / "tokenizer.json") or _find_invalid(folder) or f"transformers cannot load it ({_one_line(error)})"
         )
         raise ConfigError(f"tokenizer = {folder}; {reason}; copy the tokenizer again.") from error
-    require(bool(probe), f"tokenizer = {folder}; it turns every text into no token; copy the tokenizer again.")
+    require(tokenizer.vocab_size > 0, f"tokenizer = {folder}; its vocabulary is empty; copy the tokenizer again.")
     require(
         largest <= LARGEST_ID,
         f"tokenizer = {folder}; its largest token id is {largest}, beyond {LARGEST_ID}; copy the tokenizer again.",
