@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from tests.foreground import obey_signals
+from tests.waiting import TIMEOUT
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +40,7 @@ class Launch:
     def __init__(self, process: psutil.Process, folder: Path) -> None:
         self.process, self.folder = process, folder
 
-    def ranks(self, number: int, seconds: float = 120.0) -> list[psutil.Process]:
+    def ranks(self, number: int, seconds: float = TIMEOUT) -> list[psutil.Process]:
         """The ranks, once all are running."""
         deadline = time.monotonic() + seconds
         while True:

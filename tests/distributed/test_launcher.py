@@ -11,6 +11,7 @@ import pytest
 
 from tests.distributed.launch import _fork_server
 from tests.distributed.light_launch import Launch, be_launcher, ended, left_over
+from tests.waiting import TIMEOUT
 
 pytestmark = pytest.mark.distributed
 
@@ -37,7 +38,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def end(run: Launch) -> tuple[int, str]:
     """The exit code and output, after all processes have ended."""
     handle = run.handle  # type: ignore[attr-defined]
-    handle.join(120)
+    handle.join(TIMEOUT)
     assert handle.exitcode is not None, run.output()
     assert "torch.distributed.elastic" not in run.output()
     return handle.exitcode, run.output()

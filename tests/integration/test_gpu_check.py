@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tests.waiting import TIMEOUT
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check.sh"
 STAND_IN = f"""#!/usr/bin/env bash
@@ -33,7 +35,7 @@ def check(folder: Path, **environment: str) -> tuple[subprocess.CompletedProcess
     python.chmod(0o755)
     output = folder / "out"
     given = {**os.environ, "PYTHON": str(python), "OUTPUT": str(output), **environment}
-    return subprocess.run([SCRIPT, output], env=given, capture_output=True, text=True, timeout=120, check=False), output
+    return subprocess.run([SCRIPT, output], env=given, capture_output=True, text=True, timeout=TIMEOUT, check=False), output
 
 
 def parts(output: Path) -> dict[str, Any]:

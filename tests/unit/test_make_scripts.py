@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import TIMEOUT
+
 TOOLS = Path(__file__).parents[2] / "tools"
 WORKS = f'exec "{sys.executable}" "$@"\n'
 OLD = "exit 1  # its version is out of range\n"
@@ -46,7 +48,7 @@ def run(tmp_path: Path, script: str, *arguments: str, **environment: str) -> sub
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=TIMEOUT,
     )
 
 

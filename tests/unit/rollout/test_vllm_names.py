@@ -16,6 +16,7 @@ from mpo_megatron.model.weight_map import build_weight_map
 from mpo_megatron.stack.packages import LIVE_VLLM
 from tests import vllm_stand_in
 from tests.tiny import CONFIGS, HYBRID
+from tests.waiting import TIMEOUT
 from tools.vllm_names import ENGINE, NAMES, TEXTS, TRANSFER, VERSIONS, WORKER, missing_names
 
 PACKAGE = Path(__file__).parents[3] / "mpo_megatron"
@@ -91,7 +92,7 @@ def test_an_installed_vllm_s_models_take_our_weights() -> None:
     if importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed")
     result = subprocess.run(
-        [sys.executable, "-m", "tools.vllm_models"], capture_output=True, text=True, timeout=1200, check=False
+        [sys.executable, "-m", "tools.vllm_models"], capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
 

@@ -22,6 +22,7 @@ from mpo_megatron.model import precision
 from mpo_megatron.stack import packages
 from mpo_megatron.stack.problem import Problem
 from tests.unit.stack.packages import install
+from tests.waiting import TIMEOUT
 
 ABLE = {"layers": {"local": "usable"}, "attention": {"sdpa": "usable"}, "fp8": {"current": "this machine has no GPU"}}
 
@@ -98,7 +99,7 @@ def test_problems_come_last_and_set_the_exit_code(capsys: pytest.CaptureFixture[
 def test_help_does_not_wait_for_torch() -> None:
     program = "import sys; sys.modules['torch'] = None\nfrom mpo_megatron.cli import main; main(['doctor', '--help'])"
     root = Path(__file__).parents[3]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True, timeout=TIMEOUT)
     assert "--config FILE" in done.stdout
 
 
@@ -250,7 +251,7 @@ def test_machines_are_compared_and_their_clocks_measured(monkeypatch: pytest.Mon
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(peers.exchange, Late(), 1, 2, {"host": "b", **facts})
         found = peers.exchange(store, 0, 2, {"host": "a", **facts})
-        assert other.result(timeout=60) == []
+        assert other.result(timeout=TIMEOUT) == []
     assert [peer["host"] for peer in found] == ["a", "b"]
     assert found[1]["clock_seconds"] == pytest.approx(-100, abs=found[1]["clock_error"] + 1e-3)
     (problem,) = peers.compare(found)

@@ -24,6 +24,7 @@ from mpo_megatron.train.checkpoints import saving
 from mpo_megatron.train.checkpoints.step_folders import SaveError, check_files, complete_steps, require_space
 from tests.tiny import random_groups, save_groups, save_model
 from tests.training import train
+from tests.waiting import TIMEOUT
 
 
 def test_a_disk_that_is_full_already_when_a_save_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +70,7 @@ def test_what_is_saved_is_what_was_there_when_the_save_began(tmp_path: Path, mon
     original, later = saving.write, threading.Event()
 
     def write(writing: Any, buckets: Any) -> None:
-        assert later.wait(60) or writing.state.step != 1  # until the second step is done
+        assert later.wait(TIMEOUT) or writing.state.step != 1  # until the second step is done
         original(writing, buckets)
 
     def take_step(run: Any, batch: Any, *arguments: Any) -> dict[str, float]:
