@@ -41,7 +41,7 @@ def computes_bf16() -> bool:
     """
     if has_gpu():
         return True
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 lacks it
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # a torch that lacks it: as without
     return any(capabilities.get(name, False) for name in BF16_INSTRUCTIONS)
 
 

@@ -139,8 +139,8 @@ def choose_dtype(dtype: str, device: str | None, settings: Mapping[str, Any]) ->
     from mpo_megatron.device import computes_bf16  # imports torch
 
     sections = (settings, *(part for part in settings.values() if isinstance(part, dict)))  # of a multimodal model: text_config
-    declared = {part.get(name) for part in sections for name in ("dtype", "torch_dtype")}
-    if dtype != "auto" or device != "cpu" or declared.isdisjoint(("bfloat16", "float16")) or computes_bf16():
+    half = any(part.get(name) in ("bfloat16", "float16") for part in sections for name in ("dtype", "torch_dtype"))
+    if dtype != "auto" or device != "cpu" or not half or computes_bf16():
         return dtype
     print(
         "dtype = auto: float32, twice the memory of the checkpoint's 16 bits, because this processor has no instructions for "

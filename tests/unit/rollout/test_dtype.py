@@ -27,6 +27,7 @@ BF16, NESTED = {"dtype": "bfloat16"}, {"text_config": {"torch_dtype": "float16"}
         ("auto", "cpu", BF16, True, "auto"),
         ("auto", "cpu", {"dtype": "float64"}, False, "auto"),
         ("auto", "cpu", {}, False, "auto"),
+        ("auto", "cpu", {"dtype": ["bfloat16"]}, False, "auto"),  # transformers names what is wrong with it
         ("auto", "cuda", BF16, False, "auto"),
         ("auto", None, BF16, False, "auto"),
         ("bfloat16", "cpu", BF16, False, "bfloat16"),
