@@ -23,6 +23,7 @@ from mpo_megatron.align.outcome import (
     print_outcome,
 )
 from mpo_megatron.align.plan import Stages, build_rounds, build_stages, data_digest, find_folder
+from mpo_megatron.align.precision import describe_precision
 from mpo_megatron.config import AlignConfig, ReportConfig, TrainConfig, require, to_dict
 from mpo_megatron.config.checks import find_change
 from mpo_megatron.data.prepare import prepare
@@ -70,8 +71,10 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         stage("prepare", groups / INFO_FILE, lambda: prepare(stages.prepare, console), console)
         stages = build_stages(config, model)  # again: the number of groups determines training options
         num_ranks = config.nproc or count_ranks(stages.train.parallel)
-        for name, value in stages.chosen.items():
-            console.print(f"train.{name} = {value}: chosen by mpo align", soft_wrap=True)
+        if not (stages.folder / TRAIN_FILE).is_file():
+            for name, value in stages.chosen.items():
+                console.print(f"train.{name} = {value}: chosen by mpo align", soft_wrap=True)
+            say_precision(config, console)
         stage(
             "train", stages.folder / TRAIN_FILE, functools.partial(run_training, stages.folder, stages.train, num_ranks), console
         )
@@ -85,6 +88,13 @@ def align(config: AlignConfig, console: Console | None = None) -> None:
         outcome = describe_outcome(stages, config.answers)
         replace_file(stages.folder / OUTCOME_FILE, [outcome.as_markdown().encode()])
         print_outcome(console, outcome, stages.folder / "aligned", after_align(config.model, stages.folder))
+
+
+def say_precision(config: AlignConfig, console: Console) -> None:
+    """Print that training keeps a precision which is not the faster one here, if it does."""
+    kept = describe_precision(config.train, Path(config.output))
+    if kept is not None:
+        console.print(kept, soft_wrap=True, markup=False)
 
 
 def open_folder(config: AlignConfig, stages: Stages) -> None:
@@ -152,6 +162,7 @@ def run_rounds(config: AlignConfig, model: Path, console: Console) -> None:
         lines = [f"rounds: {config.rounds} × (generate → score → select → prepare → train), in {rounds.output}"]
         console.print("\n".join([*lines, estimate_rounds(rounds, model)]), soft_wrap=True, markup=False)
         return
+    say_precision(config, console)
     iterate(rounds, console)
     last = Path(rounds.output) / "policies" / f"{config.rounds:02d}" / "hf"
     aligned = Path(config.output) / "aligned"

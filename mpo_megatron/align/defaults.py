@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from mpo_megatron import device
+from mpo_megatron.align.precision import choose_precision
 from mpo_megatron.config import (
     AlignConfig,
     ConfigError,
     LoraConfig,
+    ModelConfig,
     ParallelConfig,
     PlanConfig,
     TrainConfig,
@@ -62,7 +64,7 @@ def build_training(config: AlignConfig, model: Path, family: Family) -> tuple[Tr
     fill("data.train", str(output / "groups"))
     fill("data.eval", str(output / "groups-eval"))
     options.setdefault("seed", config.seed)
-    for name, value in choose_options(family, options).items():
+    for name, value in choose_options(family, options, output).items():
         default(name, value)
     prepared = (output / "groups" / INFO_FILE).is_file()
     if prepared:
@@ -91,15 +93,17 @@ def trains_adapter(train: Mapping[str, Any]) -> bool:
     return from_dict(LoraConfig, train.get("lora", {}), "train.lora").rank > 0
 
 
-def choose_options(family: Family, train: Mapping[str, Any]) -> dict[str, object]:
-    """Options of training that depend on the model and the processor alone.
+def choose_options(family: Family, train: Mapping[str, Any], output: Path) -> dict[str, object]:
+    """Options of training that depend on the model and the processor alone, as far as they differ from training's own defaults.
 
     Args:
         train: the options that the user set
+        output: the command's folder, whose training keeps its precision
     """
     chosen: dict[str, object] = {"optimizer.lr": choose_learning_rate(family, adapter=trains_adapter(train))}
-    if not device.computes_bf16():
-        chosen["model.precision"] = "fp32"
+    precision = choose_precision(output)
+    if precision != ModelConfig.precision:
+        chosen["model.precision"] = precision
     return chosen
 
 

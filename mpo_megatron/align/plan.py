@@ -7,6 +7,7 @@
 <output>/answers/before, after    answers of both models to held-out prompts
 <output>/aligned                  the Hugging Face model
 <output>/report.html, align.md    curves, and the changes
+<output>/rounds                   on-policy rounds, with prompts
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mpo_megatron.align.defaults import build_training, choose_options
+from mpo_megatron.align.precision import ROUNDS_FOLDER
 from mpo_megatron.config import (
     AlignConfig,
     ConvertConfig,
@@ -154,12 +156,12 @@ def build_rounds(config: AlignConfig, model: Path) -> IterateConfig:
     check_sections(config, SET_IN_ROUNDS)
     train = copy.deepcopy(config.train)
     family = find_model(str(model))
-    for name, value in choose_options(family, train).items():
+    for name, value in choose_options(family, train, Path(config.output)).items():
         if not has_option(train, name):
             set_option(train, name, value)
     options: dict[str, Any] = {
         **copy.deepcopy(config.iterate),
-        "output": str(Path(config.output) / "rounds"),
+        "output": str(Path(config.output) / ROUNDS_FOLDER),
         "model": str(model),
         "prompts": str(config.prompts),
         "rounds": config.rounds,

@@ -53,8 +53,8 @@ from mpo_megatron.train.objective import build_objective, check_data
 from mpo_megatron.train.tracking import check_installed
 
 STATE_FILE = "iterate.json"
-PATHS = ("output", "model", "prompts")
-"""Options with paths whose content is recorded as a digest."""
+FREE = ("output", "model", "prompts", "nproc")
+"""Options that a later run may change: paths, whose content is recorded as a digest, and the number of ranks."""
 FILLED = {
     "generate": ("prompts", "model", "output", "shard"),
     "score": ("input", "output", "shard"),
@@ -289,7 +289,7 @@ def check_folder(folder: Path, state: dict[str, Any]) -> None:
         require(not others, f"output = {folder} holds {others[:1]}, but no {STATE_FILE}; choose a new folder.")
         return
     recorded = {name: value for name, value in read_summary(folder / STATE_FILE).items() if name in state}
-    changed = find_change(_without_paths(recorded), _without_paths(state))
+    changed = find_change(_without_free(recorded), _without_free(state))
     if changed is not None:
         name, before, now = changed
         name = name.removeprefix("config.")
@@ -298,9 +298,9 @@ def check_folder(folder: Path, state: dict[str, Any]) -> None:
         )
 
 
-def _without_paths(state: dict[str, Any]) -> dict[str, Any]:
-    """The state without paths, which may have moved; their content is covered by digests."""
-    return {**state, "config": {name: value for name, value in state["config"].items() if name not in PATHS}}
+def _without_free(state: dict[str, Any]) -> dict[str, Any]:
+    """The state without options that a later run may change."""
+    return {**state, "config": {name: value for name, value in state["config"].items() if name not in FREE}}
 
 
 PROMPT_OPTIONS = ("system_prompt", "chat_template", "chat_template_kwargs", "prompt_format")

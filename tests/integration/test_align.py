@@ -23,6 +23,7 @@ from mpo_megatron.align.align import align, open_folder
 from mpo_megatron.align.estimate import Machine, estimate, generation_rate, groups_of_round
 from mpo_megatron.align.outcome import read_numbers
 from mpo_megatron.align.plan import build_rounds, build_stages, data_digest
+from mpo_megatron.align.precision import describe_precision
 from mpo_megatron.config import (
     AlignConfig,
     ChatConfig,
@@ -34,16 +35,20 @@ from mpo_megatron.config import (
     PlanConfig,
     PrepareConfig,
     TrainConfig,
+    to_dict,
 )
+from mpo_megatron.config.sealed import seal_yaml
 from mpo_megatron.data import prepare as preparing
 from mpo_megatron.data.store import read_info
 from mpo_megatron.files import DataError
+from mpo_megatron.files.atomic import replace_file
 from mpo_megatron.files.digests import DamagedError
 from mpo_megatron.model import convert_export
 from mpo_megatron.plan.plan import build_problem
 from mpo_megatron.rollout import iterate as rounds
 from mpo_megatron.rollout import records, stages
 from mpo_megatron.rollout.chat import chat
+from mpo_megatron.rollout.rounds import build_plan
 from mpo_megatron.terminal.console import Console
 from tests.distributed.launch import launch_ranks
 from tests.kills import Killed, raise_at
@@ -207,6 +212,60 @@ def test_an_adapter_is_exported_once_and_answers(
     capsys.readouterr()
     chat(ChatConfig(model=str(tmp_path / "out"), prompt="Say 3.", temperature=0, max_tokens=4, device="cpu"))
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.distributed
+def test_a_run_that_moves_keeps_its_precision(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`mpo train` refuses to resume with another one."""
+    monkeypatch.setattr(stages, "launch", launch_ranks)
+    config = settings(inputs, tmp_path / "out", train={"data": {"row_tokens": 256}, "eval_every": 0, "max_steps": 1}, answers=0)
+    monkeypatch.setattr(device, "computes_bf16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        KILLS["train, done and not noted"](patch)
+        with pytest.raises(Killed):
+            align(config, QUIET)
+    monkeypatch.setattr(device, "computes_bf16", lambda: True)
+    output = io.StringIO()
+    align(config, Console(file=output, width=200))
+    assert "train.model.precision = fp32: kept" in output.getvalue()
+    assert (tmp_path / "out" / "aligned" / "config.json").is_file()
+    align(config, Console(file=output, width=200))
+    assert output.getvalue().count("kept") == 1  # nothing is left to train
+
+
+@pytest.mark.parametrize(("fast", "kept"), [(True, "fp32"), (False, "bf16")])
+def test_started_training_keeps_its_precision(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fast: bool, kept: str
+) -> None:
+    monkeypatch.setattr(device, "computes_bf16", lambda: not fast)
+    found = build_stages(settings(inputs, tmp_path, train={}), inputs / "model")
+    assert found.train.model.precision == kept
+    assert describe_precision({}, tmp_path) is None
+    replace_file(tmp_path / "run" / "config.yaml", [seal_yaml(to_dict(found.train))])
+    monkeypatch.setattr(device, "computes_bf16", lambda: fast)
+    assert build_stages(settings(inputs, tmp_path, train={}), inputs / "model").train.model.precision == kept
+    assert f"train.model.precision = {kept}: kept" in str(describe_precision({}, tmp_path))
+    other = {"model": {"precision": "bf16" if fast else "fp32"}}
+    assert build_stages(settings(inputs, tmp_path, train=other), inputs / "model").train.model.precision != kept
+    assert describe_precision(other, tmp_path) is None
+    shutil.rmtree(tmp_path / "run")  # the stage starts again
+    assert build_stages(settings(inputs, tmp_path, train={}), inputs / "model").train.model.precision != kept
+
+
+@pytest.mark.parametrize(("fast", "kept"), [(True, "fp32"), (False, "bf16")])
+def test_started_rounds_keep_their_precision(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, fast: bool, kept: str
+) -> None:
+    prompts = str(inputs / "prompts.jsonl")
+    config = settings(inputs, tmp_path, data=[], prompts=prompts, train={}, score={"scorers": {"x": {"kind": "match"}}})
+    monkeypatch.setattr(device, "computes_bf16", lambda: not fast)
+    plan = build_plan(dataclasses.replace(build_rounds(config, inputs / "model"), nproc=1))
+    rounds.open_folder(plan)
+    monkeypatch.setattr(device, "computes_bf16", lambda: fast)
+    again = build_plan(dataclasses.replace(build_rounds(config, inputs / "model"), nproc=2))
+    rounds.open_folder(again)
+    assert again.rounds[0].train.model.precision == kept
+    assert f"train.model.precision = {kept}: kept" in str(describe_precision({}, tmp_path))
 
 
 @pytest.mark.distributed

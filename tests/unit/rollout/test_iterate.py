@@ -297,6 +297,7 @@ def test_a_folder_goes_on_only_as_it_was_started(options: dict[str, Any]) -> Non
     assert set(before) == {"held-out.jsonl", "round-01.jsonl", "round-02.jsonl", "mpo_digests.json"}
     open_plan(plan)
     assert {path.name: path.read_bytes() for path in (plan.folder / "prompts").iterdir()} == before
+    open_plan(build_plan(IterateConfig(**options, nproc=2)))  # on another machine
     options["train"] = {"optimizer": {"lr": 2e-3}}
     with pytest.raises(ConfigError, match=r"was started with train\.optimizer\.lr = 0\.001, now it is 0\.002"):
         open_plan(build_plan(IterateConfig(**options)))
