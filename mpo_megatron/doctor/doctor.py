@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mpo_megatron.config import ConfigError, TrainConfig, load_yaml
+from mpo_megatron.config import ConfigError, ModelConfig, TrainConfig, load_yaml
 from mpo_megatron.doctor import abilities, peers
 from mpo_megatron.doctor.machine import describe_machine
 from mpo_megatron.doctor.page import render
@@ -39,7 +39,7 @@ def examine(config: str | None) -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(abilities.ask, config)
         software, software_problems = describe_software(has_gpus=bool(gpu_files()))
-        machine, machine_problems = describe_machine(_output(config))
+        machine, machine_problems = describe_machine(*_output_and_precision(config))
         able = asked.result()
     problems = [*machine_problems, *software_problems]
     if "error" in able:
@@ -56,12 +56,13 @@ def examine(config: str | None) -> dict[str, Any]:
     }
 
 
-def _output(config: str | None) -> Path:
-    """The folder that a run would write to; the current one without a run."""
+def _output_and_precision(config: str | None) -> tuple[Path, str]:
+    """The folder that a run would write to, and its model.precision; without a run, the current folder and the default."""
     try:
-        return Path(load_yaml(TrainConfig, config).output) if config else Path.cwd()
+        run = load_yaml(TrainConfig, config) if config else None
     except ConfigError:  # reported with the run
-        return Path.cwd()
+        run = None
+    return (Path.cwd(), ModelConfig.precision) if run is None else (Path(run.output), run.model.precision)
 
 
 def _comparable(found: dict[str, Any]) -> dict[str, Any]:

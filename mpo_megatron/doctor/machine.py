@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 
+from mpo_megatron.device import cpu_has_bf16
+from mpo_megatron.stack.checks import slow_bf16
 from mpo_megatron.stack.cuda import (
     OLDEST_DRIVER,
     driver_cuda,
@@ -34,11 +36,12 @@ SPACE_GIB = 20.0
 """Report less free disk space than this: a checkpoint of a 1B model with optimizer states takes 16 GB."""
 
 
-def describe_machine(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
+def describe_machine(folder: Path, precision: str) -> tuple[dict[str, Any], list[Problem]]:
     """(facts, problems).
 
     Args:
         folder: folder on the disk that a run would write to
+        precision: its model.precision
     """
     cuda = driver_cuda()
     facts: dict[str, Any] = {
@@ -46,6 +49,7 @@ def describe_machine(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}, {' '.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "cpu_cores": os.cpu_count(),
+        "cpu_bf16": cpu_has_bf16(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
         "gpu_files": gpu_files(),
@@ -58,7 +62,8 @@ def describe_machine(folder: Path) -> tuple[dict[str, Any], list[Problem]]:
         "shared_memory_gib": _free_gib(Path("/dev/shm")),
         "disks_gib": {str(path): _free_gib(path) for path in dict.fromkeys((folder, Path(tempfile.gettempdir()), _hub_cache()))},
     }
-    return facts, [*_gpu_problems(facts), *_space_problems(facts)]
+    slow = slow_bf16(precision)
+    return facts, [*_gpu_problems(facts), *_space_problems(facts), *([] if slow is None else [slow])]
 
 
 def _gpu(index: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def _machine(facts: dict[str, Any]) -> str:
     return "Machine\n" + _table(
         [
             ("host", f"{facts['host']}: {facts['system']}, Python {facts['python']}"),
-            ("CPU", f"{facts['cpu_cores']} cores, {facts['memory_gib']} GiB"),
+            ("CPU", f"{facts['cpu_cores']} cores, {facts['memory_gib']} GiB, {'' if facts['cpu_bf16'] else 'no '}bfloat16"),
             *((f"GPU {index}", gpu) for index, gpu in enumerate(gpus)),
             *([] if gpus else [("GPU", "none that torch can use")]),
             ("driver", f"{facts['driver']}, CUDA {facts['driver_cuda']}" if facts["driver"] else "none"),

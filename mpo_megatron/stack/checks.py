@@ -9,6 +9,7 @@ from mpo_megatron.device import computes_bf16
 from mpo_megatron.stack.cuda import unsupported_gpus, unusable_gpus
 from mpo_megatron.stack.imports import diagnose, import_error
 from mpo_megatron.stack.packages import PACKAGES, is_importable
+from mpo_megatron.stack.problem import Problem
 from mpo_megatron.stack.transformer_engine import broken_transformer_engine, install_transformer_engine, is_installed
 
 ATTENTION = ("flash-attn", "flash-attn-3", "nvidia-cudnn-frontend")
@@ -37,6 +38,21 @@ def has_fused_gradients() -> bool:
     return torch.cuda.is_available() and import_error(APEX_EXTENSION) is None
 
 
+def slow_bf16(precision: str) -> Problem | None:
+    """That the processor computes bfloat16 slowly, if it does.
+
+    Args:
+        precision: model.precision
+    """
+    if precision == "fp32" or computes_bf16():
+        return None
+    return Problem(
+        what="this processor has no instructions for bfloat16, which takes several times as long as fp32",
+        cure="set model.precision to fp32",
+        severity="warning",
+    )
+
+
 def shortfalls(*, transformer_engine: bool, precision: str) -> list[str]:
     """Reasons why a run is slower than possible, one line each.
 
@@ -45,9 +61,8 @@ def shortfalls(*, transformer_engine: bool, precision: str) -> list[str]:
         precision: model.precision
     """
     if not torch.cuda.is_available():
-        if precision == "fp32" or computes_bf16():
-            return []
-        return ["this processor has no instructions for bfloat16, which takes several times as long; set model.precision to fp32"]
+        slow = slow_bf16(precision)
+        return [] if slow is None else [str(slow)]
     found = []
     if not transformer_engine and not is_installed():
         found.append(f"Transformer Engine is not installed: layers are slower, without FP8; {install_transformer_engine()}")

@@ -15,6 +15,7 @@ import torch
 import yaml
 from torch.distributed import HashStore
 
+from mpo_megatron import device
 from mpo_megatron.cli import main
 from mpo_megatron.config import ConfigError, DataConfig, EndpointConfig, LiveVllmConfig, ModelConfig, OnlineConfig, TrainConfig
 from mpo_megatron.doctor import abilities, doctor, machine, peers, software
@@ -39,7 +40,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.mark.usefixtures("quick")
 def test_the_page_names_versions_and_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "describe_machine", lambda folder: (machine.describe_machine(folder)[0], []))
+    monkeypatch.setattr(doctor, "describe_machine", lambda *given: (machine.describe_machine(*given)[0], []))
     assert main(["doctor"]) == 0
     page = capsys.readouterr().out
     assert torch.__version__.partition("+")[0] in page
@@ -86,7 +87,7 @@ def test_the_pairing_of_trainer_and_engine(
 @pytest.mark.usefixtures("quick")
 def test_problems_come_last_and_set_the_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [Problem(what="it is slow", cure="make it fast", severity="warning")]
-    monkeypatch.setattr(doctor, "describe_machine", lambda folder: (machine.describe_machine(folder)[0], problems))
+    monkeypatch.setattr(doctor, "describe_machine", lambda *given: (machine.describe_machine(*given)[0], problems))
     assert main(["doctor"]) == 0
     assert capsys.readouterr().out.endswith("Problems\n  warning: it is slow.\n    cure: make it fast\n")
     problems.append(Problem(what="it fails", cure="mend it"))
@@ -94,6 +95,37 @@ def test_problems_come_last_and_set_the_exit_code(capsys: pytest.CaptureFixture[
     found = json.loads(capsys.readouterr().out)
     assert found["problems"][-1] == {"what": "it fails", "cure": "mend it", "severity": "error"}
     assert {"software", "machine", "abilities", "run", "problems"} == found.keys()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("instructions", "gpu", "precision", "told"),
+    [
+        ([], False, None, True),
+        ([], False, "bf16", True),
+        ([], False, "fp32", False),
+        ([], True, None, False),
+        (["amx_bf16"], False, None, False),
+    ],
+)
+def test_a_processor_without_bfloat16(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    instructions: list[str],
+    gpu: bool,
+    precision: str | None,
+    told: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(instructions, True))
+    monkeypatch.setattr(device, "has_gpu", lambda: gpu)
+    config = {"output": str(tmp_path), "data": {"train": "d"}, "model": {"checkpoint": "m", "precision": precision}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
+    assert main(["doctor", *([] if precision is None else ["--config", str(tmp_path / "run.yaml")])]) == 0
+    page = capsys.readouterr().out
+    assert ("no bfloat16" in page) == (not instructions)
+    assert ("takes several times as long as fp32.\n    cure: set model.precision to fp32" in page) == told
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -210,7 +242,7 @@ def test_a_configuration_that_does_not_parse(tmp_path: Path, capsys: pytest.Capt
 
 
 def _facts(**changes: Any) -> dict[str, Any]:
-    return machine.describe_machine(Path.cwd())[0] | changes
+    return machine.describe_machine(Path.cwd(), "bf16")[0] | changes
 
 
 def test_what_a_gpu_machine_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
