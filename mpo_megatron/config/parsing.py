@@ -203,9 +203,9 @@ def _is_value(argument: str) -> bool:
 def _join(option: str, expected: Any, given: Sequence[str]) -> str:
     """The values of a list or a mapping, as one argument."""
     kind = collection_of(expected)
-    if len(given) == 1 and (given[0].lstrip()[:1] in ("[", "{") or get_origin(expected) is not kind):
-        return given[0]
     names = get_args(kind and next(item for item in (expected, *get_args(expected)) if get_origin(item) is kind))
+    if len(given) == 1 and (given[0].lstrip()[:1] in ("[", "{") or (get_origin(expected) is not kind and given[0] != "-")):
+        return given[0]  # a list of one for `-`, which YAML reads as a list of null
     if kind is list:
         return json.dumps([part if names == (str,) else read_text(part, option) for part in given])
     for part in given:

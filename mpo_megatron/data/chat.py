@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -327,10 +328,11 @@ class Chat:
         content = messages[0]["content"]
         return _MARKERS.match(content) is not None or bool(len(self._cue) > 3 and content.strip().endswith(self._cue))
 
-    def spells_special(self, messages: Sequence[Message], responses: Iterable[str]) -> bool:
+    def spells_special(self, messages: Sequence[Message], responses: Iterable[Answer]) -> bool:
         """Whether a text spells out a special token, which is then encoded as such; a response may end with its end token."""
-        texts = [str(message["content"] or "") for message in messages]
-        texts += [self.strip_end(text) for text in responses]
+        texts = [self.strip_end(said) for said in responses if isinstance(said, str)]
+        said = itertools.chain(messages, *(said for said in responses if not isinstance(said, str)))
+        texts += [str(message["content"] or "") for message in said]
         return self._special is not None and any(map(self._special.search, texts))
 
     def shorten[Text: (str, str | None)](self, text: Text, limit: int | None) -> Text:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list, read_text, split_columns
+from mpo_megatron.data.fields import RowError, check_unicode, drop_nulls, parse_json, read_list, read_text, split_columns
 from mpo_megatron.data.group import Answer, Message
 from mpo_megatron.data.tools import read_calls
 from mpo_megatron.data.unread import check_unread
@@ -131,9 +131,9 @@ def _read_message(row: FieldRecord, item: Any, place: str, index: int) -> Messag
     if "tool_calls" in extras:
         calls = parse_json(extras.pop("tool_calls"), "[")
         if calls not in ([], {}, ""):
-            extras["tool_calls"] = read_calls(calls, f"{place}.tool_calls")
+            extras["tool_calls"] = read_calls(record, calls, f"{place}.tool_calls")
     if role == "tool" and isinstance(content, dict | list):
-        content = json.dumps(drop_none(content), ensure_ascii=False)
+        content = json.dumps(drop_nulls(content, record, "content"), ensure_ascii=False)
     if (content in (None, "", []) and "tool_calls" in extras) or (role == "tool" and content == ""):
         return {"role": role, "content": None if content == [] else content, **extras}
     if not content:

@@ -12,11 +12,12 @@ _INDEX = re.compile(r"\[\d+\]")
 class FieldRecord:
     """A row, or a record inside one. Fields never requested through `get` or `find` are unused."""
 
-    __slots__ = ("inner", "place", "used", "values")
+    __slots__ = ("inner", "left_out", "place", "used", "values")
 
     def __init__(self, values: Mapping[str, Any], place: str = "", parent: FieldRecord | None = None) -> None:
         self.values, self.place, self.used = values, place, set[str]()
         self.inner: list[FieldRecord] = []
+        self.left_out: list[str] = []
         if parent is not None:
             parent.inner.append(self)
 
@@ -41,12 +42,18 @@ class FieldRecord:
         """A record that is part of this one, for example `responses[0]`."""
         return FieldRecord(value, f"{self.place}{place}.", self)
 
+    def leave_out(self, name: str) -> None:
+        """Report a part of a field that is read as unused."""
+        self.left_out.append(name)
+
     def unread(self) -> Iterator[tuple[str, Any]]:
-        """Place and value of each unread field that has a value."""
+        """Place and value of each unread field that has a value; parts left out have none."""
         if not self.values.keys() <= self.used:
             for name, value in self.values.items():
                 if name not in self.used and value is not None and value not in ("", [], {}):
                     yield f"{self.place}{name}", value
+        for name in self.left_out:
+            yield f"{self.place}{name}", None
         for record in self.inner:
             yield from record.unread()
 

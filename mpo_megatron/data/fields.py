@@ -16,6 +16,10 @@ _PYTHON_MESSAGES = re.compile(r"""\s*\[?\{'(role|from|content|value)': ['"]""")
 """A message, or a list of them, formatted by `str`, which is never real text."""
 
 
+class WrittenObject(dict[str, Any]):
+    """An object whose null entries are meant: from JSON text in a row, or from a line of ours. Arrow adds some to others."""
+
+
 class RowError(ValueError):
     """An unusable row or response; names the field and the reason."""
 
@@ -101,7 +105,7 @@ def parse_json(value: Any, opening: str) -> Any:
     """The JSON value of a string that starts with `opening`; any other value unchanged."""
     if isinstance(value, str) and value.lstrip()[:1] == opening:
         try:
-            return json.loads(value)
+            return json.loads(value, object_hook=WrittenObject)
         except (ValueError, RecursionError):
             return value
     return value
@@ -148,8 +152,29 @@ def read_id(row: FieldRecord) -> str | None:
     return check_unicode(str(value), "id")
 
 
-def drop_none(value: Any) -> Any:
-    """The value without None entries: Arrow gives every record all keys of its column."""
+def mark_written(value: Any) -> Any:
+    """The value with all its objects as `WrittenObject`."""
     if isinstance(value, dict):
-        return {key: drop_none(item) for key, item in value.items() if item is not None}
-    return [drop_none(item) for item in value] if isinstance(value, list | tuple) else value
+        return WrittenObject({key: mark_written(item) for key, item in value.items()})
+    return [mark_written(item) for item in value] if isinstance(value, list) else value
+
+
+def drop_nulls(value: Any, record: FieldRecord, place: str) -> Any:
+    """The value without null entries: Arrow gives every record all keys of its column. Those of a `WrittenObject` stay.
+
+    Args:
+        record: reports that entries are dropped
+        place: where in the record the value is
+    """
+    kept = _drop_nulls(value)
+    if kept != value:
+        record.leave_out(f"{place}: null entries")
+    return kept
+
+
+def _drop_nulls(value: Any) -> Any:
+    if isinstance(value, WrittenObject):
+        return value
+    if isinstance(value, dict):
+        return {key: _drop_nulls(item) for key, item in value.items() if item is not None}
+    return [_drop_nulls(item) for item in value] if isinstance(value, list) else value

@@ -53,7 +53,7 @@ def _settle_groups(sample: Sample, options: Options) -> InputLayout:
     has_ranks = bool(keys & {*_RANKS, ".rank"})
     has_labels = bool(keys & {"labels", ".label"})
     kind: Any = "scores" if has_rewards else "ranks" if has_ranks else "labels" if has_labels else "scores"
-    return InputLayout(format="groups", reward_kind=kind, ratings=options.ratings, notes=empty_scores(sample, _REWARDS))
+    return InputLayout(format="groups", reward_kind=kind, ratings=options.ratings, empty_scores=empty_scores(sample, _REWARDS))
 
 
 def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
@@ -61,7 +61,7 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     items = read_list(row.get(field), field)
     beside = any(map(row.has, (*_REWARDS, *_RANKS, "labels")))
     if not layout.ratings and all(map(_is_plain, items)) and not beside:
-        found = Responses(responses=[item["text"] for item in items], rewards=[float(item["reward"]) for item in items])
+        found = Responses(row=row, responses=[item["text"] for item in items], rewards=[float(item["reward"]) for item in items])
         return _with_digests(row, finish(row, found, [f"{field}[{index}]" for index in range(len(items))]))
     # A column counts as read once it is asked for: ranks only without rewards, and neither with `rating`.
     judges = [(("reward", "score"), _REWARDS, 1), (("rank",), _RANKS, -1)] if not layout.ratings else []
@@ -72,7 +72,7 @@ def _parse_groups(row: FieldRecord, layout: InputLayout) -> Parsed:
     if not (rewards or has_labels or layout.ratings):
         place = f"{field}[0].reward" if any(isinstance(item, dict) for item in items) else "rewards"
         raise RowError(place, "is missing; map its column (--columns rewards=…), or set rating to a key of the responses")
-    found, places, drawn = Responses(), list[str](), list[Drawn | None]()
+    found, places, drawn = Responses(row=row), list[str](), list[Drawn | None]()
 
     def read(index: int, item: Any) -> tuple[Any, float | None, int | None]:
         place = f"{field}[{index}]"
@@ -138,7 +138,7 @@ def _parse_ultrafeedback(row: FieldRecord, layout: InputLayout) -> Parsed:
 
 def _parse_records(row: FieldRecord, field: str, reward: Callable[[FieldRecord, str], float | None], text: str) -> Parsed:
     """Responses in records, each with the source of its reward; None drops a response deliberately."""
-    found, places = Responses(), list[str]()
+    found, places = Responses(row=row), list[str]()
 
     def read(index: int, item: Any) -> tuple[Any, float | None, int | None] | None:
         place = f"{field}[{index}]"

@@ -13,7 +13,10 @@ from mpo_megatron.data.formats import Format, InputLayout, Options, Parsed, Resp
 from mpo_megatron.files import DataError
 
 _SCORE_NAMES = ("score", "rating", "reward")
-_SIDES = (("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages"))
+_SIDES = (
+    *(("chosen", "rejected"), ("chosen_response", "rejected_response"), ("chosen_messages", "rejected_messages")),
+    ("preferred_output", "non_preferred_output"),
+)
 _SWIFT = ("rejected_response", "rejected_messages", "negative_messages")
 _COMPARED = (
     *(("response_0", "response_1"), ("response1", "response2"), ("response_1", "response_2"), ("response_a", "response_b")),
@@ -38,7 +41,7 @@ def _fits_pairs(sample: Sample) -> bool:
 
 
 def _score_fields(side: str, names: Sequence[str]) -> list[str]:
-    sides = {"messages": "chosen"}.get(side, side.partition("_")[0])
+    sides = {"messages": "chosen"}.get(side, side.rpartition("_")[0] or side)
     return [form for name in names or _SCORE_NAMES for form in (f"{sides}_{name}", f"{sides}-{name}", f"{name}_{sides}")]
 
 
@@ -56,7 +59,7 @@ def _settle_pairs(sample: Sample, options: Options) -> InputLayout:
         format="pairs",
         reward_kind="scores" if scored else "labels",
         ratings=options.ratings,
-        notes=() if scored else empty_scores(sample, names),
+        empty_scores=() if scored else empty_scores(sample, names),
     )
 
 
@@ -65,7 +68,7 @@ def _parse_pairs(row: FieldRecord, layout: InputLayout) -> Parsed:
     sides = _sides(present) or _sides(row.values) or ("chosen", "rejected")
     scores = {side: row.find(_score_fields(side, layout.ratings)) for side in sides}
     scored = any(name is not None for name in scores.values())
-    found, places = Responses(), list[str]()
+    found, places = Responses(row=row), list[str]()
     for side, label in zip(sides, (1, 0), strict=True):
         for place, value in _answers_of(row, side):
 
@@ -154,7 +157,7 @@ def _parse_comparison(row: FieldRecord, layout: InputLayout) -> Parsed:
     else:
         second = _read_winner(value, winner, pair)
         judged = [(None, 1 - second), (None, second)]
-    found, places = Responses(), list[str]()
+    found, places = Responses(row=row), list[str]()
     for name, (reward, label) in zip(pair, judged, strict=True):
 
         def read(name: str = name, reward: float | None = reward, label: int | None = label) -> Any:

@@ -90,6 +90,5 @@ def finish(row: FieldRecord, found: Responses, places: Sequence[str], *, least: 
 
 
 def empty_scores(sample: Sample, names: Sequence[str]) -> tuple[str, ...]:
-    """A note that score columns exist but are empty."""
-    empty = [name for name in names if name in sample.empty]
-    return (f"{' and '.join(empty)}: empty in the first rows; labels are used instead of rewards",) if empty else ()
+    """Those score columns that exist, but are empty."""
+    return tuple(name for name in names if name in sample.empty)

@@ -46,7 +46,7 @@ def _parse_unpaired(row: FieldRecord, layout: InputLayout) -> Parsed:
 def _one_answer(row: FieldRecord, judge: Callable[[], tuple[float | None, int | None]]) -> Parsed:
     """A row with one response: in a separate column, or as the end of its conversation."""
     field = row.find(_COMPLETIONS) or next((name for name in ("messages", "conversations") if row.has(name)), "response")
-    found = Responses()
+    found = Responses(row=row)
     found.read(lambda: (read_answer(row, row.get(field), field), *judge()))
     return finish(row, found, [field], least=1)
 

@@ -68,8 +68,8 @@ class InputLayout:
     ratings: tuple[str, ...] = ()
     """Fields averaged into the reward; empty if the format has a fixed one."""
     drop_ranks: tuple[int, ...] = ()
-    notes: tuple[str, ...] = ()
-    """Notes for the user on how the columns were read."""
+    empty_scores: tuple[str, ...] = ()
+    """Columns for rewards that are empty in the first rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +175,7 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
     """
     if not isinstance(row, dict):
         raise RowError("row", f"is of type {type(row).__name__}, not an object with fields")
-    record = FieldRecord(row)
+    record = FieldRecord(_unfold(row))
     parsed = find_format(layout.format).parse(record, layout)
     tools, unread = read_tools(record), list(record.unread())
     check_unread(unread)
@@ -183,10 +183,22 @@ def parse(row: Any, layout: InputLayout) -> Parsed:
     return replace(parsed, tools=tools, unused=unused) if tools or unused else parsed
 
 
+def _unfold(row: RowValues) -> RowValues:
+    """The row with the messages and tools that OpenAI's form of a pair holds in `input`."""
+    request = row.get("input")
+    if not isinstance(request, dict) or "messages" not in request:
+        return row
+    rest = {name: value for name, value in row.items() if name != "input" and value is not None}
+    for name in request.keys() & rest.keys():
+        raise RowError(f"input.{name}", f"contradicts {name}: the row has both")
+    return rest | request
+
+
 @dataclass(kw_only=True)
 class Responses:
     """A row's responses: the usable ones, and why others are not."""
 
+    row: FieldRecord
     responses: list[Any] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -194,10 +206,12 @@ class Responses:
 
     def read(self, read: Callable[..., tuple[Any, float | None, int | None] | None], *given: Any) -> None:
         """Add what `read` returns, a response with its reward and label, or record its error; None drops it deliberately."""
+        before = len(self.row.inner)
         try:
             found = read(*given)
         except RowError as error:
             self.dropped.append(error)
+            del self.row.inner[before:]  # the fields that it did not reach are not unused
             return
         if found is None:
             return

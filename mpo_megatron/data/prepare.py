@@ -105,7 +105,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
         start_fork_server()
     chat = load_chat(config)
     streams = open_streams(config)
-    tally = Tally(notes=list(dict.fromkeys(note for stream in streams for note in stream.layout.notes)))
+    tally = Tally()
     _print_start(console, config, chat, streams)
     with AtomicFolder(output) as partial:
         spool = partial.path / "tokenized.arrow"
@@ -115,6 +115,9 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> PrepareSum
             raise DataError(_nothing_left(config, streams, tally))
         groups = StoredGroups(spool)
         kind = _reward_kind(config, streams, accepted)
+        if kind == "labels":
+            empty = dict.fromkeys(name for stream in streams for name in stream.layout.empty_scores)
+            tally.notes += [f"{' and '.join(empty)}: empty; labels are used instead of rewards"] if empty else []
         usable = _reject_without_rewards(groups, accepted, kind, rejected, output, tally)
         keys, inputs = read_keys(accepted.prompt_keys), np.frombuffer(bytes(accepted.inputs), np.uint16)
         _check_inputs(config, inputs[usable], kind, tally)

@@ -20,10 +20,10 @@ from typing import IO, Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mpo_megatron.data.fields import RowError
+from mpo_megatron.data.fields import RowError, mark_written
 from mpo_megatron.data.store import INFO_FILE
 from mpo_megatron.files import DataError
-from mpo_megatron.files.digests import check_lines, check_record
+from mpo_megatron.files.digests import LINE_DIGEST, check_lines, check_record
 from mpo_megatron.files.objects import RepeatedNameError, read_pairs
 
 STANDARD_INPUT = "-"
@@ -38,6 +38,8 @@ _SHARD = re.compile(r"[-_.]?\d+([-_.]of[-_.]\d+)?$")
 _BATCH = 512
 """Number of rows converted from Arrow at a time."""
 _COMPRESSED = (".gz", ".zst", ".zstd", ".bz2", ".xz", ".lz4")
+_PARTS = {"prompt", "tools"}
+"""Parts of a line of ours that are read from a row before."""
 _LARGEST_CELL = 1 << 30
 """Maximum characters of a CSV cell."""
 
@@ -141,12 +143,13 @@ def _decode_lines(lines: Iterable[bytes], name: str) -> Iterator[RawRow]:
 
 
 def _unsealed(row: Any) -> Any:
-    """A row without the digest of our own lines; a `RowError` if it does not match."""
+    """A row; without the digest, if it is a line of ours; a `RowError` if that does not match."""
+    is_ours = isinstance(row, dict) and LINE_DIGEST in row
     try:
         check_record(row)
     except ValueError as error:
         return RowError("row", f"is damaged or changed: {error}")
-    return row
+    return row | {name: mark_written(row[name]) for name in _PARTS & row.keys()} if is_ours else row
 
 
 def _decode(line: bytes) -> Any:

@@ -16,6 +16,7 @@ from mpo_megatron.data.arrays import Int64
 from mpo_megatron.data.rewards import summarize_spacing
 from mpo_megatron.data.store import PreparedInfo, StoredGroups
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.counts import count_of
 from mpo_megatron.terminal.visible import visible
 
 _BAR = 24
@@ -221,9 +222,9 @@ def print_tally(console: Console, tally: Tally) -> None:
         told = f"{tally.drawn_of_another_text:,}: their text was encoded, for example {example}"
         table.add_row("responses with token ids of another text", Text(told, style="yellow"))
     for name, count in tally.not_written.most_common():
-        table.add_row("omitted by the chat template", Text(visible(f"{name}: {count:,} groups"), style="yellow"))
+        table.add_row("omitted by the chat template", Text(visible(f"{name}: {count_of(count, 'groups')}"), style="yellow"))
     for name, count in tally.unused.most_common():
-        table.add_row("column or key not used", Text(visible(f"{name}: {count:,} rows"), style="yellow"))
+        table.add_row("column or key not used", Text(visible(f"{name}: {count_of(count, 'rows')}"), style="yellow"))
     if tally.checked:
         table.add_row("groups equal to apply_chat_template", f"{tally.checked:,} compared")
     console.print(table)
@@ -240,14 +241,14 @@ def _warnings(tally: Tally) -> Iterator[str]:
         yield f"{rejected:.0%} of the rows were rejected; rejected.jsonl has the reason for each."
     if tally.labels_against_rewards:
         yield (
-            f"in {tally.labels_against_rewards:,} groups a chosen response has a lower reward than a rejected one, for "
-            f"example {tally.examples.get('labels_against_rewards', '')}. Rewards decide, except with partition = labels. If "
+            f"in {count_of(tally.labels_against_rewards, 'groups')} a chosen response has a lower reward than a rejected one, "
+            f"for example {tally.examples.get('labels_against_rewards', '')}. Rewards decide, except with partition = labels. If "
             "lower is better in this column, negate it."
         )
     if tally.sampled_otherwise:
         yield (
-            f"the responses of {tally.sampled_otherwise:,} groups were sampled with another prompt than the one prepared here, "
-            f"or with another tokenizer: for example {tally.examples.get('sampled_otherwise', '')}."
+            f"the responses of {count_of(tally.sampled_otherwise, 'groups')} were sampled with another prompt than the one "
+            f"prepared here, or with another tokenizer: for example {tally.examples.get('sampled_otherwise', '')}."
         )
     if tally.templated_prompts:
         yield (

@@ -222,7 +222,7 @@ def tokenize_chunk(config: PrepareConfig, task: Task) -> Chunk:
         for fault in item.dropped:
             chunk.drop(item.where, fault)
         if not chat.templated:
-            chunk.count("special_tokens", item.where, chat.spells_special(item.prompt, group.response_texts))
+            chunk.count("special_tokens", item.where, chat.spells_special(item.prompt, item.responses))
             chunk.count("templated_prompts", item.where, chat.looks_templated(item.prompt))
         for name in find_not_written(chat, item, group.prompt_text):
             chunk.count(name, "", table="not_written")

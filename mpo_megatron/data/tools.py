@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from mpo_megatron.data.field_record import FieldRecord
-from mpo_megatron.data.fields import RowError, check_unicode, drop_none, parse_json, read_list
+from mpo_megatron.data.fields import RowError, check_unicode, drop_nulls, parse_json, read_list
 
 
-def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's form, with arguments as an object, as templates and inference engines use them."""
+def read_calls(record: FieldRecord, value: Any, place: str) -> list[dict[str, Any]]:
+    """A message's tool calls in OpenAI's form, with arguments as an object, as templates and inference engines use them."""
     calls = []
     for index, item in enumerate(read_list([value] if isinstance(value, dict) else value, place)):
         item = parse_json(item, "{")
@@ -21,8 +21,10 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise RowError(f"{place}[{index}].function.name", "is missing")
         arguments = parse_json(function.get("arguments", function.get("parameters")), "{")
-        function = {key: value for key, value in function.items() if key != "parameters"}
-        calls.append(drop_none({"type": "function", **outer, "function": {**function, "arguments": arguments or {}}}))
+        arguments = drop_nulls(arguments, record, "tool_calls") or {}
+        function = {key: value for key, value in function.items() if key != "parameters" and value is not None}
+        outer = {key: value for key, value in outer.items() if value is not None}
+        calls.append({"type": "function", **outer, "function": {**function, "arguments": arguments}})
     _check_json(calls, place)
     return calls
 
@@ -43,7 +45,7 @@ def read_tools(row: FieldRecord) -> tuple[dict[str, Any], ...]:
         item = parse_json(item, "{")
         if not isinstance(item, dict):
             raise RowError(f"tools[{index}]", f"is of type {type(item).__name__}, not an object")
-        found.append(drop_none(item))
+        found.append(drop_nulls(item, row, "tools"))
     _check_json(found, "tools")
     return tuple(found)
 

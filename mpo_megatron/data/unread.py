@@ -11,6 +11,7 @@ from mpo_megatron.data.fields import RowError
 _MEDIA = re.compile(r"((chosen|rejected|prompt)_)?(image|video|audio)s?")
 _FILE = {"bytes", "path"}
 """Keys of an image or sound in a `datasets` column, whatever the column's name."""
+_AS_TURNS = "is not read; it comes before a question given as text: write its turns as messages before the others"
 _AS_CALLS = "is not read; write it as tool_calls, in OpenAI's form"
 _AS_TOOLS = "is not read; write it as the row's column tools"
 _REASONS = {
@@ -19,6 +20,7 @@ _REASONS = {
     "function_call": _AS_CALLS,
     "function_calls": _AS_CALLS,
     "functions": _AS_TOOLS,
+    "history": _AS_TURNS,
     "tools": _AS_TOOLS,
 }
 

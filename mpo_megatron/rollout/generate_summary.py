@@ -14,6 +14,7 @@ from mpo_megatron.rollout.prompts import PromptSet
 from mpo_megatron.rollout.records import digest_lines, read_lines
 from mpo_megatron.rollout.shards import Shard
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.counts import count_of
 from mpo_megatron.terminal.visible import visible
 
 REJECTED_FILE = "rejected.jsonl"
@@ -57,7 +58,7 @@ def print_prompts(console: Console, config: GenerateConfig, prompts: PromptSet, 
     others = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in prompts.counts.items() if kind != "prompts")
     first = next(iter(prompts.rejections), None)
     console.print(
-        f"{config.prompts}: {len(prompts.records):,} prompts"
+        f"{config.prompts}: {count_of(len(prompts.records), 'prompts')}"
         + (f"; left out: {others}; the first: {first.file}:{first.line}: {first.field} {first.reason}" if first else "")
         + (f"; see {Path(config.output) / REJECTED_FILE}" if first else "")
         + (f"; part {shard.part} of {shard.total}" if shard.total > 1 else "")
@@ -72,10 +73,11 @@ def print_summary(console: Console, samples: Path, summary: Mapping[str, Any]) -
     """Print the counts of a finished generate.json, and what a user should check."""
     counts = summary["counts"]
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    size = f"{count_of(counts['groups'], 'groups')}, {count_of(counts['responses'], 'responses')}, {counts['tokens']:,} tokens"
     say(
-        f"{samples}: {counts['groups']:,} groups, {counts['responses']:,} responses, {counts['tokens']:,} tokens "
-        f"({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and {counts['duplicates']:,} "
-        f"duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, {counts['resampled']:,} redrawn."
+        f"{samples}: {size} ({counts['finish_reasons'].get('length', 0):,} at the limit); {counts['empty']:,} empty and "
+        f"{counts['duplicates']:,} duplicate responses kept, {sum(counts['dropped'].values()):,} dropped, "
+        f"{counts['resampled']:,} redrawn."
     )
     if counts["unusable"]:
         say(f"unusable draws: {', '.join(f'{count:,} × {label}' for label, count in counts['unusable'].items())}.")

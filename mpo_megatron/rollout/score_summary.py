@@ -23,6 +23,7 @@ from mpo_megatron.config.score import JudgeScorer, build_scorer_config
 from mpo_megatron.config.values import LARGEST_REWARD
 from mpo_megatron.rollout.records import Record
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.counts import count_of
 
 _LENGTH_ALONE = 0.98
 """From this correlation of score and length, a score says little beyond the length."""
@@ -166,7 +167,7 @@ def _find_faults(summary: Mapping[str, Any]) -> list[str]:
         if count >= _MANY * (num_responses + count):
             notes = summary["notes"].get(name, {})
             parts = [f"{notes[what]:,} of them {words}" for what, words in UNUSABLE.items() if notes.get(what)]
-            faults.append(f"{', '.join([f'{name} is missing for {count:,} responses', *parts])}.")
+            faults.append(f"{', '.join([f'{name} is missing for {count_of(count, "responses")}', *parts])}.")
     for name, judge in summary["judges"].items():
         share = judge.get("first_place_share", 0.5)
         if judge.get("decided", 0) >= _MIN_DECIDED and max(share, 1 - share) >= _PLACE_BIAS:
@@ -179,7 +180,7 @@ def print_summary(console: Console, scored: Path, summary: Mapping[str, Any]) ->
     """Print the summary as a table and lines, warnings last."""
     counts = summary["counts"]
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
-    title = escape(f"{scored}: {counts['groups']:,} groups, {counts['responses']:,} responses")
+    title = escape(f"{scored}: {count_of(counts['groups'], 'groups')}, {count_of(counts['responses'], 'responses')}")
     table = Table(title=title, title_justify="left")
     for column in ("", "mean", "std", "min", "max", "r(length)", "missing"):
         table.add_column(column, justify="left" if not column else "right")

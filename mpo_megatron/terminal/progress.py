@@ -10,6 +10,7 @@ from typing import Protocol
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mpo_megatron.terminal.console import Console
+from mpo_megatron.terminal.counts import count_of
 
 SECONDS_BETWEEN_LINES = 10.0
 """Minimum seconds between two lines where there is no terminal."""
@@ -73,12 +74,12 @@ def show_progress(
 
         yield advance
     now = time.monotonic()
-    say(f"{num_units:,} {unit} in {_clock(now - started)}, {rates(now)}")
+    say(f"{count_of(num_units, unit)} in {_clock(now - started)}, {rates(now)}")
 
 
 def describe_speed(units: int, unit: str, seconds: float) -> str:
     """Finished work and its rate, as text."""
-    return f"{units:,} {unit} in {_clock(seconds)}, {_rate(units / max(seconds, 1e-9))} {unit}/s"
+    return f"{count_of(units, unit)} in {_clock(seconds)}, {_rate(units / max(seconds, 1e-9))} {unit}/s"
 
 
 def track[Item](title: str, items: Iterable[Item], total: int | None, unit: str, weigh: Callable[[Item], int]) -> Iterator[Item]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mpo_megatron.terminal.counts import count_of
 from mpo_megatron.train.rank import be_rank, read_setup
 
 
@@ -14,7 +15,8 @@ def work() -> None:
         references = place.references(whole=True)
         if place.ranks.is_main:
             for path, logps in references.items():
-                print(f"{path}: reference log-probs of {len(logps.groups) - 1:,} groups, {len(logps.response):,} responses")
+                groups, responses = count_of(len(logps.groups) - 1, "groups"), count_of(len(logps.response), "responses")
+                print(f"{path}: reference log-probs of {groups}, {responses}")
 
 
 if __name__ == "__main__":

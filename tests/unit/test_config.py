@@ -14,6 +14,7 @@ from mpo_megatron.config import (
     ConfigError,
     IterateConfig,
     ParallelConfig,
+    PrepareConfig,
     TrainConfig,
     from_dict,
     load_yaml,
@@ -135,3 +136,10 @@ def test_options_of_stages_that_cannot_be(arguments: list[str], message: str) ->
 def test_an_option_that_is_true_or_false_needs_no_value_to_be_true(arguments: list[str]) -> None:
     assert parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", *arguments]).plan
     assert not parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", "--plan", "false"]).plan
+
+
+@pytest.mark.parametrize("given", [["--input", "-"], ["--input=-"], ["--input", "-", "b.jsonl"], ["--input", "b.jsonl", "-"]])
+def test_a_dash_is_standard_input(given: list[str]) -> None:
+    """YAML reads it as a list of null."""
+    wanted = [part for part in [*given[0].split("=")[1:], *given[1:]] if part]
+    assert parse(PrepareConfig, [*given, "--tokenizer", "t", "--output", "o"]).inputs == wanted

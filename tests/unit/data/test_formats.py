@@ -234,6 +234,29 @@ def test_columns_that_do_not_judge_are_unused() -> None:
     assert parse(row, detect([row])).unused == ("id",)  # the group is of several rows
 
 
+def test_a_dropped_response_s_other_keys_are_not_unused() -> None:
+    """It has none that are read: its error came first."""
+    items = [{"text": "A", "reward": 1.0}, {"text": "B", "reward": 0.0}, {"text": "", "reward": 2.0, "note": "n"}]
+    parsed = parse({"prompt": "Q", "responses": items}, detect([{"prompt": "Q", "responses": items}]))
+    assert ([str(error) for error in parsed.dropped], parsed.unused) == (["responses[2].text is empty"], ())
+
+
+def test_openai_s_form_of_a_pair() -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    row = {
+        "input": {"messages": [user("Q")], "tools": [tool], "parallel_tool_calls": True},
+        "preferred_output": [assistant("A")],
+        "non_preferred_output": [assistant("B")],
+    }
+    layout = detect([row])
+    parsed = parse(row, layout)
+    assert (layout.format, parsed.prompt, parsed.tools, parsed.labels) == ("pairs", (user("Q"),), (tool,), (1, 0))
+    assert parsed.responses == ((assistant("A"),), (assistant("B"),))
+    assert parsed.unused == ("parallel_tool_calls",)
+    with pytest.raises(RowError, match=r"^input\.tools contradicts tools: the row has both$"):
+        parse(row | {"tools": [tool]}, layout)
+
+
 def test_a_comparison_without_a_winner_asks_for_it() -> None:
     with pytest.raises(DataError, match=r"which column names the better answer\? Set rating to one of \['pick', 'response_a'"):
         detect([{"response_a": "A", "response_b": "B", "pick": "a"}], "comparison")

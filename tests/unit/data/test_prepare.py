@@ -122,6 +122,14 @@ def test_special_tokens_in_texts_are_counted_and_stay(run: Run, write_lines: Wri
     assert re.search(r"special tokens in their text +│ 2: encoded as control tokens", out.getvalue())
 
 
+def test_tokens_that_the_template_writes_between_turns_are_no_special_text(run: Run, write_lines: Writer) -> None:
+    turns = [{"role": "assistant", "content": "A"}, {"role": "user", "content": "B"}, {"role": "assistant", "content": "C"}]
+    spelled = [*turns[:2], {"role": "assistant", "content": "<|im_start|>"}]
+    responses = [{"text": turns, "reward": 1.0}, {"text": "No.", "reward": 0.0}]
+    path = write_lines(row(0, responses=responses), row(1, responses=[*responses, {"text": spelled, "reward": 0.5}]))
+    assert run(path, num_workers=1).tally.special_tokens == 1
+
+
 def test_labels_travel(run: Run, write_lines: Writer, tmp_path: Path) -> None:
     run(write_lines({"prompt": "Q", "chosen": "A", "rejected": "B"}))
     groups = load_groups(tmp_path / "out")

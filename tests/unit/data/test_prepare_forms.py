@@ -51,7 +51,7 @@ def shown(model: Path, groups: StoredGroups, index: int = 0) -> tuple[str, list[
 def test_tools_calls_and_thoughts_are_rendered(run: Any, model: Path, write_lines: Writer) -> None:
     row = {
         "prompt": [user("Q")],
-        "tools": json.dumps([TOOL | {"strict": None}]),
+        "tools": [TOOL | {"strict": None}],
         "chosen": [
             assistant("", tool_calls=[CALL | {"function": {"name": "find", "arguments": '{"x": "1"}'}}], reasoning_content="Hm.")
         ],
@@ -63,9 +63,9 @@ def test_tools_calls_and_thoughts_are_rendered(run: Any, model: Path, write_line
     assert json.dumps(TOOL) in prompt
     wanted = '<think>\nHm.\n</think>\n\n<tool_call>\n{"name": "find", "arguments": {"x": "1"}}\n</tool_call><|im_end|>'
     assert answers == [wanted, "<think>\n\n</think>\n\nNo.<|im_end|>"]
-    assert summary.tally.unused == Counter({"extra": 1})
-    assert groups.info.statistics["preparation"]["unused_columns"] == {"extra": 1}
-    assert "extra: 1 rows" in printed
+    assert summary.tally.unused == Counter({"tools: null entries": 1, "extra": 1})
+    assert groups.info.statistics["preparation"]["unused_columns"] == {"extra": 1, "tools: null entries": 1}
+    assert "extra: 1 row " in printed
     assert f"⟦{wanted}⟧" in printed
     assert summary.tally.checked == 1
 
@@ -86,7 +86,7 @@ def test_parts_that_the_template_does_not_write(run: Any, write_lines: Writer) -
     assert dict(summary.tally.dropped) == {"responses": 1}
     wanted = "responses[0].reasoning_content is omitted by the chat template, and would be lost"
     assert summary.tally.examples["dropped responses"].endswith(wanted)
-    assert "tools: 1 groups" in printed
+    assert "tools: 1 group " in printed
     assert summary.tally.not_written == Counter({"tools": 1})
 
 
@@ -94,7 +94,7 @@ def test_messages_that_the_template_does_not_write(run: Any, write_lines: Writer
     row = {"prompt": [{"role": "developer", "content": "Be brief."}, user("Q")], "chosen": "A", "rejected": "B"}
     summary, _, printed = run(write_lines(row), template="qwen2_5")
     assert summary.tally.not_written == Counter({"prompt[] of role developer": 1})
-    assert "prompt[] of role developer: 1 groups" in printed
+    assert "prompt[] of role developer: 1 group " in printed
 
 
 def test_one_end_token(run: Any, model: Path, write_lines: Writer) -> None:
@@ -173,7 +173,11 @@ def test_scores_that_first_appear_late_are_seen(run: Any, write_lines: Writer, t
     empty = [row | {"chosen_score": None, "rejected_score": None} for row in pairs[:3]]
     summary, groups, printed = run(write_lines(*empty), output="empty")
     assert groups.info.reward_kind == "labels"
-    assert "chosen_score and rejected_score: empty in the first rows; labels are used instead of rewards" in printed
+    assert "chosen_score and rejected_score: empty; labels are used instead of rewards" in printed
+    late = [*empty * 22, pairs[-1]]
+    summary, groups, printed = run(write_lines(*(row | {"id": number} for number, row in enumerate(late))), output="late")
+    assert groups.info.reward_kind == "scores"
+    assert "labels are used" not in printed
 
 
 def test_inputs_are_mixed_by_weight(run: Any, write_lines: Writer) -> None:
@@ -195,7 +199,7 @@ def test_scores_against_the_labels_are_told(run: Any, write_lines: Writer, score
     row = {"prompt": "Q", "chosen": "A", "rejected": "B", "score_chosen": scores[0], "score_rejected": scores[1]}
     summary, _, printed = run(write_lines(row))
     assert summary.tally.labels_against_rewards == warned
-    assert ("WARNING: in 1 groups a chosen response has a lower reward" in printed) == warned
+    assert ("WARNING: in 1 group a chosen response has a lower reward" in printed) == warned
 
 
 def test_an_input_of_which_nothing_is_left_is_refused(run: Any, write_lines: Writer) -> None:

@@ -30,6 +30,11 @@ MEDIA = "is not text, and only text is read; remove it to use the row's text alo
             "chat_template_kwargs",
             "sets the chat template's variables",
         ),
+        (
+            PAIR | {"prompt": [user("Q")], "history": [["Q0", "A0"]]},
+            "history",
+            "is not read; it comes before a question given as text: write its turns as messages before the others",
+        ),
         (PAIR | {"functions": [{"name": "f"}]}, "functions", "is not read; write it as the row's column tools"),
         (PAIR | {"prompt": [user("Q") | {"tools": [TOOL]}]}, "prompt[0].tools", "is not read; write it as the row's column"),
         (

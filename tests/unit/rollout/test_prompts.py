@@ -211,7 +211,7 @@ def test_training_uses_the_prompt_that_was_sampled_with(
     console = Console(file=io.StringIO(), width=200)
     allowed = prepare(dataclasses.replace(config, other_prompts="allow"), console)
     assert allowed.train.statistics["preparation"]["sampled_otherwise"] == 1
-    assert "1 groups were sampled with another prompt" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "1 group were sampled with another prompt" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_another_tokenizer_renders_another_prompt(selected: Path, tmp_path: Path, model_folder: Path) -> None:
