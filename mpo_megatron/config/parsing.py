@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, get_args, get_origin
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from mpo_megatron.config import help as help_pages
@@ -128,14 +130,14 @@ def take_stage_options(kind: type[Any], arguments: Sequence[str]) -> tuple[list[
     current: list[str] | None = None
     for argument in arguments:
         name, equals, value = argument.removeprefix("--").partition("=")
-        if argument.startswith("--"):
+        if not _is_value(argument):
             is_taken = "." in name and name.partition(".")[0] in free
             current = taken.setdefault(name, []) if is_taken else None
             if current is None:
                 others.append(argument)
             else:
                 current.extend([value] if equals else [])
-        elif current is not None and _is_value(argument):
+        elif current is not None:
             current.append(argument)
         else:
             others.append(argument)
@@ -154,15 +156,19 @@ def set_stage_options(kind: type[Any], values: dict[str, Any], taken: Mapping[st
         stage, _, option = name.partition(".")
         command = getattr(kind, "STAGE_TYPES", {}).get(stage)
         expected = options_of(command).get(option) if command else None
-        single = expected is not None and is_single(expected)
-        read = list(texts) if single else [read_text(text, f"--{name}") for text in texts]
+        if expected is not None and collection_of(expected) is not None:
+            joined = _join(f"--{name}", expected, texts)
+            read = [joined if joined in texts and _reads_as_text(joined) else read_text(joined, f"--{name}")]
+        elif expected is not None and is_single(expected):
+            read = list(texts)
+        else:
+            read = [read_text(text, f"--{name}") for text in texts]
         section: Any = values
         *parents, last = name.split(".")
         for parent in parents:
             section = section.setdefault(parent, {})
             require(isinstance(section, dict), f"--{name}: {parent} holds no options.")
-        value = read[0] if len(read) == 1 else read
-        section[last] = [value] if collection_of(expected) is list and not isinstance(value, list) else value
+        section[last] = read[0] if len(read) == 1 else read
 
 
 def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
@@ -196,22 +202,31 @@ def join_lists(kind: type[Any], arguments: Sequence[str]) -> list[str]:
 
 
 def _is_value(argument: str) -> bool:
-    """Whether an argument is not an option: a text, a negative number, or `-`."""
-    return argument == "-" or re.match(r"-(?!\.?\d)", argument) is None
+    """Whether an argument is not an option: a text, a negative number, `-`, `---`, or `- and words`."""
+    return re.match(r"--?[A-Za-z_][^\s=]*(=|$)", argument) is None
 
 
 def _join(option: str, expected: Any, given: Sequence[str]) -> str:
     """The values of a list or a mapping, as one argument."""
     kind = collection_of(expected)
     names = get_args(kind and next(item for item in (expected, *get_args(expected)) if get_origin(item) is kind))
-    if len(given) == 1 and (given[0].lstrip()[:1] in ("[", "{") or (get_origin(expected) is not kind and given[0] != "-")):
-        return given[0]  # a list of one for `-`, which YAML reads as a list of null
+    is_whole = given[0].lstrip().startswith("[" if kind is list else "{")
+    if len(given) == 1 and (is_whole or (get_origin(expected) is not kind and _reads_as_text(given[0]))):
+        return given[0]
     if kind is list:
         return json.dumps([part if names == (str,) else read_text(part, option) for part in given])
     for part in given:
         require("=" in part, f"{option} {part}: write name=value, or several: {option} a=1 b=2.")
     pairs = [part.split("=", 1) for part in given]
     return json.dumps({name: value if names == (str, str) else read_text(value, f"{option} {name}") for name, value in pairs})
+
+
+def _reads_as_text(text: str) -> bool:
+    """Whether the parser keeps this value of a text or a list as text; it takes `-` for a list of null."""
+    try:
+        return not text.startswith("-") and not isinstance(yaml.safe_load(text), list | dict | datetime.date)
+    except (yaml.YAMLError, RecursionError):
+        return True
 
 
 def _check_argument(kind: type[Any], name: str, text: str) -> None:

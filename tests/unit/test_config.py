@@ -12,6 +12,7 @@ from mpo_megatron.cli import main
 from mpo_megatron.config import (
     AlignConfig,
     ConfigError,
+    GenerateConfig,
     IterateConfig,
     ParallelConfig,
     PrepareConfig,
@@ -138,8 +139,29 @@ def test_an_option_that_is_true_or_false_needs_no_value_to_be_true(arguments: li
     assert not parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", "--plan", "false"]).plan
 
 
+TEXTS = ["Human:", "a: b", "-", "- x", "---", "-1", "null", "1.5", "{x}", "#", "2024-01-01", "'q'", "\n\nHuman:", "é"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_in_a_list_is_not_read_as_yaml(text: str) -> None:
+    align = ["--output", "o", "--model", "m", "--data", "d", "--generate.stop"]
+    generate = ["--output", "o", "--model", "m", "--prompts", "p", "--stop"]
+    for given in ([text], [text, "b"], ["b", text]):
+        assert parse(AlignConfig, [*align, *given]).generate == {"stop": given}
+        assert parse(GenerateConfig, [*generate, *given]).stop == given
+        assert parse(PrepareConfig, ["--tokenizer", "t", "--output", "o", "--input", *given]).inputs == given
+
+
 @pytest.mark.parametrize("given", [["--input", "-"], ["--input=-"], ["--input", "-", "b.jsonl"], ["--input", "b.jsonl", "-"]])
 def test_a_dash_is_standard_input(given: list[str]) -> None:
     """YAML reads it as a list of null."""
     wanted = [part for part in [*given[0].split("=")[1:], *given[1:]] if part]
     assert parse(PrepareConfig, [*given, "--tokenizer", "t", "--output", "o"]).inputs == wanted
+
+
+@pytest.mark.parametrize("given", [["a=x", "b=y"], ["{a: x, b: y}"]])
+def test_a_mapping_is_written_alike_for_a_command_and_its_stages(given: list[str]) -> None:
+    stage = parse(AlignConfig, ["--output", "o", "--model", "m", "--data", "d", "--prepare.columns", *given]).prepare
+    assert stage == {"columns": {"a": "x", "b": "y"}}
+    own = parse(PrepareConfig, ["--output", "o", "--tokenizer", "t", "--input", "i", "--columns", *given])
+    assert own.columns == stage["columns"]
